@@ -1,0 +1,174 @@
+"""What one batch leaves behind in the target layers: projected inputs, projected gradients, their sums."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.errors import ModelError
+from gradproj.layers import TargetLayer, find_layers, project_tokens
+from gradproj.projection import ProjectionConfig, choose_ki_ko, projection_matrix
+
+
+@dataclass
+class TokenCovariances:
+    """Sums over real tokens of ``(P_i a)(P_i a)^T`` and ``(P_o g)(P_o g)^T`` of every layer.
+
+    They are K-FAC's factors in the projected space. Samples with a non-finite row are left out.
+    """
+
+    a: Tensor
+    """Flat float64, layer by layer ``k_i * k_i`` values, row-major."""
+    g: Tensor
+    """Flat float64, layer by layer ``k_o * k_o`` values, row-major; of the summed loss (nats)."""
+    n_tokens: Tensor
+    """int64 scalar: how many tokens were summed."""
+
+    @classmethod
+    def zeros(cls, layers: "list[PlacedLayer]") -> "TokenCovariances":
+        """No tokens yet."""
+        device = layers[0].p_i.device
+        a, g = (
+            torch.zeros(sum(len(p) ** 2 for p in side), dtype=torch.float64, device=device)
+            for side in ([layer.p_i for layer in layers], [layer.p_o for layer in layers])
+        )
+        return cls(a, g, torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, other: "TokenCovariances") -> None:
+        """Add another batch's sums in place."""
+        self.a += other.a
+        self.g += other.g
+        self.n_tokens += other.n_tokens
+
+
+@dataclass
+class PlacedLayer:
+    """A target layer, its matrices and its place in the row."""
+
+    target: TargetLayer
+    p_i: Tensor
+    p_o: Tensor
+    columns: slice
+    p_i_t: Tensor = field(init=False)
+    p_o_t: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.p_i_t, self.p_o_t = self.p_i.t().contiguous(), self.p_o.t().contiguous()
+
+
+def place_layers(
+    module: nn.Module, config: ProjectionConfig, matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> list[PlacedLayer]:
+    """Target layers in model order with their widths, matrices and columns of the row."""
+    placed: list[PlacedLayer] = []
+    start = 0
+    for target in find_layers(module, config.patterns, config.include_embeddings):
+        n_i, n_o = target.widths
+        device = next(target.module.parameters()).device
+        if matrices is not None:
+            p_i, p_o = matrices[target.name]
+        else:
+            k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+            p_i = projection_matrix(config.kind, config.seed, target.name, "i", k_i, n_i)
+            p_o = projection_matrix(config.kind, config.seed, target.name, "o", k_o, n_o)
+        stop = start + len(p_i) * len(p_o)
+        placed.append(PlacedLayer(target, p_i.to(device), p_o.to(device), slice(start, stop)))
+        start = stop
+    return placed
+
+
+class BatchCapture:
+    """One batch's state between its forward pass and ``rows``.
+
+    Args:
+        layers: the target layers, in model order.
+        sum_covariances: keep each sample's token covariances as well.
+    """
+
+    def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
+        self._layers = layers
+        self._sum_covariances = sum_covariances
+        self.token_mask: Tensor | None = None
+        self.begin(None)
+
+    def begin(self, shape: tuple[int, int] | None) -> None:
+        """Forget what came before; ``shape`` is the new batch's (samples, positions) where it is known."""
+        self.shape = shape
+        self.parts: dict[int, Tensor] = {}
+        self.called: set[int] = set()
+        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
+        """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
+        layer = self._layers[index]
+        self.called.add(index)
+        return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i_t))
+
+    @torch.no_grad()
+    def take_gradient(self, index: int, a_p: Tensor, g: Tensor) -> None:
+        """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's tokens."""
+        layer = self._layers[index]
+        g_p = self._by_sample(layer, g.float() @ layer.p_o_t)
+        part = project_tokens(a_p, g_p)
+        # A layer called twice (shared weights) has the sum of both calls as its gradient.
+        self.parts[index] = self.parts[index] + part if index in self.parts else part
+        if self._sum_covariances:
+            if self.token_mask is not None:
+                a_p = a_p * self.token_mask.unsqueeze(-1)
+            squares = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
+            before = self._squares.get(index)
+            self._squares[index] = (
+                squares if before is None else (before[0] + squares[0], before[1] + squares[1])
+            )
+
+    def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
+        """``(N, S, k)``, from whatever shape the layer works on; anything else is an error."""
+        if self.shape is None:
+            return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+        n, s = self.shape
+        if x.dim() >= 3 and x.shape[0] == n:
+            return x.flatten(1, -2)
+        if x.dim() == 2 and x.shape[0] == n * s:
+            return x.view(n, s, x.shape[-1])
+        raise ModelError(
+            f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of {n} samples of "
+            f"{s} tokens, so its samples cannot be told apart (an expert, or an input shared by the batch); "
+            "leave it out of --proj_layers"
+        )
+
+    def rows(self) -> Tensor:
+        """``(N, D)`` float32, the gradient of the loss as it was weighted."""
+        self._check_complete()
+        return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
+
+    def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
+        """The batch's sums; ``weights`` (scalar or ``(N, 1)``) undo the loss's weighting of each sample."""
+        # One bad sample must not spoil a unit's sums; no value is asked of the device for it.
+        good = torch.isfinite(rows).all(dim=1)
+        squares = [self._squares[i] for i in range(len(self._layers))]
+        a = torch.cat([square[0].flatten(1) for square in squares], dim=1)
+        g = torch.cat([square[1].flatten(1) for square in squares], dim=1) / weights**2
+        a, g = (torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g))
+        if self.token_mask is not None:
+            counts = self.token_mask.sum(dim=1, dtype=torch.int64)
+        else:
+            counts = torch.full_like(good, self.shape[1] if self.shape else 1, dtype=torch.int64)
+        return TokenCovariances(a, g, torch.where(good, counts, 0).sum())
+
+    def _check_complete(self) -> None:
+        names = [layer.target.name for layer in self._layers]
+        if not self.parts:
+            raise ModelError(
+                "no backward pass has run through the target layers since the last batch: attach() the engine "
+                "before the forward pass, and call backward() before collect_batch()"
+            )
+        lost = [name for i, name in enumerate(names) if i not in self.parts]
+        if lost:
+            never = [name for i, name in enumerate(names) if i not in self.called]
+            what = "were never called" if never else "got no gradient of the loss"
+            raise ModelError(
+                f"{len(never or lost)} of {len(names)} target layers {what}: {', '.join((never or lost)[:5])}; "
+                "leave them out of --proj_layers"
+            )

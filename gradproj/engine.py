@@ -1,0 +1,349 @@
+"""``GradProjLoraEngine``: hooks on a model's layers, every sample's projected gradient out.
+
+While the model runs forward, each target layer's input is projected at once and only that (``k_i`` wide)
+is kept; while it runs backward, the gradient at the layer's output is projected and summed with it over
+the sample's tokens. No weight gradient and no full-width activation exists. With frozen weights the
+graph starts at the first target layer: nothing below it is differentiated.
+
+Source of the maths: LoGra, arXiv:2405.13954.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradproj.capture import BatchCapture, TokenCovariances, place_layers
+from gradproj.errors import ConfigError, GradprojError, ModelError
+from gradproj.export import write_projection_file
+from gradproj.layers import TargetLayer
+from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.projection import ProjectionConfig
+
+
+class GradProjLoraEngine:
+    """Per-sample projected gradients ``P_o (sum_t g_t a_t^T) P_i^T`` of a model's layers.
+
+    Use it as a context manager, or call ``attach`` and ``detach``; the model, its ``requires_grad`` flags,
+    its training mode and the global random state are left as they were found::
+
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, batch).sum().backward()
+            rows = engine.collect_batch()          # (B, D)
+
+    A row is the gradient of the sample's own summed loss. ``per_sample_loss`` says how the losses were
+    weighted; with a loss of your own, say so with ``attach_train_batch(..., labels, loss_reduction=)``.
+
+    Args:
+        module: the model, on its device.
+        proj_layers: comma-separated parts of layers' dotted names; ``mlp`` and ``attn`` fit every family.
+        proj_rank_total: most values kept per layer.
+        proj_rank_min: least width on a side.
+        proj_seed: seed of the matrices.
+        proj_dtype: dtype of the rows that come out (``"float32"`` or a torch dtype).
+        proj_dir: where ``aggregate_and_log`` and ``save_projections`` write the original ``.pt`` files.
+        proj_kind: rademacher, gaussian or orthonormal.
+        include_embeddings: project the token embedding's gradient too (with a tied head: the lookup's share).
+        proj_save_interval: ``aggregate_and_log`` writes after so many batches, all rows since the last write.
+        freeze_weights: no gradient for any weight and eval mode while attached: the fast way where no
+            training goes on.
+        matrices: layer -> ``(P_i, P_o)`` to use instead of drawing them.
+        token_covariances: sum ``TokenCovariances`` as well.
+
+    Raises:
+        ModelError: no such layer, or one of an unsupported type.
+        ConfigError: an impossible width, dtype or kind.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        proj_layers: str | Sequence[str] = "mlp,attn",
+        proj_rank_total: int = 256,
+        proj_rank_min: int = 8,
+        proj_seed: int = 42,
+        proj_dtype: str | torch.dtype = torch.float32,
+        proj_dir: str | Path | None = None,
+        *,
+        proj_kind: str = "rademacher",
+        include_embeddings: bool = False,
+        proj_save_interval: int = 1,
+        freeze_weights: bool = False,
+        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        token_covariances: bool = False,
+    ) -> None:
+        names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
+        config = ProjectionConfig(
+            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min, seed=proj_seed, kind=proj_kind,
+            include_embeddings=include_embeddings,
+        )  # fmt: skip
+        self.module = module
+        self.proj_dtype = _dtype(proj_dtype)
+        self.proj_dir = None if proj_dir is None else Path(proj_dir)
+        self.proj_save_interval = proj_save_interval
+        self._freeze = freeze_weights
+        self._layers = place_layers(module, config, matrices)
+        self._capture = BatchCapture(self._layers, token_covariances)
+        self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
+        self._loss_key = loss_key(module)
+        self._handles: list[Any] = []
+        self._restore: list[tuple[Any, str, bool]] = []
+        self._unsaved: list[tuple[Tensor, Tensor | None]] = []
+        self._saved_files = 0
+        self._own_loss: Tensor | float | None = None
+        self._batch_ids: Any = None
+
+    # --- what the engine is ---
+
+    @property
+    def projection_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32, on the model's device."""
+        return {layer.target.name: (layer.p_i, layer.p_o) for layer in self._layers}
+
+    @property
+    def slice_ranges(self) -> dict[str, tuple[int, int]]:
+        """Layer -> first and last + 1 column of its ``k_o x k_i`` values (row-major) in a row."""
+        return {layer.target.name: (layer.columns.start, layer.columns.stop) for layer in self._layers}
+
+    @property
+    def total_proj_dim(self) -> int:
+        """D, the length of a row."""
+        return self._layers[-1].columns.stop
+
+    @property
+    def targets(self) -> list[TargetLayer]:
+        """The target layers in model order."""
+        return [layer.target for layer in self._layers]
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._handles)
+
+    # --- on and off ---
+
+    def attach(self) -> "GradProjLoraEngine":
+        """Put the hooks on (once; a second call does nothing)."""
+        if self._handles:
+            return self
+        if self._freeze:
+            self._set_flags()
+        self._handles = [self.module.register_forward_pre_hook(self._on_batch, with_kwargs=True)]
+        inner = unwrap(self.module)
+        body = getattr(inner, "base_model", inner)
+        if body is not self.module:
+            # per_sample_loss calls the body and not the whole model.
+            self._handles.append(body.register_forward_pre_hook(self._on_batch, with_kwargs=True))
+        for index, layer in enumerate(self._layers):
+            hook = self._forward_hook(index)
+            self._handles.append(layer.target.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off and leave the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        for owner, attribute, value in reversed(self._restore):
+            setattr(owner, attribute, value)
+        self._handles, self._restore = [], []
+        self.clear_gradients()
+
+    def __enter__(self) -> "GradProjLoraEngine":
+        return self.attach()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cleanup()
+
+    def _set_flags(self) -> None:
+        for parameter in self.module.parameters():
+            self._restore.append((parameter, "requires_grad", parameter.requires_grad))
+            parameter.requires_grad = False
+        for module in self.module.modules():
+            self._restore.append((module, "training", module.training))
+            module.training = False
+
+    # --- hooks ---
+
+    def _on_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note the batch's shape: it tells samples from tokens where a layer gets them flattened."""
+        if not torch.is_grad_enabled():
+            return
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        self._capture.begin(_batch_shape(inputs))
+        LOSS_WEIGHTS.pop(self._loss_key, None)
+
+    def _forward_hook(self, index: int) -> Any:
+        capture = self._capture
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            # An evaluation, or the first pass of a checkpointed block, makes no gradient.
+            if not torch.is_grad_enabled():
+                return
+            a_p = capture.project_input(index, module, args[0] if args else next(iter(kwargs.values())))
+            if not output.requires_grad:
+                output.requires_grad_(True)  # the graph starts here
+            output.register_hook(lambda g: capture.take_gradient(index, a_p, g))
+
+        return hook
+
+    # --- rows out ---
+
+    def set_token_mask(self, mask: Tensor | None) -> None:
+        """``(N, S)``, 1 at real tokens that lead to a target: what ``TokenCovariances.a`` sums over."""
+        self._capture.token_mask = mask
+
+    def collect_batch(self, batch_indices: Any = None) -> Tensor:
+        """The rows of the batch whose backward pass has just run.
+
+        Args:
+            batch_indices: the samples' ids; given, the rows are also kept for ``save_projections``.
+
+        Returns:
+            ``(B, D)`` in ``proj_dtype``, on the model's device; computed in float32.
+
+        Raises:
+            ModelError: no backward pass ran, a layer took no part, or the loss's weighting is not known.
+        """
+        rows = self._capture.rows()
+        weights = self._loss_weights(rows)
+        if self._covariances is not None:
+            self._covariances.add(self._capture.covariances(rows, weights))
+        rows = (rows / weights).to(self.proj_dtype)
+        if batch_indices is not None:
+            self._keep(rows, batch_indices)
+        self.clear_gradients()
+        return rows
+
+    def take_token_covariances(self) -> TokenCovariances:
+        """The sums since the last call, which start anew.
+
+        Raises:
+            ConfigError: the engine was made without ``token_covariances=True``.
+        """
+        if self._covariances is None:
+            raise ConfigError("the engine sums no token covariances: make it with token_covariances=True")
+        taken, self._covariances = self._covariances, TokenCovariances.zeros(self._layers)
+        return taken
+
+    def _loss_weights(self, rows: Tensor) -> Tensor:
+        """``(B, 1)`` or scalar: what each sample's summed loss was multiplied by before backward."""
+        announced = LOSS_WEIGHTS.pop(self._loss_key, None)
+        if announced is not None:
+            return announced.to(rows).unsqueeze(1)
+        if self._own_loss is None:
+            raise ModelError(
+                "the engine does not know how the loss was reduced over the batch: use "
+                "per_sample_loss(model, batch).sum(), or say it with "
+                "attach_train_batch(X, Y, iter_num, labels=labels, loss_reduction='mean' or 'sum')"
+            )
+        weight, self._own_loss = self._own_loss, None
+        return torch.as_tensor(weight, dtype=rows.dtype, device=rows.device)
+
+    # --- the original system's methods ---
+
+    def attach_train_batch(
+        self,
+        X_train: Any = None,
+        Y_train: Any = None,
+        iter_num: int | None = None,
+        batch_idx: Any = None,
+        *,
+        labels: Tensor | None = None,
+        loss_reduction: str | None = None,
+    ) -> None:
+        """Say what is about to be trained on, and how the user's own loss reduces over the batch.
+
+        Args:
+            X_train: the inputs; unused, as in the original.
+            Y_train: stands in for ``labels`` where a ``loss_reduction`` is given.
+            iter_num: the step, unused.
+            batch_idx: the samples' ids, for ``aggregate_and_log``.
+            labels: ``(N, S)``, not shifted, -100 = no target: their count undoes a mean.
+            loss_reduction: ``"mean"`` (over all target tokens of the batch, as transformers does) or ``"sum"``.
+        """
+        self._batch_ids = batch_idx
+        labels = Y_train if labels is None else labels
+        if loss_reduction is None:
+            self._own_loss = None
+        elif loss_reduction == "sum":
+            self._own_loss = 1.0
+        elif loss_reduction == "mean" and isinstance(labels, Tensor):
+            self._own_loss = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
+        else:
+            raise ConfigError(
+                f"attach_train_batch: loss_reduction is {loss_reduction!r} with labels "
+                f"{type(labels).__name__}; give 'sum', or 'mean' with the (N, S) labels"
+            )
+
+    def attach_with_optimizer(self, optimizer: Any = None) -> None:
+        """As ``attach``: the optimizer is not needed."""
+        self.attach()
+
+    def prepare_gradients(self) -> None:
+        """Nothing is left to do after a backward pass: the hooks did it. ``param.grad`` is untouched."""
+
+    def aggregate_and_log(self) -> Tensor:
+        """Collect the batch; with ``proj_dir``, write every ``proj_save_interval`` batches."""
+        ids, self._batch_ids = self._batch_ids, None
+        rows = self.collect_batch()
+        if self.proj_dir is not None:
+            self._keep(rows, ids)
+            if len(self._unsaved) >= self.proj_save_interval:
+                self.save_projections()
+        return rows
+
+    def clear_gradients(self) -> None:
+        """Forget a batch that was not collected."""
+        self._capture.begin(None)
+        self._capture.token_mask = None
+
+    def detach_for_evaluation(self) -> None:
+        """As ``detach``; rows not saved yet are kept."""
+        self.detach()
+
+    def reattach_after_evaluation(self) -> None:
+        """As ``attach``."""
+        self.attach()
+
+    def save_projections(self, iter_num: int | None = None) -> Path | None:
+        """Write all rows kept since the last write as one ``proj_iter_*.pt`` file; None if there are none."""
+        if not self._unsaved:
+            return None
+        if self.proj_dir is None:
+            raise GradprojError(
+                "save_projections: the engine was made without proj_dir, so it has nowhere to write"
+            )
+        self._saved_files = self._saved_files + 1 if iter_num is None else iter_num
+        rows = torch.cat([rows for rows, _ in self._unsaved])
+        known = [ids for _, ids in self._unsaved if ids is not None]
+        ids = torch.cat(known) if len(known) == len(self._unsaved) else None
+        path = write_projection_file(self.proj_dir, self._saved_files, rows, ids)
+        self._unsaved = []
+        return path
+
+    def cleanup(self) -> None:
+        """Write what is left (with ``proj_dir``) and detach."""
+        if self.proj_dir is not None:
+            self.save_projections()
+        self.detach()
+
+    def _keep(self, rows: Tensor, ids: Any) -> None:
+        as_tensor = None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64)
+        self._unsaved.append((rows.detach().cpu(), as_tensor))
+
+
+def _batch_shape(inputs: Any) -> tuple[int, int] | None:
+    """``(samples, positions)`` of token ids or of embedded tokens; None for a model that takes neither."""
+    if isinstance(inputs, Tensor) and inputs.dim() == (3 if inputs.is_floating_point() else 2):
+        return inputs.shape[0], inputs.shape[1]
+    return None
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ConfigError(f"--proj_dtype is {dtype!r}; choose float16, bfloat16 or float32")
+    return found

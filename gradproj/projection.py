@@ -1,0 +1,168 @@
+"""How a layer's gradient is compressed: the widths kept per side and the seeded matrices.
+
+A layer's gradient ``G`` (O x I) becomes ``P_o G P_i^T`` (k_o x k_i). Every kind is scaled so that
+``E[P^T P] = I``: an inner product of two projected gradients is an unbiased estimate of the full one.
+
+Source: the two-sided random projection of LoGra, arXiv:2405.13954.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.errors import ConfigError
+
+PROJECTION_VERSION = 1
+"""Goes into every matrix's key; raised when a change would give other numbers for the same seed."""
+
+
+def _words(key: str, count: int) -> np.ndarray:
+    """``count`` uint64 words of a counter-based generator (Philox 4x64) keyed by the text ``key``.
+
+    Only the raw stream is used: numpy guarantees it across versions, unlike its distributions.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
+    return philox.random_raw(count)
+
+
+def _uniform(key: str, count: int) -> np.ndarray:
+    """``count`` float64 values in (0, 1], never 0, so that their logarithm is finite."""
+    return ((_words(key, count) >> np.uint64(11)) + 1).astype(np.float64) * 2.0**-53
+
+
+def _normal(key: str, k: int, n: int) -> np.ndarray:
+    """``(k, n)`` float64 standard normals by Box and Muller's transform."""
+    half = (k * n + 1) // 2
+    radius, angle = _uniform(key, 2 * half).reshape(2, half)
+    radius = np.sqrt(-2.0 * np.log(radius))
+    angle = 2.0 * np.pi * angle
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: k * n].reshape(k, n)
+
+
+def _rademacher(key: str, k: int, n: int) -> np.ndarray:
+    words = _words(key, (k * n + 63) // 64).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=k * n, bitorder="little")
+    return (bits.astype(np.float32) * 2 - 1).reshape(k, n) / np.sqrt(k)
+
+
+def _gaussian(key: str, k: int, n: int) -> np.ndarray:
+    return _normal(key, k, n) / np.sqrt(k)
+
+
+def _orthonormal(key: str, k: int, n: int) -> np.ndarray:
+    q, r = np.linalg.qr(_normal(key, k, n).T)
+    # QR fixes a column only up to its sign; the sign of r's diagonal makes the law uniform (Haar).
+    return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T * np.sqrt(n / k)
+
+
+PROJECTIONS: dict[str, Callable[[str, int, int], np.ndarray]] = {
+    "rademacher": _rademacher,
+    "gaussian": _gaussian,
+    "orthonormal": _orthonormal,
+}
+"""Kind -> ``(key, k, n) -> (k, n)`` with ``E[P^T P] = I``. The laws in the tests run for every entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionConfig:
+    """How gradients are compressed. Recorded in the store; part of the run's identity."""
+
+    layers: str = field(
+        default="mlp,attn",
+        metadata={
+            "flag": "proj_layers",
+            "help": "comma-separated parts of layers' dotted names, as whole components",
+        },
+    )
+    rank_total: int = field(
+        default=256, metadata={"flag": "proj_rank_total", "help": "most values kept per layer, k_i * k_o"}
+    )
+    rank_min: int = field(
+        default=8,
+        metadata={
+            "flag": "proj_rank_min",
+            "help": "least projected width on a side (or the side's own width)",
+        },
+    )
+    seed: int = field(default=42, metadata={"flag": "proj_seed", "help": "seed of the projection matrices"})
+    kind: str = field(
+        default="rademacher",
+        metadata={
+            "flag": "proj_kind",
+            "help": "law of the projection matrices",
+            "choices": tuple(PROJECTIONS),
+        },
+    )
+    include_embeddings: bool = field(
+        default=False,
+        metadata={"flag": "include_embeddings", "help": "project the token embedding's gradient as well"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank_total < 1:
+            raise ConfigError(f"--proj_rank_total must be at least 1, got {self.rank_total}")
+        if self.rank_min < 1:
+            raise ConfigError(f"--proj_rank_min must be at least 1, got {self.rank_min}")
+        if self.kind not in PROJECTIONS:
+            raise ConfigError(f"--proj_kind is {self.kind!r}; choose one of {sorted(PROJECTIONS)}")
+        if not self.patterns and not self.include_embeddings:
+            raise ConfigError("--proj_layers is empty; name layers, for example --proj_layers mlp,attn")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The comma-separated patterns of ``layers``, stripped, empty ones dropped."""
+        return tuple(p.strip() for p in self.layers.split(",") if p.strip())
+
+
+def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -> tuple[int, int]:
+    """Split a layer's budget of ``rank_total`` values between its two sides.
+
+    Of all ``(k_i, k_o)`` with ``k_i * k_o <= rank_total``, the one with the least
+    ``(1 + 2/k_i)(1 + 2/k_o)``, which is the relative second moment of an inner product's estimate
+    under two-sided projection; ties go to the least arithmetic, ``k_i n_i + k_o n_o``.
+
+    Args:
+        n_i: the layer's input width.
+        n_o: the layer's output width.
+        rank_total: most values kept, ``k_i * k_o``.
+        rank_min: each side keeps at least ``min(rank_min, n)`` and at most ``n``.
+
+    Returns:
+        ``(k_i, k_o)``.
+
+    Raises:
+        ConfigError: the least widths alone exceed the budget.
+    """
+    least_i, least_o = min(rank_min, n_i), min(rank_min, n_o)
+    if least_i * least_o > rank_total:
+        raise ConfigError(
+            f"--proj_rank_total {rank_total} cannot hold {least_i} x {least_o} values of a layer "
+            f"{n_i} -> {n_o} with --proj_rank_min {rank_min}: give at least --proj_rank_total {least_i * least_o}, "
+            f"or at most --proj_rank_min {int(rank_total**0.5)}"
+        )
+    candidates = [
+        (k_i, min(n_o, rank_total // k_i)) for k_i in range(least_i, min(n_i, rank_total // least_o) + 1)
+    ]
+    return min(candidates, key=lambda k: ((1 + 2 / k[0]) * (1 + 2 / k[1]), k[0] * n_i + k[1] * n_o))
+
+
+def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: int) -> Tensor:
+    """The matrix of one side of one layer, ``(k, n)`` float32 on the CPU.
+
+    It is a function of its arguments alone: other layers, ranks and torch's generators play no part.
+
+    Args:
+        kind: a key of ``PROJECTIONS``.
+        seed: ``--proj_seed``.
+        layer: the layer's dotted name in the model.
+        side: ``"i"`` (input) or ``"o"`` (output).
+        k: rows kept.
+        n: the side's width.
+    """
+    key = f"gradproj/{PROJECTION_VERSION}/{seed}/{kind}/{layer}/{side}/{k}x{n}"
+    return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))

@@ -1,0 +1,82 @@
+"""Small random models of every family, and the slow, obvious gradient to hold the engine against."""
+
+import torch
+import torch.nn.functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+VOCAB = 101
+
+_LLAMA_LIKE = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, max_position_embeddings=64, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+FAMILIES = {
+    "gpt2": ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64,
+                          bos_token_id=1, eos_token_id=1)),
+    "gpt_neox": ("gpt_neox", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                  vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=1, eos_token_id=1)),
+    "llama": ("llama", _LLAMA_LIKE),
+    "llama_tied": ("llama", {**_LLAMA_LIKE, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen2": ("qwen2", _LLAMA_LIKE),
+    "qwen3": ("qwen3", _LLAMA_LIKE),
+    "opt": ("opt", dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
+                        max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False,
+                        pad_token_id=0, bos_token_id=1, eos_token_id=2)),
+    "gemma2": ("gemma2", {**_LLAMA_LIKE, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
+                          "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_LLAMA_LIKE, "sliding_window": 8, "query_pre_attn_scalar": 8}),
+}  # fmt: skip
+"""Family -> (transformers' model type, config): tied and untied heads, grouped queries, biases or none."""
+
+
+def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
+    """A random model of about 30,000 weights, fp32, with weights far from the tiny default scale."""
+    model_type, settings = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(5)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def ragged_batch(lengths: list[int], seed: int = 1, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ``(input_ids, labels)`` with random tokens; the labels are -100 on padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((len(lengths), max(lengths)), pad)
+    labels = torch.full_like(ids, -100)
+    for n, length in enumerate(lengths):
+        ids[n, :length] = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels[n, :length] = ids[n, :length]
+    return ids, labels
+
+
+def own_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """One sample's summed cross-entropy from the model's own logits."""
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
+
+
+def projected_gradient_the_slow_way(model, engine, tokens: torch.Tensor) -> torch.Tensor:
+    """One sample alone, plain autograd, full weight gradients in float64, then both projections."""
+    flags = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(True)
+    weights = [target.module.weight for target in engine.targets]
+    gradients = torch.autograd.grad(own_loss(model, tokens), weights)
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    row = []
+    for target, gradient in zip(engine.targets, gradients, strict=True):
+        p_i, p_o = (p.double() for p in engine.projection_matrices[target.name])
+        out_by_in = gradient.double() if target.rule.type_name == "Linear" else gradient.double().T
+        row.append((p_o @ out_by_in @ p_i.T).flatten())
+    return torch.cat(row)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``|got - want| / |want|`` of a row."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
