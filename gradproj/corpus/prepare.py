@@ -1,0 +1,231 @@
+"""``python -m gradproj prepare``: documents of any input to WebDataset tars, in order, all of them or none.
+
+Reading is ``sources``, a document's content ``records``, tars and their publishing ``tarwriter``.
+The same input and settings give the same bytes.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gradproj.corpus.records import BadRecordError, PackedDocument, pack
+from gradproj.corpus.sources import Reading, check_input, input_bytes, read_records, source_kind
+from gradproj.corpus.tarwriter import DomainSpools, TarSequence, published
+from gradproj.errors import ConfigError, CorpusError
+
+MAX_DOMAINS = 2**15 - 1
+"""The store keeps a sample's domain as int16."""
+MAX_BAD_EXAMPLES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What to read and how to pack it."""
+
+    inputs: tuple[str, ...] = field(
+        metadata={
+            "help": ".jsonl, .jsonl.gz, .jsonl.zst or .parquet files, hf:NAME[@CONFIG][:SPLIT] (also a local "
+            "folder), stdlib: (this Python's own library); read in the order given"
+        }
+    )
+    output_dir: str = field(metadata={"help": "folder for the tars; new or empty"})
+    samples_per_shard: int = field(default=10_000, metadata={"help": "documents in a tar"})
+    text_field: str = field(default="text", metadata={"help": "field with the text; dots reach into objects"})
+    domain_field: str = field(
+        default="meta.pile_set_name",
+        metadata={"help": "field with the domain's name; absent means 'unknown'"},
+    )
+    group_by_domain: bool = field(
+        default=False,
+        metadata={"help": "make each domain one contiguous range of ids (takes the space twice)"},
+    )
+    on_bad_input: str = field(
+        default="error",
+        metadata={"help": "a line that cannot be used: 'error' stops, 'skip' counts and goes on"},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ConfigError("INPUT is missing: name at least one file, hf:NAME or stdlib:")
+        for location in self.inputs:
+            source_kind(location)
+        if not self.output_dir:
+            raise ConfigError("--output_dir is empty; name a folder for the tars")
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"--samples_per_shard must be at least 1, got {self.samples_per_shard}")
+        for flag, name in (("--text_field", self.text_field), ("--domain_field", self.domain_field)):
+            if not name:
+                raise ConfigError(f"{flag} is empty; name a field, with dots to reach into objects")
+        if self.on_bad_input not in ("error", "skip"):
+            raise ConfigError(f"--on_bad_input is {self.on_bad_input!r}; choose 'error' or 'skip'")
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What ``prepare`` wrote and what it left out."""
+
+    n_samples: int
+    n_bad: int
+    n_tars: int
+    domains: dict[str, int]
+    """Samples of each domain, in order of first appearance."""
+    bad_examples: tuple[str, ...]
+    """The first few reasons, with input and line."""
+
+    def summary(self) -> str:
+        """Lines for a person: counts, the largest domains, what was left out."""
+        largest = sorted(self.domains.items(), key=lambda item: -item[1])[:30]
+        lines = [f"{self.n_samples:,} documents of {len(self.domains):,} domains in {self.n_tars:,} tars"]
+        lines += [f"  {count:>12,}  {name}" for name, count in largest]
+        if len(self.domains) > len(largest):
+            lines.append(f"  and {len(self.domains) - len(largest):,} smaller domains")
+        if self.n_bad:
+            lines.append(f"{self.n_bad:,} bad inputs were left out; the first {len(self.bad_examples)}:")
+            lines += [f"  {example}" for example in self.bad_examples]
+        return "\n".join(lines)
+
+
+def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
+    """Write the inputs' documents as WebDataset tars into ``config.output_dir``.
+
+    Memory holds a few documents and a counter per domain, whatever the input's size.
+
+    Args:
+        config: what to read and how to pack it.
+        progress: show it on stderr: a bar on a terminal, else a line every 10 s.
+
+    Raises:
+        ConfigError: an input is of no known kind.
+        CorpusError: an input is missing, damaged or empty, or has a bad line; nothing is published.
+        StoreError: the output folder is not empty or cannot be written.
+    """
+    for location in config.inputs:
+        check_input(location)
+    with published(config.output_dir) as work:
+        reader = _Documents(config, progress)
+        tars = TarSequence(work / "tars", config.samples_per_shard)
+        if config.group_by_domain:
+            _write_grouped(reader, tars, work / "spools", progress)
+        else:
+            for document in reader:
+                tars.add(document.payload)
+        tars.end_tar()
+        if not tars.n_samples:
+            first = f"; the first of {reader.n_bad:,} bad inputs: {reader.bad[0]}" if reader.bad else ""
+            raise CorpusError(f"no document in {', '.join(config.inputs)}{first}")
+    return PrepareReport(tars.n_samples, reader.n_bad, tars.n_tars, reader.domains, tuple(reader.bad))
+
+
+# ---- Reading
+
+
+class _Documents:
+    """Iterates over the documents of all inputs; counts domains and bad records on the way."""
+
+    def __init__(self, config: PrepareConfig, progress: bool) -> None:
+        self.config = config
+        self.domains: dict[str, int] = {}
+        self.n_bad = 0
+        self.bad: list[str] = []
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[PackedDocument]:
+        sizes = [input_bytes(location) for location in self.config.inputs]
+        known = [size for size in sizes if size is not None]
+        total = sum(known) if len(known) == len(sizes) else None
+        before = 0
+        with _Progress("prepare", total, self._progress) as progress:
+            for location, size in zip(self.config.inputs, sizes, strict=True):
+                # The library's own records have fixed fields, whatever the other inputs call theirs.
+                fixed = location == "stdlib:"
+                text_field = "text" if fixed else self.config.text_field
+                domain_field = "meta.pile_set_name" if fixed else self.config.domain_field
+                roots = {text_field, domain_field, text_field.split(".")[0], domain_field.split(".")[0]}
+                reading = Reading(location, (*sorted(roots), "meta", "input_ids"))
+                for record in read_records(reading):
+                    try:
+                        document = pack(record, text_field, domain_field)
+                    except BadRecordError as error:
+                        self._take_bad(f"{location}, {record.place}: {error}")
+                        continue
+                    self._count(document.domain)
+                    yield document
+                    progress.step(len(document.payload), before + reading.position())
+                before += size or 0
+
+    def _take_bad(self, message: str) -> None:
+        if self.config.on_bad_input == "error":
+            raise CorpusError(f"{message}. Mend it, or leave such lines out with --on_bad_input skip")
+        self.n_bad += 1
+        if len(self.bad) < MAX_BAD_EXAMPLES:
+            self.bad.append(message)
+
+    def _count(self, domain: str) -> None:
+        if domain not in self.domains and len(self.domains) == MAX_DOMAINS:
+            few = ", ".join(repr(name) for name in list(self.domains)[:3])
+            raise CorpusError(
+                f"--domain_field {self.config.domain_field} has more than {MAX_DOMAINS:,} different values "
+                f"({few}, ...), the most a store can hold; name a field with fewer, such as a source"
+            )
+        self.domains[domain] = self.domains.get(domain, 0) + 1
+
+
+class _Progress:
+    """Documents, MB and the input's share on stderr: a bar on a terminal, else a line every 10 s."""
+
+    def __init__(self, label: str, total_bytes: int | None, enabled: bool) -> None:
+        self.label, self.total_bytes = label, total_bytes
+        self.n_samples = self.n_bytes = 0
+        terminal = enabled and sys.stderr.isatty()
+        self._bar: Any = (
+            tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, file=sys.stderr)
+            if terminal
+            else None
+        )
+        self._interval_s = 0.5 if terminal else 10.0 if enabled else float("inf")
+        self._shown_s = self._start_s = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, n_bytes: int, position: int) -> None:
+        """Count one document of ``n_bytes``; ``position`` is the bytes of the input that are behind it."""
+        self.n_samples += 1
+        self.n_bytes += n_bytes
+        now_s = time.monotonic()
+        if now_s - self._shown_s < self._interval_s:
+            return
+        self._shown_s = now_s
+        if self._bar is None:
+            share = f", {100 * position / self.total_bytes:.1f} % of the input" if self.total_bytes else ""
+            rate = self.n_samples / (now_s - self._start_s)
+            print(
+                f"{self.label}: {self._counts()}{share}, {rate:,.0f} documents/s", file=sys.stderr, flush=True
+            )
+        else:
+            self._bar.set_postfix_str(self._counts(), refresh=False)
+            self._bar.update((position if self.total_bytes else self.n_bytes) - self._bar.n)
+
+    def _counts(self) -> str:
+        return f"{self.n_samples:,} documents, {self.n_bytes / 1e6:,.1f} MB"
+
+
+def _write_grouped(reader: _Documents, tars: TarSequence, folder: Path, progress: bool) -> None:
+    spools = DomainSpools(folder)
+    for document in reader:
+        spools.add(document)
+    with _Progress("group by domain", spools.n_bytes, progress) as shown:
+        for payloads in spools.drain():
+            for payload in payloads:
+                tars.add(payload)
+                shown.step(len(payload), shown.n_bytes)
+            tars.end_tar()
