@@ -1,0 +1,108 @@
+"""Columns of a store at any sample ids: the merged arrays, and the units' records where a merge is still to come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.store.layout import COLUMNS, STATUS, StoreLayout
+from gradproj.store.mapping import Recent, damaged, map_file
+from gradproj.store.records import UnitRecord, read_record, record_name
+
+_MOST_RECORDS = 64
+
+
+class Columns:
+    """Reads parts of columns without ever loading a whole one (210 M samples)."""
+
+    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent) -> None:
+        self.layout = layout
+        self._store_path = store_path
+        self._maps = maps
+        self._records: Recent[int, UnitRecord] = Recent(_MOST_RECORDS)
+
+    def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Values at the given sample ids, in any order, and always the ``status``."""
+        blocks = ids // self.layout.column_rows
+        values = {name: self._filled(name, len(ids)) for name in {*names, "status"}}
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            for name, out in values.items():
+                chunk = self._chunk(name, int(block))
+                if chunk is not None:
+                    out[here] = chunk[ids[here] - block * self.layout.column_rows]
+        unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
+        self._overlay(values, unmerged, ids[unmerged])
+        return values
+
+    def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        """Values of the samples ``start`` to ``stop``, and always the ``status``."""
+        values = {name: self._filled(name, stop - start) for name in {*names, "status"}}
+        height = self.layout.column_rows
+        for block in range(start // height, -(-stop // height)):
+            first, last = max(start, block * height), min(stop, (block + 1) * height)
+            for name, out in values.items():
+                chunk = self._chunk(name, block)
+                if chunk is not None:
+                    out[first - start : last - start] = chunk[first - block * height : last - block * height]
+        unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
+        self._overlay(values, unmerged, start + unmerged)
+        return values
+
+    def clear(self) -> None:
+        self._records.clear()
+
+    def _filled(self, name: str, n_rows: int) -> np.ndarray:
+        dtype, fill = COLUMNS[name]
+        return np.full((n_rows, self.layout.key_bytes) if name == "key" else n_rows, fill, dtype)
+
+    def _chunk(self, name: str, block: int) -> np.ndarray | None:
+        path = self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
+
+        def load() -> np.ndarray | None:
+            data = map_file(path)
+            if data is None:
+                return None
+            shape = (
+                (self.layout.column_rows, self.layout.key_bytes)
+                if name == "key"
+                else (self.layout.column_rows,)
+            )
+            dtype = COLUMNS[name][0]
+            if len(data) != dtype.itemsize * np.prod(shape):
+                raise damaged(path, f"it has {len(data)} bytes, not those of {shape} {dtype}")
+            return np.ndarray(shape, dtype, data)
+
+        return self._maps.get(path, load)
+
+    def _overlay(self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray) -> None:
+        """Fill in, at ``positions``, what the records say of ``ids``."""
+        if not len(ids):
+            return
+        units = ids // self.layout.rows_per_shard
+        order = np.argsort(units, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(units[order])) + 1):
+            record = self._record(int(units[group[0]]))
+            if record is not None:
+                for name, out in values.items():
+                    out[positions[group]] = record.columns[name][ids[group] - record.start]
+
+    def _record(self, unit: int) -> UnitRecord | None:
+        def load() -> UnitRecord | None:
+            path = self._store_path.parent / record_name(unit)
+            try:
+                record = read_record(path)
+            except FileNotFoundError:
+                return None
+            start, stop = self.layout.unit_range(unit)
+            shapes = {name: values.shape[0] for name, values in record.columns.items()}
+            if record.start != start or shapes != dict.fromkeys(COLUMNS, stop - start):
+                raise StoreError(
+                    f"{path} is not of this store: it is of unit {record.unit} from sample {record.start}"
+                )
+            return record
+
+        return self._records.get(unit, load)

@@ -1,0 +1,228 @@
+"""What a store looks like: row encoding, shard and chunk shapes, columns, status codes. No files here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gradproj.errors import ConfigError, StoreError
+
+FORMAT_VERSION = 1
+"""Stands in the group's attributes. A reader refuses a newer one."""
+
+STORE_NAME = "projections.zarr"
+
+STATUS = {
+    "missing": 0,
+    "ok": 1,
+    "empty": 2,
+    "no_target": 3,
+    "not_selected": 4,
+    "non_finite": 5,
+    "bad_input": 6,
+    "out_of_memory": 7,
+}
+STATUS_NAMES = {code: name for name, code in STATUS.items()}
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),  # numpy has no bfloat16; these are its bits
+    "float32": np.dtype(np.float32),
+}
+
+COMPRESSORS = ("none", "blosc", "zstd")
+
+COLUMNS: dict[str, tuple[np.dtype, float]] = {
+    "loss": (np.dtype(np.float32), math.nan),
+    "n_tokens": (np.dtype(np.int32), 0),
+    "domain": (np.dtype(np.int16), -1),
+    "grad_norm": (np.dtype(np.float32), math.nan),
+    "row_scale": (np.dtype(np.float32), math.nan),
+    "tar": (np.dtype(np.int32), -1),
+    "key": (np.dtype(np.uint8), 0),
+    # Last on purpose: a block's status goes to disk after its other columns, and a row whose status is still
+    # 0 is taken from its unit's record, so a merge killed in between shows no half-written row.
+    "status": (np.dtype(np.uint8), STATUS["missing"]),
+}
+"""Column name -> (dtype, fill value). ``key`` is ``[N, key_bytes]``, the others ``[N]``."""
+
+_LARGEST_SHARD_BYTES = 512_000_000
+_LARGEST_ROWS_PER_SHARD = 4096
+_LEAST_ROWS_PER_SHARD = 16
+_LEAST_UNITS = 64
+_LARGEST_CHUNK_ROWS = 512
+_COLUMN_ROWS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How rows are stored. Recorded in the store; dtype and rows per shard are part of its identity."""
+
+    proj_dtype: str = field(
+        default="float16",
+        metadata={
+            "help": "type of the stored rows: float16 (with an exact scale per row), bfloat16 or float32"
+        },
+    )
+    compressor: str = field(
+        default="none",
+        metadata={
+            "help": "none, blosc or zstd; gradient rows shrink little and can then not be memory-mapped"
+        },
+    )
+    rows_per_shard: int = field(
+        default=0,
+        metadata={
+            "help": "rows of one shard, which is also one unit of work; 0 chooses it from the store's size"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.proj_dtype not in STORED_DTYPES:
+            raise ConfigError(
+                f"--proj_dtype is {self.proj_dtype!r}; choose one of {', '.join(STORED_DTYPES)}"
+            )
+        if self.compressor not in COMPRESSORS:
+            raise ConfigError(f"--compressor is {self.compressor!r}; choose one of {', '.join(COMPRESSORS)}")
+        if self.rows_per_shard < 0:
+            raise ConfigError(
+                f"--rows_per_shard must be at least 1, got {self.rows_per_shard} (leave it out to have it chosen)"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSlice:
+    """Where one layer's ``k_o x k_i`` row-major values lie in a row: ``[slice_start, slice_end)``."""
+
+    name: str
+    type: str
+    n_i: int
+    n_o: int
+    k_i: int
+    k_o: int
+    slice_start: int
+    slice_end: int
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Shapes of everything in a store; the same for every process that works on it."""
+
+    n_samples: int
+    dim: int
+    rows_per_shard: int
+    chunk_rows: int
+    chunk_width: int
+    proj_dtype: str
+    compressor: str
+    key_bytes: int
+    column_rows: int
+
+    @property
+    def n_units(self) -> int:
+        return -(-self.n_samples // self.rows_per_shard)
+
+    @property
+    def n_column_blocks(self) -> int:
+        return -(-self.n_samples // self.column_rows)
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """What numpy holds a stored row in; bfloat16 is held as its uint16 bits."""
+        return STORED_DTYPES[self.proj_dtype]
+
+    def unit_range(self, unit: int) -> tuple[int, int]:
+        """First sample id of a unit and the one after its last."""
+        if not 0 <= unit < self.n_units:
+            raise IndexError(f"unit {unit} of a store with {self.n_units} units")
+        start = unit * self.rows_per_shard
+        return start, min(start + self.rows_per_shard, self.n_samples)
+
+    def column_block_range(self, block: int) -> tuple[int, int]:
+        """First sample id of a block of column rows and the one after its last."""
+        if not 0 <= block < self.n_column_blocks:
+            raise IndexError(f"column block {block} of a store with {self.n_column_blocks} blocks")
+        start = block * self.column_rows
+        return start, min(start + self.column_rows, self.n_samples)
+
+    def shard_name(self, unit: int) -> str:
+        """The unit's shard file, relative to OUTPUT."""
+        return f"{STORE_NAME}/projections/c.{unit}.0"
+
+
+def choose_rows_per_shard(n_samples: int, dim: int, itemsize: int) -> int:
+    """The largest power of two <= 4096 with a shard of at most 512 MB and at least 64 shards; never below 16."""
+    rows = _LARGEST_ROWS_PER_SHARD
+    while rows > _LEAST_ROWS_PER_SHARD and (
+        rows * dim * itemsize > _LARGEST_SHARD_BYTES or n_samples < _LEAST_UNITS * rows
+    ):
+        rows //= 2
+    return rows
+
+
+def choose_chunk_width(widths: Sequence[int]) -> int:
+    """The layers' common width, else their greatest common divisor if at least 64, else the whole row."""
+    common = math.gcd(*widths)
+    if len(set(widths)) == 1 or common >= 64:
+        return common
+    return sum(widths)
+
+
+def plan_layout(n_samples: int, widths: Sequence[int], key_bytes: int, config: StoreConfig) -> StoreLayout:
+    """Lay out a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
+
+    Raises:
+        StoreError: there is nothing to store.
+    """
+    if n_samples < 1:
+        raise StoreError("there is no sample to store: the corpus is empty, or --max_samples is 0")
+    if not widths or min(widths) < 1:
+        raise StoreError(f"there is nothing to store in a row: the layers' widths are {list(widths)}")
+    dim = sum(widths)
+    itemsize = STORED_DTYPES[config.proj_dtype].itemsize
+    rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, dim, itemsize)
+    n_units = -(-n_samples // rows_per_shard)
+    return StoreLayout(
+        n_samples=n_samples,
+        dim=dim,
+        rows_per_shard=rows_per_shard,
+        chunk_rows=_choose_chunk_rows(rows_per_shard),
+        chunk_width=choose_chunk_width(widths),
+        proj_dtype=config.proj_dtype,
+        compressor=config.compressor,
+        key_bytes=max(1, key_bytes),
+        column_rows=rows_per_shard * min(n_units, max(1, _COLUMN_ROWS // rows_per_shard)),
+    )
+
+
+def _choose_chunk_rows(rows_per_shard: int) -> int:
+    # A shard must be a whole number of chunks, and a chunk of a few rows would make an index as large as data.
+    divisors = (rows for rows in range(_LARGEST_CHUNK_ROWS, 63, -1) if rows_per_shard % rows == 0)
+    return rows_per_shard if rows_per_shard <= _LARGEST_CHUNK_ROWS else next(divisors, rows_per_shard)
+
+
+def empty_columns(n_rows: int, key_bytes: int) -> dict[str, np.ndarray]:
+    """Every column for ``n_rows`` rows of which nothing is known yet (the fill values)."""
+    return {
+        name: np.full((n_rows, key_bytes) if name == "key" else n_rows, fill, dtype)
+        for name, (dtype, fill) in COLUMNS.items()
+    }
+
+
+def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
+    """WebDataset keys as UTF-8, zero-padded: ``(len(keys), key_bytes)`` uint8. A key too long is a ValueError."""
+    encoded = [key.encode() for key in keys]
+    longest = max(map(len, encoded), default=0)
+    if longest > key_bytes:
+        raise ValueError(f"a key has {longest} bytes, the store holds {key_bytes}")
+    padded = b"".join(key.ljust(key_bytes, b"\0") for key in encoded)
+    return np.frombuffer(padded, np.uint8).reshape(len(keys), key_bytes)
+
+
+def decode_key(row: np.ndarray) -> str:
+    """One row of the ``key`` column as text."""
+    return row.tobytes().rstrip(b"\0").decode()

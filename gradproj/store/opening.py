@@ -1,0 +1,85 @@
+"""Finding a store on disk and reading what it is from its own Zarr metadata, without opening any array."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gradproj.errors import StoreError
+from gradproj.store.layout import COLUMNS, FORMAT_VERSION, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout
+
+
+def find_store(path: str | Path) -> Path:
+    """The ``projections.zarr`` meant by ``path``, which is that folder or the one above it."""
+    path = Path(path)
+    for candidate in (path / STORE_NAME, path):
+        if (candidate / "zarr.json").is_file():
+            return candidate
+    if not path.exists():
+        raise StoreError(f"there is no store at {path}: no such folder")
+    raise StoreError(
+        f"{path} is not a gradproj store: it has neither zarr.json nor {STORE_NAME}/zarr.json. "
+        "Give the job's --output_dir"
+    )
+
+
+def read_attributes(store_path: Path) -> dict[str, Any]:
+    """The group's attributes, once it is known that this gradproj can read them."""
+    attributes = _read_json(store_path / "zarr.json", store_path).get("attributes", {})
+    version = attributes.get("format_version")
+    if not isinstance(version, int) or "layers" not in attributes:
+        raise StoreError(
+            f"{store_path} is a Zarr group but not a gradproj store: it has no format_version or layers"
+        )
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{store_path} has format {version}, newer than the {FORMAT_VERSION} this gradproj reads: update gradproj"
+        )
+    return attributes
+
+
+def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
+    """The attribute ``layers``; keys that a later gradproj added to them are left aside."""
+    names = LayerSlice.__dataclass_fields__
+    return [LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]]
+
+
+def read_layout(store_path: Path) -> StoreLayout:
+    """The layout as the arrays' metadata have it, whoever wrote them.
+
+    Raises:
+        StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known type.
+    """
+    rows = _read_json(store_path / "projections" / "zarr.json", store_path)
+    columns = {name: _read_json(store_path / name / "zarr.json", store_path) for name in COLUMNS}
+    sharding = rows["codecs"][0]
+    if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
+        raise StoreError(f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}")
+    n_samples, dim = rows["shape"]
+    chunk_rows, chunk_width = sharding["configuration"]["chunk_shape"]
+    return StoreLayout(
+        n_samples=n_samples,
+        dim=dim,
+        rows_per_shard=rows["chunk_grid"]["configuration"]["chunk_shape"][0],
+        chunk_rows=chunk_rows,
+        chunk_width=chunk_width,
+        proj_dtype=rows["data_type"],
+        compressor=_compressor_name(sharding["configuration"]["codecs"]),
+        key_bytes=columns["key"]["shape"][1],
+        column_rows=columns["status"]["chunk_grid"]["configuration"]["chunk_shape"][0],
+    )
+
+
+def _compressor_name(codecs: list[dict[str, Any]]) -> str:
+    others = [codec["name"] for codec in codecs if codec["name"] != "bytes"]
+    return others[0] if others else "none"
+
+
+def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise StoreError(
+            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error})"
+        ) from error

@@ -1,0 +1,296 @@
+"""``ProjectionStore``: rows, layers and samples of a store, finished or not, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+
+from gradproj.errors import StoreError
+from gradproj.store.columns import Columns
+from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
+from gradproj.store.mapping import Recent, Selection, select_values
+from gradproj.store.opening import find_store, layers_of, read_attributes, read_layout
+from gradproj.store.shards import Shards
+from gradproj.store.views import LayerView, Sample
+
+Missing = Literal["raise", "nan"]
+
+_MOST_MAPS = 64  # a store of the Pile has 51,000 shards
+_BLOCK_BYTES = 2**26
+_STATUS_ROWS = 2**20
+_NAMED_IDS = 8
+
+
+class ProjectionStore:
+    """A store on disk, read-only. ``len(store)`` is the number of samples, whether they have a row yet or not.
+
+    Units that are not merged into the columns yet are read from their records, so an unfinished store works.
+    Opening and reading never write, never list shards, and keep at most 64 files mapped.
+    """
+
+    def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
+        """Open ``OUTPUT/`` or ``OUTPUT/projections.zarr``; ``read_text(sample_id)`` gives ``samples`` its texts.
+
+        Raises:
+            StoreError: there is no store there, or a newer gradproj wrote it.
+        """
+        self.path = find_store(path)
+        self.attributes: dict[str, Any] = read_attributes(self.path)
+        self.layout = read_layout(self.path)
+        self.layers: list[LayerSlice] = layers_of(self.attributes)
+        self.domains: list[str] = list(self.attributes.get("domains", []))
+        self._read_text = read_text
+        self._maps: Recent = Recent(_MOST_MAPS)
+        self._shards = Shards(self.path, self.layout, self._maps)
+        self._columns = Columns(self.path, self.layout, self._maps)
+
+    def __len__(self) -> int:
+        return self.layout.n_samples
+
+    def __enter__(self) -> ProjectionStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self._read_text)  # a worker process opens its own maps
+
+    @property
+    def dim(self) -> int:
+        return self.layout.dim
+
+    def close(self) -> None:
+        """Let go of the mapped files. Reading again maps them again."""
+        self._maps.clear()
+        self._columns.clear()
+
+    def rows(
+        self, ids: Sequence[int] | np.ndarray, layers: Sequence[str] | None = None, missing: Missing = "raise"
+    ) -> np.ndarray:
+        """Rows of the given samples, in that order, decoded.
+
+        Args:
+            ids: sample ids; repeats are fine.
+            layers: names; their values then stand one layer after the other. Default: the whole row.
+            missing: what to do about samples that nothing was recorded of yet: ``raise``, or give NaN rows.
+                Samples that have no row for another reason (see their status) are NaN either way.
+
+        Returns:
+            ``(len(ids), D)`` float32.
+
+        Raises:
+            StoreError: an id out of range, a layer that is not there, missing samples, or a damaged file.
+        """
+        sample_ids = self._checked_ids(ids)
+        selection = self._selection(layers)
+        columns = self._columns.read(["row_scale"], sample_ids)
+        if missing == "raise":
+            self._refuse_missing(sample_ids[columns["status"] == STATUS["missing"]])
+        out = np.full((len(sample_ids), selection.width), np.nan, np.float32)
+        if _is_range(sample_ids):
+            self._read_range(sample_ids[0], selection, columns, out, missing)
+            return out
+        order = np.argsort(sample_ids, kind="stable")
+        units = sample_ids[order] // self.layout.rows_per_shard
+        for group in np.split(order, np.flatnonzero(np.diff(units)) + 1):
+            unit = int(sample_ids[group[0]] // self.layout.rows_per_shard)
+            if self._has_rows(unit, columns["status"][group], missing):
+                inside = sample_ids[group] - unit * self.layout.rows_per_shard
+                out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
+        return out
+
+    def layer(self, name: str) -> LayerView:
+        """One layer's values as an array ``(N, k_o, k_i)`` that is read where it is indexed."""
+        return LayerView(self, self._layer(name))
+
+    def scan(
+        self,
+        rows_per_block: int | None = None,
+        layers: Sequence[str] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All rows in order, a block at a time: ``(ids (n,) int64, rows (n, D) float32)``; NaN where missing.
+
+        ``rows_per_block`` is by default chosen for blocks of about 64 MB.
+        """
+        stop = len(self) if stop is None else stop
+        if not 0 <= start <= stop <= len(self):
+            raise StoreError(f"samples {start} to {stop} are out of range: {self.path} has {len(self)}")
+        selection = self._selection(layers)
+        height = rows_per_block or self._block_rows(selection.width)
+        for first in range(start, stop, height):
+            last = min(first + height, stop)
+            columns = self._columns.read_range(["row_scale"], first, last)
+            out = np.full((last - first, selection.width), np.nan, np.float32)
+            self._read_range(first, selection, columns, out, "nan")
+            yield np.arange(first, last, dtype=np.int64), out
+
+    def samples(self, ids: Sequence[int] | np.ndarray, text: bool = False) -> list[Sample]:
+        """Key, domain, loss and so on of the given samples, with their texts if asked for.
+
+        Raises:
+            StoreError: an id out of range, or texts asked of a store that was opened without ``read_text``.
+        """
+        if text and self._read_text is None:
+            raise StoreError(
+                f"{self.path} keeps no texts: open it with ProjectionStore(path, read_text=...), a function from a "
+                "sample id to its text, such as the corpus index gives"
+            )
+        sample_ids = self._checked_ids(ids)
+        columns = self._columns.read(["key", "domain", "loss", "n_tokens", "grad_norm", "tar"], sample_ids)
+        return [
+            Sample(
+                sample_id=sample_id,
+                key=decode_key(columns["key"][i]),
+                domain=self.domains[columns["domain"][i]] if columns["domain"][i] >= 0 else None,
+                loss=float(columns["loss"][i]),
+                n_tokens=int(columns["n_tokens"][i]),
+                status=STATUS_NAMES[int(columns["status"][i])],
+                grad_norm=float(columns["grad_norm"][i]),
+                tar=int(columns["tar"][i]),
+                text=self._read_text(sample_id) if text and self._read_text else None,
+            )
+            for i, sample_id in enumerate(sample_ids.tolist())
+        ]
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """One column's values for samples ``start`` to ``stop`` (default: all, which may be large)."""
+        return self._columns.read_range([name], start, len(self) if stop is None else stop)[name]
+
+    def columns_at(self, names: Sequence[str], ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Several columns' values at the given samples."""
+        values = self._columns.read(names, self._checked_ids(ids))
+        return {name: values[name] for name in names}
+
+    def missing_ranges(self) -> list[tuple[int, int]]:
+        """``[start, stop)`` of every run of samples that nothing was recorded of yet, in order."""
+        runs: list[tuple[int, int]] = []
+        for first, status in self._statuses():
+            absent = np.concatenate(([False], status == STATUS["missing"], [False]))
+            edges = np.flatnonzero(absent[1:] != absent[:-1]) + first
+            for start, stop in edges.reshape(-1, 2).tolist():
+                if runs and runs[-1][1] == start:
+                    start = runs.pop()[0]
+                runs.append((start, stop))
+        return runs
+
+    def missing(self) -> np.ndarray:
+        """Sample ids that nothing was recorded of yet, sorted int64; ``missing_ranges`` says it in less memory."""
+        ranges = [np.arange(start, stop, dtype=np.int64) for start, stop in self.missing_ranges()]
+        return np.concatenate([np.empty(0, np.int64), *ranges])
+
+    def status_counts(self) -> dict[str, int]:
+        """Number of samples of each status, by the status's name."""
+        counts = np.zeros(256, np.int64)
+        for _, status in self._statuses():
+            counts += np.bincount(status, minlength=256)
+        return {name: int(counts[code]) for name, code in STATUS.items()}
+
+    @cached_property
+    def projection_matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Each layer's ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32, as the rows were made with."""
+        flat = self.array("projection_matrices")
+        matrices, at = {}, 0
+        for layer in self.layers:
+            middle = at + layer.k_i * layer.n_i
+            end = middle + layer.k_o * layer.n_o
+            if end > len(flat):
+                raise StoreError(f"{self.path}/projection_matrices ends before those of layer {layer.name}")
+            p_i, p_o = flat[at:middle], flat[middle:end]
+            matrices[layer.name] = (p_i.reshape(layer.k_i, layer.n_i), p_o.reshape(layer.k_o, layer.n_o))
+            at = end
+        return matrices
+
+    def array(self, name: str) -> np.ndarray:
+        """A small array of the group, whole (``write_array`` adds such)."""
+        if not (self.path / name / "zarr.json").is_file():
+            raise StoreError(f"{self.path} has no array {name!r}")
+        return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
+
+    def _read_range(
+        self,
+        first: int,
+        selection: Selection,
+        columns: dict[str, np.ndarray],
+        out: np.ndarray,
+        missing: Missing,
+    ) -> None:
+        height = self.layout.rows_per_shard
+        last = int(first) + len(out)
+        for unit in range(int(first) // height, -(-last // height)):
+            start = max(int(first), unit * height)
+            here = slice(start - int(first), min(last, (unit + 1) * height) - int(first))
+            if self._has_rows(unit, columns["status"][here], missing):
+                scale = columns["row_scale"][here]
+                self._shards.read_range(unit, start - unit * height, selection, scale, out[here])
+
+    def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
+        """Whether there is a shard to read, for samples of one unit."""
+        if not status.any():
+            return False
+        path = self._shards.path(unit)
+        exists = path in self._maps or path.exists()
+        if not exists and missing == "raise" and (status == STATUS["ok"]).any():
+            raise StoreError(
+                f"rows of unit {unit} are recorded as ok but their shard {path} is gone. "
+                "Run `python -m gradproj verify` to see all damage"
+            )
+        return exists
+
+    def _refuse_missing(self, ids: np.ndarray) -> None:
+        if len(ids):
+            named = ", ".join(map(str, ids[:_NAMED_IDS].tolist())) + (
+                ", ..." if len(ids) > _NAMED_IDS else ""
+            )
+            raise StoreError(
+                f"{len(ids)} of the samples asked for are missing from {self.path}: {named}. "
+                'Let the job finish, or ask with missing="nan"'
+            )
+
+    def _checked_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        sample_ids = np.asarray(ids)
+        if sample_ids.ndim != 1 or (sample_ids.size and sample_ids.dtype.kind not in "iu"):
+            raise StoreError(
+                f"sample ids must be a list of whole numbers, got {sample_ids.dtype} {sample_ids.shape}"
+            )
+        sample_ids = sample_ids.astype(np.int64)
+        outside = sample_ids[(sample_ids < 0) | (sample_ids >= len(self))]
+        if len(outside):
+            raise StoreError(
+                f"sample {outside[0]} is out of range: {self.path} has samples 0 to {len(self) - 1}"
+            )
+        return sample_ids
+
+    def _layer(self, name: str) -> LayerSlice:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise StoreError(
+            f"{self.path} has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}"
+        )
+
+    def _selection(self, layers: Sequence[str] | None) -> Selection:
+        if layers is None:
+            return select_values(self.layout, [(0, self.dim)])
+        chosen = [self._layer(name) for name in layers]
+        return select_values(self.layout, [(layer.slice_start, layer.slice_end) for layer in chosen])
+
+    def _block_rows(self, width: int) -> int:
+        rows = max(1, _BLOCK_BYTES // (4 * max(1, width)))
+        return max(rows // self.layout.chunk_rows * self.layout.chunk_rows, min(rows, self.layout.chunk_rows))
+
+    def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
+        for first in range(0, len(self), _STATUS_ROWS):
+            last = min(first + _STATUS_ROWS, len(self))
+            yield first, self._columns.read_range([], first, last)["status"]
+
+
+def _is_range(ids: np.ndarray) -> bool:
+    return len(ids) > 1 and bool(ids[-1] - ids[0] == len(ids) - 1) and bool((np.diff(ids) == 1).all())

@@ -1,0 +1,302 @@
+"""Writing a store: its creation, the bytes of a shard, the column blocks. Each object has one owner.
+
+Shards are written by hand: dense C order, then the index with its crc32c. Any Zarr v3 reader opens them, they
+can be memory-mapped as they are, and the caller decides how the file is made durable and published.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numcodecs
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, ZstdCodec
+
+from gradproj.errors import StoreError
+from gradproj.store.bfloat16 import BFloat16
+from gradproj.store.encoding import decode_rows, encode_rows, nan_rows
+from gradproj.store.files import (
+    crc32c,
+    explain_os_errors,
+    fsync_dir,
+    replace_atomically,
+    temporary_beside,
+    write_and_replace,
+    write_file_durably,
+)
+from gradproj.store.layout import COLUMNS, FORMAT_VERSION, LayerSlice, StoreLayout
+
+__all__ = [
+    "StoreExists",
+    "create_store",
+    "decode_rows",
+    "encode_rows",
+    "pack_matrices",
+    "shard_chunks",
+    "update_attributes",
+    "write_array",
+    "write_column_block",
+]
+
+_FLAT_KEYS = {"name": "default", "separator": "."}  # "c.12.0": all shards lie in one folder
+_EMPTY_CHUNK = 2**64 - 1
+_MATRIX_CHUNK_VALUES = 2**22
+_BLOSC_LEVEL = 5
+_ZSTD_LEVEL = 3
+
+
+class StoreExists(StoreError):
+    """There is a store at this path already; perhaps another process has just made it."""
+
+
+class _Encoder(Protocol):
+    def encode(self, buf: Any) -> bytes: ...
+
+
+def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview | bytes]:
+    """The bytes of one shard file, in order, a band of inner chunks at a time.
+
+    Rows of a chunk past those given are filled with NaN; a chunk that would hold nothing else is left out, as
+    the index says. Rows inside that are missing must be NaN already.
+
+    Args:
+        stored: ``(n, D)`` with n <= rows per shard, as ``encode_rows`` gives them.
+        layout: the store's.
+
+    Raises:
+        ValueError: the shape or type is not the layout's.
+    """
+    n_rows, dim = stored.shape
+    if dim != layout.dim or n_rows > layout.rows_per_shard or stored.dtype != layout.stored_dtype:
+        raise ValueError(f"{stored.dtype} {stored.shape} is no shard of {layout}")
+    height, width = layout.chunk_rows, layout.chunk_width
+    n_across = dim // width
+    index = np.full((layout.rows_per_shard // height, n_across, 2), _EMPTY_CHUNK, "<u8")
+    encoder = _encoder(layout)
+    offset = 0
+    for band, start in enumerate(range(0, n_rows, height)):
+        rows = stored[start : start + height]
+        tiles = _band_tiles(rows, n_across, layout)
+        if encoder is None:
+            sizes = np.full(n_across, height * width * stored.itemsize, np.uint64)
+            yield tiles.view(np.uint8).reshape(-1).data
+        else:
+            encoded = [encoder.encode(tile) for tile in tiles]
+            sizes = np.array([len(chunk) for chunk in encoded], np.uint64)
+            yield from encoded
+        index[band, :, 0] = offset + np.cumsum(sizes) - sizes
+        index[band, :, 1] = sizes
+        offset += int(sizes.sum())
+    tail = index.tobytes()
+    yield tail + crc32c(tail).to_bytes(4, "little")
+
+
+def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndarray:
+    """Up to ``chunk_rows`` rows as ``(n_across, chunk_rows, chunk_width)``, one inner chunk after the other."""
+    shape = (n_across, layout.chunk_rows, layout.chunk_width)
+    whole = len(rows) == layout.chunk_rows
+    tiles = np.empty(shape, layout.stored_dtype) if whole else nan_rows(shape, layout.proj_dtype)
+    tiles[:, : len(rows)] = rows.reshape(len(rows), n_across, layout.chunk_width).transpose(1, 0, 2)
+    return tiles
+
+
+def _encoder(layout: StoreLayout) -> _Encoder | None:
+    """numcodecs' compressor with the settings of ``_zarr_compressors``."""
+    if layout.compressor == "blosc":
+        typesize = layout.stored_dtype.itemsize
+        shuffle = numcodecs.Blosc.SHUFFLE
+        return numcodecs.Blosc(cname="zstd", clevel=_BLOSC_LEVEL, shuffle=shuffle, typesize=typesize)
+    if layout.compressor == "zstd":
+        return numcodecs.Zstd(level=_ZSTD_LEVEL)
+    return None
+
+
+def _zarr_compressors(layout: StoreLayout) -> tuple[BloscCodec | ZstdCodec, ...] | None:
+    if layout.compressor == "blosc":
+        typesize = layout.stored_dtype.itemsize
+        return (BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle", typesize=typesize),)
+    if layout.compressor == "zstd":
+        return (ZstdCodec(level=_ZSTD_LEVEL),)
+    return None
+
+
+def create_store(
+    path: Path, layout: StoreLayout, attributes: Mapping[str, Any], matrices: np.ndarray
+) -> None:
+    """Make the whole Zarr group, empty of rows, and publish it by one rename.
+
+    Args:
+        path: the ``projections.zarr`` to be; its parent exists.
+        layout: the shapes, types and compressor of its arrays.
+        attributes: JSON, no NaN; the reader needs ``layers`` (dicts of ``LayerSlice``) and ``domains`` (names).
+        matrices: every layer's ``P_i`` then ``P_o``, flat float32, as ``pack_matrices`` gives them.
+
+    Raises:
+        StoreExists: there is one already, or another process published one meanwhile.
+        StoreError: the disk is full, read-only or not the user's.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise StoreExists(f"{path} exists already")
+    attributes = {"format_version": FORMAT_VERSION} | dict(attributes)
+    json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail before anything is made
+    tmp_path = temporary_beside(path)
+    try:
+        with explain_os_errors(path):
+            tmp_path.mkdir()
+            _fill_group(tmp_path, layout, attributes, matrices)
+            _fsync_tree(tmp_path)
+            try:
+                os.rename(tmp_path, path)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+                raise StoreExists(f"{path} exists already: another process has just made it") from error
+            fsync_dir(path.parent)
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)  # gone already when it was published
+
+
+def _fill_group(path: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray) -> None:
+    group = zarr.create_group(str(path), attributes=attributes)
+    group.create_array(
+        "projections",
+        shape=(layout.n_samples, layout.dim),
+        dtype=BFloat16() if layout.proj_dtype == "bfloat16" else layout.proj_dtype,
+        shards=(layout.rows_per_shard, layout.dim),
+        chunks=(layout.chunk_rows, layout.chunk_width),
+        compressors=_zarr_compressors(layout),
+        fill_value=float("nan"),
+        chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
+        dimension_names=("sample", "value"),
+    )
+    for name, (dtype, fill) in COLUMNS.items():
+        extra = (layout.key_bytes,) if name == "key" else ()
+        group.create_array(
+            name,
+            shape=(layout.n_samples, *extra),
+            dtype=dtype,
+            chunks=(layout.column_rows, *extra),
+            compressors=None,
+            fill_value=fill,
+            chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
+            dimension_names=("sample", "byte") if extra else ("sample",),
+        )
+    _add_array(group, "projection_matrices", matrices.astype(np.float32, copy=False))
+
+
+def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
+    """A small array, chunked along its first axis."""
+    inner = tuple(max(1, n) for n in values.shape[1:])
+    chunks = (max(1, min(len(values), _MATRIX_CHUNK_VALUES // math.prod(inner))), *inner)
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        dtype=values.dtype,
+        chunks=chunks,
+        compressors=None,
+        chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
+    )
+    if values.size:
+        array[...] = values
+
+
+def write_array(store_path: Path, name: str, values: np.ndarray) -> None:
+    """Add a small array of 1 or more axes to the group (sums of covariances, say), or replace it.
+
+    Whoever writes must be the only one; a reader sees the old array, the new one or, for an instant while one
+    is being replaced, none.
+    """
+    store_path = Path(store_path)
+    tmp_path = temporary_beside(store_path.parent / name)
+    old_path = temporary_beside(store_path.parent / name)
+    final_path = store_path / name
+    try:
+        with explain_os_errors(final_path):
+            tmp_path.mkdir()
+            _add_array(zarr.create_group(str(tmp_path)), name, values)
+            _fsync_tree(tmp_path)
+            if final_path.exists():
+                os.rename(final_path, old_path)
+            os.rename(tmp_path / name, final_path)
+            fsync_dir(store_path)
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        shutil.rmtree(old_path, ignore_errors=True)
+
+
+def pack_matrices(
+    layers: list[LayerSlice], matrices: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Every layer's ``P_i (k_i, n_i)`` then ``P_o (k_o, n_o)``, in the layers' order, flat float32."""
+    parts = [np.empty(0, np.float32)]
+    for layer in layers:
+        p_i, p_o = matrices[layer.name]
+        if p_i.shape != (layer.k_i, layer.n_i) or p_o.shape != (layer.k_o, layer.n_o):
+            raise ValueError(f"matrices of {layer.name} are {p_i.shape} and {p_o.shape}, but it is {layer}")
+        parts += [np.asarray(p_i, np.float32).reshape(-1), np.asarray(p_o, np.float32).reshape(-1)]
+    return np.concatenate(parts)
+
+
+def write_column_block(
+    store_path: Path, layout: StoreLayout, block: int, columns: Mapping[str, np.ndarray]
+) -> None:
+    """Replace whole chunk objects of some or all columns: rows ``layout.column_block_range(block)``.
+
+    Each object is written aside, flushed and renamed. ``status`` goes last, since a row counts as merged once
+    its status is not 0.
+
+    ``columns`` holds, by column name, values of every row of the block in that column's type.
+
+    Raises:
+        ValueError: an unknown column, or values of another shape or type.
+    """
+    start, stop = layout.column_block_range(block)
+    unknown = set(columns) - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"no such columns: {sorted(unknown)}")
+    for name in (name for name in COLUMNS if name in columns):
+        values = columns[name]
+        dtype, fill = COLUMNS[name]
+        shape = (stop - start, layout.key_bytes) if name == "key" else (stop - start,)
+        if values.dtype != dtype or values.shape != shape:
+            raise ValueError(
+                f"column {name} of block {block} is {values.dtype} {values.shape}, not {dtype} {shape}"
+            )
+        chunk = np.full((layout.column_rows, *shape[1:]), fill, dtype)  # Zarr keeps edge chunks at full size
+        chunk[: stop - start] = values
+        chunk_name = f"c.{block}.0" if name == "key" else f"c.{block}"
+        write_and_replace(Path(store_path) / name / chunk_name, [chunk.view(np.uint8).reshape(-1).data])
+
+
+def update_attributes(store_path: Path, changes: Mapping[str, Any]) -> None:
+    """Set attributes of the group, keeping the others; the metadata file is replaced atomically.
+
+    Only one process may do so at a time. Values are JSON without NaN (ValueError).
+    """
+    path = Path(store_path) / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
+    text = json.dumps(metadata, indent=2, allow_nan=False)
+    tmp_path = temporary_beside(path)
+    write_file_durably(tmp_path, [text.encode()])
+    replace_atomically(tmp_path, path)
+
+
+def _fsync_tree(path: Path) -> None:
+    for folder, _, names in os.walk(path):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(folder)

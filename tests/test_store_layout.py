@@ -1,0 +1,110 @@
+"""Laws of a store's layout: shard size, chunk shape, units, keys."""
+
+import pytest
+
+from gradproj.errors import ConfigError, StoreError
+from gradproj.store.layout import (
+    COLUMNS,
+    STATUS,
+    StoreConfig,
+    choose_chunk_width,
+    choose_rows_per_shard,
+    decode_key,
+    empty_columns,
+    encode_keys,
+    plan_layout,
+)
+
+MB = 10**6
+
+
+@pytest.mark.parametrize("n_samples", [1, 15, 1_000, 5_000, 100_000, 210_000_000])
+@pytest.mark.parametrize("dim", [1, 12_288, 36_864, 500_000, 10**8])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(n_samples, dim, itemsize):
+    def fits(rows):
+        return rows <= 4096 and rows * dim * itemsize <= 512 * MB and n_samples / rows >= 64
+
+    want = max([rows for rows in (2**e for e in range(20)) if fits(rows)], default=0)
+    assert choose_rows_per_shard(n_samples, dim, itemsize) == max(want, 16)
+
+
+@pytest.mark.parametrize(
+    ("widths", "want"),
+    [([256, 256, 256], 256), ([10, 10], 10), ([256, 128], 128), ([96, 64], 160), ([7], 7), ([256, 320], 64)],
+)
+def test_chunk_width_is_common_else_a_divisor_of_at_least_64_else_the_row(widths, want):
+    assert choose_chunk_width(widths) == want
+    assert sum(widths) % want == 0
+
+
+@pytest.mark.parametrize("rows_per_shard", [1, 2, 500, 512, 513, 1_000, 1_009, 4_096, 3_000_000])
+def test_a_shard_is_a_whole_number_of_chunks_and_a_column_chunk_of_shards(rows_per_shard):
+    layout = plan_layout(5_000, [256] * 3, 9, StoreConfig(rows_per_shard=rows_per_shard))
+    assert layout.rows_per_shard == rows_per_shard
+    assert rows_per_shard % layout.chunk_rows == 0
+    assert layout.chunk_rows == rows_per_shard or 64 <= layout.chunk_rows <= 512
+    assert layout.column_rows % rows_per_shard == 0
+    assert layout.column_rows < 5_000 + rows_per_shard
+
+
+def test_columns_of_a_large_store_are_cut_into_chunks_of_a_million_rows():
+    layout = plan_layout(210_000_000, [256] * 48, 20, StoreConfig())
+    assert layout.rows_per_shard == 4096
+    assert layout.column_rows == 2**20
+    assert layout.column_block_range(layout.n_column_blocks - 1)[1] == 210_000_000
+    assert layout.n_units == 51_270
+
+
+@pytest.mark.parametrize("n_samples", [1, 16, 17, 100])
+def test_units_cover_every_sample_once(n_samples):
+    layout = plan_layout(n_samples, [4], 1, StoreConfig(rows_per_shard=16))
+    ids = [i for unit in range(layout.n_units) for i in range(*layout.unit_range(unit))]
+    assert ids == list(range(n_samples))
+    with pytest.raises(IndexError):
+        layout.unit_range(layout.n_units)
+    with pytest.raises(IndexError):
+        layout.column_block_range(layout.n_column_blocks)
+
+
+def test_shard_names_lie_flat_in_one_folder():
+    layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
+    assert layout.shard_name(3) == "projections.zarr/projections/c.3.0"
+
+
+def test_keys_of_any_script_come_back_from_bytes():
+    keys = ["a", "", "日本", "x" * 12]
+    encoded = encode_keys(keys, 12)
+    assert encoded.shape == (4, 12)
+    assert [decode_key(row) for row in encoded] == keys
+    with pytest.raises(ValueError, match="13 bytes"):
+        encode_keys(["x" * 13], 12)
+    assert encode_keys([], 5).shape == (0, 5)
+
+
+def test_empty_columns_hold_the_fill_of_every_column():
+    columns = empty_columns(3, 7)
+    assert list(columns) == list(COLUMNS)
+    assert columns["key"].shape == (3, 7)
+    assert (columns["status"] == STATUS["missing"]).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"proj_dtype": "float64"}, r"--proj_dtype is 'float64'; choose one of float16, bfloat16, float32"),
+        ({"compressor": "lz4"}, r"--compressor is 'lz4'; choose one of none, blosc, zstd"),
+        ({"rows_per_shard": -3}, r"--rows_per_shard must be at least 1, got -3"),
+    ],
+)
+def test_a_wrong_setting_names_its_flag_and_the_choices(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        StoreConfig(**wrong)
+
+
+def test_a_store_of_nothing_is_refused():
+    with pytest.raises(StoreError, match="no sample to store"):
+        plan_layout(0, [4], 1, StoreConfig())
+    with pytest.raises(StoreError, match="nothing to store in a row"):
+        plan_layout(3, [], 1, StoreConfig())
+    assert plan_layout(3, [4], 0, StoreConfig()).key_bytes == 1
