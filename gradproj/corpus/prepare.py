@@ -21,6 +21,7 @@ from gradproj.errors import ConfigError, CorpusError
 MAX_DOMAINS = 2**15 - 1
 """The store keeps a sample's domain as int16."""
 MAX_BAD_EXAMPLES = 10
+BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,7 @@ class _Documents:
 
 
 class _Progress:
-    """Documents, MB and the input's share on stderr: a bar on a terminal, else a line every 10 s."""
+    """Documents, MB and the share done on stderr: a bar on a terminal, else a line every 10 s."""
 
     def __init__(self, label: str, total_bytes: int | None, enabled: bool) -> None:
         self.label, self.total_bytes = label, total_bytes
@@ -187,7 +188,7 @@ class _Progress:
             if terminal
             else None
         )
-        self._interval_s = 0.5 if terminal else 10.0 if enabled else float("inf")
+        self._interval_s = BAR_INTERVAL_S if terminal else PLAIN_INTERVAL_S if enabled else float("inf")
         self._shown_s = self._start_s = time.monotonic()
 
     def __enter__(self) -> "_Progress":
@@ -206,7 +207,7 @@ class _Progress:
             return
         self._shown_s = now_s
         if self._bar is None:
-            share = f", {100 * position / self.total_bytes:.1f} % of the input" if self.total_bytes else ""
+            share = f", {100 * position / self.total_bytes:.1f} % done" if self.total_bytes else ""
             rate = self.n_samples / (now_s - self._start_s)
             print(
                 f"{self.label}: {self._counts()}{share}, {rate:,.0f} documents/s", file=sys.stderr, flush=True
@@ -227,5 +228,5 @@ def _write_grouped(reader: _Documents, tars: TarSequence, folder: Path, progress
         for payloads in spools.drain():
             for payload in payloads:
                 tars.add(payload)
-                shown.step(len(payload), shown.n_bytes)
+                shown.step(len(payload), shown.n_bytes + len(payload))
             tars.end_tar()

@@ -192,11 +192,15 @@ def _decode_json(line: bytes, place: str) -> Record:
 def _decode_json_slowly(line: bytes, place: str) -> Record:
     """json explains better than msgspec, and takes NaN and lone surrogates, which ``pack`` judges."""
     try:
-        return Record(place, json.loads(line.decode("utf-8")))
+        return Record(place, json.loads(line.rstrip(b"\r\n").decode("utf-8")))
     except UnicodeDecodeError as error:
         return Record(place, problem=f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})")
     except RecursionError:
         return Record(place, problem="JSON nested too deeply")
+    except json.JSONDecodeError as error:
+        return Record(
+            place, problem=f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})"
+        )
     except ValueError as error:
         return Record(place, problem=f"not valid JSON ({error})")
 
