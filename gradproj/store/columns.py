@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,15 @@ from gradproj.store.mapping import Recent, damaged, map_file
 from gradproj.store.records import UnitRecord, read_record, record_name
 
 _MOST_RECORDS = 64
+
+
+def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Each unit among the ids, ascending, with the positions in ``ids`` of its samples, by ascending id."""
+    order = np.argsort(ids, kind="stable")
+    units = ids[order] // rows_per_shard
+    for group in np.split(order, np.flatnonzero(np.diff(units)) + 1):
+        if len(group):  # of no ids, one empty group comes out
+            yield int(ids[group[0]] // rows_per_shard), group
 
 
 class Columns:
@@ -80,12 +89,8 @@ class Columns:
 
     def _overlay(self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray) -> None:
         """Fill in, at ``positions``, what the records say of ``ids``."""
-        if not len(ids):
-            return
-        units = ids // self.layout.rows_per_shard
-        order = np.argsort(units, kind="stable")
-        for group in np.split(order, np.flatnonzero(np.diff(units[order])) + 1):
-            record = self._record(int(units[group[0]]))
+        for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
+            record = self._record(unit)
             if record is not None:
                 for name, out in values.items():
                     out[positions[group]] = record.columns[name][ids[group] - record.start]

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.store.encoding import decode_into, nan_rows
+from gradproj.store.encoding import VALUES_PER_STEP, decode_into, nan_rows
 from gradproj.store.files import crc32c
 from gradproj.store.layout import StoreLayout
 
@@ -68,8 +68,9 @@ def damaged(path: Path, what: str) -> StoreError:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which values of a row are wanted, as pieces of the store's column of chunks."""
+    """Which values of a row are wanted: as ranges, and as the parts of the chunks across that hold them."""
 
+    ranges: list[tuple[int, int]]
     width: int
     pieces: list[tuple[np.ndarray, int, int]]
     """(chunk numbers across, first, one past the last value inside each)."""
@@ -86,7 +87,7 @@ def select_values(layout: StoreLayout, ranges: list[tuple[int, int]]) -> Selecti
                 pieces[-1] = (np.append(pieces[-1][0], chunk), 0, width)
             else:
                 pieces.append((np.array([chunk]), first, last))
-    return Selection(sum(end - start for start, end in ranges), pieces)
+    return Selection(ranges, sum(end - start for start, end in ranges), pieces)
 
 
 class MappedShard:
@@ -142,7 +143,10 @@ class MappedShard:
         # Without this advice each of a row's pages brings its neighbours from the disk: 30 times the bytes.
         self._advise(mmap.MADV_RANDOM)
         out = np.empty((len(rows), selection.width), np.float32)
-        self._gather(rows, selection, row_scale, out)
+        step = max(1, VALUES_PER_STEP // max(1, selection.width))
+        for at in range(0, len(rows), step):
+            part = slice(at, at + step)
+            self._gather(rows[part], selection, row_scale[part], out[part])
         return out
 
     def _decode_tiles(

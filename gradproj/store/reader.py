@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from gradproj.errors import StoreError
-from gradproj.store.columns import Columns
+from gradproj.store.columns import Columns, group_by_unit
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
 from gradproj.store.mapping import Recent, Selection, select_values
 from gradproj.store.opening import find_store, layers_of, read_attributes, read_layout
@@ -22,7 +22,7 @@ Missing = Literal["raise", "nan"]
 
 _MOST_MAPS = 64  # a store of the Pile has 51,000 shards
 _BLOCK_BYTES = 2**26
-_STATUS_ROWS = 2**20
+_STATUS_ROWS = 2**18
 _NAMED_IDS = 8
 
 
@@ -94,12 +94,9 @@ class ProjectionStore:
             self._refuse_missing(sample_ids[columns["status"] == STATUS["missing"]])
         out = np.full((len(sample_ids), selection.width), np.nan, np.float32)
         if _is_range(sample_ids):
-            self._read_range(sample_ids[0], selection, columns, out, missing)
+            self._read_range(int(sample_ids[0]), selection, columns, out, missing)
             return out
-        order = np.argsort(sample_ids, kind="stable")
-        units = sample_ids[order] // self.layout.rows_per_shard
-        for group in np.split(order, np.flatnonzero(np.diff(units)) + 1):
-            unit = int(sample_ids[group[0]] // self.layout.rows_per_shard)
+        for unit, group in group_by_unit(sample_ids, self.layout.rows_per_shard):
             if self._has_rows(unit, columns["status"][group], missing):
                 inside = sample_ids[group] - unit * self.layout.rows_per_shard
                 out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
@@ -223,10 +220,10 @@ class ProjectionStore:
         missing: Missing,
     ) -> None:
         height = self.layout.rows_per_shard
-        last = int(first) + len(out)
-        for unit in range(int(first) // height, -(-last // height)):
-            start = max(int(first), unit * height)
-            here = slice(start - int(first), min(last, (unit + 1) * height) - int(first))
+        last = first + len(out)
+        for unit in range(first // height, -(-last // height)):
+            start = max(first, unit * height)
+            here = slice(start - first, min(last, (unit + 1) * height) - first)
             if self._has_rows(unit, columns["status"][here], missing):
                 scale = columns["row_scale"][here]
                 self._shards.read_range(unit, start - unit * height, selection, scale, out[here])

@@ -69,12 +69,8 @@ class Shards:
     def _read_with_zarr(self, rows: slice | np.ndarray, selection: Selection) -> np.ndarray:
         if self._array is None:
             self._array = zarr.open_array(str(self._folder), mode="r")
-        parts = []
         try:
-            for chunks, first, last in selection.pieces:
-                start = int(chunks[0]) * self.layout.chunk_width
-                stop = int(chunks[-1]) * self.layout.chunk_width
-                parts.append(self._array.oindex[rows, slice(start + first, stop + last)])
+            parts = [self._array.oindex[rows, slice(*wanted)] for wanted in selection.ranges]
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"cannot decode rows of {self._folder}: {error}. Run `python -m gradproj verify`"
