@@ -1,0 +1,335 @@
+"""The frozen corpus index: which tar, and which byte of it, a sample id is.
+
+A sample's id is its tar's start id plus its position in the tar. The index is built once, from one pass over every
+tar (``tarscan``), and kept as one JSON file; ``corpus.json`` beside the tars unless told otherwise.
+"""
+
+import base64
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from gradproj.corpus.indexfile import publish
+from gradproj.corpus.scanpool import scan_tars
+from gradproj.corpus.tarlist import default_index_path, list_tars, some
+from gradproj.corpus.tarscan import MAX_DOMAINS, SAMPLES_PER_BLOCK, TarFacts
+from gradproj.errors import CorpusError
+
+__all__ = [
+    "SAMPLES_PER_BLOCK",
+    "CorpusIndex",
+    "Tar",
+    "build_index",
+    "check_unchanged",
+    "default_index_path",
+    "list_tars",
+    "load_index",
+    "save_index",
+]
+
+FORMAT = "gradproj corpus index"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tar:
+    """One tar of the corpus as it was when it was indexed; arrays are kept as base64 text."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    mtime_ns: int
+    n_samples: int
+    start_id: int
+    digest: str
+    domain_counts: dict[str, int]
+    longest_key_bytes: int
+    largest_member_bytes: int
+    block_offsets_base64: str
+    block_key_crcs_base64: str
+
+    @property
+    def block_offsets(self) -> NDArray[np.int64]:
+        """The byte offset of every 64th sample's first header, its long-name and pax headers included."""
+        return np.frombuffer(base64.b64decode(self.block_offsets_base64), "<i8")
+
+    @property
+    def block_key_crcs(self) -> NDArray[np.uint32]:
+        """The crc32 of each block's keys, joined by newlines."""
+        return np.frombuffer(base64.b64decode(self.block_key_crcs_base64), "<u4")
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """All tars of a corpus in order.
+
+    ``domains`` are the sorted names of all domains; a sample without one is of the domain "unknown".
+    ``fingerprint`` is a hash of the tars' names, sizes, contents and counts, not of their folder or times, so that a
+    copied corpus is the same corpus.
+    """
+
+    tars: tuple[Tar, ...]
+    domain_field: str
+    domains: tuple[str, ...]
+    n_samples: int
+    longest_key_bytes: int
+    fingerprint: str
+
+    @cached_property
+    def _stop_ids(self) -> NDArray[np.int64]:
+        return np.cumsum([tar.n_samples for tar in self.tars], dtype=np.int64)
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """The number of a sample's tar in ``tars`` and its position in that tar."""
+        if not 0 <= sample_id < self.n_samples:
+            raise CorpusError(
+                f"sample id {sample_id} is not in this corpus, whose ids are 0 to {self.n_samples - 1}"
+            )
+        number = int(np.searchsorted(self._stop_ids, sample_id, side="right"))
+        return number, sample_id - self.tars[number].start_id
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where ids ``start`` to ``stop`` (not included) lie: tar number, first position, stop position."""
+        if not 0 <= start <= stop <= self.n_samples:
+            raise CorpusError(
+                f"sample ids {start} to {stop} are not in this corpus of {self.n_samples} samples"
+            )
+        while start < stop:
+            number, first = self.locate(start)
+            upto = min(stop - self.tars[number].start_id, self.tars[number].n_samples)
+            yield number, first, upto
+            start += upto - first
+
+    def domain_counts(self) -> dict[str, int]:
+        """Samples per domain, in the order of ``domains``."""
+        total: Counter[str] = Counter()
+        for tar in self.tars:
+            total.update(tar.domain_counts)
+        return {domain: total[domain] for domain in self.domains}
+
+    def relocated(self, paths: Sequence[Path]) -> "CorpusIndex":
+        """The same corpus, found at these paths.
+
+        A tar at a new path is taken to be the one indexed if name and size agree; its new time is noted (the stream
+        still checks its keys). A tar at its old path keeps the time it was indexed with.
+
+        Raises:
+            CorpusError: other tars, other sizes or another order; lists the differences.
+        """
+        wrong = [] if len(paths) == len(self.tars) else [f"{len(paths)} tars, the index has {len(self.tars)}"]
+        moved = []
+        for number, (tar, path) in enumerate(zip(self.tars, map(Path, paths), strict=False)):
+            if path == tar.path:
+                moved.append(tar)
+                continue
+            found = _stat(path)
+            if path.name != tar.name:
+                wrong.append(f"tar {number} is {path.name}, the index has {tar.name}")
+            elif found.st_size != tar.size_bytes:
+                wrong.append(f"{path.name} has {found.st_size:,} bytes, the index has {tar.size_bytes:,}")
+            moved.append(replace(tar, path=path, mtime_ns=found.st_mtime_ns))
+        if wrong:
+            raise CorpusError(
+                f"--shards names another corpus than the index: {some(wrong, 'difference')}. Name the same tars, or "
+                "index these with: python -m gradproj index"
+            )
+        return replace(self, tars=tuple(moved))
+
+
+def build_index(
+    paths: Sequence[Path],
+    *,
+    domain_field: str = "meta.pile_set_name",
+    processes: int | None = None,
+    progress: bool = True,
+) -> CorpusIndex:
+    """Scan every tar once and number its samples, in the order of ``paths``.
+
+    Args:
+        paths: the tars, as :func:`list_tars` gives them.
+        domain_field: dotted path of the field of ``{key}.json`` that names a sample's domain.
+        processes: how many scan at once; by default one per CPU of this process, and none beside this one where there
+            are less than 256 MB to read.
+        progress: show a bar on standard error.
+
+    Raises:
+        CorpusError: a tar is damaged, unreadable or changes meanwhile; names every such tar (up to 20).
+    """
+    if not paths:
+        raise CorpusError("there is no tar to index")
+    paths = [Path(os.path.abspath(path)) for path in paths]
+    before = [_stat(path) for path in paths]
+    sizes = [stat.st_size for stat in before]
+    tars: list[Tar] = []
+    start_id = 0
+    for path, stat, facts in zip(
+        paths, before, scan_tars(paths, sizes, domain_field, processes, progress), strict=True
+    ):
+        tars.append(_tar(path, stat, facts, start_id))
+        check_unchanged(tars[-1])
+        start_id += facts.n_samples
+    return _index(tuple(tars), domain_field)
+
+
+def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Tar:
+    return Tar(
+        name=path.name,
+        path=path,
+        size_bytes=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        n_samples=facts.n_samples,
+        start_id=start_id,
+        digest=facts.digest,
+        domain_counts=facts.domain_counts,
+        longest_key_bytes=facts.longest_key_bytes,
+        largest_member_bytes=facts.largest_member_bytes,
+        block_offsets_base64=base64.b64encode(np.array(facts.block_offsets, "<i8").tobytes()).decode(),
+        block_key_crcs_base64=base64.b64encode(np.array(facts.block_key_crcs, "<u4").tobytes()).decode(),
+    )
+
+
+def _index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
+    domains = tuple(sorted({domain for tar in tars for domain in tar.domain_counts}))
+    if len(domains) > MAX_DOMAINS:
+        raise CorpusError(
+            f"the field {domain_field} has {len(domains):,} different values, more than the {MAX_DOMAINS:,} domains "
+            "that a store can number; give --domain_field a field that names a domain"
+        )
+    facts = [
+        [tar.name, tar.size_bytes, tar.n_samples, tar.digest, sorted(tar.domain_counts.items())]
+        for tar in tars
+    ]
+    return CorpusIndex(
+        tars=tars,
+        domain_field=domain_field,
+        domains=domains,
+        n_samples=sum(tar.n_samples for tar in tars),
+        longest_key_bytes=max((tar.longest_key_bytes for tar in tars), default=0),
+        fingerprint=blake2b(msgspec.json.encode([domain_field, facts]), digest_size=16).hexdigest(),
+    )
+
+
+def check_unchanged(tar: Tar) -> None:
+    """Check that a tar has the size and the modification time it was indexed with.
+
+    Raises:
+        CorpusError: it is missing or differs; says in what, and the way out.
+    """
+    found = _stat(tar.path)
+    changes = []
+    if found.st_size != tar.size_bytes:
+        changes.append(f"it has {found.st_size:,} bytes, the index says {tar.size_bytes:,}")
+    if found.st_mtime_ns != tar.mtime_ns:
+        changes.append(
+            f"it was modified at {_seconds(found.st_mtime_ns)}, the index says {_seconds(tar.mtime_ns)}"
+        )
+    if changes:
+        raise CorpusError(
+            f"{tar.path}: changed since it was indexed: {'; '.join(changes)}. Run `python -m gradproj index` again: if "
+            "it was only touched or copied, the corpus keeps its fingerprint and a job can go on"
+        )
+
+
+def _seconds(time_ns: int) -> str:
+    return f"{time_ns // 10**9}.{time_ns % 10**9:09d} s"
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise CorpusError(
+            f"{path}: the tar cannot be read: {error.strerror}; put it back, or mend --shards"
+        ) from error
+
+
+class _Envelope(msgspec.Struct):
+    """The file's outer part, which every version has."""
+
+    format: str
+    format_version: int
+    checksum: str
+    index: msgspec.Raw
+
+
+class _Body(msgspec.Struct):
+    domain_field: str
+    fingerprint: str
+    tars: list[Tar]
+
+
+def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
+    """Write the index as one file, whole or not at all, and return the index that stands there.
+
+    Of several builders one wins; the others get the winner's index. ``replace_existing`` puts this one in the place of
+    any other, as `python -m gradproj index` does. Tars under the file's folder are named relative to it, so that the
+    folder can move.
+
+    Raises:
+        CorpusError: the index that was there already is of another corpus, or the folder cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    folder = path.parent
+    tars = [
+        replace(tar, path=tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path)
+        for tar in index.tars
+    ]
+    body = msgspec.json.encode(_Body(index.domain_field, index.fingerprint, tars), enc_hook=str)
+    envelope = _Envelope(FORMAT, FORMAT_VERSION, _checksum(body), msgspec.Raw(body))
+    if publish(path, msgspec.json.encode(envelope), replace_existing):
+        return index
+    winner = load_index(path)
+    if winner.fingerprint != index.fingerprint:
+        raise CorpusError(
+            f"{path}: is the index of another corpus: {len(winner.tars)} tars, {winner.n_samples:,} samples, field "
+            f"{winner.domain_field}; these are {len(index.tars)} tars, {index.n_samples:,} samples, field "
+            f"{index.domain_field}. Name another path for the index, or replace it with: python -m gradproj index"
+        )
+    return winner
+
+
+def load_index(path: Path) -> CorpusIndex:
+    """Read an index file; a newer format, a torn or changed file and any other file are a CorpusError."""
+    path = Path(os.path.abspath(path))
+    again = "Make it again with: python -m gradproj index"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path}: the corpus index cannot be read: {error.strerror}. {again}") from error
+    try:
+        envelope = msgspec.json.decode(raw, type=_Envelope)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        kind = "a torn corpus index" if FORMAT.encode() in raw[:100] else "not a corpus index"
+        raise CorpusError(f"{path}: {kind} ({error}). {again}") from error
+    if envelope.format != FORMAT:
+        raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {again}")
+    if envelope.format_version != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path}: a corpus index of format version {envelope.format_version}; this gradproj reads version "
+            f"{FORMAT_VERSION}. Use the gradproj that made it, or make it again with: python -m gradproj index"
+        )
+    body_bytes = bytes(envelope.index)
+    if _checksum(body_bytes) != envelope.checksum:
+        raise CorpusError(f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}")
+    body = msgspec.json.decode(body_bytes, type=_Body, dec_hook=_decode_path)
+    index = _index(tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field)
+    if index.fingerprint != body.fingerprint:
+        raise CorpusError(f"{path}: the corpus index's fingerprint is not that of its tars. {again}")
+    return index
+
+
+def _decode_path(kind: type, value: Any) -> Path:
+    return kind(value)
+
+
+def _checksum(body: bytes) -> str:
+    return blake2b(body, digest_size=16).hexdigest()

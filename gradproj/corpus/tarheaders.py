@@ -1,0 +1,251 @@
+"""A tar's headers, every one checked: names, sizes and types as the standard library's ``tarfile`` reads them.
+
+``tarfile`` (and so webdataset) takes the first header it cannot read for the end of the archive. Here any damage is
+an error that names the tar, the byte and the kind.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gradproj.errors import CorpusError
+
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+# A tar is padded with zeros to a whole record (10 KiB unless tar was told otherwise). Much more than that is what a
+# crash or an interrupted copy leaves: a file of the right length whose end was never written.
+_MAX_PADDING = 2**20
+_CHUNK = 2**20
+
+_EXTENSIONS = b"LKxXg"
+_REGULAR = b"\x00" + b"07"
+_WITHOUT_DATA = b"123456"
+"""Links, devices, folders and pipes: tarfile reads no data after them, whatever their size field says."""
+
+_PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
+_COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"))
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; ``start`` is its first header, long-name and pax headers included."""
+
+    start: int
+    name: str
+    payload: int
+    n_bytes: int
+
+
+class TarBytes:
+    """A tar as a sequence of bytes to slice; one loaded stretch of it is served from memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self._n_bytes = os.fstat(self._file.fileno()).st_size
+        self._first = 0
+        self._loaded = b""
+
+    def __enter__(self) -> "TarBytes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return self._n_bytes
+
+    def load(self, first: int, n_bytes: int) -> bytes:
+        """Read a stretch of the tar and keep it until the next call."""
+        self._loaded = b""  # so that the next stretch can take this one's memory, still in the cache
+        self._loaded = self[first : first + n_bytes]
+        self._first = first
+        return self._loaded
+
+    def __getitem__(self, wanted: slice) -> bytes:
+        start, stop, _ = wanted.indices(self._n_bytes)
+        if self._first <= start and stop <= self._first + len(self._loaded):
+            return self._loaded[start - self._first : stop - self._first]
+        pieces = []
+        while start < stop:
+            piece = os.pread(self._file.fileno(), stop - start, start)
+            if not piece:
+                raise CorpusError(
+                    f"{self._path}: became shorter while it was read; index it again when it is complete"
+                )
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def damage(path: Path, offset: int, kind: str) -> CorpusError:
+    """The error for a tar that is not whole: which, where, what, and the way out."""
+    return CorpusError(
+        f"{path}: damaged at byte {offset:,}: {kind}. Copy or make this tar again, or leave it out of --shards"
+    )
+
+
+def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] | None:
+    """The member at ``offset`` behind any extension headers, and where the next begins; None at the end.
+
+    The name is empty where the member is no regular file.
+    """
+    name: str | None = None
+    n_bytes: int | None = None
+    position = offset
+    while True:
+        head = _checked_header(data, position, path)
+        if head is None:
+            if position != offset:
+                raise damage(path, position, "a long-name or pax header with no member after it")
+            _check_end(data, position, path)
+            return None
+        payload = position + _BLOCK
+        stored = _number(head[124:136], position, path)
+        if head[156] not in _EXTENSIONS:
+            break
+        body, position = _complete(data, payload, stored, "an extension header", path)
+        # The first of several extension headers is the outermost, and has the last word.
+        if head[156] == ord("L") and name is None:
+            name = _text(body)
+        elif head[156] in b"xXg":
+            records = _pax_records(body, payload, path)
+            _refuse_unsupported(records, head[156] == ord("g"), payload, path)
+            if name is None and b"path" in records:
+                name = records[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
+            if n_bytes is None and b"size" in records:
+                n_bytes = _decimal(records[b"size"], payload, path)
+    return _finish_member(data, offset, head, payload, name, stored if n_bytes is None else n_bytes, path)
+
+
+def _finish_member(
+    data: TarBytes, start: int, head: bytes, payload: int, name: str | None, n_bytes: int, path: Path
+) -> tuple[Member, int]:
+    kind, own_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
+    if kind == ord("S"):
+        raise CorpusError(
+            f"{path}: at byte {start:,}: a GNU sparse member, which is not supported; make the tar without --sparse"
+        )
+    is_folder = kind == 0 and own_name.endswith("/")
+    if name is None:
+        name = f"{prefix}/{own_name}" if prefix else own_name
+    if is_folder or kind in _WITHOUT_DATA:
+        return Member(start, "", payload, 0), payload
+    if payload + n_bytes > len(data):
+        raise damage(
+            path,
+            start,
+            f"cut inside the member {name!r}, which ends at byte {payload + n_bytes:,}; the file has {len(data):,}",
+        )
+    following = payload + (n_bytes + 511 & ~511)
+    return Member(start, name if kind in _REGULAR else "", payload, n_bytes), following
+
+
+def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
+    """The header at ``offset`` once its checksum is right; None for a block of zeros."""
+    head = data[offset : offset + _BLOCK]
+    if offset > len(data):
+        raise damage(path, len(data), "cut inside the padding after a member")
+    if not head:
+        raise damage(path, offset, "cut at a member's end (the two zero blocks that close a tar are missing)")
+    if len(head) < _BLOCK:
+        raise damage(path, offset, "cut inside a header, or inside the padding before it")
+    if head == _ZEROS:
+        return None
+    if offset == 0:
+        for magic, compression in _COMPRESSIONS:
+            if head.startswith(magic):
+                raise CorpusError(
+                    f"{path}: is compressed with {compression}; unpack it, since samples are found by offset"
+                )
+    try:
+        written = _octal(head[148:156])
+    except ValueError:
+        written = -1
+    counted = head[:148] + b" " * 8 + head[156:]
+    # Some old writers summed signed bytes; tarfile takes either.
+    if written != sum(counted) and written != sum(counted) - 256 * sum(byte > 127 for byte in counted):
+        kind = (
+            "its first header's checksum is wrong, or it is no tar"
+            if offset == 0
+            else "a header's checksum is wrong"
+        )
+        raise damage(path, offset, kind)
+    return head
+
+
+def _check_end(data: TarBytes, offset: int, path: Path) -> None:
+    """The block at ``offset`` is zeros: only the end of the archive may follow."""
+    second = data[offset + _BLOCK : offset + 2 * _BLOCK]
+    if len(second) < _BLOCK:
+        raise damage(path, offset, "cut inside the two zero blocks that close a tar")
+    if second != _ZEROS:
+        raise damage(path, offset, "a header is zeroed, and data follows it")
+    for position in range(offset, len(data), _CHUNK):
+        rest = data[position : position + _CHUNK].lstrip(b"\0")
+        if rest:
+            garbage = min(position + _CHUNK, len(data)) - len(rest)
+            raise damage(
+                path, garbage, "trailing garbage, or a zeroed stretch before it: data after the tar's end"
+            )
+    if len(data) - offset > _MAX_PADDING:
+        raise damage(
+            path, offset, f"{len(data) - offset:,} zero bytes to the end, as an interrupted copy leaves them"
+        )
+
+
+def _complete(data: TarBytes, payload: int, n_bytes: int, what: str, path: Path) -> tuple[bytes, int]:
+    following = payload + (n_bytes + 511 & ~511)
+    if following > len(data):
+        raise damage(path, payload - _BLOCK, f"cut inside {what}")
+    return data[payload : payload + n_bytes], following
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _octal(raw: bytes) -> int:
+    return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _number(raw: bytes, offset: int, path: Path) -> int:
+    """A header's number: octal digits, or base 256 behind a byte of 0x80 (GNU, for 8 GiB and more)."""
+    try:
+        value = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _octal(raw)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise damage(path, offset, f"a header's size is no number: {raw!r}")
+    return value
+
+
+def _decimal(raw: bytes, offset: int, path: Path) -> int:
+    if not raw.isdigit() or len(raw) > 20:
+        raise damage(path, offset, f"a pax header's size is no number: {raw[:40]!r}")
+    return int(raw)
+
+
+def _pax_records(body: bytes, offset: int, path: Path) -> dict[bytes, bytes]:
+    records: dict[bytes, bytes] = {}
+    position = 0
+    while body[position:].strip(b"\0"):
+        match = _PAX_RECORD.match(body, position)
+        stop = position + int(match[1]) if match else 0
+        if match is None or not match.end() < stop <= len(body) or body[stop - 1] != 0x0A:
+            raise damage(path, offset + position, "a pax header's record is malformed")
+        records[match[2]] = body[match.end() : stop - 1]
+        position = stop
+    return records
+
+
+def _refuse_unsupported(records: dict[bytes, bytes], is_global: bool, offset: int, path: Path) -> None:
+    wrong = [key for key in records if key.startswith(b"GNU.sparse")]
+    if is_global:
+        # It would hold for every later member, which a reader that starts in mid-tar cannot know.
+        wrong += [key for key in (b"path", b"size") if key in records]
+    if wrong:
+        raise CorpusError(
+            f"{path}: at byte {offset:,}: a pax header sets {wrong[0].decode(errors='replace')!r}"
+            f"{' for all members' if is_global else ''}, which is not supported; make the tar again"
+        )

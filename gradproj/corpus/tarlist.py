@@ -1,0 +1,119 @@
+"""What ``--shards`` says: the tars of a corpus, in order."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from gradproj.errors import CorpusError
+
+_MOST_NAMED = 10
+_COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://").match
+
+
+def list_tars(shards: str) -> list[Path]:
+    """The tars of a corpus as absolute paths, in the order that gives the sample ids.
+
+    ``shards`` is a folder (its ``*.tar`` sorted by name), a list file (``.txt`` or ``.list``: a path per line, relative
+    to the file, in its order), one tar, braces (``shard-{000000..000099}.tar``, in their order) or a glob (sorted);
+    braces may hold globs.
+
+    Raises:
+        CorpusError: nothing matches, a tar is missing, one comes twice, or it is compressed, remote or a pipe.
+    """
+    paths = [Path(os.path.abspath(path)) for path in _expand(shards)]
+    for path in paths:
+        _check_name(str(path))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise CorpusError(f"--shards {shards}: {some(missing, 'tar')} missing (or not a file)")
+    first_of: dict[str, Path] = {}
+    for path in paths:
+        first = first_of.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            raise CorpusError(f"--shards {shards}: {path} comes twice (also as {first}); list every tar once")
+    return paths
+
+
+def default_index_path(shards: str) -> Path | None:
+    """``corpus.json`` in the folder that holds all the tars; None where they lie in several folders."""
+    folders = {path.parent for path in list_tars(shards)}
+    return folders.pop() / "corpus.json" if len(folders) == 1 else None
+
+
+def some(names: Iterable[str], what: str) -> str:
+    """A bounded list for a message: ``2 tars: a.tar, b.tar``."""
+    names = list(names)
+    shown = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")
+    return f"{len(names):,} {what}{'' if len(names) == 1 else 's'}: {shown}"
+
+
+def _expand(shards: str) -> list[str]:
+    if shards.startswith("pipe:"):
+        raise CorpusError(f"--shards {shards}: commands (pipe:) are not run; give local .tar files")
+    if _REMOTE(shards):
+        raise CorpusError(
+            f"--shards {shards}: remote tars are not read yet; copy them to a local or shared folder"
+        )
+    path = Path(shards).expanduser()
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix in (".txt", ".list"):
+        return _of_list_file(path)
+    if path.is_file():
+        return [str(path)]
+    try:
+        patterns = list(braceexpand(str(path)))
+    except UnbalancedBracesError as error:
+        raise CorpusError(f"--shards {shards}: its braces do not match") from error
+    found: list[str] = []
+    for pattern in patterns:
+        if not glob.has_magic(pattern):
+            found.append(pattern)
+            continue
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise CorpusError(f"--shards {shards}: nothing matches {pattern}")
+        found += matches
+    return found
+
+
+def _of_folder(folder: Path) -> list[str]:
+    names = sorted(os.listdir(folder))
+    tars = [str(folder / name) for name in names if name.endswith(".tar")]
+    if not tars:
+        other = [name for name in names if name.endswith(_COMPRESSED)]
+        hint = f"; it has {some(other, 'compressed file')}: unpack them" if other else ""
+        raise CorpusError(f"--shards {folder}: the folder has no .tar{hint}")
+    return tars
+
+
+def _of_list_file(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"--shards {path}: the list file cannot be read: {error}") from error
+    entries = [line for line in lines if line]
+    if not entries:
+        raise CorpusError(f"--shards {path}: the list file names no tar")
+    for entry in entries:
+        if entry.startswith("pipe:") or _REMOTE(entry):
+            raise CorpusError(
+                f"--shards {path}: {entry!r} is not a local tar; pipes and addresses are not read"
+            )
+    return [str(path.parent / Path(entry).expanduser()) for entry in entries]
+
+
+def _check_name(path: str) -> None:
+    if path.endswith(_COMPRESSED):
+        raise CorpusError(f"{path}: compressed tars cannot be read from the middle; unpack it to a .tar")
+    if not path.endswith(".tar"):
+        raise CorpusError(f"{path}: not a .tar; --shards takes tars, a folder, a glob, braces or a list file")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{path!r}: the path is not UTF-8; rename it") from error
