@@ -18,7 +18,14 @@ from gradproj.store.layout import (
     plan_layout,
 )
 from gradproj.store.records import UnitRecord, encode_record, record_name
-from gradproj.store.writer import create_store, encode_rows, pack_matrices, shard_chunks, write_column_block
+from gradproj.store.writer import (
+    create_store,
+    decode_rows,
+    encode_rows,
+    pack_matrices,
+    shard_chunks,
+    write_column_block,
+)
 
 DOMAINS = ["ArXiv", "Github"]
 
@@ -80,6 +87,10 @@ class Output:
         }
         attributes = {"layers": [asdict(layer) for layer in self.layers], "domains": DOMAINS, "note": "kept"}
         create_store(self.store_path, self.layout, attributes, pack_matrices(self.layers, self.matrices))
+
+    def decoded(self) -> np.ndarray:
+        """What every reading has to give: the stored rows by the definition."""
+        return decode_rows(self.stored, self.row_scale, self.layout.proj_dtype)
 
     @property
     def store_path(self) -> Path:

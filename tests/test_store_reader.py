@@ -1,22 +1,19 @@
 """Laws of ``ProjectionStore``: the rows that went in, in any order, from any writer, finished or not."""
 
-import json
 import pickle
 import shutil
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import zarr
-from store_cases import DOMAINS, Output
+from store_cases import Output
 
-from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore, StoreConfig, StoreLayout
 from gradproj.store.encoding import decode_rows
 from gradproj.store.files import crc32c
-from gradproj.store.layout import STATUS
-from gradproj.store.records import decode_record, encode_record, record_name
-from gradproj.store.writer import create_store, update_attributes
+from gradproj.store.writer import create_store
 
 CASES = {
     "mapped": {},
@@ -40,11 +37,6 @@ def filled(request, tmp_path_factory):
     return Output(tmp_path_factory.mktemp("output"), **CASES[request.param]).fill()
 
 
-def decoded(output: Output) -> np.ndarray:
-    """What every reading has to give: the stored rows by the definition."""
-    return decode_rows(output.stored, output.row_scale, output.layout.proj_dtype)
-
-
 def test_rows_of_any_ids_come_in_the_order_asked_for(filled):
     n = filled.layout.n_samples
     with ProjectionStore(filled.path) as store:
@@ -60,7 +52,7 @@ def test_rows_of_any_ids_come_in_the_order_asked_for(filled):
         ):
             got = store.rows(ids)
             assert got.dtype == np.float32
-            np.testing.assert_array_equal(got, decoded(filled)[np.asarray(ids, int)])
+            np.testing.assert_array_equal(got, filled.decoded()[np.asarray(ids, int)])
 
 
 def test_rows_are_what_plain_zarr_and_the_scale_give(filled):
@@ -75,7 +67,7 @@ def test_a_scan_gives_every_row_once_in_order(filled, rows_per_block):
     np.testing.assert_array_equal(
         np.concatenate([ids for ids, _ in blocks]), np.arange(filled.layout.n_samples)
     )
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), decoded(filled))
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), filled.decoded())
     assert rows_per_block is None or max(len(ids) for ids, _ in blocks) <= rows_per_block
 
 
@@ -83,7 +75,7 @@ def test_chosen_layers_stand_one_after_the_other(filled):
     store = ProjectionStore(filled.path)
     chosen = [layer.name for layer in filled.layers[::-1]]
     want = np.concatenate(
-        [decoded(filled)[:, x.slice_start : x.slice_end] for x in filled.layers[::-1]], axis=1
+        [filled.decoded()[:, x.slice_start : x.slice_end] for x in filled.layers[::-1]], axis=1
     )
     n = filled.layout.n_samples
     ids = np.random.default_rng(1).permutation(n)
@@ -96,7 +88,7 @@ def test_a_layer_is_an_array_of_k_o_by_k_i(filled):
     store = ProjectionStore(filled.path)
     n = filled.layout.n_samples
     for layer in filled.layers:
-        want = decoded(filled)[:, layer.slice_start : layer.slice_end].reshape(n, layer.k_o, layer.k_i)
+        want = filled.decoded()[:, layer.slice_start : layer.slice_end].reshape(n, layer.k_o, layer.k_i)
         view = store.layer(layer.name)
         assert view.shape == want.shape
         assert len(view) == n
@@ -114,7 +106,7 @@ def test_a_scan_of_a_part_starts_and_stops_there(filled):
     start, stop = n // 3, n - n // 4
     blocks = list(ProjectionStore(filled.path).scan(5, start=start, stop=stop))
     np.testing.assert_array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(start, stop))
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), decoded(filled)[start:stop])
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), filled.decoded()[start:stop])
     assert list(ProjectionStore(filled.path).scan(start=n, stop=n)) == []
 
 
@@ -157,199 +149,7 @@ def test_a_shard_whose_chunks_lie_at_odd_places_is_still_read(tmp_path):
     path.write_bytes(
         data[:chunk] + b"\0\0" + data[chunk : -4 - 8 * 16] + moved + crc32c(moved).to_bytes(4, "little")
     )
-    np.testing.assert_array_equal(ProjectionStore(tmp_path).rows(range(150)), decoded(output))
-
-
-# --- unfinished stores
-
-
-@pytest.fixture
-def unfinished(tmp_path):
-    """Units 0 and 3 merged, 1 recorded only, 2 nothing, 4 a shard without a record."""
-    output = Output(tmp_path)
-    output.commit(0)
-    output.commit(3)
-    output.merge([0, 3])
-    output.commit(1)
-    output.commit(4)
-    (tmp_path / record_name(4)).unlink()
-    return output
-
-
-MISSING = [*range(32, 48), *range(64, 70)]
-
-
-def test_records_stand_in_for_what_is_not_merged_yet(unfinished):
-    store = ProjectionStore(unfinished.path)
-    there = np.setdiff1d(np.arange(70), MISSING)
-    np.testing.assert_array_equal(store.rows(there), decoded(unfinished)[there])
-    want = decoded(unfinished)
-    want[MISSING] = np.nan
-    np.testing.assert_array_equal(store.rows(range(70), missing="nan"), want)
-    np.testing.assert_array_equal(store.rows(range(69, -1, -1), missing="nan"), want[::-1])
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(11)]), want)
-
-
-def test_missing_samples_are_counted_and_named(unfinished):
-    store = ProjectionStore(unfinished.path)
-    assert store.missing().tolist() == MISSING
-    assert store.missing_ranges() == [(32, 48), (64, 70)]
-    assert store.status_counts() == dict.fromkeys(STATUS, 0) | {"missing": 22, "ok": 48}
-    with pytest.raises(
-        StoreError, match=r"22 of the samples asked for are missing from .*: 32, 33, .*, \.\.\.\. Let"
-    ):
-        store.rows(range(70))
-    with pytest.raises(
-        StoreError, match=r"1 of the samples asked for are missing from .*: 40\. Let the job finish"
-    ):
-        store.rows([0, 40, 1])
-
-
-def test_missing_runs_join_across_column_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradproj.store.reader._STATUS_ROWS", 7)
-    store = ProjectionStore(Output(tmp_path).path)
-    assert store.missing_ranges() == [(0, 70)]
-    assert store.missing().tolist() == list(range(70))
-
-
-def test_samples_tell_what_is_known_of_each(unfinished):
-    store = ProjectionStore(unfinished.path, read_text=lambda sample_id: f"text {sample_id}")
-    assert store.domains == DOMAINS
-    merged, recorded, missing = store.samples([48, 17, 33], text=True)
-    assert (merged.sample_id, merged.key, merged.domain, merged.status) == (48, "é48", None, "ok")
-    assert (recorded.sample_id, recorded.key, recorded.domain, recorded.tar) == (17, "é17", "Github", 2)
-    assert (recorded.loss, recorded.n_tokens, recorded.grad_norm) == (17 / 8, 18, 17 / 4)
-    assert recorded.text == "text 17"
-    assert (missing.status, missing.key, missing.domain, missing.tar) == ("missing", "", None, -1)
-    assert store.samples([48])[0].text is None
-
-
-def test_columns_are_read_in_parts(unfinished):
-    store = ProjectionStore(unfinished.path)
-    want = np.where(np.isin(np.arange(70), MISSING), -1, np.arange(70) // 7)
-    np.testing.assert_array_equal(store.column("tar"), want)
-    np.testing.assert_array_equal(store.column("tar", 10, 40), want[10:40])
-    np.testing.assert_array_equal(store.columns_at(["tar"], [69, 3])["tar"], want[[69, 3]])
-
-
-def test_a_store_seen_while_it_grows_shows_what_was_committed_since(unfinished):
-    store = ProjectionStore(unfinished.path)
-    assert 40 in store.missing()
-    unfinished.commit(2)
-    assert store.missing().tolist() == list(range(64, 70))
-    np.testing.assert_array_equal(store.rows([40]), decoded(unfinished)[[40]])
-
-
-def test_a_unit_without_stored_rows_is_not_missing_and_reads_nan(tmp_path):
-    output = Output(tmp_path)
-    output.commit(0, with_shard=False)
-    path = tmp_path / record_name(0)
-    record = decode_record(path.read_bytes())
-    record.columns["status"] = np.full(16, STATUS["not_selected"], np.uint8)
-    path.write_bytes(encode_record(record))
-    store = ProjectionStore(tmp_path)
-    assert np.isnan(store.rows(range(16))).all()
-    assert np.isnan(store.rows([3, 1])).all()
-    assert store.status_counts()["not_selected"] == 16
-
-
-# --- what is wrong with a store
-
-
-def test_a_lost_shard_of_recorded_rows_is_an_error(tmp_path):
-    output = Output(tmp_path).fill()
-    (tmp_path / output.layout.shard_name(2)).unlink()
-    store = ProjectionStore(tmp_path)
-    for ids in ([33, 32], range(70)):
-        with pytest.raises(StoreError, match=r"recorded as ok but their shard .*c\.2\.0 is gone"):
-            store.rows(ids)
-    assert np.isnan(store.rows([33], missing="nan")).all()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "index", "offsets"])
-def test_a_damaged_shard_is_named(tmp_path, damage):
-    output = Output(tmp_path).fill()
-    path = tmp_path / output.layout.shard_name(1)
-    data = path.read_bytes()
-    flipped = data[:-10] + bytes([data[-10] ^ 1]) + data[-9:]
-    path.write_bytes({"truncated": data[:20], "empty": b"", "index": flipped, "offsets": data[50:]}[damage])
-    with pytest.raises(StoreError, match=r"c\.1\.0 is damaged: [^`]*`python -m gradproj verify`"):
-        ProjectionStore(tmp_path).rows([16])
-
-
-def test_a_damaged_shard_of_a_compressed_store_is_an_error(tmp_path):
-    output = Output(tmp_path, config=StoreConfig(compressor="zstd", rows_per_shard=16)).fill()
-    path = tmp_path / output.layout.shard_name(1)
-    data = bytearray(path.read_bytes())
-    data[-10] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(StoreError, match="cannot decode rows of"):
-        ProjectionStore(tmp_path).rows([16])
-
-
-def test_a_damaged_column_or_record_is_named(unfinished):
-    column = unfinished.store_path / "status" / "c.0"
-    whole = column.read_bytes()
-    column.write_bytes(whole[:-1])
-    with pytest.raises(StoreError, match=r"status/c\.0 is damaged: it has 79 bytes"):
-        ProjectionStore(unfinished.path).rows([0])
-    column.write_bytes(whole)
-    record = unfinished.path / record_name(1)
-    record.write_bytes(record.read_bytes()[:-1])
-    with pytest.raises(StoreError, match=r"00000001\.safetensors is damaged"):
-        ProjectionStore(unfinished.path).rows([20])
-
-
-def test_a_record_of_another_store_is_refused(unfinished):
-    shutil.copy(unfinished.path / record_name(1), unfinished.path / record_name(2))
-    with pytest.raises(StoreError, match=r"00000002\.safetensors is not of this store: it is of unit 1"):
-        ProjectionStore(unfinished.path).rows([40])
-
-
-def test_what_is_not_a_store_is_told_apart(tmp_path):
-    with pytest.raises(StoreError, match="no such folder"):
-        ProjectionStore(tmp_path / "nowhere")
-    with pytest.raises(StoreError, match=r"is not a gradproj store.*--output_dir"):
-        ProjectionStore(tmp_path)
-    zarr.create_group(str(tmp_path / "other"))
-    with pytest.raises(StoreError, match="no format_version or layers"):
-        ProjectionStore(tmp_path / "other")
-    output = Output(tmp_path / "output")
-    update_attributes(output.store_path, {"format_version": 2})
-    with pytest.raises(StoreError, match=r"has format 2, newer than the 1 .* update gradproj"):
-        ProjectionStore(output.path)
-    update_attributes(output.store_path, {"format_version": 1})
-    (output.store_path / "loss" / "zarr.json").write_text("{")
-    with pytest.raises(StoreError, match="damaged or not a gradproj store"):
-        ProjectionStore(output.path)
-    metadata = json.loads((output.store_path / "projections" / "zarr.json").read_text())
-    (output.store_path / "loss" / "zarr.json").write_text("{}")
-    (output.store_path / "projections" / "zarr.json").write_text(json.dumps(metadata | {"data_type": "int8"}))
-    with pytest.raises(StoreError, match="is not a sharded array of float16, bfloat16, float32"):
-        ProjectionStore(output.path)
-
-
-@pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda store: store.rows([3, 70]), "sample 70 is out of range: .* has samples 0 to 69"),
-        (lambda store: store.rows([-1]), "sample -1 is out of range"),
-        (lambda store: store.rows([0.5]), "must be a list of whole numbers, got float64"),
-        (lambda store: store.rows([[1]]), "must be a list of whole numbers"),
-        (lambda store: store.rows([0], ["h.9"]), r"has no layer 'h\.9'; it has h\.0\.mlp, h\.1\.mlp"),
-        (lambda store: store.layer("h.9"), r"has no layer 'h\.9'"),
-        (lambda store: store.samples([0], text=True), r"keeps no texts: open it with .*read_text="),
-        (lambda store: list(store.scan(stop=71)), "samples 0 to 71 are out of range"),
-        (lambda store: store.array("sums"), "has no array 'sums'"),
-    ],
-)
-def test_a_wrong_question_is_answered_with_the_way_out(tmp_path, ask, message):
-    output = Output(tmp_path)
-    with pytest.raises(StoreError, match=message):
-        ask(ProjectionStore(output.path))
-
-
-# --- the rest
+    np.testing.assert_array_equal(ProjectionStore(tmp_path).rows(range(150)), output.decoded())
 
 
 def test_matrices_come_back_by_layer(tmp_path):
@@ -373,7 +173,7 @@ def test_few_files_stay_mapped_and_closing_lets_go_of_them(tmp_path):
     output = Output(tmp_path, n_samples=200, config=StoreConfig(rows_per_shard=1)).fill()
     store = ProjectionStore(tmp_path)
     for _ in range(2):
-        np.testing.assert_array_equal(store.rows(range(200)), decoded(output))
+        np.testing.assert_array_equal(store.rows(range(200)), output.decoded())
         assert len(store._maps) == 64
         store.close()
         assert len(store._maps) == 0
@@ -385,7 +185,16 @@ def test_a_store_goes_to_a_worker_process_by_its_path(tmp_path):
     store.rows([1, 2])
     sent = pickle.dumps(store)
     assert len(sent) < 1_000
-    np.testing.assert_array_equal(pickle.loads(sent).rows([5]), decoded(output)[[5]])
+    np.testing.assert_array_equal(pickle.loads(sent).rows([5]), output.decoded()[[5]])
+
+
+def test_threads_share_a_store(tmp_path):
+    output = Output(tmp_path, n_samples=200, config=StoreConfig(rows_per_shard=1)).fill()
+    store = ProjectionStore(tmp_path)
+    orders = [np.random.default_rng(seed).permutation(200) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for ids, rows in zip(orders, pool.map(store.rows, orders), strict=True):
+            np.testing.assert_array_equal(rows, output.decoded()[ids])
 
 
 def test_a_scan_needs_memory_for_its_blocks_only(tmp_path):

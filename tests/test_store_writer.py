@@ -1,6 +1,5 @@
 """Laws of the writer: any Zarr v3 reader sees the rows, encoding is exact to undo, publishing has one winner."""
 
-import errno
 import json
 import os
 import subprocess
@@ -13,17 +12,11 @@ import tensorstore
 import zarr
 from store_cases import Output, make_rows
 
-from gradproj.errors import StoreError
 from gradproj.store import StoreConfig, StoreExists, plan_layout
-from gradproj.store import files as store_files
-from gradproj.store.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
-from gradproj.store.encoding import decode_rows, encode_rows
+from gradproj.store.bfloat16 import bfloat16_to_float32
+from gradproj.store.encoding import encode_rows
 from gradproj.store.files import (
-    explain_os_errors,
-    file_sum,
-    publish_exclusively,
     write_and_replace,
-    write_file_durably,
 )
 from gradproj.store.layout import COLUMNS, empty_columns
 from gradproj.store.writer import (
@@ -146,90 +139,6 @@ def test_a_shard_of_the_wrong_shape_or_type_is_refused():
             list(shard_chunks(wrong, layout))
 
 
-# --- encoding
-
-
-def exact_power_of_two(values: np.ndarray) -> np.ndarray:
-    return np.frexp(values)[0] == 0.5
-
-
-@pytest.mark.parametrize("size", [1e-38, 1e-34, 1e-30, 1e-8, 1e-5, 1.0, 65504.0, 1e30, 3e38])
-def test_a_float16_row_keeps_eleven_bits_at_any_size_and_its_scale_is_exact_to_undo(size):
-    rows = (np.random.default_rng(1).uniform(0.5, 1, (20, 37)) * size).astype(np.float32)
-    rows[:, ::2] *= -1
-    stored, row_scale = encode_rows(rows, "float16")
-    assert exact_power_of_two(row_scale).all()
-    if size > 1e-33:
-        largest = np.abs(stored.astype(np.float32)).max(axis=1)
-        assert ((largest >= 2**14) & (largest <= 2**15)).all()
-    want = stored.astype(np.float64) * row_scale.astype(np.float64)[:, None]
-    np.testing.assert_array_equal(decode_rows(stored, row_scale, "float16"), want)
-    np.testing.assert_allclose(want, rows, rtol=2**-11)
-
-
-def test_the_largest_magnitude_lands_in_its_binade_at_both_edges():
-    rows = np.array([[1.0, 0], [2.0, 0], [np.nextafter(np.float32(2), np.float32(1)), 0]], np.float32)
-    stored, row_scale = encode_rows(rows, "float16")
-    assert row_scale.tolist() == [2**-14, 2**-13, 2**-14]
-    assert stored[:, 0].tolist() == [2**14, 2**14, 2**15]  # the third by rounding
-
-
-def test_zero_nan_infinite_and_denormal_rows():
-    tiny = np.float32(2**-149)
-    rows = np.array([[0, -0.0], [np.nan, 1], [np.inf, 1], [tiny, -5 * tiny], [1e38, tiny]], np.float32)
-    stored, row_scale = encode_rows(rows, "float16")
-    assert row_scale[:3].tolist() == [1, 1, 1]
-    assert row_scale[3] == np.float32(2**-126)
-    got = decode_rows(stored, row_scale, "float16")
-    np.testing.assert_array_equal(got[[0, 2, 3]], rows[[0, 2, 3]])
-    assert np.signbit(got[0]).tolist() == [False, True]
-    assert np.isnan(got[1, 0])
-    np.testing.assert_allclose(got[4], [1e38, 0], rtol=2**-11)
-
-
-def test_every_half_is_decoded_as_numpy_does():
-    stored = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
-    for scale in (1.0, 2**-126, 2**14, 2**100, np.nan, 0.3):
-        row_scale = np.full(64, scale, np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):
-            want = stored.astype(np.float32) * row_scale[:, None]
-        np.testing.assert_array_equal(decode_rows(stored, row_scale, "float16"), want)
-
-
-def test_a_missing_row_decodes_to_nan_whatever_is_stored():
-    for proj_dtype in DTYPES:
-        stored, _ = encode_rows(np.ones((2, 3), np.float32), proj_dtype)
-        got = decode_rows(stored, np.array([np.nan, 2], np.float32), proj_dtype)
-        assert np.isnan(got[0]).all()
-        assert not np.isnan(got[1]).any()
-
-
-def test_bfloat16_rounds_to_nearest_even_as_tensorstores_own_type_does():
-    bfloat16 = tensorstore.bfloat16.numpy_dtype
-    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
-    halfway = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
-    values = np.concatenate([bits, halfway, halfway - 1, halfway + 1]).view(np.float32)
-    with np.errstate(invalid="ignore"):
-        want = values.astype(bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(bfloat16_to_float32(float32_to_bfloat16(values)), want)
-    every = np.arange(2**16, dtype=np.uint16)
-    number = ~np.isnan(bfloat16_to_float32(every))
-    np.testing.assert_array_equal(float32_to_bfloat16(bfloat16_to_float32(every))[number], every[number])
-
-
-def test_float32_rows_are_stored_as_they_are():
-    rows = make_rows(5, 7)
-    stored, row_scale = encode_rows(rows, "float32")
-    np.testing.assert_array_equal(stored, rows)
-    assert (row_scale == 1).all()
-
-
-def test_no_rows_are_encoded_to_no_rows():
-    for proj_dtype in DTYPES:
-        stored, row_scale = encode_rows(np.empty((0, 5), np.float32), proj_dtype)
-        assert decode_rows(stored, row_scale, proj_dtype).shape == (0, 5)
-
-
 # --- creating and changing a store
 
 
@@ -345,64 +254,3 @@ def test_a_column_of_another_shape_or_type_is_refused(tmp_path, wrong, message):
     output = Output(tmp_path)
     with pytest.raises(ValueError, match=message):
         write_column_block(output.store_path, output.layout, 0, wrong)
-
-
-# --- files
-
-
-def test_a_written_file_has_the_sum_that_is_returned(tmp_path):
-    chunks = [b"abc", np.arange(10, dtype=np.float16).data, b""]
-    returned = write_file_durably(tmp_path / "x", chunks)
-    assert returned == file_sum(tmp_path / "x")
-    assert returned["bytes"] == 23
-    (tmp_path / "check").write_bytes(b"123456789")
-    assert file_sum(tmp_path / "check")["crc32c"] == 0xE3069283  # the check value of CRC-32C
-
-
-@pytest.mark.parametrize("links", ["links", "no links", "no links, no exclusive rename"])
-def test_of_two_files_under_one_name_the_first_stays(tmp_path, monkeypatch, links):
-    def refuse(*_):
-        raise OSError(errno.EPERM, "links are missing here")
-
-    if links != "links":
-        monkeypatch.setattr(os, "link", refuse)
-    if links.endswith("rename"):
-        monkeypatch.setattr(store_files.ctypes, "CDLL", lambda *_, **__: object())
-    for name in ("first", "second"):
-        write_file_durably(tmp_path / name, [name.encode()])
-        assert publish_exclusively(tmp_path / name, tmp_path / "final") is (name == "first")
-    assert (tmp_path / "final").read_bytes() == b"first"
-    assert "first" not in os.listdir(tmp_path)
-
-
-def test_a_link_whose_answer_was_lost_counts_as_published(tmp_path):
-    write_file_durably(tmp_path / "tmp", [b"mine"])
-    os.link(tmp_path / "tmp", tmp_path / "final")
-    assert publish_exclusively(tmp_path / "tmp", tmp_path / "final") is True
-    assert os.listdir(tmp_path) == ["final"]
-
-
-def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
-    (tmp_path / "x").symlink_to("/dev/full")
-    with pytest.raises(StoreError, match=r"cannot write .*/x: No space left on device\. Free space there"):
-        write_file_durably(tmp_path / "x", [b"data"])
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (errno.EDQUOT, "Your quota there is used up"),
-        (errno.EROFS, "choose another --output_dir"),
-        (errno.EACCES, "mend the permissions"),
-        (errno.EFBIG, "ulimit -f"),
-    ],
-)
-def test_the_systems_refusals_name_the_path_and_the_way_out(code, message):
-    with pytest.raises(StoreError, match=rf"cannot write out/x: .*{message}"), explain_os_errors("out/x"):
-        raise OSError(code, os.strerror(code))
-
-
-def test_a_fault_that_no_user_can_mend_stays_what_it_is():
-    with pytest.raises(OSError, match="Bad file descriptor"), explain_os_errors("x"):
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))

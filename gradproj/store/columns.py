@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, n
 class Columns:
     """Reads parts of columns without ever loading a whole one (210 M samples)."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent) -> None:
+    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent[tuple[str, int], Any]) -> None:
         self.layout = layout
         self._store_path = store_path
         self._maps = maps
@@ -36,7 +37,7 @@ class Columns:
     def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
         """Values at the given sample ids, in any order, and always the ``status``."""
         blocks = ids // self.layout.column_rows
-        values = {name: self._filled(name, len(ids)) for name in {*names, "status"}}
+        values = {name: self._filled(name, len(ids)) for name in ("status", *names)}
         for block in np.unique(blocks):
             here = np.flatnonzero(blocks == block)
             for name, out in values.items():
@@ -49,7 +50,7 @@ class Columns:
 
     def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Values of the samples ``start`` to ``stop``, and always the ``status``."""
-        values = {name: self._filled(name, stop - start) for name in {*names, "status"}}
+        values = {name: self._filled(name, stop - start) for name in ("status", *names)}
         height = self.layout.column_rows
         for block in range(start // height, -(-stop // height)):
             first, last = max(start, block * height), min(stop, (block + 1) * height)
@@ -69,12 +70,15 @@ class Columns:
         return np.full((n_rows, self.layout.key_bytes) if name == "key" else n_rows, fill, dtype)
 
     def _chunk(self, name: str, block: int) -> np.ndarray | None:
-        path = self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
-
         def load() -> np.ndarray | None:
+            path = self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
             data = map_file(path)
             if data is None:
                 return None
+            if name == "status":
+                # A merge writes the status last and every reading starts with it. So beside a status that was
+                # just mapped no older map of another column may stay: its rows would look merged and be empty.
+                self._maps.drop([(other, block) for other in COLUMNS])
             shape = (
                 (self.layout.column_rows, self.layout.key_bytes)
                 if name == "key"
@@ -85,7 +89,7 @@ class Columns:
                 raise damaged(path, f"it has {len(data)} bytes, not those of {shape} {dtype}")
             return np.ndarray(shape, dtype, data)
 
-        return self._maps.get(path, load)
+        return self._maps.get((name, block), load)
 
     def _overlay(self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray) -> None:
         """Fill in, at ``positions``, what the records say of ``ids``."""

@@ -80,10 +80,9 @@ def _decode_float16_into(stored: np.ndarray, row_scale: np.ndarray, out: np.ndar
         np.multiply(out, row_scale[:, None], out=out)
     else:
         np.multiply(wide.view(np.float32), (row_scale * np.float32(2**112))[:, None], out=out)
-    if bits.size == 0:
-        return
-    special = (bits.max(axis=1) >= 0x7C00) | (bits.view(np.uint16).max(axis=1) >= 0xFC00)
-    if special.any():
+    exponents = bits & np.int16(0x7C00)
+    if exponents.max(initial=0) == 0x7C00:
+        special = exponents.max(axis=1) == 0x7C00
         with np.errstate(invalid="ignore"):  # NaN of any kind is expected here
             out[special] = stored[special].view(np.float16).astype(np.float32) * row_scale[special, None]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -28,19 +30,27 @@ class Recent(Generic[K, V]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._items: dict[K, V] = {}
+        self._lock = RLock()  # a store may be read by several threads
 
     def get(self, key: K, load: Callable[[], V | None]) -> V | None:
-        item = self._items.pop(key, None)
-        if item is None:
-            item = load()
-        if item is not None:
-            self._items[key] = item
-            while len(self._items) > self._limit:
-                self._items.pop(next(iter(self._items)), None)
-        return item
+        with self._lock:
+            item = self._items.pop(key, None)
+            if item is None:
+                item = load()
+            if item is not None:
+                self._items[key] = item
+                while len(self._items) > self._limit:
+                    del self._items[next(iter(self._items))]
+            return item
+
+    def drop(self, keys: Iterable[K]) -> None:
+        with self._lock:
+            for key in keys:
+                self._items.pop(key, None)
 
     def clear(self) -> None:
-        self._items.clear()
+        with self._lock:
+            self._items.clear()
 
     def __contains__(self, key: K) -> bool:
         return key in self._items
@@ -70,24 +80,26 @@ def damaged(path: Path, what: str) -> StoreError:
 class Selection:
     """Which values of a row are wanted: as ranges, and as the parts of the chunks across that hold them."""
 
-    ranges: list[tuple[int, int]]
+    ranges: tuple[tuple[int, int], ...]
     width: int
     pieces: list[tuple[np.ndarray, int, int]]
     """(chunk numbers across, first, one past the last value inside each)."""
 
 
-def select_values(layout: StoreLayout, ranges: list[tuple[int, int]]) -> Selection:
+@lru_cache(maxsize=256)
+def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> Selection:
     """The given ``[start, end)`` ranges of a row, one after the other."""
     width = layout.chunk_width
-    pieces: list[tuple[np.ndarray, int, int]] = []
+    pieces: list[tuple[list[int], int, int]] = []
     for start, end in ranges:
         for chunk in range(start // width, -(-end // width)):
             first, last = max(start - chunk * width, 0), min(end - chunk * width, width)
             if pieces and pieces[-1][1:] == (first, last) == (0, width):
-                pieces[-1] = (np.append(pieces[-1][0], chunk), 0, width)
+                pieces[-1][0].append(chunk)
             else:
-                pieces.append((np.array([chunk]), first, last))
-    return Selection(ranges, sum(end - start for start, end in ranges), pieces)
+                pieces.append(([chunk], first, last))
+    arrays = [(np.array(chunks), first, last) for chunks, first, last in pieces]
+    return Selection(ranges, sum(end - start for start, end in ranges), arrays)
 
 
 class MappedShard:

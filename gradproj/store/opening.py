@@ -79,7 +79,7 @@ def _compressor_name(codecs: list[dict[str, Any]]) -> str:
 def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise StoreError(
             f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error})"
         ) from error

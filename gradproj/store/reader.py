@@ -21,7 +21,7 @@ from gradproj.store.views import LayerView, Sample
 Missing = Literal["raise", "nan"]
 
 _MOST_MAPS = 64  # a store of the Pile has 51,000 shards
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**25  # glibc's allocator keeps blocks up to this size, so a scan touches new pages only once
 _STATUS_ROWS = 2**18
 _NAMED_IDS = 8
 
@@ -45,7 +45,7 @@ class ProjectionStore:
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text
-        self._maps: Recent = Recent(_MOST_MAPS)
+        self._maps: Recent[tuple[str, int], Any] = Recent(_MOST_MAPS)
         self._shards = Shards(self.path, self.layout, self._maps)
         self._columns = Columns(self.path, self.layout, self._maps)
 
@@ -87,12 +87,14 @@ class ProjectionStore:
         Raises:
             StoreError: an id out of range, a layer that is not there, missing samples, or a damaged file.
         """
+        if missing not in ("raise", "nan"):
+            raise StoreError(f'missing is {missing!r}; choose "raise" or "nan"')
         sample_ids = self._checked_ids(ids)
         selection = self._selection(layers)
         columns = self._columns.read(["row_scale"], sample_ids)
         if missing == "raise":
             self._refuse_missing(sample_ids[columns["status"] == STATUS["missing"]])
-        out = np.full((len(sample_ids), selection.width), np.nan, np.float32)
+        out = np.empty((len(sample_ids), selection.width), np.float32)
         if _is_range(sample_ids):
             self._read_range(int(sample_ids[0]), selection, columns, out, missing)
             return out
@@ -100,6 +102,8 @@ class ProjectionStore:
             if self._has_rows(unit, columns["status"][group], missing):
                 inside = sample_ids[group] - unit * self.layout.rows_per_shard
                 out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
+            else:
+                out[group] = np.nan
         return out
 
     def layer(self, name: str) -> LayerView:
@@ -115,7 +119,7 @@ class ProjectionStore:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All rows in order, a block at a time: ``(ids (n,) int64, rows (n, D) float32)``; NaN where missing.
 
-        ``rows_per_block`` is by default chosen for blocks of about 64 MB.
+        ``rows_per_block`` is by default chosen for blocks of at most 32 MB.
         """
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
@@ -125,7 +129,7 @@ class ProjectionStore:
         for first in range(start, stop, height):
             last = min(first + height, stop)
             columns = self._columns.read_range(["row_scale"], first, last)
-            out = np.full((last - first, selection.width), np.nan, np.float32)
+            out = np.empty((last - first, selection.width), np.float32)
             self._read_range(first, selection, columns, out, "nan")
             yield np.arange(first, last, dtype=np.int64), out
 
@@ -227,16 +231,17 @@ class ProjectionStore:
             if self._has_rows(unit, columns["status"][here], missing):
                 scale = columns["row_scale"][here]
                 self._shards.read_range(unit, start - unit * height, selection, scale, out[here])
+            else:
+                out[here] = np.nan
 
     def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
         """Whether there is a shard to read, for samples of one unit."""
         if not status.any():
             return False
-        path = self._shards.path(unit)
-        exists = path in self._maps or path.exists()
+        exists = self._shards.exists(unit)
         if not exists and missing == "raise" and (status == STATUS["ok"]).any():
             raise StoreError(
-                f"rows of unit {unit} are recorded as ok but their shard {path} is gone. "
+                f"rows of unit {unit} are recorded as ok but their shard {self._shards.path(unit)} is gone. "
                 "Run `python -m gradproj verify` to see all damage"
             )
         return exists
@@ -275,13 +280,16 @@ class ProjectionStore:
 
     def _selection(self, layers: Sequence[str] | None) -> Selection:
         if layers is None:
-            return select_values(self.layout, [(0, self.dim)])
+            return select_values(self.layout, ((0, self.dim),))
         chosen = [self._layer(name) for name in layers]
-        return select_values(self.layout, [(layer.slice_start, layer.slice_end) for layer in chosen])
+        return select_values(self.layout, tuple((layer.slice_start, layer.slice_end) for layer in chosen))
 
     def _block_rows(self, width: int) -> int:
         rows = max(1, _BLOCK_BYTES // (4 * max(1, width)))
-        return max(rows // self.layout.chunk_rows * self.layout.chunk_rows, min(rows, self.layout.chunk_rows))
+        bands = rows // self.layout.chunk_rows
+        if bands or self.layout.compressor != "none":  # a compressed chunk is to be decoded once
+            return max(1, bands) * self.layout.chunk_rows
+        return rows
 
     def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, len(self), _STATUS_ROWS):

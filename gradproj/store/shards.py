@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -17,7 +18,7 @@ from gradproj.store.mapping import MappedShard, Recent, Selection, map_file
 class Shards:
     """Reads the rows of one unit at a time, given the scale of each row. No shard: NaN rows."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent) -> None:
+    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent[tuple[str, int], Any]) -> None:
         self.layout = layout
         self._folder = store_path / "projections"
         self._maps = maps
@@ -33,6 +34,9 @@ class Shards:
 
     def path(self, unit: int) -> Path:
         return self._folder / self._separator.join(("c", str(unit), "0"))
+
+    def exists(self, unit: int) -> bool:
+        return ("projections", unit) in self._maps or self.path(unit).exists()
 
     def read_range(
         self, unit: int, start: int, selection: Selection, scale: np.ndarray, out: np.ndarray
@@ -57,13 +61,13 @@ class Shards:
     def _shard(self, unit: int) -> MappedShard | None:
         if not self._mappable:
             return None
-        path = self.path(unit)
 
         def load() -> MappedShard | None:
+            path = self.path(unit)
             data = map_file(path)
             return None if data is None else MappedShard(path, data, self.layout, self._index_at_end)
 
-        shard = self._maps.get(path, load)
+        shard = self._maps.get(("projections", unit), load)
         return shard if shard is not None and shard.regular else None
 
     def _read_with_zarr(self, rows: slice | np.ndarray, selection: Selection) -> np.ndarray:
