@@ -1,7 +1,26 @@
 """Per-sample projected gradients of a whole corpus, in one shared Zarr array."""
 
-from gradproj.engine import GradProjLoraEngine
-from gradproj.loss import per_sample_loss
-from gradproj.projection import choose_ki_ko
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["GradProjLoraEngine", "choose_ki_ko", "per_sample_loss"]
+if TYPE_CHECKING:
+    from gradproj.engine import GradProjLoraEngine
+    from gradproj.loss import per_sample_loss
+    from gradproj.projection import choose_ki_ko
+    from gradproj.store import ProjectionStore
+
+__all__ = ["GradProjLoraEngine", "ProjectionStore", "choose_ki_ko", "per_sample_loss"]
+
+_HOMES = {
+    "GradProjLoraEngine": "gradproj.engine",
+    "ProjectionStore": "gradproj.store",
+    "choose_ki_ko": "gradproj.projection",
+    "per_sample_loss": "gradproj.loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use only: a reader of the store waits for no torch, an index worker for no transformers.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gradproj' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,24 +58,49 @@ class PlacedLayer:
         self.p_i_t, self.p_o_t = self.p_i.t().contiguous(), self.p_o.t().contiguous()
 
 
+class LayerWidths(NamedTuple):
+    """A target layer's shapes and its columns ``[start, stop)`` of the row."""
+
+    name: str
+    type: str
+    n_i: int
+    n_o: int
+    k_i: int
+    k_o: int
+    start: int
+    stop: int
+
+
+def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerWidths]:
+    """Every target layer in model order. Needs no weights: a model on the meta device will do."""
+    placed, start = [], 0
+    for target in find_layers(module, config.patterns, config.include_embeddings):
+        n_i, n_o = target.widths
+        k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+        stop = start + k_i * k_o
+        placed.append(LayerWidths(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
+        start = stop
+    return placed
+
+
+def draw_matrices(config: ProjectionConfig, layer: LayerWidths) -> tuple[Tensor, Tensor]:
+    """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
+    sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
+    p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
+    return p_i, p_o
+
+
 def place_layers(
     module: nn.Module, config: ProjectionConfig, matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None
 ) -> list[PlacedLayer]:
-    """Target layers in model order with their widths, matrices and columns of the row."""
+    """Target layers in model order with their matrices (drawn, or the given ones) and columns of the row."""
     placed: list[PlacedLayer] = []
-    start = 0
-    for target in find_layers(module, config.patterns, config.include_embeddings):
-        n_i, n_o = target.widths
+    targets = find_layers(module, config.patterns, config.include_embeddings)
+    for target, widths in zip(targets, place_widths(module, config), strict=True):
+        p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
-        if matrices is not None:
-            p_i, p_o = matrices[target.name]
-        else:
-            k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
-            p_i = projection_matrix(config.kind, config.seed, target.name, "i", k_i, n_i)
-            p_o = projection_matrix(config.kind, config.seed, target.name, "o", k_o, n_o)
-        stop = start + len(p_i) * len(p_o)
-        placed.append(PlacedLayer(target, p_i.to(device), p_o.to(device), slice(start, stop)))
-        start = stop
+        columns = slice(widths.start, widths.stop)
+        placed.append(PlacedLayer(target, p_i.to(device), p_o.to(device), columns))
     return placed
 
 

@@ -97,6 +97,20 @@ class GradProjLoraEngine:
         self._own_loss: Tensor | float | None = None
         self._batch_ids: Any = None
 
+    @classmethod
+    def from_config(
+        cls,
+        module: nn.Module,
+        config: ProjectionConfig,
+        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> "GradProjLoraEngine":
+        """An engine for the job: weights frozen, token covariances summed."""
+        return cls(
+            module, config.layers, config.rank_total, config.rank_min, config.seed, proj_kind=config.kind,
+            include_embeddings=config.include_embeddings, matrices=matrices, freeze_weights=True,
+            token_covariances=True,
+        )  # fmt: skip
+
     # --- what the engine is ---
 
     @property

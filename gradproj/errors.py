@@ -1,5 +1,8 @@
 """Errors that a user can act on: one clear message, exit code 2, no traceback."""
 
+import sys
+from collections.abc import Callable
+
 
 class GradprojError(Exception):
     """A mistake that the user can mend; the message names what is wrong, where, and the way out."""
@@ -21,3 +24,25 @@ class ModelError(GradprojError):
 
 class StoreError(GradprojError):
     """An output folder or a store cannot be written, read, or continued with these settings."""
+
+
+class ReportedError(GradprojError):
+    """Rank 0 has said what is wrong; this rank ends without a word."""
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command; a user's mistake becomes one message on standard error and exit code 2."""
+    try:
+        return command() or 0
+    except ReportedError as error:
+        return error.exit_code
+    except GradprojError as error:
+        print(f"gradproj: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("gradproj: stopped", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no failure.
+        sys.stderr.close()
+        return 0

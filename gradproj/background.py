@@ -1,0 +1,92 @@
+"""Work in a thread of its own, with a bounded queue and with its errors passed on."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """Iterate over ``items`` that a thread makes ahead of time.
+
+    An error in the thread is raised where the items are taken. As a context manager it ends the thread
+    on leaving, also in the middle.
+
+    Args:
+        items: iterated in the thread.
+        ahead: most items made and not taken yet, besides the one being made.
+    """
+
+    def __init__(self, items: Iterable[T], ahead: int = 1) -> None:
+        self._items = items
+        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=max(1, ahead))
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+
+    def __enter__(self) -> Iterator[T]:
+        self._thread.start()
+        return self._take()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(("item", item)):
+                    return
+            self._put(("end", None))
+        except BaseException as error:  # whatever it is belongs to the thread that takes the items
+            self._put(("error", error))
+
+    def _put(self, message: tuple[str, T | BaseException | None]) -> bool:
+        while not self._ended.is_set():
+            try:
+                self._queue.put(message, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _take(self) -> Iterator[T]:
+        while True:
+            kind, value = self._queue.get()
+            if kind == "end":
+                return
+            if isinstance(value, BaseException):
+                raise value
+            yield value  # type: ignore[misc]
+
+
+class Writer:
+    """Runs one action at a time in a thread, while the caller goes on; the next waits for the one before."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._running: Future | None = None
+
+    def submit(self, action: Callable[[], object]) -> None:
+        """Start an action when the one before has ended; an error of that one is raised here."""
+        self.wait()
+        self._running = self._pool.submit(action)
+
+    def wait(self) -> None:
+        """Wait for the running action; its error is raised here."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(wait=True)

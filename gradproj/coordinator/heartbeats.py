@@ -1,0 +1,111 @@
+"""Heartbeats: every rank says every few seconds how far it is, and leaves when its launcher has died."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradproj.coordinator.claims import Owner
+
+INTERVAL_S = 5.0
+WATCH_INTERVAL_S = 1.0
+
+
+@dataclass
+class Progress:
+    """What a rank has done since it started. Written by the loop, read by the heartbeat's thread."""
+
+    batches: int = 0
+    """The counter that others watch: it moves as long as the rank works."""
+    samples: int = 0
+    n_tokens: int = 0
+    units: int = 0
+    unit: int = -1
+    """The unit being computed, -1 = none."""
+    unit_samples: int = 0
+    """How many of its samples are done."""
+    seconds: float = 0.0
+    """Time since the loop began."""
+
+
+@dataclass
+class Heartbeat:
+    """Writes ``heartbeats/NAME.json`` from a thread of its own.
+
+    Args:
+        folder: ``OUTPUT/heartbeats``.
+        owner: this process.
+        progress: read at every beat.
+        on_orphaned: called once when the process that started this one has died.
+    """
+
+    folder: Path
+    owner: Owner
+    progress: Progress
+    on_orphaned: Callable[[], None]
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Write the first beat and go on in the background."""
+        self._write()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and take the heartbeat away."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._path.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.owner.name}.json"
+
+    def _run(self) -> None:
+        parent, waited = os.getppid(), 0.0
+        while not self._stop.wait(WATCH_INTERVAL_S):
+            if os.getppid() != parent:
+                self.on_orphaned()
+                return
+            waited += WATCH_INTERVAL_S
+            if waited >= INTERVAL_S:
+                self._write()
+                waited = 0.0
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            temporary.write_text(json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)}))
+            os.replace(temporary, self._path)
+        except OSError:
+            # A full disk must not end the rank from here: the commit meets it and says so.
+            temporary.unlink(missing_ok=True)
+
+
+def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
+    """All heartbeats there are, of living ranks and of dead ones."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        beat = _read(path)
+        if beat is not None:
+            found.append(beat)
+    return found
+
+
+def heartbeat_counter(folder: Path, owner: Owner) -> int | None:
+    """An owner's counter of batches, or None where it has no heartbeat."""
+    beat = _read(folder / f"{owner.name}.json")
+    return None if beat is None else beat[1].batches
+
+
+def _read(path: Path) -> tuple[Owner, Progress] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return Owner(**content["owner"]), Progress(**content["progress"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,359 @@
+"""An architecture's name or a checkpoint to a causal language model and its tokenizer."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from gradproj.errors import ConfigError, ModelError
+
+# The job has one progress bar of its own.
+transformers.utils.logging.disable_progress_bar()
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2-Small": ("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "GPT2-Medium": ("gpt2-medium", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "GPT2-Large": ("gpt2-large", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+}
+"""Name -> (the hub's checkpoint, the shapes for random weights)."""
+
+SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, which tokenizer, in which precision. Part of the run's identity."""
+
+    model: str = field(default="", metadata={"help": "a local directory or a name on the hub"})
+    architecture: str = field(
+        default="",
+        metadata={
+            "help": "in place of --model: the hub's checkpoint of that shape",
+            "choices": tuple(ARCHITECTURES),
+        },
+    )
+    init: str = field(
+        default="", metadata={"help": "'random': the architecture (or --model's config) with random weights"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of random weights"})
+    revision: str = field(default="", metadata={"help": "branch, tag or commit on the hub"})
+    tokenizer: str = field(default="", metadata={"help": "directory or hub name; default: the model's own"})
+    special_tokens: str = field(
+        default="tokenizer",
+        metadata={
+            "help": "put around a document: what the tokenizer adds itself, or this",
+            "choices": SPECIAL_TOKENS,
+        },
+    )
+    model_dtype: str = field(
+        default="float32",
+        metadata={"help": "precision of weights and activations", "choices": tuple(MODEL_DTYPES)},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that the checkpoint brings along"}
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "load .bin weights (they can run code); default: safetensors only"}
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.architecture):
+            raise ConfigError("give --model or --architecture, one of them")
+        if self.architecture and self.architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"--architecture is {self.architecture!r}; choose one of {', '.join(ARCHITECTURES)}"
+            )
+        if self.init not in ("", "random"):
+            raise ConfigError(f"--init is {self.init!r}; 'random' is the only one, or leave it out")
+        if self.special_tokens not in SPECIAL_TOKENS:
+            raise ConfigError(
+                f"--special_tokens is {self.special_tokens!r}; choose one of {', '.join(SPECIAL_TOKENS)}"
+            )
+        if self.model_dtype not in MODEL_DTYPES:
+            raise ConfigError(
+                f"--model_dtype is {self.model_dtype!r}; choose one of {', '.join(MODEL_DTYPES)}"
+            )
+        if self.init == "random" and self.architecture and not self.tokenizer:
+            raise ConfigError(
+                "--architecture with --init random has no tokenizer of its own: give --tokenizer DIR"
+            )
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files lie on this machine; made by ``fetch``, after which nothing asks the hub."""
+
+    config: ModelConfig
+    model_dir: Path | None
+    """None for an architecture with random weights."""
+    tokenizer_dir: Path
+    revision: str
+    """The hub's commit, or an empty string for a local directory."""
+
+
+def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
+    """Find or download the files of model and tokenizer.
+
+    Args:
+        config: what is wanted.
+        may_download: False on all ranks but the first of a node, once that one has finished.
+
+    Raises:
+        ModelError: not there, not reachable, or without usable weights.
+    """
+    hub_name = config.model or ARCHITECTURES[config.architecture][0]
+    model_dir, revision = None, ""
+    if not (config.architecture and config.init):
+        model_dir, revision = _local_files("--model", hub_name, config.revision, may_download)
+        if not (model_dir / "config.json").is_file() and not (model_dir / "adapter_config.json").is_file():
+            raise ModelError(
+                f"--model {hub_name}: {model_dir} holds no config.json; is it a model's directory?"
+            )
+        if not config.init:
+            _weight_files(model_dir, config.allow_pickle)
+    if config.tokenizer:
+        tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
+    else:
+        assert model_dir is not None  # ModelConfig asks for --tokenizer where there is no model directory
+        tokenizer_dir = model_dir
+    return ModelFiles(config, model_dir, tokenizer_dir, revision)
+
+
+def _local_files(flag: str, name: str, revision: str, may_download: bool) -> tuple[Path, str]:
+    """``(folder, hub commit)``; the commit is empty for a local directory."""
+    if Path(name).is_dir():
+        if revision:
+            raise ModelError(f"--revision {revision}: {name} is a local directory, which has no revisions")
+        return Path(name), ""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{flag} {name}: no such directory")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin", "*.py", "*.jinja"]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, local_files_only=not may_download
+        )
+    except LocalEntryNotFoundError as error:
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"
+        raise ModelError(
+            f"{flag} {name}: not a directory here, not in the local Hugging Face cache, and {why}. "
+            "Download it where there is a network (hf download NAME) and give its directory"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{flag} {name}: neither a local directory nor to be had from the hub: {reason}"
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files with the weights, complete by their index; safetensors unless the user says otherwise."""
+    endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
+    for ending in endings:
+        stems = {"safetensors": ("model", "adapter_model"), "bin": ("pytorch_model", "adapter_model")}[ending]
+        for stem in stems:
+            index = folder / f"{stem}.{ending}.index.json"
+            if index.is_file():
+                return _indexed_files(index)
+            if (folder / f"{stem}.{ending}").is_file():
+                return [folder / f"{stem}.{ending}"]
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    if pickled and not allow_pickle:
+        raise ModelError(
+            f"--model {folder} has its weights only as {pickled[0]}, a pickle, which can run code: convert it "
+            "to safetensors, or give --allow_pickle if you trust its source"
+        )
+    raise ModelError(f"--model {folder} holds no weights (model.safetensors or model.safetensors.index.json)")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of weights: {error}") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index.parent} lacks {', '.join(missing[:4])} ({len(missing)} of {len(names)} weight files)"
+        )
+    return [index.parent / name for name in names]
+
+
+def load_model_config(files: ModelFiles) -> Any:
+    """transformers' config of the model."""
+    config = files.config
+    if files.model_dir is None:
+        shape = ARCHITECTURES[config.architecture][1]
+        return transformers.GPT2Config(**shape)
+    folder = files.model_dir
+    adapter = folder / "adapter_config.json"
+    if not (folder / "config.json").is_file() and adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path", "")
+        folder, _ = _local_files("--model (the adapter's base)", base, "", may_download=True)
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"--model {folder}: its config cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def model_skeleton(files: ModelFiles) -> nn.Module:
+    """The model's modules without memory for weights, for checks that need only names and shapes."""
+    with torch.device("meta"):
+        return _from_config(files, load_model_config(files))
+
+
+def _from_config(files: ModelFiles, config: Any) -> nn.Module:
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=files.config.trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"--model: {str(error).splitlines()[0]} It must be a causal language model"
+        ) from error
+
+
+def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
+    """The model on its device, weights frozen, in eval mode.
+
+    Raises:
+        ModelError: the weights do not fit the config, or cannot be read.
+    """
+    config = files.config
+    dtype = MODEL_DTYPES[config.model_dtype]
+    model = _random_model(files, dtype) if config.init == "random" else _load_weights(files, dtype)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
+    # The CPU's generator, whatever the device: every rank draws the same weights; its state is put back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(files.config.seed)
+        return _from_config(files, load_model_config(files)).to(dtype)
+
+
+def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
+    config, folder = files.config, files.model_dir
+    try:
+        # With output_loading_info it returns a pair, which its annotations do not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=None if config.allow_pickle else True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers and safetensors raise many kinds for a bad checkpoint
+        raise ModelError(
+            f"--model {folder} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    model, report = loaded
+    # transformers fills what a checkpoint lacks with random numbers, with no more than a warning.
+    lacking = sorted(report["missing_keys"]) + sorted(str(k) for k in report.get("mismatched_keys", ()))
+    if lacking:
+        raise ModelError(
+            f"--model {folder}: {len(lacking)} of the model's weights are not in the checkpoint or have another "
+            f"shape: {', '.join(lacking[:4])}"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def load_tokenizer(files: ModelFiles) -> Any:
+    """The tokenizer, which splits text of any length without a warning.
+
+    Raises:
+        ModelError: none there, or it lacks a special token that ``--special_tokens`` asks for.
+    """
+    config = files.config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            files.tokenizer_dir, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # as many kinds as there are tokenizers
+        raise ModelError(
+            f"{files.tokenizer_dir} holds no tokenizer that loads ({_first_line(error)}); give --tokenizer"
+        ) from error
+    tokenizer.model_max_length = int(1e30)
+    if "bos" in config.special_tokens and tokenizer.bos_token_id is None:
+        raise ModelError(f"--special_tokens {config.special_tokens}: the tokenizer has no bos token")
+    if "eos" in config.special_tokens and tokenizer.eos_token_id is None:
+        raise ModelError(f"--special_tokens {config.special_tokens}: the tokenizer has no eos token")
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, model_config: Any) -> int:
+    """The number of token ids that the model knows.
+
+    Raises:
+        ModelError: the tokenizer makes ids beyond it.
+    """
+    size = model_config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary only {size:,}: "
+            "give the --tokenizer that belongs to the model"
+        )
+    return size
+
+
+def positions_of(model_config: Any) -> int | None:
+    """The longest sequence that the model was made for, or None where its config does not say."""
+    text = model_config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def weights_fingerprint(files: ModelFiles) -> str:
+    """A hash of the weights: of the checkpoint's files, or of the drawn weights."""
+    digest = hashlib.sha256()
+    if files.config.init == "random":
+        for name, tensor in sorted(load_model(files, torch.device("cpu")).state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+    assert files.model_dir is not None
+    for path in _weight_files(files.model_dir, files.config.allow_pickle):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def config_fingerprint(model_config: Any) -> str:
+    """A hash of what the config says of the computation, without names of paths and versions."""
+    content = model_config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        content.pop(key, None)
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of how the tokenizer splits text and which special tokens it adds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Set by use, not by the tokenizer's files.
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    else:
+        content = tokenizer.get_vocab()
+    text = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,212 @@
+"""One unit through the engine: its batches to rows, and the rows to what is committed."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradproj.batching import Batch, collate
+from gradproj.capture import TokenCovariances
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.partial import PartialLog, PartialRows
+from gradproj.coordinator.units import UnitRows
+from gradproj.engine import GradProjLoraEngine
+from gradproj.loss import Targets, per_sample_loss
+from gradproj.store.encoding import encode_rows, nan_rows
+from gradproj.store.layout import STATUS
+from gradproj.store.records import UnitRecord
+from gradproj.unit import PreparedUnit, UnitSettings
+
+log = logging.getLogger(__name__)
+
+
+class UnitProjector:
+    """Runs a prepared unit through the engine.
+
+    Rows are summed on the device and cross to the host once a unit, so nothing in the loop waits for the
+    device: no value is read back, and batches are copied from pinned memory.
+
+    Args:
+        model: frozen, in eval mode, on its device.
+        engine: attached to the model, summing token covariances.
+        settings: the run's.
+        progress: counted up batch by batch.
+        stopping: asked after every batch; true = save what there is and return None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: GradProjLoraEngine,
+        settings: UnitSettings,
+        progress: Progress,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._model, self._engine, self._settings = model, engine, settings
+        self._progress, self._stopping = progress, stopping
+        self._device = next(model.parameters()).device
+        self._started = time.monotonic()
+
+    def project(self, prepared: PreparedUnit, partial: PartialLog, save_interval: int = 0) -> UnitRows | None:
+        """The unit's rows; None if it was told to stop, after saving what it had."""
+        started_at, started = time.time(), time.perf_counter()
+        total = _UnitSums(prepared, self._engine, self._device)
+        done, saved = partial.read()
+        for part in saved:
+            total.replay(part)
+        for number in range(done, len(prepared.batches)):
+            batch = collate(
+                prepared.sequences, prepared.batches[number], pad=0, pin=self._device.type == "cuda"
+            )
+            self._run(batch.to(self._device), total)
+            self._count(batch, prepared, number + 1)
+            if number + 1 == len(prepared.batches):
+                break
+            stop = self._stopping()
+            if stop or (save_interval and number + 1 - done >= save_interval):
+                partial.append(done, number + 1, total.take_touched())
+                done = number + 1
+            if stop:
+                return None
+        stats = {
+            "started_at": started_at,
+            "seconds": time.perf_counter() - started,
+            "finished_at": time.time(),
+        }
+        return total.finish(self._settings, stats)
+
+    def _run(self, batch: Batch, total: "_UnitSums") -> None:
+        """One batch; halved and tried again where the device has no memory for it."""
+        try:
+            self._forward_backward(batch, total)
+            return
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        self._engine.clear_gradients()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch.sequences) == 1:
+            log.warning("a sequence of %d tokens does not fit the device's memory", batch.n_tokens)
+            total.fail(batch.sequences)
+            return
+        log.warning("out of memory with %s tokens: halving the batch", tuple(batch.input_ids.shape))
+        middle = len(batch.sequences) // 2
+        for half in (batch.sequences[:middle], batch.sequences[middle:]):
+            self._run(collate(total.prepared.sequences, half, pad=0).to(self._device), total)
+
+    def _forward_backward(self, batch: Batch, total: "_UnitSums") -> None:
+        self._engine.set_token_mask(batch.token_mask)
+        targets = Targets(batch.positions, batch.targets)
+        losses = per_sample_loss(self._model, {"input_ids": batch.input_ids, "targets": targets})
+        losses.sum().backward()
+        total.add(batch.sequences, self._engine.collect_batch(), losses.detach())
+
+    def _count(self, batch: Batch, prepared: PreparedUnit, done: int) -> None:
+        progress, n_batches = self._progress, len(prepared.batches)
+        progress.batches += 1
+        progress.seconds = time.monotonic() - self._started
+        progress.n_tokens += batch.n_tokens
+        progress.unit = prepared.unit
+        progress.unit_samples = len(prepared.columns["status"]) * done // n_batches
+        shape = tuple(batch.input_ids.shape)
+        log.debug("unit %d: batch %d of %d, %s tokens", prepared.unit, done, n_batches, shape)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class _UnitSums:
+    """A unit's rows as they grow, on the device."""
+
+    def __init__(self, prepared: PreparedUnit, engine: GradProjLoraEngine, device: torch.device) -> None:
+        n = len(prepared.columns["status"])
+        self.prepared, self._engine, self._device = prepared, engine, device
+        self._rows = torch.zeros(n, engine.total_proj_dim, device=device)
+        self._losses = torch.zeros(n, device=device)
+        self._touched: list[np.ndarray] = []
+        self._failed: list[np.ndarray] = []
+        engine.take_token_covariances()  # a unit that was stopped may have left some
+        self._covariances = engine.take_token_covariances()
+
+    def add(self, sequences: np.ndarray, rows: Tensor, losses: Tensor) -> None:
+        """Add sequences' rows to their documents'."""
+        touched = self.prepared.row_of[sequences]
+        index = torch.from_numpy(touched).to(self._device, non_blocking=True)
+        self._rows.index_add_(0, index, rows)
+        self._losses.index_add_(0, index, losses)
+        self._touched.append(touched)
+
+    def fail(self, sequences: np.ndarray) -> None:
+        """Note that the documents of these sequences did not fit the memory."""
+        self._failed.append(self.prepared.row_of[sequences])
+
+    def take_touched(self) -> PartialRows:
+        """The sums of the rows touched since the last call."""
+        touched = np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
+        self._touched = []
+        self._covariances.add(self._engine.take_token_covariances())
+        index = torch.from_numpy(touched).to(self._device)
+        return PartialRows(
+            touched,
+            self._rows[index].cpu().numpy(),
+            self._losses[index].cpu().numpy(),
+            self._all_failed(),
+            {k: v.cpu().numpy() for k, v in vars(self._covariances).items()},
+        )
+
+    def replay(self, part: PartialRows) -> None:
+        """Put saved sums back."""
+        index = torch.from_numpy(part.touched.copy()).to(self._device)
+        self._rows[index] = torch.from_numpy(part.rows.copy()).to(self._device)
+        self._losses[index] = torch.from_numpy(part.losses.copy()).to(self._device)
+        self._failed = [part.failed]
+        self._covariances = TokenCovariances(
+            **{k: torch.from_numpy(v.copy()).to(self._device) for k, v in part.covariances.items()}
+        )
+
+    def _all_failed(self) -> np.ndarray:
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self._failed]))
+
+    def finish(self, settings: UnitSettings, stats: dict[str, Any]) -> UnitRows:
+        """Divide, judge and encode the rows; fill the columns."""
+        columns, prepared = self.prepared.columns, self.prepared
+        self._covariances.add(self._engine.take_token_covariances())
+        rows, losses = self._rows.cpu().numpy(), self._losses.cpu().numpy()
+        columns["status"][self._all_failed()] = STATUS["out_of_memory"]
+        targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)
+        if settings.batch.loss_reduction == "mean":
+            rows /= targets[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
+        ok = columns["status"] == STATUS["ok"]
+        columns["status"][ok & ~np.isfinite(norms)] = STATUS["non_finite"]
+        ok = columns["status"] == STATUS["ok"]
+        stored, scale = encode_rows(rows, settings.layout.proj_dtype)
+        zero = np.isin(columns["status"], (STATUS["empty"], STATUS["no_target"]))
+        stored[~(ok | zero)] = nan_rows((1, 1), settings.layout.proj_dtype)
+        columns["loss"][:] = np.where(ok, losses / targets, np.nan)
+        columns["grad_norm"][:] = np.where(ok | zero, norms, np.nan)
+        columns["row_scale"][:] = np.where(ok | zero, scale, 1.0)
+        stats |= {
+            "real_tokens": sum(map(len, prepared.sequences)),
+            "computed_tokens": sum(len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches),
+            "covariance_tokens": int(self._covariances.n_tokens),
+        }
+        covariances = {"a": self._covariances.a, "s": self._covariances.g}
+        record = UnitRecord(
+            prepared.unit,
+            prepared.start,
+            settings.identity,
+            None,
+            columns,
+            stats,
+            {name: value.float().cpu().numpy() for name, value in covariances.items()},
+        )
+        return UnitRows(record, stored if (ok | zero).any() else None)
