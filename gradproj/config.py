@@ -109,11 +109,24 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, f: dataclasses.Field) 
 def _kind(f: dataclasses.Field) -> tuple[type, bool]:
     """A field's scalar type and whether it takes several: ``int | None`` is int, ``tuple[str, ...]`` str, many."""
     kind: Any = f.type
+    if isinstance(kind, str):  # from a module with postponed annotations
+        kind = _FIELD_TYPES[kind]
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
         return typing.get_args(kind)[0], True
     return kind, False
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "int | None": int,
+    "str | None": str,
+    "tuple[str, ...]": tuple[str, ...],
+}
 
 
 def _is_required(f: dataclasses.Field) -> bool:

@@ -27,7 +27,7 @@ from gradproj.store import ProjectionStore
 from gradproj.summary import print_end, print_start
 from gradproj.unit import UnitReader
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("gradproj.run")  # also where this module runs as __main__
 
 
 def main(argv: list[str] | None = None) -> int:
