@@ -128,6 +128,19 @@ def test_a_short_shard_leaves_out_chunks_that_would_hold_nothing(compressor):
     assert b"".join(map(bytes, shard_chunks(stored[:0], layout)))[:-4] == b"\xff" * 64
 
 
+@pytest.mark.parametrize("proj_dtype", DTYPES)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_rows_that_a_shard_was_not_given_read_as_nan(tmp_path, proj_dtype, compressor):
+    output = Output(
+        tmp_path, config=StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16)
+    )
+    chunks = shard_chunks(output.stored[:10], output.layout)
+    (tmp_path / output.layout.shard_name(0)).write_bytes(b"".join(map(bytes, chunks)))
+    got = as_float(from_zarr(output.store_path, "projections"), proj_dtype)
+    assert np.isnan(got[10:]).all()
+    np.testing.assert_array_equal(got[:10], as_float(output.stored[:10], proj_dtype))
+
+
 def test_a_shard_of_the_wrong_shape_or_type_is_refused():
     layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
     for wrong in (
