@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from gradproj.errors import CorpusError
 
@@ -68,7 +68,7 @@ def _expand(shards: str) -> list[str]:
         return [str(path)]
     try:
         patterns = list(braceexpand(str(path)))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise CorpusError(f"--shards {shards}: its braces do not match") from error
     found: list[str] = []
     for pattern in patterns:
