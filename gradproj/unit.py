@@ -124,7 +124,7 @@ class UnitReader:
 
     def _tokenize(self, documents: Sequence[Document]) -> list[Sequence[int]]:
         """Token ids of every document; a pre-tokenized one is taken as it is."""
-        texts = [_encodable(d.text) for d in documents if d.text is not None and d.input_ids is None]
+        texts = [d.text for d in documents if d.text is not None and d.input_ids is None]
         special = self._settings.special_tokens
         ids: list[list[int]] = []
         if texts:
@@ -147,12 +147,3 @@ class UnitReader:
         if not sequences:
             columns["status"][row] = STATUS["no_target"]
         return sequences
-
-
-def _encodable(text: str) -> str:
-    """Lone surrogates (JSON can hold them, UTF-8 cannot) become U+FFFD; all other text is as it was."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

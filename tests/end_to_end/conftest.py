@@ -1,0 +1,21 @@
+"""One model and one corpus for all jobs of a session."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from jobs import make_corpus, make_model, mixed_documents
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """200 documents in 5 tars: 13 units of 16 rows, the last one ragged."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"), mixed_documents(200))

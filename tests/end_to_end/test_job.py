@@ -1,0 +1,320 @@
+"""The job with real processes: its rows, its bits, its readers, its odd documents."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from jobs import (
+    ENVIRONMENT,
+    arrays_of,
+    assert_same_bits,
+    job_command,
+    make_corpus,
+    make_model,
+    mixed_documents,
+    run_job,
+    words,
+)
+from models import projected_gradient_the_slow_way, relative_error
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradproj import GradProjLoraEngine, ProjectionStore
+from gradproj.coordinator.claims import process_start
+from gradproj.store import STATUS
+
+SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "batch_tokens": 300, "max_length": 48}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, corpus, model_dir):
+    """The finished store of one rank."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    run_job(1, shards=corpus, model=model_dir, output_dir=output, **SETTINGS)
+    return output
+
+
+def counts(store):
+    return {name: n for name, n in store.status_counts().items() if n}
+
+
+def slow_rows(model_dir, texts, max_length, windows, mean):
+    """Every text's row by plain autograd, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    engine = GradProjLoraEngine(model, proj_rank_total=24, proj_rank_min=3)
+    rows = []
+    for text in texts:
+        tokens = torch.tensor(tokenizer(text).input_ids)
+        starts = range(0, len(tokens) - 1, max_length - 1) if windows else [0]
+        parts = [tokens[s : s + max_length] for s in starts]
+        row = sum(projected_gradient_the_slow_way(model, engine, part) for part in parts)
+        rows.append(row / sum(len(part) - 1 for part in parts) if mean else row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("long_documents", ["truncate", "windows"])
+def test_a_documents_row_is_its_projected_gradient(tmp_path, model_dir, long_documents, reduction):
+    texts = [words(n, n) for n in (3, 200, 40, 9, 90)]
+    corpus = make_corpus(tmp_path / "tars", [{"text": text} for text in texts], per_tar=2)
+    options = {**SETTINGS, "max_length": 32, "long_documents": long_documents, "loss_reduction": reduction}
+    run_job(1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", proj_dtype="float32", **options)
+    want = slow_rows(model_dir, texts, 32, long_documents == "windows", reduction == "mean")
+    with ProjectionStore(tmp_path / "out") as store:
+        for got, expected in zip(store.rows(range(5)), want, strict=True):
+            assert relative_error(torch.from_numpy(got), expected) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_bits(tmp_path, corpus, model_dir, undisturbed, ranks):
+    run_job(ranks, shards=corpus, model=model_dir, output_dir=tmp_path / "out", **SETTINGS)
+    assert len(list((undisturbed / "units").iterdir())) >= 12
+    assert_same_bits(tmp_path / "out", undisturbed)
+
+
+def test_every_document_is_in_the_store_once_and_complete(undisturbed):
+    with ProjectionStore(undisturbed) as store:
+        assert counts(store) == {"ok": 200}
+        samples = store.samples(range(200))
+        assert [s.key for s in samples] == [f"{i:012d}" for i in range(200)]
+        assert [s.domain for s in samples] == ["Github", "ArXiv", "Pile-CC"] * 66 + ["Github", "ArXiv"]
+        assert [s.tar for s in samples] == [i // 40 for i in range(200)]
+    stats = json.loads((undisturbed / "projection_stats.json").read_text())
+    assert stats["complete"]
+    assert sum(d["n_rows"] for d in stats["by_domain"].values()) == 200
+    assert not list((undisturbed / "claims").iterdir())
+    assert not list((undisturbed / "tmp").iterdir())
+
+
+def test_the_losses_are_the_models_own(undisturbed, model_dir):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
+    documents = mixed_documents(200)
+    with ProjectionStore(undisturbed) as store:
+        for sample in store.samples([0, 7, 199]):
+            ids = torch.tensor([tokenizer(documents[sample.sample_id]["text"]).input_ids[:48]])
+            with torch.no_grad():
+                assert sample.loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+            assert sample.n_tokens == ids.shape[1] - 1
+
+
+def test_the_stores_token_covariances_are_the_sum_over_units(undisturbed, corpus, model_dir, tmp_path):
+    run_job(1, shards=corpus, model=model_dir, output_dir=tmp_path / "one", rows_per_shard=256, **SETTINGS)
+    many, one = (
+        zarr.open_group(str(path / "projections.zarr"), mode="r") for path in (undisturbed, tmp_path / "one")
+    )
+    for name in ("token_covariance_a", "token_covariance_s"):
+        np.testing.assert_allclose(many[name][...], one[name][...], rtol=1e-4, atol=1e-3)
+    assert many.attrs["covariance_tokens"] == one.attrs["covariance_tokens"]
+    assert many.attrs["covariance_tokens"] == int(many["n_tokens"][...].sum())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, undisturbed, dtype):
+    output = tmp_path / "out"
+    run_job(
+        1, shards=corpus, model=model_dir, output_dir=output, proj_dtype=dtype, max_samples=40, **SETTINGS
+    )
+    path = str(output / "projections.zarr")
+    with ProjectionStore(output) as store:
+        rows = store.rows(range(40))
+    scale = zarr.open_array(f"{path}/row_scale", mode="r")[...]
+    read = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/projections"}).result()
+    assert read.dtype.name == dtype
+    np.testing.assert_array_equal(read[...].read().result().astype(np.float32) * scale[:, None], rows)
+    if dtype != "bfloat16":
+        script = (
+            "import sys, zarr, numpy as np; g = zarr.open_group(sys.argv[1], mode='r'); "
+            "assert not any(m.startswith('gradproj') for m in sys.modules); "
+            "np.save(sys.argv[2], g['projections'][...].astype('f4') * g['row_scale'][...][:, None])"
+        )
+        subprocess.run(["python", "-c", script, path, str(tmp_path / "rows.npy")], check=True)
+        np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
+
+
+ODD_TEXTS = [
+    ("line\u2028separator\u2029and\u0085next line", "ok"),
+    ("emoji \U0001f600\U0001f469\u200d\U0001f680 and combining e\u0301 \ufeff", "ok"),
+    ("nul \x00 and control \x1b[31m and \r\n", "ok"),
+    ("right to left \u202e\u05d0\u05d1 \u0645\u0631\u062d\u0628\u0627", "ok"),
+    ("</s><s> special tokens as text", "ok"),
+    ("lone surrogate \ud800 here", "bad_input"),
+    ("", "empty"),
+    ("a", "no_target"),
+    ("the", "no_target"),
+    (words(48 * 100, 3), "ok"),
+]
+
+
+def test_every_odd_document_has_exactly_one_row_with_the_right_status(tmp_path, model_dir):
+    texts = [*ODD_TEXTS, *[(words(20, 5), "ok")] * 3]
+    raw = [
+        (b"{not json", "bad_input"),
+        (b'{"meta": {}}', "bad_input"),
+        (b'{"text": 5}', "bad_input"),
+        (b'{"text": "\xff"}', "bad_input"),
+        (b"[" * 5000, "bad_input"),
+        (b'{"input_ids": [5, 6, 7]}', "ok"),
+        (b'{"input_ids": [5]}', "no_target"),
+        (b'{"input_ids": []}', "empty"),
+        (b'{"input_ids": [5, 100000]}', "bad_input"),
+    ]
+    expected = [status for _, status in texts] + [status for _, status in raw]
+    documents = [{"text": t, "meta": {"pile_set_name": "odd"}} for t, _ in texts] + [data for data, _ in raw]
+    corpus = make_corpus(tmp_path / "tars", documents, per_tar=7)
+    run_job(2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", rows_per_shard=4, **SETTINGS)
+    group = zarr.open_group(str(tmp_path / "out" / "projections.zarr"), mode="r")
+    assert [STATUS[s] for s in expected] == group["status"][...].tolist()
+    with ProjectionStore(tmp_path / "out") as store:
+        rows = store.rows(range(len(expected)), missing="nan")
+    for row, status in zip(rows, expected, strict=True):
+        if status == "ok":
+            assert np.isfinite(row).all()
+            assert np.abs(row).max() > 0
+        elif status == "bad_input":
+            assert np.isnan(row).all()
+        else:
+            assert not row.any()
+    same = [i for i, (t, _) in enumerate(texts) if t == words(20, 5)]
+    assert relative_error(torch.from_numpy(rows[same[0]]), torch.from_numpy(rows[same[2]])) < 1e-3
+
+
+def test_a_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    texts = [words(20, i) for i in range(6)]
+    as_text = make_corpus(tmp_path / "text", [{"text": t} for t in texts])
+    as_ids = make_corpus(tmp_path / "ids", [{"input_ids": tokenizer(t).input_ids} for t in texts])
+    for source in (as_text, as_ids):
+        run_job(1, shards=source, model=model_dir, output_dir=tmp_path / f"out-{source.name}", **SETTINGS)
+    assert_same_bits(tmp_path / "out-text", tmp_path / "out-ids")
+
+
+@pytest.mark.parametrize(("special", "extra"), [("none", []), ("bos", ["bos"]), ("bos_eos", ["bos", "eos"])])
+def test_special_tokens_are_those_asked_for(tmp_path, model_dir, special, extra):
+    corpus = make_corpus(tmp_path / "tars", [{"text": words(9, 1)}])
+    run_job(
+        1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", special_tokens=special, **SETTINGS
+    )
+    with ProjectionStore(tmp_path / "out") as store:
+        plain = len(AutoTokenizer.from_pretrained(model_dir)(words(9, 1)).input_ids)
+        assert store.samples([0])[0].n_tokens == plain - 1 + len(extra)
+
+
+def test_chosen_domains_of_a_grouped_corpus_write_only_their_units(tmp_path, model_dir):
+    documents = sorted(mixed_documents(96), key=lambda d: d["meta"]["pile_set_name"])
+    corpus = make_corpus(tmp_path / "tars", documents, per_tar=32)
+    settings = {**SETTINGS, "rows_per_shard": 16, "domains": "Github"}
+    run_job(2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", **settings)
+    shards = {p.name for p in (tmp_path / "out" / "projections.zarr" / "projections").glob("c.*")}
+    assert shards == {"c.2.0", "c.3.0"}
+    with ProjectionStore(tmp_path / "out") as store:
+        assert counts(store) == {"ok": 32, "not_selected": 64}
+        assert {s.domain for s in store.samples(range(32, 64))} == {"Github"}
+        assert np.isnan(store.rows([0, 95], missing="nan")).all()
+
+
+def test_a_finished_store_started_again_stays_as_it_is(corpus, model_dir, undisturbed):
+    before = arrays_of(undisturbed)
+    done = run_job(2, shards=corpus, model=model_dir, output_dir=undisturbed, **SETTINGS)
+    assert "The store is complete" in done.stdout
+    assert arrays_of(undisturbed) == before
+
+
+def test_other_settings_are_refused_with_every_difference(corpus, model_dir, undisturbed):
+    before = arrays_of(undisturbed)
+    changed = {**SETTINGS, "proj_seed": 7, "max_length": 32, "loss_reduction": "sum"}
+    done = run_job(1, expect=2, shards=corpus, model=model_dir, output_dir=undisturbed, **changed)
+    for line in (
+        "--max_length: store 48, this run 32",
+        "--proj_seed: store 42, this run 7",
+        "--loss_reduction: store 'mean', this run 'sum'",
+    ):
+        assert line in done.stderr
+    assert "Traceback" not in done.stderr
+    assert arrays_of(undisturbed) == before
+
+
+def wait_for_records(output, at_least, process, timeout=60):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "units").is_dir() and len(list((output / "units").glob("*.safetensors"))) >= at_least:
+            return
+        time.sleep(0.005)
+
+
+def descendants(pid):
+    """Living processes below ``pid``, by the kernel's own list."""
+    found, parents = [], {pid}
+    for entry in sorted(int(p) for p in os.listdir("/proc") if p.isdigit()):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if parent in parents:
+            parents.add(entry)
+            found.append(entry)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stop", "ranks_after"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
+)
+def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
+    tmp_path, corpus, model_dir, undisturbed, stop, ranks_after
+):
+    output = tmp_path / "out"
+    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
+    first = subprocess.Popen(
+        job_command(2, **settings), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_records(output, 3, first)
+    workers = {pid: process_start(pid) for pid in descendants(first.pid)}
+    first.send_signal(stop)
+    first.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while any(start is not None and process_start(pid) == start for pid, start in workers.items()):
+        assert time.monotonic() < deadline, "a worker outlived its launcher"
+        time.sleep(0.1)
+    committed = {p.name: p.read_bytes() for p in (output / "units").glob("*.safetensors")}
+    assert 3 <= len(committed) < 13
+    run_job(ranks_after, **settings)
+    assert all((output / "units" / name).read_bytes() == data for name, data in committed.items())
+    assert_same_bits(output, undisturbed)
+
+
+def test_saved_partial_rows_are_taken_up_and_give_the_same_bits(tmp_path, corpus, model_dir, undisturbed):
+    output = tmp_path / "out"
+    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
+    job = subprocess.Popen(job_command(1, proj_save_interval=1, **settings), env=ENVIRONMENT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(output.glob("partial/*/*.safetensors"))) < 1:
+        time.sleep(0.002)
+    job.kill()
+    job.wait()
+    if not list(output.glob("partial/*/*.safetensors")):
+        pytest.fail("the job was killed between two units: nothing partial to take up")
+    run_job(1, verbose=True, **settings)
+    assert_same_bits(output, undisturbed)
+    assert not list(output.glob("partial/*/*.safetensors"))
+
+
+def test_a_random_architecture_needs_no_checkpoint(tmp_path, model_dir):
+    corpus = make_corpus(tmp_path / "tars", [{"text": words(5, i)} for i in range(2)])
+    (tmp_path / "config").mkdir()
+    make_model(tmp_path / "config", family="gpt2")
+    (tmp_path / "config" / "model.safetensors").unlink()
+    settings = {"shards": corpus, "init": "random", "model": tmp_path / "config", **SETTINGS}
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_job(1, output_dir=tmp_path / out, seed=seed, **settings)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    assert arrays_of(tmp_path / "a")["projections"] != arrays_of(tmp_path / "c")["projections"]
