@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tars import plain_members, slow_domain, slow_samples, write_tar
 
+from gradproj.corpus import scanpool
 from gradproj.corpus.index import (
     build_index,
     check_unchanged,
@@ -139,6 +140,17 @@ def test_damage_found_in_another_process_is_told(tars):
     tars[2].write_bytes(b"")
     with pytest.raises(CorpusError, match=r"2\.tar: damaged at byte 0: an empty file"):
         index_of(*tars, processes=2)
+
+
+def test_a_scanning_process_that_dies_is_told_with_its_tar(tars, monkeypatch):
+    monkeypatch.setattr(scanpool, "_WORKER", "import sys; sys.stdin.readline(); sys.exit(3)")
+    with pytest.raises(CorpusError, match=r"0\.tar: the process that scanned it ended \(exit code 3\)"):
+        index_of(*tars, processes=2)
+
+
+def test_a_number_of_processes_below_one_is_refused(tars):
+    with pytest.raises(CorpusError, match="needs at least 1 process, got 0"):
+        index_of(*tars, processes=0)
 
 
 def test_a_copied_corpus_has_the_same_fingerprint_and_a_changed_one_another(tars, tmp_path):

@@ -288,7 +288,11 @@ GROUPING = {
     ),
     "a name twice": ([("a.json", b""), ("a.json", b"")], 512, "the sample 'a' has two members 'json'"),
     "a name twice but for case": ([("a.json", b""), ("a.JSON", b"")], 512, "has two members 'json'"),
-    "webdataset's own name": ([("a.__bad__", b"x")], 0, "'a.__bad__' has a suffix that webdataset reserves"),
+    "webdataset's own name": (
+        [("a.__bad__", b"x")],
+        0,
+        "the suffix '__bad__' of the sample 'a' is webdataset's own",
+    ),
     "far apart": ([(f"{i % 100}.json", b"") for i in range(101)], 51_200, "the key '0' comes a second time"),
 }
 

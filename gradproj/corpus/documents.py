@@ -111,11 +111,10 @@ class DomainReader:
         which counts even if the name comes twice.
         """
         key = self._key(ending)
-        value_and_brace = ending[key.end() :].rstrip() if key else b""
-        if not value_and_brace.endswith(b"}"):
+        if key is None or not ending.endswith(b"}"):
             return None
         try:
-            domain = self._walk(self._decode_last_field(value_and_brace[:-1]), len(self._path) - 1)
+            domain = self._walk(self._decode_last_field(ending[key.end() : -1]), len(self._path) - 1)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
         if len(self._endings) < _MAX_ENDINGS:

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import repeat
 from pathlib import Path
 from zlib import crc32
 
@@ -17,7 +16,7 @@ import google_crc32c
 
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, DomainReader
 from gradproj.corpus.tarchunk import PlainHeaders, Run
-from gradproj.corpus.tarheaders import Member, TarBytes, damage, read_member
+from gradproj.corpus.tarheaders import TarBytes, damage, read_member
 from gradproj.errors import CorpusError
 
 SAMPLES_PER_BLOCK = 64
@@ -129,61 +128,64 @@ class _Scan:
             self._ended = True
             return
         member, self._position = found
-        if member.name:
-            self._add(member)
-
-    def _add_run(self, run: Run, chunk: bytes, first: int) -> None:
-        """Add a run of members that lie inside the chunk, which begins at byte ``first``."""
-        self._largest = max(self._largest, int(run.n_bytes.max()))
-        one_each = run.keys_of_one_suffix()
-        if one_each is not None:
-            keys, suffix = one_each
-            unique = set(keys)
-            if (
-                len(unique) == len(keys)
-                and self._seen.isdisjoint(unique)
-                and suffix not in _RESERVED_SUFFIXES
-            ):
-                self._close_sample()
-                self._seen |= unique
-                self._keys += keys
-                self._starts += (run.starts + first).tolist()
-                if suffix == "json":
-                    domains = self._domain_of.many(
-                        chunk, run.payloads.tolist(), (run.payloads + run.n_bytes).tolist()
-                    )
-                else:
-                    domains = list(repeat(UNKNOWN_DOMAIN, len(keys)))
-                self._suffixes, self._domain = [suffix], domains.pop()
-                self._domain_counts.update(domains)
-                return
-        for start, name, payload, n_bytes in zip(
-            run.starts, run.names(), run.payloads, run.n_bytes, strict=True
-        ):
-            self._add(Member(first + start, name, first + payload, n_bytes))
-
-    def _add(self, member: Member) -> None:
         split = key_and_suffix(member.name)
         if split is None:
             return
+        self._largest = max(self._largest, member.n_bytes)
+        self._add(split, member.start)
+        if split[1] == "json" and member.n_bytes <= MAX_DOCUMENT_BYTES:
+            self._domain = self._domain_of(self._data[member.payload : member.payload + member.n_bytes])
+
+    def _add_run(self, run: Run, chunk: bytes, first: int) -> None:
+        """Add a run of members that lie inside the chunk, which begins at byte ``first``."""
+        one_each = run.keys_of_one_suffix()
+        if one_each is not None and self._add_samples(*one_each, run, chunk, first):
+            return
+        splits = [key_and_suffix(name) for name in run.names()]
+        read = [i for i, split in enumerate(splits) if split is not None]
+        with_json = [i for i in read if splits[i][1] == "json"]  # type: ignore[index]
+        domains = dict(zip(with_json, self._domains_of(run, with_json, chunk), strict=True))
+        self._largest = max(self._largest, int(run.n_bytes[read].max(initial=0)))
+        starts = (run.starts + first).tolist()
+        for i in read:
+            self._add(splits[i], starts[i])  # type: ignore[arg-type]
+            self._domain = domains.get(i, self._domain)
+
+    def _add_samples(self, keys: list[str], suffix: str, run: Run, chunk: bytes, first: int) -> bool:
+        """Add a run in which every member is a sample of its own; False where it is not so."""
+        unique = set(keys)
+        if len(unique) < len(keys) or not self._seen.isdisjoint(unique) or suffix in _RESERVED_SUFFIXES:
+            return False
+        self._close_sample()
+        self._seen |= unique
+        self._keys += keys
+        self._starts += (run.starts + first).tolist()
+        self._largest = max(self._largest, int(run.n_bytes.max()))
+        is_json = suffix == "json"
+        domains = self._domains_of(run, slice(None), chunk) if is_json else [UNKNOWN_DOMAIN] * len(keys)
+        self._suffixes, self._domain = [suffix], domains.pop()
+        self._domain_counts.update(domains)
+        return True
+
+    def _domains_of(self, run: Run, which: slice | list[int], chunk: bytes) -> list[str]:
+        payloads, n_bytes = run.payloads[which], run.n_bytes[which]
+        return self._domain_of.many(chunk, payloads.tolist(), (payloads + n_bytes).tolist())
+
+    def _add(self, split: tuple[str, str], start: int) -> None:
+        """Add one member, of the sample that is open or of a new one."""
         key, suffix = split
         if not self._keys or key != self._keys[-1]:
             if key in self._seen:
-                raise self._not_grouped(member, f"the key {key!r} comes a second time, apart from the first")
+                raise self._not_grouped(start, f"the key {key!r} comes a second time, apart from the first")
             self._close_sample()
             self._seen.add(key)
             self._keys.append(key)
-            self._starts.append(member.start)
+            self._starts.append(start)
         if suffix in self._suffixes:
-            raise self._not_grouped(member, f"the sample {key!r} has two members {suffix!r}")
+            raise self._not_grouped(start, f"the sample {key!r} has two members {suffix!r}")
         if suffix in _RESERVED_SUFFIXES:
-            raise self._not_grouped(
-                member, f"the member {member.name!r} has a suffix that webdataset reserves"
-            )
+            raise self._not_grouped(start, f"the suffix {suffix!r} of the sample {key!r} is webdataset's own")
         self._suffixes.append(suffix)
-        self._largest = max(self._largest, member.n_bytes)
-        if suffix == "json" and member.n_bytes <= MAX_DOCUMENT_BYTES:
-            self._domain = self._domain_of(self._data[member.payload : member.payload + member.n_bytes])
 
     def _close_sample(self) -> None:
         if self._suffixes:
@@ -212,8 +214,8 @@ class _Scan:
             block_key_crcs=key_crcs,
         )
 
-    def _not_grouped(self, member: Member, what: str) -> CorpusError:
+    def _not_grouped(self, start: int, what: str) -> CorpusError:
         return CorpusError(
-            f"{self._path}: at byte {member.start:,}: {what}. A sample's members must be adjacent, of different "
+            f"{self._path}: at byte {start:,}: {what}. A sample's members must be adjacent, of different "
             "suffixes, under a key used once in the tar; make this tar again (python -m gradproj prepare does)"
         )
