@@ -14,7 +14,14 @@ from gradproj.capture import place_widths
 from gradproj.config import RunConfig
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.units import FOLDERS
-from gradproj.corpus.index import CorpusIndex, build_index, default_index_path, list_tars, load_index
+from gradproj.corpus.index import (
+    CorpusIndex,
+    build_index,
+    check_unchanged,
+    default_index_path,
+    list_tars,
+    load_index,
+)
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.model import (
     ModelFiles,
@@ -199,6 +206,8 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
             )
         else:
             index = build_index(paths, domain_field=config.corpus.domain_field, progress=progress)
+    for tar in index.tars:
+        check_unchanged(tar)
     if index.n_samples == 0:
         raise CorpusError(f"--shards {shards}: its {len(index.tars)} tars hold no document")
     if index.domain_field != config.corpus.domain_field:
