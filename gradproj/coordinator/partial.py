@@ -69,7 +69,7 @@ class PartialLog:
             "failed": part.failed,
             **{f"covariance.{name}": value for name, value in part.covariances.items()},
         }
-        data = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata={"key": self.key})
+        data = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key})
         name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.scratch / f"partial-{name}"

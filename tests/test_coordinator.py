@@ -1,0 +1,277 @@
+"""Claims, units and the merge, where they live; real processes kill each other in end_to_end/."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.merge import ranges_of, units_in
+from gradproj.coordinator.partial import PartialLog, PartialRows
+from gradproj.coordinator.units import UnitQueue, UnitRows, sweep, unit_claim
+from gradproj.store.files import file_sum
+from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout
+from gradproj.store.records import UnitRecord, read_record, record_name
+
+
+def owner_like_me(**changes):
+    return dataclasses.replace(Owner.this_process("job", 0, 0), **changes)
+
+
+@pytest.fixture
+def gone_process():
+    """A process id that has ended, with the start time it had."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    start = claims_module.process_start(process.pid)
+    process.wait()
+    return {"pid": process.pid, "pid_start": start}
+
+
+def board(tmp_path, owner, beats=None):
+    scratch = tmp_path / f"scratch-{owner.rank}-{owner.host}-{owner.generation}-{owner.pid}"
+    scratch.mkdir(exist_ok=True)
+    (tmp_path / "claims").mkdir(exist_ok=True)
+    beats = {} if beats is None else beats
+    return ClaimBoard(tmp_path / "claims", scratch, owner, lambda other: beats.get(other.name))
+
+
+def test_of_two_that_want_a_unit_one_has_it(tmp_path):
+    first, second = (board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1))
+    assert first.try_claim("00000003")
+    assert not second.try_claim("00000003")
+    assert first.owns("00000003")
+    assert not second.owns("00000003")
+
+
+def test_a_unit_given_back_is_free_again(tmp_path):
+    first, second = (board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1))
+    for _ in range(3):
+        assert first.try_claim("00000003")
+        first.give_back_all()
+        assert second.try_claim("00000003")
+        second.give_back("00000003")
+
+
+def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_once(tmp_path, gone_process):
+    dead = board(tmp_path, owner_like_me(job_id="other", **gone_process))
+    assert dead.try_claim("00000003")
+    mine = board(tmp_path, owner_like_me(rank=5))
+    assert mine.try_claim("00000003")
+    assert not dead.owns("00000003")
+
+
+def test_a_pid_used_again_is_another_process(tmp_path):
+    old = board(tmp_path, owner_like_me(job_id="other", pid_start=1))
+    assert old.try_claim("00000003")
+    assert board(tmp_path, owner_like_me(rank=5)).try_claim("00000003")
+
+
+def test_the_claim_of_an_older_start_of_the_same_job_is_taken_over_at_once(tmp_path):
+    away = {"host": "elsewhere", "boot_id": "other"}
+    assert board(tmp_path, owner_like_me(generation=0, **away)).try_claim("00000003")
+    assert board(tmp_path, owner_like_me(generation=1)).try_claim("00000003")
+    assert not board(tmp_path, owner_like_me(generation=0)).try_claim("00000003")
+
+
+def test_a_restarted_host_has_no_living_owners(tmp_path):
+    assert board(tmp_path, owner_like_me(job_id="other", boot_id="before")).try_claim("00000003")
+    assert board(tmp_path, owner_like_me()).try_claim("00000003")
+
+
+def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_enough_of_our_clock(
+    tmp_path, monkeypatch
+):
+    now = [1000.0]
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    other = owner_like_me(job_id="other", host="elsewhere", boot_id="other")
+    beats = {other.name: 1}
+    assert board(tmp_path, other).try_claim("00000003")
+    mine = board(tmp_path, owner_like_me(), beats)
+    assert not mine.try_claim("00000003")
+    now[0] += claims_module.STALE_AFTER_S - 1
+    assert not mine.try_claim("00000003")
+    beats[other.name] = 2  # it moved: the wait starts anew
+    now[0] += 2
+    assert not mine.try_claim("00000003")
+    now[0] += claims_module.STALE_AFTER_S - 1
+    assert not mine.try_claim("00000003")
+    now[0] += 1
+    assert mine.try_claim("00000003")
+
+
+def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    mine = board(tmp_path, owner_like_me())
+    (tmp_path / "claims" / "00000003.0").write_text('{"job_')
+    assert not mine.try_claim("00000003")
+    now[0] += claims_module.STALE_AFTER_S
+    assert mine.try_claim("00000003")
+
+
+# --- units ---
+
+LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(rows_per_shard=16))
+
+
+def queue(tmp_path, owner, wanted=(0, 1, 2), **options):
+    for folder in ("units", "claims", "heartbeats", "tmp", "projections.zarr/projections"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    return UnitQueue(tmp_path, LAYOUT, "identity", wanted, owner, **options)
+
+
+def unit_rows(unit, value=1.0):
+    start, stop = LAYOUT.unit_range(unit)
+    columns = empty_columns(stop - start, LAYOUT.key_bytes)
+    columns["status"][:] = STATUS["ok"]
+    stored = np.full((stop - start, LAYOUT.dim), value, LAYOUT.stored_dtype)
+    return UnitRows(UnitRecord(unit, start, "identity", None, columns), stored)
+
+
+def test_a_process_takes_every_unit_once_in_an_order_of_its_own(tmp_path):
+    orders = []
+    for rank in range(4):
+        q = queue(tmp_path / str(rank), owner_like_me(rank=rank), wanted=range(3))
+        taken = []
+        for unit in q.take():
+            taken.append(unit)
+            assert q.commit(unit_rows(unit))
+        assert sorted(taken) == [0, 1, 2]
+        orders.append(tuple(taken))
+    assert len(set(orders)) > 1
+
+
+def test_a_commit_leaves_shard_and_record_that_agree_and_no_claim(tmp_path):
+    q = queue(tmp_path, owner_like_me())
+    assert next(q.take()) in (0, 1, 2)
+    unit = int(next(iter(q.claims.current())))
+    assert q.commit(unit_rows(unit))
+    record = read_record(tmp_path / record_name(unit))
+    assert record.shard == file_sum(tmp_path / LAYOUT.shard_name(unit))
+    assert not q.claims.current()
+    assert [p.name for p in q.scratch.iterdir()] == ["owner.json"]
+
+
+def test_an_owner_whose_claim_was_taken_over_cannot_publish_its_shard(tmp_path, gone_process):
+    old = queue(tmp_path, owner_like_me(rank=1, **gone_process), wanted=[0])
+    new = queue(tmp_path, owner_like_me(rank=2), wanted=[0])
+    assert next(old.take()) == 0
+    assert next(new.take()) == 0
+    assert not old.commit(unit_rows(0, value=5.0))
+    assert not (tmp_path / LAYOUT.shard_name(0)).exists()
+    assert new.commit(unit_rows(0, value=2.0))
+    before = (tmp_path / LAYOUT.shard_name(0)).read_bytes()
+    assert not old.commit(unit_rows(0, value=5.0))
+    assert (tmp_path / LAYOUT.shard_name(0)).read_bytes() == before
+    assert read_record(tmp_path / record_name(0)).shard == file_sum(tmp_path / LAYOUT.shard_name(0))
+
+
+def test_a_shard_left_without_a_record_is_replaced(tmp_path):
+    q = queue(tmp_path, owner_like_me(), wanted=[0])
+    (tmp_path / LAYOUT.shard_name(0)).write_bytes(b"left by an owner that died")
+    assert next(q.take()) == 0
+    assert q.commit(unit_rows(0))
+    assert read_record(tmp_path / record_name(0)).shard == file_sum(tmp_path / LAYOUT.shard_name(0))
+
+
+def test_a_unit_without_a_stored_row_has_a_record_and_no_shard(tmp_path):
+    q = queue(tmp_path, owner_like_me(), wanted=[0])
+    assert next(q.take()) == 0
+    assert q.commit(dataclasses.replace(unit_rows(0), stored=None))
+    assert read_record(tmp_path / record_name(0)).shard is None
+    assert not (tmp_path / LAYOUT.shard_name(0)).exists()
+
+
+def test_a_stopping_process_takes_nothing_more_and_gives_back_what_it_has(tmp_path):
+    stop = []
+    q = queue(tmp_path, owner_like_me(), stopping=lambda: bool(stop))
+    units = q.take()
+    unit = next(units)
+    stop.append(True)
+    assert list(units) == []
+    q.give_back()
+    assert not q.scratch.exists()
+    other = queue(tmp_path, owner_like_me(rank=1), wanted=[unit])
+    assert next(other.take()) == unit
+
+
+def test_units_of_another_living_job_are_not_waited_for(tmp_path):
+    theirs = queue(tmp_path, owner_like_me(job_id="other", host="elsewhere", boot_id="other"), wanted=[0])
+    assert next(theirs.take()) == 0
+    assert list(queue(tmp_path, owner_like_me(), wanted=[0]).take()) == []
+
+
+def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path, gone_process):
+    dead = queue(tmp_path, owner_like_me(rank=1, **gone_process))
+    away = queue(tmp_path, owner_like_me(rank=2, host="elsewhere", boot_id="other", job_id="other"))
+    mine = queue(tmp_path, owner_like_me())
+    assert sweep(tmp_path, mine.owner) == 1
+    assert not dead.scratch.exists()
+    assert away.scratch.exists()
+    assert mine.scratch.exists()
+
+
+@pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])
+def test_ranges_hold_exactly_their_units(units):
+    assert units_in(ranges_of(np.array(units, dtype=np.int64))).tolist() == units
+
+
+# --- partial rows ---
+
+
+def part(first, n=3):
+    generator = np.random.default_rng(first)
+    return PartialRows(
+        np.arange(first, first + n),
+        generator.normal(size=(n, 5)).astype(np.float32),
+        generator.normal(size=n).astype(np.float32),
+        np.array([7]),
+        {"a": generator.normal(size=4), "g": generator.normal(size=4), "n_tokens": np.array(12)},
+    )
+
+
+def partial_log(tmp_path, key="key"):
+    return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
+
+
+def test_partial_rows_come_back_bit_by_bit_in_order(tmp_path):
+    log = partial_log(tmp_path)
+    assert log.read() == (0, [])
+    log.append(0, 2, part(0))
+    log.append(2, 7, part(3))
+    done, parts = log.read()
+    assert done == 7
+    for got, want in zip(parts, [part(0), part(3)], strict=True):
+        for name in ("touched", "rows", "losses", "failed"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+        assert {k: v.tolist() for k, v in got.covariances.items()} == {
+            k: v.tolist() for k, v in want.covariances.items()
+        }
+
+
+def test_partial_rows_of_other_settings_are_left_alone(tmp_path):
+    partial_log(tmp_path).append(0, 2, part(0))
+    assert partial_log(tmp_path, key="other").read() == (0, [])
+
+
+def test_partial_rows_count_up_to_the_first_damaged_or_missing_file(tmp_path):
+    log = partial_log(tmp_path)
+    for first in (0, 2, 4):
+        log.append(first, first + 2, part(first))
+    damaged = sorted(log.folder.iterdir())[1]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert log.read()[0] == 2
+
+
+def test_an_owners_name_is_a_file_name(tmp_path):
+    name = owner_like_me(job_id="../../etc/passwd x").name
+    assert os.path.basename(name) == name
+    assert json.dumps(name)
+    assert unit_claim(5) == "00000005"
