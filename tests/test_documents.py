@@ -59,6 +59,7 @@ def test_a_domain_is_what_decoding_the_whole_document_says(field):
         b"",
         b"{",
         b'{"text": "\xff\xfe", "z": 1}',
+        b'{"meta": {"pile_set_name": "X"}, "text": "\xff"}',
         b"[" * 100_000,
         b'{"meta":' * 5000 + b"1" + b"}" * 5000,
         b"\0",

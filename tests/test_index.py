@@ -306,6 +306,17 @@ def test_a_tar_touched_in_its_place_is_still_noticed_after_relocation(tars):
         check_unchanged(index.relocated(tars).tars[0])
 
 
+def test_a_tar_that_changes_while_it_is_indexed_is_refused(tars, monkeypatch):
+    def scan_and_touch(paths, *options):
+        facts = scanpool.scan_tars(paths, *options)
+        os.utime(paths[3], ns=(0, 1))
+        return facts
+
+    monkeypatch.setattr("gradproj.corpus.index.scan_tars", scan_and_touch)
+    with pytest.raises(CorpusError, match=r"3\.tar: changed since it was indexed"):
+        index_of(*tars)
+
+
 def test_an_index_of_nothing_is_refused():
     with pytest.raises(CorpusError, match="there is no tar to index"):
         build_index([])

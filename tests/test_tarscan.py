@@ -159,6 +159,7 @@ def test_headers_that_tarfile_does_not_write_are_read(tmp_path):
         "__a__.json",
         "__a__/b.json",
         "__a.json",
+        "__a.b__",
         "x/__a__/b.json",
         "__a__b.json",
         "a.json\n",
