@@ -1,0 +1,136 @@
+"""A user's mistake and a full disk under real launchers: one line, exit code 2, nothing lost."""
+
+import os
+import resource
+import subprocess
+import threading
+import time
+
+import pytest
+from jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
+
+SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "max_length": 48}
+
+
+def our_lines(text):
+    return [line for line in text.splitlines() if line.startswith("gradproj:")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mistake_is_said_once_and_leaves_nothing_behind(tmp_path, corpus, ranks):
+    settings = {"shards": corpus, "model": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
+    # torchrun has one exit code, 1, for whatever its workers end with.
+    done = run_job(ranks, expect=2 if ranks == 1 else 1, **settings)
+    assert our_lines(done.stderr) == [f"gradproj: --model {tmp_path / 'nowhere'}: no such directory"]
+    assert not (tmp_path / "out").exists()
+    if ranks == 1:
+        assert "Traceback" not in done.stderr
+
+
+def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
+    if os.geteuid() == 0:
+        parent = "/proc"  # root may write anywhere but into the kernel's own files
+    else:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        parent = tmp_path / "locked"
+    done = run_job(1, expect=2, shards=corpus, model=model_dir, output_dir=f"{parent}/out", **SETTINGS)
+    assert len(our_lines(done.stderr)) == 1
+    assert "/out" in our_lines(done.stderr)[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_size_limit_in_the_middle_of_a_commit_is_one_line_and_the_job_goes_on_later(
+    tmp_path, corpus, model_dir
+):
+    settings = {
+        "shards": corpus,
+        "model": model_dir,
+        "proj_dtype": "float32",
+        "rows_per_shard": 64,
+        **SETTINGS,
+    }
+    run_job(1, output_dir=tmp_path / "undisturbed", **settings)
+    limit = 80_000  # above every small file of the store, below a shard of 64 rows
+
+    done = subprocess.run(
+        job_command(1, output_dir=tmp_path / "out", **settings),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(our_lines(done.stderr)) == 1
+    assert "cannot write" in our_lines(done.stderr)[0]
+    assert "Traceback" not in done.stderr
+    run_job(1, output_dir=tmp_path / "out", **settings)
+    assert_same_bits(tmp_path / "out", tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_loses_nothing(
+    tmp_path, corpus, model_dir, small_disk
+):
+    settings = {"shards": corpus, "model": model_dir, "batch_size": 1, "max_length": 48}
+    run_job(1, output_dir=tmp_path / "undisturbed", **settings)
+    job = subprocess.Popen(
+        job_command(1, output_dir=small_disk / "out", **settings),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    filler = threading.Thread(target=fill_after_first_record, args=(small_disk,))
+    filler.start()
+    _, errors = job.communicate(timeout=120)
+    filler.join()
+    assert job.returncode == 2, errors
+    assert len(our_lines(errors)) == 1
+    assert "No space left on device. Free space there, then start again" in our_lines(errors)[0]
+    kept = sorted((small_disk / "out" / "units").iterdir())
+    assert 1 <= len(kept) < 13
+    contents = [path.read_bytes() for path in kept]
+    (small_disk / "filler").unlink()
+    run_job(1, output_dir=small_disk / "out", **settings)
+    assert [path.read_bytes() for path in kept] == contents
+    assert_same_bits(small_disk / "out", tmp_path / "undisturbed")
+    assert arrays_of(small_disk / "out")["status"] == bytes([1] * 200)
+
+
+def fill_after_first_record(disk):
+    deadline = time.monotonic() + 60
+    while not list((disk / "out" / "units").glob("*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    with open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                return
+
+
+def test_plan_says_the_same_line_as_the_job(tmp_path, corpus, model_dir):
+    settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", "proj_layers": "nope"}
+    job = run_job(1, expect=2, **settings)
+    plan = subprocess.run(
+        ["python", "-m", "gradproj", "plan", *flags(**settings)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert plan.returncode == 2
+    assert our_lines(plan.stderr) == our_lines(job.stderr)
+    assert len(our_lines(plan.stderr)) == 1
