@@ -26,9 +26,9 @@ COMMANDS = {
         "gradproj.commands", "merge_command", "merge what is committed into columns and statistics"
     ),
     "export": Command("gradproj.commands", "export_command", "rows as the original system's .pt files"),
-    "tokenizer": Command("gradproj.commands", "tokenizer_command", "train a byte-level BPE on a corpus"),
-    "train": Command("gradproj.commands", "train_command", "train a causal language model on a corpus"),
-    "query": Command("gradproj.commands", "query_command", "the documents that most support a text"),
+    "tokenizer": Command("gradproj.demo_commands", "tokenizer_command", "train a byte-level BPE on a corpus"),
+    "train": Command("gradproj.demo_commands", "train_command", "train a causal language model on a corpus"),
+    "query": Command("gradproj.demo_commands", "query_command", "the documents that most support a text"),
 }
 
 

@@ -1,10 +1,28 @@
-"""The original system's layout: numbered ``.pt`` files of projected gradients."""
+"""The original system's layout: numbered ``.pt`` files of projected gradients, and ``metadata.json`` beside them."""
 
+from __future__ import annotations
+
+import contextlib
+import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from gradproj.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    # Imported on use: the engine writes such files too, and needs no store.
+    from gradproj.store import ProjectionStore
+
+FORMATS = ("pt",)
 
 
 def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor | None) -> Path:
@@ -28,3 +46,217 @@ def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor |
     torch.save(content, temporary)
     os.replace(temporary, path)
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Which rows to write where."""
+
+    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
+    to: str = field(metadata={"help": "folder for the files; new or empty"})
+    format: str = field(
+        default="pt", metadata={"help": "pt: the original system's layout", "choices": FORMATS}
+    )
+    rows_per_file: int = field(default=4096, metadata={"help": "rows of one file"})
+    ids: str = field(default="", metadata={"help": "START:STOP, only these sample ids; STOP is not included"})
+
+    def __post_init__(self) -> None:
+        if not self.to.strip():
+            raise ConfigError("--to is empty; give a folder for the files")
+        if self.format not in FORMATS:
+            raise ConfigError(f"--format is {self.format!r}; choose {', '.join(FORMATS)}")
+        if self.rows_per_file < 1:
+            raise ConfigError(f"--rows_per_file must be at least 1, got {self.rows_per_file}")
+        if self.ids and not re.fullmatch(r"\d*:\d*", self.ids):
+            raise ConfigError(
+                f"--ids is {self.ids!r}; give START:STOP, such as 0:1000 (STOP is not included, either may be left out)"
+            )
+
+    def id_range(self, n_samples: int) -> tuple[int, int]:
+        """``[start, stop)`` of the ids asked for.
+
+        Raises:
+            ConfigError: the store has no such ids, or none lie between the two.
+        """
+        first, _, last = self.ids.partition(":")
+        start, stop = int(first or 0), int(last or n_samples)
+        if stop > n_samples or start >= n_samples:
+            raise ConfigError(f"--ids {self.ids}: the store has {n_samples:,} samples, ids 0:{n_samples}")
+        if start >= stop:
+            raise ConfigError(f"--ids {self.ids}: START must be less than STOP")
+        return start, stop
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export will write. Rows that are not ok are left out."""
+
+    start: int
+    stop: int
+    rows_per_file: int
+    ok: np.ndarray
+    """``(stop - start,)`` bool: the row's status is ok."""
+    left_out: dict[str, int]
+    """Status -> rows left out for it."""
+    n_bytes: int
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.ok.sum())
+
+    @property
+    def n_files(self) -> int:
+        return -(-self.n_rows // self.rows_per_file)
+
+
+def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
+    """Count what is to be written and check that it can be; writes nothing.
+
+    Raises:
+        ConfigError: ``--ids`` out of range.
+        StoreError: ``--to`` is not empty, no row is ok, or the disk is too full.
+    """
+    from gradproj.store import STATUS
+
+    start, stop = config.id_range(len(store))
+    target = Path(config.to)
+    _check_target(target)
+    status = store.column("status", start, stop)
+    ok = status == STATUS["ok"]
+    counts = np.bincount(status, minlength=256)
+    left_out = {name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]}
+    n_bytes = int(counts[STATUS["ok"]]) * (store.dim * 4 + 8)
+    export = Export(start, stop, config.rows_per_file, ok, left_out, n_bytes)
+    if not export.n_rows:
+        raise StoreError(f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export")
+    free = shutil.disk_usage(_nearest_folder(target)).free
+    if export.n_bytes > free:
+        raise StoreError(
+            f"--to {target}: {export.n_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free. "
+            "Free space, choose another folder, or fewer --ids"
+        )
+    return export
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise StoreError(f"--to {target} is a file; give a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise StoreError(f"--to {target} is not empty; give a new folder")
+
+
+def _nearest_folder(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -> Iterator[Path]:
+    """Write the files, then ``metadata.json``; yields every path once it is there.
+
+    Memory holds the rows of two files and one block of the scan. What was written is removed again if the export
+    does not come to its end.
+
+    Raises:
+        StoreError: the folder cannot be written, or the disk is full.
+    """
+    target = Path(config.to)
+    existed = target.exists()
+    try:
+        with _explained(target):
+            target.mkdir(parents=True, exist_ok=True)
+        for number, (ids, rows) in enumerate(_file_contents(store, export), 1):
+            with _explained(target):
+                path = write_projection_file(target, number, torch.from_numpy(rows), torch.from_numpy(ids))
+            yield path
+        with _explained(target):
+            path = target / "metadata.json"
+            path.write_text(json.dumps(original_metadata(store), indent=2) + "\n")
+        yield path
+    except BaseException:
+        _remove(target, existed)
+        raise
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's file writer
+        why = error.strerror if isinstance(error, OSError) else str(error).split("\n")[0]
+        raise StoreError(
+            f"--to {target} cannot be written: {why}. Nothing was kept there; free space, mend the permissions, "
+            "or choose another folder"
+        ) from error
+
+
+def _file_contents(store: ProjectionStore, export: Export) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``(ids (n,) int64, rows (n, D) float32)`` of every file, n = ``rows_per_file`` but in the last."""
+    height = min(export.rows_per_file, export.n_rows)
+    left = export.n_rows
+    ids, rows, filled = np.empty(height, np.int64), np.empty((height, store.dim), np.float32), 0
+    for block_ids, block in store.scan(start=export.start, stop=export.stop):
+        chosen = np.flatnonzero(export.ok[block_ids - export.start])
+        lost = chosen[np.isnan(block[chosen, 0])]
+        if len(lost):
+            raise StoreError(
+                f"{store.path}: the row of sample {block_ids[lost[0]]} is recorded as ok and is not there. "
+                "Run `python -m gradproj verify` to see all damage"
+            )
+        while len(chosen):
+            taken, chosen = chosen[: height - filled], chosen[height - filled :]
+            ids[filled : filled + len(taken)] = block_ids[taken]
+            rows[filled : filled + len(taken)] = block[taken]
+            filled += len(taken)
+            if filled == height:
+                yield ids, rows
+                left -= filled
+                height, filled = min(height, left), 0
+                ids, rows = ids[:height], rows[:height]
+
+
+def _remove(target: Path, existed: bool) -> None:
+    """Take away what this export wrote: the folder was new or empty."""
+    for path in target.glob("proj_iter_*"):
+        path.unlink()
+    (target / "metadata.json").unlink(missing_ok=True)
+    if not existed and target.is_dir():
+        target.rmdir()
+
+
+def original_metadata(store: ProjectionStore) -> dict[str, Any]:
+    """The original system's ``metadata.json``, its layers in this store's order.
+
+    The original sorts layers by name and derives matrices from seeds; here the slices say the order and the store
+    holds the matrices (``ProjectionStore(...).projection_matrices``).
+    """
+    projection = store.attributes.get("projection", {})
+    layers = store.attributes["layers"]
+    return {
+        "engine": "GradProjLora",
+        "proj_seed": projection.get("seed"),
+        "proj_dtype": "float32",
+        "proj_method": projection.get("kind"),
+        "proj_rank_total": projection.get("rank_total"),
+        "proj_rank_min": projection.get("rank_min"),
+        "total_proj_dim": store.dim,
+        "layers": [{**layer, "k_total": layer["k_i"] * layer["k_o"]} for layer in layers],
+        "matrices": "the store's array projection_matrices; they do not follow from proj_seed",
+        "written_by": "gradproj",
+        "store": str(store.path.resolve()),
+        "identity_hash": store.attributes.get("identity_hash"),
+    }
+
+
+def export_lines(export: Export, target: Path) -> list[str]:
+    """What is about to be written, as lines of text."""
+    lines = [
+        f"{export.n_files:,} file{'s' * (export.n_files != 1)} of at most {export.rows_per_file:,} rows: "
+        f"{export.n_rows:,} ok rows of samples {export.start} to {export.stop - 1}, "
+        f"{export.n_bytes / 1e6:,.1f} MB, to {target}"
+    ]
+    if export.left_out:
+        named = ", ".join(f"{n:,} {name}" for name, n in export.left_out.items())
+        lines.append(f"left out: {named}")
+    return lines
