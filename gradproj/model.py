@@ -1,6 +1,7 @@
 """An architecture's name or a checkpoint to a causal language model and its tokenizer."""
 
-import hashlib
+import importlib
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,11 @@ class ModelFiles:
     config: ModelConfig
     model_dir: Path | None
     """None for an architecture with random weights."""
+    base_dir: Path | None
+    """Of a PEFT adapter: the folder of the model that it changes."""
     tokenizer_dir: Path
+    weights: tuple[Path, ...]
+    """Every file with weights, a base model's included; empty for random weights."""
     revision: str
     """The hub's commit, or an empty string for a local directory."""
 
@@ -110,22 +115,38 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     Raises:
         ModelError: not there, not reachable, or without usable weights.
     """
-    hub_name = config.model or ARCHITECTURES[config.architecture][0]
-    model_dir, revision = None, ""
+    name = config.model or ARCHITECTURES[config.architecture][0]
+    model_dir = base_dir = None
+    revision, weights = "", []
     if not (config.architecture and config.init):
-        model_dir, revision = _local_files("--model", hub_name, config.revision, may_download)
-        if not (model_dir / "config.json").is_file() and not (model_dir / "adapter_config.json").is_file():
-            raise ModelError(
-                f"--model {hub_name}: {model_dir} holds no config.json; is it a model's directory?"
-            )
+        model_dir, revision = _local_files("--model", name, config.revision, may_download)
+        base_dir = _base_of_adapter(model_dir, may_download)
+        if base_dir is None and not (model_dir / "config.json").is_file():
+            raise ModelError(f"--model {name}: {model_dir} holds no config.json; is it a model's directory?")
         if not config.init:
-            _weight_files(model_dir, config.allow_pickle)
+            folders = [model_dir] if base_dir is None else [base_dir, model_dir]
+            weights = [path for folder in folders for path in _weight_files(folder, config.allow_pickle)]
     if config.tokenizer:
         tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
     else:
         assert model_dir is not None  # ModelConfig asks for --tokenizer where there is no model directory
-        tokenizer_dir = model_dir
-    return ModelFiles(config, model_dir, tokenizer_dir, revision)
+        own = base_dir is None or (model_dir / "tokenizer_config.json").is_file()
+        tokenizer_dir = model_dir if own or base_dir is None else base_dir
+    return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
+
+
+def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
+    """The folder of the model that a PEFT adapter changes; None where the folder is a whole model."""
+    settings = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not settings.is_file():
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(f"--model {folder} is a PEFT adapter: pip install 'gradproj[peft]'")
+    try:
+        base = json.loads(settings.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{settings} does not name the adapter's base model: {error}") from error
+    return _local_files("--model (the adapter's base)", base, "", may_download)[0]
 
 
 def _local_files(flag: str, name: str, revision: str, may_download: bool) -> tuple[Path, str]:
@@ -195,11 +216,7 @@ def load_model_config(files: ModelFiles) -> Any:
     if files.model_dir is None:
         shape = ARCHITECTURES[config.architecture][1]
         return transformers.GPT2Config(**shape)
-    folder = files.model_dir
-    adapter = folder / "adapter_config.json"
-    if not (folder / "config.json").is_file() and adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path", "")
-        folder, _ = _local_files("--model (the adapter's base)", base, "", may_download=True)
+    folder = files.base_dir or files.model_dir
     try:
         return AutoConfig.from_pretrained(
             folder, trust_remote_code=config.trust_remote_code, local_files_only=True
@@ -213,7 +230,13 @@ def load_model_config(files: ModelFiles) -> Any:
 def model_skeleton(files: ModelFiles) -> nn.Module:
     """The model's modules without memory for weights, for checks that need only names and shapes."""
     with torch.device("meta"):
-        return _from_config(files, load_model_config(files))
+        model = _from_config(files, load_model_config(files))
+        if files.base_dir is not None:
+            peft = importlib.import_module("peft")
+            model = peft.inject_adapter_in_model(
+                peft.PeftConfig.from_pretrained(files.model_dir), model, "default"
+            )
+        return model
 
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:
@@ -319,41 +342,3 @@ def positions_of(model_config: Any) -> int | None:
     """The longest sequence that the model was made for, or None where its config does not say."""
     text = model_config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-
-
-def weights_fingerprint(files: ModelFiles) -> str:
-    """A hash of the weights: of the checkpoint's files, or of the drawn weights."""
-    digest = hashlib.sha256()
-    if files.config.init == "random":
-        for name, tensor in sorted(load_model(files, torch.device("cpu")).state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
-    assert files.model_dir is not None
-    for path in _weight_files(files.model_dir, files.config.allow_pickle):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
-
-
-def config_fingerprint(model_config: Any) -> str:
-    """A hash of what the config says of the computation, without names of paths and versions."""
-    content = model_config.to_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        content.pop(key, None)
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of how the tokenizer splits text and which special tokens it adds."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        # Set by use, not by the tokenizer's files.
-        content.pop("padding", None)
-        content.pop("truncation", None)
-    else:
-        content = tokenizer.get_vocab()
-    text = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -23,17 +23,15 @@ from gradproj.corpus.index import (
     load_index,
 )
 from gradproj.errors import CorpusError, ModelError, StoreError
+from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from gradproj.model import (
     ModelFiles,
     check_vocabulary,
-    config_fingerprint,
     fetch,
     load_model_config,
     load_tokenizer,
     model_skeleton,
     positions_of,
-    tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
 from gradproj.store.opening import read_attributes

@@ -1,0 +1,99 @@
+"""Who a process is, and which device it takes."""
+
+import pytest
+import torch
+
+from gradproj import dist
+from gradproj.dist import JobName, Process, choose_device
+from gradproj.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "CUDA_VISIBLE_DEVICES",
+        "SLURM_JOB_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name in (
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_GPUS_ON_NODE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_there_is_one_rank():
+    assert Process.from_environment() == Process(0, 1, 0, 1)
+
+
+def test_torchruns_variables_are_read(monkeypatch):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert Process.from_environment() == Process(5, 8, 1, 4)
+
+
+def test_half_a_launchers_variables_are_an_error(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="start the job by torchrun"):
+        Process.from_environment()
+
+
+def test_a_restarted_slurm_job_is_the_same_job_in_a_later_generation(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = JobName.from_environment()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = JobName.from_environment()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    third = JobName.from_environment()
+    assert first.job_id == second.job_id == third.job_id
+    assert first.generation < second.generation < third.generation
+
+
+def test_elements_of_an_array_are_jobs_of_their_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    names = []
+    for task in ("1", "2"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        names.append(JobName.from_environment().job_id)
+    assert names == ["slurm-70_1", "slurm-70_2"]
+
+
+def test_two_starts_by_hand_are_two_jobs():
+    assert JobName.from_environment().job_id != JobName.from_environment().job_id
+
+
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist.Path, "glob", lambda self, pattern: iter(()))
+
+
+def test_auto_beside_a_visible_gpu_says_loudly_that_it_takes_the_cpu(monkeypatch):
+    no_gpu(monkeypatch)
+    assert choose_device("auto", 0) == (torch.device("cpu"), None)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert choose_device("auto", 0)[1] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    device, warning = choose_device("auto", 0)
+    assert device == torch.device("cpu")
+    assert warning.startswith("WARNING: running on the CPU although CUDA_VISIBLE_DEVICES is set to '0,1'")
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch):
+    no_gpu(monkeypatch)
+    with pytest.raises(ConfigError, match="--device cuda: torch sees no GPU here"):
+        choose_device("cuda", 0)
+
+
+def test_more_ranks_than_gpus_on_a_node_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: this node shows 2"):
+        choose_device("auto", 2)
