@@ -1,0 +1,96 @@
+"""A byte-level BPE trained on a corpus, with the ``tokenizers`` library."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gradproj.corpus.index import CorpusIndex, build_index, list_tars, load_index
+from gradproj.corpus.stream import read_documents
+from gradproj.errors import ConfigError, CorpusError
+from gradproj.store.files import explain_os_errors
+
+END_OF_TEXT = "<|endoftext|>"
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What to train a tokenizer on, and how large it gets."""
+
+    shards: str = field(
+        metadata={"help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"}
+    )
+    output_dir: str = field(metadata={"help": "folder for the tokenizer's files"})
+    vocab_size: int = field(
+        default=4096, metadata={"help": "tokens, the 256 bytes and one special among them"}
+    )
+    max_samples: int = field(
+        default=0, metadata={"help": "learn from the first so many documents only; 0 = all"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 257:
+            raise ConfigError(
+                f"--vocab_size must be at least 257 (256 bytes and one special token), got {self.vocab_size}"
+            )
+        if self.max_samples < 0:
+            raise ConfigError(f"--max_samples must be at least 0 (0 = all), got {self.max_samples}")
+        if not self.output_dir.strip():
+            raise ConfigError("--output_dir is empty; give a folder")
+
+
+def train_tokenizer(config: TokenizerConfig) -> int:
+    """Train the tokenizer and write it where ``--tokenizer`` and ``--model`` find it.
+
+    It adds no token around a text; ``<|endoftext|>`` is its bos, eos and unknown token.
+
+    Returns:
+        How many tokens it has (fewer than asked for where the corpus has fewer).
+
+    Raises:
+        CorpusError: no document has a text.
+    """
+    index = open_corpus(config.shards)
+    n_samples = min(index.n_samples, config.max_samples or index.n_samples)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(index, n_samples), trainer)
+    print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens", file=sys.stderr, flush=True)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+    with explain_os_errors(Path(config.output_dir)):
+        fast.save_pretrained(config.output_dir)
+    return tokenizer.get_vocab_size()
+
+
+def open_corpus(shards: str) -> CorpusIndex:
+    """The corpus named by ``--shards``: an index file's, or one made from the tars."""
+    return load_index(Path(shards)) if shards.endswith(".json") else build_index(list_tars(shards))
+
+
+def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
+    shown_s, n_texts = time.monotonic(), 0
+    for n_read, document in enumerate(read_documents(index, 0, n_samples), start=1):
+        if document.text:
+            n_texts += 1
+            # JSON can hold a lone surrogate, which no tokenizer takes.
+            yield document.text.encode("utf-8", "replace").decode()
+        if time.monotonic() - shown_s > PROGRESS_EVERY_S:
+            shown_s = time.monotonic()
+            print(f"tokenizer: {n_read:,} of {n_samples:,} documents", file=sys.stderr, flush=True)
+    if not n_texts:
+        raise CorpusError(f"none of the first {n_samples:,} documents has a text to learn tokens from")
+    print("tokenizer: all read, merging pairs", file=sys.stderr, flush=True)
