@@ -278,6 +278,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
             use_safetensors=None if config.allow_pickle else True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # only so that they are reported, by name, below
         )
     except torch.OutOfMemoryError:
         raise
@@ -287,7 +288,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
         ) from error
     model, report = loaded
     # transformers fills what a checkpoint lacks with random numbers, with no more than a warning.
-    lacking = sorted(report["missing_keys"]) + sorted(str(k) for k in report.get("mismatched_keys", ()))
+    lacking = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
     if lacking:
         raise ModelError(
             f"--model {folder}: {len(lacking)} of the model's weights are not in the checkpoint or have another "
