@@ -238,14 +238,20 @@ def check_group(output: Output) -> list[Damage]:
         output.path / "metadata.json": partial(_check_metadata, output),
     }
     problems = {path: _problem_of(check) for path, check in checks.items()}
-    return [Damage("other", None, str(path), what) for path, what in problems.items() if what]
+    return [
+        Damage("other", None, str(path), what.removeprefix(f"{path.absolute()}: "))
+        for path, what in problems.items()
+        if what
+    ]
 
 
 def _problem_of(check: Callable[[], None]) -> str:
     try:
         check()
-    except (StoreError, CorpusError, OSError, ValueError) as error:
+    except (StoreError, CorpusError) as error:
         return str(error)
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
     return ""
 
 
