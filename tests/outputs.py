@@ -11,11 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import zarr
 from jobs import make_corpus, make_model, mixed_documents, run_job
 
 from gradproj.coordinator.claims import Owner, process_start
 from gradproj.coordinator.merge import write_metadata
-from gradproj.store.layout import COLUMNS
+from gradproj.store.layout import COLUMNS, STATUS
 from gradproj.store.opening import read_layout
 from gradproj.store.records import encode_record, read_record, record_name
 from gradproj.store.writer import update_attributes
@@ -100,6 +101,13 @@ def owner_of(process: subprocess.Popen, rank: int = 1) -> Owner:
 def write_claim(output: Path, name: str, owner: Owner | None, released: bool = False) -> None:
     content = {"released": True} if released else None if owner is None else asdict(owner)
     (output / "claims" / name).write_text("torn" if content is None else json.dumps(content))
+
+
+def statuses_by_zarr(output: Path) -> dict[str, int]:
+    """Rows by status as plain zarr reads the merged column."""
+    values = zarr.open_group(output / "projections.zarr", mode="r")["status"][...]
+    names = {code: name for name, code in STATUS.items()}
+    return {names[code]: int(n) for code, n in zip(*np.unique(values, return_counts=True), strict=True)}
 
 
 def tree_of(folder: Path) -> dict[str, str]:

@@ -182,6 +182,7 @@ def test_index_of_a_corpus_that_was_only_touched_is_renewed(run, corpus):
 def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_one(run, refused, corpus):
     run("index", corpus)
     before = load_index(corpus / "corpus.json")
+    assert "is the index of another corpus" in refused("index", corpus, "--domain_field", "meta.other")
     (corpus / "shard-000002.tar").unlink()
     message = refused("index", corpus)
     assert f"{corpus / 'corpus.json'} is the index of another corpus: 3 tars, 50 documents" in message
@@ -189,11 +190,6 @@ def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_on
     assert load_index(corpus / "corpus.json") == before
     assert run("index", corpus, "--replace")[0] == 0
     assert load_index(corpus / "corpus.json").n_samples == 40
-
-
-def test_index_with_another_domain_field_is_another_index(run, refused, corpus):
-    run("index", corpus)
-    assert "is the index of another corpus" in refused("index", corpus, "--domain_field", "meta.other")
 
 
 def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
@@ -295,6 +291,7 @@ def test_merge_ends_a_store_whose_units_are_all_committed(run, output, job):
     assert re.search(r"merged +5 of 5 units\nrows +70: 68 ok, 1 empty, 1 no_target\n", out)
     assert run("verify", output)[0] == 0
     assert_same_bits(output, job.output)
+    assert [list((output / name).iterdir()) for name in ("claims", "tmp")] == [[], []]
 
 
 def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
@@ -306,12 +303,6 @@ def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
     assert not read_output(output).is_merged
     assert run("status", output)[0] == 3
     assert run("verify", output)[0] == 3
-
-
-def test_merge_leaves_no_claim_and_no_scratch(run, output):
-    assert run("merge", output)[0] == 0
-    assert list((output / "claims").iterdir()) == []
-    assert list((output / "tmp").iterdir()) == []
 
 
 def test_merge_never_runs_beside_another_live_process_that_merges(run, refused, output):

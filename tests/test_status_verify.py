@@ -1,4 +1,4 @@
-"""``status`` says how far a store is and who works on it; ``verify`` finds every damage and nothing else."""
+"""``status`` says how far a store is and who works on it; neither it nor ``verify`` ever writes."""
 
 import json
 import subprocess
@@ -8,20 +8,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import zarr
-from jobs import arrays_of, assert_same_bits, run_job
 from outputs import (
-    EMPTY,
     N_SAMPLES,
     N_UNITS,
-    ONE_TOKEN,
     ROWS_PER_UNIT,
-    SETTINGS,
-    change_record,
     copy_of,
     finished_job,
     flip_byte,
     owner_of,
     sleeping_process,
+    statuses_by_zarr,
     tree_of,
     uncommit,
     unmerge,
@@ -29,16 +25,12 @@ from outputs import (
 )
 
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
-from gradproj.coordinator.merge import merge, write_metadata
-from gradproj.coordinator.output import ranges_text, read_output
 from gradproj.coordinator.partial import PartialLog, PartialRows
-from gradproj.corpus.index import build_index, list_tars, save_index
 from gradproj.errors import StoreError
 from gradproj.status import read_status, status_json, status_lines
-from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.records import record_name
-from gradproj.store.writer import update_attributes, write_array
-from gradproj.verify import IdRanges, verification_json, verification_lines, verify
+from gradproj.store.writer import update_attributes
+from gradproj.verify import verification_json, verify
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +49,6 @@ def process():
     yield running
     running.kill()
     running.wait()
-
-
-def statuses_by_zarr(output):
-    values = zarr.open_group(output / "projections.zarr", mode="r")["status"][...]
-    names = {code: name for name, code in STATUS.items()}
-    return {names[code]: int(n) for code, n in zip(*np.unique(values, return_counts=True), strict=True)}
-
-
-# --- status ---
 
 
 def test_a_finished_store_is_complete_with_the_rows_that_its_status_column_has(output):
@@ -243,196 +226,3 @@ def test_a_store_that_no_job_made_is_refused(output):
 
 def test_the_store_itself_may_be_named_instead_of_the_output(output):
     assert read_status(output / "projections.zarr").complete
-
-
-# --- verify ---
-
-
-def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
-    found = verify(output)
-    shards = list((output / "projections.zarr" / "projections").glob("c.*"))
-    records = list((output / "units").iterdir())
-    assert found.damage == []
-    assert (found.complete, found.exit_code) == (True, 0)
-    assert found.n_bytes == sum(path.stat().st_size for path in [*shards, *records])
-    assert (found.n_records, found.n_shards) == (N_UNITS, N_UNITS)
-    assert found.by_status == statuses_by_zarr(output)
-    assert verification_lines(found)[-1] == "result        sound and complete"
-
-
-def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output):
-    uncommit(output, 1, 2, 4)
-    found = verify(output)
-    assert (found.damage, found.complete, found.exit_code) == ([], False, 3)
-    with ProjectionStore(output) as store:
-        assert [list(r) for r in store.missing_ranges()] == found.missing.ranges == [[16, 48], [64, 70]]
-    assert found.missing.n_ids == 38
-    assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(found)
-
-
-def test_a_store_that_waits_for_its_merge_is_sound_and_incomplete(output):
-    unmerge(output)
-    found = verify(output)
-    assert (found.damage, found.exit_code) == ([], 3)
-    assert verification_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
-
-
-def test_a_shard_without_a_record_is_no_damage(output):
-    uncommit(output, 1)
-    (output / "projections.zarr" / "projections" / "c.1.0").write_bytes(b"half")
-    found = verify(output)
-    assert (found.shards_without_record, found.damage, found.exit_code) == ([1], [], 3)
-    assert "left over     1 shard without a record, of units 1" in "\n".join(verification_lines(found))
-
-
-def test_rows_that_are_not_finite_are_listed(output):
-    change_record(output, 1, statuses={2: STATUS["non_finite"], 3: STATUS["non_finite"]})
-    change_record(output, 3, statuses={15: STATUS["non_finite"]})
-    merge(output)
-    found = verify(output)
-    assert found.damage == []
-    assert found.non_finite == IdRanges(3, [[18, 20], [63, 64]])
-    assert "non-finite    3 documents: ids 18-19, 63" in verification_lines(found)
-
-
-def shard_of(output, unit):
-    return output / "projections.zarr" / "projections" / f"c.{unit}.0"
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def swap_corpus(output):
-    (output / "corpus.json").unlink()
-    save_index(build_index(list_tars(str(output.parent / "other")), progress=False), output / "corpus.json")
-
-
-DAMAGES = {
-    "a flipped bit in a shard": (lambda o: flip_byte(shard_of(o, 1), 100), "unit", 1, "has the checksum"),
-    "a shard cut short": (lambda o: cut(shard_of(o, 1)), "unit", 1, "bytes, its record says"),
-    "a shard deleted": (lambda o: shard_of(o, 1).unlink(), "unit", 1, "is gone"),
-    "a flipped bit in a record": (lambda o: flip_byte(o / record_name(1)), "unit", 1, "damaged (torn or alt"),
-    "a record cut short": (lambda o: cut(o / record_name(1)), "unit", 1, "damaged (torn or altered"),
-    "an empty record": (lambda o: (o / record_name(1)).write_bytes(b""), "unit", 1, "damaged (torn or altered"),
-    "a merged unit's record deleted": (lambda o: (o / record_name(1)).unlink(), "unit", 1, "was merged"),
-    "another unit's record": (lambda o: change_record(o, 2, place=1), "unit", 1, "is the record of unit 2"),
-    "a record of other settings": (lambda o: change_record(o, 1, identity="other"), "unit", 1, "other settings"),
-    "a record that starts elsewhere": (lambda o: change_record(o, 1, start=0), "unit", 1, "starts at sample 0"),
-    "a record without its shard": (lambda o: change_record(o, 1, shard=None), "unit", 1, "names no shard"),
-    "a record without statuses": (
-        lambda o: change_record(o, 1, statuses={4: 0}), "unit", 1, "documents without a status",
-    ),
-    "a record of no unit": (lambda o: change_record(o, 1, place=99, unit=99), "unit", 99, "does not want"),
-    "a column changed": (
-        lambda o: flip_byte(o / "projections.zarr" / "n_tokens" / "c.0", 4 * 37),
-        "columns", 2, "first at sample 37",
-    ),
-    "a column cut short": (
-        lambda o: cut(o / "projections.zarr" / "key" / "c.0.0"), "columns", 0, "bytes in key/c.0.0",
-    ),
-    "a column deleted": (
-        lambda o: (o / "projections.zarr" / "loss" / "c.0").unlink(), "columns", 0, "first at sample 0",
-    ),
-    "statuses deleted": (
-        lambda o: (o / "projections.zarr" / "status" / "c.0").unlink(), "columns", 0, "never merged",
-    ),
-    "a sum changed": (
-        lambda o: write_array(o / "projections.zarr", "token_covariance_a", np.zeros(3)),
-        "columns", None, "not the sum of the records' covariances",
-    ),
-    "matrices that are not finite": (
-        lambda o: write_array(
-            o / "projections.zarr", "projection_matrices", np.full(10**5, np.nan, np.float32)
-        ),
-        "other", None, "that are not finite",
-    ),
-    "metadata changed": (lambda o: (o / "metadata.json").write_text("{}"), "other", None, "not a copy"),
-    "metadata torn": (lambda o: (o / "metadata.json").write_text("{"), "other", None, "cannot be read: Expecting"),
-    "the index of another corpus": (swap_corpus, "other", None, "index of another corpus"),
-    "a torn index": (lambda o: cut(o / "corpus.json"), "other", None, "torn corpus index"),
-}  # fmt: skip
-"""Name -> (what happens to the output, kind, unit, a part of what is said)."""
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_where_it_is(name, output, job):
-    (output.parent / "other").mkdir()
-    for tar in list_tars(str(job.corpus))[:1]:
-        (output.parent / "other" / tar.name).write_bytes(tar.read_bytes())
-    happens, kind, unit, what = DAMAGES[name]
-    happens(output)
-    found = verify(output)
-    assert found.exit_code == 1
-    first = found.damage[0]
-    assert (first.kind, first.unit) == (kind, unit)
-    assert what in first.what
-    assert {d.unit for d in found.damage if d.kind == "unit"} <= {unit}
-    lines = verification_lines(found)
-    assert any(line.startswith("DAMAGED") for line in lines)
-    assert lines[-1].startswith("result        damaged, in")
-
-
-def test_a_merge_makes_damaged_columns_and_sums_again(output, job):
-    for name in (
-        "a column changed",
-        "a column cut short",
-        "statuses deleted",
-        "a sum changed",
-        "metadata torn",
-    ):
-        DAMAGES[name][0](output)
-    found = verify(output)
-    assert f"`python -m gradproj merge {output}`" in "\n".join(verification_lines(found))
-    merge(output)
-    assert verify(output).exit_code == 0
-    assert_same_bits(output, job.output)
-
-
-def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job):
-    flip_byte(shard_of(output, 1), 100)
-    text = "\n".join(verification_lines(verify(output)))
-    assert (
-        f"delete the records of units 1 ({record_name(1)} and so on) and run the job's command again" in text
-    )
-    (output / record_name(1)).unlink()
-    run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
-    assert verify(output).exit_code == 0
-    assert_same_bits(output, job.output)
-
-
-def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
-    monkeypatch.setattr("gradproj.verify.MOST_DAMAGE_SHOWN", 2)
-    for unit in range(N_UNITS):
-        flip_byte(shard_of(output, unit), 7)
-    found = verify(output)
-    assert len(found.damage) == N_UNITS
-    assert sum(line.startswith("DAMAGED") for line in verification_lines(found)) == 2
-    assert "and 3 more; --json lists them all" in "\n".join(verification_lines(found))
-
-
-def test_id_ranges_join_and_are_bounded(monkeypatch):
-    monkeypatch.setattr("gradproj.verify.MOST_RANGES_KEPT", 2)
-    ids = IdRanges()
-    for start, stop in [(0, 3), (3, 4), (6, 8), (10, 20)]:
-        ids.add(start, stop)
-    assert ids == IdRanges(16, [[0, 4], [6, 8]])
-    assert ranges_text(ids.ranges, most=1) == "0-3, and 1 more ranges"
-
-
-def test_samples_of_units_are_counted_with_a_short_last_one(output):
-    found = read_output(output)
-    assert [found.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])] == [
-        0,
-        16,
-        6,
-        22,
-    ]
-    assert found.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
-
-
-def test_the_odd_documents_are_where_they_were_put(output):
-    write_metadata(output)  # nothing but what is there already
-    with ProjectionStore(output) as store:
-        assert [s.status for s in store.samples([EMPTY, ONE_TOKEN])] == ["empty", "no_target"]
-    assert "status" in arrays_of(output)
