@@ -43,7 +43,7 @@ class ClaimedUnit:
     unit: int
     n_samples: int
     n_done: int | None
-    """Documents of it that are computed; None where the rank works on another unit (it reads ahead)."""
+    """Documents of it that are computed; None where the rank's last heartbeat was of another unit (it reads ahead)."""
     owner: Owner | None
     """None where the claim's file cannot be read."""
     process: str
@@ -275,7 +275,11 @@ def _speed_text(speed: Speed) -> str:
 
 
 def _claim_text(claimed: ClaimedUnit) -> str:
-    done = "not begun" if claimed.n_done is None else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
+    done = (
+        "nothing reported yet"
+        if claimed.n_done is None
+        else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
+    )
     by = "by an unreadable claim" if claimed.owner is None else f"by {_owner_text(claimed.owner)}"
     ended = ", which has ended: the job takes the unit over" if claimed.process == "gone" else ""
     return f"unit {claimed.unit}: {done}, {by}, since {claimed.since or 'just now'}{ended}"

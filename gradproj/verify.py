@@ -30,6 +30,7 @@ SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
 
 MOST_DAMAGE_SHOWN = 20
 MOST_RANGES_KEPT = 1000
+MOST_RECORDS_NAMED = 5
 READERS = 4
 """Units checked at once: one stream alone does not fill a network file system."""
 
@@ -211,10 +212,11 @@ def _ways_out(found: Verification) -> list[str]:
         np.int64
     )
     if len(units):
-        records = record_name(int(units[0]))
+        more = len(units) - MOST_RECORDS_NAMED
+        names = ", ".join(record_name(unit) for unit in units[:MOST_RECORDS_NAMED].tolist())
         lines.append(
-            f"way out       delete the records of units {ranges_text(ranges_of(units))} ({records} and so on) and run "
-            "the job's command again: it computes these units once more and keeps all others"
+            f"way out       delete {names}{f' and {more:,} more such records' if more > 0 else ''} and run the job's "
+            f"command again: it computes {'this unit' if len(units) == 1 else 'these units'} once more and keeps all others"
         )
     if any(d.kind == "columns" for d in found.damage):
         again = f"python -m gradproj merge {found.output}"

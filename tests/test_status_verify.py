@@ -95,7 +95,7 @@ def test_a_claimed_unit_names_its_process_and_how_far_it_is(output, process):
     assert (status.speed.samples_per_s, status.speed.tokens_per_s, status.speed.left_s) == (20, 300, 1.2)
     text = "\n".join(status_lines(status))
     assert f"unit 1: 8 of 16 documents, by rank 3 on {owner.host} (pid {owner.pid}, job job), since 2" in text
-    assert "unit 2: not begun" in text
+    assert "unit 2: nothing reported yet" in text
     assert "run the job's command again" not in text
 
 
