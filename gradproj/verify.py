@@ -214,9 +214,10 @@ def _ways_out(found: Verification) -> list[str]:
     if len(units):
         more = len(units) - MOST_RECORDS_NAMED
         names = ", ".join(record_name(unit) for unit in units[:MOST_RECORDS_NAMED].tolist())
+        others = f" and {more:,} more such records" if more > 0 else ""
         lines.append(
-            f"way out       delete {names}{f' and {more:,} more such records' if more > 0 else ''} and run the job's "
-            f"command again: it computes {'this unit' if len(units) == 1 else 'these units'} once more and keeps all others"
+            f"way out       delete {names}{others} and run the job's command again: it computes "
+            f"{'this unit' if len(units) == 1 else 'these units'} once more and keeps all others"
         )
     if any(d.kind == "columns" for d in found.damage):
         again = f"python -m gradproj merge {found.output}"

@@ -180,9 +180,7 @@ def test_a_merge_makes_damaged_columns_and_sums_again(output, job):
 def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job):
     flip_byte(shard_of(output, 1), 100)
     text = "\n".join(verification_lines(verify(output)))
-    assert (
-        f"delete the records of units 1 ({record_name(1)} and so on) and run the job's command again" in text
-    )
+    assert f"delete {record_name(1)} and run the job's command again: it computes this unit once more" in text
     (output / record_name(1)).unlink()
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
     assert verify(output).exit_code == 0
@@ -197,6 +195,9 @@ def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
     assert len(found.damage) == N_UNITS
     assert sum(line.startswith("DAMAGED") for line in verification_lines(found)) == 2
     assert "and 3 more; --json lists them all" in "\n".join(verification_lines(found))
+    monkeypatch.setattr("gradproj.verify.MOST_RECORDS_NAMED", 1)
+    text = "\n".join(verification_lines(found))
+    assert f"delete {record_name(0)} and 4 more such records and run the job's command again" in text
 
 
 def test_id_ranges_join_and_are_bounded(monkeypatch):
