@@ -13,13 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradproj.capture import BatchCapture, TokenCovariances, place_layers
 from gradproj.errors import ConfigError, GradprojError, ModelError
-from gradproj.export import write_projection_file
+from gradproj.export import RowBuffer
 from gradproj.layers import TargetLayer
 from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
 from gradproj.projection import ProjectionConfig
@@ -92,8 +91,7 @@ class GradProjLoraEngine:
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
         self._restore: list[tuple[Any, str, bool]] = []
-        self._unsaved: list[tuple[Tensor, Tensor | None]] = []
-        self._saved_files = 0
+        self._unsaved = RowBuffer()
         self._own_loss: Tensor | float | None = None
         self._batch_ids: Any = None
 
@@ -227,7 +225,7 @@ class GradProjLoraEngine:
             self._covariances.add(self._capture.covariances(rows, weights))
         rows = (rows / weights).to(self.proj_dtype)
         if batch_indices is not None:
-            self._keep(rows, batch_indices)
+            self._unsaved.add(rows, batch_indices)
         self.clear_gradients()
         return rows
 
@@ -304,7 +302,7 @@ class GradProjLoraEngine:
         ids, self._batch_ids = self._batch_ids, None
         rows = self.collect_batch()
         if self.proj_dir is not None:
-            self._keep(rows, ids)
+            self._unsaved.add(rows, ids)
             if len(self._unsaved) >= self.proj_save_interval:
                 self.save_projections()
         return rows
@@ -324,29 +322,17 @@ class GradProjLoraEngine:
 
     def save_projections(self, iter_num: int | None = None) -> Path | None:
         """Write all rows kept since the last write as one ``proj_iter_*.pt`` file; None if there are none."""
-        if not self._unsaved:
-            return None
-        if self.proj_dir is None:
+        if self._unsaved and self.proj_dir is None:
             raise GradprojError(
                 "save_projections: the engine was made without proj_dir, so it has nowhere to write"
             )
-        self._saved_files = self._saved_files + 1 if iter_num is None else iter_num
-        rows = torch.cat([rows for rows, _ in self._unsaved])
-        known = [ids for _, ids in self._unsaved if ids is not None]
-        ids = torch.cat(known) if len(known) == len(self._unsaved) else None
-        path = write_projection_file(self.proj_dir, self._saved_files, rows, ids)
-        self._unsaved = []
-        return path
+        return self._unsaved.write(self.proj_dir, iter_num) if self.proj_dir is not None else None
 
     def cleanup(self) -> None:
         """Write what is left (with ``proj_dir``) and detach."""
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
-
-    def _keep(self, rows: Tensor, ids: Any) -> None:
-        as_tensor = None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64)
-        self._unsaved.append((rows.detach().cpu(), as_tensor))
 
 
 def _batch_shape(inputs: Any) -> tuple[int, int] | None:

@@ -48,6 +48,35 @@ def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor |
     return path
 
 
+class RowBuffer:
+    """Rows of a training loop that are not on disk yet."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._ids: list[Tensor | None] = []
+        self._files = 0
+
+    def __len__(self) -> int:
+        """How many batches it holds."""
+        return len(self._rows)
+
+    def add(self, rows: Tensor, ids: Any = None) -> None:
+        """Keep a batch's ``(B, D)`` rows, on the CPU, and the samples' ids where they are known."""
+        self._rows.append(rows.detach().cpu())
+        self._ids.append(None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64))
+
+    def write(self, folder: Path, number: int | None = None) -> Path | None:
+        """Write all rows as one file, numbered on from the last unless said otherwise; None if there are none."""
+        if not self._rows:
+            return None
+        self._files = self._files + 1 if number is None else number
+        known = [ids for ids in self._ids if ids is not None]
+        ids = torch.cat(known) if len(known) == len(self._ids) else None
+        path = write_projection_file(folder, self._files, torch.cat(self._rows), ids)
+        self._rows, self._ids = [], []
+        return path
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Which rows to write where."""

@@ -1,8 +1,6 @@
 """Everything that can be known and checked before a model is loaded: what ``plan`` prints and the job starts from."""
 
-import hashlib
 import importlib.metadata
-import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from gradproj.corpus.index import (
 )
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from gradproj.identity import check_identity, identity_hash, identity_of_flags
 from gradproj.model import (
     ModelFiles,
     check_vocabulary,
@@ -34,7 +33,6 @@ from gradproj.model import (
     positions_of,
 )
 from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
-from gradproj.store.opening import read_attributes
 from gradproj.store.records import list_records
 from gradproj.unit import UnitSettings
 
@@ -83,7 +81,7 @@ class Plan:
     @property
     def identity_hash(self) -> str:
         """What every record carries."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+        return identity_hash(self.identity)
 
     @property
     def unit_settings(self) -> UnitSettings:
@@ -148,7 +146,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
     wanted, n_selected = _wanted_units(config, index, layout)
     identity = {
-        **_identity_of_flags(config, layout),
+        **identity_of_flags(config, layout),
         "--shards (corpus index)": index.fingerprint,
         "--model (weights)": weights_fingerprint(files),
         "--model (config)": config_fingerprint(model_config),
@@ -157,7 +155,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     }
     plan = Plan(config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity)
     _check_sparse(plan)
-    check_identity(plan)
+    check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
     return plan
 
@@ -249,51 +247,6 @@ def _wanted_units(config: RunConfig, index: CorpusIndex, layout: StoreLayout) ->
             f"--domains: none of the first {layout.n_samples:,} documents is of {', '.join(chosen)}"
         )
     return np.array(sorted(wanted), dtype=np.int64), n_selected
-
-
-def _identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
-    """The flags that a row depends on, as they are after defaults are filled in."""
-    projection, model, batch = config.projection, config.model, config.batch
-    return {
-        "--revision": model.revision,
-        "--special_tokens": model.special_tokens,
-        "--model_dtype": model.model_dtype,
-        "--max_length": batch.max_length,
-        "--long_documents": batch.long_documents,
-        "--loss_reduction": batch.loss_reduction,
-        "--proj_layers": projection.layers,
-        "--proj_rank_total": projection.rank_total,
-        "--proj_rank_min": projection.rank_min,
-        "--proj_seed": projection.seed,
-        "--proj_kind": projection.kind,
-        "--include_embeddings": projection.include_embeddings,
-        "--proj_dtype": layout.proj_dtype,
-        "--compressor": layout.compressor,
-        "--rows_per_shard": layout.rows_per_shard,
-        "--max_samples": layout.n_samples,
-        "--domains": list(config.corpus.chosen_domains),
-        "--max_document_bytes": config.limits.max_document_bytes,
-        "--max_json_depth": config.limits.max_json_depth,
-    }
-
-
-def check_identity(plan: Plan) -> None:
-    """Refuse to add to a store made with other settings, with every difference listed.
-
-    Raises:
-        StoreError: at least one setting differs.
-    """
-    store = plan.output / STORE_NAME
-    if not store.exists():
-        return
-    theirs = read_attributes(store)["identity"]
-    names = [name for name in {**theirs, **plan.identity} if theirs.get(name) != plan.identity.get(name)]
-    if names:
-        lines = [f"  {n}: store {theirs.get(n)!r}, this run {plan.identity.get(n)!r}" for n in names]
-        raise StoreError(
-            f"cannot add to {store}: it was made with other settings\n" + "\n".join(lines) + "\n"
-            "Run with the store's settings, or give --output_dir a new path."
-        )
 
 
 def _check_sparse(plan: Plan) -> None:

@@ -18,8 +18,9 @@ from gradproj.coordinator.units import FOLDERS, sweep
 from gradproj.corpus.index import CorpusIndex, list_tars, load_index, save_index
 from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
 from gradproj.errors import GradprojError, ReportedError
+from gradproj.identity import check_identity
 from gradproj.model import fetch, model_skeleton
-from gradproj.plan import INDEX_NAME, Plan, attributes_of, check_identity, make_plan, versions
+from gradproj.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
 from gradproj.store.files import explain_os_errors, write_and_replace
 from gradproj.store.layout import STORE_NAME
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
@@ -95,7 +96,9 @@ def make_output(plan: Plan, owner: Owner) -> None:
                 output / STORE_NAME, plan.layout, attributes_of(plan), pack_matrices(plan.layers, matrices)
             )
         except StoreExists:
-            check_identity(plan)  # another job was faster; its store must be the one we want
+            check_identity(
+                output / STORE_NAME, plan.identity
+            )  # another job was faster; its store must be the one we want
     write_metadata(output)
     flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"

@@ -10,14 +10,16 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 LEVELS = [
     {"errors"},
     {"dist", "corpus", "model", "projection", "store", "stopping", "background"},
-    {"batching", "layers", "loss", "coordinator", "export"},
+    {"batching", "layers", "loss", "coordinator", "export", "fingerprint"},
     {"capture", "status", "verify"},
     {"engine"},
     {"unit", "training"},
     {"projector"},
     {"config"},
+    {"identity"},
     {"plan"},
-    {"summary", "start", "query"},
+    {"summary", "start"},
+    {"query"},
     {"run", "commands", "demo_commands"},
     {"__main__", "__init__"},
 ]
