@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
     {"errors"},
-    {"dist", "corpus", "model", "projection", "store", "stopping", "background"},
+    {"dist", "corpus", "flags", "model", "projection", "store", "stopping", "background"},
     {"batching", "layers", "loss", "coordinator", "export", "fingerprint"},
     {"capture", "status", "verify"},
     {"engine"},
