@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradproj.config import parse, run_config
 from gradproj.corpus.prepare import PrepareConfig
 from gradproj.errors import ConfigError, CorpusError, StoreError
+from gradproj.flags import parse
 
 MOST_DOMAINS_SHOWN = 30
 
@@ -157,14 +157,15 @@ def _print_index(index, seconds: float | None = None) -> None:
 
 def plan_command(argv: list[str]) -> None:
     """``python -m gradproj plan`` with the job's flags: every check the job makes, and what it will take."""
-    config = run_config(argv, "gradproj plan")
     import numpy as np
 
+    from gradproj.config import run_config
     from gradproj.dist import choose_device
     from gradproj.plan import make_plan
     from gradproj.store.records import list_records
     from gradproj.summary import plan_lines
 
+    config = run_config(argv, "gradproj plan")
     device, warning = choose_device(config.job.device, 0)
     output = Path(config.job.output_dir)
     _check_writable(output)
