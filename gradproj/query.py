@@ -43,7 +43,7 @@ EXCERPT_CHARACTERS = 200
 class QueryConfig:
     """What is asked of which store."""
 
-    output: str = field(metadata={"positional": True, "help": "the job's --output_dir"})
+    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
     text: str = field(metadata={"help": "the query; it is tokenized as the documents were"})
     score: str = field(default="cosine", metadata={"help": "what documents are ranked by", "choices": SCORES})
     top_k: int = field(default=20, metadata={"help": "documents to show"})
