@@ -1,6 +1,6 @@
 """The commands ``tokenizer``, ``train`` and ``query``: from flags to the functions that do the work."""
 
-from gradproj.config import parse
+from gradproj.flags import parse
 
 
 def tokenizer_command(argv: list[str]) -> None:

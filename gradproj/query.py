@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from gradproj.batching import collate, split_long
-from gradproj.config import RunConfig, flag_of
+from gradproj.config import RunConfig
 from gradproj.corpus.index import list_tars, load_index
 from gradproj.corpus.stream import read_documents
 from gradproj.dist import choose_device
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from gradproj.flags import flag_of
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.model import ModelFiles, fetch, load_model, load_model_config, load_tokenizer
 from gradproj.plan import INDEX_NAME

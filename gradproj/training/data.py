@@ -2,21 +2,38 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradproj.batching import Batch, collate
 from gradproj.corpus.documents import Document
-from gradproj.corpus.index import SAMPLES_PER_BLOCK, CorpusIndex
+from gradproj.corpus.index import SAMPLES_PER_BLOCK, CorpusIndex, build_index, list_tars, load_index
 from gradproj.corpus.stream import read_documents
-from gradproj.errors import CorpusError
+from gradproj.errors import CorpusError, StoreError
+from gradproj.store.files import explain_os_errors
 from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
 """Blocks of documents that are read and shuffled together; the blocks themselves come in a shuffled order."""
 CHARACTERS_PER_TOKEN = 40
 """Of a long document only so many per wanted token are tokenized, since the rest is cut off anyway."""
+
+
+def open_corpus(shards: str) -> CorpusIndex:
+    """The corpus named by ``--shards``: an index file's, or one made from the tars."""
+    return load_index(Path(shards)) if shards.endswith(".json") else build_index(list_tars(shards))
+
+
+def make_folder(flag: str, path: str) -> Path:
+    """The folder for results, made before any work is done for it; ``StoreError`` where it cannot be."""
+    try:
+        with explain_os_errors(path):
+            Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreError(f"{flag} {path}: {error.filename} is a file; give a folder") from error
+    return Path(path)
 
 
 def batches_of(config: TrainConfig, index: CorpusIndex, tokenizer: Any) -> Iterator[Batch]:

@@ -25,8 +25,7 @@ from gradproj.loss import Targets, per_sample_loss
 from gradproj.model import ModelConfig, check_vocabulary, fetch, load_model, load_tokenizer, positions_of
 from gradproj.store.files import explain_os_errors
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import batches_of
-from gradproj.training.tokenizer import open_corpus
+from gradproj.training.data import batches_of, make_folder, open_corpus
 
 PROGRESS_EVERY_S = 5.0
 SHOWN_STEPS = 20
@@ -50,6 +49,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         GradprojError: the model, the tokenizer or the corpus cannot be used.
     """
+    folder = make_folder("--result_dir", config.result_dir)
     torch.manual_seed(config.seed)
     device, warning = choose_device(config.device, 0)
     if warning:
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
         schedule.step()
         optimizer.zero_grad()
         curve.add(loss.item(), rate, batch.n_tokens)
-    save_checkpoint(Path(config.result_dir), model, tokenizer, curve)
+    save_checkpoint(folder, model, tokenizer, curve)
     return curve.result()
 
 

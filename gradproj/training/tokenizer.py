@@ -4,15 +4,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradproj.corpus.index import CorpusIndex, build_index, list_tars, load_index
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.store.files import explain_os_errors
+from gradproj.training.data import make_folder, open_corpus
 
 END_OF_TEXT = "<|endoftext|>"
 PROGRESS_EVERY_S = 5.0
@@ -55,6 +55,7 @@ def train_tokenizer(config: TokenizerConfig) -> int:
     Raises:
         CorpusError: no document has a text.
     """
+    folder = make_folder("--output_dir", config.output_dir)
     index = open_corpus(config.shards)
     n_samples = min(index.n_samples, config.max_samples or index.n_samples)
     tokenizer = Tokenizer(models.BPE())
@@ -71,14 +72,9 @@ def train_tokenizer(config: TokenizerConfig) -> int:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
     )
-    with explain_os_errors(Path(config.output_dir)):
-        fast.save_pretrained(config.output_dir)
+    with explain_os_errors(folder):
+        fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()
-
-
-def open_corpus(shards: str) -> CorpusIndex:
-    """The corpus named by ``--shards``: an index file's, or one made from the tars."""
-    return load_index(Path(shards)) if shards.endswith(".json") else build_index(list_tars(shards))
 
 
 def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
