@@ -94,7 +94,7 @@ is_usable() {
 use_foreign() {
     local modules="gradproj" && [[ ${1:-} != dev ]] || modules="gradproj, pytest, mypy, ruff, tensorstore, peft"
     "$VENV/bin/python" -c "import sys, $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null ||
-        fail "$VENV was not made by this script, and $modules cannot all be imported in it." \
+        fail "$VENV was not made by this script, and $modules cannot be imported in it." \
             "Install them (pip install -c launch/constraints.txt -e '.[dev]'), move it away, or name another folder:" \
             "GRADPROJ_VENV=.venv-gradproj bash $0"
     echo "set-up: using $VENV as it is (not made by this script)"
