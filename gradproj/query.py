@@ -4,31 +4,35 @@ The text goes through the engine with the settings, weights and matrices that th
 is the one the job would have made of it; the rows of the store are then scanned once.
 """
 
-import dataclasses
-import json
-import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from gradproj.batching import collate, split_long
 from gradproj.config import RunConfig
-from gradproj.corpus.index import list_tars, load_index
+from gradproj.coordinator.config import RecordedInputs
 from gradproj.corpus.stream import read_documents
-from gradproj.dist import choose_device
-from gradproj.engine import GradProjLoraEngine
-from gradproj.errors import ConfigError, ModelError, StoreError
-from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from gradproj.flags import flag_of
+from gradproj.errors import ConfigError, StoreError
 from gradproj.loss import Targets, per_sample_loss
-from gradproj.model import ModelFiles, fetch, load_model, load_model_config, load_tokenizer
-from gradproj.plan import INDEX_NAME
-from gradproj.start import matrices_on, prepare_torch
+from gradproj.recorded import config_from, recorded_config, recorded_engine, recorded_index
+from gradproj.start import prepare_torch
 from gradproj.store import STATUS, ProjectionStore, Sample
+
+__all__ = [
+    "QueryConfig",
+    "QueryProjector",
+    "QueryResult",
+    "QueryRow",
+    "document_texts",
+    "query",
+    "recorded_config",
+    "result_lines",
+    "score_rows",
+    "top_documents",
+]
 
 SCORES = ("cosine", "dot")
 MEANINGS = {
@@ -41,31 +45,22 @@ EXCERPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig:
+class QueryConfig(RecordedInputs):
     """What is asked of which store."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
     text: str = field(metadata={"help": "the query; it is tokenized as the documents were"})
     score: str = field(default="cosine", metadata={"help": "what documents are ranked by", "choices": SCORES})
     top_k: int = field(default=20, metadata={"help": "documents to show"})
     show_text: bool = field(default=False, metadata={"help": "show each document's beginning, from its tar"})
-    model: str = field(default="", metadata={"help": "where the job's model lies now, if it has moved"})
-    tokenizer: str = field(default="", metadata={"help": "where its tokenizer lies now, if it has moved"})
-    shards: str = field(default="", metadata={"help": "where the tars lie now, if they have moved"})
-    device: str = field(
-        default="auto",
-        metadata={"help": "where the query's gradient is taken", "choices": ("auto", "cpu", "cuda")},
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.text.strip():
             raise ConfigError("--text is empty; give the text to ask about")
         if self.score not in SCORES:
             raise ConfigError(f"--score is {self.score!r}; choose one of {', '.join(SCORES)}")
         if self.top_k < 1:
             raise ConfigError(f"--top_k must be at least 1, got {self.top_k}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"--device is {self.device!r}; choose auto, cpu or cuda")
 
 
 @dataclass(frozen=True)
@@ -101,9 +96,8 @@ def query(config: QueryConfig) -> QueryResult:
         ModelError: the model or the tokenizer is not the one the store was made with.
         ConfigError: the text has no target token, or more tokens than the store's documents.
     """
-    run = recorded_config(Path(config.output))
+    run = config_from(config)
     prepare_torch(run)
-    run = _moved(run, config)
     texts = document_texts(config.output, run) if config.show_text else None
     with ProjectionStore(config.output, read_text=texts) as store:
         asked = QueryProjector(store, run, config.device).row(config.text)
@@ -118,36 +112,7 @@ def query(config: QueryConfig) -> QueryResult:
     return QueryResult(asked, scores, samples, n_scored, n_missing)
 
 
-# ---- What the job recorded
-
-
-def recorded_config(output: Path) -> RunConfig:
-    """The settings of the job that made ``output``, from its ``run_config.json``.
-
-    Raises:
-        StoreError: it is not there or not readable.
-    """
-    path = output / "run_config.json"
-    try:
-        flags = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise StoreError(f"{output} is not a job's --output_dir: it holds no run_config.json") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-    sections = {}
-    for section in dataclasses.fields(RunConfig):
-        kind = typing.cast(Any, section.type)
-        known = [f for f in dataclasses.fields(kind) if flag_of(f) in flags]
-        sections[section.name] = kind(**{f.name: flags[flag_of(f)] for f in known})
-    return RunConfig(**sections)
-
-
-def _moved(run: RunConfig, config: QueryConfig) -> RunConfig:
-    model, tokenizer = run.model, config.tokenizer or run.model.tokenizer
-    if config.model:
-        model = replace(model, model=config.model, architecture="")
-    corpus = replace(run.corpus, shards=config.shards or run.corpus.shards)
-    return replace(run, model=replace(model, tokenizer=tokenizer), corpus=corpus)
+# ---- The documents
 
 
 def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
@@ -156,9 +121,7 @@ def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
     Raises:
         CorpusError: the tars are not where the job found them, or have changed.
     """
-    index, shards = load_index(Path(output) / INDEX_NAME), run.corpus.shards
-    if not shards.endswith(".json"):
-        index = index.relocated(list_tars(shards))
+    index = recorded_index(Path(output), run)
 
     def read(sample_id: int) -> str:
         (document,) = read_documents(index, sample_id, sample_id + 1, run.limits)
@@ -169,36 +132,6 @@ def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
     return read
 
 
-def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
-    """``(files, tokenizer)`` of the store's model, once they are known to be the same as then.
-
-    Raises:
-        ModelError: gone, or changed since; lists what differs.
-    """
-    name, commit = run.model.model, store.attributes["model"]["revision"]
-    is_local = Path(name).is_dir() if name else False
-    if name and not commit and not is_local:  # only a hub's model has a commit
-        raise ModelError(
-            f"--model {name}, as the job recorded it, is no directory here: go to the folder in which the job "
-            "was started, or give --model DIR where it lies now"
-        )
-    files = fetch(replace(run.model, revision="" if is_local else commit))
-    tokenizer = load_tokenizer(files)
-    found = {
-        "--model (weights)": weights_fingerprint(files),
-        "--model (config)": config_fingerprint(load_model_config(files)),
-        "--tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    identity = store.attributes["identity"]
-    changed = [name for name, value in found.items() if identity[name] != value]
-    if changed:
-        raise ModelError(
-            f"{files.model_dir or run.model.architecture} is not what {store.path} was made with; its "
-            f"{' and '.join(changed)} changed since. Put back what it was, or make a new store"
-        )
-    return files, tokenizer
-
-
 # ---- The query's row
 
 
@@ -207,11 +140,9 @@ class QueryProjector:
 
     def __init__(self, store: ProjectionStore, run: RunConfig, device: str = "auto") -> None:
         """Load the recorded model; ``ModelError`` where it is not the same any more."""
-        files, self._tokenizer = recorded_model(store, run)
-        self._device, _ = choose_device(device, 0)
-        self._model = load_model(files, self._device)
-        matrices = matrices_on(self._device, store.projection_matrices)
-        self._engine = GradProjLoraEngine.from_config(self._model, run.projection, matrices)
+        recorded = recorded_engine(store, run, device)
+        self._tokenizer, self._device = recorded.tokenizer, recorded.device
+        self._model, self._engine = recorded.model, recorded.engine
         self._run = run
 
     def row(self, text: str) -> QueryRow:

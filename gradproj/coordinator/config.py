@@ -1,4 +1,4 @@
-"""Where the job writes and on what it runs."""
+"""Where the job writes and on what it runs; where its inputs lie for those that come after it."""
 
 from dataclasses import dataclass, field
 
@@ -32,8 +32,38 @@ class JobConfig:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("--output_dir is empty; give a folder")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"--device is {self.device!r}; choose auto, cpu or cuda")
+        _check_device(self.device)
         for name in ("threads", "proj_save_interval"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedInputs:
+    """An output whose job's model is needed again: where the inputs lie now, and what of them may run code.
+
+    The output says what its job was told; it cannot say what the person who opens it trusts.
+    """
+
+    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
+    model: str = field(default="", metadata={"help": "where the job's model lies now, if it has moved"})
+    tokenizer: str = field(default="", metadata={"help": "where its tokenizer lies now, if it has moved"})
+    shards: str = field(default="", metadata={"help": "where the tars lie now, if they have moved"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "where gradients are taken", "choices": ("auto", "cpu", "cuda")},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that the recorded checkpoint brings along"}
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "load the recorded .bin weights (they can run code)"}
+    )
+
+    def __post_init__(self) -> None:
+        _check_device(self.device)
+
+
+def _check_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {device!r}; choose auto, cpu or cuda")
