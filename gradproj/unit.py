@@ -70,8 +70,11 @@ class UnitReader:
 
     def read(self, unit: int) -> PreparedUnit:
         """Read a unit's documents and make its batches."""
+        return self.read_samples(unit, *self._settings.layout.unit_range(unit))
+
+    def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
+        """The same of a part of a unit: samples ``start`` to ``stop`` (not included)."""
         settings, layout = self._settings, self._settings.layout
-        start, stop = layout.unit_range(unit)
         columns = empty_columns(stop - start, layout.key_bytes)
         sequences: list[np.ndarray] = []
         row_of: list[int] = []
