@@ -115,7 +115,7 @@ if python -m gradproj status "$OUT" >/dev/null 2>&1; then
 else
     step "the plan of the job: every check before it starts" python -m gradproj plan "${JOB[@]}"
     step "the job: the projected gradient of every document, by two processes" \
-        torchrun --standalone --nproc_per_node=2 -m gradproj.run "${JOB[@]}"
+        env OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 -m gradproj.run "${JOB[@]}"
 fi
 step "what is in the store" python -m gradproj status "$OUT"
 

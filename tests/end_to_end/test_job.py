@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, und
             "assert not any(m.startswith('gradproj') for m in sys.modules); "
             "np.save(sys.argv[2], g['projections'][...].astype('f4') * g['row_scale'][...][:, None])"
         )
-        subprocess.run(["python", "-c", script, path, str(tmp_path / "rows.npy")], check=True)
+        subprocess.run([sys.executable, "-c", script, path, str(tmp_path / "rows.npy")], check=True)
         np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
 
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import subprocess
+import sys
 import threading
 import time
 
@@ -126,7 +127,7 @@ def test_plan_says_the_same_line_as_the_job(tmp_path, corpus, model_dir):
     settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", "proj_layers": "nope"}
     job = run_job(1, expect=2, **settings)
     plan = subprocess.run(
-        ["python", "-m", "gradproj", "plan", *flags(**settings)],
+        [sys.executable, "-m", "gradproj", "plan", *flags(**settings)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
