@@ -1,8 +1,9 @@
 """What one batch leaves behind in the target layers: projected inputs, projected gradients, their sums."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from gradproj.errors import ModelError
 from gradproj.layers import TargetLayer, find_layers, project_tokens
 from gradproj.projection import ProjectionConfig, choose_ki_ko, projection_matrix
+from gradproj.store.layout import LayerSlice
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -21,7 +26,7 @@ class TokenCovariances:
 
     a: Tensor
     """Flat float64, layer by layer ``k_i * k_i`` values, row-major."""
-    g: Tensor
+    s: Tensor
     """Flat float64, layer by layer ``k_o * k_o`` values, row-major; of the summed loss (nats)."""
     n_tokens: Tensor
     """int64 scalar: how many tokens were summed."""
@@ -39,7 +44,7 @@ class TokenCovariances:
     def add(self, other: "TokenCovariances") -> None:
         """Add another batch's sums in place."""
         self.a += other.a
-        self.g += other.g
+        self.s += other.s
         self.n_tokens += other.n_tokens
 
 
@@ -58,32 +63,19 @@ class PlacedLayer:
         self.p_i_t, self.p_o_t = self.p_i.t().contiguous(), self.p_o.t().contiguous()
 
 
-class LayerWidths(NamedTuple):
-    """A target layer's shapes and its columns ``[start, stop)`` of the row."""
-
-    name: str
-    type: str
-    n_i: int
-    n_o: int
-    k_i: int
-    k_o: int
-    start: int
-    stop: int
-
-
-def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerWidths]:
+def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
     """Every target layer in model order. Needs no weights: a model on the meta device will do."""
     placed, start = [], 0
     for target in find_layers(module, config.patterns, config.include_embeddings):
         n_i, n_o = target.widths
         k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
         stop = start + k_i * k_o
-        placed.append(LayerWidths(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
+        placed.append(LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
         start = stop
     return placed
 
 
-def draw_matrices(config: ProjectionConfig, layer: LayerWidths) -> tuple[Tensor, Tensor]:
+def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
     """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
     sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
     p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
@@ -99,9 +91,20 @@ def place_layers(
     for target, widths in zip(targets, place_widths(module, config), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
-        columns = slice(widths.start, widths.stop)
+        columns = slice(widths.slice_start, widths.slice_end)
         placed.append(PlacedLayer(target, p_i.to(device), p_o.to(device), columns))
     return placed
+
+
+def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
+    """Projections are computed in float32 whatever a training loop's autocast says."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return method(*args, **kwargs)
+
+    return run
 
 
 class BatchCapture:
@@ -126,6 +129,7 @@ class BatchCapture:
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
+    @_in_full_precision
     def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
         """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
         layer = self._layers[index]
@@ -133,6 +137,7 @@ class BatchCapture:
         return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i_t))
 
     @torch.no_grad()
+    @_in_full_precision
     def take_gradient(self, index: int, a_p: Tensor, g: Tensor) -> None:
         """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's tokens."""
         layer = self._layers[index]

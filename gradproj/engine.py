@@ -44,10 +44,10 @@ class GradProjLoraEngine:
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
         proj_dtype: dtype of the rows that come out (``"float32"`` or a torch dtype).
-        proj_dir: where ``aggregate_and_log`` and ``save_projections`` write the original ``.pt`` files.
+        proj_dir: where ``collect_batch`` and ``save_projections`` write the original ``.pt`` files.
         proj_kind: rademacher, gaussian or orthonormal.
         include_embeddings: project the token embedding's gradient too (with a tied head: the lookup's share).
-        proj_save_interval: ``aggregate_and_log`` writes after so many batches, all rows since the last write.
+        proj_save_interval: with ``proj_dir``, write after so many batches, all rows since the last write.
         freeze_weights: no gradient for any weight and eval mode while attached: the fast way where no
             training goes on.
         matrices: layer -> ``(P_i, P_o)`` to use instead of drawing them.
@@ -183,7 +183,8 @@ class GradProjLoraEngine:
         """Note the batch's shape: it tells samples from tokens where a layer gets them flattened."""
         if not torch.is_grad_enabled():
             return
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next((x for x in given if x is not None), None)
         self._capture.begin(_batch_shape(inputs))
         LOSS_WEIGHTS.pop(self._loss_key, None)
 
@@ -211,7 +212,7 @@ class GradProjLoraEngine:
         """The rows of the batch whose backward pass has just run.
 
         Args:
-            batch_indices: the samples' ids; given, the rows are also kept for ``save_projections``.
+            batch_indices: the samples' ids, which go into the files where there is a ``proj_dir``.
 
         Returns:
             ``(B, D)`` in ``proj_dtype``, on the model's device; computed in float32.
@@ -219,13 +220,17 @@ class GradProjLoraEngine:
         Raises:
             ModelError: no backward pass ran, a layer took no part, or the loss's weighting is not known.
         """
-        rows = self._capture.rows()
-        weights = self._loss_weights(rows)
-        if self._covariances is not None:
-            self._covariances.add(self._capture.covariances(rows, weights))
-        rows = (rows / weights).to(self.proj_dtype)
-        if batch_indices is not None:
+        weighted = self._capture.rows()
+        weights = self._loss_weights(weighted)
+        # All memory is taken before anything is summed: a batch that does not fit is tried again in halves.
+        rows = (weighted / weights).to(self.proj_dtype)
+        sums = self._capture.covariances(weighted, weights) if self._covariances is not None else None
+        if self._covariances is not None and sums is not None:
+            self._covariances.add(sums)
+        if self.proj_dir is not None:
             self._unsaved.add(rows, batch_indices)
+            if len(self._unsaved) >= self.proj_save_interval:
+                self.save_projections()
         self.clear_gradients()
         return rows
 
@@ -298,14 +303,9 @@ class GradProjLoraEngine:
         """Nothing is left to do after a backward pass: the hooks did it. ``param.grad`` is untouched."""
 
     def aggregate_and_log(self) -> Tensor:
-        """Collect the batch; with ``proj_dir``, write every ``proj_save_interval`` batches."""
+        """``collect_batch`` with the ids that ``attach_train_batch`` was given."""
         ids, self._batch_ids = self._batch_ids, None
-        rows = self.collect_batch()
-        if self.proj_dir is not None:
-            self._unsaved.add(rows, ids)
-            if len(self._unsaved) >= self.proj_save_interval:
-                self.save_projections()
-        return rows
+        return self.collect_batch(ids)
 
     def clear_gradients(self) -> None:
         """Forget a batch that was not collected."""

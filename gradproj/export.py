@@ -69,6 +69,10 @@ class RowBuffer:
         """Write all rows as one file, numbered on from the last unless said otherwise; None if there are none."""
         if not self._rows:
             return None
+        if self._files == 0 and number is None and folder.is_dir():
+            # A run before this one may have written there: its files are not to be replaced.
+            taken = [int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")]
+            self._files = max(taken, default=0)
         self._files = self._files + 1 if number is None else number
         known = [ids for ids in self._ids if ids is not None]
         ids = torch.cat(known) if len(known) == len(self._ids) else None

@@ -6,7 +6,17 @@ from typing import Any
 
 import torch
 
-from gradproj.model import ModelFiles, load_model
+from gradproj.model import ModelFiles, load_model, load_model_config
+
+
+def model_identity(files: ModelFiles, tokenizer: Any) -> dict[str, str]:
+    """Everything of the model that a row depends on, by the flags that chose it."""
+    return {
+        "--model (weights)": weights_fingerprint(files),
+        "--model (config)": config_fingerprint(load_model_config(files)),
+        "--model (adapter)": adapter_fingerprint(files),
+        "--tokenizer": tokenizer_fingerprint(tokenizer),
+    }
 
 
 def weights_fingerprint(files: ModelFiles) -> str:
@@ -23,13 +33,27 @@ def weights_fingerprint(files: ModelFiles) -> str:
     return digest.hexdigest()[:32]
 
 
+def adapter_fingerprint(files: ModelFiles) -> str:
+    """A hash of a PEFT adapter's settings and of code that a checkpoint brings along; empty where there is neither."""
+    if files.model_dir is None:
+        return ""
+    found: list[object] = []
+    if files.base_dir is not None:
+        settings = json.loads((files.model_dir / "adapter_config.json").read_text())
+        for key in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
+            settings.pop(key, None)
+        found.append(settings)
+    if files.config.trust_remote_code:
+        found += [[path.name, path.read_text()] for path in sorted(files.model_dir.glob("*.py"))]
+    return _hash(found) if found else ""
+
+
 def config_fingerprint(model_config: Any) -> str:
     """A hash of what the config says of the computation, without names of paths and versions."""
     content = model_config.to_dict()
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
         content.pop(key, None)
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return _hash(content)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -41,6 +65,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         content.pop("padding", None)
         content.pop("truncation", None)
     else:
-        content = tokenizer.get_vocab()
-    text = json.dumps([content, tokenizer.special_tokens_map], sort_keys=True, default=str)
+        settings = {k: v for k, v in tokenizer.init_kwargs.items() if "file" not in k and "path" not in k}
+        content = [tokenizer.get_vocab(), settings]
+    return _hash([content, tokenizer.special_tokens_map])
+
+
+def _hash(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -45,7 +45,8 @@ def _project_lookup(module: Any, ids: Tensor, p_i_t: Tensor) -> Tensor:
         # torch gives the padding token's row no gradient.
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)
     scale = getattr(module, "embed_scale", None)
-    return rows if scale is None else rows * scale
+    # The model multiplies by the scale as its own dtype has it.
+    return rows if scale is None else rows * torch.as_tensor(scale).to(module.weight.dtype).to(rows)
 
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
@@ -85,6 +86,16 @@ class TargetLayer:
         return self.rule.widths(self.module)
 
 
+def without_wrappers(model: Any) -> Any:
+    """The module inside DistributedDataParallel and ``torch.compile``.
+
+    A layer's name, and with it its matrices, must not depend on them.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
 def find_layers(
     model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
 ) -> list[TargetLayer]:
@@ -97,6 +108,7 @@ def find_layers(
         ModelError: a pattern matches nothing (the message lists what there is), or matches weights
             that no rule describes (fused experts, quantized layers).
     """
+    model = without_wrappers(model)
     embedding = _token_embedding(model) if include_embeddings else None
     used: set[str] = set()
     found: list[TargetLayer] = []

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradproj.layers import without_wrappers
+
 IGNORE = -100
 """The label of a position without a target (torch's and transformers' convention)."""
 
@@ -47,8 +49,12 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     """Token losses of a linear vocabulary head, with their gradient at the hidden states."""
 
     @staticmethod
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, hidden: Tensor, head: nn.Linear, tokens: Tensor, softcap: float | None) -> Tensor:
-        weight, bias = head.weight, head.bias
+        # Under autocast the hidden states may have another dtype than the weights.
+        weight = head.weight.to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
         chunk = max(16, CHUNK_VALUES // weight.shape[0])
         losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
         # Without gradients (an evaluation) the second half of the work is left out.
@@ -78,7 +84,8 @@ class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weight_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grads,) = ctx.saved_tensors
-        return grads * weight_of_loss.unsqueeze(1).to(grads.dtype), None, None, None
+        # The weight as it is: rounded to bf16 it would not be the one that the engine divides by.
+        return (grads.float() * weight_of_loss.unsqueeze(1)).to(grads.dtype), None, None, None
 
 
 class _Announce(torch.autograd.Function):
@@ -98,14 +105,12 @@ class _Announce(torch.autograd.Function):
 def unwrap(model: Any) -> Any:
     """The transformers model inside DistributedDataParallel, ``torch.compile`` or PEFT wrappers."""
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
+        inner = without_wrappers(model)
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
             return model
+        model = inner
 
 
 def loss_key(model: nn.Module) -> nn.Module:

@@ -119,7 +119,9 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     model_dir = base_dir = None
     revision, weights = "", []
     if not (config.architecture and config.init):
-        model_dir, revision = _local_files("--model", name, config.revision, may_download)
+        model_dir, revision = _local_files(
+            "--model", name, config.revision, may_download, config.allow_pickle
+        )
         base_dir = _base_of_adapter(model_dir, may_download)
         if base_dir is None and not (model_dir / "config.json").is_file():
             raise ModelError(f"--model {name}: {model_dir} holds no config.json; is it a model's directory?")
@@ -149,7 +151,9 @@ def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
     return _local_files("--model (the adapter's base)", base, "", may_download)[0]
 
 
-def _local_files(flag: str, name: str, revision: str, may_download: bool) -> tuple[Path, str]:
+def _local_files(
+    flag: str, name: str, revision: str, may_download: bool, pickled: bool = False
+) -> tuple[Path, str]:
     """``(folder, hub commit)``; the commit is empty for a local directory."""
     if Path(name).is_dir():
         if revision:
@@ -157,7 +161,15 @@ def _local_files(flag: str, name: str, revision: str, may_download: bool) -> tup
         return Path(name), ""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{flag} {name}: no such directory")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.bin", "*.py", "*.jinja"]
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.py",
+        "*.jinja",
+        *(["*.bin"] if pickled else []),
+    ]
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=patterns, local_files_only=not may_download

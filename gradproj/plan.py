@@ -21,7 +21,7 @@ from gradproj.corpus.index import (
     load_index,
 )
 from gradproj.errors import CorpusError, ModelError, StoreError
-from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from gradproj.fingerprint import model_identity
 from gradproj.identity import check_identity, identity_hash, identity_of_flags
 from gradproj.model import (
     ModelFiles,
@@ -122,7 +122,7 @@ class Plan:
         """Host memory of a rank, by arithmetic: the model on its way, three units of rows, two of tokens."""
         rows = self.layout.rows_per_shard * self.layout.dim * 4
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
-        return 600 * 2**20 + model_bytes + 3 * rows + 2 * tokens + 2000 * len(self.index.tars)
+        return 600 * 2**20 + model_bytes + 3 * rows + 2 * tokens + 14_000 * len(self.index.tars)
 
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
@@ -140,7 +140,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     vocabulary = check_vocabulary(tokenizer, model_config)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, model_config)))
     skeleton = model_skeleton(files)
-    layers = [LayerSlice(*widths) for widths in place_widths(skeleton, config.projection)]
+    layers = place_widths(skeleton, config.projection)
     n_weights = sum(p.numel() for p in skeleton.parameters())
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
@@ -148,9 +148,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     identity = {
         **identity_of_flags(config, layout),
         "--shards (corpus index)": index.fingerprint,
-        "--model (weights)": weights_fingerprint(files),
-        "--model (config)": config_fingerprint(model_config),
-        "--tokenizer": tokenizer_fingerprint(tokenizer),
+        **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
     plan = Plan(config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity)

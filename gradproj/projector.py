@@ -199,7 +199,7 @@ class _UnitSums:
             "computed_tokens": sum(len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches),
             "covariance_tokens": int(self._covariances.n_tokens),
         }
-        covariances = {"a": self._covariances.a, "s": self._covariances.g}
+        covariances = {"a": self._covariances.a, "s": self._covariances.s}
         record = UnitRecord(
             prepared.unit,
             prepared.start,

@@ -37,8 +37,8 @@ __all__ = [
 SCORES = ("cosine", "dot")
 MEANINGS = {
     "cosine": "cosine of the two projected gradients, without unit, from -1 to 1",
-    "dot": "inner product of the two projected gradients: about how many nats per token the query's loss "
-    "falls per unit of learning rate, in one plain gradient step on the document",
+    "dot": "inner product of the two projected gradients: about how many nats the query's loss (mean or sum over "
+    "its tokens, as the store's rows) falls per unit of learning rate, in one plain gradient step on the document",
 }
 SIGN = "positive: training more on the document lowers the query's loss; negative: raises it"
 EXCERPT_CHARACTERS = 200

@@ -21,7 +21,7 @@ from gradproj.corpus.index import CorpusIndex, list_tars, load_index
 from gradproj.dist import choose_device
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
-from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from gradproj.fingerprint import model_identity
 from gradproj.flags import flag_of
 from gradproj.model import ModelFiles, fetch, load_model, load_model_config, load_tokenizer
 from gradproj.plan import INDEX_NAME
@@ -136,13 +136,9 @@ def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, 
         )
     files = fetch(replace(run.model, revision="" if is_local else commit))
     tokenizer = load_tokenizer(files)
-    found = {
-        "--model (weights)": weights_fingerprint(files),
-        "--model (config)": config_fingerprint(load_model_config(files)),
-        "--tokenizer": tokenizer_fingerprint(tokenizer),
-    }
+    found = model_identity(files, tokenizer)
     identity = store.attributes["identity"]
-    changed = [name for name, value in found.items() if identity[name] != value]
+    changed = [name for name, value in found.items() if identity.get(name) != value]
     if changed:
         raise ModelError(
             f"{files.model_dir or run.model.architecture} is not what {store.path} was made with; its "

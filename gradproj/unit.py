@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,15 @@ from gradproj.corpus.documents import Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
+from gradproj.tokenizing import Tokenizing
 
 log = logging.getLogger(__name__)
 
 _TOKENIZED_AT_ONCE = 256
 """Documents handed to the tokenizer in one call."""
+
+_CHARACTERS_AT_ONCE = 4_000_000
+"""About as many characters of them: an encoding takes some 40 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,42 @@ class PreparedUnit:
         return digest.hexdigest()[:32]
 
 
-class UnitReader:
-    """Reads, tokenizes and batches units; runs ahead of the engine in a thread of its own."""
+class _Interrupted(Exception):
+    """The reader was told to stop."""
 
-    def __init__(self, index: CorpusIndex, tokenizer: Any, settings: UnitSettings) -> None:
-        self._index, self._tokenizer, self._settings = index, tokenizer, settings
+
+class UnitReader:
+    """Reads, tokenizes and batches units; runs ahead of the engine in a thread of its own.
+
+    Args:
+        index: of the corpus.
+        tokenizer: the model's.
+        settings: the run's.
+        stopping: asked every few hundred documents; true = the unit is not wanted any more.
+    """
+
+    def __init__(
+        self,
+        index: CorpusIndex,
+        tokenizer: Any,
+        settings: UnitSettings,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._index, self._settings = index, settings
+        batch = settings.batch
+        truncates = batch.long_documents == "truncate"
+        self._tokenizing = Tokenizing(
+            tokenizer, settings.special_tokens, batch.max_length if truncates else 0
+        )
+        self._stopping = stopping
         self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
 
-    def read(self, unit: int) -> PreparedUnit:
-        """Read a unit's documents and make its batches."""
-        return self.read_samples(unit, *self._settings.layout.unit_range(unit))
+    def read(self, unit: int) -> PreparedUnit | None:
+        """Read a unit's documents and make its batches; None if told to stop on the way."""
+        try:
+            return self.read_samples(unit, *self._settings.layout.unit_range(unit))
+        except _Interrupted:
+            return None
 
     def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
         """The same of a part of a unit: samples ``start`` to ``stop`` (not included)."""
@@ -80,6 +110,7 @@ class UnitReader:
         row_of: list[int] = []
         keys: list[str] = []
         pending: list[tuple[int, Document]] = []
+        size = 0
 
         def tokenize_pending() -> None:
             for row, tokens in zip(
@@ -98,7 +129,11 @@ class UnitReader:
             columns["status"][row] = STATUS[status]
             if status == "ok":
                 pending.append((row, document))
-            if len(pending) == _TOKENIZED_AT_ONCE:
+                size += len(document.text or "")
+            if len(pending) == _TOKENIZED_AT_ONCE or size > _CHARACTERS_AT_ONCE:
+                size = 0
+                if self._stopping():
+                    raise _Interrupted
                 tokenize_pending()
         tokenize_pending()
         columns["key"] = encode_keys(keys, layout.key_bytes)
@@ -114,9 +149,10 @@ class UnitReader:
         if document.problem is not None:
             log.warning("sample %d (%s): bad input: %s", document.sample_id, document.key, document.problem)
             return "bad_input"
-        if not document.text and not document.input_ids:
-            return "empty"
         ids = document.input_ids
+        # Token ids stand in for the text wherever there are any, an empty list of them too.
+        if not (document.text if ids is None else ids):
+            return "empty"
         if ids is not None and max(ids) >= self._settings.vocabulary:
             log.warning(
                 "sample %d (%s): bad input: token id %d, the model knows %d",
@@ -125,25 +161,16 @@ class UnitReader:
             return "bad_input"
         return "ok"
 
-    def _tokenize(self, documents: Sequence[Document]) -> list[Sequence[int]]:
+    def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Token ids of every document; a pre-tokenized one is taken as it is."""
         texts = [d.text for d in documents if d.text is not None and d.input_ids is None]
-        special = self._settings.special_tokens
-        ids: list[list[int]] = []
-        if texts:
-            ids = self._tokenizer(
-                texts, add_special_tokens=special == "tokenizer", return_attention_mask=False
-            ).input_ids
-        before = [self._tokenizer.bos_token_id] if "bos" in special else []
-        after = [self._tokenizer.eos_token_id] if "eos" in special else []
-        tokenized = iter(ids)
+        tokenized = iter(self._tokenizing.ids(texts))
         return [
-            d.input_ids if d.input_ids is not None else [*before, *next(tokenized), *after] for d in documents
+            np.array(d.input_ids, dtype=np.int64) if d.input_ids is not None else next(tokenized)
+            for d in documents
         ]
 
-    def _sequences_of(
-        self, tokens: Sequence[int], columns: dict[str, np.ndarray], row: int
-    ) -> list[np.ndarray]:
+    def _sequences_of(self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int) -> list[np.ndarray]:
         batch = self._settings.batch
         sequences = split_long(tokens, batch.max_length, batch.long_documents)
         columns["n_tokens"][row] = sum(len(s) - 1 for s in sequences)

@@ -145,7 +145,10 @@ def test_gradient_checkpointing_leaves_the_rows_as_they_are():
     rows, _ = rows_of(model, ids, labels)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # transformers checkpoints in training mode only
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda m, a: calls.append(1))
     again, _ = rows_of(model, ids, labels)
+    assert len(calls) == 2, "the block was not computed again"
     assert relative_error(again, rows) < 1e-6
 
 
@@ -180,6 +183,80 @@ def test_an_unsaid_reduction_is_an_error():
         model(input_ids=ids, labels=labels).loss.backward()
         with pytest.raises(ModelError, match="loss_reduction='mean' or 'sum'"):
             engine.collect_batch()
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "compile"])
+def test_a_wrapped_models_rows_are_the_plain_models(wrap, tmp_path):
+    model = small_model("gpt2")
+    ids, labels = ragged_batch(LENGTHS)
+    want, plain = rows_of(model, ids, labels)
+    if wrap == "compile":
+        wrapped = torch.compile(model, backend="eager")
+        rows, engine = rows_of(wrapped, ids, labels)
+    else:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+        )
+        try:
+            rows, engine = rows_of(nn.parallel.DistributedDataParallel(model), ids, labels)
+        finally:
+            torch.distributed.destroy_process_group()
+    assert engine.slice_ranges == plain.slice_ranges
+    assert relative_error(rows, want) < 1e-5
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_autocast_of_a_training_loop_leaves_projections_in_float32(freeze):
+    model = small_model("llama")
+    ids, labels = ragged_batch(LENGTHS)
+    want, _ = rows_of(model, ids, labels)
+    with GradProjLoraEngine(model, **ENGINE, freeze_weights=freeze) as engine:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = per_sample_loss(model, {"input_ids": ids, "labels": labels})
+        losses.sum().backward()
+        rows = engine.collect_batch()
+    assert rows.dtype == torch.float32
+    assert 1e-5 < relative_error(rows, want) < 0.1
+
+
+def test_in_bfloat16_the_batchs_mean_is_undone_as_well():
+    model = small_model("gpt2").to(torch.bfloat16).requires_grad_(False)
+    ids, labels = ragged_batch(LENGTHS[:3])
+    want, _ = rows_of(model, ids, labels)
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        per_sample_loss(model, {"input_ids": ids, "labels": labels}).mean().backward()
+        rows = engine.collect_batch()
+    ratio = (rows * want).sum(dim=1) / (want * want).sum(dim=1)
+    torch.testing.assert_close(ratio, torch.ones(3), atol=2e-3, rtol=0)
+
+
+def test_bfloat16_rows_are_those_of_float32_within_its_rounding():
+    model = small_model("llama")
+    ids, labels = ragged_batch(LENGTHS)
+    want, _ = rows_of(model, ids, labels)
+    rows, _ = rows_of(model.to(torch.bfloat16), ids, labels, freeze_weights=True)
+    assert torch.cosine_similarity(rows, want).min() > 0.99
+
+
+def test_a_batch_that_does_not_fit_when_it_is_collected_adds_nothing_to_the_sums(monkeypatch):
+    model = small_model("gpt2")
+    ids, labels = ragged_batch(LENGTHS)
+    with GradProjLoraEngine(model, **ENGINE, freeze_weights=True, token_covariances=True) as engine:
+        per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+        monkeypatch.setattr(
+            type(engine._capture), "covariances", lambda *a: (_ for _ in ()).throw(MemoryError)
+        )
+        with pytest.raises(MemoryError):
+            engine.collect_batch()
+        assert engine.take_token_covariances().n_tokens == 0
+
+
+def test_samples_without_a_target_have_rows_of_zeros():
+    model = small_model("gpt2")
+    ids, labels = ragged_batch(LENGTHS)
+    rows, _ = rows_of(model, ids, torch.full_like(labels, -100), freeze_weights=True)
+    assert rows.shape[0] == 4
+    assert not rows.any()
 
 
 def test_attaching_leaves_no_trace():
@@ -228,7 +305,7 @@ def test_token_covariances_are_the_sums_over_real_tokens_of_each_sample_alone():
     assert got.n_tokens == 2 * sum(n - 1 for n in LENGTHS)
     want_a, want_g = covariances_the_slow_way(model, engine, [ids[n, :k] for n, k in enumerate(LENGTHS)])
     assert relative_error(got.a, 2 * want_a) < 1e-5
-    assert relative_error(got.g, 2 * want_g) < 1e-5
+    assert relative_error(got.s, 2 * want_g) < 1e-5
 
 
 def covariances_the_slow_way(model, engine, samples):
@@ -269,7 +346,7 @@ def test_a_sample_with_a_gradient_that_is_not_finite_spoils_no_other():
     assert rows[1].isnan().all()
     assert relative_error(rows[[0, 2, 3]], good[[0, 2, 3]]) < 1e-5
     assert covariances.a.isfinite().all()
-    assert covariances.g.isfinite().all()
+    assert covariances.s.isfinite().all()
 
 
 def test_every_layer_rule_has_a_case_above():
@@ -385,6 +462,16 @@ def test_the_originals_methods_write_every_row_once(tmp_path, interval):
     assert [f["iter"] for f in files] == list(range(1, 1 + (4 if interval == 1 else 2)))
     assert torch.equal(torch.cat([f["proj"] for f in files]), torch.cat(want))
     assert torch.cat([f["batch_idx"] for f in files]).tolist() == list(range(16))
+
+
+def test_a_second_run_goes_on_numbering_and_replaces_no_file(tmp_path):
+    model = small_model("gpt2")
+    ids, labels = ragged_batch(LENGTHS)
+    for _ in range(2):
+        with GradProjLoraEngine(model, **ENGINE, proj_dir=tmp_path) as engine:
+            per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+            engine.collect_batch(batch_indices=[1, 2, 3, 4])
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["proj_iter_000001.pt", "proj_iter_000002.pt"]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float99"])

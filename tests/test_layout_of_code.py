@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
     {"errors"},
-    {"dist", "corpus", "flags", "model", "projection", "store", "stopping", "background"},
-    {"batching", "layers", "loss", "coordinator", "export", "fingerprint"},
-    {"capture", "status", "verify"},
+    {"dist", "corpus", "flags", "model", "projection", "store", "stopping", "background", "tokenizing"},
+    {"batching", "layers", "coordinator", "export", "fingerprint"},
+    {"capture", "loss", "status", "verify"},
     {"engine", "repair"},
     {"unit", "training"},
     {"projector"},

@@ -10,7 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from gradproj.capture import place_widths
 from gradproj.errors import ModelError
-from gradproj.fingerprint import config_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from gradproj.fingerprint import (
+    config_fingerprint,
+    model_identity,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from gradproj.model import ModelConfig, fetch, load_model, load_model_config, load_tokenizer, model_skeleton
 from gradproj.projection import ProjectionConfig
 
@@ -136,3 +141,10 @@ def test_a_peft_adapters_directory_loads_with_its_base(tmp_path):
     assert place_widths(model_skeleton(files), config) == place_widths(model, config)
     assert any("lora_A" in layer.name for layer in place_widths(model, config))
     assert load_tokenizer(files).get_vocab() == load_tokenizer(files_of(base)).get_vocab()
+    before = model_identity(files, load_tokenizer(files))
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        text.replace('"lora_alpha": 8', '"lora_alpha": 80')
+    )
+    after = model_identity(files, load_tokenizer(files))
+    assert {name for name in before if before[name] != after[name]} == {"--model (adapter)"}

@@ -167,6 +167,7 @@ def test_every_odd_document_has_exactly_one_row_with_the_right_status(tmp_path, 
         (b'{"input_ids": [5, 6, 7]}', "ok"),
         (b'{"input_ids": [5]}', "no_target"),
         (b'{"input_ids": []}', "empty"),
+        (b'{"text": "text beside no ids", "input_ids": []}', "empty"),
         (b'{"input_ids": [5, 100000]}', "bad_input"),
     ]
     expected = [status for _, status in texts] + [status for _, status in raw]
