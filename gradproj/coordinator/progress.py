@@ -18,6 +18,8 @@ from gradproj.store.records import list_records
 
 LINE_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0
+MOST_UNITS_LOOKED_AT_OFTEN = 2000
+"""With more units, looking at their records takes long enough to be done seldom."""
 MOST_RANKS_LISTED = 16
 
 
@@ -51,9 +53,8 @@ def take_snapshot(
         b for b in read_heartbeats(output / "heartbeats") if observer is None or not b[0].is_gone(observer)
     ]
     running = {p.unit: p.unit_samples for _, p in alive if p.unit >= 0}
-    done = _rows_in(recorded, layout) + sum(
-        n for unit, n in running.items() if unit not in set(recorded.tolist())
-    )
+    open_units = np.setdiff1d(np.fromiter(running, np.int64, len(running)), recorded)
+    done = _rows_in(recorded, layout) + sum(running[unit] for unit in open_units.tolist())
     rates = tuple(_rate(p) for _, p in sorted(alive, key=lambda b: b[0].rank))
     seconds = max((p.seconds for _, p in alive), default=0.0)
     total = _rows_in(wanted, layout)
@@ -87,17 +88,23 @@ class ProgressDisplay:
         self, output: Path, layout: StoreLayout, wanted: np.ndarray, observer: Owner, visible: bool = True
     ) -> None:
         self._visible = visible
+        if not visible:
+            return
         self._where = (output, layout, wanted, observer)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         first = take_snapshot(*self._where)
         self._done_at_start, self._started = first.done, time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self._every_s = (
+            LINE_EVERY_S if not on_terminal or len(wanted) > MOST_UNITS_LOOKED_AT_OFTEN else LOOK_EVERY_S
+        )
         self._bar = tqdm(
             total=first.total,
             initial=first.done,
             unit=" documents",
             dynamic_ncols=True,
-            disable=not (visible and sys.stderr.isatty()),
+            disable=not on_terminal,
         )
 
     def __enter__(self) -> "ProgressDisplay":
@@ -106,39 +113,33 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ended.set()
         if self._visible:
+            self._ended.set()
             self._thread.join()
-            self._show(line=kind is None)
-        self._bar.close()
+            self._show(last=kind is None)
+            self._bar.close()
 
     def _run(self) -> None:
-        shown_at = time.monotonic() - LINE_EVERY_S + 2 * LOOK_EVERY_S
-        while not self._ended.wait(LOOK_EVERY_S):
-            line = time.monotonic() - shown_at >= LINE_EVERY_S
-            self._show(line)
-            if line:
-                shown_at = time.monotonic()
+        # The first look comes early, so that a person sees that it works.
+        pause = min(2.0, self._every_s)
+        while not self._ended.wait(pause):
+            self._show()
+            pause = self._every_s
 
-    def _show(self, line: bool) -> None:
+    def _show(self, last: bool = False) -> None:
         now = take_snapshot(*self._where)
         speed = f"{now.tokens_per_second:,.0f} tokens/s, {now.n_ranks} rank{'s' * (now.n_ranks != 1)}{_spread(now)}"
         if not self._bar.disable:
             self._bar.set_postfix_str(speed, refresh=False)
             self._bar.n = now.done
             self._bar.refresh()
-        elif line:
-            share = 100 * now.done / max(now.total, 1)
-            print(
-                f"{now.done:,} of {now.total:,} documents ({share:.1f} %), {speed}, {self._time_left(now)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            return
+        share = f"{now.done:,} of {now.total:,} documents ({100 * now.done / max(now.total, 1):.1f} %)"
+        # At the end the other ranks have gone, and the speed of those that are left says nothing.
+        print(share if last else f"{share}, {speed}, {self._time_left(now)}", file=sys.stderr, flush=True)
 
     def _time_left(self, now: Snapshot) -> str:
         elapsed, done = time.monotonic() - self._started, now.done - self._done_at_start
-        if now.done == now.total:
-            return "done"
         if done <= 0:
             return "time left not known yet"
         return f"about {human_seconds(elapsed * (now.total - now.done) / done)} left"
