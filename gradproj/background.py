@@ -9,20 +9,23 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+CHECK_EVERY_S = 0.2
+
 
 class Background(Generic[T]):
     """Iterate over ``items`` that a thread makes ahead of time.
 
     An error in the thread is raised where the items are taken. As a context manager it ends the thread
-    on leaving, also in the middle.
+    on leaving, also in the middle, once the item in the making is done.
 
     Args:
         items: iterated in the thread.
         ahead: most items made and not taken yet, besides the one being made.
+        check: called now and then while an item is waited for; its error ends the iteration.
     """
 
-    def __init__(self, items: Iterable[T], ahead: int = 1) -> None:
-        self._items = items
+    def __init__(self, items: Iterable[T], ahead: int = 1, check: Callable[[], None] = lambda: None) -> None:
+        self._items, self._check = items, check
         self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=max(1, ahead))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)
@@ -55,7 +58,11 @@ class Background(Generic[T]):
 
     def _take(self) -> Iterator[T]:
         while True:
-            kind, value = self._queue.get()
+            try:
+                kind, value = self._queue.get(timeout=CHECK_EVERY_S)
+            except queue.Empty:
+                self._check()
+                continue
             if kind == "end":
                 return
             if isinstance(value, BaseException):
@@ -74,6 +81,11 @@ class Writer:
         """Start an action when the one before has ended; an error of that one is raised here."""
         self.wait()
         self._running = self._pool.submit(action)
+
+    def check(self) -> None:
+        """Raise the error of an action that has failed."""
+        if self._running is not None and self._running.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the running action; its error is raised here."""

@@ -32,6 +32,8 @@ class Process:
     world_size: int
     local_rank: int
     local_world_size: int
+    launched: bool = False
+    """Started by torchrun or the like, whose end is this process's end too."""
 
     @classmethod
     def from_environment(cls) -> "Process":
@@ -49,7 +51,8 @@ class Process:
             raise ConfigError(
                 f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job by torchrun"
             )
-        return cls(*(int(value) for value in values if value is not None))
+        rank, world_size, local_rank, local_world_size = (int(value) for value in values if value is not None)
+        return cls(rank, world_size, local_rank, local_world_size, launched=True)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from gradproj.batching import Batch, collate
 from gradproj.capture import TokenCovariances
+from gradproj.coordinator import faults
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
 from gradproj.engine import GradProjLoraEngine
+from gradproj.errors import StoreError
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
@@ -66,18 +68,25 @@ class UnitProjector:
             self._count(batch, prepared, number + 1)
             if number + 1 == len(prepared.batches):
                 break
-            stop = self._stopping()
-            if stop or (save_interval and number + 1 - done >= save_interval):
+            if self._stopping():
+                self._save_on_leaving(partial, done, number + 1, total)
+                return None
+            if save_interval and number + 1 - done >= save_interval:
                 partial.append(done, number + 1, total.take_touched())
                 done = number + 1
-            if stop:
-                return None
         stats = {
             "started_at": started_at,
             "seconds": time.perf_counter() - started,
             "finished_at": time.time(),
         }
         return total.finish(self._settings, stats)
+
+    def _save_on_leaving(self, partial: PartialLog, first: int, last: int, total: "_UnitSums") -> None:
+        try:
+            partial.append(first, last, total.take_touched())
+        except StoreError as error:
+            # These rows are computed again; the way out must stay open on a full disk too.
+            log.warning("rows of an unfinished unit are not saved: %s", error)
 
     def _run(self, batch: Batch, total: "_UnitSums") -> None:
         """One batch; halved and tried again where the device has no memory for it."""
@@ -115,6 +124,7 @@ class UnitProjector:
         progress.unit_samples = len(prepared.columns["status"]) * done // n_batches
         shape = tuple(batch.input_ids.shape)
         log.debug("unit %d: batch %d of %d, %s tokens", prepared.unit, done, n_batches, shape)
+        faults.at("batch done")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -142,6 +152,8 @@ class _UnitSums:
         self._rows.index_add_(0, index, rows)
         self._losses.index_add_(0, index, losses)
         self._touched.append(touched)
+        # Batch by batch, so that the sums are the same bits wherever a unit was stopped and taken up again.
+        self._covariances.add(self._engine.take_token_covariances())
 
     def fail(self, sequences: np.ndarray) -> None:
         """Note that the documents of these sequences did not fit the memory."""
@@ -151,7 +163,6 @@ class _UnitSums:
         """The sums of the rows touched since the last call."""
         touched = np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
         self._touched = []
-        self._covariances.add(self._engine.take_token_covariances())
         index = torch.from_numpy(touched).to(self._device)
         return PartialRows(
             touched,
@@ -177,7 +188,6 @@ class _UnitSums:
     def finish(self, settings: UnitSettings, stats: dict[str, Any]) -> UnitRows:
         """Divide, judge and encode the rows; fill the columns."""
         columns, prepared = self.prepared.columns, self.prepared
-        self._covariances.add(self._engine.take_token_covariances())
         rows, losses = self._rows.cpu().numpy(), self._losses.cpu().numpy()
         columns["status"][self._all_failed()] = STATUS["out_of_memory"]
         targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)

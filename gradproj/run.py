@@ -3,6 +3,9 @@
 Claim a unit, read it, batch it, run the engine, commit; nothing in the loop is collective.
 """
 
+# First: it notes who started this process, before the seconds that the others take.
+from gradproj.stopping import Stopped, StopRequest  # isort: split
+
 import functools
 import logging
 import sys
@@ -11,18 +14,18 @@ import torch
 
 from gradproj.background import Background, Writer
 from gradproj.config import run_config
+from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
 from gradproj.coordinator.units import UnitQueue
 from gradproj.dist import Process, choose_device, start_group
 from gradproj.engine import GradProjLoraEngine
-from gradproj.errors import exit_code
+from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.loss import chunk_verdict
 from gradproj.model import load_model, load_tokenizer
 from gradproj.projector import UnitProjector
 from gradproj.start import Job, log_to_file, matrices_on, prepare_torch, start_job
-from gradproj.stopping import StopRequest
 from gradproj.store import ProjectionStore
 from gradproj.summary import print_end, print_start
 from gradproj.unit import UnitReader
@@ -39,7 +42,9 @@ def run(argv: list[str]) -> int:
     """Start, compute, finish."""
     config = run_config(argv, "gradproj.run")
     process = Process.from_environment()
-    stop = StopRequest().listen()
+    stop = StopRequest().listen(speak=process.rank == 0)
+    if process.launched:
+        stop.watch_launcher()
     prepare_torch(config)
     with start_group(process):
         device, warning = choose_device(config.job.device, process.local_rank)
@@ -47,38 +52,50 @@ def run(argv: list[str]) -> int:
     log_to_file(job.plan.output, process.rank, config.job.verbose)
     if warning:
         print(warning, file=sys.stderr, flush=True)
-    queue = UnitQueue(
-        job.plan.output, job.plan.layout, job.plan.identity_hash, job.plan.wanted, job.owner, stopping=stop
-    )
-    try:
-        compute(job, queue, device, stop)
-        complete = finish(job.plan.output, queue.claims, wait=process.rank == 0)
-    finally:
-        queue.give_back()
+    complete = work(job, device, stop)
     if process.rank == 0:
         print_end(job.plan, complete, stop.reason)
-    return 0
+    # A launcher would take another code for a failure, and end the ranks that go on.
+    return 0 if process.launched else stop.exit_code
 
 
-def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest) -> None:
-    """Work through the units that this rank can claim."""
+def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
+    """This rank's share of what is left; whether the store is complete then."""
     plan, progress = job.plan, Progress()
-    heartbeat = Heartbeat(plan.output / "heartbeats", job.owner, progress, stop.on_orphaned)
-    heartbeat.start()
-    try:
-        if not len(queue.pending()):
-            return
+    queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop)
+    with Heartbeat(plan.output / "heartbeats", job.owner, progress):
+        try:
+            compute(job, queue, device, stop, progress)
+            return finish(
+                plan.output, queue.claims, wait=job.owner.rank == 0, stopping=stop, progress=progress
+            )
+        except GradprojError as error:
+            if not isinstance(error, (Stopped, ReportedError)):
+                note_failure(plan.output, job.owner, error)
+            raise
+        finally:
+            queue.give_back()
+
+
+def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress) -> None:
+    """Work through the units that this rank can claim."""
+    plan = job.plan
+    if len(queue.pending()):
         tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
         with ProjectionStore(plan.output) as store:
             matrices = matrices_on(device, store.projection_matrices)
         if job.owner.rank == 0:
             print_start(plan, device, chunk_verdict(model))
-        reader = UnitReader(plan.index, tokenizer, plan.unit_settings)
+        reader = UnitReader(plan.index, tokenizer, plan.unit_settings, stop)
         engine = GradProjLoraEngine.from_config(model, plan.config.projection, matrices)
+        stop.drain()
         with engine, progress_display(job), Writer() as writer:
             projector = UnitProjector(model, engine, plan.unit_settings, progress, stop)
-            with Background(map(reader.read, queue.take())) as units:
+            ahead = Background(map(reader.read, queue.take()), check=writer.check)
+            with ahead as units, stop.asked_on_error():
                 for prepared in units:
+                    if prepared is None:
+                        break
                     partial = queue.partial_log(prepared.unit, prepared.key(plan.unit_settings))
                     rows = projector.project(prepared, partial, plan.config.job.proj_save_interval)
                     if rows is None:
@@ -86,8 +103,8 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest)
                     writer.submit(functools.partial(queue.commit, rows))
                     progress.units += 1
                     log.info("unit %d: %s", prepared.unit, rows.record.stats)
-    finally:
-        heartbeat.stop()
+    stop.drain()
+    progress.unit = -1
 
 
 def progress_display(job: Job) -> ProgressDisplay:

@@ -12,16 +12,20 @@ import torch
 
 from gradproj.capture import draw_matrices, place_widths
 from gradproj.config import RunConfig
+from gradproj.coordinator import faults
 from gradproj.coordinator.claims import Owner
-from gradproj.coordinator.merge import write_metadata
-from gradproj.coordinator.units import FOLDERS, sweep
+from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.leftovers import sweep
+from gradproj.coordinator.takeback import take_back
+from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.corpus.index import CorpusIndex, list_tars, load_index, save_index
 from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.identity import check_identity
 from gradproj.model import fetch, model_skeleton
 from gradproj.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
-from gradproj.store.files import explain_os_errors, write_and_replace
+from gradproj.stopping import Stopped
+from gradproj.store.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.store.layout import STORE_NAME
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
@@ -46,22 +50,40 @@ def start_job(config: RunConfig, process: Process) -> Job:
     failure: GradprojError | None = None
     shared: tuple[Plan, JobName] | None = None
     if process.rank == 0:
+        name = JobName.from_environment()
         try:
-            plan = make_plan(config)
-            name = JobName.from_environment()
-            make_output(plan, Owner.this_process(name.job_id, name.generation, 0))
-            # The index can be large, and lies in the output now: the others read it there.
-            shared = (replace(plan, index=cast(CorpusIndex, None)), name)
+            # The index can be large, and lies in the output then: the others read it there.
+            shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
             # Before the others learn of it: torchrun ends rank 0 as soon as one of them has left.
             print(f"gradproj: {error}", file=sys.stderr, flush=True)
             failure = error
     shared = from_rank_0(shared)
     if shared is None:
-        raise ReportedError(str(failure or ""))
+        reported = ReportedError()
+        reported.exit_code = (failure or reported).exit_code
+        raise reported
     plan, name = shared
     plan = replace(plan, files=_files_of_this_node(plan, process), index=_index_of(plan))
-    return Job(plan, Owner.this_process(name.job_id, name.generation, process.rank))
+    owner = Owner.this_process(name.job_id, name.generation, process.rank)
+    if process.local_rank == 0:
+        # What is left of dead processes can be told from what is in use only on their own machine.
+        sweep(plan.output, owner)
+    return Job(plan, owner)
+
+
+def _start(config: RunConfig, name: JobName) -> Plan:
+    """Rank 0's checks, and the output as they want it. A mistake that ends them is noted in ``failed.json``."""
+    owner = Owner.this_process(name.job_id, name.generation, 0)
+    try:
+        plan = make_plan(config)
+        make_output(plan, owner)
+    except GradprojError as error:
+        if not isinstance(error, Stopped):
+            note_failure(Path(config.job.output_dir), owner, error)
+        raise
+    clear_failure(plan.output)
+    return plan
 
 
 def _files_of_this_node(plan: Plan, process: Process) -> Any:
@@ -83,26 +105,45 @@ def make_output(plan: Plan, owner: Owner) -> None:
     with explain_os_errors(output):
         for folder in FOLDERS:
             (output / folder).mkdir(parents=True, exist_ok=True)
-    sweep(output, owner)
-    if not (output / INDEX_NAME).exists():
-        save_index(plan.index, output / INDEX_NAME)
+        fsync_dir(output)
+        fsync_dir(output.absolute().parent)
+    faults.at("folders made")
+    queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
-        # The matrices depend on names and shapes alone, so no weights are needed for them.
-        config = plan.config.projection
-        drawn = {w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)}
-        matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
-        try:
-            create_store(
-                output / STORE_NAME, plan.layout, attributes_of(plan), pack_matrices(plan.layers, matrices)
-            )
-        except StoreExists:
-            check_identity(
-                output / STORE_NAME, plan.identity
-            )  # another job was faster; its store must be the one we want
-    write_metadata(output)
+        _publish_index(plan, queue.scratch)
+        _publish_store(plan, queue.scratch)
+    elif not (output / INDEX_NAME).exists():
+        _publish_index(plan, queue.scratch)
+    take_back(output, queue.claims)
+    faults.at("metadata published")
     flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
-    write_and_replace(output / "run_config.json", [text.encode()])
+    write_and_replace(output / "run_config.json", [text.encode()], queue.scratch)
+
+
+def _publish_index(plan: Plan, scratch: Path) -> None:
+    """Freeze the index; another that is there already must be of the same corpus.
+
+    Before the store: its identity holds the index's fingerprint, so none is ever made beside another index.
+    """
+    save_index(plan.index, scratch / INDEX_NAME, replace_existing=True)
+    if not publish_exclusively(scratch / INDEX_NAME, plan.output / INDEX_NAME):
+        save_index(plan.index, plan.output / INDEX_NAME)  # compares them, and says what differs
+    faults.at("index published")
+
+
+def _publish_store(plan: Plan, scratch: Path) -> None:
+    """Make the empty store; one that another job was faster to make must be the one we want."""
+    # The matrices depend on names and shapes alone, so no weights are needed for them.
+    config = plan.config.projection
+    drawn = {w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)}
+    matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
+    packed = pack_matrices(plan.layers, matrices)
+    try:
+        create_store(plan.output / STORE_NAME, plan.layout, attributes_of(plan), packed, scratch)
+        faults.at("store published")
+    except StoreExists:
+        check_identity(plan.output / STORE_NAME, plan.identity)
 
 
 def log_to_file(output: Path, rank: int, verbose: bool) -> None:

@@ -4,43 +4,108 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from gradproj.errors import GradprojError, ReportedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_AFTER_S = 3.0
 """torchrun passes a signal on twice; only one that comes later than this is meant as a second."""
+WATCH_INTERVAL_S = 0.5
 ORPHAN_GRACE_S = 3.0
+"""What a batch in flight still has once the launcher has died."""
+
+PARENT_AT_IMPORT = os.getppid()
+
+
+class Stopped(GradprojError):
+    """A signal came before there was anything to save."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} before the first unit; run the same command to go on"
+        )
+        self.exit_code = 128 + number
+
+
+def _quietly(number: int) -> ReportedError:
+    error = ReportedError()
+    error.exit_code = 128 + number
+    return error
 
 
 class StopRequest:
-    """False until somebody wants the job to stop. Call it to ask."""
+    """False until somebody wants the job to stop. Call it to ask.
+
+    Until ``drain`` is called a signal raises ``Stopped`` in the main thread: there is nothing to save yet. From
+    then on it only asks, and the loop saves what it has.
+    """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self._draining = False
+        self._speaks = False
         self.reason = ""
+        self.exit_code = 0
+        """128 + the signal's number, as a shell has it."""
 
     def __call__(self) -> bool:
         return self._asked_at is not None
 
-    def listen(self) -> "StopRequest":
-        """Take the signals of ``SIGNALS`` from now on (main thread only)."""
+    def listen(self, *, speak: bool = True) -> "StopRequest":
+        """Take the signals of ``SIGNALS`` from now on (main thread only); ``speak``: say so on standard error."""
+        self._speaks = speak
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         return self
+
+    def drain(self) -> None:
+        """From now on there is something to save."""
+        self._draining = True
 
     def ask(self, reason: str) -> None:
         """Ask the loop to stop after the batch in flight."""
         if self._asked_at is None:
             self._asked_at, self.reason = time.monotonic(), reason
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_at is not None and time.monotonic() - self._asked_at > SECOND_AFTER_S:
-            os._exit(128 + number)
-        self.ask(signal.Signals(number).name)
+    @contextmanager
+    def asked_on_error(self) -> Iterator[None]:
+        """An error in the loop asks the threads beside it to stop too."""
+        try:
+            yield
+        except BaseException as error:
+            self.ask(type(error).__name__)
+            raise
 
-    def on_orphaned(self) -> None:
-        """The launcher has died: stop, and leave even if the batch in flight takes longer."""
-        self.ask("the launcher has died")
-        timer = threading.Timer(ORPHAN_GRACE_S, os._exit, args=(1,))
-        timer.daemon = True
-        timer.start()
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_at is not None:
+            if time.monotonic() - self._asked_at > SECOND_AFTER_S:
+                os._exit(128 + number)
+            return
+        self.ask(signal.Signals(number).name)
+        self.exit_code = 128 + number
+        if not self._draining:
+            raise Stopped(number) if self._speaks else _quietly(number)
+        if self._speaks:
+            # Not by print: the signal may have come in the middle of one.
+            os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())
+
+    def watch_launcher(
+        self, parent: int = PARENT_AT_IMPORT, parent_now: Callable[[], int] = os.getppid
+    ) -> None:
+        """Leave within 5 s when the process that started this one has died, even if a batch takes longer.
+
+        A worker whose launcher was killed by -9 hears of it in no other way.
+        """
+
+        def watch() -> None:
+            while parent_now() == parent:
+                time.sleep(WATCH_INTERVAL_S)
+            if self._draining:
+                self.ask("the launcher has died")
+                time.sleep(ORPHAN_GRACE_S)
+            os._exit(1)
+
+        threading.Thread(target=watch, name="launcher watch", daemon=True).start()

@@ -1,19 +1,24 @@
 """Claims, units and the merge, where they live; real processes kill each other in end_to_end/."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.merge import ranges_of, units_in
 from gradproj.coordinator.partial import PartialLog, PartialRows
-from gradproj.coordinator.units import UnitQueue, UnitRows, sweep, unit_claim
+from gradproj.coordinator.scratch import make_scratch
+from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
 from gradproj.store.files import file_sum
 from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.records import UnitRecord, read_record, record_name
@@ -33,8 +38,8 @@ def gone_process():
 
 
 def board(tmp_path, owner, beats=None):
-    scratch = tmp_path / f"scratch-{owner.rank}-{owner.host}-{owner.generation}-{owner.pid}"
-    scratch.mkdir(exist_ok=True)
+    scratch = tmp_path / "tmp" / owner.name
+    make_scratch(scratch, owner)
     (tmp_path / "claims").mkdir(exist_ok=True)
     beats = {} if beats is None else beats
     return ClaimBoard(tmp_path / "claims", scratch, owner, lambda other: beats.get(other.name))
@@ -79,8 +84,25 @@ def test_the_claim_of_an_older_start_of_the_same_job_is_taken_over_at_once(tmp_p
 
 
 def test_a_restarted_host_has_no_living_owners(tmp_path):
-    assert board(tmp_path, owner_like_me(job_id="other", boot_id="before")).try_claim("00000003")
-    assert board(tmp_path, owner_like_me()).try_claim("00000003")
+    machine = {"machine": "a"}
+    assert board(tmp_path, owner_like_me(job_id="other", boot_id="before", **machine)).try_claim("00000003")
+    assert board(tmp_path, owner_like_me(**machine)).try_claim("00000003")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"boot_id": "other", "machine": ""},
+        {"boot_id": "other", "machine": "another"},
+        {"pid_space": "another container"},
+        {"pid_start": 0},
+    ],
+)
+def test_nothing_is_known_of_a_namesakes_processes(tmp_path, gone_process, changes):
+    mine = owner_like_me(machine="" if changes.get("machine") == "" else "mine")
+    theirs = dataclasses.replace(mine, job_id="other", **gone_process)
+    assert theirs.is_gone(mine)
+    assert not dataclasses.replace(theirs, **changes).is_gone(mine)
 
 
 def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_enough_of_our_clock(
@@ -101,6 +123,8 @@ def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_
     now[0] += claims_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000003")
     now[0] += 1
+    assert not mine.try_claim("00000003")  # suspected, and given a moment to show life
+    now[0] += claims_module.CONFIRM_AFTER_S
     assert mine.try_claim("00000003")
 
 
@@ -111,6 +135,8 @@ def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
     (tmp_path / "claims" / "00000003.0").write_text('{"job_')
     assert not mine.try_claim("00000003")
     now[0] += claims_module.STALE_AFTER_S
+    assert not mine.try_claim("00000003")
+    now[0] += claims_module.CONFIRM_AFTER_S
     assert mine.try_claim("00000003")
 
 
@@ -120,7 +146,7 @@ LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(rows_per_shard=16))
 
 
 def queue(tmp_path, owner, wanted=(0, 1, 2), **options):
-    for folder in ("units", "claims", "heartbeats", "tmp", "projections.zarr/projections"):
+    for folder in ("units", "claims", "heartbeats", "partial", "tmp", "projections.zarr/projections"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     return UnitQueue(tmp_path, LAYOUT, "identity", wanted, owner, **options)
 
@@ -200,10 +226,33 @@ def test_a_stopping_process_takes_nothing_more_and_gives_back_what_it_has(tmp_pa
     assert next(other.take()) == unit
 
 
+AWAY = {"job_id": "other", "host": "elsewhere", "boot_id": "other"}
+
+
 def test_units_of_another_living_job_are_not_waited_for(tmp_path):
-    theirs = queue(tmp_path, owner_like_me(job_id="other", host="elsewhere", boot_id="other"), wanted=[0])
-    assert next(theirs.take()) == 0
-    assert list(queue(tmp_path, owner_like_me(), wanted=[0]).take()) == []
+    assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
+    mine, beats = queue(tmp_path, owner_like_me(), wanted=[0]), itertools.count()
+    mine.claims.heartbeat_of = lambda other: next(beats)
+    assert list(mine.take()) == []
+
+
+def test_a_unit_whose_owner_shows_no_life_is_waited_for_and_then_computed(tmp_path, monkeypatch):
+    assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
+    monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.3)
+    monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.3)
+    mine, started = queue(tmp_path, owner_like_me(), wanted=[0]), time.monotonic()
+    assert next(mine.take()) == 0
+    assert time.monotonic() - started > 0.5
+    assert mine.commit(unit_rows(0))
+
+
+def test_a_pause_ends_when_the_job_is_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(units_module, "WAIT_S", (60.0, 60.0))
+    assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
+    started = time.monotonic()
+    stopping = lambda: time.monotonic() - started > 0.5  # noqa: E731
+    assert list(queue(tmp_path, owner_like_me(), wanted=[0], stopping=stopping).take()) == []
+    assert time.monotonic() - started < 5
 
 
 def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path, gone_process):
@@ -236,6 +285,7 @@ def part(first, n=3):
 
 
 def partial_log(tmp_path, key="key"):
+    (tmp_path / "partial").mkdir(exist_ok=True)
     return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
 
 

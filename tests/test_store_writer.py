@@ -241,7 +241,7 @@ def test_column_blocks_of_other_rows_stay_and_the_status_goes_last(tmp_path, mon
     written = []
     monkeypatch.setattr(
         "gradproj.store.writer.write_and_replace",
-        lambda path, chunks: (written.append(path.parent.name), write_and_replace(path, chunks)),
+        lambda path, chunks, scratch: (written.append(path.parent.name), write_and_replace(path, chunks)),
     )
     columns = empty_columns(32, 8)
     columns["status"][:] = 7

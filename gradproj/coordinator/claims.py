@@ -4,6 +4,9 @@
 several processes one wins; a stale claim is taken over by making the next number, and a claim is given
 back by making a next number that says so. Nothing is deleted before the unit is committed.
 Clocks and file times of different machines are never compared.
+
+A claim only says who should work on a unit. What keeps an owner that stood still from publishing after its claim
+was taken over is the fence (``scratch``): the new owner takes the old one's unpublished files away before it begins.
 """
 
 import json
@@ -15,10 +18,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from gradproj.coordinator import faults
+from gradproj.coordinator.scratch import fence, make_scratch
 from gradproj.store.files import publish_exclusively, write_file_durably
 
 STALE_AFTER_S = 600.0
-"""A foreign owner whose heartbeat has not moved for so long, by our own clock, is taken for dead."""
+"""A foreign owner whose heartbeat has not moved for so long, by our own clock, is taken for dead..."""
+CONFIRM_AFTER_S = 60.0
+"""...if it has not moved so long after that was first noticed either: had this process or the file system stood
+still itself, the others need a moment to show that they live."""
+ALIVE_FOR_S = 60.0
+"""An owner whose heartbeat has moved within this time is at work."""
 
 _CLAIM = re.compile(r"(\d{8,}|merge)\.(\d+)")
 
@@ -35,11 +45,16 @@ class Owner:
     pid: int
     pid_start: int
     """Start time of the process in the kernel's ticks: a reused pid has another."""
+    machine: str = ""
+    """The operating system's name for the machine: machines may share a host name."""
+    pid_space: str = ""
+    """The namespace in which ``pid`` counts: containers of one machine have their own."""
 
     @classmethod
     def this_process(cls, job_id: str, generation: int, rank: int) -> "Owner":
-        pid = os.getpid()
-        return cls(job_id, generation, rank, socket.gethostname(), boot_id(), pid, process_start(pid) or 0)
+        pid, host = os.getpid(), socket.gethostname()
+        start = process_start(pid) or 0
+        return cls(job_id, generation, rank, host, boot_id(), pid, start, machine_id(), pid_space())
 
     @property
     def name(self) -> str:
@@ -51,16 +66,37 @@ class Owner:
         """Whether ``observer`` knows at once, without waiting, that this process has ended."""
         if self.job_id == observer.job_id and self.generation < observer.generation:
             return True
+        if (self.host, self.machine) != (observer.host, observer.machine):
+            return False
         if self.boot_id != observer.boot_id:
-            # The same host under another boot has restarted; of other hosts nothing is known.
-            return self.host == observer.host and self.boot_id != "" and observer.boot_id != ""
-        return self.host == observer.host and process_start(self.pid) != self.pid_start
+            # This machine has restarted since. Without a name of its own it may be another of the same host name.
+            return "" not in (self.machine, self.boot_id, observer.boot_id)
+        if self.pid_space != observer.pid_space or not self.pid_start:
+            return False
+        return process_start(self.pid) != self.pid_start
+
+
+def machine_id() -> str:
+    """The machine's name for itself, which outlives a restart; empty where there is none."""
+    return _first_line("/etc/machine-id")
 
 
 def boot_id() -> str:
     """The kernel's name for this boot of this machine; empty where there is none."""
+    return _first_line("/proc/sys/kernel/random/boot_id")
+
+
+def pid_space() -> str:
+    """The kernel's name for the namespace of this process's pid; empty where there is none."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
     except OSError:
         return ""
 
@@ -88,12 +124,23 @@ class Claim:
 
 
 @dataclass
+class _Sighting:
+    """What was last seen of a claim's owner."""
+
+    beat: int | None
+    since: float
+    """Of our clock: when this beat was first seen."""
+    has_moved: bool = False
+    suspected_at: float | None = None
+
+
+@dataclass
 class ClaimBoard:
-    """The claims of one store, as one process sees them.
+    """The claims of one store, as one process sees them. Its threads may use it together.
 
     Args:
         folder: ``OUTPUT/claims``.
-        scratch: this process's own folder for files not published yet.
+        scratch: this process's own folder for files not published yet; those of other processes lie beside it.
         owner: this process.
         heartbeat_of: an owner's heartbeat counter, or None where it has no heartbeat.
     """
@@ -102,7 +149,7 @@ class ClaimBoard:
     scratch: Path
     owner: Owner
     heartbeat_of: Callable[[Owner], int | None]
-    _seen: dict[tuple[str, int], tuple[int | None, float]] = field(default_factory=dict)
+    _seen: dict[tuple[str, int], _Sighting] = field(default_factory=dict)
     _mine: dict[str, int] = field(default_factory=dict)
 
     def current(self) -> dict[str, int]:
@@ -115,6 +162,8 @@ class ClaimBoard:
                     newest[match[1]] = int(match[2])
         return newest
 
+    # --- claiming ---
+
     def try_claim(self, unit: str) -> bool:
         """Claim a unit that nobody has, or whose claim is stale. False: it is somebody's."""
         number = self._newest(unit)
@@ -124,6 +173,9 @@ class ClaimBoard:
         if not self._publish(unit, mine, asdict(self.owner)):
             return False
         self._mine[unit] = mine
+        faults.at("claim published")
+        for older in range(mine):
+            self._fence(self.read(unit, older))
         return True
 
     def _newest(self, unit: str) -> int | None:
@@ -133,15 +185,28 @@ class ClaimBoard:
             number = 0 if number is None else number + 1
         return number
 
+    def _fence(self, claim: Claim) -> None:
+        """After this, an older owner publishes nothing that it had prepared, dead or asleep.
+
+        Not only the last one: that one may have died after its takeover and before it fenced the one before.
+        """
+        if claim.owner is None or claim.owner == self.owner:
+            return
+        fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner)
+        faults.at("old owner fenced")
+
     def owns(self, unit: str) -> bool:
         """Whether this process's claim is still the newest one."""
         return unit in self._mine and self._newest(unit) == self._mine[unit]
 
+    # --- letting go ---
+
     def give_back(self, unit: str) -> None:
         """Let others have a unit that is not committed, unless it has been taken over meanwhile."""
         number = self._mine.pop(unit, None)
-        if number is not None:
+        if number is not None and self._newest(unit) == number:
             self._publish(unit, number + 1, {"released": True})
+            faults.at("claim given back")
 
     def give_back_all(self) -> None:
         """Give back every claim of this process."""
@@ -149,15 +214,26 @@ class ClaimBoard:
             self.give_back(unit)
 
     def forget(self, unit: str) -> None:
-        """Delete the claims of a unit that is committed: its record speaks for it from now on."""
-        number = self._mine.pop(unit, None)
-        for old in range(-1 if number is None else number, -1, -1):
-            (self.folder / f"{unit}.{old}").unlink(missing_ok=True)
+        """Delete the claims of something that is done: it speaks for itself from now on."""
+        known = [number for number in (self._mine.pop(unit, None), self._newest(unit)) if number is not None]
+        # From the newest down, so that what is left by a crash is still a row of numbers from 0.
+        for number in range(max(known, default=-1), -1, -1):
+            (self.folder / f"{unit}.{number}").unlink(missing_ok=True)
+        faults.at("claims removed")
 
     def _publish(self, unit: str, number: int, content: dict) -> bool:
         temporary = self.scratch / f"claim-{unit}-{number}"
-        write_file_durably(temporary, [json.dumps(content).encode()])
-        return publish_exclusively(temporary, self.folder / f"{unit}.{number}")
+        while True:
+            try:
+                write_file_durably(temporary, [json.dumps(content).encode()])
+                return publish_exclusively(temporary, self.folder / f"{unit}.{number}")
+            except FileNotFoundError:
+                if not self.folder.is_dir():
+                    raise
+                # Fenced by another process, which has taken over some unit. Of this one the number decides.
+                make_scratch(self.scratch, self.owner)
+
+    # --- others' ---
 
     def read(self, unit: str, number: int) -> Claim:
         """A claim's content."""
@@ -177,10 +253,22 @@ class ClaimBoard:
             return False
         if claim.owner is not None and claim.owner.is_gone(self.owner):
             return True
+        sighting, now = self._look(claim)
+        if now - sighting.since < STALE_AFTER_S:
+            return False
+        if sighting.suspected_at is None:
+            sighting.suspected_at = now
+        return now - sighting.suspected_at >= CONFIRM_AFTER_S
+
+    def is_at_work(self, claim: Claim) -> bool:
+        """Whether the owner's heartbeat has been seen to move, and lately."""
+        sighting, now = self._look(claim)
+        return sighting.has_moved and now - sighting.since < ALIVE_FOR_S
+
+    def _look(self, claim: Claim) -> tuple[_Sighting, float]:
         beat = None if claim.owner is None else self.heartbeat_of(claim.owner)
         key, now = (claim.unit, claim.number), time.monotonic()
-        before = self._seen.get(key)
-        if before is None or before[0] != beat:
-            self._seen[key] = (beat, now)
-            return False
-        return now - before[1] >= STALE_AFTER_S
+        sighting = self._seen.get(key)
+        if sighting is None or sighting.beat != beat:
+            sighting = self._seen[key] = _Sighting(beat, now, has_moved=sighting is not None)
+        return sighting, now

@@ -1,18 +1,19 @@
-"""Heartbeats: every rank says every few seconds how far it is, and leaves when its launcher has died."""
+"""Heartbeats: every rank says every few seconds how far it is, for people and for other processes' claims."""
 
 import json
 import os
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from gradproj.coordinator.claims import Owner
 
 INTERVAL_S = 5.0
 """Between two heartbeats; less in a rank's first seconds, so that a short job shows its speed too."""
-WATCH_INTERVAL_S = 1.0
+TICK_S = 1.0
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Progress:
     """What a rank has done since it started. Written by the loop, read by the heartbeat's thread."""
 
     batches: int = 0
-    """The counter that others watch: it moves as long as the rank works."""
+    """The counter that others watch: it moves as long as the rank works, on batches or on a merge."""
     samples: int = 0
     n_tokens: int = 0
     units: int = 0
@@ -34,58 +35,55 @@ class Progress:
 
 @dataclass
 class Heartbeat:
-    """Writes ``heartbeats/NAME.json`` from a thread of its own.
+    """Writes ``heartbeats/NAME.json`` from a thread of its own, and removes it on leaving.
 
     Args:
         folder: ``OUTPUT/heartbeats``.
         owner: this process.
         progress: read at every beat.
-        on_orphaned: called once when the process that started this one has died.
     """
 
     folder: Path
     owner: Owner
     progress: Progress
-    on_orphaned: Callable[[], None]
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Write the first beat and go on in the background."""
-        self._write()
+    def __enter__(self) -> "Heartbeat":
+        self.write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """End the thread and take the heartbeat away."""
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder turned read-only, which the commit has met and said
+            self._path.unlink(missing_ok=True)
 
     @property
     def _path(self) -> Path:
         return self.folder / f"{self.owner.name}.json"
 
     def _run(self) -> None:
-        parent, waited, alive_s = os.getppid(), 0.0, 0.0
-        while not self._stop.wait(WATCH_INTERVAL_S):
-            if os.getppid() != parent:
-                self.on_orphaned()
-                return
-            waited, alive_s = waited + WATCH_INTERVAL_S, alive_s + WATCH_INTERVAL_S
+        waited, alive_s = 0.0, 0.0
+        while not self._stop.wait(TICK_S):
+            waited, alive_s = waited + TICK_S, alive_s + TICK_S
             if waited >= min(INTERVAL_S, alive_s / 5):
-                self._write()
+                self.write()
                 waited = 0.0
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Say now how far this rank is."""
         temporary = self._path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)}))
             os.replace(temporary, self._path)
         except OSError:
             # A full disk must not end the rank from here: the commit meets it and says so.
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:

@@ -6,21 +6,26 @@ bits whoever computed which unit. One process at a time merges, held by a claim 
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard
+from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.units import read_unit
 from gradproj.store.files import write_and_replace
-from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, StoreLayout, empty_columns
+from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
 from gradproj.store.opening import read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.records import list_records
 from gradproj.store.writer import update_attributes, write_array, write_column_block
 
 MERGE_CLAIM = "merge"
+WAIT_S = 0.5
+"""Between two looks whether another process's merge is done."""
 COVARIANCE_ARRAYS = {"a": "token_covariance_a", "s": "token_covariance_s"}
 
 
@@ -54,53 +59,159 @@ def is_merged(output: Path) -> bool:
     return bool(read_attributes(output / STORE_NAME).get("complete"))
 
 
-def finish(output: Path, claims: ClaimBoard, *, wait: bool) -> bool:
+class MergeEnded(Exception):
+    """This process is to stop, or another has taken its merge over; whoever merges next begins anew."""
+
+
+def finish(
+    output: Path,
+    claims: ClaimBoard,
+    *,
+    wait: bool,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> bool:
     """Run the final merge if every unit is recorded and no other process does.
 
     Args:
         output: OUTPUT.
         claims: of this process.
         wait: stay until the merge is done, by whomever.
+        stopping: true once the job is to end early; a merge that was begun is left as it is.
+        progress: its counter moves with the merge, so that others see that this process lives.
 
     Returns:
         Whether the store is complete and merged now.
     """
-    while is_complete(output) and not is_merged(output):
+    while is_complete(output) and not is_merged(output) and not stopping():
         if claims.try_claim(MERGE_CLAIM):
             try:
-                merge(output)
+                if not is_merged(output):  # by another process, between our look and the claim
+                    merge(output, claims, stopping, progress)
+            except MergeEnded:
+                continue
             finally:
-                claims.forget(MERGE_CLAIM)
+                release_merge(output, claims)
         elif not wait:
             return False
         else:
-            time.sleep(0.5)
-    return is_merged(output)
+            time.sleep(WAIT_S)
+    return is_complete(output) and is_merged(output)
 
 
-def merge(output: Path) -> dict[str, Any]:
+def release_merge(output: Path, claims: ClaimBoard) -> None:
+    """Let go of the merge's claim. Once the store is complete, none is needed."""
+    if is_complete(output) and is_merged(output):
+        claims.forget(MERGE_CLAIM)
+    else:
+        claims.give_back(MERGE_CLAIM)
+
+
+def merge(
+    output: Path,
+    claims: ClaimBoard | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Merge the records there are; the columns of missing units stay unknown.
+
+    Args:
+        output: OUTPUT.
+        claims: of this process, which holds the merge's; asked on the way whether it still does.
+        stopping: true once the merge is to be left as it is.
+        progress: its counter moves with the merge.
 
     Returns:
         The statistics that ``projection_stats.json`` holds.
+
+    Raises:
+        MergeEnded: it was not finished.
+        StoreError: a record is damaged, or the disk is full or read-only.
     """
-    store = output / STORE_NAME
-    attributes, layout = read_attributes(store), read_layout(store)
-    recorded = list_records(output / "units")
-    wanted = wanted_units(attributes)
-    complete = not len(np.setdiff1d(wanted, recorded))
-    sums, timing = _Covariances(), _Timing()
-    for block in range(layout.n_column_blocks):
-        _merge_block(output, layout, block, attributes["identity_hash"], wanted, recorded, sums, timing)
-    for name, array in COVARIANCE_ARRAYS.items():
-        if name in sums.values:
-            write_array(store, array, sums.values[name])
-    changes = {"complete": complete, "covariance_tokens": sums.n_tokens, "units_recorded": len(recorded)}
-    update_attributes(store, changes)
-    stats = {"complete": complete, **column_statistics(output), "timing": timing.summary()}
-    _write_json(output / "projection_stats.json", stats)
-    write_metadata(output)
-    return stats
+    try:
+        return _Merge(output, claims, stopping, progress or Progress()).run()
+    except FileNotFoundError as error:
+        if claims is None or (claims.scratch.is_dir() and claims.owns(MERGE_CLAIM)):
+            raise
+        raise MergeEnded from error  # fenced: what was about to be put in place has been taken away
+
+
+class _Merge:
+    """One pass over the records. Everything is written in the scratch folder first and then put in place."""
+
+    def __init__(
+        self, output: Path, claims: ClaimBoard | None, stopping: Callable[[], bool], progress: Progress
+    ) -> None:
+        self._output, self._store, self._claims = output, output / STORE_NAME, claims
+        self._scratch = None if claims is None else claims.scratch
+        self._stopping, self._progress = stopping, progress
+        self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
+        self._recorded = list_records(output / "units")
+        self._wanted = wanted_units(self._attributes)
+        self._sums, self._timing = _Covariances(), _Timing()
+
+    def run(self) -> dict[str, Any]:
+        scratch = self._scratch
+        for block in range(self._layout.n_column_blocks):
+            self._merge_block(block)
+            faults.at("block merged")
+        self._go_on()
+        for name, array in COVARIANCE_ARRAYS.items():
+            if name in self._sums.values:
+                write_array(self._store, array, self._sums.values[name], scratch)
+        faults.at("sums merged")
+        complete = not len(np.setdiff1d(self._wanted, self._recorded))
+        statistics = column_statistics(self._output)
+        stats = {"complete": complete, **statistics, "timing": self._timing.summary()}
+        self._go_on()
+        _write_json(self._output / "projection_stats.json", stats, scratch)
+        faults.at("statistics written")
+        changes = {
+            "complete": complete,
+            "covariance_tokens": self._sums.n_tokens,
+            "units_recorded": len(self._recorded),
+        }
+        attributes = {**read_attributes(self._store), **changes}
+        _write_json(self._output / "metadata.json", attributes, scratch)
+        faults.at("metadata merged")
+        # The last word: with it the store is complete, and everything else is in its place.
+        self._go_on()
+        update_attributes(self._store, changes, scratch)
+        faults.at("attributes updated")
+        return stats
+
+    def _go_on(self) -> None:
+        """Ask, before anything is written, whether to go on; and show that this process lives."""
+        self._progress.batches += 1
+        if self._stopping() or (self._claims is not None and not self._claims.owns(MERGE_CLAIM)):
+            raise MergeEnded
+
+    def _merge_block(self, block: int) -> None:
+        layout = self._layout
+        start, stop = layout.column_block_range(block)
+        first, last = start // layout.rows_per_shard, -(-stop // layout.rows_per_shard)
+        wanted, recorded = (u[(u >= first) & (u < last)] for u in (self._wanted, self._recorded))
+        columns = empty_columns(stop - start, layout.key_bytes)
+        if len(self._wanted) < layout.n_units:
+            columns["status"][:] = STATUS["not_selected"]
+            for unit in wanted.tolist():
+                a, b = layout.unit_range(unit)
+                columns["status"][a - start : b - start] = STATUS["missing"]
+        for unit in recorded.tolist():
+            self._go_on()
+            record = read_unit(self._output, unit, self._attributes["identity_hash"])
+            a, b = layout.unit_range(unit)
+            for name, values in record.columns.items():
+                columns[name][a - start : b - start] = values
+            self._sums.add(record.token_covariances, record.stats["covariance_tokens"])
+            self._timing.add(record.stats)
+        self._go_on()
+        if self._attributes.get("complete"):
+            # What is written from here on is a whole again only at the end.
+            update_attributes(self._store, {"complete": False}, self._scratch)
+            self._attributes["complete"] = False
+            faults.at("merge reopened")
+        write_column_block(self._store, layout, block, columns, self._scratch)
 
 
 class _Covariances:
@@ -143,34 +254,6 @@ class _Timing:
             "tokens_per_rank_second": round(self.n_tokens / seconds, 1),
             "wall_seconds": round(max(self.finished - self.started, 0.0), 3) if self.units else 0.0,
         }
-
-
-def _merge_block(
-    output: Path,
-    layout: StoreLayout,
-    block: int,
-    identity: str,
-    wanted: np.ndarray,
-    recorded: np.ndarray,
-    sums: _Covariances,
-    timing: _Timing,
-) -> None:
-    start, stop = layout.column_block_range(block)
-    first, last = start // layout.rows_per_shard, -(-stop // layout.rows_per_shard)
-    columns = empty_columns(stop - start, layout.key_bytes)
-    if len(wanted) < layout.n_units:
-        columns["status"][:] = STATUS["not_selected"]
-        for unit in wanted[(wanted >= first) & (wanted < last)].tolist():
-            a, b = layout.unit_range(unit)
-            columns["status"][a - start : b - start] = STATUS["missing"]
-    for unit in recorded[(recorded >= first) & (recorded < last)].tolist():
-        record = read_unit(output, unit, identity)
-        a, b = layout.unit_range(unit)
-        for name, values in record.columns.items():
-            columns[name][a - start : b - start] = values
-        sums.add(record.token_covariances, record.stats["covariance_tokens"])
-        timing.add(record.stats)
-    write_column_block(output / STORE_NAME, layout, block, columns)
 
 
 def column_statistics(output: Path) -> dict[str, Any]:
@@ -218,10 +301,10 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_metadata(output: Path) -> None:
+def write_metadata(output: Path, scratch: Path | None = None) -> None:
     """``metadata.json``: a copy of the Zarr group's attributes."""
-    _write_json(output / "metadata.json", read_attributes(output / STORE_NAME))
+    _write_json(output / "metadata.json", read_attributes(output / STORE_NAME), scratch)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_and_replace(path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()])
+def _write_json(path: Path, content: dict[str, Any], scratch: Path | None) -> None:
+    write_and_replace(path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()], scratch)

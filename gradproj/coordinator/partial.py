@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load, save
 
-from gradproj.store.files import crc32c, publish_exclusively, write_file_durably
+from gradproj.coordinator import faults
+from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.scratch import make_scratch
+from gradproj.store.files import crc32c, explain_os_errors, fsync_dir, publish_exclusively, write_file_durably
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 
@@ -32,19 +35,26 @@ class PartialRows:
     """Sums since the unit's first batch: ``a``, ``g`` float64, ``n_tokens`` int64."""
 
 
+def partial_folder(output: Path, unit: int) -> Path:
+    """Where a unit's partial rows lie."""
+    return output / "partial" / f"{unit:08d}"
+
+
 @dataclass(frozen=True)
 class PartialLog:
     """The partial rows of one unit.
 
     Args:
         folder: ``OUTPUT/partial/UNIT``.
-        scratch: where to write before publishing; on the same file system.
+        scratch: this process's own folder, where files are written before they are published.
         key: hash of the settings and of the unit's batches.
+        owner: this process; given, it makes its folder again should another process have taken it away.
     """
 
     folder: Path
     scratch: Path
     key: str
+    owner: Owner | None = None
 
     def read(self) -> tuple[int, list[PartialRows]]:
         """``(batches done, their rows)``: as far as whole files of this key follow each other."""
@@ -61,7 +71,11 @@ class PartialLog:
         return done, found
 
     def append(self, first: int, last: int, part: PartialRows) -> None:
-        """Put what batches ``[first, last)`` gave on disk."""
+        """Put what batches ``[first, last)`` gave on disk.
+
+        Raises:
+            StoreError: the disk is full, read-only, or not ours.
+        """
         tensors = {
             "touched": part.touched,
             "rows": part.rows,
@@ -71,10 +85,22 @@ class PartialLog:
         }
         data = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key})
         name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.scratch / f"partial-{name}"
-        write_file_durably(temporary, [data])
-        publish_exclusively(temporary, self.folder / name)
+        while True:
+            # Either folder may go at any moment: whoever commits the unit removes the one, a fence the other.
+            try:
+                with explain_os_errors(self.folder):
+                    self.folder.mkdir(exist_ok=True)
+                    fsync_dir(self.folder.parent)
+                if self.owner is not None:
+                    make_scratch(self.scratch, self.owner)
+                write_file_durably(temporary, [data])
+                publish_exclusively(temporary, self.folder / name)
+                break
+            except FileNotFoundError:
+                if self.owner is None or not self.folder.parent.is_dir():
+                    raise
+        faults.at("partial published")
 
     def _decode(self, data: bytes, checksum: str) -> PartialRows | None:
         """None for a damaged file or another key: those batches are computed again."""

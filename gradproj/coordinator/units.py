@@ -1,25 +1,28 @@
 """Units: which are left, which this process works on, and how one is committed.
 
 A unit is committed by two exclusive publications, the shard first and the record after it. The record is the
-commit; everything before it can be lost without harm.
+commit; everything before it can be lost without harm. Both files lie finished in the owner's scratch folder before
+it asks for the last time whether the unit is still its own: from then on, a process that takes the unit over takes
+the files away.
 """
 
-import json
+import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard, Owner
 from gradproj.coordinator.heartbeats import heartbeat_counter
-from gradproj.coordinator.partial import PartialLog
+from gradproj.coordinator.partial import PartialLog, partial_folder
+from gradproj.coordinator.scratch import make_scratch
 from gradproj.errors import StoreError
 from gradproj.store.files import (
-    explain_os_errors,
     file_sum,
     fsync_dir,
     publish_exclusively,
@@ -30,11 +33,15 @@ from gradproj.store.layout import StoreLayout
 from gradproj.store.records import UnitRecord, encode_record, list_records, read_record, record_name
 from gradproj.store.writer import shard_chunks
 
+log = logging.getLogger(__name__)
+
 FOLDERS = ("units", "claims", "heartbeats", "partial", "tmp", "logs")
 """What the job keeps in OUTPUT beside the store."""
 
 WAIT_S = (0.1, 5.0)
 """First and longest pause between two looks at the claims of others, once nothing is left to claim."""
+STOP_LOOK_S = 0.2
+"""Between two looks during a pause whether the job is to stop."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,8 @@ class UnitQueue:
         self.output, self.layout, self.identity, self.owner = output, layout, identity, owner
         self.wanted = np.asarray(wanted, dtype=np.int64)
         self._stopping = stopping
-        self.scratch = output / "tmp" / owner.name
-        with explain_os_errors(self.scratch):
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            (self.scratch / "owner.json").write_text(json.dumps(asdict(owner)))
+        self.scratch = scratch_of(output, owner)
+        make_scratch(self.scratch, owner)
         self.claims = ClaimBoard(
             output / "claims",
             self.scratch,
@@ -112,7 +117,7 @@ class UnitQueue:
             if taken:
                 wait_s = WAIT_S[0]
             elif self._waits_for_others():
-                time.sleep(wait_s)
+                self._pause(wait_s)
                 wait_s = min(2 * wait_s, WAIT_S[1])
             else:
                 return
@@ -126,21 +131,30 @@ class UnitQueue:
             return False
         return True
 
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping() and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, STOP_LOOK_S))
+
     def _waits_for_others(self) -> bool:
-        """Whether a unit may still come back to this process."""
+        """Whether a unit may still come back to this process.
+
+        Not where another job is seen at work on it. One that is not may be dead: that shows after a while.
+        """
         newest = self.claims.current()
         for unit in self.pending().tolist():
             number = newest.get(unit_claim(unit))
             if number is None:
                 return True
             claim = self.claims.read(unit_claim(unit), number)
-            if claim.owner is None or claim.owner.job_id == self.owner.job_id or self.claims.is_stale(claim):
+            foreign = claim.owner is not None and claim.owner.job_id != self.owner.job_id
+            if not foreign or self.claims.is_stale(claim) or not self.claims.is_at_work(claim):
                 return True
         return False
 
     def partial_log(self, unit: int, key: str) -> PartialLog:
         """The saved rows of a unit that was not finished."""
-        return PartialLog(self.output / "partial" / f"{unit:08d}", self.scratch, key)
+        return PartialLog(partial_folder(self.output, unit), self.scratch, key, self.owner)
 
     # --- commit ---
 
@@ -151,43 +165,60 @@ class UnitQueue:
             StoreError: the disk is full, read-only, or not ours; nothing committed is lost.
         """
         unit = rows.record.unit
-        if rows.stored is not None:
-            temporary = self.scratch / f"shard-{unit}"
-            rows.record.shard = write_file_durably(temporary, shard_chunks(rows.stored, self.layout))
-            if not self._publish_shard(unit, temporary):
-                return False
-        committed = self._publish_record(rows.record)
-        shutil.rmtree(self.output / "partial" / f"{unit:08d}", ignore_errors=True)
-        self.claims.forget(unit_claim(unit))
+        while True:
+            try:
+                committed = self._commit(rows)
+                break
+            except FileNotFoundError:
+                if not (self.output / "units").is_dir():
+                    raise
+                # Fenced: another process held this one for dead. Perhaps not because of this unit, so ask again.
+                make_scratch(self.scratch, self.owner)
+        if self.is_recorded(unit):
+            shutil.rmtree(partial_folder(self.output, unit), ignore_errors=True)
+            faults.at("partial removed")
+            self.claims.forget(unit_claim(unit))
+        else:
+            self.claims.give_back(unit_claim(unit))
         return committed
+
+    def _commit(self, rows: UnitRows) -> bool:
+        record, shard, stamp = rows.record, self.scratch / f"shard-{rows.record.unit}", None
+        record_file = self.scratch / f"record-{record.unit}"
+        if rows.stored is not None:
+            record.shard = write_file_durably(shard, shard_chunks(rows.stored, self.layout))
+            stamp = _stamp(shard)
+            faults.at("shard written")
+        write_file_durably(record_file, [encode_record(record)])
+        faults.at("record written")
+        published = False
+        if not self.is_recorded(record.unit) and self.claims.owns(unit_claim(record.unit)):
+            published = stamp is None or self._publish_shard(record.unit, shard)
+            published = published and self._publish_record(record, record_file, stamp)
+        shard.unlink(missing_ok=True)
+        record_file.unlink(missing_ok=True)
+        return published
 
     def _publish_shard(self, unit: int, temporary: Path) -> bool:
         final = self.output / self.layout.shard_name(unit)
-        if self.is_recorded(unit) or not self.claims.owns(unit_claim(unit)):
-            temporary.unlink()
-            return False
-        # Kept under a second name: publishing takes the first one away.
-        spare = temporary.with_suffix(".spare")
-        os.link(temporary, spare)
-        try:
-            if not publish_exclusively(temporary, final):
-                # An owner died between shard and record. Without a record its shard counts for nothing.
-                replace_atomically(spare, final)
-        finally:
-            spare.unlink(missing_ok=True)
-        return True
+        if final.exists():
+            # Left by an owner that died between shard and record, or by a damaged unit whose record was deleted.
+            # Without a record it counts for nothing, and every older owner is fenced.
+            replace_atomically(temporary, final)
+            published = True
+        else:
+            published = publish_exclusively(temporary, final)
+        faults.at("shard published")
+        return published
 
-    def _publish_record(self, record: UnitRecord) -> bool:
-        temporary = self.scratch / f"record-{record.unit}"
+    def _publish_record(self, record: UnitRecord, temporary: Path, shard: tuple[int, ...] | None) -> bool:
         final = self.output / record_name(record.unit)
-        write_file_durably(temporary, [encode_record(record)])
         if not publish_exclusively(temporary, final):
             return False
-        if (
-            record.shard is not None
-            and file_sum(self.output / self.layout.shard_name(record.unit)) != record.shard
-        ):
-            # An old owner woke up and put its own shard there in between: neither is to be trusted.
+        faults.at("record published")
+        published = self.output / self.layout.shard_name(record.unit)
+        if shard is not None and _stamp(published) != shard and file_sum(published) != record.shard:
+            # The fence and the exclusive names forbid it; a file system that keeps neither is still found out.
             final.unlink()
             fsync_dir(final.parent)
             return False
@@ -195,8 +226,13 @@ class UnitQueue:
 
     def give_back(self) -> None:
         """Release what is claimed and not committed, and take this process's own files away."""
-        self.claims.give_back_all()
+        try:
+            self.claims.give_back_all()
+        except StoreError as error:
+            # A full or read-only disk, which the commit has met and said; a dead owner's claims are free as well.
+            log.warning("claims stay until they are found stale: %s", error)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        faults.at("scratch removed")
 
 
 def unit_claim(unit: int) -> str:
@@ -204,19 +240,15 @@ def unit_claim(unit: int) -> str:
     return f"{unit:08d}"
 
 
-def sweep(output: Path, observer: Owner) -> int:
-    """Delete the unpublished files of processes that are known to be gone; how many folders went."""
-    swept = 0
-    for folder in (output / "tmp").glob("*/"):
-        try:
-            owner = Owner(**json.loads((folder / "owner.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            continue
-        if owner.is_gone(observer):
-            shutil.rmtree(folder, ignore_errors=True)
-            (output / "heartbeats" / f"{owner.name}.json").unlink(missing_ok=True)
-            swept += 1
-    return swept
+def scratch_of(output: Path, owner: Owner) -> Path:
+    """Where a process keeps what it has not published yet."""
+    return output / "tmp" / owner.name
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Tells one file from another without reading it: device, inode, size."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:

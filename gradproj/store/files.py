@@ -58,10 +58,10 @@ def file_sum(path: str | Path) -> dict[str, int]:
     return {"bytes": total, "crc32c": checksum}
 
 
-def temporary_beside(path: str | Path) -> Path:
-    """A hidden name in the same folder that no other process uses."""
+def temporary_beside(path: str | Path, folder: Path | None = None) -> Path:
+    """A hidden name that no other process uses, in the same folder or in another of the same file system."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    return (folder or path.parent) / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str, int]:
@@ -119,9 +119,9 @@ def replace_atomically(tmp_path: str | Path, final_path: str | Path) -> None:
         fsync_dir(Path(final_path).parent)
 
 
-def write_and_replace(final_path: str | Path, chunks: Iterable[Any]) -> None:
-    """Durably write a file under a temporary name and put it in place of ``final_path``."""
-    tmp_path = temporary_beside(final_path)
+def write_and_replace(final_path: str | Path, chunks: Iterable[Any], scratch: Path | None = None) -> None:
+    """Durably write a file under a temporary name (in ``scratch``) and put it in place of ``final_path``."""
+    tmp_path = temporary_beside(final_path, scratch)
     write_file_durably(tmp_path, chunks)
     replace_atomically(tmp_path, final_path)
 

@@ -27,10 +27,8 @@ from gradproj.store.files import (
     crc32c,
     explain_os_errors,
     fsync_dir,
-    replace_atomically,
     temporary_beside,
     write_and_replace,
-    write_file_durably,
 )
 from gradproj.store.layout import COLUMNS, FORMAT_VERSION, LayerSlice, StoreLayout
 
@@ -129,7 +127,11 @@ def _zarr_compressors(layout: StoreLayout) -> tuple[BloscCodec | ZstdCodec, ...]
 
 
 def create_store(
-    path: Path, layout: StoreLayout, attributes: Mapping[str, Any], matrices: np.ndarray
+    path: Path,
+    layout: StoreLayout,
+    attributes: Mapping[str, Any],
+    matrices: np.ndarray,
+    scratch: Path | None = None,
 ) -> None:
     """Make the whole Zarr group, empty of rows, and publish it by one rename.
 
@@ -138,6 +140,7 @@ def create_store(
         layout: the shapes, types and compressor of its arrays.
         attributes: JSON, no NaN; the reader needs ``layers`` (dicts of ``LayerSlice``) and ``domains`` (names).
         matrices: every layer's ``P_i`` then ``P_o``, flat float32, as ``pack_matrices`` gives them.
+        scratch: folder on the same file system for what is not published yet; default: beside ``path``.
 
     Raises:
         StoreExists: there is one already, or another process published one meanwhile.
@@ -148,7 +151,7 @@ def create_store(
         raise StoreExists(f"{path} exists already")
     attributes = {"format_version": FORMAT_VERSION} | dict(attributes)
     json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail before anything is made
-    tmp_path = temporary_beside(path)
+    tmp_path = temporary_beside(path, scratch)
     try:
         with explain_os_errors(path):
             tmp_path.mkdir()
@@ -209,15 +212,15 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
         array[...] = values
 
 
-def write_array(store_path: Path, name: str, values: np.ndarray) -> None:
+def write_array(store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None) -> None:
     """Add a small array of 1 or more axes to the group (sums of covariances, say), or replace it.
 
     Whoever writes must be the only one; a reader sees the old array, the new one or, for an instant while one
-    is being replaced, none.
+    is being replaced, none. What is not published yet lies in ``scratch`` (default: beside the store).
     """
     store_path = Path(store_path)
-    tmp_path = temporary_beside(store_path.parent / name)
-    old_path = temporary_beside(store_path.parent / name)
+    tmp_path = temporary_beside(store_path.parent / name, scratch)
+    old_path = temporary_beside(store_path.parent / name, scratch)
     final_path = store_path / name
     try:
         with explain_os_errors(final_path):
@@ -247,7 +250,11 @@ def pack_matrices(
 
 
 def write_column_block(
-    store_path: Path, layout: StoreLayout, block: int, columns: Mapping[str, np.ndarray]
+    store_path: Path,
+    layout: StoreLayout,
+    block: int,
+    columns: Mapping[str, np.ndarray],
+    scratch: Path | None = None,
 ) -> None:
     """Replace whole chunk objects of some or all columns: rows ``layout.column_block_range(block)``.
 
@@ -274,10 +281,12 @@ def write_column_block(
         chunk = np.full((layout.column_rows, *shape[1:]), fill, dtype)  # Zarr keeps edge chunks at full size
         chunk[: stop - start] = values
         chunk_name = f"c.{block}.0" if name == "key" else f"c.{block}"
-        write_and_replace(Path(store_path) / name / chunk_name, [chunk.view(np.uint8).reshape(-1).data])
+        write_and_replace(
+            Path(store_path) / name / chunk_name, [chunk.view(np.uint8).reshape(-1).data], scratch
+        )
 
 
-def update_attributes(store_path: Path, changes: Mapping[str, Any]) -> None:
+def update_attributes(store_path: Path, changes: Mapping[str, Any], scratch: Path | None = None) -> None:
     """Set attributes of the group, keeping the others; the metadata file is replaced atomically.
 
     Only one process may do so at a time. Values are JSON without NaN (ValueError).
@@ -285,10 +294,7 @@ def update_attributes(store_path: Path, changes: Mapping[str, Any]) -> None:
     path = Path(store_path) / "zarr.json"
     metadata = json.loads(path.read_text())
     metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
-    text = json.dumps(metadata, indent=2, allow_nan=False)
-    tmp_path = temporary_beside(path)
-    write_file_durably(tmp_path, [text.encode()])
-    replace_atomically(tmp_path, path)
+    write_and_replace(path, [json.dumps(metadata, indent=2, allow_nan=False).encode()], scratch)
 
 
 def _fsync_tree(path: Path) -> None:

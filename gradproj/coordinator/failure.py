@@ -1,0 +1,37 @@
+"""``failed.json``: the mistake that ended a job, for whoever decides whether to queue it again."""
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from gradproj.coordinator.claims import Owner
+from gradproj.errors import GradprojError, StoreError
+from gradproj.store.files import write_and_replace
+from gradproj.store.layout import STORE_NAME
+
+FAILED_NAME = "failed.json"
+
+
+def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
+    """Write what a user has to mend; nothing where there is no store (then nothing was begun)."""
+    if not (output / STORE_NAME).is_dir():
+        return
+    content = {
+        "error": str(error),
+        "kind": type(error).__name__,
+        "exit_code": error.exit_code,
+        "job_id": owner.job_id,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "owner": asdict(owner),
+    }
+    with suppress(
+        OSError, StoreError
+    ):  # the mistake may be a full disk; it is said on standard error as well
+        write_and_replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
+
+
+def clear_failure(output: Path) -> None:
+    """A start went well: what failed before is mended."""
+    (output / FAILED_NAME).unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""A process's own folder for what is not published yet, ``tmp/OWNER``; taking it away fences the process.
+
+Every publication starts from a file in it. So whoever takes over from a process that stood still moves its folder
+away first: when that process wakes up, nothing that it had prepared can be published any more, not even by the
+operation it was about to make. It makes a new folder then and goes on with what it still owns.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradproj.store.files import explain_os_errors, fsync_dir, write_file_durably
+
+if TYPE_CHECKING:
+    from gradproj.coordinator.claims import Owner
+
+OWNER_FILE = "owner.json"
+"""In every scratch folder: whose it is."""
+
+
+def make_scratch(folder: Path, owner: "Owner") -> None:
+    """Make a process's folder, with its owner's name in it, or find it there."""
+    with explain_os_errors(folder):
+        while not (folder / OWNER_FILE).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                write_file_durably(folder / OWNER_FILE, [json.dumps(asdict(owner)).encode()])
+                fsync_dir(folder)
+            except FileNotFoundError:  # an empty folder may be swept away by another process's start
+                continue
+            fsync_dir(folder.parent)
+
+
+def fence(folder: Path, mine: Path, owner: "Owner") -> bool:
+    """Take another process's folder away, into that of ``owner``; False: it has none.
+
+    The rename is one operation on the server of a shared file system: before it that process could publish, after it
+    nothing that was in the folder can be.
+    """
+    away = mine / f"fenced-{secrets.token_hex(4)}"
+    while True:
+        try:
+            os.rename(folder, away)
+            break
+        except FileNotFoundError:
+            if not folder.exists():
+                return False
+            make_scratch(mine, owner)  # fenced ourselves
+    shutil.rmtree(away, ignore_errors=True)
+    return True
