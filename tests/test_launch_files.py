@@ -248,7 +248,7 @@ DRAIN = "trap 'exit 1' USR1; kill -USR1 $PPID; for _ in {1..50}; do sleep 0.1; d
     ("settings", "queued", "code", "message"),
     [
         (dict(complete=True, step=NEW_UNIT), False, 0, "complete; 1 units in this start"),
-        (dict(plan=2), False, 2, "cannot run as it is (code 2); it is not queued again"),
+        (dict(plan=2, starts=20), False, 2, "cannot run as it is (code 2); it is not queued again"),
         (dict(step="exit 1"), False, 1, "without a new unit; it is not queued again"),
         (dict(step=f"{NEW_UNIT}; exit 1"), True, 1, "1 units in this start: queued again"),
         (dict(step=DRAIN), True, 1, "0 units in this start: queued again"),
