@@ -1,10 +1,12 @@
 """The commands around the job: from flags to the functions that do the work, and what they tell a person."""
 
+import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gradproj.corpus.prepare import PrepareConfig
 from gradproj.errors import ConfigError, CorpusError, StoreError
@@ -193,24 +195,62 @@ def _check_writable(output: Path) -> None:
 
 
 def status_command(argv: list[str]) -> int:
-    """``python -m gradproj status OUTPUT``: exit code 0 complete, 3 not yet."""
+    """``python -m gradproj status OUTPUT``: exit code 0 complete, 3 not yet, 1 not and the last start failed."""
     from gradproj.status import StatusConfig, status_of
 
-    about = "How far a store is, from any shell. Exit code 0: complete; 3: not yet; 2: no store there."
+    about = (
+        "How far a store is, from any shell. Exit code 0: complete; 3: not yet; 1: not, and the last start ended with "
+        "a mistake to be mended (failed.json); 2: no store there."
+    )
     (config,) = parse(argv, "gradproj status", StatusConfig, description=about)
     return status_of(config)
 
 
 def verify_command(argv: list[str]) -> int:
     """``python -m gradproj verify OUTPUT``: exit code 0 sound and complete, 3 sound but incomplete, 1 damaged."""
-    from gradproj.verify import VerifyConfig, verification_of
+    from gradproj.verify import DAMAGED, VerifyConfig, verification_lines, verify
 
     about = (
         "Every checksum of a store again, records against shards and columns. Exit code 0: sound and complete; "
-        "3: sound, but incomplete; 1: damaged; 2: no store there."
+        "3: sound, but incomplete; 1: damaged, or rows that come out otherwise; 2: no store there, or not its model. "
+        "After --repair it is the state that the store is in then."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
-    return verification_of(config)
+    found = verify(config.output, checksums=config.checksums)
+    code, report = found.exit_code, asdict(found)
+    _say(config, verification_lines(found, ways_out=not config.repair) if config.checksums else [])
+    if config.repair:
+        from gradproj.repair import repair, repair_lines
+
+        done = repair(found)
+        code, report["repair"] = done.exit_code, asdict(done)
+        _say(config, repair_lines(done, "" if done.complete else _way_on(config.output)))
+    if config.recompute:
+        # Loads torch and transformers, which nothing else here needs.
+        from gradproj.recompute import recomputation_lines, recompute
+
+        again = recompute(config, config.recompute, config.seed, found.damaged_units)
+        code, report["recompute"] = DAMAGED if again.wrong else code, asdict(again)
+        _say(config, recomputation_lines(again))
+    if config.as_json:
+        print(json.dumps(report, indent=2))
+    return code
+
+
+def _say(config: Any, lines: list[str]) -> None:
+    if lines and not config.as_json:
+        print("\n".join(lines), flush=True)
+
+
+def _way_on(output: str) -> str:
+    """What to start for the units that are missing."""
+    try:
+        from gradproj.recorded import job_command
+
+        command = job_command(Path(output))
+    except StoreError:
+        return "run the job's command again"
+    return f"run the job's command again, with any number of ranks, as in: {command}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,27 +1,37 @@
 """``python -m gradproj status``: how far a store is, from its records, claims and heartbeats; no model, no torch.
 
-Clocks of different machines are never compared: whether a claim's process lives is said only where this machine
-knows it, and times are shown as the file system has them.
+It writes nothing, and answers in bounded time: of a large store that is not merged yet, the rows of some units are
+counted, and it says of how many.
 """
 
 import json
+import os
 import re
+import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from gradproj.coordinator.claims import Claim, ClaimBoard, Owner
-from gradproj.coordinator.heartbeats import Progress, heartbeat_counter, read_heartbeats
-from gradproj.coordinator.merge import MERGE_CLAIM, ranges_of
+import numpy as np
+
+from gradproj.coordinator.activity import UNKNOWN, ClaimedUnit, Speed, read_activity
+from gradproj.coordinator.checks import MergedColumns
+from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.failure import FAILED_NAME
+from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.output import Output, count, ranges_text, read_output
 from gradproj.coordinator.progress import human_seconds
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
+from gradproj.store.layout import STATUS
 from gradproj.store.reader import ProjectionStore
+from gradproj.store.records import read_record, record_name
 
-COMPLETE, INCOMPLETE = 0, 3
+COMPLETE, FAILED, INCOMPLETE = 0, 1, 3
 """Exit codes; 2 is a user's mistake, as everywhere."""
 
 MOST_CLAIMS_SHOWN = 32
+COUNT_FOR_S = 1.0
+"""How long rows of units that are not merged are counted, unless all are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +40,22 @@ class StatusConfig:
 
     output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
     as_json: bool = field(default=False, metadata={"flag": "json", "help": "one JSON object for scripts"})
-    rows: bool = field(
-        default=True,
-        metadata={"help": "count rows by status (reads the records that are not merged yet)"},
+    rows: bool | None = field(
+        default=None,
+        metadata={
+            "help": "count rows by status: of all units, or not at all (default: as many as a second allows)"
+        },
+    )
+    watch: float = field(
+        default=0.0,
+        metadata={
+            "help": "seconds between two looks at the heartbeats, which show whether other hosts' ranks live"
+        },
     )
 
-
-@dataclass(frozen=True)
-class ClaimedUnit:
-    """A unit that is claimed and not committed."""
-
-    unit: int
-    n_samples: int
-    n_done: int | None
-    """Documents of it that are computed; None where the rank's last heartbeat was of another unit (it reads ahead)."""
-    owner: Owner | None
-    """None where the claim's file cannot be read."""
-    process: str
-    """``alive``, ``gone``, or ``unknown`` (another host's process)."""
-    since: str
-    """When it was claimed, ISO 8601, by the clock of the file system."""
+    def __post_init__(self) -> None:
+        if self.watch < 0:
+            raise ConfigError(f"--watch must be at least 0 seconds, got {self.watch:g}")
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,6 @@ class PartialUnit:
     n_batches: int
     n_bytes: int
     folder: str
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Sums over the ranks that are computing."""
-
-    n_ranks: int
-    samples_per_s: float
-    tokens_per_s: float
-    left_s: float | None
 
 
 @dataclass(frozen=True)
@@ -92,167 +88,140 @@ class Status:
     partial: list[PartialUnit]
     speed: Speed
     by_status: dict[str, int] | None
-    """Rows by status; None where they were not asked for or cannot be counted."""
+    """Rows by status; None where they were not asked for."""
+    n_units_counted: int
+    """Committed units whose rows ``by_status`` counts; all of them, unless that would have taken long."""
+    failed: dict[str, Any] | None
+    """``failed.json``: the mistake that ended the job's last start, as the job wrote it."""
     problems: list[str]
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 not."""
-        return COMPLETE if self.complete else INCOMPLETE
+        """0 complete, 1 not and the last start failed, 3 not yet."""
+        if self.complete:
+            return COMPLETE
+        return INCOMPLETE if self.failed is None else FAILED
 
 
-def read_status(path: str | Path, *, rows: bool = True) -> Status:
+def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 0) -> Status:
     """How far the store at OUTPUT is; writes nothing.
 
     Args:
         path: OUTPUT.
-        rows: count rows by status, which reads the record of every unit that is not merged.
+        rows: count rows by status, which reads the record of every unit that is not merged: True, False, or None
+            for as many as ``COUNT_FOR_S`` allows.
+        watch_s: look twice at the heartbeats, so many seconds apart.
 
     Raises:
         StoreError: there is no job's output there.
     """
-    output, observer = read_output(path), Owner.this_process("status", 0, 0)
-    beats = {
-        owner: p for owner, p in read_heartbeats(output.path / "heartbeats") if not owner.is_gone(observer)
-    }
-    claims = _current_claims(output, observer)
-    claimed = [_claimed_unit(output, claim, beats, observer) for claim in claims if claim.unit != MERGE_CLAIM]
-    missing, problems = output.missing, []
-    by_status: dict[str, int] | None = None
-    if rows:
-        try:
-            by_status = _rows_by_status(output)
-        except StoreError as error:
-            problems.append(f"rows cannot be counted: {error}")
+    output = read_output(path)
+    missing, committed = output.missing, output.committed
+    activity = read_activity(output, missing, watch_s)
+    problems: list[str] = []
+    by_status, n_counted = None, 0
+    if rows is not False:
+        by_status, n_counted = _rows_by_status(output, committed, missing, rows is None, problems)
     return Status(
         output=str(output.path),
         complete=not len(missing) and output.is_merged,
         merged=output.is_merged,
         n_units=len(output.wanted),
-        n_committed=len(output.committed),
+        n_committed=len(committed),
         missing_units=ranges_of(missing),
         n_samples=output.n_samples_in(output.wanted),
-        n_committed_samples=output.n_samples_in(output.committed),
-        claimed=[c for c in claimed if c.unit in set(missing.tolist())],
-        merging=_merging(claims, observer),
-        partial=_partial_units(output),
-        speed=_speed(output, list(beats.values())),
+        n_committed_samples=output.n_samples_in(committed),
+        claimed=activity.claimed,
+        merging=activity.merging,
+        partial=_partial_units(output, missing),
+        speed=activity.speed,
         by_status=by_status,
+        n_units_counted=n_counted,
+        failed=_failure(output, problems),
         problems=problems,
     )
 
 
-def _current_claims(output: Output, observer: Owner) -> list[Claim]:
-    """The newest claim of everything that is claimed and was not given back, by name."""
-    folder, beats = output.path / "claims", output.path / "heartbeats"
-    if not folder.is_dir():
-        return []
-    board = ClaimBoard(folder, folder, observer, lambda other: heartbeat_counter(beats, other))
-    claims = [board.read(name, number) for name, number in sorted(board.current().items())]
-    return [claim for claim in claims if not claim.released]
+def _rows_by_status(
+    output: Output, committed: np.ndarray, missing: np.ndarray, bounded: bool, problems: list[str]
+) -> tuple[dict[str, int], int]:
+    """``(rows by status, of how many committed units)``."""
+    counts = np.zeros(256, np.int64)
+    n_counted = len(committed)
+    if output.is_merged and not len(missing):
+        with ProjectionStore(output.path) as store:
+            by_name = store.status_counts()
+            counts[[STATUS[name] for name in by_name]] = list(by_name.values())
+    else:
+        merged, n_counted = MergedColumns(output), 0
+        until = time.monotonic() + COUNT_FOR_S
+        # Spread over the store, so that those counted first are not of one domain.
+        for unit in np.random.default_rng(0).permutation(committed).tolist():
+            if bounded and time.monotonic() > until:
+                break
+            try:
+                status = merged.status(unit)
+                if status is None:
+                    status = read_record(output.path / record_name(unit)).columns["status"]
+                counts += np.bincount(status, minlength=256)
+                n_counted += 1
+            except (StoreError, OSError, ValueError, KeyError) as error:
+                problems.append(f"rows of unit {unit} cannot be counted: {error}")
+        counts[STATUS["missing"]] += output.n_samples_in(missing)
+        # Units that no chosen document lies in have no record; only the merge writes what their rows are.
+        counts[STATUS["not_selected"]] += output.layout.n_samples - output.n_samples_in(output.wanted)
+    return {name: int(counts[code]) for name, code in STATUS.items() if counts[code]}, n_counted
 
 
-def _merging(claims: list[Claim], observer: Owner) -> Owner | None:
-    owner = next((claim.owner for claim in claims if claim.unit == MERGE_CLAIM), None)
-    return None if owner is None or owner.is_gone(observer) else owner
-
-
-def _claimed_unit(output: Output, claim: Claim, beats: dict[Owner, Progress], observer: Owner) -> ClaimedUnit:
-    unit, owner = int(claim.unit), claim.owner
-    beat = beats.get(owner) if owner is not None else None
-    start, stop = output.layout.unit_range(unit) if unit < output.layout.n_units else (0, 0)
-    process = "unknown"
-    if owner is not None and owner.is_gone(observer):
-        process = "gone"
-    elif owner is not None and owner.boot_id == observer.boot_id and owner.host == observer.host:
-        process = "alive"
-    return ClaimedUnit(
-        unit=unit,
-        n_samples=stop - start,
-        n_done=beat.unit_samples if beat is not None and beat.unit == unit else None,
-        owner=owner,
-        process=process,
-        since=_time_of(output.path / "claims" / f"{claim.unit}.{claim.number}"),
-    )
-
-
-def _time_of(path: Path) -> str:
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
-    except FileNotFoundError:  # committed or given back since the folder was listed
-        return ""
-
-
-def _partial_units(output: Output) -> list[PartialUnit]:
-    found = []
-    for unit in output.missing.tolist():
-        folder = output.path / "partial" / f"{unit:08d}"
+def _partial_units(output: Output, missing: np.ndarray) -> list[PartialUnit]:
+    found, wanted = [], set(missing.tolist())
+    for folder in sorted((output.path / "partial").glob("*/")):
+        if not folder.name.isdigit() or int(folder.name) not in wanted:
+            continue
         try:
             sizes = {file.name: file.stat().st_size for file in folder.glob("*-*.safetensors")}
         except FileNotFoundError:  # committed while we look
             continue
         if sizes:
             n_batches = max(int(re.split("[-.]", name)[1]) for name in sizes)
-            found.append(PartialUnit(unit, n_batches, sum(sizes.values()), str(folder)))
+            found.append(PartialUnit(int(folder.name), n_batches, sum(sizes.values()), str(folder)))
     return found
 
 
-def _speed(output: Output, beats: list[Progress]) -> Speed:
-    running = [p for p in beats if p.seconds > 0]
-    samples_per_s = sum(_samples_of(output, p) / p.seconds for p in running)
-    missing = set(output.missing.tolist())
-    computed = sum(p.unit_samples for p in running if p.unit in missing)
-    left = output.n_samples_in(output.missing) - computed
-    return Speed(
-        n_ranks=len(beats),
-        samples_per_s=samples_per_s,
-        tokens_per_s=sum(p.n_tokens / p.seconds for p in running),
-        left_s=left / samples_per_s if samples_per_s else None,
-    )
+def _failure(output: Output, problems: list[str]) -> dict[str, Any] | None:
+    path = output.path / FAILED_NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return {"error": "unknown"}
+    return content if isinstance(content, dict) else {"error": str(content)}
 
 
-def _samples_of(output: Output, progress: Progress) -> int:
-    """Documents that a rank has computed since it started: its finished units and its running one."""
-    height = output.layout.rows_per_shard
-    return progress.units * height + (progress.unit_samples if progress.unit_samples < height else 0)
-
-
-def _rows_by_status(output: Output) -> dict[str, int]:
-    n_missing = output.n_samples_in(output.missing)
-    with ProjectionStore(output.path) as store:
-        counts = store.status_counts()
-    # Units that no chosen document lies in have no record; only the merge writes what their rows are.
-    unwanted = max(0, counts["missing"] - n_missing) if len(output.wanted) < output.layout.n_units else 0
-    counts["missing"] -= unwanted
-    counts["not_selected"] += unwanted
-    return {name: n for name, n in counts.items() if n}
-
-
-def status_json(status: Status) -> str:
-    """The status as one JSON object."""
-    return json.dumps(asdict(status), indent=2)
+# --- saying it ---
 
 
 def status_lines(status: Status) -> list[str]:
     """The status as lines of text."""
     n_missing = sum(b - a for a, b in status.missing_units)
-    living = [c for c in status.claimed if c.process != "gone"]
-    gone = [c for c in status.claimed if c.process == "gone"]
+    running = [c for c in status.claimed if not c.is_over]
+    over = [c for c in status.claimed if c.is_over]
     share = 100 * status.n_committed_samples / max(status.n_samples, 1)
     lines = [
-        f"units         {status.n_units:,}: {status.n_committed:,} committed, {len(living):,} claimed, "
-        f"{n_missing - len(living):,} left",
+        f"units         {status.n_units:,}: {status.n_committed:,} committed, {len(running):,} claimed, "
+        f"{n_missing - len(running):,} left",
         f"documents     {status.n_committed_samples:,} of {status.n_samples:,} committed ({share:.1f} %)",
     ]
     if status.by_status is not None:
-        named = ", ".join(f"{n:,} {name}" for name, n in status.by_status.items())
-        lines.append(f"rows          {named}")
+        lines.append(f"rows          {_rows_text(status)}")
     if status.speed.n_ranks and status.missing_units:
         lines.append(f"speed         {_speed_text(status.speed)}")
-    lines += [f"claimed       {_claim_text(c)}" for c in living[:MOST_CLAIMS_SHOWN]]
-    if len(living) > MOST_CLAIMS_SHOWN:
-        lines.append(f"              and {len(living) - MOST_CLAIMS_SHOWN:,} more")
-    lines += [f"given up      {_claim_text(c)}" for c in gone[:MOST_CLAIMS_SHOWN]]
+    for label, claims in (("running", running), ("stale", over)):
+        lines += [f"{label:<13} {_claim_text(c)}" for c in claims[:MOST_CLAIMS_SHOWN]]
+        if len(claims) > MOST_CLAIMS_SHOWN:
+            lines.append(f"              and {len(claims) - MOST_CLAIMS_SHOWN:,} more")
     if status.partial:
         n_bytes = sum(p.n_bytes for p in status.partial)
         units = ranges_text([[p.unit, p.unit + 1] for p in status.partial])
@@ -262,16 +231,36 @@ def status_lines(status: Status) -> list[str]:
         )
     if status.merging is not None:
         lines.append(f"merging       {_owner_text(status.merging)}")
+    if status.failed is not None:
+        lines += _failure_lines(status)
     lines += [f"problem       {problem}" for problem in status.problems]
     return [*lines, f"complete      {_verdict(status)}"]
 
 
+def _rows_text(status: Status) -> str:
+    named = ", ".join(f"{n:,} {name}" for name, n in (status.by_status or {}).items())
+    if status.n_units_counted < status.n_committed:
+        named += (
+            f" (of {status.n_units_counted:,} of {status.n_committed:,} committed units; --rows counts all)"
+        )
+    return named
+
+
 def _speed_text(speed: Speed) -> str:
     left = "" if speed.left_s is None else f"; about {human_seconds(speed.left_s)} left"
+    unknown = f", {speed.n_unknown:,} of them by their last word" if speed.n_unknown else ""
     return (
         f"{speed.samples_per_s:,.1f} documents/s, {speed.tokens_per_s:,.0f} tokens/s by "
-        f"{count(speed.n_ranks, 'rank')}{left}"
+        f"{count(speed.n_ranks, 'rank')}{unknown}{left}"
     )
+
+
+_KNOWN_OF_PROCESS = {
+    "alive": "",
+    "gone": ", which has ended: the job takes the unit over",
+    "stale": ", whose heartbeat stands still: the job takes the unit over",
+    UNKNOWN: "; whether it lives is not known here (--watch 15 shows it)",
+}
 
 
 def _claim_text(claimed: ClaimedUnit) -> str:
@@ -280,13 +269,27 @@ def _claim_text(claimed: ClaimedUnit) -> str:
         if claimed.n_done is None
         else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
     )
-    by = "by an unreadable claim" if claimed.owner is None else f"by {_owner_text(claimed.owner)}"
-    ended = ", which has ended: the job takes the unit over" if claimed.process == "gone" else ""
-    return f"unit {claimed.unit}: {done}, {by}, since {claimed.since or 'just now'}{ended}"
+    by = f"an unreadable claim, {claimed.claim}" if claimed.owner is None else _owner_text(claimed.owner)
+    known = "" if claimed.owner is None else _KNOWN_OF_PROCESS[claimed.process]
+    return f"unit {claimed.unit}: {done}, by {by}, since {claimed.since or 'just now'}{known}"
 
 
 def _owner_text(owner: Owner) -> str:
     return f"rank {owner.rank} on {owner.host} (pid {owner.pid}, job {owner.job_id})"
+
+
+def _failure_lines(status: Status) -> list[str]:
+    failed = status.failed or {}
+    about = ", ".join(
+        f"{name} {failed[key]}" for key, name in (("job_id", "job"), ("when", "at")) if key in failed
+    )
+    first, *rest = str(failed.get("error", "unknown")).splitlines() or ["unknown"]
+    where = os.path.join(status.output, FAILED_NAME)
+    return [
+        f"failed        {first}",
+        *(f"              {line}" for line in rest),
+        f"              {where}{f': {about}' if about else ''}",
+    ]
 
 
 def _verdict(status: Status) -> str:
@@ -295,12 +298,14 @@ def _verdict(status: Status) -> str:
     if status.missing_units:
         n_missing = sum(b - a for a, b in status.missing_units)
         way_on = "" if status.speed.n_ranks else "; run the job's command again to go on"
+        if status.failed is not None and not status.speed.n_ranks:
+            way_on = "; mend what failed, then run the job's command again"
         return f"no, {count(n_missing, 'unit')} missing: {ranges_text(status.missing_units)}{way_on}"
-    return "no, every unit is committed but not merged; `python -m gradproj merge` ends it"
+    return f"no, every unit is committed but not merged; `python -m gradproj merge {status.output}` ends it"
 
 
 def status_of(config: StatusConfig) -> int:
     """Print the status that was asked for; the exit code."""
-    status = read_status(config.output, rows=config.rows)
-    print(status_json(status) if config.as_json else "\n".join(status_lines(status)))
+    status = read_status(config.output, rows=config.rows, watch_s=config.watch)
+    print(json.dumps(asdict(status), indent=2) if config.as_json else "\n".join(status_lines(status)))
     return status.exit_code

@@ -1,12 +1,11 @@
 """``python -m gradproj verify``: every checksum of a store again, records against shards, columns against records."""
 
-import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,10 @@ from gradproj.coordinator.checks import (
     check_group,
     check_unit,
 )
+from gradproj.coordinator.config import RecordedInputs
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.output import Output, count, ranges_text, read_output, shown
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.store.layout import STATUS_NAMES
 from gradproj.store.records import record_name
 
@@ -30,19 +30,48 @@ SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
 
 MOST_DAMAGE_SHOWN = 20
 MOST_RANGES_KEPT = 1000
-MOST_RECORDS_NAMED = 5
 READERS = 4
 """Units checked at once: one stream alone does not fill a network file system."""
+
+WAYS_OUT = {
+    "corpus.json": "put corpus.json back, or delete it: the job's command indexes the tars again and refuses another "
+    "corpus",
+    "projection_matrices": "put the array projection_matrices back from a copy: rows were made with it alone",
+    "metadata.json": "metadata.json is written again by `verify --repair`, by a merge and by the job's next start",
+}
+"""Damage of kind ``other``, by its file's name."""
 
 _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
-    """What to check and how to say it."""
+class VerifyConfig(RecordedInputs):
+    """What to check, what to do about damage, and how to say it; the model is needed for ``--recompute`` only."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
+    repair: bool = field(
+        default=False,
+        metadata={"help": "turn damaged units into missing ones, which the job's next start computes again"},
+    )
+    recompute: int = field(
+        default=0,
+        metadata={"help": "compute so many random rows again with the recorded model, and compare them"},
+    )
+    seed: int = field(default=0, metadata={"help": "of the choice of those rows"})
+    checksums: bool = field(
+        default=True, metadata={"help": "read the whole store; without, only --recompute is done"}
+    )
     as_json: bool = field(default=False, metadata={"flag": "json", "help": "one JSON object for scripts"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recompute < 0:
+            raise ConfigError(f"--recompute must be at least 1 row, got {self.recompute}")
+        if not self.checksums and not self.recompute:
+            raise ConfigError("--no-checksums leaves nothing to do: give --recompute K, or leave it out")
+        if self.repair and self.recompute:
+            raise ConfigError(
+                "--repair and --recompute: give one after the other; missing rows have no value to compare"
+            )
 
 
 @dataclass
@@ -85,6 +114,11 @@ class Verification:
     damage: list[Damage] = field(default_factory=list)
 
     @property
+    def damaged_units(self) -> set[int]:
+        """Units whose record or shard is damaged."""
+        return {d.unit for d in self.damage if d.kind == "unit" and d.unit is not None}
+
+    @property
     def exit_code(self) -> int:
         """0 sound and complete, 3 sound and incomplete, 1 damaged."""
         if self.damage:
@@ -92,8 +126,12 @@ class Verification:
         return SOUND if self.complete else INCOMPLETE
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path, *, checksums: bool = True) -> Verification:
     """Check everything in OUTPUT that was committed; writes nothing. Memory holds a few units.
+
+    Args:
+        path: OUTPUT.
+        checksums: False only counts what is committed and what is missing.
 
     Raises:
         StoreError: there is no job's output there. Damage inside it is not raised but returned.
@@ -107,6 +145,8 @@ def verify(path: str | Path) -> Verification:
         n_records=len(output.recorded),
     )
     found.missing = _bounded(output.id_ranges(output.missing))
+    if not checksums:
+        return found
     merged = MergedColumns(output)
     covariances = CovarianceSums()
     statuses = np.zeros(256, np.int64)
@@ -171,13 +211,8 @@ def _bounded(ranges: list[list[int]]) -> IdRanges:
     return bounded
 
 
-def verification_json(found: Verification) -> str:
-    """The findings as one JSON object."""
-    return json.dumps(asdict(found), indent=2)
-
-
-def verification_lines(found: Verification) -> list[str]:
-    """The findings as lines of text."""
+def verification_lines(found: Verification, *, ways_out: bool = True) -> list[str]:
+    """The findings as lines of text, with what to do about damage."""
     rate = found.n_bytes / 1e6 / max(found.seconds, 1e-9)
     lines = [
         f"checked       {count(found.n_records, 'record')} of {found.n_units:,}, {count(found.n_shards, 'shard')}: "
@@ -198,7 +233,7 @@ def verification_lines(found: Verification) -> list[str]:
         lines.append(
             f"              and {len(found.damage) - MOST_DAMAGE_SHOWN:,} more; --json lists them all"
         )
-    return [*lines, *_ways_out(found), f"result        {_verdict(found)}"]
+    return [*lines, *(_ways_out(found) if ways_out else []), f"result        {_verdict(found)}"]
 
 
 def _damage_text(damage: Damage) -> str:
@@ -208,21 +243,18 @@ def _damage_text(damage: Damage) -> str:
 
 def _ways_out(found: Verification) -> list[str]:
     lines = []
-    units = np.unique([d.unit for d in found.damage if d.kind == "unit" and d.unit is not None]).astype(
-        np.int64
-    )
-    if len(units):
-        more = len(units) - MOST_RECORDS_NAMED
-        names = ", ".join(record_name(unit) for unit in units[:MOST_RECORDS_NAMED].tolist())
-        others = f" and {more:,} more such records" if more > 0 else ""
+    if any(d.kind != "other" for d in found.damage):
         lines.append(
-            f"way out       delete {names}{others} and run the job's command again: it computes "
-            f"{'this unit' if len(units) == 1 else 'these units'} once more and keeps all others"
+            f"way out       `python -m gradproj verify {found.output} --repair` turns damaged units into missing ones "
+            "and merges columns again; the job's command then computes those units once more and keeps all others"
         )
-    if any(d.kind == "columns" for d in found.damage):
-        again = f"python -m gradproj merge {found.output}"
-        lines.append(f"way out       `{again}` makes columns and sums again from the records")
-    return lines
+    return [*lines, *other_ways_out(found.damage)]
+
+
+def other_ways_out(damage: list[Damage]) -> list[str]:
+    """What to do about damage that no repair of units mends."""
+    names = [os.path.basename(d.path) for d in damage if d.kind == "other"]
+    return [f"way out       {WAYS_OUT[name]}" for name in names if name in WAYS_OUT]
 
 
 def _verdict(found: Verification) -> str:
@@ -232,10 +264,3 @@ def _verdict(found: Verification) -> str:
         return "sound and complete"
     rest = "some units are missing" if found.missing.n_ids else "not merged yet"
     return f"sound, but incomplete: {rest}"
-
-
-def verification_of(config: VerifyConfig) -> int:
-    """Check and print what was asked for; the exit code."""
-    found = verify(config.output)
-    print(verification_json(found) if config.as_json else "\n".join(verification_lines(found)))
-    return found.exit_code

@@ -15,6 +15,7 @@ import zarr
 from jobs import make_corpus, make_model, mixed_documents, run_job
 
 from gradproj.coordinator.claims import Owner, process_start
+from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.merge import write_metadata
 from gradproj.store.layout import COLUMNS, STATUS
 from gradproj.store.opening import read_layout
@@ -27,20 +28,15 @@ EMPTY, ONE_TOKEN = 5, 20
 
 SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "batch_size": 8}
 
-_made: dict[str, SimpleNamespace] = {}
 
-
-def finished_job(tmp_path_factory) -> SimpleNamespace:
-    """``output``, ``corpus``, ``model`` of a finished job, made once a session; copy the output to change it."""
-    if "job" not in _made:
-        root = tmp_path_factory.mktemp("finished")
-        documents = mixed_documents(N_SAMPLES)
-        documents[EMPTY]["text"] = ""
-        documents[ONE_TOKEN]["text"] = "t"
-        corpus, model = make_corpus(root / "tars", documents), make_model(root / "model")
-        run_job(1, shards=corpus, model=model, output_dir=root / "out", **SETTINGS)
-        _made["job"] = SimpleNamespace(output=root / "out", corpus=corpus, model=model)
-    return _made["job"]
+def finished_job(root: Path) -> SimpleNamespace:
+    """Run a job to its end below ``root``."""
+    documents = mixed_documents(N_SAMPLES)
+    documents[EMPTY]["text"] = ""
+    documents[ONE_TOKEN]["text"] = "t"
+    corpus, model = make_corpus(root / "tars", documents), make_model(root / "model")
+    run_job(1, shards=corpus, model=model, output_dir=root / "out", **SETTINGS)
+    return SimpleNamespace(output=root / "out", corpus=corpus, model=model)
 
 
 def copy_of(output: Path, tmp_path: Path) -> Path:
@@ -101,6 +97,20 @@ def owner_of(process: subprocess.Popen, rank: int = 1) -> Owner:
 def write_claim(output: Path, name: str, owner: Owner | None, released: bool = False) -> None:
     content = {"released": True} if released else None if owner is None else asdict(owner)
     (output / "claims" / name).write_text("torn" if content is None else json.dumps(content))
+
+
+def write_heartbeat(output: Path, owner: Owner, progress: Progress) -> Path:
+    path = output / "heartbeats" / f"{owner.name}.json"
+    path.write_text(json.dumps({"owner": asdict(owner), "progress": asdict(progress)}))
+    return path
+
+
+def shard_of(output: Path, unit: int) -> Path:
+    return output / "projections.zarr" / "projections" / f"c.{unit}.0"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
 
 
 def statuses_by_zarr(output: Path) -> dict[str, int]:

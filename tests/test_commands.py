@@ -10,8 +10,6 @@ from jobs import assert_same_bits, flags, make_corpus, mixed_documents
 from outputs import (
     N_SAMPLES,
     SETTINGS,
-    copy_of,
-    finished_job,
     flip_byte,
     owner_of,
     sleeping_process,
@@ -28,16 +26,6 @@ from gradproj.corpus.index import load_index
 from gradproj.store.records import record_name
 
 MINE = ["prepare", "index", "plan", "status", "verify", "merge", "export"]
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return finished_job(tmp_path_factory)
-
-
-@pytest.fixture
-def output(job, tmp_path):
-    return copy_of(job.output, tmp_path)
 
 
 @pytest.fixture

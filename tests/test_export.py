@@ -8,17 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, finished_job, tree_of, uncommit
+from outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, tree_of, uncommit
 from store_cases import Output
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.export import ExportConfig, export_lines, original_metadata, plan_export, write_export
 from gradproj.store import ProjectionStore
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return finished_job(tmp_path_factory)
 
 
 def config_of(target, **settings):

@@ -61,7 +61,8 @@ def check_unit(output: Output, unit: int, merged: "MergedColumns") -> UnitFindin
     try:
         record = read_record(path)
     except (StoreError, ValueError, KeyError, TypeError) as error:
-        damaged(path, str(error).removeprefix(f"{path} "))
+        # The reader's way out is for one unit; verify says it for all at its end.
+        damaged(path, str(error).removeprefix(f"{path} ").split(". Delete that file", 1)[0])
         return found
     except FileNotFoundError:
         damaged(path, "is gone since the folder was listed")
@@ -152,6 +153,13 @@ class MergedColumns:
         """A unit's merged statuses; None where none were merged."""
         status = self._read("status", unit)
         return status if status is not None and status.any() else None
+
+    def knows(self, unit: int) -> bool:
+        """Whether anything of the unit was merged, or cannot be read any more."""
+        try:
+            return unit < self._layout.n_units and self.status(unit) is not None
+        except StoreError:
+            return True
 
     def differences(self, unit: int, record: UnitRecord) -> list[tuple[str, str]]:
         """``(column, what)`` of every column that differs from the record; none where it is not merged yet."""

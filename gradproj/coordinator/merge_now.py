@@ -2,10 +2,15 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gradproj.coordinator.claims import ClaimBoard, Owner
-from gradproj.coordinator.merge import MERGE_CLAIM, merge
+from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.merge import MERGE_CLAIM, MergeEnded, merge, release_merge
 from gradproj.coordinator.output import Output, count
 from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError
@@ -28,27 +33,59 @@ def merge_now(output: Output) -> dict[str, Any]:
             f"{earlier:,}: merging now would empty columns. Put the records back, or run the job's command again "
             "to compute their units once more"
         )
+    with holding_the_merge(output, "merge") as held:
+        return held.merge()
+
+
+@dataclass(frozen=True)
+class HeldMerge:
+    """The claim of the merge in a command's hand. While it lasts, a heartbeat says that the command lives."""
+
+    output: Path
+    queue: UnitQueue
+    """Of this process; it may claim units besides."""
+    progress: Progress
+    """Its counter is to move as long as the command works."""
+
+    def merge(self) -> dict[str, Any]:
+        """Merge the records there are; the statistics."""
+        return merge(self.output, self.queue.claims, progress=self.progress)
+
+
+@contextmanager
+def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
+    """Hold the claim of the merge, as a command of this name.
+
+    Raises:
+        StoreError: another process holds it, or took it over from this one because that stood still for so long.
+    """
     with explain_os_errors(output.path / "claims"):
         (output.path / "claims").mkdir(exist_ok=True)
-    owner = Owner.this_process(f"merge-{socket.gethostname()}-{os.getpid()}", 0, 0)
+    owner, progress = Owner.this_process(f"{command}-{socket.gethostname()}-{os.getpid()}", 0, 0), Progress()
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
     try:
         if not queue.claims.try_claim(MERGE_CLAIM):
-            raise StoreError(_busy(output, queue.claims))
+            raise StoreError(f"{output.path} is being merged by {claimant(queue.claims, MERGE_CLAIM)}")
         try:
-            return merge(output.path)
+            with Heartbeat(output.path / "heartbeats", owner, progress):
+                yield HeldMerge(output.path, queue, progress)
+        except MergeEnded as error:
+            raise StoreError(
+                f"{output.path}: another process has taken the merge over from this one; ask for its status"
+            ) from error
         finally:
-            queue.claims.forget(MERGE_CLAIM)
+            release_merge(output.path, queue.claims)
     finally:
         queue.give_back()
 
 
-def _busy(output: Output, claims: ClaimBoard) -> str:
-    number = claims.current().get(MERGE_CLAIM)
-    owner = None if number is None else claims.read(MERGE_CLAIM, number).owner
+def claimant(claims: ClaimBoard, name: str) -> str:
+    """Who has claimed something, and what to do about it."""
+    number = claims.current().get(name)
+    owner = None if number is None else claims.read(name, number).owner
     if owner is None:
-        return f"{output.path} has just been claimed for a merge by another process; ask for its status"
+        return "another process, just now; ask for its status"
     return (
-        f"{output.path} is being merged by rank {owner.rank} on {owner.host} (pid {owner.pid}, job {owner.job_id}); "
-        f"wait for it. If that process is known to be gone, delete {output.path / 'claims' / f'{MERGE_CLAIM}.{number}'}"
+        f"rank {owner.rank} on {owner.host} (pid {owner.pid}, job {owner.job_id}); wait for it. If that process is "
+        f"known to be gone, delete {claims.folder / f'{name}.{number}'}"
     )

@@ -69,6 +69,10 @@ class Output:
             len(units) and units[-1] == layout.n_units - 1
         )
 
+    def n_documents(self, unit: int) -> int:
+        """Documents of one unit that the job wants; 0 of any other."""
+        return self.n_samples_in(np.array([unit], np.int64)) if self.wants(unit) else 0
+
     def id_ranges(self, units: np.ndarray) -> list[list[int]]:
         """Sorted units as ``[start, stop)`` ranges of sample ids."""
         height, last = self.layout.rows_per_shard, self.layout.n_samples
