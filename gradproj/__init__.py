@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from gradproj.engine import GradProjLoraEngine
     from gradproj.loss import per_sample_loss
     from gradproj.projection import choose_ki_ko
-    from gradproj.store import ProjectionStore
+    from gradproj.texts import ProjectionStore
 
 __all__ = ["GradProjLoraEngine", "ProjectionStore", "choose_ki_ko", "per_sample_loss"]
 
 _HOMES = {
     "GradProjLoraEngine": "gradproj.engine",
-    "ProjectionStore": "gradproj.store",
+    "ProjectionStore": "gradproj.texts",
     "choose_ki_ko": "gradproj.projection",
     "per_sample_loss": "gradproj.loss",
 }

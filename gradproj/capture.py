@@ -119,11 +119,28 @@ class BatchCapture:
         self._layers = layers
         self._sum_covariances = sum_covariances
         self.token_mask: Tensor | None = None
-        self.begin(None)
+        self.serial = 0
+        self.shape: tuple[int, int] | None = None
+        self.forget()
 
     def begin(self, shape: tuple[int, int] | None) -> None:
-        """Forget what came before; ``shape`` is the new batch's (samples, positions) where it is known."""
+        """A new batch runs forward; ``shape`` is its (samples, positions) where they are known.
+
+        Raises:
+            ModelError: the batch before ran backward and was not collected.
+        """
+        if self.parts:
+            raise ModelError(
+                "the batch before ran backward and was not collected: call collect_batch() after each backward "
+                "pass, or clear_gradients() to drop its rows"
+            )
+        self.forget()
         self.shape = shape
+
+    def forget(self) -> None:
+        """Drop whatever a batch has left."""
+        self.serial += 1
+        self.shape = None
         self.parts: dict[int, Tensor] = {}
         self.called: set[int] = set()
         self._squares: dict[int, tuple[Tensor, Tensor]] = {}
@@ -138,8 +155,13 @@ class BatchCapture:
 
     @torch.no_grad()
     @_in_full_precision
-    def take_gradient(self, index: int, a_p: Tensor, g: Tensor) -> None:
+    def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
         """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's tokens."""
+        if serial != self.serial:
+            raise ModelError(
+                "a backward pass runs through a batch before the last one: run each batch backward and collect "
+                "it before the next runs forward"
+            )
         layer = self._layers[index]
         g_p = self._by_sample(layer, g.float() @ layer.p_o_t)
         part = project_tokens(a_p, g_p)

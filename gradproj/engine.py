@@ -196,9 +196,10 @@ class GradProjLoraEngine:
             if not torch.is_grad_enabled():
                 return
             a_p = capture.project_input(index, module, args[0] if args else next(iter(kwargs.values())))
+            serial = capture.serial
             if not output.requires_grad:
                 output.requires_grad_(True)  # the graph starts here
-            output.register_hook(lambda g: capture.take_gradient(index, a_p, g))
+            output.register_hook(lambda g: capture.take_gradient(serial, index, a_p, g))
 
         return hook
 
@@ -309,7 +310,7 @@ class GradProjLoraEngine:
 
     def clear_gradients(self) -> None:
         """Forget a batch that was not collected."""
-        self._capture.begin(None)
+        self._capture.forget()
         self._capture.token_mask = None
 
     def detach_for_evaluation(self) -> None:

@@ -36,7 +36,7 @@ def parse(argv: list[str], prog: str, *sections: type, description: str | None =
     values = {**from_file, **values}
     missing = [f"--{flag}" for flag, f in fields.items() if _is_required(f) and flag not in values]
     if missing:
-        raise ConfigError(f"{prog}: {', '.join(missing)} must be given; --help lists all flags")
+        raise ConfigError(f"{', '.join(missing)} must be given; --help lists all flags")
     return tuple(
         section(**{f.name: values[flag_of(f)] for f in dataclasses.fields(section) if flag_of(f) in values})
         for section in sections
@@ -50,7 +50,7 @@ def flag_of(f: dataclasses.Field) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
+        raise ConfigError(message.removeprefix("argument "))
 
 
 def _add_flag(parser: argparse.ArgumentParser, flag: str, f: dataclasses.Field) -> None:

@@ -52,6 +52,9 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
         return
     theirs = read_attributes(store)["identity"]
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    # The layers follow from other settings; where one of those differs, their names would only hide it.
+    if len(names) > 1 and "layers" in names:
+        names.remove("layers")
     if names:
         lines = [f"  {n}: store {theirs.get(n)!r}, this run {ours.get(n)!r}" for n in names]
         raise StoreError(

@@ -11,6 +11,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +135,19 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         assert model_dir is not None  # ModelConfig asks for --tokenizer where there is no model directory
         own = base_dir is None or (model_dir / "tokenizer_config.json").is_file()
         tokenizer_dir = model_dir if own or base_dir is None else base_dir
+    for path in weights:
+        _check_whole(path)
     return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
+
+
+def _check_whole(path: Path) -> None:
+    """Read the header of a safetensors file, which says how long the file is."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="np"):
+                return
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
 
 
 def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
@@ -269,7 +282,28 @@ def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
     config = files.config
     dtype = MODEL_DTYPES[config.model_dtype]
     model = _random_model(files, dtype) if config.init == "random" else _load_weights(files, dtype)
-    return model.requires_grad_(False).eval().to(device)
+    model = model.requires_grad_(False).eval().to(device)
+    _check_causal(model, config.model or config.architecture)
+    return model
+
+
+@torch.no_grad()
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse a model in which a later token changes what is said of earlier ones.
+
+    Padding on the right needs no mask only because nothing looks to the right.
+    """
+    size = min(64, model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(8, device=model.device).remainder(size).unsqueeze(0)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % size
+    before, after = (model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed))
+    # A position's arithmetic is the same in both, so that causal models agree to the last bit.
+    if (before - after).abs().max() > 1e-5 * before.abs().max():
+        raise ModelError(
+            f"--model {name} ({type(model).__name__}) is not causal: a later token changes what it says of "
+            "earlier ones (a bidirectional model needs is_decoder in its config)"
+        )
 
 
 def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:

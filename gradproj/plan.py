@@ -136,7 +136,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     index = find_index(config, progress=progress)
     n_samples = min(index.n_samples, config.corpus.max_samples or index.n_samples)
     files = fetch(config.model)
-    tokenizer, model_config = load_tokenizer(files), load_model_config(files)
+    model_config = load_model_config(files)
+    tokenizer = load_tokenizer(files)
     vocabulary = check_vocabulary(tokenizer, model_config)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, model_config)))
     skeleton = model_skeleton(files)
@@ -190,9 +191,11 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
     else:
         paths = list_tars(shards)
         beside = default_index_path(shards)
-        known = next((p for p in (own, beside) if p is not None and p.is_file()), None)
+        found = [load_index(p) for p in (own, beside) if p is not None and p.is_file()]
+        # Touched or copied tars are indexed again beside them; the same corpus, with times as they are now.
+        known = next((i for i in reversed(found) if i.fingerprint == found[0].fingerprint), None)
         if known is not None:
-            index = load_index(known).relocated(paths)
+            index = known.relocated(paths)
         elif len(paths) > MOST_TARS_TO_INDEX:
             raise CorpusError(
                 f"--shards {shards}: {len(paths):,} tars and no corpus index. Build it once: "

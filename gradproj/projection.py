@@ -109,7 +109,7 @@ class ProjectionConfig:
         if self.rank_min < 1:
             raise ConfigError(f"--proj_rank_min must be at least 1, got {self.rank_min}")
         if self.kind not in PROJECTIONS:
-            raise ConfigError(f"--proj_kind is {self.kind!r}; choose one of {sorted(PROJECTIONS)}")
+            raise ConfigError(f"--proj_kind is {self.kind!r}; choose one of {', '.join(sorted(PROJECTIONS))}")
         if not self.patterns and not self.include_embeddings:
             raise ConfigError("--proj_layers is empty; name layers, for example --proj_layers mlp,attn")
 
@@ -138,6 +138,9 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
     Raises:
         ConfigError: the least widths alone exceed the budget.
     """
+    for name, value in (("n_i", n_i), ("n_o", n_o), ("rank_total", rank_total), ("rank_min", rank_min)):
+        if value < 1:
+            raise ConfigError(f"choose_ki_ko: {name} must be at least 1, got {value}")
     least_i, least_o = min(rank_min, n_i), min(rank_min, n_o)
     if least_i * least_o > rank_total:
         raise ConfigError(

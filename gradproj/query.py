@@ -4,6 +4,7 @@ The text goes through the engine with the settings, weights and matrices that th
 is the one the job would have made of it; the rows of the store are then scanned once.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 from gradproj.batching import collate, split_long
 from gradproj.config import RunConfig
 from gradproj.coordinator.config import RecordedInputs
-from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, StoreError
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.recorded import config_from, recorded_config, recorded_engine, recorded_index
 from gradproj.start import prepare_torch
 from gradproj.store import STATUS, ProjectionStore, Sample
+from gradproj.texts import text_of
 
 __all__ = [
     "QueryConfig",
@@ -123,13 +124,7 @@ def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
     """
     index = recorded_index(Path(output), run)
 
-    def read(sample_id: int) -> str:
-        (document,) = read_documents(index, sample_id, sample_id + 1, run.limits)
-        if document.text is not None:
-            return document.text
-        return f"({document.problem})" if document.problem else f"token ids {(document.input_ids or [])[:50]}"
-
-    return read
+    return functools.partial(text_of, index)
 
 
 # ---- The query's row

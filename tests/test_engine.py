@@ -423,6 +423,23 @@ def test_collecting_without_a_backward_pass_is_an_error():
         engine.collect_batch()
 
 
+def test_a_batch_that_was_not_collected_is_an_error_and_not_lost():
+    model = small_model("gpt2")
+    ids, labels = ragged_batch(LENGTHS)
+    batch = {"input_ids": ids, "labels": labels}
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        per_sample_loss(model, batch).sum().backward()
+        with pytest.raises(ModelError, match="was not collected"):
+            per_sample_loss(model, batch)
+        engine.clear_gradients()
+        first, second = per_sample_loss(model, batch), per_sample_loss(model, batch)
+        with pytest.raises(ModelError, match="a batch before the last one"):
+            (first.sum() + second.sum()).backward()
+        engine.clear_gradients()
+        per_sample_loss(model, batch).sum().backward()
+        assert relative_error(engine.collect_batch(), rows_of(model, ids, labels)[0]) < 1e-5
+
+
 def test_a_position_table_shared_by_the_batch_is_an_error():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)

@@ -58,7 +58,7 @@ def test_shards_name_tars_in_an_order_of_their_own(shards, want, folder):
     [
         ("{folder}/x*.tar", "nothing matches"),
         ("{folder}/{{a..e}}.tar", "2 tars: .*d.tar, .*e.tar missing"),
-        ("{folder}/nowhere", "not a .tar"),
+        ("{folder}/nowhere", "does not exist"),
         ("{folder}/notes.md", "not a .tar"),
         ("{folder}/a.tar.gz", "compressed tars cannot be read from the middle; unpack"),
         ("{folder}/a.tgz", "compressed tars"),

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 LEVELS = [
     {"errors"},
     {"dist", "corpus", "flags", "model", "projection", "store", "stopping", "background", "tokenizing"},
-    {"batching", "layers", "coordinator", "export", "fingerprint"},
+    {"batching", "layers", "texts", "coordinator", "export", "fingerprint"},
     {"capture", "loss", "status", "verify"},
     {"engine", "repair"},
     {"unit", "training"},

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from jobs import make_model
+from jobs import make_model, make_tokenizer
 from models import FAMILIES
 from safetensors.torch import load_file, save_file
 
@@ -102,11 +102,23 @@ def test_weights_of_another_shape_are_an_error(tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
-def test_torn_weights_are_an_error(tmp_path):
+def test_torn_weights_are_an_error_before_anything_is_made(tmp_path):
     make_model(tmp_path)
     path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        files_of(tmp_path)
+
+
+def test_a_bidirectional_model_is_refused(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    make_tokenizer(tmp_path)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(BertLMHeadModel\) is not causal"):
         load_model(files_of(tmp_path), CPU)
 
 

@@ -85,6 +85,8 @@ WRONG_VALUES = [
     ({"loss_reduction": "max"}, "--loss_reduction is 'max'"),
     ({"device": "tpu"}, "--device is 'tpu'"),
     ({"threads": -1}, "--threads must be at least 0"),
+    ({"threads": 100_000}, "--threads must be at most 1024"),
+    ({"shards": "/nowhere/tars"}, "/nowhere/tars does not exist"),
     ({"proj_save_interval": -1}, "--proj_save_interval must be at least 0"),
     ({"max_document_bytes": 0}, "--max_document_bytes must be at least 1"),
     ({"proj_layrs": "mlp"}, "unknown flag '--proj_layrs'; did you mean --proj_layers?"),
@@ -152,6 +154,15 @@ def test_a_tar_changed_since_it_was_indexed_is_named(refused, files, tmp_path, m
     monkeypatch.chdir(tmp_path)
     message = refused(shards="tars" if relative else tmp_path / "tars")
     assert "shard-000003.tar" in message
+
+
+def test_an_output_goes_on_with_touched_tars_once_they_are_indexed_again(refused, files, tmp_path):
+    tars = shutil.copytree(files.corpus, tmp_path / "tars")
+    make_output(plan_of(files, tmp_path, shards=tars), Owner.this_process("test", 0, 0))
+    os.utime(tars / "shard-000003.tar", (1, 1))
+    assert "shard-000003.tar" in refused(shards=tars)
+    save_index(build_index(list_tars(str(tars)), progress=False), tars / "corpus.json")
+    plan_of(files, tmp_path, shards=tars)
 
 
 def test_above_a_thousand_tars_the_index_is_a_job_of_its_own(refused, files, monkeypatch):

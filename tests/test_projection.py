@@ -39,6 +39,12 @@ def test_a_budget_below_the_least_widths_says_what_is_possible():
         choose_ki_ko(768, 768, 50, 8)
 
 
+@pytest.mark.parametrize("wrong", [(0, 5, 256, 8), (5, 0, 256, 8), (64, 64, 0, 8), (64, 64, 256, 0)])
+def test_a_width_or_budget_of_nothing_is_named(wrong):
+    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
+        choose_ki_ko(*wrong)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_of_p_transposed_p_is_the_identity(kind):
     total = torch.zeros(12, 12)

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from gradproj.errors import ConfigError
 
+MOST_THREADS = 1024
+"""Far above any machine's cores; OpenMP crashes at numbers beyond what the kernel allows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:
@@ -33,6 +36,8 @@ class JobConfig:
         if not self.output_dir.strip():
             raise ConfigError("--output_dir is empty; give a folder")
         _check_device(self.device)
+        if self.threads > MOST_THREADS:
+            raise ConfigError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
         for name in ("threads", "proj_save_interval"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")

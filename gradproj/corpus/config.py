@@ -15,7 +15,9 @@ class CorpusConfig:
     domain_field: str = field(
         default="meta.pile_set_name", metadata={"help": "where a document names its domain, dotted"}
     )
-    max_samples: int = field(default=0, metadata={"help": "project the first so many documents only; 0 = all"})
+    max_samples: int = field(
+        default=0, metadata={"help": "project the first so many documents only; 0 = all"}
+    )
     domains: str = field(default="", metadata={"help": 'only these domains, comma-separated: "Github,ArXiv"'})
     allow_sparse: bool = field(
         default=False,

@@ -97,7 +97,7 @@ def _of_list_file(path: Path) -> list[str]:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"--shards {path}: the list file cannot be read: {error}") from error
-    entries = [line for line in lines if line]
+    entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise CorpusError(f"--shards {path}: the list file names no tar")
     for entry in entries:
@@ -112,6 +112,8 @@ def _check_name(path: str) -> None:
     if path.endswith(_COMPRESSED):
         raise CorpusError(f"{path}: compressed tars cannot be read from the middle; unpack it to a .tar")
     if not path.endswith(".tar"):
+        if not os.path.exists(path):
+            raise CorpusError(f"--shards: {path} does not exist")
         raise CorpusError(f"{path}: not a .tar; --shards takes tars, a folder, a glob, braces or a list file")
     try:
         path.encode()

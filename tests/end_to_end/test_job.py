@@ -94,6 +94,15 @@ def test_every_document_is_in_the_store_once_and_complete(undisturbed):
     assert not list((undisturbed / "tmp").iterdir())
 
 
+def test_the_readers_texts_are_those_of_the_tars(undisturbed):
+    documents = mixed_documents(200)
+    with ProjectionStore(undisturbed / "projections.zarr") as store:
+        assert [s.text for s in store.samples([199, 3], text=True)] == [
+            documents[i]["text"] for i in (199, 3)
+        ]
+        assert "200 rows" in repr(store)
+
+
 def test_the_losses_are_the_models_own(undisturbed, model_dir):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(model_dir),
