@@ -18,7 +18,7 @@ from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.takeback import take_back
 from gradproj.coordinator.units import FOLDERS, UnitQueue
-from gradproj.corpus.index import CorpusIndex, list_tars, load_index, save_index
+from gradproj.corpus.index import CorpusIndex, load_index, save_index
 from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.identity import check_identity
@@ -64,7 +64,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
         reported.exit_code = (failure or reported).exit_code
         raise reported
     plan, name = shared
-    plan = replace(plan, files=_files_of_this_node(plan, process), index=_index_of(plan))
+    plan = replace(plan, files=_files_of_this_node(plan, process), index=load_index(plan.output / INDEX_NAME))
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
         # What is left of dead processes can be told from what is in use only on their own machine.
@@ -93,12 +93,6 @@ def _files_of_this_node(plan: Plan, process: Process) -> Any:
     return files or fetch(plan.config.model, may_download=False)
 
 
-def _index_of(plan: Plan) -> CorpusIndex:
-    index = load_index(plan.output / INDEX_NAME)
-    shards = plan.config.corpus.shards
-    return index if shards.endswith(".json") else index.relocated(list_tars(shards))
-
-
 def make_output(plan: Plan, owner: Owner) -> None:
     """Make OUTPUT, its folders, the frozen index and the empty store, or find them there."""
     output = plan.output
@@ -114,6 +108,9 @@ def make_output(plan: Plan, owner: Owner) -> None:
         _publish_store(plan, queue.scratch)
     elif not (output / INDEX_NAME).exists():
         _publish_index(plan, queue.scratch)
+    elif load_index(output / INDEX_NAME).tars != plan.index.tars:
+        # The same corpus (the identity says so), touched or found elsewhere: its places and times as they are now.
+        save_index(plan.index, output / INDEX_NAME, replace_existing=True)
     take_back(output, queue.claims)
     faults.at("metadata published")
     flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}

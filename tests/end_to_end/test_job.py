@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,19 @@ def test_a_finished_store_started_again_stays_as_it_is(corpus, model_dir, undist
     done = run_job(2, shards=corpus, model=model_dir, output_dir=undisturbed, **SETTINGS)
     assert "The store is complete" in done.stdout
     assert arrays_of(undisturbed) == before
+
+
+def test_a_copied_corpus_and_touched_tars_go_on_in_the_same_output(tmp_path, corpus, model_dir, undisturbed):
+    output, tars = tmp_path / "out", shutil.copytree(corpus, tmp_path / "tars")
+    settings = {"model": model_dir, "output_dir": output, **SETTINGS}
+    run_job(1, shards=corpus, **settings)
+    for unit in (0, 5):
+        (output / "units" / f"{unit:08d}.safetensors").unlink()
+    os.utime(tars / "shard-000001.tar", (1, 1))
+    run_job(2, shards=tars, **settings)
+    assert_same_bits(output, undisturbed)
+    with ProjectionStore(output) as store:
+        assert store.samples([50], text=True)[0].text == mixed_documents(200)[50]["text"]
 
 
 def test_other_settings_are_refused_with_every_difference(corpus, model_dir, undisturbed):
