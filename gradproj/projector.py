@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 class UnitProjector:
     """Runs a prepared unit through the engine.
 
-    Rows are summed on the device and cross to the host once a unit, so nothing in the loop waits for the
-    device: no value is read back, and batches are copied from pinned memory.
+    Rows are summed on the device and cross to the host once a unit: no value is read back batch by batch, and
+    batches are copied from pinned memory. (transformers itself asks the device for one value per forward pass,
+    to see whether a batch is packed.)
 
     Args:
         model: frozen, in eval mode, on its device.
@@ -96,7 +97,9 @@ class UnitProjector:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+        # Whatever the batch left behind on its way is made again by its halves.
         self._engine.clear_gradients()
+        self._engine.take_token_covariances()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch.sequences) == 1:
@@ -148,12 +151,14 @@ class _UnitSums:
     def add(self, sequences: np.ndarray, rows: Tensor, losses: Tensor) -> None:
         """Add sequences' rows to their documents'."""
         touched = self.prepared.row_of[sequences]
+        # All memory is taken before the first sum: a batch that fails here is tried again, in halves.
         index = torch.from_numpy(touched).to(self._device, non_blocking=True)
+        covariances = self._engine.take_token_covariances()
         self._rows.index_add_(0, index, rows)
         self._losses.index_add_(0, index, losses)
         self._touched.append(touched)
         # Batch by batch, so that the sums are the same bits wherever a unit was stopped and taken up again.
-        self._covariances.add(self._engine.take_token_covariances())
+        self._covariances.add(covariances)
 
     def fail(self, sequences: np.ndarray) -> None:
         """Note that the documents of these sequences did not fit the memory."""
