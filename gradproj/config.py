@@ -5,11 +5,11 @@ import typing
 from typing import Any
 
 from gradproj.batching import BatchConfig
+from gradproj.checkpoint import ModelConfig
 from gradproj.coordinator.config import JobConfig
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
 from gradproj.flags import flag_of, parse
-from gradproj.model import ModelConfig
 from gradproj.projection import ProjectionConfig
 from gradproj.store.layout import StoreConfig
 

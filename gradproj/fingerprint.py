@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from gradproj.model import ModelFiles, load_model, load_model_config
+from gradproj.checkpoint import ModelFiles
+from gradproj.model import load_model, load_model_config
 
 
 def model_identity(files: ModelFiles, tokenizer: Any) -> dict[str, str]:

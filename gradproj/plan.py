@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradproj.capture import place_widths
+from gradproj.checkpoint import ModelFiles, fetch
 from gradproj.config import RunConfig
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.units import FOLDERS
@@ -23,15 +24,7 @@ from gradproj.corpus.index import (
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.fingerprint import model_identity
 from gradproj.identity import check_identity, identity_hash, identity_of_flags
-from gradproj.model import (
-    ModelFiles,
-    check_vocabulary,
-    fetch,
-    load_model_config,
-    load_tokenizer,
-    model_skeleton,
-    positions_of,
-)
+from gradproj.model import check_vocabulary, load_model_config, load_tokenizer, model_skeleton, positions_of
 from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
 from gradproj.store.records import list_records
 from gradproj.unit import UnitSettings

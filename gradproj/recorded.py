@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradproj.checkpoint import ModelFiles, fetch
 from gradproj.config import RunConfig
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.corpus.index import CorpusIndex, list_tars, load_index
@@ -23,7 +24,7 @@ from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.fingerprint import model_identity
 from gradproj.flags import flag_of
-from gradproj.model import ModelFiles, fetch, load_model, load_model_config, load_tokenizer
+from gradproj.model import load_model, load_model_config, load_tokenizer
 from gradproj.plan import INDEX_NAME
 from gradproj.start import matrices_on
 from gradproj.store import ProjectionStore

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from gradproj.capture import draw_matrices, place_widths
+from gradproj.checkpoint import fetch
 from gradproj.config import RunConfig
 from gradproj.coordinator import faults
 from gradproj.coordinator.claims import Owner
@@ -22,7 +23,7 @@ from gradproj.corpus.index import CorpusIndex, load_index, save_index
 from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.identity import check_identity
-from gradproj.model import fetch, model_skeleton
+from gradproj.model import model_skeleton
 from gradproj.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
 from gradproj.stopping import Stopped
 from gradproj.store.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
     {"errors"},
-    {"dist", "corpus", "flags", "model", "projection", "store", "stopping", "background", "tokenizing"},
-    {"batching", "layers", "texts", "coordinator", "export", "fingerprint"},
-    {"capture", "loss", "status", "verify"},
+    {"checkpoint", "dist", "corpus", "flags", "projection", "store", "stopping", "background", "tokenizing"},
+    {"batching", "layers", "model", "texts", "coordinator", "export"},
+    {"capture", "fingerprint", "loss", "status", "verify"},
     {"engine", "repair"},
     {"unit", "training"},
     {"projector"},
@@ -34,7 +34,7 @@ HOME_OF = {
     "webdataset": {"corpus"},
     "datasets": {"corpus"},
     "pyarrow": {"corpus"},
-    "huggingface_hub": {"model"},
+    "huggingface_hub": {"checkpoint"},
     "transformers": {"model", "layers", "training"},
     "tokenizers": {"training"},
 }

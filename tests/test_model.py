@@ -9,6 +9,7 @@ from models import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from gradproj.capture import place_widths
+from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.errors import ModelError
 from gradproj.fingerprint import (
     config_fingerprint,
@@ -16,7 +17,7 @@ from gradproj.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from gradproj.model import ModelConfig, fetch, load_model, load_model_config, load_tokenizer, model_skeleton
+from gradproj.model import load_model, load_model_config, load_tokenizer, model_skeleton
 from gradproj.projection import ProjectionConfig
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from jobs import make_corpus, make_model, mixed_documents
 from transformers import GPT2LMHeadModel
 
 from gradproj import demo_commands
+from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.corpus.index import build_index, list_tars
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
-from gradproj.model import ModelConfig, fetch, load_model, load_tokenizer
+from gradproj.model import load_model, load_tokenizer
 from gradproj.training import TokenizerConfig, TrainConfig, train, train_tokenizer
 from gradproj.training.data import batches_of, shuffled_documents
 

@@ -18,8 +18,9 @@ from outputs import SETTINGS
 
 import gradproj
 from gradproj.__main__ import main
+from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.errors import ModelError
-from gradproj.model import ModelConfig, fetch, load_model, load_model_config, load_tokenizer, model_skeleton
+from gradproj.model import load_model, load_model_config, load_tokenizer, model_skeleton
 from gradproj.store import ProjectionStore
 from gradproj.verify import verify
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from gradproj.checkpoint import ARCHITECTURES, ModelConfig
 from gradproj.errors import ConfigError
-from gradproj.model import ARCHITECTURES, ModelConfig
 
 METHODS = ("Regular",)
 """What runs inside the loop."""

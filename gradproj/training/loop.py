@@ -18,11 +18,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.coordinator.progress import human_seconds
 from gradproj.dist import choose_device
 from gradproj.errors import ModelError
 from gradproj.loss import Targets, per_sample_loss
-from gradproj.model import ModelConfig, check_vocabulary, fetch, load_model, load_tokenizer, positions_of
+from gradproj.model import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.store.files import explain_os_errors
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import batches_of, make_folder, open_corpus

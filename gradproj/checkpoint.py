@@ -1,0 +1,228 @@
+"""Which model is wanted, and where its files lie on this machine: found, downloaded, and seen to be whole."""
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from gradproj.errors import ConfigError, ModelError
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2-Small": ("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "GPT2-Medium": ("gpt2-medium", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
+    "GPT2-Large": ("gpt2-large", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
+}
+"""Name -> (the hub's checkpoint, the shapes for random weights)."""
+
+SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, which tokenizer, in which precision. Part of the run's identity."""
+
+    model: str = field(default="", metadata={"help": "a local directory or a name on the hub"})
+    architecture: str = field(
+        default="",
+        metadata={
+            "help": "in place of --model: the hub's checkpoint of that shape",
+            "choices": tuple(ARCHITECTURES),
+        },
+    )
+    init: str = field(
+        default="", metadata={"help": "'random': the architecture (or --model's config) with random weights"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of random weights"})
+    revision: str = field(default="", metadata={"help": "branch, tag or commit on the hub"})
+    tokenizer: str = field(default="", metadata={"help": "directory or hub name; default: the model's own"})
+    special_tokens: str = field(
+        default="tokenizer",
+        metadata={
+            "help": "put around a document: what the tokenizer adds itself, or this",
+            "choices": SPECIAL_TOKENS,
+        },
+    )
+    model_dtype: str = field(
+        default="float32",
+        metadata={"help": "precision of weights and activations", "choices": tuple(MODEL_DTYPES)},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that the checkpoint brings along"}
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "load .bin weights (they can run code); default: safetensors only"}
+    )
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.architecture):
+            raise ConfigError("give --model or --architecture, one of them")
+        if self.architecture and self.architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"--architecture is {self.architecture!r}; choose one of {', '.join(ARCHITECTURES)}"
+            )
+        if self.init not in ("", "random"):
+            raise ConfigError(f"--init is {self.init!r}; 'random' is the only one, or leave it out")
+        if self.special_tokens not in SPECIAL_TOKENS:
+            raise ConfigError(
+                f"--special_tokens is {self.special_tokens!r}; choose one of {', '.join(SPECIAL_TOKENS)}"
+            )
+        if self.model_dtype not in MODEL_DTYPES:
+            raise ConfigError(
+                f"--model_dtype is {self.model_dtype!r}; choose one of {', '.join(MODEL_DTYPES)}"
+            )
+        if self.init == "random" and self.architecture and not self.tokenizer:
+            raise ConfigError(
+                "--architecture with --init random has no tokenizer of its own: give --tokenizer DIR"
+            )
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model's files lie on this machine; made by ``fetch``, after which nothing asks the hub."""
+
+    config: ModelConfig
+    model_dir: Path | None
+    """None for an architecture with random weights."""
+    base_dir: Path | None
+    """Of a PEFT adapter: the folder of the model that it changes."""
+    tokenizer_dir: Path
+    weights: tuple[Path, ...]
+    """Every file with weights, a base model's included; empty for random weights."""
+    revision: str
+    """The hub's commit, or an empty string for a local directory."""
+
+
+def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
+    """Find or download the files of model and tokenizer.
+
+    Args:
+        config: what is wanted.
+        may_download: False on all ranks but the first of a node, once that one has finished.
+
+    Raises:
+        ModelError: not there, not reachable, or without usable weights.
+    """
+    name = config.model or ARCHITECTURES[config.architecture][0]
+    model_dir = base_dir = None
+    revision, weights = "", []
+    if not (config.architecture and config.init):
+        model_dir, revision = _local_files(
+            "--model", name, config.revision, may_download, config.allow_pickle
+        )
+        base_dir = _base_of_adapter(model_dir, may_download)
+        if base_dir is None and not (model_dir / "config.json").is_file():
+            raise ModelError(f"--model {name}: {model_dir} holds no config.json; is it a model's directory?")
+        if not config.init:
+            folders = [model_dir] if base_dir is None else [base_dir, model_dir]
+            weights = [path for folder in folders for path in _weight_files(folder, config.allow_pickle)]
+    if config.tokenizer:
+        tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
+    else:
+        assert model_dir is not None  # ModelConfig asks for --tokenizer where there is no model directory
+        own = base_dir is None or (model_dir / "tokenizer_config.json").is_file()
+        tokenizer_dir = model_dir if own or base_dir is None else base_dir
+    for path in weights:
+        _check_whole(path)
+    return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
+
+
+def _check_whole(path: Path) -> None:
+    """Read the header of a safetensors file, which says how long the file is."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="np"):
+                return
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
+
+
+def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
+    """The folder of the model that a PEFT adapter changes; None where the folder is a whole model."""
+    settings = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not settings.is_file():
+        return None
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(f"--model {folder} is a PEFT adapter: pip install 'gradproj[peft]'")
+    try:
+        base = json.loads(settings.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{settings} does not name the adapter's base model: {error}") from error
+    return _local_files("--model (the adapter's base)", base, "", may_download)[0]
+
+
+def _local_files(
+    flag: str, name: str, revision: str, may_download: bool, pickled: bool = False
+) -> tuple[Path, str]:
+    """``(folder, hub commit)``; the commit is empty for a local directory."""
+    if Path(name).is_dir():
+        if revision:
+            raise ModelError(f"--revision {revision}: {name} is a local directory, which has no revisions")
+        return Path(name), ""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{flag} {name}: no such directory")
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.model",
+        "*.txt",
+        "*.py",
+        "*.jinja",
+        *(["*.bin"] if pickled else []),
+    ]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, local_files_only=not may_download
+        )
+    except LocalEntryNotFoundError as error:
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"
+        raise ModelError(
+            f"{flag} {name}: not a directory here, not in the local Hugging Face cache, and {why}. "
+            "Download it where there is a network (hf download NAME) and give its directory"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{flag} {name}: neither a local directory nor to be had from the hub: {reason}"
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files with the weights, complete by their index; safetensors unless the user says otherwise."""
+    endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
+    for ending in endings:
+        stems = {"safetensors": ("model", "adapter_model"), "bin": ("pytorch_model", "adapter_model")}[ending]
+        for stem in stems:
+            index = folder / f"{stem}.{ending}.index.json"
+            if index.is_file():
+                return _indexed_files(index)
+            if (folder / f"{stem}.{ending}").is_file():
+                return [folder / f"{stem}.{ending}"]
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    if pickled and not allow_pickle:
+        raise ModelError(
+            f"--model {folder} has its weights only as {pickled[0]}, a pickle, which can run code: convert it "
+            "to safetensors, or give --allow_pickle if you trust its source"
+        )
+    raise ModelError(f"--model {folder} holds no weights (model.safetensors or model.safetensors.index.json)")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of weights: {error}") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index.parent} lacks {', '.join(missing[:4])} ({len(missing)} of {len(names)} weight files)"
+        )
+    return [index.parent / name for name in names]
