@@ -1,6 +1,7 @@
 """``python -m gradproj merge``: the job's final merge, at any time and under the same claim."""
 
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,9 @@ def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
     """
     with explain_os_errors(output.path / "claims"):
         (output.path / "claims").mkdir(exist_ok=True)
-    owner, progress = Owner.this_process(f"{command}-{socket.gethostname()}-{os.getpid()}", 0, 0), Progress()
+    # A name of its own for each call: who takes over what one has given back may take its files away.
+    name = f"{command}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    owner, progress = Owner.this_process(name, 0, 0), Progress()
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
     try:
         if not queue.claims.try_claim(MERGE_CLAIM):
@@ -69,7 +72,9 @@ def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
         try:
             with Heartbeat(output.path / "heartbeats", owner, progress):
                 yield HeldMerge(output.path, queue, progress)
-        except MergeEnded as error:
+        except (MergeEnded, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and queue.scratch.is_dir():
+                raise
             raise StoreError(
                 f"{output.path}: another process has taken the merge over from this one; ask for its status"
             ) from error
