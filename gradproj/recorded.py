@@ -85,13 +85,17 @@ def config_from(inputs: RecordedInputs) -> RunConfig:
 
 
 def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
-    """The output's own index, with the tars where ``--shards`` finds them now.
+    """The output's own index, with the tars where the job read them, or where ``--shards`` finds them now.
 
     Raises:
-        CorpusError: the tars are not where the job found them, or have changed.
+        CorpusError: the tars are not there, or have changed.
     """
     index, shards = load_index(output / INDEX_NAME), run.corpus.shards
-    return index if shards.endswith(".json") else index.relocated(list_tars(shards))
+    # The index knows absolute paths; the job's --shards may be relative to another folder.
+    as_recorded = shards == recorded_config(output).corpus.shards
+    if shards.endswith(".json") or (as_recorded and all(tar.path.is_file() for tar in index.tars)):
+        return index
+    return index.relocated(list_tars(shards))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from gradproj.__main__ import main
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.output import read_output
+from gradproj.corpus.index import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.recompute import COMPUTED, ROUNDING, recomputation_lines, recompute
 from gradproj.store import STATUS, ProjectionStore
@@ -201,14 +202,20 @@ def test_inputs_that_have_moved_are_named_and_found_by_flags(output, job, tmp_pa
     run_config = output / "run_config.json"
     flags = json.loads(run_config.read_text())
     run_config.write_text(json.dumps({**flags, "model": "gone", "shards": "gone/*.tar"}))
-    tars = make_corpus(tmp_path / "other", mixed_documents(3))
+    with pytest.raises(ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"):
+        again(output)
+    # The index knows where the tars were, whatever folder --shards was relative to.
+    assert again(output, 3, model=str(job.model)).wrong == []
+    moved = shutil.copytree(job.corpus, tmp_path / "moved")
+    index = load_index(output / "corpus.json")
+    gone = replace(index, tars=tuple(replace(t, path=tmp_path / "gone" / t.path.name) for t in index.tars))
+    save_index(gone, output / "corpus.json", replace_existing=True)
     with pytest.raises(CorpusError, match="gone"):
         again(output, model=str(job.model))
-    with pytest.raises(ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"):
-        again(output, shards=str(job.corpus))
-    with pytest.raises(CorpusError):
-        again(output, model=str(job.model), shards=str(tars))
-    assert again(output, 3, model=str(job.model), shards=str(job.corpus)).wrong == []
+    assert again(output, 3, model=str(job.model), shards=str(moved)).wrong == []
+    other = make_corpus(tmp_path / "other", mixed_documents(3))
+    with pytest.raises(CorpusError, match="other"):
+        again(output, model=str(job.model), shards=str(other))
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
