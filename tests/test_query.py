@@ -8,6 +8,7 @@ import pytest
 from jobs import make_corpus, make_model, mixed_documents, run_job, words
 
 from gradproj import ProjectionStore
+from gradproj.corpus.index import list_tars, load_index, save_index
 from gradproj.demo_commands import query_command
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.query import QueryConfig, QueryProjector, query, recorded_config, score_rows, top_documents
@@ -205,6 +206,8 @@ def test_model_and_tars_may_move_if_they_are_named(made, tmp_path, monkeypatch):
     flags = json.loads((tmp_path / "old/out/run_config.json").read_text())
     flags |= {"model": "old/model", "shards": "old/tars"}
     (tmp_path / "old/out/run_config.json").write_text(json.dumps(flags))
+    index = load_index(tmp_path / "old/out/corpus.json").relocated(list_tars(str(tmp_path / "old/tars")))
+    save_index(index, tmp_path / "old/out/corpus.json", replace_existing=True)
     monkeypatch.chdir(tmp_path)
     assert ask("old/out", show_text=True).samples[0].text == TEXT
     (tmp_path / "old").rename(tmp_path / "new")
