@@ -35,7 +35,7 @@ def test_without_a_launcher_there_is_one_rank():
 def test_torchruns_variables_are_read(monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
-    assert Process.from_environment() == Process(5, 8, 1, 4)
+    assert Process.from_environment() == Process(5, 8, 1, 4, launched=True)
 
 
 def test_half_a_launchers_variables_are_an_error(monkeypatch):
