@@ -9,11 +9,12 @@ from gradproj.stopping import Stopped, StopRequest  # isort: split
 import functools
 import logging
 import sys
+import time
 
 import torch
 
 from gradproj.background import Background, Writer
-from gradproj.config import run_config
+from gradproj.config import RunConfig, run_config
 from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
@@ -30,6 +31,8 @@ from gradproj.store import ProjectionStore
 from gradproj.summary import print_end, print_start
 from gradproj.unit import UnitReader
 
+LET_RANK_0_SPEAK_S = 10.0
+
 log = logging.getLogger("gradproj.run")  # also where this module runs as __main__
 
 
@@ -40,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     """Start, compute, finish."""
-    config = run_config(argv, "gradproj.run")
     process = Process.from_environment()
+    config = settings_for_all(argv, process)
     stop = StopRequest().listen(speak=process.rank == 0)
     if process.launched:
         stop.watch_launcher()
@@ -57,6 +60,19 @@ def run(argv: list[str]) -> int:
         print_end(job.plan, complete, stop.reason)
     # A launcher would take another code for a failure, and end the ranks that go on.
     return 0 if process.launched else stop.exit_code
+
+
+def settings_for_all(argv: list[str], process: Process) -> RunConfig:
+    """The settings from the flags; a mistake in them is said by rank 0 alone."""
+    try:
+        return run_config(argv, "gradproj.run")
+    except GradprojError as error:
+        if process.rank == 0:
+            raise
+        # Every rank sees the same mistake. One that left before rank 0 had spoken would have the launcher end it
+        # unheard; when rank 0 leaves, the launcher ends this sleep.
+        time.sleep(LET_RANK_0_SPEAK_S)
+        raise ReportedError from error
 
 
 def work(job: Job, device: torch.device, stop: StopRequest) -> bool:

@@ -28,6 +28,13 @@ def test_a_mistake_is_said_once_and_leaves_nothing_behind(tmp_path, corpus, rank
         assert "Traceback" not in done.stderr
 
 
+def test_a_mistake_in_the_flags_is_said_once_for_all_ranks(tmp_path, corpus, model_dir):
+    done = run_job(
+        2, expect=1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", batch_size="many"
+    )
+    assert our_lines(done.stderr) == ["gradproj: --batch_size: invalid int value: 'many'"]
+
+
 def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
     if os.geteuid() == 0:
         parent = "/proc"  # root may write anywhere but into the kernel's own files
