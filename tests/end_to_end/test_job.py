@@ -302,7 +302,7 @@ def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
     first = subprocess.Popen(
         job_command(2, **settings), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    wait_for_records(output, 3, first)
+    wait_for_records(output, 1, first)
     workers = {pid: process_start(pid) for pid in descendants(first.pid)}
     if stop == signal.SIGKILL:
         for pid in workers:
@@ -314,7 +314,7 @@ def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
         assert time.monotonic() < deadline, "a worker outlived its launcher"
         time.sleep(0.1)
     committed = {p.name: p.read_bytes() for p in (output / "units").glob("*.safetensors")}
-    assert 3 <= len(committed) < 13
+    assert 1 <= len(committed) < 13
     run_job(ranks_after, **settings)
     assert all((output / "units" / name).read_bytes() == data for name, data in committed.items())
     assert_same_bits(output, undisturbed)
