@@ -1,6 +1,7 @@
 """Hosts that stand still and wake up again, on one store: every id once, every shard its record's."""
 
 import dataclasses
+import os
 import random
 import threading
 import time
@@ -39,6 +40,12 @@ def nobody_is_waited_for(monkeypatch):
     monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
 
 
+@pytest.fixture
+def nothing_is_flushed(monkeypatch):
+    """Nobody crashes here, so the flushes are only waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def one_unit(tmp_path, number=0):
     """A store of one unit, and a process that has claimed it."""
     layout = make_store(tmp_path / "out", n_samples=4, rows_per_shard=16)
@@ -72,7 +79,7 @@ def commit_in_a_thread(output, layout, pause_before):
     return thread, go_on
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
+@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
 def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(tmp_path):
     n_changes = count_changes(tmp_path / "count")
     writers = set()
@@ -273,26 +280,46 @@ def assert_sound(found):
 # --- the merge ---
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
-@pytest.mark.parametrize("paused_at", range(2, 50, 4))
-def test_an_unfinished_stores_merge_that_wakes_up_changes_nothing_of_a_finished_one(tmp_path, paused_at):
-    layout = make_store(tmp_path)
-    old = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
+def two_units_of_three(output):
+    """A store with a unit left to compute, and a process that is about to merge it."""
+    layout = make_store(output)
+    old = UnitQueue(output, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     units = old.take()
     for unit in (next(units), next(units)):
         old.commit(fake_rows(layout, unit))
-    whole = {}
-
-    def others_finish():
-        assert fill(tmp_path, layout, fake_owner(1), writer=1)
-        store = [*(tmp_path / "projections.zarr").rglob("*"), *tmp_path.glob("*.json")]
-        whole.update({p: p.read_bytes() for p in store if p.is_file()})
-
     assert old.claims.try_claim("merge")
-    with at_change(paused_at, others_finish), pytest.raises(MergeEnded):
-        merge(tmp_path, old.claims)
-    assert {p: p.read_bytes() for p in whole} == whole
-    assert is_merged(tmp_path)
+    return layout, old
+
+
+def files_of_the_store(output):
+    store = [*(output / "projections.zarr").rglob("*"), *output.glob("*.json")]
+    return {path: path.read_bytes() for path in store if path.is_file()}
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
+def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(tmp_path):
+    _, old = two_units_of_three(tmp_path / "count")
+    with at_change(-1, lambda: None) as counter:
+        merge(old.output, old.claims)
+    n_changes, ended = next(counter), 0
+    for paused_at in range(n_changes):
+        output = tmp_path / str(paused_at)
+        layout, old = two_units_of_three(output)
+        whole = {}
+
+        def others_finish(output=output, layout=layout, whole=whole):
+            assert fill(output, layout, fake_owner(1), writer=1)
+            whole.update(files_of_the_store(output))
+
+        with at_change(paused_at, others_finish):
+            try:
+                merge(output, old.claims)
+            except MergeEnded:
+                ended += 1
+        assert files_of_the_store(output) == whole, paused_at
+        assert is_merged(output)
+    # Only one that had put everything in place, and was about to flush the last folder, comes to its end.
+    assert ended == n_changes - 1
 
 
 def test_a_merge_ends_when_the_job_is_to_stop_and_the_next_start_merges(tmp_path):

@@ -215,9 +215,12 @@ class ClaimBoard:
 
     def forget(self, unit: str) -> None:
         """Delete the claims of something that is done: it speaks for itself from now on."""
-        known = [number for number in (self._mine.pop(unit, None), self._newest(unit)) if number is not None]
-        # From the newest down, so that what is left by a crash is still a row of numbers from 0.
-        for number in range(max(known, default=-1), -1, -1):
+        self._mine.pop(unit, None)
+        with os.scandir(self.folder) as entries:
+            matches = [_CLAIM.fullmatch(entry.name) for entry in entries]
+        numbers = sorted(int(match[2]) for match in matches if match and match[1] == unit)
+        # The newest last: as long as it is there, whoever counts up to it finds it taken.
+        for number in numbers:
             (self.folder / f"{unit}.{number}").unlink(missing_ok=True)
         faults.at("claims removed")
 

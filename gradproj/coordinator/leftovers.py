@@ -4,12 +4,11 @@ import json
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import read_heartbeats
-from gradproj.coordinator.scratch import OWNER_FILE
+from gradproj.coordinator.scratch import OWNER_FILE, remove_scratch
 from gradproj.store.records import list_records
 
 _UNIT_CLAIM = re.compile(r"(\d{8,})\.(\d+)")
@@ -24,13 +23,13 @@ def sweep(output: Path, observer: Owner) -> int:
     gone = {owner.name for owner, _ in read_heartbeats(output / "heartbeats") if owner.is_gone(observer)}
     for folder in (output / "tmp").glob("*/"):
         owner = _owner_of(folder)
-        if owner is not None and owner.is_gone(observer):
+        if folder.name.startswith("."):  # nobody's yet
+            shutil.rmtree(folder, ignore_errors=True)
+        elif owner is not None and owner.is_gone(observer):
             gone.add(owner.name)
-        with suppress(OSError):
-            folder.rmdir()  # empty: its process died before it wrote its name there
     for name in gone:
         # The heartbeat last: it is what leads here again should this process die in between.
-        shutil.rmtree(output / "tmp" / name, ignore_errors=True)
+        remove_scratch(output / "tmp" / name)
         for ending in (".tmp", ".json"):
             (output / "heartbeats" / f"{name}{ending}").unlink(missing_ok=True)
     _sweep_committed(output)
@@ -48,8 +47,7 @@ def _sweep_committed(output: Path) -> None:
     committed = set(list_records(output / "units").tolist())
     with os.scandir(output / "claims") as entries:
         claims = [match for match in (_UNIT_CLAIM.fullmatch(entry.name) for entry in entries) if match]
-    # From the newest number down, as everywhere.
-    for claim in sorted(claims, key=lambda match: -int(match[2])):
+    for claim in claims:
         if int(claim[1]) in committed:
             (output / "claims" / claim[0]).unlink(missing_ok=True)
     for folder in (output / "partial").glob("*/"):

@@ -5,15 +5,17 @@ away first: when that process wakes up, nothing that it had prepared can be publ
 operation it was about to make. It makes a new folder then and goes on with what it still owns.
 """
 
+import errno
 import json
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradproj.store.files import explain_os_errors, fsync_dir, write_file_durably
+from gradproj.store.files import explain_os_errors, fsync_dir, temporary_beside, write_file_durably
 
 if TYPE_CHECKING:
     from gradproj.coordinator.claims import Owner
@@ -26,13 +28,29 @@ def make_scratch(folder: Path, owner: "Owner") -> None:
     """Make a process's folder, with its owner's name in it, or find it there."""
     with explain_os_errors(folder):
         while not (folder / OWNER_FILE).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                write_file_durably(folder / OWNER_FILE, [json.dumps(asdict(owner)).encode()])
-                fsync_dir(folder)
-            except FileNotFoundError:  # an empty folder may be swept away by another process's start
-                continue
-            fsync_dir(folder.parent)
+            # Under a hidden name, which any start may sweep away, until it says whose it is.
+            hidden = temporary_beside(folder)
+            folder.parent.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                hidden.mkdir()
+                write_file_durably(hidden / OWNER_FILE, [json.dumps(asdict(owner)).encode()])
+                fsync_dir(hidden)
+                try:
+                    os.rename(hidden, folder)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                    shutil.rmtree(hidden)  # another thread of this process was faster
+                    return
+                fsync_dir(folder.parent)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete a process's folder; what a crash leaves of it has a hidden name, and says no more whose it was."""
+    hidden = temporary_beside(folder)
+    with suppress(OSError):  # gone already, or a folder turned read-only, which the commit has met and said
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def fence(folder: Path, mine: Path, owner: "Owner") -> bool:

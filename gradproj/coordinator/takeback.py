@@ -42,6 +42,8 @@ def take_back(output: Path, claims: ClaimBoard) -> None:
             _take_back(output, claims.scratch)
         finally:
             release_merge(output, claims)
+    if is_merged(output) and MERGE_CLAIM in claims.current() and claims.try_claim(MERGE_CLAIM):
+        release_merge(output, claims)  # of a process that died between the merge's last word and this
 
 
 def _is_overtaken(output: Path) -> bool:

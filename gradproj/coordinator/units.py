@@ -20,7 +20,7 @@ from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard, Owner
 from gradproj.coordinator.heartbeats import heartbeat_counter
 from gradproj.coordinator.partial import PartialLog, partial_folder
-from gradproj.coordinator.scratch import make_scratch
+from gradproj.coordinator.scratch import make_scratch, remove_scratch
 from gradproj.errors import StoreError
 from gradproj.store.files import (
     file_sum,
@@ -231,7 +231,7 @@ class UnitQueue:
         except StoreError as error:
             # A full or read-only disk, which the commit has met and said; a dead owner's claims are free as well.
             log.warning("claims stay until they are found stale: %s", error)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove_scratch(self.scratch)
         faults.at("scratch removed")
 
 

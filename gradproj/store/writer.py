@@ -19,6 +19,7 @@ import numcodecs
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
 from gradproj.errors import StoreError
 from gradproj.store.bfloat16 import BFloat16
@@ -169,7 +170,8 @@ def create_store(
 
 
 def _fill_group(path: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray) -> None:
-    group = zarr.create_group(str(path), attributes=attributes)
+    files: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(files), attributes=attributes)
     group.create_array(
         "projections",
         shape=(layout.n_samples, layout.dim),
@@ -194,6 +196,20 @@ def _fill_group(path: Path, layout: StoreLayout, attributes: dict[str, Any], mat
             dimension_names=("sample", "byte") if extra else ("sample",),
         )
     _add_array(group, "projection_matrices", matrices.astype(np.float32, copy=False))
+    _write_files(path, files)
+
+
+def _write_files(path: Path, files: Mapping[str, Any]) -> None:
+    """What zarr put into a store in memory, as files: its own store on disk needs links, which not all disks have.
+
+    It would also make ``path`` again where another process has taken that away, and with it what the fence forbids.
+    """
+    for key, content in files.items():
+        folder = path
+        for part in key.split("/")[:-1]:
+            folder /= part
+            folder.mkdir(exist_ok=True)
+        (path / key).write_bytes(content.to_bytes())
 
 
 def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
@@ -225,7 +241,9 @@ def write_array(store_path: Path, name: str, values: np.ndarray, scratch: Path |
     try:
         with explain_os_errors(final_path):
             tmp_path.mkdir()
-            _add_array(zarr.create_group(str(tmp_path)), name, values)
+            files: dict[str, Any] = {}
+            _add_array(zarr.create_group(MemoryStore(files)), name, values)
+            _write_files(tmp_path, files)
             _fsync_tree(tmp_path)
             if final_path.exists():
                 os.rename(final_path, old_path)
