@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradproj.errors import ModelError
 from gradproj.layers import TargetLayer, find_layers, project_tokens
+from gradproj.products import linear
 from gradproj.projection import ProjectionConfig, choose_ki_ko, projection_matrix
 from gradproj.store.layout import LayerSlice
 
@@ -56,11 +57,6 @@ class PlacedLayer:
     p_i: Tensor
     p_o: Tensor
     columns: slice
-    p_i_t: Tensor = field(init=False)
-    p_o_t: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.p_i_t, self.p_o_t = self.p_i.t().contiguous(), self.p_o.t().contiguous()
 
 
 def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
@@ -151,7 +147,7 @@ class BatchCapture:
         """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
         layer = self._layers[index]
         self.called.add(index)
-        return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i_t))
+        return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i))
 
     @torch.no_grad()
     @_in_full_precision
@@ -163,7 +159,7 @@ class BatchCapture:
                 "it before the next runs forward"
             )
         layer = self._layers[index]
-        g_p = self._by_sample(layer, g.float() @ layer.p_o_t)
+        g_p = self._by_sample(layer, linear(g.float(), layer.p_o))
         part = project_tokens(a_p, g_p)
         # A layer called twice (shared weights) has the sum of both calls as its gradient.
         self.parts[index] = self.parts[index] + part if index in self.parts else part

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gradproj.capture import BatchCapture, TokenCovariances, place_layers
 from gradproj.errors import ConfigError, GradprojError, ModelError
 from gradproj.export import RowBuffer
+from gradproj.frozen import FrozenModel
 from gradproj.layers import TargetLayer
 from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
 from gradproj.projection import ProjectionConfig
@@ -90,7 +91,7 @@ class GradProjLoraEngine:
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
-        self._restore: list[tuple[Any, str, bool]] = []
+        self._frozen: FrozenModel | None = None
         self._unsaved = RowBuffer()
         self._own_loss: Tensor | float | None = None
         self._batch_ids: Any = None
@@ -142,7 +143,7 @@ class GradProjLoraEngine:
         if self._handles:
             return self
         if self._freeze:
-            self._set_flags()
+            self._frozen = FrozenModel(self.module)
         self._handles = [self.module.register_forward_pre_hook(self._on_batch, with_kwargs=True)]
         inner = unwrap(self.module)
         body = getattr(inner, "base_model", inner)
@@ -158,9 +159,9 @@ class GradProjLoraEngine:
         """Take the hooks off and leave the model as it was found."""
         for handle in self._handles:
             handle.remove()
-        for owner, attribute, value in reversed(self._restore):
-            setattr(owner, attribute, value)
-        self._handles, self._restore = [], []
+        if self._frozen is not None:
+            self._frozen.undo()
+        self._handles, self._frozen = [], None
         self.clear_gradients()
 
     def __enter__(self) -> "GradProjLoraEngine":
@@ -168,14 +169,6 @@ class GradProjLoraEngine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cleanup()
-
-    def _set_flags(self) -> None:
-        for parameter in self.module.parameters():
-            self._restore.append((parameter, "requires_grad", parameter.requires_grad))
-            parameter.requires_grad = False
-        for module in self.module.modules():
-            self._restore.append((module, "training", module.training))
-            module.training = False
 
     # --- hooks ---
 

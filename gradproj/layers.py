@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradproj.errors import ModelError
+from gradproj.products import linear
 
 ALIASES = {
     "attn": ("attn", "attention", "self_attn", "self_attention"),
@@ -31,16 +32,16 @@ class LayerRule:
     widths: Callable[[Any], tuple[int, int]]
     """``module -> (n_i, n_o)``."""
     project_input: Callable[[Any, Tensor, Tensor], Tensor]
-    """``(module, a, P_i^T (n_i, k_i)) -> (..., k_i)`` float32."""
+    """``(module, a, P_i (k_i, n_i)) -> (..., k_i)`` float32."""
 
 
-def _project_dense(module: Any, a: Tensor, p_i_t: Tensor) -> Tensor:
-    return a.float() @ p_i_t
+def _project_dense(module: Any, a: Tensor, p_i: Tensor) -> Tensor:
+    return linear(a.float(), p_i)
 
 
-def _project_lookup(module: Any, ids: Tensor, p_i_t: Tensor) -> Tensor:
+def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
     """A token's one-hot vector times ``P_i^T`` is a row of it: gathered, never multiplied."""
-    rows = p_i_t[ids]
+    rows = p_i.t()[ids]
     if getattr(module, "padding_idx", None) is not None:
         # torch gives the padding token's row no gradient.
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)

@@ -1,7 +1,7 @@
 """Per-sample summed token loss without the full logits.
 
-The vocabulary's logits are made chunk by chunk, and each chunk's gradient at the hidden states is
-taken in the same pass, so that neither ``(N, S, V)`` logits nor a fp32 copy of them ever exist.
+The vocabulary is walked slice by slice (``vocabulary.py``) where that gives the model's own loss, so that neither
+``(N, S, V)`` logits nor a fp32 copy of them ever exist.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.layers import without_wrappers
+from gradproj.vocabulary import TokenLoss
 
 IGNORE = -100
 """The label of a position without a target (torch's and transformers' convention)."""
-
-CHUNK_VALUES = 2**24
-"""Logits in memory at once (64 MB in fp32)."""
 
 LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
 """``loss_key`` of a model -> ``(N,)`` weights that the last backward pass gave to each sample's loss.
@@ -43,49 +41,6 @@ class Targets:
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
         positions = (shifted != IGNORE).nonzero().squeeze(1)
         return cls(positions, shifted[positions])
-
-
-class _ChunkedTokenLoss(torch.autograd.Function):
-    """Token losses of a linear vocabulary head, with their gradient at the hidden states."""
-
-    @staticmethod
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, tokens: Tensor, softcap: float | None) -> Tensor:
-        # Under autocast the hidden states may have another dtype than the weights.
-        weight = head.weight.to(hidden.dtype)
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        chunk = max(16, CHUNK_VALUES // weight.shape[0])
-        losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
-        # Without gradients (an evaluation) the second half of the work is left out.
-        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(tokens), chunk):
-            part = slice(start, start + chunk)
-            logits = F.linear(hidden[part], weight, bias).float()
-            slope = None
-            if softcap is not None:
-                logits = torch.tanh_(logits / softcap)
-                slope = 1 - logits**2
-                logits = logits * softcap
-            target = tokens[part].unsqueeze(1)
-            total = logits.logsumexp(dim=1, keepdim=True)
-            losses[part] = (total - logits.gather(1, target)).squeeze(1)
-            if grads is None:
-                continue
-            grad = logits.sub_(total).exp_()
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            if slope is not None:
-                grad.mul_(slope)
-            torch.mm(grad.to(weight.dtype), weight, out=grads[part])
-        if grads is not None:
-            ctx.save_for_backward(grads)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, weight_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        (grads,) = ctx.saved_tensors
-        # The weight as it is: rounded to bf16 it would not be the one that the engine divides by.
-        return (grads.float() * weight_of_loss.unsqueeze(1)).to(grads.dtype), None, None, None
 
 
 class _Announce(torch.autograd.Function):
@@ -167,7 +122,7 @@ def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> 
 def _chunked_losses(model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
     inner = unwrap(model)
     hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
-    return _ChunkedTokenLoss.apply(hidden, inner.get_output_embeddings(), targets.tokens, _softcap(inner))
+    return TokenLoss.apply(hidden, inner.get_output_embeddings(), targets.tokens, _softcap(inner))
 
 
 def _softcap(model: Any) -> float | None:

@@ -17,6 +17,7 @@ from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError
 from gradproj.layers import LAYER_RULES, find_layers
 from gradproj.loss import chunk_verdict, per_sample_loss
+from gradproj.vocabulary import SLICE_VALUES
 
 LENGTHS = [9, 21, 2, 14]
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3}
@@ -66,11 +67,12 @@ def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_many_small_chunks_give_the_rows_of_one_chunk(family, monkeypatch):
+def test_many_small_slices_of_the_vocabulary_give_the_rows_of_one(family, monkeypatch):
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
     whole, _ = rows_of(model, ids, labels, freeze_weights=True)
-    monkeypatch.setattr("gradproj.loss.CHUNK_VALUES", 1)
+    monkeypatch.setitem(SLICE_VALUES, "cpu", 1)
+    monkeypatch.setattr("gradproj.vocabulary.MOST_TOKENS", 5)
     parts, _ = rows_of(model, ids, labels, freeze_weights=True)
     assert relative_error(parts, whole) < 1e-6
 

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
-    {"errors"},
+    {"errors", "products"},
     {"checkpoint", "dist", "corpus", "flags", "projection", "store", "stopping", "background", "tokenizing"},
-    {"batching", "layers", "model", "texts", "coordinator", "export"},
+    {"batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
     {"engine", "repair"},
     {"unit", "training"},
@@ -35,7 +35,7 @@ HOME_OF = {
     "datasets": {"corpus"},
     "pyarrow": {"corpus"},
     "huggingface_hub": {"checkpoint"},
-    "transformers": {"model", "layers", "training"},
+    "transformers": {"model", "frozen", "layers", "training"},
     "tokenizers": {"training"},
 }
 

@@ -1,0 +1,95 @@
+"""A model whose weights are frozen for a while: no gradient for any weight, eval mode, and faster forms of its modules.
+
+The forms compute what the modules compute, to rounding. All is undone at the end: flags, modes, methods.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from gradproj.products import linear, uses_onednn
+
+
+class FrozenModel:
+    """Freezes a model when made; ``undo`` leaves it as it was found.
+
+    Args:
+        module: the model.
+        fast_forms: put the faster forms in too.
+    """
+
+    def __init__(self, module: nn.Module, fast_forms: bool = True) -> None:
+        self._before: list[tuple[Any, str, bool]] = []
+        self._swapped: list[nn.Module] = []
+        for parameter in module.parameters():
+            self._set(parameter, "requires_grad", False)
+        for part in module.modules():
+            self._set(part, "training", False)
+            form = _FORMS.get(type(part)) if fast_forms else None
+            # A forward of the module's own (a quantizer's, an offloader's) does something that no form knows.
+            if form is not None and "forward" not in vars(part):
+                part.forward = form(part)
+                self._swapped.append(part)
+
+    def undo(self) -> None:
+        """Give the model back its flags, modes and methods."""
+        for part in self._swapped:
+            del part.forward
+        for owner, attribute, value in reversed(self._before):
+            setattr(owner, attribute, value)
+        self._before, self._swapped = [], []
+
+    def _set(self, owner: Any, attribute: str, value: bool) -> None:
+        self._before.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer of which only the input has a gradient, both ways by ``products.linear``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return linear(g, ctx.weight.t()), None, None
+
+
+def _dense(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        if weight.requires_grad or not uses_onednn(x, weight):
+            return F.linear(x, weight, bias)
+        return _FrozenLinear.apply(x, weight, bias)
+
+    return forward
+
+
+def _conv1d(module: Conv1D) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = module.weight, module.bias
+        if weight.requires_grad or not uses_onednn(x, weight):
+            return Conv1D.forward(module, x)
+        return _FrozenLinear.apply(x, weight.t(), bias)
+
+    return forward
+
+
+def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
+    # The same formula in one kernel: transformers' keeps four tensors for the backward pass, this one.
+    return lambda x: F.gelu(x, approximate="tanh")
+
+
+_FORMS: dict[type[nn.Module], Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    nn.Linear: _dense,
+    Conv1D: _conv1d,
+    NewGELUActivation: _new_gelu,
+}
+"""Type -> ``module -> its forward while frozen``. Subclasses may compute something else and are left alone."""
