@@ -19,7 +19,7 @@ from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
-from gradproj.coordinator.units import UnitQueue
+from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.dist import Process, choose_device, start_group
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import GradprojError, ReportedError, exit_code
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     with start_group(process):
         device, warning = choose_device(config.job.device, process.local_rank)
         job = start_job(config, process)
-    log_to_file(job.plan.output, process.rank, config.job.verbose)
+    log_to_file(job.plan.output, job.owner, config.job.verbose)
     if warning:
         print(warning, file=sys.stderr, flush=True)
     complete = work(job, device, stop)
@@ -116,11 +116,16 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
                     rows = projector.project(prepared, partial, plan.config.job.proj_save_interval)
                     if rows is None:
                         break
-                    writer.submit(functools.partial(queue.commit, rows))
+                    writer.submit(functools.partial(commit, queue, rows))
                     progress.units += 1
-                    log.info("unit %d: %s", prepared.unit, rows.record.stats)
     stop.drain()
     progress.unit = -1
+
+
+def commit(queue: UnitQueue, rows: UnitRows) -> None:
+    """Put a unit on disk and say so in the log, where the Slurm files count what their job has committed."""
+    if queue.commit(rows):
+        log.info("unit %d committed: %s", rows.record.unit, rows.record.stats)
 
 
 def progress_display(job: Job) -> ProgressDisplay:

@@ -83,7 +83,7 @@ def _start(config: RunConfig, name: JobName) -> Plan:
         if not isinstance(error, Stopped):
             note_failure(Path(config.job.output_dir), owner, error)
         raise
-    clear_failure(plan.output)
+    clear_failure(plan.output, name.job_id)
     return plan
 
 
@@ -144,9 +144,14 @@ def _publish_store(plan: Plan, scratch: Path) -> None:
         check_identity(plan.output / STORE_NAME, plan.identity)
 
 
-def log_to_file(output: Path, rank: int, verbose: bool) -> None:
-    """This rank's log: ``logs/rank-00000.log``, appended to by every start."""
-    handler = logging.FileHandler(output / "logs" / f"rank-{rank:05d}.log", encoding="utf-8")
+def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
+    """This rank's log: ``logs/rank-00000.log``, appended to by every start.
+
+    Under Slurm a job's name is in it, ``logs/rank-00000-slurm-70_1.log``: the jobs of an array run on machines of their
+    own, which would overwrite each other's lines, and the batch script looks there for what its own job has done.
+    """
+    job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
+    handler = logging.FileHandler(output / "logs" / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("gradproj")
     root.addHandler(handler)

@@ -346,6 +346,17 @@ def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_p
     assert not (tmp_path / "failed.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("starts", "clears"),
+    [("slurm-70_1", True), ("slurm-70_2", False), ("slurm-71", True), ("slurm-70", True), ("local-a_b", True)],
+)
+def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, starts, clears):
+    make_store(tmp_path)
+    note_failure(tmp_path, owner_like_me(job_id="slurm-70_1"), StoreError("a tar is damaged"))
+    clear_failure(tmp_path, starts)
+    assert (tmp_path / "failed.json").exists() != clears
+
+
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])
 def test_ranges_hold_exactly_their_units(units):
     assert units_in(ranges_of(np.array(units, dtype=np.int64))).tolist() == units

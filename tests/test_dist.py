@@ -21,6 +21,7 @@ def plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name in (
         "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
         "SLURM_RESTART_COUNT",
         "TORCHELASTIC_RESTART_COUNT",
         "SLURM_GPUS_ON_NODE",
@@ -63,6 +64,13 @@ def test_elements_of_an_array_are_jobs_of_their_own(monkeypatch):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         names.append(JobName.from_environment().job_id)
     assert names == ["slurm-70_1", "slurm-70_2"]
+    # One element's SLURM_JOB_ID is the array's: requeued, it must outdate the claims of its own last start alone.
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    first = JobName.from_environment()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = JobName.from_environment()
+    assert first.job_id == second.job_id == "slurm-70_2"
+    assert first.generation < second.generation
 
 
 def test_two_starts_by_hand_are_two_jobs():

@@ -3,10 +3,9 @@
 import os
 import re
 import shlex
-import subprocess
-from pathlib import Path
 
 import pytest
+from shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
 from gradproj.commands import IndexConfig, PrepareFlags
@@ -16,9 +15,7 @@ from gradproj.query import QueryConfig
 from gradproj.status import StatusConfig
 from gradproj.training import TokenizerConfig, TrainConfig
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.sbatch"), ROOT / ".ci" / "run"])
-SBATCH = ROOT / "slurm" / "project_pile.sbatch"
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.s*"), ROOT / ".ci" / "run"])
 IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
 
 CHECKS = {
@@ -52,26 +49,6 @@ def filled(text, arguments=""):
     return re.sub(r"\$\{?\w+(:-\w+)?\}?", "1", text)
 
 
-def run_bash(*words, path=None, cwd=ROOT, **env):
-    environment = {
-        "HOME": str(cwd),
-        "PATH": path or os.environ["PATH"],
-        **{k: str(v) for k, v in env.items()},
-    }
-    return subprocess.run(
-        ["bash", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def stub(folder, name, body):
-    """An executable that stands in for a program."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
 def test_bash_can_parse_every_script(path):
     assert run_bash("-n", path).stderr == ""
@@ -90,7 +67,7 @@ def test_no_script_names_a_path_of_one_machine(path):
         ("launch/demo.sh", ["prepare", "tokenizer", "train", "status", "plan", "run", "status", "query"]),
         ("launch/one_node.sh", ["plan", "run"]),
         ("launch/multi_node.sh", ["plan", "run"]),
-        ("slurm/project_pile.sbatch", ["plan", "run", "status"]),
+        ("slurm/common.sh", ["run", "status", "plan"]),
         ("slurm/index_pile.sbatch", ["index"]),
     ],
 )
@@ -101,7 +78,7 @@ def test_every_command_in_a_script_has_only_known_flags(name, commands):
         CHECKS[command](words)
 
 
-@pytest.mark.parametrize("name", ["launch/one_node.sh", "launch/multi_node.sh", "slurm/project_pile.sbatch"])
+@pytest.mark.parametrize("name", ["launch/one_node.sh", "launch/multi_node.sh"])
 def test_torchrun_gets_known_flags_and_hands_signals_on(name):
     text = (ROOT / name).read_text().replace("\\\n", " ")
     (words,) = re.findall(r"-m torch\.distributed\.run (.*) -m gradproj\.run", text)
@@ -113,7 +90,7 @@ def test_torchrun_gets_known_flags_and_hands_signals_on(name):
 def test_the_ci_calls_exactly_the_test_script():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "bash launch/test.sh"
-    assert all(os.access(path, os.X_OK) for path in SCRIPTS if path.suffix != ".sbatch")
+    assert all(os.access(path, os.X_OK) for path in SCRIPTS if path.parent.name != "slurm")
 
 
 # ---- Set-up
@@ -216,64 +193,3 @@ def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
     done = run_bash(ROOT / "launch/multi_node.sh", "--shards", "x", cwd=tmp_path, PYTHON=python)
     assert done.returncode == 2
     assert "set NODES (how many machines) and HEAD" in done.stderr
-
-
-# ---- Slurm's requeue rule, with stand-ins for srun, scontrol and Python
-
-
-def run_sbatch(folder, step="", plan=0, complete=False, starts=1, flags=()):
-    """Run the batch script; the last start's result, and whether it was queued again."""
-    bin_dir, out = folder / "bin", folder / "out"
-    stub(bin_dir, "srun", f'cd "{folder}"\n{step}')
-    stub(bin_dir, "sleep", '[[ $1 == 60 ]] || exec "$(PATH=${PATH#*:} command -v sleep)" "$@"')
-    stub(bin_dir, "scontrol", f'[[ $1 == requeue ]] && echo "$*" >>"{folder}/requeued"; echo node1')
-    python = stub(
-        bin_dir, "python", f'case "$*" in *plan*) exit {plan};; *status*) exit {0 if complete else 3};; esac'
-    )
-    (out / "units").mkdir(parents=True, exist_ok=True)
-    for _ in range(starts):
-        (folder / "requeued").unlink(missing_ok=True)
-        done = run_bash(
-            SBATCH, *flags, path=f"{bin_dir}:{os.environ['PATH']}", cwd=folder, PYTHON=python, OUTPUT_DIR=out,
-            SLURM_JOB_ID=7, SLURM_JOB_NODELIST="node1", SLURM_JOB_NUM_NODES=1,
-        )  # fmt: skip
-    return done, (folder / "requeued").exists()
-
-
-NEW_UNIT = "touch out/units/$RANDOM$RANDOM.safetensors"
-DRAIN = "trap 'exit 1' USR1; kill -USR1 $PPID; for _ in {1..50}; do sleep 0.1; done"
-
-
-@pytest.mark.parametrize(
-    ("settings", "queued", "code", "message"),
-    [
-        (dict(complete=True, step=NEW_UNIT), False, 0, "complete; 1 units in this start"),
-        (dict(plan=2, starts=20), False, 2, "cannot run as it is (code 2); it is not queued again"),
-        (dict(step="exit 1"), False, 1, "without a new unit; it is not queued again"),
-        (dict(step=f"{NEW_UNIT}; exit 1"), True, 1, "1 units in this start: queued again"),
-        (dict(step=DRAIN), True, 1, "0 units in this start: queued again"),
-        (dict(step="mkdir -p out/partial; sleep 0.05; touch out/partial/x; exit 1"), True, 1, "queued again"),
-        (dict(step=f"{NEW_UNIT}; touch out/failed.json; exit 1"), False, 1, "failed.json; it is not queued again"),
-        (dict(step=f"{NEW_UNIT}; kill -TERM $PPID; sleep 0.2"), False, 1, "ended by scancel or by Slurm"),
-        (dict(step=DRAIN, starts=2), False, 1, "two starts in a row ended without a new unit"),
-        (dict(step=f"{NEW_UNIT}; {DRAIN}", starts=3), True, 1, "queued again"),
-    ],
-)  # fmt: skip
-def test_the_batch_job_is_queued_again_only_where_that_helps(tmp_path, settings, queued, code, message):
-    done, was_queued = run_sbatch(tmp_path, **settings)
-    assert message in done.stdout, done.stdout + done.stderr
-    assert (done.returncode, was_queued) == (code, queued)
-
-
-@pytest.mark.parametrize("flags", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"]])
-def test_the_batch_job_looks_at_the_output_that_its_flags_name(tmp_path, flags):
-    done, was_queued = run_sbatch(
-        tmp_path, NEW_UNIT.replace("touch out", "mkdir elsewhere/units; touch elsewhere"), flags=flags
-    )
-    assert "output elsewhere" in done.stdout
-    assert was_queued
-
-
-def test_the_batch_file_asks_slurm_for_what_its_rule_needs():
-    options = set(re.findall(r"^#SBATCH (\S+)", SBATCH.read_text(), flags=re.M))
-    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@180", "--ntasks-per-node=1"} <= options

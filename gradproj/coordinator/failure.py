@@ -32,6 +32,19 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
         write_and_replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
-def clear_failure(output: Path) -> None:
-    """A start went well: what failed before is mended."""
+def clear_failure(output: Path, job_id: str = "") -> None:
+    """A start of this job went well: what failed before is mended.
+
+    But not what another element of the same Slurm array has failed of: nobody has mended anything since.
+    """
+    array, failed = job_id.rpartition("_")[0], _failed_job(output)
+    if job_id.startswith("slurm-") and array and failed != job_id and failed.rpartition("_")[0] == array:
+        return
     (output / FAILED_NAME).unlink(missing_ok=True)
+
+
+def _failed_job(output: Path) -> str:
+    try:
+        return str(json.loads((output / FAILED_NAME).read_text())["job_id"])
+    except (OSError, ValueError, TypeError, KeyError):  # none, or one that nobody can read
+        return ""
