@@ -4,6 +4,8 @@ The process group is gloo on every device and serves the start only (rank 0 chec
 wait): nothing in the job's loop is collective, so an uneven rank can never make another time out.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import socket
@@ -12,16 +14,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as torch_dist
+from typing import TYPE_CHECKING, Any
 
 from gradproj.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where it is used: who started this process must be known before the seconds that it takes.
 
 DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(hours=6)
 """Rank 0 may build an index and download a model while the others wait."""
+
+
+def launcher_rank() -> int | None:
+    """The rank that a launcher gave this process; None where none did."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else None
+
+
+def launcher_died() -> bool:
+    """Whether torchrun, which holds the store that its ranks meet at, does not answer there any more."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        socket.create_connection((env["MASTER_ADDR"], int(env["MASTER_PORT"]))).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False  # of a network that does not work nothing is known
+    return False
 
 
 @dataclass(frozen=True)
@@ -36,7 +60,7 @@ class Process:
     """Started by torchrun or the like, whose end is this process's end too."""
 
     @classmethod
-    def from_environment(cls) -> "Process":
+    def from_environment(cls) -> Process:
         """From torchrun's variables; a process without them is rank 0 of 1.
 
         Raises:
@@ -64,7 +88,7 @@ class JobName:
     """How often the job has been started before, by torchrun or by Slurm."""
 
     @classmethod
-    def from_environment(cls) -> "JobName":
+    def from_environment(cls) -> JobName:
         """Slurm's job id (an array's element has its own), else torchrun's run id, else a new name."""
         env = os.environ
         restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
@@ -94,6 +118,8 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
     Raises:
         ConfigError: CUDA was asked for and is not there, or a node has fewer GPUs than ranks.
     """
+    import torch
+
     available = torch.cuda.is_available()
     if name == "cpu":
         return torch.device("cpu"), None
@@ -121,6 +147,8 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
 @contextlib.contextmanager
 def start_group(process: Process) -> Iterator[None]:
     """The process group for the job's start; a single process has none."""
+    import torch.distributed as torch_dist
+
     if process.world_size > 1:
         torch_dist.init_process_group("gloo", timeout=START_TIMEOUT)
     try:
@@ -132,6 +160,8 @@ def start_group(process: Process) -> Iterator[None]:
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
+    import torch.distributed as torch_dist
+
     if not torch_dist.is_initialized():
         return value
     box = [value]
@@ -141,5 +171,7 @@ def from_rank_0(value: Any) -> Any:
 
 def wait_for_all() -> None:
     """Return when every rank has come here."""
+    import torch.distributed as torch_dist
+
     if torch_dist.is_initialized():
         torch_dist.barrier()

@@ -3,8 +3,12 @@
 Claim a unit, read it, batch it, run the engine, commit; nothing in the loop is collective.
 """
 
-# First: it notes who started this process, before the seconds that the others take.
+from gradproj.dist import Process, choose_device, launcher_died, launcher_rank, start_group
 from gradproj.stopping import Stopped, StopRequest  # isort: split
+
+if __name__ == "__main__":
+    # Signals come, and launchers die, also in the seconds that the other imports take.
+    early = StopRequest().attend(launcher_rank(), launcher_died)
 
 import functools
 import logging
@@ -20,7 +24,6 @@ from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
 from gradproj.coordinator.units import UnitQueue, UnitRows
-from gradproj.dist import Process, choose_device, start_group
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.loss import chunk_verdict
@@ -36,18 +39,17 @@ LET_RANK_0_SPEAK_S = 10.0
 log = logging.getLogger("gradproj.run")  # also where this module runs as __main__
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
     """Run one rank of the job; the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    argv, stop = sys.argv[1:] if argv is None else argv, stop or StopRequest()
+    return exit_code(lambda: run(argv, stop.attend(launcher_rank(), launcher_died)))
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], stop: StopRequest) -> int:
     """Start, compute, finish."""
+    stop.begin()
     process = Process.from_environment()
     config = settings_for_all(argv, process)
-    stop = StopRequest().listen(speak=process.rank == 0)
-    if process.launched:
-        stop.watch_launcher()
     prepare_torch(config)
     with start_group(process):
         device, warning = choose_device(config.job.device, process.local_rank)
@@ -135,4 +137,4 @@ def progress_display(job: Job) -> ProgressDisplay:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(stop=early))

@@ -39,13 +39,14 @@ def _quietly(number: int) -> ReportedError:
 class StopRequest:
     """False until somebody wants the job to stop. Call it to ask.
 
-    Until ``drain`` is called a signal raises ``Stopped`` in the main thread: there is nothing to save yet. From
-    then on it only asks, and the loop saves what it has.
+    Until ``begin`` is called a signal ends the process at once: it is still importing. Until ``drain`` is called a
+    signal raises ``Stopped`` in the main thread: there is nothing to save yet. From then on it only asks, and the
+    loop saves what it has.
     """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
-        self._draining = False
+        self._attending = self._begun = self._draining = False
         self._speaks = False
         self.reason = ""
         self.exit_code = 0
@@ -54,12 +55,24 @@ class StopRequest:
     def __call__(self) -> bool:
         return self._asked_at is not None
 
-    def listen(self, *, speak: bool = True) -> "StopRequest":
-        """Take the signals of ``SIGNALS`` from now on (main thread only); ``speak``: say so on standard error."""
-        self._speaks = speak
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+    def attend(self, rank: int | None, launcher_died: Callable[[], bool] = lambda: False) -> "StopRequest":
+        """Take the signals of ``SIGNALS`` from now on, and leave with the launcher (main thread only; once is enough).
+
+        Args:
+            rank: as the launcher set it, None without a launcher. Rank 0 says on standard error that it stops.
+            launcher_died: asked once: it may have died before this process could note who it was.
+        """
+        if not self._attending:
+            self._attending, self._speaks = True, not rank
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+            if rank is not None:
+                self.watch_launcher(died_before=launcher_died)
         return self
+
+    def begin(self) -> None:
+        """From now on a signal unwinds what was begun."""
+        self._begun = True
 
     def drain(self) -> None:
         """From now on there is something to save."""
@@ -86,6 +99,11 @@ class StopRequest:
             return
         self.ask(signal.Signals(number).name)
         self.exit_code = 128 + number
+        if not self._begun:
+            # An exception would come out of the middle of an import.
+            if self._speaks:
+                os.write(2, f"gradproj: {Stopped(number)}\n".encode())
+            os._exit(self.exit_code)
         if not self._draining:
             raise Stopped(number) if self._speaks else _quietly(number)
         if self._speaks:
@@ -93,7 +111,10 @@ class StopRequest:
             os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())
 
     def watch_launcher(
-        self, parent: int = PARENT_AT_IMPORT, parent_now: Callable[[], int] = os.getppid
+        self,
+        parent: int = PARENT_AT_IMPORT,
+        parent_now: Callable[[], int] = os.getppid,
+        died_before: Callable[[], bool] = lambda: False,
     ) -> None:
         """Leave within 5 s when the process that started this one has died, even if a batch takes longer.
 
@@ -101,7 +122,8 @@ class StopRequest:
         """
 
         def watch() -> None:
-            while parent_now() == parent:
+            lives = not died_before()
+            while lives and parent_now() == parent:
                 time.sleep(WATCH_INTERVAL_S)
             if self._draining:
                 self.ask("the launcher has died")
