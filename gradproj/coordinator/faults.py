@@ -5,9 +5,9 @@ STEPS = (
     "folders made",
     "index published",
     "store published",
-    "metadata published",
     "merge taken back",
-    # a unit
+    "metadata published",
+    # a unit, and the merge too has a claim
     "claim published",
     "old owner fenced",
     "batch done",
@@ -22,14 +22,14 @@ STEPS = (
     "merge reopened",
     "block merged",
     "sums merged",
-    "attributes updated",
     "statistics written",
     "metadata merged",
+    "attributes updated",
     # leaving
     "claim given back",
     "scratch removed",
 )
-"""Every step, in the order in which an undisturbed job first comes to it (those of mishaps where they belong)."""
+"""Every step, by what it is a part of and there in the order in which a job comes to them."""
 
 
 def at(step: str) -> None:
