@@ -1,6 +1,7 @@
 """Hosts that stand still and wake up again, on one store: every id once, every shard its record's."""
 
 import dataclasses
+import errno
 import os
 import random
 import threading
@@ -124,12 +125,46 @@ def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
     out = tmp_path / "out"
     second = UnitQueue(out, layout, IDENTITY, [0], gone_owner())
     with monkeypatch.context() as patch:
-        patch.setattr(ClaimBoard, "_fence", lambda self, claim: None)  # it dies between claim and fence
+        patch.setattr(ClaimBoard, "_fence_older", lambda *claim: None)  # it dies between claim and fence
         assert next(second.take()) == 0
     assert first.scratch.exists()
     third = UnitQueue(out, layout, IDENTITY, [0], dataclasses.replace(fake_owner(2)))
     assert next(third.take()) == 0
     assert not first.scratch.exists()
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
+    layout, first = one_unit(tmp_path)
+    first.claims.give_back("00000000")
+    second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
+    assert next(second.take()) == 0
+    assert first.scratch.exists()
+    third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
+    assert next(third.take()) == 0
+    assert first.scratch.exists()
+    assert not second.scratch.exists()
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(tmp_path, monkeypatch):
+    layout, first = one_unit(tmp_path)
+    second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse_by(errno.ESTALE))
+        with pytest.raises(OSError, match="Stale file handle"):
+            next(second.take())
+    second.give_back()
+    third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
+    assert next(third.take()) == 0
+    assert not first.scratch.exists()
+
+
+def refuse_by(code):
+    def refuse(*names):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
 
 
 def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_takes_them_for_dead(

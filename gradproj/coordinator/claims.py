@@ -172,10 +172,10 @@ class ClaimBoard:
         mine = 0 if number is None else number + 1
         if not self._publish(unit, mine, asdict(self.owner)):
             return False
-        self._mine[unit] = mine
         faults.at("claim published")
-        for older in range(mine):
-            self._fence(self.read(unit, older))
+        self._fence_older(unit, mine)
+        # Not before: a claim that is given back says that the owners before it are fenced.
+        self._mine[unit] = mine
         return True
 
     def _newest(self, unit: str) -> int | None:
@@ -185,15 +185,19 @@ class ClaimBoard:
             number = 0 if number is None else number + 1
         return number
 
-    def _fence(self, claim: Claim) -> None:
+    def _fence_older(self, unit: str, mine: int) -> None:
         """After this, an older owner publishes nothing that it had prepared, dead or asleep.
 
-        Not only the last one: that one may have died after its takeover and before it fenced the one before.
+        Not only the last one: that one may have died after its takeover and before it fenced the one before. But
+        who gave the unit back has nothing of it prepared any more, and goes on undisturbed with what else it has.
         """
-        if claim.owner is None or claim.owner == self.owner:
-            return
-        fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner)
-        faults.at("old owner fenced")
+        for number in range(mine - 1, -1, -1):
+            claim = self.read(unit, number)
+            if claim.released:
+                return
+            if claim.owner is not None and claim.owner != self.owner:
+                fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner)
+                faults.at("old owner fenced")
 
     def owns(self, unit: str) -> bool:
         """Whether this process's claim is still the newest one."""
