@@ -89,27 +89,27 @@ class Cluster:
     """The running cluster, as a user of it sees it."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.environment = root, {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
+        self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
 
-    def __call__(self, *words: object, check: bool = True) -> str:
+    def __call__(self, *words: object, check: bool = True, cwd: Path | None = None) -> str:
         """Output of one of Slurm's commands, both streams."""
         done = subprocess.run(
             [str(w) for w in words], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, timeout=SLOW_S,
+            text=True, timeout=SLOW_S, cwd=cwd,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{words} gave {done.returncode}: {done.stdout}"
         return done.stdout.strip()
 
+    def show(self, job: str) -> dict[str, str]:
+        """The fields that Slurm shows of a job or of an array's element (``12_3``)."""
+        fields = dict(word.partition("=")[::2] for word in self("scontrol", "show", "job", job).split())
+        return {name: value for name, value in fields.items() if value}
+
     def state(self, job: str) -> str:
-        """A job's or an array element's state."""
-        return self.field(job, "JobState")
+        return self.show(job)["JobState"]
 
-    def field(self, job: str, name: str) -> str:
-        words = self("scontrol", "show", "job", job).split()
-        return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
-
-    def is_over(self, job: str) -> bool:
-        return self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+    def restarts(self, job: str) -> int:
+        return int(self.show(job)["Restarts"])
 
     def cancel_all(self) -> None:
         self("scancel", "--user", getpass.getuser())

@@ -1,0 +1,44 @@
+"""One private cluster, one corpus and one undisturbed run for all tests of the Slurm files."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cluster import find_daemons, running_cluster
+from jobs import make_corpus, make_model, mixed_documents, run_job
+
+N_SAMPLES, ROWS_PER_UNIT = 1600, 16
+SETTINGS = {
+    "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 64, "batch_size": 1, "rows_per_shard": ROWS_PER_UNIT,
+    "device": "cpu",
+}  # fmt: skip
+"""One document a batch: about half a minute of one core, and a unit every few tenths of a second."""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    daemons = find_daemons()
+    if daemons is None:
+        message = (
+            "Slurm is not installed: bash launch/test_slurm.sh does it (apt-get install slurm-wlm munge)"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    with running_cluster(tmp_path_factory.mktemp("slurm"), daemons) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """``shards``, ``model`` and ``want``: the output of an undisturbed run of one process."""
+    root = tmp_path_factory.mktemp("inputs")
+    shards = make_corpus(root / "tars", mixed_documents(N_SAMPLES), per_tar=400)
+    model = make_model(root / "model")
+    run_job(1, shards=shards, model=model, output_dir=root / "want", timeout=300, **SETTINGS)
+    return SimpleNamespace(shards=shards, model=model, want=root / "want")

@@ -1,0 +1,224 @@
+"""Both batch files by a real Slurm: disturbed in every way that Slurm knows, wrong from the start, and cancelled."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, processes_with, wait_until
+from conftest import N_SAMPLES, ROWS_PER_UNIT, SETTINGS
+from jobs import assert_same_bits, flags
+from shell import ROOT
+
+pytestmark = pytest.mark.slurm
+
+JOB, ARRAY = "project_pile.sbatch", "project_pile_array.sbatch"
+ON_TWO_NODES = {JOB: "--nodes=2", ARRAY: "--array=0-2"}
+"""Three elements for two nodes: one waits until the others leave a node, or until all is done."""
+LONG_S = 240
+
+
+@dataclass
+class Submitted:
+    """A job or an array in the cluster's hands."""
+
+    cluster: Cluster
+    folder: Path
+    """Where its logs are written; ``out`` in it is its output."""
+    number: str
+    elements: list[str]
+    """The array's elements as Slurm names them, or the job alone."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def log(self, element: str) -> str:
+        path = self.folder / f"gradproj-{element}.log"
+        return path.read_text() if path.exists() else ""
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {e}: {self.cluster.state(e)}\n{self.log(e)}" for e in self.elements)
+
+    def units(self, element: str = "*") -> list[int]:
+        """Units that it has committed, in all its starts."""
+        texts = [path.read_text() for path in self.output.glob(f"logs/rank-*-slurm-{element}.log")]
+        return [int(unit) for text in texts for unit in re.findall(r" unit (\d+) committed: ", text)]
+
+    def restarts(self) -> int:
+        return sum(map(self.cluster.restarts, self.elements))
+
+    def running(self) -> list[str]:
+        return [e for e in self.elements if self.cluster.state(e) == "RUNNING"]
+
+    def wait_for_units(self, *elements: str) -> None:
+        """Return when each of these has committed another unit, or all of them another one."""
+        for element in elements:
+            before = len(self.units(element))
+            wait_until(
+                f"a unit by {element}\n{self.logs()}", lambda e=element, n=before: len(self.units(e)) > n
+            )
+
+    def wait_for_restarts(self, n: int) -> None:
+        wait_until(f"{n} restarts\n{self.logs()}", lambda: self.restarts() >= n)
+
+    def wait_for_end(self) -> list[str]:
+        """The elements' states at the end; no process is left."""
+        ended = ("COMPLETED", "FAILED", "CANCELLED")
+        wait_until(
+            f"the end of {self.number}",
+            lambda: all(self.cluster.state(e) in ended for e in self.elements),
+            LONG_S,
+        )
+        wait_until("no process", lambda: not processes_with(str(self.output)), 10)
+        return [self.cluster.state(e) for e in self.elements]
+
+
+def submit(cluster, inputs, folder, file, *options, ranks=1, shards=None, **changes):
+    """Submit a batch file as it is, with the CPU's settings in the environment that a user gives it."""
+    folder.mkdir()
+    environment = {
+        "PATH": os.environ["PATH"], "SLURM_CONF": cluster.environment["SLURM_CONF"], "OMP_NUM_THREADS": 1,
+        "HF_HUB_OFFLINE": 1, "PYTHON": sys.executable, "RANKS_PER_NODE": ranks, "HEAD_HOST": "127.0.0.1",
+        "SHARDS": shards or inputs.shards, "MODEL": inputs.model, "OUTPUT_DIR": folder / "out",
+    }  # fmt: skip
+    exported = ",".join(f"{name}={value}" for name, value in environment.items())
+    number = cluster(
+        "sbatch", "--parsable", f"--chdir={folder}", f"--export={exported}", *options, ROOT / "slurm" / file,
+        *flags(**{**SETTINGS, **changes}), cwd=ROOT,
+    )  # fmt: skip
+    array = next((o for o in options if o.startswith("--array=")), None)
+    n = 0 if array is None else 1 + int(array.rpartition("-")[2])
+    return Submitted(cluster, folder, number, [f"{number}_{i}" for i in range(n)] or [number])
+
+
+def disturb_job(job):
+    """USR1 to the batch shell (as before the time limit), preemption, a requeue by hand, the loss of a node."""
+    cluster, number = job.cluster, job.number
+    for n, words in enumerate(
+        [
+            ["scancel", "--batch", "--signal=USR1", number],
+            [
+                "sbatch",
+                "--partition=high",
+                "--nodes=2",
+                "--gpus-per-node=8",
+                "--output=/dev/null",
+                "--wrap=sleep 1",
+            ],
+            ["scontrol", "requeue", number],
+            ["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test"],
+        ]
+    ):
+        job.wait_for_units(number)
+        cluster(*words)
+        job.wait_for_restarts(n + 1)
+
+
+def disturb_array(array):
+    """The same, each to another element, and TERM to the ranks of one without a word to its batch shell."""
+    cluster, (first, second, third) = array.cluster, array.elements
+    array.wait_for_units(first, second)
+    cluster("scancel", "--batch", "--signal=USR1", first)
+    cluster("scancel", "--signal=TERM", second)
+    array.wait_for_restarts(2)
+    array.wait_for_units(third)
+    cluster(
+        "sbatch", "--partition=high", "--nodes=1", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    array.wait_for_restarts(3)
+    wait_until("two elements", lambda: len(array.running()) == 2)
+    array.wait_for_units(*array.running())
+    requeued, lost = array.running()
+    node = cluster.show(lost)["NodeList"]
+    cluster("scontrol", "requeue", requeued)
+    cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    array.wait_for_restarts(5)
+
+
+@pytest.mark.parametrize(("file", "disturb"), [(JOB, disturb_job), (ARRAY, disturb_array)], ids=[JOB, ARRAY])
+def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the_undisturbed_bits(
+    cluster, inputs, tmp_path, file, disturb
+):
+    job = submit(cluster, inputs, tmp_path / "job", file, ON_TWO_NODES[file])
+    disturb(job)
+    assert set(job.wait_for_end()) == {"COMPLETED"}, job.logs()
+    assert_same_bits(job.output, inputs.want)
+    assert Counter(job.units()) == dict.fromkeys(range(N_SAMPLES // ROWS_PER_UNIT), 1), (
+        "each unit by one of them"
+    )
+    verified = subprocess.run(
+        [sys.executable, "-m", "gradproj", "verify", job.output], capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    for element in job.elements:
+        starts = [int(n) for n in re.findall(r" start (\d+): nodes ", job.log(element))]
+        assert starts == list(range(1, cluster.restarts(element) + 2)), job.log(element)
+    assert "told to stop (USR1): saving" in job.logs()
+    assert "complete" in job.log(job.elements[-1]).splitlines()[-1]
+
+
+def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(cluster, inputs, tmp_path):
+    jobs = {
+        (file, wrong): submit(
+            cluster, inputs, tmp_path / f"{n}{wrong}", file, option, **{wrong: tmp_path / "none"}
+        )
+        for n, (file, option) in enumerate([(JOB, "--nodes=1"), (ARRAY, "--array=0-0")])
+        for wrong in ("proj_rank_totl", "model")
+    }
+    for (_, wrong), job in jobs.items():
+        assert job.wait_for_end() == ["FAILED"], job.logs()
+        assert (job.restarts(), job.output.exists()) == (0, False)
+        log = job.log(job.elements[0])
+        said = [line for line in log.splitlines() if re.match(r"gradproj: (?!\d{4}-)", line)]
+        assert len(said) == 1, log
+        assert ("--proj_rank_total" if wrong == "proj_rank_totl" else str(tmp_path / "none")) in said[0]
+        assert "Traceback" not in log
+        assert log.splitlines()[-1].endswith("the job cannot run as it is (code 2); it is not queued again")
+
+
+def test_a_mistake_that_shows_on_the_way_is_not_queued_again_either(cluster, inputs, tmp_path):
+    """A tar that changes under the job. The other element of the array meets it as well, and ends by itself."""
+    jobs = []
+    for file, option in ((JOB, "--nodes=1"), (ARRAY, "--array=0-0")):
+        tars = Path(
+            subprocess.check_output(["cp", "-rv", inputs.shards, tmp_path / file], text=True)
+            and tmp_path / file
+        )
+        jobs.append(submit(cluster, inputs, tmp_path / f"job-{file}", file, option, shards=tars))
+    for job in jobs:
+        job.wait_for_units(job.elements[0])
+    for tar in tmp_path.glob("*.sbatch/*.tar"):
+        tar.write_bytes(tar.read_bytes()[:1024])
+    for job in jobs:
+        assert job.wait_for_end() == ["FAILED"], job.logs()
+        assert job.restarts() == 0
+        assert job.log(job.elements[0]).splitlines()[-1].endswith("failed.json; it is not queued again")
+
+
+def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(cluster, inputs, tmp_path):
+    jobs = [
+        submit(cluster, inputs, tmp_path / file, file, option, ranks=2)
+        for file, option in ((JOB, "--nodes=1"), (ARRAY, "--array=0-0"))
+    ]
+    for job in jobs:
+        job.wait_for_units("*")
+    cluster("scancel", *(job.number for job in jobs))
+    for job in jobs:
+        assert job.wait_for_end() == ["CANCELLED"], job.logs()
+        assert job.restarts() == 0
+        assert "ended by scancel or by Slurm" in job.logs()
+
+
+@pytest.mark.parametrize("file", [JOB, ARRAY, "index_pile.sbatch"])
+def test_a_cluster_of_nodes_with_8_gpus_takes_the_files_as_they_are(cluster, file):
+    said = cluster("sbatch", "--test-only", "--partition=whole", ROOT / "slurm" / file, cwd=ROOT)
+    assert "to start at" in said
+    too_much = cluster(
+        "sbatch", "--test-only", "--partition=whole", "--gpus-per-node=9", ROOT / "slurm" / file, check=False
+    )
+    assert "Requested node configuration is not available" in too_much
