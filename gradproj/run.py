@@ -105,7 +105,9 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
         if job.owner.rank == 0:
             print_start(plan, device, chunk_verdict(model))
         reader = UnitReader(plan.index, tokenizer, plan.unit_settings, stop)
-        engine = GradProjLoraEngine.from_config(model, plan.config.projection, matrices)
+        engine = GradProjLoraEngine.from_config(
+            model, plan.config.projection, matrices, plan.config.job.gradient_checkpointing
+        )
         stop.drain()
         with engine, progress_display(job), Writer() as writer:
             projector = UnitProjector(model, engine, plan.unit_settings, progress, stop)
@@ -137,4 +139,6 @@ def progress_display(job: Job) -> ProgressDisplay:
 
 
 if __name__ == "__main__":
-    sys.exit(main(stop=early))
+    code = main(stop=early)
+    early.end()
+    sys.exit(code)

@@ -78,6 +78,15 @@ class StopRequest:
         """From now on there is something to save."""
         self._draining = True
 
+    def end(self) -> None:
+        """From now on there is nothing to stop any more, and signals are ignored.
+
+        Python takes its handlers away before it ends: a launcher would see a rank that has saved all and is then
+        told so once more as one that was killed, and start all ranks again.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def ask(self, reason: str) -> None:
         """Ask the loop to stop after the batch in flight."""
         if self._asked_at is None:

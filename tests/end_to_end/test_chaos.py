@@ -1,0 +1,75 @@
+"""Real jobs killed at random moments: nothing is lost, nothing is left, and every bit is that of an undisturbed job."""
+
+import itertools
+import os
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from chaos import Scene, Tally, discard, fill_under_kills
+from jobs import make_corpus, mixed_documents, run_job
+
+SETTINGS = {
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 8,
+    "batch_tokens": 300,
+    "max_length": 48,
+    "rows_per_shard": 16,
+}
+LANES = 3
+"""Stores that are filled side by side in the long form: a job's start and end wait more than they compute."""
+
+
+def make_scene(folder, model_dir, n_documents):
+    corpus = make_corpus(folder / "tars", mixed_documents(n_documents), per_tar=500)
+    scene = Scene(corpus, model_dir, SETTINGS, folder / "undisturbed")
+    run_job(1, **scene.flags(scene.undisturbed))
+    return scene
+
+
+@pytest.fixture(scope="module")
+def seed():
+    return int(os.environ.get("CHAOS_SEED") or secrets.randbits(32))
+
+
+def say(capsys, text):
+    with capsys.disabled():
+        print(f"\n{text}", flush=True)
+
+
+@pytest.mark.parametrize(("jobs", "kills"), [(1, 5), (2, 4)])
+def test_a_few_kills_leave_the_store_of_an_undisturbed_job(tmp_path, model_dir, capsys, seed, jobs, kills):
+    scene = make_scene(tmp_path, model_dir, 1600)
+    tally, started = Tally(most=kills), time.monotonic()
+    print(f"CHAOS_SEED={seed}")
+    fill_under_kills(scene, tmp_path / "out", tally, np.random.default_rng([seed, jobs]), jobs)
+    print(tally.table(seed, time.monotonic() - started))
+
+
+@pytest.mark.chaos
+def test_hundreds_of_kills_leave_the_stores_of_an_undisturbed_job(tmp_path, model_dir, capsys, seed):
+    wanted = int(os.environ.get("CHAOS_KILLS", 300))
+    scene = make_scene(tmp_path, model_dir, 6000)
+    tally, started, numbers = Tally(most=10**9), time.monotonic(), itertools.count()
+    say(capsys, f"CHAOS_SEED={seed}")
+
+    def fill_one_store_after_the_other():
+        while len(tally.kills) < min(wanted, tally.most):
+            number = next(numbers)
+            output, rng = tmp_path / f"out{number}", np.random.default_rng([seed, number])
+            try:
+                # Two jobs of two ranks every other time.
+                fill_under_kills(scene, output, tally, rng, jobs=1 + number % 2)
+            except BaseException:
+                tally.most = 0  # the other lanes come to an end
+                raise
+            say(capsys, tally.table(seed, time.monotonic() - started))
+            discard(output)
+
+    with ThreadPoolExecutor(LANES) as lanes:
+        for lane in [lanes.submit(fill_one_store_after_the_other) for _ in range(LANES)]:
+            lane.result()
+    assert len(tally.kills) >= wanted

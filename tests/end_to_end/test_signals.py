@@ -1,0 +1,206 @@
+"""Signals and the launcher's death, sent to real jobs in the middle of a long batch, or of their imports."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chaos import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
+from jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, mixed_documents, run_job
+
+import gradproj
+
+SETTINGS = {
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 2,
+    "max_length": 48,
+    "rows_per_shard": 16,
+}
+SLOW_JOB = str(Path(__file__).parents[1] / "slow_job.py")
+FOR_EVER_S = "600"
+BATCHES_DONE = 3
+"""Of the eight or more of a unit."""
+
+SLOW_IMPORT = f"""
+import importlib.util, os, sys, time
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        if name == "torch" and "RANK" in os.environ:
+            return importlib.util.spec_from_loader(name, Slow)
+
+    def create_module(spec):
+        return None
+
+    def exec_module(module):
+        open(os.path.join(os.path.dirname(__file__), str(os.getpid())), "w").close()
+        time.sleep({FOR_EVER_S})
+
+sys.meta_path.insert(0, Slow)
+"""
+"""What a rank's Python runs first; the launcher imports torch as usual."""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, model_dir):
+    folder = tmp_path_factory.mktemp("signals")
+    corpus = make_corpus(folder / "tars", mixed_documents(64))
+    scene = Scene(corpus, model_dir, SETTINGS, folder / "undisturbed")
+    run_job(1, **scene.flags(scene.undisturbed))
+    return scene
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """``slow(seconds)``: the command of a job whose batch takes so long, and the folder where it says so."""
+    folder = tmp_path / "asleep"
+    folder.mkdir()
+    return lambda seconds: ([SLOW_JOB, str(folder), str(BATCHES_DONE), str(seconds)], folder)
+
+
+@pytest.fixture
+def slow_imports(tmp_path):
+    """The environment of a job whose ranks never come to the end of their imports, and where they say so."""
+    (tmp_path / "imports").mkdir()
+    (tmp_path / "imports" / "sitecustomize.py").write_text(SLOW_IMPORT)
+    home = str(Path(gradproj.__file__).parents[1])
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "imports"), home])}, tmp_path / "imports"
+
+
+def wait_until_asleep(folder, ranks, lives, said):
+    deadline = time.monotonic() + 120
+    while sum(path.name.isdigit() for path in folder.iterdir()) < ranks:
+        assert lives(), said()
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def start(scene, tmp_path):
+    """Start torchrun with two ranks, wait until both are asleep, and leave nothing of it behind."""
+    started = []
+
+    def start(folder, **options):
+        job = Job(scene, tmp_path / "out", ranks=2, **options)
+        started.append(job)
+        wait_until_asleep(folder, 2, job.is_running, job.said)
+        return job
+
+    yield start
+    for job in started:
+        job.end()
+
+
+def test_ranks_in_a_long_batch_are_gone_within_5_s_of_their_launchers_death(start, slow):
+    program, folder = slow(FOR_EVER_S)
+    job = start(folder, program=program)
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.wait_until_gone(ORPHAN_S)
+
+
+def test_ranks_that_still_import_are_gone_within_5_s_of_their_launchers_death(start, slow_imports):
+    environment, folder = slow_imports
+    job = start(folder, environment=environment)
+    os.kill(job.process.pid, signal.SIGKILL)
+    job.wait_until_gone(ORPHAN_S)
+
+
+def test_ctrl_c_during_the_imports_ends_all_with_one_line(start, slow_imports):
+    environment, folder = slow_imports
+    job = start(folder, environment=environment)
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.wait_until_gone(DRAIN_S)
+    said = job.log.read_text()
+    assert (
+        said.count("gradproj: stopped by SIGINT before the first unit; run the same command to go on\n") == 1
+    )
+    assert "KeyboardInterrupt" not in said
+    assert "gradproj/run.py" not in said
+
+
+def claims_held(output):
+    """Newest claims that were not given back."""
+    newest = {}
+    for path in (output / "claims").iterdir():
+        unit, number = path.name.split(".")
+        newest[unit] = max(newest.get(unit, (-1, None)), (int(number), path))
+    return [p.name for _, p in newest.values() if json.loads(p.read_text()) != {"released": True}]
+
+
+def saved_batches(output):
+    """Unit -> batches whose rows are in ``partial/``."""
+    names = [path.relative_to(output / "partial") for path in (output / "partial").glob("*/*")]
+    return {int(name.parts[0]): int(re.fullmatch(r"000000-(\d{6})\..*", name.name)[1]) for name in names}
+
+
+def assert_drained(output, ranks):
+    """Every rank has saved the batches it had done and the one in flight, and holds nothing any more."""
+    assert processes_with(str(output)) == []
+    assert claims_held(output) == []
+    assert [*(output / "tmp").iterdir(), *(output / "heartbeats").iterdir()] == []
+    assert list(saved_batches(output).values()) == [BATCHES_DONE] * ranks
+
+
+def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(scene, start, slow, tmp_path):
+    output, (program, folder) = tmp_path / "out", slow(4)
+    job = start(folder, program=program)
+    os.killpg(job.process.pid, signal.SIGINT)
+    job.wait_until_gone(DRAIN_S)
+    said = job.log.read_text()
+    assert said.count("gradproj: SIGINT: stopping after the batch in flight") == 1
+    assert re.search(r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to go on", said)
+    assert "gradproj/run.py" not in said, "a traceback"
+    assert_drained(output, ranks=2)
+
+    saved = saved_batches(output)
+    run_job(1, **scene.flags(output), verbose=True)
+    log = (output / "logs" / "rank-00000.log").read_text()
+    for unit, batches in saved.items():
+        first = re.search(rf"unit {unit}: batch (\d+) of", log)
+        assert int(first[1]) == batches + 1, f"unit {unit} was computed again"
+    assert_same_bits(output, scene.undisturbed)
+
+
+@pytest.fixture
+def start_alone(scene, tmp_path):
+    """Start one rank without a launcher, wait until it is asleep, and leave nothing of it behind."""
+    started = []
+
+    def start(program, folder):
+        command = [sys.executable, *program, *flags(**scene.flags(tmp_path / "out"))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        rank = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+        started.append(rank)
+        wait_until_asleep(folder, 1, lambda: rank.poll() is None, lambda: rank.communicate()[0])
+        return rank
+
+    yield start
+    for rank in started:
+        rank.kill()
+        rank.wait()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_signal(start_alone, slow, tmp_path):
+    rank = start_alone(*slow(4))
+    for _ in range(2):
+        rank.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    said, _ = rank.communicate(timeout=DRAIN_S)
+    assert rank.returncode == 128 + signal.SIGUSR1
+    assert "Stopped (SIGUSR1): 0 of 4 units are committed; run the same command to go on" in said
+    assert_drained(tmp_path / "out", ranks=1)
+
+
+def test_a_second_signal_after_3_s_ends_the_job_at_once(start_alone, slow):
+    rank = start_alone(*slow(FOR_EVER_S))
+    rank.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(4)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(ORPHAN_S) == 128 + signal.SIGTERM
