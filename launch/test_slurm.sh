@@ -7,10 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 INSTALL="apt-get install -y --no-install-recommends slurm-wlm munge"
 is_installed() {
-    local name
-    for name in munged slurmctld slurmd sbatch; do
-        PATH="$PATH:/usr/sbin:/sbin" command -v "$name" >/dev/null || return 1
-    done
+    PYTHONPATH=tests/slurm python -c 'import sys, cluster; sys.exit(cluster.find_daemons() is None)'
 }
 install_slurm() {
     local as_root=()
@@ -27,8 +24,9 @@ install_slurm() {
     # shellcheck disable=SC2086  # the words of the line
     "${as_root[@]}" $INSTALL || fail "the packages could not be installed, see above: $INSTALL"
 }
-is_installed || install_slurm
 
 set_up dev
 cd "$ROOT"
-exec "$VENV/bin/python" -m pytest -m slurm tests/slurm "$@" </dev/null
+export PATH="$VENV/bin:$PATH"
+is_installed || install_slurm
+exec python -m pytest -m slurm tests/slurm "$@" </dev/null

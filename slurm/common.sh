@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the sbatch files of the job share: the checks before it, the ranks, and the rule by which a job is queued again.
 # Sourced by them, from the checkout (sbatch runs a copy of the file itself, from elsewhere). They set CHECKOUT, PYTHON,
-# SHARDS, MODEL, OUTPUT_DIR, RANKS_PER_NODE, SHUTDOWN_S and RENDEZVOUS, and call: run_job "$@"
+# SHARDS, MODEL, OUTPUT_DIR, RANKS_PER_NODE, RESTARTS, SHUTDOWN_S and RENDEZVOUS, and call: run_job "$@"
 
 set -uo pipefail
 
@@ -30,13 +30,6 @@ set_flags() {
 # are no sign that this one gets on.
 count_units() {
     cat "$OUTPUT_DIR"/logs/rank-*-slurm-"$JOB".log 2>/dev/null | grep -c ' unit [0-9]* committed: '
-}
-
-# What this job has noted as its own failure; another job on the store may fail without harm to this one.
-own_failure() {
-    local noted
-    noted=$(cat "$OUTPUT_DIR/failed.json" 2>/dev/null)
-    [[ $noted != *"\"job_id\": \"slurm-$JOB\""* ]] || echo "$noted"
 }
 
 drained="" cancelled="" step=""
@@ -73,7 +66,7 @@ run_ranks() {
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         "$PYTHON" "$CHECKOUT/slurm/torchrun.py" "${RENDEZVOUS[@]}" \
         --nproc-per-node "$RANKS_PER_NODE" \
-        --max-restarts 3 \
+        --max-restarts "$RESTARTS" \
         --shutdown-timeout "$SHUTDOWN_S" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m gradproj.run "${JOB_FLAGS[@]}"
@@ -84,7 +77,7 @@ is_complete() {
 }
 
 run_job() {
-    local status=0 units_before failed_before
+    local status=0 units_before
     trap on_usr1 USR1
     trap on_term TERM
     set_flags "$@"
@@ -102,7 +95,10 @@ run_job() {
     fi
     mkdir -p "$OUTPUT_DIR/logs" || exit 2
     idle_mark=$OUTPUT_DIR/logs/slurm-$JOB.idle
-    units_before=$(count_units) failed_before=$(own_failure)
+    # The ranks make it when a mistake of the user's ends them; another job's mistake is no harm to this one.
+    failed_mark=$OUTPUT_DIR/logs/slurm-$JOB.failed
+    rm -f "$failed_mark"
+    units_before=$(count_units)
     if [[ -z $drained$cancelled ]] && is_complete >/dev/null 2>&1; then
         say "complete already"
         rm -f "$idle_mark"
@@ -112,24 +108,23 @@ run_job() {
         run_ranks
         status=$?
     fi
-    end_job "$status" $(($(count_units) - units_before)) "$failed_before"
+    end_job "$status" $(($(count_units) - units_before))
 }
 
-# end_job CODE UNITS FAILED_BEFORE: what a step returned cannot tell "saved and stopped" from "failed" in all cases, so
-# the store and the logs are asked as well.
+# end_job CODE UNITS: the code that the ranks ended with, and how many units they have committed in this start.
 end_job() {
-    local code=$1 units=$2 failed_before=$3
+    local code=$1 units=$2
+    if [[ -n $cancelled ]]; then
+        say "ended by scancel or by Slurm; $units units in this start"
+        exit 1
+    fi
     if is_complete; then
         say "complete; $units units by this job in this start"
         rm -f "$idle_mark"
         exit 0
     fi
-    if [[ -n $cancelled ]]; then
-        say "ended by scancel or by Slurm; $units units in this start"
-        exit 1
-    fi
-    if [[ $(own_failure) != "$failed_before" ]]; then
-        say "failed, see $OUTPUT_DIR/failed.json; it is not queued again"
+    if [[ -e $failed_mark ]]; then
+        say "ended by a mistake that has to be mended, see above or $OUTPUT_DIR/failed.json; it is not queued again"
         exit 1
     fi
     # A preemption may tell the ranks only, not this script: TERM is 15, USR1 is 10.

@@ -352,9 +352,13 @@ def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_p
 )
 def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, starts, clears):
     make_store(tmp_path)
+    (tmp_path / "logs").mkdir(exist_ok=True)
     note_failure(tmp_path, owner_like_me(job_id="slurm-70_1"), StoreError("a tar is damaged"))
+    mark = tmp_path / "logs" / "slurm-70_1.failed"
+    assert mark.exists()
     clear_failure(tmp_path, starts)
     assert (tmp_path / "failed.json").exists() != clears
+    assert mark.exists() == (starts != "slurm-70_1")
 
 
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])

@@ -60,7 +60,7 @@ ELEMENT = {"SLURM_ARRAY_JOB_ID": 7, "SLURM_ARRAY_TASK_ID": 3}
 
 NEW_UNIT = in_log("7", "unit 12 committed: x")
 DRAIN = "trap 'exit 1' USR1; kill -USR1 $PPID; for _ in {1..50}; do sleep 0.1; done"
-FAILED = """echo '{\n  "job_id": "slurm-%s",\n "when": "'$RANDOM$RANDOM'"}' >out/failed.json"""
+FAILED = "touch out/failed.json out/logs/slurm-%s.failed"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ FAILED = """echo '{\n  "job_id": "slurm-%s",\n "when": "'$RANDOM$RANDOM'"}' >out
         (dict(step=DRAIN), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 143"), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 138"), True, 1, "0 units in this start: queued again"),
-        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "failed.json; it is not queued again"),
+        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "a mistake that has to be mended, see above or"),
         (dict(step=f"{NEW_UNIT}; {FAILED % 71}; exit 1"), True, 1, "1 units in this start: queued again"),
         (dict(step=f"{NEW_UNIT}; kill -TERM $PPID; sleep 0.2"), False, 1, "ended by scancel or by Slurm"),
         (dict(step=DRAIN, starts=2), False, 1, "two starts in a row ended without a new unit"),
@@ -96,7 +96,7 @@ def test_the_batch_job_is_queued_again_only_where_that_helps(tmp_path, file, set
         (in_log("7_3", "unit 12 committed: x"), ["7_3"], "job 7_3, start 1: not complete; 1 units"),
         (in_log("7_30", "unit 12 committed: x"), [], "without a new unit; it is not queued again"),
         (in_log("7", "unit 12 committed: x"), [], "without a new unit; it is not queued again"),
-        (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_3'}", [], "failed, see"),
+        (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_3'}", [], "a mistake that has to be mended"),
         (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_30'}", ["7_3"], "queued again"),
         ("exit 143", ["7_3"], "queued again"),
     ],
@@ -109,7 +109,7 @@ def test_an_element_of_an_array_is_queued_again_alone_and_for_its_own_work(tmp_p
 
 
 def test_a_failure_noted_before_this_start_is_not_this_start_s(tmp_path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "logs").mkdir(parents=True)
     run_bash("-c", FAILED % 7, cwd=tmp_path)
     assert run_sbatch(tmp_path, f"{NEW_UNIT}; exit 1")[1] == ["7"]
 

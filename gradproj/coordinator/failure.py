@@ -12,6 +12,8 @@ from gradproj.store.files import write_and_replace
 from gradproj.store.layout import STORE_NAME
 
 FAILED_NAME = "failed.json"
+"""The last mistake of any job on the store. A Slurm job has a mark of its own beside it, which no other job overwrites
+and a full disk has room for: ``logs/slurm-70_1.failed``. Its batch script asks for that one."""
 
 
 def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
@@ -29,6 +31,8 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
     with suppress(
         OSError, StoreError
     ):  # the mistake may be a full disk; it is said on standard error as well
+        for mark in _own_mark(output, owner.job_id):
+            mark.touch()
         write_and_replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
@@ -37,10 +41,16 @@ def clear_failure(output: Path, job_id: str = "") -> None:
 
     But not what another element of the same Slurm array has failed of: nobody has mended anything since.
     """
+    for mark in _own_mark(output, job_id):
+        mark.unlink(missing_ok=True)
     array, failed = job_id.rpartition("_")[0], _failed_job(output)
     if job_id.startswith("slurm-") and array and failed != job_id and failed.rpartition("_")[0] == array:
         return
     (output / FAILED_NAME).unlink(missing_ok=True)
+
+
+def _own_mark(output: Path, job_id: str) -> list[Path]:
+    return [output / "logs" / f"{job_id}.failed"] if job_id.startswith("slurm-") else []
 
 
 def _failed_job(output: Path) -> str:

@@ -47,7 +47,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000,batch_sched_delay=0
-KillWait=5
+KillWait=15
 MinJobAge=600
 GresTypes=gpu
 {nodes}PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
@@ -69,11 +69,13 @@ def find_daemons() -> dict[str, str] | None:
     return {k: v for k, v in found.items() if v} if all(found.values()) else None
 
 
-def wait_until(what: str, holds: Callable[[], object], timeout_s: float = SLOW_S) -> None:
-    """Return when ``holds()`` is true; fails the test with ``what`` when that takes too long."""
+def wait_until(
+    what: str, holds: Callable[[], object], timeout_s: float = SLOW_S, instead: Callable[[], str] = str
+) -> None:
+    """Return when ``holds()`` is true; fails the test when that takes too long, with ``what`` and what is ``instead``."""
     until = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < until, f"waited {timeout_s:.0f} s in vain for: {what}"
+        assert time.monotonic() < until, f"waited {timeout_s:.0f} s in vain for {what}\n{instead()}"
         time.sleep(0.1)
 
 

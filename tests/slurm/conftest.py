@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cluster import find_daemons, running_cluster
 from jobs import make_corpus, make_model, mixed_documents, run_job
 
-N_SAMPLES, ROWS_PER_UNIT = 1600, 16
+N_SAMPLES, ROWS_PER_UNIT = 1280, 16
 SETTINGS = {
     "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 64, "batch_size": 1, "rows_per_shard": ROWS_PER_UNIT,
     "device": "cpu",
 }  # fmt: skip
-"""One document a batch: about half a minute of one core, and a unit every few tenths of a second."""
+"""One document a batch: about 15 seconds of one core, and a unit every few tenths of one."""
 
 
 @pytest.fixture(scope="session")

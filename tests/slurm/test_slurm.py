@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,12 @@ pytestmark = pytest.mark.slurm
 JOB, ARRAY = "project_pile.sbatch", "project_pile_array.sbatch"
 ON_TWO_NODES = {JOB: "--nodes=2", ARRAY: "--array=0-2"}
 """Three elements for two nodes: one waits until the others leave a node, or until all is done."""
-LONG_S = 240
+PREEMPT = [
+    "sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 1",
+]  # fmt: skip
+"""A job that takes both nodes from whoever has them."""
+LONG_S = 300
+"""For a job's next step, which is a start of several Python processes, on a machine that may be busy."""
 
 
 @dataclass
@@ -56,40 +63,37 @@ class Submitted:
         return [e for e in self.elements if self.cluster.state(e) == "RUNNING"]
 
     def wait_for_units(self, *elements: str) -> None:
-        """Return when each of these has committed another unit, or all of them another one."""
-        for element in elements:
-            before = len(self.units(element))
-            wait_until(
-                f"a unit by {element}\n{self.logs()}", lambda e=element, n=before: len(self.units(e)) > n
-            )
+        """Return when each of these has committed another unit."""
+        before = {element: len(self.units(element)) for element in elements}
+        for element, n in before.items():
+            self._wait(f"a unit by {element}", lambda e=element, n=n: len(self.units(e)) > n)
 
     def wait_for_restarts(self, n: int) -> None:
-        wait_until(f"{n} restarts\n{self.logs()}", lambda: self.restarts() >= n)
+        self._wait(f"{n} restarts", lambda: self.restarts() >= n)
 
     def wait_for_end(self) -> list[str]:
         """The elements' states at the end; no process is left."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED")
-        wait_until(
-            f"the end of {self.number}",
-            lambda: all(self.cluster.state(e) in ended for e in self.elements),
-            LONG_S,
-        )
+        ended = {"COMPLETED", "FAILED", "CANCELLED"}
+        self._wait("its end", lambda: {self.cluster.state(e) for e in self.elements} <= ended)
         wait_until("no process", lambda: not processes_with(str(self.output)), 10)
         return [self.cluster.state(e) for e in self.elements]
 
+    def _wait(self, what: str, holds: Callable[[], object]) -> None:
+        wait_until(f"{what} (job {self.number})", holds, LONG_S, self.logs)
 
-def submit(cluster, inputs, folder, file, *options, ranks=1, shards=None, **changes):
-    """Submit a batch file as it is, with the CPU's settings in the environment that a user gives it."""
+
+def submit(cluster, inputs, folder, file, *options, wrong=None, shards=None, **environment):
+    """Submit a batch file as it is, with the CPU's settings in the environment; ``wrong`` are other flags."""
     folder.mkdir()
     environment = {
         "PATH": os.environ["PATH"], "SLURM_CONF": cluster.environment["SLURM_CONF"], "OMP_NUM_THREADS": 1,
-        "HF_HUB_OFFLINE": 1, "PYTHON": sys.executable, "RANKS_PER_NODE": ranks, "HEAD_HOST": "127.0.0.1",
-        "SHARDS": shards or inputs.shards, "MODEL": inputs.model, "OUTPUT_DIR": folder / "out",
+        "HF_HUB_OFFLINE": 1, "PYTHON": sys.executable, "RANKS_PER_NODE": 1, "HEAD_HOST": "127.0.0.1",
+        "SHARDS": shards or inputs.shards, "MODEL": inputs.model, "OUTPUT_DIR": folder / "out", **environment,
     }  # fmt: skip
     exported = ",".join(f"{name}={value}" for name, value in environment.items())
     number = cluster(
         "sbatch", "--parsable", f"--chdir={folder}", f"--export={exported}", *options, ROOT / "slurm" / file,
-        *flags(**{**SETTINGS, **changes}), cwd=ROOT,
+        *flags(**{**SETTINGS, **(wrong or {})}), cwd=ROOT,
     )  # fmt: skip
     array = next((o for o in options if o.startswith("--array=")), None)
     n = 0 if array is None else 1 + int(array.rpartition("-")[2])
@@ -120,24 +124,25 @@ def disturb_job(job):
 
 
 def disturb_array(array):
-    """The same, each to another element, and TERM to the ranks of one without a word to its batch shell."""
+    """The same, each to another element, and TERM to the ranks of one without a word to its batch shell.
+
+    Always to all that are running, so that none finishes the work while the others start.
+    """
     cluster, (first, second, third) = array.cluster, array.elements
     array.wait_for_units(first, second)
     cluster("scancel", "--batch", "--signal=USR1", first)
     cluster("scancel", "--signal=TERM", second)
     array.wait_for_restarts(2)
     array.wait_for_units(third)
-    cluster(
-        "sbatch", "--partition=high", "--nodes=1", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 1"
-    )
-    array.wait_for_restarts(3)
-    wait_until("two elements", lambda: len(array.running()) == 2)
-    array.wait_for_units(*array.running())
+    cluster(*PREEMPT)
+    array.wait_for_restarts(4)
+    wait_until("two elements at work", lambda: len(array.running()) == 2, instead=array.logs)
     requeued, lost = array.running()
+    array.wait_for_units(requeued, lost)
     node = cluster.show(lost)["NodeList"]
     cluster("scontrol", "requeue", requeued)
     cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    array.wait_for_restarts(5)
+    array.wait_for_restarts(6)
 
 
 @pytest.mark.parametrize(("file", "disturb"), [(JOB, disturb_job), (ARRAY, disturb_array)], ids=[JOB, ARRAY])
@@ -165,7 +170,7 @@ def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the
 def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(cluster, inputs, tmp_path):
     jobs = {
         (file, wrong): submit(
-            cluster, inputs, tmp_path / f"{n}{wrong}", file, option, **{wrong: tmp_path / "none"}
+            cluster, inputs, tmp_path / f"{n}{wrong}", file, option, wrong={wrong: tmp_path / "none"}
         )
         for n, (file, option) in enumerate([(JOB, "--nodes=1"), (ARRAY, "--array=0-0")])
         for wrong in ("proj_rank_totl", "model")
@@ -182,36 +187,32 @@ def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(clu
 
 
 def test_a_mistake_that_shows_on_the_way_is_not_queued_again_either(cluster, inputs, tmp_path):
-    """A tar that changes under the job. The other element of the array meets it as well, and ends by itself."""
-    jobs = []
-    for file, option in ((JOB, "--nodes=1"), (ARRAY, "--array=0-0")):
-        tars = Path(
-            subprocess.check_output(["cp", "-rv", inputs.shards, tmp_path / file], text=True)
-            and tmp_path / file
-        )
-        jobs.append(submit(cluster, inputs, tmp_path / f"job-{file}", file, option, shards=tars))
-    for job in jobs:
-        job.wait_for_units(job.elements[0])
-    for tar in tmp_path.glob("*.sbatch/*.tar"):
+    """Tars that change under an array. Each element meets it, and knows its own failure from the others'."""
+    tars = shutil.copytree(inputs.shards, tmp_path / "tars")
+    array = submit(cluster, inputs, tmp_path / "job", ARRAY, "--array=0-1", shards=tars, RESTARTS=0)
+    array.wait_for_units(*array.elements)
+    for tar in tars.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:1024])
-    for job in jobs:
-        assert job.wait_for_end() == ["FAILED"], job.logs()
-        assert job.restarts() == 0
-        assert job.log(job.elements[0]).splitlines()[-1].endswith("failed.json; it is not queued again")
+    assert array.wait_for_end() == ["FAILED", "FAILED"], array.logs()
+    assert array.restarts() == 0
+    for element in array.elements:
+        log = array.log(element)
+        assert re.search(r"^gradproj: (?!\d{4}-).*\.tar", log, re.M), log
+        assert "ended by a mistake that has to be mended" in log.splitlines()[-1], log
 
 
 def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(cluster, inputs, tmp_path):
     jobs = [
-        submit(cluster, inputs, tmp_path / file, file, option, ranks=2)
-        for file, option in ((JOB, "--nodes=1"), (ARRAY, "--array=0-0"))
+        submit(cluster, inputs, tmp_path / JOB, JOB, "--nodes=1", RANKS_PER_NODE=2),
+        submit(cluster, inputs, tmp_path / ARRAY, ARRAY, "--array=0-0"),
     ]
     for job in jobs:
-        job.wait_for_units("*")
+        job.wait_for_units(job.elements[0])
     cluster("scancel", *(job.number for job in jobs))
     for job in jobs:
         assert job.wait_for_end() == ["CANCELLED"], job.logs()
         assert job.restarts() == 0
-        assert "ended by scancel or by Slurm" in job.logs()
+        assert "told to end (TERM)" in job.logs()
 
 
 @pytest.mark.parametrize("file", [JOB, ARRAY, "index_pile.sbatch"])
