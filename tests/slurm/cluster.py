@@ -72,7 +72,7 @@ def find_daemons() -> dict[str, str] | None:
 def wait_until(
     what: str, holds: Callable[[], object], timeout_s: float = SLOW_S, instead: Callable[[], str] = str
 ) -> None:
-    """Return when ``holds()`` is true; fails the test when that takes too long, with ``what`` and what is ``instead``."""
+    """Return when ``holds()`` is true; fails the test when that takes too long."""
     until = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < until, f"waited {timeout_s:.0f} s in vain for {what}\n{instead()}"
