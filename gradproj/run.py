@@ -4,7 +4,7 @@ Claim a unit, read it, batch it, run the engine, commit; nothing in the loop is 
 """
 
 from gradproj.dist import Process, choose_device, launcher_died, launcher_rank, start_group
-from gradproj.stopping import Stopped, StopRequest  # isort: split
+from gradproj.stopping import Stopped, StopRequest, leave  # isort: split
 
 if __name__ == "__main__":
     # Signals come, and launchers die, also in the seconds that the other imports take.
@@ -139,6 +139,4 @@ def progress_display(job: Job) -> ProgressDisplay:
 
 
 if __name__ == "__main__":
-    code = main(stop=early)
-    early.end()
-    sys.exit(code)
+    leave(main(stop=early))

@@ -1,12 +1,15 @@
 """Ending early and in order: signals ask the loop to stop, a second one ends the process at once."""
 
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from gradproj.errors import GradprojError, ReportedError
 
@@ -78,15 +81,6 @@ class StopRequest:
         """From now on there is something to save."""
         self._draining = True
 
-    def end(self) -> None:
-        """From now on there is nothing to stop any more, and signals are ignored.
-
-        Python takes its handlers away before it ends: a launcher would see a rank that has saved all and is then
-        told so once more as one that was killed, and start all ranks again.
-        """
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
     def ask(self, reason: str) -> None:
         """Ask the loop to stop after the batch in flight."""
         if self._asked_at is None:
@@ -140,3 +134,16 @@ class StopRequest:
             os._exit(1)
 
         threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now.
+
+    Python's own way out takes a second or more with torch in it, and minds nothing on it: no second signal (the
+    process dies of it, and torchrun takes a rank that has saved all for one that was killed), and no launcher's death.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -19,7 +19,7 @@ SETTINGS = {
     "max_length": 48,
     "rows_per_shard": 16,
 }
-LANES = 3
+LANES = 4
 """Stores that are filled side by side in the long form: a job's start and end wait more than they compute."""
 
 
