@@ -15,13 +15,28 @@ from gradproj.errors import ConfigError
 
 LONG_DOCUMENTS = ("truncate", "windows")
 
+AUTO = 0
+"""``--batch_tokens auto``: measured once, before the first unit."""
+
+MOST_PADDING = 0.05
+"""Share of a batch's tokens that may be padding."""
+
+FEW_TOKENS = 256
+"""Batches up to this size may be padded more: below it the start of a batch costs more than its tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     """How documents become batches. ``max_length`` and ``long_documents`` are part of the run's identity."""
 
-    batch_size: int = field(default=32, metadata={"help": "most sequences in a batch"})
-    batch_tokens: int = field(default=8192, metadata={"help": "most tokens in a batch, padding counted"})
+    batch_size: int = field(default=256, metadata={"help": "most sequences in a batch"})
+    batch_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "most tokens in a batch, padding counted; auto: measured once on the device, at the start",
+            "words": {"auto": AUTO},
+        },
+    )
     max_length: int = field(
         default=0,
         metadata={"help": "most tokens of a sequence; 0 = the least of 1024 and the model's positions"},
@@ -42,9 +57,10 @@ class BatchConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_tokens < 0:
+            raise ConfigError(f"--batch_tokens must be at least 1, or auto, got {self.batch_tokens}")
         if self.max_length < 0 or self.max_length == 1:
             raise ConfigError(
                 f"--max_length must be at least 2 (a token and its target), got {self.max_length}; "
@@ -103,19 +119,24 @@ def split_long(tokens: Sequence[int] | np.ndarray, max_length: int, long_documen
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
-    """Which sequences go together: sorted by length, longest first, under both budgets.
+    """Which sequences go together: sorted by length, longest first, under both budgets and with little padding.
 
-    The longest come first so that a batch too large for the device shows at once. A sequence longer
-    than ``batch_tokens`` is a batch of its own.
+    The longest come first so that a batch too large for the device shows at once. A sequence longer than
+    ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would bring its padding over
+    ``MOST_PADDING``, unless it has ``FEW_TOKENS``.
 
     Returns:
         Arrays of positions in ``lengths``; every position once.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    sizes = np.asarray(lengths, dtype=np.int64)[order]
     batches, start = [], 0
     while start < len(order):
-        width = lengths[order[start]]
-        count = max(1, min(batch_size, batch_tokens // width))
+        width = sizes[start]
+        chosen = sizes[start : start + max(1, min(batch_size, batch_tokens // width))]
+        computed = width * np.arange(1, len(chosen) + 1)
+        fits = (chosen.cumsum() >= (1 - MOST_PADDING) * computed) | (computed <= FEW_TOKENS)
+        count = len(chosen) if fits.all() else int(np.argmin(fits))
         batches.append(order[start : start + count])
         start += count
     return batches

@@ -9,7 +9,7 @@ from gradproj.checkpoint import ModelConfig
 from gradproj.coordinator.config import JobConfig
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
-from gradproj.flags import flag_of, parse
+from gradproj.flags import flag_of, in_words, parse
 from gradproj.projection import ProjectionConfig
 from gradproj.store.layout import StoreConfig
 
@@ -31,7 +31,7 @@ class RunConfig:
     def as_flags(self) -> dict[str, Any]:
         """Flag -> value, flat: what ``run_config.json`` holds and ``--config`` takes back."""
         return {
-            flag_of(f): getattr(section, f.name)
+            flag_of(f): in_words(f, getattr(section, f.name))
             for section in (getattr(self, s.name) for s in dataclasses.fields(self))
             for f in dataclasses.fields(section)
         }

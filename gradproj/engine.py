@@ -53,6 +53,8 @@ class GradProjLoraEngine:
             training goes on.
         matrices: layer -> ``(P_i, P_o)`` to use instead of drawing them.
         token_covariances: sum ``TokenCovariances`` as well.
+        gradient_checkpointing: with ``freeze_weights``: keep the inputs of the model's blocks only and run each
+            forward once more on the way back; the same rows in less memory.
 
     Raises:
         ModelError: no such layer, or one of an unsupported type.
@@ -75,6 +77,7 @@ class GradProjLoraEngine:
         freeze_weights: bool = False,
         matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         token_covariances: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
         config = ProjectionConfig(
@@ -85,7 +88,7 @@ class GradProjLoraEngine:
         self.proj_dtype = _dtype(proj_dtype)
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
         self.proj_save_interval = proj_save_interval
-        self._freeze = freeze_weights
+        self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
         self._layers = place_layers(module, config, matrices)
         self._capture = BatchCapture(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
@@ -102,12 +105,13 @@ class GradProjLoraEngine:
         module: nn.Module,
         config: ProjectionConfig,
         matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> "GradProjLoraEngine":
         """An engine for the job: weights frozen, token covariances summed."""
         return cls(
             module, config.layers, config.rank_total, config.rank_min, config.seed, proj_kind=config.kind,
             include_embeddings=config.include_embeddings, matrices=matrices, freeze_weights=True,
-            token_covariances=True,
+            token_covariances=True, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
 
     # --- what the engine is ---
@@ -143,7 +147,7 @@ class GradProjLoraEngine:
         if self._handles:
             return self
         if self._freeze:
-            self._frozen = FrozenModel(self.module)
+            self._frozen = FrozenModel(self.module, self._checkpoint)
         self._handles = [self.module.register_forward_pre_hook(self._on_batch, with_kwargs=True)]
         inner = unwrap(self.module)
         body = getattr(inner, "base_model", inner)

@@ -1,7 +1,8 @@
 """Dataclasses from flags and one flat TOML file of the same names; needs none of the stages it is given.
 
 A field's flag is its name, or ``metadata["flag"]``; ``metadata["help"]`` and ``metadata["choices"]`` go to the
-parser. What a dataclass checks in ``__post_init__`` is checked however the value came in.
+parser; ``metadata["words"]`` are words that stand for a value, ``{"auto": 0}``. What a dataclass checks in
+``__post_init__`` is checked however the value came in.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +57,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_flag(parser: argparse.ArgumentParser, flag: str, f: dataclasses.Field) -> None:
     kind, repeated = _kind(f)
-    default = "" if _is_required(f) or f.default in (None, "", ()) else f" (default: {f.default})"
+    default = (
+        "" if _is_required(f) or f.default in (None, "", ()) else f" (default: {in_words(f, f.default)})"
+    )
     options: dict[str, Any] = {
         "help": f.metadata.get("help", "").replace("%", "%%") + default,
         "default": None,
@@ -65,11 +69,30 @@ def _add_flag(parser: argparse.ArgumentParser, flag: str, f: dataclasses.Field) 
     elif f.metadata.get("positional"):
         parser.add_argument(flag, nargs="+" if repeated else None, type=kind, help=options["help"])
     else:
-        choices = f.metadata.get("choices")
-        metavar = "|".join(map(str, choices)) if choices else kind.__name__.upper()
+        choices, words = f.metadata.get("choices"), f.metadata.get("words", {})
+        metavar = "|".join(map(str, choices or (*words, kind.__name__.upper())))
         parser.add_argument(
-            f"--{flag}", type=kind, metavar=metavar, nargs="+" if repeated else None, **options
+            f"--{flag}",
+            type=_reader_of(kind, words),
+            metavar=metavar,
+            nargs="+" if repeated else None,
+            **options,
         )
+
+
+def _reader_of(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
+    """What turns the text of a flag into its value."""
+
+    def read(text: str) -> Any:
+        return words[text] if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # argparse says it where a text is refused
+    return read
+
+
+def in_words(f: dataclasses.Field, value: Any) -> Any:
+    """A field's value as it is written in a file or on a command line: the word that stands for it, if any does."""
+    return next((word for word, meant in f.metadata.get("words", {}).items() if meant == value), value)
 
 
 def _kind(f: dataclasses.Field) -> tuple[type, bool]:
@@ -121,6 +144,7 @@ def _read_toml(path: Path, fields: dict[str, dataclasses.Field]) -> dict[str, An
 
 def _from_toml(path: Path, key: str, value: Any, f: dataclasses.Field) -> Any:
     kind, repeated = _kind(f)
+    value = f.metadata.get("words", {}).get(value, value) if isinstance(value, str) else value
     items = value if repeated and isinstance(value, list) else [value]
     if kind is float:
         items = [float(item) if type(item) is int else item for item in items]

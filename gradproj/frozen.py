@@ -3,15 +3,19 @@
 The forms compute what the modules compute, to rounding. All is undone at the end: flags, modes, methods.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from gradproj.errors import ModelError
 from gradproj.products import linear, uses_onednn
 
 
@@ -20,21 +24,34 @@ class FrozenModel:
 
     Args:
         module: the model.
-        fast_forms: put the faster forms in too.
+        gradient_checkpointing: keep the inputs of the model's blocks only, and run each block forward again on the
+            way back: less memory for a third more time. (transformers' own does it in training mode alone.)
+
+    Raises:
+        ModelError: checkpointing was asked for, and transformers marks no block of the model for it.
     """
 
-    def __init__(self, module: nn.Module, fast_forms: bool = True) -> None:
+    def __init__(self, module: nn.Module, gradient_checkpointing: bool = False) -> None:
         self._before: list[tuple[Any, str, bool]] = []
         self._swapped: list[nn.Module] = []
         for parameter in module.parameters():
             self._set(parameter, "requires_grad", False)
         for part in module.modules():
             self._set(part, "training", False)
-            form = _FORMS.get(type(part)) if fast_forms else None
+            form = _FORMS.get(type(part))
+            if gradient_checkpointing and isinstance(part, GradientCheckpointingLayer):
+                form = _checkpointed
             # A forward of the module's own (a quantizer's, an offloader's) does something that no form knows.
             if form is not None and "forward" not in vars(part):
                 part.forward = form(part)
                 self._swapped.append(part)
+        if gradient_checkpointing and not any(
+            isinstance(part, GradientCheckpointingLayer) for part in self._swapped
+        ):
+            self.undo()
+            raise ModelError(
+                f"--gradient_checkpointing: transformers marks no block of {type(module).__name__} for it; leave it out"
+            )
 
     def undo(self) -> None:
         """Give the model back its flags, modes and methods."""
@@ -87,7 +104,11 @@ def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
     return lambda x: F.gelu(x, approximate="tanh")
 
 
-_FORMS: dict[type[nn.Module], Callable[[Any], Callable[[Tensor], Tensor]]] = {
+def _checkpointed(module: GradientCheckpointingLayer) -> Callable[..., Any]:
+    return functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+_FORMS: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
     nn.Linear: _dense,
     Conv1D: _conv1d,
     NewGELUActivation: _new_gelu,

@@ -121,7 +121,7 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
     chosen, _ = choose_device(device, 0)
     model = load_model(files, chosen)
     matrices = matrices_on(chosen, store.projection_matrices)
-    engine = GradProjLoraEngine.from_config(model, run.projection, matrices)
+    engine = GradProjLoraEngine.from_config(model, run.projection, matrices, run.job.gradient_checkpointing)
     vocabulary = load_model_config(files).get_text_config().vocab_size
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen)
 

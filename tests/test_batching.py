@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradproj.batching import BatchConfig, collate, plan_batches, split_long
+from gradproj.errors import ConfigError
 from gradproj.loss import Targets
 
 LENGTHS = np.random.default_rng(0).integers(2, 100, 137).tolist()
@@ -38,10 +39,36 @@ def test_batches_hold_every_sequence_once_within_both_budgets_longest_first(size
         assert len(batch) == 1 or len(batch) * width <= tokens
 
 
-def test_no_batch_could_have_taken_the_next_sequence():
-    batches = plan_batches(LENGTHS, 1000, 300)
-    for batch in batches[:-1]:
-        assert (len(batch) + 1) * LENGTHS[batch[0]] > 300
+def real_share(lengths, batch):
+    return sum(lengths[i] for i in batch) / (len(batch) * max(lengths[i] for i in batch))
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_no_batch_could_have_taken_the_next_sequence(few, monkeypatch):
+    monkeypatch.setattr("gradproj.batching.FEW_TOKENS", few)
+    batches = plan_batches(LENGTHS, 1000, 2000)
+    for batch, following in pairwise(batches):
+        larger = [*batch, following[0]]
+        tokens = len(larger) * LENGTHS[batch[0]]
+        assert tokens > 2000 or (real_share(LENGTHS, larger) < 0.95 and tokens > few)
+
+
+@pytest.mark.parametrize("n", [300, 4096])
+@pytest.mark.parametrize("budget", [2048, 8192, 65536])
+@pytest.mark.parametrize("kind", ["uniform", "log-uniform", "log-normal"])
+def test_at_least_95_percent_of_the_computed_tokens_are_real(kind, budget, n):
+    generator = np.random.default_rng(0)
+    drawn = {
+        "uniform": generator.uniform(1, 2000, n),
+        "log-uniform": np.exp(generator.uniform(0, np.log(2000), n)),
+        "log-normal": generator.lognormal(5.5, 1.2, n),
+    }
+    lengths = [
+        int(x) for x in drawn[kind].clip(1, 2000) if x >= 2
+    ]  # of one token there is nothing to compute
+    batches = plan_batches(lengths, 256, budget)
+    computed = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert sum(lengths) / computed >= 0.95
 
 
 def test_no_sequence_makes_no_batch():
@@ -60,7 +87,7 @@ def test_a_batchs_targets_are_those_of_its_labels():
     assert batch.n_tokens == 10
 
 
-@pytest.mark.parametrize("name", ["batch_size", "batch_tokens"])
-def test_a_budget_of_nothing_is_refused(name):
-    with pytest.raises(Exception, match=f"--{name} must be at least 1, got 0"):
-        BatchConfig(**{name: 0})
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_tokens", -1)])
+def test_a_budget_of_nothing_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"--{name} must be at least 1.*, got {value}"):
+        BatchConfig(**{name: value})

@@ -154,6 +154,26 @@ def test_gradient_checkpointing_leaves_the_rows_as_they_are():
     assert relative_error(again, rows) < 1e-6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engines_own_checkpointing_leaves_the_rows_as_they_are(family):
+    model = small_model(family)
+    ids, labels = ragged_batch(LENGTHS)
+    rows, engine = rows_of(model, ids, labels, freeze_weights=True)
+    calls = []
+    engine.targets[0].module.register_forward_pre_hook(lambda m, a: calls.append(1))
+    again, _ = rows_of(model, ids, labels, freeze_weights=True, gradient_checkpointing=True)
+    assert len(calls) == 2, "the block was not computed again"
+    assert torch.equal(again, rows)
+
+
+def test_checkpointing_a_model_without_blocks_for_it_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    engine = GradProjLoraEngine(model, "0", 4, 2, freeze_weights=True, gradient_checkpointing=True)
+    with pytest.raises(ModelError, match="transformers marks no block of Sequential"):
+        engine.attach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
 def test_the_batchs_reduction_of_per_sample_losses_is_undone(reduce):
     model = small_model("gpt2")

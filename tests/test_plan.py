@@ -78,7 +78,7 @@ WRONG_VALUES = [
     ({"compressor": "lz4"}, "--compressor is 'lz4'"),
     ({"rows_per_shard": -1}, "--rows_per_shard"),
     ({"batch_size": 0}, "--batch_size must be at least 1"),
-    ({"batch_tokens": 0}, "--batch_tokens must be at least 1"),
+    ({"batch_tokens": -1}, "--batch_tokens must be at least 1, or auto"),
     ({"max_length": 1}, "--max_length must be at least 2"),
     ({"max_length": 65}, "--max_length 65 is more than the model's 64 positions"),
     ({"long_documents": "skip"}, "--long_documents is 'skip'"),

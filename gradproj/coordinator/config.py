@@ -26,6 +26,10 @@ class JobConfig:
     deterministic: bool = field(
         default=False, metadata={"help": "deterministic kernels on CUDA, for bitwise equal stores (slower)"}
     )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "less memory for activations, a third more time: larger models and longer sequences fit"},
+    )
     proj_save_interval: int = field(
         default=0,
         metadata={"help": "save a unit's new rows to partial/ every so many batches; 0 = only when stopped"},

@@ -83,11 +83,13 @@ def measure_memory(model_name: str, n_samples: int) -> dict[str, float]:
     return peaks
 
 
-def variants(model: nn.Module, n_samples: int) -> dict[str, Variant]:
+def variants(model: nn.Module, n_samples: int, checkpointing: bool = False) -> dict[str, Variant]:
     """Name -> what is timed."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (n_samples, 512), generator=generator)
-    engine = GradProjLoraEngine(model, freeze_weights=True, token_covariances=True)
+    engine = GradProjLoraEngine(
+        model, freeze_weights=True, token_covariances=True, gradient_checkpointing=checkpointing
+    )
 
     def plain() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -123,10 +125,8 @@ def variants(model: nn.Module, n_samples: int) -> dict[str, Variant]:
 def peak_bytes(model_name: str, name: str, n_samples: int) -> int:
     """The most resident memory that one run adds to a process which holds the model."""
     model = MODELS[model_name]()
-    if name == "engine, checkpointing":
-        name = "engine"
-        model.gradient_checkpointing_enable()
-    small, large = (variants(model, n)[name] for n in (1, n_samples))
+    kind, checkpointing = name.removesuffix(", checkpointing"), name.endswith(", checkpointing")
+    small, large = (variants(model, n, checkpointing)[kind] for n in (1, n_samples))
     small.seconds(float)  # libraries set themselves up at their first call
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
