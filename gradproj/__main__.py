@@ -19,6 +19,9 @@ COMMANDS = {
     "prepare": Command("gradproj.commands", "prepare_command", "documents of any kind to WebDataset tars"),
     "index": Command("gradproj.commands", "index_command", "tars to a corpus index"),
     "plan": Command("gradproj.commands", "plan_command", "check the job's flags and say what it will take"),
+    "diagnose": Command(
+        "gradproj.diagnose", "diagnose_command", "rows alone, batched, padded, in float32 and bfloat16"
+    ),
     "run": Command("gradproj.run", "run", "the job, as one rank; torchrun -m gradproj.run for several"),
     "status": Command("gradproj.commands", "status_command", "how far a store is"),
     "verify": Command("gradproj.commands", "verify_command", "check every checksum of a store"),
