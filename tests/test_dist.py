@@ -1,10 +1,12 @@
 """Who a process is, and which device it takes."""
 
+import socket
+
 import pytest
 import torch
 
 from gradproj import dist
-from gradproj.dist import JobName, Process, choose_device
+from gradproj.dist import JobName, Process, choose_device, launcher_died, launcher_rank
 from gradproj.errors import ConfigError
 
 
@@ -105,3 +107,20 @@ def test_more_ranks_than_gpus_on_a_node_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: this node shows 2"):
         choose_device("auto", 2)
+
+
+def test_a_rank_is_what_a_launcher_set(monkeypatch):
+    assert launcher_rank() is None
+    monkeypatch.setenv("RANK", "3")
+    assert launcher_rank() == 3
+
+
+def test_torchrun_is_dead_where_nobody_listens_at_its_store(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        assert not launcher_died()
+    assert launcher_died()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not launcher_died(), "the store of another rank says nothing of the launcher"
