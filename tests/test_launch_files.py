@@ -193,3 +193,30 @@ def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
     done = run_bash(ROOT / "launch/multi_node.sh", "--shards", "x", cwd=tmp_path, PYTHON=python)
     assert done.returncode == 2
     assert "set NODES (how many machines) and HEAD" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("user", "sudo", "apt", "calls", "message"),
+    [
+        (0, 1, 0, ["update -q", "install -y --no-install-recommends slurm-wlm munge"], ""),
+        (1000, 0, 0, ["update -q", "install -y --no-install-recommends slurm-wlm munge"], ""),
+        (1000, 1, 0, [], "sudo apt-get install -y --no-install-recommends slurm-wlm munge"),
+        (0, 1, 1, ["update -q"], "apt-get update failed, see above; then: apt-get install -y"),
+    ],
+)
+def test_the_slurm_test_installs_slurm_or_says_how(tmp_path, user, sudo, apt, calls, message):
+    bin_dir = tmp_path / "bin"
+    stub(bin_dir, "apt-get", f'echo "$*" >>"{tmp_path}/calls"; exit {apt}')
+    stub(bin_dir, "sudo", f'[[ $1 != -n ]] || exit {sudo}; "$@"')
+    venv = fake_venv(tmp_path / "venv", 'case "$*" in *find_daemons*) exit 1;; esac')
+    # Bash's own variables for the user cannot be set.
+    script = (ROOT / "launch" / "test_slurm.sh").read_text().replace("EUID", str(user))
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "test_slurm.sh").write_text(script)
+    (tmp_path / "launch" / "setup.sh").symlink_to(ROOT / "launch" / "setup.sh")
+    (tmp_path / "calls").touch()
+    path = f"{bin_dir}:{os.environ['PATH']}"
+    done = run_bash(tmp_path / "launch" / "test_slurm.sh", "-x", path=path, cwd=tmp_path, GRADPROJ_VENV=venv)
+    assert (tmp_path / "calls").read_text().splitlines() == calls, done.stderr
+    assert (done.returncode, message in done.stderr) == (2 if message else 0, True)
+    assert ("-m pytest -m slurm tests/slurm -x" in (venv / "calls").read_text()) == (not message)
