@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.batching import BATCH_FILE
 from gradproj.capture import place_widths
 from gradproj.checkpoint import ModelFiles, fetch
 from gradproj.config import RunConfig
@@ -38,6 +39,7 @@ OUR_FILES = {
     *FOLDERS,
     STORE_NAME,
     INDEX_NAME,
+    BATCH_FILE,
     "metadata.json",
     "run_config.json",
     "projection_stats.json",

@@ -21,6 +21,7 @@ from gradproj.loss import Targets, per_sample_loss
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.records import UnitRecord
+from gradproj.transfer import after_what_runs_now, fetch
 from gradproj.unit import PreparedUnit, UnitSettings
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,9 @@ log = logging.getLogger(__name__)
 class UnitProjector:
     """Runs a prepared unit through the engine.
 
-    Rows are summed on the device and cross to the host once a unit: no value is read back batch by batch, and
-    batches are copied from pinned memory. (transformers itself asks the device for one value per forward pass,
-    to see whether a batch is packed.)
+    Rows are summed on the device and cross to the host once a unit, in the thread that writes them, while the next
+    unit runs. No value is read back batch by batch, and batches are copied from pinned memory. (transformers itself
+    asks the device for one value per forward pass, to see whether a batch is packed.)
 
     Args:
         model: frozen, in eval mode, on its device.
@@ -54,10 +55,12 @@ class UnitProjector:
         self._device = next(model.parameters()).device
         self._started = time.monotonic()
 
-    def project(self, prepared: PreparedUnit, partial: PartialLog, save_interval: int = 0) -> UnitRows | None:
+    def project(
+        self, prepared: PreparedUnit, partial: PartialLog, save_interval: int = 0
+    ) -> "ProjectedUnit | None":
         """The unit's rows; None if it was told to stop, after saving what it had."""
         started_at, started = time.time(), time.perf_counter()
-        total = _UnitSums(prepared, self._engine, self._device)
+        total = UnitSums(prepared, self._engine, self._device)
         done, saved = partial.read()
         for part in saved:
             total.replay(part)
@@ -80,22 +83,22 @@ class UnitProjector:
             "seconds": time.perf_counter() - started,
             "finished_at": time.time(),
         }
-        return total.finish(self._settings, stats)
+        return ProjectedUnit(total, self._settings, stats)
 
-    def _save_on_leaving(self, partial: PartialLog, first: int, last: int, total: "_UnitSums") -> None:
+    def _save_on_leaving(self, partial: PartialLog, first: int, last: int, total: "UnitSums") -> None:
         try:
             partial.append(first, last, total.take_touched())
         except StoreError as error:
             # These rows are computed again; the way out must stay open on a full disk too.
             log.warning("rows of an unfinished unit are not saved: %s", error)
 
-    def _run(self, batch: Batch, total: "_UnitSums") -> None:
+    def _run(self, batch: Batch, total: "UnitSums") -> None:
         """One batch; halved and tried again where the device has no memory for it."""
         try:
             self._forward_backward(batch, total)
             return
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Whatever the batch left behind on its way is made again by its halves.
         self._engine.clear_gradients()
@@ -111,7 +114,7 @@ class UnitProjector:
         for half in (batch.sequences[:middle], batch.sequences[middle:]):
             self._run(collate(total.prepared.sequences, half, pad=0).to(self._device), total)
 
-    def _forward_backward(self, batch: Batch, total: "_UnitSums") -> None:
+    def _forward_backward(self, batch: Batch, total: "UnitSums") -> None:
         self._engine.set_token_mask(batch.token_mask)
         targets = Targets(batch.positions, batch.targets)
         losses = per_sample_loss(self._model, {"input_ids": batch.input_ids, "targets": targets})
@@ -130,23 +133,24 @@ class UnitProjector:
         faults.at("batch done")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device has no memory left."""
     # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-class _UnitSums:
+class UnitSums:
     """A unit's rows as they grow, on the device."""
 
     def __init__(self, prepared: PreparedUnit, engine: GradProjLoraEngine, device: torch.device) -> None:
         n = len(prepared.columns["status"])
         self.prepared, self._engine, self._device = prepared, engine, device
-        self._rows = torch.zeros(n, engine.total_proj_dim, device=device)
-        self._losses = torch.zeros(n, device=device)
+        self.rows = torch.zeros(n, engine.total_proj_dim, device=device)
+        self.losses = torch.zeros(n, device=device)
         self._touched: list[np.ndarray] = []
         self._failed: list[np.ndarray] = []
         engine.take_token_covariances()  # a unit that was stopped may have left some
-        self._covariances = engine.take_token_covariances()
+        self.covariances = engine.take_token_covariances()
 
     def add(self, sequences: np.ndarray, rows: Tensor, losses: Tensor) -> None:
         """Add sequences' rows to their documents'."""
@@ -154,11 +158,11 @@ class _UnitSums:
         # All memory is taken before the first sum: a batch that fails here is tried again, in halves.
         index = torch.from_numpy(touched).to(self._device, non_blocking=True)
         covariances = self._engine.take_token_covariances()
-        self._rows.index_add_(0, index, rows)
-        self._losses.index_add_(0, index, losses)
+        self.rows.index_add_(0, index, rows)
+        self.losses.index_add_(0, index, losses)
         self._touched.append(touched)
         # Batch by batch, so that the sums are the same bits wherever a unit was stopped and taken up again.
-        self._covariances.add(covariances)
+        self.covariances.add(covariances)
 
     def fail(self, sequences: np.ndarray) -> None:
         """Note that the documents of these sequences did not fit the memory."""
@@ -171,30 +175,49 @@ class _UnitSums:
         index = torch.from_numpy(touched).to(self._device)
         return PartialRows(
             touched,
-            self._rows[index].cpu().numpy(),
-            self._losses[index].cpu().numpy(),
-            self._all_failed(),
-            {k: v.cpu().numpy() for k, v in vars(self._covariances).items()},
+            self.rows[index].cpu().numpy(),
+            self.losses[index].cpu().numpy(),
+            self.failed(),
+            {k: v.cpu().numpy() for k, v in vars(self.covariances).items()},
         )
 
     def replay(self, part: PartialRows) -> None:
         """Put saved sums back."""
         index = torch.from_numpy(part.touched.copy()).to(self._device)
-        self._rows[index] = torch.from_numpy(part.rows.copy()).to(self._device)
-        self._losses[index] = torch.from_numpy(part.losses.copy()).to(self._device)
+        self.rows[index] = torch.from_numpy(part.rows.copy()).to(self._device)
+        self.losses[index] = torch.from_numpy(part.losses.copy()).to(self._device)
         self._failed = [part.failed]
-        self._covariances = TokenCovariances(
+        self.covariances = TokenCovariances(
             **{k: torch.from_numpy(v.copy()).to(self._device) for k, v in part.covariances.items()}
         )
 
-    def _all_failed(self) -> np.ndarray:
+    def failed(self) -> np.ndarray:
+        """Rows of documents that did not fit the memory."""
         return np.unique(np.concatenate([np.empty(0, np.int64), *self._failed]))
 
-    def finish(self, settings: UnitSettings, stats: dict[str, Any]) -> UnitRows:
-        """Divide, judge and encode the rows; fill the columns."""
-        columns, prepared = self.prepared.columns, self.prepared
-        rows, losses = self._rows.cpu().numpy(), self._losses.cpu().numpy()
-        columns["status"][self._all_failed()] = STATUS["out_of_memory"]
+
+class ProjectedUnit:
+    """A unit whose batches have been given to the device. Made where they were; ``on_host`` may run in another thread.
+
+    Args:
+        total: the unit's sums; nothing is added to them any more.
+        settings: the run's.
+        stats: what the record will say of the computation.
+    """
+
+    def __init__(self, total: UnitSums, settings: UnitSettings, stats: dict[str, Any]) -> None:
+        self._total, self._settings, self._stats = total, settings, stats
+        sums = total.covariances
+        self._tensors = [total.rows, total.losses, sums.a.float(), sums.s.float(), sums.n_tokens]
+        self._computed = after_what_runs_now(total.rows.device)
+
+    def on_host(self) -> UnitRows:
+        """Fetch, divide, judge and encode the rows; fill the columns."""
+        total, settings, stats = self._total, self._settings, self._stats
+        columns, prepared = total.prepared.columns, total.prepared
+        fetched = fetch(self._tensors, self._computed)
+        rows, losses, a, s, n_tokens = (tensor.numpy() for tensor in fetched)
+        columns["status"][total.failed()] = STATUS["out_of_memory"]
         targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)
         if settings.batch.loss_reduction == "mean":
             rows /= targets[:, None]
@@ -212,9 +235,8 @@ class _UnitSums:
         stats |= {
             "real_tokens": sum(map(len, prepared.sequences)),
             "computed_tokens": sum(len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches),
-            "covariance_tokens": int(self._covariances.n_tokens),
+            "covariance_tokens": int(n_tokens),
         }
-        covariances = {"a": self._covariances.a, "s": self._covariances.s}
         record = UnitRecord(
             prepared.unit,
             prepared.start,
@@ -222,6 +244,6 @@ class _UnitSums:
             None,
             columns,
             stats,
-            {name: value.float().cpu().numpy() for name, value in covariances.items()},
+            {"a": a, "s": s},
         )
         return UnitRows(record, stored if (ok | zero).any() else None)

@@ -134,9 +134,9 @@ class _NothingSaved(PartialLog):
 
 def _project(projector: UnitProjector, reader: UnitReader, output: Output, sample_id: int) -> UnitRows:
     unit = sample_id // output.layout.rows_per_shard
-    rows = projector.project(reader.read_samples(unit, sample_id, sample_id + 1), _NothingSaved())
-    assert rows is not None  # nobody asks this projector to stop
-    return rows
+    projected = projector.project(reader.read_samples(unit, sample_id, sample_id + 1), _NothingSaved())
+    assert projected is not None  # nobody asks this projector to stop
+    return projected.on_host()
 
 
 @dataclass

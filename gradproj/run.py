@@ -23,12 +23,13 @@ from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
-from gradproj.coordinator.units import UnitQueue, UnitRows
+from gradproj.coordinator.units import UnitQueue
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.loss import chunk_verdict
 from gradproj.model import load_model, load_tokenizer
-from gradproj.projector import UnitProjector
+from gradproj.probe import settle_batches
+from gradproj.projector import ProjectedUnit, UnitProjector
 from gradproj.start import Job, log_to_file, matrices_on, prepare_torch, start_job
 from gradproj.store import ProjectionStore
 from gradproj.summary import print_end, print_start
@@ -104,30 +105,33 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
             matrices = matrices_on(device, store.projection_matrices)
         if job.owner.rank == 0:
             print_start(plan, device, chunk_verdict(model))
-        reader = UnitReader(plan.index, tokenizer, plan.unit_settings, stop)
         engine = GradProjLoraEngine.from_config(
             model, plan.config.projection, matrices, plan.config.job.gradient_checkpointing
         )
         stop.drain()
         with engine, progress_display(job), Writer() as writer:
-            projector = UnitProjector(model, engine, plan.unit_settings, progress, stop)
+            settings = settle_batches(job, queue, model, engine, stop)
+            stop.drain()
+            reader = UnitReader(plan.index, tokenizer, settings, stop)
+            projector = UnitProjector(model, engine, settings, progress, stop)
             ahead = Background(map(reader.read, queue.take()), check=writer.check)
             with ahead as units, stop.asked_on_error():
                 for prepared in units:
                     if prepared is None:
                         break
-                    partial = queue.partial_log(prepared.unit, prepared.key(plan.unit_settings))
-                    rows = projector.project(prepared, partial, plan.config.job.proj_save_interval)
-                    if rows is None:
+                    partial = queue.partial_log(prepared.unit, prepared.key(settings))
+                    projected = projector.project(prepared, partial, plan.config.job.proj_save_interval)
+                    if projected is None:
                         break
-                    writer.submit(functools.partial(commit, queue, rows))
+                    writer.submit(functools.partial(commit, queue, projected))
                     progress.units += 1
     stop.drain()
     progress.unit = -1
 
 
-def commit(queue: UnitQueue, rows: UnitRows) -> None:
+def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:
     """Put a unit on disk and say so in the log, where the Slurm files count what their job has committed."""
+    rows = projected.on_host()
     if queue.commit(rows):
         log.info("unit %d committed: %s", rows.record.unit, rows.record.stats)
 

@@ -39,6 +39,8 @@ class Job:
 
     plan: Plan
     owner: Owner
+    n_neighbours: int
+    """Ranks of this job on this machine."""
 
 
 def start_job(config: RunConfig, process: Process) -> Job:
@@ -70,7 +72,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
     if process.local_rank == 0:
         # What is left of dead processes can be told from what is in use only on their own machine.
         sweep(plan.output, owner)
-    return Job(plan, owner)
+    return Job(plan, owner, process.local_world_size)
 
 
 def _start(config: RunConfig, name: JobName) -> Plan:

@@ -26,7 +26,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         ),
         f"row           D = {each} = {layout.dim:,} values, {layout.proj_dtype}, {human_bytes(plan.row_bytes)}",
         f"sequences     at most {batch.max_length} tokens ({batch.long_documents}); "
-        f"batches of {batch.batch_size} sequences, {batch.batch_tokens} tokens",
+        f"batches of {batch.batch_size} sequences, {batch.batch_tokens or 'auto'} tokens",
         f"units         {len(plan.wanted):,} of {layout.rows_per_shard:,} rows"
         + (f", {n_recorded:,} of them done" if n_recorded else ""),
         f"disk          {human_bytes(plan.store_bytes())} in {plan.n_files():,} files; "

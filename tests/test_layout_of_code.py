@@ -9,7 +9,18 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
     {"errors", "products"},
-    {"checkpoint", "dist", "corpus", "flags", "projection", "store", "stopping", "background", "tokenizing"},
+    {
+        "checkpoint",
+        "dist",
+        "corpus",
+        "flags",
+        "projection",
+        "store",
+        "stopping",
+        "background",
+        "tokenizing",
+        "transfer",
+    },
     {"batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
     {"engine", "repair"},
@@ -19,7 +30,7 @@ LEVELS = [
     {"identity"},
     {"plan"},
     {"summary", "start"},
-    {"recorded"},
+    {"probe", "recorded"},
     {"diagnose", "query", "recompute"},
     {"run", "commands", "demo_commands"},
     {"__main__", "__init__"},

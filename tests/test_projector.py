@@ -39,7 +39,7 @@ def project(parts, tmp_path):
     plan, model, reader = parts
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
         unit = UnitProjector(model, engine, plan.unit_settings, Progress())
-        return unit.project(reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key"))
+        return unit.project(reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")).on_host()
 
 
 def loss_that_fails(most, after_backward=False, message="out of memory"):

@@ -28,7 +28,9 @@ class JobConfig:
     )
     gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "less memory for activations, a third more time: larger models and longer sequences fit"},
+        metadata={
+            "help": "less memory for activations, a third more time: larger models and longer sequences fit"
+        },
     )
     proj_save_interval: int = field(
         default=0,
