@@ -208,6 +208,7 @@ def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(cluster, inpu
     ]
     for job in jobs:
         job.wait_for_units(job.elements[0])
+        assert processes_with(str(job.output))
     cluster("scancel", *(job.number for job in jobs))
     for job in jobs:
         assert job.wait_for_end() == ["CANCELLED"], job.logs()
