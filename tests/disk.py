@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from faults import before_each_change
@@ -11,44 +12,71 @@ from faults import before_each_change
 Tree = dict[str, bytes | None]
 """Path -> content; None for a folder."""
 
+Names = dict[str, int]
+"""What a folder holds: name -> number of the file or folder."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a crash leaves."""
+
+    tree: Tree
+    promised: dict[str, bytes]
+    """Path -> content of what has to be in the tree."""
+
 
 class Disk:
     """Follows every change below a folder, and what of it has been flushed.
 
     Each file and folder is held open, so that its number stays its own and a deleted file can still be read.
+
+    Args:
+        root: the folder.
+        one_by_one: also the states in which a single name was flushed by luck, or as the only one was not.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.states: dict[str, tuple[Tree, tuple]] = {}
-        """Every state that some crash could have left, by the change that it came before and how it came about;
-        beside each, what had been ``promised`` by then."""
-        self.promised: list = []
+    def __init__(self, root: Path, one_by_one: bool = True) -> None:
+        self.states: dict[str, State] = {}
+        """Every state that some crash could have left, by the change that it came before and how it came about."""
+        self.promised: dict[str, bytes] = {}
         """Filled by the test: what must survive from now on."""
-        self._seen: set[int] = set()
         self.changes: list[str] = []
-        self._root = root
+        self._seen: set[int] = set()
+        self.root, self._one_by_one = root, one_by_one
         self._handles: dict[int, int] = {}
-        self._names: dict[int, dict[str, int]] = {}
-        self._flushed: dict[int, bytes | dict[str, int]] = {}
+        self._names: dict[int, Names] = {}
+        self._flushed: dict[int, bytes | Names] = {}
 
     @contextmanager
     def recording(self) -> Iterator["Disk"]:
-        """Note the states that a crash before any change inside could leave, and the one at the end."""
+        """Note the states that a crash before any change inside could leave, and those at the end."""
         with before_each_change(self._before):
             yield self
         self._crash("the end")
         for handle in self._handles.values():
             os.close(handle)
 
-    def keep(self) -> None:
+    def keep(self) -> "Disk":
         """Everything that is there now is flushed."""
-        self._look(self._root)
+        self._look(self.root)
         for number in self._handles:
             self._flushed[number] = self._content(number)
+        return self
+
+    def promise(self, path: Path) -> None:
+        """A file has to be there from now on, as it is."""
+        self.promised[self._inside(path)] = path.read_bytes()
+
+    def release(self, path: Path) -> None:
+        """A file may go now."""
+        self.promised.pop(self._inside(path), None)
+
+    def _inside(self, path: object) -> str:
+        return str(path).removeprefix(str(self.root))
 
     def _before(self, name: str, args: tuple) -> None:
-        on = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[-1])
-        change = f"{name} {on.removeprefix(str(self._root))}"
+        on = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else args[-1]
+        change = f"{name} {self._inside(on)}"
         self.changes.append(change)
         self._crash(change)
         if name == "fsync":
@@ -57,20 +85,24 @@ class Disk:
                 self._flushed[number] = self._content(number)
 
     def _crash(self, change: str) -> None:
-        number = self._look(self._root)
-        for how, names_kept, kept in (
-            ("killed", True, 1.0),
-            ("all that was not flushed lost", False, 0.0),
-            ("contents lost", True, 0.0),
-            ("contents torn", True, 0.5),
-        ):
-            tree = dict(self._tree(number, "", names_kept, kept))
-            # What is in a scratch folder is never looked into, but for whose it is: one state stands for many.
-            same = {p: None if "/tmp/" in p and not p.endswith("owner.json") else c for p, c in tree.items()}
-            key = hash((tuple(sorted(same.items())), tuple(self.promised)))
-            if key not in self._seen:
-                self._seen.add(key)
-                self.states[f"{len(self.changes)} {change}: {how}"] = tree, tuple(self.promised)
+        root = self._look(self.root)
+        pending = frozenset(self._pending())
+        self._note(f"{change}: killed", root, frozenset(), 1.0)
+        self._note(f"{change}: contents torn", root, frozenset(), 0.5)
+        self._note(f"{change}: contents lost", root, frozenset(), 0.0)
+        self._note(f"{change}: all that was not flushed lost", root, pending, 0.0)
+        for folder, name in pending if self._one_by_one and len(pending) > 1 else ():
+            self._note(f"{change}: {name} not flushed", root, frozenset({(folder, name)}), 0.0)
+            self._note(f"{change}: only {name} flushed by luck", root, pending - {(folder, name)}, 0.0)
+
+    def _note(self, how: str, root: int, lost: frozenset[tuple[int, str]], kept: float) -> None:
+        tree = dict(self._tree(root, "", lost, kept))
+        # What is in a scratch folder is never looked into, but for whose it is: one state stands for many.
+        same = {p: None if "/tmp/" in p and not p.endswith("owner.json") else c for p, c in tree.items()}
+        key = hash((tuple(sorted(same.items())), tuple(sorted(self.promised))))
+        if key not in self._seen:
+            self._seen.add(key)
+            self.states[f"{len(self.changes)} {how}"] = State(tree, dict(self.promised))
 
     def _look(self, path: Path | str) -> int:
         found = os.stat(path)
@@ -81,30 +113,45 @@ class Disk:
                 self._names[found.st_ino] = {entry.name: self._look(entry.path) for entry in entries}
         return found.st_ino
 
-    def _content(self, number: int) -> bytes | dict[str, int]:
+    def _pending(self) -> Iterator[tuple[int, str]]:
+        """Folders and the names in them that a crash now could lose, or bring back."""
+        for folder, now in self._names.items():
+            then = self._flushed_names(folder)
+            for name in now.keys() | then.keys():
+                if now.get(name) != then.get(name):
+                    yield folder, name
+
+    def _flushed_names(self, folder: int) -> Names:
+        names = self._flushed.get(folder, {})
+        assert isinstance(names, dict)
+        return names
+
+    def _content(self, number: int) -> bytes | Names:
         if number in self._names:
             return dict(self._names[number])
         handle = self._handles[number]
         return os.pread(handle, os.fstat(handle).st_size, 0)
 
     def _tree(
-        self, number: int, path: str, names_kept: bool, kept: float
+        self, number: int, path: str, lost: frozenset[tuple[int, str]], kept: float
     ) -> Iterator[tuple[str, bytes | None]]:
-        flushed = self._flushed.get(number)
         if number not in self._names:
-            content = self._content(number)
-            yield (
-                path,
-                content
-                if kept == 1
-                else flushed
-                if flushed is not None
-                else content[: int(len(content) * kept)],
-            )
+            yield path, self._data(number, kept)
             return
         yield path, None
-        for name, inside in (self._names[number] if names_kept else flushed or {}).items():
-            yield from self._tree(inside, f"{path}/{name}", names_kept, kept)
+        now, then = self._names[number], self._flushed_names(number)
+        for name in now.keys() | then.keys():
+            inside = (then if (number, name) in lost else now).get(name)
+            if inside is not None:
+                yield from self._tree(inside, f"{path}/{name}", lost, kept)
+
+    def _data(self, number: int, kept: float) -> bytes:
+        """A file's content, of which only a share was kept where it is not as it was flushed."""
+        flushed, content = self._flushed.get(number), self._content(number)
+        assert isinstance(content, bytes)
+        if kept == 1:
+            return content
+        return flushed if isinstance(flushed, bytes) else content[: int(len(content) * kept)]
 
 
 def put(tree: Tree, folder: Path) -> None:

@@ -82,9 +82,9 @@ def fake_owner(number: int, **changes: Any) -> Owner:
 
 def gone_owner(**changes: Any) -> Owner:
     """A process of this machine that has ended."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", "pass"])
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     known = {"pid": process.pid, "pid_start": process_start(process.pid)}
-    process.wait()
+    process.communicate(b"\n")
     return dataclasses.replace(Owner.this_process("gone", 0, 0), **known, **changes)
 
 

@@ -5,14 +5,12 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import zarr
-from faults import disagreements, fill, make_store
+from faults import disagreements, fill, gone_owner, make_store
 
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
@@ -39,10 +37,8 @@ def owner_like_me(**changes):
 @pytest.fixture
 def gone_process():
     """A process id that has ended, with the start time it had."""
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    start = claims_module.process_start(process.pid)
-    process.wait()
-    return {"pid": process.pid, "pid_start": start}
+    gone = gone_owner()
+    return {"pid": gone.pid, "pid_start": gone.pid_start}
 
 
 def board(tmp_path, owner, beats=None):
@@ -348,7 +344,13 @@ def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_p
 
 @pytest.mark.parametrize(
     ("starts", "clears"),
-    [("slurm-70_1", True), ("slurm-70_2", False), ("slurm-71", True), ("slurm-70", True), ("local-a_b", True)],
+    [
+        ("slurm-70_1", True),
+        ("slurm-70_2", False),
+        ("slurm-71", True),
+        ("slurm-70", True),
+        ("local-a_b", True),
+    ],
 )
 def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, starts, clears):
     make_store(tmp_path)

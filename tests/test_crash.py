@@ -1,9 +1,13 @@
 """The machine crashes between any two changes of the disk; the store opens, goes on, and ends with the same bits."""
 
+import errno
 import os
+import random
 import re
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,17 +15,27 @@ import pytest
 from disk import Disk, put
 from faults import fake_rows, gone_owner
 from jobs import flags, make_corpus, make_model, mixed_documents
+from outputs import flip_byte, shard_of
 
+from gradproj import start
 from gradproj.config import run_config
+from gradproj.coordinator import heartbeats, merge_now
 from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial import PartialRows
 from gradproj.coordinator.units import UnitQueue
 from gradproj.plan import make_plan
+from gradproj.repair import repair
 from gradproj.start import make_output
 from gradproj.store import ProjectionStore
 from gradproj.store.records import record_name
+from gradproj.verify import verify
+
+PART = PartialRows(
+    np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {"a": np.ones(2)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,31 +52,50 @@ def in_folder(plan, output):
     return replace(plan, config=replace(plan.config, job=replace(plan.config.job, output_dir=str(output))))
 
 
-def run(plan, owner, committed=None):
-    """A rank's life with rows that need no model."""
+# --- a rank's life, with rows that need no model ---
+
+
+def run(plan, owner, disk=None, stop_after=2):
+    """From the start to the end, or to a stop in the middle of a unit; whether the store is complete then."""
     make_output(plan, owner)
     sweep(plan.output, owner)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, owner)
-    for unit in queue.take():
-        part = PartialRows(
-            np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {}
-        )
-        queue.partial_log(unit, "key").append(0, 1, part)
-        queue.commit(fake_rows(plan.layout, unit, identity=plan.identity_hash))
-        if committed is not None:
-            committed.append(unit)
-    complete = finish(plan.output, queue.claims, wait=True)
-    queue.give_back()
+    with Heartbeat(plan.output / "heartbeats", owner, Progress()):
+        for done, unit in enumerate(queue.take()):
+            save_part(queue.partial_log(unit, "key"), disk)
+            if done == stop_after:
+                break
+            commit(plan, queue, unit, disk)
+        complete = finish(plan.output, queue.claims, wait=True)
+        queue.give_back()
     return complete
+
+
+def save_part(log, disk):
+    done, found = log.read()
+    assert all(np.array_equal(part.rows, PART.rows) for part in found)
+    if not done:
+        log.append(0, 1, PART)
+    if disk is not None:
+        disk.promise(next(log.folder.iterdir()))
+
+
+def commit(plan, queue, unit, disk):
+    rows = fake_rows(plan.layout, unit, identity=plan.identity_hash)
+    if disk is None:
+        assert queue.commit(rows)
+        return
+    for part in queue.partial_log(unit, "key").folder.iterdir():
+        disk.release(part)
+    assert queue.commit(rows)
+    for name in (record_name(unit), plan.layout.shard_name(unit)):
+        disk.promise(plan.output / name)
 
 
 def content_of(output):
     """All files of the store and the copies of what it says beside it."""
-    files = [
-        *(output / "projections.zarr").rglob("*"),
-        output / "metadata.json",
-        output / "projection_stats.json",
-    ]
+    beside = [output / "metadata.json", output / "projection_stats.json"]
+    files = [*(output / "projections.zarr").rglob("*"), *beside]
     return {str(path.relative_to(output)): path.read_bytes() for path in files if path.is_file()}
 
 
@@ -72,48 +105,137 @@ def undisturbed(plan):
     return SimpleNamespace(output=plan.output, content=content_of(plan.output))
 
 
-def assert_every_crash_is_survived(disk, plan, undisturbed, tmp_path, monkeypatch):
-    me = Owner.this_process("resumed", 0, 0)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    for number, (when, (tree, committed)) in enumerate(disk.states.items()):
-        for unit in committed:
-            for name in (record_name(unit), plan.layout.shard_name(unit)):
-                want = (undisturbed.output / name).read_bytes()
-                assert tree.get(f"/out/{name}") == want, f"{when}: {name} is lost"
-        root = tmp_path / str(number)
-        put(tree, root)
-        resumed = in_folder(plan, root / "out")
+# --- what is interrupted ---
+
+
+def a_new_job(plan, disk, undisturbed, monkeypatch):
+    with disk.recording():
+        assert run(plan, gone_owner(), disk)
+
+
+def a_new_job_without_links(plan, disk, undisturbed, monkeypatch):
+    def refuse(*names):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        with disk.recording():
+            assert run(plan, gone_owner(), disk)
+
+
+def a_job_that_is_stopped(plan, disk, undisturbed, monkeypatch):
+    with disk.recording():
+        assert not run(plan, gone_owner(), disk, stop_after=1)
+
+
+def a_lost_unit_computed_again(plan, disk, undisturbed, monkeypatch):
+    shutil.copytree(undisturbed.output, plan.output)
+    (plan.output / record_name(1)).unlink()
+    shard_of(plan.output, 1).write_bytes(b"damaged")
+    with disk.keep().recording():
+        assert run(plan, gone_owner(), disk)
+
+
+def a_repair(plan, disk, undisturbed, monkeypatch):
+    shutil.copytree(undisturbed.output, plan.output)
+    flip_byte(shard_of(plan.output, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: gone_owner()))
+        with disk.keep().recording():
+            assert repair(verify(plan.output)).units == [1]
+
+
+INTERRUPTED = {
+    a_new_job: (True, 500),
+    a_new_job_without_links: (False, 200),
+    a_job_that_is_stopped: (False, 100),
+    a_lost_unit_computed_again: (True, 300),
+    a_repair: (False, 100),
+}
+"""What is interrupted -> whether names survive one by one, and how many states at least a crash could leave."""
+
+
+# --- and survived ---
+
+
+class Survivor:
+    """Goes on after one crash after the other."""
+
+    def __init__(self, plan, undisturbed, folder):
+        self.plan, self.undisturbed, self.folder = plan, undisturbed, folder
+        self.owner, self.number, self.repairs = Owner.this_process("resumed", 0, 0), 0, False
+
+    def output_after(self, when, state):
+        """What a crash has left, put on disk: what was promised is there, and the store opens."""
+        lost = [path for path, data in state.promised.items() if state.tree.get(path) != data]
+        assert lost == [], when
+        self.number += 1
+        root = self.folder / str(self.number)
+        root.mkdir()
+        put(state.tree, root)
         if (root / "out" / "projections.zarr").exists():
             ProjectionStore(root / "out").status_counts()
-        assert run(resumed, me), when
-        assert content_of(root / "out") == undisturbed.content, when
+        return root / "out"
+
+    def go_on(self, when, state):
+        output = self.output_after(when, state)
+        if self.repairs:
+            repair(verify(output))
+        assert run(in_folder(self.plan, output), self.owner), when
+        assert content_of(output) == self.undisturbed.content, when
         for folder in ("claims", "heartbeats", "partial", "tmp"):
-            assert list((root / "out" / folder).iterdir()) == [], f"{when}: left over in {folder}"
+            assert list((output / folder).iterdir()) == [], f"{when}: left over in {folder}"
+        shutil.rmtree(output)
 
 
-def test_a_crash_between_any_two_changes_of_a_new_store_is_survived(tmp_path, plan, undisturbed, monkeypatch):
-    root = tmp_path / "disk"
-    root.mkdir()
-    with Disk(root).recording() as disk:
-        assert run(in_folder(plan, root / "out"), gone_owner(), disk.promised)
-    assert len(disk.states) > 100
-    assert_every_crash_is_survived(disk, plan, undisturbed, tmp_path, monkeypatch)
+@pytest.fixture
+def folder():
+    """In memory where there is such a place: nothing here depends on a real disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
-def test_a_crash_while_a_lost_unit_of_a_finished_store_is_computed_again_is_survived(
-    tmp_path, plan, undisturbed, monkeypatch
-):
-    root = tmp_path / "disk"
-    root.mkdir()
-    shutil.copytree(undisturbed.output, root / "out")
-    (root / "out" / record_name(1)).unlink()
-    (root / "out" / plan.layout.shard_name(1)).write_bytes(b"damaged")
-    disk = Disk(root)
-    disk.keep()
-    with disk.recording():
-        assert run(in_folder(plan, root / "out"), gone_owner(), disk.promised)
-    assert len(disk.states) > 50
-    assert_every_crash_is_survived(disk, plan, undisturbed, tmp_path, monkeypatch)
+@pytest.fixture
+def survivor(plan, undisturbed, folder, monkeypatch):
+    # What depends on the plan alone is looked up once.
+    skeleton, versions = start.model_skeleton(plan.files), start.versions()
+    monkeypatch.setattr(start, "model_skeleton", lambda files: skeleton)
+    monkeypatch.setattr(start, "versions", lambda: versions)
+    # No beat of another thread in between, and no real flush: what was flushed is known to the simulated disk.
+    monkeypatch.setattr(heartbeats, "TICK_S", 3600.0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    return Survivor(plan, undisturbed, folder)
+
+
+@pytest.mark.parametrize("interrupted", INTERRUPTED, ids=lambda function: function.__name__)
+def test_a_crash_between_any_two_changes_is_survived(folder, survivor, interrupted, monkeypatch):
+    one_by_one, at_least = INTERRUPTED[interrupted]
+    disk = Disk(new_folder(folder), one_by_one)
+    interrupted(in_folder(survivor.plan, disk.root / "out"), disk, survivor.undisturbed, monkeypatch)
+    print(f"{interrupted.__name__}: {len(disk.changes)} changes, {len(disk.states)} states")
+    assert len(disk.states) >= at_least
+    survivor.repairs = interrupted is a_repair
+    for when, state in disk.states.items():
+        survivor.go_on(when, state)
+
+
+def test_a_crash_while_the_job_goes_on_after_a_crash_is_survived(folder, survivor, monkeypatch):
+    chance, first = random.Random(0), Disk(new_folder(folder))
+    a_new_job(in_folder(survivor.plan, first.root / "out"), first, survivor.undisturbed, monkeypatch)
+    for when, state in chance.sample(list(first.states.items()), 20):
+        output = survivor.output_after(when, state)
+        second = Disk(output.parent, one_by_one=False).keep()
+        second.promised.update(state.promised)
+        with second.recording():
+            assert run(in_folder(survivor.plan, output), gone_owner(), second)
+        for then, left in chance.sample(list(second.states.items()), 8):
+            survivor.go_on(f"{when}, and {then}", left)
+
+
+def new_folder(folder):
+    (folder / "disk").mkdir()
+    return folder / "disk"
 
 
 def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_recorded(tmp_path, plan):

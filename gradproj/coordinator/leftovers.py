@@ -4,10 +4,10 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from gradproj.coordinator.claims import Owner
-from gradproj.coordinator.heartbeats import read_heartbeats
 from gradproj.coordinator.scratch import OWNER_FILE, remove_scratch
 from gradproj.store.records import list_records
 
@@ -20,27 +20,39 @@ def sweep(output: Path, observer: Owner) -> int:
     Claims and partial rows of committed units go too. Nothing that a living process may still use is touched: of
     another machine's processes nothing is known.
     """
-    gone = {owner.name for owner, _ in read_heartbeats(output / "heartbeats") if owner.is_gone(observer)}
-    for folder in (output / "tmp").glob("*/"):
-        owner = _owner_of(folder)
-        if folder.name.startswith("."):  # nobody's yet
-            shutil.rmtree(folder, ignore_errors=True)
-        elif owner is not None and owner.is_gone(observer):
-            gone.add(owner.name)
-    for name in gone:
-        # The heartbeat last: it is what leads here again should this process die in between.
-        remove_scratch(output / "tmp" / name)
-        for ending in (".tmp", ".json"):
-            (output / "heartbeats" / f"{name}{ending}").unlink(missing_ok=True)
+    gone = _sweep_scratch(output / "tmp", observer) | _sweep_heartbeats(output / "heartbeats", observer)
     _sweep_committed(output)
     return len(gone)
 
 
-def _owner_of(folder: Path) -> Owner | None:
-    try:
-        return Owner(**json.loads((folder / OWNER_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def _sweep_scratch(folder: Path, observer: Owner) -> set[str]:
+    gone = set()
+    for scratch in folder.glob("*/"):
+        if scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists():  # nobody's yet, or no more
+            shutil.rmtree(scratch, ignore_errors=True)
+            continue
+        with suppress(OSError, ValueError, TypeError):
+            owner = Owner(**json.loads((scratch / OWNER_FILE).read_text()))
+            if owner.is_gone(observer):
+                remove_scratch(scratch)
+                gone.add(owner.name)
+    return gone
+
+
+def _sweep_heartbeats(folder: Path, observer: Owner) -> set[str]:
+    gone = set()
+    for path in list(folder.iterdir()):
+        with suppress(OSError, TypeError, KeyError):
+            try:
+                owner = Owner(**json.loads(path.read_text())["owner"])
+            except ValueError:
+                # Torn by a crash of its machine, since nothing flushes it. One that lives writes its own anew.
+                path.unlink()
+                continue
+            if owner.is_gone(observer):
+                path.unlink()
+                gone.add(owner.name)
+    return gone
 
 
 def _sweep_committed(output: Path) -> None:
