@@ -6,17 +6,19 @@ own modules, which note at their import who started the process.
 """
 
 import gc
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults import before_each_change
 from jobs import ENVIRONMENT
 
 from gradproj.coordinator import faults
@@ -76,7 +78,8 @@ class Ranks:
             argv: module and arguments, as after ``python -m``.
             rank: by which it is called here.
             how: ``environment``: variables for it; ``kill_at``: the step at which it ends itself by -9;
-                ``stop_at``: the step at which it sends itself SIGTERM, once; only after that it looks for the other.
+                ``stop_at``: the step at which it sends itself SIGTERM, once; only after that it looks for the other;
+                ``changes``: where to write a ``ChangeLog``.
         """
         self._number += 1
         files = self._folder / str(self._number)
@@ -147,7 +150,10 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request.get("environment", {}))
     listen(os.open(files.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT, 0o600), request)
     module, *sys.argv[1:] = request["argv"]
-    sys.exit(__import__(module, fromlist=["main"]).main())
+    with ExitStack() as stack:
+        if "changes" in request:
+            stack.enter_context(before_each_change(ChangeLog(Path(request["changes"]))))
+        sys.exit(__import__(module, fromlist=["main"]).main())
 
 
 def listen(log: int, request: dict[str, Any]) -> None:
@@ -160,6 +166,30 @@ def listen(log: int, request: dict[str, Any]) -> None:
             os.kill(os.getpid(), to_come.pop(0)[1])
 
     faults.at = at
+
+
+class ChangeLog:
+    """Writes a line of JSON for each flush, and for each new name that something is given (``publish``).
+
+    ``[thread, what, old name, new name, {file by its old name: its content's sum}]``
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def __call__(self, name: str, args: tuple) -> None:
+        if name == "fsync":
+            path = os.readlink(f"/proc/self/fd/{args[0]}")
+            self._note("flush", path, path, self._sums(Path(path)) if os.path.isfile(path) else {})
+        elif name in ("link", "rename", "replace") and os.path.exists(args[0]):
+            self._note("publish", str(args[0]), str(args[1]), self._sums(Path(args[0])))
+
+    def _sums(self, path: Path) -> dict[str, str]:
+        files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    def _note(self, *what: object) -> None:
+        os.write(self._file, (json.dumps([threading.get_ident(), *what]) + "\n").encode())
 
 
 def import_everything() -> None:
