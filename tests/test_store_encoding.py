@@ -1,5 +1,8 @@
 """Laws of the stored rows: the right precision at any size, and ``stored * row_scale`` exactly."""
 
+import importlib
+import sys
+
 import numpy as np
 import pytest
 import tensorstore
@@ -90,3 +93,18 @@ def test_no_rows_are_encoded_to_no_rows():
     for proj_dtype in DTYPES:
         stored, row_scale = encode_rows(np.empty((0, 5), np.float32), proj_dtype)
         assert decode_rows(stored, row_scale, proj_dtype).shape == (0, 5)
+
+
+def test_half_floats_decode_to_the_same_bits_with_torch_and_without(monkeypatch):
+    stored = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 256)  # every half float there is
+    for scale in (1.0, 2.0**-126, 2.0**15, 2.0**100):
+        row_scale = np.full(len(stored), scale, np.float32)
+        assert "torch" in sys.modules or importlib.import_module("torch")
+        with np.errstate(over="ignore"):
+            with_torch = decode_rows(stored.copy(), row_scale, "float16")
+            with monkeypatch.context() as patch:
+                patch.delitem(sys.modules, "torch")
+                without = decode_rows(stored.copy(), row_scale, "float16")
+        np.testing.assert_array_equal(with_torch, without)
+        numbers = ~np.isnan(without)
+        assert with_torch[numbers].tobytes() == without[numbers].tobytes()

@@ -1,7 +1,13 @@
 """Laws of ``ProjectionStore``: the rows that went in, in any order, from any writer, finished or not."""
 
+import ctypes
+import mmap
+import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -224,3 +230,108 @@ def test_a_columns_reader_never_loads_a_whole_column(tmp_path):
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < n_samples / 2
+
+
+def test_a_scan_of_stored_rows_gives_the_bytes_and_the_scales(filled):
+    store = ProjectionStore(filled.path)
+    for rows_per_block in (None, 7):
+        blocks = list(store.scan_stored(rows_per_block))
+        np.testing.assert_array_equal(
+            np.concatenate([ids for ids, _, _ in blocks]), np.arange(filled.layout.n_samples)
+        )
+        stored = np.concatenate([rows for _, rows, _ in blocks])
+        assert stored.dtype == filled.stored.dtype
+        assert stored.tobytes() == filled.stored.tobytes()
+        np.testing.assert_array_equal(np.concatenate([scale for _, _, scale in blocks]), filled.row_scale)
+    chosen = filled.layers[-1]
+    part = np.concatenate([rows for _, rows, _ in store.scan_stored(layers=[chosen.name])])
+    assert part.tobytes() == filled.stored[:, chosen.slice_start : chosen.slice_end].tobytes()
+
+
+def test_stored_rows_of_a_missing_unit_are_nan(tmp_path):
+    output = Output(tmp_path)
+    output.commit(0)
+    output.commit(2)
+    _, stored, scale = next(ProjectionStore(tmp_path).scan_stored())
+    assert np.isnan(scale[16:32]).all()
+    assert np.isnan(stored[16:32]).all()
+    np.testing.assert_array_equal(stored[32:48], output.stored[32:48])
+
+
+ONE_LAYER_ALONE = """
+import ctypes, mmap, pathlib, sys
+import numpy as np
+from gradproj.store import ProjectionStore
+from gradproj.store.mapped import MappedShard
+
+output, protect, read = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+made, make = [], MappedShard.__init__
+def remember(shard, *args):
+    make(shard, *args)
+    made.append(shard)
+MappedShard.__init__ = remember
+store = ProjectionStore(output)
+store.rows([0], [read])  # the shard is mapped and its index has been read
+names = [layer.name for layer in store.layers]
+chunk = store.layout.chunk_rows * store.layout.chunk_width * 2
+assert chunk % mmap.PAGESIZE == 0
+address = np.frombuffer(made[0]._file.data, np.uint8).ctypes.data
+for band in range(2):
+    for number, name in enumerate(names):
+        if name != protect:  # whoever touches these pages is killed
+            at = address + (band * len(names) + number) * chunk
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(at), ctypes.c_size_t(chunk), 0) == 0
+n = len(store)
+for rows in (store.layer(read)[:], store.layer(read)[[n - 1, 0, 7]], store.layer(read)[n // 2]):
+    assert np.isfinite(rows).all()
+list(store.layer(read).scan(33)), list(store.scan_stored(layers=[read]))
+print("read", len(made))
+"""
+
+
+def test_one_layer_is_read_without_touching_the_bytes_of_the_others(tmp_path):
+    layout = StoreLayout(256, 4 * 256, 256, 128, 256, "float16", "none", 8, 256)
+    Output(tmp_path, n_samples=256, widths=((16, 16),) * 4, layout=layout).fill()
+
+    def run(protect: str, read: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", ONE_LAYER_ALONE, str(tmp_path), protect, read]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    alone = run("h.2.mlp", "h.2.mlp")
+    assert alone.stdout == "read 1\n", alone.stderr
+    assert run("h.2.mlp", "h.1.mlp").returncode == -signal.SIGSEGV
+
+
+def test_the_disk_reads_one_layer_and_not_its_neighbours(tmp_path):
+    layout = StoreLayout(1024, 4 * 256, 1024, 512, 256, "float16", "none", 8, 1024)
+    output = Output(tmp_path, n_samples=1024, widths=((16, 16),) * 4, layout=layout).fill()
+    path = output.path / output.layout.shard_name(0)
+    chunk_pages = 512 * 256 * 2 // mmap.PAGESIZE
+    for read in (
+        lambda store: store.layer("h.2.mlp")[:],
+        lambda store: list(store.layer("h.2.mlp").scan(100)),
+        lambda store: store.layer("h.2.mlp")[[3, 900]],
+    ):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if pages_in_memory(path).any():
+            pytest.skip("this file system keeps its files in memory")
+        read(ProjectionStore(tmp_path))
+        in_memory = pages_in_memory(path)[: 8 * chunk_pages].reshape(8, chunk_pages)
+        assert in_memory[[2, 6]].any(axis=1).all()
+        assert not in_memory[[0, 1, 4, 5]].any()
+        assert not in_memory[[3, 7], chunk_pages // 2 :].any()  # the kernel may round a request up
+
+
+def pages_in_memory(path) -> np.ndarray:
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    flags = np.zeros(-(-len(data) // mmap.PAGESIZE), np.uint8)
+    where = (
+        ctypes.c_void_p(data.ctypes.data),
+        ctypes.c_size_t(len(data)),
+        ctypes.c_void_p(flags.ctypes.data),
+    )
+    assert ctypes.CDLL(None).mincore(*where) == 0
+    return (flags & 1).astype(bool)

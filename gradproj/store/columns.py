@@ -44,8 +44,9 @@ class Columns:
                 chunk = self._chunk(name, int(block))
                 if chunk is not None:
                     out[here] = chunk[ids[here] - block * self.layout.column_rows]
-        unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
-        self._overlay(values, unmerged, ids[unmerged])
+        if not values["status"].all():
+            unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
+            self._overlay(values, unmerged, ids[unmerged])
         return values
 
     def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
@@ -58,8 +59,9 @@ class Columns:
                 chunk = self._chunk(name, block)
                 if chunk is not None:
                     out[first - start : last - start] = chunk[first - block * height : last - block * height]
-        unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
-        self._overlay(values, unmerged, start + unmerged)
+        if not values["status"].all():
+            unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
+            self._overlay(values, unmerged, start + unmerged)
         return values
 
     def clear(self) -> None:

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
 
 from gradproj.errors import StoreError
-from gradproj.store.columns import Columns, group_by_unit
+from gradproj.store.columns import Columns
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.mapping import Recent, Selection, select_values
+from gradproj.store.mapped import Selection, select_values
+from gradproj.store.mapping import Recent
 from gradproj.store.opening import find_store, layers_of, read_attributes, read_layout
-from gradproj.store.shards import Shards
+from gradproj.store.rows import Missing, Rows
 from gradproj.store.views import LayerView, Sample
 
-Missing = Literal["raise", "nan"]
-
 _MOST_MAPS = 64  # a store of the Pile has 51,000 shards
-_BLOCK_BYTES = 2**25  # glibc's allocator keeps blocks up to this size, so a scan touches new pages only once
 _STATUS_ROWS = 2**18
 _NAMED_IDS = 8
 
@@ -46,8 +44,8 @@ class ProjectionStore:
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text
         self._maps: Recent[tuple[str, int], Any] = Recent(_MOST_MAPS)
-        self._shards = Shards(self.path, self.layout, self._maps)
         self._columns = Columns(self.path, self.layout, self._maps)
+        self._rows = Rows(self.path, self.layout, self._columns, self._maps)
 
     def __len__(self) -> int:
         return self.layout.n_samples
@@ -91,20 +89,10 @@ class ProjectionStore:
             raise StoreError(f'missing is {missing!r}; choose "raise" or "nan"')
         sample_ids = self._checked_ids(ids)
         selection = self._selection(layers)
-        columns = self._columns.read(["row_scale"], sample_ids)
+        columns = self._rows.columns(sample_ids)
         if missing == "raise":
-            self._refuse_missing(sample_ids[columns["status"] == STATUS["missing"]])
-        out = np.empty((len(sample_ids), selection.width), np.float32)
-        if _is_range(sample_ids):
-            self._read_range(int(sample_ids[0]), selection, columns, out, missing)
-            return out
-        for unit, group in group_by_unit(sample_ids, self.layout.rows_per_shard):
-            if self._has_rows(unit, columns["status"][group], missing):
-                inside = sample_ids[group] - unit * self.layout.rows_per_shard
-                out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
-            else:
-                out[group] = np.nan
-        return out
+            self._refuse_missing(sample_ids, columns["status"])
+        return self._rows.read(sample_ids, columns, selection, missing)
 
     def layer(self, name: str) -> LayerView:
         """One layer's values as an array ``(N, k_o, k_i)`` that is read where it is indexed."""
@@ -119,19 +107,29 @@ class ProjectionStore:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All rows in order, a block at a time: ``(ids (n,) int64, rows (n, D) float32)``; NaN where missing.
 
-        ``rows_per_block`` is by default chosen for blocks of at most 32 MB.
+        ``rows_per_block`` is by default chosen for blocks of at most 8 MB.
         """
-        stop = len(self) if stop is None else stop
-        if not 0 <= start <= stop <= len(self):
-            raise StoreError(f"samples {start} to {stop} are out of range: {self.path} has {len(self)}")
         selection = self._selection(layers)
-        height = rows_per_block or self._block_rows(selection.width)
-        for first in range(start, stop, height):
-            last = min(first + height, stop)
-            columns = self._columns.read_range(["row_scale"], first, last)
-            out = np.empty((last - first, selection.width), np.float32)
-            self._read_range(first, selection, columns, out, "nan")
-            yield np.arange(first, last, dtype=np.int64), out
+        for first, last in self._rows.blocks(rows_per_block, selection, np.dtype(np.float32), start, stop):
+            yield np.arange(first, last, dtype=np.int64), self._rows.decoded(first, last, selection)
+
+    def scan_stored(
+        self,
+        rows_per_block: int | None = None,
+        layers: Sequence[str] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As ``scan``, without decoding: for a GPU, which does that itself, and wherever half the bytes are enough.
+
+        Yields ``(ids (n,) int64, stored (n, D), row_scale (n,) float32)``; ``stored`` is of ``layout.stored_dtype``
+        (bfloat16 as its bits in uint16), and ``row = stored * row_scale``. NaN where missing.
+        """
+        selection = self._selection(layers)
+        for first, last in self._rows.blocks(
+            rows_per_block, selection, self.layout.stored_dtype, start, stop
+        ):
+            yield np.arange(first, last, dtype=np.int64), *self._rows.stored(first, last, selection)
 
     def samples(self, ids: Sequence[int] | np.ndarray, text: bool = False) -> list[Sample]:
         """Key, domain, loss and so on of the given samples, with their texts if asked for.
@@ -215,39 +213,9 @@ class ProjectionStore:
             raise StoreError(f"{self.path} has no array {name!r}")
         return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
 
-    def _read_range(
-        self,
-        first: int,
-        selection: Selection,
-        columns: dict[str, np.ndarray],
-        out: np.ndarray,
-        missing: Missing,
-    ) -> None:
-        height = self.layout.rows_per_shard
-        last = first + len(out)
-        for unit in range(first // height, -(-last // height)):
-            start = max(first, unit * height)
-            here = slice(start - first, min(last, (unit + 1) * height) - first)
-            if self._has_rows(unit, columns["status"][here], missing):
-                scale = columns["row_scale"][here]
-                self._shards.read_range(unit, start - unit * height, selection, scale, out[here])
-            else:
-                out[here] = np.nan
-
-    def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
-        """Whether there is a shard to read, for samples of one unit."""
-        if not status.any():
-            return False
-        exists = self._shards.exists(unit)
-        if not exists and missing == "raise" and (status == STATUS["ok"]).any():
-            raise StoreError(
-                f"rows of unit {unit} are recorded as ok but their shard {self._shards.path(unit)} is gone. "
-                "Run `python -m gradproj verify` to see all damage"
-            )
-        return exists
-
-    def _refuse_missing(self, ids: np.ndarray) -> None:
-        if len(ids):
+    def _refuse_missing(self, ids: np.ndarray, status: np.ndarray) -> None:
+        if not status.all():
+            ids = ids[status == STATUS["missing"]]
             named = ", ".join(map(str, ids[:_NAMED_IDS].tolist())) + (
                 ", ..." if len(ids) > _NAMED_IDS else ""
             )
@@ -284,18 +252,7 @@ class ProjectionStore:
         chosen = [self._layer(name) for name in layers]
         return select_values(self.layout, tuple((layer.slice_start, layer.slice_end) for layer in chosen))
 
-    def _block_rows(self, width: int) -> int:
-        rows = max(1, _BLOCK_BYTES // (4 * max(1, width)))
-        bands = rows // self.layout.chunk_rows
-        if bands or self.layout.compressor != "none":  # a compressed chunk is to be decoded once
-            return max(1, bands) * self.layout.chunk_rows
-        return rows
-
     def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, len(self), _STATUS_ROWS):
             last = min(first + _STATUS_ROWS, len(self))
             yield first, self._columns.read_range([], first, last)["status"]
-
-
-def _is_range(ids: np.ndarray) -> bool:
-    return len(ids) > 1 and bool(ids[-1] - ids[0] == len(ids) - 1) and bool((np.diff(ids) == 1).all())

@@ -12,7 +12,9 @@ import zarr
 from gradproj.errors import StoreError
 from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import StoreLayout
-from gradproj.store.mapping import MappedShard, Recent, Selection, map_file
+from gradproj.store.mapped import MappedShard, Selection
+from gradproj.store.mapping import Recent, damaged
+from gradproj.store.paging import PagedFile
 
 
 class Shards:
@@ -37,6 +39,21 @@ class Shards:
 
     def exists(self, unit: int) -> bool:
         return ("projections", unit) in self._maps or self.path(unit).exists()
+
+    def fetch(self, unit: int, start: int, stop: int, selection: Selection) -> None:
+        """Have the disk read rows ``[start, stop)`` of the unit while this process does something else."""
+        shard = self._shard(unit)
+        if shard is not None:
+            shard.fetch(start, stop, selection)
+
+    def copy_range(self, unit: int, start: int, selection: Selection, out: np.ndarray) -> None:
+        """The stored rows ``start...`` of the unit into ``out`` ``(n, selection.width)``, not decoded."""
+        shard = self._shard(unit)
+        if shard is not None:
+            shard.copy_range(start, selection, out)
+        else:
+            first = unit * self.layout.rows_per_shard + start
+            out[...] = self._read_with_zarr(slice(first, first + len(out)), selection)
 
     def read_range(
         self, unit: int, start: int, selection: Selection, scale: np.ndarray, out: np.ndarray
@@ -64,8 +81,12 @@ class Shards:
 
         def load() -> MappedShard | None:
             path = self.path(unit)
-            data = map_file(path)
-            return None if data is None else MappedShard(path, data, self.layout, self._index_at_end)
+            try:
+                return MappedShard(path, PagedFile(path), self.layout, self._index_at_end)
+            except FileNotFoundError:
+                return None
+            except ValueError as error:  # an empty file cannot be mapped
+                raise damaged(path, "it is empty") from error
 
         shard = self._maps.get(("projections", unit), load)
         return shard if shard is not None and shard.regular else None

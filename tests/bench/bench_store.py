@@ -1,119 +1,195 @@
-"""Speed of the row store beside zarr-python's, on this machine's memory file system.
+"""Reading a store beside a memory-mapped file of the same bytes and beside zarr-python; writing beside the latter.
 
-    python tests/bench/bench_store.py [--quick]
+    python tests/bench/bench_store.py [--quick] [--proj_dtype float16|bfloat16|float32] [--folder DIR]
 
-Both sides do the same work on the same rows, in turn (A B A B ...); what is printed are medians, and the ratio of
-medians, which is what carries over to other machines.
-Ours flushes each shard to disk (free on a memory file system), zarr-python never does.
+GPT-2-small's rows (48 layers x 256 values) in the page cache or a memory file system, CPU time of all threads, in turn.
+Every scan opens what it reads, so that all sides touch their pages for the first time; blocks have 512 rows on all
+sides. The mapped file is one C-ordered array ``[N, D]`` of the very bytes that the store keeps, read by ``np.memmap``:
+
+- as stored: blocks copied out of the map, beside ``ProjectionStore.scan_stored`` and zarr's own array;
+- as float32: what ``ProjectionStore.scan`` gives, ``stored * row_scale``; the file's and zarr's blocks are decoded as
+  one would in numpy, and once more by gradproj's own decoder;
+- one layer of all rows, single random rows, and 1,000 random rows in one call: as float32 on all sides.
+
+``write``: ours flushes each shard to disk (free on a memory file system), zarr-python never does.
 """
-
-from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import zarr
+from measure import Variant, interleave, print_machine, print_table
 
 from gradproj.store import LayerSlice, ProjectionStore, StoreConfig, create_store, plan_layout
 from gradproj.store.encoding import decode_rows, encode_rows
 from gradproj.store.files import write_file_durably
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns
-from gradproj.store.records import UnitRecord, decode_record, encode_record
 from gradproj.store.writer import shard_chunks, write_column_block
 
-WIDTH = 256
+WIDTH, BLOCK = 256, 512
+MAPPED, DECODED = "mapped file", "mapped file, our decoder"
+ZARR_DEFAULTS = {"threading.max_workers": None, "async.concurrency": 10}  # gradproj sets both lower
+ZARR, ZARR_SHARDS, ZARR_DECODED = "zarr-python", "zarr-python, a shard a block", "zarr-python, our decoder"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rows, 3 rounds instead of 7")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 3 rounds instead of 7")
     parser.add_argument("--proj_dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--folder", help="where to write (default: /dev/shm, else a temporary folder)")
     args = parser.parse_args()
+    measure(args.quick, args.proj_dtype, args.folder)
+
+
+def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None = None) -> dict[str, float]:
+    """Speeds relative to the mapped file (more is better) and to zarr-python, by what was read."""
     shared_memory = Path("/dev/shm")
-    parent = args.folder or (shared_memory if shared_memory.is_dir() else None)
-    folder = Path(tempfile.mkdtemp(prefix="bench_store_", dir=parent))
+    folder = Path(
+        tempfile.mkdtemp(
+            prefix="bench_store_", dir=parent or (shared_memory if shared_memory.is_dir() else None)
+        )
+    )
     try:
-        run(folder, args.proj_dtype, *((1_024, 12, 3) if args.quick else (8_192, 48, 7)))
+        sides = Sides(folder, proj_dtype, 1_024 if quick else 8_192)
+        print_machine("numpy", "zarr")
+        print(
+            f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: {sides.stored.nbytes / 1e9:.2f} GB in {folder.parent}"
+        )
+        ratios: dict[str, float] = {}
+        for what, variants in sides.tables().items():
+            print(f"\n{what}")
+            bases = [name for name in (MAPPED, ZARR) if name in variants]
+            medians = print_table(interleave(variants, 3 if quick else 7), bases)
+            best_zarr = min(s for name, s in medians.items() if name.startswith("zarr"))
+            ratios[f"{what} / zarr-python"] = best_zarr / medians["gradproj"]
+            if MAPPED in medians:
+                ratios[f"{what} / mapped file"] = medians[MAPPED] / medians["gradproj"]
+            print(
+                ", ".join(
+                    f"{s / medians['gradproj']:.2f} x {name}"
+                    for name, s in medians.items()
+                    if name != "gradproj"
+                )
+            )
+        return ratios
     finally:
         shutil.rmtree(folder)
 
 
-def run(folder: Path, proj_dtype: str, n_rows: int, n_layers: int, n_rounds: int) -> None:
-    config = StoreConfig(proj_dtype=proj_dtype, rows_per_shard=n_rows // 2)
-    layout = plan_layout(n_rows, [WIDTH] * n_layers, 16, config)
-    rows = np.random.default_rng(0).standard_normal((n_rows, layout.dim), np.float32)
-    stored, row_scale = encode_rows(rows, proj_dtype)
-    print(
-        f"{n_rows} x {layout.dim} {proj_dtype}, {stored.nbytes / 1e9:.3f} GB stored, {n_rounds} rounds in {folder}"
-    )
-    for side in ("ours", "zarr"):
-        (folder / side).mkdir()
-        make_store(folder / side, layout, n_layers, row_scale)
-    sides = {side: str(folder / side / "projections.zarr" / "projections") for side in ("ours", "zarr")}
-    array = zarr.open_array(sides["zarr"])
-    store = ProjectionStore(folder / "ours")
-    gigabytes = stored.nbytes / 1e9
+class Sides:
+    """The same rows as a gradproj store, as zarr-python's own and as one raw file."""
 
-    def write_ours() -> None:
-        for unit in range(layout.n_units):
-            start, stop = layout.unit_range(unit)
-            path = folder / "ours" / layout.shard_name(unit)
-            write_file_durably(path, shard_chunks(stored[start:stop], layout))
+    def __init__(self, folder: Path, proj_dtype: str, n_rows: int) -> None:
+        n_layers = 48
+        self.folder, self.proj_dtype = folder, proj_dtype
+        config = StoreConfig(proj_dtype=proj_dtype, rows_per_shard=n_rows // 2)
+        self.layout = plan_layout(n_rows, [WIDTH] * n_layers, 16, config)
+        rows = np.random.default_rng(0).standard_normal((n_rows, self.layout.dim), np.float32)
+        self.stored, self.row_scale = encode_rows(rows, proj_dtype)
+        self.stored.tofile(folder / "raw")
+        for side in ("gradproj", "zarr"):
+            (folder / side).mkdir()
+            make_store(folder / side, self.layout, n_layers, self.row_scale)
+        self.layer = ProjectionStore(folder / "gradproj").layers[n_layers // 2]
 
-    def write_zarr() -> None:
-        array[...] = stored
+    # --- opening ---
 
-    compare("write", write_ours, write_zarr, n_rounds, gigabytes, "GB/s")
-    height = layout.chunk_rows
+    def open_mapped(self) -> np.ndarray:
+        return np.memmap(self.folder / "raw", self.layout.stored_dtype, "r", shape=self.stored.shape)
 
-    def scan_zarr() -> None:
-        for start in range(0, n_rows, height):
-            decode_rows(array[start : start + height], row_scale[start : start + height], proj_dtype)
+    def open_store(self) -> ProjectionStore:
+        return ProjectionStore(self.folder / "gradproj")
 
-    compare("scan to float32", lambda: exhaust(store.scan()), scan_zarr, n_rounds, gigabytes, "GB/s")
-    name = store.layers[n_layers // 2].name
-    columns = slice(store.layers[n_layers // 2].slice_start, store.layers[n_layers // 2].slice_end)
+    def open_zarr(self) -> zarr.Array:
+        return zarr.open_array(str(self.folder / "zarr" / "projections.zarr" / "projections"))
 
-    def layer_zarr() -> None:
-        decode_rows(array[:, columns], row_scale, proj_dtype)
+    # --- decoding ---
 
-    compare(
-        "one layer",
-        lambda: exhaust(store.scan(layers=[name])),
-        layer_zarr,
-        n_rounds,
-        gigabytes / n_layers,
-        "GB/s",
-    )
-    ids = np.random.default_rng(1).integers(0, n_rows, 20).tolist()
-    compare(
-        "random rows, one by one",
-        lambda: [store.rows([sample_id]) for sample_id in ids],
-        lambda: [decode_rows(array[[i]], row_scale[[i]], proj_dtype) for i in ids],
-        n_rounds,
-        len(ids),
-        "rows/s",
-    )
-    alone(
-        "rows of 1,000 random ids",
-        lambda: store.rows(np.random.default_rng(2).integers(0, n_rows, 1_000)),
-        1_000,
-        "rows/s",
-    )
-    alone("encode", lambda: encode_rows(rows, proj_dtype), gigabytes, "GB/s of stored rows")
-    alone("decode", lambda: decode_rows(stored, row_scale, proj_dtype), gigabytes, "GB/s of stored rows")
-    record = encode_record(make_record(n_layers))
-    alone(f"read a record of {len(record) // 1000} kB", lambda: decode_record(record), 1, "records/s")
+    def plainly(self, stored: np.ndarray, at: slice | np.ndarray) -> np.ndarray:
+        """``stored * row_scale`` as a person writes it."""
+        if self.proj_dtype == "bfloat16":
+            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32, copy=False) * self.row_scale[at, None]
+
+    def ours(self, stored: np.ndarray, at: slice | np.ndarray) -> np.ndarray:
+        return decode_rows(stored, self.row_scale[at], self.proj_dtype)
+
+    # --- what is timed ---
+
+    def tables(self) -> dict[str, dict[str, Variant]]:
+        """Table -> variant -> work."""
+        self.write_ours(), self.write_zarr()
+        return {
+            "write": {"gradproj": Variant(self.write_ours), ZARR: Variant(self.write_zarr)},
+            "scan as stored": {
+                MAPPED: Variant(lambda: exhaust(np.array(b) for b, _ in self.blocks(self.open_mapped()))),
+                "gradproj": Variant(lambda: exhaust(self.open_store().scan_stored(BLOCK))),
+                ZARR: Variant(lambda: exhaust(self.blocks(self.open_zarr()))),
+                ZARR_SHARDS: Variant(lambda: exhaust(self.blocks(self.open_zarr(), self.layout.rows_per_shard))),
+            },
+            "scan as float32": {
+                MAPPED: Variant(lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_mapped()))),
+                DECODED: Variant(lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_mapped()))),
+                "gradproj": Variant(lambda: exhaust(self.open_store().scan(BLOCK))),
+                ZARR: Variant(lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_zarr()))),
+                ZARR_DECODED: Variant(lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_zarr()))),
+            },
+            "one layer": self.one_layer(),
+            "single random rows": self.single_rows(),
+            "1,000 random rows": self.many_rows(),
+        }  # fmt: skip
+
+    def blocks(
+        self, array: np.ndarray | zarr.Array, height: int = BLOCK
+    ) -> Iterable[tuple[np.ndarray, slice]]:
+        for first in range(0, len(self.stored), height):
+            at = slice(first, first + height)
+            yield array[at], at
+
+    def one_layer(self) -> dict[str, Variant]:
+        columns, all_rows = slice(self.layer.slice_start, self.layer.slice_end), slice(None)
+        return {
+            MAPPED: Variant(lambda: self.plainly(self.open_mapped()[:, columns], all_rows)),
+            "gradproj": Variant(lambda: exhaust(self.open_store().scan(layers=[self.layer.name]))),
+            ZARR: Variant(lambda: self.plainly(self.open_zarr()[:, columns], all_rows)),
+            ZARR_DECODED: Variant(lambda: self.ours(self.open_zarr()[:, columns], all_rows)),
+        }
+
+    def single_rows(self) -> dict[str, Variant]:
+        ids = np.random.default_rng(1).integers(0, len(self.stored), 30).tolist()
+        mapped, store, array = self.open_mapped(), self.open_store(), self.open_zarr()
+        return {
+            "mapped file, as stored": Variant(lambda: [np.array(mapped[i]) for i in ids]),
+            MAPPED: Variant(lambda: [self.plainly(mapped[i : i + 1], slice(i, i + 1)) for i in ids]),
+            "gradproj": Variant(lambda: [store.rows([i]) for i in ids]),
+            ZARR: Variant(lambda: [self.plainly(array[i : i + 1], slice(i, i + 1)) for i in ids]),
+        }
+
+    def many_rows(self) -> dict[str, Variant]:
+        ids = np.random.default_rng(2).integers(0, len(self.stored), 1_000)
+        mapped, store, array = self.open_mapped(), self.open_store(), self.open_zarr()
+        return {
+            "mapped file, as stored": Variant(lambda: mapped[ids]),
+            MAPPED: Variant(lambda: self.plainly(mapped[ids], ids)),
+            "gradproj": Variant(lambda: store.rows(ids)),
+            ZARR: Variant(lambda: self.plainly(array.oindex[ids], ids)),
+        }
+
+    def write_ours(self) -> None:
+        for unit in range(self.layout.n_units):
+            start, stop = self.layout.unit_range(unit)
+            path = self.folder / "gradproj" / self.layout.shard_name(unit)
+            write_file_durably(path, shard_chunks(self.stored[start:stop], self.layout))
+
+    def write_zarr(self) -> None:
+        self.open_zarr()[...] = self.stored
 
 
 def make_store(output: Path, layout: StoreLayout, n_layers: int, row_scale: np.ndarray) -> None:
@@ -130,45 +206,8 @@ def make_store(output: Path, layout: StoreLayout, n_layers: int, row_scale: np.n
     write_column_block(output / "projections.zarr", layout, 0, columns)
 
 
-def make_record(n_layers: int) -> UnitRecord:
-    covariances = {name: np.zeros(n_layers * WIDTH, np.float32) for name in ("a", "s")}
-    return UnitRecord(
-        0, 0, "", {"bytes": 1, "crc32c": 1}, empty_columns(1_024, 16), {"seconds": 1.0}, covariances
-    )
-
-
-def compare(
-    what: str,
-    ours: Callable[[], object],
-    theirs: Callable[[], object],
-    n_rounds: int,
-    amount: float,
-    unit: str,
-) -> None:
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    ours(), theirs()
-    for _ in range(n_rounds):
-        seconds["ours"].append(timed(ours))
-        seconds["theirs"].append(timed(theirs))
-    mine, other = (amount / statistics.median(values) for values in seconds.values())
-    print(
-        f"{what:28} ours {mine:10.3f} {unit:8} zarr-python {other:10.3f} {unit:8} ratio {mine / other:8.2f}"
-    )
-
-
-def alone(what: str, work: Callable[[], object], amount: float, unit: str, n_rounds: int = 7) -> None:
-    work()
-    print(f"{what:28} ours {amount / statistics.median([timed(work) for _ in range(n_rounds)]):10.3f} {unit}")
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def exhaust(blocks: object) -> None:
-    for _ in blocks:  # type: ignore[attr-defined]
+def exhaust(items: Iterable[object]) -> None:
+    for _ in items:
         pass
 
 
