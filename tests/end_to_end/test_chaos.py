@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from chaos import Scene, Tally, discard, fill_under_kills
+from chaos import PATIENCE_S, Tally, discard, fill_under_kills
 from jobs import make_corpus, mixed_documents, run_job
+from launches import Scene
 
 SETTINGS = {
     "proj_rank_total": 24,
@@ -26,7 +27,7 @@ LANES = 4
 def make_scene(folder, model_dir, n_documents):
     corpus = make_corpus(folder / "tars", mixed_documents(n_documents), per_tar=500)
     scene = Scene(corpus, model_dir, SETTINGS, folder / "undisturbed")
-    run_job(1, **scene.flags(scene.undisturbed))
+    run_job(1, timeout=PATIENCE_S, **scene.flags(scene.undisturbed))
     return scene
 
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
 from jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, mixed_documents, run_job
+from launches import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
 
 import gradproj
 
