@@ -108,16 +108,20 @@ run_job() {
         run_ranks
         status=$?
     fi
+    end_if_cancelled
     end_job "$status" $(($(count_units) - units_before))
+}
+
+end_if_cancelled() {
+    if [[ -n $cancelled ]]; then
+        say "ended by scancel or by Slurm"
+        exit 1
+    fi
 }
 
 # end_job CODE UNITS: the code that the ranks ended with, and how many units they have committed in this start.
 end_job() {
     local code=$1 units=$2
-    if [[ -n $cancelled ]]; then
-        say "ended by scancel or by Slurm; $units units in this start"
-        exit 1
-    fi
     if is_complete; then
         say "complete; $units units by this job in this start"
         rm -f "$idle_mark"
@@ -159,6 +163,7 @@ stop_if_idle() {
 }
 
 queue_again() {
+    end_if_cancelled
     say "not complete; $1 units in this start: queued again"
     # Not by exit code: a clean exit within a preemption's grace time counts as COMPLETED and would be the end.
     trap - TERM  # the requeue sends it, and it is no news then

@@ -123,7 +123,8 @@ def test_the_batch_job_counts_the_units_that_its_ranks_log(tmp_path, monkeypatch
     (tmp_path / "out" / "logs").mkdir(parents=True)
     root, handlers = logging.getLogger("gradproj"), list(logging.getLogger("gradproj").handlers)
     log_to_file(tmp_path / "out", owner, verbose=False)
-    done = SimpleNamespace(record=SimpleNamespace(unit=12, stats={}))
+    rows = SimpleNamespace(record=SimpleNamespace(unit=12, stats={}))
+    done = SimpleNamespace(on_host=lambda: rows)
     for accepted in (True, False):
         commit(SimpleNamespace(commit=lambda rows, accepted=accepted: accepted), done)
     for handler in set(root.handlers) - set(handlers):
