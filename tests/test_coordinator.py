@@ -9,22 +9,17 @@ import time
 
 import numpy as np
 import pytest
-import zarr
 from faults import disagreements, fill, gone_owner, make_store
 
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard, Owner
 from gradproj.coordinator.failure import clear_failure, note_failure
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
-from gradproj.coordinator.leftovers import sweep
-from gradproj.coordinator.merge import finish, is_merged, ranges_of, units_in
+from gradproj.coordinator.merge import ranges_of, units_in
 from gradproj.coordinator.partial import PartialLog, PartialRows
 from gradproj.coordinator.scratch import make_scratch
-from gradproj.coordinator.takeback import take_back
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
 from gradproj.errors import StoreError
-from gradproj.store import ProjectionStore
 from gradproj.store.files import file_sum
 from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.records import UnitRecord, read_record, record_name
@@ -259,16 +254,6 @@ def test_a_pause_ends_when_the_job_is_to_stop(tmp_path, monkeypatch):
     assert time.monotonic() - started < 5
 
 
-def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path, gone_process):
-    dead = queue(tmp_path, owner_like_me(rank=1, **gone_process))
-    away = queue(tmp_path, owner_like_me(rank=2, host="elsewhere", boot_id="other", job_id="other"))
-    mine = queue(tmp_path, owner_like_me())
-    assert sweep(tmp_path, mine.owner) == 1
-    assert not dead.scratch.exists()
-    assert away.scratch.exists()
-    assert mine.scratch.exists()
-
-
 def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     def no_links(*names, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -281,51 +266,7 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-# --- leftovers, and units that were lost ---
-
-
-def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path, gone_process):
-    layout = make_store(tmp_path)
-    assert fill(tmp_path, layout, owner_like_me())
-    for name in ("00000001.0", "00000001.3"):
-        (tmp_path / "claims" / name).write_text(json.dumps(dataclasses.asdict(owner_like_me())))
-    (tmp_path / "partial" / "00000002").mkdir()
-    (tmp_path / "tmp" / ".unfinished").mkdir()
-    dead = owner_like_me(rank=7, **gone_process)
-    Heartbeat(tmp_path / "heartbeats", dead, Progress()).write()
-    (tmp_path / "heartbeats" / f"{dead.name}.tmp").write_text("torn")
-    assert sweep(tmp_path, owner_like_me()) == 1
-    for folder in ("claims", "partial", "tmp", "heartbeats"):
-        assert list((tmp_path / folder).iterdir()) == []
-
-
-def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_again(tmp_path):
-    layout = make_store(tmp_path)
-    assert fill(tmp_path, layout, owner_like_me())
-    before = {path: path.read_bytes() for path in (tmp_path / "projections.zarr").rglob("c.*")}
-    (tmp_path / record_name(1)).unlink()
-    (tmp_path / layout.shard_name(1)).write_bytes(b"damaged")
-    queue = UnitQueue(tmp_path, layout, "identity", [0, 1, 2], owner_like_me())
-    assert not finish(tmp_path, queue.claims, wait=True)
-    take_back(tmp_path, queue.claims)
-    assert not is_merged(tmp_path)
-    assert json.loads((tmp_path / "metadata.json").read_text())["complete"] is False
-    with ProjectionStore(tmp_path) as store:
-        assert store.missing_ranges() == [(16, 32)]
-    assert zarr.open_group(tmp_path / "projections.zarr", mode="r")["status"][16:32].tolist() == [0] * 16
-    assert fill(tmp_path, layout, owner_like_me())
-    assert {path: path.read_bytes() for path in before} == before
-    assert is_merged(tmp_path)
-
-
-def test_taking_back_touches_nothing_where_nothing_is_lost(tmp_path):
-    layout = make_store(tmp_path)
-    assert fill(tmp_path, layout, owner_like_me())
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    take_back(
-        tmp_path, ClaimBoard(tmp_path / "claims", tmp_path / "tmp" / "none", owner_like_me(), lambda o: 0)
-    )
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+# --- what went wrong ---
 
 
 def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_path):
