@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gradproj.corpus.indexfile import publish
+from gradproj.corpus.indexfile import checksum_of, publish
 from gradproj.corpus.scanpool import scan_tars
 from gradproj.corpus.tarlist import default_index_path, list_tars, some
 from gradproj.corpus.tarscan import MAX_DOMAINS, SAMPLES_PER_BLOCK, TarFacts
@@ -204,18 +205,25 @@ def _index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
             f"the field {domain_field} has {len(domains):,} different values, more than the {MAX_DOMAINS:,} domains "
             "that a store can number; give --domain_field a field that names a domain"
         )
-    facts = [
-        [tar.name, tar.size_bytes, tar.n_samples, tar.digest, sorted(tar.domain_counts.items())]
-        for tar in tars
-    ]
     return CorpusIndex(
         tars=tars,
         domain_field=domain_field,
         domains=domains,
         n_samples=sum(tar.n_samples for tar in tars),
         longest_key_bytes=max((tar.longest_key_bytes for tar in tars), default=0),
-        fingerprint=blake2b(msgspec.json.encode([domain_field, facts]), digest_size=16).hexdigest(),
+        fingerprint=_fingerprint(tars, domain_field),
     )
+
+
+def _fingerprint(tars: Sequence[Tar], domain_field: str) -> str:
+    """The hash of ``[domain_field, [what is in each tar, ...]]`` as JSON, of which only one tar's part is ever made."""
+    hashed = blake2b(b"[" + msgspec.json.encode(domain_field) + b",[", digest_size=16)
+    for number, tar in enumerate(tars):
+        counts = sorted(tar.domain_counts.items())
+        facts = msgspec.json.encode([tar.name, tar.size_bytes, tar.n_samples, tar.digest, counts])
+        hashed.update(b"," + facts if number else facts)
+    hashed.update(b"]]")
+    return hashed.hexdigest()
 
 
 def check_unchanged(tar: Tar) -> None:
@@ -278,14 +286,10 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
         CorpusError: the index that was there already is of another corpus, or the folder cannot be written.
     """
     path = Path(os.path.abspath(path))
-    folder = path.parent
-    tars = [
-        replace(tar, path=tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path)
-        for tar in index.tars
-    ]
-    body = msgspec.json.encode(_Body(index.domain_field, index.fingerprint, tars), enc_hook=str)
-    envelope = _Envelope(FORMAT, FORMAT_VERSION, _checksum(body), msgspec.Raw(body))
-    if publish(path, msgspec.json.encode(envelope), replace_existing):
+    checksum = checksum_of(_body_parts(index, path.parent))
+    envelope = msgspec.json.encode(_Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null")))
+    parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
+    if publish(path, parts, replace_existing):
         return index
     winner = load_index(path)
     if winner.fingerprint != index.fingerprint:
@@ -295,6 +299,15 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
             f"{index.domain_field}. Name another path for the index, or replace it with: python -m gradproj index"
         )
     return winner
+
+
+def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
+    """The JSON of a ``_Body``, a tar at a time: as a whole it can have 70 MB."""
+    yield msgspec.json.encode(_Body(index.domain_field, index.fingerprint, [])).removesuffix(b"]}")
+    for number, tar in enumerate(index.tars):
+        path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
+        yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
+    yield b"]}"
 
 
 def load_index(path: Path) -> CorpusIndex:
@@ -317,10 +330,13 @@ def load_index(path: Path) -> CorpusIndex:
             f"{path}: a corpus index of format version {envelope.format_version}; this gradproj reads version "
             f"{FORMAT_VERSION}. Use the gradproj that made it, or make it again with: python -m gradproj index"
         )
-    body_bytes = bytes(envelope.index)
-    if _checksum(body_bytes) != envelope.checksum:
+    content = memoryview(
+        envelope.index
+    )  # of the file's bytes: those of the Pile's index are 70 MB in every rank
+    if checksum_of([content]) != envelope.checksum:
         raise CorpusError(f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}")
-    body = msgspec.json.decode(body_bytes, type=_Body, dec_hook=_decode_path)
+    body = msgspec.json.decode(content, type=_Body, dec_hook=_decode_path)
+    del raw, envelope, content
     index = _index(tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field)
     if index.fingerprint != body.fingerprint:
         raise CorpusError(f"{path}: the corpus index's fingerprint is not that of its tars. {again}")
@@ -329,7 +345,3 @@ def load_index(path: Path) -> CorpusIndex:
 
 def _decode_path(kind: type, value: Any) -> Path:
     return kind(value)
-
-
-def _checksum(body: bytes) -> str:
-    return blake2b(body, digest_size=16).hexdigest()

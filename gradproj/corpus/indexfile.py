@@ -2,12 +2,14 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
+from hashlib import blake2b
 from pathlib import Path
 
 from gradproj.errors import CorpusError
 
 
-def publish(path: Path, content: bytes, replace_existing: bool) -> bool:
+def publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
     """Write a file so that nobody ever sees a part of it; False if one was there already and stays.
 
     Raises:
@@ -17,7 +19,7 @@ def publish(path: Path, content: bytes, replace_existing: bool) -> bool:
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             # mkstemp makes it private; other users' jobs read the index too.
             os.fchmod(handle, 0o644)
             file.flush()
@@ -58,3 +60,11 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def checksum_of(parts: Iterable[bytes | memoryview]) -> str:
+    """A hash of a content that comes in parts."""
+    hashed = blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()
