@@ -1,22 +1,24 @@
 """Who this process is: rank, world size, device, job. The only reader of the launcher's environment.
 
-The process group is gloo on every device and serves the start only (rank 0 checks while the others
-wait): nothing in the job's loop is collective, so an uneven rank can never make another time out.
+The ranks meet at the start only (rank 0 checks while the others wait): nothing in the job's loop is collective, so
+an uneven rank can never make another time out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, ReportedError
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(hours=6)
-"""Rank 0 may build an index and download a model while the others wait."""
+"""Rank 0 may come to the store late, where it holds it itself."""
+LOOK_S = (0.01, 0.5)
+"""First and longest pause between two looks at what another rank has to do."""
 
 
 def launcher_rank() -> int | None:
@@ -144,34 +148,98 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
     return torch.device("cuda", local_rank), None
 
 
+class _Meeting:
+    """Where the ranks of one start exchange values: the store that torchrun, or rank 0, holds.
+
+    No process group: nothing here is a sum over tensors, and a rank inside of gloo minds no signal while it waits for
+    one that has died. These waits are Python's.
+
+    The store outlives a restart of the ranks, with all that those before had written. So rank 0 chooses a part of it
+    that nobody has used, and tells it to each rank that shows a name of its own.
+    """
+
+    def __init__(self, process: Process) -> None:
+        import torch.distributed as torch_dist
+
+        self._process, self._n_values = process, 0
+        given = torch_dist.rendezvous("env://", process.rank, process.world_size, timeout=START_TIMEOUT)
+        self._whole = next(iter(given))[0]
+        self._store = torch_dist.PrefixStore(self._agree(uuid.uuid4().hex), self._whole)
+
+    def _agree(self, name: str) -> str:
+        store, rank = self._whole, self._process.rank
+        if rank:
+            store.set(f"here/{rank}", name)
+            self._until(lambda: store.check([f"welcome/{name}"]))
+            part = store.get(f"welcome/{name}").decode()
+            store.set(f"{part}/here/{rank}", name)
+            return part
+        missing = set(range(1, self._process.world_size))
+
+        def all_are_here() -> bool:
+            for other in sorted(missing):
+                if store.check([f"{name}/here/{other}"]):
+                    missing.discard(other)
+                elif store.check([f"here/{other}"]):
+                    # Perhaps one that has died; then its successor shows another name.
+                    store.set(f"welcome/{store.get(f'here/{other}').decode()}", name)
+            return not missing
+
+        self._until(all_are_here)
+        return name
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, once it has one."""
+        key, self._n_values = f"value/{self._n_values}", self._n_values + 1
+        if self._process.rank == 0:
+            self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
+            return value
+        self._until(lambda: self._store.check([key]))
+        return pickle.loads(self._store.get(key))
+
+    def wait_for_all(self, place: str) -> None:
+        """Return when every rank has come to this place."""
+        self._store.add(place, 1)
+        self._until(lambda: self._store.add(place, 0) >= self._process.world_size)
+
+    def leave(self) -> None:
+        """Rank 0 leaves last: the store may be its own."""
+        self._store.add("left", 1)
+        if self._process.rank == 0:
+            self._until(lambda: self._store.add("left", 0) >= self._process.world_size)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        pause_s = LOOK_S[0]
+        try:
+            while not condition():
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LOOK_S[1])
+        except RuntimeError as error:
+            # Who held the store has left, and has said why if there was something to say.
+            raise ReportedError from error
+
+
+_meeting: _Meeting | None = None
+
+
 @contextlib.contextmanager
 def start_group(process: Process) -> Iterator[None]:
-    """The process group for the job's start; a single process has none."""
-    import torch.distributed as torch_dist
-
+    """The ranks' meeting for the job's start; a single process has none."""
+    global _meeting
     if process.world_size > 1:
-        torch_dist.init_process_group("gloo", timeout=START_TIMEOUT)
-    try:
-        yield
-    finally:
-        if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
+        _meeting = _Meeting(process)
+    yield
+    if _meeting is not None:
+        _meeting.leave()
+        _meeting = None
 
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
-    import torch.distributed as torch_dist
-
-    if not torch_dist.is_initialized():
-        return value
-    box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return value if _meeting is None else _meeting.from_rank_0(value)
 
 
-def wait_for_all() -> None:
+def wait_for_all(place: str) -> None:
     """Return when every rank has come here."""
-    import torch.distributed as torch_dist
-
-    if torch_dist.is_initialized():
-        torch_dist.barrier()
+    if _meeting is not None:
+        _meeting.wait_for_all(place)

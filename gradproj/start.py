@@ -92,7 +92,7 @@ def _start(config: RunConfig, name: JobName) -> Plan:
 def _files_of_this_node(plan: Plan, process: Process) -> Any:
     """One rank of a node downloads, the others find it done."""
     files = fetch(plan.config.model) if process.local_rank == 0 else None
-    wait_for_all()
+    wait_for_all("the checkpoint is here")
     return files or fetch(plan.config.model, may_download=False)
 
 

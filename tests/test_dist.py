@@ -1,13 +1,15 @@
 """Who a process is, and which device it takes."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as torch_dist
 
 from gradproj import dist
-from gradproj.dist import JobName, Process, choose_device, launcher_died, launcher_rank
-from gradproj.errors import ConfigError
+from gradproj.dist import JobName, Process, _Meeting, choose_device, launcher_died, launcher_rank
+from gradproj.errors import ConfigError, ReportedError
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,63 @@ def test_torchrun_is_dead_where_nobody_listens_at_its_store(monkeypatch):
     assert launcher_died()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert not launcher_died(), "the store of another rank says nothing of the launcher"
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """The store that torchrun holds for its ranks, from one start of them to the next."""
+    server = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return server
+
+
+def on_all_ranks(world_size, action):
+    """What ``action`` gives on each rank, in threads."""
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = [Process(rank, world_size, rank, world_size, launched=True) for rank in range(world_size)]
+        return list(pool.map(action, ranks))
+
+
+def test_every_rank_gets_rank_0s_values_in_their_order(store):
+    def start(process):
+        meeting = _Meeting(process)
+        values = [meeting.from_rank_0((i, process.rank)) for i in range(2)]
+        meeting.wait_for_all("a place")
+        meeting.leave()
+        return values
+
+    assert on_all_ranks(3, start) == [[(0, 0), (1, 0)]] * 3
+
+
+def test_ranks_that_are_started_again_meet_each_other_and_not_what_the_dead_had_written(store):
+    for generation in range(3):
+
+        def start(process, generation=generation):
+            meeting = _Meeting(process)
+            return meeting.from_rank_0(generation)  # and dies
+
+        assert on_all_ranks(3, start) == [generation] * 3
+
+
+def test_a_rank_whose_rank_0_never_comes_keeps_waiting_in_python(store, monkeypatch):
+    class Interrupted(Exception):
+        """What a signal's handler raises."""
+
+    def interrupt(seconds):
+        raise Interrupted
+
+    monkeypatch.setattr(dist.time, "sleep", interrupt)
+    with pytest.raises(Interrupted):
+        _Meeting(Process(1, 2, 1, 2, launched=True))
+
+
+def test_a_store_that_has_gone_ends_a_rank_without_a_word(store):
+    meeting = _Meeting(Process(0, 1, 0, 1, launched=True))
+
+    def look():
+        raise torch_dist.DistNetworkError("connection reset by peer")
+
+    with pytest.raises(ReportedError):
+        meeting._until(look)
