@@ -163,6 +163,7 @@ def test_the_named_steps_are_those_that_the_job_tells():
 def test_an_undisturbed_job_comes_to_the_steps_of_each_part_in_their_order(launch):
     launch.start(1)
     (rank,) = launch.ranks.wait_for_all()
+    assert rank.status == 0, rank.output
     for first, last in (("folders made", "metadata published"), ("batch done", "partial removed"),
                         ("block merged", "attributes updated")):  # fmt: skip
         part = STEPS[STEPS.index(first) : STEPS.index(last) + 1]
