@@ -114,7 +114,11 @@ class Killer:
     def _torment(self, job: Job) -> None:
         self.ended_in_order = True
         while not self._tally.is_over() and self._wait_for(job, moment := self._choose_moment()):
-            kill = Kill(choose(self._rng, SIGNALS), choose(self._rng, TARGETS), moment, job.ranks, self._jobs)
+            name = choose(self._rng, SIGNALS)
+            if name == "INT" and not job.workers():
+                # While torchrun itself imports, some module's `except:` may swallow a KeyboardInterrupt (2 of 70).
+                name = "TERM"
+            kill = Kill(name, choose(self._rng, TARGETS), moment, job.ranks, self._jobs)
             if not job.send(getattr(signal, f"SIG{kill.signal}"), kill.target, self._rng):
                 continue
             self._tally.add(kill)
