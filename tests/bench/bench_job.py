@@ -1,0 +1,187 @@
+"""The job beside its engine alone: what reading, tokenizing, hosts' copies, checksums and commits add.
+
+    python tests/bench/bench_job.py [--model tiny|small|gpt2] [--documents N] [--rounds N] [--cores 1|2] [--quick]
+
+- job: one rank of ``python -m gradproj.run``, from the moment it begins to read its first unit to its last commit.
+- engine: ``UnitProjector`` over the very same units, read, tokenized and batched before the clock starts; rows
+  stay where the engine sums them.
+
+Each run is a process of its own with a new output, job and engine in turn, one thread, tied to ``--cores`` cores
+(default 1: there nothing runs beside the engine, so all that the job does besides shows). CPU seconds are of the whole
+process, all threads. On a shared machine they are what counts: wall time holds the neighbours' work too.
+
+``tiny`` (2 layers x 64) is the hard case: its engine is so fast that tokenizing is a large part of it on a CPU.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from documents import SHAPES, make_documents, make_model, make_tars
+from measure import print_machine
+
+import gradproj.run
+from gradproj.config import run_config
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.units import UnitQueue
+from gradproj.dist import Process, start_group
+from gradproj.engine import GradProjLoraEngine
+from gradproj.loss import chunk_verdict
+from gradproj.model import load_model, load_tokenizer
+from gradproj.probe import settle_batches
+from gradproj.projector import ProjectedUnit, UnitProjector
+from gradproj.start import matrices_on, prepare_torch, start_job
+from gradproj.stopping import StopRequest
+from gradproj.store import ProjectionStore
+from gradproj.unit import PreparedUnit, UnitReader
+
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+N_UNITS = 4
+
+
+def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in PARTS:
+        print(json.dumps(PARTS[sys.argv[1]](sys.argv[2:])))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(SHAPES), default="small")
+    parser.add_argument("--documents", type=int, default=512, help=f"in {N_UNITS} units")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="128 documents, 2 rounds")
+    args = parser.parse_args()
+    if args.quick:
+        args.documents, args.rounds = 128, 2
+    compare(args.model, args.documents, args.rounds, args.cores)
+
+
+def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[str, float]:
+    """Job over engine: medians of CPU seconds and of wall seconds."""
+    print_machine("zarr")
+    seconds: dict[tuple[str, str], list[float]] = {(p, clock): [] for clock in ("cpu", "wall") for p in PARTS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        documents = make_documents(folder, n_documents)
+        checkpoint = make_model(folder / "model", model, folder / "tokenizer")
+        tars = make_tars(documents, folder / "tars", n_documents)
+        for number in range(rounds):
+            for part in PARTS:
+                output = folder / f"{part}-{number}"
+                run = measure(part, cores, tars, checkpoint, output, n_documents)
+                for clock in ("cpu", "wall"):
+                    seconds[part, clock].append(run[clock])
+        print(f"{model}, {n_documents} documents, {run['n_tokens']} tokens, {N_UNITS} units, {cores} core(s)")
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    for (part, clock), values in seconds.items():
+        ratio = medians[part, clock] / medians["engine", clock]
+        spread = f"({min(values):.2f}, {max(values):.2f})"
+        print(f"{part:7} {clock:4} {medians[part, clock]:8.2f} s {spread:18} {ratio:6.3f}", flush=True)
+    return {clock: medians["job", clock] / medians["engine", clock] for clock in ("cpu", "wall")}
+
+
+def measure(part: str, cores: int, tars: Path, model: Path, output: Path, n_documents: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [
+        sys.executable, __file__, part, "--model", str(model), "--shards", str(tars), "--output_dir", str(output),
+        "--device", "cpu", "--threads", "1", "--max_length", "2048", "--rows_per_shard", str(n_documents // N_UNITS),
+    ]  # fmt: skip
+    chosen = sorted(os.sched_getaffinity(0))[-cores:]
+    done = subprocess.run(
+        command,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, chosen),
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Stopwatch:
+    """Wall and CPU seconds of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"wall": time.perf_counter() - self._wall, "cpu": time.process_time() - self._cpu}
+
+
+def timed_job(flags: list[str]) -> dict[str, float]:
+    """The real job; the clock runs from the first read of a unit to the end of the last commit."""
+    watches: list[Stopwatch] = []
+    ends: list[dict[str, float]] = []
+    tokens: list[int] = []
+    read, commit = UnitReader.read, gradproj.run.commit
+
+    def noted_read(reader: UnitReader, unit: int) -> PreparedUnit | None:
+        if not watches:
+            watches.append(Stopwatch())
+        return read(reader, unit)
+
+    def noted_commit(queue: UnitQueue, projected: ProjectedUnit) -> None:
+        commit(queue, projected)
+        ends.append(watches[0].read())
+        tokens.append(projected._stats["real_tokens"])
+
+    with (
+        patch.object(UnitReader, "read", noted_read),
+        patch.object(gradproj.run, "commit", noted_commit),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
+        assert gradproj.run.main(flags) == 0
+    assert len(ends) == N_UNITS
+    return {**ends[-1], "n_tokens": sum(tokens)}
+
+
+def timed_engine(flags: list[str]) -> dict[str, float]:
+    """The engine over all units, read before the clock starts."""
+    config, process, stop = run_config(flags, "bench_job"), Process.from_environment(), StopRequest()
+    prepare_torch(config)
+    with start_group(process):
+        job = start_job(config, process)
+    plan, device = job.plan, torch.device("cpu")
+    queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
+    tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
+    with ProjectionStore(plan.output) as store:
+        matrices = matrices_on(device, store.projection_matrices)
+    chunk_verdict(model)
+    engine = GradProjLoraEngine.from_config(model, config.projection, matrices)
+    with engine:
+        settings = settle_batches(job, queue, model, engine, stop)
+        reader, projector = (
+            UnitReader(plan.index, tokenizer, settings),
+            UnitProjector(model, engine, settings, Progress()),
+        )
+        units = [reader.read(int(unit)) for unit in queue.pending()]
+        assert len(units) == N_UNITS
+        watch = Stopwatch()
+        for unit in units:
+            # What the job gives to its writer is dropped here.
+            assert projector.project(unit, queue.partial_log(unit.unit, "bench")) is not None
+        run = watch.read()
+    queue.give_back()
+    return {**run, "n_tokens": sum(len(tokens) for unit in units for tokens in unit.sequences)}
+
+
+PARTS: dict[str, Callable[[list[str]], dict[str, float]]] = {"job": timed_job, "engine": timed_engine}
+
+
+if __name__ == "__main__":
+    main()
