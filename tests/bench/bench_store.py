@@ -60,7 +60,8 @@ def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None
         sides = Sides(folder, proj_dtype, 1_024 if quick else 8_192)
         print_machine("numpy", "zarr")
         print(
-            f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: {sides.stored.nbytes / 1e9:.2f} GB in {folder.parent}"
+            f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: {sides.stored.nbytes / 1e9:.2f} GB "
+            f"in {folder.parent}"
         )
         ratios: dict[str, float] = {}
         for what, variants in sides.tables().items():
