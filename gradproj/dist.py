@@ -189,7 +189,7 @@ class _Meeting:
         return name
 
     def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value, once it has one."""
+        """Rank 0's value, once it has one: a pickle, as in torch.distributed's own object collectives."""
         key, self._n_values = f"value/{self._n_values}", self._n_values + 1
         if self._process.rank == 0:
             self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too

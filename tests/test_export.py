@@ -33,7 +33,7 @@ def files_in(folder):
 
 @pytest.mark.parametrize("rows_per_file", [1, 7, 16, 68, 4096])
 def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradproj.store.reader._BLOCK_BYTES", 5 * 4 * 300)  # blocks of a few rows
+    monkeypatch.setattr("gradproj.store.rows._BLOCK_BYTES", 5 * 4 * 300)  # blocks of a few rows
     ok_ids = [i for i in range(N_SAMPLES) if i not in (EMPTY, ONE_TOKEN)]
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store, rows_per_file=rows_per_file)

@@ -273,6 +273,9 @@ UNPICKLERS = {
     "pandas",
     "yaml",
 }
+SPEAKS_TO_ITS_OWN_RANKS = "dist.py"
+"""Rank 0's plan for the others of its job, through torchrun's store, as torch.distributed's object collectives do it;
+nothing of a corpus, a checkpoint or a store comes that way."""
 
 
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
@@ -304,7 +307,7 @@ def test_nothing_is_unpickled_evaluated_or_run_through_a_shell(path):
     tree = ast.parse(path.read_text())
     imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not imported & UNPICKLERS
+    assert imported & UNPICKLERS == ({"pickle"} if path.name == SPEAKS_TO_ITS_OWN_RANKS else set())
     assert [(name, call.lineno) for name, call in calls_in(path) if unsafe(name, call)] == []
 
 

@@ -31,7 +31,7 @@ from gradproj.store.files import write_file_durably
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns
 from gradproj.store.writer import shard_chunks, write_column_block
 
-WIDTH, BLOCK = 256, 512
+WIDTH, BLOCK, N_SINGLE, N_MANY = 256, 512, 30, 1_000
 MAPPED, DECODED = "mapped file", "mapped file, our decoder"
 ZARR_DEFAULTS = {"threading.max_workers": None, "async.concurrency": 10}  # gradproj sets both lower
 ZARR, ZARR_SHARDS, ZARR_DECODED = "zarr-python", "zarr-python, a shard a block", "zarr-python, our decoder"
@@ -49,13 +49,14 @@ def main() -> None:
 
 
 def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None = None) -> dict[str, float]:
-    """Speeds relative to the mapped file (more is better) and to zarr-python, by what was read."""
+    """How many times as fast as each other side gradproj is, by what was read and that side."""
     shared_memory = Path("/dev/shm")
     folder = Path(
         tempfile.mkdtemp(
             prefix="bench_store_", dir=parent or (shared_memory if shared_memory.is_dir() else None)
         )
     )
+    zarr.config.set(ZARR_DEFAULTS)
     try:
         sides = Sides(folder, proj_dtype, 1_024 if quick else 8_192)
         print_machine("numpy", "zarr")
@@ -68,17 +69,17 @@ def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None
             print(f"\n{what}")
             bases = [name for name in (MAPPED, ZARR) if name in variants]
             medians = print_table(interleave(variants, 3 if quick else 7), bases)
-            best_zarr = min(s for name, s in medians.items() if name.startswith("zarr"))
-            ratios[f"{what} / zarr-python"] = best_zarr / medians["gradproj"]
-            if MAPPED in medians:
-                ratios[f"{what} / mapped file"] = medians[MAPPED] / medians["gradproj"]
+            for name, seconds in medians.items():
+                if name != "gradproj":
+                    ratios[f"{what} / {name}"] = seconds / medians["gradproj"]
             print(
                 ", ".join(
-                    f"{s / medians['gradproj']:.2f} x {name}"
-                    for name, s in medians.items()
-                    if name != "gradproj"
+                    f"{seconds / medians['gradproj']:.2f} x {name}" for name, seconds in medians.items()
                 )
             )
+            if "rows" in what:
+                n_rows = N_SINGLE if what.startswith("single") else N_MANY
+                print(", ".join(f"{name} {1e6 * s / n_rows:.1f} µs a row" for name, s in medians.items()))
         return ratios
     finally:
         shutil.rmtree(folder)
@@ -164,7 +165,7 @@ class Sides:
         }
 
     def single_rows(self) -> dict[str, Variant]:
-        ids = np.random.default_rng(1).integers(0, len(self.stored), 30).tolist()
+        ids = np.random.default_rng(1).integers(0, len(self.stored), N_SINGLE).tolist()
         mapped, store, array = self.open_mapped(), self.open_store(), self.open_zarr()
         return {
             "mapped file, as stored": Variant(lambda: [np.array(mapped[i]) for i in ids]),
@@ -174,7 +175,7 @@ class Sides:
         }
 
     def many_rows(self) -> dict[str, Variant]:
-        ids = np.random.default_rng(2).integers(0, len(self.stored), 1_000)
+        ids = np.random.default_rng(2).integers(0, len(self.stored), N_MANY)
         mapped, store, array = self.open_mapped(), self.open_store(), self.open_zarr()
         return {
             "mapped file, as stored": Variant(lambda: mapped[ids]),
