@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradproj.errors import ModelError
 from gradproj.layers import TargetLayer, find_layers, project_tokens
-from gradproj.products import linear
+from gradproj.products import project, remember_in_bfloat16
 from gradproj.projection import ProjectionConfig, choose_ki_ko, projection_matrix
 from gradproj.store.layout import LayerSlice
 
@@ -88,7 +88,10 @@ def place_layers(
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
         columns = slice(widths.slice_start, widths.slice_end)
-        placed.append(PlacedLayer(target, p_i.to(device), p_o.to(device), columns))
+        p_i, p_o = p_i.to(device), p_o.to(device)
+        for p in (p_i, p_o):
+            remember_in_bfloat16(p)
+        placed.append(PlacedLayer(target, p_i, p_o, columns))
     return placed
 
 
@@ -159,7 +162,7 @@ class BatchCapture:
                 "it before the next runs forward"
             )
         layer = self._layers[index]
-        g_p = self._by_sample(layer, linear(g.float(), layer.p_o))
+        g_p = self._by_sample(layer, project(g, layer.p_o))
         part = project_tokens(a_p, g_p)
         # A layer called twice (shared weights) has the sum of both calls as its gradient.
         self.parts[index] = self.parts[index] + part if index in self.parts else part

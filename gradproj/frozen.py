@@ -15,6 +15,8 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from gradproj.attention import NAME as CAUSAL
+from gradproj.attention import fits
 from gradproj.errors import ModelError
 from gradproj.products import linear, uses_onednn
 
@@ -32,12 +34,16 @@ class FrozenModel:
     """
 
     def __init__(self, module: nn.Module, gradient_checkpointing: bool = False) -> None:
-        self._before: list[tuple[Any, str, bool]] = []
+        self._before: list[tuple[Any, str, Any]] = []
         self._swapped: list[nn.Module] = []
         for parameter in module.parameters():
             self._set(parameter, "requires_grad", False)
+        own_attention = any(fits(parameter) for parameter in module.parameters())
         for part in module.modules():
             self._set(part, "training", False)
+            config = getattr(part, "config", None)
+            if own_attention and getattr(config, "_attn_implementation", None) == "sdpa":
+                self._set(config, "_attn_implementation", CAUSAL)
             form = _FORMS.get(type(part))
             if gradient_checkpointing and isinstance(part, GradientCheckpointingLayer):
                 form = _checkpointed
@@ -61,7 +67,7 @@ class FrozenModel:
             setattr(owner, attribute, value)
         self._before, self._swapped = [], []
 
-    def _set(self, owner: Any, attribute: str, value: bool) -> None:
+    def _set(self, owner: Any, attribute: str, value: Any) -> None:
         self._before.append((owner, attribute, getattr(owner, attribute)))
         setattr(owner, attribute, value)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradproj.errors import ModelError
-from gradproj.products import linear
+from gradproj.products import project
 
 ALIASES = {
     "attn": ("attn", "attention", "self_attn", "self_attention"),
@@ -36,7 +36,7 @@ class LayerRule:
 
 
 def _project_dense(module: Any, a: Tensor, p_i: Tensor) -> Tensor:
-    return linear(a.float(), p_i)
+    return project(a, p_i)
 
 
 def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """How far rows move with their batch, with padding beside them and with the precision of the model."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from gradproj.batching import Batch, BatchConfig, collate, plan_batches
 from gradproj.engine import GradProjLoraEngine
 from gradproj.loss import Targets, per_sample_loss
+from gradproj.unit import PreparedUnit
 
 WAYS = ("alone", "batched", "beside padding")
 FLOOR = 1e-2
@@ -21,6 +25,10 @@ USUAL_COSINE = 0.999
 """What the median row in another precision must keep with its float32 self."""
 LEAST_COSINE = 0.9
 """What every such row must keep: single documents may be hit harder, as where a gradient nearly cancels."""
+BREAKS_BELOW = 0.99
+"""The median cosine of a few documents under which the job warns: rounding moves them less in any sound model."""
+CHECKED_DOCUMENTS = 4
+CHECKED_TOKENS = 256
 _NO_NUMBER = 1e30
 """Stands for an error that is infinite or undefined, which JSON has no number for."""
 
@@ -127,3 +135,96 @@ def _rows_of_batch(model: nn.Module, engine: GradProjLoraEngine, batch: Batch) -
     targets = Targets(batch.positions, batch.targets)
     per_sample_loss(model, {"input_ids": batch.input_ids, "targets": targets}).sum().backward()
     return engine.collect_batch()
+
+
+# --- the job's own check ---
+
+
+def check_precision(
+    model: nn.Module, engine: GradProjLoraEngine, unit: PreparedUnit, batch: BatchConfig
+) -> tuple[str, bool]:
+    """``(one line for a person, whether it is a warning)`` on a model in a lower precision than float32.
+
+    The beginnings of a unit's first documents run in the model's precision, and once more with the same weights made
+    float32 in place, which takes as much memory again as the weights have. Where that is not there, nothing is known:
+    rows in two batch shapes do not show it, since both round the same values in the same way.
+
+    Args:
+        model: frozen, in eval mode, on its device; the same bits afterwards.
+        engine: attached to it.
+        unit: the documents.
+        batch: the run's.
+    """
+    documents = _beginnings(unit)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if not documents.n_documents:
+        return f"{dtype} is not checked: the first documents make no row", False
+    try:
+        rows = rows_of(model, engine, documents, "batched", batch)
+        with _in_float32(model):
+            reference = rows_of(model, engine, documents, "batched", batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        unknown = (
+            f"{dtype} is not checked: no memory for float32 weights; python -m gradproj diagnose does it"
+        )
+        return unknown, False
+    finally:
+        engine.clear_gradients()
+        engine.take_token_covariances()
+    found = Agreement.of(rows, reference)
+    figure = (
+        f"{dtype} rows have a cosine of {found.median_cosine:.4f} (least {found.least_cosine:.4f}) with float32's, of "
+        f"{documents.n_documents} documents"
+    )
+    if found.n_not_finite:
+        figure = f"{found.n_not_finite} of {documents.n_documents} {dtype} rows are not finite, in float32 they are"
+    elif found.median_cosine >= BREAKS_BELOW and found.least_cosine >= LEAST_COSINE:
+        return figure, False
+    return (
+        f"{figure}: {dtype} breaks down in this model. See python -m gradproj diagnose with the same flags, "
+        "or give --model_dtype float32",
+        True,
+    )
+
+
+def _beginnings(unit: PreparedUnit) -> Documents:
+    """The first tokens of the first documents, one sequence each."""
+    _, first = np.unique(unit.row_of, return_index=True)
+    sequences = [unit.sequences[i][:CHECKED_TOKENS] for i in first[:CHECKED_DOCUMENTS].tolist()]
+    return Documents(sequences, np.arange(len(sequences)), len(sequences))
+
+
+@contextlib.contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """The model's weights as float32 for a while; back to the same bits, since float32 holds them exactly.
+
+    Raises:
+        MemoryError: the host has not enough of it. (A device says so itself.)
+    """
+    low = [
+        t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.element_size() < 4
+    ]
+    if any(t.device.type == "cpu" for t in low):
+        wanted = sum(4 * t.numel() for t in low)
+        if wanted > _free_host_bytes():
+            raise MemoryError
+    before: list[tuple[Tensor, torch.dtype]] = []
+    try:
+        for tensor in low:
+            before.append((tensor, tensor.dtype))
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in before:
+            tensor.data = tensor.data.to(dtype)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _free_host_bytes() -> int:
+    """What Linux would give without swapping; elsewhere nobody says, and it is taken to be enough."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 2**62
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])

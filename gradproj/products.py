@@ -5,6 +5,7 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -29,6 +30,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     # The operation that torch's own compiler emits for a Linear on the CPU.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_IN_BFLOAT16 = WeakTensorKeyDictionary()
+"""Projection matrix -> the same in bfloat16, where that is exact."""
+
+
+def remember_in_bfloat16(p: Tensor) -> None:
+    """Have ``project`` multiply in bfloat16 by this float32 matrix, if no entry of it changes: all of a rademacher
+    matrix are ``+-1/sqrt(k)``, and for k = 4, 16, 64, 256 that is a power of two. Asks the device, once."""
+    low = p.to(torch.bfloat16)
+    if torch.equal(low.float(), p):
+        _IN_BFLOAT16[p] = low
+
+
+def project(x: Tensor, p: Tensor) -> Tensor:
+    """``x p^T`` in float32: ``(..., n)`` of any precision, ``(k, n)`` float32 -> ``(..., k)``.
+
+    bfloat16 is multiplied as it is where ``p`` was remembered: no float32 copy of x, and on a GPU its tensor cores.
+    Sums are float32; each result is rounded to bfloat16 once, as x itself was.
+    """
+    low = _IN_BFLOAT16.get(p) if x.dtype == torch.bfloat16 else None
+    return linear(x.float(), p) if low is None else F.linear(x, low).float()
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -16,8 +16,10 @@ import sys
 import time
 
 import torch
+from torch import nn
 
 from gradproj.background import Background, Writer
+from gradproj.batching import BatchConfig
 from gradproj.config import RunConfig, run_config
 from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
@@ -28,14 +30,16 @@ from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.loss import chunk_verdict
 from gradproj.model import load_model, load_tokenizer
+from gradproj.precision import check_precision
 from gradproj.probe import settle_batches
 from gradproj.projector import ProjectedUnit, UnitProjector
 from gradproj.start import Job, log_to_file, matrices_on, prepare_torch, start_job
 from gradproj.store import ProjectionStore
-from gradproj.summary import print_end, print_start
+from gradproj.summary import print_end, print_precision, print_start
 from gradproj.unit import UnitReader
 
 LET_RANK_0_SPEAK_S = 10.0
+PRECISION_DOCUMENTS = 16
 
 log = logging.getLogger("gradproj.run")  # also where this module runs as __main__
 
@@ -113,6 +117,7 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
             settings = settle_batches(job, queue, model, engine, stop)
             stop.drain()
             reader = UnitReader(plan.index, tokenizer, settings, stop)
+            say_precision(job, queue, model, engine, reader, settings.batch)
             projector = UnitProjector(model, engine, settings, progress, stop)
             ahead = Background(map(reader.read, queue.take()), check=writer.check)
             with ahead as units, stop.asked_on_error():
@@ -127,6 +132,23 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
                     progress.units += 1
     stop.drain()
     progress.unit = -1
+
+
+def say_precision(
+    job: Job,
+    queue: UnitQueue,
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    reader: UnitReader,
+    batch: BatchConfig,
+) -> None:
+    """Rank 0 holds a few documents' rows against float32's, where the model has another precision."""
+    pending = queue.pending()
+    if job.owner.rank == 0 and next(model.parameters()).dtype != torch.float32 and len(pending):
+        unit = int(pending[0])
+        start, stop = job.plan.layout.unit_range(unit)
+        few = reader.read_samples(unit, start, min(start + PRECISION_DOCUMENTS, stop))
+        print_precision(*check_precision(model, engine, few, batch))
 
 
 def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from typing import Any
 
 import torch
@@ -68,6 +69,14 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
         print(line)
     print(f"device        {device} ({name}), {torch.get_num_threads()} CPU threads a rank")
     print(f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}", flush=True)
+
+
+def print_precision(figure: str, warning: bool) -> None:
+    """What a check of the model's precision found, once for the whole job."""
+    if warning:
+        print(f"WARNING: {figure}", file=sys.stderr, flush=True)
+    else:
+        print(f"precision     {figure}", flush=True)
 
 
 def print_end(plan: Plan, complete: bool, stopped_by: str) -> None:

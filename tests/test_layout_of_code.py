@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "gradproj"
 
 LEVELS = [
-    {"errors", "products"},
+    {"attention", "errors", "products"},
     {
         "checkpoint",
         "dist",
@@ -46,7 +46,7 @@ HOME_OF = {
     "datasets": {"corpus"},
     "pyarrow": {"corpus"},
     "huggingface_hub": {"checkpoint"},
-    "transformers": {"model", "frozen", "layers", "training"},
+    "transformers": {"attention", "model", "frozen", "layers", "training"},
     "tokenizers": {"training"},
 }
 

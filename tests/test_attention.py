@@ -1,0 +1,95 @@
+"""Causal attention in bfloat16 on a CPU, against torch's own in float32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import FAMILIES, ragged_batch, relative_error, small_model
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gradproj import attention
+from gradproj.attention import NAME, attend
+from gradproj.engine import GradProjLoraEngine
+from gradproj.frozen import FrozenModel
+from gradproj.loss import per_sample_loss
+
+
+def tensors(length, heads=4, key_heads=4, n=2, width=8):
+    """Query, key and value as models hand them over: a transposed view each."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(n, length, h, width).bfloat16().transpose(1, 2).requires_grad_()
+        for h in (heads, key_heads, key_heads)
+    ]
+
+
+def with_gradients(out, inputs):
+    torch.manual_seed(1)
+    weights = torch.randn(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_output_and_gradients_are_those_of_exact_attention(length, key_heads, scaling):
+    inputs = tensors(length, key_heads=key_heads)
+    got = with_gradients(attend(nn.Module(), *inputs, None, scaling=scaling)[0], inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = F.scaled_dot_product_attention(*exact, is_causal=True, scale=scaling, enable_gqa=True)
+    want = with_gradients(out.transpose(1, 2), exact)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        # Of one token the gradients of query and key are zero, and only the rounding of the output's size is left.
+        assert (a.double() - b).norm() <= 0.01 * max(b.norm(), want[0].norm())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"is_causal": False},
+        {"dropout": 0.5},
+        {"attention_mask": torch.zeros(70, 70).bfloat16()},
+        {"dtype": torch.float32},
+    ],
+    ids=["not-causal", "dropout", "mask", "float32"],
+)
+def test_what_is_not_plain_causal_bfloat16_attention_is_left_to_transformers(settings, monkeypatch):
+    monkeypatch.setattr(attention, "_Causal", None)
+    dtype = settings.pop("dtype", torch.bfloat16)
+    mask = settings.pop("attention_mask", None)
+    inputs = [x.to(dtype) for x in tensors(70)]
+    outs = []
+    for function in (attend, sdpa_attention_forward):
+        torch.manual_seed(2)
+        outs.append(function(nn.Module(), *inputs, mask, **settings)[0])
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_every_family_are_as_near_to_float32_as_with_torchs_attention(family, monkeypatch):
+    ids, labels = ragged_batch([40, 23])
+    batch = {"input_ids": ids, "labels": labels}
+
+    def rows(dtype):
+        model = small_model(family).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.3 if parameter.dim() >= 2 else 1)
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, batch).sum().backward()
+            return engine.collect_batch()
+
+    exact, ours = rows(torch.float32), rows(torch.bfloat16)
+    monkeypatch.setattr("gradproj.frozen.fits", lambda parameter: False)
+    torchs = rows(torch.bfloat16)
+    assert relative_error(ours, exact) <= 1.3 * relative_error(torchs, exact) + 1e-3
+
+
+def test_a_frozen_model_takes_it_in_bfloat16_alone_and_gives_it_back():
+    for dtype, name in ((torch.bfloat16, NAME), (torch.float32, "sdpa")):
+        model = small_model("llama").to(dtype)
+        frozen = FrozenModel(model)
+        assert model.config._attn_implementation == name
+        frozen.undo()
+        assert model.config._attn_implementation == "sdpa"
