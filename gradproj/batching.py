@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradproj.errors import ConfigError
+from gradproj.transfer import send
 
 LONG_DOCUMENTS = ("truncate", "windows")
 
@@ -93,18 +94,10 @@ class Batch:
     """Real tokens, without padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The tensors on ``device``, copied from pinned memory without waiting."""
-        ids, positions, targets, mask = (t.to(device, non_blocking=True) for t in self._tensors)
+        """The tensors on ``device``, copied without waiting."""
+        tensors = (self.input_ids, self.positions, self.targets, self.token_mask)
+        ids, positions, targets, mask = (send(tensor, device) for tensor in tensors)
         return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
-
-    def pinned(self) -> "Batch":
-        """The same in page-locked memory, for copies that do not block."""
-        ids, positions, targets, mask = (t.pin_memory() for t in self._tensors)
-        return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
-
-    @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.input_ids, self.positions, self.targets, self.token_mask
 
 
 def split_long(tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str) -> list[np.ndarray]:
@@ -145,14 +138,13 @@ def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> 
     return batches
 
 
-def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int, pin: bool = False) -> Batch:
+def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Batch:
     """Pad the chosen sequences into one batch on the host.
 
     Args:
         sequences: all sequences of the unit.
         chosen: positions of this batch's sequences, ``(N,)``.
         pad: a valid token id; what it is makes no difference to any row.
-        pin: put the tensors into page-locked memory, for copies that do not block.
     """
     parts = [sequences[i] for i in chosen]
     width = max(len(part) for part in parts)
@@ -164,7 +156,7 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int, pin: 
     positions = np.flatnonzero(mask)
     # The target of a position is the next token of its sequence, which is the next place in the row.
     targets = ids.reshape(-1)[positions + 1]
-    batch = Batch(
+    return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(targets),
@@ -172,4 +164,3 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int, pin: 
         np.asarray(chosen, dtype=np.int64),
         sum(map(len, parts)),
     )
-    return batch.pinned() if pin else batch

@@ -255,7 +255,8 @@ class GradProjLoraEngine:
                 "attach_train_batch(X, Y, iter_num, labels=labels, loss_reduction='mean' or 'sum')"
             )
         weight, self._own_loss = self._own_loss, None
-        return torch.as_tensor(weight, dtype=rows.dtype, device=rows.device)
+        # A number is made on the device, not copied to it.
+        return weight.to(rows) if isinstance(weight, Tensor) else rows.new_full((), weight)
 
     # --- the original system's methods ---
 

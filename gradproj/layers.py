@@ -47,7 +47,11 @@ def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)
     scale = getattr(module, "embed_scale", None)
     # The model multiplies by the scale as its own dtype has it.
-    return rows if scale is None else rows * torch.as_tensor(scale).to(module.weight.dtype).to(rows)
+    if scale is None:
+        return rows
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, device=rows.device)
+    return rows * scale.to(module.weight.dtype).to(rows)
 
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.layers import without_wrappers
+from gradproj.unpacked import one_sequence_a_row
 from gradproj.vocabulary import TokenLoss
 
 IGNORE = -100
@@ -96,7 +97,8 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
     if chunked and _head_is_bystander(unwrap(model).get_output_embeddings()):
         losses = _chunked_losses(model, input_ids, mask, targets)
     else:
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        with one_sequence_a_row():
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         chosen = logits.flatten(0, 1)[targets.positions].float()
         losses = F.cross_entropy(chosen, targets.tokens, reduction="none")
     spread = losses.new_zeros(input_ids.numel()).index_copy(0, targets.positions, losses)
@@ -116,7 +118,8 @@ def _labels(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Te
 
 def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """``(N, S, H)``: what the vocabulary head reads."""
-    return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+    with one_sequence_a_row():
+        return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
 
 
 def _chunked_losses(model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:

@@ -21,7 +21,7 @@ from gradproj.loss import Targets, per_sample_loss
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.records import UnitRecord
-from gradproj.transfer import after_what_runs_now, fetch
+from gradproj.transfer import after_what_runs_now, fetch, send
 from gradproj.unit import PreparedUnit, UnitSettings
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ class UnitProjector:
     """Runs a prepared unit through the engine.
 
     Rows are summed on the device and cross to the host once a unit, in the thread that writes them, while the next
-    unit runs. No value is read back batch by batch, and batches are copied from pinned memory. (transformers itself
-    asks the device for one value per forward pass, to see whether a batch is packed.)
+    unit runs. Batch by batch no value is read back and nothing waits for the device.
 
     Args:
         model: frozen, in eval mode, on its device.
@@ -65,9 +64,7 @@ class UnitProjector:
         for part in saved:
             total.replay(part)
         for number in range(done, len(prepared.batches)):
-            batch = collate(
-                prepared.sequences, prepared.batches[number], pad=0, pin=self._device.type == "cuda"
-            )
+            batch = collate(prepared.sequences, prepared.batches[number], pad=0)
             self._run(batch.to(self._device), total)
             self._count(batch, prepared, number + 1)
             if number + 1 == len(prepared.batches):
@@ -156,7 +153,7 @@ class UnitSums:
         """Add sequences' rows to their documents'."""
         touched = self.prepared.row_of[sequences]
         # All memory is taken before the first sum: a batch that fails here is tried again, in halves.
-        index = torch.from_numpy(touched).to(self._device, non_blocking=True)
+        index = send(torch.from_numpy(touched), self._device)
         covariances = self._engine.take_token_covariances()
         self.rows.index_add_(0, index, rows)
         self.losses.index_add_(0, index, losses)

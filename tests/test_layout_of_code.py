@@ -20,6 +20,7 @@ LEVELS = [
         "background",
         "tokenizing",
         "transfer",
+        "unpacked",
     },
     {"batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
@@ -46,7 +47,7 @@ HOME_OF = {
     "datasets": {"corpus"},
     "pyarrow": {"corpus"},
     "huggingface_hub": {"checkpoint"},
-    "transformers": {"attention", "model", "frozen", "layers", "training"},
+    "transformers": {"attention", "model", "frozen", "layers", "training", "unpacked"},
     "tokenizers": {"training"},
 }
 
