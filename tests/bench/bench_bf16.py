@@ -44,14 +44,14 @@ def measure(quick: bool = False, checkpoint: str | None = None) -> dict[str, flo
     """Speed of bfloat16 over float32 by model, and the rows' median and least cosine."""
     torch.set_num_threads(1)
     print_machine()
-    if not _has_bfloat16():
+    if not has_bfloat16():
         print("this CPU has no bfloat16 instructions: the ratios below say nothing of those that have")
     found = {name: _speed(name, 2 if quick else 7) for name in MODELS}
     agreement = _agreement(checkpoint, 150 if quick else 600)
     return {**found, "median cosine": agreement.median_cosine, "least cosine": agreement.least_cosine}
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     info = Path("/proc/cpuinfo")
     return info.exists() and "avx512_bf16" in info.read_text()
 
@@ -133,7 +133,7 @@ def _trained_llama(steps: int) -> tuple[nn.Module, np.ndarray]:
         optimizer.zero_grad()
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
-    print(f"\ntrained {steps} steps: {float(loss):.2f} nats a byte", flush=True)
+    print(f"\ntrained {steps} steps: {loss.item():.2f} nats a byte", flush=True)
     return model, tokens
 
 

@@ -11,7 +11,7 @@ sides. The mapped file is one C-ordered array ``[N, D]`` of the very bytes that 
   one would in numpy, and once more by gradproj's own decoder;
 - one layer of all rows, single random rows, and 1,000 random rows in one call: as float32 on all sides.
 
-``write``: ours flushes each shard to disk (free on a memory file system), zarr-python never does.
+``write``: ours flushes each shard to disk (free on a memory file system), zarr-python never does. torch has one thread.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 import zarr
 from measure import Variant, interleave, print_machine, print_table
 
@@ -57,6 +58,7 @@ def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None
         )
     )
     zarr.config.set(ZARR_DEFAULTS)
+    torch.set_num_threads(1)  # idle threads of a pool spin, which is CPU time too
     try:
         sides = Sides(folder, proj_dtype, 1_024 if quick else 8_192)
         print_machine("numpy", "zarr")

@@ -20,3 +20,64 @@ def test_rows_take_half_the_memory_of_the_bare_backward_pass():
     peaks = bench_engine.measure_memory("gpt2", 8)
     assert peaks["engine"] <= 0.5 * peaks["frozen backward"]
     assert peaks["engine, checkpointing"] < peaks["engine"]
+
+
+def test_the_job_takes_hardly_longer_than_its_engine_alone():
+    import bench_job
+
+    assert bench_job.compare("small", 512, 3, cores=2)["wall"] <= 1.05
+
+
+def test_a_fifth_more_documents_a_cpu_second_than_bergson():
+    import bench_bergson
+
+    ratios = bench_bergson.compare("small", 1024, 1)
+    if ratios is None:
+        pytest.skip("bergson cannot be installed: no registry is reachable")
+    assert ratios["gradproj"] >= 1.2
+    assert ratios["gradproj without start-up"] >= 1.2
+
+
+def test_two_ranks_do_nearly_twice_the_work_of_one():
+    import bench_scale
+
+    ratios = bench_scale.measure()
+    assert ratios["wall" if ratios["share"] >= bench_scale.LEAST_SHARE else "cpu"] >= 1.9
+
+
+def test_coordination_of_512_ranks_costs_less_than_a_hundredth():
+    import bench_coordination
+
+    assert bench_coordination.measure(512, 51_000)["all"] < 0.01
+
+
+def test_the_piles_plan_and_index_are_small(tmp_path):
+    import bench_planning
+
+    found = bench_planning.measure(bench_planning.N_DOCUMENTS, 26_000, str(tmp_path))
+    for step in ("rank 0", "every rank"):
+        assert found[step]["above_bytes"] <= 300e6
+        assert found[step]["wall_s"] <= 60
+
+
+def test_bfloat16_is_fast_where_the_processor_has_it_and_rows_keep_their_direction():
+    import bench_bf16
+
+    if not bench_bf16.has_bfloat16():
+        pytest.skip("this CPU has no bfloat16 instructions")
+    found = bench_bf16.measure()
+    assert found["gpt2"] >= 1.6
+    assert found["llama"] >= 1.6
+    assert found["median cosine"] >= 0.999
+
+
+def test_reading_is_close_to_a_mapped_file_and_far_from_zarr_python():
+    import bench_store
+
+    ratios = bench_store.measure()
+    for what in ("scan as stored", "scan as float32", "one layer"):
+        assert ratios[f"{what} / mapped file"] >= 0.85, what
+    for what in ("single random rows", "1,000 random rows"):
+        assert ratios[f"{what} / mapped file"] >= 1 / 5, what
+        # Of scans no reader can be eight times as fast: a mapped file itself is at most three times.
+        assert ratios[f"{what} / zarr-python"] >= 8, what
