@@ -1,0 +1,190 @@
+"""The job's loop never waits for its device: on one that cannot be asked, and without a GPU."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from jobs import flags, make_corpus, make_model, mixed_documents
+from models import FAMILIES, VOCAB, ragged_batch, small_model
+from mute_device import MUTE, waits_of, watched
+from transformers import masking_utils
+
+import gradproj.run
+from gradproj import capture, loss, products, projector
+from gradproj.batching import plan_batches
+from gradproj.config import run_config
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.partial import PartialLog
+from gradproj.coordinator.units import UnitQueue
+from gradproj.dist import Process, start_group
+from gradproj.engine import GradProjLoraEngine
+from gradproj.loss import per_sample_loss
+from gradproj.model import load_model
+from gradproj.projector import UnitProjector, UnitSums
+from gradproj.start import start_job
+from gradproj.stopping import StopRequest
+from gradproj.store.layout import empty_columns
+from gradproj.unit import PreparedUnit
+from gradproj.unpacked import one_sequence_a_row
+
+N_DOCUMENTS = 12
+
+
+def remember(p):
+    """As ``remember_in_bfloat16`` of a matrix that is exact in it: asked of the device once, before the first unit."""
+    products._IN_BFLOAT16[p] = p.to(torch.bfloat16)
+
+
+def some_unit():
+    """Documents of 2 to 30 tokens, one of them of two sequences, in several batches."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(2, 30, N_DOCUMENTS + 1)
+    sequences = [generator.integers(3, VOCAB, n) for n in lengths]
+    row_of = np.minimum(np.arange(N_DOCUMENTS + 1), N_DOCUMENTS - 1)
+    return PreparedUnit(0, 0, empty_columns(N_DOCUMENTS, 4), sequences, row_of, plan_batches(lengths, 4, 64))
+
+
+@pytest.fixture
+def waits_of_a_unit(tmp_path, monkeypatch):
+    """``(model, chunked, **engine's) -> what in the loop over a unit's batches would wait``."""
+    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+
+    def run(model, chunked=True, **settings):
+        model = model.requires_grad_(False).to(MUTE)
+        monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
+        unit, progress = some_unit(), Progress()
+        with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, **settings) as engine:
+            of_unit = UnitProjector(model, engine, None, progress)
+            waits = waits_of(lambda: of_unit.project(unit, PartialLog(tmp_path / "p", tmp_path, "key")))
+        assert waits or progress.batches == len(unit.batches) > 3
+        return waits
+
+    return run
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_no_batch_waits_for_the_device(family, waits_of_a_unit):
+    assert waits_of_a_unit(small_model(family), include_embeddings=family != "opt") == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(family, waits_of_a_unit):
+    assert waits_of_a_unit(small_model(family).to(torch.bfloat16)) == []
+    assert waits_of_a_unit(small_model(family), chunked=False) == []
+    assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0]),
+    "truth": lambda x: 1 if (x > 0).all() else 0,
+    "tolist": lambda x: x.tolist(),
+    "to the host": lambda x: x.cpu(),
+    "to the host without waiting": lambda x: torch.empty(x.shape).copy_(x, non_blocking=True),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x),
+    "isfinite": lambda x: bool(torch.isfinite(x).all()),
+    "choice by a mask": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.__setitem__(x > 0, x[:1]),
+    "unique": lambda x: x.unique(),
+    "a number as a tensor": lambda x: x * torch.tensor(2.0, device=x.device),
+    "a list as an index": lambda x: x[[0]],
+    "a host's index": lambda x: x[torch.zeros(1, dtype=torch.int64)],
+    "a copy that blocks": lambda x: torch.zeros(3).pin_memory().to(x.device),
+    "a copy of ordinary memory": lambda x: torch.zeros(3).to(x.device, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WAITS))
+def test_a_wait_that_somebody_adds_to_the_loop_is_seen(name, waits_of_a_unit, monkeypatch):
+    add = UnitSums.add
+
+    def add_and_wait(self, sequences, rows, losses):
+        WAITS[name](losses)
+        add(self, sequences, rows, losses)
+
+    monkeypatch.setattr(UnitSums, "add", add_and_wait)
+    assert waits_of_a_unit(small_model("llama"))
+
+
+def test_a_wait_inside_the_model_is_seen(waits_of_a_unit, monkeypatch):
+    asked = masking_utils.find_packed_sequence_indices.__wrapped__
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    assert waits_of_a_unit(small_model("llama"))
+
+
+def test_a_copy_of_page_locked_memory_that_does_not_block_is_no_wait():
+    assert waits_of(lambda: torch.zeros(3).pin_memory().to(MUTE, non_blocking=True)) == []
+
+
+# --- the job itself ---
+
+
+def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_path, monkeypatch):
+    settings = {
+        "shards": make_corpus(tmp_path / "tars", mixed_documents(48)), "model": make_model(tmp_path / "model"),
+        "output_dir": tmp_path / "out", "rows_per_shard": 16, "batch_size": 4, "max_length": 24, "device": "cpu",
+    }  # fmt: skip
+    waits, fetched_by, project = [], [], UnitProjector.project
+
+    def watched_project(*args):
+        with watched(waits):
+            return project(*args)
+
+    def fetch(tensors, computed):
+        fetched_by.append(threading.current_thread().name)
+        return [torch.zeros(x.shape, dtype=x.dtype) for x in tensors]
+
+    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+    monkeypatch.setattr(gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE))
+    monkeypatch.setattr(gradproj.run, "chunk_verdict", lambda model: (True, "as it is known"))
+    monkeypatch.setattr(loss, "can_chunk", lambda model: True)
+    monkeypatch.setattr(UnitProjector, "project", watched_project)
+    monkeypatch.setattr(projector, "fetch", fetch)
+    process = Process.from_environment()
+    with start_group(process):
+        job = start_job(run_config(flags(**settings), "test"), process)
+    plan, progress = job.plan, Progress()
+    queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
+    gradproj.run.compute(job, queue, MUTE, StopRequest(), progress)
+    assert waits == []
+    assert progress.batches > 3 * progress.units == 9
+    assert len(fetched_by) == 3
+    assert {name.partition("_")[0] for name in fetched_by} == {"writer"}
+
+
+# --- what transformers is told ---
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_rows_are_the_same_bits_as_where_transformers_looks_itself(family, chunked, monkeypatch):
+    model, (ids, labels) = small_model(family), ragged_batch([9, 14, 3])
+
+    def rows():
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, {"input_ids": ids, "labels": labels}, chunked=chunked).sum().backward()
+            return engine.collect_batch()
+
+    told = rows()
+    asked = masking_utils.find_packed_sequence_indices.__wrapped__
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    assert torch.equal(told, rows())
+
+
+def test_a_model_that_runs_packed_rows_is_asked_as_ever():
+    packed, seen = torch.tensor([[0, 1, 0, 1, 2]]), []
+
+    def find():
+        seen.append(masking_utils.find_packed_sequence_indices(packed))
+
+    find()
+    with one_sequence_a_row():
+        other = threading.Thread(target=find)
+        other.start()
+        other.join()
+        assert masking_utils.find_packed_sequence_indices(packed) is None
+    find()
+    assert [x.tolist() for x in seen] == [[[0, 0, 1, 1, 1]]] * 3
