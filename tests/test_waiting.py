@@ -9,13 +9,12 @@ from jobs import flags, make_corpus, make_model, mixed_documents
 from models import FAMILIES, VOCAB, ragged_batch, small_model
 from mute_device import MUTE, waits_of, watched
 from transformers import masking_utils
+from units import project_unit, unit_of
 
 import gradproj.run
 from gradproj import capture, loss, products, projector
-from gradproj.batching import plan_batches
 from gradproj.config import run_config
 from gradproj.coordinator.heartbeats import Progress
-from gradproj.coordinator.partial import PartialLog
 from gradproj.coordinator.units import UnitQueue
 from gradproj.dist import Process, start_group
 from gradproj.engine import GradProjLoraEngine
@@ -24,11 +23,7 @@ from gradproj.model import load_model
 from gradproj.projector import UnitProjector, UnitSums
 from gradproj.start import start_job
 from gradproj.stopping import StopRequest
-from gradproj.store.layout import empty_columns
-from gradproj.unit import PreparedUnit
 from gradproj.unpacked import one_sequence_a_row
-
-N_DOCUMENTS = 12
 
 
 def remember(p):
@@ -37,12 +32,9 @@ def remember(p):
 
 
 def some_unit():
-    """Documents of 2 to 30 tokens, one of them of two sequences, in several batches."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(2, 30, N_DOCUMENTS + 1)
-    sequences = [generator.integers(3, VOCAB, n) for n in lengths]
-    row_of = np.minimum(np.arange(N_DOCUMENTS + 1), N_DOCUMENTS - 1)
-    return PreparedUnit(0, 0, empty_columns(N_DOCUMENTS, 4), sequences, row_of, plan_batches(lengths, 4, 64))
+    """In several batches."""
+    lengths = np.random.default_rng(0).integers(2, 30, 12)
+    return unit_of(lengths, VOCAB, batch_size=4, batch_tokens=64)
 
 
 @pytest.fixture
@@ -53,11 +45,10 @@ def waits_of_a_unit(tmp_path, monkeypatch):
     def run(model, chunked=True, **settings):
         model = model.requires_grad_(False).to(MUTE)
         monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
-        unit, progress = some_unit(), Progress()
+        unit, done = some_unit(), []
         with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, **settings) as engine:
-            of_unit = UnitProjector(model, engine, None, progress)
-            waits = waits_of(lambda: of_unit.project(unit, PartialLog(tmp_path / "p", tmp_path, "key")))
-        assert waits or progress.batches == len(unit.batches) > 3
+            waits = waits_of(lambda: done.append(project_unit(model, engine, unit, tmp_path)))
+        assert waits or (done and len(unit.batches) > 3)
         return waits
 
     return run
