@@ -61,46 +61,74 @@ def fits(x: Tensor) -> bool:
 
 
 class _Causal(torch.autograd.Function):
-    """``(N, heads, S, D)`` each, bfloat16; sample by sample, block of queries by block of queries."""
+    """``(N, heads, S, D)`` each, bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        n, heads, length, width = query.shape
-        out = query.new_empty(n, length, heads, width).transpose(1, 2)
-        sums = torch.empty(n, heads, length, 1)
-        for sample in range(n):
-            q, k, v = query[sample], key[sample], value[sample]
-            for block, seen in _blocks(length):
-                logits = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(scaling)
-                _hide_later(logits, -torch.inf)
-                top = logits.amax(dim=-1, keepdim=True)
-                shares = logits.sub_(top).exp_()
-                total = shares.sum(dim=-1, keepdim=True)
-                sums[sample, :, block] = top + total.log()
-                out[sample, :, block] = torch.bmm(shares.to(q.dtype), v[:, seen]).float().div_(total)
+        out, sums = _attention(query, key, value, scaling)
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.scaling = scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out, sums = ctx.saved_tensors
-        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
-        for sample in range(len(query)):
-            q, k, v, g = query[sample], key[sample], value[sample], gradient[sample].contiguous()
-            means = (g.float() * out[sample].float()).sum(dim=-1, keepdim=True)
-            sum_k, sum_v = (torch.zeros(x.shape) for x in (k, v))
-            for block, seen in _blocks(q.shape[1]):
-                shares = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(ctx.scaling)
-                shares.sub_(sums[sample, :, block]).exp_()
-                _hide_later(shares, 0.0)
-                sum_v[:, seen] += torch.bmm(shares.to(q.dtype).transpose(1, 2), g[:, block])
-                slopes = torch.bmm(g[:, block], v[:, seen].transpose(1, 2)).float()
-                slopes = slopes.sub_(means[:, block]).mul_(shares).mul_(ctx.scaling).to(q.dtype)
-                to_query[sample, :, block] = torch.bmm(slopes, k[:, seen])
-                sum_k[:, seen] += torch.bmm(slopes.transpose(1, 2), q[:, block])
-            to_key[sample], to_value[sample] = sum_k, sum_v
-        return to_query, to_key, to_value, None
+        return *_attention_gradients(gradient, *ctx.saved_tensors, ctx.scaling), None
+
+
+# Both are operations of their own, so that torch's compiler does not write out their loops for one length.
+
+
+@torch.library.custom_op("gradproj::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The output and the logs of the rows' sums; sample by sample, block of queries by block of queries."""
+    out, sums = _empty_attention(query, key, value, scaling)
+    for sample in range(len(query)):
+        q, k, v = query[sample], key[sample], value[sample]
+        for block, seen in _blocks(query.shape[2]):
+            logits = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(scaling)
+            _hide_later(logits, -torch.inf)
+            top = logits.amax(dim=-1, keepdim=True)
+            shares = logits.sub_(top).exp_()
+            total = shares.sum(dim=-1, keepdim=True)
+            sums[sample, :, block] = top + total.log()
+            out[sample, :, block] = torch.bmm(shares.to(q.dtype), v[:, seen]).float().div_(total)
+    return out, sums
+
+
+@_attention.register_fake
+def _empty_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    n, heads, length, width = query.shape
+    out = query.new_empty(n, length, heads, width).transpose(1, 2)
+    return out, query.new_empty(n, heads, length, 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("gradproj::attention_gradients", mutates_args=())
+def _attention_gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_query, to_key, to_value = _empty_gradients(gradient, query, key, value, out, sums, scaling)
+    for sample in range(len(query)):
+        q, k, v, g = query[sample], key[sample], value[sample], gradient[sample].contiguous()
+        means = (g.float() * out[sample].float()).sum(dim=-1, keepdim=True)
+        sum_k, sum_v = (torch.zeros(x.shape) for x in (k, v))
+        for block, seen in _blocks(q.shape[1]):
+            shares = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(scaling)
+            shares.sub_(sums[sample, :, block]).exp_()
+            _hide_later(shares, 0.0)
+            sum_v[:, seen] += torch.bmm(shares.to(q.dtype).transpose(1, 2), g[:, block])
+            slopes = torch.bmm(g[:, block], v[:, seen].transpose(1, 2)).float()
+            slopes = slopes.sub_(means[:, block]).mul_(shares).mul_(scaling).to(q.dtype)
+            to_query[sample, :, block] = torch.bmm(slopes, k[:, seen])
+            sum_k[:, seen] += torch.bmm(slopes.transpose(1, 2), q[:, block])
+        to_key[sample], to_value[sample] = sum_k, sum_v
+    return to_query, to_key, to_value
+
+
+@_attention_gradients.register_fake
+def _empty_gradients(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,31 @@ def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def batch_shape(inputs: Any) -> tuple[int, int] | None:
+    """``(samples, positions)`` of token ids or of embedded tokens; None for a model that takes neither."""
+    if isinstance(inputs, Tensor) and inputs.dim() == (3 if inputs.is_floating_point() else 2):
+        return inputs.shape[0], inputs.shape[1]
+    return None
+
+
+def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
+    """``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``; None where the samples cannot be told apart."""
+    if x.dim() >= 3 and x.shape[0] == n:
+        return x.flatten(1, -2)
+    if x.dim() == 2 and x.shape[0] == n * s:
+        return x.view(n, s, x.shape[-1])
+    return None
+
+
+def not_told_apart(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -> ModelError:
+    """What to say of a layer that works on positions of which nobody knows the sample."""
+    return ModelError(
+        f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of {shape[0]} samples of "
+        f"{shape[1]} tokens, so its samples cannot be told apart (an expert, or an input shared by the batch); "
+        "leave it out of --proj_layers"
+    )
+
+
 class BatchCapture:
     """One batch's state between its forward pass and ``rows``.
 
@@ -179,16 +204,10 @@ class BatchCapture:
         """``(N, S, k)``, from whatever shape the layer works on; anything else is an error."""
         if self.shape is None:
             return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-        n, s = self.shape
-        if x.dim() >= 3 and x.shape[0] == n:
-            return x.flatten(1, -2)
-        if x.dim() == 2 and x.shape[0] == n * s:
-            return x.view(n, s, x.shape[-1])
-        raise ModelError(
-            f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of {n} samples of "
-            f"{s} tokens, so its samples cannot be told apart (an expert, or an input shared by the batch); "
-            "leave it out of --proj_layers"
-        )
+        found = by_sample(x, *self.shape)
+        if found is None:
+            raise not_told_apart(layer, x, self.shape)
+        return found
 
     def rows(self) -> Tensor:
         """``(N, D)`` float32, the gradient of the loss as it was weighted."""

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.capture import BatchCapture, TokenCovariances, place_layers
+from gradproj.capture import BatchCapture, TokenCovariances, batch_shape, place_layers
 from gradproj.errors import ConfigError, GradprojError, ModelError
 from gradproj.export import RowBuffer
 from gradproj.frozen import FrozenModel
 from gradproj.layers import TargetLayer
 from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
 from gradproj.projection import ProjectionConfig
+from gradproj.taps import TapCapture
 
 
 class GradProjLoraEngine:
@@ -55,6 +56,7 @@ class GradProjLoraEngine:
         token_covariances: sum ``TokenCovariances`` as well.
         gradient_checkpointing: with ``freeze_weights``: keep the inputs of the model's blocks only and run each
             forward once more on the way back; the same rows in less memory.
+        compiled: with ``freeze_weights``: the model's blocks go through ``torch.compile``, projections and all.
 
     Raises:
         ModelError: no such layer, or one of an unsupported type.
@@ -78,6 +80,7 @@ class GradProjLoraEngine:
         matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         token_covariances: bool = False,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
         config = ProjectionConfig(
@@ -88,9 +91,11 @@ class GradProjLoraEngine:
         self.proj_dtype = _dtype(proj_dtype)
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
         self.proj_save_interval = proj_save_interval
-        self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
+        if compiled and not freeze_weights:
+            raise ConfigError("compiled=True needs freeze_weights=True: training compiles the model itself")
+        self._freeze, self._checkpoint, self._compiled = freeze_weights, gradient_checkpointing, compiled
         self._layers = place_layers(module, config, matrices)
-        self._capture = BatchCapture(self._layers, token_covariances)
+        self._capture = (TapCapture if compiled else BatchCapture)(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
@@ -106,12 +111,13 @@ class GradProjLoraEngine:
         config: ProjectionConfig,
         matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> "GradProjLoraEngine":
         """An engine for the job: weights frozen, token covariances summed."""
         return cls(
             module, config.layers, config.rank_total, config.rank_min, config.seed, proj_kind=config.kind,
             include_embeddings=config.include_embeddings, matrices=matrices, freeze_weights=True,
-            token_covariances=True, gradient_checkpointing=gradient_checkpointing,
+            token_covariances=True, gradient_checkpointing=gradient_checkpointing, compiled=compiled,
         )  # fmt: skip
 
     # --- what the engine is ---
@@ -147,7 +153,7 @@ class GradProjLoraEngine:
         if self._handles:
             return self
         if self._freeze:
-            self._frozen = FrozenModel(self.module, self._checkpoint)
+            self._frozen = FrozenModel(self.module, self._checkpoint, self._compiled)
         self._handles = [self.module.register_forward_pre_hook(self._on_batch, with_kwargs=True)]
         inner = unwrap(self.module)
         body = getattr(inner, "base_model", inner)
@@ -182,11 +188,13 @@ class GradProjLoraEngine:
             return
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         inputs = next((x for x in given if x is not None), None)
-        self._capture.begin(_batch_shape(inputs))
+        self._capture.begin(batch_shape(inputs))
         LOSS_WEIGHTS.pop(self._loss_key, None)
 
     def _forward_hook(self, index: int) -> Any:
         capture = self._capture
+        if isinstance(capture, TapCapture):
+            return capture.taps[index]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             # An evaluation, or the first pass of a checkpointed block, makes no gradient.
@@ -203,7 +211,7 @@ class GradProjLoraEngine:
     # --- rows out ---
 
     def set_token_mask(self, mask: Tensor | None) -> None:
-        """``(N, S)``, 1 at real tokens that lead to a target: what ``TokenCovariances.a`` sums over."""
+        """Before the forward pass: ``(N, S)``, 1 at real tokens with a target, which ``TokenCovariances.a`` sums."""
         self._capture.token_mask = mask
 
     def collect_batch(self, batch_indices: Any = None) -> Tensor:
@@ -332,13 +340,6 @@ class GradProjLoraEngine:
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
-
-
-def _batch_shape(inputs: Any) -> tuple[int, int] | None:
-    """``(samples, positions)`` of token ids or of embedded tokens; None for a model that takes neither."""
-    if isinstance(inputs, Tensor) and inputs.dim() == (3 if inputs.is_floating_point() else 2):
-        return inputs.shape[0], inputs.shape[1]
-    return None
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradproj.attention import NAME as CAUSAL
 from gradproj.attention import fits
+from gradproj.compiler import compiled_block
 from gradproj.errors import ModelError
 from gradproj.products import linear, uses_onednn
 
@@ -29,11 +30,15 @@ class FrozenModel:
         gradient_checkpointing: keep the inputs of the model's blocks only, and run each block forward again on the
             way back: less memory for a third more time. (transformers' own does it in training mode alone.)
 
+        compiled: run each block through torch's compiler.
+
     Raises:
-        ModelError: checkpointing was asked for, and transformers marks no block of the model for it.
+        ModelError: checkpointing or compiling was asked for, and transformers marks no block of the model.
     """
 
-    def __init__(self, module: nn.Module, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, gradient_checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         self._before: list[tuple[Any, str, Any]] = []
         self._swapped: list[nn.Module] = []
         for parameter in module.parameters():
@@ -45,18 +50,17 @@ class FrozenModel:
             if own_attention and getattr(config, "_attn_implementation", None) == "sdpa":
                 self._set(config, "_attn_implementation", CAUSAL)
             form = _FORMS.get(type(part))
-            if gradient_checkpointing and isinstance(part, GradientCheckpointingLayer):
-                form = _checkpointed
+            if isinstance(part, GradientCheckpointingLayer) and (gradient_checkpointing or compiled):
+                form = functools.partial(_block, gradient_checkpointing, compiled)
             # A forward of the module's own (a quantizer's, an offloader's) does something that no form knows.
             if form is not None and "forward" not in vars(part):
                 part.forward = form(part)
                 self._swapped.append(part)
-        if gradient_checkpointing and not any(
-            isinstance(part, GradientCheckpointingLayer) for part in self._swapped
-        ):
+        asked = "gradient_checkpointing" if gradient_checkpointing else "compile" if compiled else ""
+        if asked and not any(isinstance(part, GradientCheckpointingLayer) for part in self._swapped):
             self.undo()
             raise ModelError(
-                f"--gradient_checkpointing: transformers marks no block of {type(module).__name__} for it; leave it out"
+                f"--{asked}: transformers marks no block of {type(module).__name__} for it; leave it out"
             )
 
     def undo(self) -> None:
@@ -110,8 +114,11 @@ def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
     return lambda x: F.gelu(x, approximate="tanh")
 
 
-def _checkpointed(module: GradientCheckpointingLayer) -> Callable[..., Any]:
-    return functools.partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+def _block(checkpointed: bool, compiled: bool, module: GradientCheckpointingLayer) -> Callable[..., Any]:
+    forward = compiled_block(module) if compiled else module.forward
+    if not checkpointed:
+        return forward
+    return functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 _FORMS: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {

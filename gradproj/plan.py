@@ -11,6 +11,7 @@ import numpy as np
 from gradproj.batching import BATCH_FILE
 from gradproj.capture import place_widths
 from gradproj.checkpoint import ModelFiles, fetch
+from gradproj.compiler import check_compiler
 from gradproj.config import RunConfig
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.units import FOLDERS
@@ -22,6 +23,7 @@ from gradproj.corpus.index import (
     list_tars,
     load_index,
 )
+from gradproj.dist import choose_device
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.fingerprint import model_identity
 from gradproj.identity import check_identity, identity_hash, identity_of_flags
@@ -128,6 +130,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     """
     output = Path(config.job.output_dir)
     check_output(output)
+    if config.job.compile:
+        check_compiler(choose_device(config.job.device, 0)[0].type)
     index = find_index(config, progress=progress)
     n_samples = min(index.n_samples, config.corpus.max_samples or index.n_samples)
     files = fetch(config.model)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradproj.batching import AUTO, BATCH_FILE
 from gradproj.coordinator.units import UnitQueue
@@ -36,6 +36,9 @@ NEAR_THE_BEST = 0.97
 
 CUDA_SHARE, HOST_SHARE = 0.85, 0.5
 """Share of the free memory that a batch may take; on the host others live as well."""
+
+COMPILED_TOKENS = 256
+"""Length of the sequences by which ``--compile`` compiles."""
 
 WAIT_FOR_RANK_0_S = 1800.0
 
@@ -173,11 +176,29 @@ def _has_levelled_off(trials: list[Trial]) -> bool:
     return len(trials) > 2 and max(t.rate for t in trials[-2:]) < trials[-3].rate / NEAR_THE_BEST
 
 
+def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -> float:
+    """Have a compiled engine compile, by one small batch of the same shape in every rank; the seconds that it took.
+
+    What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
+    """
+    device, started = next(model.parameters()).device, time.perf_counter()
+    per_sample_loss(model, _random_ids(model, 2, min(COMPILED_TOKENS, max_length))).sum().backward()
+    engine.collect_batch()
+    engine.take_token_covariances()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _random_ids(model: nn.Module, n_sequences: int, length: int) -> Tensor:
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(weight.device)
+
+
 def _try(model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any) -> Trial:
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (n_sequences, length), generator=generator).to(device)
+    ids = _random_ids(model, n_sequences, length)
     memory.start()
     seconds = []
     for _ in range(2):  # the first run pays for what libraries set up once a shape

@@ -28,8 +28,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
+    return _traced_onednn(x, weight, bias) if torch.compiler.is_compiling() else _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # The operation that torch's own compiler emits for a Linear on the CPU.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("gradproj::onednn_linear", mutates_args=())
+def _traced_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # torch's compiler takes the operation for constant weights only, and must not look inside.
+    return _onednn(x, weight, bias)
+
+
+@_traced_onednn.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 _IN_BFLOAT16 = WeakTensorKeyDictionary()
@@ -50,8 +65,19 @@ def project(x: Tensor, p: Tensor) -> Tensor:
     bfloat16 is multiplied as it is where ``p`` was remembered: no float32 copy of x, and on a GPU its tensor cores.
     Sums are float32; each result is rounded to bfloat16 once, as x itself was.
     """
-    low = _IN_BFLOAT16.get(p) if x.dtype == torch.bfloat16 else None
-    return linear(x.float(), p) if low is None else F.linear(x, low).float()
+    return project_by(x, p, in_bfloat16(p) if x.dtype == torch.bfloat16 else None)
+
+
+def in_bfloat16(p: Tensor) -> Tensor | None:
+    """The same matrix in bfloat16, where it was remembered."""
+    return _IN_BFLOAT16.get(p)
+
+
+def project_by(x: Tensor, p: Tensor, low: Tensor | None) -> Tensor:
+    """``project`` for code that torch's compiler traces, which can look up no tensor: ``low`` is ``in_bfloat16(p)``."""
+    if low is None or x.dtype != torch.bfloat16:
+        return linear(x.float(), p)
+    return F.linear(x, low).float()
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 
 from gradproj.background import Background, Writer
 from gradproj.batching import BatchConfig
+from gradproj.compiler import compiler_errors_explained
 from gradproj.config import RunConfig, run_config
 from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
@@ -31,11 +32,11 @@ from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.loss import chunk_verdict
 from gradproj.model import load_model, load_tokenizer
 from gradproj.precision import check_precision
-from gradproj.probe import settle_batches
+from gradproj.probe import compile_now, settle_batches
 from gradproj.projector import ProjectedUnit, UnitProjector
 from gradproj.start import Job, log_to_file, matrices_on, prepare_torch, start_job
 from gradproj.store import ProjectionStore
-from gradproj.summary import print_end, print_precision, print_start
+from gradproj.summary import print_compiled, print_end, print_precision, print_start
 from gradproj.unit import UnitReader
 
 LET_RANK_0_SPEAK_S = 10.0
@@ -109,11 +110,14 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
             matrices = matrices_on(device, store.projection_matrices)
         if job.owner.rank == 0:
             print_start(plan, device, chunk_verdict(model))
+        projection, own = plan.config.projection, plan.config.job
         engine = GradProjLoraEngine.from_config(
-            model, plan.config.projection, matrices, plan.config.job.gradient_checkpointing
+            model, projection, matrices, own.gradient_checkpointing, own.compile
         )
         stop.drain()
-        with engine, progress_display(job), Writer() as writer:
+        with compiler_errors_explained(), engine, progress_display(job), Writer() as writer:
+            if own.compile:
+                print_compiled(job.owner.rank, compile_now(model, engine, plan.config.batch.max_length))
             settings = settle_batches(job, queue, model, engine, stop)
             stop.drain()
             reader = UnitReader(plan.index, tokenizer, settings, stop)
@@ -125,7 +129,7 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
                     if prepared is None:
                         break
                     partial = queue.partial_log(prepared.unit, prepared.key(settings))
-                    projected = projector.project(prepared, partial, plan.config.job.proj_save_interval)
+                    projected = projector.project(prepared, partial, own.proj_save_interval)
                     if projected is None:
                         break
                     writer.submit(functools.partial(commit, queue, projected))

@@ -71,6 +71,12 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
     print(f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}", flush=True)
 
 
+def print_compiled(rank: int, seconds: float) -> None:
+    """How long the compiler took, once for the whole job."""
+    if rank == 0:
+        print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
+
+
 def print_precision(figure: str, warning: bool) -> None:
     """What a check of the model's precision found, once for the whole job."""
     if warning:

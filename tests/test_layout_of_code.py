@@ -11,6 +11,7 @@ LEVELS = [
     {"attention", "errors", "products"},
     {
         "checkpoint",
+        "compiler",
         "dist",
         "corpus",
         "flags",
@@ -24,6 +25,7 @@ LEVELS = [
     },
     {"batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
+    {"taps"},
     {"engine", "repair"},
     {"unit", "training"},
     {"precision", "projector"},

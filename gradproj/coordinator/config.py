@@ -32,6 +32,13 @@ class JobConfig:
             "help": "less memory for activations, a third more time: larger models and longer sequences fit"
         },
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "run the model's blocks through torch.compile (needs a C++ compiler; tens of seconds a rank at "
+            "the start); rows are the same to rounding"
+        },
+    )
     proj_save_interval: int = field(
         default=0,
         metadata={"help": "save a unit's new rows to partial/ every so many batches; 0 = only when stopped"},
