@@ -21,7 +21,7 @@ from gradproj.loss import Targets, per_sample_loss
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.records import UnitRecord
-from gradproj.transfer import after_what_runs_now, fetch, send
+from gradproj.transfer import after_what_runs_now, fetch, seconds_between, send
 from gradproj.unit import PreparedUnit, UnitSettings
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class UnitProjector:
     ) -> "ProjectedUnit | None":
         """The unit's rows; None if it was told to stop, after saving what it had."""
         started_at, started = time.time(), time.perf_counter()
+        begun = after_what_runs_now(self._device)
         total = UnitSums(prepared, self._engine, self._device)
         done, saved = partial.read()
         for part in saved:
@@ -80,7 +81,7 @@ class UnitProjector:
             "seconds": time.perf_counter() - started,
             "finished_at": time.time(),
         }
-        return ProjectedUnit(total, self._settings, stats)
+        return ProjectedUnit(total, self._settings, stats, begun)
 
     def _save_on_leaving(self, partial: PartialLog, first: int, last: int, total: "UnitSums") -> None:
         try:
@@ -200,10 +201,17 @@ class ProjectedUnit:
         total: the unit's sums; nothing is added to them any more.
         settings: the run's.
         stats: what the record will say of the computation.
+        begun: the device's mark before the first batch, where it runs behind the host.
     """
 
-    def __init__(self, total: UnitSums, settings: UnitSettings, stats: dict[str, Any]) -> None:
-        self._total, self._settings, self._stats = total, settings, stats
+    def __init__(
+        self,
+        total: UnitSums,
+        settings: UnitSettings,
+        stats: dict[str, Any],
+        begun: torch.cuda.Event | None = None,
+    ) -> None:
+        self._total, self._settings, self._stats, self._begun = total, settings, stats, begun
         sums = total.covariances
         self._tensors = [total.rows, total.losses, sums.a.float(), sums.s.float(), sums.n_tokens]
         self._computed = after_what_runs_now(total.rows.device)
@@ -213,6 +221,9 @@ class ProjectedUnit:
         total, settings, stats = self._total, self._settings, self._stats
         columns, prepared = total.prepared.columns, total.prepared
         fetched = fetch(self._tensors, self._computed)
+        on_device = seconds_between(self._begun, self._computed)
+        if on_device is not None:
+            stats |= {"seconds": on_device, "finished_at": time.time()}
         rows, losses, a, s, n_tokens = (tensor.numpy() for tensor in fetched)
         columns["status"][total.failed()] = STATUS["out_of_memory"]
         targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)

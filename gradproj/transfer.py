@@ -15,9 +15,14 @@ def after_what_runs_now(device: torch.device) -> torch.cuda.Event | None:
     """A mark behind all that this thread has given to the device; None where there is nothing to wait for."""
     if device.type != "cuda":
         return None
-    mark = torch.cuda.Event()
+    mark = torch.cuda.Event(enable_timing=True)
     mark.record(torch.cuda.current_stream(device))
     return mark
+
+
+def seconds_between(first: torch.cuda.Event | None, last: torch.cuda.Event | None) -> float | None:
+    """What the device took from one mark to another that it has passed; None where there are none."""
+    return None if first is None or last is None else first.elapsed_time(last) / 1000
 
 
 def fetch(tensors: Sequence[Tensor], computed: torch.cuda.Event | None) -> list[Tensor]:

@@ -35,7 +35,7 @@ import gradproj.run
 from gradproj.config import run_config
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.units import UnitQueue
-from gradproj.dist import Process, start_group
+from gradproj.dist import Process, choose_device, start_group
 from gradproj.engine import GradProjLoraEngine
 from gradproj.loss import chunk_verdict
 from gradproj.model import load_model, load_tokenizer
@@ -156,7 +156,7 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
     prepare_torch(config)
     with start_group(process):
         job = start_job(config, process)
-    plan, device = job.plan, torch.device("cpu")
+    plan, (device, _) = job.plan, choose_device(config.job.device, process.local_rank)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
     with ProjectionStore(plan.output) as store:
@@ -175,6 +175,8 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
         for unit in units:
             # What the job gives to its writer is dropped here.
             assert projector.project(unit, queue.partial_log(unit.unit, "bench")) is not None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         run = watch.read()
     queue.give_back()
     return {**run, "n_tokens": sum(len(tokens) for unit in units for tokens in unit.sequences)}

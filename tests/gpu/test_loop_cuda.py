@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_a_wait_that_somebody_adds_to_the_loop_is_an_error(gpu, tmp_path, monkey
         monkeypatch.setattr(UnitSums, "add", add_and_wait)
         with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
             project_unit(model, engine, several_batches(), tmp_path)
+
+
+def test_a_unit_s_seconds_are_the_gpu_s_and_not_those_of_giving_it_work(gpu, tmp_path, monkeypatch):
+    model, add = small_model("llama").to(gpu), UnitSums.add
+    slow = torch.ones(2**13, 2**13, device=gpu)
+
+    def add_slowly(self, sequences, rows, losses):
+        for _ in range(20):
+            torch.mm(slow, slow)
+        add(self, sequences, rows, losses)
+
+    monkeypatch.setattr(UnitSums, "add", add_slowly)
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        torch.cuda.synchronize(gpu)
+        started = time.perf_counter()
+        projected = project_unit(model, engine, several_batches(), tmp_path)
+        given = time.perf_counter() - started
+        torch.cuda.synchronize(gpu)
+        computed = time.perf_counter() - started
+        seconds = projected.on_host().record.stats["seconds"]
+    assert given < 0.9 * computed
+    assert 0.9 * computed <= seconds <= computed
 
 
 # --- memory ---
