@@ -91,7 +91,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tup
             shares = logits.sub_(top).exp_()
             total = shares.sum(dim=-1, keepdim=True)
             sums[sample, :, block] = top + total.log()
-            out[sample, :, block] = torch.bmm(shares.to(q.dtype), v[:, seen]).float().div_(total)
+            out[sample, :, block] = torch.bmm(shares.div_(total).to(q.dtype), v[:, seen])
     return out, sums
 
 
