@@ -131,10 +131,13 @@ class UnitProjector:
         faults.at("batch done")
 
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What the CPU's allocator, CUDA itself and cuBLAS say; torch's allocator for GPUs has an error of its own."""
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that the device has no memory left."""
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 class UnitSums:

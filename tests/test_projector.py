@@ -119,6 +119,20 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkey
         project(parts, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("error", "want"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_what_each_library_says(error, want):
+    assert projector_module.is_out_of_memory(error) is want
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_a_row_of_nan_with_its_status(parts, tmp_path, monkeypatch, bad):
     want = project(parts, tmp_path)
