@@ -1,0 +1,58 @@
+"""The ranks of a data-parallel run, where an engine makes the gradients itself."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks:
+    """The process group of a model's ranks; a process without one is rank 0 of 1."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._wrapper = module if isinstance(module, DistributedDataParallel) else None
+        self._group: Any = self._wrapper.process_group if self._wrapper is not None else None
+        together = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(self._group) if together else 1
+        self.rank = dist.get_rank(self._group) if together else 0
+        self._before = True
+
+    def hold_reducer(self) -> None:
+        """Keep DistributedDataParallel from waiting for gradients that autograd will not make."""
+        if self._wrapper is not None:
+            self._before = self._wrapper.require_backward_grad_sync
+            self._wrapper.require_backward_grad_sync = False
+
+    def hold_active_reducer(self) -> None:
+        """In a forward pass: likewise of the wrapper through which it came, if it was wrapped later."""
+        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if active is not None and active is not self._wrapper:
+            self.release_reducer()
+            self._wrapper = active
+            self.hold_reducer()
+
+    def release_reducer(self) -> None:
+        """As it was before ``hold_reducer``."""
+        if self._wrapper is not None:
+            self._wrapper.require_backward_grad_sync = self._before
+
+    def means(
+        self, parameters: list[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]
+    ) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every parameter with its gradient's mean over the ranks; a rank without one gives zeros."""
+        mine = [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]
+        mine = [gradient.to(p.dtype) for gradient, p in zip(mine, parameters, strict=True)]
+        for work in [dist.all_reduce(gradient, group=self._group, async_op=True) for gradient in mine]:
+            work.wait()
+        yield from ((p, gradient.div_(self.size)) for p, gradient in zip(parameters, mine, strict=True))
+
+    def of_all(self, value: Any) -> list[Any]:
+        """Every rank's value, in the ranks' order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values

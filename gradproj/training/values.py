@@ -1,0 +1,76 @@
+"""What each document was worth to a training run: first-order in-run data Shapley values, and a table of them.
+
+A step of size ``lr`` along a sample's gradient lowers the validation loss by ``lr <g_sample, g_validation>`` to first
+order, and to first order that is the sample's Shapley value among those of its batch (In-Run Data Shapley,
+arXiv:2406.11011). Summed over the run it says in nats how much of the loss's fall the document brought: positive
+helped, negative hurt. It speaks of plain gradient steps; under Adam it is a guide and not an account.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+EXCERPT_CHARACTERS = 60
+
+
+class RunValues:
+    """Sums of values by sample id."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, float] = {}
+
+    def add(self, sample_ids: np.ndarray, values: np.ndarray) -> None:
+        """Add a batch's; samples without an id (-1) and values that are not finite are left out."""
+        for sample_id, value in zip(sample_ids.tolist(), values.tolist(), strict=True):
+            if sample_id >= 0 and np.isfinite(value):
+                self._sums[sample_id] = self._sums.get(sample_id, 0.0) + value
+
+    def as_dict(self) -> dict[int, float]:
+        """Sample id -> nats."""
+        return dict(self._sums)
+
+
+def value_table(
+    values: Mapping[int, float],
+    domain_of: Callable[[int], str],
+    excerpt_of: Callable[[int], str],
+    n_shown: int = 5,
+) -> str:
+    """The most and least valuable documents of every domain, as Markdown.
+
+    Args:
+        values: sample id -> nats, as ``GradDotProdEngine.shapley_values`` gives them.
+        domain_of: sample id -> its domain's name.
+        excerpt_of: sample id -> its text or the beginning of it.
+        n_shown: most documents shown at either end; one document is never at both.
+
+    Returns:
+        A table of the domains by mean value, then one of documents for each domain in the same order.
+    """
+    domains: dict[str, list[int]] = defaultdict(list)
+    for sample_id in values:
+        domains[domain_of(sample_id)].append(sample_id)
+    means = {name: float(np.mean([values[i] for i in ids])) for name, ids in domains.items()}
+    order = sorted(domains, key=lambda name: (-means[name], name))
+    lines = ["| domain | documents | mean value (nats) | sum (nats) |", "| --- | ---: | ---: | ---: |"]
+    for name in order:
+        total = means[name] * len(domains[name])
+        lines.append(f"| {_cell(name)} | {len(domains[name]):,} | {means[name]:+.3e} | {total:+.3e} |")
+    for name in order:
+        ranked = sorted(domains[name], key=lambda i: (-values[i], i))
+        lines += ["", f"### {_cell(name)}", "", "| value (nats) | sample | text |", "| ---: | ---: | --- |"]
+        lines += [f"| {values[i]:+.3e} | {i} | {_cell(excerpt_of(i))} |" for i in _ends(ranked, n_shown)]
+    return "\n".join(lines) + "\n"
+
+
+def _ends(ranked: list[int], n_shown: int) -> Iterable[int]:
+    if len(ranked) <= 2 * n_shown:
+        return ranked
+    return ranked[:n_shown] + ranked[len(ranked) - n_shown :]
+
+
+def _cell(text: str) -> str:
+    line = " ".join(text[: 4 * EXCERPT_CHARACTERS].split())
+    shown = line if len(line) <= EXCERPT_CHARACTERS else line[: EXCERPT_CHARACTERS - 1] + "…"
+    return shown.replace("|", "\\|")
