@@ -177,13 +177,18 @@ def _has_levelled_off(trials: list[Trial]) -> bool:
 
 
 def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -> float:
-    """Have a compiled engine compile, by one small batch of the same shape in every rank; the seconds that it took.
+    """Have a compiled engine compile, by two small batches of the same shapes in every rank; the seconds that it took.
+
+    A graph holds for any length and any number of samples but one, which torch's compiler takes for a case of its own.
 
     What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
     """
     device, started = next(model.parameters()).device, time.perf_counter()
-    per_sample_loss(model, _random_ids(model, 2, min(COMPILED_TOKENS, max_length))).sum().backward()
-    engine.collect_batch()
+    for n_sequences in (2, 1):
+        per_sample_loss(
+            model, _random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
+        ).sum().backward()
+        engine.collect_batch()
     engine.take_token_covariances()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

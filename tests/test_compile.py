@@ -10,11 +10,12 @@ from jobs import ENVIRONMENT, flags, make_corpus, make_model, mixed_documents
 from models import ragged_batch, small_model
 from torch import nn
 
-from gradproj import compiler
+from gradproj import compiler, probe
 from gradproj.compiler import check_compiler, compiler_errors_explained
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError
 from gradproj.loss import per_sample_loss
+from gradproj.probe import compile_now
 
 
 def why_not() -> str:
@@ -113,6 +114,20 @@ def test_samples_that_cannot_be_told_apart_are_an_error(uncompiled):
         engine.clear_gradients()
         with pytest.raises(ModelError, match="got neither"):
             tap(nn.Identity(), (torch.ones(2, 9, tap._p_i.shape[1]),), {}, torch.ones(2, 9, 3))
+
+
+def test_all_is_compiled_before_the_first_unit_and_nothing_of_it_is_kept(uncompiled, monkeypatch):
+    shapes = []
+
+    def loss(model, ids):
+        shapes.append(tuple(ids.shape))
+        return per_sample_loss(model, ids)
+
+    monkeypatch.setattr(probe, "per_sample_loss", loss)
+    with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
+        assert compile_now(uncompiled, engine, 24) > 0
+        assert shapes == [(2, 24), (1, 24)]
+        assert engine.take_token_covariances().n_tokens == 0
 
 
 def test_compiling_is_for_frozen_weights():
