@@ -66,6 +66,19 @@ def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(fami
     assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
 
 
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ROPES))
+def test_no_batch_waits_with_stretched_positions(kind, waits_of_a_unit):
+    settings = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 32, **ROPES[kind]}
+    assert waits_of_a_unit(small_model("llama", rope_parameters=settings)) == []
+
+
 WAITS = {
     "item": lambda x: x.sum().item(),
     "float": lambda x: float(x[0]),
