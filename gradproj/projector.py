@@ -31,8 +31,8 @@ class UnitProjector:
     """Runs a prepared unit through the engine.
 
     Rows are summed on the device and cross to the host once a unit, in the thread that writes them, while the next
-    unit runs. Batch by batch no value is read back and nothing waits for the device. (A model with rotary embeddings of
-    the type ``dynamic`` does: transformers asks for the longest position in each forward pass.)
+    unit runs. Batch by batch no value is read back and nothing waits for the device. (Some rare models wait by
+    themselves in each forward pass: BioGPT, GPT-Neo, rotary embeddings of the type ``dynamic``.)
 
     Args:
         model: frozen, in eval mode, on its device.

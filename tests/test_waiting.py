@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from jobs import flags, make_corpus, make_model, mixed_documents
-from models import FAMILIES, VOCAB, ragged_batch, small_model
+from models import FAMILIES, VOCAB, ragged_batch, relative_error, small_model
 from mute_device import MUTE, waits_of, watched
-from transformers import masking_utils
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 from units import project_unit, unit_of
 
 import gradproj.run
@@ -77,6 +77,42 @@ ROPES = {
 def test_no_batch_waits_with_stretched_positions(kind, waits_of_a_unit):
     settings = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 32, **ROPES[kind]}
     assert waits_of_a_unit(small_model("llama", rope_parameters=settings)) == []
+
+
+def biogpt():
+    """Scales its token embedding by one of Python's numbers."""
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["biogpt"](
+        vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=1, **settings
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_lookup_scaled_by_a_number_does_not_wait(waits_of_a_unit):
+    model = small_model("llama")
+    model.get_input_embeddings().embed_scale = 5.0
+    assert waits_of_a_unit(model, include_embeddings=True) == []
+
+
+def test_a_lookup_scaled_by_a_number_is_exact():
+    model, ids = biogpt(), torch.arange(5, 17)
+    with GradProjLoraEngine(model, "embed_tokens", freeze_weights=True) as engine:
+        per_sample_loss(model, ids[None]).sum().backward()
+        row = engine.collect_batch()[0]
+        # The tied head is the same weight: the lookup's share is what a head of its own leaves.
+        embedding = model.get_input_embeddings()
+        looked_up = embedding(ids).detach().requires_grad_()
+        loss = own_loss_of_embedded(model, looked_up, ids)
+        gradient = torch.zeros_like(embedding.weight, dtype=torch.float64)
+        gradient.index_add_(0, ids, torch.autograd.grad(loss, looked_up)[0].double() * embedding.embed_scale)
+        p_i, p_o = (p.double() for p in engine.projection_matrices[engine.targets[0].name])
+    assert relative_error(row, (p_o @ gradient.T @ p_i.T).flatten()) < 1e-5
+
+
+def own_loss_of_embedded(model, embedded, ids):
+    logits = model(inputs_embeds=embedded[None], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
 
 
 WAITS = {
