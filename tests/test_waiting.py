@@ -84,7 +84,12 @@ def biogpt():
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     config = CONFIG_MAPPING["biogpt"](
-        vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=1, **settings
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=1,
+        **settings,
     )
     return AutoModelForCausalLM.from_config(config).eval()
 
