@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 tests/bench/bench_gpu.py      # the same, and the job on 1, 2, 4 and 8 GPUs
 
 1. Engine, float32 (TF32 off) and bfloat16, a batch of N x 1024 random tokens, in turn, CUDA events: the stock model's
-   plain step and frozen backward (see bench_engine.py), rows out with and without checkpointing; peak memory over the
-   weights.
+   plain step and frozen backward (see bench_engine.py), rows out, with checkpointing, with ``--compile`` where there is
+   a compiler; peak memory over the weights.
 2. Job beside engine alone: bench_job.py's two parts on this GPU, real text of 1 to 2,000 tokens, a process each.
 3. Scaling: torchrun starts the job on 1, 2, 4, ... GPUs with as many documents for each, timed by its own
    ``projection_stats.json``, from the start of the first unit to the last one's rows on the host.
@@ -35,7 +35,9 @@ from measure import Clock, Variant, interleave, print_machine, print_table
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradproj.compiler import check_compiler
 from gradproj.engine import GradProjLoraEngine
+from gradproj.errors import ConfigError
 from gradproj.loss import per_sample_loss
 
 BASES = ["plain step", "frozen backward"]
@@ -184,6 +186,7 @@ def variants(model: nn.Module, setting: Setting) -> dict[str, Variant]:
     again = GradProjLoraEngine(
         model, freeze_weights=True, token_covariances=True, gradient_checkpointing=True
     )
+    compiled = GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, compiled=True)
 
     def plain() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -216,7 +219,18 @@ def variants(model: nn.Module, setting: Setting) -> dict[str, Variant]:
         "frozen backward": repeated(frozen, lambda: weights(False)),
         "engine": repeated(rows_of(kept), lambda: kept),
         "engine, checkpointing": repeated(rows_of(again), lambda: again),
-    }
+    } | ({"engine, --compile": repeated(rows_of(compiled), lambda: compiled)} if can_compile(setting) else {})
+
+
+def can_compile(setting: Setting) -> bool:
+    """Whether ``--compile`` is measured too; a line says why not."""
+    try:
+        check_compiler(setting.device.type)
+    except ConfigError as error:
+        print(error, flush=True)
+        return False
+    torch.compiler.reset()  # graphs of the model before would count against torch's limit
+    return True
 
 
 def peak_bytes(variant: Variant, device: torch.device) -> int:

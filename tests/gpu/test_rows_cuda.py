@@ -5,7 +5,9 @@ import torch
 from models import FAMILIES, ragged_batch, small_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradproj.compiler import check_compiler
 from gradproj.engine import GradProjLoraEngine
+from gradproj.errors import ConfigError
 from gradproj.loss import per_sample_loss
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +61,20 @@ def test_rows_in_bfloat16_are_near_those_in_float32(gpu, family):
     rows, _ = rows_on(gpu, usual_model(family).to(torch.bfloat16))
     wanted, _ = rows_on("cpu", usual_model(family))
     assert worst_error(rows, wanted) <= BFLOAT16_ERROR
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compiled_rows_are_those_of_a_cpu(gpu, family):
+    try:
+        check_compiler("cuda")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    torch.compiler.reset()
+    rows, sums = rows_on(gpu, small_model(family), compiled=True)
+    wanted, wanted_sums = rows_on("cpu", small_model(family))
+    assert worst_error(rows, wanted) <= FLOAT32_ERROR
+    for got, want in zip(sums[:2], wanted_sums[:2], strict=True):
+        assert worst_error(got[None], want[None]) <= FLOAT32_ERROR
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "orthonormal"])
