@@ -1,6 +1,14 @@
 """The commands ``tokenizer``, ``train`` and ``query``: from flags to the functions that do the work."""
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradproj.errors import GradprojError, ReportedError
 from gradproj.flags import parse
+
+LET_RANK_0_SPEAK_S = 10.0
 
 
 def tokenizer_command(argv: list[str]) -> None:
@@ -13,16 +21,34 @@ def tokenizer_command(argv: list[str]) -> None:
 
 
 def train_command(argv: list[str]) -> None:
-    """``python -m gradproj train --shards TARS --tokenizer DIR --result_dir DIR``"""
-    from gradproj.training.config import TrainConfig
-    from gradproj.training.loop import train
+    """``python -m gradproj train --shards TARS --tokenizer DIR --result_dir DIR``, or ``torchrun -m gradproj train``"""
+    from gradproj.dist import Process
+    from gradproj.training import TrainConfig, train
 
-    (config,) = parse(argv, "gradproj train", TrainConfig, description="Train a causal language model.")
-    result = train(config)
-    print(
-        f"Trained on {result.n_tokens:,} tokens in {result.seconds:.0f} s, loss {result.loss:.3f} nats per token; "
-        f"the checkpoint is in {config.result_dir}"
-    )
+    process = Process.from_environment()
+    with said_by_rank_0(process.rank):
+        (config,) = parse(argv, "gradproj train", TrainConfig, description="Train a causal language model.")
+        result = train(config)
+    if process.rank == 0:
+        print(
+            f"Trained on {result.n_tokens:,} tokens in {result.seconds:.0f} s, loss {result.loss:.3f} nats per token; "
+            f"the checkpoint is in {config.result_dir}"
+        )
+
+
+@contextmanager
+def said_by_rank_0(rank: int) -> Iterator[None]:
+    """A mistake that every rank sees is said by rank 0 alone."""
+    try:
+        yield
+    except GradprojError as error:
+        if rank == 0:
+            raise
+        # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
+        # launcher ends this sleep. A mistake of this rank alone is said after it.
+        time.sleep(LET_RANK_0_SPEAK_S)
+        print(f"gradproj: rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise ReportedError from error
 
 
 def query_command(argv: list[str]) -> None:

@@ -105,7 +105,7 @@ else
         step "a small GPT-2, trained on the first 256 tokens of every document" \
             python -m gradproj train --method Regular --shards "$SHARDS" --tokenizer "$MODEL" --result_dir "$MODEL" \
             --n_layer 4 --n_embd 256 --n_head 4 --max_length 256 --batch_size 8 --max_steps 150 \
-            --learning_rate 1e-3 --device cpu
+            --learning_rate 1e-3 --device cpu --checkpoint_interval 50 --resume
     fi
 fi
 

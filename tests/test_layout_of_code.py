@@ -51,6 +51,7 @@ HOME_OF = {
     "huggingface_hub": {"checkpoint"},
     "transformers": {"attention", "model", "frozen", "layers", "training", "unpacked"},
     "tokenizers": {"training"},
+    "matplotlib": {"training"},
 }
 
 

@@ -93,7 +93,7 @@ def test_sequences_are_the_shuffled_documents_cut_or_joined(made, tmp_path, pack
         want = [ids[:24] for ids in tokens if len(ids) > 1]
     got = []
     for batch in batches_of(config, index, tokenizer):
-        ends = batch.token_mask.sum(dim=1) + 1
+        ends = (batch.labels != -100).sum(dim=1)
         got += [ids[:end].tolist() for ids, end in zip(batch.input_ids, ends, strict=True)]
         if len(got) >= len(want):
             break
@@ -132,8 +132,8 @@ def test_a_batch_s_loss_is_the_mean_over_its_real_targets(made, tmp_path):
     model = GPT2LMHeadModel(GPT2LMHeadModel.from_pretrained(tmp_path / "result").config)
     batch = next(batches_of(config, corpus_of(made), tokenizer_of(made / "tok")))
     total, count = 0.0, 0
-    for ids, mask in zip(batch.input_ids, batch.token_mask, strict=True):
-        alone = ids[: mask.sum() + 1][None]
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        alone = ids[labels != -100][None]
         total += model(input_ids=alone, labels=alone).loss.item() * (alone.shape[1] - 1)
         count += alone.shape[1] - 1
     assert result.loss == pytest.approx(total / count, rel=1e-5)
@@ -183,7 +183,7 @@ def test_training_goes_on_from_a_checkpoint(made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "Ghost"}, "--method is 'Ghost'; choose one of Regular"),
+        ({"method": "Ghost"}, "--method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"),
         ({"max_steps": 0}, "--max_steps must be at least 1, got 0"),
         ({"max_length": 1}, "--max_length must be at least 2 .* got 1"),
         ({"n_embd": 30, "n_head": 4}, "--n_embd 30 is not a multiple of --n_head 4"),

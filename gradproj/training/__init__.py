@@ -1,7 +1,21 @@
-"""Training a causal language model on a corpus of tars: a tokenizer, a plain loop."""
+"""Training a causal language model on a corpus of tars, with an engine inside of the loop, ours or another's."""
 
-from gradproj.training.config import TrainConfig
-from gradproj.training.loop import TrainResult, train
+from gradproj.training.config import EngineConfig, TrainConfig
+from gradproj.training.curve import TrainResult
+from gradproj.training.engine_manager import METHODS, GhostEngineManager
+from gradproj.training.engines import EngineContext, TrainingEngine
+from gradproj.training.loop import train
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
-__all__ = ["TokenizerConfig", "TrainConfig", "TrainResult", "train", "train_tokenizer"]
+__all__ = [
+    "METHODS",
+    "EngineConfig",
+    "EngineContext",
+    "GhostEngineManager",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingEngine",
+    "train",
+    "train_tokenizer",
+]

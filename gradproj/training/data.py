@@ -1,24 +1,75 @@
-"""Documents to training batches, in an order that depends on the seed alone."""
+"""Documents to training batches, in an order that depends on the seed alone, and from any place in it."""
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from gradproj.batching import Batch, collate
+from gradproj.batching import collate
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import SAMPLES_PER_BLOCK, CorpusIndex, build_index, list_tars, load_index
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError, StoreError
+from gradproj.loss import IGNORE
 from gradproj.store.files import explain_os_errors
 from gradproj.training.config import TrainConfig
+from gradproj.training.ranks import Ranks
 
 SHUFFLED_BLOCKS = 64
 """Blocks of documents that are read and shuffled together; the blocks themselves come in a shuffled order."""
 CHARACTERS_PER_TOKEN = 40
 """Of a long document only so many per wanted token are tokenized, since the rest is cut off anyway."""
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """How far a rank has read: the next document of its share, and tokens that fill no sequence yet."""
+
+    epoch: int = 0
+    document: int = 0
+    """Documents of the epoch's share that were read."""
+    left: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.int64))
+    """``(2, n)``: tokens left over by ``--pack``, and the sample each is of."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "document": self.document,
+            "left": torch.from_numpy(np.ascontiguousarray(self.left)),
+        }
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "DataPosition":
+        """From a checkpoint."""
+        return cls(state["epoch"], state["document"], state["left"].numpy())
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Sequences to train on, padded on the right."""
+
+    input_ids: Tensor
+    """``(N, S)`` int64."""
+    labels: Tensor
+    """``(N, S)`` int64, not shifted; -100 at padding."""
+    sample_ids: np.ndarray
+    """``(N,)`` int64: the document, or with ``--pack`` that of the first token."""
+    domains: tuple[str, ...]
+    """Of these documents."""
+    n_tokens: int
+    """Without padding."""
+    position: DataPosition
+    """After this batch."""
+
+    @property
+    def n_targets(self) -> int:
+        return self.n_tokens - len(self.sample_ids)
 
 
 def open_corpus(shards: str) -> CorpusIndex:
@@ -36,51 +87,133 @@ def make_folder(flag: str, path: str) -> Path:
     return Path(path)
 
 
-def batches_of(config: TrainConfig, index: CorpusIndex, tokenizer: Any) -> Iterator[Batch]:
-    """Batches without end, the same for the same seed."""
-    sequences = _sequences(config, index, tokenizer)
+def batches_of(
+    config: TrainConfig,
+    index: CorpusIndex,
+    tokenizer: Any,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    position: DataPosition | None = None,
+) -> Iterator[TrainBatch]:
+    """A rank's batches without end, the same for the same seed, from a position on.
+
+    Of every epoch's documents in their shuffled order, rank r of W takes those at r, W + r, 2 W + r and so on.
+    """
+    sequences = _sequences(config, index, tokenizer, ranks, position or DataPosition())
     for chunk in iter(lambda: list(itertools.islice(sequences, config.batch_size)), []):
-        yield collate(chunk, np.arange(len(chunk)), pad=0)
+        yield make_batch(chunk)
 
 
-def _sequences(config: TrainConfig, index: CorpusIndex, tokenizer: Any) -> Iterator[np.ndarray]:
-    left = np.empty(0, np.int64)
-    for epoch in itertools.count():
-        found = False
-        for document in shuffled_documents(index, config.seed, epoch):
-            tokens = _tokens(document, tokenizer, None if config.pack else config.max_length)
+@dataclass(frozen=True)
+class Sequence:
+    """What a row of a batch is made of."""
+
+    tokens: np.ndarray
+    sample_id: int
+    domain: str
+    position: DataPosition
+    """After it."""
+
+
+def make_batch(sequences: list[Sequence]) -> TrainBatch:
+    """Pad sequences into one batch."""
+    tokens = [sequence.tokens for sequence in sequences]
+    batch = collate(tokens, np.arange(len(tokens)), pad=0)
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
+    labels = batch.input_ids.masked_fill(padding, IGNORE)
+    ids = np.array([sequence.sample_id for sequence in sequences], np.int64)
+    domains = tuple(sequence.domain for sequence in sequences)
+    return TrainBatch(batch.input_ids, labels, ids, domains, batch.n_tokens, sequences[-1].position)
+
+
+def _sequences(
+    config: TrainConfig, index: CorpusIndex, tokenizer: Any, ranks: Ranks, position: DataPosition
+) -> Iterator[Sequence]:
+    """Sequences with at least one target."""
+    left = position.left
+    for epoch in itertools.count(position.epoch):
+        done = position.document if epoch == position.epoch else 0
+        found = done > 0
+        first = done * ranks.world_size + ranks.rank
+        documents = itertools.islice(
+            shuffled_documents(index, config.seed, epoch, first), 0, None, ranks.world_size
+        )
+        for document in documents:
+            done += 1
+            tokens = tokens_of(document, tokenizer, None if config.pack else config.max_length)
             if config.pack and len(tokens):
                 end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-                left = np.concatenate([left, tokens, np.array(end, np.int64)])
-                while len(left) >= config.max_length:
-                    yield left[: config.max_length]
-                    left, found = left[config.max_length :], True
+                tokens = np.array([*tokens, *end], np.int64)
+                owned = np.stack([tokens, np.full(len(tokens), document.sample_id)])
+                left = np.concatenate([left, owned], axis=1)
+                while left.shape[1] >= config.max_length:
+                    (ids, owners), left = left[:, : config.max_length], left[:, config.max_length :]
+                    yield Sequence(ids, int(owners[0]), document.domain, DataPosition(epoch, done, left))
+                    found = True
             elif len(tokens) > 1:
-                yield tokens
+                yield Sequence(tokens, document.sample_id, document.domain, DataPosition(epoch, done, left))
                 found = True
-        if not found and len(left) < 2:
+        if not found and left.shape[1] < 2:
             raise CorpusError(
                 f"--shards {config.shards}: no document has two tokens, so there is nothing to learn"
             )
 
 
-def shuffled_documents(index: CorpusIndex, seed: int, epoch: int) -> Iterator[Document]:
-    """Every document once, in an order that depends on the seed and the epoch; memory holds 4,096 of them."""
+def shuffled_documents(index: CorpusIndex, seed: int, epoch: int, first: int = 0) -> Iterator[Document]:
+    """Every document once, in an order that depends on the seed and the epoch; memory holds 4,096 of them.
+
+    Args:
+        index: of the corpus.
+        seed: of the order.
+        epoch: which has an order of its own.
+        first: leave out so many; whole groups are not read then.
+    """
     order = np.random.default_rng([seed, epoch])
-    blocks = order.permutation(-(-index.n_samples // SAMPLES_PER_BLOCK)) * SAMPLES_PER_BLOCK
-    for first in range(0, len(blocks), SHUFFLED_BLOCKS):
-        group = [
-            document
-            for start in blocks[first : first + SHUFFLED_BLOCKS].tolist()
-            for document in read_documents(index, start, min(start + SAMPLES_PER_BLOCK, index.n_samples))
+    n_samples = index.n_samples
+    blocks = order.permutation(-(-n_samples // SAMPLES_PER_BLOCK)) * SAMPLES_PER_BLOCK
+    for begin in range(0, len(blocks), SHUFFLED_BLOCKS):
+        ranges = [
+            (start, min(start + SAMPLES_PER_BLOCK, n_samples))
+            for start in blocks[begin : begin + SHUFFLED_BLOCKS].tolist()
         ]
-        yield from (group[i] for i in order.permutation(len(group)))
+        size = sum(stop - start for start, stop in ranges)
+        chosen = order.permutation(size)[first:]
+        first = max(0, first - size)
+        if len(chosen):
+            group = [document for start, stop in ranges for document in read_documents(index, start, stop)]
+            yield from (group[i] for i in chosen)
 
 
-def _tokens(document: Document, tokenizer: Any, most: int | None) -> np.ndarray:
+def tokens_of(document: Document, tokenizer: Any, most: int | None) -> np.ndarray:
     """A document's token ids, the first ``most`` of them; none of one that is bad input."""
     ids = document.input_ids
     if ids is None:
         text = (document.text or "")[: None if most is None else most * CHARACTERS_PER_TOKEN]
         ids = tokenizer(text.encode("utf-8", "replace").decode()).input_ids
     return np.array(ids[:most], np.int64)
+
+
+class TrainedDocuments:
+    """Domain and text of what was trained on, by sample id."""
+
+    def __init__(self, index: CorpusIndex) -> None:
+        self._index = index
+        self._domains: dict[int, str] = {}
+
+    def add(self, batches: list[TrainBatch]) -> None:
+        """Note a step's documents."""
+        for batch in batches:
+            self._domains.update(zip(batch.sample_ids.tolist(), batch.domains, strict=True))
+
+    def domain(self, sample_id: int) -> str:
+        """A document's domain; read from its tar where another rank or an earlier start trained on it."""
+        if sample_id not in self._domains:
+            self._domains[sample_id] = self._read(sample_id).domain
+        return self._domains[sample_id]
+
+    def text(self, sample_id: int) -> str:
+        """A document's text; empty where it has token ids only."""
+        return self._read(sample_id).text or ""
+
+    def _read(self, sample_id: int) -> Document:
+        return next(iter(read_documents(self._index, sample_id, sample_id + 1)))

@@ -1,84 +1,203 @@
-"""A plain causal-LM training loop: documents in a seeded order, AdamW, a checkpoint that the job takes."""
+"""A plain causal-LM training loop: documents in a seeded order, AdamW, checkpoints that the job takes.
 
-import csv
+It does not know which engine runs inside of it: ``GhostEngineManager`` does.
+"""
+
 import itertools
 import math
-import os
-import shutil
 import sys
-import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradproj.checkpoint import ModelConfig, fetch
-from gradproj.coordinator.progress import human_seconds
-from gradproj.dist import choose_device
+from gradproj.dist import Process, choose_device
 from gradproj.errors import ModelError
-from gradproj.loss import Targets, per_sample_loss
+from gradproj.loss import per_sample_loss
 from gradproj.model import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.store.files import explain_os_errors
+from gradproj.training.checkpoints import Checkpoints, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import batches_of, make_folder, open_corpus
+from gradproj.training.curve import LossCurve, TrainResult
+from gradproj.training.data import (
+    DataPosition,
+    TrainBatch,
+    TrainedDocuments,
+    batches_of,
+    make_folder,
+    open_corpus,
+)
+from gradproj.training.engine_manager import GhostEngineManager
+from gradproj.training.ranks import Ranks, start_ranks, without_exchange
+from gradproj.training.validation import Validation
 
-PROGRESS_EVERY_S = 5.0
-SHOWN_STEPS = 20
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to."""
-
-    loss: float
-    """Mean nats per target token over the last 20 steps."""
-    n_tokens: int
-    seconds: float
+RANK_SEED = 1_000_003
+"""Ranks differ in what dropout draws, and in nothing else."""
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train, and write checkpoint, tokenizer and ``loss.csv`` into ``--result_dir``.
-
-    Equal settings, threads and device give bitwise equal weights.
+    """Train; results go to ``--result_dir``. Equal settings, ranks, threads and device give bitwise equal weights.
 
     Raises:
-        GradprojError: the model, the tokenizer or the corpus cannot be used.
+        GradprojError: the model, the tokenizer, the corpus or the folder cannot be used.
     """
-    folder = make_folder("--result_dir", config.result_dir)
-    torch.manual_seed(config.seed)
-    device, warning = choose_device(config.device, 0)
-    if warning:
+    process = Process.from_environment()
+    device, warning = choose_device(config.device, process.local_rank)
+    if warning and process.rank == 0:
         print(warning, file=sys.stderr, flush=True)
-    tokenizer, model = load_or_make_model(config)
-    model.to(device).requires_grad_(True).train()
-    optimizer = AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
-    schedule = LambdaLR(optimizer, lambda step: _rate_at(step, config))
-    curve = LossCurve(config.max_steps)
-    batches = batches_of(config, open_corpus(config.shards), tokenizer)
-    for batch in itertools.islice(batches, config.max_steps):
-        on_device = batch.to(device)
-        targets = Targets(on_device.positions, on_device.targets)
-        losses = per_sample_loss(model, {"input_ids": on_device.input_ids, "targets": targets})
-        loss = losses.sum() / len(targets.tokens)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, error_if_nonfinite=True)
-        rate = float(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        curve.add(loss.item(), rate, batch.n_tokens)
-    save_checkpoint(folder, model, tokenizer, curve)
-    return curve.result()
+    folder = make_folder("--result_dir", config.result_dir)
+    with start_ranks(process, device) as ranks:
+        run = _Run(config, folder, device, ranks)
+        with run.manager:
+            for step in range(run.done + 1, config.max_steps + 1):
+                run.step(step)
+                run.save(step)
+        return run.finish()
 
 
-def load_or_make_model(config: TrainConfig) -> tuple[Any, nn.Module]:
-    """``(tokenizer, model)``: a checkpoint, an architecture, or a new GPT-2 of the given shape."""
+class _Run:
+    """One run's model, data and results, ready for the next step."""
+
+    def __init__(self, config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks) -> None:
+        self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
+        self._checkpoints = Checkpoints(folder, config, ranks)
+        saved = self._checkpoints.to_resume()
+        shared, own = self._checkpoints.load(saved) if saved else ({}, {})
+        torch.manual_seed(config.seed)
+        self._model: Any
+        self._tokenizer, self._model = load_or_make_model(config, saved)
+        self._model.to(device).requires_grad_(True).train()
+        if config.gradient_checkpointing:
+            # Its new name; older releases of transformers 5 know the other.
+            name = "activation_checkpointing_enable"
+            enable = getattr(self._model, name, self._model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        self._shared_model = ranks.share(self._model)
+        self._optimizer = AdamW(parameter_groups(self._model, config.weight_decay), lr=config.learning_rate)
+        index = open_corpus(config.shards)
+        self._validation = Validation(config, self._tokenizer, device, ranks)
+        self.done = shared.get("step", 0)
+        self.manager = GhostEngineManager(
+            config, self._shared_model, self._optimizer, ranks, self._validation.pair,
+            loss="sum", resume_step=self.done if config.resume else None,
+        )  # fmt: skip
+        self._curve = LossCurve(folder, config.max_steps, visible=ranks.is_first)
+        self._curve.start(shared.get("curve", []))
+        self._position = DataPosition.from_dict(own["data"]) if saved else DataPosition()
+        self._batches = batches_of(config, index, self._tokenizer, ranks, self._position)
+        self._documents = TrainedDocuments(index)
+        if ranks.rank:
+            torch.manual_seed(config.seed + RANK_SEED * ranks.rank)
+        if config.resume:
+            self.manager.load_state_dict(own.get("engine", {}))
+        if saved:
+            self._optimizer.load_state_dict(shared["optimizer"])
+            restore_random_state(own["random"])
+
+    def step(self, step: int) -> None:
+        """Forward and backward over the step's batches, one step of the optimizer, and whatever is due after it."""
+        config, manager = self._config, self.manager
+        batches = list(itertools.islice(self._batches, config.grad_accumulation))
+        targets, n_tokens = self._ranks.total(
+            sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches)
+        )
+        rate = config.learning_rate * rate_at(step - 1, config)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        # The ranks' gradients are averaged, so each one's share of the mean is taken W times.
+        per_rank = targets / self._ranks.world_size
+        sums = [self._forward_backward(step, batch, per_rank, last) for batch, last in _with_last(batches)]
+        norm = self._clip(step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if manager.should_save_metrics(step):
+            manager.save_metrics(step)
+        self._position = batches[-1].position
+        self._documents.add(batches)
+        (loss,) = self._ranks.total(torch.stack(sums).sum().item())
+        self._curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
+
+    def _forward_backward(self, step: int, batch: TrainBatch, n_targets: float, last: bool) -> torch.Tensor:
+        """One batch; the sum of its losses (nats), detached."""
+        manager = self.manager
+        X, Y = batch.input_ids.to(self._device), batch.labels.to(self._device)
+        with without_exchange(self._shared_model, last):
+            manager.attach_train_batch(X, Y, step, batch.sample_ids)
+            inputs, labels = manager.prepare_forward_input(X, Y)
+            autocast = self._config.precision == "bfloat16"
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
+                losses = per_sample_loss(
+                    self._shared_model, {"input_ids": inputs, "labels": labels}, chunked=False
+                )
+            (losses.sum() / n_targets).backward()
+        own = losses.detach()[: len(X)]
+        manager.prepare_gradients()
+        manager.aggregate_and_log(own)
+        manager.clear_gradients()
+        return own.sum()
+
+    def _clip(self, step: int) -> float:
+        """Clip the gradient; its norm before that."""
+        parameters = self._model.parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, self._config.clip or math.inf).item()
+        if not math.isfinite(norm):
+            raise ModelError(
+                f"the gradient of step {step} is not finite: give a smaller --learning_rate "
+                f"(now {self._config.learning_rate:g}) or a longer --warmup_steps"
+            )
+        return norm
+
+    def _evaluate(self, step: int) -> float | None:
+        """The validation loss where it is due."""
+        interval = self._config.eval_interval
+        due = step == self._config.max_steps or (interval and step % interval == 0)
+        if not due or not self._validation.batches:
+            return None
+        self.manager.detach_for_evaluation()
+        loss = self._validation.loss(self._model)
+        self.manager.reattach_after_evaluation()
+        return loss
+
+    def save(self, step: int) -> None:
+        """A checkpoint where it is due: every so many steps, and at the end."""
+        interval = self._config.checkpoint_interval
+        if interval and (step % interval == 0 or step == self._config.max_steps):
+            own = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
+            self._checkpoints.save(
+                step, self._model, self._tokenizer, self._optimizer, self._curve.as_list(), own
+            )
+
+    def finish(self) -> TrainResult:
+        """The finished model into the folder, and the curve's picture."""
+        if self._ranks.is_first:
+            if self._curve.draw() is None:
+                print(
+                    "no loss.png without matplotlib: pip install 'gradproj[plot]'",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            for name, text in self.manager.reports(self._documents.domain, self._documents.text).items():
+                with explain_os_errors(self._folder / name):
+                    (self._folder / name).write_text(text, encoding="utf-8")
+            publish_model(self._folder, self._model, self._tokenizer)
+        self._ranks.wait()
+        return self._curve.result()
+
+
+def _with_last(batches: list[TrainBatch]) -> Iterator[tuple[TrainBatch, bool]]:
+    return ((batch, number == len(batches)) for number, batch in enumerate(batches, 1))
+
+
+def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[Any, nn.Module]:
+    """``(tokenizer, model)``: a run's checkpoint, another one, an architecture, or a new GPT-2 of the given shape."""
+    if saved is not None:
+        files = fetch(ModelConfig(model=str(saved)))
+        return load_tokenizer(files), load_model(files, torch.device("cpu"))
     if config.model or config.architecture:
         files = fetch(config.model_config())
         tokenizer, model = load_tokenizer(files), load_model(files, torch.device("cpu"))
@@ -101,7 +220,7 @@ def load_or_make_model(config: TrainConfig) -> tuple[Any, nn.Module]:
     return tokenizer, GPT2LMHeadModel(shape)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Biases and norms are not decayed."""
     parameters = list(model.parameters())
     return [
@@ -110,66 +229,14 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def _rate_at(step: int, config: TrainConfig) -> float:
-    """The share of the highest learning rate at a step: up linearly, then down a cosine to a tenth."""
+def rate_at(step: int, config: TrainConfig) -> float:
+    """The share of the highest learning rate at a step (from 0): up linearly, then as the schedule says."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-class LossCurve:
-    """Every step's loss, and a line about it every few seconds."""
-
-    def __init__(self, max_steps: int) -> None:
-        self._max_steps = max_steps
-        self._rows: list[tuple[Any, ...]] = [("step", "tokens", "loss", "learning_rate", "seconds")]
-        self._recent: deque[float] = deque(maxlen=SHOWN_STEPS)
-        self._n_steps = self._n_tokens = 0
-        self._started_s = self._shown_s = time.monotonic()
-
-    def add(self, loss: float, rate: float, n_tokens: int) -> None:
-        """Note a step."""
-        self._n_steps += 1
-        self._n_tokens += n_tokens
-        self._recent.append(loss)
-        now_s = time.monotonic()
-        row = (self._n_steps, self._n_tokens, f"{loss:.6f}", f"{rate:.3e}", f"{now_s - self._started_s:.2f}")
-        self._rows.append(row)
-        if now_s - self._shown_s > PROGRESS_EVERY_S or self._n_steps in (1, self._max_steps):
-            self._shown_s = now_s
-            self._show(now_s - self._started_s)
-
-    def _show(self, seconds: float) -> None:
-        left = seconds / self._n_steps * (self._max_steps - self._n_steps)
-        print(
-            f"step {self._n_steps:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per token, "
-            f"{self._n_tokens / seconds:,.0f} tokens/s, about {human_seconds(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def result(self) -> TrainResult:
-        """The run so far."""
-        mean = sum(self._recent) / len(self._recent)
-        return TrainResult(mean, self._n_tokens, time.monotonic() - self._started_s)
-
-    def write(self, path: Path) -> None:
-        """One row a step."""
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows(self._rows)
-
-
-def save_checkpoint(folder: Path, model: Any, tokenizer: Any, curve: LossCurve) -> None:
-    """Write the checkpoint beside its place first, and put its weights there last: they say that it is whole."""
-    work = folder / f".saving-{os.getpid()}"
-    with explain_os_errors(folder):
-        work.mkdir(parents=True)
-        try:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            curve.write(work / "loss.csv")
-            for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-                os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(work)
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    falls = {
+        "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done)),
+        "linear": 1.0 - done,
+        "constant": 1.0,
+    }
+    return falls[config.schedule]

@@ -1,0 +1,92 @@
+"""GradDotProd in a training loop: its engine behind the loop's calls."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gradproj.errors import ConfigError
+from gradproj.loss import LOSS_WEIGHTS, loss_key
+from gradproj.training.engines import EngineContext, TrainingEngine
+from gradproj.training.graddotprod import GradDotProdEngine
+from gradproj.training.values import value_table
+
+
+class GradDotProdTraining(TrainingEngine):
+    """Hands all calls to a ``GradDotProdEngine``.
+
+    Raises:
+        ConfigError: no validation data.
+    """
+
+    def __init__(self, context: EngineContext) -> None:
+        super().__init__(context)
+        self._step = 0
+        if context.val_data is None:
+            raise ConfigError(
+                "--method GradDotProd compares with validation samples: give val_data=(input_ids, labels)"
+            )
+        settings, summed = context.settings, context.loss == "sum"
+        self.engine = GradDotProdEngine(
+            context.model,
+            context.val_data,
+            loss_reduction=context.loss,
+            result_dir=settings.result_dir or None,
+            save_interval=settings.proj_save_interval,
+            learning_rate=context.optimizer,
+            accumulation=1 if summed else settings.grad_accumulation,
+            loss_scale=self._scale if summed else 1.0,
+            resume_step=context.resume_step,
+        )
+        self.engine.attach()
+
+    def _scale(self) -> float:
+        """The root of what the summed loss was multiplied by.
+
+        The engine divides it out of both gradients of an inner product; it belongs to the training sample's, whose part
+        in the step's loss it is, and not to the validation batch's.
+        """
+        return math.sqrt(float(LOSS_WEIGHTS[loss_key(self.context.model)][0]))
+
+    def attach_train_batch(
+        self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
+    ) -> None:
+        self._step = self._step + 1 if iter_num is None else iter_num
+        self.engine.attach_train_batch(X, Y, self._step, batch_idx)
+
+    def prepare_forward_input(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.engine.prepare_forward_input(X, Y)
+
+    def prepare_gradients(self) -> None:
+        self.engine.prepare_gradients()
+
+    def aggregate_and_log(self, losses: Tensor | None = None) -> None:
+        self.engine.aggregate_and_log()
+
+    def clear_gradients(self) -> None:
+        self.engine.clear_gradients()
+
+    def should_save_metrics(self, iter_num: int) -> bool:
+        return self.engine.should_save_metrics(iter_num)
+
+    def save_metrics(self, iter_num: int) -> None:
+        self.engine.save_metrics(iter_num)
+
+    def detach_for_evaluation(self) -> None:
+        self.engine.detach_for_evaluation()
+
+    def reattach_after_evaluation(self) -> None:
+        self.engine.reattach_after_evaluation()
+
+    def cleanup(self) -> None:
+        if self.engine.is_attached:
+            self.engine.cleanup()
+
+    def reports(self, domain_of: Callable[[int], str], text_of: Callable[[int], str]) -> dict[str, str]:
+        values = self.engine.shapley_values
+        return {"values.md": value_table(values, domain_of, text_of)} if values else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        self.engine.save_metrics(self._step)
+        return {}

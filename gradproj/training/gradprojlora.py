@@ -1,0 +1,244 @@
+"""GradProjLora in a training loop: every sample's projected gradient, at the weights of its step, to a store."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.capture import place_widths
+from gradproj.engine import GradProjLoraEngine
+from gradproj.errors import ConfigError, StoreError
+from gradproj.layers import without_wrappers
+from gradproj.loss import IGNORE
+from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
+from gradproj.store.writer import pack_matrices
+from gradproj.training.engines import EngineContext, TrainingEngine
+from gradproj.training.rowstore import (
+    RowStore,
+    check_same,
+    choose_rows,
+    create_row_store,
+    holds_rows,
+    layers_as_json,
+)
+
+FOLDER = "projections"
+"""Below ``result_dir``."""
+
+MOST_WAITING_BYTES = 64 * 2**20
+"""Of rows on the device; then they go to the host, before they are due to be written."""
+
+
+@dataclass
+class _Waiting:
+    """A batch whose rows are still on the device."""
+
+    rows: Tensor
+    n_tokens: Tensor | None
+    losses: Tensor | None
+    step: int
+    ids: Any
+
+
+class GradProjLoraTraining(TrainingEngine):
+    """Keeps the rows of every batch, and writes them to ``result_dir/projections``.
+
+    Training is left as it is: no weight, no gradient and no random number differs from a run without.
+
+    Args:
+        context: its ``settings.result_dir`` is where the store is made. One with rows is gone on with only where there
+            is a ``resume_step``: then call ``load_state_dict`` before the first batch.
+
+    Raises:
+        ConfigError: no ``result_dir``, or impossible widths.
+        ModelError: the model has no such layer.
+        StoreError: there are rows already, or they were made with other settings.
+    """
+
+    def __init__(self, context: EngineContext) -> None:
+        super().__init__(context)
+        settings = context.settings
+        if not settings.result_dir:
+            raise ConfigError(
+                "--method GradProjLora writes rows to result_dir/projections: give a result_dir"
+            )
+        self._folder = Path(settings.result_dir) / FOLDER
+        self._engine = GradProjLoraEngine(
+            context.model, settings.proj_layers, settings.proj_rank_total, settings.proj_rank_min,
+            settings.proj_seed, proj_kind=settings.proj_kind, include_embeddings=settings.include_embeddings,
+        )  # fmt: skip
+        self._layers = place_widths(without_wrappers(context.model), settings.projection)
+        self._waiting: list[_Waiting] = []
+        self._step = 0
+        self._ids: np.ndarray | None = None
+        self._labels: Tensor | None = None
+        self._unwritten_steps: set[int] = set()
+        self._store = self._open_store()
+        self._engine.attach()
+
+    # --- batches ---
+
+    def attach_train_batch(
+        self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
+    ) -> None:
+        self._step = self._step + 1 if iter_num is None else int(iter_num)
+        self._ids, self._labels = None if batch_idx is None else _of_batch(batch_idx, len(X), 0), Y
+        if Y is None:
+            self._engine.attach_train_batch(X)
+        else:
+            # For a loss that is not per_sample_loss's, which says itself how it was weighted.
+            self._engine.attach_train_batch(X, labels=Y, loss_reduction="mean")
+
+    def aggregate_and_log(self, losses: Tensor | None = None) -> None:
+        labels, self._labels = self._labels, None
+        rows = self._engine.collect_batch()
+        n_tokens = None if labels is None else (labels[:, 1:] != IGNORE).sum(dim=1)
+        if n_tokens is None and self.context.settings.loss_reduction == "mean":
+            raise ConfigError(
+                "--loss_reduction mean divides a row by its number of targets: give attach_train_batch the labels, "
+                "or take --loss_reduction sum"
+            )
+        self._waiting.append(_Waiting(rows, n_tokens, losses, self._step, self._ids))
+        self._unwritten_steps.add(self._step)
+        if sum(batch.rows.nbytes for batch in self._waiting) > MOST_WAITING_BYTES:
+            self._to_host()
+
+    def clear_gradients(self) -> None:
+        self._engine.clear_gradients()
+
+    # --- rows to disk ---
+
+    def should_save_metrics(self, iter_num: int) -> bool:
+        interval = self.context.settings.proj_save_interval
+        return bool(interval) and len(self._unwritten_steps) >= interval
+
+    def save_metrics(self, iter_num: int) -> None:
+        self._to_host()
+        self._store.flush()
+        self._unwritten_steps.clear()
+
+    def detach_for_evaluation(self) -> None:
+        self._engine.detach_for_evaluation()
+
+    def reattach_after_evaluation(self) -> None:
+        self._engine.reattach_after_evaluation()
+
+    def cleanup(self) -> None:
+        if self._engine.is_attached:
+            self._engine.detach()
+            self._to_host()
+            self._store.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.save_metrics(self._step)
+        self._store.secure()
+        return {"n_rows": self._store.n_rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._store.cut(int(state.get("n_rows", 0)))
+
+    def _to_host(self) -> None:
+        """Every waiting batch's rows and columns, in their order."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        rows = torch.cat([batch.rows for batch in waiting]).cpu().numpy()
+        columns = {
+            "n_tokens": np.concatenate([_of_batch(batch.n_tokens, len(batch.rows), 0) for batch in waiting]),
+            "loss": np.concatenate([_of_batch(batch.losses, len(batch.rows), np.nan) for batch in waiting]),
+            "step": np.concatenate([np.full(len(batch.rows), batch.step, np.int64) for batch in waiting]),
+            "sample_id": np.concatenate(
+                [_of_batch(batch.ids, len(batch.rows), -1) for batch in waiting]
+            ).astype(np.int64),
+        }
+        targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)
+        if self.context.settings.loss_reduction == "mean":
+            rows /= targets[:, None]
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
+        known = np.array([batch.n_tokens is not None for batch in waiting for _ in batch.rows])
+        status = np.where(known & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"])
+        columns["status"] = np.where(np.isfinite(norms), status, STATUS["non_finite"])
+        columns["grad_norm"] = np.where(np.isfinite(norms), norms, np.nan)
+        columns["loss"] = columns["loss"] / targets
+        self._store.add(rows, columns)
+
+    def _open_store(self) -> RowStore:
+        ranks, attributes, folder = self.context.ranks, self._attributes(), self._folder
+        # All ranks look before one of them makes it.
+        exists, empty = (folder / STORE_NAME).exists(), not holds_rows(folder)
+        ranks.wait()
+        if exists and not empty:
+            if self.context.resume_step is None:
+                raise StoreError(
+                    f"{folder} holds rows of another run: go on with it (--resume), or give a new result_dir"
+                )
+            check_same(folder, attributes)
+        elif ranks.is_first:
+            shutil.rmtree(folder / STORE_NAME, ignore_errors=True)
+            packed = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in self._matrices()}
+            create_row_store(folder, self._layout(), attributes, pack_matrices(self._layers, packed))
+        ranks.wait()
+        return RowStore(folder, ranks.rank, ranks.world_size)
+
+    def _matrices(self) -> Any:
+        return self._engine.projection_matrices.items()
+
+    def _layout(self) -> StoreLayout:
+        settings, ranks = self.context.settings, self.context.ranks
+        widths = [layer.slice_end - layer.slice_start for layer in self._layers]
+        row_bytes = sum(widths) * STORED_DTYPES[settings.proj_dtype].itemsize
+        rows_per_step = settings.batch_size * settings.grad_accumulation
+        height = settings.rows_per_shard or choose_rows(
+            row_bytes, rows_per_step, settings.max_steps, ranks.world_size
+        )
+        store = replace(settings.store, rows_per_shard=height)
+        layout = plan_layout(height * ranks.world_size, widths, 1, store)
+        # Every unit's columns are files of its own.
+        return replace(layout, column_rows=height)
+
+    def _attributes(self) -> dict[str, Any]:
+        settings = self.context.settings
+        projection = settings.projection
+        return {
+            "layers": layers_as_json(self._layers),
+            "domains": [],
+            "projection": {**vars(projection)},
+            "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at step[i]; status 1 = ok",
+            "identity": {
+                **{
+                    f"--proj_{name}": value
+                    for name, value in vars(projection).items()
+                    if name != "include_embeddings"
+                },
+                "--include_embeddings": projection.include_embeddings,
+                "--proj_dtype": settings.proj_dtype,
+                "--compressor": settings.compressor,
+                "--loss_reduction": settings.loss_reduction,
+                "ranks": self.context.ranks.world_size,
+                "layers": [layer.name for layer in self._layers],
+            },
+        }
+
+    @property
+    def layers(self) -> list[LayerSlice]:
+        """Where each layer's values lie in a row."""
+        return self._layers
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that are not on the host yet."""
+        return sum(len(batch.rows) for batch in self._waiting)
+
+
+def _of_batch(values: Any, n: int, unknown: float) -> np.ndarray:
+    """``(n,)`` values of a batch's samples."""
+    if values is None:
+        return np.full(n, unknown)
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.shape != (n,):
+        raise ConfigError(f"a batch of {n} samples was given {array.shape} ids or losses; give one for each")
+    return array

@@ -1,0 +1,63 @@
+"""Validation documents: a fixed few batches, to evaluate on and to compare gradients with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.corpus.stream import read_documents
+from gradproj.errors import CorpusError
+from gradproj.loss import per_sample_loss
+from gradproj.training.config import TrainConfig
+from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, open_corpus, tokens_of
+from gradproj.training.ranks import Ranks
+
+
+class Validation:
+    """The first ``val_batches`` batches of ``--val_shards``.
+
+    Raises:
+        CorpusError: no document there has two tokens.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, device: torch.device, ranks: Ranks) -> None:
+        self.batches = _read(config, tokenizer) if config.val_shards else []
+        self._device, self._ranks = device, ranks
+        self._autocast = config.precision == "bfloat16"
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """``(input_ids, labels)`` of the first batch, on the device."""
+        if not self.batches:
+            return None
+        return self.batches[0].input_ids.to(self._device), self.batches[0].labels.to(self._device)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Mean nats per target token over all batches; each rank takes a share. The model is left as it was."""
+        training = model.training
+        model.eval()
+        total, n_targets = 0.0, 0
+        for batch in self.batches[self._ranks.rank :: self._ranks.world_size]:
+            inputs = {"input_ids": batch.input_ids.to(self._device), "labels": batch.labels.to(self._device)}
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                total += per_sample_loss(model, inputs, chunked=False).sum().item()
+            n_targets += batch.n_targets
+        model.train(training)
+        total, n_all = self._ranks.total(total, n_targets)
+        return total / n_all
+
+
+def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
+    index = open_corpus(config.val_shards)
+    found: list[Sequence] = []
+    for document in read_documents(index, 0, index.n_samples):
+        if len(found) == config.val_batches * config.val_batch_size:
+            break
+        tokens = tokens_of(document, tokenizer, config.max_length)
+        if len(tokens) > 1:
+            found.append(Sequence(tokens, document.sample_id, document.domain, DataPosition()))
+    if not found:
+        raise CorpusError(f"--val_shards {config.val_shards}: no document has two tokens")
+    size = config.val_batch_size
+    return [make_batch(found[i : i + size]) for i in range(0, len(found), size)]

@@ -1,0 +1,314 @@
+"""Laws of the engines inside of the training loop: whatever is watched, training is the same."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import ragged_batch, small_model
+from safetensors.torch import load_file
+from training_cases import config_of, make_data, rows_the_slow_way
+
+from gradproj import ProjectionStore, per_sample_loss
+from gradproj.errors import ConfigError, ModelError, StoreError
+from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
+from gradproj.training.rowstore import choose_rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights_in(a), weights_in(b)
+    assert sorted(a) == sorted(b)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def by_hand(folder, resume_step=None, **settings):
+    """A model, its optimizer and a manager, for a loop written out in a test."""
+    model = small_model("gpt2").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = dict(method="GradProjLora", result_dir=str(folder), proj_rank_total=16, proj_rank_min=2)
+    config |= settings
+    return model, optimizer, GhostEngineManager(config, model, optimizer, resume_step=resume_step)
+
+
+def one_step(model, optimizer, manager, step, ids=(0, 1, 2)):
+    X, Y = ragged_batch([7, 12, 5], seed=step)
+    manager.attach_train_batch(X, Y, step, np.array(ids) + 3 * step)
+    inputs, labels = manager.prepare_forward_input(X, Y)
+    per_sample_loss(model, {"input_ids": inputs, "labels": labels}).sum().backward()
+    manager.prepare_gradients()
+    manager.aggregate_and_log()
+    manager.clear_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(data, tmp_path, accumulation):
+    config = config_of(
+        data, tmp_path, method="GradProjLora", grad_accumulation=accumulation, clip=0.3, proj_dtype="float32"
+    )
+    train(config)
+    want, steps, ids = rows_the_slow_way(config, data)
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == len(want) == 18 * accumulation
+        got = store.rows(range(len(store)))
+        assert store.array("step").tolist() == steps
+        assert store.array("sample_id").tolist() == ids
+        assert set(store.column("status").tolist()) == {1}
+    error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.2, "grad_accumulation": 2},
+        {"precision": "bfloat16", "pack": True},
+        {"gradient_checkpointing": True, "dropout": 0.2},
+    ],
+    ids=["plain", "dropout", "bfloat16", "checkpointing"],
+)
+def test_the_engine_changes_no_bit_of_the_weights(data, tmp_path, changes):
+    changes = {"val_shards": str(data / "val"), "eval_interval": 2, "val_batches": 2, **changes}
+    for method in ("Regular", "GradProjLora"):
+        train(config_of(data, tmp_path / method, method=method, proj_save_interval=1, **changes))
+    assert_same_weights(tmp_path / "Regular", tmp_path / "GradProjLora")
+    with ProjectionStore(tmp_path / "GradProjLora" / "projections") as store:
+        assert np.isfinite(store.rows(range(18))).all()
+
+
+def test_an_evaluation_leaves_no_trace(data, tmp_path):
+    changes = {"method": "GradProjLora", "dropout": 0.2}
+    train(config_of(data, tmp_path / "without", **changes))
+    evaluated = {"val_shards": str(data / "val"), "eval_interval": 1, **changes}
+    train(config_of(data, tmp_path / "with", **evaluated))
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+    with (
+        ProjectionStore(tmp_path / "with/projections") as a,
+        ProjectionStore(tmp_path / "without/projections") as b,
+    ):
+        assert len(a) == len(b) == 18
+        np.testing.assert_array_equal(a.rows(range(18)), b.rows(range(18)))
+
+
+def test_every_interval_writes_all_rows_since_the_last_and_cleanup_the_rest(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=3)
+    on_disk = []
+    for step in range(8):
+        one_step(model, optimizer, manager, step)
+        if manager.should_save_metrics(step):
+            manager.save_metrics(step)
+        on_disk.append(written(tmp_path))
+    assert on_disk == [0, 0, 9, 9, 9, 18, 18, 18]
+    manager.cleanup()
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.array("step").tolist() == np.repeat(range(8), 3).tolist()
+        assert store.array("sample_id").tolist() == list(range(24))
+        assert np.isfinite(store.rows(range(24))).all()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def written(result_dir):
+    """Rows that a reader sees."""
+    if not (result_dir / "projections" / "projections.zarr").exists():
+        return 0
+    with ProjectionStore(result_dir / "projections") as store:
+        return int((store.column("status") == 1).sum())
+
+
+def test_rows_are_written_also_after_an_exception(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
+
+    def loop():
+        with manager:
+            for step in range(5):
+                one_step(model, optimizer, manager, step)
+            X, Y = ragged_batch([4, 4])
+            manager.attach_train_batch(X, Y, 5)
+            per_sample_loss(model, {"input_ids": X, "labels": Y}).sum().backward()
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        loop()
+    assert written(tmp_path) == 15
+
+
+def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=2, rows_per_shard=4)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+        if manager.should_save_metrics(step):
+            manager.save_metrics(step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == 21
+        assert store.layout.n_units == 6
+        assert store.array("sample_id").tolist() == list(range(21))
+        cut = store.rows(range(21))
+    model, optimizer, manager = by_hand(tmp_path / "whole", proj_save_interval=2)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "whole" / "projections") as store:
+        np.testing.assert_array_equal(store.rows(range(21)), cut)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 6, 8, 13, 21])
+def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
+    model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        before = store.rows(range(21))
+    model, optimizer, manager = by_hand(tmp_path, 1, rows_per_shard=4)
+    manager.load_state_dict({"n_rows": kept})
+    assert written(tmp_path) == kept
+    for step in range(100, 102):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == kept + 6
+        np.testing.assert_array_equal(store.rows(range(kept)), before[:kept])
+        assert store.array("step")[kept:].tolist() == [100] * 3 + [101] * 3
+        assert np.isfinite(store.rows(range(kept + 6))).all()
+
+
+def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):
+    rows = []
+    for name in ("own", "theirs"):
+        model, _, manager = by_hand(tmp_path / name, proj_dtype="float32")
+        X, Y = ragged_batch([7, 12, 5])
+        manager.attach_train_batch(X, Y, 0)
+        loss = per_sample_loss(model, {"input_ids": X, "labels": Y}).sum() if name == "own" else None
+        (model(input_ids=X, labels=Y).loss if loss is None else loss).backward()
+        manager.aggregate_and_log()
+        manager.cleanup()
+        with ProjectionStore(tmp_path / name / "projections") as store:
+            rows.append(store.rows(range(3)))
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_without_a_target_and_with_infinite_gradients_say_so(tmp_path):
+    model, _, manager = by_hand(tmp_path)
+    X, Y = ragged_batch([7, 1, 5])
+    manager.attach_train_batch(X, Y, 0)
+    losses = per_sample_loss(model, {"input_ids": X, "labels": Y})
+    (losses * torch.tensor([1.0, 1.0, 1.0])).sum().backward()
+    losses = losses.detach()
+    manager.engine._engine._capture.parts[0][2] = float("inf")
+    manager.aggregate_and_log(losses)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.column("status").tolist() == [1, 3, 5]
+        rows = store.rows(range(3))
+        assert np.isfinite(rows[0]).all()
+        assert not rows[1].any()
+        assert np.isnan(rows[2]).all()
+        assert store.column("n_tokens").tolist() == [6, 0, 4]
+        np.testing.assert_allclose(store.column("loss")[0], losses[0].item() / 6, rtol=1e-6)
+
+
+def test_the_manager_has_the_original_s_defaults_and_takes_any_config():
+    defaults = EngineConfig.of(SimpleNamespace())
+    assert (defaults.proj_layers, defaults.proj_rank_total) == ("mlp,attn", 256)
+    assert (defaults.proj_rank_min, defaults.proj_seed) == (8, 42)
+    assert EngineConfig.of({"proj_layers": ["mlp", "attn"], "unknown": 1}).proj_layers == "mlp,attn"
+
+
+def test_an_unknown_method_is_refused_with_those_that_are_known(tmp_path):
+    with pytest.raises(ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"):
+        GhostEngineManager({"method": "Ghost"}, small_model("gpt2"))
+
+
+def test_a_further_method_is_one_entry(data, tmp_path, monkeypatch):
+    class Counting(TrainingEngine):
+        n_samples = 0
+
+        def aggregate_and_log(self, losses=None):
+            Counting.n_samples += len(losses)
+
+    monkeypatch.setitem(METHODS, "Counting", Counting)
+    train(config_of(data, tmp_path, method="Counting"))
+    assert Counting.n_samples == 18
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"result_dir": ""}, ConfigError, "writes rows to result_dir/projections: give a result_dir"),
+        ({"proj_layers": "nothing"}, ModelError, "no layer of the model matches 'nothing'"),
+        ({"proj_rank_total": 1, "proj_rank_min": 8}, ConfigError, "--proj_rank_total 1 cannot hold"),
+        ({"proj_dtype": "int8"}, ConfigError, "--proj_dtype is 'int8'"),
+        ({"proj_save_interval": -1}, ConfigError, "--proj_save_interval must be at least 0"),
+        ({"method": "GradDotProd"}, ConfigError, "give val_data=.input_ids, labels."),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        by_hand(tmp_path, **settings)
+
+
+def test_rows_of_another_run_are_neither_mixed_in_nor_replaced(tmp_path):
+    by_hand(tmp_path, proj_seed=1)[2].cleanup()  # left without a row
+    model, optimizer, manager = by_hand(tmp_path)
+    one_step(model, optimizer, manager, 0)
+    manager.cleanup()
+    with pytest.raises(StoreError, match="holds rows of another run: go on with it"):
+        by_hand(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"--proj_seed: store 42, this run 1\n.*--proj_dtype: store 'float16'"
+    ):
+        by_hand(tmp_path, 1, proj_seed=1, proj_dtype="bfloat16")
+    assert written(tmp_path) == 3
+
+
+def test_rows_that_a_checkpoint_counts_on_and_are_gone_are_an_error(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path)
+    one_step(model, optimizer, manager, 0)
+    manager.cleanup()
+    _, _, manager = by_hand(tmp_path, 1)
+    with pytest.raises(StoreError, match="rows 0 to 3, which the checkpoint counts on, are not all there"):
+        manager.load_state_dict({"n_rows": 4})
+
+
+def test_ids_that_are_not_one_a_sample_are_refused(tmp_path):
+    _, _, manager = by_hand(tmp_path)
+    with pytest.raises(ConfigError, match=r"a batch of 2 samples was given \(3,\) ids"):
+        manager.attach_train_batch(*ragged_batch([4, 4]), 1, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ((24576, 2, 100, 1), 651),  # 16 MB
+        ((24576, 2, 100, 2), 200),  # the whole run
+        ((24576, 2, 1000, 2), 500),  # 250 steps divide the run
+        ((24576, 2, 10007, 2), 650),  # a prime: places stay empty at its end
+        ((24576, 2, 0, 4), 650),  # nobody knows how long
+        ((24576, 0, 0, 2), 651),
+        ((10**9, 2, 100, 2), 10),
+    ],
+)
+def test_rows_of_a_shard_are_whole_steps_that_divide_the_run_where_several_ranks_write(arguments, want):
+    assert choose_rows(*arguments) == want
+
+
+def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
+    train(config_of(data, tmp_path, val_shards=str(data / "val"), eval_interval=2, max_steps=5))
+    with (tmp_path / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_loss"] != "" for row in rows] == [False, True, False, True, True]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
