@@ -29,16 +29,18 @@ class TapCapture(BatchCapture):
         self._fetch()
         super().begin(shape)
         if shape is not None:
-            device = self._layers[0].p_i.device
-            self._batch.like = torch.empty(shape, dtype=torch.uint8, device=device)
-            self._batch.mask = self.token_mask
+            p_i = self._layers[0].p_i
+            # Always a tensor of one kind: graphs with and without a mask would be two.
+            self._batch.mask = (
+                p_i.new_ones(shape) if self.token_mask is None else self.token_mask.to(p_i.dtype)
+            )
             for tap in self.taps:
                 tap.make_slots(shape[0], self._sum_covariances)
 
     def forget(self) -> None:
         """As ``BatchCapture``."""
         super().forget()
-        self._batch.like = self._batch.mask = None
+        self._batch.mask = None
         for tap in self.taps:
             tap.slots = None
 
@@ -58,10 +60,10 @@ class TapCapture(BatchCapture):
 
 
 class _BatchOnTap:
-    """What the taps of one engine share: the batch's shape, as a tensor ``like`` of it, and its token mask."""
+    """What the taps of one engine share."""
 
-    like: Tensor | None = None
     mask: Tensor | None = None
+    """``(N, S)`` float32: the token mask, and by its shape the batch's."""
 
 
 class Tap:
@@ -100,18 +102,18 @@ class Tap:
         return _Tapped.apply(output, a_p, self._p_o, self._low_o, self._batch.mask, *self._slots())
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        like = self._batch.like
-        if like is None:
+        mask = self._batch.mask
+        if mask is None:
             raise ModelError(
                 "a compiled model takes (N, S) input_ids or (N, S, H) inputs_embeds, and got neither"
             )
-        found = by_sample(x, like.shape[0], like.shape[1])
+        found = by_sample(x, mask.shape[0], mask.shape[1])
         if found is None:
-            raise not_told_apart(self._layer, x, (like.shape[0], like.shape[1]))
+            raise not_told_apart(self._layer, x, (mask.shape[0], mask.shape[1]))
         return found
 
     def _slots(self) -> tuple[Tensor, ...]:
-        assert self.slots is not None  # made together with ``like``
+        assert self.slots is not None  # made together with ``mask``
         return self.slots
 
 
@@ -125,7 +127,7 @@ class _Tapped(torch.autograd.Function):
         a_p: Tensor,
         p_o: Tensor,
         low_o: Tensor | None,
-        mask: Tensor | None,
+        mask: Tensor,
         *slots: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(a_p, p_o, low_o, mask)
@@ -140,6 +142,6 @@ class _Tapped(torch.autograd.Function):
             g_p = g_p.view(a_p.shape[0], -1, g_p.shape[-1])
             found: tuple[Tensor, ...] = (project_tokens(a_p, g_p),)
             if ctx.with_covariances:
-                real = a_p if mask is None else a_p * mask.unsqueeze(-1)
+                real = a_p * mask.unsqueeze(-1)
                 found = (*found, project_tokens(real, real), project_tokens(g_p, g_p))
         return g, None, None, None, None, *found

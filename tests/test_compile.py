@@ -53,12 +53,16 @@ def test_compiled_blocks_give_the_same_rows_of_every_length_and_leave_the_model_
     want, want_sums = rows_of(model, batches)
     names, weights = list(model.state_dict()), [w.clone() for w in model.parameters()]
     torch._dynamo.utils.counters.clear()
+    with GradProjLoraEngine(model, **SETTINGS, compiled=True) as engine:
+        per_sample_loss(model, batches[0][0]).sum().backward()  # without a token mask
+        engine.collect_batch()
     got, sums = rows_of(model, batches, compiled=True)
     assert relative_errors(got, want) < 1e-5
     assert relative_errors(sums.a[None], want_sums.a[None]) < 1e-5
     assert relative_errors(sums.s[None], want_sums.s[None]) < 1e-5
     assert sums.n_tokens == want_sums.n_tokens
-    # Two blocks, three lengths and numbers of samples: one graph below which nothing has a gradient, one for the rest.
+    # Two blocks, three lengths and numbers of samples, with a mask and without: one graph below
+    # which nothing has a gradient, one for the rest.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
     assert list(model.state_dict()) == names
