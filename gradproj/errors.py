@@ -26,6 +26,10 @@ class StoreError(GradprojError):
     """An output folder or a store cannot be written, read, or continued with these settings."""
 
 
+class OtherSettingsError(StoreError):
+    """A store was made with other settings than this run's; nothing is wrong with the store."""
+
+
 class ReportedError(GradprojError):
     """Rank 0 has said what is wrong; this rank ends without a word."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradproj.config import RunConfig
-from gradproj.errors import StoreError
+from gradproj.errors import OtherSettingsError
 from gradproj.store.layout import StoreLayout
 from gradproj.store.opening import read_attributes
 
@@ -46,7 +46,7 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
     """Refuse to add to a store made with other settings, with every difference listed.
 
     Raises:
-        StoreError: at least one setting differs.
+        OtherSettingsError: at least one setting differs.
     """
     if not store.exists():
         return
@@ -57,7 +57,7 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
         names.remove("layers")
     if names:
         lines = [f"  {n}: store {theirs.get(n)!r}, this run {ours.get(n)!r}" for n in names]
-        raise StoreError(
+        raise OtherSettingsError(
             f"cannot add to {store}: it was made with other settings\n" + "\n".join(lines) + "\n"
             "Run with the store's settings, or give --output_dir a new path."
         )

@@ -92,7 +92,7 @@ class Status:
     n_units_counted: int
     """Committed units whose rows ``by_status`` counts; all of them, unless that would have taken long."""
     failed: dict[str, Any] | None
-    """``failed.json``: the mistake that ended the job's last start, as the job wrote it."""
+    """``failed.json``: the mistake that ended the job's last start, as the job wrote it; None once it is complete."""
     problems: list[str]
 
     @property
@@ -117,6 +117,7 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
     """
     output = read_output(path)
     missing, committed = output.missing, output.committed
+    complete = not len(missing) and output.is_merged
     activity = read_activity(output, missing, watch_s)
     problems: list[str] = []
     by_status, n_counted = None, 0
@@ -124,7 +125,7 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
         by_status, n_counted = _rows_by_status(output, committed, missing, rows is None, problems)
     return Status(
         output=str(output.path),
-        complete=not len(missing) and output.is_merged,
+        complete=complete,
         merged=output.is_merged,
         n_units=len(output.wanted),
         n_committed=len(committed),
@@ -137,7 +138,7 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
         speed=activity.speed,
         by_status=by_status,
         n_units_counted=n_counted,
-        failed=_failure(output, problems),
+        failed=None if complete else _failure(output, problems),
         problems=problems,
     )
 

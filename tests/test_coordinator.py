@@ -19,7 +19,7 @@ from gradproj.coordinator.merge import ranges_of, units_in
 from gradproj.coordinator.partial import PartialLog, PartialRows
 from gradproj.coordinator.scratch import make_scratch
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
-from gradproj.errors import StoreError
+from gradproj.errors import OtherSettingsError, StoreError
 from gradproj.store.files import file_sum
 from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.records import UnitRecord, read_record, record_name
@@ -302,6 +302,20 @@ def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, star
     clear_failure(tmp_path, starts)
     assert (tmp_path / "failed.json").exists() != clears
     assert mark.exists() == (starts != "slurm-70_1")
+
+
+def test_a_refusal_for_other_settings_is_no_failure_of_the_store_but_of_its_own_slurm_job(tmp_path):
+    make_store(tmp_path)
+    note_failure(tmp_path, owner_like_me(job_id="slurm-7"), OtherSettingsError("made with other settings"))
+    assert not (tmp_path / "failed.json").exists()
+    assert (tmp_path / "logs" / "slurm-7.failed").exists()
+
+
+def test_a_finished_store_has_no_failure(tmp_path):
+    layout = make_store(tmp_path)
+    note_failure(tmp_path, owner_like_me(), StoreError("the disk is full"))
+    assert fill(tmp_path, layout, owner_like_me(job_id="another"))
+    assert not (tmp_path / "failed.json").exists()
 
 
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])

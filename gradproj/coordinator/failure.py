@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gradproj.coordinator.claims import Owner
-from gradproj.errors import GradprojError, StoreError
+from gradproj.errors import GradprojError, OtherSettingsError, StoreError
 from gradproj.store.files import write_and_replace
 from gradproj.store.layout import STORE_NAME
 
@@ -17,7 +17,11 @@ and a full disk has room for: ``logs/slurm-70_1.failed``. Its batch script asks 
 
 
 def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
-    """Write what a user has to mend; nothing where there is no store (then nothing was begun)."""
+    """Write what a user has to mend; nothing where there is no store (then nothing was begun).
+
+    A job that was refused because the store has other settings has nothing to do with it: the store and whoever works
+    on it are well, so only a Slurm job's own mark says that it is not to be queued again.
+    """
     if not (output / STORE_NAME).is_dir():
         return
     content = {
@@ -33,6 +37,8 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
     ):  # the mistake may be a full disk; it is said on standard error as well
         for mark in _own_mark(output, owner.job_id):
             mark.touch()
+        if isinstance(error, OtherSettingsError):
+            return
         write_and_replace(output / FAILED_NAME, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
@@ -46,6 +52,11 @@ def clear_failure(output: Path, job_id: str = "") -> None:
     array, failed = job_id.rpartition("_")[0], _failed_job(output)
     if job_id.startswith("slurm-") and array and failed != job_id and failed.rpartition("_")[0] == array:
         return
+    forget_failure(output)
+
+
+def forget_failure(output: Path) -> None:
+    """Nothing is left of what failed, whosever it was: the store is complete."""
     (output / FAILED_NAME).unlink(missing_ok=True)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard
+from gradproj.coordinator.failure import forget_failure
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.units import read_unit
 from gradproj.store.files import write_and_replace
@@ -174,6 +175,8 @@ class _Merge:
         attributes = {**read_attributes(self._store), **changes}
         _write_json(self._output / "metadata.json", attributes, scratch)
         faults.at("metadata merged")
+        if complete:
+            forget_failure(self._output)
         # The last word: with it the store is complete, and everything else is in its place.
         self._go_on()
         update_attributes(self._store, changes, scratch)

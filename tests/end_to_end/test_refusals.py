@@ -9,6 +9,7 @@ import time
 
 import pytest
 from jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
+from outputs import tree_of
 
 SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "max_length": 48}
 
@@ -33,6 +34,16 @@ def test_a_mistake_in_the_flags_is_said_once_for_all_ranks(tmp_path, corpus, mod
         2, expect=1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", batch_size="many"
     )
     assert our_lines(done.stderr) == ["gradproj: --batch_size: invalid int value: 'many'"]
+
+
+def test_a_job_refused_for_its_other_settings_leaves_the_store_as_it_is(tmp_path, corpus, model_dir):
+    settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", **SETTINGS}
+    run_job(1, **settings)
+    before = tree_of(tmp_path / "out")
+    done = run_job(1, expect=2, **{**settings, "max_length": 32})
+    assert len(our_lines(done.stderr)) == 1
+    assert "--max_length: store 48, this run 32" in done.stderr
+    assert tree_of(tmp_path / "out") == before
 
 
 def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
