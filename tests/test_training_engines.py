@@ -6,14 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import ragged_batch, small_model
+import zarr
+from models import own_loss, ragged_batch, small_model
 from safetensors.torch import load_file
-from training_cases import config_of, make_data, rows_the_slow_way
+from training_cases import config_of, index_of, make_data, rows_the_slow_way
 
 from gradproj import ProjectionStore, per_sample_loss
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
+from gradproj.training.data import batches_of
+from gradproj.training.loop import load_or_make_model
+from gradproj.training.ranks import Ranks
 from gradproj.training.rowstore import choose_rows
+from gradproj.training.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +317,36 @@ def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["val_loss"] != "" for row in rows] == [False, True, False, True, True]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):
+    changes = {"val_shards": str(data / "val"), "val_batch_size": 2, "grad_accumulation": 2, "max_steps": 3}
+    config = config_of(data, tmp_path / "dots", method="GradDotProd", **changes)
+    train(config)
+    train(config_of(data, tmp_path / "regular", **changes))
+    for name, weight in weights_in(tmp_path / "regular").items():
+        torch.testing.assert_close(weights_in(tmp_path / "dots")[name], weight, rtol=1e-3, atol=1e-5)
+    group = zarr.open_group(tmp_path / "dots" / "grad_dotprod", mode="r")
+    assert group["step"][...].tolist() == [1] * 6 + [2] * 6 + [3] * 6
+    torch.manual_seed(config.seed)
+    tokenizer, model = load_or_make_model(config)
+    model.requires_grad_(True)
+
+    def gradient(losses):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses, list(model.parameters()))])
+
+    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks()).batches[0]
+    batches = batches_of(config, index_of(data), tokenizer)
+    first = [next(batches) for _ in range(2)]
+    n_targets = sum(batch.n_targets for batch in first)
+    inputs = {"input_ids": validation.input_ids, "labels": validation.labels}
+    of_validation = gradient(per_sample_loss(model, inputs).sum() / validation.n_targets)
+    want = [
+        gradient(own_loss(model, ids[labels != -100]) / n_targets) @ of_validation
+        for batch in first
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+    ]
+    np.testing.assert_allclose(group["total"][:6], torch.stack(want).numpy(), rtol=1e-3, atol=1e-7)
+    assert group["sample_id"][:6].tolist() == [int(i) for batch in first for i in batch.sample_ids]
+    table = (tmp_path / "dots" / "values.md").read_text()
+    assert all(domain in table for domain in ("Github", "ArXiv", "Pile-CC"))

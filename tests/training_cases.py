@@ -14,6 +14,7 @@ from gradproj.model import load_tokenizer
 from gradproj.training import TrainConfig
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model, parameter_groups, rate_at
+from gradproj.training.ranks import Ranks
 
 SHAPE = {
     "n_layer": 1, "n_embd": 16, "n_head": 2, "max_length": 16, "batch_size": 3, "max_steps": 6, "warmup_steps": 2,
@@ -48,7 +49,9 @@ def index_of(data: Path):
     return build_index(list_tars(str(data / "tars")), progress=False)
 
 
-def rows_the_slow_way(config: TrainConfig, data: Path) -> tuple[np.ndarray, list[int], list[int]]:
+def rows_the_slow_way(
+    config: TrainConfig, data: Path, world_size: int = 1
+) -> tuple[np.ndarray, list[int], list[int]]:
     """``(rows, steps, sample ids)``: the run by hand, every sample's gradient alone at its step's weights."""
     torch.manual_seed(config.seed)
     _, model = load_or_make_model(config)
@@ -57,10 +60,13 @@ def rows_the_slow_way(config: TrainConfig, data: Path) -> tuple[np.ndarray, list
         model, proj_rank_total=config.proj_rank_total, proj_rank_min=config.proj_rank_min
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay))
-    batches = batches_of(config, index_of(data), tokenizer_of(data))
+    streams = [
+        batches_of(config, index_of(data), tokenizer_of(data), Ranks(rank, world_size))
+        for rank in range(world_size)
+    ]
     rows, steps, ids = [], [], []
     for step in range(1, config.max_steps + 1):
-        chosen = [next(batches) for _ in range(config.grad_accumulation)]
+        chosen = [next(batches) for batches in streams for _ in range(config.grad_accumulation)]
         optimizer.zero_grad()
         total = 0
         for batch in chosen:

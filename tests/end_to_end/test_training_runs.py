@@ -1,0 +1,133 @@
+"""Training as real processes: killed and resumed, and two ranks that train one model and fill one store."""
+
+import csv
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from jobs import ENVIRONMENT, flags
+from ranks import Ranks
+from safetensors.torch import load_file
+from training_cases import config_of, make_data, rows_the_slow_way, settings_of
+
+from gradproj import ProjectionStore
+from gradproj.training import train
+
+RUN = {
+    "method": "GradProjLora", "max_steps": 60, "checkpoint_interval": 10, "proj_save_interval": 3,
+    "rows_per_shard": 32, "dropout": 0.1, "pack": True, "eval_interval": 20,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
+        yield started
+
+
+def start(ranks, world_size=1, **settings):
+    """Start a run's processes, with the environment that torchrun gives them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for rank in range(world_size) if world_size > 1 else ():
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        environment = where | {name: str(place) for name, place in places.items()}
+        ranks.start(["gradproj.__main__", "train", *flags(**settings)], rank, environment=environment)
+    if world_size == 1:
+        ranks.start(["gradproj.__main__", "train", *flags(**settings)])
+
+
+def run(ranks, world_size=1, **settings):
+    """Run to the end; what its processes said."""
+    start(ranks, world_size, **settings)
+    ended = ranks.wait_for_all()
+    assert [rank.status for rank in ended] == [0] * world_size, "".join(rank.output for rank in ended)
+    return "".join(rank.output for rank in ended)
+
+
+def kill_at(ranks, step, log, **settings):
+    """Start a run, and end it by -9 once its curve has come to a step."""
+    start(ranks, **settings)
+    until = time.monotonic() + 60
+    while not log.exists() or len(log.read_text().splitlines()) <= step:
+        assert time.monotonic() < until, "it does not train"
+        time.sleep(0.002)
+    assert [ended.status for ended in ranks.kill_all()] == [-signal.SIGKILL], "it ended before it was killed"
+
+
+def curve_in(folder):
+    with (folder / "loss.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def rows_in(folder):
+    """Rows, steps and ids of a run's store, in its order; without places that were left empty."""
+    with ProjectionStore(folder / "projections") as store:
+        there = np.flatnonzero(store.column("status") == 1)
+        return store.rows(there), store.array("step")[there], store.array("sample_id")[there]
+
+
+def assert_same_run(a, b):
+    assert curve_in(a) == curve_in(b)
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    for x, y in zip(rows_in(a), rows_in(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_killed_twice_and_resumed_is_the_run_that_nobody_killed(ranks, data, tmp_path):
+    changes = RUN | {"val_shards": str(data / "val")}
+    settings = settings_of(data, tmp_path / "killed", **changes)
+    kill_at(
+        ranks, 4, tmp_path / "killed" / "loss.csv", **settings, resume=True
+    )  # before the first checkpoint
+    kill_at(ranks, 33, tmp_path / "killed" / "loss.csv", **settings, resume=True)
+    run(ranks, **settings, resume=True)
+    train(config_of(data, tmp_path / "whole", **changes))
+    assert len(curve_in(tmp_path / "whole")) == 60
+    assert len(rows_in(tmp_path / "whole")[0]) == 180
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
+    """Rows, ids and steps against one sample at a time; stopped and resumed, the same as in one go."""
+    changes = {"method": "GradProjLora", "schedule": "constant", "proj_dtype": "float32", "batch_size": 2}
+    whole = settings_of(data, tmp_path / "whole", **changes)
+    parts = settings_of(data, tmp_path / "parts", **changes)
+    assert run(ranks, 2, **whole).count("Trained on") == 1
+    run(ranks, 2, **parts | {"max_steps": 4, "checkpoint_interval": 4})
+    run(ranks, 2, **parts | {"checkpoint_interval": 4}, resume=True)
+    assert curve_in(tmp_path / "parts") == curve_in(tmp_path / "whole")
+    want, steps, ids = rows_the_slow_way(config_of(data, tmp_path, **changes), data, world_size=2)
+    expected = {(step, sample_id): row for row, step, sample_id in zip(want, steps, ids, strict=True)}
+    for folder in ("whole", "parts"):
+        rows, got_steps, got_ids = rows_in(tmp_path / folder)
+        names = list(zip(got_steps.tolist(), got_ids.tolist(), strict=True))
+        assert sorted(names) == sorted(expected)
+        assert len(names) == 24
+        for name, row in zip(names, rows, strict=True):
+            assert np.linalg.norm(row - expected[name]) < 1e-4 * np.linalg.norm(expected[name])
+    with ProjectionStore(tmp_path / "whole" / "projections") as store:
+        assert len(store) == 24  # a number of whole steps divides the run: no place stays empty
+
+
+def test_torchrun_starts_it_and_a_mistake_is_said_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    wrong = ["-m", "gradproj", "train", "--shards", "x", "--result_dir", str(tmp_path), "--method", "Ghost"]
+    done = subprocess.run([*launcher, *wrong], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert (
+        done.stderr.count("gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora")
+        == 1
+    )
