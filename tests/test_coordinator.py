@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from faults import disagreements, fill, gone_owner, make_store
 
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.claims import ClaimBoard, Owner, process_start
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.merge import ranges_of, units_in
 from gradproj.coordinator.partial import PartialLog, PartialRows
@@ -50,6 +51,42 @@ def test_of_two_that_want_a_unit_one_has_it(tmp_path):
     assert not second.try_claim("00000003")
     assert first.owns("00000003")
     assert not second.owns("00000003")
+
+
+@pytest.fixture
+def no_proc(monkeypatch):
+    """As where /proc is mounted with hidepid: other users' processes are not in it."""
+    read_text = Path.read_text
+    hidden = lambda path: path.parts[:2] == ("/", "proc") and path.parts[2].isdigit()  # noqa: E731
+
+    def read(path, *args, **options):
+        if hidden(path):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+
+
+def test_a_hidden_process_of_another_user_is_not_known_to_be_gone(no_proc, monkeypatch):
+    owner = owner_like_me(pid=os.getppid(), pid_start=7)
+    assert process_start(owner.pid) is None
+    for error, gone in ((PermissionError, False), (ProcessLookupError, True)):
+
+        def kill(pid, number, error=error):
+            assert (pid, number) == (owner.pid, 0)
+            raise error
+
+        monkeypatch.setattr(os, "kill", kill)
+        assert owner.is_gone(owner_like_me()) is gone
+        assert not owner.is_alive(owner_like_me())
+
+
+def test_a_process_is_known_to_live_on_its_own_machine_only(gone_process):
+    assert owner_like_me().is_alive(owner_like_me(rank=3, job_id="another"))
+    assert not owner_like_me(pid_start=7).is_alive(owner_like_me())
+    assert not owner_like_me(**gone_process).is_alive(owner_like_me())
+    for place in ("host", "machine", "boot_id", "pid_space"):
+        assert not owner_like_me(**{place: "another"}).is_alive(owner_like_me())
 
 
 def test_a_unit_given_back_is_free_again(tmp_path):

@@ -73,7 +73,12 @@ class Owner:
             return "" not in (self.machine, self.boot_id, observer.boot_id)
         if self.pid_space != observer.pid_space or not self.pid_start:
             return False
-        return process_start(self.pid) != self.pid_start
+        return process_start(self.pid) != self.pid_start and not _is_hidden(self.pid)
+
+    def is_alive(self, observer: "Owner") -> bool:
+        """Whether ``observer`` knows at once that this process lives: on its own machine."""
+        places = [(o.host, o.machine, o.boot_id, o.pid_space) for o in (self, observer)]
+        return places[0] == places[1] and process_start(self.pid) == self.pid_start
 
 
 def machine_id() -> str:
@@ -102,14 +107,31 @@ def _first_line(path: str) -> str:
 
 
 def process_start(pid: int) -> int | None:
-    """Start time of a living process in ticks since boot; None if there is no such process, or a zombie."""
+    """Start time of a living process in ticks since boot; None if it is not to be seen, or a zombie."""
+    fields = _status_of(pid)
+    return None if not fields or fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _status_of(pid: int) -> list[str]:
+    """The kernel's word on a process, from its state on; empty where it is not to be seen."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        # The command's name stands in parentheses and may hold spaces: fields are counted from behind it.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
-        return None
-    # The command's name stands in parentheses and may hold spaces: fields are counted from behind it.
-    fields = text.rsplit(")", 1)[1].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+        return []
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether this pid is somebody's though /proc does not show it, as where users see only their own processes."""
+    if _status_of(pid):
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @dataclass(frozen=True)
