@@ -93,7 +93,7 @@ class JobName:
 
     @classmethod
     def from_environment(cls) -> JobName:
-        """Slurm's job id (an array's element has its own), else torchrun's run id, else a new name."""
+        """Slurm's job id (an array's element has its own), else a name of this start's own."""
         env = os.environ
         restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
             env.get("SLURM_RESTART_COUNT", 0)
