@@ -1,5 +1,6 @@
 """Training a causal language model on a corpus of tars, with an engine inside of the loop, ours or another's."""
 
+from gradproj.training.callback import GradProjCallback
 from gradproj.training.config import EngineConfig, TrainConfig
 from gradproj.training.curve import TrainResult
 from gradproj.training.engine_manager import METHODS, GhostEngineManager
@@ -12,6 +13,7 @@ __all__ = [
     "EngineConfig",
     "EngineContext",
     "GhostEngineManager",
+    "GradProjCallback",
     "TokenizerConfig",
     "TrainConfig",
     "TrainResult",

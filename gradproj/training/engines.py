@@ -82,4 +82,7 @@ class TrainingEngine:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what was written after it is cut off. An empty state: from the beginning."""
+        """Go on from a checkpoint; what was written after it is cut off. An empty state: from the beginning.
+
+        A loop that did not keep a ``state_dict`` can give ``{"step": last step done}``.
+        """

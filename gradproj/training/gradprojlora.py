@@ -139,7 +139,9 @@ class GradProjLoraTraining(TrainingEngine):
         return {"n_rows": self._store.n_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._store.cut(int(state.get("n_rows", 0)))
+        # A loop whose checkpoints know nothing of rows can name its step.
+        n_rows = self._store.n_rows_to(state["step"]) if "step" in state else state.get("n_rows", 0)
+        self._store.cut(n_rows)
 
     def _to_host(self) -> None:
         """Every waiting batch's rows and columns, in their order."""

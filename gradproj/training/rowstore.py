@@ -179,6 +179,17 @@ class RowStore:
             self._set_length(self._length_with(number))
         self._written = n_rows
 
+    def n_rows_to(self, step: int) -> int:
+        """How many of this rank's rows on disk are of steps up to this one; steps ascend."""
+        n_rows, number = 0, 0
+        while True:
+            try:
+                steps = np.fromfile(self._store / "step" / f"c.{self._unit(number)}", "<i8")
+            except FileNotFoundError:
+                return n_rows
+            n_rows += int(((steps >= 0) & (steps <= step)).sum())
+            number += 1
+
     def close(self) -> None:
         """Write what is left. What a rank's last unit has no row for is marked as such, or cut off."""
         if self._filled:
