@@ -21,10 +21,11 @@ from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.output import Output, count, ranges_text, read_output
 from gradproj.coordinator.progress import human_seconds
+from gradproj.coordinator.units import read_unit
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.layout import STATUS
 from gradproj.store.reader import ProjectionStore
-from gradproj.store.records import read_record, record_name
+from gradproj.store.records import record_name
 
 COMPLETE, FAILED, INCOMPLETE = 0, 1, 3
 """Exit codes; 2 is a user's mistake, as everywhere."""
@@ -138,7 +139,7 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
         speed=activity.speed,
         by_status=by_status,
         n_units_counted=n_counted,
-        failed=None if complete else _failure(output, problems),
+        failed=None if complete else _failure(output),
         problems=problems,
     )
 
@@ -161,10 +162,11 @@ def _rows_by_status(
             if bounded and time.monotonic() > until:
                 break
             try:
-                status = merged.status(unit)
-                if status is None:
-                    status = read_record(output.path / record_name(unit)).columns["status"]
-                counts += np.bincount(status, minlength=256)
+                status = merged.status(unit) if len(missing) else None
+                # Where all wait for the merge, the records are looked at: it works by them.
+                counts += np.bincount(
+                    _recorded_status(output, unit) if status is None else status, minlength=256
+                )
                 n_counted += 1
             except (StoreError, OSError, ValueError, KeyError) as error:
                 problems.append(f"rows of unit {unit} cannot be counted: {error}")
@@ -172,6 +174,19 @@ def _rows_by_status(
         # Units that no chosen document lies in have no record; only the merge writes what their rows are.
         counts[STATUS["not_selected"]] += output.layout.n_samples - output.n_samples_in(output.wanted)
     return {name: int(counts[code]) for name, code in STATUS.items() if counts[code]}, n_counted
+
+
+def _recorded_status(output: Output, unit: int) -> np.ndarray:
+    """The statuses in a unit's record.
+
+    Raises:
+        StoreError: the record is damaged or another store's, or its shard is not there.
+    """
+    record = read_unit(output.path, unit, output.identity_hash)
+    shard = output.path / output.layout.shard_name(unit)
+    if record.shard is not None and not shard.exists():
+        raise StoreError(f"{output.path / record_name(unit)} has no shard: {shard} is gone")
+    return record.columns["status"]
 
 
 def _partial_units(output: Output, missing: np.ndarray) -> list[PartialUnit]:
@@ -189,15 +204,14 @@ def _partial_units(output: Output, missing: np.ndarray) -> list[PartialUnit]:
     return found
 
 
-def _failure(output: Output, problems: list[str]) -> dict[str, Any] | None:
+def _failure(output: Output) -> dict[str, Any] | None:
     path = output.path / FAILED_NAME
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read: {error}")
-        return {"error": "unknown"}
+        return {"error": f"what failed is not known: {path.name} cannot be read ({error})"}
     return content if isinstance(content, dict) else {"error": str(content)}
 
 
@@ -302,7 +316,21 @@ def _verdict(status: Status) -> str:
         if status.failed is not None and not status.speed.n_ranks:
             way_on = "; mend what failed, then run the job's command again"
         return f"no, {count(n_missing, 'unit')} missing: {ranges_text(status.missing_units)}{way_on}"
-    return f"no, every unit is committed but not merged; `python -m gradproj merge {status.output}` ends it"
+    return f"no, every unit is committed {_merge_verdict(status)}"
+
+
+def _merge_verdict(status: Status) -> str:
+    """What is in the way of the merge, or what to do for it."""
+    if status.merging is not None:
+        return "and being merged"
+    if status.problems:
+        return (
+            f"but cannot be merged; `python -m gradproj verify {status.output} --repair` turns damaged units into "
+            "missing ones, which the job's command then computes again"
+        )
+    if status.failed is not None:
+        return "but not merged; mend what failed, then run the job's command again"
+    return f"but not merged; `python -m gradproj merge {status.output}` ends it"
 
 
 def status_of(config: StatusConfig) -> int:

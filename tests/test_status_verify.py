@@ -12,8 +12,10 @@ from outputs import (
     N_SAMPLES,
     N_UNITS,
     ROWS_PER_UNIT,
+    change_record,
     flip_byte,
     owner_of,
+    shard_of,
     statuses_by_zarr,
     tree_of,
     uncommit,
@@ -56,6 +58,47 @@ def test_a_store_whose_units_are_all_committed_is_complete_only_once_merged(outp
     status = read_status(output)
     assert (status.complete, status.missing_units, status.exit_code) == (False, [], 3)
     assert f"not merged; `python -m gradproj merge {output}` ends it" in status_lines(status)[-1]
+
+
+WAYS_TO_BE_UNMERGEABLE = {
+    "a record of another store": (
+        lambda o: change_record(o, 1, identity="other"),
+        "belongs to another store",
+    ),
+    "another unit's record": (lambda o: change_record(o, 2, place=1), "belongs to another store"),
+    "a record without its shard": (lambda o: shard_of(o, 1).unlink(), "has no shard"),
+    "a damaged record": (lambda o: flip_byte(o / record_name(1)), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WAYS_TO_BE_UNMERGEABLE))
+def test_where_a_merge_cannot_work_verify_is_advised(name, output):
+    happens, what = WAYS_TO_BE_UNMERGEABLE[name]
+    unmerge(output)
+    happens(output)
+    status = read_status(output)
+    (problem,) = status.problems
+    assert "rows of unit 1 cannot be counted" in problem
+    assert what in problem
+    verdict = status_lines(status)[-1]
+    assert "no, every unit is committed but cannot be merged; " in verdict
+    assert f"`python -m gradproj verify {output} --repair` turns damaged units into missing ones" in verdict
+
+
+def test_after_a_mistake_the_merge_waits_for_what_is_to_be_mended(output):
+    unmerge(output)
+    (output / "failed.json").write_text(json.dumps(FAILURE))
+    verdict = status_lines(read_status(output))[-1]
+    want = "no, every unit is committed but not merged; mend what failed, then run the job's command again"
+    assert verdict == f"complete      {want}"
+
+
+def test_who_merges_already_is_not_told_to_merge(output, process):
+    unmerge(output)
+    write_claim(output, "merge.0", owner_of(process))
+    assert (
+        status_lines(read_status(output))[-1] == "complete      no, every unit is committed and being merged"
+    )
 
 
 def test_a_claimed_unit_names_its_process_and_how_far_it_is(output, process):
