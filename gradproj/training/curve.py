@@ -140,10 +140,13 @@ def draw_curve(points: list[Point], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
-    width = max(1, len(points) // 20)
-    means = [sum(losses[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(losses))]
-    if width > 1:
-        axes.plot(steps, means, color="#08519c", linewidth=1.8, label=f"training, mean of {width} steps")
+    half = len(points) // 40
+    parts = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
+    means = [sum(part) / len(part) for part in parts]
+    if half:
+        axes.plot(
+            steps, means, color="#08519c", linewidth=1.8, label=f"training, mean of {2 * half + 1} steps"
+        )
     checked = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
     if checked:
         axes.plot(*zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation")
