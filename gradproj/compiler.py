@@ -53,9 +53,14 @@ def compiled_block(block: nn.Module) -> Callable[..., Any]:
     """
     plain = block.forward
     compiled = torch.compile(plain, dynamic=True)
+    settings = importlib.import_module("torch._dynamo").config
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        # Otherwise all that a Linear's hook holds counts as weights, and each number of samples is compiled anew.
+        with settings.patch(force_nn_module_property_static_shapes=False):
+            return compiled(*args, **kwargs)
 
     return forward
 
