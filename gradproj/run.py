@@ -23,6 +23,7 @@ from gradproj.batching import BatchConfig
 from gradproj.compiler import compiler_errors_explained
 from gradproj.config import RunConfig, run_config
 from gradproj.coordinator.failure import note_failure
+from gradproj.coordinator.guard import Replaced
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
@@ -89,12 +90,13 @@ def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop)
     with Heartbeat(plan.output / "heartbeats", job.owner, progress):
         try:
-            compute(job, queue, device, stop, progress)
-            return finish(
-                plan.output, queue.claims, wait=job.owner.rank == 0, stopping=stop, progress=progress
-            )
+            with queue.deletions_explained():
+                compute(job, queue, device, stop, progress)
+                queue.guard.check()
+                wait = job.owner.rank == 0
+                return finish(plan.output, queue.claims, wait=wait, stopping=stop, progress=progress)
         except GradprojError as error:
-            if not isinstance(error, (Stopped, ReportedError)):
+            if not isinstance(error, (Stopped, ReportedError, Replaced)):
                 note_failure(plan.output, job.owner, error)
             raise
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,10 +141,16 @@ def _publish_store(plan: Plan, scratch: Path) -> None:
     matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
     packed = pack_matrices(plan.layers, matrices)
     try:
-        create_store(plan.output / STORE_NAME, plan.layout, attributes_of(plan), packed, scratch)
+        attributes = {**attributes_of(plan), "store_id": new_store_id()}
+        create_store(plan.output / STORE_NAME, plan.layout, attributes, packed, scratch)
         faults.at("store published")
     except StoreExists:
         check_identity(plan.output / STORE_NAME, plan.identity)
+
+
+def new_store_id() -> str:
+    """Tells a store from every other one, also of the same settings."""
+    return secrets.token_hex(16)
 
 
 def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ LAYERS = [
 """Two layers of 2 x 3 values."""
 
 
-def make_store(output: Path, n_samples: int = 40, rows_per_shard: int = 16):
+def make_store(output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY):
     """A job's output with an empty store, as a start leaves it; its layout."""
     layout = plan_layout(n_samples, [6, 6], 12, StoreConfig(rows_per_shard=rows_per_shard))
     for folder in FOLDERS:
@@ -41,7 +42,8 @@ def make_store(output: Path, n_samples: int = 40, rows_per_shard: int = 16):
     attributes = {
         "layers": [dataclasses.asdict(layer) for layer in LAYERS],
         "domains": ["a", "b"],
-        "identity_hash": IDENTITY,
+        "identity_hash": identity,
+        "store_id": secrets.token_hex(16),
         "wanted_units": [[0, layout.n_units]],
         "complete": False,
     }

@@ -38,6 +38,14 @@ PART = PartialRows(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_store_id():
+    """What else tells two stores of the same settings apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "new_store_id", lambda: "id")
+        yield
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     """Of a job of two units."""

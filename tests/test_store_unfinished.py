@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,19 @@ def test_a_record_of_another_store_is_refused(unfinished):
     shutil.copy(unfinished.path / record_name(1), unfinished.path / record_name(2))
     with pytest.raises(StoreError, match=r"00000002\.safetensors is not of this store: it is of unit 1"):
         ProjectionStore(unfinished.path).rows([40])
+
+
+def test_a_record_of_other_settings_is_refused_however_well_it_fits(unfinished):
+    update_attributes(unfinished.store_path, {"identity_hash": "identity"})
+    assert len(ProjectionStore(unfinished.path).rows([20])) == 1
+    path = unfinished.path / record_name(1)
+    path.write_bytes(encode_record(replace(decode_record(path.read_bytes()), identity="other")))
+    store = ProjectionStore(unfinished.path)
+    for ask in (store.rows, store.samples, lambda ids: store.column("loss", 16, 17)):
+        with pytest.raises(
+            StoreError, match=r"made with other settings \(other, .* identity\)\. .*verify --repair"
+        ):
+            ask([20])
 
 
 def test_what_is_not_a_store_is_told_apart(tmp_path):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gradproj.coordinator import faults
-from gradproj.coordinator.scratch import fence, make_scratch
+from gradproj.coordinator.scratch import fence, make_scratch_again
 from gradproj.store.files import publish_exclusively, write_file_durably
 
 STALE_AFTER_S = 600.0
@@ -165,12 +165,14 @@ class ClaimBoard:
         scratch: this process's own folder for files not published yet; those of other processes lie beside it.
         owner: this process.
         heartbeat_of: an owner's heartbeat counter, or None where it has no heartbeat.
+        check: asked when the scratch folder has gone; its error says that OUTPUT has, too, or is another one.
     """
 
     folder: Path
     scratch: Path
     owner: Owner
     heartbeat_of: Callable[[Owner], int | None]
+    check: Callable[[], None] = lambda: None
     _seen: dict[tuple[str, int], _Sighting] = field(default_factory=dict)
     _mine: dict[str, int] = field(default_factory=dict)
 
@@ -218,7 +220,7 @@ class ClaimBoard:
             if claim.released:
                 return
             if claim.owner is not None and claim.owner != self.owner:
-                fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner)
+                fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner, self.check)
                 faults.at("old owner fenced")
 
     def owns(self, unit: str) -> bool:
@@ -257,10 +259,10 @@ class ClaimBoard:
                 write_file_durably(temporary, [json.dumps(content).encode()])
                 return publish_exclusively(temporary, self.folder / f"{unit}.{number}")
             except FileNotFoundError:
+                # Fenced by another process, which has taken over some unit. Of this one the number decides.
+                make_scratch_again(self.scratch, self.owner, self.check)
                 if not self.folder.is_dir():
                     raise
-                # Fenced by another process, which has taken over some unit. Of this one the number decides.
-                make_scratch(self.scratch, self.owner)
 
     # --- others' ---
 

@@ -5,6 +5,7 @@ the hex is the file's crc32c. Files are only ever added. What they hold is valid
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,14 @@ class PartialLog:
         scratch: this process's own folder, where files are written before they are published.
         key: hash of the settings and of the unit's batches.
         owner: this process; given, it makes its folder again should another process have taken it away.
+        check: asked before anything is written; its error says that OUTPUT is gone, or another one.
     """
 
     folder: Path
     scratch: Path
     key: str
     owner: Owner | None = None
+    check: Callable[[], None] = lambda: None
 
     def read(self) -> tuple[int, list[PartialRows]]:
         """``(batches done, their rows)``: as far as whole files of this key follow each other."""
@@ -88,6 +91,7 @@ class PartialLog:
         temporary = self.scratch / f"partial-{name}"
         while True:
             # Either folder may go at any moment: whoever commits the unit removes the one, a fence the other.
+            self.check()
             try:
                 with explain_os_errors(self.folder):
                     self.folder.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +46,17 @@ def make_scratch(folder: Path, owner: "Owner") -> None:
                 fsync_dir(folder.parent)
 
 
+def make_scratch_again(folder: Path, owner: "Owner", check: Callable[[], None]) -> None:
+    """Make a process's folder after it was taken away: by a fence, or with the whole OUTPUT, as ``check`` says.
+
+    All that is published starts from this folder. So once it is there and ``check`` has found OUTPUT to be the same,
+    nothing of this process comes into another one.
+    """
+    check()
+    make_scratch(folder, owner)
+    check()
+
+
 def remove_scratch(folder: Path) -> None:
     """Delete a process's folder; what a crash leaves of it has a hidden name, and says no more whose it was."""
     hidden = temporary_beside(folder)
@@ -53,7 +65,7 @@ def remove_scratch(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def fence(folder: Path, mine: Path, owner: "Owner") -> bool:
+def fence(folder: Path, mine: Path, owner: "Owner", check: Callable[[], None] = lambda: None) -> bool:
     """Take another process's folder away, into that of ``owner``; False: it has none.
 
     The rename is one operation on the server of a shared file system: before it that process could publish, after it
@@ -67,6 +79,6 @@ def fence(folder: Path, mine: Path, owner: "Owner") -> bool:
         except FileNotFoundError:
             if not folder.exists():
                 return False
-            make_scratch(mine, owner)  # fenced ourselves
+            make_scratch_again(mine, owner, check)  # fenced ourselves
     shutil.rmtree(away, ignore_errors=True)
     return True

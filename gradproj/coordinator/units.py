@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import numpy as np
 
 from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.guard import StoreGuard
 from gradproj.coordinator.heartbeats import heartbeat_counter
 from gradproj.coordinator.partial import PartialLog, partial_folder
-from gradproj.coordinator.scratch import make_scratch, remove_scratch
+from gradproj.coordinator.scratch import make_scratch, make_scratch_again, remove_scratch
 from gradproj.errors import StoreError
 from gradproj.store.files import (
     file_sum,
@@ -78,12 +80,14 @@ class UnitQueue:
         self.wanted = np.asarray(wanted, dtype=np.int64)
         self._stopping = stopping
         self.scratch = scratch_of(output, owner)
+        self.guard = StoreGuard(output, identity)
         make_scratch(self.scratch, owner)
         self.claims = ClaimBoard(
             output / "claims",
             self.scratch,
             owner,
             lambda other: heartbeat_counter(output / "heartbeats", other),
+            self.guard.check_folders,
         )
 
     # --- which ---
@@ -106,6 +110,7 @@ class UnitQueue:
         seed = np.frombuffer(self.owner.name.encode(), dtype=np.uint8)
         order, wait_s = np.random.default_rng(seed), WAIT_S[0]
         while not self._stopping():
+            self.guard.check_folders()
             pending = self.pending()
             taken = 0
             for unit in order.permutation(pending).tolist():
@@ -123,7 +128,10 @@ class UnitQueue:
                 return
 
     def _claim(self, unit: int) -> bool:
-        if self.is_recorded(unit) or not self.claims.try_claim(unit_claim(unit)):
+        if self.is_recorded(unit):
+            return False
+        self.guard.check()
+        if not self.claims.try_claim(unit_claim(unit)):
             return False
         if self.is_recorded(unit):
             # Committed between the two questions; the claim that spoke for it is gone.
@@ -154,7 +162,9 @@ class UnitQueue:
 
     def partial_log(self, unit: int, key: str) -> PartialLog:
         """The saved rows of a unit that was not finished."""
-        return PartialLog(partial_folder(self.output, unit), self.scratch, key, self.owner)
+        return PartialLog(
+            partial_folder(self.output, unit), self.scratch, key, self.owner, self.guard.check_folders
+        )
 
     # --- commit ---
 
@@ -162,7 +172,8 @@ class UnitQueue:
         """Put a unit on disk. False: another process has committed it, or has taken the claim over.
 
         Raises:
-            StoreError: the disk is full, read-only, or not ours; nothing committed is lost.
+            StoreError: the disk is full, read-only, or not ours; nothing committed is lost. Or what lay on it was
+                deleted, or replaced by another store.
         """
         unit = rows.record.unit
         while True:
@@ -170,10 +181,8 @@ class UnitQueue:
                 committed = self._commit(rows)
                 break
             except FileNotFoundError:
-                if not (self.output / "units").is_dir():
-                    raise
                 # Fenced: another process held this one for dead. Perhaps not because of this unit, so ask again.
-                make_scratch(self.scratch, self.owner)
+                make_scratch_again(self.scratch, self.owner, self.guard.check_folders)
         if self.is_recorded(unit):
             shutil.rmtree(partial_folder(self.output, unit), ignore_errors=True)
             faults.at("partial removed")
@@ -191,6 +200,7 @@ class UnitQueue:
             faults.at("shard written")
         write_file_durably(record_file, [encode_record(record)])
         faults.at("record written")
+        self.guard.check_folders()
         published = False
         if not self.is_recorded(record.unit) and self.claims.owns(unit_claim(record.unit)):
             published = stamp is None or self._publish_shard(record.unit, shard)
@@ -224,12 +234,22 @@ class UnitQueue:
             return False
         return True
 
+    @contextmanager
+    def deletions_explained(self) -> Iterator[None]:
+        """What is not found because a part of OUTPUT has been deleted comes out as a ``StoreError`` that names it."""
+        try:
+            yield
+        except FileNotFoundError:
+            self.guard.check_folders()
+            raise
+
     def give_back(self) -> None:
         """Release what is claimed and not committed, and take this process's own files away."""
         try:
+            self.guard.check()  # what this process has claimed may be another's in another store
             self.claims.give_back_all()
         except StoreError as error:
-            # A full or read-only disk, which the commit has met and said; a dead owner's claims are free as well.
+            # Which the commit has met and said; a dead owner's claims are free as well.
             log.warning("claims stay until they are found stale: %s", error)
         remove_scratch(self.scratch)
         faults.at("scratch removed")
@@ -260,5 +280,8 @@ def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
     path = output / record_name(unit)
     record = read_record(path)
     if record.identity != identity or record.unit != unit:
-        raise StoreError(f"{path} belongs to another store (unit {record.unit}, settings {record.identity})")
+        raise StoreError(
+            f"{path} belongs to another store (unit {record.unit}, settings {record.identity}). `python -m gradproj "
+            f"verify {output} --repair` turns it into a missing unit, which the job computes again"
+        )
     return record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy as np
 from gradproj.errors import StoreError
 from gradproj.store.layout import COLUMNS, STATUS, StoreLayout
 from gradproj.store.mapping import Recent, damaged, map_file
+from gradproj.store.opening import read_attributes
 from gradproj.store.records import UnitRecord, read_record, record_name
 
 _MOST_RECORDS = 64
+_WAY_OUT = (
+    "`python -m gradproj verify --repair` turns its unit into a missing one, which the job computes again"
+)
 
 
 def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -101,6 +106,11 @@ class Columns:
                 for name, out in values.items():
                     out[positions[group]] = record.columns[name][ids[group] - record.start]
 
+    @cached_property
+    def _identity(self) -> str | None:
+        """What every record of a job's store carries."""
+        return read_attributes(self._store_path).get("identity_hash")
+
     def _record(self, unit: int) -> UnitRecord | None:
         def load() -> UnitRecord | None:
             path = self._store_path.parent / record_name(unit)
@@ -112,7 +122,13 @@ class Columns:
             shapes = {name: values.shape[0] for name, values in record.columns.items()}
             if record.start != start or shapes != dict.fromkeys(COLUMNS, stop - start):
                 raise StoreError(
-                    f"{path} is not of this store: it is of unit {record.unit} from sample {record.start}"
+                    f"{path} is not of this store: it is of unit {record.unit} from sample {record.start}. {_WAY_OUT}"
+                )
+            if record.identity != (self._identity or record.identity):
+                # Its rows may be as long as this store's and still mean something else.
+                raise StoreError(
+                    f"{path} is not of this store: it was made with other settings ({record.identity}, the store "
+                    f"has {self._identity}). {_WAY_OUT}"
                 )
             return record
 

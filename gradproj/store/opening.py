@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,38 @@ def read_attributes(store_path: Path) -> dict[str, Any]:
             f"{store_path} has format {version}, newer than the {FORMAT_VERSION} this gradproj reads: update gradproj"
         )
     return attributes
+
+
+class WhichStore:
+    """Tells the store at a path from another one that was made there since; cheap enough to ask for every unit.
+
+    Threads may ask together.
+    """
+
+    def __init__(self, store_path: Path) -> None:
+        self._path = store_path / "zarr.json"
+        self._seen: tuple[tuple[int, ...], tuple[Any, Any]] | None = None
+
+    def __call__(self) -> tuple[Any, Any] | None:
+        """``(identity_hash, store_id)`` of the store that is there now, each None where it has none; None: no store.
+
+        Raises:
+            StoreError: it cannot be read.
+        """
+        try:
+            # Opened, not only looked at: over NFS an open asks the server, whatever this machine remembers.
+            with open(self._path, "rb") as file:
+                found, seen = os.fstat(file.fileno()), self._seen
+                stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+                if seen is None or seen[0] != stamp:
+                    attributes = json.load(file).get("attributes", {})
+                    seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
+                    self._seen = seen
+                return seen[1]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read {self._path} ({error})") from error
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:

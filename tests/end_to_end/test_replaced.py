@@ -1,0 +1,117 @@
+"""A user deletes OUTPUT, or a part of it, under a living job, and begins another: real processes, one clear line."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import ENVIRONMENT, assert_same_bits, flags, run_job
+from outputs import tree_of
+
+from gradproj.verify import verify
+
+SETTINGS = {
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 4,
+    "max_length": 48,
+    "rows_per_shard": 16,
+    "device": "cpu",
+}
+SLOW_JOB = Path(__file__).parents[1] / "slow_job.py"
+
+
+class Jobs:
+    """Jobs that stand still after some batches."""
+
+    def __init__(self, folder):
+        self.folder, self.running = folder, []
+
+    def start(self, batches, **settings):
+        """Start a job and stop it (as by ``kill -STOP``) once it has done so many batches."""
+        asleep = self.folder / f"asleep-{len(self.running)}"
+        asleep.mkdir()
+        command = [sys.executable, SLOW_JOB, asleep, batches, 1, *flags(**SETTINGS | settings)]
+        job = subprocess.Popen(
+            list(map(str, command)),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.running.append(job)
+        deadline = time.monotonic() + 60
+        while not list(asleep.iterdir()):
+            assert job.poll() is None, job.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        job.send_signal(signal.SIGSTOP)
+        return job
+
+    def go_on(self, job):
+        """Wake a job up; its exit code and what it said."""
+        job.send_signal(signal.SIGCONT)
+        errors = job.communicate(timeout=60)[1]
+        return job.returncode, [line for line in errors.splitlines() if line.startswith("gradproj:")], errors
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    jobs = Jobs(tmp_path)
+    yield jobs
+    for job in jobs.running:
+        job.kill()
+        job.communicate()
+
+
+def lasting(output):
+    """Everything in OUTPUT but the living processes' heartbeats."""
+    beats = os.fspath(output / "heartbeats")
+    return {path: what for path, what in tree_of(output).items() if not path.startswith(beats)}
+
+
+def test_a_job_that_stood_still_while_another_store_was_begun_leaves_that_one_alone(
+    tmp_path, corpus, model_dir, jobs
+):
+    output, where = tmp_path / "out", {"shards": corpus, "model": model_dir}
+    others = {**SETTINGS, **where, "proj_rank_total": 12}
+    old = jobs.start(3, output_dir=output, **where)
+    shutil.rmtree(output)
+    new = jobs.start(14, output_dir=output, **others)
+    there = lasting(output)
+    assert 2 <= len(list((output / "units").iterdir())) < 13
+    code, lines, errors = jobs.go_on(old)
+    assert (code, len(lines)) == (2, 1), errors
+    assert (
+        f"{output} was replaced while this job ran: it holds another store, of other settings now" in lines[0]
+    )
+    assert lasting(output) == there
+    assert jobs.go_on(new)[0] == 0
+    assert verify(output).exit_code == 0
+    run_job(1, output_dir=tmp_path / "undisturbed", **others)
+    assert_same_bits(output, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("deleted", "way_out"),
+    [
+        ("", "start again to begin anew"),
+        ("projections.zarr", "delete the folder and begin anew"),
+    ],
+)
+def test_what_is_deleted_under_a_job_ends_it_with_one_line(
+    tmp_path, corpus, model_dir, jobs, deleted, way_out
+):
+    output = tmp_path / "out"
+    job = jobs.start(6, shards=corpus, model=model_dir, output_dir=output)
+    shutil.rmtree(output / deleted)
+    code, lines, errors = jobs.go_on(job)
+    assert (code, len(lines)) == (2, 1), errors
+    assert f"{output / deleted} was deleted while this job ran" in lines[0]
+    assert way_out in lines[0]
+    assert "Traceback" not in errors
+    assert not (output / deleted).exists()
