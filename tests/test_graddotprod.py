@@ -2,7 +2,6 @@
 
 import gc
 import json
-import socket
 import weakref
 from datetime import timedelta
 
@@ -486,12 +485,11 @@ def test_rows_of_another_run_are_neither_mixed_nor_overwritten(tmp_path):
 # --- several ranks ---
 
 
-def rank_of_two(rank, folder, port):
+def rank_of_two(rank, folder):
     """One rank's two micro-batches and step under DistributedDataParallel; its gradients and rows go into a file."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=90)
-    )
+    where = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=90))
     model = small_model("llama_tied")
     wrapped = nn.parallel.DistributedDataParallel(model)
     validation = ragged_batch(VAL_LENGTHS, seed=5)
@@ -512,10 +510,7 @@ def rank_of_two(rank, folder, port):
 
 
 def test_two_ranks_average_the_training_gradients_and_keep_one_table(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path, port), nprocs=2)
+    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model, validation = small_model("llama_tied"), ragged_batch(VAL_LENGTHS, seed=5)
     totals = {}

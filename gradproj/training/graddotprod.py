@@ -5,25 +5,23 @@ hands over its input and the gradient at its output. From these come the trainin
 optimizer, and the inner products (``dotproducts.py``). arXiv:2406.11011 calls it a ghost dot product.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.errors import ConfigError, ModelError
 from gradproj.layers import without_wrappers
-from gradproj.loss import IGNORE
 from gradproj.training.dotbatch import DotBatch
 from gradproj.training.dotlayers import DotLayer, find_dot_layers
 from gradproj.training.dotranks import Ranks
 from gradproj.training.dotrows import DotRows
-
-Batch = tuple[Tensor, Tensor | None]
+from gradproj.training.joined import Joined, Joiner
+from gradproj.training.values import learning_rates
 
 
 class GradDotProdEngine:
@@ -87,8 +85,6 @@ class GradDotProdEngine:
         labels_shifted: bool = False,
         resume_step: int | None = None,
     ) -> None:
-        if loss_reduction not in ("mean", "sum"):
-            raise ConfigError(f"loss_reduction is {loss_reduction!r}; choose mean or sum")
         if save_interval < 0:
             raise ConfigError(f"save_interval must be at least 0, got {save_interval}")
         if accumulation < 1:
@@ -98,11 +94,9 @@ class GradDotProdEngine:
                 "GradDotProd cannot look into a compiled model: give it the model before torch.compile"
             )
         self.module = module
-        self.loss_reduction, self.accumulation, self.loss_scale = loss_reduction, accumulation, loss_scale
+        self.accumulation, self.loss_scale = accumulation, loss_scale
         self.learning_rate = learning_rate
-        self._val_data, self._shifted = val_data, labels_shifted
-        if not callable(val_data):
-            self._validation()  # a user's mistake comes out here
+        self._joiner = Joiner(val_data, loss_reduction, labels_shifted)
         self._inner = without_wrappers(module)
         self._layers = find_dot_layers(module)
         named = [(name, p) for name, p in self._inner.named_parameters() if p.requires_grad]
@@ -118,6 +112,7 @@ class GradDotProdEngine:
         self._held: dict[nn.Parameter, Tensor] = {}
         self._noted: tuple[int, np.ndarray] | None = None
         self._batch: DotBatch | None = None
+        self._joined: Joined | None = None
         self._in_forward = self._prepared = False
 
     # --- on and off ---
@@ -209,17 +204,14 @@ class GradDotProdEngine:
                 "the batch before was not collected: call prepare_gradients() and aggregate_and_log() after each "
                 "backward pass, or clear_gradients() to drop it"
             )
-        x_train, y_train = _checked("X_train, Y_train", X_train, Y_train)
-        if self._noted is None or len(self._noted[1]) != len(x_train):
+        if self._noted is None or len(self._noted[1]) != len(X_train):
             raise ConfigError(
-                f"prepare_forward_input: call attach_train_batch with these {len(x_train)} samples first"
+                f"prepare_forward_input: call attach_train_batch with these {len(X_train)} samples first"
             )
-        x_val, y_val = (part.to(x_train.device) for part in self._validation())
-        counts = [self._n_targets(y) for y in (y_train, y_val)]
-        train_scale, self._validation_scale = self._scales(*counts)
-        self._batch = DotBatch(len(x_train), len(x_val), train_scale, self._deliver)
-        self._train_scale = train_scale
-        return _join(x_train, x_val, 0), _join(y_train, y_val, IGNORE)
+        joined = self._joined = self._joiner.join(X_train, Y_train)
+        n_validation = len(joined.labels) - joined.n_train
+        self._batch = DotBatch(joined.n_train, n_validation, joined.train_scale, self._deliver)
+        return joined.input_ids, joined.labels
 
     def prepare_gradients(self) -> None:
         """After ``loss.backward()``: ``.grad`` of every parameter gets the training batch's gradient (added to what is
@@ -253,17 +245,20 @@ class GradDotProdEngine:
         Raises:
             ModelError: ``prepare_gradients`` was not called.
         """
-        if self._batch is None or self._noted is None or not self._prepared:
+        batch, joined = self._batch, self._joined
+        if batch is None or joined is None or self._noted is None or not self._prepared:
             raise ModelError("aggregate_and_log: call prepare_gradients() first, after loss.backward()")
         scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        factor = self._train_scale * self._validation_scale * self.accumulation / scale**2 / self._ranks.size
-        dots = self._batch.dots(self._parameters).double().cpu() * factor
+        factor = (
+            joined.train_scale * joined.validation_scale * self.accumulation / scale**2 / self._ranks.size
+        )
+        dots = batch.dots(self._parameters).double().cpu() * factor
         step, ids = self._noted
         rows = {
             "step": np.full(len(ids), step, np.int64),
             "sample_id": ids,
             "total": dots.sum(1).float().numpy(),
-            "value": (dots @ self._rates()).float().numpy(),
+            "value": (dots @ learning_rates(self.learning_rate, self._parameters)).float().numpy(),
             "per_parameter": dots.float().numpy(),
         }
         self.clear_gradients()
@@ -272,7 +267,7 @@ class GradDotProdEngine:
 
     def clear_gradients(self) -> None:
         """Forget a batch that was not collected. ``.grad`` stays as it is: zeroing it is the loop's."""
-        self._batch, self._noted, self._held = None, None, {}
+        self._batch, self._joined, self._noted, self._held = None, None, None, {}
         self._in_forward = self._prepared = False
         self._unfreeze()
 
@@ -337,58 +332,6 @@ class GradDotProdEngine:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
-
-    def _validation(self) -> tuple[Tensor, Tensor]:
-        data = self._val_data() if callable(self._val_data) else self._val_data
-        if isinstance(data, Mapping):
-            data = (data.get("input_ids"), data.get("labels"))
-        elif isinstance(data, Tensor):
-            data = (data, None)
-        if not isinstance(data, tuple | list) or len(data) != 2:
-            raise ConfigError(
-                f"val_data is {type(data).__name__}; give (input_ids, labels), a mapping with these keys, or token ids"
-            )
-        x, y = _checked("val_data", *data)
-        if not self._n_targets(y):
-            raise ConfigError(
-                "val_data has no target token: every label is -100, or the samples have one token each"
-            )
-        return x, y
-
-    def _n_targets(self, labels: Tensor) -> int:
-        return int(((labels if self._shifted else labels[:, 1:]) != IGNORE).sum())
-
-    def _scales(self, n_train: int, n_val: int) -> tuple[float, float]:
-        """What turns the joined loss's gradient into the training loss's and into the validation mean's."""
-        if self.loss_reduction == "sum":
-            return 1.0, 1 / n_val
-        return (n_train + n_val) / max(1, n_train), (n_train + n_val) / n_val
-
-    def _rates(self) -> Tensor:
-        """``(n_parameters,)`` float64 learning rates."""
-        source = self.learning_rate
-        if isinstance(source, torch.optim.Optimizer):
-            rates = {p: float(group["lr"]) for group in source.param_groups for p in group["params"]}
-            found = [rates.get(p, 0.0) for p in self._parameters]
-        else:
-            rate = source() if callable(source) else source
-            found = [float("nan") if rate is None else float(rate)] * len(self._parameters)
-        return torch.tensor(found, dtype=torch.float64)
-
-
-def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    y = x if y is None else y
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)]
-    if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or shapes[0] != shapes[1]:
-        raise ConfigError(
-            f"{what}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and {shapes[1]}"
-        )
-    return x, y
-
-
-def _join(train: Tensor, validation: Tensor, pad: int) -> Tensor:
-    length = max(train.shape[1], validation.shape[1])
-    return torch.cat([F.pad(part, (0, length - part.shape[1]), value=pad) for part in (train, validation)])
 
 
 def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -8,10 +8,27 @@ helped, negative hurt. It speaks of plain gradient steps; under Adam it is a gui
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 EXCERPT_CHARACTERS = 60
+
+
+def learning_rates(source: Any, parameters: list[nn.Parameter]) -> Tensor:
+    """Each parameter's learning rate at this moment, float64.
+
+    Args:
+        source: a number, a function that returns one, or an optimizer; NaN comes of None.
+        parameters: those that the optimizer does not have get 0.
+    """
+    if isinstance(source, torch.optim.Optimizer):
+        rates = {p: float(group["lr"]) for group in source.param_groups for p in group["params"]}
+        return torch.tensor([rates.get(p, 0.0) for p in parameters], dtype=torch.float64)
+    rate = source() if callable(source) else source
+    return torch.full((len(parameters),), float("nan") if rate is None else float(rate), dtype=torch.float64)
 
 
 class RunValues:
