@@ -1,8 +1,9 @@
 """Causal attention in bfloat16 on a CPU, by oneDNN's batched products: two thirds of the time of torch's own kernel.
 
 torch's kernel multiplies what lies above the diagonal too, and turns bfloat16 into float32 on the way. Here a block of
-queries meets the keys up to its end, in bfloat16 products with float32 in between. Saved for the way back are the
-output and the log of each row's sum; the weights are computed again, as in FlashAttention (arXiv:2205.14135).
+queries meets the keys up to its end: in float32 where a difference is taken of the products (the logits, and the
+gradients of the weights), in bfloat16 elsewhere. Saved for the way back are the output and the log of each row's sum;
+the weights are computed again, as in FlashAttention (arXiv:2205.14135).
 """
 
 from collections.abc import Iterator
@@ -84,8 +85,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tup
     out, sums = _empty_attention(query, key, value, scaling)
     for sample in range(len(query)):
         q, k, v = query[sample], key[sample], value[sample]
+        q32, k32 = q.float(), k.float()
         for block, seen in _blocks(query.shape[2]):
-            logits = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(scaling)
+            logits = torch.bmm(q32[:, block], k32[:, seen].transpose(1, 2)).mul_(scaling)
             _hide_later(logits, -torch.inf)
             top = logits.amax(dim=-1, keepdim=True)
             shares = logits.sub_(top).exp_()
@@ -109,14 +111,15 @@ def _attention_gradients(
     to_query, to_key, to_value = _empty_gradients(gradient, query, key, value, out, sums, scaling)
     for sample in range(len(query)):
         q, k, v, g = query[sample], key[sample], value[sample], gradient[sample].contiguous()
-        means = (g.float() * out[sample].float()).sum(dim=-1, keepdim=True)
+        q32, k32, v32, g32 = q.float(), k.float(), v.float(), g.float()
+        means = (g32 * out[sample].float()).sum(dim=-1, keepdim=True)
         sum_k, sum_v = (torch.zeros(x.shape) for x in (k, v))
         for block, seen in _blocks(q.shape[1]):
-            shares = torch.bmm(q[:, block], k[:, seen].transpose(1, 2)).float().mul_(scaling)
+            shares = torch.bmm(q32[:, block], k32[:, seen].transpose(1, 2)).mul_(scaling)
             shares.sub_(sums[sample, :, block]).exp_()
             _hide_later(shares, 0.0)
             sum_v[:, seen] += torch.bmm(shares.to(q.dtype).transpose(1, 2), g[:, block])
-            slopes = torch.bmm(g[:, block], v[:, seen].transpose(1, 2)).float()
+            slopes = torch.bmm(g32[:, block], v32[:, seen].transpose(1, 2))
             slopes = slopes.sub_(means[:, block]).mul_(shares).mul_(scaling).to(q.dtype)
             to_query[sample, :, block] = torch.bmm(slopes, k[:, seen])
             sum_k[:, seen] += torch.bmm(slopes.transpose(1, 2), q[:, block])
