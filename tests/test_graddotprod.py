@@ -1,76 +1,27 @@
 """GradDotProd's laws: every inner product is that of explicit gradients, and training goes on as without the engine."""
 
 import gc
-import json
 import weakref
-from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import zarr
+from dotprod_cases import (
+    IDS,
+    LENGTHS,
+    VAL_LENGTHS,
+    assert_close,
+    assert_same_gradients,
+    explicit,
+    gradients_of,
+    loss_of,
+    run_batch,
+    trained,
+)
 from models import ragged_batch, small_model
-from torch import nn
-from torch.optim import AdamW
 
-from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.training import dotproducts
 from gradproj.training.dotproducts import Dense
 from gradproj.training.graddotprod import GradDotProdEngine
-from gradproj.training.values import value_table
-
-LENGTHS, VAL_LENGTHS = [9, 21, 4, 14], [7, 25]
-IDS = [30, 10, 40, 20]
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-def loss_of(model, ids, labels):
-    return model(input_ids=ids, labels=labels, use_cache=False).loss
-
-
-def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
-    """What a loop does between two optimizer steps."""
-    engine.attach_train_batch(ids, labels, step, IDS if sample_ids is None else sample_ids)
-    joined = engine.prepare_forward_input(ids, labels)
-    (loss_of(model, *joined) * scale).backward()
-    engine.prepare_gradients()
-    return engine.aggregate_and_log()
-
-
-def explicit(model, ids, labels, validation):
-    """Float64, one sample at a time, plain autograd: ``(dots (B, P), |g_i| |g_v| (B, P))``."""
-    before = model.state_dict()
-    dtype = next(model.parameters()).dtype
-    model.double()
-    parameters = list(model.parameters())
-    wanted = torch.autograd.grad(loss_of(model, *validation), parameters)
-    n_targets = (labels[:, 1:] != -100).sum()
-    dots, sizes = [], []
-    for x, y in zip(ids, labels, strict=True):
-        length = int((y != -100).sum())
-        own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
-        gradients = torch.autograd.grad(own, parameters)
-        dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
-        sizes.append(torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)]))
-    model.to(dtype).load_state_dict(before)
-    return torch.stack(dots), torch.stack(sizes)
-
-
-def assert_close(got, want, sizes, tolerance=1e-4):
-    """Relative, with the rounding of float32 allowed where a product is nearly orthogonal."""
-    floor = sizes * 1e-2 + sizes.max(dim=0).values * 1e-4 + 1e-12
-    assert ((got - want).abs() / torch.maximum(want.abs(), floor)).max() < tolerance
-
-
-def gradients_of(model):
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def assert_same_gradients(model, wanted, tolerance=1e-5):
-    for (name, p), want in zip(model.named_parameters(), wanted, strict=True):
-        assert (p.grad - want).norm() <= tolerance * want.norm() + 1e-9, name
-
 
 CASES = {
     "gpt2": ("gpt2", {}),  # tied, Conv1D, positions looked up once for all samples
@@ -166,36 +117,6 @@ def test_loss_reduction_accumulation_and_a_loss_scale_are_known(reduction):
     model.zero_grad()
     (loss_of(model, *train) * weight * 8).backward()
     assert_same_gradients(model, got)
-
-
-def trained(with_engine, result_dir=None, n_steps=3, family="gpt2", checkpointing=False):
-    """Weights after steps of two micro-batches each, clipped."""
-    model = small_model(family, **(NO_DROPOUT if family == "gpt2" else {}))
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    # The bias of keys has no gradient but rounding, of which Adam with a tiny epsilon makes whole steps.
-    optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-6)
-    validation = ragged_batch(VAL_LENGTHS, seed=5)
-    engine = GradDotProdEngine(
-        model, validation, learning_rate=optimizer, accumulation=2, result_dir=result_dir
-    )
-    if with_engine:
-        engine.attach()
-    for step in range(n_steps):
-        for part in range(2):
-            train = ragged_batch(LENGTHS, seed=10 * step + part)
-            if with_engine:
-                run_batch(engine, model, *train, step, scale=0.5)
-            else:
-                (loss_of(model, *train) / 2).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        if with_engine and engine.should_save_metrics(step):
-            engine.save_metrics(step)
-    engine.cleanup()
-    return model, engine
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -313,225 +234,3 @@ def test_nothing_is_left_after_detaching_and_an_evaluation_leaves_no_trace():
     torch.testing.assert_close(run_batch(engine, model, *train)["total"], plain, rtol=0, atol=0)
     engine.detach()
     assert (hooks_of(model), [p.requires_grad for p in model.parameters()]) == before
-
-
-def columns(folder):
-    group = zarr.open_group(str(folder / "grad_dotprod"), mode="r")
-    assert group.metadata.zarr_format == 3
-    return group, {name: group[name][:] for name in ("step", "sample_id", "total", "value", "per_parameter")}
-
-
-def test_rows_are_written_in_the_order_seen_and_values_are_their_sums(tmp_path):
-    model, engine = trained(True, tmp_path)
-    group, rows = columns(tmp_path)
-    assert group.attrs["parameters"] == engine.parameter_names
-    assert rows["step"].tolist() == [step for step in range(3) for _ in range(8)]
-    assert rows["sample_id"].tolist() == IDS * 6
-    assert rows["per_parameter"].shape == (24, len(list(model.parameters())))
-    np.testing.assert_allclose(rows["per_parameter"].sum(1), rows["total"], rtol=1e-4)
-    np.testing.assert_allclose(rows["value"], 1e-3 * rows["total"], rtol=1e-5)
-    for sample_id, value in engine.shapley_values.items():
-        assert value == pytest.approx(float(rows["value"][rows["sample_id"] == sample_id].sum()), rel=1e-5)
-
-
-def test_a_resumed_run_cuts_the_rows_of_later_steps_and_goes_on(tmp_path):
-    _, whole = trained(True, tmp_path / "whole")
-    _, wanted = columns(tmp_path / "whole")
-    trained(True, tmp_path / "cut")
-    model = small_model("gpt2")
-    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path / "cut", resume_step=1)
-    _, rows = columns(tmp_path / "cut")
-    for name, values in rows.items():
-        np.testing.assert_array_equal(values, wanted[name][:16])
-    assert engine.shapley_values[10] == pytest.approx(
-        float(wanted["value"][:16][wanted["sample_id"][:16] == 10].sum()), rel=1e-5
-    )
-    with engine:
-        run_batch(engine, model, *ragged_batch(LENGTHS), step=2)
-    _, rows = columns(tmp_path / "cut")
-    assert rows["step"].tolist() == [0] * 8 + [1] * 8 + [2] * 4
-    assert len(whole.shapley_values) == 4
-
-
-def test_rows_half_written_by_a_killed_run_are_cut(tmp_path):
-    trained(True, tmp_path)
-    group = zarr.open_group(str(tmp_path / "grad_dotprod"))
-    group["step"].resize((30,))
-    GradDotProdEngine(small_model("gpt2"), ragged_batch(VAL_LENGTHS), result_dir=tmp_path, resume_step=2)
-    _, rows = columns(tmp_path)
-    assert {len(values) for values in rows.values()} == {24}
-
-
-def test_rows_wait_for_the_interval_and_are_written_at_the_end_even_after_an_exception(tmp_path):
-    model = small_model("gpt2")
-    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path, save_interval=2)
-
-    def loop():
-        with engine:
-            for step in range(3):
-                run_batch(engine, model, *ragged_batch(LENGTHS), step)
-                due.append(engine.should_save_metrics(step))
-                if due[-1]:
-                    engine.save_metrics(step)
-            raise RuntimeError("the loop broke")
-
-    due = []
-    with pytest.raises(RuntimeError, match="the loop broke"):
-        loop()
-    assert due == [False, True, False]
-    assert columns(tmp_path)[1]["step"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert not engine.is_attached
-
-
-def test_the_table_shows_every_domains_most_and_least_valuable_documents():
-    values = {1: 0.5, 2: -0.25, 3: 0.125, 4: 2.0, 5: 1.0}
-    table = value_table(
-        values,
-        domain_of=lambda i: "books" if i <= 3 else "code|web",
-        excerpt_of=lambda i: f"text\nof {i} " + 100 * "x",
-        n_shown=1,
-    )
-    lines = table.splitlines()
-    assert lines[2] == "| code\\|web | 2 | +1.500e+00 | +3.000e+00 |"
-    assert lines[3] == "| books | 3 | +1.250e-01 | +3.750e-01 |"
-    shown = [line.split("|")[2].strip() for line in lines if line.endswith("… |")]
-    assert shown == ["4", "5", "1", "2"]
-
-
-# --- what a user can get wrong ---
-
-
-class Scaled(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.gain = inner, nn.Parameter(torch.ones(1))
-
-    def forward(self, *args, **kwargs):
-        return self.inner(*args, **kwargs)
-
-
-def test_a_parameter_that_no_rule_describes_is_named():
-    with pytest.raises(
-        ModelError, match=r"cannot take the gradient of gain \(Scaled\).*requires_grad_\(False\)"
-    ):
-        GradDotProdEngine(Scaled(small_model("gpt2")), ragged_batch(VAL_LENGTHS))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel has no trainable parameter"):
-        GradDotProdEngine(small_model("gpt2").requires_grad_(False), ragged_batch(VAL_LENGTHS))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"loss_reduction": "median"}, "loss_reduction is 'median'; choose mean or sum"),
-        ({"save_interval": -1}, "save_interval must be at least 0, got -1"),
-        ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
-        ({"val_data": "text"}, "val_data is str; give"),
-        ({"val_data": (torch.ones(2, 3), torch.ones(2, 4))}, r"of one shape, got \(2, 3\) and \(2, 4\)"),
-        ({"val_data": torch.ones(2, 1, dtype=torch.int64)}, "val_data has no target token"),
-    ],
-)
-def test_a_setting_that_cannot_be_used_is_refused_at_the_start(changes, message):
-    settings = {"val_data": ragged_batch(VAL_LENGTHS), **changes}
-    with pytest.raises(ConfigError, match=message):
-        GradDotProdEngine(small_model("gpt2"), **settings)
-
-
-def test_calls_out_of_order_say_which_is_missing():
-    model = small_model("gpt2")
-    ids, labels = ragged_batch(LENGTHS)
-    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS))
-    with pytest.raises(ModelError, match=r"not attached; call attach\(\)"):
-        engine.prepare_forward_input(ids, labels)
-    engine.attach()
-    with pytest.raises(ConfigError, match="call attach_train_batch with these 4 samples first"):
-        engine.prepare_forward_input(ids, labels)
-    with pytest.raises(ConfigError, match=r"4 samples and batch_idx of shape \(2,\)"):
-        engine.attach_train_batch(ids, labels, 0, [1, 2])
-    with pytest.raises(ModelError, match="no batch of prepare_forward_input ran backward"):
-        engine.prepare_gradients()
-    with pytest.raises(ModelError, match=r"call prepare_gradients\(\) first"):
-        engine.aggregate_and_log()
-    with pytest.raises(ModelError, match="the model got 4 samples and GradDotProd joined 0"):
-        loss_of(model, ids, labels)
-    engine.attach_train_batch(ids, labels, 0, IDS)
-    joined = engine.prepare_forward_input(ids, labels)
-    with pytest.raises(ModelError, match="the model got 4 samples and GradDotProd joined 6"):
-        loss_of(model, ids, labels)
-    loss = loss_of(model, *joined)
-    loss.backward(retain_graph=True)
-    with pytest.raises(ModelError, match="the batch before was not collected"):
-        engine.prepare_forward_input(ids, labels)
-    engine.prepare_gradients()
-    with pytest.raises(ModelError, match="through a batch before the last one"):
-        loss.backward()
-    engine.detach()
-
-
-def test_rows_of_another_run_are_neither_mixed_nor_overwritten(tmp_path):
-    trained(True, tmp_path)
-    settings = {"val_data": ragged_batch(VAL_LENGTHS), "result_dir": tmp_path}
-    with pytest.raises(StoreError, match="has 24 rows of another run: resume that run"):
-        GradDotProdEngine(small_model("gpt2"), **settings)
-    with pytest.raises(StoreError, match="written by a run of another kind: parameters differ"):
-        GradDotProdEngine(small_model("llama"), **settings, resume_step=1)
-    other = tmp_path / "other" / "grad_dotprod"
-    other.mkdir(parents=True)
-    (other / "notes.json").write_text(json.dumps({}))
-    with pytest.raises(StoreError, match="is there and is not a Zarr group"):
-        GradDotProdEngine(small_model("gpt2"), settings["val_data"], result_dir=tmp_path / "other")
-    assert len(columns(tmp_path)[1]["step"]) == 24
-
-
-# --- several ranks ---
-
-
-def rank_of_two(rank, folder):
-    """One rank's two micro-batches and step under DistributedDataParallel; its gradients and rows go into a file."""
-    torch.set_num_threads(1)
-    where = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=90))
-    model = small_model("llama_tied")
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    validation = ragged_batch(VAL_LENGTHS, seed=5)
-    engine = GradDotProdEngine(
-        wrapped if rank == 0 else model, validation, result_dir=folder, accumulation=2, learning_rate=0.5
-    )
-    with engine:
-        for part in range(2):
-            train = ragged_batch(LENGTHS, seed=10 * rank + part)
-            sample_ids = [100 * rank + 10 * part + i for i in range(4)]
-            found = run_batch(engine, wrapped, *train, 7, sample_ids, scale=0.5)
-    gradients = gradients_of(model)
-    # Afterwards the wrapper's own averaging works again.
-    model.zero_grad()
-    loss_of(wrapped, *ragged_batch(LENGTHS, seed=10 * rank)).backward()
-    torch.save((gradients, found, engine.shapley_values, gradients_of(model)), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_average_the_training_gradients_and_keep_one_table(tmp_path):
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    model, validation = small_model("llama_tied"), ragged_batch(VAL_LENGTHS, seed=5)
-    totals = {}
-    for rank in range(2):
-        for part in range(2):
-            train = ragged_batch(LENGTHS, seed=10 * rank + part)
-            for i, dot in enumerate(explicit(model, *train, validation)[0].sum(1) / 4):
-                totals[100 * rank + 10 * part + i] = dot.item()
-            (loss_of(model, *train) / 4).backward()
-    _, rows = columns(tmp_path)
-    assert rows["step"].tolist() == [7] * 16
-    assert rows["sample_id"].tolist() == [i + j for j in (0, 100, 10, 110) for i in range(4)]
-    for sample_id, total in zip(rows["sample_id"].tolist(), rows["total"].tolist(), strict=True):
-        assert total == pytest.approx(totals[sample_id], rel=1e-3)
-    for gradients, found, values, _ in results:
-        assert_same_gradients(model, gradients)
-        assert values[112] == pytest.approx(0.5 * totals[112], rel=1e-3)
-        assert set(values) == set(totals)
-        assert len(found["total"]) == 4
-    model.zero_grad()
-    for rank in range(2):
-        (loss_of(model, *ragged_batch(LENGTHS, seed=10 * rank)) / 2).backward()
-    assert_same_gradients(model, results[0][3])
-    assert_same_gradients(model, results[1][3])
