@@ -18,7 +18,7 @@ from gradproj.coordinator import faults
 from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.leftovers import sweep
-from gradproj.coordinator.takeback import take_back
+from gradproj.coordinator.takeback import check_records_have_shards, check_records_have_store, take_back
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.corpus.index import CorpusIndex, load_index, save_index
 from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
@@ -100,6 +100,7 @@ def _files_of_this_node(plan: Plan, process: Process) -> Any:
 def make_output(plan: Plan, owner: Owner) -> None:
     """Make OUTPUT, its folders, the frozen index and the empty store, or find them there."""
     output = plan.output
+    check_records_have_store(output)
     with explain_os_errors(output):
         for folder in FOLDERS:
             (output / folder).mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,7 @@ def make_output(plan: Plan, owner: Owner) -> None:
     elif load_index(output / INDEX_NAME).tars != plan.index.tars:
         # The same corpus (the identity says so), touched or found elsewhere: its places and times as they are now.
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
+    check_records_have_shards(output)
     take_back(output, queue.claims)
     faults.at("metadata published")
     flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}

@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
+import numpy as np
+import pytest
 import zarr
-from faults import IDENTITY, fake_owner, fill, gone_owner, make_store
+from faults import IDENTITY, fake_owner, fake_rows, fill, gone_owner, make_store
 
+from gradproj.coordinator import takeback
 from gradproj.coordinator.claims import ClaimBoard, Owner
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.merge import finish, is_merged
 from gradproj.coordinator.scratch import OWNER_FILE, make_scratch
-from gradproj.coordinator.takeback import take_back
+from gradproj.coordinator.takeback import check_records_have_shards, check_records_have_store, take_back
 from gradproj.coordinator.units import UnitQueue
+from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
 from gradproj.store.records import record_name
 
@@ -32,6 +38,67 @@ def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path
     assert sweep(tmp_path, mine.owner) == 1
     assert {path.name for path in (tmp_path / "tmp").iterdir()} == {away.owner.name, mine.owner.name}
     assert {path.stem for path in (tmp_path / "heartbeats").iterdir()} == {away.owner.name, mine.owner.name}
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [([1], "1 committed unit without a shard in .*: 1"), ([0, 2], "2 committed units .*: 0, 2")],
+)
+def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_path, lost, named):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    check_records_have_shards(tmp_path)
+    for unit in lost:
+        (tmp_path / layout.shard_name(unit)).unlink()
+    way_out = (
+        rf"Put the files back, or give these units up by `python -m gradproj verify {tmp_path} --repair`"
+    )
+    with pytest.raises(StoreError, match=rf"{named}\. {way_out}: this command then computes them again"):
+        check_records_have_shards(tmp_path)
+
+
+def test_a_unit_without_rows_a_shard_without_a_record_and_a_unit_repaired_meanwhile_are_sound(
+    tmp_path, monkeypatch
+):
+    layout = make_store(tmp_path)
+    queue = UnitQueue(tmp_path, layout, IDENTITY, [0, 1], here())
+    for unit in queue.take():
+        assert queue.commit(dataclasses.replace(fake_rows(layout, unit), stored=None))
+    (tmp_path / layout.shard_name(2)).write_bytes(b"of a process that died before its record")
+    check_records_have_shards(tmp_path)
+    (tmp_path / record_name(0)).unlink()
+    monkeypatch.setattr(takeback, "list_records", lambda folder: np.array([0, 1]))
+    check_records_have_shards(tmp_path)
+
+
+def test_a_listing_that_is_behind_the_records_is_asked_for_again_once_the_folder_has_changed(
+    tmp_path, monkeypatch
+):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    folder, when = tmp_path / "projections.zarr" / "projections", []
+
+    def remembered(asked):
+        when.append(os.stat(folder).st_mtime_ns)
+        return np.array([0] if when[0] == when[-1] else [0, 1, 2])
+
+    os.utime(folder, (0, 0))
+    monkeypatch.setattr(takeback, "list_shards", remembered)
+    check_records_have_shards(tmp_path)
+    assert len(when) == 2
+
+
+def test_records_without_their_store_are_refused(tmp_path):
+    check_records_have_store(tmp_path / "nowhere")
+    layout = make_store(tmp_path)
+    check_records_have_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    check_records_have_store(tmp_path)
+    shutil.rmtree(tmp_path / "projections.zarr")
+    with pytest.raises(
+        StoreError, match=r"records of 3 units but no projections\.zarr.*Put that folder back"
+    ):
+        check_records_have_store(tmp_path)
 
 
 def test_what_a_crash_has_torn_is_swept_whosever_it_was(tmp_path):

@@ -1,10 +1,12 @@
 """What the merged columns say of units whose record has gone is taken back, before the job computes them again.
 
-Records are the truth. A damaged unit becomes a missing one by the loss of its record (``verify --repair`` deletes it);
-then the store is not complete any more, and no reader may go on seeing the unit's rows as merged.
+Records are the truth, as long as what they speak of is there: a job does not start on records without their store or
+their shards. A damaged unit becomes a missing one by the loss of its record (``verify --repair`` deletes it); then the
+store is not complete any more, and no reader may go on seeing the unit's rows as merged.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +20,70 @@ from gradproj.coordinator.merge import (
     WAIT_S,
     is_complete,
     is_merged,
+    ranges_of,
     release_merge,
     wanted_units,
     write_metadata,
 )
+from gradproj.coordinator.output import count, ranges_text
+from gradproj.errors import StoreError
 from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, StoreLayout
 from gradproj.store.mapping import map_file
 from gradproj.store.opening import read_attributes, read_layout
-from gradproj.store.records import list_records
+from gradproj.store.records import list_records, list_shards, read_record, record_name
 from gradproj.store.writer import update_attributes, write_column_block
+
+
+def check_records_have_store(output: Path) -> None:
+    """Refuse records beside which there is no store: it was deleted, and their shards with it.
+
+    Raises:
+        StoreError: with the way out.
+    """
+    # In this order: a store is there, and flushed, before anything is recorded.
+    recorded = list_records(output / "units")
+    if len(recorded) and not (output / STORE_NAME).exists():
+        raise StoreError(
+            f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: their rows are "
+            "gone. Put that folder back and start again; if it is lost, delete the whole output to begin anew"
+        )
+
+
+def check_records_have_shards(output: Path) -> None:
+    """Refuse a store that calls units done whose shards have been deleted; two listings, whatever its size.
+
+    Raises:
+        StoreError: with these units and the way out; or a record beside which there is no shard is torn.
+    """
+    lost = _units_without_shard(output)
+    if lost:
+        # A listing that another machine's commits have not come to yet, as NFS remembers them for a minute. A folder
+        # that was changed from here is asked for again.
+        os.utime(output / STORE_NAME / "projections")
+        lost = _units_without_shard(output)
+    if lost:
+        units = ranges_text(ranges_of(np.array(lost, np.int64)))
+        raise StoreError(
+            f"{output}: {count(len(lost), 'committed unit')} without a shard in {STORE_NAME}/projections: {units}. "
+            f"Put the files back, or give these units up by `python -m gradproj verify {output} --repair`: this "
+            "command then computes them again, and nothing else"
+        )
+
+
+def _units_without_shard(output: Path) -> list[int]:
+    """Committed units that have rows and no shard."""
+    store = output / STORE_NAME
+    # The records first: a unit that is committed meanwhile has its shard before them.
+    recorded = np.intersect1d(list_records(output / "units"), wanted_units(read_attributes(store)))
+    suspects = np.setdiff1d(recorded, list_shards(store / "projections")).tolist()
+    return [unit for unit in suspects if _has_rows(output / record_name(unit))]
+
+
+def _has_rows(record: Path) -> bool:
+    try:
+        return read_record(record).shard is not None
+    except FileNotFoundError:  # repaired since the folder was listed
+        return False
 
 
 def take_back(output: Path, claims: ClaimBoard) -> None:

@@ -35,6 +35,7 @@ _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
+_SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
 
 @dataclass
@@ -63,12 +64,21 @@ def record_name(unit: int) -> str:
 
 def list_records(units_dir: str | Path) -> np.ndarray:
     """Units that have a record, sorted, int64; none when the folder does not exist yet."""
+    return _units_named(units_dir, _RECORD_NAME)
+
+
+def list_shards(projections_dir: str | Path) -> np.ndarray:
+    """Units that have a shard, recorded or not, sorted, int64; none when the folder does not exist."""
+    return _units_named(projections_dir, _SHARD_NAME)
+
+
+def _units_named(folder: str | Path, name: re.Pattern[str]) -> np.ndarray:
     try:
-        entries = os.scandir(units_dir)
+        entries = os.scandir(folder)
     except FileNotFoundError:
         return np.empty(0, np.int64)
     with entries:
-        matches = (_RECORD_NAME.fullmatch(entry.name) for entry in entries)
+        matches = (name.fullmatch(entry.name) for entry in entries)
         units = [int(match[1]) for match in matches if match]
     return np.sort(np.array(units, np.int64))
 

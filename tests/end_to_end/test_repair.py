@@ -1,10 +1,13 @@
-"""A store is repaired while its job runs: the running job computes again what was taken away."""
+"""What was deleted behind a job's back is found at its start; a store is repaired while its job runs."""
 
+import json
+import shutil
 import subprocess
 import time
 
-from jobs import ENVIRONMENT, assert_same_bits, job_command, make_corpus, mixed_documents, run_job
+from jobs import ENVIRONMENT, assert_same_bits, flags, job_command, make_corpus, mixed_documents, run_job
 from outputs import flip_byte, shard_of
+from ranks import Ranks
 
 from gradproj.repair import repair
 from gradproj.store.records import list_records
@@ -45,5 +48,46 @@ def test_units_repaired_while_the_job_runs_are_computed_again_by_it(tmp_path, mo
     said = job.communicate()[0]
     assert job.returncode == 0, said
     assert len(repaired) == N_REPAIRS, "the job was over too soon"
+    assert verify(output).exit_code == 0
+    assert_same_bits(output, tmp_path / "undisturbed")
+
+
+def test_a_job_does_not_call_done_what_was_deleted_behind_its_back(tmp_path, model_dir):
+    corpus, output = make_corpus(tmp_path / "tars", mixed_documents(70)), tmp_path / "out"
+    argv = [
+        "gradproj.run",
+        *flags(shards=corpus, model=model_dir, output_dir=output, device="cpu", **SETTINGS),
+    ]
+    store, away, units = output / "projections.zarr", tmp_path / "away", output / "units"
+    with Ranks(tmp_path) as ranks:
+
+        def start():
+            ranks.start(argv)
+            (ended,) = ranks.wait_for_all()
+            lines = [line for line in ended.output.splitlines() if line.startswith("gradproj:")]
+            return ended.status, lines, ended.output
+
+        assert start()[0] == 0
+        shutil.copytree(output, tmp_path / "undisturbed")
+        # An unfinished store, all of whose rows are gone; then it is put back.
+        last = (units / "00000004.safetensors").rename(tmp_path / "last")
+        store.rename(away)
+        code, lines, said = start()
+        assert (code, len(lines)) == (2, 1), said
+        assert f"{output} holds the records of 4 units but no projections.zarr" in lines[0]
+        assert not store.exists()
+        away.rename(store)
+        last.rename(units / "00000004.safetensors")
+        # One shard.
+        shard_of(output, 1).unlink()
+        code, lines, said = start()
+        assert (code, len(lines)) == (2, 1), said
+        assert (
+            "1 committed unit without a shard in projections.zarr/projections: 1. Put the files back"
+            in lines[0]
+        )
+        assert "committed unit without a shard" in json.loads((output / "failed.json").read_text())["error"]
+        assert repair(verify(output)).units == [1]
+        assert start()[0] == 0
     assert verify(output).exit_code == 0
     assert_same_bits(output, tmp_path / "undisturbed")
