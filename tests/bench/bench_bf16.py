@@ -5,7 +5,8 @@
 Time: GPT-2-small's and SmolLM2-135M's shapes, 2 x 512 tokens, 16 x 16 a layer, one thread, CPU seconds, in turn. It
 says something on a CPU with bfloat16 instructions only. Cosines need trained weights: a small Llama is trained on
 Python's own standard library for a minute or so, or ``--model DIR`` names a checkpoint; its tokens are those of the
-same text.
+same text. They are taken with float32 rows of the same weights, as of a checkpoint in bfloat16; beside them stand those
+with the float32 weights before, which rounding the weights alone moves.
 """
 
 import argparse
@@ -96,16 +97,25 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
     documents = Documents(
         [tokens[start : start + DOCUMENT_TOKENS] for start in starts], np.arange(N_DOCUMENTS), N_DOCUMENTS
     )
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
+    rows = {}
+    for name, dtype in (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("as rounded", torch.float32),
+    ):
         with GradProjLoraEngine(model.to(dtype), freeze_weights=True) as engine:
-            rows.append(rows_of(model, engine, documents, "batched", BatchConfig(max_length=DOCUMENT_TOKENS)))
-    found = Agreement.of(rows[1], rows[0])
-    print(
-        f"\nrows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: cosine of bfloat16 with float32 "
-        f"{found.median_cosine:.5f} in the middle, {found.least_cosine:.5f} at least"
-    )
-    return found
+            config = BatchConfig(max_length=DOCUMENT_TOKENS)
+            rows[name] = rows_of(model, engine, documents, "batched", config)
+    print(f"\nbfloat16 rows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: cosine")
+    found = {
+        "with float32 on the weights as bfloat16 has them": Agreement.of(
+            rows["bfloat16"], rows["as rounded"]
+        ),
+        "with float32 on the weights before": Agreement.of(rows["bfloat16"], rows["float32"]),
+    }
+    for what, agreement in found.items():
+        print(f"{agreement.median_cosine:.5f} in the middle, {agreement.least_cosine:.5f} at least {what}")
+    return next(iter(found.values()))
 
 
 def _text() -> str:
