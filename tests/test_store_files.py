@@ -54,8 +54,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
     ("code", "message"),
     [
         (errno.EDQUOT, "Your quota there is used up"),
-        (errno.EROFS, "choose another --output_dir"),
-        (errno.EACCES, "mend the permissions"),
+        (
+            errno.EROFS,
+            "Make it writable and start again: what was finished is kept; or begin anew in another --out",
+        ),
+        (
+            errno.EACCES,
+            "Mend the permissions and start again: what was finished is kept; or begin anew in another",
+        ),
         (errno.EFBIG, "ulimit -f"),
     ],
 )

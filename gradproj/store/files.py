@@ -23,8 +23,9 @@ _WAYS_OUT = {
     errno.ENOSPC: "Free space there, then start again: what was finished is kept.",
     errno.EDQUOT: "Your quota there is used up: free some of it, then start again: what was finished is kept.",
     errno.EFBIG: "Raise the file size limit (ulimit -f) or take fewer --rows_per_shard.",
-    errno.EROFS: "The file system is mounted read-only: choose another --output_dir.",
-    errno.EACCES: "You may not write there: mend the permissions or choose another --output_dir.",
+    errno.EROFS: "Make it writable and start again: what was finished is kept; or begin anew in another --output_dir.",
+    errno.EACCES: "Mend the permissions and start again: what was finished is kept; or begin anew in another "
+    "--output_dir.",
 }
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _READ_BYTES = 2**22

@@ -11,6 +11,8 @@ import pytest
 from jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
 from outputs import tree_of
 
+from gradproj.verify import verify
+
 SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "max_length": 48}
 
 
@@ -128,11 +130,42 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_loses_nothing(
     assert arrays_of(small_disk / "out")["status"] == bytes([1] * 200)
 
 
-def fill_after_first_record(disk):
+def test_a_folder_that_turns_read_only_in_the_middle_is_one_line_and_loses_nothing(
+    tmp_path, corpus, model_dir, small_disk
+):
+    output = small_disk / "out"
+    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS, "batch_size": 4}
+    job = subprocess.Popen(
+        job_command(1, **settings), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_first_record(small_disk)
+    # By a mount of its own, over the first: one that has files open for writing, as the job's log, cannot be turned.
+    subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", small_disk], check=True)
+    try:
+        errors = job.communicate(timeout=60)[1]
+    finally:
+        subprocess.run(["umount", small_disk], check=True)
+    assert job.returncode == 2, errors
+    assert len(our_lines(errors)) == 1
+    assert "Read-only file system. Make it writable and start again: what was finished is kept" in errors
+    assert "Traceback" not in errors
+    kept = {path: path.read_bytes() for path in (output / "units").iterdir()}
+    assert 1 <= len(kept) < 13
+    run_job(1, **settings)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert verify(output).exit_code == 0
+
+
+def wait_for_first_record(disk):
     deadline = time.monotonic() + 60
     while not list((disk / "out" / "units").glob("*.safetensors")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def fill_after_first_record(disk):
+    wait_for_first_record(disk)
     with open(disk / "filler", "wb", buffering=0) as file:
         while True:
             try:
