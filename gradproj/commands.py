@@ -208,7 +208,8 @@ def status_command(argv: list[str]) -> int:
 
 def verify_command(argv: list[str]) -> int:
     """``python -m gradproj verify OUTPUT``: exit code 0 sound and complete, 3 sound but incomplete, 1 damaged."""
-    from gradproj.verify import DAMAGED, VerifyConfig, verification_lines, verify
+    from gradproj.coordinator.output import read_output
+    from gradproj.verify import VerifyConfig, verdict_lines, verification_lines, verify
 
     about = (
         "Every checksum of a store again, records against shards and columns. Exit code 0: sound and complete; "
@@ -216,24 +217,27 @@ def verify_command(argv: list[str]) -> int:
         "After --repair it is the state that the store is in then."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
-    found = verify(config.output, checksums=config.checksums)
-    code, report = found.exit_code, asdict(found)
-    _say(config, verification_lines(found, ways_out=not config.repair) if config.checksums else [])
+    found, parts = verify(config.output, checksums=config.checksums), {}
+    _say(config, verification_lines(found) if config.checksums else [])
+    if config.recompute:
+        # Loads torch and transformers, which nothing else here needs.
+        from gradproj.recompute import recomputation_lines, recompute, wrong_rows
+
+        again = recompute(config, config.recompute, config.seed, found.damaged_units)
+        found.damage += wrong_rows(again, read_output(config.output))
+        parts["recompute"] = asdict(again)
+        _say(config, recomputation_lines(again))
+    code = found.exit_code
     if config.repair:
         from gradproj.repair import repair, repair_lines
 
         done = repair(found)
-        code, report["repair"] = done.exit_code, asdict(done)
+        code, parts["repair"] = done.exit_code, asdict(done)
         _say(config, repair_lines(done, "" if done.complete else _way_on(config.output)))
-    if config.recompute:
-        # Loads torch and transformers, which nothing else here needs.
-        from gradproj.recompute import recomputation_lines, recompute
-
-        again = recompute(config, config.recompute, config.seed, found.damaged_units)
-        code, report["recompute"] = DAMAGED if again.wrong else code, asdict(again)
-        _say(config, recomputation_lines(again))
+    else:
+        _say(config, verdict_lines(found, checksums=config.checksums))
     if config.as_json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps({**asdict(found), **parts}, indent=2))
     return code
 
 

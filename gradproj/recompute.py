@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradproj.coordinator.checks import Damage
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.output import Output, count, read_output, shown
@@ -261,6 +262,20 @@ def _sum_up(found: Recomputation, checks: Iterator[tuple[RowCheck, bool]]) -> No
     found.n_rows = len(errors)
     if errors:
         found.max_error, found.median_error = max(errors), float(np.median(errors))
+
+
+def wrong_rows(found: Recomputation, output: Output) -> list[Damage]:
+    """The units of wrong rows, as damage that ``verify`` reports and ``repair`` mends."""
+    samples: dict[int, list[int]] = {}
+    for check in found.wrong:
+        samples.setdefault(check.unit, []).append(check.sample_id)
+    return [
+        Damage(
+            "rows", unit, str(output.path / output.layout.shard_name(unit)),
+            f"holds {count(len(ids), 'row')} that come out otherwise now, first sample {min(ids)}",
+        )
+        for unit, ids in sorted(samples.items())
+    ]  # fmt: skip
 
 
 def recomputation_lines(found: Recomputation) -> list[str]:

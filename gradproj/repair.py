@@ -56,32 +56,35 @@ def repair(found: Verification) -> Repair:
     A unit that a living process has claimed, or a process of another host of which nothing is known, is left.
 
     Args:
-        found: of ``verify``. Each unit is checked again under its claim before anything of it is removed.
+        found: of ``verify``. Each unit is checked again under its claim before anything of it is removed; but not for
+            rows that are wrong under right checksums, whose units are named in it.
 
     Raises:
         StoreError: another process is merging, or OUTPUT cannot be written.
     """
     output = read_output(found.output)
     done = Repair(found.output)
-    damaged = sorted(found.damaged_units)
+    damaged = sorted(found.damaged_units | found.wrong_units)
     columns = any(d.kind == "columns" for d in found.damage)
     metadata = any(d.path == str(output.path / "metadata.json") for d in found.damage)
     if damaged or columns or metadata:
         with holding_the_merge(output, "repair") as held:
-            _take_away(output, held, damaged, columns, done)
+            _take_away(output, held, damaged, found.wrong_units, columns, done)
     done.left = [d for d in found.damage if not _is_gone(d, done, output)]
     after = read_output(found.output)
     done.complete = not len(after.missing) and after.is_merged
     return done
 
 
-def _take_away(output: Output, held: HeldMerge, damaged: list[int], columns: bool, done: Repair) -> None:
+def _take_away(
+    output: Output, held: HeldMerge, damaged: list[int], wrong: set[int], columns: bool, done: Repair
+) -> None:
     merged, claims = MergedColumns(output), held.queue.claims
     for unit in damaged:
         held.progress.batches += 1
         if not claims.try_claim(unit_claim(unit)):
             done.held[unit] = claimant(claims, unit_claim(unit))
-        elif any(d.kind == "unit" for d in check_unit(output, unit, merged).damage):
+        elif unit in wrong or any(d.kind == "unit" for d in check_unit(output, unit, merged).damage):
             done.units.append(unit)
         else:
             done.recovered.append(unit)
@@ -122,7 +125,7 @@ def _remove(paths: Iterable[Path], folder: Path) -> None:
 
 
 def _is_gone(damage: Damage, done: Repair, output: Output) -> bool:
-    if damage.kind == "unit":
+    if damage.kind in ("unit", "rows"):
         return damage.unit in done.units or damage.unit in done.recovered
     if damage.kind == "columns":
         return done.merged

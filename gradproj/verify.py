@@ -68,10 +68,8 @@ class VerifyConfig(RecordedInputs):
             raise ConfigError(f"--recompute must be at least 1 row, got {self.recompute}")
         if not self.checksums and not self.recompute:
             raise ConfigError("--no-checksums leaves nothing to do: give --recompute K, or leave it out")
-        if self.repair and self.recompute:
-            raise ConfigError(
-                "--repair and --recompute: give one after the other; missing rows have no value to compare"
-            )
+        if not self.checksums and self.repair:
+            raise ConfigError("--repair needs the checksums: leave --no-checksums out")
 
 
 @dataclass
@@ -116,7 +114,15 @@ class Verification:
     @property
     def damaged_units(self) -> set[int]:
         """Units whose record or shard is damaged."""
-        return {d.unit for d in self.damage if d.kind == "unit" and d.unit is not None}
+        return self._units_of("unit")
+
+    @property
+    def wrong_units(self) -> set[int]:
+        """Units with rows that came out otherwise when they were computed again, under right checksums."""
+        return self._units_of("rows")
+
+    def _units_of(self, kind: str) -> set[int]:
+        return {d.unit for d in self.damage if d.kind == kind and d.unit is not None}
 
     @property
     def exit_code(self) -> int:
@@ -211,8 +217,8 @@ def _bounded(ranges: list[list[int]]) -> IdRanges:
     return bounded
 
 
-def verification_lines(found: Verification, *, ways_out: bool = True) -> list[str]:
-    """The findings as lines of text, with what to do about damage."""
+def verification_lines(found: Verification) -> list[str]:
+    """The findings as lines of text, without a verdict."""
     rate = found.n_bytes / 1e6 / max(found.seconds, 1e-9)
     lines = [
         f"checked       {count(found.n_records, 'record')} of {found.n_units:,}, {count(found.n_shards, 'shard')}: "
@@ -233,7 +239,12 @@ def verification_lines(found: Verification, *, ways_out: bool = True) -> list[st
         lines.append(
             f"              and {len(found.damage) - MOST_DAMAGE_SHOWN:,} more; --json lists them all"
         )
-    return [*lines, *(_ways_out(found) if ways_out else []), f"result        {_verdict(found)}"]
+    return lines
+
+
+def verdict_lines(found: Verification, *, checksums: bool = True) -> list[str]:
+    """What to do about damage, and the verdict as the last line; ``checksums``: whether they were computed."""
+    return [*_ways_out(found), f"result        {_verdict(found, checksums)}"]
 
 
 def _damage_text(damage: Damage) -> str:
@@ -243,7 +254,12 @@ def _damage_text(damage: Damage) -> str:
 
 def _ways_out(found: Verification) -> list[str]:
     lines = []
-    if any(d.kind != "other" for d in found.damage):
+    if found.wrong_units:
+        lines.append(
+            "way out       this command with --repair turns the units of wrong rows into missing ones, which the job's "
+            "command then computes again; of rows that were not computed nothing is known: more --recompute tries more"
+        )
+    if any(d.kind in ("unit", "columns") for d in found.damage):
         lines.append(
             f"way out       `python -m gradproj verify {found.output} --repair` turns damaged units into missing ones "
             "and merges columns again; the job's command then computes those units once more and keeps all others"
@@ -257,9 +273,12 @@ def other_ways_out(damage: list[Damage]) -> list[str]:
     return [f"way out       {WAYS_OUT[name]}" for name in names if name in WAYS_OUT]
 
 
-def _verdict(found: Verification) -> str:
+def _verdict(found: Verification, checksums: bool) -> str:
     if found.damage:
         return f"damaged, in {count(len(found.damage), 'place')}"
+    if not checksums:
+        state = "complete" if found.complete else "incomplete"
+        return f"{state}, and no wrong row among those computed again; checksums were not computed"
     if found.complete:
         return "sound and complete"
     rest = "some units are missing" if found.missing.n_ids else "not merged yet"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from jobs import make_corpus, make_model, mixed_documents, run_job
+from jobs import assert_same_bits, make_corpus, make_model, mixed_documents, run_job
 from outputs import (
     EMPTY,
     N_SAMPLES,
@@ -65,7 +65,9 @@ def test_every_row_of_a_job_agrees_with_itself_computed_again(output, capsys):
     assert tree_of(output) == before
     assert main(["verify", str(output), "--recompute", "5", "--seed", "3", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "result        sound and complete\nrecomputed    5 rows" in said
+    assert "recomputed    5 rows" in said
+    assert said.count("result  ") == 1
+    assert said.splitlines()[-1] == "result        sound and complete"
     assert "relative to the row; rounding explains 5.9e-04" in said
 
 
@@ -104,6 +106,50 @@ def test_a_row_changed_under_right_checksums_is_named(by, output, capsys):
     assert found.worst[0] == wrong
     assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--no-checksums"]) == 1
     assert f"WRONG         sample 37 (unit 2, key {wrong.key!r}, stored as ok) is " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("also_damaged", [False, True])
+def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(also_damaged, output, job, capsys):
+    def change(rows):
+        rows[5] *= 1.01
+        rows[7] *= 0.9
+
+    def verdict(*flags):
+        code = main(["verify", str(output), "--recompute", "70", "--device", "cpu", *flags])
+        said = capsys.readouterr().out
+        assert said.count("result  ") == 1
+        return code, said, said.splitlines()[-1]
+
+    change_rows(output, 2, change)
+    if also_damaged:
+        flip_byte(shard_of(output, 0), 100)
+    code, said, last = verdict()
+    assert (code, last) == (1, f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}")
+    assert "way out       this command with --repair turns the units of wrong rows into missing ones" in said
+    code, said, last = verdict("--repair")
+    assert (code, last) == (3, "result        sound, but incomplete")
+    assert "WRONG         sample 37" in said
+    units = "2 units (0, 2)" if also_damaged else "1 unit (2)"
+    assert f"repaired      record and shard of {units} removed, which the job computes again" in said
+    run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
+    assert_same_bits(output, job.output)
+    code, said, last = verdict("--repair")
+    assert (code, last) == (0, "result        sound and complete")
+
+
+def test_without_checksums_nothing_is_called_sound(output, capsys):
+    assert main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "result        complete, and no wrong row among those computed again; checksums were not computed"
+    )
+
+
+def test_the_json_says_which_units_hold_wrong_rows(output, capsys):
+    change_rows(output, 2, lambda rows: rows.__imul__(1.01))
+    assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--json"]) == 1
+    (damage,) = json.loads(capsys.readouterr().out)["damage"]
+    assert (damage["kind"], damage["unit"], damage["path"]) == ("rows", 2, str(shard_of(output, 2)))
+    assert damage["what"] == "holds 16 rows that come out otherwise now, first sample 32"
 
 
 def test_rows_in_each_others_place_are_named(output):
@@ -243,8 +289,8 @@ def test_settings_that_are_no_jobs_are_one_line(content, output):
     [
         (["--recompute", "-1"], "--recompute must be at least 1 row, got -1"),
         (["--no-checksums"], "--no-checksums leaves nothing to do"),
-        (["--repair", "--recompute", "2"], "--repair and --recompute: give one after the other"),
         (["--repair", "--no-checksums"], "--no-checksums leaves nothing to do"),
+        (["--repair", "--no-checksums", "--recompute", "2"], "--repair needs the checksums"),
         (["--device", "tpu"], "--device is 'tpu'"),
     ],
 )

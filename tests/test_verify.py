@@ -21,7 +21,7 @@ from gradproj.coordinator.merge import merge
 from gradproj.coordinator.output import ranges_text, read_output
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.records import record_name
-from gradproj.verify import IdRanges, verification_lines, verify
+from gradproj.verify import IdRanges, verdict_lines, verification_lines, verify
 
 
 def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
@@ -33,7 +33,7 @@ def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
     assert found.n_bytes == sum(path.stat().st_size for path in [*shards, *records])
     assert (found.n_records, found.n_shards) == (N_UNITS, N_UNITS)
     assert found.by_status == statuses_by_zarr(output)
-    assert verification_lines(found)[-1] == "result        sound and complete"
+    assert verdict_lines(found)[-1] == "result        sound and complete"
 
 
 def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output):
@@ -50,7 +50,7 @@ def test_a_store_that_waits_for_its_merge_is_sound_and_incomplete(output):
     unmerge(output)
     found = verify(output)
     assert (found.damage, found.exit_code) == ([], 3)
-    assert verification_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
+    assert verdict_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
 
 
 def test_a_shard_without_a_record_is_no_damage(output):
@@ -81,7 +81,7 @@ def test_damage_is_found_where_it_is(name, output):
     assert (first.kind, first.unit) == (kind, unit)
     assert what in first.what
     assert {d.unit for d in found.damage if d.kind == "unit"} <= {unit}
-    lines = verification_lines(found)
+    lines = verification_lines(found) + verdict_lines(found)
     assert any(line.startswith("DAMAGED") for line in lines)
     assert lines[-1].startswith("result        damaged, in")
     ways_out = [line for line in lines if line.startswith("way out")]

@@ -26,7 +26,8 @@ class Damage:
     """One thing that is not as it was committed."""
 
     kind: str
-    """``unit`` (compute it again), ``columns`` (merge again) or ``other``."""
+    """``unit`` (compute it again), ``rows`` (the same, though its checksums are right), ``columns`` (merge again) or
+    ``other``."""
     unit: int | None
     path: str
     what: str
