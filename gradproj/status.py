@@ -7,25 +7,20 @@ counted, and it says of how many.
 import json
 import os
 import re
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.activity import UNKNOWN, ClaimedUnit, Speed, read_activity
-from gradproj.coordinator.checks import MergedColumns
-from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.activity import SILENT, UNKNOWN, ClaimedUnit, Speed, read_activity
+from gradproj.coordinator.claims import CONFIRM_AFTER_S, STALE_AFTER_S, Owner
 from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.output import Output, count, ranges_text, read_output
 from gradproj.coordinator.progress import human_seconds
-from gradproj.coordinator.units import read_unit
-from gradproj.errors import ConfigError, StoreError
-from gradproj.store.layout import STATUS
-from gradproj.store.reader import ProjectionStore
-from gradproj.store.records import record_name
+from gradproj.coordinator.rowcounts import rows_by_status
+from gradproj.errors import ConfigError
 
 COMPLETE, FAILED, INCOMPLETE = 0, 1, 3
 """Exit codes; 2 is a user's mistake, as everywhere."""
@@ -86,8 +81,12 @@ class Status:
     n_committed_samples: int
     claimed: list[ClaimedUnit]
     merging: Owner | None
+    merging_process: str | None
+    """What is known of it: ``alive``, ``silent`` or ``unknown``."""
     partial: list[PartialUnit]
     speed: Speed
+    watched_s: float
+    """How long the heartbeats were watched."""
     by_status: dict[str, int] | None
     """Rows by status; None where they were not asked for."""
     n_units_counted: int
@@ -123,7 +122,7 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
     problems: list[str] = []
     by_status, n_counted = None, 0
     if rows is not False:
-        by_status, n_counted = _rows_by_status(output, committed, missing, rows is None, problems)
+        by_status, n_counted = rows_by_status(output, COUNT_FOR_S if rows is None else None, problems)
     return Status(
         output=str(output.path),
         complete=complete,
@@ -135,58 +134,15 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
         n_committed_samples=output.n_samples_in(committed),
         claimed=activity.claimed,
         merging=activity.merging,
+        merging_process=activity.merging_process,
         partial=_partial_units(output, missing),
         speed=activity.speed,
+        watched_s=watch_s,
         by_status=by_status,
         n_units_counted=n_counted,
         failed=None if complete else _failure(output),
         problems=problems,
     )
-
-
-def _rows_by_status(
-    output: Output, committed: np.ndarray, missing: np.ndarray, bounded: bool, problems: list[str]
-) -> tuple[dict[str, int], int]:
-    """``(rows by status, of how many committed units)``."""
-    counts = np.zeros(256, np.int64)
-    n_counted = len(committed)
-    if output.is_merged and not len(missing):
-        with ProjectionStore(output.path) as store:
-            by_name = store.status_counts()
-            counts[[STATUS[name] for name in by_name]] = list(by_name.values())
-    else:
-        merged, n_counted = MergedColumns(output), 0
-        until = time.monotonic() + COUNT_FOR_S
-        # Spread over the store, so that those counted first are not of one domain.
-        for unit in np.random.default_rng(0).permutation(committed).tolist():
-            if bounded and time.monotonic() > until:
-                break
-            try:
-                status = merged.status(unit) if len(missing) else None
-                # Where all wait for the merge, the records are looked at: it works by them.
-                counts += np.bincount(
-                    _recorded_status(output, unit) if status is None else status, minlength=256
-                )
-                n_counted += 1
-            except (StoreError, OSError, ValueError, KeyError) as error:
-                problems.append(f"rows of unit {unit} cannot be counted: {error}")
-        counts[STATUS["missing"]] += output.n_samples_in(missing)
-        # Units that no chosen document lies in have no record; only the merge writes what their rows are.
-        counts[STATUS["not_selected"]] += output.layout.n_samples - output.n_samples_in(output.wanted)
-    return {name: int(counts[code]) for name, code in STATUS.items() if counts[code]}, n_counted
-
-
-def _recorded_status(output: Output, unit: int) -> np.ndarray:
-    """The statuses in a unit's record.
-
-    Raises:
-        StoreError: the record is damaged or another store's, or its shard is not there.
-    """
-    record = read_unit(output.path, unit, output.identity_hash)
-    shard = output.path / output.layout.shard_name(unit)
-    if record.shard is not None and not shard.exists():
-        raise StoreError(f"{output.path / record_name(unit)} has no shard: {shard} is gone")
-    return record.columns["status"]
 
 
 def _partial_units(output: Output, missing: np.ndarray) -> list[PartialUnit]:
@@ -221,20 +177,22 @@ def _failure(output: Output) -> dict[str, Any] | None:
 def status_lines(status: Status) -> list[str]:
     """The status as lines of text."""
     n_missing = sum(b - a for a, b in status.missing_units)
-    running = [c for c in status.claimed if not c.is_over]
+    running = [c for c in status.claimed if not c.is_over and c.process != SILENT]
+    silent = [c for c in status.claimed if c.process == SILENT]
     over = [c for c in status.claimed if c.is_over]
+    n_claimed = len(running) + len(silent)
     share = 100 * status.n_committed_samples / max(status.n_samples, 1)
     lines = [
-        f"units         {status.n_units:,}: {status.n_committed:,} committed, {len(running):,} claimed, "
-        f"{n_missing - len(running):,} left",
+        f"units         {status.n_units:,}: {status.n_committed:,} committed, {n_claimed:,} claimed, "
+        f"{n_missing - n_claimed:,} left",
         f"documents     {status.n_committed_samples:,} of {status.n_samples:,} committed ({share:.1f} %)",
     ]
     if status.by_status is not None:
         lines.append(f"rows          {_rows_text(status)}")
     if status.speed.n_ranks and status.missing_units:
         lines.append(f"speed         {_speed_text(status.speed)}")
-    for label, claims in (("running", running), ("stale", over)):
-        lines += [f"{label:<13} {_claim_text(c)}" for c in claims[:MOST_CLAIMS_SHOWN]]
+    for label, claims in (("running", running), ("silent", silent), ("stale", over)):
+        lines += [f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MOST_CLAIMS_SHOWN]]
         if len(claims) > MOST_CLAIMS_SHOWN:
             lines.append(f"              and {len(claims) - MOST_CLAIMS_SHOWN:,} more")
     if status.partial:
@@ -245,7 +203,8 @@ def status_lines(status: Status) -> list[str]:
             f"{Path(status.partial[0].folder).parent}"
         )
     if status.merging is not None:
-        lines.append(f"merging       {_owner_text(status.merging)}")
+        known = _known_text(status.merging_process or UNKNOWN, status.watched_s)
+        lines.append(f"merging       {_owner_text(status.merging)}{known}")
     if status.failed is not None:
         lines += _failure_lines(status)
     lines += [f"problem       {problem}" for problem in status.problems]
@@ -270,22 +229,27 @@ def _speed_text(speed: Speed) -> str:
     )
 
 
-_KNOWN_OF_PROCESS = {
-    "alive": "",
-    "gone": ", which has ended: the job takes the unit over",
-    "stale": ", whose heartbeat stands still: the job takes the unit over",
-    UNKNOWN: "; whether it lives is not known here (--watch 15 shows it)",
-}
+_TAKEN_OVER_AFTER = f"{human_seconds(STALE_AFTER_S + CONFIRM_AFTER_S)} of that"
 
 
-def _claim_text(claimed: ClaimedUnit) -> str:
+def _known_text(process: str, watched_s: float) -> str:
+    return {
+        "alive": "",
+        "gone": ", which has ended: the job takes it over",
+        "stale": ", whose heartbeat stands still: the job takes it over",
+        SILENT: f"; no sign of life in {watched_s:g} s: the job takes it over after {_TAKEN_OVER_AFTER}",
+        UNKNOWN: "; whether it lives is not known here (--watch 15 shows it)",
+    }[process]
+
+
+def _claim_text(claimed: ClaimedUnit, watched_s: float) -> str:
     done = (
         "nothing reported yet"
         if claimed.n_done is None
         else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
     )
     by = f"an unreadable claim, {claimed.claim}" if claimed.owner is None else _owner_text(claimed.owner)
-    known = "" if claimed.owner is None else _KNOWN_OF_PROCESS[claimed.process]
+    known = "" if claimed.owner is None else _known_text(claimed.process, watched_s)
     return f"unit {claimed.unit}: {done}, by {by}, since {claimed.since or 'just now'}{known}"
 
 
@@ -312,17 +276,27 @@ def _verdict(status: Status) -> str:
         return "yes"
     if status.missing_units:
         n_missing = sum(b - a for a, b in status.missing_units)
-        way_on = "" if status.speed.n_ranks else "; run the job's command again to go on"
-        if status.failed is not None and not status.speed.n_ranks:
-            way_on = "; mend what failed, then run the job's command again"
-        return f"no, {count(n_missing, 'unit')} missing: {ranges_text(status.missing_units)}{way_on}"
+        return f"no, {count(n_missing, 'unit')} missing: {ranges_text(status.missing_units)}{_way_on(status)}"
     return f"no, every unit is committed {_merge_verdict(status)}"
+
+
+def _way_on(status: Status) -> str:
+    n_ranks, n_unknown = status.speed.n_ranks, status.speed.n_unknown
+    if n_ranks > n_unknown:
+        return ""
+    if n_ranks:
+        return "; whether anybody works on them is not known here (--watch 15 shows it)"
+    if status.failed is not None:
+        return "; mend what failed, then run the job's command again"
+    return "; run the job's command again to go on"
 
 
 def _merge_verdict(status: Status) -> str:
     """What is in the way of the merge, or what to do for it."""
-    if status.merging is not None:
+    if status.merging is not None and status.merging_process != SILENT:
         return "and being merged"
+    if status.merging is not None:
+        return f"but whoever merges shows no life; the job's command takes it over after {_TAKEN_OVER_AFTER}"
     if status.problems:
         return (
             f"but cannot be merged; `python -m gradproj verify {status.output} --repair` turns damaged units into "

@@ -134,7 +134,7 @@ def test_a_claim_of_a_process_that_has_ended_is_given_up(output, process):
     assert status.speed.n_ranks == 0
     text = "\n".join(status_lines(status))
     assert "stale         unit 1" in text
-    assert "which has ended: the job takes the unit over" in text
+    assert "which has ended: the job takes it over" in text
 
 
 def test_claims_that_say_nothing_of_work_left_are_not_shown(output, process):

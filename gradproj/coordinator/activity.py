@@ -6,20 +6,30 @@ and that a job's older starts have ended. Of other hosts' processes nothing is k
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from gradproj.coordinator.claims import STALE_AFTER_S, Claim, ClaimBoard, Owner
-from gradproj.coordinator.heartbeats import Progress, heartbeat_counter, read_heartbeats
+from gradproj.coordinator.heartbeats import (
+    INTERVAL_S,
+    Progress,
+    heartbeat_counter,
+    heartbeat_stamps,
+    read_heartbeats,
+)
 from gradproj.coordinator.merge import MERGE_CLAIM
 from gradproj.coordinator.output import Output
 
-ALIVE, GONE, STALE, UNKNOWN = "alive", "gone", "stale", "unknown"
+ALIVE, GONE, STALE, SILENT, UNKNOWN = "alive", "gone", "stale", "silent", "unknown"
 """What is known of a process. ``gone`` by its machine or its job's newer start, ``stale`` by the rule of ten minutes
-without a heartbeat, ``unknown`` on another host that was not watched for so long."""
+without a heartbeat, ``silent`` where it was watched for ``SILENT_AFTER_S`` and wrote nothing, ``unknown`` on another
+host that was not watched for so long."""
+
+SILENT_AFTER_S = 2 * INTERVAL_S
+"""Whoever lives has written a heartbeat within this time."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class ClaimedUnit:
     owner: Owner | None
     """None where the claim's file cannot be read."""
     process: str
-    """``alive``, ``gone``, ``stale`` or ``unknown``."""
+    """``alive``, ``gone``, ``stale``, ``silent`` or ``unknown``."""
     since: str
     """When it was claimed, ISO 8601, by the clock of the file system."""
     claim: str
@@ -47,7 +57,7 @@ class ClaimedUnit:
 
 @dataclass(frozen=True)
 class Speed:
-    """Sums over the ranks that are computing."""
+    """Sums over the ranks that are computing, as far as is known."""
 
     n_ranks: int
     n_unknown: int
@@ -64,6 +74,8 @@ class Activity:
     claimed: list[ClaimedUnit]
     """In unit order; those whose unit is missing."""
     merging: Owner | None
+    merging_process: str | None
+    """What is known of it, as of a claim's."""
     speed: Speed
 
 
@@ -76,17 +88,21 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
         watch_s: look at the heartbeats twice, so many seconds apart, to see which of them move.
     """
     observer = Owner.this_process("status", 0, 0)
-    moved = _watch(output.path / "heartbeats", watch_s)
+    moved = _watch(output, observer, watch_s)
     beats = dict(read_heartbeats(output.path / "heartbeats"))
     claims = _current_claims(output, observer)
     judge = Judge(observer, [*beats, *(c.owner for c in claims if c.owner is not None)], moved, watch_s)
-    running = {owner: beat for owner, beat in beats.items() if judge(owner) not in (GONE, STALE)}
+    known = {owner: beat for owner, beat in beats.items() if judge(owner) not in (GONE, STALE)}
+    running = {owner: beat for owner, beat in known.items() if judge(owner) != SILENT}
     wanted = set(missing.tolist())
-    claimed = [_claimed_unit(output, c, running, judge) for c in claims if c.unit != MERGE_CLAIM]
+    claimed = [_claimed_unit(output, c, known, judge) for c in claims if c.unit != MERGE_CLAIM]
     merger = next((c.owner for c in claims if c.unit == MERGE_CLAIM), None)
+    if merger is not None and judge(merger) in (GONE, STALE):
+        merger = None
     return Activity(
         claimed=[c for c in claimed if c.unit in wanted],
-        merging=None if merger is None or judge(merger) in (GONE, STALE) else merger,
+        merging=merger,
+        merging_process=None if merger is None else judge(merger),
         speed=_speed(output, missing, running, judge),
     )
 
@@ -97,7 +113,7 @@ class Judge:
     def __init__(
         self, observer: Owner, owners: Iterable[Owner], moved: dict[Owner, bool], watched_s: float
     ) -> None:
-        """``moved`` says of each heartbeat that was watched for ``watched_s`` whether it did."""
+        """``moved`` says of each owner that was watched for ``watched_s`` whether its heartbeat did."""
         self._observer, self._moved, self._watched_s = observer, moved, watched_s
         self._newest: dict[str, int] = {}
         for owner in owners:
@@ -108,36 +124,26 @@ class Judge:
             return UNKNOWN
         if owner.generation < self._newest.get(owner.job_id, 0) or owner.is_gone(self._observer):
             return GONE
-        here = self._observer
-        same_place = owner == replace(
-            here, job_id=owner.job_id, generation=owner.generation, rank=owner.rank,
-            pid=owner.pid, pid_start=owner.pid_start,
-        )  # fmt: skip
-        if same_place or self._moved.get(owner):
+        if owner.is_alive(self._observer) or self._moved.get(owner):
             return ALIVE
-        stood_still = self._moved.get(owner) is False
-        return STALE if stood_still and self._watched_s >= STALE_AFTER_S else UNKNOWN
+        if self._moved.get(owner) is False:
+            if self._watched_s >= STALE_AFTER_S:
+                return STALE
+            if self._watched_s >= SILENT_AFTER_S:
+                return SILENT
+        return UNKNOWN
 
 
-def _watch(folder: Path, seconds: float) -> dict[Owner, bool]:
-    """Whether each heartbeat's counter moved, or its file was written again, between two looks."""
+def _watch(output: Output, observer: Owner, seconds: float) -> dict[Owner, bool]:
+    """Whether each owner of a heartbeat or a claim wrote its heartbeat between two looks."""
     if seconds <= 0:
         return {}
-    first = _stamps(folder)
+    folder = output.path / "heartbeats"
+    claimed = {claim.owner for claim in _current_claims(output, observer) if claim.owner is not None}
+    first = heartbeat_stamps(folder)
     time.sleep(seconds)
-    then = _stamps(folder)
-    return {owner: then.get(owner) != stamp for owner, stamp in first.items() if owner in then}
-
-
-def _stamps(folder: Path) -> dict[Owner, tuple[int, int]]:
-    # A file's own time is compared with itself only: whatever clock it is of, a change says that somebody wrote.
-    found = {}
-    for owner, beat in read_heartbeats(folder):
-        try:
-            found[owner] = (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns)
-        except FileNotFoundError:  # its process has just ended
-            continue
-    return found
+    then = heartbeat_stamps(folder)
+    return {o: o in then and then[o] != first.get(o) for o in {*first, *claimed, *then}}
 
 
 def _current_claims(output: Output, observer: Owner) -> list[Claim]:

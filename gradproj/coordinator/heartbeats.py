@@ -96,6 +96,18 @@ def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
     return found
 
 
+def heartbeat_stamps(folder: Path) -> dict[Owner, tuple[int, int]]:
+    """For every owner something that changes as long as its process writes; to be compared with itself only.
+
+    A file's own time is compared with no other clock: whatever clock it is of, a change says that somebody wrote.
+    """
+    found = {}
+    for owner, beat in read_heartbeats(folder):
+        with suppress(FileNotFoundError):  # its process has just ended
+            found[owner] = (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns)
+    return found
+
+
 def heartbeat_counter(folder: Path, owner: Owner) -> int | None:
     """An owner's counter of batches, or None where it has no heartbeat."""
     beat = _read(folder / f"{owner.name}.json")
