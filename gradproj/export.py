@@ -199,9 +199,11 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
     try:
         with _explained(target):
             target.mkdir(parents=True, exist_ok=True)
+        sample_ids = _sample_ids(store)
         for number, (ids, rows) in enumerate(_file_contents(store, export), 1):
+            named = ids if sample_ids is None else sample_ids[ids]
             with _explained(target):
-                path = write_projection_file(target, number, torch.from_numpy(rows), torch.from_numpy(ids))
+                path = write_projection_file(target, number, torch.from_numpy(rows), torch.from_numpy(named))
             yield path
         with _explained(target):
             path = target / "metadata.json"
@@ -222,6 +224,11 @@ def _explained(target: Path) -> Iterator[None]:
             f"--to {target} cannot be written: {why}. Nothing was kept there; free space, mend the permissions, "
             "or choose another folder"
         ) from error
+
+
+def _sample_ids(store: ProjectionStore) -> np.ndarray | None:
+    """The samples of a training run's rows, which has a column of them; a job's rows are at their ids."""
+    return store.array("sample_id") if (store.path / "sample_id").is_dir() else None
 
 
 def _file_contents(store: ProjectionStore, export: Export) -> Iterator[tuple[np.ndarray, np.ndarray]]:

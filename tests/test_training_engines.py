@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 from training_cases import config_of, index_of, make_data, rows_the_slow_way
 
 from gradproj import ProjectionStore, per_sample_loss
+from gradproj.__main__ import main
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
 from gradproj.training.data import batches_of
-from gradproj.training.loop import load_or_make_model
+from gradproj.training.loop import load_or_make_model, set_dropout
 from gradproj.training.ranks import Ranks
-from gradproj.training.rowstore import choose_rows
+from gradproj.training.rowstore import RowStore, choose_rows
 from gradproj.training.validation import Validation
 
 
@@ -170,7 +171,7 @@ def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp
         np.testing.assert_array_equal(store.rows(range(21)), cut)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 4, 6, 8, 13, 21])
+@pytest.mark.parametrize("kept", [0, 4, 6, 21])
 def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
     model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
     for step in range(7):
@@ -189,6 +190,56 @@ def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
         np.testing.assert_array_equal(store.rows(range(kept)), before[:kept])
         assert store.array("step")[kept:].tolist() == [100] * 3 + [101] * 3
         assert np.isfinite(store.rows(range(kept + 6))).all()
+
+
+def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
+    for step in range(3):
+        one_step(model, optimizer, manager, step, ids=(7, 5, 7))
+    manager.cleanup()
+    main(["export", str(tmp_path / "projections"), "--to", str(tmp_path / "pt"), "--rows_per_file", "5"])
+    files = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "pt").glob("*.pt"))]
+    assert torch.cat([file["batch_idx"] for file in files]).tolist() == [7, 5, 7, 10, 8, 10, 13, 11, 13]
+    with ProjectionStore(tmp_path / "projections") as store:
+        np.testing.assert_array_equal(
+            torch.cat([file["proj"] for file in files]).numpy(), store.rows(range(9))
+        )
+
+
+def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
+    """Without processes: two writers of one store, one of them ahead."""
+    by_hand(tmp_path, rows_per_shard=4)[2].cleanup()
+    writers = [RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]
+    dim = writers[0].layout.dim
+    for writer, n, rank in ((writers[1], 11, 1), (writers[0], 6, 0)):
+        columns = {
+            "status": np.ones(n), "loss": np.zeros(n), "n_tokens": np.ones(n), "grad_norm": np.ones(n),
+            "step": np.arange(n), "sample_id": 100 * rank + np.arange(n),
+        }  # fmt: skip
+        writer.add(np.full((n, dim), rank + 1.0, np.float32), columns)
+        writer.close()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == 24
+        status, ids = store.column("status"), store.array("sample_id")
+        assert ids[status == 1].tolist() == [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, *range(104, 111)]
+        assert sorted(set(status.tolist())) == [0, 1, 4]
+    for rank, writer in enumerate([RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]):
+        writer.cut(3 + rank)
+        writer.cover()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.array("sample_id")[store.column("status") == 1].tolist() == [0, 1, 2, 100, 101, 102, 103]
+
+
+def test_dropout_is_what_was_asked_for_whatever_a_checkpoint_says():
+    for family in ("gpt2", "llama", "opt", "gpt_neox"):
+        model = small_model(family).train()
+        ids = torch.arange(3, 15)[None]
+        set_dropout(model, 0.5)
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        set_dropout(model, 0.0)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        known = {k: v for k, v in vars(model.config).items() if k.endswith(("pdrop", "dropout"))}
+        assert {k for k, v in known.items() if v} <= {"summary_first_dropout", "classifier_dropout"}
 
 
 def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):

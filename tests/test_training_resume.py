@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import zarr
 from safetensors.torch import load_file
 from training_cases import config_of, index_of, make_data, tokenizer_of
 
@@ -75,6 +76,21 @@ class Killed(Exception):
     """In place of a kill."""
 
 
+def train_until_killed(monkeypatch, last, config):
+    """Train to the beginning of a step."""
+    real = loop._Run.step
+
+    def step_or_die(self, step):
+        if step == last:
+            raise Killed
+        real(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "step", step_or_die)
+        with pytest.raises(Killed):
+            train(config)
+
+
 @pytest.mark.parametrize(
     "changes", [{"dropout": 0.2}, {"pack": True, "grad_accumulation": 2}, {"precision": "bfloat16"}],
     ids=["dropout", "pack", "bfloat16"],
@@ -82,17 +98,7 @@ class Killed(Exception):
 def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, changes):
     changes = {"max_steps": 9, "checkpoint_interval": 3, **changes}
     train(config_of(data, tmp_path / "whole", **changes))
-    real = loop._Run.step
-
-    def killed_at_8(self, step):
-        if step == 8:
-            raise Killed
-        real(self, step)
-
-    monkeypatch.setattr(loop._Run, "step", killed_at_8)
-    with pytest.raises(Killed):
-        train(config_of(data, tmp_path / "killed", **changes))
-    monkeypatch.setattr(loop._Run, "step", real)
+    train_until_killed(monkeypatch, 8, config_of(data, tmp_path / "killed", **changes))
     result = train(config_of(data, tmp_path / "killed", resume=True, **changes))
     curves = [
         [line.rsplit(",", 1)[0] for line in (tmp_path / name / "loss.csv").read_text().splitlines()]
@@ -104,6 +110,18 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, change
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert result.n_tokens == int(curves[0][-1].split(",")[1])
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000009"]
+
+
+def test_dot_products_of_a_resumed_run_are_those_of_one_in_one_go(data, tmp_path, monkeypatch):
+    changes = {"method": "GradDotProd", "val_shards": str(data / "val"), "checkpoint_interval": 3}
+    train(config_of(data, tmp_path / "whole", **changes))
+    train_until_killed(monkeypatch, 5, config_of(data, tmp_path / "killed", **changes))
+    train(config_of(data, tmp_path / "killed", resume=True, **changes))
+    a, b = (zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("whole", "killed"))
+    for name in ("step", "sample_id", "total"):
+        np.testing.assert_array_equal(a[name][...], b[name][...])
+    values = [(tmp_path / name / "values.md").read_text() for name in ("whole", "killed")]
+    assert values[0] == values[1]
 
 
 def test_resuming_a_finished_run_changes_nothing(data, tmp_path):

@@ -134,7 +134,7 @@ class TrainConfig(EngineConfig):
     )
     weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient; 0 = any"})
-    dropout: float = field(default=0.0, metadata={"help": "of a new model"})
+    dropout: float = field(default=0.0, metadata={"help": "everywhere in the model"})
     precision: str = field(
         default="float32",
         metadata={"help": "bfloat16: autocast; the weights stay float32", "choices": PRECISIONS},

@@ -142,6 +142,8 @@ class GradProjLoraTraining(TrainingEngine):
         # A loop whose checkpoints know nothing of rows can name its step.
         n_rows = self._store.n_rows_to(state["step"]) if "step" in state else state.get("n_rows", 0)
         self._store.cut(n_rows)
+        self.context.ranks.wait()
+        self._store.cover()
 
     def _to_host(self) -> None:
         """Every waiting batch's rows and columns, in their order."""

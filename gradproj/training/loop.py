@@ -71,6 +71,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
+        set_dropout(self._model, config.dropout)
         self._model.to(device).requires_grad_(True).train()
         if config.gradient_checkpointing:
             # Its new name; older releases of transformers 5 know the other.
@@ -218,6 +219,20 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return tokenizer, GPT2LMHeadModel(shape)
+
+
+def set_dropout(model: Any, share: float) -> None:
+    """Give a model one dropout everywhere, and write it into its config: a checkpoint may bring another along."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        for name, value in vars(module).items():
+            # Attention and some families' layers drop by a function, not by a module.
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, share)
+    for name, value in vars(model.config).items():
+        if name.endswith(("pdrop", "dropout")) and not name.startswith(("summary", "classifier")):
+            setattr(model.config, name, share if isinstance(value, int | float) else value)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

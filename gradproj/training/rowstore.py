@@ -5,6 +5,7 @@ The layout is the job's, with the columns ``step`` and ``sample_id`` besides. Ra
 A unit that is not full is written again, whole, when more rows have come.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -101,6 +102,7 @@ class RowStore:
         self.layout = read_layout(self._store)
         self._height = self.layout.rows_per_shard
         self._scratch = folder / "tmp" / f"rank-{rank:05d}"
+        self._lock = folder / "tmp" / "lock"
         with explain_os_errors(folder):
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True)
@@ -165,9 +167,8 @@ class RowStore:
         number, kept = divmod(n_rows, self._height)
         last = self._unit(number)
         self._refuse_lost(n_rows)
-        if self._rank == 0:
-            self._set_length(max(self._n_samples(), self._length_with(number)))
         self._open_unit(number)
+        self.cover()
         if kept:
             self._read_back(last, kept)
         for unit in self._units_on_disk():
@@ -178,6 +179,15 @@ class RowStore:
         if self._rank == 0:
             self._set_length(self._length_with(number))
         self._written = n_rows
+
+    def cover(self) -> None:
+        """Have the store long enough for this rank's rows: after all ranks' ``cut``, in which one sets its length."""
+        wanted = self._length_with(self._number)
+        with self._lock.open("w") as lock:
+            # Ranks that are not in step would take each other's length back.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._n_samples() < wanted:
+                self._set_length(wanted)
 
     def n_rows_to(self, step: int) -> int:
         """How many of this rank's rows on disk are of steps up to this one; steps ascend."""
@@ -219,8 +229,7 @@ class RowStore:
         unit, folder = self._unit(self._number), self._store
         rows = self._stored[: self._filled]
         self._put(folder / "projections" / f"c.{unit}.0", shard_chunks(rows, self.layout))
-        if self._rank == 0:
-            self._set_length(max(self._n_samples(), self._length_with(self._number)))
+        self.cover()
         for name in (*EXTRA, *COLUMNS):
             file_name = f"c.{unit}.0" if name == "key" else f"c.{unit}"
             self._put(folder / name / file_name, [self._columns[name].view(np.uint8).reshape(-1).data])
