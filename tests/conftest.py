@@ -38,3 +38,18 @@ def process():
     yield running
     running.kill()
     running.wait()
+
+
+@pytest.fixture
+def nobody_is_waited_for(monkeypatch):
+    """A foreign owner is taken for dead at the first look."""
+    from gradproj.coordinator import claims as claims_module
+
+    monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
+
+
+@pytest.fixture
+def nothing_is_flushed(monkeypatch):
+    """Nobody crashes here, so the flushes are only waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

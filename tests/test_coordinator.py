@@ -1,4 +1,4 @@
-"""Claims, units and the merge, where they live; real processes kill each other in end_to_end/."""
+"""Claims and units, where they live; real processes kill each other in end_to_end/."""
 
 import dataclasses
 import errno
@@ -15,12 +15,9 @@ from faults import disagreements, fill, gone_owner, make_store
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard, Owner, process_start
-from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.merge import ranges_of, units_in
-from gradproj.coordinator.partial import PartialLog, PartialRows
 from gradproj.coordinator.scratch import make_scratch
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
-from gradproj.errors import OtherSettingsError, StoreError
 from gradproj.store.files import file_sum
 from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.records import UnitRecord, read_record, record_name
@@ -176,6 +173,13 @@ def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
     assert mine.try_claim("00000003")
 
 
+def test_an_owners_name_is_a_file_name(tmp_path):
+    name = owner_like_me(job_id="../../etc/passwd x").name
+    assert os.path.basename(name) == name
+    assert json.dumps(name)
+    assert unit_claim(5) == "00000005"
+
+
 # --- units ---
 
 LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(rows_per_shard=16))
@@ -303,115 +307,6 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-# --- what went wrong ---
-
-
-def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_path):
-    owner = owner_like_me(job_id="slurm-7")
-    note_failure(tmp_path, owner, StoreError("the disk is full"))
-    assert list(tmp_path.iterdir()) == []  # no store, so nothing was begun
-    make_store(tmp_path)
-    note_failure(tmp_path, owner, StoreError("the disk is full"))
-    noted = json.loads((tmp_path / "failed.json").read_text())
-    assert noted["error"] == "the disk is full"
-    assert (noted["job_id"], noted["kind"], noted["exit_code"]) == ("slurm-7", "StoreError", 2)
-    clear_failure(tmp_path)
-    clear_failure(tmp_path)
-    assert not (tmp_path / "failed.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("starts", "clears"),
-    [
-        ("slurm-70_1", True),
-        ("slurm-70_2", False),
-        ("slurm-71", True),
-        ("slurm-70", True),
-        ("local-a_b", True),
-    ],
-)
-def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, starts, clears):
-    make_store(tmp_path)
-    (tmp_path / "logs").mkdir(exist_ok=True)
-    note_failure(tmp_path, owner_like_me(job_id="slurm-70_1"), StoreError("a tar is damaged"))
-    mark = tmp_path / "logs" / "slurm-70_1.failed"
-    assert mark.exists()
-    clear_failure(tmp_path, starts)
-    assert (tmp_path / "failed.json").exists() != clears
-    assert mark.exists() == (starts != "slurm-70_1")
-
-
-def test_a_refusal_for_other_settings_is_no_failure_of_the_store_but_of_its_own_slurm_job(tmp_path):
-    make_store(tmp_path)
-    note_failure(tmp_path, owner_like_me(job_id="slurm-7"), OtherSettingsError("made with other settings"))
-    assert not (tmp_path / "failed.json").exists()
-    assert (tmp_path / "logs" / "slurm-7.failed").exists()
-
-
-def test_a_finished_store_has_no_failure(tmp_path):
-    layout = make_store(tmp_path)
-    note_failure(tmp_path, owner_like_me(), StoreError("the disk is full"))
-    assert fill(tmp_path, layout, owner_like_me(job_id="another"))
-    assert not (tmp_path / "failed.json").exists()
-
-
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])
 def test_ranges_hold_exactly_their_units(units):
     assert units_in(ranges_of(np.array(units, dtype=np.int64))).tolist() == units
-
-
-# --- partial rows ---
-
-
-def part(first, n=3):
-    generator = np.random.default_rng(first)
-    return PartialRows(
-        np.arange(first, first + n),
-        generator.normal(size=(n, 5)).astype(np.float32),
-        generator.normal(size=n).astype(np.float32),
-        np.array([7]),
-        {"a": generator.normal(size=4), "g": generator.normal(size=4), "n_tokens": np.array(12)},
-    )
-
-
-def partial_log(tmp_path, key="key"):
-    (tmp_path / "partial").mkdir(exist_ok=True)
-    return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
-
-
-def test_partial_rows_come_back_bit_by_bit_in_order(tmp_path):
-    log = partial_log(tmp_path)
-    assert log.read() == (0, [])
-    log.append(0, 2, part(0))
-    log.append(2, 7, part(3))
-    done, parts = log.read()
-    assert done == 7
-    for got, want in zip(parts, [part(0), part(3)], strict=True):
-        for name in ("touched", "rows", "losses", "failed"):
-            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
-        assert {k: v.tolist() for k, v in got.covariances.items()} == {
-            k: v.tolist() for k, v in want.covariances.items()
-        }
-
-
-def test_partial_rows_of_other_settings_are_left_alone(tmp_path):
-    partial_log(tmp_path).append(0, 2, part(0))
-    assert partial_log(tmp_path, key="other").read() == (0, [])
-
-
-def test_partial_rows_count_up_to_the_first_damaged_or_missing_file(tmp_path):
-    log = partial_log(tmp_path)
-    for first in (0, 2, 4):
-        log.append(first, first + 2, part(first))
-    damaged = sorted(log.folder.iterdir())[1]
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
-    assert log.read()[0] == 2
-
-
-def test_an_owners_name_is_a_file_name(tmp_path):
-    name = owner_like_me(job_id="../../etc/passwd x").name
-    assert os.path.basename(name) == name
-    assert json.dumps(name)
-    assert unit_claim(5) == "00000005"
