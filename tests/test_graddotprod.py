@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dotprod_cases import (
     trained,
 )
 from models import ragged_batch, small_model
+from torch import nn
 
 from gradproj.training import dotproducts
 from gradproj.training.dotproducts import Dense
@@ -119,6 +121,59 @@ def test_loss_reduction_accumulation_and_a_loss_scale_are_known(reduction):
     assert_same_gradients(model, got)
 
 
+@pytest.mark.parametrize("form", ["mapping", "function", "ids alone", "labels one ahead"])
+def test_validation_data_and_labels_come_in_the_forms_that_loops_have(form):
+    model = small_model("gpt2")
+    train, (ids, labels) = ragged_batch(LENGTHS), ragged_batch([12, 12], seed=5)
+    with GradDotProdEngine(model, (ids, labels)) as engine:
+        wanted = run_batch(engine, model, *train)["total"]
+    model.zero_grad()
+    given = {
+        "mapping": {"input_ids": ids, "labels": labels},
+        "function": lambda: (ids, labels),
+        "ids alone": ids,
+    }
+    if form != "labels one ahead":
+        with GradDotProdEngine(model, given[form]) as engine:
+            found = run_batch(engine, model, *train)["total"]
+    else:
+        ahead = [nn.functional.pad(y[:, 1:], (0, 1), value=-100) for y in (train[1], labels)]
+        with GradDotProdEngine(model, (ids, ahead[1]), labels_shifted=True) as engine:
+            engine.attach_train_batch(train[0], ahead[0], 0, IDS)
+            x, y = engine.prepare_forward_input(train[0], ahead[0])
+            logits = model(input_ids=x, use_cache=False).logits
+            nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+            engine.prepare_gradients()
+            found = engine.aggregate_and_log()["total"]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+class AddsInPlace(nn.Module):
+    """Of a model that adds to its layers' outputs in place, and looks up positions once."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(101, 8), nn.Embedding(32, 8)
+        self.layer, self.norm, self.head = nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 101)
+
+    def forward(self, input_ids, labels, use_cache=False):
+        x = self.places(torch.arange(input_ids.shape[1])[None])
+        x = self.tokens(input_ids).add_(x)
+        x = self.layer(x).add_(x).tanh_()
+        logits = self.head(self.norm(x).mul_(2))
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(loss=loss)
+
+
+def test_a_model_that_writes_into_its_layers_outputs_is_no_exception():
+    torch.manual_seed(0)
+    model = AddsInPlace()
+    train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
+    dots, sizes = explicit(model, *train, validation)
+    with GradDotProdEngine(model, validation) as engine:
+        assert_close(run_batch(engine, model, *train)["per_parameter"], dots, sizes)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_weights_after_steps_with_accumulation_and_clipping_equal_regular_trainings(family):
     regular, _ = trained(False, family=family)
@@ -127,6 +182,7 @@ def test_weights_after_steps_with_accumulation_and_clipping_equal_regular_traini
         assert (got - want).norm() < 1e-5 * want.norm(), name
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_no_row():
     _, plain = trained(True)
     _, checkpointed = trained(True, checkpointing=True)
@@ -134,6 +190,7 @@ def test_gradient_checkpointing_changes_no_row():
         assert checkpointed.shapley_values[sample_id] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_a_checkpointed_block_keeps_no_input_of_its_layers():
     model = small_model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

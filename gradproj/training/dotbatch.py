@@ -42,14 +42,15 @@ class DotBatch:
         """
         if output.shape[0] == 1 and self.n_samples > 1:
             # Positions are looked up once for all samples; expanded, each one gets its own gradient.
-            a, output = (x.expand(self.n_samples, *x.shape[1:]) for x in (a, output))
+            a, output = (x.expand(self.n_samples, *x.shape[1:]).contiguous() for x in (a, output))
         ids = self._by_sample(layer, a.unsqueeze(-1)).squeeze(-1) if layer.is_lookup else None
         if not again:
             for key, kind in layer.kinds.items():
                 self._of(getattr(layer.module, key)).expect(kind, ids)
         if a.dtype != output.dtype and ids is None and Dense in layer.kinds.values():
             a = a.to(output.dtype)  # under autocast, as the product itself has it
-        return _Tap.apply(output, None if ids is not None else a, root, self, layer, ids)
+        in_place = not (output.is_leaf and output.requires_grad)
+        return _Tap.apply(output, None if ids is not None else a, root, self, layer, ids, in_place)
 
     def take(self, layer: DotLayer, a: Tensor, g: Tensor) -> None:
         """Note a layer's input (or ids) and the gradient at its output."""
@@ -116,17 +117,22 @@ class _Tap(torch.autograd.Function):
         batch: DotBatch,
         layer: DotLayer,
         ids: Tensor | None,
+        in_place: bool,
     ) -> Tensor:
         ctx.save_for_backward(a)
         ctx.batch, ctx.layer, ctx.ids = batch, layer, ids
-        return output.view_as(output)
+        if not in_place:
+            return output.view_as(output)
+        # The output itself and no view of it: some models add to a layer's output in place.
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
             ctx.batch.take(ctx.layer, ctx.ids if a is None else a, g)
-        return g, None, None, None, None, None
+        return g, None, None, None, None, None, None
 
 
 class _ParameterSums:

@@ -18,26 +18,21 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(self._group) if together else 1
         self.rank = dist.get_rank(self._group) if together else 0
-        self._before = True
 
     def hold_reducer(self) -> None:
-        """Keep DistributedDataParallel from waiting for gradients that autograd will not make."""
+        """Keep DistributedDataParallel from waiting for gradients that autograd will not make.
+
+        Said again in each forward pass: of the wrapper through which it came, if the model was wrapped later, and
+        because ``no_sync`` has forgotten it at its end.
+        """
+        self._wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None) or self._wrapper
         if self._wrapper is not None:
-            self._before = self._wrapper.require_backward_grad_sync
             self._wrapper.require_backward_grad_sync = False
 
-    def hold_active_reducer(self) -> None:
-        """In a forward pass: likewise of the wrapper through which it came, if it was wrapped later."""
-        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if active is not None and active is not self._wrapper:
-            self.release_reducer()
-            self._wrapper = active
-            self.hold_reducer()
-
     def release_reducer(self) -> None:
-        """As it was before ``hold_reducer``."""
+        """Let it work again."""
         if self._wrapper is not None:
-            self._wrapper.require_backward_grad_sync = self._before
+            self._wrapper.require_backward_grad_sync = True
 
     def means(
         self, parameters: list[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]

@@ -300,7 +300,7 @@ class GradDotProdEngine:
                 "returned; evaluate under torch.no_grad(), or detach_for_evaluation() before"
             )
         self._in_forward = True
-        self._ranks.hold_active_reducer()
+        self._ranks.hold_reducer()
         for parameter in self._parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
