@@ -151,6 +151,14 @@ def test_rows_are_written_also_after_an_exception(tmp_path):
     assert written(tmp_path) == 15
 
 
+def test_rows_are_written_also_where_an_evaluation_fails(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
+    one_step(model, optimizer, manager, 0)
+    manager.detach_for_evaluation()
+    manager.cleanup()
+    assert written(tmp_path) == 3
+
+
 def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=2, rows_per_shard=4)
     for step in range(7):
@@ -163,6 +171,10 @@ def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp
         assert store.layout.n_units == 6
         assert store.array("sample_id").tolist() == list(range(21))
         cut = store.rows(range(21))
+    group = zarr.open_group(tmp_path / "projections" / "projections.zarr", mode="r")
+    np.testing.assert_array_equal(group["projections"][...] * group["row_scale"][...][:, None], cut)
+    assert group["step"].dtype == group["sample_id"].dtype == np.int64
+    assert {array.shape[0] for name, array in group.arrays() if name != "projection_matrices"} == {21}
     model, optimizer, manager = by_hand(tmp_path / "whole", proj_save_interval=2)
     for step in range(7):
         one_step(model, optimizer, manager, step)
@@ -368,6 +380,15 @@ def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["val_loss"] != "" for row in rows] == [False, True, False, True, True]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_picture_is_left_out_and_the_way_to_it_named(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    train(config_of(data, tmp_path, max_steps=2))
+    assert "no loss.png without matplotlib: pip install 'gradproj[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):

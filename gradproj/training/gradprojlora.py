@@ -14,7 +14,7 @@ from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, StoreError
 from gradproj.layers import without_wrappers
 from gradproj.loss import IGNORE
-from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
+from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
 from gradproj.store.writer import pack_matrices
 from gradproj.training.engines import EngineContext, TrainingEngine
 from gradproj.training.rowstore import (
@@ -78,6 +78,7 @@ class GradProjLoraTraining(TrainingEngine):
         self._labels: Tensor | None = None
         self._unwritten_steps: set[int] = set()
         self._store = self._open_store()
+        self._closed = False
         self._engine.attach()
 
     # --- batches ---
@@ -128,10 +129,12 @@ class GradProjLoraTraining(TrainingEngine):
         self._engine.reattach_after_evaluation()
 
     def cleanup(self) -> None:
-        if self._engine.is_attached:
-            self._engine.detach()
-            self._to_host()
-            self._store.close()
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.detach()
+        self._to_host()
+        self._store.close()
 
     def state_dict(self) -> dict[str, Any]:
         self.save_metrics(self._step)
@@ -183,13 +186,11 @@ class GradProjLoraTraining(TrainingEngine):
             check_same(folder, attributes)
         elif ranks.is_first:
             shutil.rmtree(folder / STORE_NAME, ignore_errors=True)
-            packed = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in self._matrices()}
-            create_row_store(folder, self._layout(), attributes, pack_matrices(self._layers, packed))
+            drawn = self._engine.projection_matrices.items()
+            matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
+            create_row_store(folder, self._layout(), attributes, pack_matrices(self._layers, matrices))
         ranks.wait()
         return RowStore(folder, ranks.rank, ranks.world_size)
-
-    def _matrices(self) -> Any:
-        return self._engine.projection_matrices.items()
 
     def _layout(self) -> StoreLayout:
         settings, ranks = self.context.settings, self.context.ranks
@@ -227,22 +228,16 @@ class GradProjLoraTraining(TrainingEngine):
             },
         }
 
-    @property
-    def layers(self) -> list[LayerSlice]:
-        """Where each layer's values lie in a row."""
-        return self._layers
-
-    @property
-    def waiting_rows(self) -> int:
-        """Rows that are not on the host yet."""
-        return sum(len(batch.rows) for batch in self._waiting)
-
 
 def _of_batch(values: Any, n: int, unknown: float) -> np.ndarray:
     """``(n,)`` values of a batch's samples."""
     if values is None:
         return np.full(n, unknown)
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if isinstance(values, Tensor):
+        # numpy has no bfloat16.
+        values = values.detach().float() if values.is_floating_point() else values
+        values = values.cpu().numpy()
+    array = np.asarray(values)
     if array.shape != (n,):
         raise ConfigError(f"a batch of {n} samples was given {array.shape} ids or losses; give one for each")
     return array

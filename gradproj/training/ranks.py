@@ -88,10 +88,9 @@ def start_ranks(process: Process, device: torch.device) -> Iterator[Ranks]:
         yield Ranks()
         return
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield Ranks(process.rank, process.world_size)
-    finally:
-        torch_dist.destroy_process_group()
+    yield Ranks(process.rank, process.world_size)
+    # Not after an error: the other ranks may wait in an exchange that this one would wait for in turn.
+    torch_dist.destroy_process_group()
 
 
 def without_exchange(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -108,7 +108,10 @@ def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
     assert run(ranks, 2, **whole).count("Trained on") == 1
     run(ranks, 2, **parts | {"max_steps": 4, "checkpoint_interval": 4})
     run(ranks, 2, **parts | {"checkpoint_interval": 4}, resume=True)
-    assert curve_in(tmp_path / "parts") == curve_in(tmp_path / "whole")
+    run(ranks, 2, **settings_of(data, tmp_path / "regular", **changes | {"method": "Regular"}))
+    assert curve_in(tmp_path / "parts") == curve_in(tmp_path / "whole") == curve_in(tmp_path / "regular")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("regular", "whole", "parts")]
+    assert all(torch.equal(weights[0][k], w[k]) for w in weights[1:] for k in weights[0])
     want, steps, ids = rows_the_slow_way(config_of(data, tmp_path, **changes), data, world_size=2)
     expected = {(step, sample_id): row for row, step, sample_id in zip(want, steps, ids, strict=True)}
     for folder in ("whole", "parts"):
