@@ -1,5 +1,8 @@
 """OUTPUT is deleted, or another store begun under its name, while a process works on it: nothing of it gets there."""
 
+import errno
+import json
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +15,7 @@ from gradproj.coordinator.merge import read_unit
 from gradproj.coordinator.partial import PartialRows
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.errors import StoreError
+from gradproj.store.opening import WhichStore
 from gradproj.store.records import encode_record, record_name
 
 PART = PartialRows(np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {})
@@ -98,6 +102,29 @@ def test_a_merge_changes_the_attributes_and_not_which_store_it_is(tmp_path):
     attributes = tmp_path / "projections.zarr" / "zarr.json"
     attributes.write_text(attributes.read_text().replace('"complete": false', '"complete": true'))
     assert queue.commit(fake_rows(layout, 0))
+
+
+@pytest.mark.parametrize(
+    ("times", "code", "read"), [(2, errno.ESTALE, True), (3, errno.ESTALE, False), (1, errno.EIO, False)]
+)
+def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
+    tmp_path, monkeypatch, times, code, read
+):
+    make_store(tmp_path)
+    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.load, [times]
+
+    def stale(file):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, os.strerror(code))
+        return load(file)
+
+    monkeypatch.setattr(json, "load", stale)
+    if read:
+        assert which()[0] == IDENTITY
+    else:
+        with pytest.raises(StoreError, match=rf"cannot read .*/zarr\.json \(.*{os.strerror(code)}\)"):
+            which()
 
 
 def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):

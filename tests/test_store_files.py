@@ -50,6 +50,16 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(tmp_path, monkeypatch):
+    def stale(handle):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "fsync", stale)
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/x'"):
+        write_file_durably(tmp_path / "x", [b"data"])
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

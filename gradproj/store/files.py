@@ -73,6 +73,7 @@ def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str,
 
     Raises:
         StoreError: the disk is full, read-only or not the user's.
+        FileNotFoundError: its folder is gone, or was deleted meanwhile with the file.
     """
     total, checksum = 0, 0
     with explain_os_errors(tmp_path):
@@ -84,8 +85,11 @@ def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str,
                     checksum = crc32c(data, checksum)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:
+        except BaseException as error:
             Path(tmp_path).unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ESTALE:
+                # How NFS says that another machine has deleted the file: as here, it is not found.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path)) from error
             raise
     return {"bytes": total, "crc32c": checksum}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -56,20 +57,27 @@ class WhichStore:
         Raises:
             StoreError: it cannot be read.
         """
-        try:
-            # Opened, not only looked at: over NFS an open asks the server, whatever this machine remembers.
-            with open(self._path, "rb") as file:
-                found, seen = os.fstat(file.fileno()), self._seen
-                stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-                if seen is None or seen[0] != stamp:
-                    attributes = json.load(file).get("attributes", {})
-                    seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
-                    self._seen = seen
-                return seen[1]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot read {self._path} ({error})") from error
+        for again in (True, True, False):
+            try:
+                return self._read()
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError) as error:
+                # Over NFS a file that a merge elsewhere replaces can go between its opening and its reading.
+                if not again or getattr(error, "errno", None) != errno.ESTALE:
+                    raise StoreError(f"cannot read {self._path} ({error})") from error
+        raise AssertionError("unreachable")
+
+    def _read(self) -> tuple[Any, Any]:
+        # Opened, not only looked at: over NFS an open asks the server, whatever this machine remembers.
+        with open(self._path, "rb") as file:
+            found, seen = os.fstat(file.fileno()), self._seen
+            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen is None or seen[0] != stamp:
+                attributes = json.load(file).get("attributes", {})
+                seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
+                self._seen = seen
+            return seen[1]
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
