@@ -3,13 +3,14 @@
 import json
 import os
 import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.claims import ALIVE_FOR_S, Owner
 
 INTERVAL_S = 5.0
 """Between two heartbeats; less in a rank's first seconds, so that a short job shows its speed too."""
@@ -97,15 +98,57 @@ def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
 
 
 def heartbeat_stamps(folder: Path) -> dict[Owner, tuple[int, int]]:
-    """For every owner something that changes as long as its process writes; to be compared with itself only.
+    """For every owner something that changes as long as its process writes; to be compared with itself only."""
+    return {owner: stamp for owner, _, stamp in _read_stamped(folder)}
 
-    A file's own time is compared with no other clock: whatever clock it is of, a change says that somebody wrote.
-    """
-    found = {}
+
+def _read_stamped(folder: Path) -> list[tuple[Owner, Progress, tuple[int, int]]]:
+    # A file's own time is compared with no other clock: whatever clock it is of, a change says that somebody wrote.
+    found = []
     for owner, beat in read_heartbeats(folder):
         with suppress(FileNotFoundError):  # its process has just ended
-            found[owner] = (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns)
+            found.append((owner, beat, (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns)))
     return found
+
+
+@dataclass
+class _Sign:
+    """What was last seen of a heartbeat."""
+
+    stamp: tuple[int, int]
+    since: float
+    """Of our clock: when it was first seen like this."""
+    has_moved: bool = False
+
+
+class RanksAtWork:
+    """The heartbeats of ranks that are known to live, as one process sees them from look to look.
+
+    One of another machine is left behind by a rank that died, until it is seen to move; and again once it has stood
+    still for ``ALIVE_FOR_S``.
+
+    Args:
+        folder: ``OUTPUT/heartbeats``.
+        observer: this process.
+    """
+
+    def __init__(self, folder: Path, observer: Owner) -> None:
+        self._folder, self._observer = folder, observer
+        self._signs: dict[Owner, _Sign] = {}
+
+    def look(self) -> list[tuple[Owner, Progress]]:
+        """The heartbeats as they are now of those that live."""
+        now, known, alive = time.monotonic(), self._signs, []
+        self._signs = {}
+        for owner, beat, stamp in _read_stamped(self._folder):
+            sign = known.get(owner)
+            if sign is None or sign.stamp != stamp:
+                sign = _Sign(stamp, now, has_moved=sign is not None)
+            self._signs[owner] = sign
+            moves = sign.has_moved and now - sign.since < ALIVE_FOR_S
+            if owner.is_alive(self._observer) or (moves and not owner.is_gone(self._observer)):
+                alive.append((owner, beat))
+        return alive
 
 
 def heartbeat_counter(folder: Path, owner: Owner) -> int | None:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gradproj.coordinator.claims import Owner
-from gradproj.coordinator.heartbeats import Progress, read_heartbeats
+from gradproj.coordinator.heartbeats import Progress, RanksAtWork, read_heartbeats
 from gradproj.store.layout import StoreLayout
 from gradproj.store.records import list_records
 
@@ -31,7 +31,7 @@ class Snapshot:
     """Documents of committed units and of batches finished in running ones."""
     total: int
     n_tokens: int
-    """Tokens computed by the ranks that are alive, since they started."""
+    """Tokens computed by the ranks that count, since they started."""
     seconds: float
     """The longest time that one of them has been computing."""
     tokens_per_second: float
@@ -45,13 +45,22 @@ class Snapshot:
 
 
 def take_snapshot(
-    output: Path, layout: StoreLayout, wanted: np.ndarray, observer: Owner | None = None
+    output: Path,
+    layout: StoreLayout,
+    wanted: np.ndarray,
+    observer: Owner | None = None,
+    ranks: RanksAtWork | None = None,
 ) -> Snapshot:
-    """Look at the records and heartbeats; those of processes known to be gone do not count."""
+    """Look at the records and heartbeats; those of processes known to be gone do not count.
+
+    With ``ranks``, only those that are known to live do.
+    """
     recorded = np.intersect1d(list_records(output / "units"), wanted, assume_unique=True)
-    alive = [
-        b for b in read_heartbeats(output / "heartbeats") if observer is None or not b[0].is_gone(observer)
-    ]
+    if ranks is not None:
+        alive = ranks.look()
+    else:
+        beats = read_heartbeats(output / "heartbeats")
+        alive = [b for b in beats if observer is None or not b[0].is_gone(observer)]
     running = {p.unit: p.unit_samples for _, p in alive if p.unit >= 0}
     open_units = np.setdiff1d(np.fromiter(running, np.int64, len(running)), recorded)
     done = _rows_in(recorded, layout) + sum(running[unit] for unit in open_units.tolist())
@@ -93,7 +102,10 @@ class ProgressDisplay:
         self._where = (output, layout, wanted, observer)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        # Where it begins, all count that may live: what they have computed is no progress since.
         first = take_snapshot(*self._where)
+        self._ranks = RanksAtWork(output / "heartbeats", observer)
+        self._ranks.look()
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
         self._every_s = (
@@ -127,7 +139,7 @@ class ProgressDisplay:
             pause = self._every_s
 
     def _show(self, last: bool = False) -> None:
-        now = take_snapshot(*self._where)
+        now = take_snapshot(*self._where, self._ranks)
         speed = f"{now.tokens_per_second:,.0f} tokens/s, {now.n_ranks} rank{'s' * (now.n_ranks != 1)}{_spread(now)}"
         if not self._bar.disable:
             self._bar.set_postfix_str(speed, refresh=False)
