@@ -54,11 +54,12 @@ def test_inner_products_are_those_of_explicit_gradients_and_grad_is_the_training
     torch.testing.assert_close(found["total"].double(), dots.sum(1), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("way", ["pairs of tokens", "tiles of one sample", "tiles of oneDNN's"])
-def test_both_ways_to_an_inner_product_are_that_of_explicit_gradients(way, monkeypatch):
-    monkeypatch.setattr(Dense, "_by_tokens_is_cheaper", lambda *_: way == "pairs of tokens")
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("way", ["samples", "pairs", "product"])
+def test_every_way_to_an_inner_product_is_that_of_explicit_gradients(way, onednn, monkeypatch):
+    monkeypatch.setattr(Dense, "way", lambda *_: way)
     monkeypatch.setitem(dotproducts.TILE_VALUES, "cpu", 23)
-    if way == "tiles of oneDNN's":
+    if onednn:
         monkeypatch.setattr(dotproducts, "LEAST_ONEDNN_FLOPS", 0)
     left, right = torch.randn(5, 7, 13), torch.randn(5, 7, 11)
     each = torch.einsum("nsl,nsr->nlr", left.double(), right.double())
@@ -67,12 +68,22 @@ def test_both_ways_to_an_inner_product_are_that_of_explicit_gradients(way, monke
     torch.testing.assert_close(dots.double(), (each[:3] * each[3:].sum(0)).sum((1, 2)), rtol=1e-4, atol=1e-4)
 
 
+def test_the_way_follows_from_the_shapes():
+    def way(n_train, length, left, right, n_validation=1):
+        n = n_train + n_validation
+        return Dense(torch.empty(n, length, left), torch.empty(n, length, right)).way(n_train)
+
+    assert way(4, 512, 768, 3072, 2) == "samples"  # long samples: a look at each gradient is cheap
+    assert way(2, 64, 768, 3072) == "pairs"  # few tokens, a large weight
+    assert way(512, 8, 128, 512, 128) == "product"  # so many short ones that neither is
+
+
 def test_no_tensor_as_large_as_all_samples_gradients_is_made(monkeypatch):
     made = []
     product = dotproducts._product
     monkeypatch.setattr(dotproducts, "_product", lambda *args: made.append(product(*args)) or made[-1])
     monkeypatch.setitem(dotproducts.TILE_VALUES, "cpu", 512)
-    monkeypatch.setattr(Dense, "_by_tokens_is_cheaper", lambda *_: False)
+    monkeypatch.setattr(Dense, "way", lambda *_: "samples")
     model = small_model("gpt2")
     with GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine:
         run_batch(engine, model, *ragged_batch(LENGTHS))

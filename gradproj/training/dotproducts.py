@@ -6,7 +6,7 @@ per-sample gradient is kept: at most one tile of one sample's exists at a time, 
 tokens take its place ("ghost": arXiv:2009.03106 for norms, arXiv:2406.11011 for inner products).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gradproj.products import linear
 
-TILE_VALUES = {"cpu": 2**20, "cuda": 2**26}
-"""Values of a weight's gradient worked on at once: what a CPU's cache holds (4 MB), and what fills a GPU."""
+TILE_VALUES = {"cpu": 2**20, "cuda": 2**22}
+"""Values of a weight's gradient worked on at once: what fits a CPU's and a GPU's last cache, three times."""
 
-ELEMENTWISE_FLOPS = 60
-"""What reading a tile again for its inner product and its sum costs, a value, in FLOPs of a product beside it."""
+ELEMENTWISE_FLOPS = {"cpu": 60, "cuda": 800}
+"""What reading a tile again for its inner product and its sum costs, a value, in FLOPs of a product beside it: measured
+on a CPU; for a GPU reckoned from an H100's bandwidths."""
 
 START_FLOPS = 1e6
 """What starting a product costs, likewise."""
@@ -46,25 +47,39 @@ class Dense:
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """As ``Vector.sums``: the gradient is ``(L, R)``."""
         train, validation = (self.left[:n_train], self.right[:n_train]), self._validation(n_train)
-        if self._by_tokens_is_cheaper(n_train):
-            left, right = (side.flatten(0, 1) for side in train)
-            # The side of the tokens is smaller than the weight wherever this way is chosen.
-            gradient = _product(left, right * scale)
-            return gradient, token_pairs(_pairs(left, validation[0]), (right, validation[1]), n_train)
-        return _sample_by_sample(*train, *validation, scale)
+        way = self.way(n_train)
+        if way == "samples":
+            return _sample_by_sample(*train, *validation, scale)
+        left, right = (side.flatten(0, 1) for side in train)
+        if way == "pairs":
+            dots = token_pairs(_pairs(left, validation[0]), (right, validation[1]), n_train)
+        else:
+            wanted = _product(*validation).to(left.dtype)
+            dots = _pairs(left, wanted.t()).mul_(right).view(n_train, -1).sum(1)
+        if len(left) < left.shape[1] and right.dtype == _wide_dtype(right):
+            return _product(left, right * scale), dots  # the smaller of the two is multiplied
+        return _product(left, right).mul_(scale), dots
 
-    def _validation(self, n_train: int) -> tuple[Tensor, Tensor]:
-        return self.left[n_train:].flatten(0, 1), self.right[n_train:].flatten(0, 1)
+    def way(self, n_train: int) -> str:
+        """The cheapest way to the inner products, by counting FLOPs.
 
-    def _by_tokens_is_cheaper(self, n_train: int) -> bool:
-        """Whether all pairs of a training and a validation token cost less than a gradient of each sample."""
+        ``samples``: a tile of one sample's gradient after the other; ``pairs``: inner products of all training with all
+        validation tokens; ``product``: the training tokens times the validation gradient, one product more.
+        """
         n, length, left = self.left.shape
         right = self.right.shape[-1]
         tokens, validation = n_train * length, (n - n_train) * length
-        n_tiles = max(1, left * right // _tile_values(self.left))
-        pairs = 2 * tokens * validation * (left + right) + 4 * START_FLOPS
-        samples = left * right * (2 * validation + n_train * ELEMENTWISE_FLOPS)
-        return pairs < samples + 3 * n_train * n_tiles * START_FLOPS
+        n_tiles = max(1, left * right // _on_device(TILE_VALUES, self.left))
+        looks = n_train * _on_device(ELEMENTWISE_FLOPS, self.left)
+        costs = {
+            "samples": left * right * (2 * validation + looks) + 3 * n_train * n_tiles * START_FLOPS,
+            "pairs": 2 * tokens * validation * (left + right) + 4 * START_FLOPS,
+            "product": left * right * 2 * (validation + tokens) + 4 * START_FLOPS,
+        }
+        return min(costs, key=lambda name: costs[name])
+
+    def _validation(self, n_train: int) -> tuple[Tensor, Tensor]:
+        return self.left[n_train:].flatten(0, 1), self.right[n_train:].flatten(0, 1)
 
 
 @dataclass
@@ -177,7 +192,7 @@ def _sample_by_sample(
 ) -> tuple[Tensor, Tensor]:
     """A tile of one sample's gradient after the other: the arithmetic of the whole product, and one look at each."""
     width, height = right.shape[-1], left.shape[-1]
-    rows = max(1, min(height, _tile_values(left) // width))
+    rows = max(1, min(height, _on_device(TILE_VALUES, left) // width))
     gradient = torch.empty(height, width, dtype=_wide_dtype(left), device=left.device)
     dots = []
     for start in range(0, height, rows):
@@ -209,8 +224,8 @@ def _sides(n_train: int) -> tuple[slice, slice]:
     return slice(None, n_train), slice(n_train, None)
 
 
-def _tile_values(x: Tensor) -> int:
-    return TILE_VALUES.get(x.device.type, TILE_VALUES["cuda"])
+def _on_device(values: Mapping[str, int], x: Tensor) -> int:
+    return values.get(x.device.type, values["cuda"])
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
