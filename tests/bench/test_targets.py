@@ -95,3 +95,10 @@ def test_compiling_the_blocks_does_not_slow_the_engine():
         pytest.skip(str(error))
     # On an EPYC 0.99 of the time for GPT-2 and 0.93 for a Llama, which is why it is off by default.
     assert all(ratio <= 1.05 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("model", ["gpt2", "small"])
+def test_grad_dot_prod_costs_its_validation_share_and_at_most_a_tenth(model):
+    import bench_training
+
+    assert bench_training.measure(model, 3)["GradDotProd"] <= 1.10
