@@ -129,6 +129,23 @@ def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
         assert list((tmp_path / folder).iterdir()) == []
 
 
+def test_a_completed_store_has_no_heartbeats_but_of_those_that_live(tmp_path):
+    layout = make_store(tmp_path)
+    dead, living = (Heartbeat(tmp_path / "heartbeats", fake_owner(n), Progress()) for n in (1, 2))
+    dead.write()
+    with living, Heartbeat(tmp_path / "heartbeats", here(), Progress()):
+        assert fill(tmp_path, layout, here())
+        left = {path.stem for path in (tmp_path / "heartbeats").glob("*.json")}
+        assert here().name in left
+        assert dead.owner.name not in left
+        living.write()
+        assert {path.stem for path in (tmp_path / "heartbeats").glob("*.json")} == {
+            here().name,
+            living.owner.name,
+        }
+    assert list((tmp_path / "heartbeats").iterdir()) == []
+
+
 def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_again(tmp_path):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())

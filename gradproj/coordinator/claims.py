@@ -166,6 +166,7 @@ class ClaimBoard:
         owner: this process.
         heartbeat_of: an owner's heartbeat counter, or None where it has no heartbeat.
         check: asked when the scratch folder has gone; its error says that OUTPUT has, too, or is another one.
+        forget_heartbeat_of: deletes the heartbeat of an owner whose claim was taken over; one that lives writes anew.
     """
 
     folder: Path
@@ -173,6 +174,7 @@ class ClaimBoard:
     owner: Owner
     heartbeat_of: Callable[[Owner], int | None]
     check: Callable[[], None] = lambda: None
+    forget_heartbeat_of: Callable[[Owner], None] = lambda owner: None
     _seen: dict[tuple[str, int], _Sighting] = field(default_factory=dict)
     _mine: dict[str, int] = field(default_factory=dict)
 
@@ -221,6 +223,7 @@ class ClaimBoard:
                 return
             if claim.owner is not None and claim.owner != self.owner:
                 fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner, self.check)
+                self.forget_heartbeat_of(claim.owner)
                 faults.at("old owner fenced")
 
     def owns(self, unit: str) -> bool:
@@ -296,10 +299,18 @@ class ClaimBoard:
         sighting, now = self._look(claim)
         return sighting.has_moved and now - sighting.since < ALIVE_FOR_S
 
+    def is_silent(self, claim: Claim, seconds: float) -> bool:
+        """Whether nothing is known of the owner, and its heartbeat has not moved for so long."""
+        if claim.released or (claim.owner is not None and claim.owner.is_alive(self.owner)):
+            return False
+        sighting, now = self._look(claim)
+        return now - sighting.since >= seconds
+
     def _look(self, claim: Claim) -> tuple[_Sighting, float]:
         beat = None if claim.owner is None else self.heartbeat_of(claim.owner)
         key, now = (claim.unit, claim.number), time.monotonic()
         sighting = self._seen.get(key)
-        if sighting is None or sighting.beat != beat:
+        # One that has gone is no sign of life: it goes with whatever claim of its owner is taken over first.
+        if sighting is None or (beat is not None and sighting.beat != beat):
             sighting = self._seen[key] = _Sighting(beat, now, has_moved=sighting is not None)
         return sighting, now

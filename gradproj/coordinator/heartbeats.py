@@ -151,6 +151,12 @@ class RanksAtWork:
         return alive
 
 
+def forget_heartbeat(folder: Path, owner: Owner) -> None:
+    """Delete an owner's heartbeat; one that lives writes its own again within seconds."""
+    with suppress(OSError):  # a folder turned read-only: it is one file more
+        (folder / f"{owner.name}.json").unlink(missing_ok=True)
+
+
 def heartbeat_counter(folder: Path, owner: Owner) -> int | None:
     """An owner's counter of batches, or None where it has no heartbeat."""
     beat = _read(folder / f"{owner.name}.json")

@@ -15,7 +15,7 @@ import numpy as np
 from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import forget_failure
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import Progress, forget_heartbeat, read_heartbeats
 from gradproj.coordinator.units import read_unit
 from gradproj.store.files import write_and_replace
 from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
@@ -177,11 +177,19 @@ class _Merge:
         faults.at("metadata merged")
         if complete:
             forget_failure(self._output)
+            self._forget_heartbeats()
         # The last word: with it the store is complete, and everything else is in its place.
         self._go_on()
         update_attributes(self._store, changes, scratch)
         faults.at("attributes updated")
         return stats
+
+    def _forget_heartbeats(self) -> None:
+        """Of ranks that died: those that live, to wait for this merge or to end, write theirs again within seconds."""
+        mine = None if self._claims is None else self._claims.owner
+        for owner, _ in read_heartbeats(self._output / "heartbeats"):
+            if owner != mine:
+                forget_heartbeat(self._output / "heartbeats", owner)
 
     def _go_on(self) -> None:
         """Ask, before anything is written, whether to go on; and show that this process lives."""

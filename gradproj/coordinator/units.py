@@ -20,9 +20,10 @@ import numpy as np
 from gradproj.coordinator import faults
 from gradproj.coordinator.claims import ClaimBoard, Owner
 from gradproj.coordinator.guard import StoreGuard
-from gradproj.coordinator.heartbeats import heartbeat_counter
+from gradproj.coordinator.heartbeats import forget_heartbeat, heartbeat_counter
 from gradproj.coordinator.partial import PartialLog, partial_folder
 from gradproj.coordinator.scratch import make_scratch, make_scratch_again, remove_scratch
+from gradproj.coordinator.waiting import WaitNotice
 from gradproj.errors import StoreError
 from gradproj.store.files import (
     file_sum,
@@ -88,7 +89,9 @@ class UnitQueue:
             owner,
             lambda other: heartbeat_counter(output / "heartbeats", other),
             self.guard.check_folders,
+            lambda other: forget_heartbeat(output / "heartbeats", other),
         )
+        self._notice = WaitNotice(self.claims)
 
     # --- which ---
 
@@ -122,6 +125,8 @@ class UnitQueue:
             if taken:
                 wait_s = WAIT_S[0]
             elif self._waits_for_others():
+                if self.owner.rank == 0:  # one of each job will do
+                    self._notice.say(unit_claim(unit) for unit in pending.tolist())
                 self._pause(wait_s)
                 wait_s = min(2 * wait_s, WAIT_S[1])
             else:
