@@ -7,7 +7,6 @@ import json
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from faults import disagreements, fill, gone_owner, make_store
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard, Owner, process_start
-from gradproj.coordinator.heartbeats import Heartbeat, Progress, read_heartbeats
 from gradproj.coordinator.merge import ranges_of, units_in
 from gradproj.coordinator.scratch import make_scratch
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
@@ -286,72 +284,6 @@ def test_a_unit_whose_owner_shows_no_life_is_waited_for_and_then_computed(tmp_pa
     assert next(mine.take()) == 0
     assert time.monotonic() - started > 0.5
     assert mine.commit(unit_rows(0))
-
-
-def test_a_heartbeat_goes_with_its_owner_s_claim(tmp_path, monkeypatch):
-    old, mine = (
-        queue(tmp_path, owner_like_me(**AWAY), wanted=[0]),
-        queue(tmp_path, owner_like_me(), wanted=[0]),
-    )
-    with Heartbeat(tmp_path / "heartbeats", mine.owner, Progress()):
-        left = Heartbeat(tmp_path / "heartbeats", old.owner, Progress(batches=3))
-        left.write()
-        assert next(old.take()) == 0
-        monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.0)
-        monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
-        assert next(mine.take()) == 0
-        assert [owner for owner, _ in read_heartbeats(tmp_path / "heartbeats")] == [mine.owner]
-        left.write()  # it had only stood still
-        assert len(read_heartbeats(tmp_path / "heartbeats")) == 2
-
-
-def test_a_heartbeat_that_is_taken_away_is_no_sign_of_life(tmp_path, monkeypatch):
-    now, beats = [0.0], {}
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
-    far = owner_like_me(**AWAY)
-    assert board(tmp_path, far).try_claim("00000003")
-    mine = board(tmp_path, owner_like_me(), beats)
-    beats[far.name] = 7
-    claim = mine.read("00000003", 0)
-    assert not mine.is_stale(claim)
-    now[0] = claims_module.STALE_AFTER_S - 1
-    beats.clear()  # by whoever took another of its claims over
-    assert not mine.is_stale(claim)
-    assert not mine.is_at_work(claim)
-    now[0] += 2
-    assert not mine.is_stale(claim)
-    now[0] += claims_module.CONFIRM_AFTER_S
-    assert mine.is_stale(claim)
-    beats[far.name] = 8  # it lives after all
-    assert not mine.is_stale(claim)
-    assert mine.is_at_work(claim)
-
-
-def test_whom_a_rank_waits_for_is_said_once(tmp_path, monkeypatch, capsys):
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
-    monkeypatch.setattr(claims_module, "time", clock)
-    monkeypatch.setattr(units_module, "time", clock)
-    other, wanted = owner_like_me(host="nodeB", boot_id="b"), [0, 1, 2, 3]
-    assert len(list(itertools.islice(queue(tmp_path, owner_like_me(**AWAY), wanted=[0, 1]).take(), 2))) == 2
-    assert next(queue(tmp_path, other, wanted=[2]).take()) == 2
-    assert next(queue(tmp_path, owner_like_me(rank=1), wanted=[3]).take()) == 3  # lives, and is known to
-    said = []
-
-    def stopping():
-        now[0] += 1.0
-        said.append(capsys.readouterr().err)
-        return now[0] > 100
-
-    for rank in (0, 1):
-        said.clear()
-        mine = queue(tmp_path, owner_like_me(rank=rank, job_id="another"), wanted=wanted, stopping=stopping)
-        now[0] = 0.0
-        mine.claims.heartbeat_of = lambda owner: now[0] if owner.host == "nodeB" else 5
-        assert list(mine.take()) == []
-        lines = "".join(said)
-        want = "waiting for 2 units of elsewhere, taken over after 11 minutes without a sign of life\n"
-        assert lines == (want if rank == 0 else "")
 
 
 def test_a_pause_ends_when_the_job_is_to_stop(tmp_path, monkeypatch):
