@@ -21,6 +21,7 @@ from dotprod_cases import (
 from models import ragged_batch, small_model
 from torch import nn
 
+from gradproj.errors import ModelError
 from gradproj.training import dotproducts
 from gradproj.training.dotproducts import Dense
 from gradproj.training.graddotprod import GradDotProdEngine
@@ -160,26 +161,29 @@ def test_validation_data_and_labels_come_in_the_forms_that_loops_have(form):
 
 
 class AddsInPlace(nn.Module):
-    """Of a model that adds to its layers' outputs in place, and looks up positions once."""
+    """Of a model that adds to its layers' outputs in place, looks up positions once and flattens its tokens."""
 
-    def __init__(self):
+    def __init__(self, n_dims=1):
         super().__init__()
+        self.n_dims = n_dims
         self.tokens, self.places = nn.Embedding(101, 8), nn.Embedding(32, 8)
         self.layer, self.norm, self.head = nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 101)
 
     def forward(self, input_ids, labels, use_cache=False):
-        x = self.places(torch.arange(input_ids.shape[1])[None])
-        x = self.tokens(input_ids).add_(x)
-        x = self.layer(x).add_(x).tanh_()
+        places = torch.arange(input_ids.shape[1])
+        x = self.tokens(input_ids).add_(self.places(places if self.n_dims == 1 else places[None]))
+        x = self.layer(x.flatten(0, 1)).unflatten(0, input_ids.shape).add_(x).tanh_()
         logits = self.head(self.norm(x).mul_(2))
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return SimpleNamespace(loss=loss)
 
 
-def test_a_model_that_writes_into_its_layers_outputs_is_no_exception():
+@pytest.mark.parametrize("n_dims", [1, 2])
+@pytest.mark.parametrize("lengths", [LENGTHS, [24, 24, 24, 24]])  # 24 positions are a multiple of 6 samples
+def test_a_model_that_writes_into_its_layers_outputs_is_no_exception(n_dims, lengths):
     torch.manual_seed(0)
-    model = AddsInPlace()
-    train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
+    model = AddsInPlace(n_dims)
+    train, validation = ragged_batch(lengths), ragged_batch([24, 7], seed=5)
     dots, sizes = explicit(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
         assert_close(run_batch(engine, model, *train)["per_parameter"], dots, sizes)
@@ -302,3 +306,19 @@ def test_nothing_is_left_after_detaching_and_an_evaluation_leaves_no_trace():
     torch.testing.assert_close(run_batch(engine, model, *train)["total"], plain, rtol=0, atol=0)
     engine.detach()
     assert (hooks_of(model), [p.requires_grad for p in model.parameters()]) == before
+
+
+class TurnsTokensRound(AddsInPlace):
+    def forward(self, input_ids, labels, use_cache=False):
+        self.layer(self.tokens(input_ids).transpose(0, 1))
+
+
+def test_a_layer_of_which_nobody_knows_the_samples_is_an_error():
+    model = TurnsTokensRound()
+    with (
+        GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine,
+        pytest.raises(
+            ModelError, match=r"a Linear works on \(25, 6\) positions in a batch of 6 samples of 25 tokens"
+        ),
+    ):
+        run_batch(engine, model, *ragged_batch(LENGTHS))

@@ -18,13 +18,14 @@ class DotBatch:
 
     Args:
         n_train: training samples.
-        n_validation: validation samples.
+        shape: ``(n_samples, n_positions)`` of the whole batch.
         scale: makes the joined loss's gradient at training samples that of the training batch's own loss.
         deliver: is given every parameter's gradient over the training samples, once, when it is whole.
     """
 
-    def __init__(self, n_train: int, n_validation: int, scale: float, deliver: Deliver) -> None:
-        self.n_train, self.n_samples = n_train, n_train + n_validation
+    def __init__(self, n_train: int, shape: tuple[int, int], scale: float, deliver: Deliver) -> None:
+        self.n_train = n_train
+        self.n_samples, self._n_positions = shape
         self.n_taken = 0
         self._scale, self._deliver = scale, deliver
         self._sums: dict[nn.Parameter, _ParameterSums] = {}
@@ -40,10 +41,12 @@ class DotBatch:
             root: any tensor that requires a gradient; makes the graph start here where it has not yet.
             again: a checkpointed block runs again in the backward pass; its first run has been noted.
         """
-        if output.shape[0] == 1 and self.n_samples > 1:
-            # Positions are looked up once for all samples; expanded, each one gets its own gradient.
-            a, output = (x.expand(self.n_samples, *x.shape[1:]).contiguous() for x in (a, output))
-        ids = self._by_sample(layer, a.unsqueeze(-1)).squeeze(-1) if layer.is_lookup else None
+        if self._is_shared(a.shape if layer.is_lookup else a.shape[:-1]):
+            # Positions, looked up once for all samples; expanded, each sample gets its own gradient.
+            a = self._for_each_sample(a, a.dim() - (not layer.is_lookup))
+            output = self._for_each_sample(output, output.dim() - 1)
+        self._check(layer, output.shape[:-1])
+        ids = self._by_sample(a.unsqueeze(-1)).squeeze(-1) if layer.is_lookup else None
         if not again:
             for key, kind in layer.kinds.items():
                 self._of(getattr(layer.module, key)).expect(kind, ids)
@@ -61,8 +64,8 @@ class DotBatch:
             )
         self.n_taken += 1
         if not layer.is_lookup:
-            a = self._by_sample(layer, a)
-        for key, share in layer.shares(layer.module, a, self._by_sample(layer, g)):
+            a = self._by_sample(a)
+        for key, share in layer.shares(layer.module, a, self._by_sample(g)):
             if key in layer.kinds:
                 parameter = getattr(layer.module, key)
                 self._of(parameter).add(share)
@@ -91,15 +94,28 @@ class DotBatch:
         if gradient is not None:
             self._deliver(parameter, gradient)
 
-    def _by_sample(self, layer: DotLayer, x: Tensor) -> Tensor:
-        """``(N, S, H)`` from ``(N, ..., H)`` or ``(N * S, H)``."""
+    def _is_shared(self, places: torch.Size) -> bool:
+        """Whether a layer works on positions that belong to no sample: ``(1, S)`` or ``(S,)``."""
+        return places[0] == 1 < self.n_samples or tuple(places) == (self._n_positions,)
+
+    def _for_each_sample(self, x: Tensor, n_dims: int) -> Tensor:
+        """``(1, S, ...)`` or ``(S, ...)``, of which ``n_dims`` count places, for every sample."""
+        x = x.unsqueeze(0) if n_dims == 1 else x
+        return x.expand(self.n_samples, *x.shape[1:]).contiguous()
+
+    def _check(self, layer: DotLayer, places: torch.Size) -> None:
+        """Refuse a layer of whose ``(N, ...)`` or ``(N * S,)`` places the samples are not known."""
         n = self.n_samples
-        if x.shape[0] == n or (x.dim() == 2 and x.shape[0] % n == 0):
-            return x.reshape(n, -1, x.shape[-1])
-        raise ModelError(
-            f"GradDotProd: a {type(layer.module).__name__} works on {tuple(x.shape[:-1])} positions in a batch of {n} "
-            "samples, so its samples cannot be told apart; freeze it with requires_grad_(False)"
-        )
+        if places[0] != n and tuple(places) != (n * self._n_positions,):
+            raise ModelError(
+                f"GradDotProd: a {type(layer.module).__name__} works on {tuple(places)} positions in a batch of {n} "
+                f"samples of {self._n_positions} tokens, so its samples cannot be told apart; freeze it with "
+                "requires_grad_(False)"
+            )
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """``(N, S, H)`` from ``(N, ..., H)`` or ``(N * S, H)``."""
+        return x.reshape(self.n_samples, -1, x.shape[-1])
 
 
 class _Tap(torch.autograd.Function):

@@ -209,8 +209,8 @@ class GradDotProdEngine:
                 f"prepare_forward_input: call attach_train_batch with these {len(X_train)} samples first"
             )
         joined = self._joined = self._joiner.join(X_train, Y_train)
-        n_validation = len(joined.labels) - joined.n_train
-        self._batch = DotBatch(joined.n_train, n_validation, joined.train_scale, self._deliver)
+        n, length = joined.labels.shape
+        self._batch = DotBatch(joined.n_train, (n, length), joined.train_scale, self._deliver)
         return joined.input_ids, joined.labels
 
     def prepare_gradients(self) -> None:
