@@ -78,6 +78,10 @@ def test_a_hidden_process_of_another_user_is_not_known_to_be_gone(no_proc, monke
         assert not owner.is_alive(owner_like_me())
 
 
+def test_a_pid_that_no_process_can_have_is_of_none():
+    assert owner_like_me(pid=2**70).is_gone(owner_like_me())
+
+
 def test_a_process_is_known_to_live_on_its_own_machine_only(gone_process):
     assert owner_like_me().is_alive(owner_like_me(rank=3, job_id="another"))
     assert not owner_like_me(pid_start=7).is_alive(owner_like_me())

@@ -127,7 +127,7 @@ def _is_hidden(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # nobody's, or a number that no pid can have
         return False
     except PermissionError:  # another user's
         return True
