@@ -23,7 +23,8 @@ from torch import nn
 
 from gradproj.errors import ModelError
 from gradproj.training import dotproducts
-from gradproj.training.dotproducts import Dense
+from gradproj.training.dotlayers import find_dot_layers
+from gradproj.training.dotproducts import Dense, Vector
 from gradproj.training.graddotprod import GradDotProdEngine
 
 CASES = {
@@ -322,3 +323,27 @@ def test_a_layer_of_which_nobody_knows_the_samples_is_an_error():
         ),
     ):
         run_batch(engine, model, *ragged_batch(LENGTHS))
+
+
+class LooksLikeANorm(nn.LayerNorm):
+    """Its weight acts twice, so that the rule of a layer norm is not its own."""
+
+    def forward(self, x):
+        return super().forward(x) * self.weight
+
+
+@pytest.mark.parametrize(
+    "layer", [LooksLikeANorm(6), nn.GroupNorm(2, 6), nn.PReLU(6), nn.BatchNorm1d(6)], ids=str
+)
+def test_a_layer_that_only_looks_like_a_norm_is_not_taken_for_one(layer):
+    with pytest.raises(ModelError, match=type(layer).__name__):
+        find_dot_layers(layer)
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6)], ids=str)
+def test_a_norm_is_known_by_what_it_does_and_trying_it_leaves_nothing(layer):
+    before = torch.random.get_rng_state()
+    (found,) = find_dot_layers(layer)
+    assert set(found.kinds.values()) == {Vector}
+    assert all(p.grad is None and p.requires_grad for p in layer.parameters())
+    assert torch.equal(torch.random.get_rng_state(), before)

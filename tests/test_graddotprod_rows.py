@@ -42,6 +42,26 @@ def test_rows_are_written_in_the_order_seen_and_values_are_their_sums(tmp_path):
         assert value == pytest.approx(float(rows["value"][rows["sample_id"] == sample_id].sum()), rel=1e-5)
 
 
+def test_values_use_each_parameters_own_rate_and_need_a_rate_and_an_id():
+    model, train, validation = small_model("gpt2"), ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS)
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:7], "lr": 0.25}]
+    found = {}
+    for name, rate in {"optimizer": torch.optim.SGD(groups), "function": lambda: 0.5, "none": None}.items():
+        with GradDotProdEngine(model, validation, learning_rate=rate) as engine:
+            found[name] = run_batch(engine, model, *train)
+            engine.attach_train_batch(*train, 1)
+            loss_of(model, *engine.prepare_forward_input(*train)).backward()
+            engine.prepare_gradients()
+            assert engine.aggregate_and_log()["sample_id"].tolist() == [-1] * 4
+            assert set(engine.shapley_values) == (set() if name == "none" else set(IDS))
+    dots = found["none"]["per_parameter"]
+    wanted = 0.5 * dots[:, :3].sum(1) + 0.25 * dots[:, 3:7].sum(1)
+    torch.testing.assert_close(found["optimizer"]["value"], wanted)
+    torch.testing.assert_close(found["function"]["value"], 0.5 * dots.sum(1))
+    assert found["none"]["value"].isnan().all()
+
+
 def test_a_resumed_run_cuts_the_rows_of_later_steps_and_goes_on(tmp_path):
     _, whole = trained(True, tmp_path / "whole")
     _, wanted = columns(tmp_path / "whole")
@@ -132,7 +152,8 @@ def test_a_parameter_that_no_rule_describes_is_named():
     [
         ({"loss_reduction": "median"}, "loss_reduction is 'median'; choose mean or sum"),
         ({"save_interval": -1}, "save_interval must be at least 0, got -1"),
-        ({"accumulation": 0}, "accumulation must be at least 1, got 0"),
+        ({"accumulation": 0}, "accumulation must be more than 0, got 0"),
+        ({"loss_scale": -1.0}, r"loss_scale must be more than 0, got -1\.0"),
         ({"val_data": "text"}, "val_data is str; give"),
         ({"val_data": (torch.ones(2, 3), torch.ones(2, 4))}, r"of one shape, got \(2, 3\) and \(2, 4\)"),
         ({"val_data": torch.ones(2, 1, dtype=torch.int64)}, "val_data has no target token"),

@@ -147,7 +147,7 @@ def _agrees(module: nn.Module, normalise: Callable[[Any, Tensor], Tensor]) -> bo
         if not isinstance(out, Tensor) or out.shape != x.shape:
             return False
         got = torch.autograd.grad(out, list(own.values()), g, allow_unused=True)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False  # it takes something else than hidden states
     rule = {"weight": (g * normalise(module, x)).sum((0, 1)), "bias": g.sum((0, 1))}
     return all(

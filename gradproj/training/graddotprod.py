@@ -23,6 +23,8 @@ from gradproj.training.dotrows import DotRows
 from gradproj.training.joined import Joined, Joiner
 from gradproj.training.values import learning_rates
 
+Number = float | Callable[[], float]
+
 
 class GradDotProdEngine:
     """Per-sample inner products ``<g_i, g_validation>`` while a model trains.
@@ -60,8 +62,9 @@ class GradDotProdEngine:
         save_interval: ``should_save_metrics`` asks for a write after so many steps; 0 = at the end only.
         learning_rate: for Shapley values: a number, a function, or the optimizer (each parameter's own rate, as it is
             when ``aggregate_and_log`` is called); None sums no values.
-        accumulation: micro-batches of a step, by whose number the loop divides its loss.
-        loss_scale: what else the loop multiplies its loss by and divides out of ``.grad`` later (``scaler.get_scale``).
+        accumulation: what the loop divides its loss by and leaves in ``.grad``, as the number of micro-batches of a
+            step; a number, or a function that is asked after each backward pass.
+        loss_scale: what the loop multiplies its loss by and divides out of ``.grad`` later (``scaler.get_scale``).
         labels_shifted: labels are one position ahead already (a loop with a loss of its own).
         resume_step: the last step in the checkpoint that training goes on from; later rows are cut.
 
@@ -80,15 +83,16 @@ class GradDotProdEngine:
         result_dir: str | Path | None = None,
         save_interval: int = 1,
         learning_rate: Any = None,
-        accumulation: int = 1,
-        loss_scale: float | Callable[[], float] = 1.0,
+        accumulation: Number = 1,
+        loss_scale: Number = 1.0,
         labels_shifted: bool = False,
         resume_step: int | None = None,
     ) -> None:
         if save_interval < 0:
             raise ConfigError(f"save_interval must be at least 0, got {save_interval}")
-        if accumulation < 1:
-            raise ConfigError(f"accumulation must be at least 1, got {accumulation}")
+        for name, number in (("accumulation", accumulation), ("loss_scale", loss_scale)):
+            if not callable(number) and not number > 0:
+                raise ConfigError(f"{name} must be more than 0, got {number}")
         if hasattr(module, "_orig_mod"):
             raise ModelError(
                 "GradDotProd cannot look into a compiled model: give it the model before torch.compile"
@@ -248,10 +252,8 @@ class GradDotProdEngine:
         batch, joined = self._batch, self._joined
         if batch is None or joined is None or self._noted is None or not self._prepared:
             raise ModelError("aggregate_and_log: call prepare_gradients() first, after loss.backward()")
-        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        factor = (
-            joined.train_scale * joined.validation_scale * self.accumulation / scale**2 / self._ranks.size
-        )
+        factor = joined.train_scale * joined.validation_scale / self._ranks.size
+        factor *= _now(self.accumulation) / _now(self.loss_scale) ** 2
         dots = batch.dots(self._parameters).double().cpu() * factor
         step, ids = self._noted
         rows = {
@@ -332,6 +334,10 @@ class GradDotProdEngine:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
+
+
+def _now(number: Number) -> float:
+    return float(number() if callable(number) else number)
 
 
 def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
