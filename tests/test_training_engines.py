@@ -382,6 +382,18 @@ def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sum_that_nobody_announced_is_refused():
+    model = small_model("gpt2").train()
+    X, Y = ragged_batch([5, 6])
+    with GhostEngineManager({"method": "GradDotProd"}, model, val_data=(X, Y), loss="sum") as manager:
+        manager.attach_train_batch(X, Y, 0)
+        inputs, labels = manager.prepare_forward_input(X, Y)
+        model(input_ids=inputs, labels=labels).loss.backward()
+        manager.prepare_gradients()
+        with pytest.raises(ModelError, match=r"takes per_sample_loss\(model, ...\).sum\(\)"):
+            manager.aggregate_and_log()
+
+
 def test_without_matplotlib_the_picture_is_left_out_and_the_way_to_it_named(
     data, tmp_path, monkeypatch, capsys
 ):

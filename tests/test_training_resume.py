@@ -1,6 +1,7 @@
 """Laws of going on: the data's position, checkpoints, ranks, and what is refused."""
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,11 @@ import zarr
 from safetensors.torch import load_file
 from training_cases import config_of, index_of, make_data, tokenizer_of
 
+from gradproj.corpus.index import save_index
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.training import loop, train
 from gradproj.training.checkpoints import Checkpoints, random_state, restore_random_state
-from gradproj.training.data import DataPosition, TrainedDocuments, batches_of, shuffled_documents
+from gradproj.training.data import DataPosition, TrainedDocuments, batches_of, open_corpus, shuffled_documents
 from gradproj.training.loop import rate_at
 from gradproj.training.ranks import Ranks
 from gradproj.training.validation import Validation
@@ -52,6 +54,15 @@ def test_ranks_share_out_every_document_of_an_epoch_once(data, tmp_path):
     alone = itertools.takewhile(lambda b: b.position.epoch == 0, batches_of(config, index, tokenizer))
     assert sorted(seen) == sorted(i for batch in alone for i in batch.sample_ids.tolist())
     assert len(seen) == len(set(seen)) > 60
+
+
+def test_the_index_beside_the_tars_is_taken_and_must_be_theirs(data, tmp_path):
+    tars = shutil.copytree(data / "tars", tmp_path / "tars")
+    made = save_index(open_corpus(str(tars)), tars / "corpus.json")
+    assert open_corpus(str(tars)) == open_corpus(str(tars / "corpus.json")) == made
+    sorted(tars.glob("*.tar"))[-1].unlink()
+    with pytest.raises(CorpusError, match="1 tars, the index has 2"):
+        open_corpus(str(tars))
 
 
 def test_documents_left_out_at_the_beginning_are_those_of_the_whole_order(data):

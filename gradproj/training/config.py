@@ -65,9 +65,8 @@ class EngineConfig:
             raise ConfigError(f"--proj_save_interval must be at least 0, got {self.proj_save_interval}")
         if self.loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
-        # Both check their own.
-        assert self.projection
-        assert self.store
+        # Both check their own values when they are made.
+        _ = self.projection, self.store
 
     @classmethod
     def of(cls, config: Any) -> "EngineConfig":

@@ -24,6 +24,8 @@ class TrainResult:
     """Mean nats per target token over the last 20 steps."""
     n_tokens: int
     seconds: float
+    n_steps: int
+    """Of ``max_steps``; fewer where it was told to stop."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class LossCurve:
         """The run so far."""
         mean = sum(self._recent) / max(1, len(self._recent))
         last = self.points[-1] if self.points else None
-        return TrainResult(mean, last.tokens if last else 0, last.seconds if last else 0.0)
+        tokens, seconds = (last.tokens, last.seconds) if last else (0, 0.0)
+        return TrainResult(mean, tokens, seconds, len(self.points))
 
     def as_list(self) -> list[dict[str, Any]]:
         """For a checkpoint."""

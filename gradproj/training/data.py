@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gradproj.batching import collate
 from gradproj.corpus.documents import Document
-from gradproj.corpus.index import SAMPLES_PER_BLOCK, CorpusIndex, build_index, list_tars, load_index
+from gradproj.corpus.index import (
+    SAMPLES_PER_BLOCK,
+    CorpusIndex,
+    build_index,
+    default_index_path,
+    list_tars,
+    load_index,
+)
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError, StoreError
 from gradproj.loss import IGNORE
@@ -73,8 +80,17 @@ class TrainBatch:
 
 
 def open_corpus(shards: str) -> CorpusIndex:
-    """The corpus named by ``--shards``: an index file's, or one made from the tars."""
-    return load_index(Path(shards)) if shards.endswith(".json") else build_index(list_tars(shards))
+    """The corpus named by ``--shards``: an index file's, that of the index beside the tars, or one made from them.
+
+    Raises:
+        CorpusError: there is no such corpus, or the index is of other tars.
+    """
+    if shards.endswith(".json"):
+        return load_index(Path(shards))
+    paths, beside = list_tars(shards), default_index_path(shards)
+    if beside is not None and beside.is_file():
+        return load_index(beside).relocated(paths)
+    return build_index(paths)
 
 
 def make_folder(flag: str, path: str) -> Path:

@@ -1,12 +1,11 @@
 """GradDotProd in a training loop: its engine behind the loop's calls."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, ModelError
 from gradproj.loss import LOSS_WEIGHTS, loss_key
 from gradproj.training.engines import EngineContext, TrainingEngine
 from gradproj.training.graddotprod import GradDotProdEngine
@@ -35,19 +34,20 @@ class GradDotProdTraining(TrainingEngine):
             result_dir=settings.result_dir or None,
             save_interval=settings.proj_save_interval,
             learning_rate=context.optimizer,
-            accumulation=1 if summed else settings.grad_accumulation,
-            loss_scale=self._scale if summed else 1.0,
+            accumulation=self._divisor if summed else settings.grad_accumulation,
             resume_step=context.resume_step,
         )
         self.engine.attach()
 
-    def _scale(self) -> float:
-        """The root of what the summed loss was multiplied by.
-
-        The engine divides it out of both gradients of an inner product; it belongs to the training sample's, whose part
-        in the step's loss it is, and not to the validation batch's.
-        """
-        return math.sqrt(float(LOSS_WEIGHTS[loss_key(self.context.model)][0]))
+    def _divisor(self) -> float:
+        """What the loop divided the summed loss by: asked after backward, when ``per_sample_loss`` knows it."""
+        weights = LOSS_WEIGHTS.get(loss_key(self.context.model))
+        if weights is None:
+            raise ModelError(
+                'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; with '
+                'the mean of transformers\' own loss leave loss="sum" out'
+            )
+        return 1 / float(weights[0])
 
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None

@@ -95,7 +95,8 @@ class GradProjLoraTraining(TrainingEngine):
             self._engine.attach_train_batch(X, labels=Y, loss_reduction="mean")
 
     def aggregate_and_log(self, losses: Tensor | None = None) -> None:
-        labels, self._labels = self._labels, None
+        labels, ids = self._labels, self._ids
+        self._labels = self._ids = None
         rows = self._engine.collect_batch()
         n_tokens = None if labels is None else (labels[:, 1:] != IGNORE).sum(dim=1)
         if n_tokens is None and self.context.settings.loss_reduction == "mean":
@@ -103,7 +104,7 @@ class GradProjLoraTraining(TrainingEngine):
                 "--loss_reduction mean divides a row by its number of targets: give attach_train_batch the labels, "
                 "or take --loss_reduction sum"
             )
-        self._waiting.append(_Waiting(rows, n_tokens, losses, self._step, self._ids))
+        self._waiting.append(_Waiting(rows, n_tokens, losses, self._step, ids))
         self._unwritten_steps.add(self._step)
         if sum(batch.rows.nbytes for batch in self._waiting) > MOST_WAITING_BYTES:
             self._to_host()

@@ -20,6 +20,7 @@ from gradproj.dist import Process, choose_device
 from gradproj.errors import ModelError
 from gradproj.loss import per_sample_loss
 from gradproj.model import check_vocabulary, load_model, load_tokenizer, positions_of
+from gradproj.stopping import StopRequest
 from gradproj.store.files import explain_os_errors
 from gradproj.training.checkpoints import Checkpoints, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig
@@ -40,23 +41,31 @@ RANK_SEED = 1_000_003
 """Ranks differ in what dropout draws, and in nothing else."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     """Train; results go to ``--result_dir``. Equal settings, ranks, threads and device give bitwise equal weights.
+
+    Args:
+        config: the run.
+        stop: asked after every step; where any rank's is true all save a checkpoint and return, unfinished.
 
     Raises:
         GradprojError: the model, the tokenizer, the corpus or the folder cannot be used.
     """
-    process = Process.from_environment()
+    process, stop = Process.from_environment(), stop or StopRequest()
     device, warning = choose_device(config.device, process.local_rank)
     if warning and process.rank == 0:
         print(warning, file=sys.stderr, flush=True)
     folder = make_folder("--result_dir", config.result_dir)
     with start_ranks(process, device) as ranks:
         run = _Run(config, folder, device, ranks)
+        stop.drain()
         with run.manager:
             for step in range(run.done + 1, config.max_steps + 1):
                 run.step(step)
-                run.save(step)
+                stopping = bool(ranks.total(stop())[0])
+                run.save(step, at_once=stopping)
+                if stopping and step < config.max_steps:
+                    return run.result()
         return run.finish()
 
 
@@ -164,10 +173,10 @@ class _Run:
         self.manager.reattach_after_evaluation()
         return loss
 
-    def save(self, step: int) -> None:
-        """A checkpoint where it is due: every so many steps, and at the end."""
+    def save(self, step: int, at_once: bool) -> None:
+        """A checkpoint where it is due: every so many steps, at the end, and where nothing may follow."""
         interval = self._config.checkpoint_interval
-        if interval and (step % interval == 0 or step == self._config.max_steps):
+        if at_once or (interval and (step % interval == 0 or step == self._config.max_steps)):
             own = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
             self._checkpoints.save(
                 step, self._model, self._tokenizer, self._optimizer, self._curve.as_list(), own
@@ -187,6 +196,10 @@ class _Run:
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)
         self._ranks.wait()
+        return self.result()
+
+    def result(self) -> TrainResult:
+        """What the run has come to."""
         return self._curve.result()
 
 
