@@ -86,6 +86,7 @@ class GradProjLoraTraining(TrainingEngine):
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
     ) -> None:
+        """Note step, ids and labels, whose targets are counted; without a step it is the next."""
         self._step = self._step + 1 if iter_num is None else int(iter_num)
         self._ids, self._labels = None if batch_idx is None else _of_batch(batch_idx, len(X), 0), Y
         if Y is None:
@@ -95,6 +96,7 @@ class GradProjLoraTraining(TrainingEngine):
             self._engine.attach_train_batch(X, labels=Y, loss_reduction="mean")
 
     def aggregate_and_log(self, losses: Tensor | None = None) -> None:
+        """Take the rows of the batch that has just run backward; they stay on the device until they are due."""
         labels, ids = self._labels, self._ids
         self._labels = self._ids = None
         rows = self._engine.collect_batch()
