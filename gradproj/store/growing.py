@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from gradproj.errors import StoreError
-from gradproj.store.files import explain_os_errors
+from gradproj.store.files import explain_os_errors, temporary_beside
 
 ROWS_PER_CHUNK = 1024
 
@@ -74,15 +74,18 @@ class GrowingTable:
         return np.asarray(self._arrays[name][:])
 
     def _create(self, attributes: Mapping[str, Any]) -> zarr.Group:
-        self.path.mkdir(parents=True, exist_ok=True)
-        group = zarr.create_group(str(self.path))
+        # Under another name until it is whole: a run killed here starts again as if it had never been.
+        unfinished = temporary_beside(self.path)
+        unfinished.mkdir(parents=True)
+        group = zarr.create_group(str(unfinished))
         for name, (dtype, width) in self._columns.items():
             shape = (0,) if width is None else (0, width)
             chunks = (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
             fill = np.nan if dtype.kind == "f" else -1
             group.create_array(name, shape=shape, chunks=chunks, dtype=dtype, fill_value=fill)
         group.attrs.update({**attributes, "n_rows": 0})
-        return group
+        unfinished.replace(self.path)
+        return zarr.open_group(str(self.path), mode="r+")
 
     def _check(self, attributes: Mapping[str, Any]) -> None:
         there = dict(self._group.attrs)
