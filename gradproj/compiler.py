@@ -1,6 +1,7 @@
 """torch's compiler: whether the machine has what it needs, a model's block through it, its failures in one line."""
 
 import importlib
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,16 @@ def compiled_block(block: nn.Module) -> Callable[..., Any]:
             return compiled(*args, **kwargs)
 
     return forward
+
+
+@contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """Compiled blocks run as they are: for a few batches in another precision no graphs are worth making."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and an import here would take seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.batching import Batch, BatchConfig, collate, plan_batches
+from gradproj.compiler import nothing_compiled
 from gradproj.engine import GradProjLoraEngine
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.unit import PreparedUnit
@@ -161,7 +162,7 @@ def check_precision(
         return f"{dtype} is not checked: the first documents make no row", False
     try:
         rows = rows_of(model, engine, documents, "batched", batch)
-        with _in_float32(model):
+        with _in_float32(model), nothing_compiled():
             reference = rows_of(model, engine, documents, "batched", batch)
     except (torch.OutOfMemoryError, MemoryError):
         unknown = (

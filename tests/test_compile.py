@@ -11,7 +11,7 @@ from models import ragged_batch, small_model
 from torch import nn
 
 from gradproj import compiler, probe
-from gradproj.compiler import check_compiler, compiler_errors_explained
+from gradproj.compiler import check_compiler, compiler_errors_explained, nothing_compiled
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError
 from gradproj.loss import per_sample_loss
@@ -193,3 +193,18 @@ def test_plan_says_that_there_is_no_compiler_and_exits_with_2(tmp_path):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("gradproj: --compile: this machine lacks a C++ compiler")
     assert not os.path.exists(tmp_path / "out")
+
+
+def test_what_is_compiled_runs_as_it_is_where_no_graphs_are_worth_making():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    with nothing_compiled():
+        assert function(torch.ones(2)).tolist() == [2, 2]
+    assert seen == []
+    assert function(torch.ones(2)).tolist() == [2, 2]
+    assert len(seen) == 1
