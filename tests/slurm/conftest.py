@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cluster import find_daemons, running_cluster
 from jobs import make_corpus, make_model, mixed_documents, run_job
 
-N_SAMPLES, ROWS_PER_UNIT = 1280, 16
+N_SAMPLES, ROWS_PER_UNIT = 3840, 16
+"""Enough for three starts of a job on a quiet machine: no disturbance may come when all is done."""
 SETTINGS = {
     "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 64, "batch_size": 1, "rows_per_shard": ROWS_PER_UNIT,
     "device": "cpu",
