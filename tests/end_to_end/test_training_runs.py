@@ -1,6 +1,8 @@
 """Training as real processes: killed and resumed, and two ranks that train one model and fill one store."""
 
 import csv
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -56,14 +58,16 @@ def run(ranks, world_size=1, **settings):
     return "".join(rank.output for rank in ended)
 
 
-def kill_at(ranks, step, log, **settings):
-    """Start a run, and end it by -9 once its curve has come to a step."""
+def end_at(ranks, step, how, log, **settings):
+    """Start a run, and send it a signal once its curve has come to a step; how it ended."""
     start(ranks, **settings)
+    (pid,) = ranks._running
     until = time.monotonic() + 60
     while not log.exists() or len(log.read_text().splitlines()) <= step:
         assert time.monotonic() < until, "it does not train"
         time.sleep(0.002)
-    assert [ended.status for ended in ranks.kill_all()] == [-signal.SIGKILL], "it ended before it was killed"
+    os.kill(pid, how)
+    return ranks.wait_for_one()
 
 
 def curve_in(folder):
@@ -86,13 +90,17 @@ def assert_same_run(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_run_killed_twice_and_resumed_is_the_run_that_nobody_killed(ranks, data, tmp_path):
+def test_a_run_ended_three_times_and_resumed_is_the_run_that_nobody_ended(ranks, data, tmp_path):
     changes = RUN | {"val_shards": str(data / "val")}
     settings = settings_of(data, tmp_path / "killed", **changes)
-    kill_at(
-        ranks, 4, tmp_path / "killed" / "loss.csv", **settings, resume=True
-    )  # before the first checkpoint
-    kill_at(ranks, 33, tmp_path / "killed" / "loss.csv", **settings, resume=True)
+    log = tmp_path / "killed" / "loss.csv"
+    for step in (4, 28):  # before the first checkpoint, and between two
+        assert end_at(ranks, step, signal.SIGKILL, log, **settings, resume=True).status == -signal.SIGKILL
+    told = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
+    assert told.status == 128 + signal.SIGTERM
+    assert re.search(
+        r"SIGTERM: stopped after step 4\d of 60, with a checkpoint; the same command", told.output
+    )
     run(ranks, **settings, resume=True)
     train(config_of(data, tmp_path / "whole", **changes))
     assert len(curve_in(tmp_path / "whole")) == 60
