@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "gradproj_causal"
-"""Of ``attend`` among transformers' attention functions."""
+ATTENDS = "_gradproj_attends"
+"""Attribute of the modules whose attention is ``attend``'s own. (Another name in the model's config would not do: some
+models compare it with "sdpa", and Falcon's attention then sees later tokens.)"""
 QUERIES = 64
 """Queries in a block: their weights over 512 keys and a dozen heads stay in a core's cache."""
 
@@ -29,7 +29,7 @@ def attend(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' ``sdpa``, to which whatever is not plain causal bfloat16 attention on a CPU is left.
+    """As transformers' ``sdpa``, to which all is left but plain causal bfloat16 attention on a CPU in a frozen model.
 
     Args:
         module: the layer.
@@ -43,7 +43,8 @@ def attend(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = not settings.get("dropout") and all(settings.get(name) is None for name in _NOT_PLAIN)
     same_width = query.shape[2:] == key.shape[2:] == value.shape[2:]
-    if not (causal and plain and same_width and attention_mask is None and fits(query)):
+    ours = getattr(module, ATTENDS, False)
+    if not (ours and causal and plain and same_width and attention_mask is None and fits(query)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     groups = query.shape[1] // key.shape[1]
     scaling = settings.get("scaling") or query.shape[-1] ** -0.5
@@ -52,8 +53,7 @@ def attend(
 
 
 _NOT_PLAIN = ("position_bias", "cache", "softcap", "s_aux")
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register("sdpa", attend)
 
 
 def fits(x: Tensor) -> bool:

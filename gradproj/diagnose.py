@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.batching import BatchConfig
 from gradproj.capture import draw_matrices, place_widths
 from gradproj.checkpoint import MODEL_DTYPES
+from gradproj.compiler import compiler_errors_explained
 from gradproj.config import RunConfig, parse
 from gradproj.dist import choose_device
 from gradproj.engine import GradProjLoraEngine
@@ -155,9 +157,15 @@ def _rows_in(
     try:
         model = load_model(files, device)
         matrices = {w.name: draw_matrices(projection, w) for w in place_widths(model, projection)}
-        with GradProjLoraEngine.from_config(model, projection, matrices) as engine:
+        own, batch = plan.config.job, plan.config.batch
+        if not batch.batch_tokens:  # --batch_tokens auto, which the job has yet to measure
+            batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
+        engine = GradProjLoraEngine.from_config(
+            model, projection, matrices, own.gradient_checkpointing, own.compile
+        )
+        with compiler_errors_explained(), engine:
             for way in WAYS:
-                yield way, rows_of(model, engine, documents, way, plan.config.batch)
+                yield way, rows_of(model, engine, documents, way, batch)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the device has no memory for the comparison in {dtype}: give a smaller --batch_tokens, or --device cpu"

@@ -148,6 +148,11 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
     return torch.device("cuda", local_rank), None
 
 
+def ask_cublas_to_repeat_itself() -> None:
+    """For equal results of equal products; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 class _Meeting:
     """Where the ranks of one start exchange values: the store that torchrun, or rank 0, holds.
 

@@ -15,8 +15,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from gradproj.attention import NAME as CAUSAL
-from gradproj.attention import fits
+from gradproj.attention import ATTENDS, fits
 from gradproj.compiler import compiled_block
 from gradproj.errors import ModelError
 from gradproj.products import linear, uses_onednn
@@ -41,14 +40,15 @@ class FrozenModel:
     ) -> None:
         self._before: list[tuple[Any, str, Any]] = []
         self._swapped: list[nn.Module] = []
+        self._attending: list[nn.Module] = []
         for parameter in module.parameters():
             self._set(parameter, "requires_grad", False)
         own_attention = any(fits(parameter) for parameter in module.parameters())
         for part in module.modules():
             self._set(part, "training", False)
-            config = getattr(part, "config", None)
-            if own_attention and getattr(config, "_attn_implementation", None) == "sdpa":
-                self._set(config, "_attn_implementation", CAUSAL)
+            if own_attention and ATTENDS not in vars(part):
+                setattr(part, ATTENDS, True)
+                self._attending.append(part)
             form = _FORMS.get(type(part))
             if isinstance(part, GradientCheckpointingLayer) and (gradient_checkpointing or compiled):
                 form = functools.partial(_block, gradient_checkpointing, compiled)
@@ -67,9 +67,11 @@ class FrozenModel:
         """Give the model back its flags, modes and methods."""
         for part in self._swapped:
             del part.forward
+        for part in self._attending:
+            delattr(part, ATTENDS)
         for owner, attribute, value in reversed(self._before):
             setattr(owner, attribute, value)
-        self._before, self._swapped = [], []
+        self._before, self._swapped, self._attending = [], [], []
 
     def _set(self, owner: Any, attribute: str, value: Any) -> None:
         self._before.append((owner, attribute, getattr(owner, attribute)))

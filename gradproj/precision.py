@@ -14,6 +14,7 @@ from gradproj.batching import Batch, BatchConfig, collate, plan_batches
 from gradproj.compiler import nothing_compiled
 from gradproj.engine import GradProjLoraEngine
 from gradproj.loss import Targets, per_sample_loss
+from gradproj.projector import is_out_of_memory
 from gradproj.unit import PreparedUnit
 
 WAYS = ("alone", "batched", "beside padding")
@@ -164,7 +165,9 @@ def check_precision(
         rows = rows_of(model, engine, documents, "batched", batch)
         with _in_float32(model), nothing_compiled():
             reference = rows_of(model, engine, documents, "batched", batch)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         unknown = (
             f"{dtype} is not checked: no memory for float32 weights; python -m gradproj diagnose does it"
         )

@@ -67,7 +67,7 @@ class UnitProjector:
             total.replay(part)
         for number in range(done, len(prepared.batches)):
             batch = collate(prepared.sequences, prepared.batches[number], pad=0)
-            self._run(batch.to(self._device), total)
+            self._run(batch, total)
             self._count(batch, prepared, number + 1)
             if number + 1 == len(prepared.batches):
                 break
@@ -94,7 +94,7 @@ class UnitProjector:
     def _run(self, batch: Batch, total: "UnitSums") -> None:
         """One batch; halved and tried again where the device has no memory for it."""
         try:
-            self._forward_backward(batch, total)
+            self._forward_backward(batch.to(self._device), total)
             return
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -111,7 +111,7 @@ class UnitProjector:
         log.warning("out of memory with %s tokens: halving the batch", tuple(batch.input_ids.shape))
         middle = len(batch.sequences) // 2
         for half in (batch.sequences[:middle], batch.sequences[middle:]):
-            self._run(collate(total.prepared.sequences, half, pad=0).to(self._device), total)
+            self._run(collate(total.prepared.sequences, half, pad=0), total)
 
     def _forward_backward(self, batch: Batch, total: "UnitSums") -> None:
         self._engine.set_token_mask(batch.token_mask)

@@ -21,7 +21,7 @@ from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.takeback import check_records_have_shards, check_records_have_store, take_back
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.corpus.index import CorpusIndex, load_index, save_index
-from gradproj.dist import JobName, Process, from_rank_0, wait_for_all
+from gradproj.dist import JobName, Process, ask_cublas_to_repeat_itself, from_rank_0, wait_for_all
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.identity import check_identity
 from gradproj.model import model_skeleton
@@ -177,7 +177,10 @@ def prepare_torch(config: RunConfig) -> None:
     # TF32 would change rows in the fourth digit, and which products use it differs by GPU.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # Nor may a long sum be split and its parts be added in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.job.deterministic:
+        ask_cublas_to_repeat_itself()
         torch.use_deterministic_algorithms(True)
 
 

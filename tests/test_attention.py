@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from models import FAMILIES, ragged_batch, relative_error, small_model
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gradproj import attention
-from gradproj.attention import NAME, attend
+from gradproj.attention import ATTENDS, attend
 from gradproj.engine import GradProjLoraEngine
 from gradproj.frozen import FrozenModel
 from gradproj.loss import per_sample_loss
@@ -23,6 +24,12 @@ def tensors(length, heads=4, key_heads=4, n=2, width=8):
     ]
 
 
+def layer():
+    module = nn.Module()
+    setattr(module, ATTENDS, True)
+    return module
+
+
 def with_gradients(out, inputs):
     torch.manual_seed(1)
     weights = torch.randn(out.shape).to(out.dtype)
@@ -34,7 +41,7 @@ def with_gradients(out, inputs):
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_output_and_gradients_are_those_of_exact_attention(length, key_heads, scaling):
     inputs = tensors(length, key_heads=key_heads)
-    got = with_gradients(attend(nn.Module(), *inputs, None, scaling=scaling)[0], inputs)
+    got = with_gradients(attend(layer(), *inputs, None, scaling=scaling)[0], inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = F.scaled_dot_product_attention(*exact, is_causal=True, scale=scaling, enable_gqa=True)
     want = with_gradients(out.transpose(1, 2), exact)
@@ -62,7 +69,7 @@ def test_what_is_not_plain_causal_bfloat16_attention_is_left_to_transformers(set
     outs = []
     for function in (attend, sdpa_attention_forward):
         torch.manual_seed(2)
-        outs.append(function(nn.Module(), *inputs, mask, **settings)[0])
+        outs.append(function(layer(), *inputs, mask, **settings)[0])
     assert torch.equal(*outs)
 
 
@@ -87,9 +94,28 @@ def test_rows_of_every_family_are_as_near_to_float32_as_with_torchs_attention(fa
 
 
 def test_a_frozen_model_takes_it_in_bfloat16_alone_and_gives_it_back():
-    for dtype, name in ((torch.bfloat16, NAME), (torch.float32, "sdpa")):
+    for dtype, taken in ((torch.bfloat16, True), (torch.float32, False)):
         model = small_model("llama").to(dtype)
+        before = [sorted(vars(part)) for part in model.modules()]
         frozen = FrozenModel(model)
-        assert model.config._attn_implementation == name
-        frozen.undo()
+        assert all(getattr(part, ATTENDS, False) == taken for part in model.modules())
         assert model.config._attn_implementation == "sdpa"
+        frozen.undo()
+        assert [sorted(vars(part)) for part in model.modules()] == before
+
+
+def test_falcon_sees_no_later_token_in_bfloat16():
+    """Its attention compares the config's name of the implementation."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).bfloat16().eval()
+    ids = torch.randint(3, 64, (1, 12))
+    padded = torch.cat([ids, torch.full((1, 12), 5)], dim=1)
+    with GradProjLoraEngine(model, "lm_head", freeze_weights=True) as engine:
+        rows = []
+        for batch in (ids, padded):
+            labels = torch.full_like(batch, -100)
+            labels[:, :12] = ids
+            per_sample_loss(model, {"input_ids": batch, "labels": labels}).sum().backward()
+            rows.append(engine.collect_batch())
+    assert relative_error(rows[1], rows[0]) < 0.02

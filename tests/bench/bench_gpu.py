@@ -117,6 +117,7 @@ def measure(setting: Setting) -> dict[str, float]:
         )
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     ratios: dict[str, float] = {}
     for model_name in setting.models:
         for dtype in DTYPES:
