@@ -21,7 +21,14 @@ from gradproj.coordinator.leftovers import sweep
 from gradproj.coordinator.takeback import check_records_have_shards, check_records_have_store, take_back
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.corpus.index import CorpusIndex, load_index, save_index
-from gradproj.dist import JobName, Process, ask_cublas_to_repeat_itself, from_rank_0, wait_for_all
+from gradproj.dist import (
+    JobName,
+    Process,
+    ask_cublas_to_repeat_itself,
+    bound_kernel_caches,
+    from_rank_0,
+    wait_for_all,
+)
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.identity import check_identity
 from gradproj.model import model_skeleton
@@ -172,6 +179,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
 
 def prepare_torch(config: RunConfig) -> None:
     """Threads and determinism of this process."""
+    bound_kernel_caches()
     if config.job.threads:
         torch.set_num_threads(config.job.threads)
     # TF32 would change rows in the fourth digit, and which products use it differs by GPU.

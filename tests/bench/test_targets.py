@@ -11,6 +11,7 @@ def test_rows_cost_less_than_the_bare_backward_pass(model):
     import bench_engine
 
     medians = bench_engine.measure_time(model, 2, 3)
+    # 2026-11-23: by oneDNN's products, on an AMD processor. With torch's own (MKL) 0.63 and 0.90, Llama 0.72 and 1.00.
     assert medians["engine"] <= 0.66 * medians["plain step"]
     assert medians["engine"] <= 0.84 * medians["frozen backward"]
 
@@ -69,6 +70,7 @@ def test_bfloat16_is_fast_where_the_processor_has_it_and_rows_keep_their_directi
     found = bench_bf16.measure()
     assert found["gpt2"] >= 1.6
     assert found["llama"] >= 1.6
+    # 2026-11-23: on the same weights. Those of a float32 checkpoint change when they are rounded: 0.987 then.
     assert found["median cosine"] >= 0.999
 
 
@@ -80,7 +82,8 @@ def test_reading_is_close_to_a_mapped_file_and_far_from_zarr_python():
         assert ratios[f"{what} / mapped file"] >= 0.85, what
     for what in ("single random rows", "1,000 random rows"):
         assert ratios[f"{what} / mapped file"] >= 1 / 5, what
-        # Of scans no reader can be eight times as fast: a mapped file itself is at most three times.
+        # 2026-11-23: not of scans (3.3 to 4.3; a mapped file itself is 3.4 times as fast as zarr-python) nor of one layer
+        # (2.6: zarr-python reads no other bytes either).
         assert ratios[f"{what} / zarr-python"] >= 8, what
 
 
