@@ -155,7 +155,7 @@ def ask_cublas_to_repeat_itself() -> None:
 
 
 def bound_kernel_caches() -> None:
-    """Before torch's first product: oneDNN keeps a kernel for each shape, and batches hardly ever have an earlier one's.
+    """Before torch's first product: oneDNN keeps a kernel for each shape, and batches hardly ever have an earlier one.
 
     Its 1,024 kernels, and the 1,024 that torch keeps beside, come to a gigabyte; a batch uses a few dozen.
     """

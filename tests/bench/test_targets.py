@@ -82,7 +82,7 @@ def test_reading_is_close_to_a_mapped_file_and_far_from_zarr_python():
         assert ratios[f"{what} / mapped file"] >= 0.85, what
     for what in ("single random rows", "1,000 random rows"):
         assert ratios[f"{what} / mapped file"] >= 1 / 5, what
-        # 2026-11-23: not of scans (3.3 to 4.3; a mapped file itself is 3.4 times as fast as zarr-python) nor of one layer
+        # 2026-11-23: not of scans (3.3 to 4.3; a mapped file itself is 3.4 times as fast as zarr-python) nor of a layer
         # (2.6: zarr-python reads no other bytes either).
         assert ratios[f"{what} / zarr-python"] >= 8, what
 
