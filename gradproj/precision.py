@@ -14,6 +14,7 @@ from gradproj.batching import Batch, BatchConfig, collate, plan_batches
 from gradproj.compiler import nothing_compiled
 from gradproj.engine import GradProjLoraEngine
 from gradproj.loss import Targets, per_sample_loss
+from gradproj.model import positions_of
 from gradproj.projector import is_out_of_memory
 from gradproj.unit import PreparedUnit
 
@@ -103,7 +104,7 @@ def rows_of(
         engine: attached to it.
         documents: what to run.
         way: one of ``WAYS``: a sequence at a time, in the job's batches, or a sequence at a time padded to twice
-            its length (as far as ``max_length`` allows).
+            its length (as far as the model has positions).
         batch: the run's.
     """
     device = next(model.parameters()).device
@@ -111,7 +112,7 @@ def rows_of(
     for sequences in _batches(documents, way, batch):
         prepared = collate(documents.sequences, sequences, pad=0)
         if way == "beside padding":
-            prepared = _padded(prepared, batch.max_length)
+            prepared = _padded(prepared, positions_of(model.config))
         got = _rows_of_batch(model, engine, prepared.to(device)).float().cpu()
         rows.index_add_(0, torch.from_numpy(documents.document_of[sequences]), got)
     return rows
@@ -124,10 +125,10 @@ def _batches(documents: Documents, way: str, batch: BatchConfig) -> list[np.ndar
     return [np.array([i]) for i in range(len(documents.sequences))]
 
 
-def _padded(batch: Batch, max_length: int) -> Batch:
+def _padded(batch: Batch, positions: int | None) -> Batch:
     """A batch of one sequence, longer on the right; its flat positions stay what they were."""
     length = batch.input_ids.shape[1]
-    extra = max(0, min(length, max_length - length))
+    extra = length if positions is None else max(0, min(length, positions - length))
     ids, mask = F.pad(batch.input_ids, (0, extra)), F.pad(batch.token_mask, (0, extra))
     return replace(batch, input_ids=ids, token_mask=mask)
 

@@ -180,6 +180,7 @@ def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -
     """Have a compiled engine compile, by two small batches of the same shapes in every rank; the seconds that it took.
 
     A graph holds for any length and any number of samples but one, which torch's compiler takes for a case of its own.
+    (A model with sliding windows has other masks above the window: its first longer batches compile once more.)
 
     What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
     """
