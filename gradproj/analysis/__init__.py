@@ -1,0 +1,27 @@
+"""Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
+
+from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.scores import (
+    MEANINGS,
+    SIGN,
+    TopDocuments,
+    bottom_k,
+    iter_scores,
+    score,
+    self_influence,
+    top_and_bottom,
+    top_k,
+)
+
+__all__ = [
+    "MEANINGS",
+    "SIGN",
+    "Preconditioner",
+    "TopDocuments",
+    "bottom_k",
+    "iter_scores",
+    "score",
+    "self_influence",
+    "top_and_bottom",
+    "top_k",
+]
