@@ -17,6 +17,7 @@ from gradproj.analysis import (
     top_and_bottom,
     top_k,
 )
+from gradproj.analysis.blocks import decoded_on
 from gradproj.errors import ConfigError, StoreError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -188,6 +189,32 @@ def test_a_row_recorded_as_ok_whose_shard_is_gone_is_no_best_document(tmp_path):
         assert np.isfinite(top.scores).all()
         assert top.ids.min() >= 16
         assert Preconditioner.fit(store, "second_moment").n_rows == ok_rows(output)[16:].sum()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "zstd"])
+@pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
+def test_rows_decoded_by_a_device_are_the_store_s_own(outputs, dtype, layers):
+    """The way of a GPU, walked by the processor."""
+    with ProjectionStore(outputs[dtype].path) as store:
+        want = np.concatenate([rows for _, rows in store.scan(layers=layers)])
+        got = list(decoded_on(torch.device("cpu"), store, layers, 9))
+    assert {rows.dtype for _, rows in got} == {torch.float32}
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in got]), np.arange(N_SAMPLES))
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in got]), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", sorted(MEANINGS))
+def test_a_gpu_gives_the_same_scores(outputs, kind, dtype):
+    output, queries = outputs[dtype], queries_for(outputs[dtype])
+    with ProjectionStore(output.path) as store:
+        got = score(queries, store, device="cuda", **settings_for(kind))
+        top = top_k(torch.from_numpy(queries).cuda(), store, 5, device="cuda", **settings_for(kind))
+    assert_scores(got, dense_scores(output, queries, kind, C))
+    np.testing.assert_array_equal(
+        top.ids.cpu(), np.argsort(-np.nan_to_num(got, nan=-np.inf), axis=1, kind="stable")[:, :5]
+    )
 
 
 def test_a_bar_is_shown_on_request(output, capsys):

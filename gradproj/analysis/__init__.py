@@ -1,5 +1,6 @@
 """Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
 
+from gradproj.analysis.domains import DomainMatrix, domain_matrix
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.scores import (
     MEANINGS,
@@ -16,9 +17,11 @@ from gradproj.analysis.scores import (
 __all__ = [
     "MEANINGS",
     "SIGN",
+    "DomainMatrix",
     "Preconditioner",
     "TopDocuments",
     "bottom_k",
+    "domain_matrix",
     "iter_scores",
     "score",
     "self_influence",

@@ -73,8 +73,12 @@ def scan_blocks(
         unit_scale=True,
         disable=progress is None,
     )
+    if device.type == "cpu":
+        scanned = _decoded(store, layers, rows_per_block, start, stop)
+    else:
+        scanned = decoded_on(device, store, layers, rows_per_block, start, stop)
     with bar:
-        for ids, rows in _tensors(store, layers, device, rows_per_block, start, stop):
+        for ids, rows in scanned:
             first, last = int(ids[0]), int(ids[-1]) + 1
             ok = store.column("status", first, last) == STATUS["ok"]
             if wanted is not None:
@@ -83,20 +87,25 @@ def scan_blocks(
             bar.update(len(ids))
 
 
-def _tensors(
-    store: ProjectionStore,
-    layers: Sequence[str] | None,
-    device: torch.device,
-    rows_per_block: int | None,
-    start: int,
-    stop: int | None,
+def _decoded(
+    store: ProjectionStore, layers: Sequence[str] | None, height: int | None, start: int, stop: int | None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    if device.type == "cpu":
-        for ids, rows in store.scan(rows_per_block, layers, start, stop):
-            yield ids, torch.from_numpy(rows)
-        return
-    width = width_of(store, layers) * store.layout.stored_dtype.itemsize
-    height = rows_per_block or max(1, _DEVICE_BLOCK_BYTES // width)
+    """Rows decoded by the processor."""
+    for ids, rows in store.scan(height, layers, start, stop):
+        yield ids, torch.from_numpy(rows)
+
+
+def decoded_on(
+    device: torch.device,
+    store: ProjectionStore,
+    layers: Sequence[str] | None = None,
+    height: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """``(ids, rows (n, W) float32)`` that go to the device as they are stored and are decoded there."""
+    row_bytes = width_of(store, layers) * store.layout.stored_dtype.itemsize
+    height = height or max(1, _DEVICE_BLOCK_BYTES // row_bytes)
     for ids, stored, row_scale in store.scan_stored(height, layers, start, stop):
         values = send(_as_tensor(stored, store.layout.proj_dtype), device)
         yield ids, values.float() * send(torch.from_numpy(row_scale), device)[:, None]

@@ -102,7 +102,7 @@ def iter_scores(
     query_rows: Rows, store: ProjectionStore, **how: Unpack[How]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
-    asked = _Asked.of(store, how)
+    asked = Asked.of(store, how)
     question = asked.question(query_rows)
     for block in asked.blocks():
         values = question(block.rows).cpu().numpy()
@@ -131,7 +131,7 @@ def top_and_bottom(
     for wanted in (n_top, n_bottom):
         if not 0 <= wanted <= len(store):
             raise ConfigError(f"{wanted:,} documents are asked for; {store.path} has {len(store):,}")
-    asked = _Asked.of(store, how)
+    asked = Asked.of(store, how)
     question = asked.question(query_rows)
     n_queries = len(_queries(query_rows))
     top, bottom = _Best(n_queries, n_top, asked.device), _Best(n_queries, n_bottom, asked.device)
@@ -162,7 +162,7 @@ def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how:
     Returns:
         ``(N,)`` float32, 0 or more; NaN for documents without a row.
     """
-    asked = _Asked.of(store, how)
+    asked = Asked.of(store, how)
     if asked.score not in ("kfac", "preconditioned", "dot"):
         raise ConfigError(
             f"the self-influence of score {asked.score!r} says nothing; take kfac, preconditioned or dot"
@@ -180,7 +180,9 @@ def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
+    """A scan's settings, checked, with the preconditioner that its score needs."""
+
     store: ProjectionStore
     score: str
     preconditioner: Preconditioner | None
@@ -189,7 +191,7 @@ class _Asked:
     device: torch.device
 
     @classmethod
-    def of(cls, store: ProjectionStore, how: How) -> _Asked:
+    def of(cls, store: ProjectionStore, how: How) -> Asked:
         known = set(How.__annotations__)
         if set(how) - known:
             raise TypeError(f"no such argument: {min(set(how) - known)}")
@@ -199,6 +201,11 @@ class _Asked:
         layers, device = chosen_layers(store, how.get("layers")), torch.device(how.get("device", "cpu"))
         found = _preconditioner(store, kind, layers, device, how)
         return cls(store, kind, found, layers, how, device)
+
+    @property
+    def width(self) -> int:
+        """Values of a row of the chosen layers."""
+        return width_of(self.store, self.layers)
 
     def blocks(self) -> Iterator[Block]:
         # A scan of whole rows is a shorter walk than one of every layer.
