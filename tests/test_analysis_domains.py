@@ -90,7 +90,9 @@ def test_a_domain_without_a_row_has_no_numbers(output):
 
 def test_what_is_wrong_is_said(output):
     with ProjectionStore(output.path) as store:
-        with pytest.raises(ConfigError, match="'cosine' is no influence between domains"):
+        with pytest.raises(
+            ConfigError, match="domain_matrix is not made of score 'cosine'; take one of kfac, preco"
+        ):
             domain_matrix(store, score="cosine")
         store.domains = []
         with pytest.raises(ConfigError, match="has no domains: its documents name none"):

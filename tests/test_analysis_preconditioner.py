@@ -67,7 +67,7 @@ def test_jointly_it_is_the_inverse_of_one_matrix_over_all_layers(output, store):
 
 def test_a_wide_layer_in_all_its_directions_is_the_whole_matrix(output, store):
     want = dense_curvature(output, "second_moment", C)
-    assert_is_inverse(Preconditioner.fit(store, "second_moment", C, largest_width=1, rank=64), want)
+    assert_is_inverse(Preconditioner.fit(store, "second_moment", C, largest_width=1, directions=64), want)
 
 
 def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(tmp_path):
@@ -144,7 +144,7 @@ def test_gradients_of_any_unit_are_as_good(tmp_path, unit):
         {"kind": "kfac"},
         {"kind": "kfac", "layers": [NAMES[2], NAMES[0]], "damping": 0.5},
         {"kind": "second_moment"},
-        {"kind": "second_moment", "largest_width": 7, "rank": 3},
+        {"kind": "second_moment", "largest_width": 7, "directions": 3},
         {"kind": "second_moment", "joint": True},
     ],
     ids=["kfac", "kfac-layers", "second_moment", "truncated", "joint"],
@@ -224,7 +224,7 @@ def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
         ):
             Preconditioner.fit(store, "second_moment", 0)
         with pytest.raises(ConfigError, match="which has no inverse without damping"):
-            Preconditioner.fit(store, "second_moment", 0, largest_width=1, rank=2)
+            Preconditioner.fit(store, "second_moment", 0, largest_width=1, directions=2)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
     [
         ({"kind": "ekfac"}, "kind is 'ekfac'; choose one of kfac, second_moment"),
         ({"joint": True}, "joint is for kind second_moment"),
-        ({"rank": 0}, "largest_width and rank must be at least 1"),
+        ({"directions": 0}, "largest_width and directions must be at least 1"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"layers": ["mlp"]}, "has no layer 'mlp'"),
     ],

@@ -2,9 +2,8 @@
 
 from gradproj.analysis.domains import DomainMatrix, domain_matrix
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.question import MEANINGS, SIGN
 from gradproj.analysis.scores import (
-    MEANINGS,
-    SIGN,
     TopDocuments,
     bottom_k,
     iter_scores,

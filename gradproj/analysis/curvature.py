@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradproj.analysis.ranks import Share
 from gradproj.errors import ConfigError
 
 
@@ -22,6 +23,9 @@ class Inverse(Protocol):
 
     def self_products(self, x: Tensor) -> Tensor:
         """``x C^-1 x^T`` of every row: ``(n, D)`` -> ``(n,)``."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Inverse:
+        """The same for rows of one device and precision: else every block of a scan moves the matrices anew."""
 
 
 class Curvature(Protocol):
@@ -103,6 +107,9 @@ class KroneckerInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return self._whitened(x).flatten(1).square().sum(1)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> KroneckerInverse:
+        return KroneckerInverse(self.root_s.to(device, dtype), self.root_a.to(device, dtype))
+
     def _whitened(self, x: Tensor) -> Tensor:
         root_s, root_a = self.root_s.to(x), self.root_a.to(x)
         return root_s @ x.reshape(len(x), len(root_s), len(root_a)) @ root_a.T
@@ -121,6 +128,9 @@ class DenseInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return (x @ self.root.to(x).T).square().sum(1)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> DenseInverse:
+        return DenseInverse(self.root.to(device, dtype))
+
 
 @dataclass(frozen=True)
 class TruncatedInverse:
@@ -138,6 +148,9 @@ class TruncatedInverse:
         # Not |x|^2 less the share along U: that is a small difference of large numbers.
         along, across = self._split(x)
         return (along.square() / (self.values.to(x) + self.d)).sum(1) + across.square().sum(1) / self.d
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TruncatedInverse:
+        return TruncatedInverse(self.directions.to(device, dtype), self.values.to(device, dtype), self.d)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.d == 0:  # no row has anything here
@@ -173,32 +186,45 @@ class DenseSum:
     """Sums ``x^T x`` over rows."""
 
     def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
         self._sum = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """``(n, D)`` float64."""
         self._sum.addmm_(x.T, x)
 
+    def join(self, share: Share) -> None:
+        """Add the other ranks' sums."""
+        self._sum = share.total(self._sum)
+
     def curvature(self, n_rows: int) -> Dense:
         return Dense((self._sum / max(n_rows, 1)).cpu())
 
 
 class TruncatedSum:
-    """The largest ``rank`` directions of ``x^T x``, kept while rows stream by: exact for as many rows as directions."""
+    """The largest directions of ``x^T x``, kept while rows stream by: exact for as many rows as directions."""
 
-    def __init__(self, width: int, rank: int, device: torch.device) -> None:
-        self._rank = rank
+    def __init__(self, width: int, directions: int, device: torch.device) -> None:
+        self.width, self._most = width, directions
         self._kept = torch.zeros(0, width, dtype=torch.float64, device=device)
         self._trace = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """``(n, D)`` float64."""
         self._trace += x.square().sum()
-        for part in x.split(self._rank):  # at most twice as many rows as directions at a time
+        for part in x.split(self._most):  # at most twice as many rows as directions at a time
             stacked = torch.cat([self._kept, part])
-            if len(stacked) > 2 * self._rank:
+            if len(stacked) > 2 * self._most:
                 stacked = torch.cat([self._largest(self._kept), part])
             self._kept = stacked
+
+    def join(self, share: Share) -> None:
+        """Add the other ranks' directions, in the same order on all."""
+        trace, every = share.total(self._trace), share.gathered(self._largest(self._kept).cpu())
+        self._kept = self._kept[:0]
+        for kept in every:
+            self.add(kept.to(self._kept.device))
+        self._trace = trace
 
     def curvature(self, n_rows: int) -> Truncated:
         kept = self._largest(self._kept)
@@ -213,5 +239,5 @@ class TruncatedSum:
 
     def _largest(self, rows: Tensor) -> Tensor:
         """As many orthogonal rows as are kept with the same ``x^T x``, but for the smallest directions."""
-        vectors = torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, : self._rank]
+        vectors = torch.linalg.eigh(rows @ rows.T)[1].flip(1)[:, : self._most]
         return vectors.T @ rows

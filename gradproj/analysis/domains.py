@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.scores import Asked, How
+from gradproj.analysis.question import SELF_SCORES, Asked, How
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
@@ -53,13 +53,9 @@ def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
         ConfigError: another score, or a store that has no domains.
         StoreError: a store without what the score needs.
     """
-    asked = Asked.of(store, how)
-    if asked.score not in ("kfac", "preconditioned", "dot"):
-        raise ConfigError(
-            f"score {asked.score!r} is no influence between domains; take kfac, preconditioned or dot"
-        )
     if not store.domains:
         raise ConfigError(f"{store.path} has no domains: its documents name none")
+    asked = Asked.alone(store, how, "domain_matrix", SELF_SCORES)
     sums = _Sums(len(store.domains), asked.width, asked.device)
     for block in asked.blocks():
         first, last = block.first, block.first + len(block.ok)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch import Tensor
 from gradproj.analysis.blocks import chosen_layers, scan_blocks
 from gradproj.analysis.curvature import Curvature, DenseSum, Inverse, Kronecker, TruncatedSum
 from gradproj.analysis.kept import identity_of, read_curvature, refuse_other_store, write_curvature
+from gradproj.analysis.ranks import Share
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store import ProjectionStore
 
 KINDS = ("kfac", "second_moment")
 LARGEST_WIDTH = 2048
 """Values of a layer whose second moment is kept whole: 32 MB, and seconds for its factorization."""
-RANK = 256
+DIRECTIONS = 256
 """Directions kept of a wider one."""
 JOINT = "all layers"
 _KFAC_DAMPING = 0.03
@@ -74,7 +76,8 @@ class Preconditioner:
         *,
         joint: bool = False,
         largest_width: int = LARGEST_WIDTH,
-        rank: int = RANK,
+        directions: int = DIRECTIONS,
+        together: bool = False,
         device: str | torch.device = "cpu",
         progress: bool = False,
     ) -> Preconditioner:
@@ -91,7 +94,8 @@ class Preconditioner:
             layers: names; None: all.
             joint: one second moment over all layers, not one for each.
             largest_width: a second moment of more values a side is kept in its largest directions only.
-            rank: as many.
+            directions: as many.
+            together: every rank of ``torch.distributed`` calls this, scans its share of the units, and gets the whole.
             device: where the sums are made.
             progress: show a bar.
 
@@ -103,15 +107,19 @@ class Preconditioner:
             raise ConfigError(f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}")
         if joint and kind == "kfac":
             raise ConfigError("joint is for kind second_moment: Kronecker factors are of one layer each")
-        if largest_width < 1 or rank < 1:
-            raise ConfigError(f"largest_width and rank must be at least 1, got {largest_width} and {rank}")
+        if largest_width < 1 or directions < 1:
+            raise ConfigError(
+                f"largest_width and directions must be at least 1, got {largest_width} and {directions}"
+            )
         _checked_damping(damping)
         names = chosen_layers(store, layers)
         if kind == "kfac":
             parts, n_rows = _token_factors(store, names)
         else:
-            limits = (largest_width, rank)
-            parts, n_rows = _second_moments(store, names, joint, limits, torch.device(device), progress)
+            widths = _widths(store, names, joint)
+            sums = _sums(widths, largest_width, directions, torch.device(device))
+            n_rows = _sum_rows(store, names, sums, Share.of(together), torch.device(device), progress)
+            parts = [_Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()]
         settings = {"kind": kind, "damping": damping, "layers": names, "n_rows": n_rows, "joint": joint}
         return cls({**settings, "store": identity_of(store)}, parts)
 
@@ -143,6 +151,12 @@ class Preconditioner:
         products = [i.self_products(x) for i, x in zip(self._inverses, self._split(rows), strict=True)]
         return torch.stack(products).sum(0)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Preconditioner:
+        """The same, ready for many rows of one device and precision; other rows are served as well."""
+        moved = copy.copy(self)
+        moved._inverses = [inverse.to(device, dtype) for inverse in self._inverses]
+        return moved
+
     def check_store(self, store: ProjectionStore) -> None:
         """Refuse another store than the one it was fitted on (``StoreError``)."""
         refuse_other_store(self._settings["store"], store, "this preconditioner")
@@ -166,11 +180,8 @@ class Preconditioner:
         path = _path_of(store, kind) if path is None else Path(path)
         settings, curvatures = read_curvature(path)
         refuse_other_store(settings["store"], store, str(path))
-        names = [JOINT] if settings["joint"] else settings["layers"]
-        widths = _widths(store, settings["layers"])
-        if settings["joint"]:
-            widths = {JOINT: sum(widths.values())}
-        return cls(settings, [_Part(name, widths[name], curvatures[name]) for name in names])
+        widths = _widths(store, settings["layers"], settings["joint"])
+        return cls(settings, [_Part(name, width, curvatures[name]) for name, width in widths.items()])
 
     def _damping_of(self, part: _Part) -> float:
         if isinstance(self.damping, str):
@@ -194,8 +205,11 @@ def _path_of(store: ProjectionStore, kind: str) -> Path:
     return store.path.parent / "preconditioners" / f"{kind}.safetensors"
 
 
-def _widths(store: ProjectionStore, layers: Sequence[str]) -> dict[str, int]:
+def _widths(store: ProjectionStore, layers: Sequence[str], joint: bool) -> dict[str, int]:
+    """Values of every matrix's rows, in the order in which they stand in a row."""
     widths = {layer.name: layer.slice_end - layer.slice_start for layer in store.layers}
+    if joint:
+        return {JOINT: sum(widths[name] for name in layers)}
     return {name: widths[name] for name in layers}
 
 
@@ -216,8 +230,8 @@ def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[
     factors = {
         layer.name: Kronecker(s[n] / n_tokens, a[n] / n_tokens) for n, layer in enumerate(store.layers)
     }
-    widths = _widths(store, layers)
-    return [_Part(name, widths[name], factors[name]) for name in layers], n_tokens
+    widths = _widths(store, layers, joint=False)
+    return [_Part(name, width, factors[name]) for name, width in widths.items()], n_tokens
 
 
 def _squares(store: ProjectionStore, array: str, sides: Sequence[int]) -> list[Tensor]:
@@ -236,36 +250,40 @@ def _squares(store: ProjectionStore, array: str, sides: Sequence[int]) -> list[T
 # --- second moments ---
 
 
-def _second_moments(
+def _sums(
+    widths: dict[str, int], largest_width: int, directions: int, device: torch.device
+) -> dict[str, DenseSum | TruncatedSum]:
+    return {
+        name: DenseSum(width, device) if width <= largest_width else TruncatedSum(width, directions, device)
+        for name, width in widths.items()
+    }
+
+
+def _sum_rows(
     store: ProjectionStore,
     layers: Sequence[str],
-    joint: bool,
-    limits: tuple[int, int],
+    sums: dict[str, DenseSum | TruncatedSum],
+    share: Share,
     device: torch.device,
     progress: bool,
-) -> tuple[list[_Part], int]:
-    """The mean of ``row^T row`` over the documents that have a row, and their number."""
-    widths = _widths(store, layers)
-    if joint:
-        widths = {JOINT: sum(widths.values())}
-    largest, rank = limits
-    sums = [
-        DenseSum(width, device) if width <= largest else TruncatedSum(width, rank, device)
-        for width in widths.values()
-    ]
+) -> int:
+    """Add every document's row to the sums; the number of documents that have one."""
+    start, stop = share.samples(store)
+    label = "second moments" if progress and share.rank == 0 else None
     n_rows = 0
-    for block in scan_blocks(store, layers, None, device, "second moments" if progress else None):
+    for block in scan_blocks(store, layers, None, device, label, start=start, stop=stop):
         rows = block.ok_rows()
         rows = rows[torch.isfinite(rows).all(dim=1)].double()
-        for part, x in zip(sums, rows.split(list(widths.values()), dim=1), strict=True):
-            part.add(x)
+        at = 0
+        for part in sums.values():
+            part.add(rows[:, at : at + part.width])
+            at += part.width
         n_rows += len(rows)
+    n_rows = int(share.total(torch.tensor(n_rows)))
     if not n_rows:
         raise StoreError(
             f"{store.path} has no row to take a second moment of; let the job compute some first"
         )
-    parts = [
-        _Part(name, width, part.curvature(n_rows))
-        for (name, width), part in zip(widths.items(), sums, strict=True)
-    ]
-    return parts, n_rows
+    for part in sums.values():
+        part.join(share)
+    return n_rows
