@@ -1,5 +1,8 @@
 """Laws of the domains' matrix: means, cosines and influences by hand in float64."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from analysis_cases import (
@@ -97,3 +100,16 @@ def test_what_is_wrong_is_said(output):
         store.domains = []
         with pytest.raises(ConfigError, match="has no domains: its documents name none"):
             domain_matrix(store)
+
+
+def test_the_readme_s_code_runs_as_it_stands_there(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("## Questions in Python")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    make_store(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["best"].ids.shape == names["worst"].ids.shape == (2, 20)
+    assert names["every"].shape == (2, N_SAMPLES)
+    assert names["domains"].names == ["ArXiv", "Github"]

@@ -220,7 +220,7 @@ class TruncatedSum:
 
     def join(self, share: Share) -> None:
         """Add the other ranks' directions, in the same order on all."""
-        trace, every = share.total(self._trace), share.gathered(self._largest(self._kept).cpu())
+        trace, every = share.total(self._trace).clone(), share.gathered(self._largest(self._kept).cpu())
         self._kept = self._kept[:0]
         for kept in every:
             self.add(kept.to(self._kept.device))
