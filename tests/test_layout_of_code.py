@@ -23,7 +23,7 @@ LEVELS = [
         "transfer",
         "unpacked",
     },
-    {"batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
+    {"analysis", "batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
     {"taps"},
     {"engine", "repair"},

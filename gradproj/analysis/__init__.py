@@ -1,0 +1,29 @@
+"""Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
+
+from gradproj.analysis.domains import DomainMatrix, domain_matrix
+from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.question import MEANINGS, SIGN
+from gradproj.analysis.scores import (
+    TopDocuments,
+    bottom_k,
+    iter_scores,
+    score,
+    self_influence,
+    top_and_bottom,
+    top_k,
+)
+
+__all__ = [
+    "MEANINGS",
+    "SIGN",
+    "DomainMatrix",
+    "Preconditioner",
+    "TopDocuments",
+    "bottom_k",
+    "domain_matrix",
+    "iter_scores",
+    "score",
+    "self_influence",
+    "top_and_bottom",
+    "top_k",
+]

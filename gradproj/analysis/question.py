@@ -1,0 +1,209 @@
+"""What a scan is asked: the scores and what they mean, the settings, and the queries made ready for the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.analysis.blocks import Block, chosen_layers, scan_blocks, width_of
+from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.ranks import Share
+from gradproj.errors import ConfigError
+from gradproj.store import ProjectionStore
+
+SIGN = "positive: training more on the document lowers the query's loss; negative: raises it"
+_NATS = "nats of the query's loss (mean or sum over its tokens, as the store's rows)"
+MEANINGS = {
+    "kfac": "influence with the curvature taken from token covariances (K-FAC in the projected space): about how many "
+    f"{_NATS} fall per unit of the document's weight in training, up to a factor that all documents share",
+    "preconditioned": "influence with the curvature taken from the second moment of the rows: about how many "
+    f"{_NATS} fall per unit of the document's weight in training, up to a factor that all documents share",
+    "dot": f"inner product of the two projected gradients: about how many {_NATS} fall per unit of learning rate, in "
+    "one plain gradient step on the document",
+    "cosine": "cosine of the two projected gradients, without unit, from -1 to 1",
+    "relatif": "influence divided by the square root of the document's influence on itself, so that documents with "
+    "large gradients do not come first everywhere; comparable within a query only",
+}
+"""Score -> what it is, with its unit. ``SIGN`` holds for all."""
+SELF_SCORES = ("kfac", "preconditioned", "dot")
+"""Scores that are inner products, so that means and a document's score with itself mean something."""
+
+Rows = np.ndarray | Tensor
+
+
+class How(TypedDict, total=False):
+    """What every scan can be told besides the query and the store."""
+
+    score: str
+    """A key of ``MEANINGS``; default kfac."""
+    preconditioner: Preconditioner | None
+    """For kfac, preconditioned and relatif; default: fitted here, for relatif as kfac."""
+    damping: float | str
+    """Of the one that is fitted here; default ``auto``."""
+    layers: Sequence[str] | None
+    """Names; default all."""
+    domains: Sequence[str] | None
+    """Names of domains whose documents are scored; default all."""
+    device: str | torch.device
+    """Where the products are made; default ``cpu``."""
+    progress: bool
+    """Show a bar on standard error."""
+    rows_per_block: int | None
+    """Default: chosen for the device."""
+    together: bool
+    """Of ``top_k`` and its like: every rank of ``torch.distributed`` calls it, scans its share of the units, and gets
+    the whole answer. A preconditioner that is not given is fitted together as well."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A scan's settings, checked, with the preconditioner that its score needs."""
+
+    store: ProjectionStore
+    score: str
+    preconditioner: Preconditioner | None
+    layers: list[str]
+    how: How
+    device: torch.device
+    share: Share
+
+    @classmethod
+    def alone(
+        cls, store: ProjectionStore, how: How, what: str, scores: Sequence[str] = tuple(MEANINGS)
+    ) -> Asked:
+        """As ``of``, for answers that one process gives, and for these scores only."""
+        if how.get("together"):
+            raise ConfigError(f"{what} has no together; top_k, bottom_k and top_and_bottom have")
+        kind = how.get("score", "kfac")
+        if kind in MEANINGS and kind not in scores:
+            raise ConfigError(f"{what} is not made of score {kind!r}; take one of {', '.join(scores)}")
+        return cls.of(store, how)
+
+    @classmethod
+    def of(cls, store: ProjectionStore, how: How) -> Asked:
+        """Check the settings; fit the preconditioner where the score needs one and none is given."""
+        known = set(How.__annotations__)
+        if set(how) - known:
+            raise TypeError(f"no such argument: {min(set(how) - known)}")
+        kind = how.get("score", "kfac")
+        if kind not in MEANINGS:
+            raise ConfigError(f"score is {kind!r}; choose one of {', '.join(MEANINGS)}")
+        layers, device = chosen_layers(store, how.get("layers")), torch.device(how.get("device", "cpu"))
+        found = _preconditioner(store, kind, layers, device, how)
+        return cls(store, kind, found, layers, how, device, Share.of(how.get("together", False)))
+
+    @property
+    def width(self) -> int:
+        """Values of a row of the chosen layers."""
+        return width_of(self.store, self.layers)
+
+    def blocks(self) -> Iterator[Block]:
+        # A scan of whole rows is a shorter walk than one of every layer.
+        layers = None if self.layers == chosen_layers(self.store, None) else self.layers
+        label = "scores" if self.how.get("progress") and self.share.rank == 0 else None
+        height, samples = self.how.get("rows_per_block"), self.share.samples(self.store)
+        return scan_blocks(self.store, layers, self.how.get("domains"), self.device, label, height, *samples)
+
+    def question(self, query_rows: Rows) -> Question:
+        """What the rows are multiplied with."""
+        queries = _of_layers(queries_of(query_rows), self.store, self.layers)
+        if not torch.isfinite(queries).all():
+            raise ConfigError("a query's row has a value that is not finite: its text has no gradient")
+        if self.preconditioner is not None:
+            queries = self.preconditioner.solve(queries)
+        elif self.score == "cosine":
+            norms = queries.norm(dim=1, keepdim=True)
+            queries = queries / torch.where(norms > 0, norms, 1.0)
+        divisor = self.for_rows() if self.score == "relatif" else None
+        return Question(queries.float().to(self.device), self.score, divisor)
+
+    def for_rows(self) -> Preconditioner | None:
+        """The preconditioner in the precision and on the device of the rows."""
+        return None if self.preconditioner is None else self.preconditioner.to(self.device, torch.float32)
+
+
+def _preconditioner(
+    store: ProjectionStore, kind: str, layers: list[str], device: torch.device, how: How
+) -> Preconditioner | None:
+    given = how.get("preconditioner")
+    if kind in ("dot", "cosine"):
+        if given is not None:
+            raise ConfigError(
+                f"score {kind!r} takes no preconditioner; leave it out, or score by {given.kind}"
+            )
+        return None
+    if given is None:
+        fitted = "second_moment" if kind == "preconditioned" else "kfac"
+        return Preconditioner.fit(
+            store,
+            fitted,
+            how.get("damping", "auto"),
+            layers,
+            together=how.get("together", False),
+            device=device,
+            progress=how.get("progress", False),
+        )
+    wanted = {"kfac": "kfac", "preconditioned": "second_moment"}.get(kind, given.kind)
+    if given.kind != wanted:
+        raise ConfigError(f"score {kind!r} takes a preconditioner of kind {wanted}, this one is {given.kind}")
+    given.check_store(store)
+    given = given.for_layers(layers)
+    return given.with_damping(how["damping"]) if "damping" in how else given
+
+
+@dataclass(frozen=True)
+class Question:
+    """Queries ready to be multiplied with rows."""
+
+    weights: Tensor
+    """``(Q, W)`` float32."""
+    score: str
+    divisor: Preconditioner | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``(Q, n)`` float32 scores of rows ``(n, W)``."""
+        products = self.weights @ rows.T
+        if self.score == "cosine":
+            # In float64, where no square of a float32 is lost.
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()
+        elif self.divisor is not None:
+            norms = self.divisor.self_products(rows).sqrt()
+        else:
+            return products
+        return torch.where(norms == 0, 0.0, products / norms)
+
+
+def self_products(rows: Tensor, preconditioner: Preconditioner | None) -> Tensor:
+    """``row C^-1 row^T`` of every row, ``(n,)``; without a preconditioner the squared norm."""
+    if preconditioner is None:
+        return rows.square().sum(dim=1)
+    return preconditioner.self_products(rows)
+
+
+def queries_of(query_rows: Rows) -> Tensor:
+    """``(Q, D)`` float64 on the CPU."""
+    rows = torch.as_tensor(query_rows).detach().to("cpu", torch.float64)
+    rows = rows[None] if rows.dim() == 1 else rows
+    if rows.dim() != 2 or not len(rows):
+        raise ConfigError(f"query rows are {tuple(rows.shape)}; give (Q, D) or (D,), with at least one query")
+    return rows
+
+
+def _of_layers(queries: Tensor, store: ProjectionStore, layers: list[str]) -> Tensor:
+    """The chosen layers' values of whole rows; rows of just these layers pass as they are."""
+    if queries.shape[1] == store.dim:
+        spans = {layer.name: (layer.slice_start, layer.slice_end) for layer in store.layers}
+        return torch.cat([queries[:, slice(*spans[name])] for name in layers], dim=1)
+    width = width_of(store, layers)
+    if queries.shape[1] != width:
+        of_layers = "" if width == store.dim else f" (or {width:,} for the layers asked)"
+        raise ConfigError(
+            f"query rows have {queries.shape[1]:,} values, those of {store.path} {store.dim:,}{of_layers}: make them "
+            "with the store's own settings and matrices"
+        )
+    return queries

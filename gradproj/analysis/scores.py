@@ -1,0 +1,177 @@
+"""Scores of a store's documents for queries: all of them, the best and worst, and each document's with itself.
+
+Every scan streams: memory is bounded whatever the store's size, but for ``score``, whose answer is ``(Q, N)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.analysis.question import SELF_SCORES, Asked, How, Rows, queries_of, self_products
+from gradproj.analysis.ranks import Share
+from gradproj.errors import ConfigError
+from gradproj.store import ProjectionStore
+
+
+@dataclass(frozen=True)
+class TopDocuments:
+    """The documents at one end of the scores, the outermost first; equal scores by sample id."""
+
+    ids: Rows
+    """``(Q, k)`` int64 sample ids."""
+    scores: Rows
+    """``(Q, k)`` float32."""
+    n_scored: int
+    """Documents that have a score; where they are fewer than were asked for, so is k."""
+
+
+def score(
+    query_rows: Rows, store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[How]
+) -> Rows:
+    """Every document's score for every query; ``MEANINGS`` and ``SIGN`` say what a score is.
+
+    Args:
+        query_rows: ``(Q, D)`` or ``(D,)``, of the store's row layout, or as wide as the chosen layers.
+        store: finished or not.
+        out: ``(Q, N)`` float32 to write into (a memory map, say), which is then given back.
+        **how: see ``How``.
+
+    Returns:
+        ``(Q, N)`` float32, NaN for documents without a row (missing, empty, failed, of another domain); a tensor on
+        the queries' device where the queries are one.
+
+    Raises:
+        ConfigError: an unknown score, layer or domain, or rows of another width.
+        StoreError: a preconditioner of another store, or a store without what the score needs.
+    """
+    queries = queries_of(query_rows)
+    shape = (len(queries), len(store))
+    scores = np.empty(shape, np.float32) if out is None else out
+    if scores.shape != shape or scores.dtype != np.float32:
+        raise ConfigError(f"out is {scores.dtype} {scores.shape}; these scores are float32 {shape}")
+    for ids, values in iter_scores(queries, store, **how):
+        scores[:, int(ids[0]) : int(ids[-1]) + 1] = values
+    return _like(scores, query_rows) if out is None else out
+
+
+def iter_scores(
+    query_rows: Rows, store: ProjectionStore, **how: Unpack[How]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
+    asked = Asked.alone(store, how, "score")
+    question = asked.question(query_rows)
+    for block in asked.blocks():
+        values = question(block.rows).cpu().numpy()
+        values[:, ~block.ok] = np.nan
+        yield np.arange(block.first, block.first + len(block.ok), dtype=np.int64), values
+
+
+def top_k(query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> TopDocuments:
+    """The ``k`` documents with the highest scores for each query, the highest first; arguments as ``score``'s."""
+    return top_and_bottom(query_rows, store, k, 0, **how)[0]
+
+
+def bottom_k(query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> TopDocuments:
+    """The ``k`` documents with the lowest scores for each query, the lowest first; arguments as ``score``'s."""
+    return top_and_bottom(query_rows, store, 0, k, **how)[1]
+
+
+def top_and_bottom(
+    query_rows: Rows, store: ProjectionStore, n_top: int = 20, n_bottom: int = 20, **how: Unpack[How]
+) -> tuple[TopDocuments, TopDocuments]:
+    """Both ends of the scores in one scan.
+
+    Raises:
+        ConfigError: more documents wanted than the store has samples, or as ``score`` does.
+    """
+    for wanted in (n_top, n_bottom):
+        if not 0 <= wanted <= len(store):
+            raise ConfigError(f"{wanted:,} documents are asked for; {store.path} has {len(store):,}")
+    asked = Asked.of(store, how)
+    question = asked.question(query_rows)
+    n_queries = len(queries_of(query_rows))
+    top, bottom = _Best(n_queries, n_top, asked.device), _Best(n_queries, n_bottom, asked.device)
+    n_scored = 0
+    for block in asked.blocks():
+        values = question(block.ok_rows())
+        there = ~values.isnan().any(dim=0)  # a shard may be gone whose rows are recorded as ok
+        ids = torch.from_numpy(block.ids()).to(asked.device)[there]
+        values = values[:, there]
+        top.add(ids, values)
+        bottom.add(ids, -values)
+        n_scored += len(ids)
+
+    n_scored = int(asked.share.total(torch.tensor(n_scored)))
+    top, bottom = (best.joined(asked.share) for best in (top, bottom))
+
+    def result(best: _Best, sign: int) -> TopDocuments:
+        return TopDocuments(_like(best.ids, query_rows), _like(sign * best.values, query_rows), n_scored)
+
+    return result(top, 1), result(bottom, -1)
+
+
+def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[How]) -> np.ndarray:
+    """Each document's score with itself: how much its own loss falls when it is trained on more.
+
+    Args:
+        store: finished or not.
+        out: ``(N,)`` float32 to write into (a memory map, say).
+        **how: see ``How``; the score is kfac, preconditioned or dot (the squared norm).
+
+    Returns:
+        ``(N,)`` float32, 0 or more; NaN for documents without a row.
+    """
+    values = np.empty(len(store), np.float32) if out is None else out
+    if values.shape != (len(store),) or values.dtype != np.float32:
+        raise ConfigError(f"out is {values.dtype} {values.shape}; the answer is float32 {(len(store),)}")
+    asked = Asked.alone(store, how, "self_influence", SELF_SCORES)
+    preconditioner = asked.for_rows()
+    for block in asked.blocks():
+        found = self_products(block.rows, preconditioner).cpu().numpy()
+        values[block.first : block.first + len(found)] = np.where(block.ok, found, np.nan)
+    return values
+
+
+def _like(values: np.ndarray | Tensor, example: Rows) -> Rows:
+    """A tensor on the example's device where that is one, else numpy."""
+    if isinstance(example, Tensor):
+        return torch.as_tensor(values).to(example.device)
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
+
+
+class _Best:
+    """The highest scores so far, and whose they are; equal ones by sample id."""
+
+    def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
+        self._k = k
+        self.ids = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
+        self.values = torch.empty(n_queries, 0, device=device)
+
+    def add(self, ids: Tensor, values: Tensor) -> None:
+        """Scores ``(Q, n)`` of documents ``(n,)`` whose ids follow those before."""
+        if self._k and len(ids) and self._changes(values):
+            self._merge(ids.expand(len(values), -1), values)
+
+    def _merge(self, ids: Tensor, values: Tensor) -> None:
+        both, owners = torch.cat([self.values, values], dim=1), torch.cat([self.ids, ids], dim=1)
+        order = both.argsort(dim=1, descending=True, stable=True)[:, : self._k]
+        self.values, self.ids = both.gather(1, order), owners.gather(1, order)
+
+    def joined(self, share: Share) -> _Best:
+        """The best of all ranks."""
+        if share.world_size == 1:
+            return self
+        whole = _Best(len(self.values), self._k, self.values.device)
+        for ids, values in share.gathered((self.ids.cpu(), self.values.cpu())):
+            whole._merge(ids.to(self.ids.device), values.to(self.values.device))
+        return whole
+
+    def _changes(self, values: Tensor) -> bool:
+        """Most blocks of a long scan hold nothing better, and need no sorting."""
+        return self.values.shape[1] < self._k or bool((values > self.values[:, -1:]).any())
