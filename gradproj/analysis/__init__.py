@@ -2,7 +2,7 @@
 
 from gradproj.analysis.domains import DomainMatrix, domain_matrix
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.question import MEANINGS, SIGN
+from gradproj.analysis.question import DEFAULT_SCORE, MEANINGS, SIGN
 from gradproj.analysis.scores import (
     TopDocuments,
     bottom_k,
@@ -14,6 +14,7 @@ from gradproj.analysis.scores import (
 )
 
 __all__ = [
+    "DEFAULT_SCORE",
     "MEANINGS",
     "SIGN",
     "DomainMatrix",

@@ -30,6 +30,8 @@ MEANINGS = {
     "large gradients do not come first everywhere; comparable within a query only",
 }
 """Score -> what it is, with its unit. ``SIGN`` holds for all."""
+DEFAULT_SCORE = "kfac"
+"""What is asked where nobody says otherwise: the kind that the project's own ``lds`` finds best."""
 SELF_SCORES = ("kfac", "preconditioned", "dot")
 """Scores that are inner products, so that means and a document's score with itself mean something."""
 
@@ -40,7 +42,7 @@ class How(TypedDict, total=False):
     """What every scan can be told besides the query and the store."""
 
     score: str
-    """A key of ``MEANINGS``; default kfac."""
+    """A key of ``MEANINGS``; default ``DEFAULT_SCORE``."""
     preconditioner: Preconditioner | None
     """For kfac, preconditioned and relatif; default: fitted here, for relatif as kfac."""
     damping: float | str
@@ -79,7 +81,7 @@ class Asked:
         """As ``of``, for answers that one process gives, and for these scores only."""
         if how.get("together"):
             raise ConfigError(f"{what} has no together; top_k, bottom_k and top_and_bottom have")
-        kind = how.get("score", "kfac")
+        kind = how.get("score", DEFAULT_SCORE)
         if kind in MEANINGS and kind not in scores:
             raise ConfigError(f"{what} is not made of score {kind!r}; take one of {', '.join(scores)}")
         return cls.of(store, how)
@@ -90,7 +92,7 @@ class Asked:
         known = set(How.__annotations__)
         if set(how) - known:
             raise TypeError(f"no such argument: {min(set(how) - known)}")
-        kind = how.get("score", "kfac")
+        kind = how.get("score", DEFAULT_SCORE)
         if kind not in MEANINGS:
             raise ConfigError(f"score is {kind!r}; choose one of {', '.join(MEANINGS)}")
         layers, device = chosen_layers(store, how.get("layers")), torch.device(how.get("device", "cpu"))
