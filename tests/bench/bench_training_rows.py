@@ -4,7 +4,8 @@
 
 A step is forward, backward, clipping and AdamW, float32, one thread, on random tokens, through the calls of
 ``GhostEngineManager``; its rows are written to a store after every step. Shapes are those of ``bench_training.py``.
-Variants in turn: without an engine (Regular), with it, and with ``per_sample_loss`` in place of transformers' own loss.
+Variants in turn: without an engine (Regular) and with it, each with transformers' own loss and with the
+``per_sample_loss`` that ``python -m gradproj train`` takes; a ratio is of two with one loss.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def measure(model_name: str, rounds: int) -> dict[str, float]:
-    """Each variant's time over Regular's."""
+    """GradProjLora's time over Regular's, by the loss that both take (a key of ``LOSSES``)."""
     torch.set_num_threads(1)
     settings, n_samples, n_tokens = SHAPES[model_name]
     torch.manual_seed(0)
@@ -50,7 +51,10 @@ def measure(model_name: str, rounds: int) -> dict[str, float]:
         times = interleave(variants(model, n_samples, n_tokens, folder), rounds)
     print(f"{model_name}, {n_samples} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds")
     medians = print_table(times, ["Regular"])
-    return {name: median / medians["Regular"] for name, median in medians.items()}
+    ratios = {name: medians[f"GradProjLora{name}"] / medians[f"Regular{name}"] for name in LOSSES}
+    for name, ratio in ratios.items():
+        print(f"GradProjLora{name} / Regular{name}: {ratio:.3f}", flush=True)
+    return ratios
 
 
 def variants(model: nn.Module, n_samples: int, n_tokens: int, folder: str) -> dict[str, Variant]:
@@ -84,11 +88,11 @@ def variants(model: nn.Module, n_samples: int, n_tokens: int, folder: str) -> di
         yield
         watching.detach_for_evaluation()
 
-    return {
-        "Regular": Variant(lambda: step(regular, own_loss)),
-        "GradProjLora": Variant(lambda: step(watching, own_loss), attached),
-        "GradProjLora, per_sample_loss": Variant(lambda: step(watching, summed_loss), attached),
-    }
+    found = {}
+    for name, loss in LOSSES.items():
+        found[f"Regular{name}"] = Variant(lambda loss=loss: step(regular, loss))
+        found[f"GradProjLora{name}"] = Variant(lambda loss=loss: step(watching, loss), attached)
+    return found
 
 
 def own_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -99,6 +103,10 @@ def own_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """The same mean from every sample's own loss, as ``python -m gradproj train`` takes it."""
     return per_sample_loss(model, tokens, chunked=False).sum() / (tokens.numel() - len(tokens))
+
+
+LOSSES: dict[str, Loss] = {"": own_loss, ", per_sample_loss": summed_loss}
+"""What a variant's name says of its loss -> the loss."""
 
 
 if __name__ == "__main__":

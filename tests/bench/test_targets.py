@@ -105,3 +105,11 @@ def test_grad_dot_prod_costs_its_validation_share_and_at_most_a_tenth(model):
     import bench_training
 
     assert bench_training.measure(model, 3)["GradDotProd"] <= 1.10
+
+
+@pytest.mark.parametrize("model", ["gpt2", "small"])
+def test_a_training_step_with_its_rows_costs_at_most_a_tenth_more(model):
+    import bench_training_rows
+
+    ratios = bench_training_rows.measure(model, 3)
+    assert all(ratio <= 1.10 for ratio in ratios.values()), ratios
