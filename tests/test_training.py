@@ -192,6 +192,8 @@ def test_training_goes_on_from_a_checkpoint(made, tmp_path):
         ({"dropout": 1.0}, "--dropout must be at least 0 and less than 1"),
         ({"tokenizer": ""}, "a new model has no tokenizer of its own: give --tokenizer DIR"),
         ({"model": "x", "architecture": "GPT2-Small"}, "give --model or --architecture, not both"),
+        ({"optimizer": "lion"}, "--optimizer is 'lion'; choose adamw or sgd"),
+        ({"momentum": 0.9}, "--momentum 0.9 is for --optimizer sgd; adamw has its own"),
         ({"device": "tpu"}, "--device is 'tpu'; choose auto, cpu or cuda"),
     ],
 )

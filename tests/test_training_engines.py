@@ -434,3 +434,22 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
     assert group["sample_id"][:6].tolist() == [int(i) for batch in first for i in batch.sample_ids]
     table = (tmp_path / "dots" / "values.md").read_text()
     assert all(domain in table for domain in ("Github", "ArXiv", "Pile-CC"))
+
+
+def test_under_sgd_the_values_add_up_to_the_fall_of_the_validation_loss(data, tmp_path):
+    config = config_of(
+        data, tmp_path, method="GradDotProd", val_shards=str(data / "tars"), val_batches=1, optimizer="sgd",
+        val_batch_size=16, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip=0.0, max_steps=30,
+    )  # fmt: skip
+    train(config)
+    torch.manual_seed(config.seed)
+    tokenizer, model = load_or_make_model(config)
+    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks())
+    before = validation.loss(model.double())
+    model.load_state_dict(weights_in(tmp_path), strict=False)
+    fall = before - validation.loss(model)
+    values = zarr.open_group(tmp_path / "grad_dotprod", mode="r")["value"][...]
+    assert len(values) == config.max_steps * config.batch_size
+    assert fall > 0.01
+    # To first order: what is left is quadratic in the learning rate.
+    assert values.sum() == pytest.approx(fall, rel=0.02)

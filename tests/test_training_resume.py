@@ -16,7 +16,7 @@ from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.training import loop, train
 from gradproj.training.checkpoints import Checkpoints, random_state, restore_random_state
 from gradproj.training.data import DataPosition, TrainedDocuments, batches_of, open_corpus, shuffled_documents
-from gradproj.training.loop import rate_at
+from gradproj.training.optimizer import rate_at
 from gradproj.training.ranks import Ranks
 from gradproj.training.validation import Validation
 

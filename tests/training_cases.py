@@ -13,7 +13,8 @@ from gradproj.corpus.index import build_index, list_tars
 from gradproj.model import load_tokenizer
 from gradproj.training import TrainConfig
 from gradproj.training.data import batches_of
-from gradproj.training.loop import load_or_make_model, parameter_groups, rate_at
+from gradproj.training.loop import load_or_make_model
+from gradproj.training.optimizer import parameter_groups, rate_at
 from gradproj.training.ranks import Ranks
 
 SHAPE = {

@@ -11,6 +11,7 @@ from gradproj.errors import ConfigError
 from gradproj.projection import ProjectionConfig
 from gradproj.store.layout import StoreConfig
 
+OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
@@ -25,7 +26,7 @@ NO_PART_OF_A_RUN = frozenset(
         "proj_save_interval",
     )
 )
-"""Settings that a resumed run may have otherwise: its steps up to there would have been the same."""
+"""Settings that a resumed run may have otherwise. With more steps the schedule goes on as the longer run's."""
 
 
 def _as_in(section: Any, name: str) -> Any:
@@ -122,7 +123,12 @@ class TrainConfig(EngineConfig):
     )
     batch_size: int = field(default=2, metadata={"help": "sequences in a batch of one rank"})
     max_steps: int = field(default=100, metadata={"help": "optimizer steps"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's highest learning rate"})
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "torch's; Shapley values are about sgd's steps", "choices": OPTIMIZERS},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
+    momentum: float = field(default=0.0, metadata={"help": "sgd's"})
     warmup_steps: int = field(default=20, metadata={"help": "steps to reach it, linearly"})
     schedule: str = field(
         default="cosine",
@@ -131,7 +137,7 @@ class TrainConfig(EngineConfig):
             "choices": SCHEDULES,
         },
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW's, on matrices only"})
+    weight_decay: float = field(default=0.1, metadata={"help": "on matrices only"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient; 0 = any"})
     dropout: float = field(default=0.0, metadata={"help": "everywhere in the model"})
     precision: str = field(
@@ -202,13 +208,15 @@ def _check_numbers(config: TrainConfig) -> None:
     ):  # fmt: skip
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("warmup_steps", "weight_decay", "clip", "eval_interval", "checkpoint_interval"):
+    for name in ("warmup_steps", "momentum", "weight_decay", "clip", "eval_interval", "checkpoint_interval"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"--{name} must be at least 0, got {getattr(config, name)}")
     if not config.learning_rate > 0:
         raise ConfigError(f"--learning_rate must be more than 0, got {config.learning_rate}")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"--dropout must be at least 0 and less than 1, got {config.dropout}")
+    if config.momentum and config.optimizer != "sgd":
+        raise ConfigError(f"--momentum {config.momentum:g} is for --optimizer sgd; adamw has its own")
     if config.max_length < 2:
         raise ConfigError(
             f"--max_length must be at least 2 (a token and its target), got {config.max_length}"
@@ -218,7 +226,12 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def _check_choices(config: TrainConfig) -> None:
-    choices = {"device": ("auto", "cpu", "cuda"), "schedule": SCHEDULES, "precision": PRECISIONS}
+    choices = {
+        "device": ("auto", "cpu", "cuda"),
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "precision": PRECISIONS,
+    }
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""A plain causal-LM training loop: documents in a seeded order, AdamW, checkpoints that the job takes.
+"""A plain causal-LM training loop: documents in a seeded order, torch's optimizers, checkpoints that the job takes.
 
 It does not know which engine runs inside of it: ``GhostEngineManager`` does.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradproj.checkpoint import ModelConfig, fetch
@@ -34,6 +33,7 @@ from gradproj.training.data import (
     open_corpus,
 )
 from gradproj.training.engine_manager import GhostEngineManager
+from gradproj.training.optimizer import make_optimizer, rate_at
 from gradproj.training.ranks import Ranks, start_ranks, without_exchange
 from gradproj.training.validation import Validation
 
@@ -88,7 +88,7 @@ class _Run:
             enable = getattr(self._model, name, self._model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self._shared_model = ranks.share(self._model)
-        self._optimizer = AdamW(parameter_groups(self._model, config.weight_decay), lr=config.learning_rate)
+        self._optimizer = make_optimizer(self._model, config)
         index = open_corpus(config.shards)
         self._validation = Validation(config, self._tokenizer, device, ranks)
         self.done = shared.get("step", 0)
@@ -246,25 +246,3 @@ def set_dropout(model: Any, share: float) -> None:
     for name, value in vars(model.config).items():
         if name.endswith(("pdrop", "dropout")) and not name.startswith(("summary", "classifier")):
             setattr(model.config, name, share if isinstance(value, int | float) else value)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are not decayed."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-def rate_at(step: int, config: TrainConfig) -> float:
-    """The share of the highest learning rate at a step (from 0): up linearly, then as the schedule says."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    falls = {
-        "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done)),
-        "linear": 1.0 - done,
-        "constant": 1.0,
-    }
-    return falls[config.schedule]
