@@ -15,7 +15,7 @@ from analysis_cases import (
 )
 
 from gradproj import ProjectionStore
-from gradproj.analysis import domain_matrix, domains
+from gradproj.analysis import domain_matrix, domains, overview, score, self_influence
 from gradproj.errors import ConfigError
 
 C = 0.1
@@ -48,6 +48,51 @@ def test_means_cosines_and_influences_are_their_definitions(output, kind, layers
     np.testing.assert_allclose(got.influence, mean @ np.linalg.inv(curvature) @ mean.T, rtol=1e-7)
     norms = np.linalg.norm(mean, axis=1)
     np.testing.assert_allclose(got.cosine, mean @ mean.T / np.outer(norms, norms), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "dot", "cosine"])
+def test_an_influence_is_the_mean_score_over_all_pairs_of_documents(output, kind):
+    rows, here = output.decoded(), members(output)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store, score=kind)
+        every = score(rows[here[0] | here[1]], store, score=kind).astype(np.float64)
+    asked_of = DOMAIN[here[0] | here[1]]
+    for g, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert got.influence[g, h] == pytest.approx(every[asked_of == g][:, here[h]].mean(), rel=2e-4)
+
+
+def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(output, monkeypatch):
+    with ProjectionStore(output.path) as store:
+        own, want = self_influence(store), domain_matrix(store)
+        monkeypatch.setattr(store, "scan", count_calls(store.scan))
+        got = overview(store, 5, rows_per_block=13)
+        assert store.scan.calls == 1
+        assert overview(store, 1000).self_influence.shape == (ok_rows(output).sum(),)
+        assert not len(overview(store, 5, score="cosine").ids)
+        store.domains = []
+        without = overview(store, 5)
+    assert got.ids.tolist() == np.argsort(-np.nan_to_num(own, nan=-1))[:5].tolist() == without.ids.tolist()
+    np.testing.assert_array_equal(got.self_influence, own[got.ids])
+    np.testing.assert_allclose(got.domains.influence, want.influence)
+    assert without.domains is None
+
+
+def count_calls(function):
+    def counted(*args, **kwargs):
+        counted.calls += 1
+        return function(*args, **kwargs)
+
+    counted.calls = 0
+    return counted
+
+
+def test_where_memory_is_short_fewer_rows_are_drawn_and_their_number_is_told(output, monkeypatch):
+    monkeypatch.setattr(domains, "DRAWN_BYTES", 1)
+    monkeypatch.setattr(domains, "LEAST_RANK_ROWS", 9)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store)
+    assert got.n_drawn.tolist() == [9, 9]
+    assert (got.effective_rank <= 9).all()
 
 
 def test_each_domain_has_its_counts_losses_and_norms(output):
@@ -94,9 +139,9 @@ def test_a_domain_without_a_row_has_no_numbers(output):
 def test_what_is_wrong_is_said(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(
-            ConfigError, match="domain_matrix is not made of score 'cosine'; take one of kfac, preco"
+            ConfigError, match="domain_matrix is not made of score 'relatif'; take one of kfac, preco"
         ):
-            domain_matrix(store, score="cosine")
+            domain_matrix(store, score="relatif")
         store.domains = []
         with pytest.raises(ConfigError, match="has no domains: its documents name none"):
             domain_matrix(store)

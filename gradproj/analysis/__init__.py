@@ -1,6 +1,7 @@
 """Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
 
 from gradproj.analysis.domains import DomainMatrix, domain_matrix
+from gradproj.analysis.glance import Overview, overview
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.question import DEFAULT_SCORE, MEANINGS, SIGN
 from gradproj.analysis.scores import (
@@ -18,11 +19,13 @@ __all__ = [
     "MEANINGS",
     "SIGN",
     "DomainMatrix",
+    "Overview",
     "Preconditioner",
     "TopDocuments",
     "bottom_k",
     "domain_matrix",
     "iter_scores",
+    "overview",
     "score",
     "self_influence",
     "top_and_bottom",

@@ -9,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.blocks import Block
 from gradproj.analysis.question import SELF_SCORES, Asked, How
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 RANK_ROWS = 256
-"""Rows of a domain, drawn at random, whose effective rank is taken."""
+"""Rows of a domain, drawn at random, whose effective rank is taken; fewer where they would not fit ``DRAWN_BYTES``."""
+DRAWN_BYTES = 2**29
+LEAST_RANK_ROWS = 16
+DOMAIN_SCORES = (*SELF_SCORES, "cosine")
+"""Scores whose mean over pairs of documents comes from one vector per domain."""
 
 
 @dataclass(frozen=True)
@@ -33,99 +38,137 @@ class DomainMatrix:
     effective_rank: np.ndarray
     """``(G,)``: exponential of the entropy of the spectrum of at most ``RANK_ROWS`` rows, drawn at random and scaled to
     length 1: between 1 (all alike) and their number."""
+    n_drawn: np.ndarray
+    """``(G,)`` int64: how many rows those are."""
     mean: np.ndarray
     """``(G, W)``: mean row."""
     cosine: np.ndarray
     """``(G, G)``: of the mean rows."""
     influence: np.ndarray
-    """``(G, G)``: score of an average document of the column's domain for an average query of the row's domain;
-    symmetric, in the unit of the score that was asked for."""
+    """``(G, G)``: mean score of the documents of the column's domain for those of the row's domain as queries, over all
+    pairs; symmetric, in the unit of the score that was asked for."""
+    score: str
+    """What ``influence`` is a mean of."""
 
 
 def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
-    """Means of every domain in one scan, in ``G W`` float64 values and the rows drawn for the ranks.
+    """Means of every domain in one scan, in ``G W`` float64 values (2 G W for cosine) and the rows drawn for the ranks.
 
     Args:
         store: finished or not; documents without a domain or a row take no part.
-        **how: see ``How``; the score is kfac, preconditioned or dot.
+        **how: see ``How``; the score is kfac, preconditioned, dot or cosine.
 
     Raises:
         ConfigError: another score, or a store that has no domains.
         StoreError: a store without what the score needs.
     """
-    if not store.domains:
-        raise ConfigError(f"{store.path} has no domains: its documents name none")
-    asked = Asked.alone(store, how, "domain_matrix", SELF_SCORES)
-    sums = _Sums(len(store.domains), asked.width, asked.device)
+    asked = Asked.alone(store, how, "domain_matrix", DOMAIN_SCORES)
+    sums = DomainSums(asked)
     for block in asked.blocks():
+        sums.add(block)
+    return sums.matrix()
+
+
+class DomainSums:
+    """Everything that is summed by domain while blocks of rows stream by.
+
+    Args:
+        asked: the scan, whose blocks are given to ``add`` one after the other.
+
+    Raises:
+        ConfigError: the store has no domains.
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        store, width = asked.store, asked.width
+        if not store.domains:
+            raise ConfigError(f"{store.path} has no domains: its documents name none")
+        self._asked, self._store = asked, store
+        n = len(store.domains)
+        self._count = torch.zeros(n, dtype=torch.int64, device=asked.device)
+        self._rows = torch.zeros(n, width, dtype=torch.float64, device=asked.device)
+        # A mean cosine over pairs is the inner product of the mean directions.
+        self._directions = torch.zeros_like(self._rows) if asked.score == "cosine" else None
+        self._norm, self._loss = np.zeros(n), np.zeros(n)
+        self._n_tokens = np.zeros(n, np.int64)
+        most = max(LEAST_RANK_ROWS, min(RANK_ROWS, DRAWN_BYTES // (4 * width * n)))
+        self._drawn = [_Drawn(width, min(most, RANK_ROWS)) for _ in range(n)]
+
+    def add(self, block: Block) -> None:
+        """The next block of the scan."""
         first, last = block.first, block.first + len(block.ok)
-        columns = {name: store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")}
-        sums.add(block.ids(), block.ok_rows(), columns)
-    count = sums.count
-    mean = torch.where(count[:, None] > 0, sums.rows / count[:, None], torch.nan).cpu()
-    turned = mean if asked.preconditioner is None else asked.preconditioner.solve(mean)
-    unit = mean / mean.norm(dim=1, keepdim=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        loss, grad_norm = sums.loss / sums.n_tokens, sums.norm / count.cpu().numpy()
-    return DomainMatrix(
-        names=list(store.domains),
-        n_rows=count.cpu().numpy(),
-        n_tokens=sums.n_tokens,
-        loss=loss,
-        grad_norm=grad_norm,
-        effective_rank=np.array([drawn.effective_rank() for drawn in sums.drawn]),
-        mean=mean.numpy(),
-        cosine=(unit @ unit.T).numpy(),
-        influence=(turned @ mean.T).numpy(),
-    )
-
-
-class _Sums:
-    """Everything that is summed by domain while the rows stream by."""
-
-    def __init__(self, n_domains: int, width: int, device: torch.device) -> None:
-        self.count = torch.zeros(n_domains, dtype=torch.int64, device=device)
-        self.rows = torch.zeros(n_domains, width, dtype=torch.float64, device=device)
-        self.norm, self.loss = np.zeros(n_domains), np.zeros(n_domains)
-        self.n_tokens = np.zeros(n_domains, np.int64)
-        self.drawn = [_Drawn(width) for _ in range(n_domains)]
-
-    def add(self, ids: np.ndarray, rows: Tensor, columns: dict[str, np.ndarray]) -> None:
+        columns = {
+            name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
+        }
+        ids, rows = block.ids(), block.ok_rows()
         finite = torch.isfinite(rows).all(dim=1)  # a shard may be gone whose rows are recorded as ok
         keep = finite.cpu().numpy() & (columns["domain"] >= 0)
         ids, rows = ids[keep], rows[torch.from_numpy(keep).to(rows.device)]
         domain = columns["domain"][keep].astype(np.int64)
         where = torch.from_numpy(domain).to(rows.device)
-        self.rows.index_add_(0, where, rows.double())
-        self.count += torch.bincount(where, minlength=len(self.count))
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        self._rows.index_add_(0, where, rows.double())
+        if self._directions is not None:
+            self._directions.index_add_(0, where, rows / torch.where(norms > 0, norms, 1.0)[:, None])
+        self._count += torch.bincount(where, minlength=len(self._count))
         tokens = columns["n_tokens"][keep]
-        np.add.at(self.norm, domain, norms)
-        np.add.at(self.loss, domain, columns["loss"][keep].astype(np.float64) * tokens)
-        np.add.at(self.n_tokens, domain, tokens)
+        np.add.at(self._norm, domain, norms.cpu().numpy())
+        np.add.at(self._loss, domain, columns["loss"][keep].astype(np.float64) * tokens)
+        np.add.at(self._n_tokens, domain, tokens)
         for number in np.unique(domain).tolist():
             here = np.flatnonzero(domain == number)
-            self.drawn[number].add(ids[here], rows, here)
+            self._drawn[number].add(ids[here], rows, here)
+
+    def matrix(self) -> DomainMatrix:
+        """What the blocks so far come to."""
+        asked, count = self._asked, self._count[:, None]
+        mean = torch.where(count > 0, self._rows / count, torch.nan).cpu()
+        left = right = mean
+        if self._directions is not None:
+            left = right = torch.where(count > 0, self._directions / count, torch.nan).cpu()
+        elif asked.preconditioner is not None:
+            left = asked.preconditioner.solve(mean)
+        unit = mean / mean.norm(dim=1, keepdim=True)
+        n_rows = self._count.cpu().numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            loss, grad_norm = self._loss / self._n_tokens, self._norm / n_rows
+        return DomainMatrix(
+            names=list(self._store.domains),
+            n_rows=n_rows,
+            n_tokens=self._n_tokens,
+            loss=loss,
+            grad_norm=grad_norm,
+            effective_rank=np.array([drawn.effective_rank() for drawn in self._drawn]),
+            n_drawn=np.array([len(drawn) for drawn in self._drawn], np.int64),
+            mean=mean.numpy(),
+            cosine=(unit @ unit.T).numpy(),
+            influence=(left @ right.T).numpy(),
+            score=asked.score,
+        )
 
 
 class _Drawn:
     """Rows drawn at random from a stream of unknown length: those whose ids have the smallest hashes."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, most: int) -> None:
+        self._most = most
         self._hashes = np.empty(0, np.uint64)
         self._rows = torch.empty(0, width)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
 
     def add(self, ids: np.ndarray, rows: Tensor, here: np.ndarray) -> None:
         """Samples ``ids``, whose rows are ``rows[here]``."""
         hashes = _hash(ids)
-        if len(self._hashes) == RANK_ROWS:
+        if len(self._hashes) == self._most:
             wanted = hashes < self._hashes.max()
             hashes, here = hashes[wanted], here[wanted]
         if not len(here):
             return
         new = rows[torch.from_numpy(here).to(rows.device)].cpu()
         self._hashes = np.concatenate([self._hashes, hashes])
-        order = np.argsort(self._hashes)[:RANK_ROWS]
+        order = np.argsort(self._hashes)[: self._most]
         self._rows = torch.cat([self._rows, new])[torch.from_numpy(order)]
         self._hashes = self._hashes[order]
 
