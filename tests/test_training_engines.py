@@ -126,6 +126,15 @@ def test_every_interval_writes_all_rows_since_the_last_and_cleanup_the_rest(tmp_
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "merge"])
+def test_what_follows_a_job_s_units_says_that_a_training_run_has_none(tmp_path, capsys, command):
+    model, optimizer, manager = by_hand(tmp_path)
+    with manager:
+        one_step(model, optimizer, manager, 1)
+    assert main([command, str(tmp_path / "projections")]) == 2
+    assert "is a training run's store" in capsys.readouterr().err
+
+
 def written(result_dir):
     """Rows that a reader sees."""
     if not (result_dir / "projections" / "projections.zarr").exists():

@@ -88,6 +88,11 @@ def read_output(path: str | Path) -> Output:
     store = find_store(path)
     attributes, layout = read_attributes(store), read_layout(store)
     if "wanted_units" not in attributes or "identity_hash" not in attributes:
+        if (store / "sample_id").is_dir():
+            raise StoreError(
+                f"{store} is a training run's store: it has rows in the order seen and no units to follow. Read it "
+                "with gradproj.ProjectionStore; how far the run is says its loss.csv"
+            )
         raise StoreError(
             f"{store} is a store but not a job's output: it does not say which units it wants. "
             "Give the --output_dir of `python -m gradproj.run`"

@@ -137,6 +137,7 @@ def draw_curve(points: list[Point], path: Path) -> None:
     # On use: an extra, and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps, losses = [p.step for p in points], [p.loss for p in points]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
@@ -153,6 +154,7 @@ def draw_curve(points: list[Point], path: Path) -> None:
     checked = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
     if checked:
         axes.plot(*zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")
     axes.grid(alpha=0.3)
