@@ -168,6 +168,17 @@ def test_rows_are_written_also_where_an_evaluation_fails(tmp_path):
     assert written(tmp_path) == 3
 
 
+def test_dot_products_are_written_also_where_an_evaluation_fails(tmp_path):
+    settings = {"method": "GradDotProd", "result_dir": str(tmp_path), "proj_save_interval": 0}
+    model = small_model("gpt2").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager = GhostEngineManager(settings, model, optimizer, val_data=ragged_batch([6, 4]), loss="sum")
+    one_step(model, optimizer, manager, 0)
+    manager.detach_for_evaluation()
+    manager.cleanup()
+    assert zarr.open_group(tmp_path / "grad_dotprod", mode="r")["sample_id"][...].tolist() == [0, 1, 2]
+
+
 def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=2, rows_per_shard=4)
     for step in range(7):

@@ -80,8 +80,8 @@ class GradDotProdTraining(TrainingEngine):
         self.engine.reattach_after_evaluation()
 
     def cleanup(self) -> None:
-        if self.engine.is_attached:
-            self.engine.cleanup()
+        # Also where an evaluation failed, for which it was detached.
+        self.engine.cleanup()
 
     def reports(self, domain_of: Callable[[int], str], text_of: Callable[[int], str]) -> dict[str, str]:
         values = self.engine.shapley_values

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import zarr
 from jobs import ENVIRONMENT, flags
 from ranks import Ranks
 from safetensors.torch import load_file
@@ -58,16 +59,17 @@ def run(ranks, world_size=1, **settings):
     return "".join(rank.output for rank in ended)
 
 
-def end_at(ranks, step, how, log, **settings):
-    """Start a run, and send it a signal once its curve has come to a step; how it ended."""
-    start(ranks, **settings)
-    (pid,) = ranks._running
+def end_at(ranks, step, how, log, world_size=1, **settings):
+    """Start a run, and send its processes a signal once its curve has come to a step; how they ended."""
+    start(ranks, world_size, **settings)
+    pids = list(ranks._running)
     until = time.monotonic() + 60
     while not log.exists() or len(log.read_text().splitlines()) <= step:
         assert time.monotonic() < until, "it does not train"
         time.sleep(0.002)
-    os.kill(pid, how)
-    return ranks.wait_for_one()
+    for pid in pids:
+        os.kill(pid, how)
+    return ranks.wait_for_all()
 
 
 def curve_in(folder):
@@ -95,8 +97,9 @@ def test_a_run_ended_three_times_and_resumed_is_the_run_that_nobody_ended(ranks,
     settings = settings_of(data, tmp_path / "killed", **changes)
     log = tmp_path / "killed" / "loss.csv"
     for step in (4, 28):  # before the first checkpoint, and between two
-        assert end_at(ranks, step, signal.SIGKILL, log, **settings, resume=True).status == -signal.SIGKILL
-    told = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
+        (killed,) = end_at(ranks, step, signal.SIGKILL, log, **settings, resume=True)
+        assert killed.status == -signal.SIGKILL
+    (told,) = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
     assert told.status == 128 + signal.SIGTERM
     assert re.search(
         r"SIGTERM: stopped after step 4\d of 60, with a checkpoint; the same command", told.output
@@ -131,6 +134,26 @@ def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
             assert np.linalg.norm(row - expected[name]) < 1e-4 * np.linalg.norm(expected[name])
     with ProjectionStore(tmp_path / "whole" / "projections") as store:
         assert len(store) == 24  # a number of whole steps divides the run: no place stays empty
+
+
+def test_two_killed_ranks_dot_products_are_those_of_ranks_that_nobody_killed(ranks, data, tmp_path):
+    changes = {
+        "method": "GradDotProd", "val_shards": str(data / "val"), "max_steps": 40, "checkpoint_interval": 10,
+        "proj_save_interval": 3, "eval_interval": 20,
+    }  # fmt: skip
+    killed = settings_of(data, tmp_path / "killed", **changes, resume=True)
+    log = tmp_path / "killed" / "loss.csv"
+    ended = end_at(ranks, 24, signal.SIGKILL, log, 2, **killed)
+    assert [rank.status for rank in ended] == [-signal.SIGKILL] * 2
+    run(ranks, 2, **killed)
+    run(ranks, 2, **settings_of(data, tmp_path / "whole", **changes))
+    tables = [zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("killed", "whole")]
+    assert tables[0]["step"][...].tolist() == np.repeat(range(1, 41), 6).tolist()
+    for name in ("step", "sample_id", "total", "value", "per_parameter"):
+        np.testing.assert_array_equal(tables[0][name][...], tables[1][name][...])
+    assert curve_in(tmp_path / "killed") == curve_in(tmp_path / "whole")
+    values = [(tmp_path / name / "values.md").read_text() for name in ("killed", "whole")]
+    assert values[0] == values[1]
 
 
 def test_torchrun_starts_it_and_a_mistake_is_said_once(tmp_path):
