@@ -3,6 +3,7 @@
 import zarr
 
 from gradproj.store import bfloat16
+from gradproj.store.bands import Band
 from gradproj.store.layout import FORMAT_VERSION, STATUS, LayerSlice, StoreConfig, StoreLayout, plan_layout
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.records import UnitRecord
@@ -12,6 +13,7 @@ from gradproj.store.writer import StoreExists, create_store
 __all__ = [
     "FORMAT_VERSION",
     "STATUS",
+    "Band",
     "LayerSlice",
     "LayerView",
     "ProjectionStore",

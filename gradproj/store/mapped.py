@@ -129,6 +129,35 @@ class MappedShard:
                 target.reshape(len(part), piece.n_chunks, -1)[...] = source.transpose(1, 0, 2)
                 done += piece.width
 
+    def has_tiles(self, start: int, selection: Selection) -> bool:
+        """Whether ``tiles`` can serve the rows from ``start`` on: whole chunks across, all there."""
+        return (
+            self._grid is not None
+            and start // self.layout.chunk_rows < len(self._grid)
+            and all(piece.stop - piece.first == self.layout.chunk_width for piece in selection.pieces)
+        )
+
+    def tiles(self, start: int, stop: int, selection: Selection) -> Iterator[tuple[int, np.ndarray]]:
+        """The stored rows ``[start, stop)`` of one chunk down, a chunk across at a time, without mapping a page.
+
+        Yields the place of the first value in the selection, and values ``(n, chunk width)`` that the next overwrite.
+        """
+        band, inside = divmod(start, self.layout.chunk_rows)
+        tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
+        at = 0
+        for piece in selection.pieces:
+            for chunk in range(piece.first_chunk, piece.first_chunk + piece.n_chunks):
+                place = int(self._place[band, chunk])
+                self._file.read_into(
+                    tile, self._origin + place * self._chunk_bytes + inside * self._row_bytes
+                )
+                yield at, tile
+                at += self.layout.chunk_width
+
+    def let_go(self) -> None:
+        """Give back the memory of rows that were read."""
+        self._file.let_go()
+
     def read_range(self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray) -> None:
         """Decode the rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
         self._decode(

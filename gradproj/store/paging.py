@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gradproj.store.mapping import damaged
+
 _libc = ctypes.CDLL(None)
 _PAGE_MASK = ~(mmap.PAGESIZE - 1)
 
@@ -29,6 +31,7 @@ class PagedFile:
             FileNotFoundError: there is no such file.
             ValueError: it is empty.
         """
+        self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
         self.data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
@@ -61,6 +64,23 @@ class PagedFile:
     @cached_property
     def _address(self) -> int:
         return np.frombuffer(self.data, np.uint8).ctypes.data
+
+    def read_into(self, out: np.ndarray, start: int) -> None:
+        """Copy the bytes from ``start`` into a contiguous array; no page of the file is mapped for it.
+
+        Raises:
+            StoreError: the file ends before the array is full.
+        """
+        left = memoryview(out).cast("B")
+        while left:
+            n_read = os.preadv(self._descriptor, [left], start)
+            if not n_read:
+                raise damaged(self._path, f"it ends at byte {start}, inside a chunk")
+            left, start = left[n_read:], start + n_read
+
+    def let_go(self) -> None:
+        """Unmap what was touched: it counts as this process's memory. What is in the system's cache stays there."""
+        self.data.madvise(mmap.MADV_DONTNEED)
 
     def want(self, start: int, stop: int) -> None:
         """Have the disk read these bytes; returns before they are there."""

@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 
 from gradproj.errors import StoreError
+from gradproj.store.bands import Band
 from gradproj.store.columns import Columns
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
 from gradproj.store.mapped import Selection, select_values
@@ -130,6 +131,19 @@ class ProjectionStore:
             rows_per_block, selection, self.layout.stored_dtype, start, stop
         ):
             yield np.arange(first, last, dtype=np.int64), *self._rows.stored(first, last, selection)
+
+    def scan_bands(
+        self,
+        rows_per_band: int | None = None,
+        layers: Sequence[str] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Iterator[Band]:
+        """As ``scan_stored``, by bands of rows whose values come a tile at a time: the fastest way, in least memory.
+
+        A band has at most ``rows_per_band`` rows, and never more than a chunk of the array.
+        """
+        return self._rows.bands(rows_per_band, self._selection(layers), start, stop)
 
     def samples(self, ids: Sequence[int] | np.ndarray, text: bool = False) -> list[Sample]:
         """Key, domain, loss and so on of the given samples, with their texts if asked for.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gradproj.errors import StoreError
+from gradproj.store.bands import Band
 from gradproj.store.columns import Columns, group_by_unit
 from gradproj.store.encoding import nan_rows
 from gradproj.store.layout import STATUS, StoreLayout
@@ -77,6 +78,22 @@ class Rows:
                 out[here] = nan_rows((), self.layout.proj_dtype)
         return out, columns["row_scale"]
 
+    def bands(
+        self, rows_per_band: int | None, selection: Selection, start: int, stop: int | None
+    ) -> Iterator[Band]:
+        """The samples ``[start, stop)`` in order; meanwhile the disk reads ahead.
+
+        Raises:
+            StoreError: the scan's ends are out of range.
+        """
+        height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
+        for first, last in self._blocks(height, selection, start, stop, self.layout.chunk_rows):
+            columns = self._columns.read_range(["row_scale"], first, last)
+            (part,) = self._parts(first, columns["status"], "nan")  # a band never crosses a unit's end
+            unit, row, _, there = part
+            tiles = self._shards.tiles(unit, row, row + last - first, selection) if there else iter(())
+            yield Band(first, columns["status"], columns["row_scale"], there, tiles)
+
     def blocks(
         self, rows_per_block: int | None, selection: Selection, dtype: np.dtype, start: int, stop: int | None
     ) -> Iterator[tuple[int, int]]:
@@ -85,21 +102,45 @@ class Rows:
         Raises:
             StoreError: the scan's ends are out of range.
         """
+        height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
+        let_go = start
+        for first, last in self._blocks(height, selection, start, stop):
+            yield first, last
+            if last // self.layout.chunk_rows > let_go // self.layout.chunk_rows:
+                for unit, _, _ in self._units(let_go, last):
+                    self._shards.let_go(unit)
+                let_go = last
+
+    def _blocks(
+        self, height: int, selection: Selection, start: int, stop: int | None, grid: int = 0
+    ) -> Iterator[tuple[int, int]]:
+        """``[first, last)`` of blocks of ``height`` rows, that cross no multiple of ``grid`` where there is one."""
         n_samples, band = self.layout.n_samples, self.layout.chunk_rows
         stop = n_samples if stop is None else stop
         if not 0 <= start <= stop <= n_samples:
             raise StoreError(
                 f"samples {start} to {stop} are out of range: {self._store_path} has {n_samples}"
             )
-        height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
-        fetched = start
-        for first in range(start, stop, height):
+        first = fetched = start
+        while first < stop:
             last = min(first + height, stop)
+            if grid:
+                last = min(last, (first // grid + 1) * grid)
             ahead = min(-(-(last + max(height, band)) // band) * band, stop)
             if ahead > fetched:
                 self._fetch(fetched, ahead, selection)
                 fetched = ahead
             yield first, last
+            first = last
+
+    def _band_rows(self, selection: Selection) -> int:
+        """Rows of a band whose tile stays in the cache; a compressed chunk is decoded once, whatever its size."""
+        if self.layout.compressor != "none":
+            return self.layout.chunk_rows
+        widths = {piece.stop - piece.first for piece in selection.pieces}
+        whole = widths == {self.layout.chunk_width}
+        width = self.layout.chunk_width if whole else selection.width
+        return max(1, _BLOCK_BYTES // (width * self.layout.stored_dtype.itemsize))
 
     def _block_rows(self, row_bytes: int) -> int:
         rows = max(1, _BLOCK_BYTES // max(1, row_bytes))

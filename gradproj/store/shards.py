@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ class Shards:
         shard = self._shard(unit)
         if shard is not None:
             shard.fetch(start, stop, selection)
+
+    def let_go(self, unit: int) -> None:
+        """Give back the memory of a unit's rows that were read, if it is mapped."""
+        shard = self._shard(unit) if ("projections", unit) in self._maps else None
+        if shard is not None:
+            shard.let_go()
+
+    def tiles(
+        self, unit: int, start: int, stop: int, selection: Selection
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The stored rows ``[start, stop)`` of the unit, which lie in one chunk down; see ``Band.tiles``."""
+        shard = self._shard(unit)
+        if shard is not None and shard.has_tiles(start, selection):
+            yield from shard.tiles(start, stop, selection)
+            return
+        stored = np.empty((stop - start, selection.width), self.layout.stored_dtype)
+        self.copy_range(unit, start, selection, stored)
+        yield 0, stored
+        self.let_go(unit)
 
     def copy_range(self, unit: int, start: int, selection: Selection, out: np.ndarray) -> None:
         """The stored rows ``start...`` of the unit into ``out`` ``(n, selection.width)``, not decoded."""
