@@ -35,7 +35,8 @@ LEVELS = [
     {"plan"},
     {"summary", "start"},
     {"probe", "recorded"},
-    {"diagnose", "query", "recompute"},
+    {"diagnose", "queries", "recompute"},
+    {"query"},
     {"run", "commands", "demo_commands"},
     {"__main__", "__init__"},
 ]
