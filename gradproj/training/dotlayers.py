@@ -34,8 +34,15 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
     """Every layer that has trainable parameters of its own.
 
     Raises:
-        ModelError: some trainable parameter lies in a layer of a type that is not known.
+        ModelError: some trainable parameter lies in a layer of a type that is not known, or is shared out over ranks.
     """
+    # FSDP's and tensor parallelism's parameters are DTensors, which have a mesh.
+    if any(hasattr(p, "device_mesh") or hasattr(p, "_local_shard") for p in model.parameters()):
+        raise ModelError(
+            "GradDotProd makes whole gradients itself, so every rank needs the whole model: use "
+            "DistributedDataParallel instead of FSDP or tensor parallelism, or "
+            "method GradProjLora, which looks at no weight"
+        )
     found, unknown = [], []
     for name, module in without_wrappers(model).named_modules():
         own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
