@@ -31,6 +31,9 @@ COMMANDS = {
     "export": Command("gradproj.commands", "export_command", "rows as the original system's .pt files"),
     "tokenizer": Command("gradproj.demo_commands", "tokenizer_command", "train a byte-level BPE on a corpus"),
     "train": Command("gradproj.demo_commands", "train_command", "train a causal language model on a corpus"),
+    "lds": Command(
+        "gradproj.evaluation.lds", "lds_command", "hold scores against retraining on parts of a small corpus"
+    ),
     "query": Command("gradproj.demo_commands", "query_command", "the documents that most support a text"),
 }
 

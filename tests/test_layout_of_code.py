@@ -35,7 +35,7 @@ LEVELS = [
     {"plan"},
     {"summary", "start"},
     {"probe", "recorded"},
-    {"diagnose", "queries", "recompute"},
+    {"diagnose", "evaluation", "queries", "recompute"},
     {"query"},
     {"run", "commands", "demo_commands"},
     {"__main__", "__init__"},
@@ -53,6 +53,8 @@ HOME_OF = {
     "huggingface_hub": {"checkpoint"},
     "transformers": {"attention", "model", "frozen", "layers", "training", "unpacked"},
     "tokenizers": {"training"},
+    "bm25s": {"evaluation"},
+    "kronfluence": {"evaluation"},
     "matplotlib": {"training"},
 }
 

@@ -1,0 +1,141 @@
+"""``python -m gradproj lds``: documents, trainings, scores, and how well the scores foretell the trainings."""
+
+import fcntl
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradproj.errors import OtherSettingsError, StoreError
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.corpus import Experiment, make_experiment
+from gradproj.evaluation.leave_out import LeaveOut, leave_out
+from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
+from gradproj.evaluation.results import Results, judge
+from gradproj.evaluation.retraining import Retraining, losses_of, train_base
+from gradproj.evaluation.table import table_lines
+from gradproj.flags import parse
+from gradproj.training.data import make_folder
+
+
+def lds_command(argv: list[str]) -> None:
+    """``python -m gradproj lds --shards TARS --output_dir DIR``"""
+    (config,) = parse(
+        argv,
+        "gradproj lds",
+        LdsConfig,
+        description="Hold scores against retraining on parts of a small corpus.",
+    )
+    for line in table_lines(evaluate(config)):
+        print(line)
+
+
+def evaluate(config: LdsConfig) -> Results:
+    """Run the experiment, or what of it is not there yet; ``lds.json`` and the raw numbers go to ``--output_dir``.
+
+    Raises:
+        GradprojError: too few documents, an unknown method, a folder of another experiment.
+    """
+    asked = names_of(config.methods, "--methods")
+    removing = names_of(config.leave_out_methods, "--leave_out_methods") if config.leave_out else []
+    folder = make_folder("--output_dir", config.output_dir)
+    with locked(folder):
+        check_settings(folder, config)
+        experiment = make_experiment(config)
+        model = train_base(config, experiment)
+        methods = Methods(config, experiment, model)
+        names = [name for name in available(asked) if said(f"scores: {name}")]
+        scores = {name: methods.scores(name) for name in names}
+        subsets = draw_subsets(config, len(experiment.documents))
+        losses = retrain(config, experiment, subsets)
+        left: dict[str, LeaveOut] = {}
+        if removing:
+            left, _ = leave_out(config, experiment, {n: methods.scores(n) for n in available(removing)})
+        results = judge(config, experiment, scores, subsets, losses, left)
+        keep(folder, config, results, subsets, losses)
+    return results
+
+
+def said(what: str) -> bool:
+    """Say what comes next."""
+    print(what, file=sys.stderr, flush=True)
+    return True
+
+
+def available(names: list[str]) -> list[str]:
+    """The methods whose library is installed; of the others a line says that they are left out."""
+    lost = [n for n in names if n in OPTIONAL and importlib.util.find_spec(OPTIONAL[n]) is None]
+    for name in lost:
+        said(f"left out: {name}, which needs {OPTIONAL[name]} (pip install 'gradproj[evaluation]')")
+    return [name for name in names if name not in lost]
+
+
+def draw_subsets(config: LdsConfig, n: int) -> np.ndarray:
+    """``(M, N)`` bool: random halves; the first ones are the same however many are drawn."""
+    subsets = np.zeros((config.subsets, n), bool)
+    for number, subset in enumerate(subsets):
+        subset[np.random.default_rng([config.seed, 3, number]).permutation(n)[: n // 2]] = True
+    return subsets
+
+
+def retrain(config: LdsConfig, experiment: Experiment, subsets: np.ndarray) -> np.ndarray:
+    """``(M, S, Q + C)`` losses of all queries after training on each subset with each seed."""
+    # Seed by seed, so that what is there of an unfinished experiment is whole subsets of fewer seeds.
+    tasks = [
+        Retraining(f"subset-{number:04d}", subset, config.seed + 1 + seed)
+        for seed in range(config.seeds)
+        for number, subset in enumerate(subsets)
+    ]
+    found = losses_of(config, experiment, tasks, "retraining")
+    return found.reshape(config.seeds, len(subsets), -1).swapaxes(0, 1)
+
+
+def check_settings(folder: Path, config: LdsConfig) -> None:
+    """Refuse a folder that holds another experiment; note this one's settings in a new folder."""
+    path, own = folder / "settings.json", json.loads(json.dumps(config.experiment()))
+    if not path.is_file():
+        path.write_text(json.dumps(own, indent=1), encoding="utf-8")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    other = [f"  --{k}: there {there.get(k)!r}, here {v!r}" for k, v in own.items() if there.get(k) != v]
+    if other:
+        raise OtherSettingsError(
+            "\n".join([f"cannot go on in {folder}: it holds another experiment", *other])
+            + "\nRun with its settings, or give --output_dir a new path"
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One command at a time in a folder; the lock goes with the process."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"another lds works in {folder}; wait for it, or give --output_dir a new path"
+            ) from error
+        yield
+
+
+def keep(folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray) -> None:
+    """``lds.json``, ``subsets.npy`` and ``losses.npy``."""
+    np.save(folder / "subsets.npy", subsets)
+    np.save(folder / "losses.npy", losses)
+    told: dict[str, Any] = {"settings": asdict(config), **asdict(results), "versions": versions()}
+    (folder / "lds.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    libraries = ("torch", "transformers", "numpy", *sorted(set(OPTIONAL.values())))
+    found = {name: metadata.version(name) for name in libraries if importlib.util.find_spec(name) is not None}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -1,0 +1,90 @@
+"""Every method by its name: ``(Q, N)`` scores of the documents for the queries, kept in files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.errors import ConfigError, StoreError
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.corpus import Experiment
+from gradproj.evaluation.gradient_methods import GradientMethod, GradientStores
+from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scores
+from gradproj.evaluation.model_methods import hidden_cosine
+from gradproj.evaluation.text_methods import bm25, ngram_overlap
+
+MEANINGS = {
+    "random": "random numbers",
+    "loss": "the document's own loss, the same for every query",
+    "grad_norm": "the norm of the document's projected gradient, the same for every query",
+    "hidden": "cosine of mean hidden states",
+    "bm25": "BM25 over tokens",
+    "ngram": "distinct 4-grams of tokens in common",
+    "kronfluence_kfac": "K-FAC influence on whole gradients, by kronfluence",
+    "kronfluence_ekfac": "EK-FAC influence on whole gradients, by kronfluence",
+}
+"""The methods that are not gradproj's own."""
+OPTIONAL = {"bm25": "bm25s", "kronfluence_kfac": "kronfluence", "kronfluence_ekfac": "kronfluence"}
+"""Method -> the library it needs, of the extra ``evaluation``."""
+
+
+def names_of(listed: str, flag: str) -> list[str]:
+    """The names of a comma-separated list, each known.
+
+    Raises:
+        ConfigError: an empty list, an unknown method, or one that comes twice.
+    """
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"{flag} is empty; name at least one method")
+    for name in names:
+        if name not in MEANINGS and GradientMethod.of(name) is None:
+            raise ConfigError(
+                f"{flag}: unknown method {name!r}; known are {', '.join(MEANINGS)}, and SCORE@K[:DAMPING] as in "
+                "kfac@16:0.03 or dot@full"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"{flag} names {name} twice")
+    return names
+
+
+class Methods:
+    """The methods of one experiment."""
+
+    def __init__(self, config: LdsConfig, experiment: Experiment, model: Path) -> None:
+        self._config, self._experiment, self._model = config, experiment, model
+        self._folder = Path(config.output_dir) / "scores"
+        self._stores = GradientStores(config, experiment, model)
+
+    def scores(self, name: str) -> np.ndarray:
+        """``(Q, N)``; from the file of an earlier call where there is one."""
+        path = self._folder / f"{name.replace(':', '-')}.npy"
+        if not path.is_file():
+            self._folder.mkdir(exist_ok=True)
+            found = self._compute(name).astype(np.float32)
+            if not np.isfinite(found).all():
+                raise StoreError(f"method {name} gives scores that are not finite")
+            np.save(path.with_suffix(".tmp.npy"), found)
+            path.with_suffix(".tmp.npy").rename(path)
+        return np.load(path)
+
+    def _compute(self, name: str) -> np.ndarray:
+        config, experiment = self._config, self._experiment
+        documents, queries = experiment.documents, experiment.queries
+        shape = (len(queries), len(documents))
+        makers: dict[str, Callable[[], np.ndarray]] = {
+            "random": lambda: np.random.default_rng([config.seed, 2]).standard_normal(shape),
+            "loss": lambda: np.broadcast_to(self._stores.column("loss", "16"), shape),
+            "grad_norm": lambda: np.broadcast_to(self._stores.column("grad_norm", "16"), shape),
+            "hidden": lambda: hidden_cosine(self._model, documents, queries, config.device),
+            "bm25": lambda: bm25(documents, queries),
+            "ngram": lambda: ngram_overlap(documents, queries),
+        }
+        if name in makers:
+            return makers[name]()
+        if name in STRATEGIES:
+            work = Path(config.output_dir) / "kronfluence"
+            return kronfluence_scores(name, self._model, documents, queries, work)
+        method = GradientMethod.of(name)
+        assert method is not None
+        return self._stores.scores(method)

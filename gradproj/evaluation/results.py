@@ -1,0 +1,78 @@
+"""From scores and losses to the numbers of the table."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.corpus import Experiment
+from gradproj.evaluation.leave_out import LeaveOut
+from gradproj.evaluation.retrieval import Retrieval, retrieval
+from gradproj.evaluation.statistics import Bootstrap, Estimate, noise_ceiling, permutation_baseline
+
+RECALL_AT = (1, 10)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One method."""
+
+    lds: Estimate
+    by_query: list[float]
+    over_reference: Estimate | None
+    """This method's score less the reference's, paired by query and by bootstrap sample."""
+    duplicates: Retrieval | None
+    leave_out: LeaveOut | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """An experiment's outcome."""
+
+    methods: dict[str, Judged]
+    """The best first."""
+    reference: str
+    ceiling: float
+    """NaN with one seed."""
+    chance: tuple[float, float]
+    """Mean and standard deviation of the reference's score with shuffled documents."""
+    n_documents: int
+    n_queries: int
+    n_subsets: int
+    n_seeds: int
+    mean_loss: float
+    """Of the queries over all trainings, nats per token."""
+    loss_spread: float
+    """Standard deviation of a query's loss over the subsets, averaged over the queries."""
+    training_seeds: list[int]
+
+
+def judge(
+    config: LdsConfig,
+    experiment: Experiment,
+    scores: dict[str, np.ndarray],
+    subsets: np.ndarray,
+    losses: np.ndarray,
+    left: dict[str, LeaveOut],
+) -> Results:
+    """Every method's numbers; ``scores`` are of all queries, those with near-copies last."""
+    n = experiment.n_held_out
+    reference = config.reference if config.reference in scores else next(iter(scores))
+    losses = losses[:, :, :n]
+    bootstrap = Bootstrap(subsets, losses, config.bootstrap, config.seed)
+    told = {name: bootstrap.by_query(found[:n]) for name, found in scores.items()}
+    methods = {}
+    for name, (by_query, of_samples) in told.items():
+        over = None
+        if name != reference:
+            over = Bootstrap.estimate(by_query - told[reference][0], of_samples - told[reference][1])
+        copies = retrieval(scores[name][n:], experiment.copies, RECALL_AT) if len(experiment.copies) else None
+        lds = Bootstrap.estimate(by_query, of_samples)
+        methods[name] = Judged(lds, by_query.tolist(), over, copies, left.get(name))
+    ordered = dict(sorted(methods.items(), key=lambda item: -item[1].lds.mean))
+    chance = permutation_baseline(scores[reference][:n], subsets, losses, config.permutations, config.seed)
+    return Results(
+        ordered, reference, noise_ceiling(losses), chance, len(experiment.documents), n, len(subsets), losses.shape[1],
+        float(losses.mean()), float(losses.mean(axis=1).std(axis=0, ddof=1).mean()),
+        [config.seed + 1 + seed for seed in range(config.seeds)],
+    )  # fmt: skip

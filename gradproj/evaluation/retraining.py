@@ -1,0 +1,152 @@
+"""Trainings on parts of the documents through gradproj's own loop, several at a time, each one's losses in a file."""
+
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gradproj.checkpoint import ModelConfig, fetch
+from gradproj.dist import choose_device
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.corpus import Experiment, write_subset
+from gradproj.loss import per_sample_loss
+from gradproj.model import load_model
+from gradproj.training import TrainConfig, train
+from gradproj.training.data import open_corpus
+
+LOSS_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """One training on some of the documents."""
+
+    name: str
+    chosen: np.ndarray
+    """``(N,)`` bool."""
+    seed: int
+    """Of weights and order."""
+
+
+def losses_of(
+    config: LdsConfig, experiment: Experiment, wanted: Sequence[Retraining], label: str
+) -> np.ndarray:
+    """``(len(wanted), Q)`` float64: every query's loss (mean nats per target token) after each training.
+
+    Each training's losses are a file of their own, so that a later call makes only those that are not there yet.
+    """
+    folder = Path(config.output_dir) / "losses"
+    folder.mkdir(exist_ok=True)
+    missing = [task for task in wanted if not _file(folder, task).is_file()]
+    if missing:
+        with workers(config.jobs, Path(config.output_dir)) as pool:
+            running = [
+                pool.submit(_retrain, config, experiment, task, _file(folder, task)) for task in missing
+            ]
+            done = tqdm(as_completed(running), label, len(wanted), initial=len(wanted) - len(missing))
+            for training in done:
+                training.result()
+    return np.stack([np.load(_file(folder, task)) for task in wanted])
+
+
+def _file(folder: Path, task: Retraining) -> Path:
+    return folder / f"{task.name}-seed-{task.seed}.npy"
+
+
+@contextmanager
+def workers(n: int, folder: Path) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each; what they say goes to ``training.log``, and they end with this one."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(n, context, _begin_worker, (folder / "training.log",))
+    try:
+        yield pool
+    except BaseException:
+        # A training takes minutes, and nobody will read what it comes to.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin_worker(log: Path) -> None:
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+    sys.stderr = log.open("a", buffering=1)
+
+
+def train_base(config: LdsConfig, experiment: Experiment) -> Path:
+    """The model that the scores are taken from, trained on all documents; its folder."""
+    folder = Path(config.output_dir) / "model"
+    if not (folder / "model.safetensors").is_file():
+        print("training on all documents", file=sys.stderr, flush=True)
+        with workers(1, Path(config.output_dir)) as pool:
+            pool.submit(_train, config, experiment, experiment.document_tars, folder, config.seed).result()
+    return folder
+
+
+def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: Path) -> None:
+    work = path.parent / f"{path.stem}.training"
+    # Left by one that was killed.
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    write_subset(work / "tars", experiment.documents[task.chosen])
+    _train(config, experiment, work / "tars", work / "model", task.seed)
+    losses = query_losses(load(work / "model", config.device), experiment.queries)
+    np.save(work / "losses.npy", losses)
+    (work / "losses.npy").rename(path)
+    shutil.rmtree(work)
+
+
+def _train(config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, seed: int) -> None:
+    train(train_config(config, experiment, tars, folder, seed))
+
+
+def train_config(
+    config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, seed: int
+) -> TrainConfig:
+    """The training of the documents in ``tars``: the same number of epochs whatever their number."""
+    steps = max(1, config.epochs * open_corpus(str(tars)).n_samples // config.batch_size)
+    return TrainConfig(
+        shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), n_layer=config.n_layer,
+        n_embd=config.n_embd, n_head=config.n_head, max_length=config.max_length, batch_size=config.batch_size,
+        max_steps=steps, warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed,
+        device=config.device, checkpoint_interval=0,
+    )  # fmt: skip
+
+
+def load(folder: Path, device: str) -> Any:
+    """A trained model, frozen, on its device."""
+    return load_model(fetch(ModelConfig(model=str(folder))), choose_device(device, 0)[0])
+
+
+@torch.no_grad()
+def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
+    """``(Q,)`` float64 mean nats per target token of token ids ``(Q, S)``."""
+    device = next(model.parameters()).device
+    parts = [
+        per_sample_loss(model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device)).cpu().numpy()
+        for i in range(0, len(queries), LOSS_BATCH)
+    ]
+    return np.concatenate(parts).astype(np.float64) / (queries.shape[1] - 1)

@@ -1,0 +1,140 @@
+"""The linear datamodeling score, its noise ceiling and its errors. Numbers in, numbers out.
+
+Source: the linear datamodeling score of TRAK, arXiv:2303.14186.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 along the last axis, float64; equal values share the mean of their ranks."""
+    return _compared(values).sum(axis=-1) + 0.5
+
+
+def _compared(values: np.ndarray) -> np.ndarray:
+    """``(..., M, M)``: 1 where the last axis' value is smaller than the one before it, 0.5 where it is equal."""
+    at, other = values[..., :, None], values[..., None, :]
+    return (other < at) + 0.5 * (other == at)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation along the last axis; 0 where all of one side's values are equal."""
+    return _weighted_correlation(ranks(x), ranks(y), np.ones(x.shape[-1]))
+
+
+def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    share = weights / weights.sum(axis=-1, keepdims=True)
+    x = x - (share * x).sum(axis=-1, keepdims=True)
+    y = y - (share * y).sum(axis=-1, keepdims=True)
+    spread = np.sqrt((share * x * x).sum(-1) * (share * y * y).sum(-1))
+    return np.where(spread > 1e-12, (share * x * y).sum(-1) / np.where(spread > 1e-12, spread, 1.0), 0.0)
+
+
+def predictions(scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
+    """What scores foretell of trainings on subsets: the sum over a subset's documents.
+
+    Args:
+        scores: ``(Q, N)``.
+        subsets: ``(M, N)`` bool, true for the documents trained on.
+
+    Returns:
+        ``(Q, M)`` float64.
+    """
+    return scores.astype(np.float64) @ subsets.T.astype(np.float64)
+
+
+def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Every query's linear datamodeling score, ``(Q,)``, from -1 to 1.
+
+    Spearman's correlation over the subsets of the sum of a subset's scores with minus the query's loss after training
+    on the subset, averaged over the seeds.
+
+    Args:
+        scores: ``(Q, N)``, positive where a document lowers the query's loss.
+        subsets: ``(M, N)`` bool.
+        losses: ``(M, S, Q)`` nats, S seeds of each subset.
+    """
+    return spearman(predictions(scores, subsets), -losses.mean(axis=1).T)
+
+
+def noise_ceiling(losses: np.ndarray) -> float:
+    """The score that a method would have that knew every subset's expected loss: what averaging over seeds allows.
+
+    With ``r`` the mean over queries and pairs of seeds of the correlation (over subsets) of one seed's losses with
+    another's, the mean of S seeds has reliability ``R = S r / (1 + (S - 1) r)`` (Spearman and Brown), and what is
+    free of the seeds' noise correlates with it by ``sqrt(R)``.
+
+    Args:
+        losses: ``(M, S, Q)``.
+
+    Returns:
+        0 to 1; NaN for one seed, which cannot tell noise from the rest.
+    """
+    n_seeds = losses.shape[1]
+    pairs = [(a, b) for a in range(n_seeds) for b in range(a)]
+    if not pairs:
+        return float("nan")
+    r = float(np.mean([spearman(losses[:, a].T, losses[:, b].T) for a, b in pairs]))
+    return float(np.sqrt(max(0.0, n_seeds * r / (1 + (n_seeds - 1) * r)))) if r > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over queries, and how far other queries or other subsets may move it (one standard error each)."""
+
+    mean: float
+    over_queries: float
+    """Standard deviation over the queries / sqrt(Q)."""
+    over_subsets: float
+    """Standard deviation over bootstrap samples of the subsets."""
+
+
+class Bootstrap:
+    """Means over queries with their errors; every method is resampled alike, so that differences are paired.
+
+    Args:
+        subsets: ``(M, N)`` bool.
+        losses: ``(M, S, Q)``.
+        n_samples: bootstrap samples of the M subsets.
+        seed: of the samples.
+    """
+
+    def __init__(self, subsets: np.ndarray, losses: np.ndarray, n_samples: int, seed: int) -> None:
+        n = len(subsets)
+        drawn = np.random.default_rng([seed, 7]).integers(0, n, (n_samples, n))
+        self._subsets, self._losses = subsets, losses
+        self._weights = np.stack([np.bincount(chosen, minlength=n) for chosen in drawn]).astype(np.float64)
+        self._truth = _compared(-losses.mean(axis=1).T)
+
+    def by_query(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``((Q,), (B,))``: each query's score, and the mean over the queries in every bootstrap sample."""
+        told = _compared(predictions(scores, self._subsets))
+        of_samples = [
+            _weighted_correlation(told @ weights, self._truth @ weights, weights).mean()
+            for weights in self._weights
+        ]
+        return lds_by_query(scores, self._subsets, self._losses), np.array(of_samples)
+
+    @staticmethod
+    def estimate(by_query: np.ndarray, of_samples: np.ndarray) -> Estimate:
+        """Mean and errors of what ``by_query`` gave, or of the difference of two of them."""
+        return Estimate(float(by_query.mean()), standard_error(by_query), float(of_samples.std(ddof=1)))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def permutation_baseline(
+    scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, n_permutations: int, seed: int
+) -> tuple[float, float]:
+    """``(mean, standard deviation)`` of the score with the documents shuffled: what chance gives, and how widely."""
+    random = np.random.default_rng([seed, 8])
+    shuffled = [
+        lds_by_query(scores[:, random.permutation(scores.shape[1])], subsets, losses).mean()
+        for _ in range(n_permutations)
+    ]
+    return float(np.mean(shuffled)), float(np.std(shuffled, ddof=1))

@@ -1,0 +1,48 @@
+"""The results for people."""
+
+import math
+
+from gradproj.evaluation.results import RECALL_AT, Judged, Results
+from gradproj.evaluation.statistics import Estimate
+
+
+def table_lines(results: Results) -> list[str]:
+    """What was measured, a line a method, and how to read it."""
+    shown = results.methods
+    width = max(6, *(len(name) for name in shown))
+    with_copies = any(judged.duplicates for judged in shown.values())
+    with_left = any(judged.leave_out for judged in shown.values())
+    heads = [f"{'method':<{width}}", f"{'LDS':>6}", " +-q   +-s ", f"{'less ' + results.reference:>22}"]
+    heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + ["  left out: nats"] * with_left
+    ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
+    return [
+        f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} random halves, "
+        f"{results.n_seeds} trainings of each; queries' loss {results.mean_loss:.3f} nats per token, "
+        f"+-{results.loss_spread:.4f} over the halves",
+        f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- {results.chance[1]:.3f}",
+        "",
+        "  ".join(heads).rstrip(),
+        *(_line(name, judged, width, with_copies, with_left) for name, judged in shown.items()),
+        "",
+        "LDS: Spearman's correlation of a half's summed scores with minus the query's loss after training on it, mean "
+        "over the queries",
+        "+-q: standard error over the queries; +-s: over the halves (bootstrap); differences are paired",
+    ]
+
+
+def _line(name: str, judged: Judged, width: int, with_copies: bool, with_left: bool) -> str:
+    lds = judged.lds
+    cells = [f"{name:<{width}}", f"{lds.mean:>+6.3f}", f"{lds.over_queries:.3f} {lds.over_subsets:.3f}"]
+    cells.append(f"{_difference(judged.over_reference):>22}")
+    if with_copies and judged.duplicates:
+        found = judged.duplicates
+        cells.append(
+            f"  {found.recall[RECALL_AT[0]]:>9.2f} {found.recall[RECALL_AT[1]]:>5.2f} {found.mrr:>5.2f}"
+        )
+    if with_left and judged.leave_out:
+        cells.append(f"  {judged.leave_out.mean:+.3f} +- {judged.leave_out.standard_error:.3f}")
+    return "  ".join(cells).rstrip()
+
+
+def _difference(over: Estimate | None) -> str:
+    return "" if over is None else f"{over.mean:+.3f} {over.over_queries:.3f} {over.over_subsets:.3f}"
