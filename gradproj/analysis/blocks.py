@@ -65,26 +65,37 @@ def scan_blocks(
         ConfigError: no such domain.
         StoreError: no such layer, or the store is damaged.
     """
-    device, wanted = torch.device(device), _domain_numbers(store, domains)
-    bar = tqdm(
-        total=(len(store) if stop is None else stop) - start,
-        desc=progress,
-        unit="row",
-        unit_scale=True,
-        disable=progress is None,
-    )
+    device, takes_part = torch.device(device), TakesPart(store, domains)
     if device.type == "cpu":
         scanned = _decoded(store, layers, rows_per_block, start, stop)
     else:
         scanned = decoded_on(device, store, layers, rows_per_block, start, stop)
-    with bar:
+    with progress_bar(store, progress, start, stop) as bar:
         for ids, rows in scanned:
             first, last = int(ids[0]), int(ids[-1]) + 1
-            ok = store.column("status", first, last) == STATUS["ok"]
-            if wanted is not None:
-                ok &= np.isin(store.column("domain", first, last), wanted)
-            yield Block(first, ok, rows)
+            yield Block(first, takes_part(first, store.column("status", first, last)), rows)
             bar.update(len(ids))
+
+
+class TakesPart:
+    """Tells which samples an analysis is about."""
+
+    def __init__(self, store: ProjectionStore, domains: Sequence[str] | None) -> None:
+        """``domains`` by name; None: all. ``ConfigError``: no such domain."""
+        self._store, self._wanted = store, _domain_numbers(store, domains)
+
+    def __call__(self, first: int, status: np.ndarray) -> np.ndarray:
+        """``(n,)`` bool: which of the samples ``first, first + 1, ...`` are ok and of a domain that was asked for."""
+        ok = status == STATUS["ok"]
+        if self._wanted is not None:
+            ok &= np.isin(self._store.column("domain", first, first + len(status)), self._wanted)
+        return ok
+
+
+def progress_bar(store: ProjectionStore, label: str | None, start: int, stop: int | None) -> tqdm:
+    """Of a scan, on standard error; silent without a label."""
+    total = (len(store) if stop is None else stop) - start
+    return tqdm(total=total, desc=label, unit="row", unit_scale=True, disable=label is None)
 
 
 def _decoded(
@@ -107,11 +118,12 @@ def decoded_on(
     row_bytes = width_of(store, layers) * store.layout.stored_dtype.itemsize
     height = height or max(1, _DEVICE_BLOCK_BYTES // row_bytes)
     for ids, stored, row_scale in store.scan_stored(height, layers, start, stop):
-        values = send(_as_tensor(stored, store.layout.proj_dtype), device)
+        values = send(as_tensor(stored, store.layout.proj_dtype), device)
         yield ids, values.float() * send(torch.from_numpy(row_scale), device)[:, None]
 
 
-def _as_tensor(stored: np.ndarray, proj_dtype: str) -> Tensor:
+def as_tensor(stored: np.ndarray, proj_dtype: str) -> Tensor:
+    """Stored values in the type that they are, without a copy."""
     tensor = torch.from_numpy(stored)
     return tensor.view(torch.bfloat16) if proj_dtype == "bfloat16" else tensor
 

@@ -104,12 +104,28 @@ class Asked:
         """Values of a row of the chosen layers."""
         return width_of(self.store, self.layers)
 
+    @property
+    def scanned_layers(self) -> list[str] | None:
+        """The chosen layers; None for all of them, which is a shorter walk than one of every layer."""
+        return None if self.layers == chosen_layers(self.store, None) else self.layers
+
+    @property
+    def label(self) -> str | None:
+        """What the progress bar is called, where there is one."""
+        return "scores" if self.how.get("progress") and self.share.rank == 0 else None
+
     def blocks(self) -> Iterator[Block]:
-        # A scan of whole rows is a shorter walk than one of every layer.
-        layers = None if self.layers == chosen_layers(self.store, None) else self.layers
-        label = "scores" if self.how.get("progress") and self.share.rank == 0 else None
+        """This process's share of the rows, decoded."""
         height, samples = self.how.get("rows_per_block"), self.share.samples(self.store)
-        return scan_blocks(self.store, layers, self.how.get("domains"), self.device, label, height, *samples)
+        return scan_blocks(
+            self.store,
+            self.scanned_layers,
+            self.how.get("domains"),
+            self.device,
+            self.label,
+            height,
+            *samples,
+        )
 
     def question(self, query_rows: Rows) -> Question:
         """What the rows are multiplied with."""
@@ -122,7 +138,11 @@ class Asked:
             norms = queries.norm(dim=1, keepdim=True)
             queries = queries / torch.where(norms > 0, norms, 1.0)
         divisor = self.for_rows() if self.score == "relatif" else None
-        return Question(queries.float().to(self.device), self.score, divisor)
+        # By powers of two, which is exact: a query's size and a row's may each be far outside of float32's reach where
+        # their product is not.
+        sizes = torch.from_numpy(np.ldexp(1.0, np.frexp(queries.abs().amax(1).numpy())[1]))
+        weights = (queries / sizes[:, None]).float().to(self.device)
+        return Question(weights, sizes.to(self.device), self.score, divisor)
 
     def for_rows(self) -> Preconditioner | None:
         """The preconditioner in the precision and on the device of the rows."""
@@ -163,21 +183,29 @@ class Question:
     """Queries ready to be multiplied with rows."""
 
     weights: Tensor
-    """``(Q, W)`` float32."""
+    """``(Q, W)`` float32, none above 1."""
+    sizes: Tensor
+    """``(Q,)`` float64: what each query was divided by."""
     score: str
     divisor: Preconditioner | None
+    """Of relatif: what makes a row's influence on itself."""
 
-    def __call__(self, rows: Tensor) -> Tensor:
+    def of_rows(self, rows: Tensor) -> Tensor:
         """``(Q, n)`` float32 scores of rows ``(n, W)``."""
         products = self.weights @ rows.T
         if self.score == "cosine":
             # In float64, where no square of a float32 is lost.
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()
-        elif self.divisor is not None:
-            norms = self.divisor.self_products(rows).sqrt()
-        else:
-            return products
-        return torch.where(norms == 0, 0.0, products / norms)
+            return self.finished(products, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+        if self.divisor is not None:
+            return self.finished(products, self.divisor.self_products(rows).sqrt())
+        return self.finished(products)
+
+    def finished(self, products: Tensor, norms: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Scores of inner products ``(Q, n)`` with the weights: divided by norms, times the rows' scale, ``(n,)``."""
+        values = products.double() * self.sizes[:, None]
+        if norms is not None:
+            values = torch.where(norms == 0, 0.0, values / norms)
+        return (values if scale is None else values * scale).float()
 
 
 def self_products(rows: Tensor, preconditioner: Preconditioner | None) -> Tensor:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.best import Best
 from gradproj.analysis.question import SELF_SCORES, Asked, How, Rows, queries_of, self_products
-from gradproj.analysis.ranks import Share
+from gradproj.analysis.scored import scored
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
@@ -65,11 +66,9 @@ def iter_scores(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
     asked = Asked.alone(store, how, "score")
-    question = asked.question(query_rows)
-    for block in asked.blocks():
-        values = question(block.rows).cpu().numpy()
-        values[:, ~block.ok] = np.nan
-        yield np.arange(block.first, block.first + len(block.ok), dtype=np.int64), values
+    for block in scored(asked, asked.question(query_rows)):
+        values = block.values.cpu().numpy()
+        yield np.arange(block.first, block.first + values.shape[1], dtype=np.int64), values
 
 
 def top_k(query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> TopDocuments:
@@ -95,25 +94,24 @@ def top_and_bottom(
             raise ConfigError(f"{wanted:,} documents are asked for; {store.path} has {len(store):,}")
     asked = Asked.of(store, how)
     question = asked.question(query_rows)
-    n_queries = len(queries_of(query_rows))
-    top, bottom = _Best(n_queries, n_top, asked.device), _Best(n_queries, n_bottom, asked.device)
-    n_scored = 0
-    for block in asked.blocks():
-        values = question(block.ok_rows())
-        there = ~values.isnan().any(dim=0)  # a shard may be gone whose rows are recorded as ok
-        ids = torch.from_numpy(block.ids()).to(asked.device)[there]
-        values = values[:, there]
-        top.add(ids, values)
-        bottom.add(ids, -values)
-        n_scored += len(ids)
+    n_queries = len(question.weights)
+    top, bottom = Best(n_queries, n_top, asked.device), Best(n_queries, n_bottom, asked.device)
+    n_scored = torch.zeros((), dtype=torch.int64, device=asked.device)
+    for block in scored(asked, question):
+        # NaN for one query only (an infinite row) is none for the others either: so all have as many.
+        no_score = block.values.isnan().any(dim=0)
+        values = block.values.masked_fill_(no_score, torch.nan)
+        n_scored += len(no_score) - no_score.sum()
+        top.add(block.first, values)
+        if n_bottom:
+            bottom.add(block.first, -values)
+    total = int(asked.share.total(n_scored))
 
-    n_scored = int(asked.share.total(torch.tensor(n_scored)))
-    top, bottom = (best.joined(asked.share) for best in (top, bottom))
+    def result(best: Best, sign: int, wanted: int) -> TopDocuments:
+        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.share).found())
+        return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
 
-    def result(best: _Best, sign: int) -> TopDocuments:
-        return TopDocuments(_like(best.ids, query_rows), _like(sign * best.values, query_rows), n_scored)
-
-    return result(top, 1), result(bottom, -1)
+    return result(top, 1, n_top), result(bottom, -1, n_bottom)
 
 
 def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[How]) -> np.ndarray:
@@ -143,35 +141,3 @@ def _like(values: np.ndarray | Tensor, example: Rows) -> Rows:
     if isinstance(example, Tensor):
         return torch.as_tensor(values).to(example.device)
     return values.cpu().numpy() if isinstance(values, Tensor) else values
-
-
-class _Best:
-    """The highest scores so far, and whose they are; equal ones by sample id."""
-
-    def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
-        self._k = k
-        self.ids = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
-        self.values = torch.empty(n_queries, 0, device=device)
-
-    def add(self, ids: Tensor, values: Tensor) -> None:
-        """Scores ``(Q, n)`` of documents ``(n,)`` whose ids follow those before."""
-        if self._k and len(ids) and self._changes(values):
-            self._merge(ids.expand(len(values), -1), values)
-
-    def _merge(self, ids: Tensor, values: Tensor) -> None:
-        both, owners = torch.cat([self.values, values], dim=1), torch.cat([self.ids, ids], dim=1)
-        order = both.argsort(dim=1, descending=True, stable=True)[:, : self._k]
-        self.values, self.ids = both.gather(1, order), owners.gather(1, order)
-
-    def joined(self, share: Share) -> _Best:
-        """The best of all ranks."""
-        if share.world_size == 1:
-            return self
-        whole = _Best(len(self.values), self._k, self.values.device)
-        for ids, values in share.gathered((self.ids.cpu(), self.values.cpu())):
-            whole._merge(ids.to(self.ids.device), values.to(self.values.device))
-        return whole
-
-    def _changes(self, values: Tensor) -> bool:
-        """Most blocks of a long scan hold nothing better, and need no sorting."""
-        return self.values.shape[1] < self._k or bool((values > self.values[:, -1:]).any())

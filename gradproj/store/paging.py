@@ -71,7 +71,7 @@ class PagedFile:
         Raises:
             StoreError: the file ends before the array is full.
         """
-        left = memoryview(out).cast("B")
+        left = out.data.cast("B")
         while left:
             n_read = os.preadv(self._descriptor, [left], start)
             if not n_read:
