@@ -72,46 +72,53 @@ class TileProducts:
 
     def __init__(self, question: Question, proj_dtype: str) -> None:
         self._question, self._proj_dtype = question, proj_dtype
-        self._parts: dict[tuple[int, int], Tensor] = {}
+        self._n_queries = len(question.weights)
+        self._with_norms = question.score == "cosine"
+        # float16 rows have been brought to one size when they were stored. Of the others small values' squares would
+        # be lost in float32.
+        self._norm_dtype = torch.float32 if proj_dtype == "float16" else torch.float64
+        self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
     def scores(self, band: Band) -> Tensor:
         """``(Q, n)`` float32 scores of a band that has rows."""
         n = len(band.status)
-        products = torch.zeros(n, len(self._question.weights))
-        squares = torch.zeros(n, dtype=torch.float64) if self._question.score == "cosine" else None
-        step = max(1, _TILE_VALUES // n)
+        products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
+        source, cuts = None, []
         for at, stored in band.tiles:
-            for first in range(0, stored.shape[1], step):
-                tile = self._decoded(stored[:, first : first + step])
-                self._multiply(tile, at + first, products)
-                if squares is not None:
-                    squares += self._squares(tile)
-        if squares is not None:
+            if stored is not source:  # the next tile comes mostly in the same array
+                source, cuts = stored, self._cut(stored)
+            for first, width, values, tile in cuts:
+                if tile is not values:
+                    tile.copy_(values)
+                self._multiply(tile, at + first, width, products)
+                if self._with_norms:
+                    squares += torch.linalg.vector_norm(tile, dim=1, dtype=self._norm_dtype).double().square()
+        if self._with_norms:
             return self._question.finished(products.T, squares.sqrt())
         return self._question.finished(products.T, scale=torch.from_numpy(band.row_scale))
 
-    def _decoded(self, stored: np.ndarray) -> Tensor:
-        tile = as_tensor(stored, self._proj_dtype)
-        if tile.dtype == torch.float32:
-            return tile
-        if len(self._buffer) < tile.numel():
-            self._buffer = torch.empty(tile.numel())
-        return self._buffer[: tile.numel()].view(tile.shape).copy_(tile)
+    def _cut(self, stored: np.ndarray) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Where each part of a tile begins, its width, its stored values, and where they are decoded."""
+        n, width = stored.shape
+        step = max(1, _TILE_VALUES // n)
+        if self._proj_dtype != "float32" and len(self._buffer) < n * min(step, width):
+            self._buffer = torch.empty(n * min(step, width))
+        cuts = []
+        for first in range(0, width, step):
+            values = as_tensor(stored[:, first : first + step], self._proj_dtype)
+            decoded = values.dtype == torch.float32
+            tile = values if decoded else self._buffer[: values.numel()].view(values.shape)
+            cuts.append((first, values.shape[1], values, tile))
+        return cuts
 
-    def _multiply(self, tile: Tensor, at: int, products: Tensor) -> None:
+    def _multiply(self, tile: Tensor, at: int, width: int, products: Tensor) -> None:
         """Add ``tile (n, w)`` times the queries' values from ``at`` on to ``products (n, Q)``."""
-        span = at, at + tile.shape[1]
-        if span not in self._parts:
-            self._parts[span] = self._question.weights[:, slice(*span)].contiguous()
-        weights = self._parts[span]
-        if len(weights) < _ONEDNN_QUERIES:
+        weights = self._weights.get((at, width))
+        if weights is None:
+            weights = self._question.weights[:, at : at + width].contiguous()
+            self._weights[at, width] = weights
+        if self._n_queries < _ONEDNN_QUERIES:
             products.addmm_(tile, weights.T)
         else:
             products += linear(tile, weights)
-
-    def _squares(self, tile: Tensor) -> Tensor:
-        # float16 rows have been brought to one size when they were stored. Of the others small values' squares would
-        # be lost in float32.
-        dtype = torch.float32 if self._proj_dtype == "float16" else torch.float64
-        return torch.linalg.vector_norm(tile, dim=1, dtype=dtype).double().square()

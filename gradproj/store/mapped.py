@@ -144,12 +144,12 @@ class MappedShard:
         """
         band, inside = divmod(start, self.layout.chunk_rows)
         tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
-        at = 0
+        at, view = 0, tile.data.cast("B")
         for piece in selection.pieces:
             for chunk in range(piece.first_chunk, piece.first_chunk + piece.n_chunks):
                 place = int(self._place[band, chunk])
                 self._file.read_into(
-                    tile, self._origin + place * self._chunk_bytes + inside * self._row_bytes
+                    view, self._origin + place * self._chunk_bytes + inside * self._row_bytes
                 )
                 yield at, tile
                 at += self.layout.chunk_width

@@ -65,18 +65,17 @@ class PagedFile:
     def _address(self) -> int:
         return np.frombuffer(self.data, np.uint8).ctypes.data
 
-    def read_into(self, out: np.ndarray, start: int) -> None:
-        """Copy the bytes from ``start`` into a contiguous array; no page of the file is mapped for it.
+    def read_into(self, out: memoryview, start: int) -> None:
+        """Fill ``out`` with the bytes from ``start``; no page of the file is mapped for it.
 
         Raises:
-            StoreError: the file ends before the array is full.
+            StoreError: the file ends before it is full.
         """
-        left = out.data.cast("B")
-        while left:
-            n_read = os.preadv(self._descriptor, [left], start)
+        while out:
+            n_read = os.preadv(self._descriptor, [out], start)
             if not n_read:
                 raise damaged(self._path, f"it ends at byte {start}, inside a chunk")
-            left, start = left[n_read:], start + n_read
+            out, start = out[n_read:], start + n_read
 
     def let_go(self) -> None:
         """Unmap what was touched: it counts as this process's memory. What is in the system's cache stays there."""
