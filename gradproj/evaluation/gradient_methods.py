@@ -114,7 +114,7 @@ class GradientStores:
 
 def _size(k: str, n_embd: int) -> dict[str, object]:
     if k != FULL:
-        return {"proj_rank_total": int(k) ** 2}
+        return {"proj_rank_total": int(k) ** 2, "proj_rank_min": int(k)}
     # A GPT-2 block's widest matrix; orthonormal and square, the projections turn gradients and lose nothing.
     return {"proj_rank_total": 4 * n_embd**2, "proj_kind": "orthonormal", "proj_dtype": "float32"}
 

@@ -101,8 +101,7 @@ def train_base(config: LdsConfig, experiment: Experiment) -> Path:
     folder = Path(config.output_dir) / "model"
     if not (folder / "model.safetensors").is_file():
         print("training on all documents", file=sys.stderr, flush=True)
-        with workers(1, Path(config.output_dir)) as pool:
-            pool.submit(_train, config, experiment, experiment.document_tars, folder, config.seed).result()
+        _train(config, experiment, experiment.document_tars, folder, config.seed)
     return folder
 
 
@@ -146,7 +145,9 @@ def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
     """``(Q,)`` float64 mean nats per target token of token ids ``(Q, S)``."""
     device = next(model.parameters()).device
     parts = [
-        per_sample_loss(model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device)).cpu().numpy()
+        per_sample_loss(model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device), chunked=False)
+        .cpu()
+        .numpy()
         for i in range(0, len(queries), LOSS_BATCH)
     ]
     return np.concatenate(parts).astype(np.float64) / (queries.shape[1] - 1)
