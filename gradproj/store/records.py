@@ -34,6 +34,8 @@ _DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
+_STATS_BYTES = 4096
+_MOST_HEADER_BYTES = 2**24
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
 _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
@@ -134,6 +136,26 @@ def read_record(path: str | Path) -> UnitRecord:
     """The record in a file; FileNotFoundError when the unit has none."""
     with open(path, "rb") as file:
         return decode_record(file.read(), path)
+
+
+def read_stats(path: str | Path) -> dict[str, Any]:
+    """A record's ``stats`` from the beginning of its file: for figures over all units, whose columns are large.
+
+    No checksum is computed, since that takes the whole file.
+
+    Raises:
+        StoreError: the beginning is not a record's.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_STATS_BYTES)
+        try:
+            (header_bytes,) = struct.unpack_from("<Q", data)
+            if header_bytes > len(data) - 8:
+                data += file.read(min(header_bytes, _MOST_HEADER_BYTES))
+            about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
+            return dict(about["stats"])
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is damaged: it does not begin as a record does ({error})") from error
 
 
 def _check_whole(data: bytes, source: str | Path) -> None:

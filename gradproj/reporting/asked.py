@@ -1,0 +1,66 @@
+"""The flags by which documents and domains are compared, for the commands that show a whole store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradproj.analysis import DEFAULT_SCORE, MEANINGS
+from gradproj.analysis.domains import DOMAIN_SCORES
+from gradproj.dist import choose_device
+from gradproj.errors import ConfigError
+from gradproj.store import ProjectionStore
+
+WITHOUT_CURVATURE = ("dot", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """By which score documents and domains are compared."""
+
+    score: str = field(
+        default="",
+        metadata={
+            "help": f"default {DEFAULT_SCORE}; dot while a store has no token covariances, which the merge writes",
+            "choices": tuple(MEANINGS),
+        },
+    )
+    damping: str = field(
+        default="auto",
+        metadata={"help": "of the preconditioner, relative to its mean diagonal: auto or a number"},
+    )
+    layers: tuple[str, ...] = field(default=(), metadata={"help": "names of layers; default all"})
+    device: str = field(
+        default="auto", metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")}
+    )
+
+    def __post_init__(self) -> None:
+        if self.score and self.score not in MEANINGS:
+            raise ConfigError(f"--score is {self.score!r}; choose one of {', '.join(MEANINGS)}")
+        if self.damping != "auto":
+            try:
+                float(self.damping)
+            except ValueError as error:
+                raise ConfigError(f"--damping is {self.damping!r}; give auto or a number") from error
+
+    def how(self, store: ProjectionStore, scores: tuple[str, ...] = tuple(MEANINGS)) -> dict[str, Any]:
+        """The arguments of a scan of ``store``.
+
+        Args:
+            store: finished or not; where it cannot give the default score yet, dot is taken.
+            scores: those that the scan can give; instead of relatif, its own curvature's score is taken.
+        """
+        wanted = self.score or DEFAULT_SCORE
+        if wanted == "relatif" and wanted not in scores:
+            wanted = "kfac"
+        has_sums = bool(store.attributes.get("covariance_tokens"))
+        if not self.score and not has_sums and wanted in ("kfac", "relatif"):
+            wanted = "dot"
+        how: dict[str, Any] = {"score": wanted, "device": choose_device(self.device, 0)[0]}
+        if wanted not in WITHOUT_CURVATURE:
+            how["damping"] = self.damping if self.damping == "auto" else float(self.damping)
+        return how | ({"layers": list(self.layers)} if self.layers else {})
+
+    def how_by_domain(self, store: ProjectionStore) -> dict[str, Any]:
+        """The same for a mean over domains."""
+        return self.how(store, DOMAIN_SCORES)

@@ -1,0 +1,141 @@
+"""The domains' figure: matrices and facts of each domain as one PNG. Only on use: matplotlib is an extra."""
+
+from __future__ import annotations
+
+import importlib.util
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradproj.analysis import MEANINGS, SIGN
+from gradproj.reporting.clean import one_line
+from gradproj.reporting.domain_facts import DomainFacts
+from gradproj.reporting.numbers import digits, exponent_of, power
+from gradproj.store.files import explain_os_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_DOMAINS = 40
+"""Those with the most rows, where there are more: cells of more cannot be read."""
+COLOURS = "RdBu"
+"""Red below 0, blue above, white at 0."""
+_NAME = 24
+_BARS = (
+    ("rows", "documents with a row"),
+    ("loss", "loss, nats per target token"),
+    ("norm", "mean norm of the rows"),
+    ("rank", "effective rank"),
+)
+
+
+def why_no_figure() -> str | None:
+    """Why no figure can be drawn, with the way out; None where one can."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no figure was drawn: matplotlib is not installed; pip install 'gradproj[plot]' brings it"
+    return None
+
+
+def draw_domains(facts: DomainFacts, path: Path) -> None:
+    """Write the PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    shown = _most(facts)
+    n, names = len(shown), [one_line(facts.matrix.names[i], _NAME) for i in shown]
+    cell = 0.5 if n <= 12 else 0.42
+    side = max(3.2, cell * n)
+    wide = side + 4.4
+    figure = Figure(
+        figsize=(max(10.5, wide), 2 * (side + 2.0) + 0.28 * n + 3.2),
+        dpi=110,
+        layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1),
+    )
+    FigureCanvasAgg(figure)
+    heights = [0.28 * n + 1.0, side + 1.6, side + 1.6]
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+    top, middle, bottom = parts
+    left_out = len(facts.matrix.names) - n
+    figure.suptitle(
+        f"{n} domains of {one_line(facts.output, 80)}"
+        + (f" ({left_out} smaller ones left out)" if left_out > 0 else ""),
+        parse_math=False,
+        fontsize=12,
+    )
+    _draw_bars(top, facts, shown, names)
+    _draw_matrix(middle, "Cosine of the mean gradients", facts.matrix.cosine, shown, names, "cosine, no unit")
+    title = f"Influence ({facts.score}): mean score over all pairs of documents, one domain's as queries"
+    _draw_matrix(bottom, title, facts.matrix.influence, shown, names, "mean score")
+    about = (
+        f"Score {facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end at the largest value off the "
+        "diagonal."
+    )
+    bottom.supxlabel(textwrap.fill(about, int(11 * max(10.5, wide))), fontsize=8, parse_math=False)
+    with explain_os_errors(path):
+        figure.savefig(path)
+
+
+def _most(facts: DomainFacts) -> list[int]:
+    largest = sorted(facts.shown, key=lambda i: -facts.matrix.n_rows[i])[:MOST_DOMAINS]
+    return [i for i in facts.shown if i in set(largest)]
+
+
+def _draw_bars(part: Any, facts: DomainFacts, shown: list[int], names: list[str]) -> None:
+    """A bar for each domain and fact, with its number; domains in the order of the matrices."""
+    matrix, at = facts.matrix, np.arange(len(shown))
+    values = {
+        "rows": matrix.n_rows,
+        "loss": matrix.loss,
+        "norm": matrix.grad_norm,
+        "rank": matrix.effective_rank,
+    }
+    panels = part.subplots(1, len(_BARS), sharey=True)
+    for axes, (key, label) in zip(panels, _BARS, strict=True):
+        chosen = values[key][shown].astype(np.float64)
+        axes.barh(at, chosen, height=0.7, color="#9fb8d0")
+        for y, value in zip(at, chosen, strict=True):
+            text = f"{int(value):,}" if key == "rows" else digits(float(value))
+            axes.annotate(text, (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.set_title(label, fontsize=9)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].set_yticks(at, names, fontsize=8, parse_math=False)
+    panels[0].set_ylim(len(shown) - 0.4, -0.6)
+
+
+def _draw_matrix(
+    part: Any, title: str, values: np.ndarray, shown: list[int], names: list[str], unit: str
+) -> None:
+    """A matrix with its numbers in the cells, in units of a power of ten."""
+    chosen = values[np.ix_(shown, shown)]
+    exponent = exponent_of(chosen.ravel().tolist())
+    chosen = chosen / 10.0**exponent
+    off = np.abs(chosen[~np.eye(len(chosen), dtype=bool)])
+    limit = float(off.max()) if off.size and off.max() > 0 else float(np.abs(chosen).max()) or 1.0
+    axes: Axes = part.subplots()
+    image = axes.imshow(chosen, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="equal")
+    decimals = 2 if np.abs(chosen).max() < 10 else 1 if np.abs(chosen).max() < 100 else 0
+    for (i, j), value in np.ndenumerate(chosen):
+        text = f"{value:+.{decimals}f}".replace("+0.", "+.").replace("-0.", "−.").replace("-", "−")
+        dark = abs(value) > 0.6 * limit
+        axes.text(j, i, text, ha="center", va="center", fontsize=6.8, color="white" if dark else "black")
+    axes.set_xticks(
+        range(len(names)),
+        names,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=8,
+        parse_math=False,
+    )
+    axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    bar = part.colorbar(image, ax=axes, extend="both", fraction=0.04, pad=0.02)
+    bar.set_label(unit + (f", in {power(exponent)}" if exponent else ""), fontsize=8)
+    bar.ax.tick_params(labelsize=7)

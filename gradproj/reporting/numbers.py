@@ -1,0 +1,60 @@
+"""Numbers as people read them: with separators, a few digits, or in units of a power of ten that a table shares."""
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+NONE = "–"
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def whole(value: int | None) -> str:
+    """``12,345``."""
+    return NONE if value is None else f"{value:,}"
+
+
+def digits(value: float | None, n: int = 3) -> str:
+    """A finite number in n significant digits, without an exponent where that is readable."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e6:
+        places = max(0, n - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{places}f}"
+    return f"{value:.{n - 1}e}"
+
+
+def exponent_of(values: Iterable[float]) -> int:
+    """The power of ten, a multiple of three, that brings the largest value to 1 up to 1,000; 0 for 0.01 to 1,000."""
+    largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
+    if largest == 0 or 0.01 <= largest < 1000:
+        return 0
+    return 3 * math.floor(math.log10(largest) / 3)
+
+
+def scaled(value: float, exponent: int, places: int = 3, sign: bool = True) -> str:
+    """``value / 10^exponent`` with its sign."""
+    if not math.isfinite(value):
+        return NONE
+    return f"{value / 10.0**exponent:{'+' if sign else ''},.{places}f}"
+
+
+def power(exponent: int) -> str:
+    """``10⁻⁶``; nothing for 10^0."""
+    return "" if exponent == 0 else f"10{str(exponent).translate(_SUPERSCRIPTS)}"
+
+
+def when(seconds: float) -> str:
+    """A moment of a host's clock, as UTC to the minute."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def listed(values: np.ndarray | Sequence[float]) -> list:
+    """Numbers (any shape) for strict JSON: what is not finite is null."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim > 1:
+        return [listed(row) for row in array]
+    return [v if math.isfinite(v) else None for v in array.tolist()]
