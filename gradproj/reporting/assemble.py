@@ -78,7 +78,7 @@ def make_page(
         domain_lines=domain_lines(found, groups),
         score=score,
         meaning=MEANINGS[score],
-        sign=SIGN,
+        sign=SIGN[0].upper() + SIGN[1:],
         matrix_score=how["score"],
         matrix_meaning=MEANINGS[how["score"]],
         matrices=matrices_of(found),

@@ -137,8 +137,8 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
         figures.append(
             Figure(
                 drawing,
-                f"{about}{scale}. Blue is above 0, orange below; colours end at the largest value off the diagonal. "
-                f"Neighbours are alike.{rest}",
+                f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest value off the "
+                f"diagonal. Neighbours are alike.{rest}",
             )
         )
     return figures

@@ -11,7 +11,7 @@ import numpy as np
 from gradproj.coordinator.progress import human_seconds
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import Histogram
-from gradproj.reporting.drawing import Drawing, Scale, colour, round_numbers, scale_for
+from gradproj.reporting.drawing import Drawing, Scale, colour, colour_limit, round_numbers, scale_for
 from gradproj.reporting.numbers import digits, exponent_of, power, scaled
 from gradproj.reporting.throughput import Throughput
 
@@ -105,9 +105,8 @@ def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Draw
     """Counts between the 0.1 % and the 99.9 % of the values, with the middle marked."""
     width, height, left, top = WIDTH / 2 - 20, 200.0, 60.0, 14.0
     picture = Drawing(width, height, title, f"Histogram of {values.n:,} documents: {title}, {unit}.")
-    low, high = values.quantile(0.001), values.quantile(0.999)
-    x = scale_for(low, high, left, width - 14, log)
-    at = np.geomspace(x.low, x.high, 61) if log else np.linspace(x.low, x.high, 61)
+    x = scale_for(values.quantile(0.001), values.quantile(0.999), left, width - 14, log)
+    at = np.geomspace(x.low, x.high, 51) if log else np.linspace(x.low, x.high, 51)
     counts = values.between(at)
     y = Scale(0, max(float(counts.max()), 1.0), height - 44, top)
     for value in round_numbers(0, y.high, 4):
@@ -188,9 +187,9 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
     n = len(names)
     exponent = exponent_of(values.ravel().tolist())
     numbers = values / 10.0**exponent
-    off = np.abs(numbers[~np.eye(n, dtype=bool)])
-    limit = (float(off.max()) if off.size else 0.0) or float(np.abs(numbers).max()) or 1.0
-    left, top = 190.0, 120.0
+    limit = colour_limit(numbers)
+    longest = max(len(one_line(name, 20)) for name in names)
+    left, top = 190.0, 20 + 5.2 * longest
     cell = min(64.0, (WIDTH - left - 70) / n)
     height = min(cell, 34.0)
     picture = Drawing(

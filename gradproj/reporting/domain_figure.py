@@ -12,6 +12,7 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SIGN
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.domain_facts import DomainFacts
+from gradproj.reporting.drawing import colour_limit
 from gradproj.reporting.numbers import digits, exponent_of, power
 from gradproj.store.files import explain_os_errors
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 MOST_DOMAINS = 40
 """Those with the most rows, where there are more: cells of more cannot be read."""
+MOST_BESIDE = 10
+"""Matrices of more domains stand below each other."""
 COLOURS = "RdBu"
 """Red below 0, blue above, white at 0."""
-_NAME = 24
+_NAME, _CELL = 24, 0.42
 _BARS = (
     ("rows", "documents with a row"),
     ("loss", "loss, nats per target token"),
@@ -46,34 +49,28 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
 
     shown = _most(facts)
     n, names = len(shown), [one_line(facts.matrix.names[i], _NAME) for i in shown]
-    cell = 0.5 if n <= 12 else 0.42
-    side = max(3.2, cell * n)
-    wide = side + 4.4
+    side, bars = max(2.6, _CELL * n), 0.28 * n + 1.1
+    beside = n <= MOST_BESIDE
+    width = 2 * side + 6.4 if beside else max(11.0, side + 4.6)
+    heights = [bars, side + 2.0] if beside else [bars, side + 2.0, side + 2.0]
     figure = Figure(
-        figsize=(max(10.5, wide), 2 * (side + 2.0) + 0.28 * n + 3.2),
-        dpi=110,
-        layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.1),
+        figsize=(width, sum(heights) + 1.6), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
     )
     FigureCanvasAgg(figure)
-    heights = [0.28 * n + 1.0, side + 1.6, side + 1.6]
-    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-    top, middle, bottom = parts
     left_out = len(facts.matrix.names) - n
-    figure.suptitle(
-        f"{n} domains of {one_line(facts.output, 80)}"
-        + (f" ({left_out} smaller ones left out)" if left_out > 0 else ""),
-        parse_math=False,
-        fontsize=12,
-    )
-    _draw_bars(top, facts, shown, names)
-    _draw_matrix(middle, "Cosine of the mean gradients", facts.matrix.cosine, shown, names, "cosine, no unit")
-    title = f"Influence ({facts.score}): mean score over all pairs of documents, one domain's as queries"
-    _draw_matrix(bottom, title, facts.matrix.influence, shown, names, "mean score")
+    rest = f" ({left_out} without rows or with fewer are left out)" if left_out else ""
+    figure.suptitle(f"Domains of {one_line(facts.output, 80)}{rest}", parse_math=False, fontsize=12)
     about = (
-        f"Score {facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end at the largest value off the "
-        "diagonal."
+        f"Influence: mean score over all pairs of documents, one domain's as queries. Score {facts.score}: "
+        f"{MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end beyond the largest value off the diagonal."
     )
-    bottom.supxlabel(textwrap.fill(about, int(11 * max(10.5, wide))), fontsize=8, parse_math=False)
+    figure.supxlabel(textwrap.fill(about, int(12.5 * width)), fontsize=8.5, parse_math=False)
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    _draw_bars(parts[0], facts, shown, names)
+    first, second = parts[1].subfigures(1, 2) if beside else parts[1:]
+    _draw_matrix(first, "Cosine of the mean gradients", facts.matrix.cosine, shown, names, "no unit")
+    title = f"Influence between domains ({facts.score})"
+    _draw_matrix(second, title, facts.matrix.influence, shown, names, "mean score")
     with explain_os_errors(path):
         figure.savefig(path)
 
@@ -114,15 +111,14 @@ def _draw_matrix(
     chosen = values[np.ix_(shown, shown)]
     exponent = exponent_of(chosen.ravel().tolist())
     chosen = chosen / 10.0**exponent
-    off = np.abs(chosen[~np.eye(len(chosen), dtype=bool)])
-    limit = float(off.max()) if off.size and off.max() > 0 else float(np.abs(chosen).max()) or 1.0
+    limit = colour_limit(chosen)
     axes: Axes = part.subplots()
     image = axes.imshow(chosen, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="equal")
     decimals = 2 if np.abs(chosen).max() < 10 else 1 if np.abs(chosen).max() < 100 else 0
     for (i, j), value in np.ndenumerate(chosen):
         text = f"{value:+.{decimals}f}".replace("+0.", "+.").replace("-0.", "−.").replace("-", "−")
         dark = abs(value) > 0.6 * limit
-        axes.text(j, i, text, ha="center", va="center", fontsize=6.8, color="white" if dark else "black")
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     axes.set_xticks(
         range(len(names)),
         names,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 
@@ -28,7 +29,12 @@ def table_lines(facts: DomainFacts) -> list[str]:
     ]
     lines = [
         f"rows       {facts.n_rows:,} of {facts.n_samples:,} documents{': ' if rest else ''}{', '.join(rest)}",
-        f"score      {facts.score}: {MEANINGS[facts.score]}",
+        *textwrap.wrap(
+            f"{facts.score}: {MEANINGS[facts.score]}",
+            118,
+            initial_indent="score      ",
+            subsequent_indent=" " * 11,
+        ),
         f"           {SIGN}",
         "",
         f"{'no':>3}  {'domain':<{_NAME}} {'documents':>11} {'rows':>11} {'missing':>9} {'tokens':>13} "
@@ -49,8 +55,8 @@ def table_lines(facts: DomainFacts) -> list[str]:
     return [
         *lines,
         "",
-        "loss in nats per target token; norm: mean norm of the rows; of mean: norm of the mean row; eff. rank: of so "
-        "many rows scaled to length 1",
+        "loss: nats per target token; norm: mean norm of the rows; of mean: norm of the mean row;",
+        "eff. rank: of so many rows scaled to length 1",
         *_matrices(facts, places),
     ]
 

@@ -100,9 +100,12 @@ def round_numbers(low: float, high: float, about: int = 6) -> list[float]:
 
 
 def scale_for(least: float, most: float, first: float, last: float, log: bool) -> Scale:
-    """A scale that holds numbers from ``least`` to ``most``, with some room where they are all the same."""
+    """A scale that holds numbers from ``least`` to ``most``, with some room where they are all the same.
+
+    A logarithmic one ends eight decades below ``most``: a single zero would squeeze everything else.
+    """
     if log:
-        least = least if least > 0 else most * 1e-3
+        least = max(least, most * 1e-8)
         least, most = (least, most) if most > least > 0 else (max(least, 1e-30) / 2, max(most, 1e-30) * 2)
     elif not most > least:
         least, most = least - 0.5, most + 0.5
@@ -115,3 +118,13 @@ def colour(share: float) -> str:
     end = (33, 92, 158) if share > 0 else (224, 130, 40)
     parts = (round(255 + (channel - 255) * abs(share)) for channel in end)
     return "#" + "".join(f"{part:02x}" for part in parts)
+
+
+def colour_limit(matrix: np.ndarray) -> float:
+    """The value at which a matrix' colours end: a little beyond the largest off the diagonal, which is another matter.
+
+    Not far below the diagonal either: small numbers would look like large ones.
+    """
+    largest = float(np.abs(matrix).max(initial=0.0))
+    off = float(np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).max(initial=0.0))
+    return max(1.2 * off, 0.2 * largest) or 1.0
