@@ -45,12 +45,9 @@ class GradientMethod:
         if found["k"] != FULL and int(found["k"]) < 1:
             raise ConfigError(f"--methods: {name}: K must be at least 1")
         try:
-            return cls(kind, found["k"], damping if damping in (None, "auto") else float(damping))._resolved()
+            return cls(kind, found["k"], "auto" if damping in (None, "auto") else float(damping))
         except ValueError as error:
             raise ConfigError(f"--methods: {name}: {damping!r} is no number") from error
-
-    def _resolved(self) -> "GradientMethod":
-        return self if self.damping is not None else GradientMethod(self.score, self.k)
 
 
 class GradientStores:
