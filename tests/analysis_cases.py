@@ -48,6 +48,18 @@ def make_store(path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **se
     return output
 
 
+def store_again(output: Output) -> None:
+    """Write what ``output.stored`` and ``output.row_scale`` have become."""
+    for unit in range(output.layout.n_units):
+        if unit != MISSING_UNIT:
+            (output.path / output.layout.shard_name(unit)).unlink()
+            output.commit(unit)
+    with ProjectionStore(output.path) as store:
+        there = store.column("status") > 0
+    row_scale = np.where(there, output.row_scale, np.nan).astype(np.float32)
+    write_column_block(output.store_path, output.layout, 0, {"row_scale": row_scale})
+
+
 def columns_of(layers: list[str] | None) -> np.ndarray:
     """Positions in a row of the layers' values, one layer after the other."""
     chosen = {layer.name: layer for layer in make_layers(list(WIDTHS))}

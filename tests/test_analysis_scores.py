@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from analysis_cases import N_SAMPLES, NAMES, columns_of, dense_curvature, dense_scores, make_store, ok_rows
+from analysis_cases import (
+    N_SAMPLES,
+    NAMES,
+    columns_of,
+    dense_curvature,
+    dense_scores,
+    make_store,
+    ok_rows,
+    store_again,
+)
 
 from gradproj import ProjectionStore
 from gradproj.analysis import (
@@ -19,6 +28,7 @@ from gradproj.analysis import (
 )
 from gradproj.analysis.blocks import decoded_on
 from gradproj.errors import ConfigError, StoreError
+from gradproj.store.encoding import encode_rows
 
 DTYPES = ("float32", "float16", "bfloat16")
 C = 0.2
@@ -99,13 +109,28 @@ def test_relatif_takes_either_preconditioner(output):
     assert_scores(got, dense_scores(output, queries, "relatif", C, kind="second_moment"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit", [1e-15, 1e15])
+def test_gradients_of_any_unit_have_scores(tmp_path, unit, dtype):
+    """The inverse of their curvature is 1e30 or 1e-30, queries times it as well; the scores are of size 1."""
+    output = make_store(tmp_path / "out", dtype)
+    output.rows = (output.decoded() * unit).astype(np.float32)
+    output.stored, output.row_scale = encode_rows(output.rows, dtype)
+    store_again(output)
+    queries = queries_for(output) * np.float32(unit)
+    with ProjectionStore(output.path) as store:
+        for kind in ("cosine", "preconditioned", "relatif"):
+            fitted = None if kind == "cosine" else Preconditioner.fit(store, "second_moment", C)
+            got = score(queries, store, score=kind, preconditioner=fitted)
+            want = dense_scores(output, queries, kind, C, kind="second_moment")
+            assert_scores(got, want)
+
+
 def test_a_row_of_zeros_scores_zero(tmp_path):
     output = make_store(tmp_path / "zero")
     output.rows[:] = 0
     output.stored[:] = 0
-    for unit in (0, 1, 3, 4):
-        (output.path / output.layout.shard_name(unit)).unlink()
-        output.commit(unit)
+    store_again(output)
     with ProjectionStore(output.path) as store:
         for kind in ("cosine", "relatif", "kfac", "preconditioned"):
             got = score(queries_for(output), store, score=kind)

@@ -37,14 +37,21 @@ class Best:
             self.add_sorting(first, values)
 
     def _add_better(self, first: int, values: Tensor) -> None:
-        if self._last == -torch.inf:  # what is not full yet has places of that score
-            values = values.clamp(min=_LOWEST)
-        query, column = (values > self._values[:, -1:]).nonzero(as_tuple=True)
-        if len(query):
-            self._waiting.append((query, column + first, values[query, column]))
-            self._n_waiting += len(query)
-            if self._n_waiting >= max(4 * self._values.numel(), _LEAST_WAITING):
-                self._settle()
+        full = self._last > -torch.inf
+        if full:
+            better = values > self._values[:, -1:]
+            if not better.any():
+                return
+        else:
+            # Nothing is known to be too low yet. What is below the k-th of this block alone is.
+            values = values.clamp(min=_LOWEST).masked_fill(values.isnan(), -torch.inf)
+            kth = values.topk(min(self._k, values.shape[1]), sorted=False).values.amin(1, keepdim=True)
+            better = values >= kth.clamp(min=_LOWEST)
+        query, column = better.nonzero(as_tuple=True)
+        self._waiting.append((query, column + first, values[query, column]))
+        self._n_waiting += len(query)
+        if not full or self._n_waiting >= max(4 * self._values.numel(), _LEAST_WAITING):
+            self._settle()
 
     def add_sorting(self, first: int, values: Tensor) -> None:
         """As ``add``, without asking the device for anything: the way of a GPU."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradproj.analysis.ranks import Share
 from gradproj.errors import ConfigError
+from gradproj.products import linear
 
 
 class Inverse(Protocol):
@@ -105,14 +106,15 @@ class KroneckerInverse:
         return (root_s.T @ self._whitened(x) @ root_a).flatten(1)
 
     def self_products(self, x: Tensor) -> Tensor:
-        return self._whitened(x).flatten(1).square().sum(1)
+        return torch.linalg.vector_norm(self._whitened(x), dim=(1, 2)).square()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> KroneckerInverse:
         return KroneckerInverse(self.root_s.to(device, dtype), self.root_a.to(device, dtype))
 
     def _whitened(self, x: Tensor) -> Tensor:
         root_s, root_a = self.root_s.to(x), self.root_a.to(x)
-        return root_s @ x.reshape(len(x), len(root_s), len(root_a)) @ root_a.T
+        left = root_s @ x.reshape(len(x), len(root_s), len(root_a))
+        return linear(left.flatten(0, 1), root_a).view(left.shape)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class DenseInverse:
         return x @ root.T @ root
 
     def self_products(self, x: Tensor) -> Tensor:
-        return (x @ self.root.to(x).T).square().sum(1)
+        return torch.linalg.vector_norm(linear(x, self.root.to(x)), dim=1).square()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DenseInverse:
         return DenseInverse(self.root.to(device, dtype))

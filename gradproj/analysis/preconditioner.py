@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,11 @@ class Preconditioner:
         """``row C^-1 row^T``: ``(n, W)`` -> ``(n,)``; never negative."""
         products = [i.self_products(x) for i, x in zip(self._inverses, self._split(rows), strict=True)]
         return torch.stack(products).sum(0)
+
+    def by_part(self) -> list[tuple[int, int, Inverse]]:
+        """Where in a row each independent part lies, ``[start, stop)``, and its inverse."""
+        stops = list(accumulate(part.width for part in self._parts))
+        return list(zip([0, *stops[:-1]], stops, self._inverses, strict=True))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Preconditioner:
         """The same, ready for many rows of one device and precision; other rows are served as well."""

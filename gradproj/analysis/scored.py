@@ -33,9 +33,17 @@ class Scored:
 
 def scored(asked: Asked, question: Question) -> Iterator[Scored]:
     """This process's share of the samples in order, each byte of a row read once."""
-    # Tiles are for a processor's caches. A GPU wants long blocks, and so does a norm that needs whole layers.
-    by_tiles = asked.device.type == "cpu" and question.divisor is None
+    # Tiles are for a processor's caches; a GPU wants long blocks.
+    by_tiles = asked.device.type == "cpu" and _parts_fit_tiles(asked, question)
     return _by_tiles(asked, question) if by_tiles else _by_blocks(asked, question)
+
+
+def _parts_fit_tiles(asked: Asked, question: Question) -> bool:
+    """Whether each tile holds whole parts of the preconditioner, where a norm needs those."""
+    if question.divisor is None:
+        return True
+    parts, width = question.divisor.by_part(), asked.store.layout.chunk_width
+    return width == asked.store.dim or all(stop - start == width for start, stop, _ in parts)
 
 
 def _by_blocks(asked: Asked, question: Question) -> Iterator[Scored]:
@@ -67,57 +75,76 @@ def _by_tiles(asked: Asked, question: Question) -> Iterator[Scored]:
 class TileProducts:
     """Multiplies queries with stored rows on a processor: a tile is decoded into the cache and used there.
 
-    Rows' scales are applied to the scores, not to the values.
+    Rows' scales are applied to the scores, not to the values, but where these are multiplied with one another.
     """
 
     def __init__(self, question: Question, proj_dtype: str) -> None:
         self._question, self._proj_dtype = question, proj_dtype
         self._n_queries = len(question.weights)
-        self._with_norms = question.score == "cosine"
         # float16 rows have been brought to one size when they were stored. Of the others small values' squares would
         # be lost in float32.
         self._norm_dtype = torch.float32 if proj_dtype == "float16" else torch.float64
+        self._inverses = {}
+        if question.divisor is not None:
+            self._inverses = {(start, stop): inverse for start, stop, inverse in question.divisor.by_part()}
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
     def scores(self, band: Band) -> Tensor:
         """``(Q, n)`` float32 scores of a band that has rows."""
-        n = len(band.status)
+        n, scale = len(band.status), torch.from_numpy(band.row_scale)
         products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
         source, cuts = None, []
         for at, stored in band.tiles:
             if stored is not source:  # the next tile comes mostly in the same array
-                source, cuts = stored, self._cut(stored)
-            for first, width, values, tile in cuts:
+                source, cuts = stored, self._cut(stored, at)
+            for first, last, values, tile in cuts:
                 if tile is not values:
                     tile.copy_(values)
-                self._multiply(tile, at + first, width, products)
-                if self._with_norms:
-                    squares += torch.linalg.vector_norm(tile, dim=1, dtype=self._norm_dtype).double().square()
-        if self._with_norms:
+                if self._inverses:  # of rows as they are stored their products may be out of float32's reach
+                    tile *= scale[:, None]
+                self._multiply(tile, at + first, at + last, products)
+                if self._question.has_norms:
+                    squares += self._squares(tile, at + first, at + last)
+        if self._question.has_norms:
             return self._question.finished(products.T, squares.sqrt())
-        return self._question.finished(products.T, scale=torch.from_numpy(band.row_scale))
+        return self._question.finished(products.T, scale=scale)
 
-    def _cut(self, stored: np.ndarray) -> list[tuple[int, int, Tensor, Tensor]]:
-        """Where each part of a tile begins, its width, its stored values, and where they are decoded."""
+    def _cut(self, stored: np.ndarray, at: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Where each part of a tile begins and ends, its stored values, and where they are decoded."""
         n, width = stored.shape
         step = max(1, _TILE_VALUES // n)
-        if self._proj_dtype != "float32" and len(self._buffer) < n * min(step, width):
-            self._buffer = torch.empty(n * min(step, width))
+        ends = [(first, min(first + step, width)) for first in range(0, width, step)]
+        if self._inverses:
+            ends = [(a - at, b - at) for a, b in self._inverses if at <= a and b <= at + width]
+        most = n * max(last - first for first, last in ends)
+        if self._proj_dtype != "float32" and len(self._buffer) < most:
+            self._buffer = torch.empty(most)
         cuts = []
-        for first in range(0, width, step):
-            values = as_tensor(stored[:, first : first + step], self._proj_dtype)
+        for first, last in ends:
+            values = as_tensor(stored[:, first:last], self._proj_dtype)
             decoded = values.dtype == torch.float32
-            tile = values if decoded else self._buffer[: values.numel()].view(values.shape)
-            cuts.append((first, values.shape[1], values, tile))
+            cuts.append(
+                (
+                    first,
+                    last,
+                    values,
+                    values if decoded else self._buffer[: values.numel()].view(values.shape),
+                )
+            )
         return cuts
 
-    def _multiply(self, tile: Tensor, at: int, width: int, products: Tensor) -> None:
-        """Add ``tile (n, w)`` times the queries' values from ``at`` on to ``products (n, Q)``."""
-        weights = self._weights.get((at, width))
+    def _squares(self, tile: Tensor, first: int, last: int) -> Tensor:
+        """``(n,)`` float64: what the values ``[first, last)`` add to the rows' squared norms."""
+        if self._inverses:
+            return self._inverses[first, last].self_products(tile).double()
+        return torch.linalg.vector_norm(tile, dim=1, dtype=self._norm_dtype).double().square()
+
+    def _multiply(self, tile: Tensor, first: int, last: int, products: Tensor) -> None:
+        """Add ``tile (n, w)`` times the queries' values ``[first, last)`` to ``products (n, Q)``."""
+        weights = self._weights.get((first, last))
         if weights is None:
-            weights = self._question.weights[:, at : at + width].contiguous()
-            self._weights[at, width] = weights
+            weights = self._weights[first, last] = self._question.weights[:, first:last].contiguous()
         if self._n_queries < _ONEDNN_QUERIES:
             products.addmm_(tile, weights.T)
         else:
