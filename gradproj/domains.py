@@ -17,8 +17,9 @@ from gradproj.reporting.asked import ScoreConfig
 from gradproj.reporting.domain_facts import DomainFacts, as_json, find_facts
 from gradproj.reporting.domain_figure import draw_domains, why_no_figure
 from gradproj.reporting.domain_table import table_lines
+from gradproj.reporting.folders import make_folder
 from gradproj.store import ProjectionStore
-from gradproj.store.files import explain_os_errors, write_and_replace
+from gradproj.store.files import write_and_replace
 
 FORMATS = ("table", "json")
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
@@ -70,21 +71,20 @@ def domains(config: DomainsConfig, asked: ScoreConfig) -> list[str]:
             )
         content = as_json(facts, store, MEANS_NAME)
         folder = config.folder(store)
-    written = [str(folder / name) for name in _write(folder, content, facts)]
+    written = _write(folder, content, facts)
     problem = why_no_figure()
     if problem is not None:
         print(f"gradproj: {problem}", file=sys.stderr, flush=True)
     if config.format == "json":
         return [json.dumps(content, indent=2, allow_nan=False)]
-    return [*table_lines(facts), "", f"written    {', '.join(written)}"]
+    return [*table_lines(facts), "", f"written    {', '.join(written)} in {folder}"]
 
 
 def _write(folder: Path, content: dict[str, Any], facts: DomainFacts) -> list[str]:
     """The names of the files."""
     means = io.BytesIO()
     np.save(means, facts.matrix.mean.astype(np.float32))
-    with explain_os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     write_and_replace(folder / MEANS_NAME, [means.getvalue()])
     write_and_replace(folder / JSON_NAME, [(json.dumps(content, indent=1, allow_nan=False) + "\n").encode()])
     if why_no_figure() is not None:

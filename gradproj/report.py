@@ -21,10 +21,11 @@ from gradproj.reporting.asked import ScoreConfig
 from gradproj.reporting.assemble import make_page
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.documents import Excerpts, documents_of
+from gradproj.reporting.folders import make_folder
 from gradproj.reporting.numbers import digits, exponent_of, power, scaled
 from gradproj.reporting.page import QueryAnswer, render
 from gradproj.store import ProjectionStore
-from gradproj.store.files import explain_os_errors, write_and_replace
+from gradproj.store.files import write_and_replace
 from gradproj.texts import text_of
 
 MOST_QUERIES = 200
@@ -99,8 +100,7 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
         if rows is not None:
             answers = functools.partial(answers_of, store, rows, how_queries, config.top_k, texts)
         page = make_page(store, how, texts, min(config.top_k, len(store)), answers)
-    with explain_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--output")
     write_and_replace(path, [render(page)])
     return path
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.analysis.domains import DOMAIN_SCORES
+from gradproj.coordinator.merge import COVARIANCE_ARRAYS
 from gradproj.dist import choose_device
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
@@ -53,7 +54,9 @@ class ScoreConfig:
         wanted = self.score or DEFAULT_SCORE
         if wanted == "relatif" and wanted not in scores:
             wanted = "kfac"
-        has_sums = bool(store.attributes.get("covariance_tokens"))
+        has_sums = bool(store.attributes.get("covariance_tokens")) and all(
+            (store.path / name / "zarr.json").is_file() for name in COVARIANCE_ARRAYS.values()
+        )
         if not self.score and not has_sums and wanted in ("kfac", "relatif"):
             wanted = "dot"
         how: dict[str, Any] = {"score": wanted, "device": choose_device(self.device, 0)[0]}

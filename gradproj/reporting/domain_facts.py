@@ -26,6 +26,7 @@ KEYS = {
     "domains[].norm_of_mean": "norm of the mean row: beside mean_norm it says how far the rows agree",
     "domains[].effective_rank": "exponential of the entropy of the spectrum of effective_rank_rows rows, drawn at "
     "random and scaled to length 1: between 1 (all alike) and their number",
+    "domains[].effective_rank_rows": "how many rows those are",
     "cosine": "cosines of the domains' mean rows; lines and columns in the order of domains",
     "influence": "mean score of the column's documents for the line's documents as queries, over all pairs; symmetric",
     "order": "positions in domains along which neighbours are alike, as the table and the figure show them",
