@@ -34,7 +34,11 @@ COMMANDS = {
     "lds": Command(
         "gradproj.evaluation.lds", "lds_command", "hold scores against retraining on parts of a small corpus"
     ),
-    "query": Command("gradproj.demo_commands", "query_command", "the documents that most support a text"),
+    "query": Command("gradproj.query", "query_command", "the documents that most support a query"),
+    "domains": Command(
+        "gradproj.domains", "domains_command", "gradients, cosines and influences of a store's domains"
+    ),
+    "report": Command("gradproj.report", "report_command", "one HTML page on a store"),
 }
 
 

@@ -1,19 +1,15 @@
-"""The commands ``tokenizer``, ``train`` and ``query``: from flags to the functions that do the work."""
+"""The commands ``tokenizer`` and ``train``: from flags to the functions that do the work."""
 
 import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gradproj.errors import GradprojError, ReportedError
+from gradproj.dist import Process, launcher_died, launcher_rank, said_by_rank_0
 from gradproj.flags import parse
 
 if TYPE_CHECKING:
     from gradproj.stopping import StopRequest
-
-LET_RANK_0_SPEAK_S = 10.0
 
 
 def tokenizer_command(argv: list[str]) -> None:
@@ -27,7 +23,6 @@ def tokenizer_command(argv: list[str]) -> None:
 
 def train_command(argv: list[str]) -> int:
     """``python -m gradproj train --shards TARS --tokenizer DIR --result_dir DIR``, or ``torchrun -m gradproj train``"""
-    from gradproj.dist import Process
     from gradproj.training import TrainConfig, train
 
     process = Process.from_environment()
@@ -51,7 +46,6 @@ def train_command(argv: list[str]) -> int:
 @contextmanager
 def stop_on_signals() -> Iterator["StopRequest"]:
     """Signals ask to stop, and a launcher's death does; what a signal did before, it does again afterwards."""
-    from gradproj.dist import launcher_died, launcher_rank
     from gradproj.stopping import SIGNALS, StopRequest
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -62,29 +56,3 @@ def stop_on_signals() -> Iterator["StopRequest"]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def said_by_rank_0(rank: int) -> Iterator[None]:
-    """A mistake that every rank sees is said by rank 0 alone."""
-    try:
-        yield
-    except GradprojError as error:
-        if rank == 0:
-            raise
-        # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
-        # launcher ends this sleep. A mistake of this rank alone is said after it.
-        time.sleep(LET_RANK_0_SPEAK_S)
-        print(f"gradproj: rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise ReportedError from error
-
-
-def query_command(argv: list[str]) -> None:
-    """``python -m gradproj query OUTPUT --text "..."``"""
-    from gradproj.query import QueryConfig, query, result_lines
-
-    (config,) = parse(
-        argv, "gradproj query", QueryConfig, description="The documents of a store that most support a text."
-    )
-    for line in result_lines(config, query(config)):
-        print(line)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradproj.errors import ConfigError, ReportedError
+from gradproj.errors import ConfigError, GradprojError, ReportedError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(hours=6)
 """Rank 0 may come to the store late, where it holds it itself."""
 KEPT_KERNELS = 64
+LET_RANK_0_SPEAK_S = 10.0
 LOOK_S = (0.01, 0.5)
 """First and longest pause between two looks at what another rank has to do."""
 
@@ -258,3 +260,40 @@ def wait_for_all(place: str) -> None:
     """Return when every rank has come here."""
     if _meeting is not None:
         _meeting.wait_for_all(place)
+
+
+@contextlib.contextmanager
+def said_by_rank_0(rank: int) -> Iterator[None]:
+    """A mistake that every rank sees is said by rank 0 alone."""
+    try:
+        yield
+    except ReportedError:
+        raise
+    except GradprojError as error:
+        if rank == 0:
+            raise
+        # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
+        # launcher ends this sleep. A mistake of this rank alone is said after it.
+        time.sleep(LET_RANK_0_SPEAK_S)
+        print(f"gradproj: rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise ReportedError from error
+
+
+@contextlib.contextmanager
+def process_group(process: Process) -> Iterator[None]:
+    """``torch.distributed`` among the ranks that a launcher started, for what they sum and share on their hosts."""
+    import torch.distributed as torch_dist
+
+    if process.world_size == 1:
+        yield
+        return
+    torch_dist.init_process_group("gloo", timeout=START_TIMEOUT)
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        # A rank that this one waited for has left, and has said why.
+        raise ReportedError from error
+    # Not after an error: the other ranks may wait in an exchange that this one would wait for in turn.
+    torch_dist.destroy_process_group()

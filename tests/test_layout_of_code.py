@@ -25,8 +25,8 @@ LEVELS = [
     },
     {"analysis", "batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "fingerprint", "loss", "status", "verify"},
-    {"taps"},
-    {"engine", "repair"},
+    {"reporting", "taps"},
+    {"domains", "engine", "repair"},
     {"unit", "training"},
     {"projector"},
     {"precision"},
@@ -36,8 +36,9 @@ LEVELS = [
     {"summary", "start"},
     {"probe", "recorded"},
     {"diagnose", "evaluation", "queries", "recompute"},
+    {"answers"},
     {"query"},
-    {"run", "commands", "demo_commands"},
+    {"run", "commands", "demo_commands", "report"},
     {"__main__", "__init__"},
 ]
 """A stage imports only from itself and from the levels before its own."""
@@ -55,7 +56,8 @@ HOME_OF = {
     "tokenizers": {"training"},
     "bm25s": {"evaluation"},
     "kronfluence": {"evaluation"},
-    "matplotlib": {"training"},
+    "matplotlib": {"training", "reporting"},
+    "jinja2": {"reporting"},
 }
 
 
