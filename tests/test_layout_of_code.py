@@ -56,6 +56,8 @@ HOME_OF = {
     "tokenizers": {"training"},
     "bm25s": {"evaluation"},
     "kronfluence": {"evaluation"},
+    "xarray": {"store", "examples"},
+    "dask": {"store", "examples"},
     "matplotlib": {"training", "reporting"},
     "jinja2": {"reporting"},
 }

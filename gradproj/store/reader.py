@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.store.bands import Band
 from gradproj.store.columns import Columns
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
@@ -20,6 +21,12 @@ from gradproj.store.opening import find_store, layers_of, read_attributes, read_
 from gradproj.store.rows import Missing, Rows
 from gradproj.store.views import LayerView, Sample
 
+if TYPE_CHECKING:
+    import xarray as xr
+
+_NO_XARRAY = (
+    "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' brings both"
+)
 _MOST_MAPS = 64  # a store of the Pile has 51,000 shards
 _STATUS_ROWS = 2**18
 _NAMED_IDS = 8
@@ -181,6 +188,22 @@ class ProjectionStore:
         """Several columns' values at the given samples."""
         values = self._columns.read(names, self._checked_ids(ids))
         return {name: values[name] for name in names}
+
+    def to_xarray(self) -> xr.Dataset:
+        """The store as an ``xarray.Dataset`` of dask arrays, of which nothing is read before it is computed.
+
+        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN where there is none, a chunk for each shard;
+        ``layer`` is an index of the values (``.sel(layer=NAME)`` reads that layer only); ``loss``, ``n_tokens``,
+        ``grad_norm``, ``status``, ``tar``, ``domain`` and ``key`` are columns.
+
+        Raises:
+            ConfigError: xarray or dask is not installed.
+        """
+        if any(find_spec(name) is None for name in ("xarray", "dask")):
+            raise ConfigError(_NO_XARRAY)
+        from gradproj.store.labelled import open_with_dask
+
+        return open_with_dask(self)
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """``[start, stop)`` of every run of samples that nothing was recorded of yet, in order."""

@@ -49,6 +49,10 @@ class Rows:
         if in_a_row:
             self._fetch(first, first + len(ids), selection)
             self._read_range(first, selection, columns, out, missing)
+            if (
+                len(ids) >= self.layout.chunk_rows
+            ):  # of a few rows the pages stay mapped: they may be wanted again
+                self._let_go(first, first + len(ids))
             return out
         for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
             if self._has_rows(unit, columns["status"][group], missing):
@@ -107,8 +111,7 @@ class Rows:
         for first, last in self._blocks(height, selection, start, stop):
             yield first, last
             if last // self.layout.chunk_rows > let_go // self.layout.chunk_rows:
-                for unit, _, _ in self._units(let_go, last):
-                    self._shards.let_go(unit)
+                self._let_go(let_go, last)
                 let_go = last
 
     def _blocks(
@@ -184,6 +187,11 @@ class Rows:
             if self._columns.read_range([], start, stop)["status"].any():
                 begin = unit * self.layout.rows_per_shard
                 self._shards.fetch(unit, start - begin, stop - begin, selection)
+
+    def _let_go(self, first: int, last: int) -> None:
+        """Give back the memory of these samples' rows."""
+        for unit, _, _ in self._units(first, last):
+            self._shards.let_go(unit)
 
     def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
         """Whether there is a shard to read, for samples of one unit."""

@@ -1,0 +1,129 @@
+"""A store as an ``xarray.Dataset`` that reads where it is indexed. Only on use: xarray and dask are an extra.
+
+``ProjectionStore.to_xarray`` opens it as dask arrays; ``xarray.open_dataset(path, engine="gradproj")`` does the same,
+without dask unless it is told ``chunks={}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.core import indexing
+
+from gradproj.store.layout import COLUMNS, STATUS, decode_key
+from gradproj.store.reader import ProjectionStore
+
+_ABOUT: dict[str, dict[str, Any]] = {
+    "rows": {"long_name": "projected gradient of the document's loss", "units": "nats per unit of weight"},
+    "loss": {"long_name": "mean loss of the document's target tokens", "units": "nats"},
+    "n_tokens": {"long_name": "target tokens"},
+    "grad_norm": {"long_name": "norm of the row"},
+    "status": {"flag_values": list(STATUS.values()), "flag_meanings": " ".join(STATUS)},
+    "tar": {"long_name": "number of the document's tar; -1 where none is recorded"},
+    "domain": {"long_name": "the document's domain; empty where none is recorded"},
+    "key": {"long_name": "the document's key in its tar"},
+}
+
+
+class GradprojBackend(BackendEntrypoint):
+    """xarray's engine ``gradproj``."""
+
+    description = "Open the projected gradients of a gradproj store"
+    open_dataset_parameters = ("filename_or_obj", "drop_variables")
+
+    def open_dataset(
+        self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
+    ) -> xr.Dataset:
+        """The dataset of a store or of its path; nothing is read yet but the store's metadata."""
+        store = (
+            filename_or_obj
+            if isinstance(filename_or_obj, ProjectionStore)
+            else ProjectionStore(filename_or_obj)
+        )
+        dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
+        variables = {name: _variable(store, name) for name in _ABOUT if name not in dropped}
+        layer_of_value = np.repeat(
+            [layer.name for layer in store.layers],
+            [layer.slice_end - layer.slice_start for layer in store.layers],
+        )
+        simple = {k: v for k, v in store.attributes.items() if isinstance(v, (str, int, float))}
+        return xr.Dataset(variables, {"layer": ("value", layer_of_value)}, simple).set_xindex("layer")
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Whether this is a job's ``OUTPUT/``."""
+        path = filename_or_obj
+        return isinstance(path, (str, Path)) and (Path(path) / "projections.zarr" / "zarr.json").is_file()
+
+
+def open_with_dask(store: ProjectionStore) -> xr.Dataset:
+    """The store as dask arrays; a chunk of ``rows`` is a shard."""
+    return xr.open_dataset(store, engine=GradprojBackend, chunks={}, cache=False)  # type: ignore[arg-type]
+
+
+def _variable(store: ProjectionStore, name: str) -> xr.Variable:
+    n, layout = len(store), store.layout
+    if name == "rows":
+        rows = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
+        chunks = {"sample": min(layout.rows_per_shard, n), "value": store.dim}
+        return xr.Variable(
+            ("sample", "value"), indexing.LazilyIndexedArray(rows), _ABOUT[name], {"preferred_chunks": chunks}
+        )
+    dtypes = {"domain": np.array([*store.domains, ""]).dtype, "key": np.dtype(f"U{layout.key_bytes}")}
+    reader = partial({"domain": _read_domains, "key": _read_keys}.get(name, _read_column), store, name)
+    column = _Lazy((n,), dtypes.get(name, COLUMNS[name][0]), reader)
+    chunks = {"sample": min(layout.column_rows, n)}
+    return xr.Variable(
+        ("sample",), indexing.LazilyIndexedArray(column), _ABOUT[name], {"preferred_chunks": chunks}
+    )
+
+
+class _Lazy(BackendArray):
+    """An array that ``read`` gives the values of, asked for positions on every axis."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[..., np.ndarray]) -> None:
+        self.shape, self.dtype, self._read = shape, dtype, read
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._of_key
+        )
+
+    def _of_key(self, key: tuple[Any, ...]) -> np.ndarray:
+        positions = [
+            np.arange(size)[part] if isinstance(part, slice) else np.atleast_1d(part)
+            for part, size in zip(key, self.shape, strict=True)
+        ]
+        single = tuple(axis for axis, part in enumerate(key) if isinstance(part, (int, np.integer)))
+        return self._read(*positions).squeeze(axis=single)
+
+
+# Functions, not closures: dask may send them to other processes, to which a store goes by its path.
+
+
+def _read_rows(store: ProjectionStore, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``(n, w)`` float32, NaN where a row is missing; of layers without a wanted value no byte is read."""
+    ends = np.array([layer.slice_end for layer in store.layers])
+    touched = [store.layers[number] for number in np.unique(np.searchsorted(ends, values, side="right"))]
+    held = np.concatenate([np.arange(x.slice_start, x.slice_end) for x in touched] or [np.empty(0, int)])
+    layers = None if len(held) == store.dim else [layer.name for layer in touched]
+    rows = store.rows(ids, layers, missing="nan")
+    return rows if np.array_equal(held, values) else rows[:, np.searchsorted(held, values)]
+
+
+def _read_column(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
+    return store.columns_at([name], ids)[name]
+
+
+def _read_domains(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
+    return np.array([*store.domains, ""])[_read_column(store, name, ids)]  # -1 is the last
+
+
+def _read_keys(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
+    keys = [decode_key(key) for key in _read_column(store, name, ids)]
+    return np.array(keys, f"U{store.layout.key_bytes}")
