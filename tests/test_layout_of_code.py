@@ -24,7 +24,7 @@ LEVELS = [
         "unpacked",
     },
     {"analysis", "batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
-    {"capture", "fingerprint", "loss", "status", "verify"},
+    {"capture", "examples", "fingerprint", "loss", "status", "verify"},
     {"reporting", "taps"},
     {"domains", "engine", "repair"},
     {"unit", "training"},

@@ -61,9 +61,10 @@ class GradprojBackend(BackendEntrypoint):
         return isinstance(path, (str, Path)) and (Path(path) / "projections.zarr" / "zarr.json").is_file()
 
 
-def open_with_dask(store: ProjectionStore) -> xr.Dataset:
-    """The store as dask arrays; a chunk of ``rows`` is a shard."""
-    return xr.open_dataset(store, engine=GradprojBackend, chunks={}, cache=False)  # type: ignore[arg-type]
+def open_with_dask(store: ProjectionStore, rows_per_chunk: int | None) -> xr.Dataset:
+    """The store as dask arrays, in chunks of so many samples; None: those of a shard."""
+    lazily = xr.open_dataset(store, engine=GradprojBackend, cache=False)  # type: ignore[arg-type]
+    return lazily.chunk({"sample": rows_per_chunk or store.layout.rows_per_shard})
 
 
 def _variable(store: ProjectionStore, name: str) -> xr.Variable:

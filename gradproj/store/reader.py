@@ -189,12 +189,15 @@ class ProjectionStore:
         values = self._columns.read(names, self._checked_ids(ids))
         return {name: values[name] for name in names}
 
-    def to_xarray(self) -> xr.Dataset:
+    def to_xarray(self, rows_per_chunk: int | None = None) -> xr.Dataset:
         """The store as an ``xarray.Dataset`` of dask arrays, of which nothing is read before it is computed.
 
-        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN where there is none, a chunk for each shard;
-        ``layer`` is an index of the values (``.sel(layer=NAME)`` reads that layer only); ``loss``, ``n_tokens``,
-        ``grad_norm``, ``status``, ``tar``, ``domain`` and ``key`` are columns.
+        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN where there is none; ``layer`` is an index of
+        the values (``.sel(layer=NAME)`` reads that layer only); ``loss``, ``n_tokens``, ``grad_norm``, ``status``,
+        ``tar``, ``domain`` and ``key`` are columns.
+
+        Args:
+            rows_per_chunk: samples of a dask chunk; default: those of a shard. Each of dask's threads holds a few.
 
         Raises:
             ConfigError: xarray or dask is not installed.
@@ -203,7 +206,7 @@ class ProjectionStore:
             raise ConfigError(_NO_XARRAY)
         from gradproj.store.labelled import open_with_dask
 
-        return open_with_dask(self)
+        return open_with_dask(self, rows_per_chunk)
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """``[start, stop)`` of every run of samples that nothing was recorded of yet, in order."""
