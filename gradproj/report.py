@@ -20,9 +20,9 @@ from gradproj.recorded import config_from, recorded_config, recorded_index
 from gradproj.reporting.asked import ScoreConfig
 from gradproj.reporting.assemble import make_page
 from gradproj.reporting.clean import one_line
-from gradproj.reporting.documents import Excerpts, documents_of
+from gradproj.reporting.documents import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values
 from gradproj.reporting.folders import make_folder
-from gradproj.reporting.numbers import digits, exponent_of, power, scaled
+from gradproj.reporting.numbers import digits
 from gradproj.reporting.page import QueryAnswer, render
 from gradproj.store import ProjectionStore
 from gradproj.store.files import write_and_replace
@@ -153,12 +153,11 @@ def answers_of(
     top, bottom = top_and_bottom(rows.rows, store, k, k, **how)
     answers = []
     for q, name in enumerate(rows.names):
-        exponent = exponent_of([*top.scores[q].tolist(), *bottom.scores[q].tolist()])
+        ids = [np.asarray(end.ids[q]) for end in (top, bottom)]
+        scores, unit = scaled_values(*(np.asarray(end.scores[q]) for end in (top, bottom)), sign=True)
         high, low = (
-            documents_of(
-                store, np.asarray(end.ids[q]), [scaled(float(v), exponent) for v in end.scores[q]], texts
-            )
-            for end in (top, bottom)
+            documents_of(store, of_end, values, texts, BESIDE_CHARACTERS)
+            for of_end, values in zip(ids, scores, strict=True)
         )
         answers.append(
             QueryAnswer(
@@ -166,7 +165,7 @@ def answers_of(
                 excerpt=one_line(rows.excerpts[q], QUERY_CHARACTERS),
                 n_tokens=int(rows.n_tokens[q]),
                 loss=digits(float(rows.loss[q]), 4),
-                unit=power(exponent),
+                unit=unit,
                 pairs=list(zip(high, low, strict=True)),
             )
         )

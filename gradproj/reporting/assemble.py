@@ -24,7 +24,14 @@ from gradproj.reporting.documents import Excerpts, outlier_tables
 from gradproj.reporting.domain_facts import facts_of
 from gradproj.reporting.numbers import when
 from gradproj.reporting.page import Figure, Page, QueryAnswer
-from gradproj.reporting.run_facts import coverage_figure, missing_text, run_facts, statuses_of, verdict_of
+from gradproj.reporting.run_facts import (
+    coverage_figure,
+    missing_text,
+    run_facts,
+    statuses_of,
+    verdict_of,
+    versions_text,
+)
 from gradproj.reporting.throughput import UNKNOWN_RANK, UnitTimes, throughput, unit_times
 from gradproj.status import Status, read_status
 from gradproj.store import ProjectionStore
@@ -67,6 +74,7 @@ def make_page(
         verdict=verdict,
         is_complete=is_complete,
         facts=run_facts(store, status, times),
+        versions=versions_text(store.attributes),
         coverage=coverage_figure(len(store), missing),
         missing=missing_text(missing),
         statuses=statuses_of(counts),

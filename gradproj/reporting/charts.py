@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 from gradproj.coordinator.progress import human_seconds
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import Histogram
-from gradproj.reporting.drawing import Drawing, Scale, colour, colour_limit, round_numbers, scale_for
-from gradproj.reporting.numbers import digits, exponent_of, power, scaled
+from gradproj.reporting.drawing import Drawing, Scale, colour, colour_limit, is_dark, round_numbers, scale_for
+from gradproj.reporting.numbers import digits, exponent_of, in_cell, minus, power
 from gradproj.reporting.throughput import Throughput
 
 WIDTH = 1100.0
@@ -198,8 +197,6 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
         title,
         f"{title}: a matrix of {n} domains; the numbers are in its cells.",
     )
-    largest = float(np.abs(numbers).max())
-    decimals = 2 if largest < 10 else 1 if largest < 100 else 0
     size = min(12.0, cell / 3.1)
     for i, name in enumerate(names):
         shown = one_line(name, 28)
@@ -214,8 +211,8 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
         x, y = left + cell * j, top + height * i
         pair = f"{one_line(names[i], 60)} × {one_line(names[j], 60)}: {digits(float(values[i, j]))}"
         picture.rect(x, y, cell - 1, height - 1, pair, fill=colour(share))
-        text = _in_cell(float(value), decimals)
-        ink = "#ffffff" if share > 0.55 else _INK
+        text = minus(in_cell(float(value)))
+        ink = "#ffffff" if is_dark(colour(share)) else _INK
         picture.text(
             x + cell / 2 - 0.5,
             y + height / 2 + size * 0.36,
@@ -225,10 +222,3 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
             fill=ink,
         )
     return picture, power(exponent)
-
-
-def _in_cell(value: float, decimals: int) -> str:
-    """``+.42``, ``−1.20``."""
-    if not math.isfinite(value):
-        return ""
-    return scaled(value, 0, decimals).replace("+0.", "+.").replace("-0.", "-.").replace("-", "−")

@@ -11,11 +11,13 @@ from gradproj.analysis import Overview
 from gradproj.errors import GradprojError
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import Distributions
-from gradproj.reporting.numbers import digits, exponent_of, power, scaled
+from gradproj.reporting.numbers import digits, exponent_of, minus, places_for, power, scaled
 from gradproj.reporting.page import Document, Table
 from gradproj.store import ProjectionStore
 
 EXCERPT_CHARACTERS = 320
+BESIDE_CHARACTERS = 200
+"""Of documents that stand side by side."""
 
 
 @dataclass
@@ -27,19 +29,23 @@ class Excerpts:
     problem: str = ""
     """Why there are none, or not all."""
 
-    def of(self, sample_id: int) -> str | None:
-        """One line; None where the text is not to be had."""
+    def of(self, sample_id: int, most: int = EXCERPT_CHARACTERS) -> str | None:
+        """One line of at most ``most`` characters; None where the text is not to be had."""
         if self.read is None:
             return None
         try:
-            return one_line(self.read(sample_id), EXCERPT_CHARACTERS) or "(nothing to be seen)"
+            return one_line(self.read(sample_id), most) or "(nothing to be seen)"
         except (GradprojError, OSError) as error:
             self.problem = self.problem or f"Some texts are not shown: {error}"
             return None
 
 
 def documents_of(
-    store: ProjectionStore, ids: np.ndarray, values: Sequence[str], excerpts: Excerpts
+    store: ProjectionStore,
+    ids: np.ndarray,
+    values: Sequence[str],
+    excerpts: Excerpts,
+    most: int = EXCERPT_CHARACTERS,
 ) -> list[Document]:
     """Documents as a table shows them."""
     return [
@@ -50,22 +56,25 @@ def documents_of(
             domain=None if sample.domain is None else one_line(sample.domain, 60),
             loss=digits(sample.loss, 4),
             n_tokens=sample.n_tokens,
-            excerpt=excerpts.of(sample.sample_id),
+            excerpt=excerpts.of(sample.sample_id, most),
         )
         for sample, value in zip(store.samples(ids), values, strict=True)
     ]
 
 
-def scaled_values(values: np.ndarray) -> tuple[list[str], str]:
-    """Numbers in units of one power of ten, and that power."""
-    exponent = exponent_of(values.ravel().tolist())
-    return [scaled(float(v), exponent, sign=False) for v in values], power(exponent)
+def scaled_values(*ends: np.ndarray, sign: bool = False) -> tuple[list[list[str]], str]:
+    """Columns of numbers, all in units of one power of ten and with as many decimals, and that power."""
+    numbers = [value for values in ends for value in values.ravel().tolist()]
+    exponent = exponent_of(numbers)
+    places = places_for(numbers, exponent)
+    columns = [[minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in ends]
+    return columns, power(exponent)
 
 
 def outlier_tables(
     store: ProjectionStore, seen: Overview, spread: Distributions, score: str, excerpts: Excerpts
 ) -> list[Table]:
-    norms, unit = scaled_values(spread.largest_norms)
+    (norms,), unit = scaled_values(spread.largest_norms)
     tables = [
         Table(
             "Largest gradients",
@@ -77,7 +86,7 @@ def outlier_tables(
     ]
     if score == "dot":
         return tables  # a document's inner product with itself is the norm's square
-    own, unit = scaled_values(seen.self_influence)
+    (own,), unit = scaled_values(seen.self_influence)
     if len(seen.ids):
         about = (
             f"Documents with the largest {score} score with themselves: how much training on one would lower its own "

@@ -12,8 +12,8 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SIGN
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.domain_facts import DomainFacts
-from gradproj.reporting.drawing import colour_limit
-from gradproj.reporting.numbers import digits, exponent_of, power
+from gradproj.reporting.drawing import colour_limit, is_dark
+from gradproj.reporting.numbers import digits, exponent_of, in_cell, minus, power
 from gradproj.store.files import explain_os_errors
 
 if TYPE_CHECKING:
@@ -108,17 +108,19 @@ def _draw_matrix(
     part: Any, title: str, values: np.ndarray, shown: list[int], names: list[str], unit: str
 ) -> None:
     """A matrix with its numbers in the cells, in units of a power of ten."""
+    from matplotlib.colors import rgb2hex
+
     chosen = values[np.ix_(shown, shown)]
     exponent = exponent_of(chosen.ravel().tolist())
     chosen = chosen / 10.0**exponent
     limit = colour_limit(chosen)
     axes: Axes = part.subplots()
     image = axes.imshow(chosen, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="equal")
-    decimals = 2 if np.abs(chosen).max() < 10 else 1 if np.abs(chosen).max() < 100 else 0
+    colours = image.to_rgba(chosen)
     for (i, j), value in np.ndenumerate(chosen):
-        text = f"{value:+.{decimals}f}".replace("+0.", "+.").replace("-0.", "−.").replace("-", "−")
-        dark = abs(value) > 0.6 * limit
-        axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        text = minus(in_cell(value))
+        ink = "white" if is_dark(rgb2hex(colours[i, j])) else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
     axes.set_xticks(
         range(len(names)),
         names,

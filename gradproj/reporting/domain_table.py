@@ -10,7 +10,7 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SIGN
 from gradproj.reporting.clean import one_line
 from gradproj.reporting.domain_facts import DomainFacts
-from gradproj.reporting.numbers import digits, exponent_of, scaled, whole
+from gradproj.reporting.numbers import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS
 
 MOST_IN_A_MATRIX = 24
@@ -80,12 +80,10 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
 def _matrix(title: str, values: np.ndarray, facts: DomainFacts, places: dict[int, int]) -> list[str]:
     shown = facts.shown
     exponent = exponent_of(values[np.ix_(shown, shown)].ravel().tolist())
-    largest = np.abs(values[np.ix_(shown, shown)]).max() / 10.0**exponent
-    decimals = 2 if largest < 10 else 1 if largest < 100 else 0
     unit = f", in 1e{exponent:+03d}" if exponent else ""
-    lines = ["", f"{title}{unit}", " " * (5 + _NAME) + "".join(f"{places[i]:>6}" for i in shown)]
+    lines = ["", f"{title}{unit}", " " * (5 + _NAME) + "".join(f"{places[i]:>5}" for i in shown)]
     for i in shown:
-        cells = "".join(f"{scaled(values[i, j], exponent, decimals):>6}" for j in shown)
+        cells = "".join(f"{in_cell(values[i, j] / 10.0**exponent):>5}" for j in shown)
         lines.append(f"{places[i]:>3}  {one_line(facts.matrix.names[i], _NAME):<{_NAME}}{cells}")
     return lines
 

@@ -120,6 +120,14 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in parts)
 
 
+def is_dark(code: str) -> bool:
+    """Whether white is easier to read on a colour (``#rrggbb``) than black, by WCAG's contrast."""
+    channels = (int(code[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
+
+
 def colour_limit(matrix: np.ndarray) -> float:
     """The value at which a matrix' colours end: a little beyond the largest off the diagonal, which is another matter.
 

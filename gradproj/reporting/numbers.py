@@ -42,6 +42,26 @@ def scaled(value: float, exponent: int, places: int = 3, sign: bool = True) -> s
     return f"{value / 10.0**exponent:{'+' if sign else ''},.{places}f}"
 
 
+def places_for(values: Iterable[float], exponent: int) -> int:
+    """Decimals that show the largest of ``values / 10^exponent`` in four digits."""
+    largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0) / 10.0**exponent
+    return 3 if largest < 10 else 2 if largest < 100 else 1
+
+
+def minus(text: str) -> str:
+    """A number's hyphen as the minus sign, which is as wide as a plus."""
+    return text.replace("-", "−")
+
+
+def in_cell(value: float) -> str:
+    """A number of -999 to 999 with its sign, in as many digits as a cell of a matrix has room for."""
+    if not math.isfinite(value):
+        return ""
+    size = abs(value)
+    places = 2 if size < 0.995 else 1 if size < 9.95 else 0
+    return f"{value:+.{places}f}".replace("+0.", "+.").replace("-0.", "-.")
+
+
 def power(exponent: int) -> str:
     """``10⁻⁶``; nothing for 10^0."""
     return "" if exponent == 0 else f"10{str(exponent).translate(_SUPERSCRIPTS)}"

@@ -85,6 +85,7 @@ class Page:
     is_complete: bool
     facts: list[tuple[str, list[tuple[str, str]]]]
     """Groups of ``(what, value)``."""
+    versions: str
     coverage: Figure
     missing: str
     """Ranges of ids."""

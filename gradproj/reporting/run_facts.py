@@ -37,9 +37,13 @@ def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | 
         ("Rows", _rows(store)),
         ("Corpus", _corpus(store)),
         ("Work", _work(store, status, times)),
-        ("Versions", [(str(k), str(v)) for k, v in _part(store.attributes, "versions").items()]),
     ]
     return [(heading, group) for heading, group in facts if group]
+
+
+def versions_text(attributes: Mapping[str, Any]) -> str:
+    """What the rows were computed with."""
+    return ", ".join(f"{name} {version}" for name, version in _part(attributes, "versions").items())
 
 
 def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -86,9 +90,7 @@ def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
             "stored as",
             f"{store.layout.proj_dtype}, {n_bytes:,} bytes a row, compressor {store.layout.compressor}",
         ),
-        *_named(
-            projection, {"kind": "projection", "layers": "layers", "seed": "its seed", "rank_total": "asked"}
-        ),
+        *_named(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
         ("shards", f"{store.layout.n_units:,} of {store.layout.rows_per_shard:,} rows"),
     ]
 
@@ -139,7 +141,7 @@ def verdict_of(store: ProjectionStore, counts: RowCounts, status: Status | None)
         way = "" if status.missing_units else f" (python -m gradproj merge {status.output} ends it)"
         return False, f"Not merged yet: {rows}{way}."
     rest = len(store) - n_ok
-    return True, f"Complete: {rows}" + (f"; {rest:,} were seen and have none." if rest else ".")
+    return True, f"Complete: {rows}" + (f"; {count(rest, 'document')} without one." if rest else ".")
 
 
 def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
