@@ -21,7 +21,7 @@ class Asking:
     def __call__(self, output, *words, code=0):
         """``(lines on standard output, standard error)``; the exit code is held against ``code``."""
         self._capsys.readouterr()
-        found = main(["query", str(output), *map(str, words), "--device", "cpu"])
+        found = main(["query", str(output), "--device", "cpu", *map(str, words)])
         printed = self._capsys.readouterr()
         assert found == code, printed.err
         assert "Traceback" not in printed.err

@@ -36,7 +36,7 @@ LEVELS = [
     {"summary", "start"},
     {"probe", "recorded"},
     {"diagnose", "evaluation", "queries", "recompute"},
-    {"answers"},
+    {"answers", "query_config"},
     {"query"},
     {"run", "commands", "demo_commands", "report"},
     {"__main__", "__init__"},

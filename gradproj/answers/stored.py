@@ -39,7 +39,7 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
         raise ConfigError(
             f"--query_store {queries.path} cannot be asked of {store.path}: their rows do not mean the same\n"
             + "\n".join(differences)
-            + "\nMake the queries' output with the store's model and settings."
+            + "\nMake the queries' output with the store's model and settings; gradproj.analysis takes any rows."
         )
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
