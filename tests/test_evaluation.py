@@ -5,7 +5,7 @@ import pytest
 
 from gradproj.errors import ConfigError
 from gradproj.evaluation.config import LdsConfig
-from gradproj.evaluation.leave_out import _result
+from gradproj.evaluation.leave_out import _result, best_of_all
 from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retrieval import retrieval
 from gradproj.evaluation.statistics import (
@@ -152,6 +152,13 @@ def test_a_copy_is_found_where_its_score_is_among_the_k_highest():
     assert found.mrr == pytest.approx((1 + 1 / 2 + 1 / 4) / 3)  # of equal scores the copy is last
 
 
+def test_a_groups_documents_are_each_querys_best_in_turn():
+    scores = np.array([[9.0, 8, 7, 0, 0], [8, 9, 0, 7, 0]])
+    assert best_of_all(scores, 2).tolist() == [0, 1]
+    assert best_of_all(scores, 3).tolist() == [0, 1, 2]  # both seconds are gone already
+    assert best_of_all(scores, 4).tolist() == [0, 1, 2, 3]
+
+
 def test_leave_out_is_the_rise_above_the_mean_of_the_controls():
     controls = np.array([[2.0, 3.0], [2.2, 3.4]])
     found = _result(np.array([2.5, 3.3]), controls)
@@ -171,9 +178,10 @@ def test_leave_out_is_the_rise_above_the_mean_of_the_controls():
         ({"documents": 0}, "--documents must be at least 1, got 0"),
         ({"documents": 10, "duplicates": 6}, "--documents must be at least 12, got 10: half of them"),
         ({"changed": 1.0}, "--changed must be at least 0 and less than 1"),
-        ({"leave_out": 65}, "--leave_out 65 is more than the 64 --queries"),
-        ({"leave_out_k": 1024}, "--leave_out_k must be 1 to 1,023"),
-        ({"leave_out_controls": 0}, "--leave_out needs --leave_out_controls"),
+        ({"leave_out": 72}, "--leave_out 72 is more than the 64 --queries"),
+        ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
+        ({"leave_out": 12}, "--leave_out 12 queries cannot be parted into groups of --leave_out_group 8"),
+        ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_be(given, message):

@@ -27,6 +27,7 @@ from gradproj.training.data import open_corpus
 SMALL = {
     "documents": 8, "queries": 3, "duplicates": 2, "max_length": 24, "windows": 2, "n_layer": 1, "n_embd": 16,
     "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4, "seeds": 2, "leave_out": 1, "leave_out_k": 2,
+    "leave_out_group": 1,
     "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
     "methods": "random,ngram,hidden", "reference": "ngram",
 }  # fmt: skip
@@ -110,16 +111,17 @@ def retraining_ranks(values: np.ndarray) -> list[float]:
 def test_leaving_out_trains_without_the_top_documents_and_without_random_ones(
     data, tmp_path, in_this_process
 ):
-    results = evaluate(config_of(data, tmp_path, leave_out=2, leave_out_controls=3))
+    results = evaluate(
+        config_of(data, tmp_path, leave_out=2, leave_out_k=1, leave_out_group=2, leave_out_controls=3)
+    )
     assert in_this_process[8:] == [
-        *(f"without-2-random-{i}-seed-0" for i in range(3)), "without-2-ngram-0-seed-0", "without-2-ngram-1-seed-0"
+        *(f"without-2-random-{i}-seed-0" for i in range(3)), "without-2-ngram-for-0-to-1-seed-0"
     ]  # fmt: skip
     controls = np.stack([np.load(tmp_path / f"losses/without-2-random-{i}-seed-0.npy") for i in range(3)])
-    own = [np.load(tmp_path / f"losses/without-2-ngram-{q}-seed-0.npy")[q] for q in range(2)]
-    want = [own[q] - controls[:, q].mean() for q in range(2)]
+    own = np.load(tmp_path / "losses/without-2-ngram-for-0-to-1-seed-0.npy")
     left = results.methods["ngram"].leave_out
     assert left is not None
-    assert left.by_query == pytest.approx(want)
+    assert left.by_query == pytest.approx((own[:2] - controls[:, :2].mean(axis=0)).tolist())
     assert any("left out: nats" in line for line in table_lines(results))
 
 

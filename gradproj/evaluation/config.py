@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gradproj.errors import ConfigError
+from gradproj.training.config import PRECISIONS
 
 DEFAULT_METHODS = (
     "random,loss,grad_norm,hidden,bm25,ngram,"
@@ -18,7 +19,7 @@ FEWEST_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
     "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k", "leave_out_methods",
-    "leave_out_controls", "bootstrap", "permutations", "jobs",
+    "leave_out_controls", "leave_out_group", "bootstrap", "permutations", "jobs",
 )  # fmt: skip
 """Settings that a later call may have otherwise: what is there already holds for them as well."""
 
@@ -53,9 +54,16 @@ class LdsConfig:
     n_layer: int = field(default=2, metadata={"help": "layers of the GPT-2 that is trained"})
     n_embd: int = field(default=128, metadata={"help": "its width"})
     n_head: int = field(default=4, metadata={"help": "its attention heads"})
-    epochs: int = field(default=8, metadata={"help": "times that training sees a document"})
+    epochs: int = field(default=5, metadata={"help": "times that training sees a document"})
     batch_size: int = field(default=8, metadata={"help": "documents of a training step"})
     learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's highest learning rate"})
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "of all trainings: bfloat16 is autocast, faster on CPUs that have it",
+            "choices": PRECISIONS,
+        },
+    )
     subsets: int = field(default=30, metadata={"help": "random halves of the documents to train on"})
     seeds: int = field(
         default=2, metadata={"help": "trainings of each subset; two or more give the noise ceiling"}
@@ -72,14 +80,17 @@ class LdsConfig:
         default="kfac@16:0.03", metadata={"help": "the method that the others are compared with"}
     )
     leave_out: int = field(
-        default=6, metadata={"help": "queries whose top documents are removed before retraining; 0 = none"}
+        default=16, metadata={"help": "queries whose top documents are removed before retraining; 0 = none"}
     )
-    leave_out_k: int = field(default=32, metadata={"help": "documents removed at a time"})
+    leave_out_k: int = field(default=8, metadata={"help": "documents removed for each"})
+    leave_out_group: int = field(
+        default=8, metadata={"help": "queries that share a training, which is without the documents of all"}
+    )
     leave_out_methods: str = field(
         default="kfac@16:0.03,dot@16,bm25", metadata={"help": "whose top documents, comma-separated"}
     )
     leave_out_controls: int = field(
-        default=4, metadata={"help": "trainings without as many random documents, to compare with"}
+        default=3, metadata={"help": "trainings without as many random documents, to compare with"}
     )
     bootstrap: int = field(default=500, metadata={"help": "samples of the subsets for standard errors"})
     permutations: int = field(default=100, metadata={"help": "shuffles of the documents: what chance gives"})
@@ -92,7 +103,7 @@ class LdsConfig:
     def __post_init__(self) -> None:
         for name in ("documents", "queries", "windows", "epochs", "batch_size", "seeds", "jobs", "n_layer"):
             self._at_least(name, 1)
-        for name in ("duplicates", "leave_out", "leave_out_k", "leave_out_controls"):
+        for name in ("duplicates", "leave_out"):
             self._at_least(name, 0)
         for name in ("max_length", "bootstrap", "permutations"):
             self._at_least(name, 2)
@@ -100,12 +111,25 @@ class LdsConfig:
         self._at_least("documents", 2 * self.duplicates, ": half of them at least are to be the corpus's own")
         if not 0 <= self.changed < 1:
             raise ConfigError(f"--changed must be at least 0 and less than 1, got {self.changed}")
-        if self.leave_out and not 0 < self.leave_out_k < self.documents:
-            raise ConfigError(f"--leave_out_k must be 1 to {self.documents - 1:,}, got {self.leave_out_k}")
+        if self.leave_out:
+            self._check_leave_out()
+
+    def _check_leave_out(self) -> None:
+        for name in ("leave_out_k", "leave_out_group", "leave_out_controls"):
+            self._at_least(name, 1)
         if self.leave_out > self.queries:
             raise ConfigError(f"--leave_out {self.leave_out} is more than the {self.queries} --queries")
-        if self.leave_out and not self.leave_out_controls:
-            raise ConfigError("--leave_out needs --leave_out_controls to compare with, at least 1")
+        if self.leave_out % self.leave_out_group:
+            raise ConfigError(
+                f"--leave_out {self.leave_out} queries cannot be parted into groups of --leave_out_group "
+                f"{self.leave_out_group}"
+            )
+        removed = self.leave_out_k * self.leave_out_group
+        if removed > self.documents // 2:
+            raise ConfigError(
+                f"--leave_out_k {self.leave_out_k} for each of --leave_out_group {self.leave_out_group} queries are "
+                f"{removed:,} documents, over half of the {self.documents:,}: take fewer of either"
+            )
 
     def _at_least(self, name: str, least: int, why: str = "") -> None:
         if getattr(self, name) < least:

@@ -27,25 +27,34 @@ class LeaveOut:
 def leave_out(
     config: LdsConfig, experiment: Experiment, scores: dict[str, np.ndarray]
 ) -> tuple[dict[str, LeaveOut], np.ndarray]:
-    """``(method -> result, (C, L) losses of the first L queries without random documents)``."""
-    n, k, n_queries = len(experiment.documents), config.leave_out_k, config.leave_out
-    seed = _seed_of(config)
+    """``(method -> result, (C, L) losses of the first L queries without random documents)``.
+
+    The queries of a group share a training, which is without the best documents of all of them.
+    """
+    n, size = len(experiment.documents), config.leave_out_group
+    removed = config.leave_out_k * size
+    groups = [list(range(first, first + size)) for first in range(0, config.leave_out, size)]
     random = np.random.default_rng([config.seed, 4])
+    # The seed is that of the model whose scores are asked: the trainings differ in the documents alone.
     controls = [
-        Retraining(f"without-{k}-random-{i}", _without(n, random.permutation(n)[:k]), seed)
+        Retraining(f"without-{removed}-random-{i}", _without(n, random.permutation(n)[:removed]), config.seed)
         for i in range(config.leave_out_controls)
     ]
     tasks = [
-        Retraining(f"without-{k}-{plain(name)}-{q}", _without(n, _top(found[q], k)), seed)
+        Retraining(
+            f"without-{removed}-{file_name(name)}-for-{group[0]}-to-{group[-1]}",
+            _without(n, best_of_all(found[group], removed)),
+            config.seed,
+        )
         for name, found in scores.items()
-        for q in range(n_queries)
+        for group in groups
     ]
-    losses = losses_of(config, experiment, [*controls, *tasks], "leave-out")[:, :n_queries]
+    losses = losses_of(config, experiment, [*controls, *tasks], "leave-out")[:, : config.leave_out]
     of_controls, of_methods = losses[: len(controls)], losses[len(controls) :]
-    blocks = of_methods.reshape(len(scores), n_queries, n_queries)
-    results = {
-        name: _result(block.diagonal(), of_controls) for name, block in zip(scores, blocks, strict=True)
-    }
+    results = {}
+    for name, own in zip(scores, of_methods.reshape(len(scores), len(groups), -1), strict=True):
+        of_its_group = np.concatenate([row[group] for row, group in zip(own, groups, strict=True)])
+        results[name] = _result(of_its_group, of_controls)
     return results, of_controls
 
 
@@ -55,13 +64,16 @@ def _result(own: np.ndarray, controls: np.ndarray) -> LeaveOut:
     return LeaveOut(rise.tolist(), float(rise.mean()), standard_error(rise), above)
 
 
-def _seed_of(config: LdsConfig) -> int:
-    # That of the model whose scores are asked: the trainings differ in the documents alone.
-    return config.seed
+def best_of_all(scores: np.ndarray, n: int) -> np.ndarray:
+    """``n`` documents, taken in turn: each query's best, each one's second, and so on; none twice.
 
-
-def _top(scores: np.ndarray, k: int) -> np.ndarray:
-    return np.argsort(-scores, kind="stable")[:k]
+    Args:
+        scores: ``(Q, N)``.
+        n: at most N.
+    """
+    in_turn = np.argsort(-scores, axis=1, kind="stable").T.ravel()
+    _, first = np.unique(in_turn, return_index=True)
+    return in_turn[np.sort(first)[:n]]
 
 
 def _without(n: int, removed: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -70,6 +82,6 @@ def _without(n: int, removed: Sequence[int] | np.ndarray) -> np.ndarray:
     return kept
 
 
-def plain(name: str) -> str:
-    """A method's name as a file's."""
+def file_name(name: str) -> str:
+    """A method's name in a file's."""
     return name.replace(":", "-")

@@ -10,6 +10,7 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.gradient_methods import GradientMethod, GradientStores
 from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scores
+from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.model_methods import hidden_cosine
 from gradproj.evaluation.text_methods import bm25, ngram_overlap
 
@@ -58,7 +59,7 @@ class Methods:
 
     def scores(self, name: str) -> np.ndarray:
         """``(Q, N)``; from the file of an earlier call where there is one."""
-        path = self._folder / f"{name.replace(':', '-')}.npy"
+        path = self._folder / f"{file_name(name)}.npy"
         if not path.is_file():
             self._folder.mkdir(exist_ok=True)
             found = self._compute(name).astype(np.float32)

@@ -131,7 +131,7 @@ def train_config(
         shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), n_layer=config.n_layer,
         n_embd=config.n_embd, n_head=config.n_head, max_length=config.max_length, batch_size=config.batch_size,
         max_steps=steps, warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed,
-        device=config.device, checkpoint_interval=0,
+        device=config.device, precision=config.precision, checkpoint_interval=0,
     )  # fmt: skip
 
 
