@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from gradproj.errors import OtherSettingsError, StoreError
 from gradproj.evaluation.config import LdsConfig
@@ -52,8 +53,7 @@ def evaluate(config: LdsConfig) -> Results:
         experiment = make_experiment(config)
         model = train_base(config, experiment)
         methods = Methods(config, experiment, model)
-        names = [name for name in available(asked) if said(f"scores: {name}")]
-        scores = {name: methods.scores(name) for name in names}
+        scores = {name: methods.scores(name) for name in tqdm(available(asked), "scores")}
         subsets = draw_subsets(config, len(experiment.documents))
         losses = retrain(config, experiment, subsets)
         left: dict[str, LeaveOut] = {}
@@ -64,17 +64,12 @@ def evaluate(config: LdsConfig) -> Results:
     return results
 
 
-def said(what: str) -> bool:
-    """Say what comes next."""
-    print(what, file=sys.stderr, flush=True)
-    return True
-
-
 def available(names: list[str]) -> list[str]:
     """The methods whose library is installed; of the others a line says that they are left out."""
     lost = [n for n in names if n in OPTIONAL and importlib.util.find_spec(OPTIONAL[n]) is None]
     for name in lost:
-        said(f"left out: {name}, which needs {OPTIONAL[name]} (pip install 'gradproj[evaluation]')")
+        needs = f"needs {OPTIONAL[name]} (pip install 'gradproj[evaluation]')"
+        print(f"left out: {name}, which {needs}", file=sys.stderr, flush=True)
     return [name for name in names if name not in lost]
 
 

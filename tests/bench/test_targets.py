@@ -114,3 +114,13 @@ def test_a_training_step_with_its_rows_costs_at_most_a_tenth_more(model):
 
     ratios = bench_training_rows.measure(model, 3)
     assert all(ratio <= 1.10 for ratio in ratios.values()), ratios
+
+
+def test_scores_foretell_retraining_and_find_near_copies(tmp_path):
+    import bench_lds
+
+    results = bench_lds.measure(tmp_path, quick=True, jobs=2)
+    kfac, (chance, spread) = results.methods[results.reference], results.chance
+    assert kfac.lds.mean > chance + 4 * spread
+    assert kfac.duplicates is not None
+    assert kfac.duplicates.recall[1] >= 0.95
