@@ -108,18 +108,16 @@ def _draw_matrix(
     part: Any, title: str, values: np.ndarray, shown: list[int], names: list[str], unit: str
 ) -> None:
     """A matrix with its numbers in the cells, in units of a power of ten."""
-    from matplotlib.colors import rgb2hex
-
     chosen = values[np.ix_(shown, shown)]
     exponent = exponent_of(chosen.ravel().tolist())
     chosen = chosen / 10.0**exponent
     limit = colour_limit(chosen)
     axes: Axes = part.subplots()
     image = axes.imshow(chosen, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="equal")
-    colours = image.to_rgba(chosen)
+    colours = image.to_rgba(chosen, bytes=True)[..., :3]
     for (i, j), value in np.ndenumerate(chosen):
         text = minus(in_cell(value))
-        ink = "white" if is_dark(rgb2hex(colours[i, j])) else "black"
+        ink = "white" if is_dark("#" + colours[i, j].tobytes().hex()) else "black"
         axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
     axes.set_xticks(
         range(len(names)),
