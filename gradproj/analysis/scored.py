@@ -142,10 +142,12 @@ class TileProducts:
 
     def _multiply(self, tile: Tensor, first: int, last: int, products: Tensor) -> None:
         """Add ``tile (n, w)`` times the queries' values ``[first, last)`` to ``products (n, Q)``."""
+        few = self._n_queries < _ONEDNN_QUERIES
         weights = self._weights.get((first, last))
         if weights is None:
-            weights = self._weights[first, last] = self._question.weights[:, first:last].contiguous()
-        if self._n_queries < _ONEDNN_QUERIES:
-            products.addmm_(tile, weights.T)
+            weights = self._question.weights[:, first:last]
+            weights = self._weights[first, last] = (weights.T if few else weights).contiguous()
+        if few:
+            products.addmm_(tile, weights)
         else:
             products += linear(tile, weights)

@@ -101,7 +101,7 @@ def top_and_bottom(
         # NaN for one query only (an infinite row) is none for the others either: so all have as many.
         no_score = block.values.isnan().any(dim=0)
         values = block.values.masked_fill_(no_score, torch.nan)
-        n_scored += len(no_score) - no_score.sum()
+        n_scored += no_score.logical_not().sum()
         top.add(block.first, values)
         if n_bottom:
             bottom.add(block.first, -values)

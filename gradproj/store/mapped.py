@@ -144,15 +144,17 @@ class MappedShard:
         """
         band, inside = divmod(start, self.layout.chunk_rows)
         tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
-        at, view = 0, tile.data.cast("B")
-        for piece in selection.pieces:
-            for chunk in range(piece.first_chunk, piece.first_chunk + piece.n_chunks):
-                place = int(self._place[band, chunk])
-                self._file.read_into(
-                    view, self._origin + place * self._chunk_bytes + inside * self._row_bytes
-                )
-                yield at, tile
-                at += self.layout.chunk_width
+        view = tile.data.cast("B")
+        chunks = [
+            np.arange(piece.first_chunk, piece.first_chunk + piece.n_chunks) for piece in selection.pieces
+        ]
+        places = self._place[band, np.concatenate([np.empty(0, int), *chunks])]
+        begins = self._origin + self._chunk_bytes * places + inside * self._row_bytes
+        at = 0
+        for begin in begins.tolist():
+            self._file.read_into(view, begin)
+            yield at, tile
+            at += self.layout.chunk_width
 
     def let_go(self) -> None:
         """Give back the memory of rows that were read."""

@@ -71,11 +71,12 @@ class PagedFile:
         Raises:
             StoreError: the file ends before it is full.
         """
-        while out:
-            n_read = os.preadv(self._descriptor, [out], start)
-            if not n_read:
-                raise damaged(self._path, f"it ends at byte {start}, inside a chunk")
-            out, start = out[n_read:], start + n_read
+        n_read = os.preadv(self._descriptor, [out], start)
+        while n_read < len(out):
+            more = os.preadv(self._descriptor, [out[n_read:]], start + n_read)
+            if not more:
+                raise damaged(self._path, f"it ends at byte {start + n_read}, inside a chunk")
+            n_read += more
 
     def let_go(self) -> None:
         """Unmap what was touched: it counts as this process's memory. What is in the system's cache stays there."""
