@@ -1,0 +1,69 @@
+"""Laws of a query under torchrun: the answer of one process, given once, and a mistake said once."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from jobs import ENVIRONMENT
+from outputs import copy_of, cut, shard_of
+from query_cases import TEXT, ask, write_queries
+
+assert ask
+
+
+def start(output, *words):
+    """``torchrun --nproc_per_node=2 -m gradproj query`` on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "gradproj", "query", str(output), "--device", "cpu", *map(str, words)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, timeout=90):
+    try:
+        out, said = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, said
+
+
+@pytest.fixture
+def queries(tmp_path):
+    return write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"prompt": "the", "completion": " of and"})
+
+
+def test_two_ranks_give_one_process_s_answer_and_file_once(output, queries, tmp_path, ask):
+    flags = ("--queries", queries, "--score", "preconditioned", "--format", "jsonl", "--top_k", 8)
+    job = start(output, *flags, "--save_scores", tmp_path / "two.npy")
+    alone = copy_of(output, tmp_path / "alone")
+    want = ask.objects(alone, *flags, "--save_scores", tmp_path / "one.npy")
+    code, out, said = ended(job)
+    assert code == 0, said
+    got = [json.loads(line) for line in out.splitlines()]
+    for a, b in zip(got, want, strict=True):
+        assert a.pop("score") == pytest.approx(b.pop("score"), rel=1e-4)
+        assert a == b
+    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+    assert said.count("two.npy will hold") == 1
+    assert len(list((output / "preconditioners").iterdir())) == 1
+    assert not list(tmp_path.glob(".two.npy*"))
+
+
+def test_a_mistake_is_said_once_whoever_meets_it(output, tmp_path):
+    of_the_first = start(output, "--text", "a")
+    damaged = copy_of(output, tmp_path / "damaged")
+    cut(shard_of(damaged, 4))  # in the second rank's share
+    of_the_second = start(damaged, "--text", TEXT, "--score", "dot")
+    for job, message in (
+        (of_the_first, "--text: a single token"),
+        (of_the_second, "gradproj: rank 1: "),
+    ):
+        code, out, said = ended(job)
+        assert code == 1  # torchrun's own
+        assert out == ""
+        assert said.count(message) == 1, said
+        assert said.count("Traceback") == 1, said  # torchrun's own
