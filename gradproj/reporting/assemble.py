@@ -119,7 +119,7 @@ def _throughput(times: UnitTimes | None) -> tuple[Figure | None, str]:
         else ""
     )
     many = (
-        f" Of {len(times.ranks):,} ranks, the fastest, middle and slowest at each time."
+        f" Of {len(times.ranks):,} ranks, the fastest, median and slowest at each time."
         if len(times.ranks) > MOST_RANKS
         else ""
     )

@@ -16,10 +16,11 @@ from gradproj.reporting.throughput import Throughput
 
 WIDTH = 1100.0
 MOST_RANKS = 64
-"""With more, the picture shows the least, the middle and the most of them."""
+"""With more, the picture shows the fastest, the median and the slowest at each time."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _AXIS: dict[str, Any] = {"stroke": "#8a8f98", "stroke_width": 1}
 _GRID: dict[str, Any] = {"stroke": "#e3e6ea", "stroke_width": 1}
+_NAME = 25
 _INK, _SOFT, _BLUE, _PALE = "#1d2330", "#5b6472", "#2f6297", "#b7cde3"
 _SMALL: dict[str, Any] = {"font_size": 11, "fill": _SOFT}
 
@@ -32,7 +33,7 @@ def throughput_chart(found: Throughput, ranks: Sequence[str]) -> Drawing:
     strips = [(f"rank {name}", values) for name, values in zip(ranks, found.by_rank, strict=True)]
     if len(strips) > MOST_RANKS:
         ordered = np.sort(found.by_rank, axis=0)
-        strips = [("fastest", ordered[-1]), ("middle", ordered[len(ordered) // 2]), ("slowest", ordered[0])]
+        strips = [("fastest", ordered[-1]), ("median", ordered[len(ordered) // 2]), ("slowest", ordered[0])]
     each = 18 if len(strips) <= 16 else 9
     left, top, height = 150.0, 12.0, 190.0
     below = top + height + 34
@@ -126,10 +127,13 @@ def _value_axis(picture: Drawing, x: Scale, y: float, label: str) -> None:
     picture.line(x.first, y, x.last, y, **_AXIS)
     for value in x.ticks():
         picture.line(x(value), y, x(value), y + 4, **_AXIS)
-        picture.text(
-            x(value), y + 17, digits(value, 2) if x.log else f"{value:g}", text_anchor="middle", **_SMALL
-        )
+        picture.text(x(value), y + 17, _tick(value), text_anchor="middle", **_SMALL)
     picture.text((x.first + x.last) / 2, y + 35, label, text_anchor="middle", **_SMALL)
+
+
+def _tick(value: float) -> str:
+    """``0.5``, ``20,000``, ``2e-07``."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:g}"
 
 
 def boxes_chart(
@@ -142,13 +146,13 @@ def boxes_chart(
         panels: ``(what and in which unit, logarithmic, a histogram for each group)``.
         description: for those who cannot see it.
     """
-    left, gap, each, top = 190.0, 34.0, 22.0, 8.0
+    left, gap, each, top = 200.0, 34.0, 22.0, 8.0
     width = (WIDTH - left - 14 - gap * (len(panels) - 1)) / len(panels)
     bottom = top + each * len(names)
     picture = Drawing(WIDTH, bottom + 46, "Distributions by domain", description)
     for number, name in enumerate(names):
         y = top + each * (number + 0.5)
-        shown = one_line(name, 28)
+        shown = one_line(name, _NAME)
         picture.text(
             left - 10, y + 4, shown, hover=one_line(name, 200), text_anchor="end", font_size=12, fill=_INK
         )
@@ -188,7 +192,7 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
     numbers = values / 10.0**exponent
     limit = colour_limit(numbers)
     longest = max(len(one_line(name, 20)) for name in names)
-    left, top = 190.0, 20 + 5.2 * longest
+    left, top = 200.0, 20 + 5.2 * longest
     cell = min(64.0, (WIDTH - left - 70) / n)
     height = min(cell, 34.0)
     picture = Drawing(
@@ -199,7 +203,7 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
     )
     size = min(12.0, cell / 3.1)
     for i, name in enumerate(names):
-        shown = one_line(name, 28)
+        shown = one_line(name, _NAME)
         y, x = top + height * (i + 0.5) + 4, left + cell * (i + 0.5)
         picture.text(
             left - 10, y, shown, hover=one_line(name, 200), text_anchor="end", font_size=12, fill=_INK

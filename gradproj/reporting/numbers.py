@@ -58,6 +58,8 @@ def in_cell(value: float) -> str:
     if not math.isfinite(value):
         return ""
     size = abs(value)
+    if size < 0.005:
+        return "0"
     places = 2 if size < 0.995 else 1 if size < 9.95 else 0
     return f"{value:+.{places}f}".replace("+0.", "+.").replace("-0.", "-.")
 
