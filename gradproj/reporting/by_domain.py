@@ -129,7 +129,8 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
         (
             f"Influence between domains ({facts.score})",
             facts.matrix.influence,
-            "Mean score over all pairs of a document of the one domain and a document of the other as the query",
+            "Mean score over all pairs of a document of the one domain and a document of the other as the query, on "
+            "the diagonal of a document with itself too",
         ),
     ):
         drawing, unit = matrix_chart(title, names, values[np.ix_(shown, shown)])

@@ -28,7 +28,8 @@ KEYS = {
     "random and scaled to length 1: between 1 (all alike) and their number",
     "domains[].effective_rank_rows": "how many rows those are",
     "cosine": "cosines of the domains' mean rows; lines and columns in the order of domains",
-    "influence": "mean score of the column's documents for the line's documents as queries, over all pairs; symmetric",
+    "influence": "mean score of the column's documents for the line's documents as queries, over all pairs, on the "
+    "diagonal those of a document with itself too; symmetric",
     "order": "positions in domains along which neighbours are alike, as the table and the figure show them",
     "mean_rows": "file with the mean rows, numpy (domains, values) float32, values layer by layer as in layers",
     "null": "no number: the domain has no row",

@@ -61,8 +61,8 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     rest = f" ({left_out} without rows or with fewer are left out)" if left_out else ""
     figure.suptitle(f"Domains of {one_line(facts.output, 80)}{rest}", parse_math=False, fontsize=12)
     about = (
-        f"Influence: mean score over all pairs of documents, one domain's as queries. Score {facts.score}: "
-        f"{MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end beyond the largest value off the diagonal."
+        "Influence: mean score over all pairs of documents (also with themselves), one domain's as queries. Score "
+        f"{facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end beyond the largest value off the diagonal."
     )
     figure.supxlabel(textwrap.fill(about, int(12.5 * width)), fontsize=8.5, parse_math=False)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)

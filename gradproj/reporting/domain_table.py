@@ -65,7 +65,9 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
     shown = facts.shown
     if len(shown) < 2:
         return []
-    influence = "influence: mean score over all pairs of documents, one domain's as queries"
+    influence = (
+        "influence: mean score over all pairs of documents (also with themselves), one domain's as queries"
+    )
     if len(shown) > MOST_IN_A_MATRIX:
         return [
             *_pairs("cosine of the mean gradients", facts.matrix.cosine, facts, places),
