@@ -1,10 +1,13 @@
-"""Rows of one uncompressed shard, memory-mapped and addressed through the shard's own index."""
+"""Rows of one uncompressed shard, addressed through the shard's own index: mapped where few are wanted, else read.
+
+Reading costs no page fault, and what is read of a store larger than memory does not stay this process's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from gradproj.store.paging import PagedFile
 
 _EMPTY_CHUNK = 2**64 - 1
 _MOST_ROWS_ONE_BY_ONE = 4  # above, gathering them together costs less than a copy of each
+_FEWEST_ROWS_READ = 32  # so many of a chunk are read into a buffer; of fewer the mapped pages are copied
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ class MappedShard:
         for band, first, last in self._bands(start, start + len(out)):
             at = band * self.layout.chunk_rows + first - start
             part = out[at : at + last - first]
+            if len(part) >= _FEWEST_ROWS_READ and self.has_tiles(start + at, selection):
+                for value, tile in self.tiles(start + at, start + at + len(part), selection):
+                    part[:, value : value + tile.shape[1]] = tile
+                continue
             if self._grid is None:
                 self._gather(np.arange(start + at, start + at + len(part)), selection, part)
                 continue
@@ -162,9 +170,18 @@ class MappedShard:
 
     def read_range(self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray) -> None:
         """Decode the rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
-        self._decode(
-            lambda rows, stored: self.copy_range(start + rows.start, selection, stored), row_scale, out
-        )
+        for band, first, last in self._bands(start, start + len(out)):
+            begin = band * self.layout.chunk_rows + first
+            here = slice(begin - start, begin - start + last - first)
+            if last - first >= _FEWEST_ROWS_READ and self.has_tiles(begin, selection):
+                for value, tile in self.tiles(begin, begin + last - first, selection):
+                    target = out[here, value : value + tile.shape[1]]
+                    decode_into(tile, row_scale[here], self.layout.proj_dtype, target)
+            else:
+                self._decode(partial(self._copy_some, begin, selection), row_scale[here], out[here])
+
+    def _copy_some(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
+        self.copy_range(start + rows.start, selection, stored)
 
     def read_rows(self, rows: np.ndarray, selection: Selection, row_scale: np.ndarray) -> np.ndarray:
         """Decode rows (positions in the shard, any order): ``(n, selection.width)`` float32."""

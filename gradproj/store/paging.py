@@ -36,6 +36,7 @@ class PagedFile:
         weakref.finalize(self, os.close, self._descriptor)
         self.data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         self.data.madvise(mmap.MADV_RANDOM)  # a page that is touched brings no others
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nor do bytes that are read
         self._byte = [bytearray(1)]
         self._asks_read = True
 

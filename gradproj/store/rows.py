@@ -19,6 +19,9 @@ from gradproj.store.shards import Shards
 
 Missing = Literal["raise", "nan"]
 
+_FAULT_BYTES = 2**16
+"""That the kernel maps around a touched byte."""
+_MOST_TOUCHED_BYTES = 2**29
 _BLOCK_BYTES = 2**23  # two of them stay in a processor's last cache, and in the allocator's hands
 
 
@@ -32,6 +35,7 @@ class Rows:
         self._store_path = store_path
         self._columns = columns
         self._shards = Shards(store_path, layout, maps)
+        self._touched_bytes: dict[int, int] = {}
 
     def columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """``status`` and ``row_scale`` of samples in any order."""
@@ -58,6 +62,7 @@ class Rows:
             if self._has_rows(unit, columns["status"][group], missing):
                 inside = ids[group] - unit * self.layout.rows_per_shard
                 out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
+                self._count(unit, len(group), selection)
             else:
                 out[group] = np.nan
         return out
@@ -192,6 +197,19 @@ class Rows:
         """Give back the memory of these samples' rows."""
         for unit, _, _ in self._units(first, last):
             self._shards.let_go(unit)
+
+    def _count(self, unit: int, n_rows: int, selection: Selection) -> None:
+        """Count the memory that touched pages take, which stay mapped, and give it back when it is a lot."""
+        pieces = sum(piece.n_chunks for piece in selection.pieces)
+        row_bytes = self.layout.dim * self.layout.stored_dtype.itemsize
+        most = self.layout.rows_per_shard * row_bytes
+        touched = self._touched_bytes.get(unit, 0) + n_rows * pieces * _FAULT_BYTES
+        self._touched_bytes[unit] = min(touched, most)
+        counted = list(self._touched_bytes.items())  # threads may share a store
+        if sum(n_bytes for _, n_bytes in counted) > _MOST_TOUCHED_BYTES:
+            self._touched_bytes.clear()
+            for number, _ in counted:
+                self._shards.let_go(number)
 
     def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
         """Whether there is a shard to read, for samples of one unit."""
