@@ -33,11 +33,11 @@ from gradproj.flags import parse
 from gradproj.plan import human_bytes
 from gradproj.queries import Query, QueryProjector, QueryRows, read_queries
 from gradproj.query_config import (
-    NEED_SUMS,
     QueryConfig,
     is_a_job_s,
     wanted_domains,
     wanted_k,
+    wanted_kind,
     wanted_layers,
     wanted_score,
 )
@@ -95,15 +95,16 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         )
         read_text = document_texts(config.output, _texts_from(config)) if config.show_text else None
         how = _how(config, store, process, tell)
+        kind = wanted_kind(config, how["score"])
         curvature = functools.partial(
-            curvature_for, how["score"], store, counts["ok"], together=how["together"], device=how["device"],
+            curvature_for, kind, store, counts["ok"], together=how["together"], device=how["device"],
             progress=how["progress"], say=tell,
         )  # fmt: skip
         # Whether sums are there is known at once; a scan waits until the queries are known to be good.
-        known = curvature() if how["score"] in NEED_SUMS else None
+        known = curvature() if kind == "kfac" else None
         asked = share.gathered(_asked(config, store) if process.rank == 0 else None)[0]
         ends = _ends(config, store, asked, (n_top, n_bottom), how, known or curvature(), tell)
-        about = About(store, how["score"], how["layers"], how["domains"], counts, ends[0].top.n_scored)
+        about = About(store, how["score"], kind, how["layers"], how["domains"], counts, ends[0].top.n_scored)
         samples = describe(store, ends, read_text) if process.rank == 0 else {}
         return Answer(about, asked, ends, samples)
 

@@ -12,8 +12,8 @@ from gradproj.store import ProjectionStore
 WITHOUT_SUMS = "cosine"
 """Taken instead of a default score that needs the token covariances, while a store has none."""
 K = 20
-NEED_SUMS = ("kfac", "relatif")
-_DAMPED = ("kfac", "preconditioned", "relatif")
+KINDS = {"kfac": "kfac", "preconditioned": "second_moment", "relatif": "kfac"}
+"""Score -> kind of the curvature that it is made with; of relatif, where no other is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,13 @@ class QueryConfig(RecordedInputs):
         metadata={
             "help": "of kfac, preconditioned and relatif: auto, a number (times the mean diagonal), or several with "
             "commas, which are answered one after the other and compared"
+        },
+    )
+    curvature: str = field(
+        default="",
+        metadata={
+            "help": "by whose influence relatif is made: kfac, or second_moment as preconditioned (default: kfac)",
+            "choices": ("kfac", "second_moment"),
         },
     )
     top_k: int | None = field(
@@ -83,7 +90,12 @@ class QueryConfig(RecordedInputs):
                 raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")
         if self.top_k == self.bottom_k == 0 and not self.save_scores:
             raise ConfigError("--top_k and --bottom_k are 0 and no --save_scores is given: nothing to answer")
-        if self.score and self.score not in _DAMPED and self.damping != "auto":
+        if self.curvature not in ("", *KINDS.values()) or (self.curvature and self.score != "relatif"):
+            raise ConfigError(
+                f"--curvature {self.curvature}: it is kfac or second_moment, and of --score relatif only; kfac and "
+                "preconditioned have each their own"
+            )
+        if self.score and self.score not in KINDS and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
         if len(self.dampings) > 1 and self.save_scores:
             raise ConfigError("--save_scores holds the scores of one --damping; ask once for each")
@@ -122,13 +134,18 @@ def wanted_k(config: QueryConfig, store: ProjectionStore, name: str) -> int:
 def wanted_score(config: QueryConfig, store: ProjectionStore, tell: Callable[[str], None]) -> str:
     if config.score:
         return config.score
-    if DEFAULT_SCORE in NEED_SUMS and not store.attributes.get("covariance_tokens"):
+    if KINDS.get(DEFAULT_SCORE) == "kfac" and not store.attributes.get("covariance_tokens"):
         if config.damping != "auto":
-            raise ConfigError(f"--damping is of {', '.join(_DAMPED)}: name one by --score")
+            raise ConfigError(f"--damping is of {', '.join(KINDS)}: name one by --score")
         later = f" yet: python -m gradproj merge {store.path.parent} writes them" if is_a_job_s(store) else ""
         tell(f"score {WITHOUT_SUMS}: {DEFAULT_SCORE} needs token covariances, which the store has not{later}")
         return WITHOUT_SUMS
     return DEFAULT_SCORE
+
+
+def wanted_kind(config: QueryConfig, score: str) -> str | None:
+    """Of the curvature; None for a score without."""
+    return config.curvature or KINDS.get(score)
 
 
 def wanted_layers(config: QueryConfig, store: ProjectionStore) -> list[str] | None:

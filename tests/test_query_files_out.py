@@ -166,6 +166,22 @@ def test_the_second_moment_is_fitted_once_and_serves_any_damping_and_layers(outp
     assert fits == ["second_moment"] * 3
 
 
+def test_relatif_is_made_with_either_curvature(output, queries, ask):
+    flags = ("--queries", queries, "--score", "relatif", "--top_k", 9, "--bottom_k", 0)
+    for kind in ("kfac", "second_moment"):
+        with ProjectionStore(output) as store:
+            fitted = Preconditioner.fit(store, kind)
+            wanted = score(rows_of(output, queries), store, score="relatif", preconditioner=fitted)
+        found = ask.objects(output, *flags, "--curvature", kind)
+        for number, values in enumerate(wanted):
+            got = found[9 * number : 9 * number + 9]
+            assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[:9].tolist()
+        assert any(
+            line.startswith(f"score    relatif by {kind}: ")
+            for line in ask(output, *flags, "--curvature", kind)[0]
+        )
+
+
 def test_token_covariances_are_kept_by_the_store_itself(output, ask):
     ask.objects(output, "--text", TEXT, "--score", "kfac")
     assert not (output / "preconditioners").exists()

@@ -50,6 +50,10 @@ ASKED = ("--text", TEXT)
             (*ASKED, "--damping", "1,2", "--save_scores", "s.npy"),
             "--save_scores holds the scores of one --damping",
         ),
+        (
+            (*ASKED, "--curvature", "kfac"),
+            "--curvature kfac: it is kfac or second_moment, and of --score relatif only",
+        ),
         ((*ASKED, "--layers", "nothing"), "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj"),
         ((*ASKED, "--domains", "Github,Fiction"), "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC"),
         (

@@ -15,11 +15,10 @@ from gradproj.store import ProjectionStore
 
 FOLDER = "preconditioners"
 _SECOND_MOMENT = "second_moment"
-_TOKEN_FACTORS = ("kfac", "relatif")
 
 
 def curvature_for(
-    score: str,
+    kind: str | None,
     store: ProjectionStore,
     n_ok: int,
     *,
@@ -31,7 +30,7 @@ def curvature_for(
     """What a score is made with, of all layers; None for scores without.
 
     Args:
-        score: a key of ``MEANINGS``.
+        kind: kfac, second_moment or None.
         store: finished or not.
         n_ok: its rows of status ok.
         together: every rank of ``torch.distributed`` calls this.
@@ -42,10 +41,12 @@ def curvature_for(
     Raises:
         StoreError: the store holds no token covariances, or no row.
     """
-    if score in _TOKEN_FACTORS:
-        return Preconditioner.fit(store)  # from sums that the store itself keeps: nothing is gained by a file
-    if score != "preconditioned":
+    if kind is None:
         return None
+    if kind != _SECOND_MOMENT:
+        return Preconditioner.fit(
+            store, kind
+        )  # from sums that the store itself keeps: a file would gain nothing
     path, share = _path_of(store, n_ok), Share.of(together)
     kept = _load(store, path, say)
     if all(share.gathered(kept is not None)):  # or one rank would fit alone what all of them fit together

@@ -31,6 +31,8 @@ class About:
 
     store: ProjectionStore
     score: str
+    kind: str | None
+    """Of the curvature that the score is made with."""
     layers: Sequence[str] | None
     """Those asked for; None: all."""
     domains: Sequence[str] | None
@@ -46,7 +48,8 @@ class About:
                 [f"and {len(self.layers) - _LAYERS_SHOWN} more"] if len(self.layers) > _LAYERS_SHOWN else []
             )
             lines.append(_labelled("layers", ", ".join([*self.layers[:_LAYERS_SHOWN], *more])))
-        lines += [_labelled("score", f"{self.score}: {MEANINGS[self.score]}"), _labelled("", SIGN)]
+        by = f" by {self.kind}" if self.score == "relatif" else ""
+        lines += [_labelled("score", f"{self.score}{by}: {MEANINGS[self.score]}"), _labelled("", SIGN)]
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
         return [line for labelled in lines for line in labelled.splitlines()]
@@ -69,9 +72,8 @@ class About:
     def _damping(self, damping: float | str | None) -> str:
         if damping != "auto":
             return f"{damping:g} times each matrix's mean diagonal"
-        kind = "second_moment" if self.score == "preconditioned" else "kfac"
         chosen = [x for x in self.store.layers if self.layers is None or x.name in self.layers]
-        values = sorted({auto_damping(kind, x.slice_end - x.slice_start) for x in chosen})
+        values = sorted({auto_damping(self.kind or "", x.slice_end - x.slice_start) for x in chosen})
         by_width = " or ".join(f"{value:g}" for value in values)
         return f"{by_width} times each matrix's mean diagonal (auto{', by width' if len(values) > 1 else ''})"
 
