@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,13 +22,14 @@ from gradproj.evaluation import retraining
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
 from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
+from gradproj.evaluation.retraining import train_config
 from gradproj.evaluation.table import table_lines
 from gradproj.training.data import open_corpus
 
 SMALL = {
     "documents": 8, "queries": 3, "duplicates": 2, "max_length": 24, "windows": 2, "n_layer": 1, "n_embd": 16,
     "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4, "seeds": 2, "leave_out": 1, "leave_out_k": 2,
-    "leave_out_group": 1,
+    "leave_out_group": 1, "pretrain": 0,
     "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
     "methods": "random,ngram,hidden", "reference": "ngram",
 }  # fmt: skip
@@ -210,6 +212,27 @@ def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_que
     assert (again.documents == experiment.documents).all()
 
 
+def test_trainings_start_from_a_model_that_has_seen_other_documents_only(data, tmp_path, in_this_process):
+    config = config_of(data, tmp_path, pretrain=6, leave_out=0, subsets=3, seeds=1, methods="ngram")
+    evaluate(config)
+    experiment = make_experiment(config)
+    index = open_corpus(str(tmp_path / "pretrain"))
+    assert index.n_samples == 6
+    before, own, asked = (sources_of(tmp_path / name) for name in ("pretrain", "documents", "queries"))
+    assert not before & (own | asked)
+    told = train_config(config, experiment, experiment.document_tars, tmp_path / "x", seed=5)
+    assert (told.model, told.seed) == (str(tmp_path / "start"), 5)
+
+
+def sources_of(folder: Path) -> set[str]:
+    """Keys of the corpus's documents that the windows in a folder's tars were cut from."""
+    found = set()
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found |= {json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar}
+    return found
+
+
 def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
     few, many = (draw_subsets(config_of(data, tmp_path, subsets=n), 9) for n in (3, 7))
     assert (many[:3] == few).all()
@@ -221,7 +244,7 @@ def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
 
 
 def test_too_few_documents_are_said(data, tmp_path):
-    with pytest.raises(CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503: ask for fewer"):
+    with pytest.raises(CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some of others: ask"):
         make_experiment(config_of(data, tmp_path, documents=500))
 
 
@@ -231,6 +254,19 @@ def test_another_experiments_folder_is_refused_with_every_difference(data, tmp_p
         OtherSettingsError, match=r"--documents: there 8, here 10\n.*--epochs: there 2, here 3"
     ):
         evaluate(config_of(data, tmp_path, documents=10, epochs=3))
+
+
+def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
+    config = config_of(data, tmp_path, leave_out=0)
+    evaluate(config)
+    (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
+    with pytest.raises(
+        StoreError, match=r"subset-0001-seed-2.npy cannot be read .*: remove it, and the same command"
+    ):
+        evaluate(config)
+    (tmp_path / "settings.json").write_bytes(b"{")
+    with pytest.raises(StoreError, match=r"settings.json is damaged"):
+        evaluate(config)
 
 
 def test_two_commands_do_not_work_in_one_folder(data, tmp_path):

@@ -51,12 +51,20 @@ class LdsConfig:
     changed: float = field(
         default=0.25, metadata={"help": "share of a near-copy's tokens replaced by random ones"}
     )
+    pretrain: int = field(
+        default=8192,
+        metadata={
+            "help": "documents of max_length tokens, cut from others of the corpus, that the model is trained on "
+            "before: every training starts from there; 0 = from random weights"
+        },
+    )
+    pretrain_epochs: int = field(default=2, metadata={"help": "times that it sees these"})
     n_layer: int = field(default=2, metadata={"help": "layers of the GPT-2 that is trained"})
     n_embd: int = field(default=128, metadata={"help": "its width"})
     n_head: int = field(default=4, metadata={"help": "its attention heads"})
-    epochs: int = field(default=5, metadata={"help": "times that training sees a document"})
+    epochs: int = field(default=3, metadata={"help": "times that training sees a document"})
     batch_size: int = field(default=8, metadata={"help": "documents of a training step"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "AdamW's highest learning rate"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's highest learning rate"})
     precision: str = field(
         default="float32",
         metadata={
@@ -101,9 +109,19 @@ class LdsConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("documents", "queries", "windows", "epochs", "batch_size", "seeds", "jobs", "n_layer"):
+        for name in (
+            "documents",
+            "queries",
+            "windows",
+            "epochs",
+            "pretrain_epochs",
+            "batch_size",
+            "seeds",
+            "jobs",
+            "n_layer",
+        ):
             self._at_least(name, 1)
-        for name in ("duplicates", "leave_out"):
+        for name in ("duplicates", "leave_out", "pretrain"):
             self._at_least(name, 0)
         for name in ("max_length", "bootstrap", "permutations"):
             self._at_least(name, 2)

@@ -11,11 +11,14 @@ from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.corpus.tarwriter import TarSequence, published
 from gradproj.errors import CorpusError
 from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.kept import keep_arrays
 from gradproj.model import load_tokenizer
 from gradproj.training.data import open_corpus, shuffled_documents, tokens_of
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 SAMPLES_PER_TAR = 4096
+PRETRAIN_WINDOWS = 64
+"""Most windows of a document that is pretrained on."""
 TOKENIZER_SAMPLES = 2000
 """Documents that the tokenizer is trained on, where none is given."""
 
@@ -33,6 +36,8 @@ class Experiment:
     document_tars: Path
     query_tars: Path
     tokenizer: Path
+    start: Path | None
+    """The folder of the model that every training starts from; None: random weights."""
 
     @property
     def n_held_out(self) -> int:
@@ -55,44 +60,63 @@ def make_experiment(config: LdsConfig) -> Experiment:
     """
     folder = Path(config.output_dir)
     tokenizer_dir = Path(config.tokenizer) if config.tokenizer else folder / "tokenizer"
-    made = Experiment(*_EMPTY, folder / "documents", folder / "queries", tokenizer_dir)
     if not (folder / "tokens.npz").is_file():
-        if not config.tokenizer and not (tokenizer_dir / "tokenizer.json").is_file():
-            train_tokenizer(
-                TokenizerConfig(
-                    shards=config.shards, output_dir=str(tokenizer_dir), vocab_size=config.vocab_size,
-                    max_samples=TOKENIZER_SAMPLES,
-                )
-            )  # fmt: skip
-        files = fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(tokenizer_dir)))
-        tokenizer = load_tokenizer(files)
-        _write(config, made, tokenizer, *_draw(config, _windows(config, tokenizer)))
+        tokenizer = _tokenizer(config, tokenizer_dir)
+        found, before = _windows(config, tokenizer)
+        documents, queries, copies = _draw(config, found)
+        for name, windows in (("documents", documents), ("queries", queries), ("pretrain", before)):
+            if windows and not (folder / name).is_dir():
+                write_tars(folder / name, [_payload(window, tokenizer) for window in windows])
+        keep_arrays(
+            folder / "tokens.npz",
+            documents=np.stack([window.ids for window in documents]),
+            queries=np.stack([window.ids for window in queries]),
+            copies=copies,
+        )
     arrays = np.load(folder / "tokens.npz")
+    parts = (arrays["documents"], arrays["queries"], arrays["copies"])
     return Experiment(
-        arrays["documents"], arrays["queries"], arrays["copies"], made.document_tars, made.query_tars, tokenizer_dir
-    )  # fmt: skip
+        *parts,
+        folder / "documents",
+        folder / "queries",
+        tokenizer_dir,
+        folder / "start" if config.pretrain else None,
+    )
 
 
-_EMPTY = (np.empty((0, 0), np.int64), np.empty((0, 0), np.int64), np.empty(0, np.int64))
+def _tokenizer(config: LdsConfig, folder: Path) -> Any:
+    """The one given, or one trained on the corpus."""
+    if not config.tokenizer and not (folder / "tokenizer.json").is_file():
+        train_tokenizer(
+            TokenizerConfig(
+                shards=config.shards, output_dir=str(folder), vocab_size=config.vocab_size,
+                max_samples=TOKENIZER_SAMPLES,
+            )
+        )  # fmt: skip
+    return load_tokenizer(fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder))))
 
 
-def _windows(config: LdsConfig, tokenizer: Any) -> list[_Window]:
-    """As many full windows as are needed, of documents in a shuffled order."""
+def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
+    """``(windows to draw from, windows to pretrain on)``: full ones, of documents in a shuffled order, none of both."""
     index, length = open_corpus(config.shards), config.max_length
     needed = config.documents + config.queries  # near-copies take the place of documents
     found: list[_Window] = []
+    before: list[_Window] = []
     for document in shuffled_documents(index, config.seed, epoch=0):
-        tokens = tokens_of(document, tokenizer, config.windows * length)
+        if len(found) >= needed and len(before) >= config.pretrain:
+            break
+        kept, most = (found, config.windows) if len(found) < needed else (before, PRETRAIN_WINDOWS)
+        tokens = tokens_of(document, tokenizer, most * length)
         for begin in range(0, len(tokens) - length + 1, length):
-            source = f"{document.key} {begin}"
-            found.append(_Window(tokens[begin : begin + length], document.domain, source))
-        if len(found) >= needed:
-            return found[:needed]
-    raise CorpusError(
-        f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows} from "
-        f"each of its own); --documents {config.documents:,} and --queries {config.queries:,} need {needed:,}: ask "
-        "for fewer, or a smaller --max_length, or more --windows"
-    )
+            kept.append(_Window(tokens[begin : begin + length], document.domain, f"{document.key} {begin}"))
+    if len(found) < needed or (config.pretrain and not before):
+        raise CorpusError(
+            f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows} "
+            f"from each of its own) and {len(before):,} more to pretrain on; --documents {config.documents:,} and "
+            f"--queries {config.queries:,} need {needed:,}, --pretrain some of others: ask for fewer, or a smaller "
+            "--max_length, or more --windows"
+        )
+    return found[:needed], before[: config.pretrain]
 
 
 def _draw(config: LdsConfig, windows: list[_Window]) -> tuple[list[_Window], list[_Window], np.ndarray]:
@@ -118,32 +142,10 @@ def _changed(ids: np.ndarray, known: np.ndarray, share: float, random: np.random
     return changed
 
 
-def _write(
-    config: LdsConfig,
-    made: Experiment,
-    tokenizer: Any,
-    documents: list[_Window],
-    queries: list[_Window],
-    copies: np.ndarray,
-) -> None:
-    for folder, windows in ((made.document_tars, documents), (made.query_tars, queries)):
-        if not folder.is_dir():
-            payloads = [_payload(w.ids, w.domain, tokenizer.decode(w.ids), w.source) for w in windows]
-            write_tars(folder, payloads)
-    path = Path(config.output_dir) / "tokens.npz"
-    arrays = {
-        "documents": np.stack([w.ids for w in documents]),
-        "queries": np.stack([w.ids for w in queries]),
-        "copies": copies,
-    }
-    with path.with_suffix(".tmp").open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    path.with_suffix(".tmp").rename(path)
-
-
-def _payload(ids: np.ndarray, domain: str, text: str, source: str) -> bytes:
-    meta = {"pile_set_name": domain, "source": source}
-    return json.dumps({"text": text, "input_ids": ids.tolist(), "meta": meta}).encode()
+def _payload(window: _Window, tokenizer: Any) -> bytes:
+    meta = {"pile_set_name": window.domain, "source": window.source}
+    text = tokenizer.decode(window.ids)
+    return json.dumps({"text": text, "input_ids": window.ids.tolist(), "meta": meta}).encode()
 
 
 def write_subset(folder: Path, documents: np.ndarray) -> None:

@@ -18,12 +18,14 @@ from tqdm import tqdm
 from gradproj.errors import OtherSettingsError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
+from gradproj.evaluation.kept import keep_array
 from gradproj.evaluation.leave_out import LeaveOut, leave_out
 from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, judge
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.evaluation.table import table_lines
 from gradproj.flags import parse
+from gradproj.store.files import write_and_replace
 from gradproj.training.data import make_folder
 
 
@@ -58,7 +60,7 @@ def evaluate(config: LdsConfig) -> Results:
         losses = retrain(config, experiment, subsets)
         left: dict[str, LeaveOut] = {}
         if removing:
-            left, _ = leave_out(config, experiment, {n: methods.scores(n) for n in available(removing)})
+            left = leave_out(config, experiment, {n: methods.scores(n) for n in available(removing)})
         results = judge(config, experiment, scores, subsets, losses, left)
         keep(folder, config, results, subsets, losses)
     return results
@@ -97,9 +99,12 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
     """Refuse a folder that holds another experiment; note this one's settings in a new folder."""
     path, own = folder / "settings.json", json.loads(json.dumps(config.experiment()))
     if not path.is_file():
-        path.write_text(json.dumps(own, indent=1), encoding="utf-8")
+        write_and_replace(path, [json.dumps(own, indent=1).encode()])
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
     other = [f"  --{k}: there {there.get(k)!r}, here {v!r}" for k, v in own.items() if there.get(k) != v]
     if other:
         raise OtherSettingsError(
@@ -123,10 +128,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 def keep(folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray) -> None:
     """``lds.json``, ``subsets.npy`` and ``losses.npy``."""
-    np.save(folder / "subsets.npy", subsets)
-    np.save(folder / "losses.npy", losses)
+    keep_array(folder / "subsets.npy", subsets)
+    keep_array(folder / "losses.npy", losses)
     told: dict[str, Any] = {"settings": asdict(config), **asdict(results), "versions": versions()}
-    (folder / "lds.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    write_and_replace(folder / "lds.json", [json.dumps(told, indent=1).encode()])
 
 
 def versions() -> dict[str, str]:

@@ -26,8 +26,8 @@ class LeaveOut:
 
 def leave_out(
     config: LdsConfig, experiment: Experiment, scores: dict[str, np.ndarray]
-) -> tuple[dict[str, LeaveOut], np.ndarray]:
-    """``(method -> result, (C, L) losses of the first L queries without random documents)``.
+) -> dict[str, LeaveOut]:
+    """Every method's result for the first ``config.leave_out`` queries; ``scores`` are ``(Q, N)``.
 
     The queries of a group share a training, which is without the best documents of all of them.
     """
@@ -55,7 +55,7 @@ def leave_out(
     for name, own in zip(scores, of_methods.reshape(len(scores), len(groups), -1), strict=True):
         of_its_group = np.concatenate([row[group] for row, group in zip(own, groups, strict=True)])
         results[name] = _result(of_its_group, of_controls)
-    return results, of_controls
+    return results
 
 
 def _result(own: np.ndarray, controls: np.ndarray) -> LeaveOut:

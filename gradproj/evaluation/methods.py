@@ -9,6 +9,7 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.gradient_methods import GradientMethod, GradientStores
+from gradproj.evaluation.kept import keep_array, kept_array
 from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.model_methods import hidden_cosine
@@ -65,9 +66,8 @@ class Methods:
             found = self._compute(name).astype(np.float32)
             if not np.isfinite(found).all():
                 raise StoreError(f"method {name} gives scores that are not finite")
-            np.save(path.with_suffix(".tmp.npy"), found)
-            path.with_suffix(".tmp.npy").rename(path)
-        return np.load(path)
+            keep_array(path, found)
+        return kept_array(path)
 
     def _compute(self, name: str) -> np.ndarray:
         config, experiment = self._config, self._experiment

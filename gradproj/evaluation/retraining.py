@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.dist import choose_device
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
+from gradproj.evaluation.kept import keep_array, kept_array
 from gradproj.loss import per_sample_loss
 from gradproj.model import load_model
 from gradproj.training import TrainConfig, train
@@ -59,7 +60,7 @@ def losses_of(
             done = tqdm(as_completed(running), label, len(wanted), initial=len(wanted) - len(missing))
             for training in done:
                 training.result()
-    return np.stack([np.load(_file(folder, task)) for task in wanted])
+    return np.stack([kept_array(_file(folder, task)) for task in wanted])
 
 
 def _file(folder: Path, task: Retraining) -> Path:
@@ -98,11 +99,19 @@ def _begin_worker(log: Path) -> None:
 
 def train_base(config: LdsConfig, experiment: Experiment) -> Path:
     """The model that the scores are taken from, trained on all documents; its folder."""
-    folder = Path(config.output_dir) / "model"
-    if not (folder / "model.safetensors").is_file():
+    folder = Path(config.output_dir)
+    if experiment.start is not None and not _is_trained(experiment.start):
+        print("training the start of all trainings", file=sys.stderr, flush=True)
+        before = replace(config, epochs=config.pretrain_epochs)
+        _train(before, replace(experiment, start=None), folder / "pretrain", experiment.start, config.seed)
+    if not _is_trained(folder / "model"):
         print("training on all documents", file=sys.stderr, flush=True)
-        _train(config, experiment, experiment.document_tars, folder, config.seed)
-    return folder
+        _train(config, experiment, experiment.document_tars, folder / "model", config.seed)
+    return folder / "model"
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file()
 
 
 def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: Path) -> None:
@@ -113,8 +122,7 @@ def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: 
     write_subset(work / "tars", experiment.documents[task.chosen])
     _train(config, experiment, work / "tars", work / "model", task.seed)
     losses = query_losses(load(work / "model", config.device), experiment.queries)
-    np.save(work / "losses.npy", losses)
-    (work / "losses.npy").rename(path)
+    keep_array(path, losses)
     shutil.rmtree(work)
 
 
@@ -127,11 +135,13 @@ def train_config(
 ) -> TrainConfig:
     """The training of the documents in ``tars``: the same number of epochs whatever their number."""
     steps = max(1, config.epochs * open_corpus(str(tars)).n_samples // config.batch_size)
+    shape = {"n_layer": config.n_layer, "n_embd": config.n_embd, "n_head": config.n_head}
+    start: dict[str, Any] = shape if experiment.start is None else {"model": str(experiment.start)}
     return TrainConfig(
-        shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), n_layer=config.n_layer,
-        n_embd=config.n_embd, n_head=config.n_head, max_length=config.max_length, batch_size=config.batch_size,
-        max_steps=steps, warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed,
-        device=config.device, precision=config.precision, checkpoint_interval=0,
+        shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), **start,
+        max_length=config.max_length, batch_size=config.batch_size, max_steps=steps,
+        warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed, device=config.device,
+        precision=config.precision, checkpoint_interval=0,
     )  # fmt: skip
 
 
