@@ -90,16 +90,55 @@ def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(
     np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-7)
 
 
+def summed_both_ways(rows, directions):
+    """The second moment whole and in its largest directions."""
+    whole = DenseSum(rows.shape[1], torch.device("cpu"))
+    kept = TruncatedSum(rows.shape[1], directions, torch.device("cpu"))
+    for part in rows.split(96):
+        whole.add(part)
+        kept.add(part)
+    return whole.curvature(len(rows)), kept.curvature(len(rows))
+
+
+def test_across_the_directions_that_are_kept_lies_the_mean_of_what_is_left():
+    generator = np.random.default_rng(8)
+    rows = torch.from_numpy(
+        generator.standard_normal((400, 20)) * np.concatenate([[30, 20, 10], np.full(17, 2.0)])
+    )
+    _, kept = summed_both_ways(rows, 3)
+    u, e = kept.directions.numpy(), kept.values.numpy()
+    total = (rows**2).sum().item() / len(rows)
+    left = (total - e.sum()) / 17
+    matrix = u.T @ np.diag(e - left) @ u + left * np.eye(20)
+    x = some_rows(20)
+    solved, products = by_hand(matrix + C * total / 20 * np.eye(20), x.numpy())
+    inverse = kept.damped(C, "wide")
+    np.testing.assert_allclose(inverse.solve(x), solved, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_wide_layer_s_scores_are_nearly_those_of_its_whole_matrix(size):
+    """A quarter of the directions of a falling spectrum, and documents of very different sizes."""
+    generator = np.random.default_rng(9)
+    width, n = 256, 1_000
+    turned = np.linalg.qr(generator.standard_normal((width, width)))[0]
+    rows = generator.standard_normal((n, width)) * np.arange(1, width + 1) ** -0.7 @ turned
+    rows = torch.from_numpy(rows * np.exp(generator.standard_normal((n, 1))) * size)
+    whole, kept = summed_both_ways(rows, 64)
+    queries, documents = rows[:8] + rows[8:16], rows[16:]
+    for c, least in ((1.0, 0.995), (0.1, 0.9)):
+        want, got = (part.damped(c, "wide").solve(queries) @ documents.T for part in (whole, kept))
+        for query in range(8):
+            assert np.corrcoef(want[query], got[query])[0, 1] > least
+
+
 def test_the_largest_directions_are_those_that_are_kept():
     generator = np.random.default_rng(6)
     spectrum = np.concatenate([[30, 20, 10], np.full(17, 0.01)])
     rows = torch.from_numpy(generator.standard_normal((400, 20)) * spectrum)
-    kept, whole = TruncatedSum(20, 3, torch.device("cpu")), DenseSum(20, torch.device("cpu"))
-    for part in rows.split(64):
-        kept.add(part)
-        whole.add(part)
-    moment = whole.curvature(400).moment
-    got = kept.curvature(400)
+    whole, got = summed_both_ways(rows, 3)
+    moment = whole.moment
     np.testing.assert_allclose(got.values, torch.linalg.eigvalsh(moment).flip(0)[:3], rtol=1e-3)
     assert got.mean_diagonal.item() == pytest.approx(moment.diagonal().mean().item())
 
