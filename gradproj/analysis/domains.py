@@ -18,6 +18,7 @@ RANK_ROWS = 256
 """Rows of a domain, drawn at random, whose effective rank is taken; fewer where they would not fit ``DRAWN_BYTES``."""
 DRAWN_BYTES = 2**29
 LEAST_RANK_ROWS = 16
+_NO_HASH = np.uint64(2**64 - 1)
 DOMAIN_SCORES = (*SELF_SCORES, "cosine")
 """Scores whose mean over pairs of documents comes from one vector per domain."""
 
@@ -100,16 +101,19 @@ class DomainSums:
         columns = {
             name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
         }
-        ids, rows = block.ids(), block.ok_rows()
-        finite = torch.isfinite(rows).all(dim=1)  # a shard may be gone whose rows are recorded as ok
-        keep = finite.cpu().numpy() & (columns["domain"] >= 0)
-        ids, rows = ids[keep], rows[torch.from_numpy(keep).to(rows.device)]
-        domain = columns["domain"][keep].astype(np.int64)
+        ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
+        exact = rows.double()
+        norms = torch.linalg.vector_norm(exact, dim=1)
+        # A shard may be gone whose rows are recorded as ok.
+        keep = torch.isfinite(norms).cpu().numpy() & (domain >= 0)
+        if not keep.all():
+            chosen = torch.from_numpy(np.flatnonzero(keep)).to(rows.device)
+            rows, exact, norms = rows[chosen], exact[chosen], norms[chosen]
+            ids, domain = ids[keep], domain[keep]
         where = torch.from_numpy(domain).to(rows.device)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        self._rows.index_add_(0, where, rows.double())
+        self._rows.index_add_(0, where, exact)
         if self._directions is not None:
-            self._directions.index_add_(0, where, rows / torch.where(norms > 0, norms, 1.0)[:, None])
+            self._directions.index_add_(0, where, exact / torch.where(norms > 0, norms, 1.0)[:, None])
         self._count += torch.bincount(where, minlength=len(self._count))
         tokens = columns["n_tokens"][keep]
         np.add.at(self._norm, domain, norms.cpu().numpy())
@@ -151,29 +155,32 @@ class _Drawn:
     """Rows drawn at random from a stream of unknown length: those whose ids have the smallest hashes."""
 
     def __init__(self, width: int, most: int) -> None:
-        self._most = most
-        self._hashes = np.empty(0, np.uint64)
-        self._rows = torch.empty(0, width)
+        self._width = width
+        self._hashes = np.full(most, _NO_HASH)
+        self._kept: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return int((self._hashes != _NO_HASH).sum())
 
     def add(self, ids: np.ndarray, rows: Tensor, here: np.ndarray) -> None:
-        """Samples ``ids``, whose rows are ``rows[here]``."""
-        hashes = _hash(ids)
-        if len(self._hashes) == self._most:
-            wanted = hashes < self._hashes.max()
-            hashes, here = hashes[wanted], here[wanted]
-        if not len(here):
+        """Samples ``ids``, whose rows are ``rows[here]``. Only rows that are drawn are copied."""
+        most, hashes = len(self._hashes), _hash(ids)
+        wanted = hashes < self._hashes.max()
+        if not wanted.any():
             return
-        new = rows[torch.from_numpy(here).to(rows.device)].cpu()
-        self._hashes = np.concatenate([self._hashes, hashes])
-        order = np.argsort(self._hashes)[: self._most]
-        self._rows = torch.cat([self._rows, new])[torch.from_numpy(order)]
-        self._hashes = self._hashes[order]
+        hashes, here = hashes[wanted], here[wanted]
+        smallest = np.argsort(np.concatenate([self._hashes, hashes]), kind="stable")[:most]
+        new = smallest[smallest >= most] - most
+        free = np.setdiff1d(np.arange(most), smallest)[: len(new)]
+        if self._kept is None:
+            self._kept = torch.zeros(most, self._width)
+        self._kept[torch.from_numpy(free)] = rows[torch.from_numpy(here[new]).to(rows.device)].cpu()
+        self._hashes[free] = hashes[new]
 
     def effective_rank(self) -> float:
-        rows = self._rows.double()
+        if self._kept is None:
+            return float("nan")
+        rows = self._kept.double()  # a place that nobody has taken is zero
         rows = rows[rows.norm(dim=1) > 0]
         if not len(rows):
             return float("nan")

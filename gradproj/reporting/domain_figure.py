@@ -62,7 +62,8 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     figure.suptitle(f"Domains of {one_line(facts.output, 80)}{rest}", parse_math=False, fontsize=12)
     about = (
         "Influence: mean score over all pairs of documents (also with themselves), one domain's as queries. Score "
-        f"{facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end beyond the largest value off the diagonal."
+        f"{facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. Colours end beyond the largest value off the "
+        "diagonal."
     )
     figure.supxlabel(textwrap.fill(about, int(12.5 * width)), fontsize=8.5, parse_math=False)
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
