@@ -124,3 +124,28 @@ def test_scores_foretell_retraining_and_find_near_copies(tmp_path):
     assert kfac.lds.mean > chance + 4 * spread
     assert kfac.duplicates is not None
     assert kfac.duplicates.recall[1] >= 0.95
+
+
+@pytest.mark.parametrize("proj_dtype", ["float16", "bfloat16", "float32"])
+def test_a_question_is_near_what_the_machine_can_do(proj_dtype):
+    import bench_query
+
+    ratios = bench_query.measure(proj_dtype=proj_dtype, others=False)
+    # 2026-11-23: of scores without a norm. Each row's own norm takes a pass of its own: 0.3 for cosine, 0.07 for relatif.
+    for score in ("dot", "kfac"):
+        assert ratios[f"{score} Q=1 / conversion"] >= 0.5
+        for n_queries in (16, 256):
+            assert ratios[f"{score} Q={n_queries} / GEMM"] >= 0.6
+
+
+def test_two_processes_answer_faster_than_one():
+    import bench_query
+
+    assert bench_query.measure_ranks() >= 1.6
+
+
+def test_a_question_to_a_store_larger_than_its_memory_keeps_below_two_gigabytes():
+    import bench_large_store
+
+    found = bench_large_store.measure(4, rounds=1)
+    assert max(run["rss"] for run in found.values()) < 2e9
