@@ -131,7 +131,7 @@ def test_a_question_is_near_what_the_machine_can_do(proj_dtype):
     import bench_query
 
     ratios = bench_query.measure(proj_dtype=proj_dtype, others=False)
-    # 2026-11-23: of scores without a norm. Each row's own norm takes a pass of its own: 0.3 for cosine, 0.07 for relatif.
+    # 2026-11-23: of scores without a norm of each row, which is work of its own: 0.3 for cosine, 0.07 for relatif.
     for score in ("dot", "kfac"):
         assert ratios[f"{score} Q=1 / conversion"] >= 0.5
         for n_queries in (16, 256):
