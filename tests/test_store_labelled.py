@@ -1,7 +1,9 @@
 """Laws of the store as an xarray dataset: the reader's own values, read only where they are asked for."""
 
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,18 @@ def test_dask_computes_with_them(output, dataset):
     per_domain = dataset.rows.where(dataset.domain == "ArXiv").mean("sample").compute()
     rows = wanted(output)[np.arange(70) % 3 == 1]
     np.testing.assert_allclose(per_domain, np.nanmean(rows.astype(np.float64), axis=0), rtol=1e-4)
+
+
+def test_the_readme_s_lines_run(output, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "to_xarray" in block]
+    (tmp_path / "out").symlink_to(output.path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    mine = wanted(output)[np.arange(70) % 3 == 1][:, :6].astype(np.float64)
+    np.testing.assert_allclose(names["mean"], np.nanmean(mine, axis=0), rtol=1e-4)
+    assert names["slow"] == 69 / 8
 
 
 def test_it_goes_to_another_process_by_its_path(output, dataset):
