@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from gradproj.analysis.blocks import TakesPart, as_tensor, progress_bar
 from gradproj.analysis.question import Asked, Question
 from gradproj.products import linear
 from gradproj.store import Band
-from gradproj.transfer import send
+from gradproj.transfer import after_what_runs_now, fetch, send
 
 _TILE_VALUES = 2**17
 """Decoded at a time: half a megabyte, which stays in a core's own cache until it is multiplied."""
@@ -36,6 +36,21 @@ def scored(asked: Asked, question: Question) -> Iterator[Scored]:
     # Tiles are for a processor's caches; a GPU wants long blocks.
     by_tiles = asked.device.type == "cpu" and _parts_fit_tiles(asked, question)
     return _by_tiles(asked, question) if by_tiles else _by_blocks(asked, question)
+
+
+def on_host(blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, np.ndarray]]:
+    """The same blocks ``(first id, values)`` on the host, each after the next was given to the device.
+
+    So a GPU has always something to do while the host waits for what it has done.
+    """
+    before: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+    for first, values in blocks:
+        now = first, values, after_what_runs_now(device)
+        if before is not None:
+            yield before[0], fetch([before[1]], before[2])[0].numpy()
+        before = now
+    if before is not None:
+        yield before[0], fetch([before[1]], before[2])[0].numpy()
 
 
 def _parts_fit_tiles(asked: Asked, question: Question) -> bool:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from gradproj.analysis.best import Best
 from gradproj.analysis.question import SELF_SCORES, Asked, How, Rows, queries_of, self_products
-from gradproj.analysis.scored import scored
+from gradproj.analysis.scored import on_host, scored
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
+from gradproj.transfer import send
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def iter_scores(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
     asked = Asked.alone(store, how, "score")
-    for block in scored(asked, asked.question(query_rows)):
-        values = block.values.cpu().numpy()
-        yield np.arange(block.first, block.first + values.shape[1], dtype=np.int64), values
+    blocks = ((block.first, block.values) for block in scored(asked, asked.question(query_rows)))
+    for first, values in on_host(blocks, asked.device):
+        yield np.arange(first, first + values.shape[1], dtype=np.int64), values
 
 
 def top_k(query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> TopDocuments:
@@ -129,11 +130,17 @@ def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how:
     if values.shape != (len(store),) or values.dtype != np.float32:
         raise ConfigError(f"out is {values.dtype} {values.shape}; the answer is float32 {(len(store),)}")
     asked = Asked.alone(store, how, "self_influence", SELF_SCORES)
+    for first, found in on_host(_own(asked), asked.device):
+        values[first : first + len(found)] = found
+    return values
+
+
+def _own(asked: Asked) -> Iterator[tuple[int, Tensor]]:
+    """``(first id, (n,) self products)`` of every block, NaN for those that take no part."""
     preconditioner = asked.for_rows()
     for block in asked.blocks():
-        found = self_products(block.rows, preconditioner).cpu().numpy()
-        values[block.first : block.first + len(found)] = np.where(block.ok, found, np.nan)
-    return values
+        ok = send(torch.from_numpy(block.ok), asked.device)
+        yield block.first, torch.where(ok, self_products(block.rows, preconditioner), torch.nan)
 
 
 def _like(values: np.ndarray | Tensor, example: Rows) -> Rows:
