@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from mute_device import MUTE, waits_of
 from store_cases import Output
 
 from gradproj import ProjectionStore
-from gradproj.analysis import Preconditioner, scored
+from gradproj.analysis import Preconditioner, scored, scores
+from gradproj.analysis.best import Best
 from gradproj.analysis.question import Asked
 from gradproj.store import StoreConfig, StoreLayout
 
@@ -79,3 +81,14 @@ def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
     asked = Asked.of(store, {"score": "dot"})
     for block in scored.scored(asked, asked.question(torch.ones(2, store.dim))):
         assert block.values.isnan().all()
+
+
+@pytest.mark.parametrize("score", ["dot", "cosine", "relatif"])
+def test_a_gpu_is_asked_for_nothing_between_blocks(store, score):
+    """On a device that cannot be asked; the store's units are in several blocks."""
+    fitted = Preconditioner.fit(store, "second_moment") if score == "relatif" else None
+    asked = Asked.of(store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9})
+    question = asked.question(torch.ones(3, store.dim))
+    top, bottom = Best(3, 5, MUTE), Best(3, 2, MUTE)
+    assert waits_of(lambda: scores._add_all(asked, question, top, bottom)) == []
+    assert top.found()[0].shape == (3, 5)

@@ -20,7 +20,7 @@ class Best:
     """
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
-        self._k = k
+        self.k = k
         self._ids = torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
         self._values = torch.full((n_queries, k), -torch.inf, device=device)
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -29,7 +29,7 @@ class Best:
 
     def add(self, first: int, values: Tensor) -> None:
         """Scores ``(Q, n)`` of the samples ``first, first + 1, ...``, which follow those before; NaN is no score."""
-        if not self._k:
+        if not self.k:
             return
         if values.device.type == "cpu":
             self._add_better(first, values)
@@ -45,7 +45,7 @@ class Best:
         else:
             # Nothing is known to be too low yet. What is below the k-th of this block alone is.
             values = values.clamp(min=_LOWEST).masked_fill(values.isnan(), -torch.inf)
-            kth = values.topk(min(self._k, values.shape[1]), sorted=False).values.amin(1, keepdim=True)
+            kth = values.topk(min(self.k, values.shape[1]), sorted=False).values.amin(1, keepdim=True)
             better = values >= kth.clamp(min=_LOWEST)
         query, column = better.nonzero(as_tuple=True)
         self._waiting.append((query, column + first, values[query, column]))
@@ -69,7 +69,7 @@ class Best:
         ids, values = self.found()
         if share.world_size == 1:
             return self
-        whole = Best(len(values), self._k, values.device)
+        whole = Best(len(values), self.k, values.device)
         for rank_ids, rank_values in share.gathered((ids.cpu(), values.cpu())):
             whole._merge(rank_ids.to(ids.device), rank_values.to(ids.device))
         return whole
@@ -77,8 +77,8 @@ class Best:
     def _merge(self, ids: Tensor, values: Tensor) -> None:
         """Scores of every query, ``(Q, n)``."""
         values, order = torch.cat([self._values, values], dim=1).sort(dim=1, descending=True, stable=True)
-        self._values = values[:, : self._k]
-        self._ids = torch.cat([self._ids, ids], dim=1).gather(1, order[:, : self._k])
+        self._values = values[:, : self.k]
+        self._ids = torch.cat([self._ids, ids], dim=1).gather(1, order[:, : self.k])
 
     def _settle(self) -> None:
         """Sort what waits: by query, then by score, then by age, which is the order of ids."""
@@ -86,7 +86,7 @@ class Best:
             return
         n_queries = len(self._values)
         known = (
-            torch.arange(n_queries).repeat_interleave(self._k),
+            torch.arange(n_queries).repeat_interleave(self.k),
             self._ids.flatten(),
             self._values.flatten(),
         )
@@ -94,7 +94,7 @@ class Best:
         order = values.argsort(descending=True, stable=True)
         order = order[query[order].argsort(stable=True)]
         count = query.bincount(minlength=n_queries)
-        kept = order[(count.cumsum(0) - count)[:, None] + torch.arange(self._k)]
+        kept = order[(count.cumsum(0) - count)[:, None] + torch.arange(self.k)]
         self._ids, self._values = ids[kept], values[kept]
         self._last = float(self._values[:, -1].min())
         self._waiting, self._n_waiting = [], 0

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.best import Best
-from gradproj.analysis.question import SELF_SCORES, Asked, How, Rows, queries_of, self_products
+from gradproj.analysis.question import (
+    SELF_SCORES,
+    Asked,
+    How,
+    Question,
+    Rows,
+    queries_of,
+    self_products,
+)
 from gradproj.analysis.scored import on_host, scored
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
@@ -97,6 +105,17 @@ def top_and_bottom(
     question = asked.question(query_rows)
     n_queries = len(question.weights)
     top, bottom = Best(n_queries, n_top, asked.device), Best(n_queries, n_bottom, asked.device)
+    total = int(asked.share.total(_add_all(asked, question, top, bottom)))
+
+    def result(best: Best, sign: int, wanted: int) -> TopDocuments:
+        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.share).found())
+        return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
+
+    return result(top, 1, n_top), result(bottom, -1, n_bottom)
+
+
+def _add_all(asked: Asked, question: Question, top: Best, bottom: Best) -> Tensor:
+    """Scan this process's share; the number of documents that have a score. A device is asked for nothing here."""
     n_scored = torch.zeros((), dtype=torch.int64, device=asked.device)
     for block in scored(asked, question):
         # NaN for one query only (an infinite row) is none for the others either: so all have as many.
@@ -104,15 +123,9 @@ def top_and_bottom(
         values = block.values.masked_fill_(no_score, torch.nan)
         n_scored += no_score.logical_not().sum()
         top.add(block.first, values)
-        if n_bottom:
+        if bottom.k:
             bottom.add(block.first, -values)
-    total = int(asked.share.total(n_scored))
-
-    def result(best: Best, sign: int, wanted: int) -> TopDocuments:
-        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.share).found())
-        return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
-
-    return result(top, 1, n_top), result(bottom, -1, n_bottom)
+    return n_scored
 
 
 def self_influence(store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[How]) -> np.ndarray:
