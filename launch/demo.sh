@@ -130,12 +130,12 @@ elif [[ -z $TEXT ]]; then
     TEXT=$(beginning_of_a_document)
 fi
 step "a query: the documents that most support a text" \
-    python -m gradproj query "$OUT" --text "$TEXT" --top_k 5 --show_text --device cpu
+    python -m gradproj query "$OUT" --text "$TEXT" --score relatif --top_k 5 --bottom_k 0 --show_text --device cpu
 
 cat <<END
 
 Done in $((SECONDS - STARTED)) s. Go on from here:
    source ${VENV#"$ROOT/"}/bin/activate
-   python -m gradproj query $OUT --text "..." --show_text
+   python -m gradproj query $OUT --text "..." --score relatif --layers mlp --show_text
    python -c 'from gradproj import ProjectionStore; print(ProjectionStore("$OUT").rows([0, 1, 2]))'
 END

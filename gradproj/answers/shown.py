@@ -144,7 +144,7 @@ def _end_lines(
             f"{one_line(sample.key)}"
         )
         if sample.text is not None:
-            yield f"      {one_line(sample.text)}"
+            yield f"      {one_line(sample.text, _WIDTH - 6)}"
 
 
 def _labelled(label: str, text: str) -> str:

@@ -4,8 +4,8 @@
 
 OUTPUT is any job's output, such as that of ``bash launch/demo.sh``. Excerpts are drawn from the part of a document that
 its row covers, with a seed; each is asked as a text, as a person would. Found is the document, or a near copy: one that
-holds half of the excerpt's runs of five tokens (so many are left of 64 tokens where every tenth is another). "strict" is
-the share among the first where four fifths are asked.
+holds half of the excerpt's runs of five tokens (so many are left of 64 tokens where every tenth is another). "strict"
+is the share among the first where four fifths are asked.
 """
 
 import argparse
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", default="", help="these only: a part of their names")
-    parser.add_argument("--quick", action="store_true", help="40 excerpts, the dampings that auto takes")
+    parser.add_argument("--quick", action="store_true", help="only the damping that auto takes")
     args = parser.parse_args()
-    measure(args.output, 40 if args.quick else args.excerpts, args.tokens, args.seed, args.layers, args.quick)
+    measure(args.output, args.excerpts, args.tokens, args.seed, args.layers, args.quick)
 
 
 @dataclass(frozen=True)
