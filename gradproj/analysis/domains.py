@@ -18,6 +18,7 @@ RANK_ROWS = 256
 """Rows of a domain, drawn at random, whose effective rank is taken; fewer where they would not fit ``DRAWN_BYTES``."""
 DRAWN_BYTES = 2**29
 LEAST_RANK_ROWS = 16
+_CACHED_ROWS = 32
 _NO_HASH = np.uint64(2**64 - 1)
 DOMAIN_SCORES = (*SELF_SCORES, "cosine")
 """Scores whose mean over pairs of documents comes from one vector per domain."""
@@ -86,7 +87,7 @@ class DomainSums:
             raise ConfigError(f"{store.path} has no domains: its documents name none")
         self._asked, self._store = asked, store
         n = len(store.domains)
-        self._count = torch.zeros(n, dtype=torch.int64, device=asked.device)
+        self._count = np.zeros(n, np.int64)
         self._rows = torch.zeros(n, width, dtype=torch.float64, device=asked.device)
         # A mean cosine over pairs is the inner product of the mean directions.
         self._directions = torch.zeros_like(self._rows) if asked.score == "cosine" else None
@@ -94,6 +95,7 @@ class DomainSums:
         self._n_tokens = np.zeros(n, np.int64)
         most = max(LEAST_RANK_ROWS, min(RANK_ROWS, DRAWN_BYTES // (4 * width * n)))
         self._drawn = [_Drawn(width, min(most, RANK_ROWS)) for _ in range(n)]
+        self._limits = np.full(n, _NO_HASH)
 
     def add(self, block: Block) -> None:
         """The next block of the scan."""
@@ -102,43 +104,56 @@ class DomainSums:
             name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
         }
         ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
-        exact = rows.double()
-        norms = torch.linalg.vector_norm(exact, dim=1)
-        # A shard may be gone whose rows are recorded as ok.
-        keep = torch.isfinite(norms).cpu().numpy() & (domain >= 0)
-        if not keep.all():
-            chosen = torch.from_numpy(np.flatnonzero(keep)).to(rows.device)
-            rows, exact, norms = rows[chosen], exact[chosen], norms[chosen]
-            ids, domain = ids[keep], domain[keep]
-        where = torch.from_numpy(domain).to(rows.device)
-        self._rows.index_add_(0, where, exact)
-        if self._directions is not None:
-            self._directions.index_add_(0, where, exact / torch.where(norms > 0, norms, 1.0)[:, None])
-        self._count += torch.bincount(where, minlength=len(self._count))
-        tokens = columns["n_tokens"][keep]
-        np.add.at(self._norm, domain, norms.cpu().numpy())
-        np.add.at(self._loss, domain, columns["loss"][keep].astype(np.float64) * tokens)
-        np.add.at(self._n_tokens, domain, tokens)
-        for number in np.unique(domain).tolist():
-            here = np.flatnonzero(domain == number)
-            self._drawn[number].add(ids[here], rows, here)
+        norms = self._add_rows(rows, domain).cpu().numpy()
+        keep = np.isfinite(norms) & (domain >= 0)
+        tokens, loss = columns["n_tokens"][keep], columns["loss"][keep].astype(np.float64)
+        n_domains = len(self._drawn)
+        self._norm += np.bincount(domain[keep], norms[keep], n_domains)
+        self._loss += np.bincount(domain[keep], loss * tokens, n_domains)
+        self._n_tokens += np.bincount(domain[keep], tokens, n_domains).astype(np.int64)
+        self._count += np.bincount(domain[keep], minlength=n_domains)
+        hashes = _hash(ids)
+        drawn = np.flatnonzero(keep & (hashes < self._limits[domain]))
+        for number in np.unique(domain[drawn]).tolist():
+            here = drawn[domain[drawn] == number]
+            self._limits[number] = self._drawn[number].add(hashes[here], rows, here)
+
+    def _add_rows(self, rows: Tensor, domain: np.ndarray) -> Tensor:
+        """Sum the rows that are finite and of a domain; the norms of all, ``(n,)`` float64."""
+        # A few at a time on a processor, whose cache then holds them from the first step to the last.
+        size = _CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
+        norms = []
+        for first in range(0, len(rows), size):
+            exact = rows[first : first + size].double()
+            norm, of_these = torch.linalg.vector_norm(exact, dim=1), domain[first : first + size]
+            norms.append(norm)
+            # A shard may be gone whose rows are recorded as ok.
+            keep = torch.isfinite(norm).cpu().numpy() & (of_these >= 0)
+            if not keep.all():
+                chosen = torch.from_numpy(np.flatnonzero(keep)).to(rows.device)
+                exact, norm, of_these = exact[chosen], norm[chosen], of_these[keep]
+            where = torch.from_numpy(of_these).to(rows.device)
+            self._rows.index_add_(0, where, exact)
+            if self._directions is not None:
+                exact /= torch.where(norm > 0, norm, 1.0)[:, None]
+                self._directions.index_add_(0, where, exact)
+        return torch.cat(norms) if norms else rows.new_zeros(0, dtype=torch.float64)
 
     def matrix(self) -> DomainMatrix:
         """What the blocks so far come to."""
-        asked, count = self._asked, self._count[:, None]
-        mean = torch.where(count > 0, self._rows / count, torch.nan).cpu()
+        asked, count = self._asked, torch.from_numpy(self._count)[:, None]
+        mean = torch.where(count > 0, self._rows.cpu() / count, torch.nan)
         left = right = mean
         if self._directions is not None:
-            left = right = torch.where(count > 0, self._directions / count, torch.nan).cpu()
+            left = right = torch.where(count > 0, self._directions.cpu() / count, torch.nan)
         elif asked.preconditioner is not None:
             left = asked.preconditioner.solve(mean)
         unit = mean / mean.norm(dim=1, keepdim=True)
-        n_rows = self._count.cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
-            loss, grad_norm = self._loss / self._n_tokens, self._norm / n_rows
+            loss, grad_norm = self._loss / self._n_tokens, self._norm / self._count
         return DomainMatrix(
             names=list(self._store.domains),
-            n_rows=n_rows,
+            n_rows=self._count,
             n_tokens=self._n_tokens,
             loss=loss,
             grad_norm=grad_norm,
@@ -162,20 +177,19 @@ class _Drawn:
     def __len__(self) -> int:
         return int((self._hashes != _NO_HASH).sum())
 
-    def add(self, ids: np.ndarray, rows: Tensor, here: np.ndarray) -> None:
-        """Samples ``ids``, whose rows are ``rows[here]``. Only rows that are drawn are copied."""
-        most, hashes = len(self._hashes), _hash(ids)
-        wanted = hashes < self._hashes.max()
-        if not wanted.any():
-            return
-        hashes, here = hashes[wanted], here[wanted]
+    def add(self, hashes: np.ndarray, rows: Tensor, here: np.ndarray) -> np.uint64:
+        """Samples with these hashes, whose rows are ``rows[here]``; the hash above which none is drawn any more."""
+        most = len(self._hashes)
         smallest = np.argsort(np.concatenate([self._hashes, hashes]), kind="stable")[:most]
         new = smallest[smallest >= most] - most
-        free = np.setdiff1d(np.arange(most), smallest)[: len(new)]
+        is_free = np.ones(most, bool)
+        is_free[smallest[smallest < most]] = False
+        free = np.flatnonzero(is_free)[: len(new)]
         if self._kept is None:
             self._kept = torch.zeros(most, self._width)
         self._kept[torch.from_numpy(free)] = rows[torch.from_numpy(here[new]).to(rows.device)].cpu()
         self._hashes[free] = hashes[new]
+        return self._hashes.max()
 
     def effective_rank(self) -> float:
         if self._kept is None:
