@@ -298,13 +298,16 @@ def test_what_is_wrong_is_said_in_one_line(made, capsys, flags, message):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_a_store_without_domains_without_rows_or_none_at_all_is_refused(tmp_path, capsys):
+def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refused(tmp_path, capsys):
     assert "there is no store at" in run(capsys, tmp_path / "nowhere")[2]
     empty = Output(tmp_path / "empty")
     assert (
         "has no row of any domain yet (70 of 70 documents are still to be computed)"
         in run(capsys, empty.path)[2]
     )
+    filled = Output(tmp_path / "filled").fill()
+    update_attributes(filled.store_path, {"domains": ["only"]})
+    assert "is of domain 1, and the store names 1. Run" in run(capsys, filled.path, "--score", "dot")[2]
     update_attributes(empty.store_path, {"domains": []})
     assert "has no domains: its documents name none" in run(capsys, empty.path)[2]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradproj.analysis.blocks import Block
 from gradproj.analysis.question import SELF_SCORES, Asked, How
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.store import ProjectionStore
 
 RANK_ROWS = 256
@@ -62,13 +62,23 @@ def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
 
     Raises:
         ConfigError: another score, or a store that has no domains.
-        StoreError: a store without what the score needs.
+        StoreError: a store without what the score needs, or with documents of domains that it does not name.
     """
     asked = Asked.alone(store, how, "domain_matrix", DOMAIN_SCORES)
     sums = DomainSums(asked)
     for block in asked.blocks():
         sums.add(block)
     return sums.matrix()
+
+
+def check_domains(store: ProjectionStore, domain: np.ndarray) -> None:
+    """Refuse codes of the ``domain`` column that the store has no name for; ``StoreError``."""
+    largest = int(domain.max(initial=-1))
+    if largest >= len(store.domains):
+        raise StoreError(
+            f"{store.path} is damaged: a document is of domain {largest}, and the store names {len(store.domains)}. "
+            "Run `python -m gradproj verify` on the output"
+        )
 
 
 class DomainSums:
@@ -104,6 +114,7 @@ class DomainSums:
             name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
         }
         ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
+        check_domains(self._store, domain)
         norms = self._add_rows(rows, domain).cpu().numpy()
         keep = np.isfinite(norms) & (domain >= 0)
         tokens, loss = columns["n_tokens"][keep], columns["loss"][keep].astype(np.float64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradproj.analysis.domains import check_domains
 from gradproj.coordinator.merge import wanted_units
 from gradproj.corpus.index import load_index
 from gradproj.errors import CorpusError
@@ -60,7 +61,11 @@ class RowCounts:
 
 
 def count_rows(store: ProjectionStore) -> RowCounts:
-    """Every document once, by domain and status."""
+    """Every document once, by domain and status.
+
+    Raises:
+        StoreError: documents are of domains that the store does not name.
+    """
     n_domains, n_status = len(store.domains), len(STATUS)
     counts = np.zeros((n_domains + 1) * n_status, np.int64)
     is_wanted = _wanted_rows(store)
@@ -69,6 +74,7 @@ def count_rows(store: ProjectionStore) -> RowCounts:
         if is_wanted is not None:
             units = np.arange(first, last) // store.layout.rows_per_shard
             status[(status == STATUS["missing"]) & ~is_wanted[units]] = STATUS["not_selected"]
+        check_domains(store, domain)
         domain[domain < 0] = n_domains
         counts += np.bincount(domain * n_status + status, minlength=len(counts))
     chosen = store.attributes.get("identity", {}).get("--domains") or store.domains
