@@ -86,10 +86,10 @@ def save_and_find_ends(
                 file.write(part.start, block.first, block.values.cpu().numpy())
         file.finish()
         share.gathered(None)  # every rank has written its part
-        ends = _ends_of(file, shape, n_top, n_bottom)
+        ends = _ends_of(file, shape, n_top, n_bottom) if share.rank == 0 else None
         if share.rank == 0:
             file.publish()
-    return Ends(None if curvature is None else damping, *ends)
+    return Ends(None if curvature is None else damping, *share.gathered(ends)[0])
 
 
 def _ends_of(

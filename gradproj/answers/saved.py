@@ -45,7 +45,7 @@ class ScoresFile:
         self.path, self._unfinished, self._shape = path, unfinished, shape
         self._waiting: list[tuple[int, np.ndarray]] = []
         self._first = self._next = self._n_waiting_bytes = 0
-        self._descriptor = os.open(unfinished, os.O_WRONLY)
+        self._descriptor = os.open(unfinished, os.O_RDWR)
         self._head = os.fstat(self._descriptor).st_size - 4 * math.prod(shape)
 
     @classmethod
@@ -94,10 +94,15 @@ class ScoresFile:
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         """What has been written, ``(first sample, scores (Q, n))``, a few megabytes at a time."""
-        scores = np.memmap(self._unfinished, "<f4", "r", self._head, self._shape)
-        step = max(1, _BYTES_AT_ONCE // (4 * self._shape[0]))
-        for first in range(0, self._shape[1], step):
-            yield first, np.array(scores[:, first : first + step])
+        n_queries, n_samples = self._shape
+        step = max(1, _BYTES_AT_ONCE // (4 * n_queries))
+        for first in range(0, n_samples, step):
+            n = min(step, n_samples - first)
+            places = (self._place(query, first) for query in range(n_queries))
+            yield (
+                first,
+                np.stack([np.frombuffer(os.pread(self._descriptor, 4 * n, at), "<f4") for at in places]),
+            )
 
     def publish(self) -> None:
         """Give the file its name, once every process has finished.
@@ -119,14 +124,18 @@ class ScoresFile:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        query, n_samples = self._waiting[0][0], self._shape[1]
+        query = self._waiting[0][0]
         values = np.concatenate([values for _, values in self._waiting], axis=1)
         with explain_os_errors(self.path):
             for number, row in enumerate(values, start=query):
-                at = self._head + 4 * (number * n_samples + self._first)
+                at = self._place(number, self._first)
                 if os.pwrite(self._descriptor, row.tobytes(), at) != row.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._waiting, self._n_waiting_bytes = [], 0
+
+    def _place(self, query: int, sample: int) -> int:
+        """The score's first byte."""
+        return self._head + 4 * (query * self._shape[1] + sample)
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:
