@@ -73,10 +73,10 @@ def test_tiles_of_any_size(store, monkeypatch, values_a_tile):
 
 
 def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
-    def refuse(products, band):
+    def refuse(products, *_):
         raise AssertionError("read")
 
-    monkeypatch.setattr(scored.TileProducts, "scores", refuse)
+    monkeypatch.setattr(scored.TileProducts, "_multiply", refuse)
     monkeypatch.setattr(scored.TakesPart, "__call__", lambda self, first, status: np.zeros(len(status), bool))
     asked = Asked.of(store, {"score": "dot"})
     for block in scored.scored(asked, asked.question(torch.ones(2, store.dim))):

@@ -17,6 +17,7 @@ from gradproj.transfer import after_what_runs_now, fetch, send
 
 _TILE_VALUES = 2**17
 """Decoded at a time: half a megabyte, which stays in a core's own cache until it is multiplied."""
+_BLOCK_SCORES = 2**12
 _ONEDNN_QUERIES = 6
 """From as many on its products are worth what calling them costs."""
 
@@ -74,17 +75,46 @@ def _by_tiles(asked: Asked, question: Question) -> Iterator[Scored]:
     takes_part = TakesPart(store, asked.how.get("domains"))
     products = TileProducts(question, store.layout.proj_dtype)
     height = asked.how.get("rows_per_block")
+    # A band's own scores are few where queries are few; what is done with them is done for several bands at once.
+    most = height or max(1, _BLOCK_SCORES // len(question.weights))
     with progress_bar(store, asked.label, start, stop) as bar:
+        parts: list[_Part] = []
+        n_rows = 0
         for band in store.scan_bands(height, asked.scanned_layers, start, stop):
-            ok = takes_part(band.first, band.status)
-            if band.has_rows and ok.any():
-                values = products.scores(band)
-                if not ok.all():
-                    values[:, torch.from_numpy(~ok)] = torch.nan
-            else:
-                values = torch.full((len(question.weights), len(ok)), torch.nan)
-            yield Scored(band.first, values)
+            ok = takes_part(band.first, band.status) & band.has_rows
+            parts.append(
+                _Part(band.first, ok, torch.from_numpy(band.row_scale), *products.of(band, bool(ok.any())))
+            )
+            n_rows += len(ok)
             bar.update(len(ok))
+            if n_rows >= most:
+                yield _joined(question, parts)
+                parts, n_rows = [], 0
+        if parts:
+            yield _joined(question, parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is known of a band after its tiles: which samples take part, their scales, products and squared norms."""
+
+    first: int
+    ok: np.ndarray
+    row_scale: Tensor
+    products: Tensor
+    squares: Tensor
+
+
+def _joined(question: Question, parts: list[_Part]) -> Scored:
+    products = torch.cat([part.products for part in parts]).T
+    if question.has_norms:
+        values = question.finished(products, torch.cat([part.squares for part in parts]).sqrt())
+    else:
+        values = question.finished(products, scale=torch.cat([part.row_scale for part in parts]))
+    absent = ~np.concatenate([part.ok for part in parts])
+    if absent.any():
+        values[:, torch.from_numpy(absent)] = torch.nan
+    return Scored(parts[0].first, values)
 
 
 class TileProducts:
@@ -105,11 +135,13 @@ class TileProducts:
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
-    def scores(self, band: Band) -> Tensor:
-        """``(Q, n)`` float32 scores of a band that has rows."""
-        n, scale = len(band.status), torch.from_numpy(band.row_scale)
+    def of(self, band: Band, wanted: bool) -> tuple[Tensor, Tensor]:
+        """``(n, Q)`` products and, where scores are divided by norms, their squares ``(n,)`` float64; if wanted."""
+        n, scale = len(band.status), torch.from_numpy(band.row_scale)[:, None]
         products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
-        source, cuts = None, []
+        if not wanted:
+            return products, squares
+        source, cuts, has_norms = None, [], self._question.has_norms
         for at, stored in band.tiles:
             if stored is not source:  # the next tile comes mostly in the same array
                 source, cuts = stored, self._cut(stored, at)
@@ -117,13 +149,11 @@ class TileProducts:
                 if tile is not values:
                     tile.copy_(values)
                 if self._inverses:  # of rows as they are stored their products may be out of float32's reach
-                    tile *= scale[:, None]
+                    tile *= scale
                 self._multiply(tile, at + first, at + last, products)
-                if self._question.has_norms:
+                if has_norms:
                     squares += self._squares(tile, at + first, at + last)
-        if self._question.has_norms:
-            return self._question.finished(products.T, squares.sqrt())
-        return self._question.finished(products.T, scale=scale)
+        return products, squares
 
     def _cut(self, stored: np.ndarray, at: int) -> list[tuple[int, int, Tensor, Tensor]]:
         """Where each part of a tile begins and ends, its stored values, and where they are decoded."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,17 @@ _FAULT_BYTES = 2**16
 """That the kernel maps around a touched byte."""
 _MOST_TOUCHED_BYTES = 2**29
 _BLOCK_BYTES = 2**23  # two of them stay in a processor's last cache, and in the allocator's hands
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A band to come: rows of one unit from ``row`` on."""
+
+    unit: int
+    row: int
+    status: np.ndarray
+    row_scale: np.ndarray
+    has_rows: bool
 
 
 class Rows:
@@ -95,13 +108,39 @@ class Rows:
         Raises:
             StoreError: the scan's ends are out of range.
         """
+        stop = self._checked_end(start, stop)
         height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
-        for first, last in self._blocks(height, selection, start, stop, self.layout.chunk_rows):
-            columns = self._columns.read_range(["row_scale"], first, last)
-            (part,) = self._parts(first, columns["status"], "nan")  # a band never crosses a unit's end
-            unit, row, _, there = part
-            tiles = self._shards.tiles(unit, row, row + last - first, selection) if there else iter(())
-            yield Band(first, columns["status"], columns["row_scale"], there, tiles)
+        bytes_a_band = height * selection.width * self.layout.stored_dtype.itemsize
+        n_ahead = 1 + _BLOCK_BYTES // max(1, bytes_a_band)
+        waiting: deque[_Span] = deque()
+        for span in self._band_spans(height, start, stop):
+            if span.has_rows:  # on its way while those before it are worked on
+                self._shards.fetch(span.unit, span.row, span.row + len(span.status), selection)
+            waiting.append(span)
+            if len(waiting) > n_ahead:
+                yield self._band(waiting.popleft(), selection)
+        while waiting:
+            yield self._band(waiting.popleft(), selection)
+
+    def _band(self, span: _Span, selection: Selection) -> Band:
+        tiles: Iterator[tuple[int, np.ndarray]] = iter(())
+        if span.has_rows:
+            tiles = self._shards.tiles(span.unit, span.row, span.row + len(span.status), selection)
+        first = span.unit * self.layout.rows_per_shard + span.row
+        return Band(first, span.status, span.row_scale, span.has_rows, tiles)
+
+    def _band_spans(self, height: int, start: int, stop: int) -> Iterator[_Span]:
+        """Bands of at most ``height`` rows, each in one chunk down; columns are read a unit at a time."""
+        grid = self.layout.chunk_rows
+        for unit, first, last in self._units(start, stop):
+            columns, begin = self._columns.read_range(["row_scale"], first, last), first
+            there = self._has_rows(unit, columns["status"], "nan")
+            while first < last:
+                end = min(first + height, (first // grid + 1) * grid, last)
+                here = slice(first - begin, end - begin)
+                row = first - unit * self.layout.rows_per_shard
+                yield _Span(unit, row, columns["status"][here], columns["row_scale"][here], there)
+                first = end
 
     def blocks(
         self, rows_per_block: int | None, selection: Selection, dtype: np.dtype, start: int, stop: int | None
@@ -111,35 +150,27 @@ class Rows:
         Raises:
             StoreError: the scan's ends are out of range.
         """
+        stop, band = self._checked_end(start, stop), self.layout.chunk_rows
         height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
-        let_go = start
-        for first, last in self._blocks(height, selection, start, stop):
-            yield first, last
-            if last // self.layout.chunk_rows > let_go // self.layout.chunk_rows:
-                self._let_go(let_go, last)
-                let_go = last
-
-    def _blocks(
-        self, height: int, selection: Selection, start: int, stop: int | None, grid: int = 0
-    ) -> Iterator[tuple[int, int]]:
-        """``[first, last)`` of blocks of ``height`` rows, that cross no multiple of ``grid`` where there is one."""
-        n_samples, band = self.layout.n_samples, self.layout.chunk_rows
-        stop = n_samples if stop is None else stop
-        if not 0 <= start <= stop <= n_samples:
-            raise StoreError(
-                f"samples {start} to {stop} are out of range: {self._store_path} has {n_samples}"
-            )
-        first = fetched = start
-        while first < stop:
+        fetched = let_go = start
+        for first in range(start, stop, height):
             last = min(first + height, stop)
-            if grid:
-                last = min(last, (first // grid + 1) * grid)
             ahead = min(-(-(last + max(height, band)) // band) * band, stop)
             if ahead > fetched:
                 self._fetch(fetched, ahead, selection)
                 fetched = ahead
             yield first, last
-            first = last
+            if last // band > let_go // band:
+                self._let_go(let_go, last)
+                let_go = last
+
+    def _checked_end(self, start: int, stop: int | None) -> int:
+        stop = self.layout.n_samples if stop is None else stop
+        if not 0 <= start <= stop <= self.layout.n_samples:
+            raise StoreError(
+                f"samples {start} to {stop} are out of range: {self._store_path} has {self.layout.n_samples}"
+            )
+        return stop
 
     def _band_rows(self, selection: Selection) -> int:
         """Rows of a band whose tile stays in the cache; a compressed chunk is decoded once, whatever its size."""

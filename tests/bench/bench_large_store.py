@@ -212,7 +212,7 @@ def ask(store: ProjectionStore, score: str, n_queries: int) -> None:
         exact = store.rows(best[query]).astype(np.float64) @ turned[query].numpy()
         np.testing.assert_allclose(found.scores[query], exact, rtol=1e-4)
         norms = np.linalg.norm(store.rows(best[query]), axis=1)
-        closest = np.argmax(exact / norms)  # rows that are several times as long may score higher
+        closest = np.argmax(exact / norms)  # a row of twice its length may score higher
         assert best[query, closest] == wanted[query]
 
 
