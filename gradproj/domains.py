@@ -13,11 +13,11 @@ import numpy as np
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import parse
-from gradproj.reporting.asked import ScoreConfig
 from gradproj.reporting.domain_facts import DomainFacts, as_json, find_facts
 from gradproj.reporting.domain_figure import draw_domains, why_no_figure
 from gradproj.reporting.domain_table import table_lines
 from gradproj.reporting.folders import make_folder
+from gradproj.score_config import ScoreConfig
 from gradproj.store import ProjectionStore
 from gradproj.store.files import write_and_replace
 

@@ -171,7 +171,7 @@ def _how(config: QueryConfig, store: ProjectionStore, process: Process, tell: Ca
         tell(warning)
     return {
         "score": wanted_score(config, store, tell),
-        "layers": wanted_layers(config, store),
+        "layers": wanted_layers(config.layers, store),
         "domains": wanted_domains(config, store),
         "device": device,
         "progress": sys.stderr.isatty(),

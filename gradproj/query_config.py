@@ -148,10 +148,10 @@ def wanted_kind(config: QueryConfig, score: str) -> str | None:
     return config.curvature or KINDS.get(score)
 
 
-def wanted_layers(config: QueryConfig, store: ProjectionStore) -> list[str] | None:
-    """Names of the layers that are meant, in the store's order; None for all."""
+def wanted_layers(given: Sequence[str], store: ProjectionStore) -> list[str] | None:
+    """Names of the layers that ``--layers`` means, in the store's order; None for all."""
     names = [layer.name for layer in store.layers]
-    wanted = _words(config.layers, names)
+    wanted = _words(given, names)
     for word in wanted:
         if not any(_is_part(word, name) for name in names):
             folded = dict.fromkeys(".".join("*" if p.isdigit() else p for p in n.split(".")) for n in names)

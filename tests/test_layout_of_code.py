@@ -26,7 +26,7 @@ LEVELS = [
     {"analysis", "batching", "frozen", "layers", "model", "texts", "coordinator", "export", "vocabulary"},
     {"capture", "examples", "fingerprint", "loss", "status", "verify"},
     {"reporting", "taps"},
-    {"domains", "engine", "repair"},
+    {"engine", "repair"},
     {"unit", "training"},
     {"projector"},
     {"precision"},
@@ -37,8 +37,8 @@ LEVELS = [
     {"probe", "recorded"},
     {"diagnose", "evaluation", "queries", "recompute"},
     {"answers", "query_config"},
-    {"query"},
-    {"run", "commands", "demo_commands", "report"},
+    {"query", "score_config"},
+    {"run", "commands", "demo_commands", "domains", "report"},
     {"__main__", "__init__"},
 ]
 """A stage imports only from itself and from the levels before its own."""

@@ -183,7 +183,7 @@ def test_of_an_unfinished_store_it_says_what_is_missing_and_takes_a_score_that_n
     text = StrictPage((output / "report.html").read_text()).text
     assert "Incomplete: 43 of 60 documents have a row; 16 are still to be computed." in text
     assert "by id: 16-31" in text
-    assert "Influence by dot :" in text
+    assert "Influence by cosine : cosine of the two projected gradients" in text
     assert "missing 16" in text
 
 
@@ -239,6 +239,26 @@ def test_documents_of_domains_that_the_store_does_not_name_are_damage(tmp_path, 
     code, _, said = report(capsys, filled.path, "--score", "dot")
     assert code == 2
     assert "is damaged: a document is of domain 1, and the store names 0" in said
+
+
+@pytest.mark.parametrize(
+    ("score", "of_domains"), [("relatif", "kfac"), ("cosine", "cosine"), ("preconditioned", "preconditioned")]
+)
+def test_each_score_is_named_where_it_is_shown(job, queries, tmp_path, capsys, score, of_domains):
+    path = tmp_path / "page.html"
+    flags = ["--queries", queries, "--score", score, "--output", path, "--layers", "attn", "--top_k", 3]
+    code, _, _ = report(capsys, job.output, *flags)
+    assert code == 0
+    text = StrictPage(path.read_text()).text
+    assert f"Score {score} :" in text
+    assert f"Influence by {of_domains} :" in text
+    assert ("Largest self-influence" in text) == (of_domains != "cosine")
+    with ProjectionStore(job.output) as store:
+        attn = [layer.name for layer in store.layers if "attn" in layer.name]
+        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(queries))
+        top, bottom = top_and_bottom(rows.rows, store, 3, 3, score=score, layers=attn)
+    pairs = [i for pair in zip(top.ids[1], bottom.ids[1], strict=True) for i in pair]
+    assert ids_in_order(StrictPage(path.read_text()), "Query 2: second") == pairs
 
 
 # --- mistakes ---

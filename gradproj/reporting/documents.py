@@ -84,8 +84,8 @@ def outlier_tables(
             documents_of(store, spread.largest_ids, norms, excerpts),
         )
     ]
-    if score == "dot":
-        return tables  # a document's inner product with itself is the norm's square
+    if score in ("dot", "cosine"):
+        return tables  # a document's score with itself is the norm's square, or 1
     (own,), unit = scaled_values(seen.self_influence)
     if len(seen.ids):
         about = (

@@ -10,6 +10,7 @@ from gradproj.analysis.domains import DOMAIN_SCORES
 from gradproj.coordinator.merge import COVARIANCE_ARRAYS
 from gradproj.dist import choose_device
 from gradproj.errors import ConfigError
+from gradproj.query_config import WITHOUT_SUMS, wanted_layers
 from gradproj.store import ProjectionStore
 
 WITHOUT_CURVATURE = ("dot", "cosine")
@@ -22,7 +23,7 @@ class ScoreConfig:
     score: str = field(
         default="",
         metadata={
-            "help": f"default {DEFAULT_SCORE}; dot while a store has no token covariances, which the merge writes",
+            "help": f"default {DEFAULT_SCORE}, or {WITHOUT_SUMS} while nothing of the store is merged",
             "choices": tuple(MEANINGS),
         },
     )
@@ -30,7 +31,9 @@ class ScoreConfig:
         default="auto",
         metadata={"help": "of the preconditioner, relative to its mean diagonal: auto or a number"},
     )
-    layers: tuple[str, ...] = field(default=(), metadata={"help": "names of layers; default all"})
+    layers: tuple[str, ...] = field(
+        default=(), metadata={"help": "these layers only, by name or whole parts of it: h.3 mlp"}
+    )
     device: str = field(
         default="auto", metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")}
     )
@@ -48,7 +51,7 @@ class ScoreConfig:
         """The arguments of a scan of ``store``.
 
         Args:
-            store: finished or not; where it cannot give the default score yet, dot is taken.
+            store: finished or not; where it cannot give the default score yet, another is taken.
             scores: those that the scan can give; instead of relatif, its own curvature's score is taken.
         """
         wanted = self.score or DEFAULT_SCORE
@@ -58,11 +61,11 @@ class ScoreConfig:
             (store.path / name / "zarr.json").is_file() for name in COVARIANCE_ARRAYS.values()
         )
         if not self.score and not has_sums and wanted in ("kfac", "relatif"):
-            wanted = "dot"
+            wanted = WITHOUT_SUMS
         how: dict[str, Any] = {"score": wanted, "device": choose_device(self.device, 0)[0]}
         if wanted not in WITHOUT_CURVATURE:
             how["damping"] = self.damping if self.damping == "auto" else float(self.damping)
-        return how | ({"layers": list(self.layers)} if self.layers else {})
+        return how | {"layers": wanted_layers(self.layers, store)}
 
     def how_by_domain(self, store: ProjectionStore) -> dict[str, Any]:
         """The same for a mean over domains."""
