@@ -14,10 +14,11 @@ from query_cases import TEXT, ask, ok_ids, write_queries
 from gradproj import ProjectionStore
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS, SIGN, score
 from gradproj.coordinator.config import RecordedInputs
-from gradproj.corpus.index import list_tars, load_index, save_index
+from gradproj.corpus.index import build_index, list_tars, load_index, save_index
 from gradproj.queries import QueryProjector, read_queries
 from gradproj.query import QueryConfig, query
 from gradproj.recorded import config_from
+from gradproj.texts import text_of
 
 assert ask
 
@@ -193,21 +194,23 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
         assert fall == pytest.approx(value, rel=0.01, abs=0.005 * float(abs(top.scores).max()))
 
 
-def test_texts_and_keys_cannot_disturb_a_terminal(job, tmp_path, ask):
-    documents = mixed_documents(6)
-    documents[1]["text"] = "control \x1b[31m and\n\n  spaces" + words(60, 3)
-    documents[2] = {"input_ids": [5, 6, 7, 8], "meta": {"pile_set_name": "a\x1bb"}}
-    make_corpus(tmp_path / "tars", documents)
-    settings = {"proj_rank_total": 16, "proj_rank_min": 2}
-    run_job(shards=tmp_path / "tars", model=job.model, output_dir=tmp_path / "out", **settings)
-    lines, _ = ask(tmp_path / "out", "--text", TEXT, "--show_text", "--top_k", 6)
-    printed = "\n".join(lines)
-    assert "\x1b" not in printed
-    assert "control \N{REPLACEMENT CHARACTER}[31m and spaces" in printed
-    assert "token ids [5, 6, 7, 8]" in printed
-    assert max(map(len, lines)) < 300
-    path = write_queries(tmp_path / "q.jsonl", {"text": TEXT, "id": "a\x1b[2Jb"})
-    assert "\x1b" not in "\n".join(ask(tmp_path / "out", "--queries", path)[0])
+def test_texts_and_names_cannot_disturb_a_terminal(job, tmp_path, ask, monkeypatch):
+    hostile = "control \x1b[31m and\n\n  spaces" + words(60, 3)
+    monkeypatch.setattr("gradproj.query.document_texts", lambda output, run: lambda sample_id: hostile)
+    path = write_queries(tmp_path / "q.jsonl", {"text": "the of \x1b[0m", "id": "a\x1b[2Jb"})
+    lines, _ = ask(job.output, "--queries", path, "--show_text", "--top_k", 6)
+    assert "\x1b" not in "\n".join(lines)
+    assert "      control \N{REPLACEMENT CHARACTER}[31m and spaces" in "\n".join(lines)
+    assert max(map(len, lines)) <= 118
+    # Programs get the text as it is, in JSON's own letters.
+    lines, _ = ask(job.output, "--queries", path, "--show_text", "--format", "jsonl")
+    assert "\x1b" not in "\n".join(lines)
+    assert json.loads(lines[0])["text"] == hostile[:1000]
+
+
+def test_the_text_of_a_document_of_token_ids_is_its_ids(tmp_path):
+    make_corpus(tmp_path, [{"text": "a"}, {"input_ids": [5, 6, 7, 8]}])
+    assert text_of(build_index(list_tars(str(tmp_path)), progress=False), 1) == "token ids [5, 6, 7, 8]"
 
 
 def test_model_and_tars_may_move_if_they_are_named(job, tmp_path, monkeypatch, ask):

@@ -141,7 +141,7 @@ def test_a_question_is_near_what_the_machine_can_do(proj_dtype):
 def test_two_processes_answer_faster_than_one():
     import bench_query
 
-    assert bench_query.measure_ranks() >= 1.6
+    assert bench_query.measure_ranks()["cpu"] >= 1.8
 
 
 def test_a_question_to_a_store_larger_than_its_memory_keeps_below_two_gigabytes():
@@ -149,3 +149,17 @@ def test_a_question_to_a_store_larger_than_its_memory_keeps_below_two_gigabytes(
 
     found = bench_large_store.measure(4, rounds=1)
     assert max(run["rss"] for run in found.values()) < 2e9
+
+
+def test_the_demo_s_queries_find_what_holds_them():
+    """After ``bash launch/demo.sh``."""
+    from pathlib import Path
+
+    import bench_recall
+
+    output = Path(__file__).parents[2] / "demo" / "out"
+    if not (output / "projection_stats.json").exists():
+        pytest.skip("there is no demo/out: bash launch/demo.sh makes it")
+    found = bench_recall.measure(output, part="mlp", quick=True)
+    assert found["relatif, precond, auto"][0] >= 0.95
+    assert found["relatif, kfac, auto"][0] >= 0.95
