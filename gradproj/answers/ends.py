@@ -40,7 +40,7 @@ def find_ends(
     curvature: Preconditioner | None,
     dampings: Sequence[float | str],
 ) -> list[Ends]:
-    """Scan the store for each damping.
+    """Scan the store, once for all dampings; for each where the documents' own norms depend on it, as relatif's do.
 
     Args:
         rows: ``(Q, D)``.
@@ -53,11 +53,38 @@ def find_ends(
     """
     if curvature is None:
         return [Ends(None, *_in_parts(rows, store, n_top, n_bottom, how))]
+    if len(dampings) > 1 and how["score"] != "relatif":
+        return _all_at_once(rows, store, n_top, n_bottom, how, curvature, dampings)
     found = []
     for damping in dampings:
         damped: How = {**how, "preconditioner": curvature, "damping": damping}
         found.append(Ends(damping, *_in_parts(rows, store, n_top, n_bottom, damped)))
     return found
+
+
+def _all_at_once(
+    rows: np.ndarray,
+    store: ProjectionStore,
+    n_top: int,
+    n_bottom: int,
+    how: How,
+    curvature: Preconditioner,
+    dampings: Sequence[float | str],
+) -> list[Ends]:
+    """Each damping makes queries of its own, ``q C^-1``, whose scores are inner products."""
+    chosen = curvature.for_layers(how["layers"] or curvature.layers)
+    spans = {layer.name: slice(layer.slice_start, layer.slice_end) for layer in store.layers}
+    values = torch.from_numpy(
+        np.concatenate([rows[:, spans[name]] for name in chosen.layers], axis=1)
+    ).double()
+    turned = np.concatenate([chosen.with_damping(damping).solve(values).numpy() for damping in dampings])
+    ends = _in_parts(turned, store, n_top, n_bottom, {**how, "score": "dot"})
+
+    def part(number: int) -> Iterator[TopDocuments]:
+        own = slice(number * len(rows), (number + 1) * len(rows))
+        return (TopDocuments(end.ids[own], end.scores[own], end.n_scored) for end in ends)
+
+    return [Ends(damping, *part(number)) for number, damping in enumerate(dampings)]
 
 
 def save_and_find_ends(
