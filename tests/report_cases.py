@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 
 from jobs import make_model, mixed_documents, run_job
 from tars import write_tar
+
+from gradproj.__main__ import main
 
 SCRIPT = "<script>document.title='owned'</script>"
 HOSTILE_TEXTS = [
@@ -38,6 +41,7 @@ def documents() -> list[dict]:
 
 def make_job(root: Path) -> SimpleNamespace:
     """``output``, ``tars``, ``model`` of a finished job over hostile documents."""
+    root.mkdir()
     tars, model = root / "tars", make_model(root / "model", "gpt2")
     tars.mkdir()
     members = [
@@ -48,6 +52,23 @@ def make_job(root: Path) -> SimpleNamespace:
     settings = {"proj_rank_total": 16, "proj_rank_min": 4, "max_length": 48, "rows_per_shard": 16}
     run_job(1, shards=tars, model=model, output_dir=root / "out", **settings)
     return SimpleNamespace(output=root / "out", tars=tars, model=model)
+
+
+QUERIES = [
+    {"id": f"first {SCRIPT}\u202e", "text": f"the of {SCRIPT}"},
+    {"id": "second", "prompt": "it was for", "completion": "on are </style>"},
+]
+
+
+@functools.cache
+def made_once(root: Path) -> SimpleNamespace:
+    """The job with a file of ``queries`` and its ``page``, for all tests of a session: not to be changed."""
+    job = make_job(root)
+    job.queries, job.page = root / "q.jsonl", root / "report.html"
+    job.queries.write_text("".join(json.dumps(query) + "\n" for query in QUERIES))
+    flags = ["--queries", str(job.queries), "--output", str(job.page), "--top_k", "60", "--device", "cpu"]
+    assert main(["report", str(job.output), *flags]) == 0
+    return job
 
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "base", "col", "wbr"}

@@ -21,6 +21,7 @@ from store_cases import Output
 
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
+from gradproj.analysis import domain_matrix
 from gradproj.reporting import domain_figure
 from gradproj.reporting.clean import clean, one_line
 from gradproj.reporting.columns import count_rows
@@ -197,10 +198,10 @@ def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(tmp_
     monkeypatch.setattr(
         Figure,
         "savefig",
-        lambda self, path: (figures.append(self), self.canvas.draw(), plain_save(self, path)),
+        lambda self, path: (figures.append(self), plain_save(self, path)),
     )
     with ProjectionStore(output.path) as store:
-        domain_figure.draw_domains(facts_of(store, *matrix_and_how(store)), tmp_path / "figure.png")
+        domain_figure.draw_domains(facts_in(store), tmp_path / "figure.png")
     (figure,) = figures
     matrices = [axes for axes in figure.get_axes() if axes.images]
     assert len(matrices) == 2
@@ -230,11 +231,9 @@ def plain_save(figure, path):
     figure.canvas.print_png(path)
 
 
-def matrix_and_how(store):
-    from gradproj.analysis import domain_matrix
-
+def facts_in(store):
     how = {"score": "dot"}
-    return domain_matrix(store, **how), how
+    return facts_of(store, domain_matrix(store, **how), how, count_rows(store))
 
 
 def test_without_matplotlib_the_json_is_written_and_one_line_names_the_extra(
@@ -341,6 +340,6 @@ def test_cleaned_text_is_one_line_of_what_can_be_seen():
 
 def test_lines_of_a_store_stay_in_the_width_of_a_terminal(made):
     with ProjectionStore(made.path) as store:
-        lines = table_lines(facts_of(store, *matrix_and_how(store)))
+        lines = table_lines(facts_in(store))
     assert all(line.isprintable() for line in lines)
     assert MISSING_UNIT == 2

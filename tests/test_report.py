@@ -7,16 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from outputs import uncommit
-from report_cases import (
-    HOSTILE_DOMAIN,
-    HOSTILE_KEY,
-    N_DOCUMENTS,
-    SCRIPT,
-    StrictPage,
-    browse,
-    browser,
-    make_job,
-)
+from report_cases import HOSTILE_DOMAIN, HOSTILE_KEY, N_DOCUMENTS, SCRIPT, StrictPage, made_once
 from store_cases import Output
 
 from gradproj import ProjectionStore
@@ -28,36 +19,15 @@ from gradproj.reporting.clean import one_line
 from gradproj.store import STATUS
 from gradproj.store.writer import update_attributes
 
-QUERIES = [
-    {"id": f"first {SCRIPT}\u202e", "text": f"the of {SCRIPT}"},
-    {"id": "second", "prompt": "it was for", "completion": "on are </style>"},
-]
-
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("report"))
+    return made_once(tmp_path_factory.getbasetemp() / "report")
 
 
 @pytest.fixture(scope="module")
-def queries(tmp_path_factory):
-    path = tmp_path_factory.mktemp("queries") / "q.jsonl"
-    path.write_text("".join(json.dumps(query) + "\n" for query in QUERIES))
-    return path
-
-
-@pytest.fixture(scope="module")
-def page(job, queries, tmp_path_factory):
-    """The page's path."""
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    flags = ["--queries", str(queries), "--output", str(path), "--top_k", "60", "--device", "cpu"]
-    assert main(["report", str(job.output), *flags]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def parsed(page):
-    return StrictPage(page.read_text(encoding="utf-8"))
+def parsed(job):
+    return StrictPage(job.page.read_text(encoding="utf-8"))
 
 
 def report(capsys, *argv):
@@ -69,7 +39,7 @@ def report(capsys, *argv):
 # --- the page is whole, and harmless ---
 
 
-def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_outside(page, parsed):
+def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_outside(job, parsed):
     ids = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
     links = [a["href"] for tag, a in parsed.tags if tag == "a"]
     assert len(links) >= 6
@@ -84,7 +54,7 @@ def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_o
     assert "http" not in parsed.css
     policy = next(a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
-    assert page.stat().st_size < 500_000  # the megabyte of one line is not in it
+    assert job.page.stat().st_size < 500_000  # the megabyte of one line is not in it
 
 
 def test_hostile_texts_keys_domains_and_queries_are_text_and_nothing_else(parsed):
@@ -147,9 +117,9 @@ def test_outliers_are_the_largest_norms_and_self_influences(job, parsed):
         assert ids_in_order(parsed, heading)[:n_rows] == np.argsort(-values, kind="stable")[:n_rows].tolist()
 
 
-def test_each_query_has_its_best_and_worst_side_by_side_with_the_meaning(job, queries, parsed):
+def test_each_query_has_its_best_and_worst_side_by_side_with_the_meaning(job, parsed):
     with ProjectionStore(job.output) as store:
-        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(queries))
+        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(job.queries))
         top, bottom = top_and_bottom(rows.rows, store, 60, 60)
     for number, heading in enumerate((f"Query 1: first {SCRIPT}�", "Query 2: second")):
         pairs = [i for pair in zip(top.ids[number], bottom.ids[number], strict=True) for i in pair]
@@ -244,9 +214,9 @@ def test_documents_of_domains_that_the_store_does_not_name_are_damage(tmp_path, 
 @pytest.mark.parametrize(
     ("score", "of_domains"), [("relatif", "kfac"), ("cosine", "cosine"), ("preconditioned", "preconditioned")]
 )
-def test_each_score_is_named_where_it_is_shown(job, queries, tmp_path, capsys, score, of_domains):
+def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_domains):
     path = tmp_path / "page.html"
-    flags = ["--queries", queries, "--score", score, "--output", path, "--layers", "attn", "--top_k", 3]
+    flags = ["--queries", job.queries, "--score", score, "--output", path, "--layers", "attn", "--top_k", 3]
     code, _, _ = report(capsys, job.output, *flags)
     assert code == 0
     text = StrictPage(path.read_text()).text
@@ -255,7 +225,7 @@ def test_each_score_is_named_where_it_is_shown(job, queries, tmp_path, capsys, s
     assert ("Largest self-influence" in text) == (of_domains != "cosine")
     with ProjectionStore(job.output) as store:
         attn = [layer.name for layer in store.layers if "attn" in layer.name]
-        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(queries))
+        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(job.queries))
         top, bottom = top_and_bottom(rows.rows, store, 3, 3, score=score, layers=attn)
     pairs = [i for pair in zip(top.ids[1], bottom.ids[1], strict=True) for i in pair]
     assert ids_in_order(StrictPage(path.read_text()), "Query 2: second") == pairs
@@ -297,80 +267,3 @@ def test_too_many_queries_for_a_page_and_a_query_that_cannot_be_asked_are_refuse
     assert code == 2
     assert "q.jsonl, line 1" in said
     assert not (job.output / "report.html").exists()
-
-
-# --- in a browser ---
-
-in_a_browser = pytest.mark.skipif(browser() is None, reason="no Chromium is installed (Debian: chromium)")
-
-MEASURE = """<script>
-const wide = [...document.querySelectorAll("td, th, dd, p, figure, nav, h1, h2, h3")]
-  .filter(e => e.scrollWidth > e.clientWidth + 1);
-document.title = [document.documentElement.scrollWidth, window.innerWidth,
-  wide.map(e => e.tagName + " " + e.textContent.slice(0, 40)).join(", "),
-  getComputedStyle(document.documentElement).backgroundColor].join("|");
-</script></body>"""
-
-
-@in_a_browser
-def test_in_a_browser_no_planted_script_runs_even_without_the_page_s_own_ban(page, tmp_path):
-    unguarded = tmp_path / "unguarded.html"
-    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
-    unguarded.write_text(text, encoding="utf-8")
-    shown = browse(unguarded, tmp_path, "--dump-dom")
-    assert "<title>gradproj report: " in shown
-    assert "<title>owned" not in shown
-    # That a script would have run here, and changed the title, is seen from one of our own.
-    control = tmp_path / "control.html"
-    control.write_text(text.replace("</body>", f"{SCRIPT}</body>"), encoding="utf-8")
-    assert "<title>owned</title>" in browse(control, tmp_path, "--dump-dom")
-    guarded = tmp_path / "guarded.html"
-    guarded.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{SCRIPT}</body>"))
-    assert "<title>owned</title>" not in browse(guarded, tmp_path, "--dump-dom")
-
-
-@in_a_browser
-@pytest.mark.parametrize("width", [1366, 900])
-def test_in_a_browser_nothing_is_wider_than_the_window_or_leaves_its_cell(page, tmp_path, width):
-    measured = tmp_path / "measured.html"
-    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
-    measured.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
-    shown = browse(measured, tmp_path, "--dump-dom", width=width)
-    title = re.search(r"<title>(.*?)</title>", shown)[1]
-    scrolled, window, too_wide, background = title.split("|")
-    assert int(scrolled) <= int(window) == width
-    assert not too_wide
-    assert background == "rgb(244, 245, 247)"
-
-
-@in_a_browser
-def test_a_screenshot_shows_a_page_of_dark_text_and_pictures_on_light_ground(page, tmp_path):
-    from matplotlib.image import imread
-
-    path = tmp_path / "shot.png"
-    browse(page, tmp_path, f"--screenshot={path}", height=4000)
-    picture = imread(path)[..., :3]
-    assert picture.shape[:2] == (4000, 1366)
-    assert picture.mean() > 0.85
-    inked = (picture.min(axis=2) < 0.35).mean(axis=1)
-    assert all(part.max() > 0.005 for part in np.array_split(inked, 8)), "a part of the page is blank"
-    coloured = np.ptp(picture, axis=2) > 0.2
-    assert coloured.mean() > 0.005  # the pictures
-    assert (picture[:, :20] > 0.9).all()  # nothing runs out of the margin
-    assert (picture[:, -20:] > 0.9).all()
-
-
-@in_a_browser
-def test_printed_it_makes_pages_that_hold_every_section(page, tmp_path):
-    path = tmp_path / "report.pdf"
-    browse(page, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={path}")
-    data = path.read_bytes()
-    assert data.startswith(b"%PDF")
-    assert 4 <= len(re.findall(rb"/Type\s*/Page\b(?!s)", data)) <= 30
-    if shutil.which("pdftotext"):
-        import subprocess
-
-        text = subprocess.run(["pdftotext", "-layout", path, "-"], capture_output=True, check=True).stdout
-        for heading in ("The run", "Throughput", "Losses and norms", "Domains", "Outliers", "Queries"):
-            assert heading in text.decode()
-        assert text.decode().count("rank") >= 4

@@ -60,7 +60,7 @@ def make_page(
     counts, status = count_rows(store), _status_of(store)
     times = unit_times(store.path.parent) if status is not None else None
     seen = overview(store, top_k, **how)
-    found = None if seen.domains is None else facts_of(store, seen.domains, how)
+    found = None if seen.domains is None else facts_of(store, seen.domains, how, counts)
     missing = store.missing_ranges() if counts.total("missing") else []
     is_complete, verdict = verdict_of(store, counts, status)
     spread, groups = spread_of(store, counts, top_k)

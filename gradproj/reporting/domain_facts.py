@@ -78,20 +78,22 @@ def find_facts(store: ProjectionStore, how: dict[str, Any]) -> DomainFacts:
         ConfigError: a store without domains, an unknown layer, a damping without an inverse.
         StoreError: what the score needs is not there.
     """
-    return facts_of(store, domain_matrix(store, **how), how)
+    return facts_of(store, domain_matrix(store, **how), how, count_rows(store))
 
 
-def facts_of(store: ProjectionStore, matrix: DomainMatrix, how: dict[str, Any]) -> DomainFacts:
+def facts_of(
+    store: ProjectionStore, matrix: DomainMatrix, how: dict[str, Any], counts: RowCounts
+) -> DomainFacts:
     """What goes with a matrix that is there already."""
     return DomainFacts(
         output=str(store.path.parent),
         n_samples=len(store),
         matrix=matrix,
-        counts=count_rows(store),
+        counts=counts,
         order=by_similarity(matrix.cosine, matrix.n_rows),
         how=how,
         layers=chosen_layers(store, how.get("layers")),
-        missing_ranges=store.missing_ranges(),
+        missing_ranges=store.missing_ranges() if counts.total("missing") else [],
     )
 
 
