@@ -98,6 +98,23 @@ def test_a_resumed_trainer_has_the_rows_of_one_that_was_not_stopped(tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, strategy):
+    class Look(TrainerCallback):
+        """When a checkpoint has been made, which other callbacks may not have heard of yet."""
+
+        def on_save(self, args, state, control, **kwargs):
+            with ProjectionStore(tmp_path / "projections") as store:
+                found.append((state.global_step, store.array("step").tolist()))
+
+    found = []
+    watching = GradProjCallback(result_dir=str(tmp_path), proj_save_interval=0, **SETTINGS)
+    train(tmp_path, [Look(), watching], save_strategy=strategy, save_steps=2, num_train_epochs=1)
+    assert found
+    for step, steps in found:
+        assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
+
+
 def test_what_it_cannot_watch_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown proj_rank; it takes .*proj_rank_total"):
         GradProjCallback(result_dir=tmp_path, proj_rank=3)

@@ -429,7 +429,7 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
     train(config)
     train(config_of(data, tmp_path / "regular", **changes))
     for name, weight in weights_in(tmp_path / "regular").items():
-        torch.testing.assert_close(weights_in(tmp_path / "dots")[name], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights_in(tmp_path / "dots")[name], weight, rtol=1e-4, atol=1e-5)
     group = zarr.open_group(tmp_path / "dots" / "grad_dotprod", mode="r")
     assert group["step"][...].tolist() == [1] * 6 + [2] * 6 + [3] * 6
     torch.manual_seed(config.seed)
@@ -450,7 +450,7 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
         for batch in first
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
     ]
-    np.testing.assert_allclose(group["total"][:6], torch.stack(want).numpy(), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(group["total"][:6], torch.stack(want).numpy(), rtol=1e-4, atol=1e-9)
     assert group["sample_id"][:6].tolist() == [int(i) for batch in first for i in batch.sample_ids]
     table = (tmp_path / "dots" / "values.md").read_text()
     assert all(domain in table for domain in ("Github", "ArXiv", "Pile-CC"))

@@ -158,13 +158,13 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
     assert len(lines) == 4
     same = config_of(data, tmp_path, resume=True)
     with pytest.raises(ConfigError, match="  ranks: checkpoint 1, this run 2"):
-        Checkpoints(tmp_path, same, Ranks(0, 2)).load(tmp_path / "checkpoints" / "step-00000006")
+        Checkpoints(tmp_path, same, Ranks(0, 2), {}).load(tmp_path / "checkpoints" / "step-00000006")
 
 
 def test_a_checkpoint_that_was_not_finished_counts_for_nothing(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     (tmp_path / "checkpoints" / ".saving-step-00000009").mkdir()
-    found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), Ranks()).newest()
+    found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), Ranks(), {}).newest()
     assert found == tmp_path / "checkpoints" / "step-00000006"
 
 

@@ -91,15 +91,21 @@ class GradProjCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write where it is due."""
+        self._secure_before_checkpoint(control)
         if self._manager is not None and self._manager.should_save_metrics(self._step):
             self._manager.save_metrics(self._step)
 
-    def on_save(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint counts on the rows up to it."""
-        if self._manager is not None:
-            self._manager.state_dict()
+        """A checkpoint may come."""
+        self._secure_before_checkpoint(control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint may come."""
+        self._secure_before_checkpoint(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -121,6 +127,11 @@ class GradProjCallback(TrainerCallback):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cleanup()
+
+    def _secure_before_checkpoint(self, control: TrainerControl) -> None:
+        """A checkpoint counts on the rows up to it: a process that dies in between must leave them."""
+        if self._manager is not None and control.should_save:
+            self._manager.state_dict()
 
     # --- a batch ---
 

@@ -1,12 +1,19 @@
 """Checkpoints of a training run: a Hugging Face folder with what training needs to go on, published by one rename."""
 
+import errno
+import fcntl
 import os
 import re
 import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.files import explain_os_errors, fsync_dir
@@ -17,8 +24,44 @@ FOLDER = "checkpoints"
 """Below ``result_dir``."""
 STATE = "training_state.pt"
 WEIGHTS = ".safetensors"
+LOCK_PATIENCE_S = 15.0
 
 _NAME = re.compile(r"step-(\d{8,})")
+
+
+@contextmanager
+def alone_in(result_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other runs out of a folder while this context lasts; the first rank does it for all.
+
+    Raises:
+        StoreError: another run trains into it.
+    """
+    if not ranks.is_first:
+        yield
+        return
+    with explain_os_errors(result_dir):
+        lock = (result_dir / ".lock").open("w")
+    with lock:
+        # Ranks whose launcher was killed need a moment to notice.
+        until = time.monotonic() + LOCK_PATIENCE_S
+        while not _locked(lock):
+            if time.monotonic() > until:
+                raise StoreError(
+                    f"another run is training into --result_dir {result_dir}: wait for its end, or give another folder"
+                )
+            time.sleep(0.2)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            raise
+    return True
 
 
 def rank_file(rank: int) -> str:
@@ -27,11 +70,21 @@ def rank_file(rank: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which the newest is kept."""
+    """The checkpoints of one run, of which the newest is kept.
 
-    def __init__(self, result_dir: Path, config: TrainConfig, ranks: Ranks) -> None:
+    Args:
+        result_dir: they are in a folder of it.
+        config: the run.
+        ranks: those that train.
+        corpora: ``shards`` and ``val_shards`` -> the corpus's fingerprint, which must stay wherever the tars lie.
+    """
+
+    def __init__(
+        self, result_dir: Path, config: TrainConfig, ranks: Ranks, corpora: Mapping[str, str]
+    ) -> None:
         self._result_dir, self._folder = result_dir, result_dir / FOLDER
         self._config, self._ranks = config, ranks
+        self._settings = {**config.settings_of_the_run(), **corpora, "ranks": ranks.world_size}
 
     def newest(self) -> Path | None:
         """The folder of the newest whole checkpoint, or None."""
@@ -44,9 +97,11 @@ class Checkpoints:
         """The checkpoint to go on from; None to begin.
 
         Raises:
-            StoreError: there is one, and ``--resume`` was not given.
+            StoreError: there is one, and ``--resume`` was not given; or none, and what another run left there would go.
         """
         newest = self.newest()
+        if newest is None:
+            self._refuse_to_begin_anew()
         if newest is not None and not self._config.resume:
             raise StoreError(
                 f"--result_dir {self._result_dir} holds a run's checkpoint ({newest.name}): "
@@ -54,15 +109,37 @@ class Checkpoints:
             )
         return newest
 
+    def _refuse_to_begin_anew(self) -> None:
+        """Where that would take something away."""
+        folder, interval = self._result_dir, self._config.checkpoint_interval
+        models = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
+        if models:
+            raise StoreError(
+                f"--result_dir {folder} holds a model ({models[0]}) and no checkpoint to go on from: it would be "
+                "overwritten. Give a new folder"
+            )
+        n_steps = steps_in(folder)
+        if self._config.resume and interval and n_steps > interval:
+            raise StoreError(
+                f"--result_dir {folder} holds {n_steps} steps of a run and no checkpoint, though one is made every "
+                f"{interval} steps: put {FOLDER}/ back, or give a new folder"
+            )
+        if self._config.resume and n_steps and self._ranks.is_first:
+            print(
+                f"no checkpoint in {folder} yet: beginning anew, the {n_steps} steps there are made again",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """``(what all ranks share, this rank's own)`` of a checkpoint.
 
         Raises:
-            ConfigError: the run was made with other settings or another number of ranks.
+            ConfigError: the run was made with other settings, documents or another number of ranks.
+            StoreError: it is damaged.
         """
-        shared = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        wanted = self._config.settings_of_the_run() | {"ranks": self._ranks.world_size}
-        known = shared["settings"]
+        shared = _load(path, STATE)
+        wanted, known = self._settings, shared["settings"]
         differences = [
             f"  --{name}: checkpoint {known.get(name)!r}, this run {value!r}"
             for name, value in wanted.items()
@@ -74,8 +151,7 @@ class Checkpoints:
                 + "\n".join(differences).replace("--ranks", "ranks")
                 + "\nResume with the same settings, or give --result_dir a new path"
             )
-        own = torch.load(path / rank_file(self._ranks.rank), map_location="cpu", weights_only=True)
-        return shared, own
+        return shared, _load(path, rank_file(self._ranks.rank))
 
     def save(
         self,
@@ -104,14 +180,12 @@ class Checkpoints:
                 work.mkdir(parents=True)
             self._ranks.wait()
             if self._ranks.is_first:
-                model.save_pretrained(work)
-                tokenizer.save_pretrained(work)
-                settings = self._config.settings_of_the_run() | {"ranks": self._ranks.world_size}
+                _save_model(work, model, tokenizer)
                 shared = {
-                    "step": step, "settings": settings, "optimizer": optimizer.state_dict(), "curve": curve,
+                    "step": step, "settings": self._settings, "optimizer": optimizer.state_dict(), "curve": curve,
                 }  # fmt: skip
-                torch.save(shared, work / STATE)
-            torch.save({**own, "random": random_state()}, work / rank_file(self._ranks.rank))
+                _save(shared, work / STATE)
+            _save({**own, "random": random_state()}, work / rank_file(self._ranks.rank))
             self._ranks.wait()
             if self._ranks.is_first:
                 self._publish(work, final)
@@ -137,12 +211,48 @@ def publish_model(result_dir: Path, model: Any, tokenizer: Any) -> None:
     with explain_os_errors(result_dir):
         work.mkdir(parents=True)
         try:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
+            _save_model(work, model, tokenizer)
             for path in sorted(work.iterdir(), key=lambda p: p.suffix == WEIGHTS):
                 os.replace(path, result_dir / path.name)
         finally:
             shutil.rmtree(work)
+
+
+def steps_in(result_dir: Path) -> int:
+    """Steps that a run's ``loss.csv`` tells of."""
+    path = result_dir / "loss.csv"
+    return max(0, len(path.read_text().splitlines()) - 1) if path.is_file() else 0
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise StoreError(
+            f"cannot write {path}: {_reason(error)}. Free space there, then start again"
+        ) from error
+
+
+def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise StoreError(f"cannot write {folder}: {error}. Free space there, then start again") from error
+    tokenizer.save_pretrained(folder)
+
+
+def _load(checkpoint: Path, name: str) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a torn archive makes of torch's reader
+        raise StoreError(
+            f"the checkpoint {checkpoint} is damaged ({name}: {_reason(error)}): train without --resume into a new "
+            "--result_dir"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def random_state() -> dict[str, Any]:

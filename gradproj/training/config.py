@@ -1,6 +1,7 @@
 """What a training run is told, and what of it concerns its engine."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from gradproj.store.layout import StoreConfig
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
+MOST_SEEDS = 2**32
 PRECISIONS = ("float32", "bfloat16")
 
 NO_PART_OF_A_RUN = frozenset(
@@ -104,7 +106,8 @@ class TrainConfig(EngineConfig):
         metadata={"help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"}
     )
     result_dir: str = field(
-        metadata={"help": "folder for model, tokenizer, loss curve, checkpoints and the engine's results"}
+        default="training",
+        metadata={"help": "folder for model, tokenizer, loss curve, checkpoints and the engine's results"},
     )
     model: str = field(default="", metadata={"help": "go on from this checkpoint (directory or hub name)"})
     architecture: str = field(
@@ -208,11 +211,15 @@ def _check_numbers(config: TrainConfig) -> None:
     ):  # fmt: skip
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    if not config.result_dir.strip():
+        raise ConfigError("--result_dir is empty; give a folder")
+    if not 0 <= config.seed < MOST_SEEDS:
+        raise ConfigError(f"--seed must be at least 0 and less than 2^32, got {config.seed}")
     for name in ("warmup_steps", "momentum", "weight_decay", "clip", "eval_interval", "checkpoint_interval"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"--{name} must be at least 0, got {getattr(config, name)}")
-    if not config.learning_rate > 0:
-        raise ConfigError(f"--learning_rate must be more than 0, got {config.learning_rate}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ConfigError(f"--learning_rate must be more than 0, and finite, got {config.learning_rate}")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"--dropout must be at least 0 and less than 1, got {config.dropout}")
     if config.momentum and config.optimizer != "sgd":

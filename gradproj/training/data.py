@@ -79,12 +79,19 @@ class TrainBatch:
         return self.n_tokens - len(self.sample_ids)
 
 
-def open_corpus(shards: str) -> CorpusIndex:
-    """The corpus named by ``--shards``: an index file's, that of the index beside the tars, or one made from them.
+def open_corpus(shards: str, flag: str = "--shards") -> CorpusIndex:
+    """The corpus named by a flag: an index file's, that of the index beside the tars, or one made from them.
 
     Raises:
-        CorpusError: there is no such corpus, or the index is of other tars.
+        CorpusError: there is no such corpus, or the index is of other tars; of the flag.
     """
+    try:
+        return _open_corpus(shards)
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("--shards", flag)) from error
+
+
+def _open_corpus(shards: str) -> CorpusIndex:
     if shards.endswith(".json"):
         return load_index(Path(shards))
     paths, beside = list_tars(shards), default_index_path(shards)
@@ -114,6 +121,10 @@ def batches_of(
 
     Of every epoch's documents in their shuffled order, rank r of W takes those at r, W + r, 2 W + r and so on.
     """
+    if index.n_samples < ranks.world_size:
+        raise CorpusError(
+            f"--shards {config.shards}: {index.n_samples} document(s) for {ranks.world_size} ranks; start fewer"
+        )
     sequences = _sequences(config, index, tokenizer, ranks, position or DataPosition())
     for chunk in iter(lambda: list(itertools.islice(sequences, config.batch_size)), []):
         yield make_batch(chunk)
@@ -224,7 +235,10 @@ class TrainedDocuments:
     def domain(self, sample_id: int) -> str:
         """A document's domain; read from its tar where another rank or an earlier start trained on it."""
         if sample_id not in self._domains:
-            self._domains[sample_id] = self._read(sample_id).domain
+            # With its neighbours, since a tar is read from the beginning of a block anyway.
+            first = sample_id - sample_id % SAMPLES_PER_BLOCK
+            last = min(first + SAMPLES_PER_BLOCK, self._index.n_samples)
+            self._domains.update((d.sample_id, d.domain) for d in read_documents(self._index, first, last))
         return self._domains[sample_id]
 
     def text(self, sample_id: int) -> str:

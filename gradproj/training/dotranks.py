@@ -1,4 +1,4 @@
-"""The ranks of a data-parallel run, where an engine makes the gradients itself."""
+"""What averages gradients over the ranks where an engine makes them itself."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Ranks:
-    """The process group of a model's ranks; a process without one is rank 0 of 1."""
+class Reducer:
+    """In the place of DistributedDataParallel's own; a process without a process group is rank 0 of 1."""
 
     def __init__(self, module: nn.Module) -> None:
         self._wrapper = module if isinstance(module, DistributedDataParallel) else None
@@ -19,7 +19,7 @@ class Ranks:
         self.size = dist.get_world_size(self._group) if together else 1
         self.rank = dist.get_rank(self._group) if together else 0
 
-    def hold_reducer(self) -> None:
+    def hold(self) -> None:
         """Keep DistributedDataParallel from waiting for gradients that autograd will not make.
 
         Said again in each forward pass: of the wrapper through which it came, if the model was wrapped later, and
@@ -29,7 +29,7 @@ class Ranks:
         if self._wrapper is not None:
             self._wrapper.require_backward_grad_sync = False
 
-    def release_reducer(self) -> None:
+    def release(self) -> None:
         """Let it work again."""
         if self._wrapper is not None:
             self._wrapper.require_backward_grad_sync = True

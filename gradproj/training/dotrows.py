@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.store.growing import GrowingTable
+from gradproj.store.growing import GrowingTable, refuse_gap
 from gradproj.training.values import RunValues
 
 Row = Mapping[str, np.ndarray]
@@ -53,7 +53,9 @@ class DotRows:
                 f"{table.path} has {table.n_rows} rows of another run: resume that run, or give another result_dir"
             )
         if resume_step is not None:
-            later = np.flatnonzero(table.read("step") > resume_step)
+            steps = table.read("step")
+            refuse_gap(table.path, int(steps.max(initial=-1)), resume_step)
+            later = np.flatnonzero(steps > resume_step)
             table.cut(int(later[0]) if len(later) else table.n_rows)
             self.values.add(table.read("sample_id"), table.read("value"))
 

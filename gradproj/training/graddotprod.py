@@ -18,7 +18,7 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.layers import without_wrappers
 from gradproj.training.dotbatch import DotBatch
 from gradproj.training.dotlayers import DotLayer, find_dot_layers
-from gradproj.training.dotranks import Ranks
+from gradproj.training.dotranks import Reducer
 from gradproj.training.dotrows import DotRows
 from gradproj.training.joined import Joined, Joiner
 from gradproj.training.values import learning_rates
@@ -106,10 +106,10 @@ class GradDotProdEngine:
         named = [(name, p) for name, p in self._inner.named_parameters() if p.requires_grad]
         self.parameter_names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
-        self._ranks = Ranks(module)
+        self._reducer = Reducer(module)
         folder = None if result_dir is None else Path(result_dir) / "grad_dotprod"
         self._rows = DotRows(
-            folder if self._ranks.rank == 0 else None, self.parameter_names, save_interval, resume_step
+            folder if self._reducer.rank == 0 else None, self.parameter_names, save_interval, resume_step
         )
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
@@ -135,7 +135,7 @@ class GradDotProdEngine:
         ]
         for layer in self._layers:
             self._handles.append(layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True))
-        self._ranks.hold_reducer()
+        self._reducer.hold()
         return self
 
     def detach(self) -> None:
@@ -143,7 +143,7 @@ class GradDotProdEngine:
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            self._ranks.release_reducer()
+            self._reducer.release()
         self._handles = []
         self.clear_gradients()
 
@@ -230,8 +230,8 @@ class GradDotProdEngine:
                 "prepare_gradients: no batch of prepare_forward_input ran backward; call loss.backward() first, once"
             )
         batch.finish()
-        if self._ranks.size > 1:
-            for parameter, gradient in self._ranks.means(self._parameters, self._held):
+        if self._reducer.size > 1:
+            for parameter, gradient in self._reducer.means(self._parameters, self._held):
                 _add_to_grad(parameter, gradient)
             self._held = {}
         self._prepared = True
@@ -252,7 +252,7 @@ class GradDotProdEngine:
         batch, joined = self._batch, self._joined
         if batch is None or joined is None or self._noted is None or not self._prepared:
             raise ModelError("aggregate_and_log: call prepare_gradients() first, after loss.backward()")
-        factor = joined.train_scale * joined.validation_scale / self._ranks.size
+        factor = joined.train_scale * joined.validation_scale / self._reducer.size
         factor *= _now(self.accumulation) / _now(self.loss_scale) ** 2
         dots = batch.dots(self._parameters).double().cpu() * factor
         step, ids = self._noted
@@ -264,7 +264,7 @@ class GradDotProdEngine:
             "per_parameter": dots.float().numpy(),
         }
         self.clear_gradients()
-        self._rows.add(self._ranks.of_all(rows))
+        self._rows.add(self._reducer.of_all(rows))
         return {name: torch.from_numpy(column) for name, column in rows.items() if name != "step"}
 
     def clear_gradients(self) -> None:
@@ -302,7 +302,7 @@ class GradDotProdEngine:
                 "returned; evaluate under torch.no_grad(), or detach_for_evaluation() before"
             )
         self._in_forward = True
-        self._ranks.hold_reducer()
+        self._reducer.hold()
         for parameter in self._parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -325,7 +325,7 @@ class GradDotProdEngine:
 
     def _deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         # Several ranks must average this batch's gradient before it meets those of earlier micro-batches.
-        if self._ranks.size > 1:
+        if self._reducer.size > 1:
             self._held[parameter] = gradient
         else:
             _add_to_grad(parameter, gradient)

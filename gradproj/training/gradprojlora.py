@@ -13,7 +13,7 @@ from gradproj.capture import place_widths
 from gradproj.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, StoreError
 from gradproj.layers import without_wrappers
-from gradproj.loss import IGNORE
+from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
 from gradproj.store.writer import pack_matrices
 from gradproj.training.engines import EngineContext, TrainingEngine
@@ -99,7 +99,11 @@ class GradProjLoraTraining(TrainingEngine):
         """Take the rows of the batch that has just run backward; they stay on the device until they are due."""
         labels, ids = self._labels, self._ids
         self._labels = self._ids = None
+        told = loss_key(self.context.model) in LOSS_WEIGHTS
         rows = self._engine.collect_batch()
+        if not told:
+            # A mean over the batch, which a loop that accumulates divides by the number of batches.
+            rows = rows * self.context.settings.grad_accumulation
         n_tokens = None if labels is None else (labels[:, 1:] != IGNORE).sum(dim=1)
         if n_tokens is None and self.context.settings.loss_reduction == "mean":
             raise ConfigError(

@@ -21,7 +21,7 @@ from gradproj.loss import per_sample_loss
 from gradproj.model import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.stopping import StopRequest
 from gradproj.store.files import explain_os_errors
-from gradproj.training.checkpoints import Checkpoints, publish_model, restore_random_state
+from gradproj.training.checkpoints import Checkpoints, alone_in, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig
 from gradproj.training.curve import LossCurve, TrainResult
 from gradproj.training.data import (
@@ -56,7 +56,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     if warning and process.rank == 0:
         print(warning, file=sys.stderr, flush=True)
     folder = make_folder("--result_dir", config.result_dir)
-    with start_ranks(process, device) as ranks:
+    with start_ranks(process, device) as ranks, alone_in(folder, ranks):
         run = _Run(config, folder, device, ranks)
         stop.drain()
         with run.manager:
@@ -74,7 +74,11 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks) -> None:
         self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
-        self._checkpoints = Checkpoints(folder, config, ranks)
+        index = open_corpus(config.shards)
+        corpora = {"shards": index.fingerprint, "val_shards": ""}
+        if config.val_shards:
+            corpora["val_shards"] = open_corpus(config.val_shards, "--val_shards").fingerprint
+        self._checkpoints = Checkpoints(folder, config, ranks, corpora)
         saved = self._checkpoints.to_resume()
         shared, own = self._checkpoints.load(saved) if saved else ({}, {})
         torch.manual_seed(config.seed)
@@ -89,7 +93,6 @@ class _Run:
             enable({"use_reentrant": False})
         self._shared_model = ranks.share(self._model)
         self._optimizer = make_optimizer(self._model, config)
-        index = open_corpus(config.shards)
         self._validation = Validation(config, self._tokenizer, device, ranks)
         self.done = shared.get("step", 0)
         self.manager = GhostEngineManager(

@@ -19,6 +19,7 @@ import numpy as np
 from gradproj.errors import StoreError
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
+from gradproj.store.growing import refuse_gap
 from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, LayerSlice, StoreLayout, empty_columns
 from gradproj.store.opening import find_store, read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
@@ -190,15 +191,19 @@ class RowStore:
                 self._set_length(wanted)
 
     def n_rows_to(self, step: int) -> int:
-        """How many of this rank's rows on disk are of steps up to this one; steps ascend."""
-        n_rows, number = 0, 0
-        while True:
-            try:
-                steps = np.fromfile(self._store / "step" / f"c.{self._unit(number)}", "<i8")
-            except FileNotFoundError:
-                return n_rows
+        """How many of this rank's rows on disk are of steps up to this one; steps ascend.
+
+        Raises:
+            StoreError: rows of the last steps before it were never written.
+        """
+        n_rows, number, last = 0, 0, -1
+        while (path := self._store / "step" / f"c.{self._unit(number)}").exists():
+            steps = np.fromfile(path, "<i8")
             n_rows += int(((steps >= 0) & (steps <= step)).sum())
+            last = max(last, int(steps.max()))
             number += 1
+        refuse_gap(self._store, last, step)
+        return n_rows
 
     def close(self) -> None:
         """Write what is left. What a rank's last unit has no row for is marked as such, or cut off."""
@@ -240,6 +245,10 @@ class RowStore:
         with explain_os_errors(path):
             with temporary.open("wb") as file:
                 file.writelines(chunks)
+                if path.exists():
+                    # What goes may be on the disk for good, and a checkpoint count on it: so must be what comes.
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         self._unsafe.add(path)
 

@@ -49,7 +49,7 @@ class Validation:
 
 
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
-    index = open_corpus(config.val_shards)
+    index = open_corpus(config.val_shards, "--val_shards")
     found: list[Sequence] = []
     for document in read_documents(index, 0, index.n_samples):
         if len(found) == config.val_batches * config.val_batch_size:
