@@ -7,7 +7,7 @@ from gradproj.errors import ConfigError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.leave_out import _result, best_of_all
 from gradproj.evaluation.methods import names_of
-from gradproj.evaluation.retrieval import retrieval
+from gradproj.evaluation.retrieval import near_copies, retrieval
 from gradproj.evaluation.statistics import (
     Bootstrap,
     lds_by_query,
@@ -147,9 +147,25 @@ def test_bm25_is_lucenes_formula():
 
 def test_a_copy_is_found_where_its_score_is_among_the_k_highest():
     scores = np.array([[9.0, 1, 2, 3], [0, 5, 7, 6], [1, 1, 1, 1]])
-    found = retrieval(scores, np.array([0, 3, 2]), at=(1, 2))
+    copies = np.zeros((3, 4), bool)
+    copies[[0, 1, 2], [0, 3, 2]] = True
+    found = retrieval(scores, copies, at=(1, 2))
     assert found.recall == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
     assert found.mrr == pytest.approx((1 + 1 / 2 + 1 / 4) / 3)  # of equal scores the copy is last
+
+
+def test_of_several_copies_the_first_counts():
+    scores, copies = np.array([[9.0, 8, 7, 6]]), np.array([[False, True, True, False]])
+    assert retrieval(scores, copies, at=(1, 2)).recall == {1: 0.0, 2: 1.0}
+
+
+def test_a_document_with_as_many_ngrams_in_common_as_the_planted_one_is_a_copy_too():
+    queries = np.array([[1, 2, 3, 4, 5, 6]])
+    documents = np.array([[1, 2, 3, 4, 5, 9], [9, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]])
+    assert near_copies(documents, queries, np.array([0])).tolist() == [[True, False, True, True]]
+    # Where the planted one has no 4-gram left, the others need one at least.
+    strangers = np.array([[9, 9, 9, 9, 9, 9], [8, 8, 8, 8, 8, 8]])
+    assert near_copies(strangers, queries, np.array([1])).tolist() == [[False, True]]
 
 
 def test_a_groups_documents_are_each_querys_best_in_turn():

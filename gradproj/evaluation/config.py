@@ -95,7 +95,8 @@ class LdsConfig:
         default=8, metadata={"help": "queries that share a training, which is without the documents of all"}
     )
     leave_out_methods: str = field(
-        default="kfac@16:0.03,dot@16,bm25", metadata={"help": "whose top documents, comma-separated"}
+        default="kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
+        metadata={"help": "whose top documents, comma-separated"},
     )
     leave_out_controls: int = field(
         default=3, metadata={"help": "trainings without as many random documents, to compare with"}

@@ -7,7 +7,7 @@ import numpy as np
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.leave_out import LeaveOut
-from gradproj.evaluation.retrieval import Retrieval, retrieval
+from gradproj.evaluation.retrieval import Retrieval, near_copies, retrieval
 from gradproj.evaluation.statistics import Bootstrap, Estimate, noise_ceiling, permutation_baseline
 
 RECALL_AT = (1, 10)
@@ -61,14 +61,17 @@ def judge(
     losses = losses[:, :, :n]
     bootstrap = Bootstrap(subsets, losses, config.bootstrap, config.seed)
     told = {name: bootstrap.by_query(found[:n]) for name, found in scores.items()}
+    copies = np.zeros((0, len(experiment.documents)), bool)
+    if len(experiment.copies):
+        copies = near_copies(experiment.documents, experiment.queries[n:], experiment.copies)
     methods = {}
     for name, (by_query, of_samples) in told.items():
         over = None
         if name != reference:
             over = Bootstrap.estimate(by_query - told[reference][0], of_samples - told[reference][1])
-        copies = retrieval(scores[name][n:], experiment.copies, RECALL_AT) if len(experiment.copies) else None
+        found = retrieval(scores[name][n:], copies, RECALL_AT) if len(copies) else None
         lds = Bootstrap.estimate(by_query, of_samples)
-        methods[name] = Judged(lds, by_query.tolist(), over, copies, left.get(name))
+        methods[name] = Judged(lds, by_query.tolist(), over, found, left.get(name))
     ordered = dict(sorted(methods.items(), key=lambda item: -item[1].lds.mean))
     chance = permutation_baseline(scores[reference][:n], subsets, losses, config.permutations, config.seed)
     return Results(

@@ -5,6 +5,21 @@ import math
 from gradproj.evaluation.results import RECALL_AT, Judged, Results
 from gradproj.evaluation.statistics import Estimate
 
+LDS_NOTE = (
+    "LDS: Spearman's correlation of a half's summed scores with minus the query's loss after training on it, mean over",
+    "     the queries",
+)
+COPIES_NOTE = (
+    "copies: recall@k and 1 / rank of a query's first near-copy: the planted one, or another with as many of its 4-grams",
+)
+LEFT_OUT_NOTE = (
+    "left out: rise of the queries' loss (nats per token) without the documents that the method puts first for them,",
+    "     less that without as many random ones",
+)
+ERRORS_NOTE = (
+    "+-q: standard error over the queries; +-s: over the halves (bootstrap); differences are paired",
+)
+
 
 def table_lines(results: Results) -> list[str]:
     """What was measured, a line a method, and how to read it."""
@@ -24,9 +39,10 @@ def table_lines(results: Results) -> list[str]:
         "  ".join(heads).rstrip(),
         *(_line(name, judged, width, with_copies, with_left) for name, judged in shown.items()),
         "",
-        "LDS: Spearman's correlation of a half's summed scores with minus the query's loss after training on it, mean "
-        "over the queries",
-        "+-q: standard error over the queries; +-s: over the halves (bootstrap); differences are paired",
+        *LDS_NOTE,
+        *(COPIES_NOTE if with_copies else ()),
+        *(LEFT_OUT_NOTE if with_left else ()),
+        *ERRORS_NOTE,
     ]
 
 
