@@ -119,7 +119,8 @@ def _draw_matrix(
     for (i, j), value in np.ndenumerate(chosen):
         text = minus(in_cell(value))
         ink = "white" if is_dark("#" + colours[i, j].tobytes().hex()) else "black"
-        axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
+        number = axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
+        number.set_in_layout(False)  # it lies in its cell: hundreds of them would be measured for nothing
     axes.set_xticks(
         range(len(names)),
         names,
