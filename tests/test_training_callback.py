@@ -98,7 +98,7 @@ def test_a_resumed_trainer_has_the_rows_of_one_that_was_not_stopped(tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, strategy):
     class Look(TrainerCallback):
         """When a checkpoint has been made, which other callbacks may not have heard of yet."""
@@ -109,7 +109,9 @@ def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, st
 
     found = []
     watching = GradProjCallback(result_dir=str(tmp_path), proj_save_interval=0, **SETTINGS)
-    train(tmp_path, [Look(), watching], save_strategy=strategy, save_steps=2, num_train_epochs=1)
+    best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    changes = best if strategy == "best" else {"save_steps": 2}
+    train(tmp_path, [Look(), watching], save_strategy=strategy, num_train_epochs=1, **changes)
     assert found
     for step, steps in found:
         assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()

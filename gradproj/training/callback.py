@@ -91,7 +91,7 @@ class GradProjCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write where it is due."""
-        self._secure_before_checkpoint(control)
+        self._secure_before_checkpoint(args, control)
         if self._manager is not None and self._manager.should_save_metrics(self._step):
             self._manager.save_metrics(self._step)
 
@@ -99,13 +99,13 @@ class GradProjCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A checkpoint may come."""
-        self._secure_before_checkpoint(control)
+        self._secure_before_checkpoint(args, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A checkpoint may come."""
-        self._secure_before_checkpoint(control)
+        self._secure_before_checkpoint(args, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,9 +128,10 @@ class GradProjCallback(TrainerCallback):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cleanup()
 
-    def _secure_before_checkpoint(self, control: TrainerControl) -> None:
+    def _secure_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:
         """A checkpoint counts on the rows up to it: a process that dies in between must leave them."""
-        if self._manager is not None and control.should_save:
+        # Whether an evaluation was the best so far is decided after the last callback.
+        if self._manager is not None and (control.should_save or args.save_strategy == "best"):
             self._manager.state_dict()
 
     # --- a batch ---
