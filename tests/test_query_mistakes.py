@@ -127,7 +127,8 @@ def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(job, 
     assert "  --proj_seed: queries 7, store 42" in ask.mistake(job.output, "--query_store", output)
 
 
-def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask):
+def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):
+    monkeypatch.setattr("gradproj.query_config.DEFAULT_SCORE", "kfac")
     uncommit(output, 0, 2)
     update_attributes(output / "projections.zarr", {"covariance_tokens": 0})
     lines, said = ask(output, *ASKED, "--top_k", N_SAMPLES)
@@ -183,7 +184,8 @@ def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
     assert "run_config.json cannot be read" in ask.mistake(tmp_path, *ASKED)
 
 
-def test_a_training_run_s_store_takes_rows_and_no_text(tmp_path, ask):
+def test_a_training_run_s_store_takes_rows_and_no_text(tmp_path, ask, monkeypatch):
+    monkeypatch.setattr("gradproj.query_config.DEFAULT_SCORE", "kfac")
     from test_training_engines import by_hand, one_step
 
     model, optimizer, manager = by_hand(tmp_path)
