@@ -10,7 +10,7 @@ LDS_NOTE = (
     "     the queries",
 )
 COPIES_NOTE = (
-    "copies: recall@k and 1 / rank of a query's first near-copy: the planted one, or another with as many of its 4-grams",
+    "copies: recall@k and 1 / rank of a query's first near-copy: that planted, or another with as many of its 4-grams",
 )
 LEFT_OUT_NOTE = (
     "left out: rise of the queries' loss (nats per token) without the documents that the method puts first for them,",
