@@ -176,6 +176,21 @@ def test_a_damaged_store_is_named_and_the_way_out(output, ask):
     assert "is damaged or not a gradproj store" in ask.mistake(output, *ASKED)
 
 
+def test_rows_whose_shard_is_gone_are_said_and_ask_nothing(job, output, ask):
+    shard_of(output, 1).unlink()
+    text = " ".join(" ".join(ask(output, *ASKED, "--score", "dot")[0]).split())
+    assert (
+        "53 documents compared; without a row: 1 empty, 1 with no target token; 15 are recorded and their"
+        in text
+    )
+    assert f"shard is gone: python -m gradproj verify {output}" in text
+    message = ask.mistake(job.output, "--query_store", output)
+    assert (
+        "15 rows are recorded and not there, the first of key '000000000016'; see python -m gradproj verify"
+        in message
+    )
+
+
 def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
     assert "is not a gradproj store" in ask.mistake(tmp_path, *ASKED)
     shutil.copytree(job.output / "projections.zarr", tmp_path / "projections.zarr")

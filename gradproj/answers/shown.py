@@ -61,6 +61,10 @@ class About:
         absent = [words for words in others if not words.endswith(" ok")]
         if absent:
             text += f"; without a row: {', '.join(absent)}"
+        n_lost = self.counts["ok"] - self.n_scored
+        if n_lost > 0 and not self.domains:
+            way_out = f"python -m gradproj verify {self.store.path.parent}"
+            text += f"; {n_lost:,} are recorded and their shard is gone: {way_out}"
         ranges = self.store.missing_ranges() if self.counts["missing"] else []
         if ranges:
             shown = ", ".join(
