@@ -7,8 +7,11 @@ import sys
 import numpy as np
 import pytest
 from jobs import ENVIRONMENT
-from outputs import copy_of, cut, shard_of
+from outputs import copy_of
 from query_cases import TEXT, ask, write_queries
+
+from gradproj.dist import LET_RANK_0_SPEAK_S, Process, process_group, said_by_rank_0
+from gradproj.errors import ReportedError, StoreError
 
 assert ask
 
@@ -53,17 +56,35 @@ def test_two_ranks_give_one_process_s_answer_and_file_once(output, queries, tmp_
     assert not list(tmp_path.glob(".two.npy*"))
 
 
-def test_a_mistake_is_said_once_whoever_meets_it(output, tmp_path):
-    of_the_first = start(output, "--text", "a")
-    damaged = copy_of(output, tmp_path / "damaged")
-    cut(shard_of(damaged, 4))  # in the second rank's share
-    of_the_second = start(damaged, "--text", TEXT, "--score", "dot")
-    for job, message in (
-        (of_the_first, "--text: a single token"),
-        (of_the_second, "gradproj: rank 1: "),
-    ):
-        code, out, said = ended(job)
-        assert code == 1  # torchrun's own
-        assert out == ""
-        assert said.count(message) == 1, said
-        assert said.count("Traceback") == 1, said  # torchrun's own
+def test_a_mistake_of_the_first_rank_is_said_once_while_the_others_wait_for_it(output):
+    code, out, said = ended(start(output, "--text", "a"))
+    assert code == 1  # torchrun's own
+    assert out == ""
+    assert said.count("gradproj: --text: a single token") == 1, said
+    assert said.count("Traceback") == 1, said  # torchrun's own
+
+
+def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    with pytest.raises(ReportedError), said_by_rank_0(1):
+        raise StoreError("damaged")
+    assert pauses == [LET_RANK_0_SPEAK_S]
+    assert capsys.readouterr().err == "gradproj: rank 1: damaged\n"
+    with pytest.raises(StoreError), said_by_rank_0(0):
+        raise StoreError("damaged")
+    with pytest.raises(ReportedError), said_by_rank_0(1):
+        raise ReportedError
+    assert capsys.readouterr().err == ""
+    assert len(pauses) == 1
+
+
+def test_a_rank_that_was_left_alone_in_an_exchange_ends_without_a_word(monkeypatch):
+    import torch.distributed as torch_dist
+
+    monkeypatch.setattr(torch_dist, "init_process_group", lambda *a, **k: None)
+    ranks = Process(1, 2, 1, 2, launched=True)
+    with pytest.raises(ReportedError), process_group(ranks):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="our own"), process_group(ranks):
+        raise RuntimeError("our own")
