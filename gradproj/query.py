@@ -5,8 +5,10 @@ scanned once. Under torchrun the ranks share the scan, and rank 0 makes the quer
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,15 +69,28 @@ def query_command(argv: list[str]) -> None:
         (config,) = parse(
             argv, "gradproj query", QueryConfig, description="Which documents support a query most."
         )
-        with process_group(process):
+        with process_group(process), _ended_as_by_ctrl_c(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):
             print(line)
 
 
+@contextmanager
+def _ended_as_by_ctrl_c(process: Process) -> Iterator[None]:
+    """SIGTERM too leaves no unfinished file. Not among ranks: one that waits for another would not mind it any more."""
+    if process.world_size > 1:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
-    """Score every document of a store, in one scan for each damping and in bounded memory.
+    """Score every document of a store, in one scan and in bounded memory.
 
     Raises:
         StoreError: no store there, a damaged one, or none of its rows is there yet.

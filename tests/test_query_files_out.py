@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -125,6 +126,21 @@ def test_somebody_who_took_the_name_meanwhile_keeps_it(job, queries, tmp_path, a
     message = ask(job.output, "--queries", queries, "--save_scores", tmp_path / "s.npy", code=2)[1]
     assert "is there already" in message
     assert (tmp_path / "s.npy").read_text() == "another's"
+
+
+def test_a_query_that_is_told_to_end_leaves_no_unfinished_file(job, queries, tmp_path, ask, monkeypatch):
+    finish, before = saved.ScoresFile.finish, signal.getsignal(signal.SIGTERM)
+
+    def told_to_end(self):
+        assert len(list(tmp_path.glob(".s.npy*"))) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self)
+
+    monkeypatch.setattr(saved.ScoresFile, "finish", told_to_end)
+    _, said = ask(job.output, "--queries", queries, "--save_scores", tmp_path / "s.npy", code=130)
+    assert said.endswith("gradproj: stopped\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ---- The second moment, kept
