@@ -132,6 +132,7 @@ def wanted_k(config: QueryConfig, store: ProjectionStore, name: str) -> int:
 
 
 def wanted_score(config: QueryConfig, store: ProjectionStore, tell: Callable[[str], None]) -> str:
+    """The score asked for, else the default; another, which is said, where the store cannot give that yet."""
     if config.score:
         return config.score
     if KINDS.get(DEFAULT_SCORE) == "kfac" and not store.attributes.get("covariance_tokens"):
@@ -168,6 +169,7 @@ def _is_part(word: str, name: str) -> bool:
 
 
 def wanted_domains(config: QueryConfig, store: ProjectionStore) -> list[str] | None:
+    """Names of the domains asked for; None for all."""
     wanted = _words(config.domains, store.domains)
     unknown = [name for name in wanted if name not in store.domains]
     if unknown:
