@@ -85,6 +85,7 @@ def measure(
                 drop_from_cache(output)
                 name = f"{work} Q={n_queries}" if n_queries else work
                 runs.setdefault(name, []).append(run_child(output, work, n_queries))
+                print(f"{name}: {runs[name][-1]['wall']:.1f} s", flush=True)
         return print_runs(runs, n_bytes)
 
 
@@ -121,10 +122,10 @@ def write_store(output: Path, gigabytes: float) -> int:
     stored, scale = encode_rows(first, layout.proj_dtype)
     columns = empty_columns(layout.n_samples, layout.key_bytes)
     columns["status"][:] = STATUS["ok"]
+    shifts = generator.permutation(dim)  # no row is there twice
     for unit in range(layout.n_units):
         start, stop = layout.unit_range(unit)
-        shift = int(generator.integers(1, dim))
-        rows = np.roll(stored, shift, axis=1)[: stop - start] if unit else stored[: stop - start]
+        rows = np.roll(stored, int(shifts[unit]), axis=1)[: stop - start]
         columns["row_scale"][start:stop] = scale[: stop - start] * 2.0 ** generator.integers(
             -3, 3, stop - start
         )
