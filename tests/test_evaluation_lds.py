@@ -17,7 +17,7 @@ from jobs import ENVIRONMENT, make_corpus, make_tokenizer, mixed_documents, word
 
 from gradproj.__main__ import main
 from gradproj.corpus.stream import read_documents
-from gradproj.errors import CorpusError, OtherSettingsError, StoreError
+from gradproj.errors import CorpusError, ModelError, OtherSettingsError, StoreError
 from gradproj.evaluation import retraining
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
@@ -246,6 +246,11 @@ def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
 def test_too_few_documents_are_said(data, tmp_path):
     with pytest.raises(CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"):
         make_experiment(config_of(data, tmp_path, documents=500))
+
+
+def test_a_tokenizer_that_is_not_there_is_said(data, tmp_path):
+    with pytest.raises(ModelError, match="--tokenizer /nowhere: no such directory"):
+        evaluate(config_of(data, tmp_path, tokenizer="/nowhere"))
 
 
 def test_another_experiments_folder_is_refused_with_every_difference(data, tmp_path, in_this_process):
