@@ -248,6 +248,12 @@ def test_too_few_documents_are_said(data, tmp_path):
         make_experiment(config_of(data, tmp_path, documents=500))
 
 
+def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(data, tmp_path, in_this_process):
+    with pytest.raises(CorpusError, match="need 503"):
+        evaluate(config_of(data, tmp_path, documents=500, leave_out=0))
+    assert evaluate(config_of(data, tmp_path, leave_out=0)).n_documents == 8
+
+
 def test_a_tokenizer_that_is_not_there_is_said(data, tmp_path):
     with pytest.raises(ModelError, match="--tokenizer /nowhere: no such directory"):
         evaluate(config_of(data, tmp_path, tokenizer="/nowhere"))

@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,12 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
     """Refuse a folder that holds another experiment; note this one's settings in a new folder."""
     path, own = folder / "settings.json", json.loads(json.dumps(config.experiment()))
     if not path.is_file():
+        write_and_replace(path, [json.dumps(own, indent=1).encode()])
+        return
+    if not (folder / "tokens.npz").is_file():
+        # It ended before it had its documents (too few of them, say), so that nothing is lost.
+        for name in ("tokenizer", "documents", "queries", "pretrain"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         write_and_replace(path, [json.dumps(own, indent=1).encode()])
         return
     try:
