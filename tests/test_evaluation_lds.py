@@ -154,6 +154,7 @@ def test_more_subsets_seeds_and_methods_keep_what_is_there(data, tmp_path, in_th
     few = config_of(data, tmp_path, leave_out=0, subsets=3, seeds=1, methods="ngram")
     evaluate(few)
     before = np.load(tmp_path / "losses.npy")
+    assert json.loads((tmp_path / "lds.json").read_text())["ceiling"] is None  # one seed cannot tell
     in_this_process.clear()
     evaluate(config_of(data, tmp_path, leave_out=0))
     assert len(in_this_process) == 4 * 2 - 3

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import math
 import platform
 import shutil
 import sys
@@ -137,8 +138,17 @@ def keep(folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray,
     """``lds.json``, ``subsets.npy`` and ``losses.npy``."""
     keep_array(folder / "subsets.npy", subsets)
     keep_array(folder / "losses.npy", losses)
-    told: dict[str, Any] = {"settings": asdict(config), **asdict(results), "versions": versions()}
-    write_and_replace(folder / "lds.json", [json.dumps(told, indent=1).encode()])
+    told = {"settings": asdict(config), **asdict(results), "versions": versions()}
+    write_and_replace(folder / "lds.json", [json.dumps(as_json(told), indent=1, allow_nan=False).encode()])
+
+
+def as_json(value: Any) -> Any:
+    """The same with null for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def versions() -> dict[str, str]:
