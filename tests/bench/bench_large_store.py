@@ -85,7 +85,7 @@ def measure(
                 drop_from_cache(output)
                 name = f"{work} Q={n_queries}" if n_queries else work
                 runs.setdefault(name, []).append(run_child(output, work, n_queries))
-                print(f"{name}: {runs[name][-1]['wall']:.1f} s", flush=True)
+                print(f"{name}: {runs[name][-1]}", flush=True)
         return print_runs(runs, n_bytes)
 
 
@@ -126,9 +126,8 @@ def write_store(output: Path, gigabytes: float) -> int:
     for unit in range(layout.n_units):
         start, stop = layout.unit_range(unit)
         rows = np.roll(stored, int(shifts[unit]), axis=1)[: stop - start]
-        columns["row_scale"][start:stop] = scale[: stop - start] * 2.0 ** generator.integers(
-            -3, 3, stop - start
-        )
+        sizes = 2.0 ** generator.integers(-1, 1, stop - start)
+        columns["row_scale"][start:stop] = scale[: stop - start] * sizes
         write_file_durably(output / layout.shard_name(unit), shard_chunks(rows, layout))
     for block in range(layout.n_column_blocks):
         start, stop = layout.column_block_range(block)
