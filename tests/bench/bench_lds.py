@@ -20,7 +20,7 @@ from gradproj.evaluation.table import table_lines
 
 WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "precision": "bfloat16", "device": "cpu"}
 QUICK = WHOLE | {
-    "documents": 256, "queries": 32, "duplicates": 16, "subsets": 12, "seeds": 2, "leave_out": 0,
+    "documents": 256, "queries": 32, "duplicates": 16, "pretrain": 4096, "subsets": 12, "seeds": 2, "leave_out": 0,
     "methods": "random,bm25,ngram,dot@16,cosine@16,kfac@16:0.03,preconditioned@16:0.1,kfac@32:0.03",
 }  # fmt: skip
 
