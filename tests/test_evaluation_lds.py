@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -279,6 +280,15 @@ def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_proces
     (tmp_path / "settings.json").write_bytes(b"{")
     with pytest.raises(StoreError, match=r"settings.json is damaged"):
         evaluate(config)
+
+
+def test_a_training_that_was_killed_is_said(data, tmp_path):
+    killed: Future = Future()
+    killed.set_exception(BrokenProcessPool("gone"))
+    with pytest.raises(
+        StoreError, match=r"a training's process was ended .* --jobs 1 .* see .*training\.log"
+    ):
+        retraining._finished(killed, config_of(data, tmp_path))
 
 
 def test_two_commands_do_not_work_in_one_folder(data, tmp_path):

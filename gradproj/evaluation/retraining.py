@@ -6,7 +6,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from gradproj.checkpoint import ModelConfig, fetch
 from gradproj.dist import choose_device
+from gradproj.errors import StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
 from gradproj.evaluation.kept import keep_array, kept_array
@@ -59,8 +61,19 @@ def losses_of(
             ]
             done = tqdm(as_completed(running), label, len(wanted), initial=len(wanted) - len(missing))
             for training in done:
-                training.result()
+                _finished(training, config)
     return np.stack([kept_array(_file(folder, task)) for task in wanted])
+
+
+def _finished(training: Future, config: LdsConfig) -> None:
+    try:
+        training.result()
+    except BrokenProcessPool as error:
+        raise StoreError(
+            "a training's process was ended from outside (for want of memory?); --jobs "
+            f"{config.jobs} of them run at a time. The same command goes on where it was; see "
+            f"{Path(config.output_dir) / 'training.log'}"
+        ) from error
 
 
 def _file(folder: Path, task: Retraining) -> Path:
