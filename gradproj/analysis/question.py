@@ -30,10 +30,10 @@ MEANINGS = {
     "large gradients do not come first everywhere; comparable within a query only",
 }
 """Score -> what it is, with its unit. ``SIGN`` holds for all."""
-DEFAULT_SCORE = "relatif"
-"""What is asked where nobody says otherwise: by kfac's curvature, the kind that the project's own ``lds`` finds best."""
+DEFAULT_SCORE = "kfac"
+"""What is asked where nobody says otherwise: the kind that the project's own ``lds`` finds best."""
 SELF_SCORES = ("kfac", "preconditioned", "dot")
-"""Scores that are inner products, so that means and a document's score with itself mean something; first the default."""
+"""Scores that are inner products, so that means and a document's score with itself mean something."""
 
 Rows = np.ndarray | Tensor
 
@@ -42,7 +42,7 @@ class How(TypedDict, total=False):
     """What every scan can be told besides the query and the store."""
 
     score: str
-    """A key of ``MEANINGS``; default ``DEFAULT_SCORE``, of what has means or a document with itself kfac."""
+    """A key of ``MEANINGS``; default ``DEFAULT_SCORE``."""
     preconditioner: Preconditioner | None
     """For kfac, preconditioned and relatif; default: fitted here, for relatif as kfac."""
     damping: float | str
@@ -81,10 +81,10 @@ class Asked:
         """As ``of``, for answers that one process gives, and for these scores only."""
         if how.get("together"):
             raise ConfigError(f"{what} has no together; top_k, bottom_k and top_and_bottom have")
-        kind = how.get("score", DEFAULT_SCORE if DEFAULT_SCORE in scores else scores[0])
+        kind = how.get("score", DEFAULT_SCORE)
         if kind in MEANINGS and kind not in scores:
             raise ConfigError(f"{what} is not made of score {kind!r}; take one of {', '.join(scores)}")
-        return cls.of(store, {**how, "score": kind})
+        return cls.of(store, how)
 
     @classmethod
     def of(cls, store: ProjectionStore, how: How) -> Asked:
