@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.layers import without_wrappers
+from gradproj.model import positions_of
 from gradproj.unpacked import one_sequence_a_row
 from gradproj.vocabulary import TokenLoss
+
+PROBE_TOKENS = 24
+"""Of the batch that shows whether the vocabulary may be walked slice by slice."""
 
 IGNORE = -100
 """The label of a position without a target (torch's and transformers' convention)."""
@@ -161,7 +165,8 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     if getattr(model, "base_model", model) is model:
         return False, "the model has no base model apart from its head"
     size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    ids = (torch.arange(24, device=head.weight.device) * 7919 % size).view(1, 24)
+    n_tokens = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
+    ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
     own = model(input_ids=ids, use_cache=False).logits.float()
     hidden = _hidden_states(model, ids, None)
     ours = head(hidden).float()

@@ -66,6 +66,10 @@ def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
         torch.testing.assert_close(losses[n], own_loss(model, ids[n, :length]), rtol=1e-5, atol=0)
 
 
+def test_a_model_of_few_positions_is_tried_with_no_more():
+    assert chunk_verdict(small_model("gpt2", n_positions=9))[0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_many_small_slices_of_the_vocabulary_give_the_rows_of_one(family, monkeypatch):
     model = small_model(family)
