@@ -80,7 +80,7 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
     settings |= {"subsets": 3, "seeds": 1}
     assert main(["lds", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]) == 0
     shown = capsys.readouterr().out
-    assert "8 documents, 3 queries; 3 random halves, 1 trainings of each" in shown
+    assert "8 documents, 3 queries; 3 random halves, 1 training of each" in shown
     told = json.loads((tmp_path / "out/lds.json").read_text())
     assert set(told["methods"]) == set(settings["methods"].split(","))
     assert told["training_seeds"] == [1]

@@ -32,7 +32,7 @@ def table_lines(results: Results) -> list[str]:
     ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
     return [
         f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} random halves, "
-        f"{results.n_seeds} trainings of each; queries' loss {results.mean_loss:.3f} nats per token, "
+        f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''} of each; queries' loss {results.mean_loss:.3f} nats per token, "
         f"+-{results.loss_spread:.4f} over the halves",
         f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- {results.chance[1]:.3f}",
         "",
