@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from gradproj.screen import clean_lines
+
 
 class GradprojError(Exception):
     """A mistake that the user can mend; the message names what is wrong, where, and the way out."""
@@ -41,7 +43,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except ReportedError as error:
         return error.exit_code
     except GradprojError as error:
-        print(f"gradproj: {error}", file=sys.stderr, flush=True)
+        # It may name what a stranger called a domain, a layer or a file.
+        print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("gradproj: stopped", file=sys.stderr, flush=True)

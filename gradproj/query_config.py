@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.errors import ConfigError
+from gradproj.screen import listed
 from gradproj.store import ProjectionStore
 
 WITHOUT_SUMS = "cosine"
@@ -152,12 +153,12 @@ def wanted_kind(config: QueryConfig, score: str) -> str | None:
 def wanted_layers(given: Sequence[str], store: ProjectionStore) -> list[str] | None:
     """Names of the layers that ``--layers`` means, in the store's order; None for all."""
     names = [layer.name for layer in store.layers]
-    wanted = _words(given, names)
+    wanted = _words("layers", given, names)
     for word in wanted:
         if not any(_is_part(word, name) for name in names):
             folded = dict.fromkeys(".".join("*" if p.isdigit() else p for p in n.split(".")) for n in names)
             raise ConfigError(
-                f"--layers: {store.path} has no layer {word!r}; it has {', '.join(folded)} (* is a number)"
+                f"--layers: {store.path} has no layer {word!r}; it has {listed(folded)} (* is a number)"
             )
     chosen = [name for name in names if any(_is_part(word, name) for word in wanted)]
     return chosen if 0 < len(chosen) < len(names) else None
@@ -170,18 +171,21 @@ def _is_part(word: str, name: str) -> bool:
 
 def wanted_domains(config: QueryConfig, store: ProjectionStore) -> list[str] | None:
     """Names of the domains asked for; None for all."""
-    wanted = _words(config.domains, store.domains)
+    wanted = _words("domains", config.domains, store.domains)
     unknown = [name for name in wanted if name not in store.domains]
     if unknown:
-        known = ", ".join(store.domains) or "none"
+        known = listed(store.domains) or "none"
         raise ConfigError(f"--domains: {store.path} has no domain {unknown[0]!r}; it has {known}")
     return wanted or None
 
 
-def _words(given: Sequence[str], known: Sequence[str]) -> list[str]:
+def _words(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
     """Names given one by one or with commas; a comma that belongs to a known name is no end of it."""
-    parts = [[value] if value in known else value.split(",") for value in given]
-    return list(dict.fromkeys(word.strip() for words in parts for word in words if word.strip()))
+    parts = ([value] if value in known else map(str.strip, value.split(",")) for value in given)
+    found = list(dict.fromkeys(word for words in parts for word in words if word))
+    if given and not found:
+        raise ConfigError(f"--{flag} is empty; name some of the store's, or leave it out for all of them")
+    return found
 
 
 def is_a_job_s(store: ProjectionStore) -> bool:

@@ -18,12 +18,12 @@ from gradproj.plan import human_bytes
 from gradproj.queries import Query, QueryProjector, QueryRows, read_queries
 from gradproj.recorded import config_from, recorded_config, recorded_index
 from gradproj.reporting.assemble import make_page
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.documents import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values
 from gradproj.reporting.folders import make_folder
 from gradproj.reporting.numbers import digits
 from gradproj.reporting.page import QueryAnswer, render
 from gradproj.score_config import ScoreConfig
+from gradproj.screen import one_line
 from gradproj.store import ProjectionStore
 from gradproj.store.files import write_and_replace
 from gradproj.texts import text_of

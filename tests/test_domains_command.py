@@ -23,11 +23,11 @@ from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import domain_matrix
 from gradproj.reporting import domain_figure
-from gradproj.reporting.clean import clean, one_line
 from gradproj.reporting.columns import count_rows
 from gradproj.reporting.domain_facts import facts_of
 from gradproj.reporting.domain_table import table_lines
 from gradproj.reporting.order import by_similarity
+from gradproj.screen import clean, one_line
 from gradproj.store.layout import StoreConfig
 from gradproj.store.writer import update_attributes
 

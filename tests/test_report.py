@@ -15,7 +15,7 @@ from gradproj.__main__ import main
 from gradproj.analysis import self_influence, top_and_bottom
 from gradproj.queries import QueryProjector, read_queries
 from gradproj.recorded import recorded_config
-from gradproj.reporting.clean import one_line
+from gradproj.screen import one_line
 from gradproj.store import STATUS
 from gradproj.store.writer import update_attributes
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradproj.errors import ConfigError
+from gradproj.screen import listed
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.transfer import send
 
@@ -149,9 +150,9 @@ def chosen_layers(store: ProjectionStore, layers: Sequence[str] | None) -> list[
         raise ConfigError(f"layers is {layers!r}; give a list of names")
     unknown = [name for name in layers if name not in names]
     if unknown:
-        raise ConfigError(f"{store.path} has no layer {unknown[0]!r}; it has {', '.join(names)}")
+        raise ConfigError(f"{store.path} has no layer {unknown[0]!r}; it has {listed(names)}")
     if not layers:
-        raise ConfigError(f"layers is empty; name some of {', '.join(names)}, or leave it out for all")
+        raise ConfigError(f"layers is empty; name some of {listed(names)}, or leave it out for all")
     twice = [name for name in set(layers) if list(layers).count(name) > 1]
     if twice:
         raise ConfigError(f"layers names {min(twice)!r} more than once")
@@ -164,5 +165,5 @@ def _domain_numbers(store: ProjectionStore, domains: Sequence[str] | None) -> li
     unknown = [name for name in domains if name not in store.domains]
     if unknown or not domains:
         what = f"has no domain {unknown[0]!r}" if unknown else "is asked about no domain at all"
-        raise ConfigError(f"{store.path} {what}; it has {', '.join(store.domains) or 'none'}")
+        raise ConfigError(f"{store.path} {what}; it has {listed(store.domains) or 'none'}")
     return [store.domains.index(name) for name in domains]

@@ -14,13 +14,16 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
 from gradproj.answers.ends import Ends, in_common
-from gradproj.queries import QueryRows, one_line
+from gradproj.queries import QueryRows
+from gradproj.screen import clean_lines, listed, one_line
 from gradproj.store import ProjectionStore
 from gradproj.store.views import Sample
 
 JSON_TEXT_CHARACTERS = 1000
 """Of a document, as it is; the table has a line of it."""
 _WIDTH = 118
+_NAME = 200
+"""Most characters of a query's name, a key, a domain."""
 _RANGES_SHOWN, _LAYERS_SHOWN = 4, 8
 _LABEL = 9
 
@@ -55,7 +58,7 @@ class About:
         return [line for labelled in lines for line in labelled.splitlines()]
 
     def _rows(self) -> str:
-        of = f" of {', '.join(self.domains)}" if self.domains else ""
+        of = f" of {listed(self.domains)}" if self.domains else ""
         text = f"{self.n_scored:,} documents{of} compared"
         others = [f"{n:,} {_STATUS_WORDS.get(name, name)}" for name, n in self.counts.items() if n]
         absent = [words for words in others if not words.endswith(" ok")]
@@ -130,7 +133,7 @@ def overlap_lines(answers: Sequence[Ends]) -> Iterator[str]:
 def _query_lines(asked: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
     facts = f"{asked.n_tokens[number]:,} target tokens, loss {asked.loss[number]:.3f} nats per token"
     by = "" if damping is None else f"; damping {_damping_name(damping)}"
-    yield from _labelled("query", f"{one_line(asked.names[number])}: {facts}{by}").splitlines()
+    yield from _labelled("query", f"{one_line(asked.names[number], _NAME)}: {facts}{by}").splitlines()
     if asked.excerpts[number]:
         yield from _labelled("", asked.excerpts[number]).splitlines()
 
@@ -144,17 +147,18 @@ def _end_lines(
         sample = samples[sample_id]
         shown = f"{value:+.4f}" if score == "cosine" else f"{value:+.3e}"
         yield (
-            f"{rank:>5} {shown:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {one_line(sample.domain or '-'):<18}  "
-            f"{one_line(sample.key)}"
+            f"{rank:>5} {shown:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {one_line(sample.domain or '-', _NAME):<18}  "
+            f"{one_line(sample.key, _NAME)}"
         )
         if sample.text is not None:
             yield f"      {one_line(sample.text, _WIDTH - 6)}"
 
 
 def _labelled(label: str, text: str) -> str:
+    before, after = f"{label:<{_LABEL}}", " " * _LABEL
     return textwrap.fill(
-        text, _WIDTH, initial_indent=f"{label:<{_LABEL}}", subsequent_indent=" " * _LABEL, break_long_words=False
-    )  # fmt: skip
+        clean_lines(text), _WIDTH, initial_indent=before, subsequent_indent=after, break_long_words=False
+    )
 
 
 def _damping_name(damping: float | str | None) -> str:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradproj.errors import ConfigError, exit_code
+from gradproj.screen import listed, one_line
 from gradproj.store import STATUS, ProjectionStore
 
 if TYPE_CHECKING:
     import xarray as xr
 
 _ROWS_PER_CHUNK = 1024
+_NAME = 60
 
 
 def domain_cosines(dataset: xr.Dataset, names: list[str]) -> xr.DataArray:
@@ -64,11 +66,12 @@ def _print(argv: list[str] | None) -> None:
             raise ConfigError(f"{store.path} has no domains: its documents name none")
         known = [layer.name for layer in store.layers]
         if args.layer not in (None, *known):
-            raise ConfigError(f"{store.path} has no layer {args.layer!r}; it has {', '.join(known)}")
+            raise ConfigError(f"{store.path} has no layer {args.layer!r}; it has {listed(known)}")
         dataset = store.to_xarray(_ROWS_PER_CHUNK)
         found = domain_cosines(dataset.sel(layer=args.layer) if args.layer else dataset, store.domains)
-    width = max(map(len, store.domains))
-    for name, line in zip(store.domains, found.values, strict=True):
+    names = [one_line(name, _NAME) for name in store.domains]
+    width = max(map(len, names))
+    for name, line in zip(names, found.values, strict=True):
         print(f"{name:{width}}", *(f"{value:7.4f}" for value in line))
 
 

@@ -104,10 +104,3 @@ def _query_of(line: str, where: str, name: str) -> Query:
         raise ConfigError(f"{where}: its id must be a text or a whole number, got {given!r:.60}")
     forms = {key: fields.get(key) for key in ("text", "prompt", "completion", "input_ids")}
     return Query(name=str(given), where=where, **forms)
-
-
-def one_line(text: str, most: int = EXCERPT_CHARACTERS) -> str:
-    """A text's beginning that cannot disturb a terminal: white space joined, control characters replaced."""
-    joined = " ".join(text[: 4 * most].split())
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in joined)
-    return clean if len(clean) <= most else clean[: most - 3] + "..."

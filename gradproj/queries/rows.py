@@ -15,8 +15,9 @@ from gradproj.config import RunConfig
 from gradproj.errors import ConfigError
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.projector import is_out_of_memory
-from gradproj.queries.reading import EXCERPT_CHARACTERS, Query, one_line
+from gradproj.queries.reading import EXCERPT_CHARACTERS, Query
 from gradproj.recorded import recorded_engine
+from gradproj.screen import one_line
 from gradproj.start import prepare_torch
 from gradproj.store import ProjectionStore
 
@@ -202,15 +203,15 @@ class QueryProjector:
 
     def _excerpt(self, query: Query) -> str:
         if query.input_ids is not None:
-            return one_line(self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS]))
+            return one_line(self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS]), EXCERPT_CHARACTERS)
         if query.text is not None:
-            return one_line(query.text)
+            return one_line(query.text, EXCERPT_CHARACTERS)
         completion = one_line(query.completion or "", EXCERPT_CHARACTERS - 4)
         room = max(int(_PROMPT_SHARE * EXCERPT_CHARACTERS), EXCERPT_CHARACTERS - 4 - len(completion))
-        prompt = one_line((query.prompt or "")[-4 * room :], 4 * room)
+        prompt = one_line((query.prompt or "").rstrip()[-4 * room :], 4 * room)
         prompt = prompt if len(prompt) <= room else "..." + prompt[3 - room :]
         joined = f"{prompt} >> {completion}" if prompt else completion
-        return one_line(joined)
+        return one_line(joined, EXCERPT_CHARACTERS)
 
 
 def _boundary(encoding: Any, prompt: str, tokenizer: Any, special: bool) -> int:

@@ -18,7 +18,6 @@ from gradproj.reporting.by_domain import (
     why_no_matrix,
 )
 from gradproj.reporting.charts import MOST_RANKS, throughput_chart
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import count_rows
 from gradproj.reporting.documents import Excerpts, outlier_tables
 from gradproj.reporting.domain_facts import facts_of
@@ -33,6 +32,7 @@ from gradproj.reporting.run_facts import (
     versions_text,
 )
 from gradproj.reporting.throughput import UNKNOWN_RANK, UnitTimes, throughput, unit_times
+from gradproj.screen import one_line
 from gradproj.status import Status, read_status
 from gradproj.store import ProjectionStore
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradproj.reporting.charts import boxes_chart, histogram_chart, matrix_chart
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import DISTRIBUTED, Distributions, Histogram, RowCounts, distributions
 from gradproj.reporting.domain_facts import DomainFacts
 from gradproj.reporting.drawing import Drawing
 from gradproj.reporting.numbers import digits, whole
 from gradproj.reporting.page import DomainLine, Figure
+from gradproj.screen import one_line
 from gradproj.store import ProjectionStore
 
 MOST_DOMAINS = 30

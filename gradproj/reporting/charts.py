@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from gradproj.coordinator.progress import human_seconds
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import Histogram
 from gradproj.reporting.drawing import Drawing, Scale, colour, colour_limit, is_dark, round_numbers, scale_for
 from gradproj.reporting.numbers import digits, exponent_of, in_cell, minus, power
 from gradproj.reporting.throughput import Throughput
+from gradproj.screen import one_line
 
 WIDTH = 1100.0
 MOST_RANKS = 64

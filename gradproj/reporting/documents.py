@@ -9,10 +9,10 @@ import numpy as np
 
 from gradproj.analysis import Overview
 from gradproj.errors import GradprojError
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.columns import Distributions
 from gradproj.reporting.numbers import digits, exponent_of, minus, places_for, power, scaled
 from gradproj.reporting.page import Document, Table
+from gradproj.screen import one_line
 from gradproj.store import ProjectionStore
 
 EXCERPT_CHARACTERS = 320

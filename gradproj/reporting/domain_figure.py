@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.domain_facts import DomainFacts
 from gradproj.reporting.drawing import colour_limit, is_dark
 from gradproj.reporting.numbers import digits, exponent_of, in_cell, minus, power
+from gradproj.screen import one_line
 from gradproj.store.files import explain_os_errors
 
 if TYPE_CHECKING:

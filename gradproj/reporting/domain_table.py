@@ -8,9 +8,9 @@ import textwrap
 import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
-from gradproj.reporting.clean import one_line
 from gradproj.reporting.domain_facts import DomainFacts
 from gradproj.reporting.numbers import digits, exponent_of, in_cell, scaled, whole
+from gradproj.screen import one_line
 from gradproj.store import STATUS
 
 MOST_IN_A_MATRIX = 24

@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from gradproj.reporting.clean import clean
 from gradproj.reporting.drawing import Drawing
+from gradproj.screen import clean
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Text that strangers wrote, made harmless for a line on a screen: documents, keys, names of domains.
+"""Text that strangers wrote, made harmless for a screen: documents, keys, names of domains and layers.
 
 Escaping it for HTML is the template's business; this is about characters that no escaping makes safe to show.
 """
+
+from collections.abc import Iterable
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _JOINERS = "\u200c\u200d"
@@ -24,6 +26,16 @@ def one_line(text: str, most: int) -> str:
     # A document may be megabytes long, and may begin with as many blanks.
     line = clean(text.lstrip()[: 8 * most + 64])
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+
+
+def clean_lines(text: str) -> str:
+    """A text of several lines as it is, but for what ``clean`` replaces; blanks and the ends of its lines stay."""
+    return "\n".join("".join(map(_seen, line)) for line in text.expandtabs().split("\n"))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of a store in a message, each on the line that it is in."""
+    return ", ".join(map(clean, names))
 
 
 def _seen(character: str) -> str:
