@@ -30,10 +30,11 @@ def table_lines(results: Results) -> list[str]:
     heads = [f"{'method':<{width}}", f"{'LDS':>6}", " +-q   +-s ", f"{'less ' + results.reference:>22}"]
     heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + ["  left out: nats"] * with_left
     ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
+    trainings = f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''}"
     return [
         f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} random halves, "
-        f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''} of each; queries' loss {results.mean_loss:.3f} nats per token, "
-        f"+-{results.loss_spread:.4f} over the halves",
+        f"{trainings} of each; queries' loss {results.mean_loss:.3f} nats per token, +-{results.loss_spread:.4f} over "
+        "the halves",
         f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- {results.chance[1]:.3f}",
         "",
         "  ".join(heads).rstrip(),
