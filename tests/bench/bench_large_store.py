@@ -6,8 +6,8 @@ Synthetic float16 rows of GPT-2-small's size go through the real writer into ``-
 temporary folder) and are deleted at the end. Then, each time with nothing of the store in the system's cache:
 
 - disk: every shard read once by ``os.preadv`` into one buffer of 8 MB, one thread, told the kernel as sequential;
-- each question: ``top_k`` in a process of its own, dot and kfac, 1 and 16 queries, one thread; also ``scan_stored``
-  alone, which maps the files, beside ``scan_bands`` alone, which reads them.
+- each question: ``top_k`` in a process of its own, dot, kfac and relatif, 1 and 16 queries, one thread; also
+  ``scan_stored`` and ``scan_bands`` alone.
 
 Memory is the process's largest RSS, which counts mapped files, and its largest anonymous part, both of the whole
 process, Python and torch included (what they take after the imports stands beside it). The best document of every
@@ -41,7 +41,7 @@ from gradproj.store.layout import STATUS, empty_columns
 from gradproj.store.writer import shard_chunks, write_column_block
 
 N_LAYERS, WIDTH = 48, 256
-QUESTIONS = [("dot", 1), ("dot", 16), ("kfac", 1), ("kfac", 16)]
+QUESTIONS = [("dot", 1), ("dot", 16), ("kfac", 1), ("kfac", 16), ("relatif", 1), ("relatif", 16)]
 
 
 def main() -> None:
@@ -204,15 +204,18 @@ def ask(store: ProjectionStore, score: str, n_queries: int) -> None:
     noise = np.random.default_rng(3).standard_normal(rows.shape, np.float32)
     queries = rows + 0.1 * noise * np.abs(rows).mean(axis=1, keepdims=True)
     found = top_k(queries, store, 20, score=score)
-    turned = torch.from_numpy(queries).double()
-    if score == "kfac":
-        turned = Preconditioner.fit(store).solve(turned)
+    turned, fitted = torch.from_numpy(queries).double(), None
+    if score in ("kfac", "relatif"):
+        fitted = Preconditioner.fit(store)
+        turned = fitted.solve(turned)
     best = np.asarray(found.ids)
     for query in range(n_queries):
-        exact = store.rows(best[query]).astype(np.float64) @ turned[query].numpy()
+        rows = torch.from_numpy(store.rows(best[query])).double()
+        exact = rows @ turned[query]
+        if score == "relatif":
+            exact /= fitted.self_products(rows).sqrt()
         np.testing.assert_allclose(found.scores[query], exact, rtol=1e-4)
-        norms = np.linalg.norm(store.rows(best[query]), axis=1)
-        closest = np.argmax(exact / norms)  # a row of twice its length may score higher
+        closest = np.argmax(exact / rows.norm(dim=1))  # a row of twice its length may score higher
         assert best[query, closest] == wanted[query]
 
 
