@@ -119,6 +119,11 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         known = curvature() if kind == "kfac" else None
         asked = share.gathered(_asked(config, store) if process.rank == 0 else None)[0]
         ends = _ends(config, store, asked, (n_top, n_bottom), how, known or curvature(), tell)
+        if not ends[0].top.n_scored and not how["domains"]:
+            raise StoreError(
+                f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them can be read. "
+                f"Run `python -m gradproj verify {store.path.parent}` to see all damage"
+            )
         about = About(store, how["score"], kind, how["layers"], how["domains"], counts, ends[0].top.n_scored)
         samples = describe(store, ends, read_text) if process.rank == 0 else {}
         return Answer(about, asked, ends, samples)

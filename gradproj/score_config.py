@@ -7,7 +7,6 @@ from typing import Any
 
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.analysis.domains import DOMAIN_SCORES
-from gradproj.coordinator.merge import COVARIANCE_ARRAYS
 from gradproj.dist import choose_device
 from gradproj.errors import ConfigError
 from gradproj.query_config import WITHOUT_SUMS, wanted_layers
@@ -57,9 +56,9 @@ class ScoreConfig:
         wanted = self.score or DEFAULT_SCORE
         if wanted == "relatif" and wanted not in scores:
             wanted = "kfac"
-        has_sums = bool(store.attributes.get("covariance_tokens")) and all(
-            (store.path / name / "zarr.json").is_file() for name in COVARIANCE_ARRAYS.values()
-        )
+        has_sums = bool(
+            store.attributes.get("covariance_tokens")
+        )  # arrays that are gone are damage, and said
         if not self.score and not has_sums and wanted in ("kfac", "relatif"):
             wanted = WITHOUT_SUMS
         how: dict[str, Any] = {"score": wanted, "device": choose_device(self.device, 0)[0]}

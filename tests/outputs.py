@@ -52,7 +52,7 @@ def unmerge(output: Path) -> None:
     for path in store.glob("token_covariance_*"):
         shutil.rmtree(path)
     (output / "projection_stats.json").unlink()
-    update_attributes(store, {"complete": False, "units_recorded": 0})
+    update_attributes(store, {"complete": False, "units_recorded": 0, "covariance_tokens": 0})
     write_metadata(output)
 
 

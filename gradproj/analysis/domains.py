@@ -51,6 +51,8 @@ class DomainMatrix:
     pairs; symmetric, in the unit of the score that was asked for."""
     score: str
     """What ``influence`` is a mean of."""
+    n_read: int
+    """Rows that were read, those of documents without a domain too; fewer than status ok says where shards are gone."""
 
 
 def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
@@ -106,6 +108,7 @@ class DomainSums:
         most = max(LEAST_RANK_ROWS, min(RANK_ROWS, DRAWN_BYTES // (4 * width * n)))
         self._drawn = [_Drawn(width, min(most, RANK_ROWS)) for _ in range(n)]
         self._limits = np.full(n, _NO_HASH)
+        self._n_read = 0
 
     def add(self, block: Block) -> None:
         """The next block of the scan."""
@@ -116,6 +119,7 @@ class DomainSums:
         ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
         check_domains(self._store, domain)
         norms = self._add_rows(rows, domain).cpu().numpy()
+        self._n_read += int(np.isfinite(norms).sum())
         keep = np.isfinite(norms) & (domain >= 0)
         tokens, loss = columns["n_tokens"][keep], columns["loss"][keep].astype(np.float64)
         n_domains = len(self._drawn)
@@ -174,6 +178,7 @@ class DomainSums:
             cosine=(unit @ unit.T).numpy(),
             influence=(left @ right.T).numpy(),
             score=asked.score,
+            n_read=self._n_read,
         )
 
 

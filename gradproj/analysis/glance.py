@@ -23,6 +23,8 @@ class Overview:
     """``(k,)`` int64: documents with the largest self-influence, the largest first; none for cosine (all have 1)."""
     self_influence: np.ndarray
     """``(k,)`` float32: theirs."""
+    n_read: int
+    """Rows that were read; fewer than status ok says where shards are gone."""
 
 
 def overview(store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> Overview:
@@ -40,10 +42,13 @@ def overview(store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> Overvie
     asked = Asked.alone(store, how, "overview", DOMAIN_SCORES)
     sums = DomainSums(asked) if store.domains else None
     preconditioner, has_own = asked.for_rows(), asked.score in SELF_SCORES
-    ids, values = np.empty(0, np.int64), np.empty(0, np.float32)
+    ids, values, n_read = np.empty(0, np.int64), np.empty(0, np.float32), 0
     for block in asked.blocks():
         if sums is not None:
             sums.add(block)
+        else:
+            norms = torch.linalg.vector_norm(block.ok_rows(), dim=1, dtype=torch.float64)
+            n_read += int(torch.isfinite(norms).sum())
         if has_own:
             found = self_products(block.ok_rows(), preconditioner)
             there = torch.isfinite(found).cpu().numpy()  # a shard may be gone whose rows are recorded as ok
@@ -51,4 +56,5 @@ def overview(store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> Overvie
             values = np.concatenate([values, found.cpu().numpy()[there]])
             order = np.argsort(-values, kind="stable")[:k]
             ids, values = ids[order], values[order]
-    return Overview(None if sums is None else sums.matrix(), ids, values)
+    domains = None if sums is None else sums.matrix()
+    return Overview(domains, ids, values, n_read if domains is None else domains.n_read)

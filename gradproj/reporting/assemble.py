@@ -20,7 +20,7 @@ from gradproj.reporting.by_domain import (
 from gradproj.reporting.charts import MOST_RANKS, throughput_chart
 from gradproj.reporting.columns import count_rows
 from gradproj.reporting.documents import Excerpts, outlier_tables
-from gradproj.reporting.domain_facts import facts_of
+from gradproj.reporting.domain_facts import facts_of, refuse_nothing
 from gradproj.reporting.numbers import when
 from gradproj.reporting.page import Figure, Page, QueryAnswer
 from gradproj.reporting.run_facts import (
@@ -60,9 +60,10 @@ def make_page(
     counts, status = count_rows(store), _status_of(store)
     times = unit_times(store.path.parent) if status is not None else None
     seen = overview(store, top_k, **how)
+    refuse_nothing(seen.n_read, counts, store)
     found = None if seen.domains is None else facts_of(store, seen.domains, how, counts)
     missing = store.missing_ranges() if counts.total("missing") else []
-    is_complete, verdict = verdict_of(store, counts, status)
+    is_complete, verdict = verdict_of(store, counts, status, seen.n_read)
     spread, groups = spread_of(store, counts, top_k)
     outliers = outlier_tables(store, seen, spread, how["score"], excerpts)
     queries, score, note = answers() if answers is not None else ([], how["score"], "")

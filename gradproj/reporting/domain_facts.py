@@ -10,6 +10,7 @@ import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN, DomainMatrix, domain_matrix
 from gradproj.analysis.blocks import chosen_layers
+from gradproj.errors import StoreError
 from gradproj.reporting.columns import RowCounts, count_rows
 from gradproj.reporting.numbers import listed
 from gradproj.reporting.order import by_similarity
@@ -19,6 +20,7 @@ KEYS = {
     "domains[].documents": "documents of the domain in the corpus; null where the corpus index does not say",
     "domains[].rows": "documents that have a gradient; all figures below are of them",
     "domains[].missing": "documents still to be computed; null where that is not known",
+    "domains[].lost": "documents that are recorded to have a gradient, and whose row is damaged or gone",
     "domains[].without_row": "documents that were seen and have no gradient, by the store's status",
     "domains[].tokens": "target tokens of the rows",
     "domains[].loss": "mean nats per target token",
@@ -66,9 +68,29 @@ class DomainFacts:
         return self.counts.total("ok")
 
     @property
+    def n_lost(self) -> int:
+        """Documents that are recorded to have a gradient, and whose row is not there."""
+        return max(0, self.n_rows - self.matrix.n_read)
+
+    @property
     def shown(self) -> list[int]:
         """Domains that have a row, in order."""
         return [i for i in self.order if self.matrix.n_rows[i]]
+
+
+def lost_text(n_lost: int, output: str) -> str:
+    """What is said of rows that are recorded and not there; empty of none."""
+    if not n_lost:
+        return ""
+    return f"{n_lost:,} rows are recorded and cannot be read: python -m gradproj verify {output}"
+
+
+def refuse_nothing(n_read: int, counts: RowCounts, store: ProjectionStore) -> None:
+    """Nothing can be said of a store that has recorded rows and holds none of them; ``StoreError``."""
+    if counts.total("ok") and not n_read:
+        raise StoreError(
+            f"{store.path} is damaged: all {lost_text(counts.total('ok'), str(store.path.parent))}"
+        )
 
 
 def find_facts(store: ProjectionStore, how: dict[str, Any]) -> DomainFacts:
@@ -78,13 +100,15 @@ def find_facts(store: ProjectionStore, how: dict[str, Any]) -> DomainFacts:
         ConfigError: a store without domains, an unknown layer, a damping without an inverse.
         StoreError: what the score needs is not there.
     """
-    return facts_of(store, domain_matrix(store, **how), how, count_rows(store))
+    counts = count_rows(store)  # first: what a job that goes on adds meanwhile is not lost
+    return facts_of(store, domain_matrix(store, **how), how, counts)
 
 
 def facts_of(
     store: ProjectionStore, matrix: DomainMatrix, how: dict[str, Any], counts: RowCounts
 ) -> DomainFacts:
     """What goes with a matrix that is there already."""
+    refuse_nothing(matrix.n_read, counts, store)
     return DomainFacts(
         output=str(store.path.parent),
         n_samples=len(store),
@@ -107,6 +131,8 @@ def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[
         "n_documents": facts.n_samples,
         "n_rows": facts.n_rows,
         "n_missing": counts.total("missing"),
+        "n_lost": facts.n_lost,
+        "damage": lost_text(facts.n_lost, facts.output) or None,
         "missing_ids": [list(span) for span in facts.missing_ranges],
         "score": facts.score,
         "meaning": MEANINGS[facts.score],
@@ -132,6 +158,7 @@ def _domain(facts: DomainFacts, i: int) -> dict[str, Any]:
         "documents": counts.n_documents[i],
         "rows": int(matrix.n_rows[i]),
         "missing": counts.n_missing(i),
+        "lost": max(0, int(counts.n_rows[i] - matrix.n_rows[i])),
         "without_row": counts.without_row(i),
         "tokens": int(matrix.n_tokens[i]),
         "loss": loss,

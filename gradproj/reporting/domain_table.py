@@ -8,7 +8,7 @@ import textwrap
 import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
-from gradproj.reporting.domain_facts import DomainFacts
+from gradproj.reporting.domain_facts import DomainFacts, lost_text
 from gradproj.reporting.numbers import digits, exponent_of, in_cell, scaled, whole
 from gradproj.screen import one_line
 from gradproj.store import STATUS
@@ -27,8 +27,10 @@ def table_lines(facts: DomainFacts) -> list[str]:
         for name in STATUS
         if name != "ok" and counts.total(name)
     ]
+    lost = lost_text(facts.n_lost, facts.output)
     lines = [
         f"rows       {facts.n_rows:,} of {facts.n_samples:,} documents{': ' if rest else ''}{', '.join(rest)}",
+        *([f"damaged    {lost}"] if lost else []),
         *textwrap.wrap(
             f"{facts.score}: {MEANINGS[facts.score]}",
             118,

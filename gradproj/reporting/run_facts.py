@@ -8,6 +8,7 @@ from typing import Any
 from gradproj.coordinator.output import count, ranges_text
 from gradproj.coordinator.progress import human_seconds
 from gradproj.reporting.columns import RowCounts
+from gradproj.reporting.domain_facts import lost_text
 from gradproj.reporting.drawing import Drawing
 from gradproj.reporting.numbers import digits, when
 from gradproj.reporting.page import Figure
@@ -131,9 +132,14 @@ def _work(store: ProjectionStore, status: Status | None, times: UnitTimes | None
     return facts
 
 
-def verdict_of(store: ProjectionStore, counts: RowCounts, status: Status | None) -> tuple[bool, str]:
-    """Whether nothing is left to do, and a sentence on it."""
+def verdict_of(
+    store: ProjectionStore, counts: RowCounts, status: Status | None, n_read: int
+) -> tuple[bool, str]:
+    """Whether nothing is left to do, and a sentence on it; ``n_read``: rows that the scan found."""
     n_ok, n_missing = counts.total("ok"), counts.total("missing")
+    if n_read < n_ok:
+        lost = lost_text(n_ok - n_read, str(store.path.parent))
+        return False, f"Damaged: of {count(len(store), 'document')}, {lost}."
     rows = f"{n_ok:,} of {len(store):,} documents have a row"
     if n_missing:
         return False, f"Incomplete: {rows}; {n_missing:,} are still to be computed."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from gradproj.store.opening import read_attributes
 from gradproj.store.records import UnitRecord, read_record, record_name
 
 _MOST_RECORDS = 64
+_LARGEST_STATUS = max(STATUS.values())
 _WAY_OUT = (
     "`python -m gradproj verify --repair` turns its unit into a missing one, which the job computes again"
 )
@@ -45,10 +46,8 @@ class Columns:
         values = {name: self._filled(name, len(ids)) for name in ("status", *names)}
         for block in np.unique(blocks):
             here = np.flatnonzero(blocks == block)
-            for name, out in values.items():
-                chunk = self._chunk(name, int(block))
-                if chunk is not None:
-                    out[here] = chunk[ids[here] - block * self.layout.column_rows]
+            for name, chunk in self._chunks(values, int(block)):
+                values[name][here] = chunk[ids[here] - block * self.layout.column_rows]
         if not values["status"].all():
             unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
             self._overlay(values, unmerged, ids[unmerged])
@@ -60,10 +59,9 @@ class Columns:
         height = self.layout.column_rows
         for block in range(start // height, -(-stop // height)):
             first, last = max(start, block * height), min(stop, (block + 1) * height)
-            for name, out in values.items():
-                chunk = self._chunk(name, block)
-                if chunk is not None:
-                    out[first - start : last - start] = chunk[first - block * height : last - block * height]
+            for name, chunk in self._chunks(values, block):
+                here = chunk[first - block * height : last - block * height]
+                values[name][first - start : last - start] = here
         if not values["status"].all():
             unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
             self._overlay(values, unmerged, start + unmerged)
@@ -76,9 +74,23 @@ class Columns:
         dtype, fill = COLUMNS[name]
         return np.full((n_rows, self.layout.key_bytes) if name == "key" else n_rows, fill, dtype)
 
+    def _chunks(self, names: Iterable[str], block: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Those of a block's chunks that are there, the status first; it was written last, so beside it none lacks."""
+        is_merged = False
+        for name in names:
+            chunk = self._chunk(name, block)
+            if chunk is not None:
+                is_merged |= name == "status"
+                yield name, chunk
+            elif is_merged:
+                raise damaged(self._path(name, block), "it is gone, and the rows' status is there")
+
+    def _path(self, name: str, block: int) -> Path:
+        return self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
+
     def _chunk(self, name: str, block: int) -> np.ndarray | None:
         def load() -> np.ndarray | None:
-            path = self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
+            path = self._path(name, block)
             data = map_file(path)
             if data is None:
                 return None
@@ -94,7 +106,10 @@ class Columns:
             dtype = COLUMNS[name][0]
             if len(data) != dtype.itemsize * np.prod(shape):
                 raise damaged(path, f"it has {len(data)} bytes, not those of {shape} {dtype}")
-            return np.ndarray(shape, dtype, data)
+            values = np.ndarray(shape, dtype, data)
+            if name == "status" and values.max(initial=0) > _LARGEST_STATUS:
+                raise damaged(path, f"{values.max()} is no status")
+            return values
 
         return self._maps.get((name, block), load)
 

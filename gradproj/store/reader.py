@@ -16,7 +16,7 @@ from gradproj.store.bands import Band
 from gradproj.store.columns import Columns
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
 from gradproj.store.mapped import Selection, select_values
-from gradproj.store.mapping import Recent
+from gradproj.store.mapping import Recent, damaged
 from gradproj.store.opening import find_store, layers_of, read_attributes, read_layout
 from gradproj.store.rows import Missing, Rows
 from gradproj.store.views import LayerView, Sample
@@ -250,8 +250,19 @@ class ProjectionStore:
     def array(self, name: str) -> np.ndarray:
         """A small array of the group, whole (``write_array`` adds such)."""
         if not (self.path / name / "zarr.json").is_file():
-            raise StoreError(f"{self.path} has no array {name!r}")
-        return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
+            raise StoreError(
+                f"{self.path} has no array {name!r}: where a job wrote it, `python -m gradproj verify` says what else "
+                "is damaged"
+            )
+        try:
+            return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            RuntimeError,
+        ) as error:  # what zarr says of bytes that are no array
+            raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
 
     def _refuse_missing(self, ids: np.ndarray, status: np.ndarray) -> None:
         if not status.all():
