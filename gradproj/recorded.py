@@ -38,11 +38,16 @@ _ASKED_AGAIN = {
 
 
 def recorded_config(output: Path) -> RunConfig:
-    """The settings of the job that made ``output``, from its ``run_config.json``.
+    """The settings of the job that made ``output``, from its ``run_config.json``, without what may run code.
 
     Raises:
         StoreError: it is not there or not readable.
     """
+    run = _as_recorded(output)
+    return replace(run, model=replace(run.model, trust_remote_code=False, allow_pickle=False))
+
+
+def _as_recorded(output: Path) -> RunConfig:
     path = output / RUN_CONFIG_NAME
     try:
         flags = json.loads(path.read_text())
@@ -68,7 +73,7 @@ def config_from(inputs: RecordedInputs) -> RunConfig:
         StoreError: nothing readable was recorded.
         ModelError: the job's checkpoint could run code, and nobody has allowed that here.
     """
-    run = recorded_config(Path(inputs.output))
+    run = _as_recorded(Path(inputs.output))
     for name, what in _ASKED_AGAIN.items():
         if getattr(run.model, name) and not getattr(inputs, name):
             raise ModelError(
@@ -132,9 +137,15 @@ def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, 
     Raises:
         ModelError: gone, or changed since; lists what differs.
     """
-    name, commit = run.model.model, store.attributes["model"]["revision"]
+    commit, identity = _recorded_model_of(store)
+    name = run.model.model
     is_local = Path(name).is_dir() if name else False
     if name and not commit and not is_local:  # only a hub's model has a commit
+        was = recorded_config(store.path.parent).model.model
+        if name != was:
+            raise ModelError(
+                f"--model {name} is no directory here; give one that holds the job's model, {was}"
+            )
         raise ModelError(
             f"--model {name}, as the job recorded it, is no directory here: go to the folder in which the job "
             "was started, or give --model DIR where it lies now"
@@ -142,14 +153,28 @@ def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, 
     files = fetch(replace(run.model, revision="" if is_local else commit))
     tokenizer = load_tokenizer(files)
     found = model_identity(files, tokenizer)
-    identity = store.attributes["identity"]
     changed = [name for name, value in found.items() if identity.get(name) != value]
     if changed:
+        # A tokenizer in a folder of its own is to blame alone.
+        of_tokenizer = changed == ["--tokenizer"]
+        place = files.tokenizer_dir if of_tokenizer else files.model_dir or run.model.architecture
         raise ModelError(
-            f"{files.model_dir or run.model.architecture} is not what {store.path} was made with; its "
-            f"{' and '.join(changed)} changed since. Put back what it was, or make a new store"
+            f"{place} is not what {store.path} was made with; its {' and '.join(changed)} changed since. "
+            f"Put back what it was, give {'--tokenizer' if of_tokenizer else '--model'} DIR where that lies now, or "
+            "make a new store"
         )
     return files, tokenizer
+
+
+def _recorded_model_of(store: ProjectionStore) -> tuple[str, dict[str, Any]]:
+    """Its commit on a hub, if any, and the identity of everything that rows depend on."""
+    model, identity = (store.attributes.get(key) for key in ("model", "identity"))
+    if not isinstance(model, dict) or not isinstance(identity, dict):
+        raise StoreError(
+            f"{store.path} does not say which model its rows were made with: it is no job's store, or its attributes "
+            "are damaged (gradproj.analysis asks it with rows of your own)"
+        )
+    return str(model.get("revision") or ""), identity
 
 
 def job_command(output: Path) -> str:
@@ -158,7 +183,7 @@ def job_command(output: Path) -> str:
     Raises:
         StoreError: nothing readable was recorded.
     """
-    run = recorded_config(output)
+    run = _as_recorded(output)
     defaults = {
         flag_of(f): f.default
         for section in dataclasses.fields(RunConfig)

@@ -10,6 +10,7 @@ from analysis_cases import NAMES, columns_of, make_store, ok_rows
 from gradproj import ProjectionStore
 from gradproj.analysis import domain_matrix
 from gradproj.examples.domain_cosines import domain_cosines, main
+from gradproj.store.writer import update_attributes
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,16 @@ def test_it_runs_as_a_command(output):
         f"ArXiv  {want[0, 0]:7.4f} {want[0, 1]:7.4f}",
         f"Github {want[1, 0]:7.4f} {want[1, 1]:7.4f}",
     ]
+
+
+def test_names_disturb_no_terminal(tmp_path, capsys):
+    made = make_store(tmp_path / "out", "float16")
+    with ProjectionStore(made.path) as store:
+        path, names = store.path, store.domains
+    update_attributes(path, {"domains": [f"\x1b[2J{name}\n" for name in names]})
+    assert main([str(made.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [f"�[2J{name}" for name in names]
 
 
 def test_mistakes_are_one_line(output, tmp_path, capsys, monkeypatch):

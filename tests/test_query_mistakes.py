@@ -9,7 +9,12 @@ from outputs import N_SAMPLES, cut, shard_of, uncommit, unmerge
 from query_cases import TEXT, ask, write_queries
 
 from gradproj import ProjectionStore
+from gradproj.analysis.blocks import chosen_layers, scan_blocks
+from gradproj.coordinator.config import RecordedInputs
 from gradproj.coordinator.merge import merge
+from gradproj.errors import ConfigError, ModelError
+from gradproj.queries import QueryProjector
+from gradproj.recorded import config_from, recorded_config
 from gradproj.store.opening import read_attributes
 from gradproj.store.writer import update_attributes, write_array
 
@@ -56,6 +61,10 @@ ASKED = ("--text", TEXT)
         ),
         ((*ASKED, "--layers", "nothing"), "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj"),
         ((*ASKED, "--domains", "Github,Fiction"), "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC"),
+        ((*ASKED, "--layers", ""), "--layers is empty; name some of the store's, or leave it out for all"),
+        ((*ASKED, "--layers", ","), "--layers is empty"),
+        ((*ASKED, "--layers", " ", ", "), "--layers is empty"),
+        ((*ASKED, "--domains", ""), "--domains is empty; name some of the store's, or leave it out for all"),
         (
             ("--queries", "none.jsonl"),
             "the queries' file none.jsonl cannot be read: No such file or directory",
@@ -96,8 +105,38 @@ def test_another_model_or_tokenizer_than_the_store_s_is_refused(job, tmp_path, a
     content = json.loads(path.read_text())
     content["model"]["merges"] = content["model"]["merges"][:-1]
     path.write_text(json.dumps(content))
-    assert "its --tokenizer changed since" in ask.mistake(job.output, *ASKED, "--model", tmp_path / "model")
+    # Both ways, the tokenizer's place is what is named.
+    for flag in ("--model", "--tokenizer"):
+        message = ask.mistake(job.output, *ASKED, flag, tmp_path / "model")
+        assert message.startswith(f"gradproj: {tmp_path / 'model'} is not what ")
+        assert "its --tokenizer changed since" in message
+        assert "give --tokenizer DIR" in message
     assert "holds no tokenizer that loads" in ask.mistake(job.output, *ASKED, "--tokenizer", tmp_path)
+
+
+def test_a_place_without_a_model_is_named_as_it_was_given(job, ask):
+    message = ask.mistake(job.output, *ASKED, "--model", "nosuchdir")
+    assert (
+        f"--model nosuchdir is no directory here; give one that holds the job's model, {job.model}" in message
+    )
+
+
+@pytest.mark.parametrize("changes", [{"model": None}, {"model": "a"}, {"identity": 3}])
+def test_a_store_that_names_no_model_is_refused(output, ask, changes):
+    update_attributes(output / "projections.zarr", changes)
+    assert "does not say which model its rows were made with" in ask.mistake(output, *ASKED)
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
+def test_a_store_cannot_say_that_its_checkpoint_is_trusted(output, ask, name):
+    path = output / "run_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: True}))
+    assert f"give --{name} here too if you trust" in ask.mistake(output, *ASKED)
+    with ProjectionStore(output) as store, pytest.raises(ModelError, match=f"give --{name} here too"):
+        QueryProjector(store)
+    assert not getattr(recorded_config(output).model, name)
+    trusting = config_from(RecordedInputs(output=str(output), **{name: True}))
+    assert getattr(trusting.model, name)
 
 
 def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(job, output, tmp_path, ask):
@@ -118,13 +157,47 @@ def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(job, 
     }
     update_attributes(output / "projections.zarr", {"identity": identity | harmless})
     ask(job.output, "--query_store", output)
+
+
+def test_queries_of_other_matrices_are_refused_whatever_was_recorded(job, output, ask):
     with ProjectionStore(output) as store:
-        write_array(store.path, "projection_matrices", -store.array("projection_matrices"))
-    assert "  layers or projection matrices" in ask.mistake(job.output, "--query_store", output) or (
-        "  --proj_rank_min" in ask.mistake(job.output, "--query_store", output)
-    )
+        matrices = store.array("projection_matrices").copy()
+        matrices[-1] = -matrices[-1]
+        write_array(store.path, "projection_matrices", matrices)
+    message = ask.mistake(job.output, "--query_store", output)
+    assert message.splitlines()[1:-1] == ["  layers or projection matrices"]
+    identity = read_attributes(output / "projections.zarr")["identity"]
     update_attributes(output / "projections.zarr", {"identity": identity | {"--proj_seed": 7}})
-    assert "  --proj_seed: queries 7, store 42" in ask.mistake(job.output, "--query_store", output)
+    message = ask.mistake(job.output, "--query_store", output)
+    assert message.splitlines()[1:-1] == ["  --proj_seed: queries 7, store 42"]
+
+
+def test_names_that_a_store_brings_along_disturb_no_terminal(output, ask):
+    path = output / "projections.zarr"
+    attributes = read_attributes(path)
+    domains = ["\x1b[2Jevil", *attributes["domains"][1:]]
+    layers = [layer | {"name": f"\x1b]0;{layer['name']}\x07\n"} for layer in attributes["layers"]]
+    update_attributes(path, {"domains": domains, "layers": layers})
+    with ProjectionStore(output) as store:
+        layer = store.layers[0].name
+        for ask_for in (
+            lambda: chosen_layers(store, ["none"]),
+            lambda: chosen_layers(store, []),
+            lambda: next(scan_blocks(store, domains=["none"])),
+        ):
+            with pytest.raises(ConfigError) as refused:
+                ask_for()
+            assert str(refused.value).isprintable()
+    asked = ("--query_store", output, "--top_k", 2)
+    for flag in ("--layers", "--domains"):
+        message = ask.mistake(output, *asked, flag, "nothing")
+        assert "�" in message
+        assert message.removesuffix("\n").isprintable()
+    lines, said = ask(output, *asked, "--layers", layer, "--domains", domains[0], "--score", "cosine")
+    assert said == ""
+    assert all(line.isprintable() for line in lines)
+    assert any("of �[2Jevil compared" in line for line in lines)
+    assert any(line.startswith("layers   �]0;") for line in lines)
 
 
 def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):

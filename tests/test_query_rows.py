@@ -200,12 +200,16 @@ def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
         Query(name="b", prompt="the prompt", completion=" and more"),
         Query(name="c", prompt=words(40, 3), completion=" " + words(10, 4)),
         Query(name="d", input_ids=[5, 6, 7]),
+        Query(name="e", text=" " * 900 + "hello there"),
+        Query(name="f", prompt="prompt" + " " * 900, completion="می\u200cخواهم"),
     ]
     shown = projectors[2].rows(asked).excerpts  # of windows, which have no limit
     assert shown[0] == "control \N{REPLACEMENT CHARACTER}[31m and spaces"
     assert shown[1] == "the prompt >> and more"
     assert shown[2].startswith("...")
     assert shown[2].endswith(" >> " + words(10, 4))
+    assert shown[4] == "hello there"
+    assert shown[5] == "prompt >> می\u200cخواهم"
     assert all(len(line) <= EXCERPT_CHARACTERS and "\n" not in line for line in shown)
 
 

@@ -100,7 +100,7 @@ def save_and_find_ends(
     """As ``find_ends`` for one damping, with every score in a file; the ends are then taken from there.
 
     Raises:
-        StoreError: there is no room for the file.
+        StoreError: there is no room for the file, or it cannot be made.
     """
     if curvature is not None:
         how = {**how, "preconditioner": curvature, "damping": damping}

@@ -15,6 +15,7 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.store.files import explain_os_errors, publish_exclusively, temporary_beside
 
 _BYTES_AT_ONCE = 2**24
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -53,7 +54,7 @@ class ScoresFile:
         """Make the file with room for all scores; its temporary name.
 
         Raises:
-            StoreError: there is no room.
+            StoreError: there is no room, or no file can be made there.
         """
         unfinished, n_bytes = temporary_beside(path), 4 * math.prod(shape)
         try:
@@ -65,10 +66,9 @@ class ScoresFile:
                 _reserve(file.fileno(), file.tell() + n_bytes)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise StoreError(
-                f"--save_scores {path}: no room for {shape[0]:,} x {shape[1]:,} scores, {n_bytes:,} bytes: "
-                f"{error.strerror}"
-            ) from error
+            what = f"{shape[0]:,} x {shape[1]:,} scores, {n_bytes:,} bytes"
+            problem = f"no room for {what}" if error.errno in _NO_ROOM else f"cannot be written ({what})"
+            raise StoreError(f"--save_scores {path}: {problem}: {error.strerror}") from error
         return unfinished
 
     def write(self, query: int, first: int, values: np.ndarray) -> None:

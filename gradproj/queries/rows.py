@@ -12,11 +12,12 @@ from torch import Tensor
 
 from gradproj.batching import Batch, BatchConfig, collate, plan_batches, split_long
 from gradproj.config import RunConfig
+from gradproj.coordinator.config import RecordedInputs
 from gradproj.errors import ConfigError
 from gradproj.loss import Targets, per_sample_loss
 from gradproj.projector import is_out_of_memory
 from gradproj.queries.reading import EXCERPT_CHARACTERS, Query
-from gradproj.recorded import recorded_engine
+from gradproj.recorded import config_from, recorded_engine
 from gradproj.screen import one_line
 from gradproj.start import prepare_torch
 from gradproj.store import ProjectionStore
@@ -63,14 +64,17 @@ class QueryProjector:
 
     Args:
         store: whose settings and matrices are taken.
-        run: its recorded settings, with the model where it lies now (``recorded.config_from``).
+        run: its job's settings; None takes them as recorded. Where the model has moved, or may run code of its own,
+            ``recorded.config_from`` makes them.
         device: auto, cpu or cuda.
 
     Raises:
-        ModelError: the model or the tokenizer is not the recorded one any more.
+        ModelError: the model or the tokenizer is not the recorded one any more, or could run code, which nobody has
+            allowed here.
     """
 
-    def __init__(self, store: ProjectionStore, run: RunConfig, device: str = "auto") -> None:
+    def __init__(self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto") -> None:
+        run = run or config_from(RecordedInputs(output=str(store.path.parent)))
         prepare_torch(run)
         recorded = recorded_engine(store, run, device)
         self._tokenizer, self._device, self._vocabulary = (
