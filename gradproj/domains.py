@@ -16,10 +16,9 @@ from gradproj.flags import parse
 from gradproj.reporting.domain_facts import DomainFacts, as_json, find_facts
 from gradproj.reporting.domain_figure import draw_domains, why_no_figure
 from gradproj.reporting.domain_table import table_lines
-from gradproj.reporting.folders import make_folder
+from gradproj.reporting.folders import make_folder, write_answer
 from gradproj.score_config import ScoreConfig
 from gradproj.store import ProjectionStore
-from gradproj.store.files import write_and_replace
 
 FORMATS = ("table", "json")
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
@@ -85,8 +84,9 @@ def _write(folder: Path, content: dict[str, Any], facts: DomainFacts) -> list[st
     means = io.BytesIO()
     np.save(means, facts.matrix.mean.astype(np.float32))
     make_folder(folder, "--output_dir")
-    write_and_replace(folder / MEANS_NAME, [means.getvalue()])
-    write_and_replace(folder / JSON_NAME, [(json.dumps(content, indent=1, allow_nan=False) + "\n").encode()])
+    write_answer(folder / MEANS_NAME, [means.getvalue()], "--output_dir")
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_answer(folder / JSON_NAME, [text.encode()], "--output_dir")
     if why_no_figure() is not None:
         return [JSON_NAME, MEANS_NAME]
     draw_domains(facts, folder / FIGURE_NAME)

@@ -19,13 +19,12 @@ from gradproj.queries import Query, QueryProjector, QueryRows, read_queries
 from gradproj.recorded import config_from, recorded_config, recorded_index
 from gradproj.reporting.assemble import make_page
 from gradproj.reporting.documents import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values
-from gradproj.reporting.folders import make_folder
+from gradproj.reporting.folders import make_folder, write_answer
 from gradproj.reporting.numbers import digits
 from gradproj.reporting.page import QueryAnswer, render
 from gradproj.score_config import ScoreConfig
 from gradproj.screen import one_line
 from gradproj.store import ProjectionStore
-from gradproj.store.files import write_and_replace
 from gradproj.texts import text_of
 
 MOST_QUERIES = 200
@@ -101,7 +100,7 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
             answers = functools.partial(answers_of, store, rows, how_queries, config.top_k, texts)
         page = make_page(store, how, texts, min(config.top_k, len(store)), answers)
     make_folder(path.parent, "--output")
-    write_and_replace(path, [render(page)])
+    write_answer(path, [render(page)], "--output")
     return path
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from outputs import ROWS_PER_UNIT, shard_of
 from report_cases import StrictPage
@@ -89,3 +90,80 @@ def test_a_column_s_chunk_that_is_gone_is_named(output, ask, name):
 def test_token_covariances_that_are_gone_are_damage_and_no_reason_for_another_score(output, ask):
     shutil.rmtree(output / "projections.zarr" / "token_covariance_a")
     said_by_all(ask, "token_covariance_a", "python -m gradproj verify")
+
+
+# --- bytes that are none of a store's ---
+
+
+def flip(path, *places, mask=0xFF):
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place] ^= mask
+    path.write_bytes(data)
+
+
+def edit_attributes(store, **changes):
+    path = store / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"] |= changes
+    path.write_text(json.dumps(metadata))
+
+
+DAMAGES = {
+    "status bytes flipped": (lambda z: flip(z / "status/c.0", 0, 3), ["status/c.0", "is no status"]),
+    "sums cut": (
+        lambda z: (z / "token_covariance_s/c.0").write_bytes(b"\0" * 101),
+        ["token_covariance_s", "zarr cannot read it"],
+    ),
+    "sums gone": (
+        lambda z: (z / "token_covariance_a/c.0").unlink(),
+        ["token_covariance_a does not hold"],
+    ),
+    "a sum's sign flipped": (
+        lambda z: flip(z / "token_covariance_a/c.0", np.dtype(np.float64).itemsize - 1, mask=0x80),
+        ["token_covariance_a holds no token covariance of"],
+    ),
+    "sums counted in words": (
+        lambda z: edit_attributes(z, covariance_tokens="many"),
+        ["covariance_tokens is 'many'"],
+    ),
+    "domains fewer": (lambda z: edit_attributes(z, domains=["one"]), ["and the store names 1"]),
+    "layers of nothing": (lambda z: edit_attributes(z, layers=[{}]), ["attribute layers is damaged"]),
+    "the array's metadata empty": (
+        lambda z: (z / "projections/zarr.json").write_text("{}"),
+        ["zarr.json are not a store's"],
+    ),
+    "the array's metadata a list": (
+        lambda z: (z / "projections/zarr.json").write_text("[]"),
+        ["projections/zarr.json is damaged"],
+    ),
+    "the group's metadata a list": (lambda z: (z / "zarr.json").write_text("[]"), ["zarr.json is damaged"]),
+    "attributes a list": (
+        lambda z: (z / "zarr.json").write_text('{"attributes": []}'),
+        ["its attributes are no object"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_line_that_names_the_file_and_the_way_out(output, ask, name):
+    damage, parts = DAMAGES[name]
+    damage(output / "projections.zarr")
+    said_by_all(ask, *parts, "python -m gradproj verify")
+
+
+def test_a_key_that_is_no_text_is_damage_where_keys_are_shown(output, ask):
+    path = output / "projections.zarr" / "key" / "c.0.0"
+    flip(path, *range(len(path.read_bytes())))
+    said_by_all(
+        ask, "projections.zarr/key is damaged", "python -m gradproj verify", commands=["query", "report"]
+    )
+
+
+def test_a_place_where_the_system_makes_no_file_is_named(ask):
+    said_by_all(
+        ask, "--output_dir /proc/x: no folder", commands=["domains"], flags=["--output_dir", "/proc/x"]
+    )
+    said_by_all(
+        ask, "--output /proc/x.html: no file", commands=["report"], flags=["--output", "/proc/x.html"]
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradproj.analysis.blocks import Block
 from gradproj.analysis.question import SELF_SCORES, Asked, How
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 RANK_ROWS = 256
@@ -73,16 +73,6 @@ def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
     return sums.matrix()
 
 
-def check_domains(store: ProjectionStore, domain: np.ndarray) -> None:
-    """Refuse codes of the ``domain`` column that the store has no name for; ``StoreError``."""
-    largest = int(domain.max(initial=-1))
-    if largest >= len(store.domains):
-        raise StoreError(
-            f"{store.path} is damaged: a document is of domain {largest}, and the store names {len(store.domains)}. "
-            "Run `python -m gradproj verify` on the output"
-        )
-
-
 class DomainSums:
     """Everything that is summed by domain while blocks of rows stream by.
 
@@ -117,7 +107,7 @@ class DomainSums:
             name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
         }
         ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
-        check_domains(self._store, domain)
+        self._store.check_domains(domain)
         norms = self._add_rows(rows, domain).cpu().numpy()
         self._n_read += int(np.isfinite(norms).sum())
         keep = np.isfinite(norms) & (domain >= 0)

@@ -26,6 +26,8 @@ LARGEST_WIDTH = 2048
 DIRECTIONS = 256
 """Directions kept of a wider one."""
 JOINT = "all layers"
+_ROUNDING = 0.01
+"""Of sums that a device made in few bits, relative."""
 _KFAC_DAMPING = 0.03
 _NARROW_DAMPING, _WIDE_DAMPING, _WIDE = 0.1, 1.0, 1024
 
@@ -224,7 +226,9 @@ def _widths(store: ProjectionStore, layers: Sequence[str], joint: bool) -> dict[
 
 def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[_Part], int]:
     """Each layer's mean token covariances, and the number of tokens."""
-    n_tokens = int(store.attributes.get("covariance_tokens", 0))
+    n_tokens = store.attributes.get("covariance_tokens") or 0
+    if not isinstance(n_tokens, int) or n_tokens < 0:
+        raise _damaged(store, f"its attribute covariance_tokens is {n_tokens!r}, no number of tokens")
     if not n_tokens:
         raise StoreError(
             f"{store.path} has no token covariances, which kfac is made of: they are written when its units are "
@@ -242,15 +246,35 @@ def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[
 
 def _squares(store: ProjectionStore, array: str, sides: Sequence[int]) -> list[Tensor]:
     """The matrices of an array that holds them flat, one after the other; symmetric, which their sums are but for
-    rounding."""
+    rounding.
+
+    Raises:
+        StoreError: it is gone or damaged: no sum of squares is such a matrix.
+    """
     flat = store.array(array).astype(np.float64)
-    if flat.shape != (sum(side**2 for side in sides),) or not np.isfinite(flat).all():
-        raise StoreError(
-            f"{store.path}/{array} is damaged: run `python -m gradproj verify {store.path.parent}`"
-        )
+    if flat.shape != (sum(side**2 for side in sides),) or not np.isfinite(flat).all() or not flat.any():
+        raise _damaged(store, f"{array} does not hold the layers' finite sums")
     parts = np.split(flat, np.cumsum([side**2 for side in sides])[:-1])
     matrices = [torch.from_numpy(part.reshape(side, side)) for part, side in zip(parts, sides, strict=True)]
+    for layer, matrix in zip(store.layers, matrices, strict=True):
+        if not _may_be_sum_of_squares(matrix):
+            raise _damaged(store, f"{array} holds no token covariance of {layer.name}")
     return [(matrix + matrix.T) / 2 for matrix in matrices]
+
+
+def _may_be_sum_of_squares(matrix: Tensor) -> bool:
+    """Whether it is, to rounding, symmetric and keeps to Cauchy and Schwarz; a flipped bit breaks that mostly."""
+    diagonal = matrix.diagonal()
+    rounding = _ROUNDING * diagonal.max()
+    most = (diagonal.clamp(min=0)[:, None] * diagonal.clamp(min=0)).sqrt() * (1 + _ROUNDING) + rounding
+    is_bounded = bool((matrix.abs() <= most).all()) and bool((diagonal >= -rounding).all())
+    return is_bounded and bool(((matrix - matrix.T).abs() <= _ROUNDING * most + rounding).all())
+
+
+def _damaged(store: ProjectionStore, what: str) -> StoreError:
+    return StoreError(
+        f"{store.path} is damaged: {what}. Run `python -m gradproj verify {store.path.parent}` to see all damage"
+    )
 
 
 # --- second moments ---

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradproj.analysis.domains import check_domains
 from gradproj.coordinator.merge import wanted_units
 from gradproj.corpus.index import load_index
 from gradproj.errors import CorpusError
@@ -74,7 +73,7 @@ def count_rows(store: ProjectionStore) -> RowCounts:
         if is_wanted is not None:
             units = np.arange(first, last) // store.layout.rows_per_shard
             status[(status == STATUS["missing"]) & ~is_wanted[units]] = STATUS["not_selected"]
-        check_domains(store, domain)
+        store.check_domains(domain)
         domain[domain < 0] = n_domains
         counts += np.bincount(domain * n_status + status, minlength=len(counts))
     chosen = store.attributes.get("identity", {}).get("--domains") or store.domains

@@ -122,9 +122,11 @@ def _read_column(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarr
 
 
 def _read_domains(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
-    return np.array([*store.domains, ""])[_read_column(store, name, ids)]  # -1 is the last
+    codes = _read_column(store, name, ids)
+    store.check_domains(codes)
+    return np.array([*store.domains, ""])[codes]  # -1 is the last
 
 
 def _read_keys(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
-    keys = [decode_key(key) for key in _read_column(store, name, ids)]
+    keys = [decode_key(key, store.path) for key in _read_column(store, name, ids)]
     return np.array(keys, f"U{store.layout.key_bytes}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -223,6 +224,12 @@ def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
     return np.frombuffer(padded, np.uint8).reshape(len(keys), key_bytes)
 
 
-def decode_key(row: np.ndarray) -> str:
-    """One row of the ``key`` column as text."""
-    return row.tobytes().rstrip(b"\0").decode()
+def decode_key(row: np.ndarray, store_path: Path) -> str:
+    """One row of the ``key`` column as text; ``StoreError`` where it is none."""
+    try:
+        return row.tobytes().rstrip(b"\0").decode()
+    except UnicodeDecodeError as error:
+        raise StoreError(
+            f"{store_path / 'key'} is damaged: a document's key is no UTF-8 ({error}). Run `python -m gradproj verify` "
+            "on the output to see all damage"
+        ) from error

@@ -11,6 +11,8 @@ from typing import Any
 from gradproj.errors import StoreError
 from gradproj.store.layout import COLUMNS, FORMAT_VERSION, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout
 
+_WAY_OUT = "Run `python -m gradproj verify` on the output to see all damage"
+
 
 def find_store(path: str | Path) -> Path:
     """The ``projections.zarr`` meant by ``path``, which is that folder or the one above it."""
@@ -29,6 +31,8 @@ def find_store(path: str | Path) -> Path:
 def read_attributes(store_path: Path) -> dict[str, Any]:
     """The group's attributes, once it is known that this gradproj can read them."""
     attributes = _read_json(store_path / "zarr.json", store_path).get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise _no_metadata(store_path / "zarr.json", "its attributes are no object")
     version = attributes.get("format_version")
     if not isinstance(version, int) or "layers" not in attributes:
         raise StoreError(
@@ -74,16 +78,28 @@ class WhichStore:
             found, seen = os.fstat(file.fileno()), self._seen
             stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
             if seen is None or seen[0] != stamp:
-                attributes = json.load(file).get("attributes", {})
+                content = json.load(file)
+                attributes = content.get("attributes", {}) if isinstance(content, dict) else None
+                if not isinstance(attributes, dict):
+                    raise ValueError("it is no object with attributes")
                 seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
                 self._seen = seen
             return seen[1]
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
-    """The attribute ``layers``; keys that a later gradproj added to them are left aside."""
+    """The attribute ``layers``; keys that a later gradproj added to them are left aside.
+
+    Raises:
+        StoreError: it is no list of layers.
+    """
     names = LayerSlice.__dataclass_fields__
-    return [LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]]
+    try:
+        return [LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]]
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"the store's attribute layers is damaged (no list of layers: {error!r}). {_WAY_OUT}"
+        ) from error
 
 
 def read_layout(store_path: Path) -> StoreLayout:
@@ -94,9 +110,19 @@ def read_layout(store_path: Path) -> StoreLayout:
     """
     rows = _read_json(store_path / "projections" / "zarr.json", store_path)
     columns = {name: _read_json(store_path / name / "zarr.json", store_path) for name in COLUMNS}
+    try:
+        return _layout_of(store_path, rows, columns)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _no_metadata(store_path, f"its arrays' zarr.json are not a store's: {error!r}") from error
+
+
+def _layout_of(store_path: Path, rows: dict[str, Any], columns: dict[str, dict[str, Any]]) -> StoreLayout:
     sharding = rows["codecs"][0]
     if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
         raise StoreError(f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}")
+    for key in ("index_codecs", "codecs"):  # which the reader of shards goes by
+        [codec["name"] for codec in sharding["configuration"][key]]
+    rows["chunk_key_encoding"].get("configuration", {}).get("separator")
     n_samples, dim = rows["shape"]
     chunk_rows, chunk_width = sharding["configuration"]["chunk_shape"]
     return StoreLayout(
@@ -119,8 +145,15 @@ def _compressor_name(codecs: list[dict[str, Any]]) -> str:
 
 def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error})"
+            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). {_WAY_OUT}"
         ) from error
+    if not isinstance(content, dict):
+        raise _no_metadata(path, "it holds no JSON object")
+    return content
+
+
+def _no_metadata(path: Path, what: str) -> StoreError:
+    return StoreError(f"{path} is damaged or not of a gradproj store: {what}. {_WAY_OUT}")

@@ -165,10 +165,11 @@ class ProjectionStore:
             )
         sample_ids = self._checked_ids(ids)
         columns = self._columns.read(["key", "domain", "loss", "n_tokens", "grad_norm", "tar"], sample_ids)
+        self.check_domains(columns["domain"])
         return [
             Sample(
                 sample_id=sample_id,
-                key=decode_key(columns["key"][i]),
+                key=decode_key(columns["key"][i], self.path),
                 domain=self.domains[columns["domain"][i]] if columns["domain"][i] >= 0 else None,
                 loss=float(columns["loss"][i]),
                 n_tokens=int(columns["n_tokens"][i]),
@@ -179,6 +180,13 @@ class ProjectionStore:
             )
             for i, sample_id in enumerate(sample_ids.tolist())
         ]
+
+    def check_domains(self, codes: np.ndarray) -> None:
+        """Refuse codes of the ``domain`` column that the store has no name for; ``StoreError``."""
+        largest = int(codes.max(initial=-1))
+        if largest >= len(self.domains):
+            what = f"a document is of domain {largest}, and the store names {len(self.domains)}"
+            raise damaged(self.path, what)
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """One column's values for samples ``start`` to ``stop`` (default: all, which may be large)."""
