@@ -33,7 +33,7 @@ from gradproj.dist import Process, choose_device, process_group, said_by_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.plan import human_bytes
-from gradproj.queries import Query, QueryProjector, QueryRows, read_queries
+from gradproj.queries import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
 from gradproj.query_config import (
     QueryConfig,
     is_a_job_s,
@@ -208,6 +208,7 @@ def _asked(config: QueryConfig, store: ProjectionStore) -> QueryRows:
             return rows_of_query_store(other, store)
     text = Query(name="text", text=config.text, where="--text") if config.text else None
     queries = [text] if text else read_queries(config.queries)
+    check_rows_fit(f"--queries {config.queries}", len(queries), store.dim, "Give its lines in several files")
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
 

@@ -151,6 +151,24 @@ def test_several_dampings_are_answered_one_after_the_other_and_compared(output, 
         assert share < 1
 
 
+def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path, ask, monkeypatch):
+    path = write_queries(tmp_path / "q.jsonl", *QUERIES)
+    asked = (output, "--queries", path, "--score", "kfac", "--layers", "mlp", "--damping", "0.001,30")
+    want = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
+    assert [x["damping"] for x in want] == [0.001] * 21 + [30] * 21
+    sizes, scan = [], ends_module.top_and_bottom
+    monkeypatch.setattr(
+        ends_module, "top_and_bottom", lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k)
+    )
+    with ProjectionStore(output) as store:
+        monkeypatch.setattr(ends_module, "_QUERIES_AT_ONCE_BYTES", 5 * 8 * store.dim)
+    got = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
+    assert sizes == [4, 2]  # of two dampings each
+    for x, y in zip(got, want, strict=True):
+        assert x.pop("score") == pytest.approx(y.pop("score"), rel=1e-5)
+        assert x == y
+
+
 def test_an_output_s_documents_are_queries_named_by_their_keys(job, tmp_path, ask):
     other = tmp_path / "queries"
     make_corpus(tmp_path / "tars", mixed_documents(9, seed=4))

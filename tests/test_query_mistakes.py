@@ -13,7 +13,9 @@ from gradproj.analysis.blocks import chosen_layers, scan_blocks
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.coordinator.merge import merge
 from gradproj.errors import ConfigError, ModelError
+from gradproj.plan import human_bytes
 from gradproj.queries import QueryProjector
+from gradproj.queries import rows as rows_module
 from gradproj.recorded import config_from, recorded_config
 from gradproj.store.opening import read_attributes
 from gradproj.store.writer import update_attributes, write_array
@@ -198,6 +200,23 @@ def test_names_that_a_store_brings_along_disturb_no_terminal(output, ask):
     assert all(line.isprintable() for line in lines)
     assert any("of �[2Jevil compared" in line for line in lines)
     assert any(line.startswith("layers   �]0;") for line in lines)
+
+
+def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
+    job, output, tmp_path, ask, monkeypatch
+):
+    path = write_queries(tmp_path / "q.jsonl", *({"text": TEXT} for _ in range(3)))
+    with ProjectionStore(output) as store:
+        monkeypatch.setattr(rows_module, "MOST_ROWS_BYTES", 4 * store.dim * 2)
+        monkeypatch.setattr(ProjectionStore, "rows", None)
+        monkeypatch.setattr("gradproj.query.QueryProjector", None)
+        size = f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
+    message = ask.mistake(output, "--queries", path)
+    assert f"--queries {path} asks 3 queries, {size}" in message
+    assert "2 queries, is the most at once. Give its lines in several files" in message
+    message = ask.mistake(output, "--query_store", job.output)
+    assert f"asks {N_SAMPLES - 2} queries, whose rows" in message
+    assert "2 queries, is the most at once. Ask some at a time in Python: gradproj.analysis.top_k(" in message
 
 
 def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):

@@ -15,7 +15,6 @@ from gradproj.layers import find_layers
 from gradproj.projection import ProjectionConfig
 from gradproj.queries import EXCERPT_CHARACTERS, Query, QueryProjector
 from gradproj.queries import rows as rows_module
-from gradproj.recorded import recorded_config
 
 TEXT = words(9, 5)
 N_DOCUMENTS = 20
@@ -43,7 +42,7 @@ def made(job, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def projectors(made):
-    return [QueryProjector(ProjectionStore(o), recorded_config(o), "cpu") for o in made.outputs]
+    return [QueryProjector(ProjectionStore(o), device="cpu") for o in made.outputs]
 
 
 def slow_row(made, ids, first, number=0):

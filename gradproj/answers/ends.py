@@ -74,17 +74,19 @@ def _all_at_once(
     """Each damping makes queries of its own, ``q C^-1``, whose scores are inner products."""
     chosen = curvature.for_layers(how["layers"] or curvature.layers)
     spans = {layer.name: slice(layer.slice_start, layer.slice_end) for layer in store.layers}
-    values = torch.from_numpy(
-        np.concatenate([rows[:, spans[name]] for name in chosen.layers], axis=1)
-    ).double()
-    turned = np.concatenate([chosen.with_damping(damping).solve(values).numpy() for damping in dampings])
-    ends = _in_parts(turned, store, n_top, n_bottom, {**how, "score": "dot"})
-
-    def part(number: int) -> Iterator[TopDocuments]:
-        own = slice(number * len(rows), (number + 1) * len(rows))
-        return (TopDocuments(end.ids[own], end.scores[own], end.n_scored) for end in ends)
-
-    return [Ends(damping, *part(number)) for number, damping in enumerate(dampings)]
+    found: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
+    for part in parts_of(rows, len(dampings)):
+        values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
+        queries = torch.from_numpy(values).double()
+        turned = np.concatenate([chosen.with_damping(d).solve(queries).numpy() for d in dampings])
+        ends = _in_parts(turned, store, n_top, n_bottom, {**how, "score": "dot"})
+        for number, of_one in enumerate(found):
+            own = slice(number * len(queries), (number + 1) * len(queries))
+            of_one.append(tuple(TopDocuments(e.ids[own], e.scores[own], e.n_scored) for e in ends))
+    return [
+        Ends(damping, *(_joined(end) for end in zip(*of_one, strict=True)))
+        for damping, of_one in zip(dampings, found, strict=True)
+    ]
 
 
 def save_and_find_ends(
@@ -136,9 +138,9 @@ def _ends_of(
     return result(1, n_top), result(-1, n_bottom)
 
 
-def parts_of(rows: np.ndarray) -> Iterator[slice]:
-    """As many queries at a time as one scan takes."""
-    step = max(1, _QUERIES_AT_ONCE_BYTES // (8 * rows.shape[1]))
+def parts_of(rows: np.ndarray, times: int = 1) -> Iterator[slice]:
+    """As many queries at a time as one scan takes, where each is asked so many times over."""
+    step = max(1, _QUERIES_AT_ONCE_BYTES // (8 * times * rows.shape[1]))
     for first in range(0, len(rows), step):
         yield slice(first, min(first + step, len(rows)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradproj.errors import ConfigError
-from gradproj.queries import QueryRows
+from gradproj.queries import QueryRows, check_rows_fit
 from gradproj.store import STATUS, ProjectionStore
 
 _SAME = (
@@ -32,7 +32,8 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     """Every row of status ok, by its key; of a key that is empty or comes twice, with the sample's id.
 
     Raises:
-        ConfigError: the two were made with another model, other matrices or another reduction, or there is no row.
+        ConfigError: the two were made with another model, other matrices or another reduction, or there is no row, or
+            more of them than are asked at once.
     """
     differences = differences_of(queries, store)
     if differences:
@@ -44,6 +45,12 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
         raise ConfigError(f"--query_store {queries.path} has no row yet, so it asks nothing")
+    check_rows_fit(
+        f"--query_store {queries.path}",
+        len(ids),
+        queries.dim,
+        "Ask some at a time in Python: gradproj.analysis.top_k(other.rows(ids), store, k)",
+    )
     samples = queries.samples(ids)
     keys = Counter(sample.key for sample in samples)
     names = [s.key if s.key and keys[s.key] == 1 else f"{s.key}#{s.sample_id}" for s in samples]

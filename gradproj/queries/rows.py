@@ -15,6 +15,7 @@ from gradproj.config import RunConfig
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.errors import ConfigError
 from gradproj.loss import Targets, per_sample_loss
+from gradproj.plan import human_bytes
 from gradproj.projector import is_out_of_memory
 from gradproj.queries.reading import EXCERPT_CHARACTERS, Query
 from gradproj.recorded import config_from, recorded_engine
@@ -22,6 +23,8 @@ from gradproj.screen import one_line
 from gradproj.start import prepare_torch
 from gradproj.store import ProjectionStore
 
+MOST_ROWS_BYTES = 2**32
+"""Of the rows of all queries, which are held while a store is scanned."""
 _PROMPT_SHARE = 0.4
 """Most of an excerpt that a prompt may take from its completion."""
 
@@ -39,6 +42,16 @@ class QueryRows:
     """``(Q,)`` float64: mean nats per target token."""
     excerpts: list[str]
     """One line of each, at most ``EXCERPT_CHARACTERS`` long."""
+
+
+def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
+    """``ConfigError`` for more queries of ``source`` than are asked at once; ``way_out`` says what else to do."""
+    n_bytes = 4 * n_queries * dim
+    if n_bytes > MOST_ROWS_BYTES:
+        raise ConfigError(
+            f"{source} asks {n_queries:,} queries, whose rows of {dim:,} values take {human_bytes(n_bytes)} of memory; "
+            f"{human_bytes(MOST_ROWS_BYTES)}, {MOST_ROWS_BYTES // (4 * dim):,} queries, is the most at once. {way_out}"
+        )
 
 
 @dataclass(frozen=True)
