@@ -14,9 +14,9 @@ from analysis_cases import (
 )
 
 from gradproj import ProjectionStore
-from gradproj.analysis import Preconditioner
+from gradproj.analysis import Preconditioner, curvature
 from gradproj.analysis.curvature import DenseSum, TruncatedSum
-from gradproj.analysis.preconditioner import auto_damping
+from gradproj.analysis.preconditioner import _Part, auto_damping
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.writer import update_attributes
 
@@ -219,6 +219,41 @@ def test_a_file_of_another_store_a_damaged_one_and_none_are_refused(store, tmp_p
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(StoreError, match=r"is damaged .*: delete it and fit"):
         Preconditioner.load(store, path=path)
+
+
+def test_a_byte_that_has_changed_in_a_kept_file_is_noticed(store, tmp_path):
+    path = Preconditioner.fit(store, "second_moment").save(store, tmp_path / "it.safetensors")
+    whole = path.read_bytes()
+    at = whole.index(b'"n_rows') if b'"n_rows' in whole else whole.index(b"n_rows")
+    for place, byte in ((len(whole) - 3, whole[-3] ^ 1), (at + whole[at:].index(b"5"), ord("4"))):
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        with pytest.raises(
+            StoreError, match=r"is damaged \(its checksum does not match\): delete it and fit"
+        ):
+            Preconditioner.load(store, path=path)
+
+
+def test_only_what_is_asked_for_is_factorized(store, monkeypatch):
+    fitted, names = Preconditioner.fit(store, "second_moment"), []
+    real = curvature.inverse_root
+    monkeypatch.setattr(curvature, "inverse_root", lambda m, c, name: names.append(name) or real(m, c, name))
+    wanted = fitted.for_layers([NAMES[1]]).with_damping(C)
+    assert not names
+    for _ in range(2):
+        wanted.solve(some_rows(8))
+    wanted.to(torch.device("cpu"), torch.float32).self_products(some_rows(8))
+    assert names == [f"the second moment of {NAMES[1]}'s rows"]
+
+
+def test_a_matrix_that_auto_cannot_damp_takes_a_larger_damping(store):
+    bad = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    settings = {"kind": "kfac", "damping": "auto", "layers": ["x"], "n_rows": 1, "joint": False}
+    fitted = Preconditioner(settings, [_Part("x", 4, curvature.Kronecker(bad, bad.abs()))])
+    with pytest.raises(
+        ConfigError, match=r"^the token covariance of x's output gradients, 2 wide, has no inv"
+    ):
+        fitted.ready()
+    fitted.with_damping(100.0).ready()
 
 
 def test_parts_of_it_serve_layers_and_what_it_lacks_is_said(store):

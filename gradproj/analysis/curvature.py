@@ -50,7 +50,8 @@ class Kronecker:
 
     def damped(self, c: float, name: str) -> KroneckerInverse:
         return KroneckerInverse(
-            inverse_root(self.s, c, f"{name}'s output gradients"), inverse_root(self.a, c, f"{name}'s inputs")
+            inverse_root(self.s, c, f"the token covariance of {name}'s output gradients"),
+            inverse_root(self.a, c, f"the token covariance of {name}'s inputs"),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ class Dense:
     moment: Tensor
 
     def damped(self, c: float, name: str) -> DenseInverse:
-        return DenseInverse(inverse_root(self.moment, c, f"{name}'s rows"))
+        return DenseInverse(inverse_root(self.moment, c, f"the second moment of {name}'s rows"))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"moment": self.moment}
@@ -181,7 +182,8 @@ class TruncatedInverse:
 def inverse_root(matrix: Tensor, c: float, name: str) -> Tensor:
     """``W`` with ``W^T W = (matrix + c mean(diagonal) I)^-1``, float64.
 
-    A matrix of zeros, of a layer in which no row has anything, gives zeros: the layer then adds nothing.
+    ``name`` says which matrix it is. One of zeros, of a layer in which no row has anything, gives zeros: the layer
+    then adds nothing.
 
     Raises:
         ConfigError: the damped matrix has no inverse.
@@ -194,7 +196,7 @@ def inverse_root(matrix: Tensor, c: float, name: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix / diagonal + c * eye)
     if info.item() or not torch.isfinite(factor).all():
         raise ConfigError(
-            f"the second moment of {name}, {len(matrix)} wide, has no inverse with damping {c:g}: give a larger "
+            f"{name}, {len(matrix)} wide, has no inverse with damping {c:g}: give a larger "
             "damping (auto chooses one)"
         )
     return torch.linalg.solve_triangular(factor, eye, upper=False) / diagonal.sqrt()

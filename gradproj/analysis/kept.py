@@ -8,15 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Dense, Kronecker, Truncated
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
-from gradproj.store.files import explain_os_errors, write_and_replace
+from gradproj.store.files import crc32c, explain_os_errors, write_and_replace
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: with a checksum."""
 _TYPES: dict[frozenset[str], type] = {
     frozenset({"s", "a"}): Kronecker,
     frozenset({"moment"}): Dense,
@@ -61,10 +64,20 @@ def write_curvature(path: Path, settings: dict[str, Any], curvatures: Mapping[st
         for part, curvature in curvatures.items()
         for name, tensor in curvature.tensors().items()
     }
-    about = {"format_version": str(FORMAT_VERSION), "settings": json.dumps(settings)}
+    said = json.dumps(settings)
+    about = {"format_version": str(FORMAT_VERSION), "settings": said, "crc32c": _checksum(said, tensors)}
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_and_replace(path, [save(tensors, about)])
+
+
+def _checksum(settings: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the settings and of every tensor with its name."""
+    value = crc32c(settings.encode())
+    for name in sorted(tensors):
+        values = tensors[name].contiguous().cpu().numpy().reshape(-1)
+        value = crc32c(values.view(np.uint8), crc32c(name.encode(), value))
+    return f"{value:08x}"
 
 
 def read_curvature(path: Path) -> tuple[dict[str, Any], dict[str, Curvature]]:
@@ -83,10 +96,13 @@ def read_curvature(path: Path) -> tuple[dict[str, Any], dict[str, Curvature]]:
                 raise StoreError(
                     f"{path} has format {version}, this gradproj reads {FORMAT_VERSION}: fit it again"
                 )
-            parts: dict[str, dict[str, Any]] = {}
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part, _, name = key.rpartition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        if _checksum(about["settings"], tensors) != about["crc32c"]:
+            raise ValueError("its checksum does not match")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            part, _, name = key.rpartition("/")
+            parts.setdefault(part, {})[name] = tensor
         settings = json.loads(about["settings"])
         return settings, {part: _TYPES[frozenset(tensors)](**tensors) for part, tensors in parts.items()}
     except (SafetensorError, KeyError, ValueError) as error:

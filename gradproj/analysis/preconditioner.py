@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,11 @@ class Preconditioner:
         self.layers: list[str] = list(settings["layers"])
         self.n_rows: int = settings["n_rows"]
         """Rows that were summed; of kfac, tokens."""
-        self._inverses: list[Inverse] = [
-            part.curvature.damped(self._damping_of(part), part.name) for part in self._parts
-        ]
+
+    @cached_property
+    def _inverses(self) -> list[Inverse]:
+        """Factorized when they are wanted: another damping or fewer layers need others."""
+        return [part.curvature.damped(self._damping_of(part), part.name) for part in self._parts]
 
     @classmethod
     def fit(
@@ -103,7 +106,8 @@ class Preconditioner:
             progress: show a bar.
 
         Raises:
-            ConfigError: an unknown kind, layer or damping, or a matrix that has no inverse with it.
+            ConfigError: an unknown kind, layer or damping, or a matrix that has no inverse with a damping given as
+                a number (with ``auto`` that is said where it is used first, or by ``ready``).
             StoreError: the store holds no covariances, or no row.
         """
         if kind not in KINDS:
@@ -124,11 +128,19 @@ class Preconditioner:
             n_rows = _sum_rows(store, names, sums, Share.of(together), torch.device(device), progress)
             parts = [_Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()]
         settings = {"kind": kind, "damping": damping, "layers": names, "n_rows": n_rows, "joint": joint}
-        return cls({**settings, "store": identity_of(store)}, parts)
+        fitted = cls({**settings, "store": identity_of(store)}, parts)
+        return fitted if damping == "auto" else fitted.ready()
+
+    def ready(self) -> Preconditioner:
+        """Itself, factorized now; ``ConfigError`` where a matrix has no inverse with this damping."""
+        _ = self._inverses
+        return self
 
     def with_damping(self, damping: float | str) -> Preconditioner:
         """The same curvature, damped otherwise: no scan."""
         _checked_damping(damping)
+        if damping == self.damping:
+            return self
         return Preconditioner({**self._settings, "damping": damping}, self._parts)
 
     def for_layers(self, layers: Sequence[str]) -> Preconditioner:

@@ -169,13 +169,13 @@ def _preconditioner(
             together=how.get("together", False),
             device=device,
             progress=how.get("progress", False),
-        )
+        ).ready()
     wanted = {"kfac": "kfac", "preconditioned": "second_moment"}.get(kind, given.kind)
     if given.kind != wanted:
         raise ConfigError(f"score {kind!r} takes a preconditioner of kind {wanted}, this one is {given.kind}")
     given.check_store(store)
     given = given.for_layers(layers)
-    return given.with_damping(how["damping"]) if "damping" in how else given
+    return (given.with_damping(how["damping"]) if "damping" in how else given).ready()  # before any scan
 
 
 @dataclass(frozen=True)
