@@ -62,7 +62,8 @@ def domains(config: DomainsConfig, asked: ScoreConfig) -> list[str]:
         StoreError: no store there, none of its rows is there yet, or the folder cannot be written.
     """
     with ProjectionStore(config.output) as store:
-        facts = find_facts(store, {**asked.how_by_domain(store), "progress": sys.stderr.isatty()})
+        how = {**asked.how_by_domain(store), "progress": sys.stderr.isatty()}
+        facts = find_facts(store, asked.kept(store, how))
         if not facts.shown:
             raise StoreError(
                 f"{store.path} has no row of any domain yet ({facts.counts.total('missing'):,} of {len(store):,} "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.analysis import Preconditioner, top_and_bottom
+from gradproj.analysis import top_and_bottom
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.flags import parse
@@ -81,18 +81,9 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
         if path.is_dir():
             raise ConfigError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
         rows = query_rows(store, config)  # first: most mistakes are in the queries
-        how = {**asked.how_by_domain(store), "progress": sys.stderr.isatty()}
+        how = asked.kept(store, {**asked.how_by_domain(store), "progress": sys.stderr.isatty()})
         how_queries = {**asked.how(store), "progress": sys.stderr.isatty()}
         if how["score"] == "preconditioned":  # its scan is as long as the page's own
-            fitted = Preconditioner.fit(
-                store,
-                "second_moment",
-                how.pop("damping"),
-                how.get("layers"),
-                device=how["device"],
-                progress=how["progress"],
-            )
-            how["preconditioner"] = fitted
             how_queries = how
         texts = excerpts_of(config)
         answers = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.analysis.domains import DOMAIN_SCORES
+from gradproj.answers import curvature_for
 from gradproj.dist import choose_device
 from gradproj.errors import ConfigError
 from gradproj.query_config import WITHOUT_SUMS, wanted_layers
@@ -45,6 +47,8 @@ class ScoreConfig:
                 float(self.damping)
             except ValueError as error:
                 raise ConfigError(f"--damping is {self.damping!r}; give auto or a number") from error
+        if self.score in WITHOUT_CURVATURE and self.damping != "auto":
+            raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
 
     def how(self, store: ProjectionStore, scores: tuple[str, ...] = tuple(MEANINGS)) -> dict[str, Any]:
         """The arguments of a scan of ``store``.
@@ -61,10 +65,31 @@ class ScoreConfig:
         )  # arrays that are gone are damage, and said
         if not self.score and not has_sums and wanted in ("kfac", "relatif"):
             wanted = WITHOUT_SUMS
+            if self.damping != "auto":
+                with_damping = ", ".join(name for name in MEANINGS if name not in WITHOUT_CURVATURE)
+                raise ConfigError(f"--damping is of {with_damping}: name one by --score")
         how: dict[str, Any] = {"score": wanted, "device": choose_device(self.device, 0)[0]}
         if wanted not in WITHOUT_CURVATURE:
             how["damping"] = self.damping if self.damping == "auto" else float(self.damping)
         return how | {"layers": wanted_layers(self.layers, store)}
+
+    def kept(self, store: ProjectionStore, how: dict[str, Any]) -> dict[str, Any]:
+        """``how`` with the second moment that questions keep beside the store, where the score needs one.
+
+        Raises:
+            StoreError: the store has no row.
+        """
+        if how["score"] != "preconditioned":
+            return how
+        found = curvature_for(
+            "second_moment",
+            store,
+            store.status_counts()["ok"],
+            device=how["device"],
+            progress=how.get("progress", False),
+            say=lambda line: print(f"gradproj: {line}", file=sys.stderr, flush=True),
+        )
+        return {**how, "preconditioner": found}
 
     def how_by_domain(self, store: ProjectionStore) -> dict[str, Any]:
         """The same for a mean over domains."""

@@ -10,6 +10,7 @@ from report_cases import StrictPage
 
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
+from gradproj.analysis import preconditioner
 from gradproj.store import STATUS
 
 COMMANDS = ("query", "domains", "report")
@@ -166,4 +167,34 @@ def test_a_place_where_the_system_makes_no_file_is_named(ask):
     )
     said_by_all(
         ask, "--output /proc/x.html: no file", commands=["report"], flags=["--output", "/proc/x.html"]
+    )
+
+
+# --- the second moment that questions keep ---
+
+
+def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_changed(
+    output, ask, monkeypatch
+):
+    flags = ("--score", "preconditioned")
+    fits, real = [], preconditioner._sum_rows
+    monkeypatch.setattr(preconditioner, "_sum_rows", lambda *given: fits.append(1) or real(*given))
+    first = ask("query", *flags)
+    for command in ("domains", "report"):
+        assert ask(command, *flags)[0] == 0
+    assert len(fits) == 1
+
+    (kept,) = (output / "preconditioners").iterdir()
+    flip(kept, -3)
+    code, printed, said = ask("query", *flags)
+    assert code == 0
+    assert "is damaged (its checksum does not match)" in said
+    assert "It is fitted anew" in said
+    assert (printed, len(fits)) == (first[1], 2)
+    assert ask("domains", *flags)[2] == ""
+
+
+def test_a_damping_of_a_score_that_has_none_is_refused(ask):
+    said_by_all(
+        ask, "--score dot has no damping; leave --damping out", flags=("--score", "dot", "--damping", "0.5")
     )
