@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradproj.errors import ConfigError, GradprojError, ReportedError
+from gradproj.screen import clean_lines
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +276,7 @@ def said_by_rank_0(rank: int) -> Iterator[None]:
         # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
         # launcher ends this sleep. A mistake of this rank alone is said after it.
         time.sleep(LET_RANK_0_SPEAK_S)
-        print(f"gradproj: rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(f"gradproj: rank {rank}: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         raise ReportedError from error
 
 

@@ -35,7 +35,9 @@ from gradproj.flags import parse
 from gradproj.plan import human_bytes
 from gradproj.queries import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
 from gradproj.query_config import (
+    MOST_JOINT_VALUES,
     QueryConfig,
+    check_joint,
     is_a_job_s,
     wanted_domains,
     wanted_k,
@@ -44,6 +46,7 @@ from gradproj.query_config import (
     wanted_score,
 )
 from gradproj.recorded import config_from, recorded_config, recorded_index
+from gradproj.screen import clean_lines
 from gradproj.store import ProjectionStore
 from gradproj.store.views import Sample
 from gradproj.texts import text_of
@@ -110,11 +113,10 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         )
         read_text = document_texts(config.output, _texts_from(config)) if config.show_text else None
         how = _how(config, store, process, tell)
+        if config.joint:
+            check_joint(how["layers"], store)
         kind = wanted_kind(config, how["score"])
-        curvature = functools.partial(
-            curvature_for, kind, store, counts["ok"], together=how["together"], device=how["device"],
-            progress=how["progress"], say=tell,
-        )  # fmt: skip
+        curvature = functools.partial(_curvature, config, store, how, counts["ok"], tell)
         # Whether sums are there is known at once; a scan waits until the queries are known to be good.
         known = curvature() if kind == "kfac" else None
         asked = share.gathered(_asked(config, store) if process.rank == 0 else None)[0]
@@ -124,9 +126,31 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
                 f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them can be read. "
                 f"Run `python -m gradproj verify {store.path.parent}` to see all damage"
             )
-        about = About(store, how["score"], kind, how["layers"], how["domains"], counts, ends[0].top.n_scored)
+        n_scored = ends[0].top.n_scored
+        about = About(
+            store, how["score"], kind, how["layers"], how["domains"], counts, n_scored, config.joint
+        )
         samples = describe(store, ends, read_text) if process.rank == 0 else {}
         return Answer(about, asked, ends, samples)
+
+
+def _curvature(
+    config: QueryConfig, store: ProjectionStore, how: How, n_ok: int, tell: Callable[[str], None]
+) -> Preconditioner | None:
+    together, device, progress = how["together"], how["device"], how["progress"]
+    if config.joint:
+        return Preconditioner.fit(
+            store,
+            "second_moment",
+            layers=how["layers"],
+            joint=True,
+            largest_width=MOST_JOINT_VALUES,
+            together=together,
+            device=device,
+            progress=progress,
+        )
+    kind = wanted_kind(config, how["score"])
+    return curvature_for(kind, store, n_ok, together=together, device=device, progress=progress, say=tell)
 
 
 def _ends(
@@ -160,7 +184,7 @@ def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
 def note(process: Process, line: str) -> None:
     """Said once, beside the answer."""
     if process.rank == 0:
-        print(f"gradproj: {line}", file=sys.stderr, flush=True)
+        print(f"gradproj: {clean_lines(line)}", file=sys.stderr, flush=True)
 
 
 # ---- The flags and the store

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradproj.analysis import DEFAULT_SCORE, MEANINGS
+from gradproj.analysis.blocks import width_of
 from gradproj.coordinator.config import RecordedInputs
 from gradproj.errors import ConfigError
 from gradproj.screen import listed
@@ -13,6 +14,8 @@ from gradproj.store import ProjectionStore
 WITHOUT_SUMS = "cosine"
 """Taken instead of a default score that needs the token covariances, while a store has none."""
 K = 20
+MOST_JOINT_VALUES = 4096
+"""Of rows whose second moment is one matrix: 134 MB of float64 and as much again for its inverse."""
 KINDS = {"kfac": "kfac", "preconditioned": "second_moment", "relatif": "kfac"}
 """Score -> kind of the curvature that it is made with; of relatif, where no other is asked for."""
 
@@ -50,6 +53,13 @@ class QueryConfig(RecordedInputs):
         metadata={
             "help": "by whose influence relatif is made: kfac, or second_moment as preconditioned (default: kfac)",
             "choices": ("kfac", "second_moment"),
+        },
+    )
+    joint: bool = field(
+        default=False,
+        metadata={
+            "help": "of preconditioned: one second moment of all layers, or of those that --layers names, not one of "
+            "each; it is measured for this query and not kept"
         },
     )
     top_k: int | None = field(
@@ -96,6 +106,8 @@ class QueryConfig(RecordedInputs):
                 f"--curvature {self.curvature}: it is kfac or second_moment, and of --score relatif only; kfac and "
                 "preconditioned have each their own"
             )
+        if self.joint and self.score != "preconditioned":
+            raise ConfigError("--joint is of --score preconditioned only; kfac is of one layer each")
         if self.score and self.score not in KINDS and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
         if len(self.dampings) > 1 and self.save_scores:
@@ -162,6 +174,21 @@ def wanted_layers(given: Sequence[str], store: ProjectionStore) -> list[str] | N
             )
     chosen = [name for name in names if any(_is_part(word, name) for word in wanted)]
     return chosen if 0 < len(chosen) < len(names) else None
+
+
+def check_joint(layers: Sequence[str] | None, store: ProjectionStore) -> None:
+    """``ConfigError`` where these layers' values are too many for one matrix."""
+    width = width_of(store, layers)
+    if width > MOST_JOINT_VALUES:
+        of = (
+            f"{store.path} has rows of {width:,} values"
+            if layers is None
+            else f"these layers have {width:,} values"
+        )
+        raise ConfigError(
+            f"--joint: {of}, and one second moment is made of at most {MOST_JOINT_VALUES:,}: name fewer --layers, or "
+            "leave --joint out for one of each layer"
+        )
 
 
 def _is_part(word: str, name: str) -> bool:

@@ -151,6 +151,42 @@ def test_several_dampings_are_answered_one_after_the_other_and_compared(output, 
         assert share < 1
 
 
+@pytest.mark.parametrize("layers", [None, "mlp"])
+def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_path, ask, layers):
+    path = write_queries(tmp_path / "q.jsonl", *QUERIES)
+    flags = ("--queries", path, "--score", "preconditioned", "--joint", "--bottom_k", 0)
+    flags += ("--layers", layers) if layers else ()
+    with ProjectionStore(output) as store:
+        ids = ok_ids(store)
+        chosen = np.concatenate(
+            [
+                np.arange(x.slice_start, x.slice_end)
+                for x in store.layers
+                if layers is None or layers in x.name
+            ]
+        )
+        rows = store.rows(ids)[:, chosen].astype(np.float64)
+        asked = (
+            QueryProjector(store, device="cpu").rows(read_queries(path)).rows[:, chosen].astype(np.float64)
+        )
+    moment = rows.T @ rows / len(rows)
+    flags += ("--top_k", N_SAMPLES)
+    found = ask.objects(output, *flags, "--damping", "0.1,3")
+    for damping in (0.1, 3):
+        damped = moment + damping * np.trace(moment) / len(moment) * np.eye(len(moment))
+        wanted = np.linalg.solve(damped, asked.T).T @ rows.T
+        for number, values in enumerate(wanted):
+            name = ["first", "second", "line 3"][number]
+            got = {x["id"]: x["score"] for x in found if (x["query"], x["damping"]) == (name, damping)}
+            np.testing.assert_allclose(
+                [got[i] for i in ids], values, rtol=1e-3, atol=1e-4 * abs(values).max()
+            )
+    each = ask.objects(output, *(flag for flag in flags if flag != "--joint"), "--damping", "0.1")
+    assert [x["id"] for x in each] != [x["id"] for x in found[: len(each)]]
+    text = " ".join(" ".join(ask(output, *flags)[0]).split())
+    assert "score preconditioned, all layers jointly: influence" in text
+
+
 def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path, ask, monkeypatch):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
     asked = (output, "--queries", path, "--score", "kfac", "--layers", "mlp", "--damping", "0.001,30")

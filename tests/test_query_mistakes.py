@@ -63,6 +63,7 @@ ASKED = ("--text", TEXT)
         ),
         ((*ASKED, "--layers", "nothing"), "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj"),
         ((*ASKED, "--domains", "Github,Fiction"), "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC"),
+        ((*ASKED, "--joint"), "--joint is of --score preconditioned only"),
         ((*ASKED, "--layers", ""), "--layers is empty; name some of the store's, or leave it out for all"),
         ((*ASKED, "--layers", ","), "--layers is empty"),
         ((*ASKED, "--layers", " ", ", "), "--layers is empty"),
@@ -217,6 +218,16 @@ def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
     message = ask.mistake(output, "--query_store", job.output)
     assert f"asks {N_SAMPLES - 2} queries, whose rows" in message
     assert "2 queries, is the most at once. Ask some at a time in Python: gradproj.analysis.top_k(" in message
+
+
+def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
+    monkeypatch.setattr("gradproj.query_config.MOST_JOINT_VALUES", 10)
+    flags = (*ASKED, "--score", "preconditioned", "--joint")
+    with ProjectionStore(job.output) as store:
+        width = store.dim
+    message = ask.mistake(job.output, *flags)
+    assert f"has rows of {width:,} values, and one second moment is made of at most 10: name fewer" in message
+    assert "--joint: these layers have " in ask.mistake(job.output, *flags, "--layers", "mlp")
 
 
 def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):

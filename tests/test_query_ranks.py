@@ -68,9 +68,9 @@ def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     with pytest.raises(ReportedError), said_by_rank_0(1):
-        raise StoreError("damaged")
+        raise StoreError("damaged: \x1b[2J")
     assert pauses == [LET_RANK_0_SPEAK_S]
-    assert capsys.readouterr().err == "gradproj: rank 1: damaged\n"
+    assert capsys.readouterr().err == "gradproj: rank 1: damaged: �[2J\n"
     with pytest.raises(StoreError), said_by_rank_0(0):
         raise StoreError("damaged")
     with pytest.raises(ReportedError), said_by_rank_0(1):

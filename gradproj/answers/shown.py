@@ -42,6 +42,8 @@ class About:
     counts: Mapping[str, int]
     """Samples of the store by status."""
     n_scored: int
+    joint: bool = False
+    """One matrix for all layers."""
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """What was compared, what a score means, its sign, unit and damping."""
@@ -51,7 +53,7 @@ class About:
                 [f"and {len(self.layers) - _LAYERS_SHOWN} more"] if len(self.layers) > _LAYERS_SHOWN else []
             )
             lines.append(_labelled("layers", ", ".join([*self.layers[:_LAYERS_SHOWN], *more])))
-        by = f" by {self.kind}" if self.score == "relatif" else ""
+        by = f" by {self.kind}" if self.score == "relatif" else ", all layers jointly" if self.joint else ""
         lines += [_labelled("score", f"{self.score}{by}: {MEANINGS[self.score]}"), _labelled("", SIGN)]
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
@@ -80,7 +82,10 @@ class About:
         if damping != "auto":
             return f"{damping:g} times each matrix's mean diagonal"
         chosen = [x for x in self.store.layers if self.layers is None or x.name in self.layers]
-        values = sorted({auto_damping(self.kind or "", x.slice_end - x.slice_start) for x in chosen})
+        widths = [x.slice_end - x.slice_start for x in chosen]
+        values = sorted(
+            {auto_damping(self.kind or "", width) for width in ([sum(widths)] if self.joint else widths)}
+        )
         by_width = " or ".join(f"{value:g}" for value in values)
         return f"{by_width} times each matrix's mean diagonal (auto{', by width' if len(values) > 1 else ''})"
 
