@@ -129,10 +129,13 @@ DAMAGES = {
         ["covariance_tokens is 'many'"],
     ),
     "domains fewer": (lambda z: edit_attributes(z, domains=["one"]), ["and the store names 1"]),
-    "layers of nothing": (lambda z: edit_attributes(z, layers=[{}]), ["attribute layers is damaged"]),
+    "layers of nothing": (
+        lambda z: edit_attributes(z, layers=[{}]),
+        ["attribute layers is no list of layers"],
+    ),
     "the array's metadata empty": (
         lambda z: (z / "projections/zarr.json").write_text("{}"),
-        ["zarr.json are not a store's"],
+        ["projections/zarr.json is damaged", "KeyError('codecs')", "Put that file back from a copy"],
     ),
     "the array's metadata a list": (
         lambda z: (z / "projections/zarr.json").write_text("[]"),

@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gradproj.errors import StoreError
 from gradproj.store.layout import COLUMNS, FORMAT_VERSION, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout
 
-_WAY_OUT = "Run `python -m gradproj verify` on the output to see all damage"
+_WAY_OUT = (
+    "Put that file back from a copy (OUTPUT/metadata.json keeps the attributes); no row is lost with it. Then "
+    "`python -m gradproj verify` tells of other damage"
+)
 
 
 def find_store(path: str | Path) -> Path:
@@ -98,7 +103,7 @@ def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
         return [LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]]
     except (KeyError, TypeError) as error:
         raise StoreError(
-            f"the store's attribute layers is damaged (no list of layers: {error!r}). {_WAY_OUT}"
+            f"zarr.json is damaged: its attribute layers is no list of layers ({error!r}). {_WAY_OUT}"
         ) from error
 
 
@@ -108,34 +113,43 @@ def read_layout(store_path: Path) -> StoreLayout:
     Raises:
         StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known type.
     """
-    rows = _read_json(store_path / "projections" / "zarr.json", store_path)
+    path = store_path / "projections" / "zarr.json"
+    rows = _read_json(path, store_path)
     columns = {name: _read_json(store_path / name / "zarr.json", store_path) for name in COLUMNS}
+    with _explained(store_path / "key" / "zarr.json"):
+        key_bytes = columns["key"]["shape"][1]
+    with _explained(store_path / "status" / "zarr.json"):
+        column_rows = columns["status"]["chunk_grid"]["configuration"]["chunk_shape"][0]
+    with _explained(path):
+        sharding = rows["codecs"][0]
+        if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
+            raise StoreError(f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}")
+        inner = sharding["configuration"]
+        for key in ("index_codecs", "codecs"):  # which the reader of shards goes by
+            [codec["name"] for codec in inner[key]]
+        rows["chunk_key_encoding"].get("configuration", {}).get("separator")
+        n_samples, dim = rows["shape"]
+        chunk_rows, chunk_width = inner["chunk_shape"]
+        return StoreLayout(
+            n_samples=n_samples,
+            dim=dim,
+            rows_per_shard=rows["chunk_grid"]["configuration"]["chunk_shape"][0],
+            chunk_rows=chunk_rows,
+            chunk_width=chunk_width,
+            proj_dtype=rows["data_type"],
+            compressor=_compressor_name(inner["codecs"]),
+            key_bytes=key_bytes,
+            column_rows=column_rows,
+        )
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What a file of metadata lacks becomes a ``StoreError`` that names it."""
     try:
-        return _layout_of(store_path, rows, columns)
+        yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise _no_metadata(store_path, f"its arrays' zarr.json are not a store's: {error!r}") from error
-
-
-def _layout_of(store_path: Path, rows: dict[str, Any], columns: dict[str, dict[str, Any]]) -> StoreLayout:
-    sharding = rows["codecs"][0]
-    if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
-        raise StoreError(f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}")
-    for key in ("index_codecs", "codecs"):  # which the reader of shards goes by
-        [codec["name"] for codec in sharding["configuration"][key]]
-    rows["chunk_key_encoding"].get("configuration", {}).get("separator")
-    n_samples, dim = rows["shape"]
-    chunk_rows, chunk_width = sharding["configuration"]["chunk_shape"]
-    return StoreLayout(
-        n_samples=n_samples,
-        dim=dim,
-        rows_per_shard=rows["chunk_grid"]["configuration"]["chunk_shape"][0],
-        chunk_rows=chunk_rows,
-        chunk_width=chunk_width,
-        proj_dtype=rows["data_type"],
-        compressor=_compressor_name(sharding["configuration"]["codecs"]),
-        key_bytes=columns["key"]["shape"][1],
-        column_rows=columns["status"]["chunk_grid"]["configuration"]["chunk_shape"][0],
-    )
+        raise _no_metadata(path, f"it does not describe a store's array ({error!r})") from error
 
 
 def _compressor_name(codecs: list[dict[str, Any]]) -> str:
