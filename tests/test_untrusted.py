@@ -289,12 +289,17 @@ def is_true(call: ast.Call, keyword: str) -> bool:
     return any(k.arg == keyword and getattr(k.value, "value", None) is True for k in call.keywords)
 
 
+def is_false(call: ast.Call, keyword: str) -> bool:
+    return any(k.arg == keyword and getattr(k.value, "value", None) is False for k in call.keywords)
+
+
 def unsafe(name: str, call: ast.Call) -> bool:
     """Whether a call can run what a file holds."""
     last = name.rsplit(".", 1)[-1]
     return (
         name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
-        or name in ("np.load", "numpy.load", "np.fromregex", "torch.jit.load", "torch.hub.load")
+        or name in ("np.fromregex", "torch.jit.load", "torch.hub.load")
+        or (name in ("np.load", "numpy.load") and not is_false(call, "allow_pickle"))
         or (name == "torch.load" and not is_true(call, "weights_only"))
         or any(k.arg == "shell" for k in call.keywords)
         or (last == "from_pretrained" and is_true(call, "trust_remote_code"))

@@ -73,7 +73,7 @@ def make_experiment(config: LdsConfig) -> Experiment:
             queries=np.stack([window.ids for window in queries]),
             copies=copies,
         )
-    arrays = np.load(folder / "tokens.npz")
+    arrays = np.load(folder / "tokens.npz", allow_pickle=False)
     parts = (arrays["documents"], arrays["queries"], arrays["copies"])
     return Experiment(
         *parts,

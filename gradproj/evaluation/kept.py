@@ -19,7 +19,7 @@ def keep_array(path: Path, array: np.ndarray) -> None:
 def keep_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an ``.npz`` file."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     write_and_replace(path, [buffer.getbuffer()])
 
 
