@@ -64,6 +64,7 @@ def test_rows_whose_shard_is_gone_are_damage_in_the_table_the_json_and_on_the_pa
     assert ask("report")[0] == 0
     page = StrictPage((output / "report.html").read_text(encoding="utf-8"))
     assert f"Damaged: of 70 documents, {said}." in page.text
+    assert ("p", "verdict open") in [(tag, a.get("class")) for tag, a in page.tags]
     assert "Complete" not in page.text.split("Damaged")[0]
 
 
