@@ -213,7 +213,9 @@ class _Comparison:
             what = f"has status {STATUS_NAMES[int(computed['status'])]} now"
         elif not what:
             what = self._column_difference(stored, computed)
-        check = RowCheck(sample_id, unit, decode_key(stored["key"], self._store.path), STATUS_NAMES[status], error, what)
+        check = RowCheck(
+            sample_id, unit, decode_key(stored["key"], self._store.path), STATUS_NAMES[status], error, what
+        )
         return check, without_memory
 
     def _difference(self, stored: np.ndarray, again: np.ndarray, is_ok: bool) -> tuple[float, str]:
