@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ def keep_array(path: Path, array: np.ndarray) -> None:
     write_and_replace(path, [buffer.getbuffer()])
 
 
-def keep_arrays(path: Path, **arrays: np.ndarray) -> None:
+def keep_arrays(path: Path, **arrays: Any) -> None:
     """Write an ``.npz`` file."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
