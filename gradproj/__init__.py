@@ -4,18 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradproj.engine import GradProjLoraEngine
-    from gradproj.loss import per_sample_loss
-    from gradproj.projection import choose_ki_ko
-    from gradproj.texts import ProjectionStore
+    from gradproj.engine.engine import GradProjLoraEngine
+    from gradproj.engine.loss import per_sample_loss
+    from gradproj.engine.projection import choose_ki_ko
+    from gradproj.store.texts import ProjectionStore
 
 __all__ = ["GradProjLoraEngine", "ProjectionStore", "choose_ki_ko", "per_sample_loss"]
 
 _HOMES = {
-    "GradProjLoraEngine": "gradproj.engine",
-    "ProjectionStore": "gradproj.texts",
-    "choose_ki_ko": "gradproj.projection",
-    "per_sample_loss": "gradproj.loss",
+    "GradProjLoraEngine": "gradproj.engine.engine",
+    "ProjectionStore": "gradproj.store.texts",
+    "choose_ki_ko": "gradproj.engine.projection",
+    "per_sample_loss": "gradproj.engine.loss",
 }
 
 

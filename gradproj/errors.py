@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from gradproj.screen import clean_lines
+from gradproj.formatting import clean_lines
 
 
 class GradprojError(Exception):

@@ -3,8 +3,8 @@
 Claim a unit, read it, batch it, run the engine, commit; nothing in the loop is collective.
 """
 
-from gradproj.dist import Process, choose_device, launcher_died, launcher_rank, start_group
-from gradproj.stopping import Stopped, StopRequest, leave  # isort: split
+from gradproj.distributed import Process, choose_device, launcher_died, launcher_rank, start_group
+from gradproj.job.shutdown import Stopped, StopRequest, leave  # isort: split
 
 if __name__ == "__main__":
     # Signals come, and launchers die, also in the seconds that the other imports take.
@@ -18,27 +18,27 @@ import time
 import torch
 from torch import nn
 
-from gradproj.background import Background, Writer
-from gradproj.batching import BatchConfig
-from gradproj.compiler import compiler_errors_explained
-from gradproj.config import RunConfig, run_config
 from gradproj.coordinator.failure import note_failure
-from gradproj.coordinator.guard import Replaced
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
+from gradproj.coordinator.store_guard import Replaced
 from gradproj.coordinator.units import UnitQueue
-from gradproj.engine import GradProjLoraEngine
+from gradproj.engine.batching import BatchConfig
+from gradproj.engine.compile import compiler_errors_explained
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import chunk_verdict
 from gradproj.errors import GradprojError, ReportedError, exit_code
-from gradproj.loss import chunk_verdict
-from gradproj.model import load_model, load_tokenizer
-from gradproj.precision import check_precision
-from gradproj.probe import compile_now, settle_batches
-from gradproj.projector import ProjectedUnit, UnitProjector
-from gradproj.start import Job, log_to_file, matrices_on, prepare_torch, start_job
+from gradproj.job.batch_size import compile_now, settle_batches
+from gradproj.job.config import RunConfig, run_config
+from gradproj.job.precision import check_precision
+from gradproj.job.prefetch import Background, Writer
+from gradproj.job.startup import Job, log_to_file, matrices_on, prepare_torch, start_job
+from gradproj.job.summary import print_compiled, print_end, print_precision, print_start
+from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
+from gradproj.job.unit_reader import UnitReader
+from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
-from gradproj.summary import print_compiled, print_end, print_precision, print_start
-from gradproj.unit import UnitReader
 
 LET_RANK_0_SPEAK_S = 10.0
 PRECISION_DOCUMENTS = 16

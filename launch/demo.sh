@@ -60,7 +60,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj import ProjectionStore
-from gradproj.query import document_texts, recorded_config
+from gradproj.cli.query import document_texts, recorded_config
 
 output = Path(sys.argv[1])
 ok = np.flatnonzero(ProjectionStore(output).column("status") == 1)

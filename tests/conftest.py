@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
     """``output``, ``corpus``, ``model`` of one finished job, for all tests: not to be changed."""
-    from outputs import finished_job
+    from helpers.outputs import finished_job
 
     return finished_job(tmp_path_factory.mktemp("finished"))
 
@@ -24,7 +24,7 @@ def job(tmp_path_factory):
 @pytest.fixture
 def output(job, tmp_path):
     """A copy of the finished job's output, to be changed."""
-    from outputs import copy_of
+    from helpers.outputs import copy_of
 
     return copy_of(job.output, tmp_path)
 
@@ -32,7 +32,7 @@ def output(job, tmp_path):
 @pytest.fixture
 def process():
     """A living process of this machine, to be killed."""
-    from outputs import sleeping_process
+    from helpers.outputs import sleeping_process
 
     running = sleeping_process()
     yield running

@@ -1,9 +1,9 @@
 """Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
 
 from gradproj.analysis.domains import DomainMatrix, domain_matrix
-from gradproj.analysis.glance import Overview, overview
+from gradproj.analysis.overview import Overview, overview
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.question import DEFAULT_SCORE, MEANINGS, SIGN
+from gradproj.analysis.scan import DEFAULT_SCORE, MEANINGS, SIGN
 from gradproj.analysis.scores import (
     TopDocuments,
     bottom_k,

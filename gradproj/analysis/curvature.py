@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradproj.analysis.ranks import Share
 from gradproj.errors import ConfigError
-from gradproj.products import linear
+from gradproj.kernels.onednn import linear
 
 
 class Inverse(Protocol):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.blocks import Block
-from gradproj.analysis.question import SELF_SCORES, Asked, How
+from gradproj.analysis.row_blocks import Block
+from gradproj.analysis.scan import SELF_SCORES, Asked, How
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 

@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.blocks import chosen_layers, scan_blocks
 from gradproj.analysis.curvature import Curvature, DenseSum, Inverse, Kronecker, TruncatedSum
-from gradproj.analysis.kept import identity_of, read_curvature, refuse_other_store, write_curvature
+from gradproj.analysis.preconditioner_file import (
+    identity_of,
+    read_curvature,
+    refuse_other_store,
+    write_curvature,
+)
 from gradproj.analysis.ranks import Share
+from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store import ProjectionStore
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.best import Best
-from gradproj.analysis.question import (
+from gradproj.analysis.scan import (
     SELF_SCORES,
     Asked,
     How,
@@ -23,10 +22,11 @@ from gradproj.analysis.question import (
     queries_of,
     self_products,
 )
-from gradproj.analysis.scored import on_host, scored
+from gradproj.analysis.score_blocks import on_host, scored
+from gradproj.analysis.top_k import Best
 from gradproj.errors import ConfigError
+from gradproj.kernels.device_copy import send
 from gradproj.store import ProjectionStore
-from gradproj.transfer import send
 
 
 @dataclass(frozen=True)

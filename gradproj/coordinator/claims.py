@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gradproj.coordinator import faults
-from gradproj.coordinator.scratch import fence, make_scratch_again
-from gradproj.store.files import publish_exclusively, write_file_durably
+from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator.fencing import fence, make_scratch_again
+from gradproj.files import publish_exclusively, write_file_durably
 
 STALE_AFTER_S = 600.0
 """A foreign owner whose heartbeat has not moved for so long, by our own clock, is taken for dead..."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradproj.coordinator.claims import Owner
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
-from gradproj.store.files import write_and_replace
+from gradproj.files import write_and_replace
 from gradproj.store.layout import STORE_NAME
 
 FAILED_NAME = "failed.json"

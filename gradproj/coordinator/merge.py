@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator import faults
+from gradproj.coordinator import fault_points as faults
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import forget_failure
 from gradproj.coordinator.heartbeats import Progress, forget_heartbeat, read_heartbeats
 from gradproj.coordinator.units import read_unit
-from gradproj.store.files import write_and_replace
+from gradproj.files import write_and_replace
 from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
-from gradproj.store.opening import read_attributes, read_layout
+from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
-from gradproj.store.records import list_records
+from gradproj.store.unit_record import list_records
 from gradproj.store.writer import update_attributes, write_array, write_column_block
 
 MERGE_CLAIM = "merge"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import Progress, RanksAtWork, read_heartbeats
 from gradproj.store.layout import StoreLayout
-from gradproj.store.records import list_records
+from gradproj.store.unit_record import list_records
 
 LINE_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator import faults
+from gradproj.coordinator import fault_points as faults
 from gradproj.coordinator.claims import ClaimBoard, Owner
-from gradproj.coordinator.guard import StoreGuard
+from gradproj.coordinator.fencing import make_scratch, make_scratch_again, remove_scratch
 from gradproj.coordinator.heartbeats import forget_heartbeat, heartbeat_counter
-from gradproj.coordinator.partial import PartialLog, partial_folder
-from gradproj.coordinator.scratch import make_scratch, make_scratch_again, remove_scratch
+from gradproj.coordinator.partial_rows import PartialLog, partial_folder
+from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.coordinator.waiting import WaitNotice
 from gradproj.errors import StoreError
-from gradproj.store.files import (
+from gradproj.files import (
     file_sum,
     fsync_dir,
     publish_exclusively,
@@ -33,7 +33,7 @@ from gradproj.store.files import (
     write_file_durably,
 )
 from gradproj.store.layout import StoreLayout
-from gradproj.store.records import UnitRecord, encode_record, list_records, read_record, record_name
+from gradproj.store.unit_record import UnitRecord, encode_record, list_records, read_record, record_name
 from gradproj.store.writer import shard_chunks
 
 log = logging.getLogger(__name__)

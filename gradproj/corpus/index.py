@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gradproj.corpus.indexfile import checksum_of, publish
-from gradproj.corpus.scanpool import scan_tars
-from gradproj.corpus.tarlist import default_index_path, list_tars, some
-from gradproj.corpus.tarscan import MAX_DOMAINS, SAMPLES_PER_BLOCK, TarFacts
+from gradproj.corpus.index_file import checksum_of, publish
+from gradproj.corpus.tar.paths import default_index_path, list_tars, some
+from gradproj.corpus.tar.scan import MAX_DOMAINS, SAMPLES_PER_BLOCK, TarFacts
+from gradproj.corpus.tar.scan_pool import scan_tars
 from gradproj.errors import CorpusError
 
 __all__ = [

@@ -13,9 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gradproj.corpus.records import BadRecordError, PackedDocument, pack
+from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import Reading, check_input, input_bytes, read_records, source_kind
-from gradproj.corpus.tarwriter import DomainSpools, TarSequence, published
+from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
 from gradproj.errors import ConfigError, CorpusError
 
 MAX_DOMAINS = 2**15 - 1

@@ -20,7 +20,7 @@ import msgspec
 import zstandard
 
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES
-from gradproj.corpus.records import Record
+from gradproj.corpus.packing import Record
 from gradproj.errors import ConfigError, CorpusError
 
 READ_BYTES = 1 << 20

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.checkpoint import ModelConfig, fetch
-from gradproj.corpus.tarwriter import TarSequence, published
+from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
+from gradproj.evaluation.array_files import keep_arrays
 from gradproj.evaluation.config import LdsConfig
-from gradproj.evaluation.kept import keep_arrays
-from gradproj.model import load_tokenizer
+from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.loading import load_tokenizer
 from gradproj.training.data import open_corpus, shuffled_documents, tokens_of
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 

@@ -18,16 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gradproj.errors import OtherSettingsError, StoreError
+from gradproj.evaluation.array_files import keep_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
-from gradproj.evaluation.kept import keep_array
 from gradproj.evaluation.leave_out import LeaveOut, leave_out
 from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, judge
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.evaluation.table import table_lines
+from gradproj.files import write_and_replace
 from gradproj.flags import parse
-from gradproj.store.files import write_and_replace
 from gradproj.training.data import make_folder
 
 

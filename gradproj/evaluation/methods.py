@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import ConfigError, StoreError
+from gradproj.evaluation.array_files import keep_array, kept_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
-from gradproj.evaluation.gradient_methods import GradientMethod, GradientStores
-from gradproj.evaluation.kept import keep_array, kept_array
+from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
 from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.model_methods import hidden_cosine

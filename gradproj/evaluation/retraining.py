@@ -19,14 +19,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from gradproj.checkpoint import ModelConfig, fetch
-from gradproj.dist import choose_device
+from gradproj.distributed import choose_device
+from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
+from gradproj.evaluation.array_files import keep_array, kept_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
-from gradproj.evaluation.kept import keep_array, kept_array
-from gradproj.loss import per_sample_loss
-from gradproj.model import load_model
+from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.loading import load_model
 from gradproj.training import TrainConfig, train
 from gradproj.training.data import open_corpus
 

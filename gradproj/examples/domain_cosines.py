@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradproj.errors import ConfigError, exit_code
-from gradproj.screen import listed, one_line
+from gradproj.formatting import listed, one_line
 from gradproj.store import STATUS, ProjectionStore
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ import zarr
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.bands import Band
-from gradproj.store.columns import Columns
+from gradproj.store.column_reader import Columns
+from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.mapped import Selection, select_values
-from gradproj.store.mapping import Recent, damaged
-from gradproj.store.opening import find_store, layers_of, read_attributes, read_layout
-from gradproj.store.rows import Missing, Rows
-from gradproj.store.views import LayerView, Sample
+from gradproj.store.mapped_files import Recent, damaged
+from gradproj.store.mapped_shard import Selection, select_values
+from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
+from gradproj.store.row_reader import Missing, Rows
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -212,7 +212,7 @@ class ProjectionStore:
         """
         if any(find_spec(name) is None for name in ("xarray", "dask")):
             raise ConfigError(_NO_XARRAY)
-        from gradproj.store.labelled import open_with_dask
+        from gradproj.store.xarray_backend import open_with_dask
 
         return open_with_dask(self, rows_per_chunk)
 

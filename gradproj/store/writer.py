@@ -22,15 +22,15 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from gradproj.errors import StoreError
-from gradproj.store.bfloat16 import BFloat16
-from gradproj.store.encoding import decode_rows, encode_rows, nan_rows
-from gradproj.store.files import (
+from gradproj.files import (
     crc32c,
     explain_os_errors,
     fsync_dir,
     temporary_beside,
     write_and_replace,
 )
+from gradproj.store.bfloat16 import BFloat16
+from gradproj.store.encoding import decode_rows, encode_rows, nan_rows
 from gradproj.store.layout import COLUMNS, FORMAT_VERSION, LayerSlice, StoreLayout
 
 __all__ = [

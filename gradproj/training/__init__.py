@@ -1,11 +1,11 @@
 """Training a causal language model on a corpus of tars, with an engine inside of the loop, ours or another's."""
 
-from gradproj.training.callback import GradProjCallback
 from gradproj.training.config import EngineConfig, TrainConfig
-from gradproj.training.curve import TrainResult
+from gradproj.training.engine_base import EngineContext, TrainingEngine
 from gradproj.training.engine_manager import METHODS, GhostEngineManager
-from gradproj.training.engines import EngineContext, TrainingEngine
+from gradproj.training.hf_callback import GradProjCallback
 from gradproj.training.loop import train
+from gradproj.training.loss_curve import TrainResult
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from gradproj.errors import ConfigError, StoreError
-from gradproj.store.files import explain_os_errors, fsync_dir
+from gradproj.files import explain_os_errors, fsync_dir
 from gradproj.training.config import TrainConfig
 from gradproj.training.ranks import Ranks
 

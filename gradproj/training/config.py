@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradproj.batching import BatchConfig
-from gradproj.checkpoint import ARCHITECTURES, ModelConfig
+from gradproj.engine.batching import BatchConfig
+from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
-from gradproj.projection import ProjectionConfig
+from gradproj.model.checkpoint import ARCHITECTURES, ModelConfig
 from gradproj.store.layout import StoreConfig
 
 OPTIMIZERS = ("adamw", "sgd")

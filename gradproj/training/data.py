@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.batching import collate
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import (
     SAMPLES_PER_BLOCK,
@@ -21,9 +20,10 @@ from gradproj.corpus.index import (
     load_index,
 )
 from gradproj.corpus.stream import read_documents
+from gradproj.engine.batching import collate
+from gradproj.engine.loss import IGNORE
 from gradproj.errors import CorpusError, StoreError
-from gradproj.loss import IGNORE
-from gradproj.store.files import explain_os_errors
+from gradproj.files import explain_os_errors
 from gradproj.training.config import TrainConfig
 from gradproj.training.ranks import Ranks
 

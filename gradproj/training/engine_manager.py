@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gradproj.errors import ConfigError
 from gradproj.training.config import EngineConfig
-from gradproj.training.dotprod_method import GradDotProdTraining
-from gradproj.training.engines import EngineContext, TrainingEngine
+from gradproj.training.engine_base import EngineContext, TrainingEngine
+from gradproj.training.graddotprod.method import GradDotProdTraining
 from gradproj.training.gradprojlora import GradProjLoraTraining
 from gradproj.training.ranks import Ranks
 

@@ -9,15 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.capture import place_widths
-from gradproj.engine import GradProjLoraEngine
+from gradproj.engine.capture import place_widths
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.layers import without_wrappers
+from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, StoreError
-from gradproj.layers import without_wrappers
-from gradproj.loss import IGNORE, LOSS_WEIGHTS, loss_key
-from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
-from gradproj.store.writer import pack_matrices
-from gradproj.training.engines import EngineContext, TrainingEngine
-from gradproj.training.rowstore import (
+from gradproj.store.append_store import (
     RowStore,
     check_same,
     choose_rows,
@@ -25,6 +22,9 @@ from gradproj.training.rowstore import (
     holds_rows,
     layers_as_json,
 )
+from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
+from gradproj.store.writer import pack_matrices
+from gradproj.training.engine_base import EngineContext, TrainingEngine
 
 FOLDER = "projections"
 """Below ``result_dir``."""

@@ -14,16 +14,15 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradproj.checkpoint import ModelConfig, fetch
-from gradproj.dist import Process, choose_device
+from gradproj.distributed import Process, choose_device
+from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
-from gradproj.loss import per_sample_loss
-from gradproj.model import check_vocabulary, load_model, load_tokenizer, positions_of
-from gradproj.stopping import StopRequest
-from gradproj.store.files import explain_os_errors
+from gradproj.files import explain_os_errors
+from gradproj.job.shutdown import StopRequest
+from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.training.checkpoints import Checkpoints, alone_in, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig
-from gradproj.training.curve import LossCurve, TrainResult
 from gradproj.training.data import (
     DataPosition,
     TrainBatch,
@@ -33,6 +32,7 @@ from gradproj.training.data import (
     open_corpus,
 )
 from gradproj.training.engine_manager import GhostEngineManager
+from gradproj.training.loss_curve import LossCurve, TrainResult
 from gradproj.training.optimizer import make_optimizer, rate_at
 from gradproj.training.ranks import Ranks, start_ranks, without_exchange
 from gradproj.training.validation import Validation

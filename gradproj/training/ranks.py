@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradproj.dist import Process
+from gradproj.distributed import Process
 from gradproj.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=30)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError
-from gradproj.store.files import explain_os_errors
+from gradproj.files import explain_os_errors
 from gradproj.training.data import make_folder, open_corpus
 
 END_OF_TEXT = "<|endoftext|>"

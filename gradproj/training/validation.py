@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.corpus.stream import read_documents
+from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
-from gradproj.loss import per_sample_loss
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, open_corpus, tokens_of
 from gradproj.training.ranks import Ranks

@@ -21,10 +21,10 @@ from measure import Variant, interleave, print_machine, print_table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from gradproj.batching import BatchConfig
-from gradproj.engine import GradProjLoraEngine
-from gradproj.loss import per_sample_loss
-from gradproj.precision import Agreement, Documents, rows_of
+from gradproj.engine.batching import BatchConfig
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
+from gradproj.job.precision import Agreement, Documents, rows_of
 
 N_DOCUMENTS, DOCUMENT_TOKENS = 32, 256
 

@@ -17,9 +17,9 @@ from bench_engine import MODELS
 from measure import Variant, interleave, print_machine, print_table
 from torch import nn
 
-from gradproj.compiler import check_compiler
-from gradproj.engine import GradProjLoraEngine
-from gradproj.loss import can_chunk, per_sample_loss
+from gradproj.engine.compile import check_compiler
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import can_chunk, per_sample_loss
 
 
 def main() -> None:

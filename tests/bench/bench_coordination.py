@@ -36,7 +36,7 @@ from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
 from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
 from gradproj.store import LayerSlice, StoreConfig, StoreLayout, UnitRecord, create_store, plan_layout
 from gradproj.store.layout import STATUS, STORE_NAME, empty_columns
-from gradproj.store.records import encode_record, record_name
+from gradproj.store.unit_record import encode_record, record_name
 
 N_RANKS, N_UNITS, UNIT_S, NETWORK_S = 512, 51_000, 100.0, 1e-3
 OBSERVED, ROWS, LAYERS, WIDTH = 4, 4096, 48, 256

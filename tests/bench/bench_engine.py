@@ -24,8 +24,8 @@ from measure import Variant, interleave, print_machine, print_table
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gradproj.engine import GradProjLoraEngine
-from gradproj.loss import per_sample_loss
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
 
 BASES = ["plain step", "frozen backward"]
 

@@ -35,10 +35,10 @@ from measure import Clock, Variant, interleave, print_machine, print_table
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradproj.compiler import check_compiler
-from gradproj.engine import GradProjLoraEngine
+from gradproj.engine.compile import check_compiler
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ConfigError
-from gradproj.loss import per_sample_loss
 
 BASES = ["plain step", "frozen backward"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -32,19 +32,19 @@ from documents import SHAPES, make_documents, make_model, make_tars
 from measure import print_machine
 
 import gradproj.run
-from gradproj.config import run_config
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.units import UnitQueue
-from gradproj.dist import Process, choose_device, start_group
-from gradproj.engine import GradProjLoraEngine
-from gradproj.loss import chunk_verdict
-from gradproj.model import load_model, load_tokenizer
-from gradproj.probe import settle_batches
-from gradproj.projector import ProjectedUnit, UnitProjector
-from gradproj.start import matrices_on, prepare_torch, start_job
-from gradproj.stopping import StopRequest
+from gradproj.distributed import Process, choose_device, start_group
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import chunk_verdict
+from gradproj.job.batch_size import settle_batches
+from gradproj.job.config import run_config
+from gradproj.job.shutdown import StopRequest
+from gradproj.job.startup import matrices_on, prepare_torch, start_job
+from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
+from gradproj.job.unit_reader import PreparedUnit, UnitReader
+from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
-from gradproj.unit import PreparedUnit, UnitReader
 
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",

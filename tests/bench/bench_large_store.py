@@ -34,9 +34,9 @@ from measure import print_machine
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, top_k
+from gradproj.files import write_file_durably
 from gradproj.store import LayerSlice, StoreConfig, create_store, plan_layout
 from gradproj.store.encoding import encode_rows
-from gradproj.store.files import write_file_durably
 from gradproj.store.layout import STATUS, empty_columns
 from gradproj.store.writer import shard_chunks, write_column_block
 

@@ -75,7 +75,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUD
 def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
     """Sparse tars, their index, and a small model."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from jobs import make_model
+    from helpers.jobs import make_model
 
     from gradproj.corpus.index import SAMPLES_PER_BLOCK, Tar, _index, save_index
 
@@ -106,7 +106,7 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
 
 def measured(step: str, folder: Path) -> dict[str, float]:
     """One step in this process: seconds, peak resident memory, and how much of it is the imports'."""
-    from gradproj.start import make_output  # noqa: F401  (what a rank has imported by then)
+    from gradproj.job.startup import make_output  # noqa: F401  (what a rank has imported by then)
 
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
@@ -132,10 +132,10 @@ def nothing(folder: Path) -> None:
 
 def rank_0(folder: Path) -> None:
     """Every check, the plan, and an empty output."""
-    from gradproj.config import run_config
     from gradproj.coordinator.claims import Owner
-    from gradproj.plan import free_bytes, make_plan
-    from gradproj.start import make_output
+    from gradproj.job.config import run_config
+    from gradproj.job.plan import free_bytes, make_plan
+    from gradproj.job.startup import make_output
 
     flags = ["--shards", folder / "tars", "--model", folder / "model", "--output_dir", folder / "out"]
     width = [
@@ -152,9 +152,9 @@ def rank_0(folder: Path) -> None:
 
 def every_rank(folder: Path) -> None:
     """The index, what is left, and where a unit's documents lie."""
-    from gradproj.coordinator.output import read_output
     from gradproj.corpus.index import load_index
-    from gradproj.plan import INDEX_NAME
+    from gradproj.job.plan import INDEX_NAME
+    from gradproj.maintenance.job_output import read_output
 
     index = load_index(folder / "out" / INDEX_NAME)
     output = read_output(folder / "out")

@@ -37,7 +37,7 @@ from measure import print_machine
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, top_k
-from gradproj.analysis.blocks import as_tensor
+from gradproj.analysis.row_blocks import as_tensor
 from gradproj.store.encoding import decode_rows
 from gradproj.store.writer import update_attributes, write_array
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, score
-from gradproj.queries import Query, QueryProjector
-from gradproj.recorded import recorded_config, recorded_engine
+from gradproj.job.recorded import recorded_config, recorded_engine
+from gradproj.model.tokenization import Tokenizing
+from gradproj.query import Query, QueryProjector
 from gradproj.store import STATUS
-from gradproj.tokenizing import Tokenizing
 
 RUN, SHARE, STRICT_SHARE = 5, 0.5, 0.8
 """A near copy holds so large a share of an excerpt's runs of so many tokens."""

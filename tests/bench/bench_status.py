@@ -32,7 +32,7 @@ from gradproj.store.layout import (
     empty_columns,
     plan_layout,
 )
-from gradproj.store.records import UnitRecord, encode_record, record_name
+from gradproj.store.unit_record import UnitRecord, encode_record, record_name
 from gradproj.store.writer import create_store, update_attributes
 
 ROWS_PER_UNIT, WIDTH, N_RANKS, ROUNDS = 4096, 256, 256, 5

@@ -26,9 +26,9 @@ import torch
 import zarr
 from measure import Variant, interleave, print_machine, print_table
 
+from gradproj.files import write_file_durably
 from gradproj.store import LayerSlice, ProjectionStore, StoreConfig, create_store, plan_layout
 from gradproj.store.encoding import decode_rows, encode_rows
-from gradproj.store.files import write_file_durably
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns
 from gradproj.store.writer import shard_chunks, write_column_block
 

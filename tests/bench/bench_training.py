@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradproj.training.graddotprod import GradDotProdEngine
+from gradproj.training.graddotprod.engine import GradDotProdEngine
 
 VALIDATION_SHARE = 0.25
 

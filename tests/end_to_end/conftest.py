@@ -1,13 +1,9 @@
 """One model and one corpus for all jobs of a session."""
 
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from jobs import make_corpus, make_model, mixed_documents
+from helpers.jobs import make_corpus, make_model, mixed_documents
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as torch_dist
-from jobs import assert_same_bits, flags, make_corpus, mixed_documents, run_job
-from ranks import Ranks
+from helpers.forked_ranks import Ranks
+from helpers.jobs import assert_same_bits, flags, make_corpus, mixed_documents, run_job
 
-from gradproj.coordinator.faults import STEPS
+from gradproj.coordinator.fault_points import STEPS
 from gradproj.coordinator.units import FOLDERS
 from gradproj.store import ProjectionStore
 

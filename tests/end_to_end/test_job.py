@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 import torch
 import zarr
-from jobs import (
+from helpers.jobs import (
     ENVIRONMENT,
     arrays_of,
     assert_same_bits,
@@ -24,7 +24,7 @@ from jobs import (
     run_job,
     words,
 )
-from models import projected_gradient_the_slow_way, relative_error
+from helpers.models import projected_gradient_the_slow_way, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import GradProjLoraEngine, ProjectionStore

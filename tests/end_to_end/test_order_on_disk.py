@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from jobs import ENVIRONMENT, flags, job_command, make_corpus, mixed_documents
-from ranks import Ranks
+from helpers.forked_ranks import Ranks
+from helpers.jobs import ENVIRONMENT, flags, job_command, make_corpus, mixed_documents
 
 N_UNITS = 3
 SETTINGS = {

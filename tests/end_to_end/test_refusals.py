@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
-from jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
-from outputs import tree_of
+from helpers.jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
+from helpers.outputs import tree_of
 
-from gradproj.verify import verify
+from gradproj.maintenance.verify import verify
 
 SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "max_length": 48}
 

@@ -5,13 +5,21 @@ import shutil
 import subprocess
 import time
 
-from jobs import ENVIRONMENT, assert_same_bits, flags, job_command, make_corpus, mixed_documents, run_job
-from outputs import flip_byte, shard_of
-from ranks import Ranks
+from helpers.forked_ranks import Ranks
+from helpers.jobs import (
+    ENVIRONMENT,
+    assert_same_bits,
+    flags,
+    job_command,
+    make_corpus,
+    mixed_documents,
+    run_job,
+)
+from helpers.outputs import flip_byte, shard_of
 
-from gradproj.repair import repair
-from gradproj.store.records import list_records
-from gradproj.verify import verify
+from gradproj.maintenance.repair import repair
+from gradproj.maintenance.verify import verify
+from gradproj.store.unit_record import list_records
 
 SETTINGS = {
     "proj_rank_total": 16,

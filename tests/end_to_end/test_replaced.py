@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ENVIRONMENT, assert_same_bits, flags, run_job
-from outputs import tree_of
+from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, run_job
+from helpers.outputs import tree_of
 
-from gradproj.verify import verify
+from gradproj.maintenance.verify import verify
 
 SETTINGS = {
     "proj_rank_total": 24,
@@ -22,7 +22,7 @@ SETTINGS = {
     "rows_per_shard": 16,
     "device": "cpu",
 }
-SLOW_JOB = Path(__file__).parents[1] / "slow_job.py"
+SLOW_JOB = Path(__file__).parents[1] / "helpers" / "slow_job.py"
 
 
 class Jobs:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, mixed_documents, run_job
-from launches import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
+from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, mixed_documents, run_job
+from helpers.launches import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
 
 import gradproj
 
@@ -22,7 +22,7 @@ SETTINGS = {
     "max_length": 48,
     "rows_per_shard": 16,
 }
-SLOW_JOB = str(Path(__file__).parents[1] / "slow_job.py")
+SLOW_JOB = str(Path(__file__).parents[1] / "helpers" / "slow_job.py")
 FOR_EVER_S = "600"
 BATCHES_DONE = 3
 """Of the eight or more of a unit."""

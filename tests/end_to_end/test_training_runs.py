@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from jobs import ENVIRONMENT, flags
-from ranks import Ranks
+from helpers.forked_ranks import Ranks
+from helpers.jobs import ENVIRONMENT, flags
+from helpers.training_runs import config_of, make_data, rows_the_slow_way, settings_of
 from safetensors.torch import load_file
-from training_cases import config_of, make_data, rows_the_slow_way, settings_of
 
 from gradproj import ProjectionStore
 from gradproj.training import train

@@ -6,7 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, make_model, mixed_documents, run_job
+from helpers.jobs import (
+    ENVIRONMENT,
+    assert_same_bits,
+    flags,
+    make_corpus,
+    make_model,
+    mixed_documents,
+    run_job,
+)
 
 from gradproj.store import ProjectionStore
 

@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from models import VOCAB, small_model
+from helpers.models import VOCAB, small_model
+from helpers.units import project_unit, unit_of
 from transformers import GPT2Config, GPT2LMHeadModel
-from units import project_unit, unit_of
 
-from gradproj.engine import GradProjLoraEngine
-from gradproj.probe import try_batches
-from gradproj.projector import UnitSums
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.job.batch_size import try_batches
+from gradproj.job.unit_projector import UnitSums
 from gradproj.store.layout import STATUS
 
 pytestmark = pytest.mark.gpu

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import FAMILIES, ragged_batch, small_model
+from helpers.models import FAMILIES, ragged_batch, small_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradproj.compiler import check_compiler
-from gradproj.engine import GradProjLoraEngine
+from gradproj.engine.compile import check_compiler
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ConfigError
-from gradproj.loss import per_sample_loss
 
 pytestmark = pytest.mark.gpu
 

@@ -1,16 +1,12 @@
 """One private cluster, one corpus and one undisturbed run for all tests of the Slurm files."""
 
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from cluster import find_daemons, running_cluster
-from jobs import make_corpus, make_model, mixed_documents, run_job
+from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
 
 N_SAMPLES, ROWS_PER_UNIT = 3840, 16
 """Enough for three starts of a job on a quiet machine: no disturbance may come when all is done."""

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, processes_with, wait_until
 from conftest import N_SAMPLES, ROWS_PER_UNIT, SETTINGS
-from jobs import assert_same_bits, flags
-from shell import ROOT
+from helpers.jobs import assert_same_bits, flags
+from helpers.shell import ROOT
 
 pytestmark = pytest.mark.slurm
 

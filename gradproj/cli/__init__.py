@@ -1,0 +1,1 @@
+"""Command-line front ends: flags in, text out. No other package imports this one."""

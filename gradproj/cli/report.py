@@ -1,0 +1,163 @@
+"""``python -m gradproj report``: one self-contained HTML page on a store: run, domains, outliers, queries' answers."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradproj.analysis import top_and_bottom
+from gradproj.cli.score_config import ScoreConfig
+from gradproj.errors import ConfigError, GradprojError
+from gradproj.flags import parse
+from gradproj.formatting import one_line
+from gradproj.job.job_config import RecordedInputs
+from gradproj.job.plan import human_bytes
+from gradproj.job.recorded import config_from, recorded_config, recorded_index
+from gradproj.query import Query, QueryProjector, QueryRows, read_queries
+from gradproj.report.build import make_page
+from gradproj.report.document_tables import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values
+from gradproj.report.folders import make_folder, write_answer
+from gradproj.report.number_format import digits
+from gradproj.report.page import QueryAnswer, render
+from gradproj.store import ProjectionStore
+from gradproj.store.texts import text_of
+
+MOST_QUERIES = 200
+MOST_TOP_K = 200
+QUERY_CHARACTERS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(RecordedInputs):
+    """Which store, what is asked of it, and where the page goes."""
+
+    queries: str = field(default="", metadata={"help": "JSONL of queries, as `query --queries` takes them"})
+    page: str = field(default="", metadata={"flag": "output", "help": "the page; default OUTPUT/report.html"})
+    top_k: int = field(default=10, metadata={"help": "documents in a table"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.top_k <= MOST_TOP_K:
+            raise ConfigError(
+                f"--top_k must be from 1 to {MOST_TOP_K}, got {self.top_k}: a page is for reading"
+            )
+
+    def page_of(self, store: ProjectionStore) -> Path:
+        """Where the page goes."""
+        return Path(self.page) if self.page else store.path.parent / "report.html"
+
+
+def report_command(argv: list[str]) -> None:
+    """``python -m gradproj report OUTPUT``"""
+    config, asked = parse(
+        argv,
+        "gradproj report",
+        ReportConfig,
+        ScoreConfig,
+        description="One HTML page on a store: run, domains, outliers, answers to queries.",
+    )
+    path = report(config, asked)
+    print(
+        f"{path} written, {human_bytes(path.stat().st_size)}; any browser shows it, and it needs nothing else"
+    )
+
+
+def report(config: ReportConfig, asked: ScoreConfig) -> Path:
+    """Write the page; its path.
+
+    Raises:
+        ConfigError: an unknown layer, a query that cannot be asked, a damping without an inverse.
+        ModelError: queries, and the model is not the one that the store was made with.
+        StoreError: no store there, or the page cannot be written.
+    """
+    with ProjectionStore(config.output) as store:
+        config = replace(config, output=str(store.path.parent))  # may have been the store's own folder
+        path = config.page_of(store)
+        if path.is_dir():
+            raise ConfigError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
+        rows = query_rows(store, config)  # first: most mistakes are in the queries
+        how = asked.kept(store, {**asked.how_by_domain(store), "progress": sys.stderr.isatty()})
+        how_queries = {**asked.how(store), "progress": sys.stderr.isatty()}
+        if how["score"] == "preconditioned":  # its scan is as long as the page's own
+            how_queries = how
+        texts = excerpts_of(config)
+        answers = None
+        if rows is not None:
+            answers = functools.partial(answers_of, store, rows, how_queries, config.top_k, texts)
+        page = make_page(store, how, texts, min(config.top_k, len(store)), answers)
+    make_folder(path.parent, "--output")
+    write_answer(path, [render(page)], "--output")
+    return path
+
+
+def excerpts_of(config: ReportConfig) -> Excerpts:
+    """The documents' texts from the tars, or why they are not to be had.
+
+    Raises:
+        CorpusError: ``--shards`` was given, and they are not there either.
+    """
+    try:
+        run = recorded_config(Path(config.output))
+        if config.shards:
+            run = replace(run, corpus=replace(run.corpus, shards=config.shards))
+        index = recorded_index(Path(config.output), run)
+    except GradprojError as error:
+        if config.shards:
+            raise
+        way = " Give --shards where the tars lie now." if "not a job's" not in str(error) else ""
+        return Excerpts(None, f"The documents' texts are not shown: {error}.{way}")
+    return Excerpts(functools.partial(text_of, index))
+
+
+# --- queries ---
+
+
+def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None:
+    """Rows of the queries by the recorded model; None where none was asked.
+
+    Raises:
+        ConfigError: what is wrong with which query, or more than a page is for.
+        ModelError: the model or the tokenizer is not the one the store was made with.
+    """
+    if not config.queries:
+        return None
+    queries: list[Query] = read_queries(config.queries)
+    if len(queries) > MOST_QUERIES:
+        raise ConfigError(
+            f"--queries {config.queries} holds {len(queries):,} queries, and a page shows at most {MOST_QUERIES}: take "
+            "some of them, or `query --queries ... --format jsonl`"
+        )
+    return QueryProjector(store, config_from(config), config.device).rows(queries)
+
+
+def answers_of(
+    store: ProjectionStore, rows: QueryRows, how: dict[str, Any], top_k: int, texts: Excerpts
+) -> tuple[list[QueryAnswer], str, str]:
+    """Both ends of the scores for each query, the score's name, and how many documents have one."""
+    k = min(top_k, len(store))
+    top, bottom = top_and_bottom(rows.rows, store, k, k, **how)
+    answers = []
+    for q, name in enumerate(rows.names):
+        ids = [np.asarray(end.ids[q]) for end in (top, bottom)]
+        scores, unit = scaled_values(*(np.asarray(end.scores[q]) for end in (top, bottom)), sign=True)
+        high, low = (
+            documents_of(store, of_end, values, texts, BESIDE_CHARACTERS)
+            for of_end, values in zip(ids, scores, strict=True)
+        )
+        answers.append(
+            QueryAnswer(
+                name=one_line(name, 120),
+                excerpt=one_line(rows.excerpts[q], QUERY_CHARACTERS),
+                n_tokens=int(rows.n_tokens[q]),
+                loss=digits(float(rows.loss[q]), 4),
+                unit=unit,
+                pairs=list(zip(high, low, strict=True)),
+            )
+        )
+    note = f"{top.n_scored:,} of {len(store):,} documents have a score."
+    return answers, how["score"], note

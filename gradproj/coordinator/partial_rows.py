@@ -1,0 +1,118 @@
+"""Rows of an unfinished unit on disk, so that a stopped or killed rank's work on it is not lost.
+
+``partial/00000012/000003-000007.9ab3....safetensors`` holds the rows that batches 3 to 6 of unit 12 touched;
+the hex is the file's crc32c. Files are only ever added. What they hold is valid for the same settings and batches only.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.fencing import make_scratch
+from gradproj.files import crc32c, explain_os_errors, fsync_dir, publish_exclusively, write_file_durably
+
+_NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
+
+
+@dataclass
+class PartialRows:
+    """The sums, as of some batch, of the rows that were touched since the file before."""
+
+    touched: np.ndarray
+    """``(n,)`` int64 positions in the unit."""
+    rows: np.ndarray
+    """``(n, D)`` float32, of the summed loss."""
+    losses: np.ndarray
+    """``(n,)`` float32, summed nats."""
+    failed: np.ndarray
+    """``(m,)`` int64 positions of the documents, since the unit's first batch, that did not fit the memory."""
+    covariances: dict[str, np.ndarray]
+    """Sums since the unit's first batch: ``a``, ``g`` float64, ``n_tokens`` int64."""
+
+
+def partial_folder(output: Path, unit: int) -> Path:
+    """Where a unit's partial rows lie."""
+    return output / "partial" / f"{unit:08d}"
+
+
+@dataclass(frozen=True)
+class PartialLog:
+    """The partial rows of one unit.
+
+    Args:
+        folder: ``OUTPUT/partial/UNIT``.
+        scratch: this process's own folder, where files are written before they are published.
+        key: hash of the settings and of the unit's batches.
+        owner: this process; given, it makes its folder again should another process have taken it away.
+        check: asked before anything is written; its error says that OUTPUT is gone, or another one.
+    """
+
+    folder: Path
+    scratch: Path
+    key: str
+    owner: Owner | None = None
+    check: Callable[[], None] = lambda: None
+
+    def read(self) -> tuple[int, list[PartialRows]]:
+        """``(batches done, their rows)``: as far as whole files of this key follow each other."""
+        done, found = 0, []
+        names = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        for path in names:
+            match = _NAME.fullmatch(path.name)
+            if match is None or int(match[1]) != done:
+                continue
+            part = self._decode(path.read_bytes(), match[3])
+            if part is not None:
+                done = int(match[2])
+                found.append(part)
+        return done, found
+
+    def append(self, first: int, last: int, part: PartialRows) -> None:
+        """Put what batches ``[first, last)`` gave on disk.
+
+        Raises:
+            StoreError: the disk is full, read-only, or not ours.
+        """
+        tensors = {
+            "touched": part.touched,
+            "rows": part.rows,
+            "losses": part.losses,
+            "failed": part.failed,
+            **{f"covariance.{name}": value for name, value in part.covariances.items()},
+        }
+        data = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key})
+        name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
+        temporary = self.scratch / f"partial-{name}"
+        while True:
+            # Either folder may go at any moment: whoever commits the unit removes the one, a fence the other.
+            self.check()
+            try:
+                with explain_os_errors(self.folder):
+                    self.folder.mkdir(exist_ok=True)
+                    fsync_dir(self.folder.parent)
+                if self.owner is not None:
+                    make_scratch(self.scratch, self.owner)
+                write_file_durably(temporary, [data])
+                publish_exclusively(temporary, self.folder / name)
+                break
+            except FileNotFoundError:
+                if self.owner is None or not self.folder.parent.is_dir():
+                    raise
+        faults.at("partial published")
+
+    def _decode(self, data: bytes, checksum: str) -> PartialRows | None:
+        """None for a damaged file or another key: those batches are computed again."""
+        header_bytes = int.from_bytes(data[:8], "little")
+        if f"{crc32c(data):08x}" != checksum or self.key.encode() not in data[8 : 8 + header_bytes]:
+            return None
+        tensors = load(data)
+        prefix = "covariance."
+        covariances = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        sums = {k: tensors[k] for k in ("touched", "rows", "losses", "failed")}
+        return PartialRows(**sums, covariances=covariances)

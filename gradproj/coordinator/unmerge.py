@@ -1,0 +1,159 @@
+"""What the merged columns say of units whose record has gone is taken back, before the job computes them again.
+
+Records are the truth, as long as what they speak of is there: a job does not start on records without their store or
+their shards. A damaged unit becomes a missing one by the loss of its record (``verify --repair`` deletes it); then the
+store is not complete any more, and no reader may go on seeing the unit's rows as merged.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator.claims import ClaimBoard
+from gradproj.coordinator.merge import (
+    MERGE_CLAIM,
+    WAIT_S,
+    is_complete,
+    is_merged,
+    ranges_of,
+    release_merge,
+    wanted_units,
+    write_metadata,
+)
+from gradproj.errors import StoreError
+from gradproj.maintenance.job_output import count, ranges_text
+from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, StoreLayout
+from gradproj.store.mapped_files import map_file
+from gradproj.store.metadata import read_attributes, read_layout
+from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
+from gradproj.store.writer import update_attributes, write_column_block
+
+
+def check_records_have_store(output: Path) -> None:
+    """Refuse records beside which there is no store: it was deleted, and their shards with it.
+
+    Raises:
+        StoreError: with the way out.
+    """
+    # In this order: a store is there, and flushed, before anything is recorded.
+    recorded = list_records(output / "units")
+    if len(recorded) and not (output / STORE_NAME).exists():
+        raise StoreError(
+            f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: their rows are "
+            "gone. Put that folder back and start again; if it is lost, delete the whole output to begin anew"
+        )
+
+
+def check_records_have_shards(output: Path) -> None:
+    """Refuse a store that calls units done whose shards have been deleted; two listings, whatever its size.
+
+    Raises:
+        StoreError: with these units and the way out; or a record beside which there is no shard is torn.
+    """
+    lost = _units_without_shard(output)
+    if lost:
+        # A listing that another machine's commits have not come to yet, as NFS remembers them for a minute. A folder
+        # that was changed from here is asked for again.
+        os.utime(output / STORE_NAME / "projections")
+        lost = _units_without_shard(output)
+    if lost:
+        units = ranges_text(ranges_of(np.array(lost, np.int64)))
+        raise StoreError(
+            f"{output}: {count(len(lost), 'committed unit')} without a shard in {STORE_NAME}/projections: {units}. "
+            f"Put the files back, or give these units up by `python -m gradproj verify {output} --repair`: this "
+            "command then computes them again, and nothing else"
+        )
+
+
+def _units_without_shard(output: Path) -> list[int]:
+    """Committed units that have rows and no shard."""
+    store = output / STORE_NAME
+    # The records first: a unit that is committed meanwhile has its shard before them.
+    recorded = np.intersect1d(list_records(output / "units"), wanted_units(read_attributes(store)))
+    suspects = np.setdiff1d(recorded, list_shards(store / "projections")).tolist()
+    return [unit for unit in suspects if _has_rows(output / record_name(unit))]
+
+
+def _has_rows(record: Path) -> bool:
+    try:
+        return read_record(record).shard is not None
+    except FileNotFoundError:  # repaired since the folder was listed
+        return False
+
+
+def take_back(output: Path, claims: ClaimBoard) -> None:
+    """Mark a store with missing units as not complete, and those units' merged rows as missing.
+
+    Also writes ``metadata.json`` where it is not a copy of the attributes. Waits for a merge that is running.
+    """
+    while _is_overtaken(output):
+        if not claims.try_claim(MERGE_CLAIM):
+            time.sleep(WAIT_S)
+            continue
+        try:
+            _take_back(output, claims.scratch)
+        finally:
+            release_merge(output, claims)
+    if is_merged(output) and MERGE_CLAIM in claims.current() and claims.try_claim(MERGE_CLAIM):
+        release_merge(output, claims)  # of a process that died between the merge's last word and this
+
+
+def _is_overtaken(output: Path) -> bool:
+    return (
+        (is_merged(output) and not is_complete(output))
+        or next(_blocks_with_lost_units(output), None) is not None
+        or _read_metadata(output) != read_attributes(output / STORE_NAME)
+    )
+
+
+def _take_back(output: Path, scratch: Path) -> None:
+    store = output / STORE_NAME
+    # First of all: whatever happens after this, the next merge writes every column again.
+    if is_merged(output) and not is_complete(output):
+        n_records = len(list_records(output / "units"))
+        update_attributes(store, {"complete": False, "units_recorded": n_records}, scratch)
+    layout = read_layout(store)
+    for block, status in list(_blocks_with_lost_units(output)):
+        write_column_block(store, layout, block, {"status": status}, scratch)
+    write_metadata(output, scratch)
+    faults.at("merge taken back")
+
+
+def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks whose status column knows units without a record, each with the column as it has to be."""
+    store = output / STORE_NAME
+    layout = read_layout(store)
+    missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / "units"))
+    blocks = missing * layout.rows_per_shard // layout.column_rows
+    for block in np.unique(blocks).tolist():
+        merged = _merged_status(store, layout, block)
+        if merged is None:
+            continue
+        status, start = merged.copy(), block * layout.column_rows
+        for unit in missing[blocks == block].tolist():
+            first, last = layout.unit_range(unit)
+            status[first - start : last - start] = STATUS["missing"]
+        if (status != merged).any():
+            yield block, status
+
+
+def _merged_status(store: Path, layout: StoreLayout, block: int) -> np.ndarray | None:
+    """A block of the status column; None where it was never merged, or is torn: a merge writes it anew."""
+    data = map_file(store / "status" / f"c.{block}")
+    start, stop = layout.column_block_range(block)
+    dtype = COLUMNS["status"][0]
+    if data is None or len(data) != dtype.itemsize * layout.column_rows:
+        return None
+    return np.frombuffer(data, dtype)[: stop - start]
+
+
+def _read_metadata(output: Path) -> object:
+    try:
+        return json.loads((output / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Reads, scans and writes WebDataset tars."""

@@ -1,0 +1,300 @@
+"""Who this process is: rank, world size, device, job. The only reader of the launcher's environment.
+
+The ranks meet at the start only (rank 0 checks while the others wait): nothing in the job's loop is collective, so
+an uneven rank can never make another time out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradproj.errors import ConfigError, GradprojError, ReportedError
+from gradproj.formatting import clean_lines
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported where it is used: who started this process must be known before the seconds that it takes.
+
+DEVICES = ("auto", "cpu", "cuda")
+START_TIMEOUT = timedelta(hours=6)
+"""Rank 0 may come to the store late, where it holds it itself."""
+KEPT_KERNELS = 64
+LET_RANK_0_SPEAK_S = 10.0
+LOOK_S = (0.01, 0.5)
+"""First and longest pause between two looks at what another rank has to do."""
+
+
+def launcher_rank() -> int | None:
+    """The rank that a launcher gave this process; None where none did."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdigit() else None
+
+
+def launcher_died() -> bool:
+    """Whether torchrun, which holds the store that its ranks meet at, does not answer there any more."""
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        socket.create_connection((env["MASTER_ADDR"], int(env["MASTER_PORT"]))).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False  # of a network that does not work nothing is known
+    return False
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launched: bool = False
+    """Started by torchrun or the like, whose end is this process's end too."""
+
+    @classmethod
+    def from_environment(cls) -> Process:
+        """From torchrun's variables; a process without them is rank 0 of 1.
+
+        Raises:
+            ConfigError: some of the variables are set and others are not.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        values = [os.environ.get(name) for name in names]
+        if values[0] is None and values[1] is None:
+            return cls(0, 1, 0, 1)
+        missing = [name for name, value in zip(names, values, strict=True) if value is None]
+        if missing:
+            raise ConfigError(
+                f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job by torchrun"
+            )
+        rank, world_size, local_rank, local_world_size = (int(value) for value in values if value is not None)
+        return cls(rank, world_size, local_rank, local_world_size, launched=True)
+
+
+@dataclass(frozen=True)
+class JobName:
+    """Which job this is and which start of it: the same on all ranks."""
+
+    job_id: str
+    generation: int
+    """How often the job has been started before, by torchrun or by Slurm."""
+
+    @classmethod
+    def from_environment(cls) -> JobName:
+        """Slurm's job id (an array's element has its own), else a name of this start's own."""
+        env = os.environ
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
+            env.get("SLURM_RESTART_COUNT", 0)
+        )
+        if "SLURM_ARRAY_JOB_ID" in env:
+            return cls(f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}", restarts)
+        if "SLURM_JOB_ID" in env:
+            return cls(f"slurm-{env['SLURM_JOB_ID']}", restarts)
+        # torchrun's run id is "none" unless it was chosen, so the launcher's process tells jobs apart.
+        return cls(f"local-{socket.gethostname()}-{os.getppid()}-{uuid.uuid4().hex[:6]}", restarts)
+
+
+def visible_gpu_hint() -> str | None:
+    """Why one would expect a GPU here, or None; asked only where torch sees none."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return "this machine has an NVIDIA device"
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"):
+        if os.environ.get(name) not in (None, "", "-1", "0" if name == "SLURM_GPUS_ON_NODE" else ""):
+            return f"{name} is set to {os.environ[name]!r}"
+    return None
+
+
+def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]:
+    """The device of this rank, and a warning where ``auto`` had to take the CPU beside a GPU.
+
+    Raises:
+        ConfigError: CUDA was asked for and is not there, or a node has fewer GPUs than ranks.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cpu":
+        return torch.device("cpu"), None
+    if not available:
+        if name == "cuda":
+            raise ConfigError(
+                "--device cuda: torch sees no GPU here (torch "
+                f"{torch.__version__}, built for CUDA {torch.version.cuda}); "
+                "install a CUDA build or give --device cpu"
+            )
+        hint = visible_gpu_hint()
+        return torch.device("cpu"), None if hint is None else (
+            f"WARNING: running on the CPU although {hint}: torch {torch.__version__} (CUDA "
+            f"{torch.version.cuda}) sees no GPU. Give --device cuda to make this an error."
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+            f"start at most so many ranks a node (--nproc_per_node {torch.cuda.device_count()})"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank), None
+
+
+def ask_cublas_to_repeat_itself() -> None:
+    """For equal results of equal products; before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def bound_kernel_caches() -> None:
+    """Before torch's first product: oneDNN keeps a kernel for each shape, and batches hardly ever have an earlier one.
+
+    Its 1,024 kernels, and the 1,024 that torch keeps beside, come to a gigabyte; a batch uses a few dozen.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
+
+
+class _Meeting:
+    """Where the ranks of one start exchange values: the store that torchrun, or rank 0, holds.
+
+    No process group: nothing here is a sum over tensors, and a rank inside of gloo minds no signal while it waits for
+    one that has died. These waits are Python's.
+
+    The store outlives a restart of the ranks, with all that those before had written. So rank 0 chooses a part of it
+    that nobody has used, and tells it to each rank that shows a name of its own.
+    """
+
+    def __init__(self, process: Process) -> None:
+        import torch.distributed as torch_dist
+
+        self._process, self._n_values = process, 0
+        given = torch_dist.rendezvous("env://", process.rank, process.world_size, timeout=START_TIMEOUT)
+        self._whole = next(iter(given))[0]
+        self._store = torch_dist.PrefixStore(self._agree(uuid.uuid4().hex), self._whole)
+
+    def _agree(self, name: str) -> str:
+        store, rank = self._whole, self._process.rank
+        if rank:
+            store.set(f"here/{rank}", name)
+            self._until(lambda: store.check([f"welcome/{name}"]))
+            part = store.get(f"welcome/{name}").decode()
+            store.set(f"{part}/here/{rank}", name)
+            return part
+        missing = set(range(1, self._process.world_size))
+
+        def all_are_here() -> bool:
+            for other in sorted(missing):
+                if store.check([f"{name}/here/{other}"]):
+                    missing.discard(other)
+                elif store.check([f"here/{other}"]):
+                    # Perhaps one that has died; then its successor shows another name.
+                    store.set(f"welcome/{store.get(f'here/{other}').decode()}", name)
+            return not missing
+
+        self._until(all_are_here)
+        return name
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, once it has one: a pickle, as in torch.distributed's own object collectives."""
+        key, self._n_values = f"value/{self._n_values}", self._n_values + 1
+        if self._process.rank == 0:
+            self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
+            return value
+        self._until(lambda: self._store.check([key]))
+        return pickle.loads(self._store.get(key))
+
+    def wait_for_all(self, place: str) -> None:
+        """Return when every rank has come to this place."""
+        self._store.add(place, 1)
+        self._until(lambda: self._store.add(place, 0) >= self._process.world_size)
+
+    def leave(self) -> None:
+        """Rank 0 leaves last: the store may be its own."""
+        self._store.add("left", 1)
+        if self._process.rank == 0:
+            self._until(lambda: self._store.add("left", 0) >= self._process.world_size)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        pause_s = LOOK_S[0]
+        try:
+            while not condition():
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LOOK_S[1])
+        except RuntimeError as error:
+            # Who held the store has left, and has said why if there was something to say.
+            raise ReportedError from error
+
+
+_meeting: _Meeting | None = None
+
+
+@contextlib.contextmanager
+def start_group(process: Process) -> Iterator[None]:
+    """The ranks' meeting for the job's start; a single process has none."""
+    global _meeting
+    if process.world_size > 1:
+        _meeting = _Meeting(process)
+    yield
+    if _meeting is not None:
+        _meeting.leave()
+        _meeting = None
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    return value if _meeting is None else _meeting.from_rank_0(value)
+
+
+def wait_for_all(place: str) -> None:
+    """Return when every rank has come here."""
+    if _meeting is not None:
+        _meeting.wait_for_all(place)
+
+
+@contextlib.contextmanager
+def said_by_rank_0(rank: int) -> Iterator[None]:
+    """A mistake that every rank sees is said by rank 0 alone."""
+    try:
+        yield
+    except ReportedError:
+        raise
+    except GradprojError as error:
+        if rank == 0:
+            raise
+        # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
+        # launcher ends this sleep. A mistake of this rank alone is said after it.
+        time.sleep(LET_RANK_0_SPEAK_S)
+        print(f"gradproj: rank {rank}: {clean_lines(str(error))}", file=sys.stderr, flush=True)
+        raise ReportedError from error
+
+
+@contextlib.contextmanager
+def process_group(process: Process) -> Iterator[None]:
+    """``torch.distributed`` among the ranks that a launcher started, for what they sum and share on their hosts."""
+    import torch.distributed as torch_dist
+
+    if process.world_size == 1:
+        yield
+        return
+    torch_dist.init_process_group("gloo", timeout=START_TIMEOUT)
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        # A rank that this one waited for has left, and has said why.
+        raise ReportedError from error
+    # Not after an error: the other ranks may wait in an exchange that this one would wait for in turn.
+    torch_dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Computes per-sample projected gradients of a batch with hooks."""

@@ -1,0 +1,166 @@
+"""A unit's documents to token batches under a budget, sorted by length.
+
+Batches are formed inside a unit and depend on nothing but the unit and the batch settings: so the rows
+are the same bits for any number of ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.errors import ConfigError
+from gradproj.kernels.device_copy import send
+
+LONG_DOCUMENTS = ("truncate", "windows")
+
+AUTO = 0
+"""``--batch_tokens auto``: measured once, before the first unit."""
+
+BATCH_FILE = "batch.json"
+"""What was measured, in the output."""
+
+MOST_PADDING = 0.05
+"""Share of a batch's tokens that may be padding."""
+
+FEW_TOKENS = 256
+"""Batches up to this size may be padded more: below it the start of a batch costs more than its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How documents become batches. ``max_length`` and ``long_documents`` are part of the run's identity."""
+
+    batch_size: int = field(default=256, metadata={"help": "most sequences in a batch"})
+    batch_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "most tokens in a batch, padding counted; auto: measured once on the device, at the start",
+            "words": {"auto": AUTO},
+        },
+    )
+    max_length: int = field(
+        default=0,
+        metadata={"help": "most tokens of a sequence; 0 = the least of 1024 and the model's positions"},
+    )
+    long_documents: str = field(
+        default="truncate",
+        metadata={
+            "help": "a document over max_length: its beginning only, or windows whose gradients are summed",
+            "choices": LONG_DOCUMENTS,
+        },
+    )
+    loss_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "a row is the gradient of the mean or of the sum over the document's target tokens",
+            "choices": ("mean", "sum"),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_tokens < 0:
+            raise ConfigError(f"--batch_tokens must be at least 1, or auto, got {self.batch_tokens}")
+        if self.max_length < 0 or self.max_length == 1:
+            raise ConfigError(
+                f"--max_length must be at least 2 (a token and its target), got {self.max_length}; "
+                "leave it out for the model's own"
+            )
+        if self.long_documents not in LONG_DOCUMENTS:
+            raise ConfigError(f"--long_documents is {self.long_documents!r}; choose truncate or windows")
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward and backward pass. Padding is on the right; no attention mask is needed (causal)."""
+
+    input_ids: Tensor
+    """``(N, S)`` int64."""
+    positions: Tensor
+    """``(T,)`` int64 flat positions in ``(N * S)`` that predict a target."""
+    targets: Tensor
+    """``(T,)`` int64 tokens predicted there."""
+    token_mask: Tensor
+    """``(N, S)`` bool: the positions that predict a target."""
+    sequences: np.ndarray
+    """``(N,)`` int64: which sequences of the unit these are."""
+    n_tokens: int
+    """Real tokens, without padding."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The tensors on ``device``, copied without waiting."""
+        tensors = (self.input_ids, self.positions, self.targets, self.token_mask)
+        ids, positions, targets, mask = (send(tensor, device) for tensor in tensors)
+        return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
+
+
+def split_long(tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str) -> list[np.ndarray]:
+    """A document's sequences of at most ``max_length`` tokens; none where there is no target.
+
+    Windows overlap by one token: each starts with the last token of the one before, so that every
+    token but the first is a target exactly once.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    if len(tokens) < 2:
+        return []
+    if long_documents == "truncate":
+        return [tokens[:max_length]]
+    return [tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length - 1)]
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
+    """Which sequences go together: sorted by length, longest first, under both budgets and with little padding.
+
+    The longest come first so that a batch too large for the device shows at once. A sequence longer than
+    ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would bring its padding over
+    ``MOST_PADDING``, unless it has ``FEW_TOKENS``.
+
+    Returns:
+        Arrays of positions in ``lengths``; every position once.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    sizes = np.asarray(lengths, dtype=np.int64)[order]
+    batches, start = [], 0
+    while start < len(order):
+        width = sizes[start]
+        chosen = sizes[start : start + max(1, min(batch_size, batch_tokens // width))]
+        computed = width * np.arange(1, len(chosen) + 1)
+        fits = (chosen.cumsum() >= (1 - MOST_PADDING) * computed) | (computed <= FEW_TOKENS)
+        count = len(chosen) if fits.all() else int(np.argmin(fits))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Batch:
+    """Pad the chosen sequences into one batch on the host.
+
+    Args:
+        sequences: all sequences of the unit.
+        chosen: positions of this batch's sequences, ``(N,)``.
+        pad: a valid token id; what it is makes no difference to any row.
+    """
+    parts = [sequences[i] for i in chosen]
+    width = max(len(part) for part in parts)
+    ids = np.full((len(parts), width), pad, dtype=np.int64)
+    mask = np.zeros((len(parts), width), dtype=bool)
+    for n, part in enumerate(parts):
+        ids[n, : len(part)] = part
+        mask[n, : len(part) - 1] = True
+    positions = np.flatnonzero(mask)
+    # The target of a position is the next token of its sequence, which is the next place in the row.
+    targets = ids.reshape(-1)[positions + 1]
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(targets),
+        torch.from_numpy(mask),
+        np.asarray(chosen, dtype=np.int64),
+        sum(map(len, parts)),
+    )

@@ -1,0 +1,245 @@
+"""What one batch leaves behind in the target layers: projected inputs, projected gradients, their sums."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.engine.layers import TargetLayer, find_layers, project_tokens
+from gradproj.engine.projection import ProjectionConfig, choose_ki_ko, projection_matrix
+from gradproj.errors import ModelError
+from gradproj.kernels.onednn import project, remember_in_bfloat16
+from gradproj.store.layout import LayerSlice
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class TokenCovariances:
+    """Sums over real tokens of ``(P_i a)(P_i a)^T`` and ``(P_o g)(P_o g)^T`` of every layer.
+
+    They are K-FAC's factors in the projected space. Samples with a non-finite row are left out.
+    """
+
+    a: Tensor
+    """Flat float64, layer by layer ``k_i * k_i`` values, row-major."""
+    s: Tensor
+    """Flat float64, layer by layer ``k_o * k_o`` values, row-major; of the summed loss (nats)."""
+    n_tokens: Tensor
+    """int64 scalar: how many tokens were summed."""
+
+    @classmethod
+    def zeros(cls, layers: "list[PlacedLayer]") -> "TokenCovariances":
+        """No tokens yet."""
+        device = layers[0].p_i.device
+        a, g = (
+            torch.zeros(sum(len(p) ** 2 for p in side), dtype=torch.float64, device=device)
+            for side in ([layer.p_i for layer in layers], [layer.p_o for layer in layers])
+        )
+        return cls(a, g, torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, other: "TokenCovariances") -> None:
+        """Add another batch's sums in place."""
+        self.a += other.a
+        self.s += other.s
+        self.n_tokens += other.n_tokens
+
+
+@dataclass
+class PlacedLayer:
+    """A target layer, its matrices and its place in the row."""
+
+    target: TargetLayer
+    p_i: Tensor
+    p_o: Tensor
+    columns: slice
+
+
+def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
+    """Every target layer in model order. Needs no weights: a model on the meta device will do."""
+    placed, start = [], 0
+    for target in find_layers(module, config.patterns, config.include_embeddings):
+        n_i, n_o = target.widths
+        k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+        stop = start + k_i * k_o
+        placed.append(LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
+        start = stop
+    return placed
+
+
+def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
+    """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
+    sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
+    p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
+    return p_i, p_o
+
+
+def place_layers(
+    module: nn.Module, config: ProjectionConfig, matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> list[PlacedLayer]:
+    """Target layers in model order with their matrices (drawn, or the given ones) and columns of the row."""
+    placed: list[PlacedLayer] = []
+    targets = find_layers(module, config.patterns, config.include_embeddings)
+    for target, widths in zip(targets, place_widths(module, config), strict=True):
+        p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
+        device = next(target.module.parameters()).device
+        columns = slice(widths.slice_start, widths.slice_end)
+        p_i, p_o = p_i.to(device), p_o.to(device)
+        for p in (p_i, p_o):
+            remember_in_bfloat16(p)
+        placed.append(PlacedLayer(target, p_i, p_o, columns))
+    return placed
+
+
+def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
+    """Projections are computed in float32 whatever a training loop's autocast says."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return method(*args, **kwargs)
+
+    return run
+
+
+def batch_shape(inputs: Any) -> tuple[int, int] | None:
+    """``(samples, positions)`` of token ids or of embedded tokens; None for a model that takes neither."""
+    if isinstance(inputs, Tensor) and inputs.dim() == (3 if inputs.is_floating_point() else 2):
+        return inputs.shape[0], inputs.shape[1]
+    return None
+
+
+def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
+    """``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``; None where the samples cannot be told apart."""
+    if x.dim() >= 3 and x.shape[0] == n:
+        return x.flatten(1, -2)
+    if x.dim() == 2 and x.shape[0] == n * s:
+        return x.view(n, s, x.shape[-1])
+    return None
+
+
+def not_told_apart(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -> ModelError:
+    """What to say of a layer that works on positions of which nobody knows the sample."""
+    return ModelError(
+        f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of {shape[0]} samples of "
+        f"{shape[1]} tokens, so its samples cannot be told apart (an expert, or an input shared by the batch); "
+        "leave it out of --proj_layers"
+    )
+
+
+class BatchCapture:
+    """One batch's state between its forward pass and ``rows``.
+
+    Args:
+        layers: the target layers, in model order.
+        sum_covariances: keep each sample's token covariances as well.
+    """
+
+    def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
+        self._layers = layers
+        self._sum_covariances = sum_covariances
+        self.token_mask: Tensor | None = None
+        self.serial = 0
+        self.shape: tuple[int, int] | None = None
+        self.forget()
+
+    def begin(self, shape: tuple[int, int] | None) -> None:
+        """A new batch runs forward; ``shape`` is its (samples, positions) where they are known.
+
+        Raises:
+            ModelError: the batch before ran backward and was not collected.
+        """
+        if self.parts:
+            raise ModelError(
+                "the batch before ran backward and was not collected: call collect_batch() after each backward "
+                "pass, or clear_gradients() to drop its rows"
+            )
+        self.forget()
+        self.shape = shape
+
+    def forget(self) -> None:
+        """Drop whatever a batch has left."""
+        self.serial += 1
+        self.shape = None
+        self.parts: dict[int, Tensor] = {}
+        self.called: set[int] = set()
+        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    @_in_full_precision
+    def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
+        """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
+        layer = self._layers[index]
+        self.called.add(index)
+        return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i))
+
+    @torch.no_grad()
+    @_in_full_precision
+    def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
+        """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's tokens."""
+        if serial != self.serial:
+            raise ModelError(
+                "a backward pass runs through a batch before the last one: run each batch backward and collect "
+                "it before the next runs forward"
+            )
+        layer = self._layers[index]
+        g_p = self._by_sample(layer, project(g, layer.p_o))
+        part = project_tokens(a_p, g_p)
+        # A layer called twice (shared weights) has the sum of both calls as its gradient.
+        self.parts[index] = self.parts[index] + part if index in self.parts else part
+        if self._sum_covariances:
+            if self.token_mask is not None:
+                a_p = a_p * self.token_mask.unsqueeze(-1)
+            squares = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
+            before = self._squares.get(index)
+            self._squares[index] = (
+                squares if before is None else (before[0] + squares[0], before[1] + squares[1])
+            )
+
+    def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
+        """``(N, S, k)``, from whatever shape the layer works on; anything else is an error."""
+        if self.shape is None:
+            return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+        found = by_sample(x, *self.shape)
+        if found is None:
+            raise not_told_apart(layer, x, self.shape)
+        return found
+
+    def rows(self) -> Tensor:
+        """``(N, D)`` float32, the gradient of the loss as it was weighted."""
+        self._check_complete()
+        return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
+
+    def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
+        """The batch's sums; ``weights`` (scalar or ``(N, 1)``) undo the loss's weighting of each sample."""
+        # One bad sample must not spoil a unit's sums; no value is asked of the device for it.
+        good = torch.isfinite(rows).all(dim=1)
+        squares = [self._squares[i] for i in range(len(self._layers))]
+        a = torch.cat([square[0].flatten(1) for square in squares], dim=1)
+        g = torch.cat([square[1].flatten(1) for square in squares], dim=1) / weights**2
+        a, g = (torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g))
+        if self.token_mask is not None:
+            counts = self.token_mask.sum(dim=1, dtype=torch.int64)
+        else:
+            counts = torch.full_like(good, self.shape[1] if self.shape else 1, dtype=torch.int64)
+        return TokenCovariances(a, g, torch.where(good, counts, 0).sum())
+
+    def _check_complete(self) -> None:
+        names = [layer.target.name for layer in self._layers]
+        if not self.parts:
+            raise ModelError(
+                "no backward pass has run through the target layers since the last batch: attach() the engine "
+                "before the forward pass, and call backward() before collect_batch()"
+            )
+        lost = [name for i, name in enumerate(names) if i not in self.parts]
+        if lost:
+            never = [name for i, name in enumerate(names) if i not in self.called]
+            what = "were never called" if never else "got no gradient of the loss"
+            raise ModelError(
+                f"{len(never or lost)} of {len(names)} target layers {what}: {', '.join((never or lost)[:5])}; "
+                "leave them out of --proj_layers"
+            )

@@ -1,0 +1,349 @@
+"""``GradProjLoraEngine``: hooks on a model's layers, every sample's projected gradient out.
+
+While the model runs forward, each target layer's input is projected at once and only that (``k_i`` wide)
+is kept; while it runs backward, the gradient at the layer's output is projected and summed with it over
+the sample's tokens. No weight gradient and no full-width activation exists. With frozen weights the
+graph starts at the first target layer: nothing below it is differentiated.
+
+Source of the maths: LoGra, arXiv:2405.13954.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.engine.capture import BatchCapture, TokenCovariances, batch_shape, place_layers
+from gradproj.engine.compiled_capture import TapCapture
+from gradproj.engine.frozen_model import FrozenModel
+from gradproj.engine.layers import TargetLayer
+from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.engine.projection import ProjectionConfig
+from gradproj.errors import ConfigError, GradprojError, ModelError
+from gradproj.maintenance.export import RowBuffer
+
+
+class GradProjLoraEngine:
+    """Per-sample projected gradients ``P_o (sum_t g_t a_t^T) P_i^T`` of a model's layers.
+
+    Use it as a context manager, or call ``attach`` and ``detach``; the model, its ``requires_grad`` flags,
+    its training mode and the global random state are left as they were found::
+
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, batch).sum().backward()
+            rows = engine.collect_batch()          # (B, D)
+
+    A row is the gradient of the sample's own summed loss. ``per_sample_loss`` says how the losses were
+    weighted; with a loss of your own, say so with ``attach_train_batch(..., labels, loss_reduction=)``.
+
+    Args:
+        module: the model, on its device.
+        proj_layers: comma-separated parts of layers' dotted names; ``mlp`` and ``attn`` fit every family.
+        proj_rank_total: most values kept per layer.
+        proj_rank_min: least width on a side.
+        proj_seed: seed of the matrices.
+        proj_dtype: dtype of the rows that come out (``"float32"`` or a torch dtype).
+        proj_dir: where ``collect_batch`` and ``save_projections`` write the original ``.pt`` files.
+        proj_kind: rademacher, gaussian or orthonormal.
+        include_embeddings: project the token embedding's gradient too (with a tied head: the lookup's share).
+        proj_save_interval: with ``proj_dir``, write after so many batches, all rows since the last write.
+        freeze_weights: no gradient for any weight and eval mode while attached: the fast way where no
+            training goes on.
+        matrices: layer -> ``(P_i, P_o)`` to use instead of drawing them.
+        token_covariances: sum ``TokenCovariances`` as well.
+        gradient_checkpointing: with ``freeze_weights``: keep the inputs of the model's blocks only and run each
+            forward once more on the way back; the same rows in less memory.
+        compiled: with ``freeze_weights``: the model's blocks go through ``torch.compile``, projections and all.
+
+    Raises:
+        ModelError: no such layer, or one of an unsupported type.
+        ConfigError: an impossible width, dtype or kind.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        proj_layers: str | Sequence[str] = "mlp,attn",
+        proj_rank_total: int = 256,
+        proj_rank_min: int = 8,
+        proj_seed: int = 42,
+        proj_dtype: str | torch.dtype = torch.float32,
+        proj_dir: str | Path | None = None,
+        *,
+        proj_kind: str = "rademacher",
+        include_embeddings: bool = False,
+        proj_save_interval: int = 1,
+        freeze_weights: bool = False,
+        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        token_covariances: bool = False,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
+        config = ProjectionConfig(
+            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min, seed=proj_seed, kind=proj_kind,
+            include_embeddings=include_embeddings,
+        )  # fmt: skip
+        self.module = module
+        self.proj_dtype = _dtype(proj_dtype)
+        self.proj_dir = None if proj_dir is None else Path(proj_dir)
+        self.proj_save_interval = proj_save_interval
+        if compiled and not freeze_weights:
+            raise ConfigError("compiled=True needs freeze_weights=True: training compiles the model itself")
+        self._freeze, self._checkpoint, self._compiled = freeze_weights, gradient_checkpointing, compiled
+        self._layers = place_layers(module, config, matrices)
+        self._capture = (TapCapture if compiled else BatchCapture)(self._layers, token_covariances)
+        self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
+        self._loss_key = loss_key(module)
+        self._handles: list[Any] = []
+        self._frozen: FrozenModel | None = None
+        self._unsaved = RowBuffer()
+        self._own_loss: Tensor | float | None = None
+        self._batch_ids: Any = None
+
+    @classmethod
+    def from_config(
+        cls,
+        module: nn.Module,
+        config: ProjectionConfig,
+        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> "GradProjLoraEngine":
+        """An engine for the job: weights frozen, token covariances summed."""
+        return cls(
+            module, config.layers, config.rank_total, config.rank_min, config.seed, proj_kind=config.kind,
+            include_embeddings=config.include_embeddings, matrices=matrices, freeze_weights=True,
+            token_covariances=True, gradient_checkpointing=gradient_checkpointing, compiled=compiled,
+        )  # fmt: skip
+
+    # --- what the engine is ---
+
+    @property
+    def projection_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32, on the model's device."""
+        return {layer.target.name: (layer.p_i, layer.p_o) for layer in self._layers}
+
+    @property
+    def slice_ranges(self) -> dict[str, tuple[int, int]]:
+        """Layer -> first and last + 1 column of its ``k_o x k_i`` values (row-major) in a row."""
+        return {layer.target.name: (layer.columns.start, layer.columns.stop) for layer in self._layers}
+
+    @property
+    def total_proj_dim(self) -> int:
+        """D, the length of a row."""
+        return self._layers[-1].columns.stop
+
+    @property
+    def targets(self) -> list[TargetLayer]:
+        """The target layers in model order."""
+        return [layer.target for layer in self._layers]
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._handles)
+
+    # --- on and off ---
+
+    def attach(self) -> "GradProjLoraEngine":
+        """Put the hooks on (once; a second call does nothing)."""
+        if self._handles:
+            return self
+        if self._freeze:
+            self._frozen = FrozenModel(self.module, self._checkpoint, self._compiled)
+        self._handles = [self.module.register_forward_pre_hook(self._on_batch, with_kwargs=True)]
+        inner = unwrap(self.module)
+        body = getattr(inner, "base_model", inner)
+        if body is not self.module:
+            # per_sample_loss calls the body and not the whole model.
+            self._handles.append(body.register_forward_pre_hook(self._on_batch, with_kwargs=True))
+        for index, layer in enumerate(self._layers):
+            hook = self._forward_hook(index)
+            self._handles.append(layer.target.module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Take the hooks off and leave the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        if self._frozen is not None:
+            self._frozen.undo()
+        self._handles, self._frozen = [], None
+        self.clear_gradients()
+
+    def __enter__(self) -> "GradProjLoraEngine":
+        return self.attach()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cleanup()
+
+    # --- hooks ---
+
+    def _on_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note the batch's shape: it tells samples from tokens where a layer gets them flattened."""
+        if not torch.is_grad_enabled():
+            return
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next((x for x in given if x is not None), None)
+        self._capture.begin(batch_shape(inputs))
+        LOSS_WEIGHTS.pop(self._loss_key, None)
+
+    def _forward_hook(self, index: int) -> Any:
+        capture = self._capture
+        if isinstance(capture, TapCapture):
+            return capture.taps[index]
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            # An evaluation, or the first pass of a checkpointed block, makes no gradient.
+            if not torch.is_grad_enabled():
+                return
+            a_p = capture.project_input(index, module, args[0] if args else next(iter(kwargs.values())))
+            serial = capture.serial
+            if not output.requires_grad:
+                output.requires_grad_(True)  # the graph starts here
+            output.register_hook(lambda g: capture.take_gradient(serial, index, a_p, g))
+
+        return hook
+
+    # --- rows out ---
+
+    def set_token_mask(self, mask: Tensor | None) -> None:
+        """Before the forward pass: ``(N, S)``, 1 at real tokens with a target, which ``TokenCovariances.a`` sums."""
+        self._capture.token_mask = mask
+
+    def collect_batch(self, batch_indices: Any = None) -> Tensor:
+        """The rows of the batch whose backward pass has just run.
+
+        Args:
+            batch_indices: the samples' ids, which go into the files where there is a ``proj_dir``.
+
+        Returns:
+            ``(B, D)`` in ``proj_dtype``, on the model's device; computed in float32.
+
+        Raises:
+            ModelError: no backward pass ran, a layer took no part, or the loss's weighting is not known.
+        """
+        weighted = self._capture.rows()
+        weights = self._loss_weights(weighted)
+        # All memory is taken before anything is summed: a batch that does not fit is tried again in halves.
+        rows = (weighted / weights).to(self.proj_dtype)
+        sums = self._capture.covariances(weighted, weights) if self._covariances is not None else None
+        if self._covariances is not None and sums is not None:
+            self._covariances.add(sums)
+        if self.proj_dir is not None:
+            self._unsaved.add(rows, batch_indices)
+            if len(self._unsaved) >= self.proj_save_interval:
+                self.save_projections()
+        self.clear_gradients()
+        return rows
+
+    def take_token_covariances(self) -> TokenCovariances:
+        """The sums since the last call, which start anew.
+
+        Raises:
+            ConfigError: the engine was made without ``token_covariances=True``.
+        """
+        if self._covariances is None:
+            raise ConfigError("the engine sums no token covariances: make it with token_covariances=True")
+        taken, self._covariances = self._covariances, TokenCovariances.zeros(self._layers)
+        return taken
+
+    def _loss_weights(self, rows: Tensor) -> Tensor:
+        """``(B, 1)`` or scalar: what each sample's summed loss was multiplied by before backward."""
+        announced = LOSS_WEIGHTS.pop(self._loss_key, None)
+        if announced is not None:
+            return announced.to(rows).unsqueeze(1)
+        if self._own_loss is None:
+            raise ModelError(
+                "the engine does not know how the loss was reduced over the batch: use "
+                "per_sample_loss(model, batch).sum(), or say it with "
+                "attach_train_batch(X, Y, iter_num, labels=labels, loss_reduction='mean' or 'sum')"
+            )
+        weight, self._own_loss = self._own_loss, None
+        # A number is made on the device, not copied to it.
+        return weight.to(rows) if isinstance(weight, Tensor) else rows.new_full((), weight)
+
+    # --- the original system's methods ---
+
+    def attach_train_batch(
+        self,
+        X_train: Any = None,
+        Y_train: Any = None,
+        iter_num: int | None = None,
+        batch_idx: Any = None,
+        *,
+        labels: Tensor | None = None,
+        loss_reduction: str | None = None,
+    ) -> None:
+        """Say what is about to be trained on, and how the user's own loss reduces over the batch.
+
+        Args:
+            X_train: the inputs; unused, as in the original.
+            Y_train: stands in for ``labels`` where a ``loss_reduction`` is given.
+            iter_num: the step, unused.
+            batch_idx: the samples' ids, for ``aggregate_and_log``.
+            labels: ``(N, S)``, not shifted, -100 = no target: their count undoes a mean.
+            loss_reduction: ``"mean"`` (over all target tokens of the batch, as transformers does) or ``"sum"``.
+        """
+        self._batch_ids = batch_idx
+        labels = Y_train if labels is None else labels
+        if loss_reduction is None:
+            self._own_loss = None
+        elif loss_reduction == "sum":
+            self._own_loss = 1.0
+        elif loss_reduction == "mean" and isinstance(labels, Tensor):
+            self._own_loss = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
+        else:
+            raise ConfigError(
+                f"attach_train_batch: loss_reduction is {loss_reduction!r} with labels "
+                f"{type(labels).__name__}; give 'sum', or 'mean' with the (N, S) labels"
+            )
+
+    def attach_with_optimizer(self, optimizer: Any = None) -> None:
+        """As ``attach``: the optimizer is not needed."""
+        self.attach()
+
+    def prepare_gradients(self) -> None:
+        """Nothing is left to do after a backward pass: the hooks did it. ``param.grad`` is untouched."""
+
+    def aggregate_and_log(self) -> Tensor:
+        """``collect_batch`` with the ids that ``attach_train_batch`` was given."""
+        ids, self._batch_ids = self._batch_ids, None
+        return self.collect_batch(ids)
+
+    def clear_gradients(self) -> None:
+        """Forget a batch that was not collected."""
+        self._capture.forget()
+        self._capture.token_mask = None
+
+    def detach_for_evaluation(self) -> None:
+        """As ``detach``; rows not saved yet are kept."""
+        self.detach()
+
+    def reattach_after_evaluation(self) -> None:
+        """As ``attach``."""
+        self.attach()
+
+    def save_projections(self, iter_num: int | None = None) -> Path | None:
+        """Write all rows kept since the last write as one ``proj_iter_*.pt`` file; None if there are none."""
+        if self._unsaved and self.proj_dir is None:
+            raise GradprojError(
+                "save_projections: the engine was made without proj_dir, so it has nowhere to write"
+            )
+        return self._unsaved.write(self.proj_dir, iter_num) if self.proj_dir is not None else None
+
+    def cleanup(self) -> None:
+        """Write what is left (with ``proj_dir``) and detach."""
+        if self.proj_dir is not None:
+            self.save_projections()
+        self.detach()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ConfigError(f"--proj_dtype is {dtype!r}; choose float16, bfloat16 or float32")
+    return found

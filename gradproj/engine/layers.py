@@ -1,0 +1,187 @@
+"""One rule per layer type: its widths, and how its input meets the input-side projection.
+
+For every type the row is that of ``P_o G P_i^T`` with ``G`` the gradient as an ``(out, in)`` matrix,
+whichever way round the type keeps its weight.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradproj.errors import ModelError
+from gradproj.kernels.onednn import project
+
+ALIASES = {
+    "attn": ("attn", "attention", "self_attn", "self_attention"),
+    # OPT has no module around its two feed-forward layers.
+    "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
+}
+"""Pattern -> the components it stands for, so that one flag fits all model families."""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the engine must know of a layer type."""
+
+    type_name: str
+    """Recorded in the store."""
+    widths: Callable[[Any], tuple[int, int]]
+    """``module -> (n_i, n_o)``."""
+    project_input: Callable[[Any, Tensor, Tensor], Tensor]
+    """``(module, a, P_i (k_i, n_i)) -> (..., k_i)`` float32."""
+
+
+def _project_dense(module: Any, a: Tensor, p_i: Tensor) -> Tensor:
+    return project(a, p_i)
+
+
+def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
+    """A token's one-hot vector times ``P_i^T`` is a row of it: gathered, never multiplied."""
+    rows = p_i.t()[ids]
+    if getattr(module, "padding_idx", None) is not None:
+        # torch gives the padding token's row no gradient.
+        rows = rows * (ids != module.padding_idx).unsqueeze(-1)
+    scale = getattr(module, "embed_scale", None)
+    # The model multiplies by the scale as its own dtype has it.
+    if scale is None:
+        return rows
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, device=rows.device)
+    return rows * scale.to(module.weight.dtype).to(rows)
+
+
+LAYER_RULES: dict[type[nn.Module], LayerRule] = {
+    nn.Linear: LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense),
+    Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense),
+    nn.Embedding: LayerRule("Embedding", lambda m: (m.num_embeddings, m.embedding_dim), _project_lookup),
+}
+"""Type -> rule. A rule without a case in the tests fails there."""
+
+
+def rule_for(module: nn.Module) -> LayerRule | None:
+    """The rule of a layer, or None where the type computes something that no rule describes.
+
+    A subclass counts as its base only if it runs the base's own ``forward``: a quantized or
+    sparse layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count.
+    """
+    for kind, rule in LAYER_RULES.items():
+        if isinstance(module, kind):
+            same = type(module).forward is kind.forward
+            scaled = kind is nn.Embedding and hasattr(module, "embed_scale")
+            return rule if same or scaled else None
+    return None
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A layer whose gradient is projected."""
+
+    name: str
+    """Dotted name in the model."""
+    module: nn.Module
+    rule: LayerRule
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """``(n_i, n_o)``."""
+        return self.rule.widths(self.module)
+
+
+def without_wrappers(model: Any) -> Any:
+    """The module inside DistributedDataParallel and ``torch.compile``.
+
+    A layer's name, and with it its matrices, must not depend on them.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+    return model
+
+
+def find_layers(
+    model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
+) -> list[TargetLayer]:
+    """The layers that the patterns name, in model order, each once.
+
+    A pattern matches whole dotted components (``h.1`` is not ``h.10``); ``mlp`` and ``attn`` stand for
+    each family's own words. The token embedding comes in by ``include_embeddings`` or by its name.
+
+    Raises:
+        ModelError: a pattern matches nothing (the message lists what there is), or matches weights
+            that no rule describes (fused experts, quantized layers).
+    """
+    model = without_wrappers(model)
+    embedding = _token_embedding(model) if include_embeddings else None
+    used: set[str] = set()
+    found: list[TargetLayer] = []
+    unsupported: list[str] = []
+    for name, module in model.named_modules():
+        hits = {p for p in patterns if _matches(p, name)}
+        if not hits and module is not embedding:
+            continue
+        rule = rule_for(module)
+        if rule is not None:
+            used |= hits
+            found.append(TargetLayer(name, module, rule))
+        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
+            unsupported.append(f"{name} ({type(module).__name__})")
+    if unsupported:
+        raise ModelError(_unsupported_message(unsupported))
+    unmatched = [p for p in patterns if p not in used]
+    if unmatched:
+        raise ModelError(
+            f"--proj_layers: no layer of the model matches {', '.join(map(repr, unmatched))}. "
+            f"Its layers are: {', '.join(_summary(model))}"
+        )
+    return found
+
+
+def _token_embedding(model: nn.Module) -> nn.Module:
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getter() if getter else None
+    if embedding is None or rule_for(embedding) is None:
+        raise ModelError(
+            f"--include_embeddings: {type(model).__name__} has no token embedding that gradproj knows"
+        )
+    return embedding
+
+
+def _matches(pattern: str, name: str) -> bool:
+    parts = name.split(".")
+    options = [tuple(alias.split(".")) for alias in ALIASES.get(pattern, (pattern,))]
+    return any(tuple(parts[i : i + len(o)]) == o for o in options for i in range(len(parts) - len(o) + 1))
+
+
+def _unsupported_message(names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    known = ", ".join(rule.type_name for rule in LAYER_RULES.values())
+    return (
+        f"--proj_layers matches weights that gradproj cannot project: {shown}. It knows {known}; fused "
+        "expert weights and quantized layers are not supported. Name other layers, for example --proj_layers attn"
+    )
+
+
+def _summary(model: nn.Module) -> Iterator[str]:
+    """Names of the supported layers with numbers folded: ``h.*.mlp.c_fc`` once, not twelve times."""
+    seen: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if rule_for(module) is not None:
+            seen.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")))
+    yield from list(seen)[:40]
+
+
+def project_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:
+    """Sum a sample's tokens into its projected gradient.
+
+    Args:
+        a_p: projected inputs, ``(N, S, k_i)`` float32.
+        g_p: projected output gradients (nats of the summed loss), ``(N, S, k_o)`` float32; exactly
+            zero at positions that carry no loss.
+
+    Returns:
+        ``(N, k_o, k_i)`` float32: ``sum_s g_p[n, s] a_p[n, s]^T``, one batched product.
+    """
+    return torch.bmm(g_p.transpose(1, 2), a_p)

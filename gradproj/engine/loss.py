@@ -1,0 +1,180 @@
+"""Per-sample summed token loss without the full logits.
+
+The vocabulary is walked slice by slice (``vocabulary.py``) where that gives the model's own loss, so that neither
+``(N, S, V)`` logits nor a fp32 copy of them ever exist.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradproj.engine.layers import without_wrappers
+from gradproj.kernels.chunked_cross_entropy import TokenLoss
+from gradproj.kernels.transformers_patches import one_sequence_a_row
+from gradproj.model.loading import positions_of
+
+PROBE_TOKENS = 24
+"""Of the batch that shows whether the vocabulary may be walked slice by slice."""
+
+IGNORE = -100
+"""The label of a position without a target (torch's and transformers' convention)."""
+
+LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
+"""``loss_key`` of a model -> ``(N,)`` weights that the last backward pass gave to each sample's loss.
+
+Written when a backward pass leaves ``per_sample_loss``, read by the engine: so ``losses.sum()`` and
+``losses.mean()`` both give the rows of the summed loss.
+"""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where a batch's targets are, as flat indices: known on the host, so that no device has to be asked."""
+
+    positions: Tensor
+    """``(T,)`` int64: index into the flattened ``(N * S)`` positions whose output predicts a target."""
+    tokens: Tensor
+    """``(T,)`` int64: the token to be predicted there."""
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> "Targets":
+        """From ``(N, S)`` labels that are *not* shifted: position ``s`` predicts label ``s + 1``."""
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+        positions = (shifted != IGNORE).nonzero().squeeze(1)
+        return cls(positions, shifted[positions])
+
+
+class _Announce(torch.autograd.Function):
+    """Passes losses through; on the way back it tells the engine how each sample's loss was weighted."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, key: nn.Module) -> Tensor:
+        ctx.key = key
+        return losses.view_as(losses)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
+        LOSS_WEIGHTS[ctx.key] = weights.detach()
+        return weights, None
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside DistributedDataParallel, ``torch.compile`` or PEFT wrappers."""
+    while True:
+        inner = without_wrappers(model)
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return model
+        model = inner
+
+
+def loss_key(model: nn.Module) -> nn.Module:
+    """What stands for a model in ``LOSS_WEIGHTS``: the same module however the model is wrapped."""
+    inner = unwrap(model)
+    return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner
+
+
+def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None) -> Tensor:
+    """Every sample's cross-entropy, summed over its target tokens.
+
+    Args:
+        model: a causal language model of transformers, wrapped by PEFT or DDP or not.
+        batch: ``input_ids (N, S)`` int64, or a mapping with ``input_ids`` and optionally ``labels``
+            (``(N, S)``, not shifted, -100 = no target), ``attention_mask`` (padding carries no target)
+            or ``targets`` (a ``Targets``, in place of labels).
+        chunked: whether to make the logits in chunks; None asks ``can_chunk`` once per model.
+
+    Returns:
+        ``(N,)`` float32, nats. A sample without a target has 0.
+    """
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+    targets = batch.get("targets") or Targets.from_labels(_labels(input_ids, batch.get("labels"), mask))
+    if chunked is None:
+        chunked = can_chunk(model)
+    if chunked and _head_is_bystander(unwrap(model).get_output_embeddings()):
+        losses = _chunked_losses(model, input_ids, mask, targets)
+    else:
+        with one_sequence_a_row():
+            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+        chosen = logits.flatten(0, 1)[targets.positions].float()
+        losses = F.cross_entropy(chosen, targets.tokens, reduction="none")
+    spread = losses.new_zeros(input_ids.numel()).index_copy(0, targets.positions, losses)
+    return _Announce.apply(spread.view(input_ids.shape).sum(dim=1), loss_key(model))
+
+
+def _head_is_bystander(head: nn.Module) -> bool:
+    """Whether the head needs no gradient of its own: not trained, and not hooked as a target layer."""
+    return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
+
+
+def _labels(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    if labels is not None:
+        return labels
+    return input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE)
+
+
+def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """``(N, S, H)``: what the vocabulary head reads."""
+    with one_sequence_a_row():
+        return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+
+
+def _chunked_losses(model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
+    inner = unwrap(model)
+    hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
+    return TokenLoss.apply(hidden, inner.get_output_embeddings(), targets.tokens, _softcap(inner))
+
+
+def _softcap(model: Any) -> float | None:
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+_CHUNKABLE: "WeakKeyDictionary[nn.Module, tuple[bool, str]]" = WeakKeyDictionary()
+
+
+def can_chunk(model: nn.Module) -> bool:
+    """Whether the chunked loss agrees with the model's own logits; tried once per model.
+
+    Logit scales, extra heads and such differ by model: one short batch decides, not a list of names.
+    """
+    return chunk_verdict(model)[0]
+
+
+def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
+    """As ``can_chunk``, with the reason in words."""
+    inner = unwrap(model)
+    if inner.training:
+        return False, "the model is in training mode"
+    if inner not in _CHUNKABLE:
+        _CHUNKABLE[inner] = _try_chunk(inner)
+    return _CHUNKABLE[inner]
+
+
+@torch.no_grad()
+def _try_chunk(model: Any) -> tuple[bool, str]:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False, f"the model's head is a {type(head).__name__}, not a Linear"
+    if getattr(model, "base_model", model) is model:
+        return False, "the model has no base model apart from its head"
+    size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    n_tokens = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
+    ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = _hidden_states(model, ids, None)
+    ours = head(hidden).float()
+    cap = _softcap(model)
+    if cap is not None:
+        ours = torch.tanh(ours / cap) * cap
+    tolerance = 1e-5 if own.dtype == head.weight.dtype else 4 * torch.finfo(head.weight.dtype).eps
+    error = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-30)).item()
+    if not error <= tolerance:
+        return False, f"logits from the hidden states differ from the model's own by {error:.1e}"
+    return True, f"logits in chunks agree with the model's own to {error:.1e}"

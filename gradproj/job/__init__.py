@@ -1,0 +1,1 @@
+"""Runs one rank of the job, from its flags to its commits."""

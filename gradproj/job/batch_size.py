@@ -1,0 +1,263 @@
+"""``--batch_tokens auto``: the budget that the device runs fastest, measured once and kept in ``OUTPUT/batch.json``.
+
+Rank 0 measures before its first unit, the others wait for the file; every later start of any job on the output takes
+the number from it, so that a unit has the same batches, and with them the same bits, whoever computes it.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.coordinator.units import UnitQueue
+from gradproj.engine.batching import AUTO, BATCH_FILE
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
+from gradproj.errors import StoreError
+from gradproj.files import explain_os_errors, publish_exclusively, write_file_durably
+from gradproj.job.startup import Job
+from gradproj.job.unit_projector import is_out_of_memory
+from gradproj.job.unit_reader import UnitSettings
+
+MOST_TOKENS = 2**18
+"""No larger batch is tried."""
+
+LONGEST_TRIAL_S = 20.0
+"""After a batch that took so long no larger one is tried."""
+
+NEAR_THE_BEST = 0.97
+"""Share of the best rate that a smaller batch needs to be taken before larger ones."""
+
+CUDA_SHARE, HOST_SHARE = 0.85, 0.5
+"""Share of the free memory that a batch may take; on the host others live as well."""
+
+COMPILED_TOKENS = 256
+"""Length of the sequences by which ``--compile`` compiles."""
+
+WAIT_FOR_RANK_0_S = 1800.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One size of batch on the device."""
+
+    tokens: int
+    seconds: float
+    """The shorter of two runs: forward, backward, rows out."""
+    bytes: int
+    """The most memory it took, as far as that can be seen."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+def recorded_batch_tokens(output: Path) -> int | None:
+    """The number that was measured for this output, or None.
+
+    Raises:
+        StoreError: the file is there and says something else.
+    """
+    path = output / BATCH_FILE
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        tokens = json.loads(text)["batch_tokens"]
+        if type(tokens) is int and tokens > 0:
+            return tokens
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise StoreError(
+        f"{path} does not say a number of batch_tokens; delete it, or give --batch_tokens a number"
+    )
+
+
+def settle_batches(
+    job: Job, queue: UnitQueue, model: nn.Module, engine: GradProjLoraEngine, stopping: Callable[[], bool]
+) -> UnitSettings:
+    """The run's settings with a number in place of ``auto``.
+
+    Rank 0 measures, the others wait for it. Whoever publishes first decides, for all ranks of all jobs.
+
+    Args:
+        job: this rank's.
+        queue: its units; with none left there is nothing to wait for.
+        model: on its device.
+        engine: attached to it.
+        stopping: asked now and then while waiting.
+    """
+    plan, settings = job.plan, job.plan.unit_settings
+    if settings.batch.batch_tokens != AUTO:
+        return settings
+    deadline = time.monotonic() + (0.0 if job.owner.rank == 0 else WAIT_FOR_RANK_0_S)
+    while (known := recorded_batch_tokens(plan.output)) is None and not stopping() and len(queue.pending()):
+        if time.monotonic() < deadline:
+            time.sleep(0.2)
+            continue
+        # A unit's sums are on the device up to three times: those that grow, those of the unit before, a copy.
+        reserved = 3 * 4 * plan.layout.rows_per_shard * plan.layout.dim
+        trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
+        _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
+    if known is not None and job.owner.rank == 0:
+        print(f"batches       {known:,} tokens, measured on this kind of device ({BATCH_FILE})", flush=True)
+    return replace(settings, batch=replace(settings.batch, batch_tokens=known or settings.batch.max_length))
+
+
+def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) -> None:
+    content = {"batch_tokens": choose(trials, max_length), "trials": [asdict(trial) for trial in trials]}
+    with explain_os_errors(output):
+        write_file_durably(scratch / BATCH_FILE, [(json.dumps(content, indent=2) + "\n").encode()])
+        publish_exclusively(scratch / BATCH_FILE, output / BATCH_FILE)
+
+
+def choose(trials: list[Trial], max_length: int) -> int:
+    """The smallest batch that comes near the best rate; without any that fits, one sequence."""
+    best = max((trial.rate for trial in trials), default=0.0)
+    return next((trial.tokens for trial in trials if trial.rate >= NEAR_THE_BEST * best), max_length)
+
+
+def try_batches(
+    model: nn.Module, engine: GradProjLoraEngine, max_length: int, reserved_bytes: int, n_neighbours: int
+) -> list[Trial]:
+    """Run batches of ever more sequences of ``max_length`` random tokens, until more brings nothing or does not fit.
+
+    Args:
+        model: on its device.
+        engine: attached to it; what it summed is dropped.
+        max_length: the longest sequence comes first: where it fits, every batch of its size does.
+        reserved_bytes: of the device's memory, for what lies beside a batch.
+        n_neighbours: processes that share the host's memory.
+    """
+    device = next(model.parameters()).device
+    memory: _CudaMemory | _HostMemory = (
+        _CudaMemory(device) if device.type == "cuda" else _HostMemory(n_neighbours)
+    )
+    limit = memory.free() - reserved_bytes
+    trials: list[Trial] = []
+    for n_sequences in _doubling(max_length):
+        if trials and 2 * trials[-1].bytes > limit:
+            break
+        try:
+            trial = _try(model, engine, n_sequences, max_length, memory)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        finally:
+            engine.clear_gradients()
+            engine.take_token_covariances()
+        trials.append(trial)
+        log.info("batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, trial.bytes // 2**20)
+        if trial.seconds > LONGEST_TRIAL_S or _has_levelled_off(trials):
+            break
+    return trials
+
+
+def _doubling(max_length: int) -> Iterator[int]:
+    n = 1
+    while n == 1 or n * max_length <= MOST_TOKENS:
+        yield n
+        n *= 2
+
+
+def _has_levelled_off(trials: list[Trial]) -> bool:
+    """Two doublings in a row that brought next to nothing."""
+    return len(trials) > 2 and max(t.rate for t in trials[-2:]) < trials[-3].rate / NEAR_THE_BEST
+
+
+def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -> float:
+    """Have a compiled engine compile, by two small batches of the same shapes in every rank; the seconds that it took.
+
+    A graph holds for any length and any number of samples but one, which torch's compiler takes for a case of its own.
+    (A model with sliding windows has other masks above the window: its first longer batches compile once more.)
+
+    What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
+    """
+    device, started = next(model.parameters()).device, time.perf_counter()
+    for n_sequences in (2, 1):
+        per_sample_loss(
+            model, _random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
+        ).sum().backward()
+        engine.collect_batch()
+    engine.take_token_covariances()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _random_ids(model: nn.Module, n_sequences: int, length: int) -> Tensor:
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(weight.device)
+
+
+def _try(model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any) -> Trial:
+    device = next(model.parameters()).device
+    ids = _random_ids(model, n_sequences, length)
+    memory.start()
+    seconds = []
+    for _ in range(2):  # the first run pays for what libraries set up once a shape
+        started = time.perf_counter()
+        per_sample_loss(model, ids).sum().backward()
+        engine.collect_batch()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return Trial(n_sequences * length, min(seconds), memory.peak())
+
+
+class _CudaMemory:
+    """What torch's allocator holds and could still take."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free(self) -> int:
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(CUDA_SHARE * (torch.cuda.mem_get_info(self._device)[0] + unused))
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class _HostMemory:
+    """What Linux says of this process; elsewhere nothing is known, and time alone ends the trials."""
+
+    def __init__(self, n_neighbours: int) -> None:
+        self._n_neighbours = n_neighbours
+        self._before = _status_bytes("VmRSS")
+
+    def free(self) -> int:
+        available = 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+        return int(HOST_SHARE * available / self._n_neighbours) if available else 2**62
+
+    def start(self) -> None:
+        """The peak only ever grows, and so do the trials."""
+
+    def peak(self) -> int:
+        return max(0, _status_bytes("VmHWM") - self._before)
+
+
+def _status_bytes(field: str) -> int:
+    return 1024 * _kilobytes(Path("/proc/self/status"), field)
+
+
+def _kilobytes(path: Path, field: str) -> int:
+    """A field of one of Linux's tables; 0 where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)

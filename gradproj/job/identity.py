@@ -1,0 +1,63 @@
+"""What a row depends on: recorded in the store, and held against every run that wants to add to it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from gradproj.errors import OtherSettingsError
+from gradproj.job.config import RunConfig
+from gradproj.store.layout import StoreLayout
+from gradproj.store.metadata import read_attributes
+
+
+def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
+    """The flags that a row depends on, as they are after defaults are filled in."""
+    projection, model, batch = config.projection, config.model, config.batch
+    return {
+        "--revision": model.revision,
+        "--special_tokens": model.special_tokens,
+        "--model_dtype": model.model_dtype,
+        "--max_length": batch.max_length,
+        "--long_documents": batch.long_documents,
+        "--loss_reduction": batch.loss_reduction,
+        "--proj_layers": projection.layers,
+        "--proj_rank_total": projection.rank_total,
+        "--proj_rank_min": projection.rank_min,
+        "--proj_seed": projection.seed,
+        "--proj_kind": projection.kind,
+        "--include_embeddings": projection.include_embeddings,
+        "--proj_dtype": layout.proj_dtype,
+        "--compressor": layout.compressor,
+        "--rows_per_shard": layout.rows_per_shard,
+        "--max_samples": layout.n_samples,
+        "--domains": list(config.corpus.chosen_domains),
+        "--max_document_bytes": config.limits.max_document_bytes,
+        "--max_json_depth": config.limits.max_json_depth,
+    }
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """A short name for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check_identity(store: Path, ours: dict[str, Any]) -> None:
+    """Refuse to add to a store made with other settings, with every difference listed.
+
+    Raises:
+        OtherSettingsError: at least one setting differs.
+    """
+    if not store.exists():
+        return
+    theirs = read_attributes(store)["identity"]
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    # The layers follow from other settings; where one of those differs, their names would only hide it.
+    if len(names) > 1 and "layers" in names:
+        names.remove("layers")
+    if names:
+        lines = [f"  {n}: store {theirs.get(n)!r}, this run {ours.get(n)!r}" for n in names]
+        raise OtherSettingsError(
+            f"cannot add to {store}: it was made with other settings\n" + "\n".join(lines) + "\n"
+            "Run with the store's settings, or give --output_dir a new path."
+        )

@@ -1,0 +1,339 @@
+"""Everything that can be known and checked before a model is loaded: what ``plan`` prints and the job starts from."""
+
+import importlib.metadata
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradproj.coordinator.merge import ranges_of
+from gradproj.coordinator.units import FOLDERS
+from gradproj.corpus.index import (
+    CorpusIndex,
+    build_index,
+    check_unchanged,
+    default_index_path,
+    list_tars,
+    load_index,
+)
+from gradproj.distributed import choose_device
+from gradproj.engine.batching import BATCH_FILE
+from gradproj.engine.capture import place_widths
+from gradproj.engine.compile import check_compiler
+from gradproj.errors import CorpusError, ModelError, StoreError
+from gradproj.job.config import RunConfig
+from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
+from gradproj.job.unit_reader import UnitSettings
+from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.fingerprint import model_identity
+from gradproj.model.loading import (
+    check_vocabulary,
+    load_model_config,
+    load_tokenizer,
+    model_skeleton,
+    positions_of,
+)
+from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
+from gradproj.store.unit_record import list_records
+
+MOST_TARS_TO_INDEX = 1000
+"""Above so many, the index is worth a job of its own."""
+
+DEFAULT_MAX_LENGTH = 1024
+INDEX_NAME = "corpus.json"
+OUR_FILES = {
+    *FOLDERS,
+    STORE_NAME,
+    INDEX_NAME,
+    BATCH_FILE,
+    "metadata.json",
+    "run_config.json",
+    "projection_stats.json",
+    "failed.json",
+}
+SPARSE_BYTES = 2**30
+SPARSE_SHARE = 0.1
+"""``--domains`` that waste more than both of these ask for ``--allow_sparse``."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run."""
+
+    config: RunConfig
+    """With ``max_length`` resolved."""
+    files: ModelFiles
+    index: CorpusIndex
+    layers: list[LayerSlice]
+    layout: StoreLayout
+    vocabulary: int
+    wanted: np.ndarray
+    """Units to be computed, sorted."""
+    n_selected: int
+    """Documents of the chosen domains among the first ``n_samples``, as far as the index knows (an upper bound)."""
+    n_weights: int
+    identity: dict[str, Any]
+    """Flag -> value of everything that a row depends on."""
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.job.output_dir)
+
+    @property
+    def identity_hash(self) -> str:
+        """What every record carries."""
+        return identity_hash(self.identity)
+
+    @property
+    def unit_settings(self) -> UnitSettings:
+        """What turns documents into rows."""
+        config = self.config
+        return UnitSettings(
+            self.layout, self.identity_hash, config.batch, config.model.special_tokens, self.vocabulary,
+            self.index.domains, config.corpus.chosen_domains, config.limits,
+        )  # fmt: skip
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row."""
+        return self.layout.dim * STORED_DTYPES[self.layout.proj_dtype].itemsize
+
+    def store_bytes(self) -> int:
+        """Bytes of the finished store, uncompressed: rows, columns, records."""
+        columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
+        covariances = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
+        rows = len(self.wanted) * self.layout.rows_per_shard
+        matrices = 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
+        return (
+            rows * (self.row_bytes + columns)
+            + self.layout.n_samples * columns
+            + len(self.wanted) * covariances
+            + matrices
+        )
+
+    def wasted_bytes(self) -> int:
+        """Bytes of rows in wanted units that no chosen document fills."""
+        return max(0, len(self.wanted) * self.layout.rows_per_shard - self.n_selected) * self.row_bytes
+
+    def n_files(self) -> int:
+        """Files of the finished output: a shard and a record a unit, columns, metadata."""
+        return 2 * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
+
+    def host_bytes(self, model_bytes: int) -> int:
+        """Host memory of a rank, by arithmetic: the model on its way, three units of rows, two of tokens."""
+        rows = self.layout.rows_per_shard * self.layout.dim * 4
+        tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
+        return 600 * 2**20 + model_bytes + 3 * rows + 2 * tokens + 14_000 * len(self.index.tars)
+
+
+def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
+    """Check everything a user can get wrong, without writing anything.
+
+    Raises:
+        GradprojError: what is wrong, where, and the way out.
+    """
+    output = Path(config.job.output_dir)
+    check_output(output)
+    if config.job.compile:
+        check_compiler(choose_device(config.job.device, 0)[0].type)
+    index = find_index(config, progress=progress)
+    n_samples = min(index.n_samples, config.corpus.max_samples or index.n_samples)
+    files = fetch(config.model)
+    model_config = load_model_config(files)
+    tokenizer = load_tokenizer(files)
+    vocabulary = check_vocabulary(tokenizer, model_config)
+    config = replace(config, batch=replace(config.batch, max_length=_max_length(config, model_config)))
+    skeleton = model_skeleton(files)
+    layers = place_widths(skeleton, config.projection)
+    n_weights = sum(p.numel() for p in skeleton.parameters())
+    widths = [layer.slice_end - layer.slice_start for layer in layers]
+    layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
+    wanted, n_selected = _wanted_units(config, index, layout)
+    identity = {
+        **identity_of_flags(config, layout),
+        "--shards (corpus index)": index.fingerprint,
+        **model_identity(files, tokenizer),
+        "layers": [layer.name for layer in layers],
+    }
+    plan = Plan(config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity)
+    _check_sparse(plan)
+    check_identity(plan.output / STORE_NAME, plan.identity)
+    _check_space(plan)
+    return plan
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder that is not ours.
+
+    Raises:
+        StoreError: a file, or a folder with other things in it.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise StoreError(f"--output_dir {output} is a file; give a folder")
+    foreign = sorted(
+        p.name for p in output.iterdir() if p.name not in OUR_FILES and not p.name.startswith(".")
+    )
+    if foreign and not (output / STORE_NAME).exists():
+        raise StoreError(
+            f"--output_dir {output} is not a gradproj output: it holds {', '.join(foreign[:4])}"
+            f"{' and more' if len(foreign) > 4 else ''}. Give a new folder, or an output to be continued"
+        )
+
+
+def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
+    """The corpus index: the output's own, the one given, the one beside the tars, or a new one.
+
+    Raises:
+        CorpusError: more tars than the job indexes itself, a changed tar, an unknown domain.
+    """
+    shards, own = config.corpus.shards, Path(config.job.output_dir) / INDEX_NAME
+    if shards.endswith(".json"):
+        index = load_index(Path(shards))
+    else:
+        paths = list_tars(shards)
+        beside = default_index_path(shards)
+        found = [load_index(p) for p in (own, beside) if p is not None and p.is_file()]
+        # Touched or copied tars are indexed again beside them; the same corpus, with times as they are now.
+        known = next((i for i in reversed(found) if i.fingerprint == found[0].fingerprint), None)
+        if known is not None:
+            index = known.relocated(paths)
+        elif len(paths) > MOST_TARS_TO_INDEX:
+            raise CorpusError(
+                f"--shards {shards}: {len(paths):,} tars and no corpus index. Build it once: "
+                f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
+            )
+        else:
+            index = build_index(paths, domain_field=config.corpus.domain_field, progress=progress)
+    for tar in index.tars:
+        check_unchanged(tar)
+    if index.n_samples == 0:
+        raise CorpusError(f"--shards {shards}: its {len(index.tars)} tars hold no document")
+    if index.domain_field != config.corpus.domain_field:
+        raise CorpusError(
+            f"--domain_field {config.corpus.domain_field}: the corpus index was built with {index.domain_field}; "
+            "give that, or build the index again"
+        )
+    unknown = [name for name in config.corpus.chosen_domains if name not in index.domains]
+    if unknown:
+        raise CorpusError(
+            f"--domains: the corpus has no {', '.join(unknown)}; it has {', '.join(index.domains)}"
+        )
+    return index
+
+
+def _max_length(config: RunConfig, model_config: Any) -> int:
+    positions = positions_of(model_config)
+    wanted = config.batch.max_length
+    if wanted and positions and wanted > positions:
+        raise ModelError(f"--max_length {wanted} is more than the model's {positions} positions")
+    return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+
+
+def _wanted_units(config: RunConfig, index: CorpusIndex, layout: StoreLayout) -> tuple[np.ndarray, int]:
+    """Units that can hold a document of the chosen domains, and how many such documents there are at most."""
+    chosen = config.corpus.chosen_domains
+    if not chosen:
+        return np.arange(layout.n_units, dtype=np.int64), layout.n_samples
+    wanted: set[int] = set()
+    n_selected = 0
+    for tar in index.tars:
+        count = sum(tar.domain_counts.get(name, 0) for name in chosen)
+        stop = min(tar.start_id + tar.n_samples, layout.n_samples)
+        if count and tar.start_id < stop:
+            n_selected += min(count, stop - tar.start_id)
+            wanted.update(
+                range(tar.start_id // layout.rows_per_shard, (stop - 1) // layout.rows_per_shard + 1)
+            )
+    if not wanted:
+        raise CorpusError(
+            f"--domains: none of the first {layout.n_samples:,} documents is of {', '.join(chosen)}"
+        )
+    return np.array(sorted(wanted), dtype=np.int64), n_selected
+
+
+def _check_sparse(plan: Plan) -> None:
+    wasted, total = (
+        plan.wasted_bytes(),
+        max(1, len(plan.wanted) * plan.layout.rows_per_shard * plan.row_bytes),
+    )
+    too_much = wasted > SPARSE_BYTES or wasted / total > SPARSE_SHARE
+    # A last unit that is not full, or one at the edge of a domain, is not what this is about.
+    edges = 2 * len(plan.config.corpus.chosen_domains) * plan.layout.rows_per_shard * plan.row_bytes
+    if (
+        plan.config.corpus.chosen_domains
+        and too_much
+        and wasted > edges
+        and not plan.config.corpus.allow_sparse
+    ):
+        raise StoreError(
+            f"--domains: the corpus is not grouped by domain, so {human_bytes(wasted)} of {human_bytes(total)} would "
+            "be empty rows. Group it (python -m gradproj prepare ... --group_by_domain), or give --allow_sparse"
+        )
+
+
+def _check_space(plan: Plan) -> None:
+    done = len(list_records(plan.output / "units"))
+    left = plan.store_bytes() * (1 - done / max(1, len(plan.wanted)))
+    free = free_bytes(plan.output)
+    if left > free:
+        raise StoreError(
+            f"--output_dir {plan.output}: {human_bytes(left)} are still needed and {human_bytes(free)} are free. "
+            "Free space, choose another folder, or a smaller --proj_rank_total"
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes where ``path`` is or will be."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def human_bytes(n: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError("unreachable")
+
+
+def attributes_of(plan: Plan) -> dict[str, Any]:
+    """What the store's group says of itself."""
+    projection, model = plan.config.projection, plan.config.model
+    return {
+        "layers": [asdict(layer) for layer in plan.layers],
+        "domains": list(plan.index.domains),
+        "identity": plan.identity,
+        "identity_hash": plan.identity_hash,
+        "wanted_units": ranges_of(plan.wanted),
+        "complete": False,
+        "how_to_read": "row = projections[id] * row_scale[id]; NaN = not there; status 1 = ok",
+        "projection": asdict(projection),
+        "model": {
+            **asdict(model),
+            "revision": plan.files.revision or model.revision,
+            "max_length": plan.config.batch.max_length,
+            "long_documents": plan.config.batch.long_documents,
+            "loss_reduction": plan.config.batch.loss_reduction,
+        },
+        "corpus": {
+            "n_samples": plan.layout.n_samples,
+            "n_tars": len(plan.index.tars),
+            "fingerprint": plan.index.fingerprint,
+            "domain_field": plan.index.domain_field,
+            "tars": str(plan.index.tars[0].path.parent.resolve()),
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the rows were computed with."""
+    names = ("gradproj", "torch", "transformers", "tokenizers", "webdataset", "zarr", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

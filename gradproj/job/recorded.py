@@ -1,0 +1,199 @@
+"""What a store's job recorded, loaded again: its settings, corpus, model and engine.
+
+Rows made with these are the job's own, within rounding. A store may come from anybody: that its job was allowed
+to run a checkpoint's code says nothing of what is allowed here.
+"""
+
+import dataclasses
+import json
+import shlex
+import typing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradproj.corpus.index import CorpusIndex, list_tars, load_index
+from gradproj.distributed import choose_device
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.errors import ConfigError, ModelError, StoreError
+from gradproj.flags import flag_of
+from gradproj.job.config import RunConfig
+from gradproj.job.job_config import RecordedInputs
+from gradproj.job.plan import INDEX_NAME
+from gradproj.job.startup import matrices_on
+from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.fingerprint import model_identity
+from gradproj.model.loading import load_model, load_model_config, load_tokenizer
+from gradproj.store import ProjectionStore
+
+RUN_CONFIG_NAME = "run_config.json"
+
+_ASKED_AGAIN = {
+    "trust_remote_code": "runs code that the checkpoint brings along",
+    "allow_pickle": "loads pickled weights, which can run code",
+}
+
+
+def recorded_config(output: Path) -> RunConfig:
+    """The settings of the job that made ``output``, from its ``run_config.json``, without what may run code.
+
+    Raises:
+        StoreError: it is not there or not readable.
+    """
+    run = _as_recorded(output)
+    return replace(run, model=replace(run.model, trust_remote_code=False, allow_pickle=False))
+
+
+def _as_recorded(output: Path) -> RunConfig:
+    path = output / RUN_CONFIG_NAME
+    try:
+        flags = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StoreError(f"{output} is not a job's --output_dir: it holds no {RUN_CONFIG_NAME}") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    sections = {}
+    try:
+        for section in dataclasses.fields(RunConfig):
+            kind = typing.cast(Any, section.type)
+            known = [f for f in dataclasses.fields(kind) if flag_of(f) in flags]
+            sections[section.name] = kind(**{f.name: flags[flag_of(f)] for f in known})
+    except (TypeError, AttributeError, ConfigError) as error:
+        raise StoreError(f"{path} does not hold a job's settings: {error}") from error
+    return RunConfig(**sections)
+
+
+def config_from(inputs: RecordedInputs) -> RunConfig:
+    """The recorded settings, with the places and the trust of the person who asks now.
+
+    Raises:
+        StoreError: nothing readable was recorded.
+        ModelError: the job's checkpoint could run code, and nobody has allowed that here.
+    """
+    run = _as_recorded(Path(inputs.output))
+    for name, what in _ASKED_AGAIN.items():
+        if getattr(run.model, name) and not getattr(inputs, name):
+            raise ModelError(
+                f"the job of {inputs.output} was started with --{name}, which {what}: give --{name} "
+                f"here too if you trust {inputs.model or run.model.model or run.model.architecture}"
+            )
+    model = replace(run.model, trust_remote_code=inputs.trust_remote_code, allow_pickle=inputs.allow_pickle)
+    if inputs.model:
+        model = replace(model, model=inputs.model, architecture="")
+    if inputs.tokenizer:
+        model = replace(model, tokenizer=inputs.tokenizer)
+    corpus = replace(run.corpus, shards=inputs.shards or run.corpus.shards)
+    return replace(run, model=model, corpus=corpus)
+
+
+def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
+    """The output's own index, with the tars where the job read them, or where ``--shards`` finds them now.
+
+    Raises:
+        CorpusError: the tars are not there, or have changed.
+    """
+    index, shards = load_index(output / INDEX_NAME), run.corpus.shards
+    # The index knows absolute paths; the job's --shards may be relative to another folder.
+    as_recorded = shards == recorded_config(output).corpus.shards
+    if shards.endswith(".json") or (as_recorded and all(tar.path.is_file() for tar in index.tars)):
+        return index
+    return index.relocated(list_tars(shards))
+
+
+@dataclass(frozen=True)
+class RecordedEngine:
+    """A store's model and engine, ready to make rows; enter ``engine`` around its use."""
+
+    tokenizer: Any
+    vocabulary: int
+    """Token ids the model knows."""
+    model: nn.Module
+    engine: GradProjLoraEngine
+    device: torch.device
+
+
+def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
+    """Load the model that a store was made with, and attach an engine with the store's own matrices.
+
+    Raises:
+        ModelError: gone, or changed since; lists what differs.
+        ConfigError: the device is not there.
+    """
+    files, tokenizer = recorded_model(store, run)
+    chosen, _ = choose_device(device, 0)
+    model = load_model(files, chosen)
+    matrices = matrices_on(chosen, store.projection_matrices)
+    engine = GradProjLoraEngine.from_config(model, run.projection, matrices, run.job.gradient_checkpointing)
+    vocabulary = load_model_config(files).get_text_config().vocab_size
+    return RecordedEngine(tokenizer, vocabulary, model, engine, chosen)
+
+
+def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
+    """``(files, tokenizer)`` of the store's model, once they are known to be the same as then.
+
+    Raises:
+        ModelError: gone, or changed since; lists what differs.
+    """
+    commit, identity = _recorded_model_of(store)
+    name = run.model.model
+    is_local = Path(name).is_dir() if name else False
+    if name and not commit and not is_local:  # only a hub's model has a commit
+        was = recorded_config(store.path.parent).model.model
+        if name != was:
+            raise ModelError(
+                f"--model {name} is no directory here; give one that holds the job's model, {was}"
+            )
+        raise ModelError(
+            f"--model {name}, as the job recorded it, is no directory here: go to the folder in which the job "
+            "was started, or give --model DIR where it lies now"
+        )
+    files = fetch(replace(run.model, revision="" if is_local else commit))
+    tokenizer = load_tokenizer(files)
+    found = model_identity(files, tokenizer)
+    changed = [name for name, value in found.items() if identity.get(name) != value]
+    if changed:
+        # A tokenizer in a folder of its own is to blame alone.
+        of_tokenizer = changed == ["--tokenizer"]
+        place = files.tokenizer_dir if of_tokenizer else files.model_dir or run.model.architecture
+        raise ModelError(
+            f"{place} is not what {store.path} was made with; its {' and '.join(changed)} changed since. "
+            f"Put back what it was, give {'--tokenizer' if of_tokenizer else '--model'} DIR where that lies now, or "
+            "make a new store"
+        )
+    return files, tokenizer
+
+
+def _recorded_model_of(store: ProjectionStore) -> tuple[str, dict[str, Any]]:
+    """Its commit on a hub, if any, and the identity of everything that rows depend on."""
+    model, identity = (store.attributes.get(key) for key in ("model", "identity"))
+    if not isinstance(model, dict) or not isinstance(identity, dict):
+        raise StoreError(
+            f"{store.path} does not say which model its rows were made with: it is no job's store, or its attributes "
+            "are damaged (gradproj.analysis asks it with rows of your own)"
+        )
+    return str(model.get("revision") or ""), identity
+
+
+def job_command(output: Path) -> str:
+    """The command that goes on with ``output``, as its job was told: one rank; the same flags do for several.
+
+    Raises:
+        StoreError: nothing readable was recorded.
+    """
+    run = _as_recorded(output)
+    defaults = {
+        flag_of(f): f.default
+        for section in dataclasses.fields(RunConfig)
+        for f in dataclasses.fields(typing.cast(Any, section.type))
+    }
+    words = ["python", "-m", "gradproj.run"]
+    for flag, value in {**run.as_flags(), "output_dir": str(output)}.items():
+        if value == defaults[flag]:
+            continue
+        words += (
+            [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        )
+    return shlex.join(words)

@@ -1,0 +1,199 @@
+"""The job's start: rank 0 checks everything and makes the store while the others wait."""
+
+import json
+import logging
+import secrets
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.cleanup import sweep
+from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.units import FOLDERS, UnitQueue
+from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
+from gradproj.corpus.index import CorpusIndex, load_index, save_index
+from gradproj.distributed import (
+    JobName,
+    Process,
+    ask_cublas_to_repeat_itself,
+    bound_kernel_caches,
+    from_rank_0,
+    wait_for_all,
+)
+from gradproj.engine.capture import draw_matrices, place_widths
+from gradproj.errors import GradprojError, ReportedError
+from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
+from gradproj.job.config import RunConfig
+from gradproj.job.identity import check_identity
+from gradproj.job.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
+from gradproj.job.shutdown import Stopped
+from gradproj.model.checkpoint import fetch
+from gradproj.model.loading import model_skeleton
+from gradproj.store.layout import STORE_NAME
+from gradproj.store.writer import StoreExists, create_store, pack_matrices
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank knows once the job has started."""
+
+    plan: Plan
+    owner: Owner
+    n_neighbours: int
+    """Ranks of this job on this machine."""
+
+
+def start_job(config: RunConfig, process: Process) -> Job:
+    """Check, make or open the store, and agree on it with all ranks.
+
+    Raises:
+        GradprojError: on rank 0, what a user can mend; printed there, once.
+        ReportedError: on the other ranks, for the same reason.
+    """
+    failure: GradprojError | None = None
+    shared: tuple[Plan, JobName] | None = None
+    if process.rank == 0:
+        name = JobName.from_environment()
+        try:
+            # The index can be large, and lies in the output then: the others read it there.
+            shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
+        except GradprojError as error:
+            # Before the others learn of it: torchrun ends rank 0 as soon as one of them has left.
+            print(f"gradproj: {error}", file=sys.stderr, flush=True)
+            failure = error
+    shared = from_rank_0(shared)
+    if shared is None:
+        reported = ReportedError()
+        reported.exit_code = (failure or reported).exit_code
+        raise reported
+    plan, name = shared
+    plan = replace(plan, files=_files_of_this_node(plan, process), index=load_index(plan.output / INDEX_NAME))
+    owner = Owner.this_process(name.job_id, name.generation, process.rank)
+    if process.local_rank == 0:
+        # What is left of dead processes can be told from what is in use only on their own machine.
+        sweep(plan.output, owner)
+    return Job(plan, owner, process.local_world_size)
+
+
+def _start(config: RunConfig, name: JobName) -> Plan:
+    """Rank 0's checks, and the output as they want it. A mistake that ends them is noted in ``failed.json``."""
+    owner = Owner.this_process(name.job_id, name.generation, 0)
+    try:
+        plan = make_plan(config)
+        make_output(plan, owner)
+    except GradprojError as error:
+        if not isinstance(error, Stopped):
+            note_failure(Path(config.job.output_dir), owner, error)
+        raise
+    clear_failure(plan.output, name.job_id)
+    return plan
+
+
+def _files_of_this_node(plan: Plan, process: Process) -> Any:
+    """One rank of a node downloads, the others find it done."""
+    files = fetch(plan.config.model) if process.local_rank == 0 else None
+    wait_for_all("the checkpoint is here")
+    return files or fetch(plan.config.model, may_download=False)
+
+
+def make_output(plan: Plan, owner: Owner) -> None:
+    """Make OUTPUT, its folders, the frozen index and the empty store, or find them there."""
+    output = plan.output
+    check_records_have_store(output)
+    with explain_os_errors(output):
+        for folder in FOLDERS:
+            (output / folder).mkdir(parents=True, exist_ok=True)
+        fsync_dir(output)
+        fsync_dir(output.absolute().parent)
+    faults.at("folders made")
+    queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
+    if not (output / STORE_NAME).exists():
+        _publish_index(plan, queue.scratch)
+        _publish_store(plan, queue.scratch)
+    elif not (output / INDEX_NAME).exists():
+        _publish_index(plan, queue.scratch)
+    elif load_index(output / INDEX_NAME).tars != plan.index.tars:
+        # The same corpus (the identity says so), touched or found elsewhere: its places and times as they are now.
+        save_index(plan.index, output / INDEX_NAME, replace_existing=True)
+    check_records_have_shards(output)
+    take_back(output, queue.claims)
+    faults.at("metadata published")
+    flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
+    text = json.dumps(flags, indent=2, default=list) + "\n"
+    write_and_replace(output / "run_config.json", [text.encode()], queue.scratch)
+
+
+def _publish_index(plan: Plan, scratch: Path) -> None:
+    """Freeze the index; another that is there already must be of the same corpus.
+
+    Before the store: its identity holds the index's fingerprint, so none is ever made beside another index.
+    """
+    save_index(plan.index, scratch / INDEX_NAME, replace_existing=True)
+    if not publish_exclusively(scratch / INDEX_NAME, plan.output / INDEX_NAME):
+        save_index(plan.index, plan.output / INDEX_NAME)  # compares them, and says what differs
+    faults.at("index published")
+
+
+def _publish_store(plan: Plan, scratch: Path) -> None:
+    """Make the empty store; one that another job was faster to make must be the one we want."""
+    # The matrices depend on names and shapes alone, so no weights are needed for them.
+    config = plan.config.projection
+    drawn = {w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)}
+    matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
+    packed = pack_matrices(plan.layers, matrices)
+    try:
+        attributes = {**attributes_of(plan), "store_id": new_store_id()}
+        create_store(plan.output / STORE_NAME, plan.layout, attributes, packed, scratch)
+        faults.at("store published")
+    except StoreExists:
+        check_identity(plan.output / STORE_NAME, plan.identity)
+
+
+def new_store_id() -> str:
+    """Tells a store from every other one, also of the same settings."""
+    return secrets.token_hex(16)
+
+
+def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
+    """This rank's log: ``logs/rank-00000.log``, appended to by every start.
+
+    Under Slurm a job's name is in it, ``logs/rank-00000-slurm-70_1.log``: the jobs of an array run on machines of their
+    own, which would overwrite each other's lines, and the batch script looks there for what its own job has done.
+    """
+    job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
+    handler = logging.FileHandler(output / "logs" / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("gradproj")
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root.propagate = False
+
+
+def prepare_torch(config: RunConfig) -> None:
+    """Threads and determinism of this process."""
+    bound_kernel_caches()
+    if config.job.threads:
+        torch.set_num_threads(config.job.threads)
+    # TF32 would change rows in the fourth digit, and which products use it differs by GPU.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    # Nor may a long sum be split and its parts be added in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if config.job.deterministic:
+        ask_cublas_to_repeat_itself()
+        torch.use_deterministic_algorithms(True)
+
+
+def matrices_on(device: torch.device, packed: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """The store's matrices as tensors."""
+    return {
+        name: tuple(torch.from_numpy(np.array(p)).to(device) for p in pair) for name, pair in packed.items()
+    }

@@ -1,0 +1,117 @@
+"""What the job and ``plan`` tell a person: before the run, and after it."""
+
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+
+from gradproj.coordinator.merge import is_complete
+from gradproj.coordinator.progress import human_seconds
+from gradproj.job.plan import Plan, free_bytes, human_bytes
+from gradproj.store.unit_record import list_records, read_record, record_name
+
+
+def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
+    """The plan as lines of text: what will be computed, and what it takes."""
+    layout, batch = plan.layout, plan.config.batch
+    widths = sorted({layer.slice_end - layer.slice_start for layer in plan.layers})
+    each = f"{len(plan.layers)} layers x {widths[0]}" if len(widths) == 1 else f"{len(plan.layers)} layers"
+    lines = [
+        f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars"
+        + (
+            f", at most {plan.n_selected:,} of the chosen domains"
+            if plan.config.corpus.chosen_domains
+            else ""
+        ),
+        f"row           D = {each} = {layout.dim:,} values, {layout.proj_dtype}, {human_bytes(plan.row_bytes)}",
+        f"sequences     at most {batch.max_length} tokens ({batch.long_documents}); "
+        f"batches of {batch.batch_size} sequences, {batch.batch_tokens or 'auto'} tokens",
+        f"units         {len(plan.wanted):,} of {layout.rows_per_shard:,} rows"
+        + (f", {n_recorded:,} of them done" if n_recorded else ""),
+        f"disk          {human_bytes(plan.store_bytes())} in {plan.n_files():,} files; "
+        f"{human_bytes(free_bytes(plan.output))} free at {plan.output}",
+        f"host memory   about {human_bytes(plan.host_bytes(model_bytes(plan)))} a rank",
+    ]
+    seconds = seconds_per_unit(plan)
+    if seconds is not None:
+        left = (len(plan.wanted) - n_recorded) * seconds
+        lines.append(
+            f"time          {human_seconds(seconds)} a unit so far; {human_seconds(left)} left for one rank"
+        )
+    if plan.config.corpus.chosen_domains:
+        lines.append(
+            f"wasted        {human_bytes(plan.wasted_bytes())} of rows that no chosen document fills"
+        )
+    return lines
+
+
+def seconds_per_unit(plan: Plan) -> float | None:
+    """Mean seconds of up to 32 committed units, or None before the first."""
+    recorded = list_records(plan.output / "units")
+    if not len(recorded):
+        return None
+    chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))]
+    seconds = [read_record(plan.output / record_name(unit)).stats["seconds"] for unit in chosen.tolist()]
+    return sum(seconds) / len(seconds)
+
+
+def model_bytes(plan: Plan) -> int:
+    """Bytes of the model's weights in ``--model_dtype``."""
+    return plan.n_weights * (2 if plan.config.model.model_dtype == "bfloat16" else 4)
+
+
+def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:
+    """What is about to run, once for the whole job."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    for line in plan_lines(plan, len(list_records(plan.output / "units"))):
+        print(line)
+    print(f"device        {device} ({name}), {torch.get_num_threads()} CPU threads a rank")
+    print(f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}", flush=True)
+
+
+def print_compiled(rank: int, seconds: float) -> None:
+    """How long the compiler took, once for the whole job."""
+    if rank == 0:
+        print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
+
+
+def print_precision(figure: str, warning: bool) -> None:
+    """What a check of the model's precision found, once for the whole job."""
+    if warning:
+        print(f"WARNING: {figure}", file=sys.stderr, flush=True)
+    else:
+        print(f"precision     {figure}", flush=True)
+
+
+def print_end(plan: Plan, complete: bool, stopped_by: str) -> None:
+    """What came of it, and the way on."""
+    if not complete:
+        done = len(list_records(plan.output / "units"))
+        why = f"Stopped ({stopped_by})" if stopped_by else "Ended"
+        rest = "other jobs are working on the rest" if not stopped_by else "run the same command to go on"
+        if is_complete(plan.output):
+            rest = "all units are done; `python -m gradproj merge` ends it"
+        print(f"{why}: {done:,} of {len(plan.wanted):,} units are committed; {rest}.", flush=True)
+        return
+    stats = json.loads((plan.output / "projection_stats.json").read_text())
+    for line in stats_lines(stats):
+        print(line)
+    print(f"The store is complete: {plan.output / 'projections.zarr'}", flush=True)
+
+
+def stats_lines(stats: dict[str, Any]) -> list[str]:
+    """``projection_stats.json`` as lines of text."""
+    timing = stats["timing"]
+    by_status = ", ".join(f"{n:,} {name}" for name, n in stats["by_status"].items())
+    lines = [
+        f"rows          {stats['n_samples']:,}: {by_status}",
+        f"computed      {timing['tokens']:,} tokens in {human_seconds(timing['rank_seconds'])} of ranks' time, "
+        f"{timing['tokens_per_rank_second']:,.0f} tokens/s a rank",
+    ]
+    if stats["by_status"].get("bad_input"):
+        lines.append("bad input     why, document by document: in logs/rank-*.log")
+    if stats["all"]["loss"] is not None:
+        lines.append(f"loss          {stats['all']['loss']:.4f} nats per target token")
+    return lines

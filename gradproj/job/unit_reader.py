@@ -1,0 +1,179 @@
+"""One unit on the host: its documents read, tokenized and batched, ready for the engine."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradproj.corpus.documents import Document, ReadLimits
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.stream import read_documents
+from gradproj.engine.batching import BatchConfig, plan_batches, split_long
+from gradproj.model.tokenization import Tokenizing
+from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
+
+log = logging.getLogger(__name__)
+
+_TOKENIZED_AT_ONCE = 256
+"""Documents handed to the tokenizer in one call."""
+
+_CHARACTERS_AT_ONCE = 4_000_000
+"""About as many characters of them: an encoding takes some 40 bytes for each."""
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What turns documents into rows, the same in every rank."""
+
+    layout: StoreLayout
+    identity: str
+    batch: BatchConfig
+    """With ``max_length`` resolved."""
+    special_tokens: str
+    vocabulary: int
+    """Token ids the model knows."""
+    domains: tuple[str, ...]
+    """All domain names, in the order of their codes."""
+    chosen_domains: tuple[str, ...]
+    """Empty: all."""
+    limits: ReadLimits
+
+
+@dataclass
+class PreparedUnit:
+    """A unit on the host, ready for the engine."""
+
+    unit: int
+    start: int
+    columns: dict[str, np.ndarray]
+    sequences: list[np.ndarray]
+    row_of: np.ndarray
+    """``(n_sequences,)`` int64: the row of the unit that a sequence's gradient is added to."""
+    batches: list[np.ndarray]
+    """Positions in ``sequences``."""
+
+    def key(self, settings: UnitSettings) -> str:
+        """What partial rows of this unit depend on."""
+        digest = hashlib.sha256(settings.identity.encode())
+        for chosen in self.batches:
+            digest.update(chosen.tobytes() + b"|")
+        for tokens in self.sequences:
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()[:32]
+
+
+class _Interrupted(Exception):
+    """The reader was told to stop."""
+
+
+class UnitReader:
+    """Reads, tokenizes and batches units; runs ahead of the engine in a thread of its own.
+
+    Args:
+        index: of the corpus.
+        tokenizer: the model's.
+        settings: the run's.
+        stopping: asked every few hundred documents; true = the unit is not wanted any more.
+    """
+
+    def __init__(
+        self,
+        index: CorpusIndex,
+        tokenizer: Any,
+        settings: UnitSettings,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._index, self._settings = index, settings
+        batch = settings.batch
+        truncates = batch.long_documents == "truncate"
+        self._tokenizing = Tokenizing(
+            tokenizer, settings.special_tokens, batch.max_length if truncates else 0
+        )
+        self._stopping = stopping
+        self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
+
+    def read(self, unit: int) -> PreparedUnit | None:
+        """Read a unit's documents and make its batches; None if told to stop on the way."""
+        try:
+            return self.read_samples(unit, *self._settings.layout.unit_range(unit))
+        except _Interrupted:
+            return None
+
+    def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
+        """The same of a part of a unit: samples ``start`` to ``stop`` (not included)."""
+        settings, layout = self._settings, self._settings.layout
+        columns = empty_columns(stop - start, layout.key_bytes)
+        sequences: list[np.ndarray] = []
+        row_of: list[int] = []
+        keys: list[str] = []
+        pending: list[tuple[int, Document]] = []
+        size = 0
+
+        def tokenize_pending() -> None:
+            for row, tokens in zip(
+                [r for r, _ in pending], self._tokenize([d for _, d in pending]), strict=True
+            ):
+                parts = self._sequences_of(tokens, columns, row)
+                sequences.extend(parts)
+                row_of.extend([row] * len(parts))
+            pending.clear()
+
+        for row, document in enumerate(read_documents(self._index, start, stop, settings.limits)):
+            keys.append(document.key)
+            columns["tar"][row] = document.tar
+            columns["domain"][row] = self._domain_codes.get(document.domain, -1)
+            status = self._status_of(document)
+            columns["status"][row] = STATUS[status]
+            if status == "ok":
+                pending.append((row, document))
+                size += len(document.text or "")
+            if len(pending) == _TOKENIZED_AT_ONCE or size > _CHARACTERS_AT_ONCE:
+                size = 0
+                if self._stopping():
+                    raise _Interrupted
+                tokenize_pending()
+        tokenize_pending()
+        columns["key"] = encode_keys(keys, layout.key_bytes)
+        lengths = [len(tokens) for tokens in sequences]
+        batches = plan_batches(lengths, settings.batch.batch_size, settings.batch.batch_tokens)
+        return PreparedUnit(unit, start, columns, sequences, np.asarray(row_of, dtype=np.int64), batches)
+
+    def _status_of(self, document: Document) -> str:
+        """The status as far as the document alone decides it."""
+        chosen = self._settings.chosen_domains
+        if chosen and document.domain not in chosen:
+            return "not_selected"
+        if document.problem is not None:
+            log.warning("sample %d (%s): bad input: %s", document.sample_id, document.key, document.problem)
+            return "bad_input"
+        ids = document.input_ids
+        # Token ids stand in for the text wherever there are any, an empty list of them too.
+        if not (document.text if ids is None else ids):
+            return "empty"
+        if ids is not None and max(ids) >= self._settings.vocabulary:
+            log.warning(
+                "sample %d (%s): bad input: token id %d, the model knows %d",
+                document.sample_id, document.key, max(ids), self._settings.vocabulary,
+            )  # fmt: skip
+            return "bad_input"
+        return "ok"
+
+    def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Token ids of every document; a pre-tokenized one is taken as it is."""
+        texts = [d.text for d in documents if d.text is not None and d.input_ids is None]
+        tokenized = iter(self._tokenizing.ids(texts))
+        return [
+            np.array(d.input_ids, dtype=np.int64) if d.input_ids is not None else next(tokenized)
+            for d in documents
+        ]
+
+    def _sequences_of(self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int) -> list[np.ndarray]:
+        batch = self._settings.batch
+        sequences = split_long(tokens, batch.max_length, batch.long_documents)
+        columns["n_tokens"][row] = sum(len(s) - 1 for s in sequences)
+        if not sequences:
+            columns["status"][row] = STATUS["no_target"]
+        return sequences

@@ -1,0 +1,1 @@
+"""Tensor kernels and device helpers that know nothing of gradproj."""

@@ -1,0 +1,114 @@
+"""Token losses of a linear vocabulary head and their gradient at the hidden states, in one pass over the vocabulary.
+
+Neither ``(T, V)`` logits nor a copy of them ever exist: a slice of the vocabulary at a time is multiplied, turned
+into exponentials beside a running maximum, and multiplied back. The running maximum's rescaling is that of the online
+softmax (arXiv:1805.02867).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.kernels.onednn import linear
+
+SLICE_VALUES = {"cpu": 2**21, "cuda": 2**25}
+"""Logits in memory at once: what a CPU's cache holds (8 MB), and what fills a GPU."""
+
+MOST_TOKENS = 4096
+"""Tokens worked on together; a slice of the vocabulary stays wide enough for a fast product."""
+
+
+class TokenLoss(torch.autograd.Function):
+    """``(hidden (T, H), head, tokens (T,) int64, softcap) -> (T,)`` float32 losses in nats."""
+
+    @staticmethod
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, tokens: Tensor, softcap: float | None) -> Tensor:
+        # Under autocast the hidden states may have another dtype than the weights.
+        weight = head.weight.to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        # Without gradients (an evaluation) the second half of the work is left out.
+        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(tokens), MOST_TOKENS):
+            part = slice(start, start + MOST_TOKENS)
+            walk = _Walk(hidden[part], tokens[part], weight, bias, softcap, grads is not None)
+            losses[part] = walk.losses()
+            if grads is not None:
+                grads[part] = walk.gradients()
+        if grads is not None:
+            ctx.save_for_backward(grads)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, weight_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (grads,) = ctx.saved_tensors
+        # The weight as it is: rounded to bf16 it would not be the one that the engine divides by.
+        return (grads.float() * weight_of_loss.unsqueeze(1)).to(grads.dtype), None, None, None
+
+
+class _Walk:
+    """Some tokens' walk over the vocabulary, slice by slice; everything but the products in float32."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        with_gradients: bool,
+    ) -> None:
+        self._hidden, self._tokens, self._softcap = hidden, tokens.unsqueeze(1), softcap
+        self._weight, self._bias = weight, bias
+        column = torch.zeros(len(tokens), 1, device=hidden.device)
+        self._top, self._total, self._chosen = column - torch.inf, column, column.clone()
+        self._sum = torch.zeros(hidden.shape, device=hidden.device) if with_gradients else None
+        for part in self._slices():
+            self._step(part)
+
+    def _slices(self) -> Iterator[slice]:
+        most = SLICE_VALUES.get(self._hidden.device.type, SLICE_VALUES["cuda"])
+        width = max(64, most // max(1, len(self._hidden)) // 64 * 64)
+        return (slice(start, start + width) for start in range(0, len(self._weight), width))
+
+    def _step(self, part: slice) -> None:
+        weight = self._weight[part]
+        logits = linear(self._hidden, weight, None if self._bias is None else self._bias[part]).float()
+        slope = None
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap)
+            slope = 1 - logits**2
+            logits = logits * self._softcap
+        self._choose(logits, part.start)
+        top = torch.maximum(self._top, logits.amax(dim=1, keepdim=True))
+        shrink = (self._top - top).exp_()
+        self._top = top
+        shares = logits.sub_(top).exp_()
+        self._total = self._total * shrink + shares.sum(dim=1, keepdim=True)
+        if self._sum is not None:
+            if slope is not None:
+                shares.mul_(slope)
+            self._sum.mul_(shrink).add_(linear(shares.to(weight.dtype), weight.t()))
+
+    def _choose(self, logits: Tensor, start: int) -> None:
+        """Note the logits of the target tokens that lie in this slice."""
+        places = self._tokens - start
+        found = logits.gather(1, places.clamp(0, logits.shape[1] - 1))
+        here = (places >= 0) & (places < logits.shape[1])
+        self._chosen = torch.where(here, found, self._chosen)
+
+    def losses(self) -> Tensor:
+        """``(T,)``."""
+        return (self._top + self._total.log() - self._chosen).squeeze(1)
+
+    def gradients(self) -> Tensor:
+        """``(T, H)`` float32: the softmax's mean of the weights, less the target's."""
+        assert self._sum is not None
+        targets = self._weight[self._tokens.squeeze(1)].float()
+        if self._softcap is not None:
+            targets = targets * (1 - (self._chosen / self._softcap) ** 2)
+        return self._sum.div_(self._total).sub_(targets)

@@ -1,0 +1,1 @@
+"""Inspects, checks, repairs, merges and exports an output directory."""

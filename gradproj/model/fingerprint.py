@@ -1,0 +1,76 @@
+"""Hashes of what a row depends on: weights, the model's config, the tokenizer."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from gradproj.model.checkpoint import ModelFiles
+from gradproj.model.loading import load_model, load_model_config
+
+
+def model_identity(files: ModelFiles, tokenizer: Any) -> dict[str, str]:
+    """Everything of the model that a row depends on, by the flags that chose it."""
+    return {
+        "--model (weights)": weights_fingerprint(files),
+        "--model (config)": config_fingerprint(load_model_config(files)),
+        "--model (adapter)": adapter_fingerprint(files),
+        "--tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def weights_fingerprint(files: ModelFiles) -> str:
+    """A hash of the weights: of the checkpoint's files, or of the drawn weights."""
+    digest = hashlib.sha256()
+    if files.config.init == "random":
+        for name, tensor in sorted(load_model(files, torch.device("cpu")).state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+    for path in files.weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def adapter_fingerprint(files: ModelFiles) -> str:
+    """A hash of a PEFT adapter's settings and of code that a checkpoint brings along; empty where there is neither."""
+    if files.model_dir is None:
+        return ""
+    found: list[object] = []
+    if files.base_dir is not None:
+        settings = json.loads((files.model_dir / "adapter_config.json").read_text())
+        for key in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
+            settings.pop(key, None)
+        found.append(settings)
+    if files.config.trust_remote_code:
+        found += [[path.name, path.read_text()] for path in sorted(files.model_dir.glob("*.py"))]
+    return _hash(found) if found else ""
+
+
+def config_fingerprint(model_config: Any) -> str:
+    """A hash of what the config says of the computation, without names of paths and versions."""
+    content = model_config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        content.pop(key, None)
+    return _hash(content)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of how the tokenizer splits text and which special tokens it adds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # Set by use, not by the tokenizer's files.
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    else:
+        settings = {k: v for k, v in tokenizer.init_kwargs.items() if "file" not in k and "path" not in k}
+        content = [tokenizer.get_vocab(), settings]
+    return _hash([content, tokenizer.special_tokens_map])
+
+
+def _hash(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,99 @@
+"""Documents as the page's tables show them: with their beginnings, and those that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradproj.analysis import Overview
+from gradproj.errors import GradprojError
+from gradproj.formatting import one_line
+from gradproj.report.distributions import Distributions
+from gradproj.report.number_format import digits, exponent_of, minus, places_for, power, scaled
+from gradproj.report.page import Document, Table
+from gradproj.store import ProjectionStore
+
+EXCERPT_CHARACTERS = 320
+BESIDE_CHARACTERS = 200
+"""Of documents that stand side by side."""
+
+
+@dataclass
+class Excerpts:
+    """Beginnings of documents, as far as they are to be had."""
+
+    read: Callable[[int], str] | None
+    """From a sample id to its text."""
+    problem: str = ""
+    """Why there are none, or not all."""
+
+    def of(self, sample_id: int, most: int = EXCERPT_CHARACTERS) -> str | None:
+        """One line of at most ``most`` characters; None where the text is not to be had."""
+        if self.read is None:
+            return None
+        try:
+            return one_line(self.read(sample_id), most) or "(nothing to be seen)"
+        except (GradprojError, OSError) as error:
+            self.problem = self.problem or f"Some texts are not shown: {error}"
+            return None
+
+
+def documents_of(
+    store: ProjectionStore,
+    ids: np.ndarray,
+    values: Sequence[str],
+    excerpts: Excerpts,
+    most: int = EXCERPT_CHARACTERS,
+) -> list[Document]:
+    """Documents as a table shows them."""
+    return [
+        Document(
+            value=value,
+            sample_id=sample.sample_id,
+            key=one_line(sample.key, 80),
+            domain=None if sample.domain is None else one_line(sample.domain, 60),
+            loss=digits(sample.loss, 4),
+            n_tokens=sample.n_tokens,
+            excerpt=excerpts.of(sample.sample_id, most),
+        )
+        for sample, value in zip(store.samples(ids), values, strict=True)
+    ]
+
+
+def scaled_values(*ends: np.ndarray, sign: bool = False) -> tuple[list[list[str]], str]:
+    """Columns of numbers, all in units of one power of ten and with as many decimals, and that power."""
+    numbers = [value for values in ends for value in values.ravel().tolist()]
+    exponent = exponent_of(numbers)
+    places = places_for(numbers, exponent)
+    columns = [[minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in ends]
+    return columns, power(exponent)
+
+
+def outlier_tables(
+    store: ProjectionStore, seen: Overview, spread: Distributions, score: str, excerpts: Excerpts
+) -> list[Table]:
+    (norms,), unit = scaled_values(spread.largest_norms)
+    tables = [
+        Table(
+            "Largest gradients",
+            "Documents with the largest norms of their rows. They weigh most in every score that is not normalised; "
+            "often they are short, broken or in another language.",
+            f"norm, {unit}" if unit else "norm",
+            documents_of(store, spread.largest_ids, norms, excerpts),
+        )
+    ]
+    if score in ("dot", "cosine"):
+        return tables  # a document's score with itself is the norm's square, or 1
+    (own,), unit = scaled_values(seen.self_influence)
+    if len(seen.ids):
+        about = (
+            f"Documents with the largest {score} score with themselves: how much training on one would lower its own "
+            "loss. High where a document is unlike the rest of the corpus, such as noise, tables, or rare formats."
+        )
+        column = f"self-influence, {unit}" if unit else "self-influence"
+        tables.append(
+            Table("Largest self-influence", about, column, documents_of(store, seen.ids, own, excerpts))
+        )
+    return tables

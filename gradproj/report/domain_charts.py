@@ -1,0 +1,157 @@
+"""Distributions and matrices by domain, as the page shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradproj.formatting import one_line
+from gradproj.report.distributions import DISTRIBUTED, Distributions, Histogram, RowCounts, distributions
+from gradproj.report.domain_summary import DomainFacts
+from gradproj.report.figures import boxes_chart, histogram_chart, matrix_chart
+from gradproj.report.number_format import digits, whole
+from gradproj.report.page import DomainLine, Figure
+from gradproj.report.svg import Drawing
+from gradproj.store import ProjectionStore
+
+MOST_DOMAINS = 30
+"""Domains with a line of their own in pictures; the others, those with the fewest rows, are put together."""
+BOX_CAPTION = (
+    "Line: from the 5 % to the 95 % of the documents; box: the middle half; heavy mark: the median. Documents without "
+    "a row are left out."
+)
+DOMAIN_COLUMNS = [
+    "domain",
+    "documents",
+    "with a row",
+    "missing",
+    "target tokens",
+    "loss, nats/token",
+    "median loss",
+    "mean norm",
+    "norm of mean",
+    "effective rank",
+]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents that make one line of a picture: a domain's, or those of several."""
+
+    label: str
+    domains: list[int]
+    """Their numbers; -1 is no domain."""
+    loss: Histogram
+    grad_norm: Histogram
+
+
+def spread_of(store: ProjectionStore, counts: RowCounts, top_k: int) -> tuple[Distributions, list[Group]]:
+    """Losses and norms of the largest domains each, of the others together, and of documents without a domain."""
+    largest = sorted(np.flatnonzero(counts.n_rows).tolist(), key=lambda i: -counts.n_rows[i])
+    shown, rest = largest[:MOST_DOMAINS], largest[MOST_DOMAINS:]
+    wanted = [(store.domains[i], [i]) for i in shown]
+    wanted += [(f"{len(rest)} other domains", rest)] if rest else []
+    wanted += [("no domain", [-1])]
+    found = distributions(store, [domains for _, domains in wanted], top_k)
+    groups = [
+        Group(label, domains, *(found.groups[column][number] for column in DISTRIBUTED))
+        for number, (label, domains) in enumerate(wanted)
+    ]
+    return found, [group for group in groups if group.loss.n or group.grad_norm.n]
+
+
+def histograms_of(groups: Sequence[Group]) -> list[Drawing]:
+    """Losses and norms of all documents."""
+    if not groups:
+        return []
+    losses = Histogram(np.sum([group.loss.counts for group in groups], axis=0))
+    norms = Histogram(np.sum([group.grad_norm.counts for group in groups], axis=0))
+    return [
+        histogram_chart(losses, "loss", "nats per target token", log=False),
+        histogram_chart(norms, "norm of the row", "as projected", log=True),
+    ]
+
+
+def boxes_of(groups: Sequence[Group]) -> Figure | None:
+    """A line for each group; nothing where there is but one."""
+    if len(groups) < 2:
+        return None
+    panels = [
+        ("loss, nats per target token", False, [group.loss for group in groups]),
+        ("norm of the row", True, [group.grad_norm for group in groups]),
+    ]
+    labels = [group.label for group in groups]
+    return Figure(boxes_chart(labels, panels, "Quantiles of loss and norm for each domain."), BOX_CAPTION)
+
+
+def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[DomainLine]:
+    """A line for each domain, those with the most rows first."""
+    if facts is None:
+        return []
+    matrix, counts, of_mean = facts.matrix, facts.counts, facts.norm_of_mean
+    medians = {group.domains[0]: group.loss.quantile(0.5) for group in groups if len(group.domains) == 1}
+    lines = []
+    for i in sorted(range(len(matrix.names)), key=lambda i: (-matrix.n_rows[i], matrix.names[i])):
+        rank = f"{matrix.effective_rank[i]:.0f} of {matrix.n_drawn[i]}" if matrix.n_drawn[i] else "–"
+        cells = [
+            whole(counts.n_documents[i]),
+            whole(int(matrix.n_rows[i])),
+            whole(counts.n_missing(i)),
+            whole(int(matrix.n_tokens[i])),
+            digits(float(matrix.loss[i]), 4),
+            digits(medians.get(i), 4),
+            digits(float(matrix.grad_norm[i])),
+            digits(float(of_mean[i])),
+            rank,
+        ]
+        lines.append(DomainLine(one_line(matrix.names[i], 60), cells))
+    return lines
+
+
+def matrices_of(facts: DomainFacts | None) -> list[Figure]:
+    """Both matrices; none of fewer than two domains with rows."""
+    if facts is None or len(facts.shown) < 2:
+        return []
+    largest = set(sorted(facts.shown, key=lambda i: -facts.matrix.n_rows[i])[:MOST_DOMAINS])
+    shown = [i for i in facts.shown if i in largest]
+    names = [facts.matrix.names[i] for i in shown]
+    left_out = len(facts.shown) - len(shown)
+    rest = f" {left_out} domains with fewer rows are left out." if left_out else ""
+    figures = []
+    for title, values, about in (
+        (
+            "Cosine of the mean gradients",
+            facts.matrix.cosine,
+            "Cosine of two domains' mean rows, without unit",
+        ),
+        (
+            f"Influence between domains ({facts.score})",
+            facts.matrix.influence,
+            "Mean score over all pairs of a document of the one domain and a document of the other as the query, on "
+            "the diagonal of a document with itself too",
+        ),
+    ):
+        drawing, unit = matrix_chart(title, names, values[np.ix_(shown, shown)])
+        scale = f", in units of {unit}" if unit else ""
+        figures.append(
+            Figure(
+                drawing,
+                f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest value off the "
+                f"diagonal. Neighbours are alike.{rest}",
+            )
+        )
+    return figures
+
+
+def why_no_matrix(facts: DomainFacts | None) -> str:
+    """Empty where there is one."""
+    if facts is None:
+        return "The corpus names no domains."
+    if not facts.shown:
+        return "No document of any domain has a row yet."
+    if len(facts.shown) == 1:
+        only = one_line(facts.matrix.names[facts.shown[0]], 60)
+        return f"All rows are of one domain, {only}: there is nothing to compare."
+    return ""

@@ -1,0 +1,190 @@
+"""What the page says of the run: model, rows, corpus, units, completeness."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradproj.coordinator.progress import human_seconds
+from gradproj.maintenance.job_output import count, ranges_text
+from gradproj.maintenance.status import Status
+from gradproj.report.distributions import RowCounts
+from gradproj.report.domain_summary import lost_text
+from gradproj.report.number_format import digits, when
+from gradproj.report.page import Figure
+from gradproj.report.svg import Drawing
+from gradproj.report.throughput import UnitTimes
+from gradproj.store import STATUS, ProjectionStore
+
+STATUS_MEANINGS = {
+    "missing": "still to be computed",
+    "ok": "has a row",
+    "empty": "has no text",
+    "no_target": "is a single token, which has no target: its row is zero",
+    "not_selected": "of a domain that the job left out",
+    "non_finite": "its gradient is not finite",
+    "bad_input": "could not be read; the ranks' logs say why",
+    "out_of_memory": "did not fit the device's memory",
+}
+_WIDTH, _LEFT = 1100.0, 0.0
+
+Facts = list[tuple[str, list[tuple[str, str]]]]
+
+
+def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | None) -> Facts:
+    """Groups of facts, those that the store has."""
+    facts = [
+        ("Model", _model(store.attributes)),
+        ("Rows", _rows(store)),
+        ("Corpus", _corpus(store)),
+        ("Work", _work(store, status, times)),
+    ]
+    return [(heading, group) for heading, group in facts if group]
+
+
+def versions_text(attributes: Mapping[str, Any]) -> str:
+    """What the rows were computed with."""
+    return ", ".join(f"{name} {version}" for name, version in _part(attributes, "versions").items())
+
+
+def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = attributes.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _named(part: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Those of a part's values that say something."""
+    shown = ((label, part.get(key)) for key, label in names.items())
+    return [(label, _text(value)) for label, value in shown if value not in (None, "", [], {})]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _model(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = {
+        "model": "model",
+        "architecture": "architecture",
+        "init": "weights",
+        "revision": "revision",
+        "tokenizer": "tokenizer",
+        "special_tokens": "special tokens",
+        "model_dtype": "precision",
+        "max_length": "longest",
+        "long_documents": "longer ones",
+        "loss_reduction": "loss of a row",
+    }
+    return _named(_part(attributes, "model"), names)
+
+
+def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
+    projection = _part(store.attributes, "projection")
+    n_bytes = store.dim * store.layout.stored_dtype.itemsize
+    widths = sorted({layer.slice_end - layer.slice_start for layer in store.layers})
+    each = f" of {widths[0]:,}" if len(widths) == 1 else ""
+    return [
+        ("values", f"{store.dim:,} in {count(len(store.layers), 'layer')}{each}"),
+        (
+            "stored as",
+            f"{store.layout.proj_dtype}, {n_bytes:,} bytes a row, compressor {store.layout.compressor}",
+        ),
+        *_named(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
+        ("shards", f"{store.layout.n_units:,} of {store.layout.rows_per_shard:,} rows"),
+    ]
+
+
+def _corpus(store: ProjectionStore) -> list[tuple[str, str]]:
+    corpus = _part(store.attributes, "corpus")
+    return [
+        ("documents", f"{len(store):,}"),
+        ("domains", f"{len(store.domains):,}"),
+        *_named(
+            corpus,
+            {"n_tars": "tars", "tars": "in", "domain_field": "domain by", "fingerprint": "fingerprint"},
+        ),
+    ]
+
+
+def _work(store: ProjectionStore, status: Status | None, times: UnitTimes | None) -> list[tuple[str, str]]:
+    if status is None:
+        return [("job", "the store does not say: it is not an output of gradproj.run")]
+    facts = [
+        ("units", f"{status.n_committed:,} of {status.n_units:,} committed"),
+        ("merged", "yes" if status.merged else "not yet"),
+    ]
+    if times is not None and len(times.started):
+        n_tokens, working = float(times.n_tokens.sum()), max(times.working_s, 1e-9)
+        facts += [
+            ("begun", when(times.started.min())),
+            ("last unit", when(times.finished.max())),
+            ("at work", f"{human_seconds(working)}; {human_seconds(times.rank_s)} of ranks' time"),
+            ("tokens", f"{n_tokens:,.0f}"),
+            (
+                "speed",
+                f"{digits(n_tokens / working)} tokens/s, {digits(n_tokens / max(times.rank_s, 1e-9))} a rank",
+            ),
+        ]
+    if status.failed is not None:
+        facts.append(("last failure", str(status.failed.get("error", "unknown"))))
+    return facts
+
+
+def verdict_of(
+    store: ProjectionStore, counts: RowCounts, status: Status | None, n_read: int
+) -> tuple[bool, str]:
+    """Whether nothing is left to do, and a sentence on it; ``n_read``: rows that the scan found."""
+    n_ok, n_missing = counts.total("ok"), counts.total("missing")
+    if n_read < n_ok:
+        lost = lost_text(n_ok - n_read, str(store.path.parent))
+        return False, f"Damaged: of {count(len(store), 'document')}, {lost}."
+    rows = f"{n_ok:,} of {len(store):,} documents have a row"
+    if n_missing:
+        return False, f"Incomplete: {rows}; {n_missing:,} are still to be computed."
+    if status is not None and not status.complete:
+        way = "" if status.missing_units else f" (python -m gradproj merge {status.output} ends it)"
+        return False, f"Not merged yet: {rows}{way}."
+    rest = len(store) - n_ok
+    return True, f"Complete: {rows}" + (f"; {count(rest, 'document')} without one." if rest else ".")
+
+
+def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
+    """Those that occur."""
+    found = ((name, counts.total(name)) for name in STATUS)
+    return [(name, f"{n:,}", STATUS_MEANINGS[name]) for name, n in found if n]
+
+
+def missing_text(ranges: list[tuple[int, int]]) -> str:
+    """Ids, both ends included."""
+    return ranges_text(ranges, 40)
+
+
+def coverage_figure(n_samples: int, missing: list[tuple[int, int]]) -> Figure:
+    """All ids from left to right; white where documents are still to be computed."""
+    picture = Drawing(
+        _WIDTH, 44, "Completeness by sample id", "A bar of all ids with gaps where rows are missing."
+    )
+    scale = (_WIDTH - 2) / n_samples
+    picture.rect(1, 1, _WIDTH - 2, 24, fill="#2f6297", stroke="#1d2330", stroke_width=1)
+    for start, stop in _joined(missing, n_samples):
+        picture.rect(1 + start * scale, 2, max((stop - start) * scale, 0.7), 22, fill="#ffffff")
+    for value, anchor in ((0, "start"), (n_samples // 2, "middle"), (n_samples - 1, "end")):
+        place = 1 + (value + 0.5) * scale if anchor == "middle" else (0 if anchor == "start" else _WIDTH)
+        picture.text(place, 40, f"{value:,}", text_anchor=anchor, font_size=11, fill="#5b6472")
+    n_missing = sum(stop - start for start, stop in missing)
+    gaps = f"white: {n_missing:,} documents still to be computed" if n_missing else "nothing is missing"
+    return Figure(picture, f"Documents by sample id; {gaps}.")
+
+
+def _joined(ranges: list[tuple[int, int]], n_samples: int) -> list[tuple[int, int]]:
+    """Ranges nearer than a pixel are one: an unfinished store of the Pile has thousands."""
+    least = n_samples / _WIDTH / 2
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and start - joined[-1][1] < least:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined

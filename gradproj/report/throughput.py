@@ -1,0 +1,175 @@
+"""Tokens a second over the time of a job, in all and by rank.
+
+What a unit took stands in its record; which rank computed it, in the ranks' logs. Each host's own clock is taken as it
+is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.store.unit_record import list_records, read_stats, record_name
+
+N_BINS = 120
+LEAST_PAUSE_S = 600.0
+PAUSE_SHARE = 0.05
+"""Idle time of all ranks is left out of the picture where it is longer than this share of the time they worked, and
+than ``LEAST_PAUSE_S``."""
+UNKNOWN_RANK = "not known"
+
+_COMMITTED = re.compile(rb"unit (\d+) committed: .*'started_at': ([\d.e+]+)")
+_LOG_NAME = re.compile(r"rank-(\d+)(?:-(.+))?")
+
+
+@dataclass(frozen=True)
+class UnitTimes:
+    """When the committed units were computed. U units, in order of their start."""
+
+    started: np.ndarray
+    """``(U,)`` float64, seconds since 1970 by the computing host's clock."""
+    finished: np.ndarray
+    n_tokens: np.ndarray
+    """``(U,)`` float64: tokens of the documents, without padding."""
+    rank: np.ndarray
+    """``(U,)`` int64: place in ``ranks``."""
+    ranks: list[str]
+    """As the logs are called: ``3``, or ``3 of slurm-70_1``."""
+    n_untimed: int
+    """Records that say nothing about time."""
+
+    @property
+    def working_s(self) -> float:
+        """Time in which any rank worked."""
+        return float(sum(stop - start for start, stop in _spans(self)))
+
+    @property
+    def rank_s(self) -> float:
+        """The ranks' time in all."""
+        return float((self.finished - self.started).sum())
+
+
+def unit_times(output: Path) -> UnitTimes:
+    """From ``units/`` and ``logs/``.
+
+    Raises:
+        StoreError: a record cannot be read.
+    """
+    owners = _ranks_of_units(output / "logs")
+    numbers: dict[str, int] = {}
+    found, n_untimed = [], 0
+    for unit in list_records(output / "units").tolist():
+        try:
+            stats = read_stats(output / record_name(unit))
+        except FileNotFoundError:  # turned into a missing one while we look
+            continue
+        if not {"started_at", "finished_at", "real_tokens"} <= stats.keys():
+            n_untimed += 1
+            continue
+        rank = owners.get((unit, stats["started_at"]), UNKNOWN_RANK)
+        number = numbers.setdefault(rank, len(numbers))
+        finished = max(stats["finished_at"], stats["started_at"] + 1e-3)
+        found.append((stats["started_at"], finished, stats["real_tokens"], number))
+    names = sorted(numbers, key=_natural)
+    values = np.array(sorted(found), np.float64).reshape(-1, 4)
+    place = np.array([names.index(name) for name in numbers], np.int64)
+    rank_of = place[values[:, 3].astype(np.int64)] if len(values) else np.empty(0, np.int64)
+    return UnitTimes(values[:, 0], values[:, 1], values[:, 2], rank_of, names, n_untimed)
+
+
+def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
+    """``(unit, when it was begun)`` -> rank, by the lines that ranks log on a commit."""
+    found = {}
+    for path in sorted(logs.glob("rank-*.log")):
+        match = _LOG_NAME.fullmatch(path.stem)
+        if match is None:
+            continue
+        rank = str(int(match[1])) + (f" of {match[2]}" if match[2] else "")
+        with path.open("rb") as file:
+            for line in file:
+                committed = _COMMITTED.search(line)
+                if committed is not None:
+                    found[int(committed[1]), float(committed[2])] = rank
+    return found
+
+
+def _natural(name: str) -> tuple:
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens a second, bin by bin; time in which nobody worked for long is cut out."""
+
+    edges_s: np.ndarray
+    """``(B + 1,)``: seconds of the picture's own time, from 0."""
+    by_rank: np.ndarray
+    """``(R, B)`` tokens a second."""
+    pauses: list[tuple[float, float]]
+    """``(where, how long)`` in seconds of each cut."""
+    from_s: float
+    """The first moment, since 1970."""
+    to_s: float
+    """The last."""
+
+    @property
+    def total(self) -> np.ndarray:
+        """``(B,)`` tokens a second of all ranks."""
+        return self.by_rank.sum(axis=0)
+
+
+def throughput(times: UnitTimes, n_bins: int = N_BINS) -> Throughput | None:
+    """A unit's tokens are spread evenly over the time it took; None without any unit."""
+    if not len(times.started):
+        return None
+    pieces, pauses = _pieces(times)
+    started, finished = (_place(values, pieces) for values in (times.started, times.finished))
+    length = pieces[-1][2] + pieces[-1][1] - pieces[-1][0]
+    edges = np.linspace(0, length, n_bins + 1)
+    by_rank = np.zeros((len(times.ranks), n_bins))
+    for number in range(len(times.ranks)):
+        for unit in np.flatnonzero(times.rank == number).tolist():
+            share = np.clip((edges - started[unit]) / max(finished[unit] - started[unit], 1e-9), 0, 1)
+            by_rank[number] += times.n_tokens[unit] * np.diff(share)
+    return Throughput(
+        edges, by_rank / (length / n_bins), pauses, float(times.started.min()), float(times.finished.max())
+    )
+
+
+def _spans(times: UnitTimes) -> list[list[float]]:
+    """``[start, stop]`` of the time in which any rank worked, in order."""
+    spans: list[list[float]] = []
+    for start, stop in zip(times.started.tolist(), times.finished.tolist(), strict=True):
+        if spans and start <= spans[-1][1]:
+            spans[-1][1] = max(spans[-1][1], stop)
+        else:
+            spans.append([start, stop])
+    return spans
+
+
+def _pieces(times: UnitTimes) -> tuple[list[tuple[float, float, float]], list[tuple[float, float]]]:
+    """``(start, stop, place)`` of the pieces of time that are shown one after the other, and the cuts between them."""
+    spans = _spans(times)
+    least = max(LEAST_PAUSE_S, PAUSE_SHARE * sum(stop - start for start, stop in spans))
+    pieces: list[list[float]] = [[*spans[0], 0.0]]
+    pauses = []
+    for start, stop in spans[1:]:
+        idle = start - pieces[-1][1]
+        if idle < least:
+            pieces[-1][1] = stop
+            continue
+        place = pieces[-1][2] + pieces[-1][1] - pieces[-1][0]
+        pauses.append((place, idle))
+        pieces.append([start, stop, place])
+    return [(a, b, c) for a, b, c in pieces], pauses
+
+
+def _place(moments: np.ndarray, pieces: Iterable[tuple[float, float, float]]) -> np.ndarray:
+    """Moments, each within a piece, in the picture's time."""
+    starts, stops, places = (np.array(values) for values in zip(*pieces, strict=True))
+    at = np.clip(np.searchsorted(starts, moments, side="right") - 1, 0, len(starts) - 1)
+    return places[at] + np.minimum(moments, stops[at]) - starts[at]

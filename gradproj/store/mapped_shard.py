@@ -1,0 +1,253 @@
+"""Rows of one uncompressed shard, addressed through the shard's own index: mapped where few are wanted, else read.
+
+Reading costs no page fault, and what is read of a store larger than memory does not stay this process's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.files import crc32c
+from gradproj.store.encoding import VALUES_PER_STEP, decode_into, nan_rows
+from gradproj.store.layout import StoreLayout
+from gradproj.store.mapped_files import damaged
+from gradproj.store.page_cache import PagedFile
+
+_EMPTY_CHUNK = 2**64 - 1
+_MOST_ROWS_ONE_BY_ONE = 4  # above, gathering them together costs less than a copy of each
+_FEWEST_ROWS_READ = 32  # so many of a chunk are read into a buffer; of fewer the mapped pages are copied
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Wanted values of a run of chunks across, all of one width."""
+
+    first_chunk: int
+    n_chunks: int
+    first: int
+    stop: int
+    """Of the values inside each chunk."""
+
+    @property
+    def width(self) -> int:
+        return self.n_chunks * (self.stop - self.first)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which values of a row are wanted: as ranges, and as the pieces of the chunks across that hold them."""
+
+    ranges: tuple[tuple[int, int], ...]
+    width: int
+    pieces: tuple[Piece, ...]
+
+
+@lru_cache(maxsize=256)
+def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> Selection:
+    """The given ``[start, end)`` ranges of a row, one after the other."""
+    width = layout.chunk_width
+    pieces: list[Piece] = []
+    for start, end in ranges:
+        for chunk in range(start // width, -(-end // width)):
+            piece = Piece(chunk, 1, max(start - chunk * width, 0), min(end - chunk * width, width))
+            last = pieces[-1] if pieces else None
+            if (
+                last
+                and last.width + piece.width
+                == (last.n_chunks + 1) * width
+                == (chunk + 1 - last.first_chunk) * width
+            ):
+                pieces[-1] = Piece(last.first_chunk, last.n_chunks + 1, 0, width)
+            else:
+                pieces.append(piece)
+    return Selection(ranges, sum(end - start for start, end in ranges), tuple(pieces))
+
+
+class MappedShard:
+    """One uncompressed shard file, its inner chunks in whatever order its writer chose (Morton, say)."""
+
+    def __init__(self, path: Path, file: PagedFile, layout: StoreLayout, index_at_end: bool) -> None:
+        self.layout = layout
+        self._file = file
+        grid = (layout.rows_per_shard // layout.chunk_rows, layout.dim // layout.chunk_width)
+        offsets = self._read_offsets(path, grid, index_at_end)
+        shape = (layout.chunk_rows, layout.chunk_width)
+        self._row_bytes = shape[1] * layout.stored_dtype.itemsize
+        self._chunk_bytes = chunk_bytes = shape[0] * self._row_bytes
+        present = offsets != _EMPTY_CHUNK
+        self._origin = origin = int(offsets.min()) if present.any() else 0
+        last = int(offsets[present].max()) if present.any() else -chunk_bytes
+        if last + chunk_bytes > len(file.data):
+            raise damaged(path, f"its index points past its end ({len(file.data)} bytes)")
+        steps = np.where(present, offsets - np.uint64(origin), 0)
+        self.regular = not (steps % np.uint64(chunk_bytes)).any()
+        """Whether chunks lie at multiples of their size; the others are for zarr-python."""
+        self._place = np.where(present, (steps // np.uint64(chunk_bytes)).astype(np.int64), -1)
+        n_places = (last - origin) // chunk_bytes + 1
+        self._chunks = np.ndarray((n_places, *shape), layout.stored_dtype, file.data, origin)
+        order = self._place.reshape(-1)[:n_places]
+        in_order = n_places % grid[1] == 0 and bool((order == np.arange(n_places)).all())
+        self._grid = self._chunks.reshape(-1, grid[1], *shape) if in_order else None
+        """``(bands, chunks across, chunk_rows, chunk_width)`` where the chunks lie in this order, as ours do."""
+
+    def _read_offsets(self, path: Path, grid: tuple[int, int], index_at_end: bool) -> np.ndarray:
+        data, index_bytes = self._file.data, grid[0] * grid[1] * 16
+        if len(data) < index_bytes + 4:
+            raise damaged(path, f"{len(data)} bytes cannot hold its index")
+        start = len(data) - index_bytes - 4 if index_at_end else 0
+        tail = data[start : start + index_bytes + 4]
+        if crc32c(tail[:-4]).to_bytes(4, "little") != tail[-4:]:
+            raise damaged(path, "the checksum of its index does not match")
+        return np.frombuffer(tail, "<u8", grid[0] * grid[1] * 2).reshape(*grid, 2)[:, :, 0]
+
+    def fetch(self, start: int, stop: int, selection: Selection) -> None:
+        """Have the disk read the rows ``[start, stop)`` of the shard, unless they are in memory already."""
+        for band, first, last in self._bands(start, stop):
+            # Both ends speak for what lies between: whoever has read these rows before has read all of them.
+            begin, end = self._ends(band, first, last, selection)
+            if end and not (self._file.is_cached(begin) and self._file.is_cached(end - 1)):
+                for begin, end in self._byte_ranges(band, first, last, selection):
+                    self._file.want(begin, end)
+
+    def copy_range(self, start: int, selection: Selection, out: np.ndarray) -> None:
+        """The stored rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
+        for band, first, last in self._bands(start, start + len(out)):
+            at = band * self.layout.chunk_rows + first - start
+            part = out[at : at + last - first]
+            if len(part) >= _FEWEST_ROWS_READ and self.has_tiles(start + at, selection):
+                for value, tile in self.tiles(start + at, start + at + len(part), selection):
+                    part[:, value : value + tile.shape[1]] = tile
+                continue
+            if self._grid is None:
+                self._gather(np.arange(start + at, start + at + len(part)), selection, part)
+                continue
+            if band >= len(self._grid):
+                part[...] = nan_rows((), self.layout.proj_dtype)
+                continue
+            done = 0
+            for piece in selection.pieces:
+                chunks = slice(piece.first_chunk, piece.first_chunk + piece.n_chunks)
+                source = self._grid[band, chunks, first:last, piece.first : piece.stop]
+                target = part[:, done : done + piece.width]
+                target.reshape(len(part), piece.n_chunks, -1)[...] = source.transpose(1, 0, 2)
+                done += piece.width
+
+    def has_tiles(self, start: int, selection: Selection) -> bool:
+        """Whether ``tiles`` can serve the rows from ``start`` on: whole chunks across, all there."""
+        return (
+            self._grid is not None
+            and start // self.layout.chunk_rows < len(self._grid)
+            and all(piece.stop - piece.first == self.layout.chunk_width for piece in selection.pieces)
+        )
+
+    def tiles(self, start: int, stop: int, selection: Selection) -> Iterator[tuple[int, np.ndarray]]:
+        """The stored rows ``[start, stop)`` of one chunk down, a chunk across at a time, without mapping a page.
+
+        Yields the place of the first value in the selection, and values ``(n, chunk width)`` that the next overwrite.
+        """
+        band, inside = divmod(start, self.layout.chunk_rows)
+        tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
+        view = tile.data.cast("B")
+        chunks = [
+            np.arange(piece.first_chunk, piece.first_chunk + piece.n_chunks) for piece in selection.pieces
+        ]
+        places = self._place[band, np.concatenate([np.empty(0, int), *chunks])]
+        begins = self._origin + self._chunk_bytes * places + inside * self._row_bytes
+        at = 0
+        for begin in begins.tolist():
+            self._file.read_into(view, begin)
+            yield at, tile
+            at += self.layout.chunk_width
+
+    def let_go(self) -> None:
+        """Give back the memory of rows that were read."""
+        self._file.let_go()
+
+    def read_range(self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray) -> None:
+        """Decode the rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
+        for band, first, last in self._bands(start, start + len(out)):
+            begin = band * self.layout.chunk_rows + first
+            here = slice(begin - start, begin - start + last - first)
+            if last - first >= _FEWEST_ROWS_READ and self.has_tiles(begin, selection):
+                for value, tile in self.tiles(begin, begin + last - first, selection):
+                    target = out[here, value : value + tile.shape[1]]
+                    decode_into(tile, row_scale[here], self.layout.proj_dtype, target)
+            else:
+                self._decode(partial(self._copy_some, begin, selection), row_scale[here], out[here])
+
+    def _copy_some(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
+        self.copy_range(start + rows.start, selection, stored)
+
+    def read_rows(self, rows: np.ndarray, selection: Selection, row_scale: np.ndarray) -> np.ndarray:
+        """Decode rows (positions in the shard, any order): ``(n, selection.width)`` float32."""
+        for row in rows.tolist():
+            self.fetch(row, row + 1, selection)
+        out = np.empty((len(rows), selection.width), np.float32)
+        self._decode(lambda part, stored: self._gather(rows[part], selection, stored), row_scale, out)
+        return out
+
+    def _decode(
+        self, copy: Callable[[slice, np.ndarray], None], row_scale: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Decode what ``copy(rows, stored)`` puts into ``stored``: some rows at a time, which stay in the cache."""
+        step = max(1, VALUES_PER_STEP // max(1, out.shape[1]))
+        in_place = self.layout.stored_dtype == out.dtype
+        buffer = np.empty((0 if in_place else min(step, len(out)), out.shape[1]), self.layout.stored_dtype)
+        for at in range(0, len(out), step):
+            rows = slice(at, min(at + step, len(out)))
+            stored = out[rows] if in_place else buffer[: rows.stop - at]
+            copy(rows, stored)
+            decode_into(stored, row_scale[rows], self.layout.proj_dtype, out[rows])
+
+    def _gather(self, rows: np.ndarray, selection: Selection, out: np.ndarray) -> None:
+        """The stored values of rows in any order."""
+        if self._grid is not None and len(rows) <= _MOST_ROWS_ONE_BY_ONE:
+            for i, row in enumerate(rows.tolist()):
+                self.copy_range(row, selection, out[i : i + 1])
+            return
+        bands, inside = np.divmod(rows, self.layout.chunk_rows)
+        nan = nan_rows((), self.layout.proj_dtype)
+        at = 0
+        for piece in selection.pieces:
+            target = out[:, at : at + piece.width].reshape(len(rows), piece.n_chunks, -1)
+            places = self._place[bands, piece.first_chunk : piece.first_chunk + piece.n_chunks]
+            if len(self._chunks):
+                target[...] = self._chunks[places, inside[:, None], piece.first : piece.stop]
+            target[places < 0] = nan
+            at += piece.width
+
+    def _bands(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Rows ``[start, stop)`` by chunks down: their number, and the first row and the one past the last inside."""
+        height = self.layout.chunk_rows
+        for band in range(start // height, -(-stop // height)):
+            yield band, max(start - band * height, 0), min(stop - band * height, height)
+
+    def _ends(self, band: int, first: int, last: int, selection: Selection) -> tuple[int, int]:
+        """Where the first of ``_byte_ranges`` begins and the last one ends; (0, 0) where a chunk of them is absent."""
+        if not selection.pieces:
+            return 0, 0
+        a, b = selection.pieces[0], selection.pieces[-1]
+        begin, end = self._place[band, a.first_chunk], self._place[band, b.first_chunk + b.n_chunks - 1]
+        if begin < 0 or end < 0:
+            return 0, 0
+        start, stop = (self._origin + self._chunk_bytes * int(place) for place in (begin, end))
+        return start + first * self._row_bytes, stop + last * self._row_bytes
+
+    def _byte_ranges(
+        self, band: int, first: int, last: int, selection: Selection
+    ) -> Iterator[tuple[int, int]]:
+        """Where the rows ``[first, last)`` of a chunk down lie in the file."""
+        together = self._grid is not None and last - first == self.layout.chunk_rows
+        for piece in selection.pieces:
+            places = self._place[band, piece.first_chunk : piece.first_chunk + piece.n_chunks]
+            starts = self._origin + self._chunk_bytes * places[places >= 0]
+            if together and len(starts):
+                yield int(starts[0]), int(starts[-1]) + self._chunk_bytes
+                continue
+            for start in starts.tolist():
+                yield start + first * self._row_bytes, start + last * self._row_bytes

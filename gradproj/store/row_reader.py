@@ -1,0 +1,263 @@
+"""Rows of a store by sample id: which units hold them, which of those have a shard, and in which blocks a scan goes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.store.bands import Band
+from gradproj.store.column_reader import Columns, group_by_unit
+from gradproj.store.encoding import nan_rows
+from gradproj.store.layout import STATUS, StoreLayout
+from gradproj.store.mapped_files import Recent
+from gradproj.store.mapped_shard import Selection
+from gradproj.store.shard_reader import Shards
+
+Missing = Literal["raise", "nan"]
+
+_FAULT_BYTES = 2**16
+"""That the kernel maps around a touched byte."""
+_MOST_TOUCHED_BYTES = 2**29
+_BLOCK_BYTES = 2**23  # two of them stay in a processor's last cache, and in the allocator's hands
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A band to come: rows of one unit from ``row`` on."""
+
+    unit: int
+    row: int
+    status: np.ndarray
+    row_scale: np.ndarray
+    has_rows: bool
+
+
+class Rows:
+    """Reads rows of any units; NaN where there is none."""
+
+    def __init__(
+        self, store_path: Path, layout: StoreLayout, columns: Columns, maps: Recent[tuple[str, int], Any]
+    ) -> None:
+        self.layout = layout
+        self._store_path = store_path
+        self._columns = columns
+        self._shards = Shards(store_path, layout, maps)
+        self._touched_bytes: dict[int, int] = {}
+
+    def columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """``status`` and ``row_scale`` of samples in any order."""
+        first, in_a_row = _range_of(ids)
+        if in_a_row:
+            return self._columns.read_range(["row_scale"], first, first + len(ids))
+        return self._columns.read(["row_scale"], ids)
+
+    def read(
+        self, ids: np.ndarray, columns: dict[str, np.ndarray], selection: Selection, missing: Missing
+    ) -> np.ndarray:
+        """Decode rows in any order: ``(n, selection.width)`` float32; ``columns`` are those of the same samples."""
+        out = np.empty((len(ids), selection.width), np.float32)
+        first, in_a_row = _range_of(ids)
+        if in_a_row:
+            self._fetch(first, first + len(ids), selection)
+            self._read_range(first, selection, columns, out, missing)
+            if (
+                len(ids) >= self.layout.chunk_rows
+            ):  # of a few rows the pages stay mapped: they may be wanted again
+                self._let_go(first, first + len(ids))
+            return out
+        for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
+            if self._has_rows(unit, columns["status"][group], missing):
+                inside = ids[group] - unit * self.layout.rows_per_shard
+                out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
+                self._count(unit, len(group), selection)
+            else:
+                out[group] = np.nan
+        return out
+
+    # What a scan yields it does not keep: the memory of a block is used again for the one after the next.
+
+    def decoded(self, first: int, last: int, selection: Selection) -> np.ndarray:
+        """The rows ``[first, last)``, float32."""
+        columns = self._columns.read_range(["row_scale"], first, last)
+        out = np.empty((last - first, selection.width), np.float32)
+        self._read_range(first, selection, columns, out, "nan")
+        return out
+
+    def stored(self, first: int, last: int, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+        """The rows ``[first, last)`` as they are stored, and their scales."""
+        columns = self._columns.read_range(["row_scale"], first, last)
+        out = np.empty((last - first, selection.width), self.layout.stored_dtype)
+        for unit, row, here, there in self._parts(first, columns["status"], "nan"):
+            if there:
+                self._shards.copy_range(unit, row, selection, out[here])
+            else:
+                out[here] = nan_rows((), self.layout.proj_dtype)
+        return out, columns["row_scale"]
+
+    def bands(
+        self, rows_per_band: int | None, selection: Selection, start: int, stop: int | None
+    ) -> Iterator[Band]:
+        """The samples ``[start, stop)`` in order; meanwhile the disk reads ahead.
+
+        Raises:
+            StoreError: the scan's ends are out of range.
+        """
+        stop = self._checked_end(start, stop)
+        height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
+        bytes_a_band = height * selection.width * self.layout.stored_dtype.itemsize
+        n_ahead = 1 + _BLOCK_BYTES // max(1, bytes_a_band)
+        waiting: deque[_Span] = deque()
+        for span in self._band_spans(height, start, stop):
+            if span.has_rows:  # on its way while those before it are worked on
+                self._shards.fetch(span.unit, span.row, span.row + len(span.status), selection)
+            waiting.append(span)
+            if len(waiting) > n_ahead:
+                yield self._band(waiting.popleft(), selection)
+        while waiting:
+            yield self._band(waiting.popleft(), selection)
+
+    def _band(self, span: _Span, selection: Selection) -> Band:
+        tiles: Iterator[tuple[int, np.ndarray]] = iter(())
+        if span.has_rows:
+            tiles = self._shards.tiles(span.unit, span.row, span.row + len(span.status), selection)
+        first = span.unit * self.layout.rows_per_shard + span.row
+        return Band(first, span.status, span.row_scale, span.has_rows, tiles)
+
+    def _band_spans(self, height: int, start: int, stop: int) -> Iterator[_Span]:
+        """Bands of at most ``height`` rows, each in one chunk down; columns are read a unit at a time."""
+        grid = self.layout.chunk_rows
+        for unit, first, last in self._units(start, stop):
+            columns, begin = self._columns.read_range(["row_scale"], first, last), first
+            there = self._has_rows(unit, columns["status"], "nan")
+            while first < last:
+                end = min(first + height, (first // grid + 1) * grid, last)
+                here = slice(first - begin, end - begin)
+                row = first - unit * self.layout.rows_per_shard
+                yield _Span(unit, row, columns["status"][here], columns["row_scale"][here], there)
+                first = end
+
+    def blocks(
+        self, rows_per_block: int | None, selection: Selection, dtype: np.dtype, start: int, stop: int | None
+    ) -> Iterator[tuple[int, int]]:
+        """``[first, last)`` of a scan's blocks; meanwhile the disk reads ahead, by whole chunks down.
+
+        Raises:
+            StoreError: the scan's ends are out of range.
+        """
+        stop, band = self._checked_end(start, stop), self.layout.chunk_rows
+        height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
+        fetched = let_go = start
+        for first in range(start, stop, height):
+            last = min(first + height, stop)
+            ahead = min(-(-(last + max(height, band)) // band) * band, stop)
+            if ahead > fetched:
+                self._fetch(fetched, ahead, selection)
+                fetched = ahead
+            yield first, last
+            if last // band > let_go // band:
+                self._let_go(let_go, last)
+                let_go = last
+
+    def _checked_end(self, start: int, stop: int | None) -> int:
+        stop = self.layout.n_samples if stop is None else stop
+        if not 0 <= start <= stop <= self.layout.n_samples:
+            raise StoreError(
+                f"samples {start} to {stop} are out of range: {self._store_path} has {self.layout.n_samples}"
+            )
+        return stop
+
+    def _band_rows(self, selection: Selection) -> int:
+        """Rows of a band whose tile stays in the cache; a compressed chunk is decoded once, whatever its size."""
+        if self.layout.compressor != "none":
+            return self.layout.chunk_rows
+        widths = {piece.stop - piece.first for piece in selection.pieces}
+        whole = widths == {self.layout.chunk_width}
+        width = self.layout.chunk_width if whole else selection.width
+        return max(1, _BLOCK_BYTES // (width * self.layout.stored_dtype.itemsize))
+
+    def _block_rows(self, row_bytes: int) -> int:
+        rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+        bands = rows // self.layout.chunk_rows
+        if bands or self.layout.compressor != "none":  # a compressed chunk is to be decoded once
+            return max(1, bands) * self.layout.chunk_rows
+        return rows
+
+    def _read_range(
+        self,
+        first: int,
+        selection: Selection,
+        columns: dict[str, np.ndarray],
+        out: np.ndarray,
+        missing: Missing,
+    ) -> None:
+        for unit, row, here, there in self._parts(first, columns["status"], missing):
+            if there:
+                self._shards.read_range(unit, row, selection, columns["row_scale"][here], out[here])
+            else:
+                out[here] = np.nan
+
+    def _parts(
+        self, first: int, status: np.ndarray, missing: Missing
+    ) -> Iterator[tuple[int, int, slice, bool]]:
+        """The samples ``first, ...`` by unit: its number, the first row inside, which of them, whether it has rows."""
+        for unit, start, stop in self._units(first, first + len(status)):
+            here = slice(start - first, stop - first)
+            row = start - unit * self.layout.rows_per_shard
+            yield unit, row, here, self._has_rows(unit, status[here], missing)
+
+    def _units(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Units of the samples ``[first, last)``, each with those of them that are its own."""
+        height = self.layout.rows_per_shard
+        for unit in range(first // height, -(-last // height)):
+            yield unit, max(first, unit * height), min(last, (unit + 1) * height)
+
+    def _fetch(self, first: int, last: int, selection: Selection) -> None:
+        """Have the disk read these samples' rows; nothing waits for them yet."""
+        for unit, start, stop in self._units(first, last):
+            if self._columns.read_range([], start, stop)["status"].any():
+                begin = unit * self.layout.rows_per_shard
+                self._shards.fetch(unit, start - begin, stop - begin, selection)
+
+    def _let_go(self, first: int, last: int) -> None:
+        """Give back the memory of these samples' rows."""
+        for unit, _, _ in self._units(first, last):
+            self._shards.let_go(unit)
+
+    def _count(self, unit: int, n_rows: int, selection: Selection) -> None:
+        """Count the memory that touched pages take, which stay mapped, and give it back when it is a lot."""
+        pieces = sum(piece.n_chunks for piece in selection.pieces)
+        row_bytes = self.layout.dim * self.layout.stored_dtype.itemsize
+        most = self.layout.rows_per_shard * row_bytes
+        touched = self._touched_bytes.get(unit, 0) + n_rows * pieces * _FAULT_BYTES
+        self._touched_bytes[unit] = min(touched, most)
+        counted = list(self._touched_bytes.items())  # threads may share a store
+        if sum(n_bytes for _, n_bytes in counted) > _MOST_TOUCHED_BYTES:
+            self._touched_bytes.clear()
+            for number, _ in counted:
+                self._shards.let_go(number)
+
+    def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
+        """Whether there is a shard to read, for samples of one unit."""
+        if not status.any():
+            return False
+        exists = self._shards.exists(unit)
+        if not exists and missing == "raise" and (status == STATUS["ok"]).any():
+            raise StoreError(
+                f"rows of unit {unit} are recorded as ok but their shard {self._shards.path(unit)} is gone. "
+                "Run `python -m gradproj verify` to see all damage"
+            )
+        return exists
+
+
+def _range_of(ids: np.ndarray) -> tuple[int, bool]:
+    """The first id, and whether the others follow it one by one."""
+    if len(ids) < 2:
+        return (int(ids[0]), True) if len(ids) else (0, False)
+    first, last = int(ids[0]), int(ids[-1])
+    return first, last - first == len(ids) - 1 and bool((np.diff(ids) == 1).all())

@@ -1,0 +1,172 @@
+"""A unit's record: what is committed after its shard, and the only word that the unit is done.
+
+The format is safetensors (any of its readers opens a record), with a crc32c of the whole file in the header's
+metadata, so that a torn or flipped record is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.files import crc32c
+
+RECORD_VERSION = 1
+
+_DTYPES: dict[np.dtype[Any], str] = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.uint8): "U8",
+}
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+# The checksum stands first, in 8 hexadecimal digits at one place in every record, and is computed with zeros there.
+_HEAD = b'{"__metadata__":{"crc32c":"'
+_NO_CHECKSUM = b"00000000"
+_CHECKSUM_AT = 8 + len(_HEAD)
+_STATS_BYTES = 4096
+_MOST_HEADER_BYTES = 2**24
+_RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
+_SHARD_NAME = re.compile(r"c\.(\d+)\.0")
+
+
+@dataclass
+class UnitRecord:
+    """What one unit adds to the store besides its shard."""
+
+    unit: int
+    start: int
+    """First sample id."""
+    identity: str
+    """Hash of the settings that the rows depend on."""
+    shard: dict[str, int] | None
+    """``{"bytes", "crc32c"}`` of the shard file; None when no row of the unit is stored."""
+    columns: dict[str, np.ndarray]
+    """Every column of ``layout.COLUMNS`` for the unit's rows."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """Anything JSON: seconds, tokens, who wrote it."""
+    token_covariances: dict[str, np.ndarray] = field(default_factory=dict)
+    """``a`` and ``s``: the layers' k x k sums over tokens, flat, one after the other."""
+
+
+def record_name(unit: int) -> str:
+    """A unit's record, relative to OUTPUT."""
+    return f"units/{unit:08d}.safetensors"
+
+
+def list_records(units_dir: str | Path) -> np.ndarray:
+    """Units that have a record, sorted, int64; none when the folder does not exist yet."""
+    return _units_named(units_dir, _RECORD_NAME)
+
+
+def list_shards(projections_dir: str | Path) -> np.ndarray:
+    """Units that have a shard, recorded or not, sorted, int64; none when the folder does not exist."""
+    return _units_named(projections_dir, _SHARD_NAME)
+
+
+def _units_named(folder: str | Path, name: re.Pattern[str]) -> np.ndarray:
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+    with entries:
+        matches = (name.fullmatch(entry.name) for entry in entries)
+        units = [int(match[1]) for match in matches if match]
+    return np.sort(np.array(units, np.int64))
+
+
+def encode_record(record: UnitRecord) -> bytes:
+    """The bytes of a record's file."""
+    tensors = {f"column.{name}": values for name, values in record.columns.items()}
+    tensors |= {f"covariance.{name}": values for name, values in record.token_covariances.items()}
+    # Widest first, so that each tensor starts at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    about = {"unit": record.unit, "start": record.start, "identity": record.identity, "shard": record.shard}
+    metadata = {
+        "crc32c": _NO_CHECKSUM.decode(),
+        "record_version": str(RECORD_VERSION),
+        "about": json.dumps(about | {"stats": record.stats}, allow_nan=False),
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, values in ordered:
+        span = [offset, offset + values.nbytes]
+        header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join([struct.pack("<Q", len(text)), text, *(values.tobytes() for _, values in ordered)])
+    return data[:_CHECKSUM_AT] + b"%08x" % crc32c(data) + data[_CHECKSUM_AT + 8 :]
+
+
+def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRecord:
+    """The record in a file's bytes; ``source`` names the file in errors. Arrays are read-only views of ``data``.
+
+    Raises:
+        StoreError: the bytes are not a whole record, or were written by a newer gradproj.
+    """
+    _check_whole(data, source)
+    (header_bytes,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + header_bytes])
+    metadata = header.pop("__metadata__")
+    if int(metadata["record_version"]) > RECORD_VERSION:
+        raise StoreError(f"{source} was written by a newer gradproj: update gradproj to read this store")
+    groups: dict[str, dict[str, np.ndarray]] = {"column": {}, "covariance": {}}
+    for full_name, entry in header.items():
+        group, name = full_name.split(".", 1)
+        first, last = entry["data_offsets"]
+        dtype = _DTYPES_BY_NAME[entry["dtype"]]
+        values = np.frombuffer(data, dtype, (last - first) // dtype.itemsize, 8 + header_bytes + first)
+        groups[group][name] = values.reshape(entry["shape"])
+    about = json.loads(metadata["about"])
+    return UnitRecord(columns=groups["column"], token_covariances=groups["covariance"], **about)
+
+
+def read_record(path: str | Path) -> UnitRecord:
+    """The record in a file; FileNotFoundError when the unit has none."""
+    with open(path, "rb") as file:
+        return decode_record(file.read(), path)
+
+
+def read_stats(path: str | Path) -> dict[str, Any]:
+    """A record's ``stats`` from the beginning of its file: for figures over all units, whose columns are large.
+
+    No checksum is computed, since that takes the whole file.
+
+    Raises:
+        StoreError: the beginning is not a record's.
+    """
+    with open(path, "rb") as file:
+        data = file.read(_STATS_BYTES)
+        try:
+            (header_bytes,) = struct.unpack_from("<Q", data)
+            if header_bytes > len(data) - 8:
+                data += file.read(min(header_bytes, _MOST_HEADER_BYTES))
+            about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
+            return dict(about["stats"])
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is damaged: it does not begin as a record does ({error})") from error
+
+
+def _check_whole(data: bytes, source: str | Path) -> None:
+    after = _CHECKSUM_AT + 8
+    if len(data) >= after and data[8:_CHECKSUM_AT] == _HEAD:
+        checksum = crc32c(data[:_CHECKSUM_AT] + _NO_CHECKSUM)
+        if len(data) > after:
+            checksum = crc32c(memoryview(data)[after:], checksum)
+        if data[_CHECKSUM_AT:after] == b"%08x" % checksum:
+            return
+    raise StoreError(
+        f"{source} is damaged (torn or altered; {len(data)} bytes). Delete that file and start the job again: "
+        "its unit is then computed once more, all others are kept"
+    )

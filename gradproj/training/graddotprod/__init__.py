@@ -1,0 +1,1 @@
+"""GradDotProd: inner products between per-sample training gradients and a validation gradient."""

@@ -1,0 +1,210 @@
+"""One joined batch on its way through the model: what its layers leave behind in the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.errors import ModelError
+from gradproj.training.graddotprod.inner_products import Dense, DenseAtRows, Lookup, Share
+from gradproj.training.graddotprod.layer_rules import DotLayer
+
+Deliver = Callable[[nn.Parameter, Tensor], None]
+
+
+class DotBatch:
+    """Training samples first, then validation samples.
+
+    Args:
+        n_train: training samples.
+        shape: ``(n_samples, n_positions)`` of the whole batch.
+        scale: makes the joined loss's gradient at training samples that of the training batch's own loss.
+        deliver: is given every parameter's gradient over the training samples, once, when it is whole.
+    """
+
+    def __init__(self, n_train: int, shape: tuple[int, int], scale: float, deliver: Deliver) -> None:
+        self.n_train = n_train
+        self.n_samples, self._n_positions = shape
+        self.n_taken = 0
+        self._scale, self._deliver = scale, deliver
+        self._sums: dict[nn.Parameter, _ParameterSums] = {}
+        self._over = False
+
+    def tap(self, layer: DotLayer, a: Tensor, output: Tensor, root: Tensor, again: bool) -> Tensor:
+        """The layer's output, from which the way back leads through ``take``.
+
+        Args:
+            layer: the layer.
+            a: its input.
+            output: what it made of it.
+            root: any tensor that requires a gradient; makes the graph start here where it has not yet.
+            again: a checkpointed block runs again in the backward pass; its first run has been noted.
+        """
+        if self._is_shared(a.shape if layer.is_lookup else a.shape[:-1]):
+            # Positions, looked up once for all samples; expanded, each sample gets its own gradient.
+            a = self._for_each_sample(a, a.dim() - (not layer.is_lookup))
+            output = self._for_each_sample(output, output.dim() - 1)
+        self._check(layer, output.shape[:-1])
+        ids = self._by_sample(a.unsqueeze(-1)).squeeze(-1) if layer.is_lookup else None
+        if not again:
+            for key, kind in layer.kinds.items():
+                self._of(getattr(layer.module, key)).expect(kind, ids)
+        if a.dtype != output.dtype and ids is None and Dense in layer.kinds.values():
+            a = a.to(output.dtype)  # under autocast, as the product itself has it
+        in_place = not (output.is_leaf and output.requires_grad)
+        return _Tap.apply(output, None if ids is not None else a, root, self, layer, ids, in_place)
+
+    def take(self, layer: DotLayer, a: Tensor, g: Tensor) -> None:
+        """Note a layer's input (or ids) and the gradient at its output."""
+        if self._over:
+            raise ModelError(
+                "a backward pass runs through a batch before the last one: run each batch backward, and call "
+                "prepare_gradients() and aggregate_and_log(), before the next runs forward"
+            )
+        self.n_taken += 1
+        if not layer.is_lookup:
+            a = self._by_sample(a)
+        for key, share in layer.shares(layer.module, a, self._by_sample(g)):
+            if key in layer.kinds:
+                parameter = getattr(layer.module, key)
+                self._of(parameter).add(share)
+                self._deliver_whole(parameter)
+
+    def finish(self) -> None:
+        """The backward pass is over: parameters of which some call had no part in the loss are whole too."""
+        self._over = True
+        for parameter, sums in self._sums.items():
+            sums.close_all()
+            self._deliver_whole(parameter)
+
+    def dots(self, parameters: list[nn.Parameter]) -> Tensor:
+        """``(n_train, n_parameters)`` inner products of the joined loss's gradients; 0 for a parameter without any."""
+        none = torch.zeros(self.n_train, device=parameters[0].device)
+        found = (self._sums[p].dots if p in self._sums else None for p in parameters)
+        return torch.stack([none if dots is None else dots.to(none) for dots in found], dim=1)
+
+    def _of(self, parameter: nn.Parameter) -> "_ParameterSums":
+        if parameter not in self._sums:
+            self._sums[parameter] = _ParameterSums(self.n_train, self._scale)
+        return self._sums[parameter]
+
+    def _deliver_whole(self, parameter: nn.Parameter) -> None:
+        gradient = self._sums[parameter].take_gradient()
+        if gradient is not None:
+            self._deliver(parameter, gradient)
+
+    def _is_shared(self, places: torch.Size) -> bool:
+        """Whether a layer works on positions that belong to no sample: ``(1, S)`` or ``(S,)``."""
+        return places[0] == 1 < self.n_samples or tuple(places) == (self._n_positions,)
+
+    def _for_each_sample(self, x: Tensor, n_dims: int) -> Tensor:
+        """``(1, S, ...)`` or ``(S, ...)``, of which ``n_dims`` count places, for every sample."""
+        x = x.unsqueeze(0) if n_dims == 1 else x
+        return x.expand(self.n_samples, *x.shape[1:]).contiguous()
+
+    def _check(self, layer: DotLayer, places: torch.Size) -> None:
+        """Refuse a layer of whose ``(N, ...)`` or ``(N * S,)`` places the samples are not known."""
+        n = self.n_samples
+        if places[0] != n and tuple(places) != (n * self._n_positions,):
+            raise ModelError(
+                f"GradDotProd: a {type(layer.module).__name__} works on {tuple(places)} positions in a batch of {n} "
+                f"samples of {self._n_positions} tokens, so its samples cannot be told apart; freeze it with "
+                "requires_grad_(False)"
+            )
+
+    def _by_sample(self, x: Tensor) -> Tensor:
+        """``(N, S, H)`` from ``(N, ..., H)`` or ``(N * S, H)``."""
+        return x.reshape(self.n_samples, -1, x.shape[-1])
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a layer's output through; on the way back it hands the gradient and the layer's input to the batch.
+
+    The input is saved as autograd saves things, so that checkpointing drops it and makes it again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        a: Tensor | None,
+        root: Tensor,
+        batch: DotBatch,
+        layer: DotLayer,
+        ids: Tensor | None,
+        in_place: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.batch, ctx.layer, ctx.ids = batch, layer, ids
+        if not in_place:
+            return output.view_as(output)
+        # The output itself and no view of it: some models add to a layer's output in place.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (a,) = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            ctx.batch.take(ctx.layer, ctx.ids if a is None else a, g)
+        return g, None, None, None, None, None, None
+
+
+class _ParameterSums:
+    """A parameter's gradient and inner products; it may be used by several calls, and as table and as matrix."""
+
+    def __init__(self, n_train: int, scale: float) -> None:
+        self.dots: Tensor | None = None
+        self._n_train, self._scale = n_train, scale
+        self._expected: dict[type, int] = {}
+        self._shares: dict[type, list[Any]] = {}
+        self._ids: list[Tensor] = []
+        self._gradient: Tensor | None = None
+        self._at_rows: DenseAtRows | None = None
+        self._lookup: Lookup | None = None
+
+    def expect(self, kind: type, ids: Tensor | None) -> None:
+        """A call in the forward pass."""
+        self._expected[kind] = self._expected.get(kind, 0) + 1
+        if ids is not None:
+            self._ids.append(ids)
+
+    def add(self, share: Share) -> None:
+        """A call in the backward pass. Once all of a kind are there, they are summed and let go."""
+        kind = type(share)
+        self._shares.setdefault(kind, []).append(share)
+        if len(self._shares[kind]) == self._expected[kind]:
+            self._close(kind)
+
+    def close_all(self) -> None:
+        """No more calls will come."""
+        for kind in list(self._shares):
+            self._close(kind)
+        self._expected = {}
+        self._at_rows = self._lookup = None
+
+    def take_gradient(self) -> Tensor | None:
+        """The gradient, once, when no call is missing."""
+        if self._expected:
+            return None
+        gradient, self._gradient = self._gradient, None
+        return gradient
+
+    def _close(self, kind: type) -> None:
+        share = kind.joined(self._shares.pop(kind))  # type: ignore[attr-defined]
+        del self._expected[kind]
+        gradient, dots = share.sums(self._n_train, self._scale)
+        self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+        self._add_dots(dots)
+        if isinstance(share, Dense) and self._ids:
+            self._at_rows = DenseAtRows.of(share, torch.cat(self._ids, 1), self._n_train)
+        elif isinstance(share, Lookup):
+            self._lookup = share
+        if self._at_rows is not None and self._lookup is not None:
+            # A tied weight's gradient is the sum of both, so each side of the product meets the other.
+            self._add_dots(self._at_rows.cross(self._lookup, self._n_train))
+            self._at_rows = None
+
+    def _add_dots(self, dots: Tensor) -> None:
+        self.dots = dots if self.dots is None else self.dots + dots

@@ -1,0 +1,98 @@
+"""Training rows joined with a validation batch, and what turns the joined loss's gradient into either's own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradproj.engine.loss import IGNORE
+from gradproj.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A joined batch: training rows first."""
+
+    input_ids: Tensor
+    """``(B + V, S)``."""
+    labels: Tensor
+    """``(B + V, S)``."""
+    n_train: int
+    """B."""
+    train_scale: float
+    """Times the joined loss's gradient at the training rows: the gradient of the training batch's own loss."""
+    validation_scale: float
+    """Times its gradient at the validation rows: that of the validation batch's mean loss per target token."""
+
+
+class Joiner:
+    """Joins batches with validation data.
+
+    Args:
+        val_data: as ``GradDotProdEngine`` takes it.
+        loss_reduction: of the loop's loss over the joined batch's target tokens.
+        labels_shifted: whether labels are one position ahead already.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+
+    def __init__(self, val_data: Any, loss_reduction: str, labels_shifted: bool) -> None:
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigError(f"loss_reduction is {loss_reduction!r}; choose mean or sum")
+        self._val_data, self._reduction, self._shifted = val_data, loss_reduction, labels_shifted
+        if not callable(val_data):
+            self._validation()  # a user's mistake comes out here
+
+    def join(self, x_train: Tensor, y_train: Tensor | None) -> Joined:
+        """The batch with the validation batch below it, both padded on the right to one length.
+
+        Raises:
+            ConfigError: ids and labels do not fit each other.
+        """
+        x, y = _checked("X_train, Y_train", x_train, y_train)
+        x_val, y_val = (part.to(x.device) for part in self._validation())
+        n_train, n_val = self._n_targets(y), self._n_targets(y_val)
+        if self._reduction == "sum":
+            scales = 1.0, 1 / n_val
+        else:
+            scales = (n_train + n_val) / max(1, n_train), (n_train + n_val) / n_val
+        return Joined(_below(x, x_val, 0), _below(y, y_val, IGNORE), len(x), *scales)
+
+    def _validation(self) -> tuple[Tensor, Tensor]:
+        data = self._val_data() if callable(self._val_data) else self._val_data
+        if isinstance(data, Mapping):
+            data = (data.get("input_ids"), data.get("labels"))
+        elif isinstance(data, Tensor):
+            data = (data, None)
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise ConfigError(
+                f"val_data is {type(data).__name__}; give (input_ids, labels), a mapping with these keys, or token ids"
+            )
+        x, y = _checked("val_data", *data)
+        if not self._n_targets(y):
+            raise ConfigError(
+                "val_data has no target token: every label is -100, or the samples have one token each"
+            )
+        return x, y
+
+    def _n_targets(self, labels: Tensor) -> int:
+        return int(((labels if self._shifted else labels[:, 1:]) != IGNORE).sum())
+
+
+def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    y = x if y is None else y
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)]
+    if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{what}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and {shapes[1]}"
+        )
+    return x, y
+
+
+def _below(train: Tensor, validation: Tensor, pad: int) -> Tensor:
+    length = max(train.shape[1], validation.shape[1])
+    return torch.cat([F.pad(part, (0, length - part.shape[1]), value=pad) for part in (train, validation)])

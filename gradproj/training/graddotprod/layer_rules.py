@@ -1,0 +1,163 @@
+"""Which layers GradDotProd knows, and what each one's parameters get as gradient from a token."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.engine.layers import rule_for, without_wrappers
+from gradproj.errors import ModelError
+from gradproj.training.graddotprod.inner_products import Dense, Lookup, Share, Vector
+
+SharesOf = Callable[[Any, Tensor, Tensor], Iterator[tuple[str, Share]]]
+"""``(layer, its input, the gradient at its output (N, S, O)) -> (its parameter's own name, share)``."""
+
+
+@dataclass
+class DotLayer:
+    """A layer with trainable parameters."""
+
+    module: nn.Module
+    kinds: dict[str, type]
+    """Own name of each trainable parameter -> kind of share."""
+    shares: SharesOf
+
+    @property
+    def is_lookup(self) -> bool:
+        return isinstance(self.module, nn.Embedding)
+
+
+def find_dot_layers(model: nn.Module) -> list[DotLayer]:
+    """Every layer that has trainable parameters of its own.
+
+    Raises:
+        ModelError: some trainable parameter lies in a layer of a type that is not known, or is shared out over ranks.
+    """
+    # FSDP's and tensor parallelism's parameters are DTensors, which have a mesh.
+    if any(hasattr(p, "device_mesh") or hasattr(p, "_local_shard") for p in model.parameters()):
+        raise ModelError(
+            "GradDotProd makes whole gradients itself, so every rank needs the whole model: use "
+            "DistributedDataParallel instead of FSDP or tensor parallelism, or "
+            "method GradProjLora, which looks at no weight"
+        )
+    found, unknown = [], []
+    for name, module in without_wrappers(model).named_modules():
+        own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not own:
+            continue
+        shares = _rule(module)
+        if shares is None:
+            unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in own]
+            continue
+        first = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}.get(_type_name(module), Vector)
+        found.append(DotLayer(module, {key: first if key == "weight" else Vector for key in own}, shares))
+    if unknown:
+        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        raise ModelError(
+            f"GradDotProd cannot take the gradient of {shown} sample by sample: it knows Linear, Conv1D, Embedding, "
+            "layer norm and RMS norm. Freeze these parameters with requires_grad_(False), or use another method"
+        )
+    if not found:
+        raise ModelError(
+            f"GradDotProd: {type(without_wrappers(model)).__name__} has no trainable parameter; "
+            "call requires_grad_(True) on what is to be trained"
+        )
+    return found
+
+
+def _type_name(module: nn.Module) -> str:
+    rule = rule_for(module)
+    return "" if rule is None else rule.type_name
+
+
+def _rule(module: nn.Module) -> SharesOf | None:
+    name = _type_name(module)
+    if name == "Embedding":
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return _lookup if plain else None
+    return {"Linear": _linear, "Conv1D": _conv1d}.get(name) or _norm(module)
+
+
+def _linear(module: nn.Linear, a: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
+    yield "weight", Dense(g, a.to(g.dtype))
+    yield "bias", Vector(g)
+
+
+def _conv1d(module: Any, a: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
+    yield "weight", Dense(a.to(g.dtype), g)
+    yield "bias", Vector(g)
+
+
+def _lookup(module: Any, ids: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
+    if module.padding_idx is not None:
+        # torch gives the padding token's row no gradient.
+        g = g * (ids != module.padding_idx).unsqueeze(-1)
+    scale = getattr(module, "embed_scale", None)
+    if scale is not None:
+        g = g * (scale.to(g) if isinstance(scale, Tensor) else scale)
+    yield "weight", Lookup(ids, g, module.num_embeddings)
+
+
+def _norm(module: nn.Module) -> SharesOf | None:
+    """The rule of a layer norm or an RMS norm of whatever class, found by trying; None of anything else."""
+    own = dict(module.named_parameters(recurse=False))
+    if not own.keys() <= {"weight", "bias"} or any(p.dim() != 1 for p in own.values()):
+        return None
+    for normalise in (_centred, _uncentred):
+        if _agrees(module, normalise):
+
+            def shares(
+                module: Any, a: Tensor, g: Tensor, how: Any = normalise
+            ) -> Iterator[tuple[str, Share]]:
+                if "weight" in own:
+                    yield "weight", Vector(g * how(module, _wide(a)))
+                yield "bias", Vector(g)
+
+            return shares
+    return None
+
+
+def _centred(module: Any, x: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=_epsilon(module, x))
+
+
+def _uncentred(module: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(module, x))
+
+
+def _epsilon(module: Any, x: Tensor) -> float:
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        found = getattr(module, name, None)
+        if isinstance(found, float):
+            return found
+    return torch.finfo(x.dtype).eps  # nn.RMSNorm's own default
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.enable_grad()
+def _agrees(module: nn.Module, normalise: Callable[[Any, Tensor], Tensor]) -> bool:
+    """Whether autograd gives this layer's parameters, on a few random tokens, what the rule says."""
+    trial = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
+    own = dict(trial.named_parameters(recurse=False))
+    width = len(next(iter(own.values())))
+    random = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 2, 3, width, generator=random)
+    x = 0.1 * x + 0.05
+    try:
+        out = trial(x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            return False
+        got = torch.autograd.grad(out, list(own.values()), g, allow_unused=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        return False  # it takes something else than hidden states
+    rule = {"weight": (g * normalise(module, x)).sum((0, 1)), "bias": g.sum((0, 1))}
+    return all(
+        found is not None and torch.allclose(found, rule[name], rtol=1e-3, atol=1e-4)
+        for name, found in zip(own, got, strict=True)
+    )

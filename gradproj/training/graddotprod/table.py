@@ -1,0 +1,82 @@
+"""Rows of inner products on their way to disk, and the values summed from them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.store.append_table import GrowingTable, refuse_gap
+from gradproj.training.graddotprod.shapley import RunValues
+
+Row = Mapping[str, np.ndarray]
+
+
+class DotRows:
+    """Rows since the last write, the table they go to, and the run's values.
+
+    Args:
+        folder: of the table; None keeps no rows.
+        parameter_names: the columns of ``per_parameter``.
+        save_interval: steps between two writes; 0 = when told only.
+        resume_step: the last step that stays; None for a run from its start.
+
+    Raises:
+        StoreError: the table has rows and no step to resume from was given, or is of another model.
+    """
+
+    def __init__(
+        self, folder: Path | None, parameter_names: list[str], save_interval: int, resume_step: int | None
+    ) -> None:
+        self.values = RunValues()
+        self._interval = save_interval
+        self._waiting: list[Row] = []
+        self._steps: set[int] = set()
+        self._table: GrowingTable | None = None
+        if folder is not None:
+            self._table = GrowingTable(
+                folder,
+                {
+                    "step": (np.dtype(np.int64), None),
+                    "sample_id": (np.dtype(np.int64), None),
+                    "total": (np.dtype(np.float32), None),
+                    "value": (np.dtype(np.float32), None),
+                    "per_parameter": (np.dtype(np.float32), len(parameter_names)),
+                },
+                {"method": "GradDotProd", "parameters": parameter_names},
+            )
+            self._go_on(self._table, resume_step)
+
+    def _go_on(self, table: GrowingTable, resume_step: int | None) -> None:
+        if table.n_rows and resume_step is None:
+            raise StoreError(
+                f"{table.path} has {table.n_rows} rows of another run: resume that run, or give another result_dir"
+            )
+        if resume_step is not None:
+            steps = table.read("step")
+            refuse_gap(table.path, int(steps.max(initial=-1)), resume_step)
+            later = np.flatnonzero(steps > resume_step)
+            table.cut(int(later[0]) if len(later) else table.n_rows)
+            self.values.add(table.read("sample_id"), table.read("value"))
+
+    def add(self, of_ranks: list[Row]) -> None:
+        """A batch's rows, of every rank."""
+        for row in of_ranks:
+            self.values.add(row["sample_id"], row["value"])
+            if self._table is not None:
+                self._waiting.append(row)
+            self._steps.update(row["step"].tolist())
+
+    def is_due(self) -> bool:
+        return bool(self._interval) and len(self._steps) >= self._interval
+
+    def write(self) -> Path | None:
+        """Append the rows that wait; None if there are none, or no table."""
+        self._steps = set()
+        if self._table is None or not self._waiting:
+            return None
+        self._table.append(
+            {name: np.concatenate([row[name] for row in self._waiting]) for name in self._waiting[0]}
+        )
+        self._waiting = []
+        return self._table.path

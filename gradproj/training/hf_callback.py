@@ -1,0 +1,172 @@
+"""GradProjLora inside of transformers' ``Trainer``: a callback that keeps every sample's projected gradient."""
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.errors import ConfigError, ModelError
+from gradproj.training.config import EngineConfig
+from gradproj.training.engine_manager import GhostEngineManager
+
+
+class GradProjCallback(TrainerCallback):
+    """Rows of every batch that a ``Trainer`` trains on, at the weights of its step, to ``result_dir/projections``::
+
+        with GradProjCallback(result_dir="out", proj_rank_total=256) as watching:
+            Trainer(model=model, args=args, train_dataset=dataset, callbacks=[watching]).train()
+
+    Training is left as it is. Accumulation, mixed precision, data parallelism and ``resume_from_checkpoint`` (which
+    cuts what is beyond the checkpoint) work; evaluations leave no rows. A dataset's column ``sample_id`` becomes the
+    rows' (with ``remove_unused_columns=False``). The loss must be the model's own: labels go to the model.
+
+    Args:
+        settings: names of ``EngineConfig``, without ``method``.
+
+    Raises:
+        ConfigError: an unknown name, or a value that cannot be used.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        known = set(EngineConfig.__dataclass_fields__) - {"method"}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(
+                f"GradProjCallback: unknown {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+            )
+        self._settings = EngineConfig.of({**settings, "method": "GradProjLora"})
+        if not self._settings.result_dir:
+            raise ConfigError("GradProjCallback: give a result_dir, in which projections/ is made")
+        self._manager: GhostEngineManager | None = None
+        self._handles: list[Any] = []
+        self._key: Any = None
+        self._step = 0
+        self._waits = False
+
+    # --- the Trainer's events ---
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the engine; where training is resumed, cut the rows of later steps."""
+        model = kwargs["model"]
+        sizes = {
+            "batch_size": args.per_device_train_batch_size,
+            "grad_accumulation": args.gradient_accumulation_steps,
+            "max_steps": state.max_steps,
+        }
+        step = state.global_step
+        self._manager = GhostEngineManager(
+            {**vars(self._settings), **sizes}, model, kwargs.get("optimizer"), resume_step=step or None
+        )
+        if step:
+            self._manager.load_state_dict({"step": step})
+        self._key = loss_key(model)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step's first batch comes."""
+        self._step = state.global_step + 1
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A batch ran backward that is not the step's last."""
+        self._collect()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The step's last batch ran backward."""
+        self._collect()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write where it is due."""
+        self._secure_before_checkpoint(args, control)
+        if self._manager is not None and self._manager.should_save_metrics(self._step):
+            self._manager.save_metrics(self._step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint may come."""
+        self._secure_before_checkpoint(args, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A checkpoint may come."""
+        self._secure_before_checkpoint(args, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write what is left."""
+        self.cleanup()
+
+    def cleanup(self) -> None:
+        """Write what is left and take all hooks off: what leaving the context does, also after an exception."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._manager is not None:
+            self._manager.cleanup()
+        self._manager = None
+
+    def __enter__(self) -> "GradProjCallback":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.cleanup()
+
+    def _secure_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """A checkpoint counts on the rows up to it: a process that dies in between must leave them."""
+        # Whether an evaluation was the best so far is decided after the last callback.
+        if self._manager is not None and (control.should_save or args.save_strategy == "best"):
+            self._manager.state_dict()
+
+    # --- a batch ---
+
+    def _collect(self) -> None:
+        if self._manager is not None and self._waits:
+            self._manager.aggregate_and_log()
+            self._manager.clear_gradients()
+            self._waits = False
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids = kwargs.pop("sample_id", None)
+        if module.training and self._manager is not None:
+            labels = kwargs.get("labels")
+            if labels is None:
+                raise ModelError(
+                    "GradProjCallback needs the model's own loss: give the model labels, and the Trainer neither "
+                    "label_smoothing_factor nor compute_loss_func"
+                )
+            inputs = kwargs.get("input_ids", labels)
+            ids = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+            self._manager.attach_train_batch(inputs, labels, self._step, ids)
+        return args, kwargs
+
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Have the engine told how a token's loss was weighted; what the Trainer does later is in the gradient."""
+        loss, labels = getattr(output, "loss", None), kwargs.get("labels")
+        if not module.training or loss is None or labels is None or not loss.requires_grad:
+            return
+        n_items = kwargs.get("num_items_in_batch")
+        if n_items is None:
+            n_items = (labels[:, 1:] != IGNORE).sum()
+
+        def announce(gradient: Tensor) -> None:
+            LOSS_WEIGHTS[self._key] = (gradient / n_items).expand(len(labels))
+
+        loss.register_hook(announce)
+        self._waits = True

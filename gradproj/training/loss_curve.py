@@ -1,0 +1,163 @@
+"""The loss curve of a run: ``loss.csv`` line by line, ``loss.png`` at the end, a line for people every few seconds."""
+
+import csv
+import importlib.util
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gradproj.coordinator.progress import human_seconds
+from gradproj.files import explain_os_errors
+
+PROGRESS_EVERY_S = 5.0
+SHOWN_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    loss: float
+    """Mean nats per target token over the last 20 steps."""
+    n_tokens: int
+    seconds: float
+    n_steps: int
+    """Of ``max_steps``; fewer where it was told to stop."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step."""
+
+    step: int
+    tokens: int
+    """Up to and with this step, of all ranks."""
+    loss: float
+    """Mean nats per target token of the step's batches."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    val_loss: float | None
+    seconds: float
+    """Since the run's start, less the time between a stop and its resumption."""
+
+    def as_text(self) -> list[str]:
+        """As ``loss.csv`` has it."""
+        return ["" if v is None else f"{v:.8g}" if isinstance(v, float) else str(v) for v in astuple(self)]
+
+
+COLUMNS = [f.name for f in fields(Point)]
+
+
+class LossCurve:
+    """Every step's loss. Only the first rank writes and speaks.
+
+    Args:
+        folder: where ``loss.csv`` goes.
+        max_steps: of the run.
+        visible: whether this is the first rank.
+    """
+
+    def __init__(self, folder: Path, max_steps: int, visible: bool = True) -> None:
+        self._path, self._max_steps, self._visible = folder / "loss.csv", max_steps, visible
+        self.points: list[Point] = []
+        self._recent: deque[float] = deque(maxlen=SHOWN_STEPS)
+        self._before_s = 0.0
+        self._started_s = self._shown_s = time.monotonic()
+        self._steps_before = 0
+
+    def start(self, points: list[dict[str, Any]]) -> None:
+        """Begin with the steps of a checkpoint, or with none."""
+        self.points = [Point(**point) for point in points]
+        self._recent.extend(point.loss for point in self.points[-SHOWN_STEPS:])
+        self._before_s = self.points[-1].seconds if self.points else 0.0
+        self._steps_before = len(self.points)
+        self._started_s = self._shown_s = time.monotonic()
+        if self._visible:
+            with explain_os_errors(self._path), self._path.open("w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *(point.as_text() for point in self.points)])
+
+    def add(
+        self, loss: float, rate: float, norm: float, n_tokens: int, val_loss: float | None = None
+    ) -> None:
+        """Note a step."""
+        now_s = time.monotonic()
+        total = n_tokens + (self.points[-1].tokens if self.points else 0)
+        seconds = round(self._before_s + now_s - self._started_s, 2)
+        point = Point(len(self.points) + 1, total, loss, rate, norm, val_loss, seconds)
+        self.points.append(point)
+        self._recent.append(loss)
+        if not self._visible:
+            return
+        with explain_os_errors(self._path), self._path.open("a", newline="") as file:
+            csv.writer(file).writerow(point.as_text())
+        due = now_s - self._shown_s > PROGRESS_EVERY_S
+        if due or point.step in (1, self._max_steps) or val_loss is not None:
+            self._shown_s = now_s
+            self._show(point, now_s - self._started_s)
+
+    def _show(self, point: Point, seconds: float) -> None:
+        done = max(1, point.step - self._steps_before)
+        left = seconds / done * (self._max_steps - point.step)
+        known = self.points[self._steps_before - 1].tokens if self._steps_before else 0
+        evaluated = "" if point.val_loss is None else f", validation {point.val_loss:.3f}"
+        print(
+            f"step {point.step:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per token{evaluated}, "
+            f"{(point.tokens - known) / max(seconds, 1e-9):,.0f} tokens/s, about {human_seconds(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def result(self) -> TrainResult:
+        """The run so far."""
+        mean = sum(self._recent) / max(1, len(self._recent))
+        last = self.points[-1] if self.points else None
+        tokens, seconds = (last.tokens, last.seconds) if last else (0, 0.0)
+        return TrainResult(mean, tokens, seconds, len(self.points))
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """For a checkpoint."""
+        return [asdict(point) for point in self.points]
+
+    def draw(self) -> Path | None:
+        """Draw ``loss.png`` beside the table; None where matplotlib is not installed."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return None
+        path = self._path.with_suffix(".png")
+        with explain_os_errors(path):
+            draw_curve(self.points, path)
+        return path
+
+
+def draw_curve(points: list[Point], path: Path) -> None:
+    """Training loss, its running mean, and the validation loss, over steps."""
+    # On use: an extra, and slow to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps, losses = [p.step for p in points], [p.loss for p in points]
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, each step")
+    half = len(points) // 40
+    parts = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
+    means = [sum(part) / len(part) for part in parts]
+    if half:
+        axes.plot(
+            steps, means, color="#08519c", linewidth=1.8, label=f"training, mean of {2 * half + 1} steps"
+        )
+    checked = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
+    if checked:
+        axes.plot(*zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,160 @@
+"""Laws of the domains' matrix: means, cosines and influences by hand in float64."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.analysis_stores import (
+    N_SAMPLES,
+    NAMES,
+    columns_of,
+    dense_curvature,
+    make_store,
+    ok_rows,
+)
+
+from gradproj import ProjectionStore
+from gradproj.analysis import domain_matrix, domains, overview, score, self_influence
+from gradproj.errors import ConfigError
+
+C = 0.1
+DOMAIN = np.arange(N_SAMPLES) % 3 - 1
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("domains") / "out", "float16")
+
+
+def members(output):
+    return [ok_rows(output) & (number == DOMAIN) for number in (0, 1)]
+
+
+@pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
+@pytest.mark.parametrize("kind", ["kfac", "preconditioned", "dot"])
+def test_means_cosines_and_influences_are_their_definitions(output, kind, layers):
+    rows = output.decoded().astype(np.float64)[:, columns_of(layers)]
+    mean = np.stack([rows[here].mean(axis=0) for here in members(output)])
+    curvature = np.eye(rows.shape[1])
+    settings = {"score": kind}
+    if kind != "dot":
+        curvature = dense_curvature(output, {"kfac": "kfac"}.get(kind, "second_moment"), C, layers)
+        settings["damping"] = C
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store, layers=layers, rows_per_block=11, **settings)
+    assert got.names == ["ArXiv", "Github"]
+    np.testing.assert_allclose(got.mean, mean, rtol=1e-9)
+    np.testing.assert_allclose(got.influence, mean @ np.linalg.inv(curvature) @ mean.T, rtol=1e-7)
+    norms = np.linalg.norm(mean, axis=1)
+    np.testing.assert_allclose(got.cosine, mean @ mean.T / np.outer(norms, norms), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["kfac", "dot", "cosine"])
+def test_an_influence_is_the_mean_score_over_all_pairs_of_documents(output, kind):
+    rows, here = output.decoded(), members(output)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store, score=kind)
+        every = score(rows[here[0] | here[1]], store, score=kind).astype(np.float64)
+    asked_of = DOMAIN[here[0] | here[1]]
+    for g, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert got.influence[g, h] == pytest.approx(every[asked_of == g][:, here[h]].mean(), rel=2e-4)
+
+
+def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(output, monkeypatch):
+    with ProjectionStore(output.path) as store:
+        own, want = self_influence(store), domain_matrix(store)
+        monkeypatch.setattr(store, "scan", count_calls(store.scan))
+        got = overview(store, 5, rows_per_block=13)
+        assert store.scan.calls == 1
+        assert overview(store, 1000).self_influence.shape == (ok_rows(output).sum(),)
+        assert not len(overview(store, 5, score="cosine").ids)
+        store.domains = []
+        without = overview(store, 5)
+    assert got.ids.tolist() == np.argsort(-np.nan_to_num(own, nan=-1))[:5].tolist() == without.ids.tolist()
+    np.testing.assert_array_equal(got.self_influence, own[got.ids])
+    np.testing.assert_allclose(got.domains.influence, want.influence)
+    assert without.domains is None
+
+
+def count_calls(function):
+    def counted(*args, **kwargs):
+        counted.calls += 1
+        return function(*args, **kwargs)
+
+    counted.calls = 0
+    return counted
+
+
+def test_where_memory_is_short_fewer_rows_are_drawn_and_their_number_is_told(output, monkeypatch):
+    monkeypatch.setattr(domains, "DRAWN_BYTES", 1)
+    monkeypatch.setattr(domains, "LEAST_RANK_ROWS", 9)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store)
+    assert got.n_drawn.tolist() == [9, 9]
+    assert (got.effective_rank <= 9).all()
+
+
+def test_each_domain_has_its_counts_losses_and_norms(output):
+    ids = np.arange(N_SAMPLES)
+    rows = output.decoded().astype(np.float64)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store)
+    for number, here in enumerate(members(output)):
+        tokens = ids[here] + 1
+        assert got.n_rows[number] == here.sum()
+        assert got.n_tokens[number] == tokens.sum()
+        assert got.loss[number] == pytest.approx((ids[here] / 8 * tokens).sum() / tokens.sum())
+        assert got.grad_norm[number] == pytest.approx(np.linalg.norm(rows[here], axis=1).mean())
+
+
+def test_the_effective_rank_is_that_of_the_rows_directions(output):
+    rows = output.decoded().astype(np.float64)
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store)
+    for number, here in enumerate(members(output)):
+        unit = rows[here] / np.linalg.norm(rows[here], axis=1, keepdims=True)
+        shares = np.linalg.svd(unit, compute_uv=False) ** 2
+        shares /= shares.sum()
+        assert got.effective_rank[number] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_of_many_rows_a_draw_that_no_block_size_changes_is_taken(output, monkeypatch):
+    monkeypatch.setattr(domains, "RANK_ROWS", 9)
+    with ProjectionStore(output.path) as store:
+        ranks = [domain_matrix(store, rows_per_block=n).effective_rank for n in (3, 16, 1000)]
+    np.testing.assert_allclose(ranks[1:], [ranks[0]] * 2)
+    assert (ranks[0] <= 9).all()
+
+
+def test_a_domain_without_a_row_has_no_numbers(output):
+    with ProjectionStore(output.path) as store:
+        got = domain_matrix(store, domains=["Github"])
+    assert got.n_rows.tolist() == [0, members(output)[1].sum()]
+    for values in (got.loss, got.grad_norm, got.effective_rank, got.mean, got.cosine, got.influence):
+        assert np.isnan(values[0]).all()
+        assert np.isfinite(np.atleast_1d(values[1])[-1])
+
+
+def test_what_is_wrong_is_said(output):
+    with ProjectionStore(output.path) as store:
+        with pytest.raises(
+            ConfigError, match="domain_matrix is not made of score 'relatif'; take one of kfac, preco"
+        ):
+            domain_matrix(store, score="relatif")
+        store.domains = []
+        with pytest.raises(ConfigError, match="has no domains: its documents name none"):
+            domain_matrix(store)
+
+
+def test_the_readme_s_code_runs_as_it_stands_there(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Questions in Python")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    make_store(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["best"].ids.shape == names["worst"].ids.shape == (2, 20)
+    assert names["every"].shape == (2, N_SAMPLES)
+    assert names["domains"].names == ["ArXiv", "Github"]

@@ -1,0 +1,321 @@
+"""Laws of the preconditioner: a damped inverse by its definition, kept in a file, and only for its own store."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.analysis_stores import (
+    NAMES,
+    WIDTHS,
+    columns_of,
+    damped,
+    dense_curvature,
+    make_store,
+    ok_rows,
+)
+
+from gradproj import ProjectionStore
+from gradproj.analysis import Preconditioner, curvature
+from gradproj.analysis.curvature import DenseSum, TruncatedSum
+from gradproj.analysis.preconditioner import _Part, auto_damping
+from gradproj.errors import ConfigError, StoreError
+from gradproj.store.writer import update_attributes
+
+C = 0.05
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("preconditioner") / "out")
+
+
+@pytest.fixture
+def store(output):
+    with ProjectionStore(output.path) as opened:
+        yield opened
+
+
+def some_rows(width, n=4):
+    return torch.from_numpy(np.random.default_rng(1).standard_normal((n, width)))
+
+
+def by_hand(matrix, x):
+    """``x C^-1`` and ``x C^-1 x^T``."""
+    inverse = np.linalg.inv(matrix)
+    return x @ inverse, np.einsum("nd,de,ne->n", x, inverse, x)
+
+
+def assert_is_inverse(fitted, matrix):
+    x = some_rows(len(matrix))
+    solved, products = by_hand(matrix, x.numpy())
+    np.testing.assert_allclose(fitted.solve(x), solved, rtol=1e-9, atol=1e-12 * np.abs(solved).max())
+    np.testing.assert_allclose(fitted.self_products(x), products, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [None, [NAMES[2]], [NAMES[1], NAMES[0]]], ids=["all", "one", "two-turned"])
+@pytest.mark.parametrize("kind", ["kfac", "second_moment"])
+def test_it_is_the_inverse_of_the_damped_curvature(output, store, kind, layers):
+    fitted = Preconditioner.fit(store, kind, C, layers)
+    assert_is_inverse(fitted, dense_curvature(output, kind, C, layers))
+    assert fitted.layers == (layers or NAMES)
+
+
+def test_jointly_it_is_the_inverse_of_one_matrix_over_all_layers(output, store):
+    rows = output.decoded().astype(np.float64)[ok_rows(output)][:, columns_of(None)]
+    fitted = Preconditioner.fit(store, "second_moment", C, joint=True)
+    assert_is_inverse(fitted, damped(rows.T @ rows / len(rows), C))
+
+
+def test_a_wide_layer_in_all_its_directions_is_the_whole_matrix(output, store):
+    want = dense_curvature(output, "second_moment", C)
+    assert_is_inverse(Preconditioner.fit(store, "second_moment", C, largest_width=1, directions=64), want)
+
+
+def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(tmp_path):
+    """Woodbury's identity against the dense inverse of the truncated matrix, and of rows that have no more rank."""
+    generator = np.random.default_rng(5)
+    rows = generator.standard_normal((300, 8)) @ generator.standard_normal((8, 40))
+    summed = TruncatedSum(40, 12, torch.device("cpu"))
+    for part in np.split(rows, [7, 50, 51, 200]):
+        summed.add(torch.from_numpy(part))
+    curvature = summed.curvature(300)
+    assert len(curvature.values) == 8
+    moment = rows.T @ rows / 300
+    np.testing.assert_allclose(
+        curvature.directions.T @ torch.diag(curvature.values) @ curvature.directions, moment, atol=1e-9
+    )
+    x = some_rows(40)
+    solved, products = by_hand(damped(moment, C), x.numpy())
+    inverse = curvature.damped(C, "wide")
+    np.testing.assert_allclose(inverse.solve(x), solved, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-7)
+
+
+def summed_both_ways(rows, directions):
+    """The second moment whole and in its largest directions."""
+    whole = DenseSum(rows.shape[1], torch.device("cpu"))
+    kept = TruncatedSum(rows.shape[1], directions, torch.device("cpu"))
+    for part in rows.split(96):
+        whole.add(part)
+        kept.add(part)
+    return whole.curvature(len(rows)), kept.curvature(len(rows))
+
+
+def test_across_the_directions_that_are_kept_lies_the_mean_of_what_is_left():
+    generator = np.random.default_rng(8)
+    rows = torch.from_numpy(
+        generator.standard_normal((400, 20)) * np.concatenate([[30, 20, 10], np.full(17, 2.0)])
+    )
+    _, kept = summed_both_ways(rows, 3)
+    u, e = kept.directions.numpy(), kept.values.numpy()
+    total = (rows**2).sum().item() / len(rows)
+    left = (total - e.sum()) / 17
+    matrix = u.T @ np.diag(e - left) @ u + left * np.eye(20)
+    x = some_rows(20)
+    solved, products = by_hand(matrix + C * total / 20 * np.eye(20), x.numpy())
+    inverse = kept.damped(C, "wide")
+    np.testing.assert_allclose(inverse.solve(x), solved, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_wide_layer_s_scores_are_nearly_those_of_its_whole_matrix(size):
+    """A quarter of the directions of a falling spectrum, and documents of very different sizes."""
+    generator = np.random.default_rng(9)
+    width, n = 256, 1_000
+    turned = np.linalg.qr(generator.standard_normal((width, width)))[0]
+    rows = generator.standard_normal((n, width)) * np.arange(1, width + 1) ** -0.7 @ turned
+    rows = torch.from_numpy(rows * np.exp(generator.standard_normal((n, 1))) * size)
+    whole, kept = summed_both_ways(rows, 64)
+    queries, documents = rows[:8] + rows[8:16], rows[16:]
+    for c, least in ((1.0, 0.995), (0.1, 0.9)):
+        want, got = (part.damped(c, "wide").solve(queries) @ documents.T for part in (whole, kept))
+        for query in range(8):
+            assert np.corrcoef(want[query], got[query])[0, 1] > least
+
+
+def test_the_largest_directions_are_those_that_are_kept():
+    generator = np.random.default_rng(6)
+    spectrum = np.concatenate([[30, 20, 10], np.full(17, 0.01)])
+    rows = torch.from_numpy(generator.standard_normal((400, 20)) * spectrum)
+    whole, got = summed_both_ways(rows, 3)
+    moment = whole.moment
+    np.testing.assert_allclose(got.values, torch.linalg.eigvalsh(moment).flip(0)[:3], rtol=1e-3)
+    assert got.mean_diagonal.item() == pytest.approx(moment.diagonal().mean().item())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "second_moment"])
+def test_another_damping_needs_no_scan_and_is_the_same_as_fitting_with_it(store, kind, monkeypatch):
+    fitted = Preconditioner.fit(store, kind, 1.0)
+    want = Preconditioner.fit(store, kind, C)
+    monkeypatch.setattr(store, "scan", None)
+    x = some_rows(store.dim)
+    torch.testing.assert_close(fitted.with_damping(C).solve(x), want.solve(x))
+    assert fitted.damping == 1.0
+
+
+def test_auto_is_the_stated_rule(store):
+    assert auto_damping("kfac", 256) == auto_damping("kfac", 4096) == 0.03
+    assert [auto_damping("second_moment", w) for w in (256, 1023, 1024, 4096)] == [0.1, 0.1, 1.0, 1.0]
+    x = some_rows(store.dim)
+    for kind, c in (("kfac", 0.03), ("second_moment", 0.1)):
+        auto, told = (Preconditioner.fit(store, kind, damping) for damping in ("auto", c))
+        torch.testing.assert_close(auto.solve(x), told.solve(x))
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e15])
+def test_gradients_of_any_unit_are_as_good(tmp_path, unit):
+    output = make_store(tmp_path / "out")
+    x = some_rows(output.layout.dim)
+    with ProjectionStore(output.path) as store:
+        want = Preconditioner.fit(store, "second_moment", C).solve(x)
+    output.stored = output.stored * np.float32(unit)
+    for number in (0, 1, 3, 4):
+        (output.path / output.layout.shard_name(number)).unlink()
+        output.commit(number)
+    with ProjectionStore(output.path) as store:
+        got = Preconditioner.fit(store, "second_moment", C).solve(x)
+    torch.testing.assert_close(got * unit**2, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "kfac"},
+        {"kind": "kfac", "layers": [NAMES[2], NAMES[0]], "damping": 0.5},
+        {"kind": "second_moment"},
+        {"kind": "second_moment", "largest_width": 7, "directions": 3},
+        {"kind": "second_moment", "joint": True},
+    ],
+    ids=["kfac", "kfac-layers", "second_moment", "truncated", "joint"],
+)
+def test_what_is_saved_is_loaded_again(store, tmp_path, settings):
+    fitted = Preconditioner.fit(store, **settings)
+    path = fitted.save(store, tmp_path / "kept" / "it.safetensors")
+    loaded = Preconditioner.load(store, path=path)
+    x = some_rows(sum(k_o * k_i for k_o, k_i in WIDTHS) if "layers" not in settings else 15)
+    torch.testing.assert_close(loaded.solve(x), fitted.solve(x), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.self_products(x), fitted.self_products(x), rtol=0, atol=0)
+    assert (loaded.kind, loaded.damping, loaded.layers) == (fitted.kind, fitted.damping, fitted.layers)
+    assert loaded.n_rows == fitted.n_rows
+
+
+def test_beside_the_store_each_kind_has_its_file(output, store):
+    for kind in ("kfac", "second_moment"):
+        path = Preconditioner.fit(store, kind).save(store)
+        assert path == output.path / "preconditioners" / f"{kind}.safetensors"
+        assert Preconditioner.load(store, kind).kind == kind
+
+
+def test_a_file_of_another_store_a_damaged_one_and_none_are_refused(store, tmp_path):
+    path = Preconditioner.fit(store).save(store, tmp_path / "it.safetensors")
+    other = make_store(tmp_path / "other")
+    with ProjectionStore(other.path) as opened:
+        with pytest.raises(
+            StoreError, match=r"fitted on another store\n  store_id: fitted on '.*', this store"
+        ):
+            Preconditioner.load(opened, path=path)
+        with pytest.raises(StoreError, match=r"there is no preconditioner at .*kfac\.safetensors; fit one"):
+            Preconditioner.load(opened)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StoreError, match=r"is damaged .*: delete it and fit"):
+        Preconditioner.load(store, path=path)
+
+
+def test_a_byte_that_has_changed_in_a_kept_file_is_noticed(store, tmp_path):
+    path = Preconditioner.fit(store, "second_moment").save(store, tmp_path / "it.safetensors")
+    whole = path.read_bytes()
+    at = whole.index(b'"n_rows') if b'"n_rows' in whole else whole.index(b"n_rows")
+    for place, byte in ((len(whole) - 3, whole[-3] ^ 1), (at + whole[at:].index(b"5"), ord("4"))):
+        path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        with pytest.raises(
+            StoreError, match=r"is damaged \(its checksum does not match\): delete it and fit"
+        ):
+            Preconditioner.load(store, path=path)
+
+
+def test_only_what_is_asked_for_is_factorized(store, monkeypatch):
+    fitted, names = Preconditioner.fit(store, "second_moment"), []
+    real = curvature.inverse_root
+    monkeypatch.setattr(curvature, "inverse_root", lambda m, c, name: names.append(name) or real(m, c, name))
+    wanted = fitted.for_layers([NAMES[1]]).with_damping(C)
+    assert not names
+    for _ in range(2):
+        wanted.solve(some_rows(8))
+    wanted.to(torch.device("cpu"), torch.float32).self_products(some_rows(8))
+    assert names == [f"the second moment of {NAMES[1]}'s rows"]
+
+
+def test_a_matrix_that_auto_cannot_damp_takes_a_larger_damping(store):
+    bad = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    settings = {"kind": "kfac", "damping": "auto", "layers": ["x"], "n_rows": 1, "joint": False}
+    fitted = Preconditioner(settings, [_Part("x", 4, curvature.Kronecker(bad, bad.abs()))])
+    with pytest.raises(
+        ConfigError, match=r"^the token covariance of x's output gradients, 2 wide, has no inv"
+    ):
+        fitted.ready()
+    fitted.with_damping(100.0).ready()
+
+
+def test_parts_of_it_serve_layers_and_what_it_lacks_is_said(store):
+    fitted = Preconditioner.fit(store, "kfac", C, [NAMES[0], NAMES[2]])
+    x = some_rows(9)
+    torch.testing.assert_close(
+        fitted.for_layers([NAMES[2]]).solve(x), Preconditioner.fit(store, "kfac", C, [NAMES[2]]).solve(x)
+    )
+    with pytest.raises(ConfigError, match=r"has no layer 'h\.1\.mlp'; its layers are h\.0\.mlp, h\.2\.mlp"):
+        fitted.for_layers([NAMES[1]])
+    joint = Preconditioner.fit(store, "second_moment", joint=True)
+    with pytest.raises(ConfigError, match="has one matrix over all its layers"):
+        joint.for_layers([NAMES[0]])
+
+
+def test_a_store_without_sums_or_rows_is_refused(tmp_path):
+    output = make_store(tmp_path / "out")
+    update_attributes(output.store_path, {"covariance_tokens": 0})
+    with (
+        ProjectionStore(output.path) as store,
+        pytest.raises(StoreError, match=r"no token covariances, which kfac is made of.*gradproj merge"),
+    ):
+        Preconditioner.fit(store)
+    for unit in (0, 1, 3, 4):
+        (output.path / output.layout.shard_name(unit)).unlink()
+    with (
+        ProjectionStore(output.path) as store,
+        pytest.raises(StoreError, match="has no row to take a second moment of"),
+    ):
+        Preconditioner.fit(store, "second_moment")
+
+
+def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
+    output = make_store(tmp_path / "out")
+    output.stored[:, 8] = output.stored[:, 9] = 0  # h.1's values 2 and 3
+    for unit in (0, 1, 3, 4):
+        (output.path / output.layout.shard_name(unit)).unlink()
+        output.commit(unit)
+    with ProjectionStore(output.path) as store:
+        with pytest.raises(
+            ConfigError, match=r"h\.1\.mlp's rows, 8 wide, has no inverse with damping 0: give a lar"
+        ):
+            Preconditioner.fit(store, "second_moment", 0)
+        with pytest.raises(ConfigError, match="which has no inverse without damping"):
+            Preconditioner.fit(store, "second_moment", 0, largest_width=1, directions=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "ekfac"}, "kind is 'ekfac'; choose one of kfac, second_moment"),
+        ({"joint": True}, "joint is for kind second_moment"),
+        ({"directions": 0}, "largest_width and directions must be at least 1"),
+        ({"damping": float("nan")}, "damping is nan"),
+        ({"layers": ["mlp"]}, "has no layer 'mlp'"),
+    ],
+)
+def test_what_is_wrong_is_said(store, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        Preconditioner.fit(store, **wrong)
+
+
+def test_rows_of_another_width_are_refused(store):
+    with pytest.raises(ConfigError, match=r"rows are \(4, 5\); this preconditioner takes \(n, 23\)"):
+        Preconditioner.fit(store).solve(some_rows(5))

@@ -1,0 +1,339 @@
+"""The command line: what a person types, sees and gets as exit code."""
+
+import importlib
+import json
+import os
+import re
+
+import pytest
+from helpers.jobs import assert_same_bits, flags, make_corpus, mixed_documents
+from helpers.outputs import (
+    N_SAMPLES,
+    SETTINGS,
+    flip_byte,
+    owner_of,
+    sleeping_process,
+    tree_of,
+    uncommit,
+    unmerge,
+    write_claim,
+)
+from helpers.prepare_inputs import read_back, record, write_jsonl
+
+from gradproj.__main__ import COMMANDS, main
+from gradproj.corpus.index import load_index
+from gradproj.maintenance.job_output import read_output
+from gradproj.store.unit_record import record_name
+
+MINE = ["prepare", "index", "plan", "status", "verify", "merge", "export"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line; gives (exit code, standard output, standard error)."""
+
+    def command(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command line that must be refused; gives the one line that says why."""
+
+    def refuse(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("gradproj: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("gradproj: ").strip()
+
+    return refuse
+
+
+# --- all commands ---
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_a_function_that_exists(name):
+    command = COMMANDS[name]
+    assert callable(getattr(importlib.import_module(command.module), command.function))
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_every_command_explains_its_flags(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["prepare"], "the following arguments are required: INPUT"),
+        (["prepare", "x.jsonl"], "--output_dir must be given"),
+        (
+            ["prepare", "x.jsonl", "--output_dir", "o", "--samples_per_shard", "0"],
+            "--samples_per_shard must be",
+        ),
+        (["prepare", "x.jsonl", "--output_dir", "o", "--text_field", ""], "--text_field is empty"),
+        (["prepare", "x.jsonl", "--output_dir", "o", "--on_bad_input", "no"], "--on_bad_input is 'no'"),
+        (["prepare", "/nowhere/x.jsonl", "--output_dir", "o"], "/nowhere/x.jsonl"),
+        (["prepare", "x.docx", "--output_dir", "o"], "x.docx"),
+        (["index"], "the following arguments are required: SHARDS"),
+        (["index", ""], "SHARDS is empty"),
+        (["index", "a.tar", "b.tar"], "SHARDS: 2 were given; quote the pattern"),
+        (["index", "/nowhere/*.tar"], "nothing matches"),
+        (["index", "a.tar", "--processes", "-1"], "--processes must be at least 0"),
+        (["index", "a.tar", "--processes", "two"], "--processes"),
+        (["index", "a.tar", "--domain_field", ""], "--domain_field is empty"),
+        (["index", "a.tar", "--replce"], "unknown flag '--replce'; did you mean --replace?"),
+        (["plan", "--shards", "x"], "--output_dir must be given"),
+        (["status"], "the following arguments are required: OUTPUT"),
+        (["status", "/nowhere"], "there is no store at /nowhere"),
+        (["verify", "/nowhere"], "there is no store at /nowhere"),
+        (["merge", "/nowhere"], "there is no store at /nowhere"),
+        (["export", "/nowhere"], "--to must be given"),
+        (["export", "/nowhere", "--to", "x"], "there is no store at /nowhere"),
+        (["export", "/nowhere", "--to", "x", "--format", "npz"], "--format is 'npz'; choose pt"),
+        (["export", "/nowhere", "--to", "x", "--rows_per_file", "0"], "--rows_per_file must be at least 1"),
+        (["export", "/nowhere", "--to", "x", "--ids", "7"], "--ids is '7'; give START:STOP"),
+    ],
+)
+def test_a_wrong_line_is_refused_in_one_line_that_names_what_is_wrong(line, message, refused):
+    assert message in refused(*line)
+
+
+# --- prepare and index ---
+
+
+def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_path):
+    first = write_jsonl(tmp_path / "a.jsonl", [record("one", "web"), record("two", "code")])
+    second = write_jsonl(tmp_path / "b.jsonl", [record("three", "web")])
+    code, out, _ = run("prepare", first, second, "--output_dir", tmp_path / "tars", "--samples_per_shard", 2)
+    assert code == 0
+    assert "3 documents of 2 domains in 2 tars" in out
+    assert re.search(r"2  web\n +1  code\nin \d+\.\d s, to ", out)
+    assert [document["text"] for _, document in read_back(tmp_path / "tars")] == ["one", "two", "three"]
+
+
+def test_prepare_groups_by_domain_when_told_to(run, tmp_path):
+    lines = [record(str(i), "web" if i % 2 else "code") for i in range(6)]
+    source = write_jsonl(tmp_path / "a.jsonl", lines)
+    assert run("prepare", source, "--output_dir", tmp_path / "tars", "--group_by_domain")[0] == 0
+    domains = [document["meta"]["pile_set_name"] for _, document in read_back(tmp_path / "tars")]
+    assert domains == ["code"] * 3 + ["web"] * 3
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "tars", mixed_documents(50), per_tar=20)
+
+
+def test_index_says_what_it_found(run, corpus):
+    code, out, _ = run("index", corpus)
+    index = load_index(corpus / "corpus.json")
+    assert code == 0
+    assert f"{corpus / 'corpus.json'} written" in out
+    assert re.search(r"tars +3, \d", out)
+    assert re.search(r"documents +50 in \d", out)
+    assert re.search(r"domains +3 by meta.pile_set_name\n +17  ArXiv\n +17  Github\n +16  Pile-CC\n", out)
+    assert index.fingerprint in out
+
+
+def test_index_run_again_says_that_nothing_has_changed_and_leaves_the_file(run, corpus):
+    run("index", corpus)
+    before = tree_of(corpus)
+    code, out, _ = run("index", f"{corpus}/*.tar")
+    assert code == 0
+    assert "is up to date: no tar has changed since" in out
+    assert tree_of(corpus) == before
+
+
+def test_index_of_a_corpus_that_was_only_touched_is_renewed(run, corpus):
+    run("index", corpus)
+    before = load_index(corpus / "corpus.json")
+    os.utime(corpus / "shard-000001.tar", (1, 1))
+    code, out, _ = run("index", corpus)
+    assert code == 0
+    assert "renewed: the same corpus, touched or moved" in out
+    after = load_index(corpus / "corpus.json")
+    assert after.fingerprint == before.fingerprint
+    assert after.tars[1].mtime_ns == 10**9
+
+
+def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_one(run, refused, corpus):
+    run("index", corpus)
+    before = load_index(corpus / "corpus.json")
+    assert "is the index of another corpus" in refused("index", corpus, "--domain_field", "meta.other")
+    (corpus / "shard-000002.tar").unlink()
+    message = refused("index", corpus)
+    assert f"{corpus / 'corpus.json'} is the index of another corpus: 3 tars, 50 documents" in message
+    assert "Give --replace" in message
+    assert load_index(corpus / "corpus.json") == before
+    assert run("index", corpus, "--replace")[0] == 0
+    assert load_index(corpus / "corpus.json").n_samples == 40
+
+
+def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
+    run("index", corpus)
+    path = corpus / "corpus.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "--replace (or name another file with --output)" in refused("index", corpus)
+    assert run("index", corpus, "--replace")[0] == 0
+    assert load_index(path).n_samples == 50
+
+
+def test_index_of_tars_in_several_folders_needs_a_name(run, refused, corpus, tmp_path):
+    other = make_corpus(tmp_path / "more", mixed_documents(5, seed=1))
+    (tmp_path / "all.list").write_text(f"{corpus}/shard-000000.tar\n{other}/shard-000000.tar\n")
+    assert "--output must be given" in refused("index", tmp_path / "all.list")
+    assert run("index", tmp_path / "all.list", "--output", tmp_path / "all.json", "--processes", 1)[0] == 0
+    assert load_index(tmp_path / "all.json").n_samples == 25
+
+
+def test_index_of_a_damaged_tar_names_it(refused, corpus):
+    path = corpus / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "shard-000001.tar" in refused("index", corpus)
+    assert not (corpus / "corpus.json").exists()
+
+
+# --- plan ---
+
+
+def job_flags(job, output_dir, **changes):
+    return flags(shards=job.corpus, model=job.model, output_dir=output_dir, **{**SETTINGS, **changes})
+
+
+def test_plan_says_what_the_job_will_take_and_writes_nothing(run, job, tmp_path):
+    code, out, err = run("plan", *job_flags(job, tmp_path / "new", device="cpu"))
+    assert (code, err) == (0, "")
+    assert re.search(r"documents +70 in 2 tars", out)
+    assert re.search(r"units +5 of 16 rows\n", out)
+    assert re.search(r"device +cpu", out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_plan_on_an_unfinished_output_counts_what_is_done_and_leaves_it_alone(run, job, output):
+    uncommit(output, 1, 2)
+    before = tree_of(output)
+    code, out, _ = run("plan", *job_flags(job, output))
+    assert code == 0
+    assert re.search(r"units +5 of 16 rows, 3 of them done", out)
+    assert tree_of(output) == before
+
+
+def test_plan_refuses_what_the_job_would_refuse(refused, job, output, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cuda: torch sees no GPU" in refused("plan", *job_flags(job, output, device="cuda"))
+    assert "--proj_kind" in refused("plan", *job_flags(job, output, proj_kind="none"))
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path / 'file'} is a file" in refused("plan", *job_flags(job, tmp_path / "file" / "out"))
+
+
+def test_plan_with_other_settings_than_the_output_lists_the_differences(run, job, output):
+    code, out, err = run("plan", *job_flags(job, output, proj_seed=7))
+    assert (code, out) == (2, "")
+    assert "--proj_seed: store 42, this run 7" in err
+
+
+def test_plan_refuses_a_folder_that_cannot_be_written(refused, job, tmp_path, monkeypatch):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    message = refused("plan", *job_flags(job, tmp_path / "new" / "out"))
+    assert f"--output_dir {tmp_path / 'new' / 'out'}: {tmp_path} is not writable for you" in message
+
+
+# --- status and verify ---
+
+
+def test_status_and_verify_say_by_their_exit_codes_what_they_found(run, output):
+    assert run("status", output)[0] == 0
+    assert run("verify", output)[0] == 0
+    uncommit(output, 1)
+    assert run("status", output)[0] == 3
+    assert run("verify", output)[0] == 3
+    flip_byte(output / record_name(2))
+    assert run("verify", output)[0] == 1
+
+
+def test_json_is_all_that_status_and_verify_print_when_asked_for(run, output):
+    assert json.loads(run("status", output, "--json")[1])["complete"] is True
+    assert json.loads(run("verify", output, "--json")[1])["damage"] == []
+    assert json.loads(run("status", output, "--json", "--no-rows")[1])["by_status"] is None
+
+
+# --- merge ---
+
+
+def test_merge_ends_a_store_whose_units_are_all_committed(run, output, job):
+    unmerge(output)
+    code, out, _ = run("merge", output)
+    assert code == 0
+    assert re.search(r"merged +5 of 5 units\nrows +70: 68 ok, 1 empty, 1 no_target\n", out)
+    assert run("verify", output)[0] == 0
+    assert_same_bits(output, job.output)
+    assert [list((output / name).iterdir()) for name in ("claims", "tmp")] == [[], []]
+
+
+def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
+    uncommit(output, 1, 4)
+    code, out, _ = run("merge", output)
+    assert code == 0
+    assert re.search(r"merged +3 of 5 units", out)
+    assert "missing       2 units, 22 documents: ids 16-31, 64-69; run the job's command again" in out
+    assert not read_output(output).is_merged
+    assert run("status", output)[0] == 3
+    assert run("verify", output)[0] == 3
+
+
+def test_merge_never_runs_beside_another_live_process_that_merges(run, refused, output):
+    process = sleeping_process()
+    try:
+        owner = owner_of(process, rank=3)
+        write_claim(output, "merge.0", owner)
+        message = refused("merge", output)
+        assert f"is being merged by rank 3 on {owner.host} (pid {owner.pid}, job job); wait for it" in message
+        assert str(output / "claims" / "merge.0") in message
+        assert (output / "claims" / "merge.0").exists()
+        assert list((output / "tmp").iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert run("merge", output)[0] == 0  # now that it has ended
+
+
+def test_merge_refuses_to_empty_columns_whose_records_have_gone(refused, output):
+    before = tree_of(output / "projections.zarr")
+    (output / record_name(2)).unlink()
+    message = refused("merge", output)
+    assert "holds 4 records, but the last merge used 5" in message
+    assert tree_of(output / "projections.zarr") == before
+
+
+def test_merge_names_a_damaged_record(refused, output):
+    flip_byte(output / record_name(2))
+    assert f"{output / record_name(2)} is damaged" in refused("merge", output)
+    assert list((output / "claims").iterdir()) == []
+
+
+# --- export ---
+
+
+def test_export_prints_the_number_of_files_first(run, output, tmp_path):
+    code, out, _ = run("export", output, "--format", "pt", "--to", tmp_path / "to", "--rows_per_file", 20)
+    assert code == 0
+    assert out.startswith("4 files of at most 20 rows: 68 ok rows of samples 0 to 69, ")
+    assert "left out: 1 empty, 1 no_target" in out
+    assert len(list((tmp_path / "to").glob("*.pt"))) == 4
+
+
+def test_export_into_a_folder_with_files_is_refused(refused, output):
+    assert "--to" in refused("export", output, "--to", output)
+    assert f"the store has {N_SAMPLES} samples" in refused("export", output, "--to", "x", "--ids", "0:99")

@@ -1,0 +1,173 @@
+"""What dead processes leave, and units that were lost: swept, taken back, computed again."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+from helpers.faults import IDENTITY, fake_owner, fake_rows, fill, gone_owner, make_store
+
+from gradproj.coordinator import unmerge as takeback
+from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.cleanup import sweep
+from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
+from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.merge import finish, is_merged
+from gradproj.coordinator.units import UnitQueue
+from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
+from gradproj.errors import StoreError
+from gradproj.store import ProjectionStore
+from gradproj.store.unit_record import record_name
+
+
+def here():
+    """This process."""
+    return Owner.this_process("job", 0, 0)
+
+
+def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path):
+    layout = make_store(tmp_path)
+    dead, away, mine = (
+        UnitQueue(tmp_path, layout, IDENTITY, [0], owner) for owner in (gone_owner(), fake_owner(1), here())
+    )
+    for queue in (dead, away, mine):
+        Heartbeat(tmp_path / "heartbeats", queue.owner, Progress()).write()
+    assert sweep(tmp_path, mine.owner) == 1
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {away.owner.name, mine.owner.name}
+    assert {path.stem for path in (tmp_path / "heartbeats").iterdir()} == {away.owner.name, mine.owner.name}
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [([1], "1 committed unit without a shard in .*: 1"), ([0, 2], "2 committed units .*: 0, 2")],
+)
+def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_path, lost, named):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    check_records_have_shards(tmp_path)
+    for unit in lost:
+        (tmp_path / layout.shard_name(unit)).unlink()
+    way_out = (
+        rf"Put the files back, or give these units up by `python -m gradproj verify {tmp_path} --repair`"
+    )
+    with pytest.raises(StoreError, match=rf"{named}\. {way_out}: this command then computes them again"):
+        check_records_have_shards(tmp_path)
+
+
+def test_a_unit_without_rows_a_shard_without_a_record_and_a_unit_repaired_meanwhile_are_sound(
+    tmp_path, monkeypatch
+):
+    layout = make_store(tmp_path)
+    queue = UnitQueue(tmp_path, layout, IDENTITY, [0, 1], here())
+    for unit in queue.take():
+        assert queue.commit(dataclasses.replace(fake_rows(layout, unit), stored=None))
+    (tmp_path / layout.shard_name(2)).write_bytes(b"of a process that died before its record")
+    check_records_have_shards(tmp_path)
+    (tmp_path / record_name(0)).unlink()
+    monkeypatch.setattr(takeback, "list_records", lambda folder: np.array([0, 1]))
+    check_records_have_shards(tmp_path)
+
+
+def test_a_listing_that_is_behind_the_records_is_asked_for_again_once_the_folder_has_changed(
+    tmp_path, monkeypatch
+):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    folder, when = tmp_path / "projections.zarr" / "projections", []
+
+    def remembered(asked):
+        when.append(os.stat(folder).st_mtime_ns)
+        return np.array([0] if when[0] == when[-1] else [0, 1, 2])
+
+    os.utime(folder, (0, 0))
+    monkeypatch.setattr(takeback, "list_shards", remembered)
+    check_records_have_shards(tmp_path)
+    assert len(when) == 2
+
+
+def test_records_without_their_store_are_refused(tmp_path):
+    check_records_have_store(tmp_path / "nowhere")
+    layout = make_store(tmp_path)
+    check_records_have_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    check_records_have_store(tmp_path)
+    shutil.rmtree(tmp_path / "projections.zarr")
+    with pytest.raises(
+        StoreError, match=r"records of 3 units but no projections\.zarr.*Put that folder back"
+    ):
+        check_records_have_store(tmp_path)
+
+
+def test_what_a_crash_has_torn_is_swept_whosever_it_was(tmp_path):
+    make_store(tmp_path)
+    owner = fake_owner(1)
+    make_scratch(tmp_path / "tmp" / owner.name, owner)
+    (tmp_path / "tmp" / owner.name / OWNER_FILE).unlink()
+    (tmp_path / "tmp" / owner.name / "shard-3").write_bytes(b"torn")
+    for ending in ("json", "tmp"):
+        (tmp_path / "heartbeats" / f"{owner.name}.{ending}").write_text('{"owner": {"job')
+    assert sweep(tmp_path, here()) == 0
+    for folder in ("tmp", "heartbeats"):
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    for name in ("00000001.0", "00000001.3"):
+        (tmp_path / "claims" / name).write_text(json.dumps(dataclasses.asdict(here())))
+    (tmp_path / "partial" / "00000002").mkdir()
+    (tmp_path / "tmp" / ".unfinished").mkdir()
+    dead = gone_owner(rank=7)
+    Heartbeat(tmp_path / "heartbeats", dead, Progress()).write()
+    (tmp_path / "heartbeats" / f"{dead.name}.tmp").write_text("torn")
+    assert sweep(tmp_path, here()) == 1
+    for folder in ("claims", "partial", "tmp", "heartbeats"):
+        assert list((tmp_path / folder).iterdir()) == []
+
+
+def test_a_completed_store_has_no_heartbeats_but_of_those_that_live(tmp_path):
+    layout = make_store(tmp_path)
+    dead, living = (Heartbeat(tmp_path / "heartbeats", fake_owner(n), Progress()) for n in (1, 2))
+    dead.write()
+    with living, Heartbeat(tmp_path / "heartbeats", here(), Progress()):
+        assert fill(tmp_path, layout, here())
+        left = {path.stem for path in (tmp_path / "heartbeats").glob("*.json")}
+        assert here().name in left
+        assert dead.owner.name not in left
+        living.write()
+        assert {path.stem for path in (tmp_path / "heartbeats").glob("*.json")} == {
+            here().name,
+            living.owner.name,
+        }
+    assert list((tmp_path / "heartbeats").iterdir()) == []
+
+
+def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_again(tmp_path):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    before = {path: path.read_bytes() for path in (tmp_path / "projections.zarr").rglob("c.*")}
+    (tmp_path / record_name(1)).unlink()
+    (tmp_path / layout.shard_name(1)).write_bytes(b"damaged")
+    queue = UnitQueue(tmp_path, layout, IDENTITY, [0, 1, 2], here())
+    assert not finish(tmp_path, queue.claims, wait=True)
+    take_back(tmp_path, queue.claims)
+    assert not is_merged(tmp_path)
+    assert json.loads((tmp_path / "metadata.json").read_text())["complete"] is False
+    with ProjectionStore(tmp_path) as store:
+        assert store.missing_ranges() == [(16, 32)]
+    assert zarr.open_group(tmp_path / "projections.zarr", mode="r")["status"][16:32].tolist() == [0] * 16
+    assert fill(tmp_path, layout, here())
+    assert {path: path.read_bytes() for path in before} == before
+    assert is_merged(tmp_path)
+
+
+def test_taking_back_touches_nothing_where_nothing_is_lost(tmp_path):
+    layout = make_store(tmp_path)
+    assert fill(tmp_path, layout, here())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    take_back(tmp_path, ClaimBoard(tmp_path / "claims", tmp_path / "tmp" / "none", here(), lambda o: 0))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

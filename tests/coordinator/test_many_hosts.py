@@ -1,0 +1,298 @@
+"""Hosts that stand still and wake up again, on one store: every id once, every shard its record's."""
+
+import dataclasses
+import errno
+import os
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers.faults import (
+    IDENTITY,
+    at_change,
+    before_each_change,
+    disagreements,
+    fake_owner,
+    fake_rows,
+    gone_owner,
+    make_store,
+)
+
+from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import fault_points as steps
+from gradproj.coordinator import units as units_module
+from gradproj.coordinator.claims import ClaimBoard
+from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.merge import finish, is_complete, is_merged
+from gradproj.coordinator.units import UnitQueue
+from gradproj.files import file_sum
+from gradproj.store import ProjectionStore
+from gradproj.store.unit_record import list_records, read_record, record_name
+
+
+def one_unit(tmp_path, number=0):
+    """A store of one unit, and a process that has claimed it."""
+    layout = make_store(tmp_path / "out", n_samples=4, rows_per_shard=16)
+    queue = UnitQueue(tmp_path / "out", layout, IDENTITY, [0], fake_owner(number))
+    assert next(queue.take()) == 0
+    return layout, queue
+
+
+def count_changes(tmp_path):
+    """How many changes of the file system a commit makes."""
+    layout, queue = one_unit(tmp_path)
+    with at_change(-1, lambda: None) as counter:
+        assert queue.commit(fake_rows(layout, 0))
+    return next(counter)
+
+
+def commit_in_a_thread(output, layout, pause_before):
+    """A second process takes the unit over; it pauses before its change of that number until told to go on."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def work():
+        queue = UnitQueue(output, layout, IDENTITY, [0], fake_owner(1))
+        with at_change(pause_before, lambda: (reached.set(), go_on.wait(10))):
+            for unit in queue.take():
+                queue.commit(fake_rows(layout, unit, writer=1))
+        reached.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert reached.wait(10)
+    return thread, go_on
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
+def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(tmp_path):
+    n_changes = count_changes(tmp_path / "count")
+    writers = set()
+    for paused_at in range(n_changes):
+        # 1000: the other commits before the first wakes up; else the first runs to its end in the middle of that.
+        for other_paused_at in (1000, 6, 14, 22):
+            layout, queue = one_unit(tmp_path / f"{paused_at}-{other_paused_at}")
+            other = []
+            with at_change(
+                paused_at,
+                lambda: other.append(commit_in_a_thread(queue.output, layout, other_paused_at)),  # noqa: B023
+            ):
+                queue.commit(fake_rows(layout, 0))
+            thread, go_on = other[0]
+            go_on.set()
+            thread.join()
+            queue.give_back()
+            assert disagreements(queue.output, layout) == []
+            assert list_records(queue.output / "units").tolist() == [0]
+            writers.add(int(read_record(queue.output / record_name(0)).columns["loss"][0]))
+    assert writers == {0, 1}
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_a_taken_over_owner_goes_on_with_its_other_units(tmp_path):
+    layout = make_store(tmp_path, n_samples=32)
+    old = UnitQueue(tmp_path, layout, IDENTITY, [0, 1], fake_owner(0))
+    units = old.take()
+    lost, kept = next(units), next(units)
+    new = UnitQueue(tmp_path, layout, IDENTITY, [lost], fake_owner(1))
+    assert next(new.take()) == lost
+    assert not old.scratch.exists()
+    assert not old.commit(fake_rows(layout, lost))
+    assert old.commit(fake_rows(layout, kept))
+    assert new.commit(fake_rows(layout, lost, writer=1))
+    assert disagreements(tmp_path, layout) == []
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
+    layout, first = one_unit(tmp_path)
+    out = tmp_path / "out"
+    second = UnitQueue(out, layout, IDENTITY, [0], gone_owner())
+    with monkeypatch.context() as patch:
+        patch.setattr(ClaimBoard, "_fence_older", lambda *claim: None)  # it dies between claim and fence
+        assert next(second.take()) == 0
+    assert first.scratch.exists()
+    third = UnitQueue(out, layout, IDENTITY, [0], dataclasses.replace(fake_owner(2)))
+    assert next(third.take()) == 0
+    assert not first.scratch.exists()
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
+    layout, first = one_unit(tmp_path)
+    first.claims.give_back("00000000")
+    second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
+    assert next(second.take()) == 0
+    assert first.scratch.exists()
+    third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
+    assert next(third.take()) == 0
+    assert first.scratch.exists()
+    assert not second.scratch.exists()
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for")
+def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(tmp_path, monkeypatch):
+    layout, first = one_unit(tmp_path)
+    second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse_by(errno.ESTALE))
+        with pytest.raises(OSError, match="Stale file handle"):
+            next(second.take())
+    second.give_back()
+    third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
+    assert next(third.take()) == 0
+    assert not first.scratch.exists()
+
+
+def refuse_by(code):
+    def refuse(*names):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_takes_them_for_dead(
+    tmp_path, monkeypatch
+):
+    now = [0.0]
+    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    layout, _ = one_unit(tmp_path)
+    beats = [5]
+    mine = UnitQueue(tmp_path / "out", layout, IDENTITY, [0], fake_owner(1)).claims
+    mine.heartbeat_of = lambda other: beats[0]
+    assert not mine.try_claim("00000000")
+    now[0] += 3600  # a file system that hung: nobody's heartbeat could be written
+    assert not mine.try_claim("00000000")
+    beats[0], now[0] = 6, now[0] + 5
+    assert not mine.try_claim("00000000")
+    now[0] += claims_module.STALE_AFTER_S - 1
+    assert not mine.try_claim("00000000")
+
+
+# --- eight of them ---
+
+N_HOSTS, N_UNITS = 8, 32
+
+
+class Host:
+    """One simulated machine: a clock of its own, a heartbeat, and moments at which everything in it stands still."""
+
+    def __init__(self, number, output, layout, seed):
+        self.number, self.output, self.layout = number, output, layout
+        self.owner, self.random = fake_owner(number), random.Random(f"{seed} {number}")
+        self.clock_start, self.clock_speed = self.random.uniform(-1e6, 1e6), self.random.uniform(0.9, 1.1)
+        self.heartbeat = Heartbeat(output / "heartbeats", self.owner, Progress())
+        self.asleep_until = 0.0
+        self.error = None
+
+    def monotonic(self):
+        return self.clock_start + self.clock_speed * time.perf_counter()
+
+    def maybe_freeze(self, chance=0.04):
+        if self.random.random() < chance:
+            self.asleep_until = time.perf_counter() + self.random.uniform(0.4, 1.0)
+            time.sleep(max(0.0, self.asleep_until - time.perf_counter()))
+
+    def beat(self):
+        if time.perf_counter() >= self.asleep_until:
+            self.heartbeat.progress.batches += 1
+            self.heartbeat.write()
+
+    def work(self):
+        try:
+            queue = UnitQueue(self.output, self.layout, IDENTITY, range(N_UNITS), self.owner)
+            for unit in queue.take():
+                self.maybe_freeze(0.4)
+                queue.commit(fake_rows(self.layout, unit, writer=self.number))
+            finish(self.output, queue.claims, wait=True)
+            queue.give_back()
+        except BaseException as error:
+            self.error = error
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Clocks that differ from host to host, and owners that are soon taken for dead."""
+    here = threading.local()
+
+    def clock():
+        return here.host.monotonic() if hasattr(here, "host") else time.perf_counter()
+
+    for module in (claims_module, units_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    for name, seconds in (("STALE_AFTER_S", 0.15), ("CONFIRM_AFTER_S", 0.05), ("ALIVE_FOR_S", 0.1)):
+        monkeypatch.setattr(claims_module, name, seconds)
+    monkeypatch.setattr(units_module, "WAIT_S", (0.02, 0.1))
+    return here
+
+
+def run_hosts(output, seed, here):
+    """Eight hosts fill a store, each standing still now and then before some change of the file system."""
+    layout = make_store(output, n_samples=8 * N_UNITS - 3, rows_per_shard=8)
+    hosts = [Host(number, output, layout, seed) for number in range(N_HOSTS)]
+    found = SimpleNamespace(hosts=hosts, layout=layout, output=output, seen={}, changed=[])
+    ended = threading.Event()
+
+    def run(host):
+        here.host = host
+        host.work()
+
+    def freeze(name, args):
+        if hasattr(here, "host") and name != "fsync":
+            here.host.maybe_freeze()
+
+    watcher = threading.Thread(target=watch, args=(found, ended))
+    threads = [threading.Thread(target=run, args=(host,)) for host in hosts]
+    with before_each_change(freeze):
+        for thread in (watcher, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+        ended.set()
+        watcher.join()
+    return found
+
+
+def watch(found, ended):
+    """Heartbeats of the hosts that are awake; and whether what was once published stays as it is."""
+    while not ended.wait(0.03):
+        for host in found.hosts:
+            host.beat()
+        for unit in list_records(found.output / "units").tolist():
+            shard = file_sum(found.output / found.layout.shard_name(unit))
+            if found.seen.setdefault(unit, shard) != shard:
+                found.changed.append(unit)
+
+
+def test_eight_hosts_that_stop_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
+    fenced = []
+    monkeypatch.setattr(steps, "at", lambda step: fenced.append(step) if step == "old owner fenced" else None)
+    for seed in range(5):
+        found = run_hosts(tmp_path / str(seed), seed, here)
+        assert [host.error for host in found.hosts] == [None] * N_HOSTS
+        assert_sound(found)
+        if len(fenced) > 5:
+            return
+    pytest.fail(f"{len(fenced)} takeovers in five runs: the test shows nothing")
+
+
+def assert_sound(found):
+    """Every unit is committed once, and each row and its columns are of one and the same host."""
+    output, layout = found.output, found.layout
+    assert found.changed == []
+    assert disagreements(output, layout) == []
+    assert list_records(output / "units").tolist() == list(range(N_UNITS))
+    assert is_complete(output)
+    assert is_merged(output)
+    with ProjectionStore(output) as store:
+        hosts = store.column("loss").astype(int)
+        for unit in range(N_UNITS):
+            start, stop = layout.unit_range(unit)
+            want = fake_rows(layout, unit, hosts[start])
+            scale = want.record.columns["row_scale"][:, None]
+            np.testing.assert_array_equal(
+                store.rows(range(start, stop)), want.stored.astype(np.float32) * scale
+            )
+    assert not [path for path in (output / "claims").iterdir() if not path.name.startswith("merge")]

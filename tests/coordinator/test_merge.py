@@ -1,0 +1,85 @@
+"""The final merge: stopped, waited for, and of a host that wakes up in the middle of it."""
+
+import time
+
+import pytest
+from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, fill, make_store
+
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.merge import MergeEnded, finish, is_merged, merge
+from gradproj.coordinator.units import UnitQueue
+
+
+def two_units_of_three(output):
+    """A store with a unit left to compute, and a process that is about to merge it."""
+    layout = make_store(output)
+    old = UnitQueue(output, layout, IDENTITY, range(layout.n_units), fake_owner(0))
+    units = old.take()
+    for unit in (next(units), next(units)):
+        old.commit(fake_rows(layout, unit))
+    assert old.claims.try_claim("merge")
+    return layout, old
+
+
+def files_of_the_store(output):
+    store = [*(output / "projections.zarr").rglob("*"), *output.glob("*.json")]
+    return {path: path.read_bytes() for path in store if path.is_file()}
+
+
+@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
+def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(tmp_path):
+    _, old = two_units_of_three(tmp_path / "count")
+    with at_change(-1, lambda: None) as counter:
+        merge(old.output, old.claims)
+    n_changes, ended = next(counter), 0
+    for paused_at in range(n_changes):
+        output = tmp_path / str(paused_at)
+        layout, old = two_units_of_three(output)
+        whole = {}
+
+        def others_finish(output=output, layout=layout, whole=whole):
+            assert fill(output, layout, fake_owner(1), writer=1)
+            whole.update(files_of_the_store(output))
+
+        with at_change(paused_at, others_finish):
+            try:
+                merge(output, old.claims)
+            except MergeEnded:
+                ended += 1
+        assert files_of_the_store(output) == whole, paused_at
+        assert is_merged(output)
+    # Only one that had put everything in place, and was about to flush the last folder, comes to its end.
+    assert ended == n_changes - 1
+
+
+def test_a_merge_ends_when_the_job_is_to_stop_and_the_next_start_merges(tmp_path):
+    layout = make_store(tmp_path)
+    queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
+    for unit in queue.take():
+        queue.commit(fake_rows(layout, unit))
+    asked = iter([False, False, True, True, True])
+    assert not finish(tmp_path, queue.claims, wait=True, stopping=lambda: next(asked))
+    queue.give_back()
+    assert not is_merged(tmp_path)
+    assert fill(tmp_path, layout, fake_owner(1))
+
+
+def test_a_rank_that_waits_for_anothers_merge_hears_that_it_is_to_stop(tmp_path):
+    layout = make_store(tmp_path)
+    busy = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
+    for unit in busy.take():
+        busy.commit(fake_rows(layout, unit))
+    assert busy.claims.try_claim("merge")
+    mine = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(1))
+    until = time.monotonic() + 0.8
+    assert not finish(tmp_path, mine.claims, wait=True, stopping=lambda: time.monotonic() > until)
+
+
+def test_the_heartbeat_moves_with_the_merge(tmp_path):
+    layout = make_store(tmp_path)
+    progress = Progress()
+    queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
+    for unit in queue.take():
+        queue.commit(fake_rows(layout, unit))
+    assert finish(tmp_path, queue.claims, wait=True, progress=progress)
+    assert progress.batches > layout.n_units

@@ -1,0 +1,52 @@
+"""Saved rows of unfinished units: bit by bit, and only those that are of use."""
+
+import numpy as np
+
+from gradproj.coordinator.partial_rows import PartialLog, PartialRows
+
+
+def part(first, n=3):
+    generator = np.random.default_rng(first)
+    return PartialRows(
+        np.arange(first, first + n),
+        generator.normal(size=(n, 5)).astype(np.float32),
+        generator.normal(size=n).astype(np.float32),
+        np.array([7]),
+        {"a": generator.normal(size=4), "g": generator.normal(size=4), "n_tokens": np.array(12)},
+    )
+
+
+def partial_log(tmp_path, key="key"):
+    (tmp_path / "partial").mkdir(exist_ok=True)
+    return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
+
+
+def test_partial_rows_come_back_bit_by_bit_in_order(tmp_path):
+    log = partial_log(tmp_path)
+    assert log.read() == (0, [])
+    log.append(0, 2, part(0))
+    log.append(2, 7, part(3))
+    done, parts = log.read()
+    assert done == 7
+    for got, want in zip(parts, [part(0), part(3)], strict=True):
+        for name in ("touched", "rows", "losses", "failed"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+        assert {k: v.tolist() for k, v in got.covariances.items()} == {
+            k: v.tolist() for k, v in want.covariances.items()
+        }
+
+
+def test_partial_rows_of_other_settings_are_left_alone(tmp_path):
+    partial_log(tmp_path).append(0, 2, part(0))
+    assert partial_log(tmp_path, key="other").read() == (0, [])
+
+
+def test_partial_rows_count_up_to_the_first_damaged_or_missing_file(tmp_path):
+    log = partial_log(tmp_path)
+    for first in (0, 2, 4):
+        log.append(first, first + 2, part(first))
+    damaged = sorted(log.folder.iterdir())[1]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert log.read()[0] == 2

@@ -1,0 +1,187 @@
+"""OUTPUT is deleted, or another store begun under its name, while a process works on it: nothing of it gets there."""
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, make_store
+from helpers.outputs import tree_of
+
+from gradproj.coordinator.merge import read_unit
+from gradproj.coordinator.partial_rows import PartialRows
+from gradproj.coordinator.store_guard import Replaced
+from gradproj.coordinator.units import FOLDERS, UnitQueue
+from gradproj.errors import StoreError
+from gradproj.store.metadata import WhichStore
+from gradproj.store.unit_record import encode_record, record_name
+
+PART = PartialRows(np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {})
+MADE = {"of other settings": "other", "of the same settings": IDENTITY}
+
+
+def working(output, **how):
+    """A process that has claimed unit 0 of two."""
+    layout = make_store(output, n_samples=32)
+    queue = UnitQueue(output, layout, IDENTITY, [0], fake_owner(0), **how)
+    units = queue.take()
+    assert next(units) == 0
+    return layout, queue, units
+
+
+def replace(output, identity):
+    """Another store, and another process that has claimed the same unit of it."""
+    shutil.rmtree(output)
+    layout = make_store(output, n_samples=32, identity=identity)
+    assert next(UnitQueue(output, layout, identity, [0], fake_owner(1)).take()) == 0
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_nothing_is_written_into_another_store_whenever_it_was_put_there(tmp_path, made):
+    layout, queue, _ = working(tmp_path / "count")
+    with at_change(-1, lambda: None) as counter:
+        assert queue.commit(fake_rows(layout, 0))
+    # The last change deletes the claim of what is committed then: no more than that could go amiss.
+    for paused_at in range(next(counter) - 1):
+        output = tmp_path / str(paused_at)
+        layout, queue, _ = working(output)
+        there = {}
+
+        def begin_another(output=output, there=there):
+            replace(output, MADE[made])
+            there.update(tree_of(output))
+
+        refused = pytest.raises(Replaced, match="was replaced while this job ran")
+        with at_change(paused_at, begin_another), refused:
+            queue.commit(fake_rows(layout, 0))
+        assert tree_of(output) == there, paused_at
+        queue.give_back()
+        assert tree_of(output) == there, paused_at
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_process_notices_another_store_before_it_claims_computes_saves_or_commits(tmp_path, made):
+    output = tmp_path / "out"
+    layout, queue, units = working(output)
+    replace(output, MADE[made])
+    there = tree_of(output)
+    log = queue.partial_log(0, "key")
+    for act in (
+        lambda: next(units),
+        lambda: log.append(0, 1, PART),
+        lambda: queue.commit(fake_rows(layout, 0)),
+    ):
+        with pytest.raises(Replaced, match=rf"another|new store {made}.*Nothing of this job was written"):
+            act()
+    queue.give_back()
+    assert tree_of(output) == there
+
+
+def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_the_job_were_kept(tmp_path):
+    layout, queue, _ = working(tmp_path)
+    for name in ("units", "claims", "projections.zarr"):
+        shutil.rmtree(tmp_path / name)
+    make_store(tmp_path, n_samples=32)
+    with pytest.raises(Replaced, match="a new store of the same settings"):
+        queue.commit(fake_rows(layout, 0))
+    for folder in ("units", "claims", "projections.zarr/projections"):
+        assert [path.name for path in (tmp_path / folder).iterdir() if path.name != "zarr.json"] == []
+
+
+def test_a_job_whose_store_was_replaced_since_its_start_begins_nothing(tmp_path):
+    layout = make_store(tmp_path, identity="other")
+    with pytest.raises(Replaced, match="another store, of other settings"):
+        UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(0))
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_merge_changes_the_attributes_and_not_which_store_it_is(tmp_path):
+    layout, queue, _ = working(tmp_path)
+    attributes = tmp_path / "projections.zarr" / "zarr.json"
+    attributes.write_text(attributes.read_text().replace('"complete": false', '"complete": true'))
+    assert queue.commit(fake_rows(layout, 0))
+
+
+@pytest.mark.parametrize(
+    ("times", "code", "read"), [(2, errno.ESTALE, True), (3, errno.ESTALE, False), (1, errno.EIO, False)]
+)
+def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
+    tmp_path, monkeypatch, times, code, read
+):
+    make_store(tmp_path)
+    which, load, left = WhichStore(tmp_path / "projections.zarr"), json.load, [times]
+
+    def stale(file):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(code, os.strerror(code))
+        return load(file)
+
+    monkeypatch.setattr(json, "load", stale)
+    if read:
+        assert which()[0] == IDENTITY
+    else:
+        with pytest.raises(StoreError, match=rf"cannot read .*/zarr\.json \(.*{os.strerror(code)}\)"):
+            which()
+
+
+def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
+    layout = make_store(tmp_path)
+    path = tmp_path / record_name(1)
+    path.write_bytes(encode_record(fake_rows(layout, 1, identity="other").record))
+    with pytest.raises(
+        StoreError, match=r"belongs to another store \(unit 1, settings other\).*verify .* --repair"
+    ):
+        read_unit(tmp_path, 1, IDENTITY)
+
+
+# --- parts of it deleted ---
+
+
+@pytest.mark.parametrize(
+    ("deleted", "named", "way_out"),
+    [
+        ("", "", "if it is lost, start again to begin anew"),
+        ("projections.zarr", "projections.zarr", "if it is lost, delete the folder and begin anew"),
+        ("projections.zarr/projections", "projections.zarr/projections", "Put it back and start again"),
+        ("units", "units", "without it, every unit is computed again"),
+        ("claims", "claims", "what was committed is kept"),
+    ],
+)
+def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(tmp_path, deleted, named, way_out):
+    output = tmp_path / "out"
+    layout, queue, _ = working(output)
+    shutil.rmtree(output / deleted)
+    with pytest.raises(StoreError, match=rf"{output / named} was deleted while this job ran.*{way_out}"):
+        queue.commit(fake_rows(layout, 0))
+    queue.give_back()
+    assert (output / deleted).exists() is False
+
+
+@pytest.mark.parametrize("deleted", ["", "projections.zarr", "units", "claims"])
+def test_a_process_that_looks_for_work_names_what_was_deleted(tmp_path, deleted):
+    output = tmp_path / "out"
+    _, queue, _ = working(output)
+    queue.wanted = np.arange(2)
+    shutil.rmtree(output / deleted)
+    named = rf"{output / deleted} was deleted while this job ran"
+    with pytest.raises(StoreError, match=named), queue.deletions_explained():
+        list(queue.take())
+
+
+def test_the_folder_of_saved_rows_deleted_is_named(tmp_path):
+    _, queue, _ = working(tmp_path)
+    shutil.rmtree(tmp_path / "partial")
+    with pytest.raises(
+        StoreError, match=r"partial was deleted while this job ran\. Start again: what was committed"
+    ):
+        queue.partial_log(0, "key").append(0, 1, PART)
+
+
+def test_the_folder_of_unpublished_files_deleted_is_made_again(tmp_path):
+    layout, queue, _ = working(tmp_path)
+    shutil.rmtree(tmp_path / "tmp")
+    assert queue.commit(fake_rows(layout, 0))
+    assert set(FOLDERS) <= {path.name for path in tmp_path.iterdir()}

@@ -1,0 +1,331 @@
+"""The corpus index: ids that never move, and damage that is never silent."""
+
+import os
+import shutil
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.tars import plain_members, slow_domain, slow_samples, write_tar
+
+from gradproj.corpus.index import (
+    build_index,
+    check_unchanged,
+    default_index_path,
+    list_tars,
+    load_index,
+    save_index,
+)
+from gradproj.corpus.tar import scan_pool as scanpool
+from gradproj.errors import CorpusError
+
+
+def index_of(*paths: Path, **options):
+    return build_index(list(paths), progress=False, **options)
+
+
+# --- which tars -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.tar", "a.tar", "c.tar", "notes.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "my.list").write_text("c.tar\n\n./a.tar\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("shards", "want"),
+    [
+        ("", "abc"),
+        ("*.tar", "abc"),
+        ("{b,a}.tar", "ba"),
+        ("{b..c}.tar", "bc"),
+        ("{c,[ab]}.tar", "cab"),
+        ("my.list", "ca"),
+        ("b.tar", "b"),
+    ],
+)
+def test_shards_name_tars_in_an_order_of_their_own(shards, want, folder):
+    assert list_tars(f"{folder}/{shards}") == [folder / f"{letter}.tar" for letter in want]
+
+
+@pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        ("{folder}/x*.tar", "nothing matches"),
+        ("{folder}/{{a..e}}.tar", "2 tars: .*d.tar, .*e.tar missing"),
+        ("{folder}/nowhere", "does not exist"),
+        ("{folder}/notes.md", "not a .tar"),
+        ("{folder}/a.tar.gz", "compressed tars cannot be read from the middle; unpack"),
+        ("{folder}/a.tgz", "compressed tars"),
+        ("{folder}/a.tar.zst", "compressed tars"),
+        ("{folder}/{{a,b,a}}.tar", "a.tar comes twice"),
+        ("{folder}/{{a,b.tar", "braces do not match"),
+        ("pipe:cat a.tar", "are not run"),
+        ("s3://bucket/a.tar", "remote tars are not read yet"),
+        ("https://host/{{0..9}}.tar", "remote tars are not read yet"),
+        ("{folder}/empty", "the folder has no .tar; it has 1 compressed file: a.tar.gz: unpack"),
+        ("{folder}/none.list", "the list file names no tar"),
+        ("{folder}/missing.txt", "the list file cannot be read"),
+        ("{folder}/remote.list", "'s3://b/a.tar' is not a local tar"),
+    ],
+)
+def test_shards_that_cannot_be_read_are_refused_in_words(shards, words, folder):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "a.tar.gz").touch()
+    (folder / "none.list").write_text("\n")
+    (folder / "remote.list").write_text("s3://b/a.tar\n")
+    with pytest.raises(CorpusError, match=words):
+        list_tars(shards.format(folder=folder))
+
+
+def test_a_link_to_a_listed_tar_is_the_same_tar(folder):
+    (folder / "z.tar").symlink_to(folder / "a.tar")
+    with pytest.raises(CorpusError, match=r"z\.tar comes twice \(also as .*a\.tar\)"):
+        list_tars(str(folder))
+
+
+def test_the_index_lies_beside_the_tars_where_they_share_a_folder(folder):
+    assert default_index_path(str(folder)) == folder / "corpus.json"
+    (folder / "sub").mkdir()
+    (folder / "sub" / "d.tar").touch()
+    assert default_index_path(f"{folder}/{{a.tar,sub/d.tar}}") is None
+
+
+# --- the index --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tars(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    sizes = [70, 0, 1, 130, 0]
+    return [write_tar(corpus / f"{i}.tar", plain_members(n, i)) for i, n in enumerate(sizes)]
+
+
+def test_ids_run_through_the_tars_in_order(tars):
+    index = index_of(*tars)
+    slow = [(number, position) for number, tar in enumerate(index.tars) for position in range(tar.n_samples)]
+    assert index.n_samples == len(slow) == 201
+    assert [index.locate(i) for i in range(201)] == slow
+    for start, stop in [(0, 201), (0, 0), (69, 72), (70, 71), (71, 201), (201, 201), (150, 160)]:
+        spans = list(index.spans(start, stop))
+        assert [(n, p) for n, first, last in spans for p in range(first, last)] == slow[start:stop]
+        assert all(first < last for _, first, last in spans)
+    for wrong in (-1, 201):
+        with pytest.raises(
+            CorpusError, match=rf"sample id {wrong} is not in this corpus, whose ids are 0 to 200"
+        ):
+            index.locate(wrong)
+    with pytest.raises(CorpusError, match="sample ids 5 to 202 are not in this corpus"):
+        list(index.spans(5, 202))
+
+
+def test_domains_are_counted_over_the_corpus(tars):
+    index = index_of(*tars)
+    slow = Counter(slow_domain(sample["json"]) for tar in tars for sample in slow_samples(tar))
+    assert index.domain_counts() == slow
+    assert index.domains == tuple(sorted(slow))
+
+
+def test_many_processes_build_what_one_builds(tars):
+    assert index_of(*tars, processes=2) == index_of(*tars, processes=1)
+
+
+def test_damage_found_in_another_process_is_told(tars):
+    tars[2].write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"2\.tar: damaged at byte 0: an empty file"):
+        index_of(*tars, processes=2)
+
+
+def test_a_scanning_process_that_dies_is_told_with_its_tar(tars, monkeypatch):
+    monkeypatch.setattr(scanpool, "_WORKER", "import sys; sys.stdin.readline(); sys.exit(3)")
+    with pytest.raises(CorpusError, match=r"0\.tar: the process that scanned it ended \(exit code 3\)"):
+        index_of(*tars, processes=2)
+
+
+def test_a_number_of_processes_below_one_is_refused(tars):
+    with pytest.raises(CorpusError, match="needs at least 1 process, got 0"):
+        index_of(*tars, processes=0)
+
+
+def test_a_copied_corpus_has_the_same_fingerprint_and_a_changed_one_another(tars, tmp_path):
+    index = index_of(*tars)
+    shutil.copytree(tars[0].parent, tmp_path / "copy")
+    copies = [tmp_path / "copy" / path.name for path in tars]
+    assert index_of(*copies).fingerprint == index.fingerprint
+    assert index_of(*reversed(copies)).fingerprint != index.fingerprint
+    assert index_of(*copies, domain_field="domain").fingerprint != index.fingerprint
+    raw = copies[0].read_bytes()
+    copies[0].write_bytes(raw.replace(b"text 5 text", b"text 6 text", 1))
+    assert index_of(*copies).fingerprint != index.fingerprint
+
+
+def test_a_saved_index_is_read_back_the_same(tars, tmp_path):
+    index = index_of(*tars)
+    assert save_index(index, tars[0].parent / "corpus.json") == index
+    assert load_index(tars[0].parent / "corpus.json") == index
+    save_index(index, tmp_path / "elsewhere.json")
+    assert load_index(tmp_path / "elsewhere.json") == index
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "elsewhere.json"]
+
+
+def test_a_folder_moved_with_its_index_stays_a_corpus(tars, tmp_path):
+    save_index(index_of(*tars), tars[0].parent / "corpus.json")
+    os.rename(tars[0].parent, tmp_path / "moved")
+    moved = load_index(tmp_path / "moved" / "corpus.json")
+    for tar in moved.tars:
+        check_unchanged(tar)
+
+
+def test_of_several_builders_one_wins_and_all_get_its_index(tars, tmp_path):
+    index = index_of(*tars)
+    others = [replace(index, tars=tuple(replace(t, mtime_ns=i) for t in index.tars)) for i in range(8)]
+    got: list = [None] * 8
+    barrier = threading.Barrier(8)
+
+    def build(i):
+        barrier.wait()
+        got[i] = save_index(others[i], tmp_path / "corpus.json")
+
+    threads = [threading.Thread(target=build, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(one == load_index(tmp_path / "corpus.json") for one in got)
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.json"]
+
+
+def test_an_index_of_another_corpus_is_not_overwritten_unless_asked(tars, tmp_path):
+    first, other = index_of(*tars), index_of(*tars[:3])
+    path = tmp_path / "corpus.json"
+    save_index(first, path)
+    with pytest.raises(CorpusError, match="is the index of another corpus: 5 tars, 201 samples"):
+        save_index(other, path)
+    assert load_index(path) == first
+    save_index(other, path, replace_existing=True)
+    assert load_index(path) == other
+
+
+def test_a_place_that_cannot_be_written_is_named(tars, tmp_path):
+    with pytest.raises(
+        CorpusError, match=r"nowhere/corpus.json: the corpus index cannot be written: No such file"
+    ):
+        save_index(index_of(*tars), tmp_path / "nowhere" / "corpus.json")
+
+
+def test_without_hard_links_the_index_is_still_published_whole(tars, tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    index = index_of(*tars)
+    assert save_index(index, tmp_path / "corpus.json") == load_index(tmp_path / "corpus.json") == index
+    assert save_index(index, tmp_path / "corpus.json") == index
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.json"]
+
+
+def test_a_torn_index_is_refused_wherever_it_ends(tars, tmp_path):
+    path = tmp_path / "corpus.json"
+    save_index(index_of(*tars), path)
+    raw = path.read_bytes()
+    for n in range(0, len(raw), 97):
+        path.write_bytes(raw[:n])
+        with pytest.raises(CorpusError, match=r"(torn|not a) corpus index .*python -m gradproj index"):
+            load_index(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: b'{"a": 1}', "not a corpus index"),
+        (lambda raw: b"\x93NUMPY", "not a corpus index"),
+        (
+            lambda raw: raw.replace(b"gradproj corpus index", b"another thing"),
+            "not a corpus index but 'another thing'",
+        ),
+        (
+            lambda raw: raw.replace(b'"format_version":1', b'"format_version":2'),
+            "format version 2; this gradproj reads",
+        ),
+        (lambda raw: raw.replace(b'"n_samples":70', b'"n_samples":71'), "damaged or was edited"),
+    ],
+)
+def test_a_file_that_is_no_index_of_this_version_is_refused(change, words, tars, tmp_path):
+    path = tmp_path / "corpus.json"
+    save_index(index_of(*tars), path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CorpusError, match=words):
+        load_index(path)
+
+
+def test_a_changed_tar_is_refused_by_name_with_the_way_out(tars):
+    tar = index_of(*tars).tars[0]
+    check_unchanged(tar)
+    os.utime(tar.path, ns=(0, tar.mtime_ns + 1))
+    with pytest.raises(
+        CorpusError, match=r"0\.tar: changed since it was indexed: it was modified at"
+    ) as caught:
+        check_unchanged(tar)
+    assert "Run `python -m gradproj index` again" in str(caught.value)
+    tar.path.write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"0\.tar: changed .*: it has 0 bytes, the index says"):
+        check_unchanged(tar)
+    tar.path.unlink()
+    with pytest.raises(CorpusError, match=r"0\.tar: the tar cannot be read: No such file"):
+        check_unchanged(tar)
+
+
+def test_a_corpus_is_found_again_at_other_paths(tars, tmp_path):
+    index = index_of(*tars)
+    shutil.copytree(tars[0].parent, tmp_path / "copy")
+    copies = [tmp_path / "copy" / path.name for path in tars]
+    for path in copies:
+        os.utime(path, ns=(0, 12345))
+    moved = index.relocated(copies)
+    assert (moved.fingerprint, [tar.path for tar in moved.tars]) == (index.fingerprint, copies)
+    for tar in moved.tars:
+        check_unchanged(tar)
+    assert index.relocated(tars) == index
+    copies[2].write_bytes(b"short")
+    with pytest.raises(CorpusError) as caught:
+        index.relocated([copies[1], copies[0], *copies[2:4]])
+    assert "4 differences: 4 tars, the index has 5, tar 0 is 1.tar, the index has 0.tar" in str(caught.value)
+    assert "2.tar has 5 bytes" in str(caught.value)
+
+
+def test_a_tar_touched_in_its_place_is_still_noticed_after_relocation(tars):
+    index = index_of(*tars)
+    os.utime(tars[0], ns=(0, 1))
+    with pytest.raises(CorpusError, match="changed since it was indexed"):
+        check_unchanged(index.relocated(tars).tars[0])
+
+
+def test_a_tar_that_changes_while_it_is_indexed_is_refused(tars, monkeypatch):
+    def scan_and_touch(paths, *options):
+        facts = scanpool.scan_tars(paths, *options)
+        os.utime(paths[3], ns=(0, 1))
+        return facts
+
+    monkeypatch.setattr("gradproj.corpus.index.scan_tars", scan_and_touch)
+    with pytest.raises(CorpusError, match=r"3\.tar: changed since it was indexed"):
+        index_of(*tars)
+
+
+def test_an_index_of_nothing_is_refused():
+    with pytest.raises(CorpusError, match="there is no tar to index"):
+        build_index([])
+
+
+def test_all_damaged_tars_are_named_at_once(tmp_path):
+    tars = [write_tar(tmp_path / f"{i}.tar", plain_members(3)) for i in range(4)]
+    tars[1].write_bytes(b"")
+    tars[3].write_bytes(tars[3].read_bytes()[:512])
+    with pytest.raises(CorpusError) as caught:
+        index_of(*tars)
+    assert [str(path) in str(caught.value) for path in tars] == [False, True, False, True]

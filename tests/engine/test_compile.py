@@ -1,0 +1,211 @@
+"""``--compile``: the same rows to rounding, the model as it was found, and clear words where there is no compiler."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.jobs import ENVIRONMENT, flags, make_corpus, make_model, mixed_documents
+from helpers.models import ragged_batch, small_model
+from torch import nn
+
+from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.engine import compile as compiler
+from gradproj.engine.loss import per_sample_loss
+from gradproj.errors import ConfigError, ModelError
+from gradproj.job import batch_size as probe
+from gradproj.job.batch_size import compile_now
+
+
+def why_not() -> str:
+    try:
+        check_compiler("cpu")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "a compiler is there")
+
+SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "freeze_weights": True, "token_covariances": True}
+
+
+def rows_of(model, batches, **changes):
+    """Rows of every batch, and the covariances of all of them."""
+    with GradProjLoraEngine(model, **SETTINGS, **changes) as engine:
+        rows = []
+        for ids, labels in batches:
+            engine.set_token_mask(labels != -100)
+            per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+            rows.append(engine.collect_batch())
+        return torch.cat(rows), engine.take_token_covariances()
+
+
+def relative_errors(got, want):
+    return ((got - want).norm(dim=-1) / want.norm(dim=-1)).max().item()
+
+
+@needs_compiler
+def test_compiled_blocks_give_the_same_rows_of_every_length_and_leave_the_model_as_it_was():
+    torch.compiler.reset()
+    model = small_model("llama")
+    batches = [ragged_batch(lengths) for lengths in ([40, 30], [23, 22, 11], [50, 40, 30, 20])]
+    want, want_sums = rows_of(model, batches)
+    names, weights = list(model.state_dict()), [w.clone() for w in model.parameters()]
+    torch._dynamo.utils.counters.clear()
+    with GradProjLoraEngine(model, **SETTINGS, compiled=True) as engine:
+        per_sample_loss(model, batches[0][0]).sum().backward()  # without a token mask
+        engine.collect_batch()
+    got, sums = rows_of(model, batches, compiled=True)
+    assert relative_errors(got, want) < 1e-5
+    assert relative_errors(sums.a[None], want_sums.a[None]) < 1e-5
+    assert relative_errors(sums.s[None], want_sums.s[None]) < 1e-5
+    assert sums.n_tokens == want_sums.n_tokens
+    # Two blocks, three lengths and numbers of samples, with a mask and without: one graph below
+    # which nothing has a gradient, one for the rest.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
+    assert not any("forward" in vars(part) or part._forward_hooks for part in model.modules())
+    # What is compiled already is taken again, with checkpointing too.
+    again, _ = rows_of(model, batches, compiled=True, gradient_checkpointing=True)
+    assert relative_errors(again, want) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tapped_layers_give_the_rows_of_hooked_ones(family, dtype, monkeypatch):
+    """The very hooks that are compiled, without the compiler."""
+    monkeypatch.setattr("gradproj.engine.frozen_model.compiled_block", lambda block: block.forward)
+    model, batches = small_model(family).to(dtype), [ragged_batch(lengths) for lengths in ([40, 30], [17])]
+    changes = {"include_embeddings": True} if family != "opt" else {}
+    want, want_sums = rows_of(model, batches, **changes)
+    got, sums = rows_of(model, batches, compiled=True, **changes)
+    assert relative_errors(got, want) < 1e-6
+    assert relative_errors(sums.a[None], want_sums.a[None]) < 1e-6
+    assert sums.n_tokens == want_sums.n_tokens
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """A model whose tapped blocks run as they are."""
+    monkeypatch.setattr("gradproj.engine.frozen_model.compiled_block", lambda block: block.forward)
+    return small_model("llama")
+
+
+def test_a_batch_that_was_not_collected_is_an_error_and_can_be_dropped(uncompiled):
+    ids, _ = ragged_batch([9, 9])
+    with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
+        with pytest.raises(ModelError, match="no backward pass"):
+            engine.collect_batch()
+        per_sample_loss(uncompiled, ids).sum().backward()
+        with pytest.raises(ModelError, match="was not collected"):
+            per_sample_loss(uncompiled, ids)
+        engine.clear_gradients()
+        per_sample_loss(uncompiled, ids).sum().backward()
+        assert engine.collect_batch().shape == (2, engine.total_proj_dim)
+
+
+def test_samples_that_cannot_be_told_apart_are_an_error(uncompiled):
+    ids, _ = ragged_batch([9, 9])
+    with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
+        per_sample_loss(uncompiled, ids)
+        tap = engine._capture.taps[0]
+        with pytest.raises(ModelError, match="cannot be told apart"):
+            tap(nn.Identity(), (torch.ones(7, tap._p_i.shape[1]),), {}, torch.ones(7, 3))
+        engine.clear_gradients()
+        with pytest.raises(ModelError, match="got neither"):
+            tap(nn.Identity(), (torch.ones(2, 9, tap._p_i.shape[1]),), {}, torch.ones(2, 9, 3))
+
+
+def test_all_is_compiled_before_the_first_unit_and_nothing_of_it_is_kept(uncompiled, monkeypatch):
+    shapes = []
+
+    def loss(model, ids):
+        shapes.append(tuple(ids.shape))
+        return per_sample_loss(model, ids)
+
+    monkeypatch.setattr(probe, "per_sample_loss", loss)
+    with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
+        assert compile_now(uncompiled, engine, 24) > 0
+        assert shapes == [(2, 24), (1, 24)]
+        assert engine.take_token_covariances().n_tokens == 0
+
+
+def test_compiling_is_for_frozen_weights():
+    with pytest.raises(ConfigError, match="freeze_weights=True"):
+        GradProjLoraEngine(small_model("gpt2"), compiled=True)
+
+
+def test_a_model_without_marked_blocks_is_an_error():
+    model = nn.Sequential(nn.Linear(8, 8))
+    engine = GradProjLoraEngine(model, "0", 4, 2, freeze_weights=True, compiled=True)
+    with pytest.raises(ModelError, match="--compile: transformers marks no block of Sequential"):
+        engine.attach()
+    assert "forward" not in vars(model[0])
+
+
+def test_a_failure_inside_the_compiler_is_one_line_with_the_way_out():
+    def broken(graph, inputs):
+        raise ValueError("first line\nsecond line")
+
+    function = torch.compile(lambda x: x + 1, backend=broken)
+    with pytest.raises(ModelError) as caught, compiler_errors_explained():
+        function(torch.ones(3))
+    assert "\n" not in str(caught.value)
+    assert "--compile: torch's compiler failed" in str(caught.value)
+    assert "ValueError: first line" in str(caught.value)
+    assert "leave --compile out" in str(caught.value)
+
+
+def test_other_failures_are_left_alone():
+    with pytest.raises(RuntimeError, match="mine"), compiler_errors_explained():
+        raise RuntimeError("mine")
+    with pytest.raises(torch.OutOfMemoryError), compiler_errors_explained():
+        raise torch.OutOfMemoryError("full")
+
+
+def test_everything_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiler, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"a C\+\+ compiler .* and Python's headers .*leave --compile out"):
+        check_compiler("cpu")
+
+
+def test_plan_says_that_there_is_no_compiler_and_exits_with_2(tmp_path):
+    make_corpus(tmp_path / "tars", mixed_documents(4))
+    settings = {
+        "shards": tmp_path / "tars",
+        "output_dir": tmp_path / "out",
+        "model": make_model(tmp_path / "model"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gradproj", "plan", *flags(**settings, compile=True, device="cpu")],
+        env={**ENVIRONMENT, "CXX": "/nowhere/c++"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("gradproj: --compile: this machine lacks a C++ compiler")
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_what_is_compiled_runs_as_it_is_where_no_graphs_are_worth_making():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    with nothing_compiled():
+        assert function(torch.ones(2)).tolist() == [2, 2]
+    assert seen == []
+    assert function(torch.ones(2)).tolist() == [2, 2]
+    assert len(seen) == 1

@@ -1,0 +1,314 @@
+"""The whole command on a corpus of a few documents: what it makes, and that a killed one goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.jobs import ENVIRONMENT, make_corpus, make_tokenizer, mixed_documents, words
+
+from gradproj.__main__ import main
+from gradproj.corpus.stream import read_documents
+from gradproj.errors import CorpusError, ModelError, OtherSettingsError, StoreError
+from gradproj.evaluation import retraining
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.corpus import make_experiment
+from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
+from gradproj.evaluation.retraining import train_config
+from gradproj.evaluation.table import table_lines
+from gradproj.training.data import open_corpus
+
+SMALL = {
+    "documents": 8, "queries": 3, "duplicates": 2, "max_length": 24, "windows": 2, "n_layer": 1, "n_embd": 16,
+    "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4, "seeds": 2, "leave_out": 1, "leave_out_k": 2,
+    "leave_out_group": 1, "pretrain": 0,
+    "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
+    "methods": "random,ngram,hidden", "reference": "ngram",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_corpus(folder / "tars", [{"text": words(60, i)} for i in range(12)] + mixed_documents(4))
+    make_tokenizer(folder / "tok")
+    return folder
+
+
+def config_of(data: Path, output: Path, **changes) -> LdsConfig:
+    where = {"shards": str(data / "tars"), "tokenizer": str(data / "tok"), "output_dir": str(output)}
+    return LdsConfig(**where | SMALL | changes)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Trainings run at once and here; gives the names of their losses' files, in order."""
+    made = []
+
+    class Pool:
+        def submit(self, function, *arguments):
+            made.append(arguments[-1].stem)
+            future: Future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    @contextmanager
+    def workers(n, folder):
+        yield Pool()
+
+    monkeypatch.setattr(retraining, "workers", workers)
+    return made
+
+
+def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
+    settings = SMALL | {"methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16:0.1"}
+    settings |= {
+        "shards": data / "tars",
+        "tokenizer": data / "tok",
+        "output_dir": tmp_path / "out",
+        "jobs": 2,
+    }
+    settings |= {"subsets": 3, "seeds": 1}
+    assert main(["lds", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]) == 0
+    shown = capsys.readouterr().out
+    assert "8 documents, 3 queries; 3 random halves, 1 training of each" in shown
+    told = json.loads((tmp_path / "out/lds.json").read_text())
+    assert set(told["methods"]) == set(settings["methods"].split(","))
+    assert told["training_seeds"] == [1]
+    assert all(name in shown for name in told["methods"])
+    assert -1 <= told["methods"]["kfac@16:0.1"]["lds"]["mean"] <= 1
+    losses, subsets = np.load(tmp_path / "out/losses.npy"), np.load(tmp_path / "out/subsets.npy")
+    assert losses.shape == (3, 1, 5)
+    assert (subsets.sum(axis=1) == 4).all()
+    assert np.load(tmp_path / "out/scores/kfac@16-0.1.npy").shape == (5, 8)
+    assert not list((tmp_path / "out/losses").glob("*.training"))
+
+
+def test_trainings_are_of_the_subset_alone_and_score_by_hand(data, tmp_path, in_this_process):
+    config = config_of(data, tmp_path, leave_out=0, duplicates=0)
+    results = evaluate(config)
+    losses, subsets = np.load(tmp_path / "losses.npy"), np.load(tmp_path / "subsets.npy")
+    scores = np.load(tmp_path / "scores/hidden.npy")
+    told = (scores[:, None, :] * subsets[None]).sum(-1)
+    seen = -losses.mean(axis=1).T
+    ranked = [
+        np.corrcoef(retraining_ranks(a), retraining_ranks(b))[0, 1] for a, b in zip(told, seen, strict=True)
+    ]
+    assert results.methods["hidden"].lds.mean == pytest.approx(np.mean(ranked), abs=1e-9)
+    assert len(in_this_process) == 8
+
+
+def retraining_ranks(values: np.ndarray) -> list[float]:
+    order = sorted(values.tolist())
+    return [np.mean([i for i, v in enumerate(order) if v == x]) for x in values.tolist()]
+
+
+def test_leaving_out_trains_without_the_top_documents_and_without_random_ones(
+    data, tmp_path, in_this_process
+):
+    results = evaluate(
+        config_of(data, tmp_path, leave_out=2, leave_out_k=1, leave_out_group=2, leave_out_controls=3)
+    )
+    assert in_this_process[8:] == [
+        *(f"without-2-random-{i}-seed-0" for i in range(3)), "without-2-ngram-for-0-to-1-seed-0"
+    ]  # fmt: skip
+    controls = np.stack([np.load(tmp_path / f"losses/without-2-random-{i}-seed-0.npy") for i in range(3)])
+    own = np.load(tmp_path / "losses/without-2-ngram-for-0-to-1-seed-0.npy")
+    left = results.methods["ngram"].leave_out
+    assert left is not None
+    assert left.by_query == pytest.approx((own[:2] - controls[:, :2].mean(axis=0)).tolist())
+    assert any("left out: nats" in line for line in table_lines(results))
+
+
+def test_a_stopped_experiment_goes_on_where_it_was(data, tmp_path, in_this_process, monkeypatch):
+    whole = config_of(data, tmp_path / "whole", leave_out=0)
+    evaluate(whole)
+    own, count = retraining._retrain, []
+
+    def stopped_in_the_third(config, experiment, task, path):
+        count.append(path)
+        if len(count) == 3:
+            (path.parent / f"{path.stem}.training" / "tars").mkdir(parents=True)
+            raise KeyboardInterrupt
+        own(config, experiment, task, path)
+
+    monkeypatch.setattr(retraining, "_retrain", stopped_in_the_third)
+    other = config_of(data, tmp_path / "other", leave_out=0)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(other)
+    monkeypatch.setattr(retraining, "_retrain", own)
+    in_this_process.clear()
+    evaluate(other)
+    assert len(in_this_process) == 6  # of eight, two were there
+    assert (np.load(tmp_path / "other/losses.npy") == np.load(tmp_path / "whole/losses.npy")).all()
+
+
+def test_more_subsets_seeds_and_methods_keep_what_is_there(data, tmp_path, in_this_process):
+    few = config_of(data, tmp_path, leave_out=0, subsets=3, seeds=1, methods="ngram")
+    evaluate(few)
+    before = np.load(tmp_path / "losses.npy")
+    assert json.loads((tmp_path / "lds.json").read_text())["ceiling"] is None  # one seed cannot tell
+    in_this_process.clear()
+    evaluate(config_of(data, tmp_path, leave_out=0))
+    assert len(in_this_process) == 4 * 2 - 3
+    assert (np.load(tmp_path / "losses.npy")[:3, :1] == before).all()
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom gradproj.evaluation.retraining import workers\n"
+        "if __name__ == '__main__':\n"
+        "    with workers(1, Path(sys.argv[1])) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 600).result()\n"
+    )
+    (tmp_path / "starts.py").write_text(script)
+    started = subprocess.Popen(
+        [sys.executable, tmp_path / "starts.py", tmp_path], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    worker = int(started.stdout.readline())
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{worker}").exists() and "Z" not in _state(worker):
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.05)
+    started.stdout.close()
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+# --- the documents
+
+
+def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_queries(data, tmp_path):
+    config = config_of(data, tmp_path, changed=0.25)
+    experiment = make_experiment(config)
+    assert experiment.documents.shape == (8, 24)
+    assert experiment.queries.shape == (5, 24)
+    assert experiment.n_held_out == 3
+    originals = experiment.queries[experiment.n_held_out :]
+    same = (experiment.documents[experiment.copies] == originals).mean(axis=1)
+    assert (same >= 0.75).all()
+    assert (same < 1).any()
+    rest = np.delete(experiment.documents, experiment.copies, axis=0)
+    assert not (rest[:, None] == experiment.queries[None]).all(axis=2).any()
+    index = open_corpus(str(experiment.document_tars))
+    in_tars = [document.input_ids for document in read_documents(index, 0, index.n_samples)]
+    assert in_tars == experiment.documents.tolist()
+    again = make_experiment(config)
+    assert (again.documents == experiment.documents).all()
+
+
+def test_trainings_start_from_a_model_that_has_seen_other_documents_only(data, tmp_path, in_this_process):
+    config = config_of(data, tmp_path, pretrain=6, leave_out=0, subsets=3, seeds=1, methods="ngram")
+    evaluate(config)
+    experiment = make_experiment(config)
+    index = open_corpus(str(tmp_path / "pretrain"))
+    assert index.n_samples == 6
+    before, own, asked = (sources_of(tmp_path / name) for name in ("pretrain", "documents", "queries"))
+    assert not before & (own | asked)
+    told = train_config(config, experiment, experiment.document_tars, tmp_path / "x", seed=5)
+    assert (told.model, told.seed) == (str(tmp_path / "start"), 5)
+
+
+def sources_of(folder: Path) -> set[str]:
+    """Keys of the corpus's documents that the windows in a folder's tars were cut from."""
+    found = set()
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found |= {json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar}
+    return found
+
+
+def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
+    few, many = (draw_subsets(config_of(data, tmp_path, subsets=n), 9) for n in (3, 7))
+    assert (many[:3] == few).all()
+    assert (many.sum(axis=1) == 4).all()
+    assert len(np.unique(many, axis=0)) > 1
+
+
+# --- mistakes
+
+
+def test_too_few_documents_are_said(data, tmp_path):
+    with pytest.raises(CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"):
+        make_experiment(config_of(data, tmp_path, documents=500))
+
+
+def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(data, tmp_path, in_this_process):
+    with pytest.raises(CorpusError, match="need 503"):
+        evaluate(config_of(data, tmp_path, documents=500, leave_out=0))
+    assert evaluate(config_of(data, tmp_path, leave_out=0)).n_documents == 8
+
+
+def test_a_tokenizer_that_is_not_there_is_said(data, tmp_path):
+    with pytest.raises(ModelError, match="--tokenizer /nowhere: no such directory"):
+        evaluate(config_of(data, tmp_path, tokenizer="/nowhere"))
+
+
+def test_another_experiments_folder_is_refused_with_every_difference(data, tmp_path, in_this_process):
+    evaluate(config_of(data, tmp_path, leave_out=0))
+    with pytest.raises(
+        OtherSettingsError, match=r"--documents: there 8, here 10\n.*--epochs: there 2, here 3"
+    ):
+        evaluate(config_of(data, tmp_path, documents=10, epochs=3))
+
+
+def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
+    config = config_of(data, tmp_path, leave_out=0)
+    evaluate(config)
+    (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
+    with pytest.raises(
+        StoreError, match=r"subset-0001-seed-2.npy cannot be read .*: remove it, and the same command"
+    ):
+        evaluate(config)
+    (tmp_path / "settings.json").write_bytes(b"{")
+    with pytest.raises(StoreError, match=r"settings.json is damaged"):
+        evaluate(config)
+
+
+def test_a_training_that_was_killed_is_said(data, tmp_path):
+    killed: Future = Future()
+    killed.set_exception(BrokenProcessPool("gone"))
+    with pytest.raises(
+        StoreError, match=r"a training's process was ended .* --jobs 1 .* see .*training\.log"
+    ):
+        retraining._finished(killed, config_of(data, tmp_path))
+
+
+def test_two_commands_do_not_work_in_one_folder(data, tmp_path):
+    with locked(tmp_path), pytest.raises(StoreError, match="another lds works in"):
+        evaluate(config_of(data, tmp_path))
+
+
+def test_a_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert available(["ngram", "bm25"]) == ["ngram"]
+    assert "left out: bm25, which needs bm25s (pip install 'gradproj[evaluation]')" in capsys.readouterr().err
+
+
+def test_whoever_is_stopped_by_a_signal_says_so(data, tmp_path, in_this_process, monkeypatch, capsys):
+    monkeypatch.setattr(retraining, "_train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    config = config_of(data, tmp_path)
+    flags = [
+        str(x) for n in ("shards", "tokenizer", "output_dir", *SMALL) for x in (f"--{n}", getattr(config, n))
+    ]
+    assert main(["lds", *flags]) == 130
+    assert "stopped" in capsys.readouterr().err

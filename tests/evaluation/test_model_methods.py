@@ -1,0 +1,59 @@
+"""The baselines that look at the model, on small random ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.jobs import make_model
+from helpers.models import small_model
+
+from gradproj.evaluation.kronfluence_methods import kronfluence_scores, linear_in_place_of_conv1d
+from gradproj.evaluation.model_methods import hidden_cosine
+from gradproj.evaluation.retraining import load, query_losses
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture
+def documents() -> np.ndarray:
+    return np.random.default_rng(0).integers(2, 250, (6, 24))
+
+
+def test_a_model_with_linear_layers_for_conv1d_says_the_same():
+    model = small_model("gpt2")
+    ids = torch.arange(12)[None]
+    before = model(input_ids=ids).logits
+    names = linear_in_place_of_conv1d(model)
+    assert len(names) == 8
+    assert all(type(model.get_submodule(name)) is torch.nn.Linear for name in names)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_kronfluence_puts_a_document_first_for_itself(folder, documents, tmp_path):
+    pytest.importorskip("kronfluence")
+    scores = kronfluence_scores("kronfluence_ekfac", folder, documents, documents[2:4], tmp_path / "work")
+    assert scores.shape == (2, 6)
+    assert scores.argmax(axis=1).tolist() == [2, 3]
+    assert not (tmp_path / "work").exists()
+
+
+def test_hidden_is_the_cosine_of_centred_means_by_hand(folder, documents):
+    model = load(folder, "cpu")
+    with torch.no_grad():
+        means = [model.transformer(torch.from_numpy(d)[None])[0][0].mean(0).numpy() for d in documents]
+    centred = np.stack(means) - np.mean(means, axis=0)
+    want = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in centred] for a in centred[1:3]]
+    np.testing.assert_allclose(hidden_cosine(folder, documents, documents[1:3], "cpu"), want, atol=1e-4)
+
+
+def test_a_querys_loss_is_its_mean_over_target_tokens(folder, documents):
+    model = load(folder, "cpu")
+    ids = torch.from_numpy(documents)
+    with torch.no_grad():
+        want = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
+    np.testing.assert_allclose(query_losses(model, documents), want, rtol=1e-5)

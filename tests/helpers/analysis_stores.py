@@ -1,0 +1,130 @@
+"""Small stores whose every answer can be computed by hand, and the slow, obvious float64 way to do so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from helpers.stores import Output, make_layers
+
+from gradproj import ProjectionStore
+from gradproj.store.layout import STATUS, StoreConfig
+from gradproj.store.writer import encode_rows, update_attributes, write_array, write_column_block
+
+WIDTHS = ((2, 3), (4, 2), (3, 3))
+NAMES = [layer.name for layer in make_layers(list(WIDTHS))]
+N_SAMPLES, N_TOKENS = 70, 900
+MISSING_UNIT, EMPTY = 2, (5, 40 + 25)  # rows 32 to 47, and two documents that have no text
+
+
+def make_store(path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **settings: object) -> Output:
+    """70 rows in shards of 16 (the last of 6), one unit missing, two rows empty; token covariances of its own."""
+    output = Output(
+        path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype, **settings)
+    )
+    generator = np.random.default_rng(7)
+    scale = sizes ** generator.uniform(-1, 1, (N_SAMPLES, 1))
+    # Layers of different scales, and correlated values, so that a preconditioner has something to do.
+    mixed = generator.standard_normal((N_SAMPLES, output.layout.dim)) @ generator.standard_normal(
+        (output.layout.dim, output.layout.dim)
+    )
+    mixed[:, 6:14] *= 50
+    output.rows = (mixed * scale).astype(np.float32)
+    output.stored, output.row_scale = encode_rows(output.rows, proj_dtype)
+    units = [unit for unit in range(output.layout.n_units) if unit != MISSING_UNIT]
+    for unit in units:
+        output.commit(unit)
+    output.merge(units)
+    with ProjectionStore(path) as store:
+        status = store.column("status")
+    status[list(EMPTY)] = STATUS["empty"]
+    write_column_block(output.store_path, output.layout, 0, {"status": status})
+    for name, sides in (("s", [k_o for k_o, _ in WIDTHS]), ("a", [k_i for _, k_i in WIDTHS])):
+        flat = [
+            tokens.T @ tokens for side in sides for tokens in [generator.standard_normal((N_TOKENS, side))]
+        ]
+        write_array(output.store_path, f"token_covariance_{name}", np.concatenate([m.ravel() for m in flat]))
+    update_attributes(output.store_path, {"covariance_tokens": N_TOKENS, "store_id": str(path)})
+    return output
+
+
+def store_again(output: Output) -> None:
+    """Write what ``output.stored`` and ``output.row_scale`` have become."""
+    for unit in range(output.layout.n_units):
+        if unit != MISSING_UNIT:
+            (output.path / output.layout.shard_name(unit)).unlink()
+            output.commit(unit)
+    with ProjectionStore(output.path) as store:
+        there = store.column("status") > 0
+    row_scale = np.where(there, output.row_scale, np.nan).astype(np.float32)
+    write_column_block(output.store_path, output.layout, 0, {"row_scale": row_scale})
+
+
+def columns_of(layers: list[str] | None) -> np.ndarray:
+    """Positions in a row of the layers' values, one layer after the other."""
+    chosen = {layer.name: layer for layer in make_layers(list(WIDTHS))}
+    return np.concatenate(
+        [np.arange(chosen[name].slice_start, chosen[name].slice_end) for name in layers or NAMES]
+    )
+
+
+def ok_rows(output: Output) -> np.ndarray:
+    """``(N,)`` bool: documents that have a row and a gradient."""
+    ok = np.ones(N_SAMPLES, bool)
+    ok[MISSING_UNIT * 16 : MISSING_UNIT * 16 + 16] = False
+    ok[list(EMPTY)] = False
+    return ok
+
+
+def dense_curvature(output: Output, kind: str, c: float, layers: list[str] | None = None) -> np.ndarray:
+    """The damped curvature as one matrix of all chosen values, block diagonal, float64, undamped inverse's own."""
+    rows = output.decoded().astype(np.float64)[ok_rows(output)]
+    with ProjectionStore(output.path) as store:
+        s, a = (store.array(f"token_covariance_{name}") / N_TOKENS for name in "sa")
+    at_s = at_a = 0
+    blocks = {}
+    for layer, (k_o, k_i) in zip(make_layers(list(WIDTHS)), WIDTHS, strict=True):
+        s_l, a_l = s[at_s : at_s + k_o**2].reshape(k_o, k_o), a[at_a : at_a + k_i**2].reshape(k_i, k_i)
+        at_s, at_a = at_s + k_o**2, at_a + k_i**2
+        if kind == "kfac":
+            blocks[layer.name] = np.kron(damped(s_l, c), damped(a_l, c))
+        else:
+            x = rows[:, layer.slice_start : layer.slice_end]
+            blocks[layer.name] = damped(x.T @ x / len(x), c)
+    names = layers or NAMES
+    width = sum(len(blocks[name]) for name in names)
+    whole, at = np.zeros((width, width)), 0
+    for name in names:
+        end = at + len(blocks[name])
+        whole[at:end, at:end] = blocks[name]
+        at = end
+    return whole
+
+
+def damped(matrix: np.ndarray, c: float) -> np.ndarray:
+    return matrix + c * np.trace(matrix) / len(matrix) * np.eye(len(matrix))
+
+
+def dense_scores(
+    output: Output,
+    queries: np.ndarray,
+    score: str,
+    c: float,
+    layers: list[str] | None = None,
+    kind: str = "kfac",
+) -> np.ndarray:
+    """``(Q, N)`` float64 by the definitions, NaN where there is no row."""
+    columns = columns_of(layers)
+    rows, asked = output.decoded().astype(np.float64)[:, columns], queries.astype(np.float64)[:, columns]
+    if score == "dot":
+        values = asked @ rows.T
+    elif score == "cosine":
+        values = asked @ rows.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+    else:
+        kind = {"kfac": "kfac", "preconditioned": "second_moment"}.get(score, kind)
+        inverse = np.linalg.inv(dense_curvature(output, kind, c, layers))
+        values = asked @ inverse @ rows.T
+        if score == "relatif":
+            values /= np.sqrt(np.einsum("nd,de,ne->n", rows, inverse, rows))
+    values[:, ~ok_rows(output)] = np.nan
+    return values

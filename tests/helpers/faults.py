@@ -1,0 +1,157 @@
+"""Stores that are filled without a model, and ways to interrupt whoever fills them."""
+
+import dataclasses
+import itertools
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradproj.coordinator.claims import Owner, process_start
+from gradproj.coordinator.merge import finish
+from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
+from gradproj.files import file_sum
+from gradproj.store.encoding import encode_rows
+from gradproj.store.layout import STATUS, STORE_NAME, LayerSlice, StoreConfig, empty_columns, plan_layout
+from gradproj.store.unit_record import UnitRecord, list_records, read_record, record_name
+from gradproj.store.writer import create_store, pack_matrices
+
+IDENTITY = "identity"
+LAYERS = [
+    LayerSlice("h.0.mlp", "Linear", 5, 6, 2, 3, 0, 6),
+    LayerSlice("h.1.mlp", "Linear", 5, 6, 2, 3, 6, 12),
+]
+"""Two layers of 2 x 3 values."""
+
+
+def make_store(output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY):
+    """A job's output with an empty store, as a start leaves it; its layout."""
+    layout = plan_layout(n_samples, [6, 6], 12, StoreConfig(rows_per_shard=rows_per_shard))
+    for folder in FOLDERS:
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    matrices = {
+        layer.name: (np.ones((layer.k_i, layer.n_i)), np.ones((layer.k_o, layer.n_o))) for layer in LAYERS
+    }
+    attributes = {
+        "layers": [dataclasses.asdict(layer) for layer in LAYERS],
+        "domains": ["a", "b"],
+        "identity_hash": identity,
+        "store_id": secrets.token_hex(16),
+        "wanted_units": [[0, layout.n_units]],
+        "complete": False,
+    }
+    create_store(output / STORE_NAME, layout, attributes, pack_matrices(LAYERS, matrices))
+    return layout
+
+
+def fake_rows(layout: Any, unit: int, writer: int = 0, identity: str = IDENTITY) -> UnitRows:
+    """A unit's rows as one writer computes them: another writer's differ, as on devices that are not deterministic."""
+    start, stop = layout.unit_range(unit)
+    generator = np.random.default_rng([unit, writer])
+    stored, scale = encode_rows(
+        generator.standard_normal((stop - start, layout.dim), np.float32), layout.proj_dtype
+    )
+    columns = empty_columns(stop - start, layout.key_bytes)
+    columns["status"][:] = STATUS["ok"]
+    columns["row_scale"][:] = scale
+    columns["loss"][:] = writer
+    columns["grad_norm"][:] = 1
+    columns["n_tokens"][:] = 3
+    columns["tar"][:] = unit
+    columns["domain"][:] = np.arange(start, stop) % 2
+    columns["key"][:, 0] = 65 + np.arange(start, stop) % 26
+    stats = {"seconds": 1.0, "started_at": 0.0, "finished_at": 1.0, "real_tokens": 4, "covariance_tokens": 3}
+    covariances = {
+        "a": generator.standard_normal(8, np.float32),
+        "s": generator.standard_normal(18, np.float32),
+    }
+    return UnitRows(UnitRecord(unit, start, identity, None, columns, stats, covariances), stored)
+
+
+def fake_owner(number: int, **changes: Any) -> Owner:
+    """A process of a machine of its own, of which others know nothing but its heartbeat."""
+    here = Owner.this_process(f"job{number}", 0, number)
+    away = {"host": f"host{number}", "machine": f"machine{number}", "boot_id": f"boot{number}"}
+    return dataclasses.replace(here, **{**away, **changes})
+
+
+def gone_owner(**changes: Any) -> Owner:
+    """A process of this machine that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    known = {"pid": process.pid, "pid_start": process_start(process.pid)}
+    process.communicate(b"\n")
+    return dataclasses.replace(Owner.this_process("gone", 0, 0), **known, **changes)
+
+
+def fill(output: Path, layout: Any, owner: Owner, writer: int = 0, **options: Any) -> bool:
+    """What a rank does, without a model; whether the store is complete then."""
+    queue = UnitQueue(output, layout, IDENTITY, range(layout.n_units), owner, **options)
+    try:
+        for unit in queue.take():
+            queue.commit(fake_rows(layout, unit, writer))
+        return finish(output, queue.claims, wait=True)
+    finally:
+        queue.give_back()
+
+
+def disagreements(output: Path, layout: Any) -> list[str]:
+    """Units whose record is not of the shard that is there, or of rows by two writers."""
+    found = []
+    for unit in list_records(output / "units").tolist():
+        record = read_record(output / record_name(unit))
+        if record.shard != file_sum(output / layout.shard_name(unit)):
+            found.append(f"unit {unit}: the shard is not its record's")
+        if len(set(record.columns["loss"].tolist())) != 1:
+            found.append(f"unit {unit}: rows of several writers")
+    return found
+
+
+# --- interruptions ---
+
+CHANGING = ("fsync", "link", "mkdir", "remove", "rename", "replace", "rmdir", "unlink")
+"""Functions of ``os`` that change what is on disk, or make it last."""
+
+
+@contextmanager
+def before_each_change(hook: Callable[[str, tuple], None]) -> Iterator[None]:
+    """Call ``hook(function's name, its arguments)`` before every change of the file system, in whatever thread."""
+    originals = {name: getattr(os, name) for name in CHANGING}
+
+    def interposed(name: str) -> Callable:
+        def change(*args: Any, **options: Any) -> Any:
+            hook(name, args)
+            return originals[name](*args, **options)
+
+        return change
+
+    try:
+        for name in CHANGING:
+            setattr(os, name, interposed(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(os, name, original)
+
+
+@contextmanager
+def at_change(number: int, action: Callable[[], None]) -> Iterator[itertools.count]:
+    """Call ``action`` once, before this thread's change of that number (from 0); gives the count of changes."""
+    thread, counter, busy = threading.get_ident(), itertools.count(), []
+
+    def hook(name: str, args: tuple) -> None:
+        if threading.get_ident() == thread and not busy and next(counter) == number:
+            busy.append(True)
+            try:
+                action()
+            finally:
+                busy.clear()
+
+    with before_each_change(hook):
+        yield counter

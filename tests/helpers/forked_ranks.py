@@ -1,0 +1,217 @@
+"""Ranks without the seconds that their imports take: a process that has imported everything forks one per rank.
+
+Each is a process of its own, with a pid, an end and an environment of its own, and runs the real command to its real
+exit. Nothing but imported code is shared: the parent runs nothing, starts no thread, and does not import the job's
+own modules, which note at their import who started the process.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.faults import before_each_change
+from helpers.jobs import ENVIRONMENT
+
+from gradproj.coordinator import fault_points as faults
+
+PATIENCE_S = 60
+"""For a rank to end; then all are killed."""
+
+SIGNALS = {"stop_at": signal.SIGTERM, "kill_at": signal.SIGKILL}
+
+
+@dataclass
+class Ended:
+    """A process that has ended."""
+
+    rank: int
+    status: int
+    """Exit code, or minus the signal's number."""
+    steps: list[str]
+    """The steps of the protocol that it came to, in order."""
+    output: str
+    """What it said."""
+
+
+class Ranks:
+    """Starts ranks and waits for them. A context manager: leaving it ends the parent and what is left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._number = folder, 0
+        self._running: dict[int, tuple[int, Path]] = {}
+
+    def __enter__(self) -> "Ranks":
+        command = [sys.executable, "-m", "helpers.forked_ranks"]
+        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        pipe = subprocess.PIPE
+        # In a session of its own: all that it starts is found by that.
+        self._parent = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill_all()
+        self._parent.communicate()
+
+    def alive(self) -> list[int]:
+        """Processes of this session besides the parent of all."""
+        found = []
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            with suppress(ProcessLookupError):
+                if os.getsid(pid) == self._parent.pid != pid:
+                    found.append(pid)
+        return found
+
+    def start(self, argv: list[str], rank: int = 0, **how: Any) -> None:
+        """Start a process.
+
+        Args:
+            argv: module and arguments, as after ``python -m``.
+            rank: by which it is called here.
+            how: ``environment``: variables for it; ``kill_at``: the step at which it ends itself by -9;
+                ``stop_at``: the step at which it sends itself SIGTERM, once; only after that it looks for the other;
+                ``changes``: where to write a ``ChangeLog``.
+        """
+        self._number += 1
+        files = self._folder / str(self._number)
+        pid = self._ask({"argv": argv, "files": str(files), **how})
+        self._running[pid] = (rank, files)
+
+    def running(self) -> int:
+        """How many have not been waited for."""
+        return len(self._running)
+
+    def wait_for_one(self) -> Ended:
+        """Wait for whichever running process ends first."""
+        timer = threading.Timer(PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running])
+        timer.start()
+        pid, status = self._ask({"wait": True})
+        timer.cancel()
+        rank, files = self._running.pop(pid)
+        output, steps = (files.with_suffix(ending).read_text() for ending in (".out", ".steps"))
+        return Ended(rank, os.waitstatus_to_exitcode(status), steps.splitlines(), output)
+
+    def wait_for_all(self) -> list[Ended]:
+        """Wait for every running process; in the order of their ends."""
+        return [self.wait_for_one() for _ in list(self._running)]
+
+    def kill_all(self) -> list[Ended]:
+        """-9 to every running process."""
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
+        return self.wait_for_all()
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.write(json.dumps(request) + "\n")
+        self._parent.stdin.flush()
+        answer = self._parent.stdout.readline()
+        assert answer, "the parent of the ranks has died"
+        return json.loads(answer)
+
+
+# --- the parent ---
+
+
+def serve() -> None:
+    """Fork on request, until the other end is closed. A forked process returns from here to run its command."""
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer: Any = os.wait()
+        else:
+            answer = os.fork()
+            if answer == 0:
+                answers.close()
+                become(request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def become(request: dict[str, Any]) -> None:
+    """Be the process that was asked for."""
+    files = Path(request["files"])
+    for number, path in ((0, os.devnull), (1, files.with_suffix(".out"))):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.dup2(1, 2)
+    os.environ.update(request.get("environment", {}))
+    listen(os.open(files.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT, 0o600), request)
+    module, *sys.argv[1:] = request["argv"]
+    with ExitStack() as stack:
+        if "changes" in request:
+            stack.enter_context(before_each_change(ChangeLog(Path(request["changes"]))))
+        sys.exit(__import__(module, fromlist=["main"]).main())
+
+
+def listen(log: int, request: dict[str, Any]) -> None:
+    """Note each step, and end the process where that was asked for."""
+    to_come = [(request[name], number) for name, number in SIGNALS.items() if name in request]
+
+    def at(step: str) -> None:
+        os.write(log, f"{step}\n".encode())
+        if to_come and to_come[0][0] == step:
+            os.kill(os.getpid(), to_come.pop(0)[1])
+
+    faults.at = at
+
+
+class ChangeLog:
+    """Writes a line of JSON for each flush, and for each new name that something is given (``publish``).
+
+    ``[thread, what, old name, new name, {file by its old name: its content's sum}]``
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def __call__(self, name: str, args: tuple) -> None:
+        if name == "fsync":
+            path = os.readlink(f"/proc/self/fd/{args[0]}")
+            self._note("flush", path, path, self._sums(Path(path)) if os.path.isfile(path) else {})
+        elif name in ("link", "rename", "replace") and os.path.exists(args[0]):
+            self._note("publish", str(args[0]), str(args[1]), self._sums(Path(args[0])))
+
+    def _sums(self, path: Path) -> dict[str, str]:
+        files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+    def _note(self, *what: object) -> None:
+        os.write(self._file, (json.dumps([threading.get_ident(), *what]) + "\n").encode())
+
+
+def import_everything() -> None:
+    """All that a rank imports, but for what notes who its parent is."""
+    import transformers.models.llama.modeling_llama
+
+    import gradproj.coordinator.progress
+    import gradproj.distributed
+    import gradproj.job.config
+    import gradproj.job.plan
+    import gradproj.job.summary
+    import gradproj.job.unit_projector
+    import gradproj.maintenance.merge
+
+    assert gradproj
+    assert transformers
+    assert "gradproj.job.shutdown" not in sys.modules
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in the forked processes"
+    gc.freeze()  # what is shared is never collected: that would touch all of it, and copy it, at every end
+
+
+if __name__ == "__main__":
+    import_everything()
+    serve()

@@ -1,0 +1,96 @@
+"""GradDotProd in a loop, and the slow, obvious way to what it gives."""
+
+import torch
+import zarr
+from helpers.models import ragged_batch, small_model
+from torch import nn
+from torch.optim import AdamW
+
+from gradproj.training.graddotprod.engine import GradDotProdEngine
+
+LENGTHS, VAL_LENGTHS = [9, 21, 4, 14], [7, 25]
+IDS = [30, 10, 40, 20]
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def loss_of(model, ids, labels):
+    return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
+def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
+    """What a loop does between two optimizer steps."""
+    engine.attach_train_batch(ids, labels, step, IDS if sample_ids is None else sample_ids)
+    joined = engine.prepare_forward_input(ids, labels)
+    (loss_of(model, *joined) * scale).backward()
+    engine.prepare_gradients()
+    return engine.aggregate_and_log()
+
+
+def explicit(model, ids, labels, validation):
+    """Float64, one sample at a time, plain autograd: ``(dots (B, P), |g_i| |g_v| (B, P))``."""
+    before = model.state_dict()
+    dtype = next(model.parameters()).dtype
+    model.double()
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(loss_of(model, *validation), parameters)
+    n_targets = (labels[:, 1:] != -100).sum()
+    dots, sizes = [], []
+    for x, y in zip(ids, labels, strict=True):
+        length = int((y != -100).sum())
+        own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
+        gradients = torch.autograd.grad(own, parameters)
+        dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
+        sizes.append(torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)]))
+    model.to(dtype).load_state_dict(before)
+    return torch.stack(dots), torch.stack(sizes)
+
+
+def assert_close(got, want, sizes, tolerance=1e-4):
+    """Relative, with the rounding of float32 allowed where a product is nearly orthogonal."""
+    floor = sizes * 1e-2 + sizes.max(dim=0).values * 1e-4 + 1e-12
+    assert ((got - want).abs() / torch.maximum(want.abs(), floor)).max() < tolerance
+
+
+def gradients_of(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same_gradients(model, wanted, tolerance=1e-5):
+    for (name, p), want in zip(model.named_parameters(), wanted, strict=True):
+        assert (p.grad - want).norm() <= tolerance * want.norm() + 1e-9, name
+
+
+def trained(with_engine, result_dir=None, n_steps=3, family="gpt2", checkpointing=False):
+    """Weights after steps of two micro-batches each, clipped."""
+    model = small_model(family, **(NO_DROPOUT if family == "gpt2" else {}))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    # The bias of keys has no gradient but rounding, of which Adam with a tiny epsilon makes whole steps.
+    optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+    validation = ragged_batch(VAL_LENGTHS, seed=5)
+    engine = GradDotProdEngine(
+        model, validation, learning_rate=optimizer, accumulation=2, result_dir=result_dir
+    )
+    if with_engine:
+        engine.attach()
+    for step in range(n_steps):
+        for part in range(2):
+            train = ragged_batch(LENGTHS, seed=10 * step + part)
+            if with_engine:
+                run_batch(engine, model, *train, step, scale=0.5)
+            else:
+                (loss_of(model, *train) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        if with_engine and engine.should_save_metrics(step):
+            engine.save_metrics(step)
+    engine.cleanup()
+    return model, engine
+
+
+def columns(folder):
+    group = zarr.open_group(str(folder / "grad_dotprod"), mode="r")
+    assert group.metadata.zarr_format == 3
+    return group, {name: group[name][:] for name in ("step", "sample_id", "total", "value", "per_parameter")}

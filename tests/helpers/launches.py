@@ -1,0 +1,164 @@
+"""One launch of the job by torchrun: its processes, signals to them, and how long they stay."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from helpers.jobs import ENVIRONMENT, flags
+
+from gradproj.store.unit_record import list_records
+
+MARK = "GRADPROJ_TEST_JOB"
+"""In the environment of all processes of a job: OUTPUT and a number. Orphans are found by it."""
+HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What the launch files tell torchrun to hand on."""
+
+ORPHAN_S = 5.0
+"""The workers of a launcher that was killed by -9 are gone within this time."""
+DRAIN_S = 20.0
+"""A job that was told to stop is gone within this time."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the jobs compute, and the store of one that nobody disturbed."""
+
+    corpus: Path
+    model: Path
+    settings: dict[str, Any]
+    undisturbed: Path
+
+    def flags(self, output: Path) -> dict[str, Any]:
+        return {
+            "shards": self.corpus,
+            "model": self.model,
+            "output_dir": output,
+            "device": "cpu",
+            **self.settings,
+        }
+
+    @property
+    def n_units(self) -> int:
+        return len(list_records(self.undisturbed / "units"))
+
+
+# --- processes ---
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes with ``text`` in their command line or environment; not this one, nor zombies."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            known = b"".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if text.encode() in known and pid != os.getpid():
+            found.append(pid)
+    return found
+
+
+class Job:
+    """One ``torchrun`` of ``gradproj.run`` with its workers."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        output: Path,
+        ranks: int,
+        restarts: int = 0,
+        program: Sequence[str] = ("-m", "gradproj.run"),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.output, self.ranks, self.mark = output, ranks, f"{output}:{uuid.uuid4().hex}"
+        self.log = output.parent / f"log-{output.name}-{self.mark[-8:]}.txt"
+        launcher = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        launcher += ["--shutdown-timeout=60", "--signals-to-handle", HANDLED, *program]
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, *flags(**scene.flags(output))]
+        environment = {**ENVIRONMENT, **(environment or {}), MARK: self.mark}
+        self.started = time.monotonic()
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def pids(self) -> list[int]:
+        return processes_with(self.mark)
+
+    def workers(self) -> list[int]:
+        """The ranks that live."""
+        return [pid for pid in self.pids() if b"torch.distributed.run" not in _command_line(pid)]
+
+    def is_at_work(self) -> bool:
+        """Whether one of its ranks has a heartbeat."""
+        for path in (self.output / "heartbeats").glob("*.json"):
+            pid = int(path.stem.split("-")[-2])
+            if _parent(pid) == self.process.pid:
+                return True
+        return False
+
+    def send(self, number: int, target: str, rng: np.random.Generator) -> bool:
+        """Send a signal to one worker, to torchrun alone or to all; whether any of them was there."""
+        if target == "launcher":
+            pids = [self.process.pid] if self.is_running() else []
+        elif target == "worker":
+            pids = [int(pid) for pid in rng.permutation(self.workers())[:1]]
+        else:
+            pids = [int(pid) for pid in rng.permutation(self.pids())]
+        sent = sum([_signal(pid, number) for pid in pids])
+        while target == "job" and number == signal.SIGKILL and (pids := self.pids()):
+            # torchrun was in the middle of starting another.
+            sent += sum([_signal(pid, number) for pid in pids])
+        return sent > 0
+
+    def wait_until_gone(self, seconds: float) -> float:
+        """Wait for the end of all its processes; the seconds it took."""
+        started = time.monotonic()
+        while self.is_running() or self.pids():
+            waited = time.monotonic() - started
+            assert waited < seconds, f"after {waited:.1f} s there still are {self.pids()}\n{self.said()}"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def said(self) -> str:
+        return f"--- {self.log}\n{self.log.read_text(errors='replace')[-6000:]}"
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever a test found."""
+        for pid in self.pids():
+            _signal(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+
+def _signal(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None

@@ -1,0 +1,129 @@
+"""One finished output of a real one-process job, and what can happen to copies of it."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import zarr
+from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
+
+from gradproj.coordinator.claims import Owner, process_start
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.merge import write_metadata
+from gradproj.store.layout import COLUMNS, STATUS
+from gradproj.store.metadata import read_layout
+from gradproj.store.unit_record import encode_record, read_record, record_name
+from gradproj.store.writer import update_attributes
+
+N_SAMPLES, ROWS_PER_UNIT, N_UNITS = 70, 16, 5
+EMPTY, ONE_TOKEN = 5, 20
+"""Sample ids of a document without text and of one without a target token."""
+
+SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "batch_size": 8}
+
+
+def finished_job(root: Path) -> SimpleNamespace:
+    """Run a job to its end below ``root``."""
+    documents = mixed_documents(N_SAMPLES)
+    documents[EMPTY]["text"] = ""
+    documents[ONE_TOKEN]["text"] = "t"
+    corpus, model = make_corpus(root / "tars", documents), make_model(root / "model")
+    run_job(1, shards=corpus, model=model, output_dir=root / "out", **SETTINGS)
+    return SimpleNamespace(output=root / "out", corpus=corpus, model=model)
+
+
+def copy_of(output: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(output, tmp_path / "out"))
+
+
+def unmerge(output: Path) -> None:
+    """As before the merge: no column, no sum."""
+    store = output / "projections.zarr"
+    for name in COLUMNS:
+        for chunk in (store / name).glob("c.*"):
+            chunk.unlink()
+    for path in store.glob("token_covariance_*"):
+        shutil.rmtree(path)
+    (output / "projection_stats.json").unlink()
+    update_attributes(store, {"complete": False, "units_recorded": 0, "covariance_tokens": 0})
+    write_metadata(output)
+
+
+def uncommit(output: Path, *units: int) -> None:
+    """As before these units were computed; nothing is merged then."""
+    unmerge(output)
+    layout = read_layout(output / "projections.zarr")
+    for unit in units:
+        (output / record_name(unit)).unlink()
+        (output / layout.shard_name(unit)).unlink()
+
+
+def change_record(output: Path, unit: int, /, place: int | None = None, **changes: object) -> None:
+    """Put a unit's record in its place or another's, whole by its checksum, with other fields or status codes."""
+    path = output / record_name(unit)
+    record = read_record(path)
+    statuses = changes.pop("statuses", {})
+    columns = {name: np.array(values) for name, values in record.columns.items()}
+    for row, code in statuses.items():
+        columns["status"][row] = code
+    path = path if place is None else output / record_name(place)
+    path.write_bytes(encode_record(replace(record, columns=columns, **changes)))
+
+
+def flip_byte(path: Path, at: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def sleeping_process() -> subprocess.Popen:
+    """A living process of this machine; kill it."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+
+def owner_of(process: subprocess.Popen, rank: int = 1) -> Owner:
+    """What a rank with this process's pid would write."""
+    here = Owner.this_process("job", 0, rank)
+    return replace(here, pid=process.pid, pid_start=process_start(process.pid))
+
+
+def write_claim(output: Path, name: str, owner: Owner | None, released: bool = False) -> None:
+    content = {"released": True} if released else None if owner is None else asdict(owner)
+    (output / "claims" / name).write_text("torn" if content is None else json.dumps(content))
+
+
+def write_heartbeat(output: Path, owner: Owner, progress: Progress) -> Path:
+    path = output / "heartbeats" / f"{owner.name}.json"
+    path.write_text(json.dumps({"owner": asdict(owner), "progress": asdict(progress)}))
+    return path
+
+
+def shard_of(output: Path, unit: int) -> Path:
+    return output / "projections.zarr" / "projections" / f"c.{unit}.0"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def statuses_by_zarr(output: Path) -> dict[str, int]:
+    """Rows by status as plain zarr reads the merged column."""
+    values = zarr.open_group(output / "projections.zarr", mode="r")["status"][...]
+    names = {code: name for name, code in STATUS.items()}
+    return {names[code]: int(n) for code, n in zip(*np.unique(values, return_counts=True), strict=True)}
+
+
+def tree_of(folder: Path) -> dict[str, str]:
+    """Every path below a folder with a hash of what is in it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        data = path.read_bytes() if path.is_file() else b""
+        found[os.fspath(path)] = f"{path.stat().st_mtime_ns} {hashlib.sha256(data).hexdigest()}"
+    return found

@@ -1,0 +1,42 @@
+"""A unit made on the spot, without a corpus, for what runs one through the engine."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.partial_rows import PartialLog
+from gradproj.engine.batching import BatchConfig, plan_batches
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
+from gradproj.job.unit_reader import PreparedUnit
+from gradproj.store.layout import empty_columns
+
+SETTINGS = SimpleNamespace(
+    layout=SimpleNamespace(proj_dtype="float32"), batch=BatchConfig(), identity="the identity"
+)
+"""Of ``UnitSettings`` what leads from sums on the device to a record."""
+
+
+def unit_of(
+    lengths: Sequence[int], vocabulary: int, batch_size: int = 256, batch_tokens: int = 8192
+) -> PreparedUnit:
+    """Documents of random tokens; the last is of two sequences."""
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(3, vocabulary, n) for n in (*lengths, lengths[-1])]
+    n, sizes = len(lengths), [len(tokens) for tokens in sequences]
+    columns = empty_columns(n, 4)
+    columns["status"][:] = 1
+    columns["n_tokens"][:] = np.asarray(lengths) - 1
+    columns["n_tokens"][-1] *= 2
+    row_of = np.minimum(np.arange(n + 1), n - 1)
+    return PreparedUnit(0, 0, columns, sequences, row_of, plan_batches(sizes, batch_size, batch_tokens))
+
+
+def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:
+    """The job's loop over a unit's batches, to the point where nothing has crossed to the host."""
+    projector = UnitProjector(model, engine, SETTINGS, Progress())
+    projected = projector.project(unit, PartialLog(folder / "partial", folder, "key"))
+    assert projected is not None
+    return projected

@@ -1,0 +1,157 @@
+"""``--batch_tokens auto``: what is measured, who decides, and that it is kept."""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.jobs import assert_same_bits, flags, make_corpus, make_model, mixed_documents, run_job
+from helpers.models import small_model
+
+from gradproj.engine.batching import BATCH_FILE, BatchConfig
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
+from gradproj.errors import StoreError
+from gradproj.job import batch_size as probe
+from gradproj.job.batch_size import Trial, choose, recorded_batch_tokens, settle_batches, try_batches
+from gradproj.job.config import run_config
+
+SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "rows_per_shard": 16}
+
+
+def trials_of(*rates):
+    return [Trial(24 * 2**n, 24 * 2**n / rate, 2**n) for n, rate in enumerate(rates)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "want"),
+    [
+        ((100, 200, 300), 96),
+        ((100, 200, 205), 48),  # 2.5 % more is not worth twice the memory
+        ((100, 99, 98), 24),
+        ((), 24),  # not even one sequence fits: it is tried, and its document gets its status
+    ],
+)
+def test_the_smallest_batch_that_comes_near_the_best_rate_is_chosen(rates, want):
+    assert choose(trials_of(*rates), 24) == want
+
+
+@pytest.fixture
+def engine():
+    model = small_model("llama").requires_grad_(False)
+    with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True) as engine:
+        yield engine
+
+
+def sizes_tried(monkeypatch, engine, most=64, reserved=0):
+    tried = []
+
+    def loss(model, ids):
+        tried.append(tuple(ids.shape))
+        if ids.shape[0] > most:
+            raise torch.OutOfMemoryError("no")
+        return per_sample_loss(model, ids)
+
+    monkeypatch.setattr(probe, "per_sample_loss", loss)
+    monkeypatch.setattr(probe, "MOST_TOKENS", 8 * 24)
+    monkeypatch.setattr(probe, "_has_levelled_off", lambda trials: False)
+    return try_batches(engine.module, engine, 24, reserved, 1), tried
+
+
+def test_the_longest_sequences_are_tried_in_ever_larger_batches(engine, monkeypatch):
+    trials, tried = sizes_tried(monkeypatch, engine)
+    assert tried == [(n, 24) for n in (1, 2, 4, 8) for _ in range(2)]
+    assert [trial.tokens for trial in trials] == [24, 48, 96, 192]
+
+
+def test_a_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(engine, monkeypatch):
+    trials, tried = sizes_tried(monkeypatch, engine, most=3)
+    assert [trial.tokens for trial in trials] == [24, 48]
+    assert tried[-1] == (4, 24)
+    sums = engine.take_token_covariances()
+    assert sums.n_tokens == 0
+    assert sums.a.eq(0).all()
+    per_sample_loss(engine.module, torch.ones(1, 5, dtype=torch.int64)).sum().backward()
+    assert len(engine.collect_batch()) == 1
+
+
+def test_no_batch_is_tried_that_the_memory_cannot_hold(engine, monkeypatch):
+    monkeypatch.setattr(probe._HostMemory, "free", lambda self: 3 * 2**20)
+    monkeypatch.setattr(probe._HostMemory, "peak", lambda self: 2**20)
+    trials, _ = sizes_tried(monkeypatch, engine, reserved=2**20 + 1)
+    assert [trial.tokens for trial in trials] == [24]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"batch_tokens": "8"}', '{"batch_tokens": 0}'])
+def test_a_file_that_says_no_number_is_named(tmp_path, text):
+    (tmp_path / BATCH_FILE).write_text(text)
+    with pytest.raises(StoreError, match=r"batch\.json does not say a number of batch_tokens; delete it"):
+        recorded_batch_tokens(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("probe")
+    return {
+        "shards": make_corpus(root / "tars", mixed_documents(40)),
+        "model": make_model(root / "model"),
+        **SETTINGS,
+    }
+
+
+@dataclass
+class Settings:
+    batch: BatchConfig
+
+
+def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
+    """What ``settle_batches`` needs of a rank."""
+    config = run_config(flags(**inputs, output_dir=tmp_path, batch_tokens="auto"), "test")
+    settings = Settings(config.batch)
+    layout = SimpleNamespace(rows_per_shard=16, dim=16)
+    plan = SimpleNamespace(output=tmp_path, unit_settings=settings, layout=layout)
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    job = SimpleNamespace(plan=plan, owner=SimpleNamespace(rank=rank), n_neighbours=1)
+    return job, SimpleNamespace(pending=lambda: pending, scratch=tmp_path / "scratch")
+
+
+def settle(monkeypatch, job, queue, measured, stopping=lambda: False):
+    monkeypatch.setattr(probe, "try_batches", lambda *args: measured.pop())
+    return settle_batches(job, queue, None, None, stopping).batch.batch_tokens
+
+
+def test_rank_0_measures_once_and_every_later_start_takes_its_number(inputs, tmp_path, monkeypatch, capsys):
+    measured = [trials_of(100, 200)]
+    for rank in (0, 0, 1):
+        assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, rank), measured) == 48
+    assert measured == []
+    assert "batches       48 tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / BATCH_FILE).read_text())["trials"][1]["tokens"] == 48
+
+
+def test_of_two_that_measure_the_first_to_publish_decides(inputs, tmp_path, monkeypatch):
+    def slower(*args):
+        (tmp_path / BATCH_FILE).write_text('{"batch_tokens": 777}')
+        return trials_of(100)
+
+    monkeypatch.setattr(probe, "try_batches", slower)
+    job, queue = waiting_rank(inputs, tmp_path, 0)
+    assert settle_batches(job, queue, None, None, lambda: False).batch.batch_tokens == 777
+
+
+def test_another_rank_does_not_wait_for_what_will_not_come(inputs, tmp_path, monkeypatch):
+    nothing_left = waiting_rank(inputs, tmp_path, 1, pending=())
+    assert settle(monkeypatch, *nothing_left, []) == 24
+    assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [], stopping=lambda: True) == 24
+    monkeypatch.setattr(probe, "WAIT_FOR_RANK_0_S", 0.0)
+    assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [trials_of(100, 200)]) == 48
+
+
+def test_a_job_with_auto_gives_the_bits_of_a_job_told_the_measured_number(inputs, tmp_path):
+    run_job(2, **inputs, output_dir=tmp_path / "auto", batch_tokens="auto")
+    number = recorded_batch_tokens(tmp_path / "auto")
+    assert json.loads((tmp_path / "auto/run_config.json").read_text())["batch_tokens"] == "auto"
+    run_job(1, **inputs, output_dir=tmp_path / "told", batch_tokens=number)
+    assert not (tmp_path / "told" / BATCH_FILE).exists()
+    assert_same_bits(tmp_path / "auto", tmp_path / "told")

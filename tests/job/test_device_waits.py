@@ -1,0 +1,236 @@
+"""The job's loop never waits for its device: on one that cannot be asked, and without a GPU."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers.jobs import flags, make_corpus, make_model, mixed_documents
+from helpers.meta_device import MUTE, waits_of, watched
+from helpers.models import FAMILIES, VOCAB, ragged_batch, relative_error, small_model
+from helpers.units import project_unit, unit_of
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
+
+import gradproj.run
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.units import UnitQueue
+from gradproj.distributed import Process, start_group
+from gradproj.engine.engine import GradProjLoraEngine, capture, loss
+from gradproj.engine.loss import per_sample_loss
+from gradproj.job import unit_projector as projector
+from gradproj.job.config import run_config
+from gradproj.job.shutdown import StopRequest
+from gradproj.job.startup import start_job
+from gradproj.job.unit_projector import UnitProjector, UnitSums
+from gradproj.kernels import onednn as products
+from gradproj.kernels.transformers_patches import one_sequence_a_row
+from gradproj.model.loading import load_model
+
+
+def remember(p):
+    """As ``remember_in_bfloat16`` of a matrix that is exact in it: asked of the device once, before the first unit."""
+    products._IN_BFLOAT16[p] = p.to(torch.bfloat16)
+
+
+def some_unit():
+    """In several batches."""
+    lengths = np.random.default_rng(0).integers(2, 30, 12)
+    return unit_of(lengths, VOCAB, batch_size=4, batch_tokens=64)
+
+
+@pytest.fixture
+def waits_of_a_unit(tmp_path, monkeypatch):
+    """``(model, chunked, **engine's) -> what in the loop over a unit's batches would wait``."""
+    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+
+    def run(model, chunked=True, **settings):
+        model = model.requires_grad_(False).to(MUTE)
+        monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
+        unit, done = some_unit(), []
+        with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, **settings) as engine:
+            waits = waits_of(lambda: done.append(project_unit(model, engine, unit, tmp_path)))
+        assert waits or (done and len(unit.batches) > 3)
+        return waits
+
+    return run
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_no_batch_waits_for_the_device(family, waits_of_a_unit):
+    assert waits_of_a_unit(small_model(family), include_embeddings=family != "opt") == []
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(family, waits_of_a_unit):
+    assert waits_of_a_unit(small_model(family).to(torch.bfloat16)) == []
+    assert waits_of_a_unit(small_model(family), chunked=False) == []
+    assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
+
+
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ROPES))
+def test_no_batch_waits_with_stretched_positions(kind, waits_of_a_unit):
+    settings = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 32, **ROPES[kind]}
+    assert waits_of_a_unit(small_model("llama", rope_parameters=settings)) == []
+
+
+def biogpt():
+    """Scales its token embedding by one of Python's numbers."""
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["biogpt"](
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        bos_token_id=1,
+        eos_token_id=1,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_lookup_scaled_by_a_number_does_not_wait(waits_of_a_unit):
+    model = small_model("llama")
+    model.get_input_embeddings().embed_scale = 5.0
+    assert waits_of_a_unit(model, include_embeddings=True) == []
+
+
+def test_a_lookup_scaled_by_a_number_is_exact():
+    model, ids = biogpt(), torch.arange(5, 17)
+    with GradProjLoraEngine(model, "embed_tokens", freeze_weights=True) as engine:
+        per_sample_loss(model, ids[None]).sum().backward()
+        row = engine.collect_batch()[0]
+        # The tied head is the same weight: the lookup's share is what a head of its own leaves.
+        embedding = model.get_input_embeddings()
+        looked_up = embedding(ids).detach().requires_grad_()
+        loss = own_loss_of_embedded(model, looked_up, ids)
+        gradient = torch.zeros_like(embedding.weight, dtype=torch.float64)
+        gradient.index_add_(0, ids, torch.autograd.grad(loss, looked_up)[0].double() * embedding.embed_scale)
+        p_i, p_o = (p.double() for p in engine.projection_matrices[engine.targets[0].name])
+    assert relative_error(row, (p_o @ gradient.T @ p_i.T).flatten()) < 1e-5
+
+
+def own_loss_of_embedded(model, embedded, ids):
+    logits = model(inputs_embeds=embedded[None], use_cache=False).logits[0]
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0]),
+    "truth": lambda x: 1 if (x > 0).all() else 0,
+    "tolist": lambda x: x.tolist(),
+    "to the host": lambda x: x.cpu(),
+    "to the host without waiting": lambda x: torch.empty(x.shape).copy_(x, non_blocking=True),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "equal": lambda x: torch.equal(x, x),
+    "isfinite": lambda x: bool(torch.isfinite(x).all()),
+    "choice by a mask": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.__setitem__(x > 0, x[:1]),
+    "unique": lambda x: x.unique(),
+    "a number as a tensor": lambda x: x * torch.tensor(2.0, device=x.device),
+    "a list as an index": lambda x: x[[0]],
+    "a host's index": lambda x: x[torch.zeros(1, dtype=torch.int64)],
+    "a copy that blocks": lambda x: torch.zeros(3).pin_memory().to(x.device),
+    "a copy of ordinary memory": lambda x: torch.zeros(3).to(x.device, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WAITS))
+def test_a_wait_that_somebody_adds_to_the_loop_is_seen(name, waits_of_a_unit, monkeypatch):
+    add = UnitSums.add
+
+    def add_and_wait(self, sequences, rows, losses):
+        WAITS[name](losses)
+        add(self, sequences, rows, losses)
+
+    monkeypatch.setattr(UnitSums, "add", add_and_wait)
+    assert waits_of_a_unit(small_model("llama"))
+
+
+def test_a_wait_inside_the_model_is_seen(waits_of_a_unit, monkeypatch):
+    asked = masking_utils.find_packed_sequence_indices.__wrapped__
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    assert waits_of_a_unit(small_model("llama"))
+
+
+def test_a_copy_of_page_locked_memory_that_does_not_block_is_no_wait():
+    assert waits_of(lambda: torch.zeros(3).pin_memory().to(MUTE, non_blocking=True)) == []
+
+
+# --- the job itself ---
+
+
+def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_path, monkeypatch):
+    settings = {
+        "shards": make_corpus(tmp_path / "tars", mixed_documents(48)), "model": make_model(tmp_path / "model"),
+        "output_dir": tmp_path / "out", "rows_per_shard": 16, "batch_size": 4, "max_length": 24, "device": "cpu",
+    }  # fmt: skip
+    waits, fetched_by, project = [], [], UnitProjector.project
+
+    def watched_project(*args):
+        with watched(waits):
+            return project(*args)
+
+    def fetch(tensors, computed):
+        fetched_by.append(threading.current_thread().name)
+        return [torch.zeros(x.shape, dtype=x.dtype) for x in tensors]
+
+    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+    monkeypatch.setattr(gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE))
+    monkeypatch.setattr(gradproj.run, "chunk_verdict", lambda model: (True, "as it is known"))
+    monkeypatch.setattr(loss, "can_chunk", lambda model: True)
+    monkeypatch.setattr(UnitProjector, "project", watched_project)
+    monkeypatch.setattr(projector, "fetch", fetch)
+    process = Process.from_environment()
+    with start_group(process):
+        job = start_job(run_config(flags(**settings), "test"), process)
+    plan, progress = job.plan, Progress()
+    queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
+    gradproj.run.compute(job, queue, MUTE, StopRequest(), progress)
+    assert waits == []
+    assert progress.batches > 3 * progress.units == 9
+    assert len(fetched_by) == 3
+    assert {name.partition("_")[0] for name in fetched_by} == {"writer"}
+
+
+# --- what transformers is told ---
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_rows_are_the_same_bits_as_where_transformers_looks_itself(family, chunked, monkeypatch):
+    model, (ids, labels) = small_model(family), ragged_batch([9, 14, 3])
+
+    def rows():
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, {"input_ids": ids, "labels": labels}, chunked=chunked).sum().backward()
+            return engine.collect_batch()
+
+    told = rows()
+    asked = masking_utils.find_packed_sequence_indices.__wrapped__
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", asked)
+    assert torch.equal(told, rows())
+
+
+def test_a_model_that_runs_packed_rows_is_asked_as_ever():
+    packed, seen = torch.tensor([[0, 1, 0, 1, 2]]), []
+
+    def find():
+        seen.append(masking_utils.find_packed_sequence_indices(packed))
+
+    find()
+    with one_sequence_a_row():
+        other = threading.Thread(target=find)
+        other.start()
+        other.join()
+        assert masking_utils.find_packed_sequence_indices(packed) is None
+    find()
+    assert [x.tolist() for x in seen] == [[[0, 0, 1, 1, 1]]] * 3

@@ -1,0 +1,136 @@
+"""``diagnose``: rows alone, batched, padded, in two precisions; what differs by more than rounding is said."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from helpers.jobs import flags, make_corpus, make_model
+from helpers.outputs import SETTINGS, tree_of
+
+import gradproj.job.diagnose as module
+from gradproj.__main__ import main
+from gradproj.job.precision import WAYS, Agreement
+
+
+def command(job, tmp_path, **settings):
+    given = {
+        "shards": job.corpus,
+        "model": job.model,
+        "device": "cpu",
+        "n_documents": 6,
+        **SETTINGS,
+        **settings,
+    }
+    return ["diagnose", *flags(output_dir=tmp_path / "new", **given)]
+
+
+def test_rows_of_a_sound_model_differ_by_rounding_in_every_way(job, tmp_path, capsys):
+    before = tree_of(job.corpus)
+    assert main([*command(job, tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(c["dtype"], c["way"]) for c in found["comparisons"]] == [
+        (dtype, way) for dtype in ("float32", "bfloat16") for way in WAYS
+    ]
+    assert len(set(found["sample_ids"])) == 6
+    assert found["comparisons"][0]["agreement"]["most_error"] == 0
+    assert all(c["agreement"]["most_error"] < 1e-5 for c in found["comparisons"][:3])
+    rounded = [c["agreement"]["most_error"] for c in found["comparisons"][3:]]
+    assert all(1e-3 < error < 1 for error in rounded)
+    assert len(found["layers"]) == 2 * 14  # two blocks of seven layers, in two precisions
+    assert not (tmp_path / "new").exists()
+    assert tree_of(job.corpus) == before
+
+
+def test_the_table_names_every_way_and_the_worst_layers(job, tmp_path, capsys):
+    assert main(command(job, tmp_path)) == 0
+    said = capsys.readouterr().out
+    for way in WAYS:
+        assert f"float32, {way} " in said
+        assert f"bfloat16, {way} " in said
+    assert "_proj " in said
+    assert "float32: batching and padding move no row by more than" in said
+    assert said.splitlines()[-1] == "result        nothing beyond rounding"
+
+
+def wrapped_load(change, files, device):
+    model = load(files, device)
+    change(model)
+    return model
+
+
+load = module.load_model
+
+
+def mix_the_batch(model):
+    norm = model.model.norm
+    inner = norm.forward
+    norm.forward = lambda x: inner(x) + 0.01 * inner(x).mean(dim=0, keepdim=True)
+
+
+def see_the_padding(model):
+    norm = model.model.norm
+    inner = norm.forward
+    norm.forward = lambda x: inner(x) * (1 + 0.001 * x.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "way"),
+    [(mix_the_batch, "batched"), (see_the_padding, "beside padding")],
+    ids=["batch", "padding"],
+)
+def test_a_model_that_mixes_documents_or_sees_padding_is_named(
+    change, way, job, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(module, "load_model", partial(wrapped_load, change))
+    assert main([*command(job, tmp_path, max_length=60), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    errors = {c["way"]: c["agreement"]["most_error"] for c in found["comparisons"] if c["dtype"] == "float32"}
+    assert errors[way] > 1e-4
+    assert "The model mixes the documents of a batch, or sees its padding" in found["verdicts"][0]
+
+
+@pytest.mark.parametrize(("dtype", "code", "way_out"), [("bfloat16", 1, "Give"), ("float32", 0, "Keep")])
+def test_a_precision_that_breaks_down_counts_where_the_job_takes_it(
+    dtype, code, way_out, job, tmp_path, capsys
+):
+    # Attention logits so large that bfloat16's rounding of them turns one token's attention into another's.
+    model = make_model(tmp_path / "sharp", initializer_range=1.0)
+    assert main(command(job, tmp_path, model=model, model_dtype=dtype)) == code
+    said = capsys.readouterr().out
+    assert "0.999 in the middle and 0.9 at least are wanted. Worst: sample " in said
+    assert f"{way_out} --model_dtype float32" in said
+    assert ("BEYOND ROUNDING" in said) == (code == 1)
+
+
+def test_windows_of_a_document_are_one_row(job, tmp_path, capsys):
+    assert main([*command(job, tmp_path, long_documents="windows", max_length=8), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["sample_ids"]) == 6
+    assert found["n_tokens"] > 6 * 8
+
+
+def test_a_corpus_without_any_row_is_a_clear_error(job, tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "empty", [{"text": ""} for _ in range(20)])
+    assert main(command(job, tmp_path, shards=corpus)) == 2
+    assert "documents looked at makes a row: they are empty" in capsys.readouterr().err
+
+
+def test_mistakes_in_the_flags_are_those_of_the_job_and_its_own(job, tmp_path, capsys):
+    assert main(command(job, tmp_path, n_documents=0)) == 2
+    assert "--n_documents must be at least 1, got 0" in capsys.readouterr().err
+    assert main(command(job, tmp_path, model=tmp_path / "nowhere")) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+
+
+def test_agreement_is_what_numbers_say():
+    reference = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1e-9, 0.0]])
+    rows = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 1e-9]])
+    found = Agreement.of(rows, reference)
+    # The last is too short to have a direction.
+    assert (found.least_cosine, found.most_error, found.worst) == (0.0, pytest.approx(2**0.5), 1)
+    assert found.most_norm_error == 0
+    lost = Agreement.of(torch.full((3, 2), torch.nan), reference)
+    assert (lost.n_not_finite, lost.holds) == (3, False)
+    assert Agreement.of(reference, reference).holds
+    assert Agreement.of(torch.zeros(2, 3), torch.zeros(2, 3)).holds

@@ -1,0 +1,287 @@
+"""What ``plan`` and the job's start refuse, each with one clear line; and what they say of a good run."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from helpers.jobs import flags, make_corpus, make_model, make_tokenizer, mixed_documents
+
+from gradproj.coordinator.claims import Owner
+from gradproj.corpus.index import build_index, list_tars, save_index
+from gradproj.errors import exit_code
+from gradproj.job.config import run_config
+from gradproj.job.plan import make_plan
+from gradproj.job.startup import make_output
+from gradproj.job.summary import plan_lines
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A corpus and a model that nothing is wrong with."""
+    root = tmp_path_factory.mktemp("good")
+    corpus = make_corpus(root / "tars", mixed_documents(200))
+    return SimpleNamespace(corpus=corpus, model=make_model(root / "model"), root=root)
+
+
+def plan_of(files, tmp_path, **changes):
+    settings = {"shards": files.corpus, "model": files.model, "output_dir": tmp_path / "out", **changes}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return make_plan(run_config(flags(**settings), "plan"), progress=False)
+
+
+@pytest.fixture
+def refused(files, tmp_path, capsys):
+    """Make a plan that must be refused; gives the message, which is all there is on standard error."""
+
+    def refuse(**changes):
+        capsys.readouterr()
+        assert exit_code(lambda: plan_of(files, tmp_path, **changes) and None) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("gradproj: ")
+        assert "Traceback" not in message
+        return message.removeprefix("gradproj: ").strip()
+
+    return refuse
+
+
+WRONG_VALUES = [
+    ({"shards": ""}, "--shards is empty"),
+    ({"shards": "/nowhere"}, "/nowhere"),
+    ({"shards": "pipe:cat x.tar"}, "pipe:"),
+    ({"shards": "s3://bucket/x.tar"}, "s3:"),
+    ({"output_dir": ""}, "--output_dir is empty"),
+    ({"max_samples": -1}, "--max_samples must be at least 0"),
+    ({"max_samples": "many"}, "--max_samples"),
+    ({"domains": "Nope"}, "--domains: the corpus has no Nope; it has ArXiv, Github, Pile-CC"),
+    ({"model": None}, "--model or --architecture"),
+    ({"architecture": "GPT2-Small"}, "--model or --architecture"),
+    ({"model": None, "architecture": "GPT5"}, "--architecture is 'GPT5'; choose one of GPT2-Small"),
+    ({"model": None, "architecture": "GPT2-Small", "init": "random"}, "give --tokenizer"),
+    ({"model": None, "architecture": "GPT2-Small"}, "--model gpt2: not a directory here"),
+    ({"model": "/nowhere"}, "--model /nowhere: no such directory"),
+    ({"model": "name/of/three"}, "--model name/of/three: no such directory"),
+    ({"init": "zeros"}, "--init is 'zeros'"),
+    ({"revision": "main"}, "--revision main:"),
+    ({"tokenizer": "/nowhere"}, "--tokenizer /nowhere: no such directory"),
+    ({"special_tokens": "all"}, "--special_tokens is 'all'"),
+    ({"model_dtype": "float16"}, "--model_dtype is 'float16'; choose one of float32, bfloat16"),
+    ({"proj_layers": ","}, "--proj_layers is empty"),
+    ({"proj_layers": "nope"}, "no layer of the model matches 'nope'"),
+    ({"proj_rank_total": 0}, "--proj_rank_total must be at least 1"),
+    ({"proj_rank_total": 10}, "--proj_rank_total 10 cannot hold 8 x 8"),
+    ({"proj_rank_min": 0}, "--proj_rank_min must be at least 1"),
+    ({"proj_seed": "x"}, "--proj_seed"),
+    ({"proj_kind": "fourier"}, "--proj_kind is 'fourier'"),
+    ({"proj_dtype": "int8"}, "--proj_dtype is 'int8'"),
+    ({"compressor": "lz4"}, "--compressor is 'lz4'"),
+    ({"rows_per_shard": -1}, "--rows_per_shard"),
+    ({"batch_size": 0}, "--batch_size must be at least 1"),
+    ({"batch_tokens": -1}, "--batch_tokens must be at least 1, or auto"),
+    ({"max_length": 1}, "--max_length must be at least 2"),
+    ({"max_length": 65}, "--max_length 65 is more than the model's 64 positions"),
+    ({"long_documents": "skip"}, "--long_documents is 'skip'"),
+    ({"loss_reduction": "max"}, "--loss_reduction is 'max'"),
+    ({"device": "tpu"}, "--device is 'tpu'"),
+    ({"threads": -1}, "--threads must be at least 0"),
+    ({"threads": 100_000}, "--threads must be at most 1024"),
+    ({"shards": "/nowhere/tars"}, "/nowhere/tars does not exist"),
+    ({"proj_save_interval": -1}, "--proj_save_interval must be at least 0"),
+    ({"max_document_bytes": 0}, "--max_document_bytes must be at least 1"),
+    ({"proj_layrs": "mlp"}, "unknown flag '--proj_layrs'; did you mean --proj_layers?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    WRONG_VALUES,
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
+)
+def test_a_wrong_value_is_one_line_with_the_flag(refused, changes, message):
+    text = refused(**changes)
+    assert message in text
+    assert "\n" not in text
+
+
+def test_a_config_file_has_the_flags_names_and_flags_win(files, tmp_path):
+    (tmp_path / "run.toml").write_text(
+        f'shards = "{files.corpus}"\nmodel = "{files.model}"\n'
+        "proj_rank_total = 100\nproj_seed = 3\ndeterministic = true\n"
+    )
+    config = run_config(flags(config=tmp_path / "run.toml", output_dir=tmp_path / "out", proj_seed=4), "plan")
+    assert (config.projection.rank_total, config.projection.seed, config.job.deterministic) == (100, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("proj_seeed = 3", "unknown key 'proj_seeed'; did you mean proj_seed?"),
+        ('proj_seed = "three"', "proj_seed must be one int, got 'three'"),
+        ("proj_seed = [3, 4]", "proj_seed must be one int"),
+        ("deterministic = 1", "deterministic must be one bool"),
+        ("proj_seed = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_line_of_the_config_file_is_named(refused, tmp_path, line, message):
+    (tmp_path / "run.toml").write_text(line)
+    assert message in refused(config=tmp_path / "run.toml")
+
+
+def test_a_missing_config_file_is_named(refused, tmp_path):
+    assert "run.toml cannot be read" in refused(config=tmp_path / "run.toml")
+
+
+def test_a_missing_tar_is_named(refused, files, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{files.corpus}/shard-000000.tar\n{files.corpus}/shard-000009.tar\n")
+    assert "shard-000009.tar" in refused(shards=tmp_path / "list.txt")
+
+
+def test_a_damaged_tar_is_named(refused, files, tmp_path):
+    shutil.copytree(files.corpus, tmp_path / "tars")
+    tar = tmp_path / "tars" / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:20_000])
+    assert "shard-000002.tar" in refused(shards=tmp_path / "tars")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_tar_changed_since_it_was_indexed_is_named(refused, files, tmp_path, monkeypatch, relative):
+    shutil.copytree(files.corpus, tmp_path / "tars")
+    save_index(
+        build_index(list_tars(str(tmp_path / "tars")), progress=False), tmp_path / "tars" / "corpus.json"
+    )
+    os.utime(tmp_path / "tars" / "shard-000003.tar", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    message = refused(shards="tars" if relative else tmp_path / "tars")
+    assert "shard-000003.tar" in message
+
+
+def test_an_output_goes_on_with_touched_tars_once_they_are_indexed_again(refused, files, tmp_path):
+    tars = shutil.copytree(files.corpus, tmp_path / "tars")
+    make_output(plan_of(files, tmp_path, shards=tars), Owner.this_process("test", 0, 0))
+    os.utime(tars / "shard-000003.tar", (1, 1))
+    assert "shard-000003.tar" in refused(shards=tars)
+    save_index(build_index(list_tars(str(tars)), progress=False), tars / "corpus.json")
+    plan_of(files, tmp_path, shards=tars)
+
+
+def test_above_a_thousand_tars_the_index_is_a_job_of_its_own(refused, files, monkeypatch):
+    monkeypatch.setattr("gradproj.job.plan.MOST_TARS_TO_INDEX", 4)
+    assert f"python -m gradproj index '{files.corpus}'" in refused()
+
+
+def test_a_corpus_without_a_document_is_refused(refused, tmp_path):
+    make_corpus(tmp_path / "tars", [])
+    (tmp_path / "tars" / "x.tar").write_bytes(bytes(10240))
+    assert "hold no document" in refused(shards=tmp_path / "tars")
+
+
+def test_a_model_without_weights_is_refused(refused, files, tmp_path):
+    shutil.copytree(files.model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert "holds no weights" in refused(model=tmp_path / "model")
+
+
+def test_pickled_weights_are_refused_unless_allowed(refused, files, tmp_path):
+    shutil.copytree(files.model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    assert "--allow_pickle" in refused(model=tmp_path / "model")
+
+
+def test_a_missing_part_of_the_weights_is_named(refused, files, tmp_path):
+    shutil.copytree(files.model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
+    assert "lacks model-00002-of-00002.safetensors" in refused(model=tmp_path / "model")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(refused, tmp_path):
+    make_tokenizer(tmp_path / "larger", vocab_size=340)
+    message = refused(tokenizer=tmp_path / "larger")
+    assert "the tokenizer has" in message
+    assert "the model's vocabulary only" in message
+
+
+def test_a_folder_without_a_tokenizer_is_refused(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no tokenizer that loads" in refused(tokenizer=tmp_path / "empty")
+
+
+def test_a_tokenizer_without_the_special_token_asked_for_is_refused(refused, tmp_path):
+    make_tokenizer(tmp_path / "plain")
+    settings = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "plain" / "special_tokens_map.json").unlink(missing_ok=True)
+    assert "the tokenizer has no bos token" in refused(tokenizer=tmp_path / "plain", special_tokens="bos")
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    assert "is not a gradproj output: it holds thesis.tex" in refused()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_as_output_is_refused(refused, tmp_path):
+    (tmp_path / "out").write_text("x")
+    assert "is a file; give a folder" in refused()
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradproj.job.plan.free_bytes", lambda path: 1000)
+    assert "are still needed and 1.0 kB are free" in refused()
+    assert not (tmp_path / "out").exists()
+
+
+def test_domains_of_a_mixed_corpus_ask_for_allow_sparse(refused, files, tmp_path):
+    message = refused(domains="Github")
+    assert "not grouped by domain" in message
+    assert "--allow_sparse" in message
+    plan = plan_of(files, tmp_path, domains="Github", allow_sparse=True)
+    assert plan.wasted_bytes() == (13 * 16 - 67) * plan.row_bytes
+    assert any("wasted" in line for line in plan_lines(plan, 0))
+
+
+def test_a_plan_writes_nothing_and_says_what_the_run_will_take(files, tmp_path):
+    plan = plan_of(files, tmp_path, proj_rank_total=24, proj_rank_min=3)
+    assert not (tmp_path / "out").exists()
+    text = "\n".join(plan_lines(plan, 0))
+    assert "200 in 5 tars" in text
+    assert "D = 14 layers x 24 = 336 values" in text
+    assert "13 of 16 rows" in text
+
+
+def test_the_bytes_planned_are_about_those_of_the_store(files, tmp_path):
+    from helpers.jobs import run_job
+
+    plan = plan_of(files, tmp_path)
+    run_job(1, shards=files.corpus, model=files.model, output_dir=tmp_path / "out")
+    written = [p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert 0.7 < plan.store_bytes() / sum(written) < 1.5
+    assert 0.7 < plan.n_files() / len(written) < 1.5
+
+
+def test_another_identity_lists_every_difference(refused, files, tmp_path):
+    plan = plan_of(files, tmp_path)
+    make_output(plan, Owner.this_process("test", 0, 0))
+    message = refused(proj_seed=1, max_length=32, domains="Github", allow_sparse=True, special_tokens="bos")
+    assert "cannot add to" in message
+    for line in (
+        "--proj_seed: store 42, this run 1",
+        "--max_length: store 64, this run 32",
+        "--domains: store [], this run ['Github']",
+        "--special_tokens: store 'tokenizer', this run 'bos'",
+    ):
+        assert line in message
+    assert "proj_kind" not in message
+
+
+def test_other_weights_are_another_identity(refused, files, tmp_path):
+    make_output(plan_of(files, tmp_path), Owner.this_process("test", 0, 0))
+    make_model(tmp_path / "other", rms_norm_eps=1e-3)
+    assert "--model (config)" in refused(model=tmp_path / "other")
+    moved = shutil.copytree(files.model, tmp_path / "moved")
+    assert plan_of(files, tmp_path, model=moved).identity == plan_of(files, tmp_path).identity

@@ -1,0 +1,153 @@
+"""A unit through the engine: batches that do not fit, gradients that are not finite."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.jobs import flags, make_corpus, make_model, mixed_documents
+
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.partial_rows import PartialLog
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
+from gradproj.job import unit_projector as projector_module
+from gradproj.job.config import run_config
+from gradproj.job.plan import make_plan
+from gradproj.job.unit_projector import UnitProjector
+from gradproj.job.unit_reader import UnitReader
+from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.store.layout import STATUS
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("projector")
+    settings = {
+        "shards": make_corpus(root / "tars", mixed_documents(16)),
+        "model": make_model(root / "model"),
+        "output_dir": root / "out",
+        "proj_dtype": "float32",
+        "long_documents": "windows",
+        "max_length": 24,
+        "batch_size": 6,
+    }
+    plan = make_plan(run_config(flags(**settings), "test"), progress=False)
+    model = load_model(plan.files, torch.device("cpu"))
+    return plan, model, UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
+
+
+def project(parts, tmp_path):
+    plan, model, reader = parts
+    with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
+        unit = UnitProjector(model, engine, plan.unit_settings, Progress())
+        return unit.project(reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")).on_host()
+
+
+def loss_that_fails(most, after_backward=False, message="out of memory"):
+    """``per_sample_loss`` on a device that holds so many sequences (or, below 1, sequences up to that length)."""
+
+    def loss(model, batch):
+        ids = batch["input_ids"]
+        if ids.shape[0] > most:
+            if after_backward:
+                per_sample_loss(model, batch).sum().backward()
+            raise torch.OutOfMemoryError(message)
+        return per_sample_loss(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    parts, tmp_path, monkeypatch, most, after_backward
+):
+    want = project(parts, tmp_path)
+    monkeypatch.setattr(projector_module, "per_sample_loss", loss_that_fails(most, after_backward))
+    got = project(parts, tmp_path)
+    np.testing.assert_array_equal(got.record.columns["status"], want.record.columns["status"])
+    np.testing.assert_allclose(got.stored, want.stored, rtol=1e-3, atol=1e-5)
+    assert got.record.stats["covariance_tokens"] == want.record.stats["covariance_tokens"]
+    for name in ("a", "s"):
+        np.testing.assert_allclose(
+            got.record.token_covariances[name], want.record.token_covariances[name], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_rows_that_collecting_has_no_memory_for_are_summed_once(parts, tmp_path, monkeypatch):
+    want = project(parts, tmp_path)
+    collect, failed = GradProjLoraEngine.collect_batch, []
+
+    def collect_once_too_much(self, *args):
+        rows = collect(self, *args)
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return rows
+
+    monkeypatch.setattr(GradProjLoraEngine, "collect_batch", collect_once_too_much)
+    got = project(parts, tmp_path)
+    assert failed
+    assert got.record.stats["covariance_tokens"] == want.record.stats["covariance_tokens"]
+    np.testing.assert_allclose(got.stored, want.stored, rtol=1e-3, atol=1e-5)
+
+
+def test_a_document_that_does_not_fit_alone_has_its_status_and_the_others_their_rows(
+    parts, tmp_path, monkeypatch
+):
+    want = project(parts, tmp_path)
+
+    def loss(model, batch):
+        if batch["input_ids"].shape[1] == 24:
+            raise torch.OutOfMemoryError("out of memory")
+        return per_sample_loss(model, batch)
+
+    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    got = project(parts, tmp_path)
+    failed = got.record.columns["status"] == STATUS["out_of_memory"]
+    assert 0 < failed.sum() < 16
+    assert np.isnan(got.stored[failed]).all()
+    assert np.isnan(got.record.columns["loss"][failed]).all()
+    np.testing.assert_allclose(got.stored[~failed], want.stored[~failed], rtol=1e-3, atol=1e-5)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkeypatch):
+    def loss(model, batch):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        project(parts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "want"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_what_each_library_says(error, want):
+    assert projector_module.is_out_of_memory(error) is want
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_a_row_of_nan_with_its_status(parts, tmp_path, monkeypatch, bad):
+    want = project(parts, tmp_path)
+
+    def loss(model, batch):
+        losses = per_sample_loss(model, batch)
+        weights = torch.ones_like(losses)
+        weights[0] = bad
+        return losses * weights
+
+    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    got = project(parts, tmp_path)
+    status = got.record.columns["status"]
+    spoilt = status == STATUS["non_finite"]
+    assert 0 < spoilt.sum() < 16
+    assert np.isnan(got.stored[spoilt]).all()
+    np.testing.assert_allclose(got.stored[~spoilt], want.stored[~spoilt], rtol=1e-3, atol=1e-5)
+    assert np.isfinite(got.record.token_covariances["s"]).all()

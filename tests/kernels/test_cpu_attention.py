@@ -1,0 +1,121 @@
+"""Causal attention in bfloat16 on a CPU, against torch's own in float32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import FAMILIES, ragged_batch, relative_error, small_model
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.frozen_model import FrozenModel
+from gradproj.engine.loss import per_sample_loss
+from gradproj.kernels import cpu_attention as attention
+from gradproj.kernels.cpu_attention import ATTENDS, attend
+
+
+def tensors(length, heads=4, key_heads=4, n=2, width=8):
+    """Query, key and value as models hand them over: a transposed view each."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(n, length, h, width).bfloat16().transpose(1, 2).requires_grad_()
+        for h in (heads, key_heads, key_heads)
+    ]
+
+
+def layer():
+    module = nn.Module()
+    setattr(module, ATTENDS, True)
+    return module
+
+
+def with_gradients(out, inputs):
+    torch.manual_seed(1)
+    weights = torch.randn(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_output_and_gradients_are_those_of_exact_attention(length, key_heads, scaling):
+    inputs = tensors(length, key_heads=key_heads)
+    got = with_gradients(attend(layer(), *inputs, None, scaling=scaling)[0], inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = F.scaled_dot_product_attention(*exact, is_causal=True, scale=scaling, enable_gqa=True)
+    want = with_gradients(out.transpose(1, 2), exact)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.bfloat16
+        # Of one token the gradients of query and key are zero, and only the rounding of the output's size is left.
+        assert (a.double() - b).norm() <= 0.01 * max(b.norm(), want[0].norm())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"is_causal": False},
+        {"dropout": 0.5},
+        {"attention_mask": torch.zeros(70, 70).bfloat16()},
+        {"dtype": torch.float32},
+    ],
+    ids=["not-causal", "dropout", "mask", "float32"],
+)
+def test_what_is_not_plain_causal_bfloat16_attention_is_left_to_transformers(settings, monkeypatch):
+    monkeypatch.setattr(attention, "_Causal", None)
+    dtype = settings.pop("dtype", torch.bfloat16)
+    mask = settings.pop("attention_mask", None)
+    inputs = [x.to(dtype) for x in tensors(70)]
+    outs = []
+    for function in (attend, sdpa_attention_forward):
+        torch.manual_seed(2)
+        outs.append(function(layer(), *inputs, mask, **settings)[0])
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_every_family_are_as_near_to_float32_as_with_torchs_attention(family, monkeypatch):
+    ids, labels = ragged_batch([40, 23])
+    batch = {"input_ids": ids, "labels": labels}
+
+    def rows(dtype):
+        model = small_model(family).to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.3 if parameter.dim() >= 2 else 1)
+        with GradProjLoraEngine(model, freeze_weights=True) as engine:
+            per_sample_loss(model, batch).sum().backward()
+            return engine.collect_batch()
+
+    exact, ours = rows(torch.float32), rows(torch.bfloat16)
+    monkeypatch.setattr("gradproj.engine.frozen_model.fits", lambda parameter: False)
+    torchs = rows(torch.bfloat16)
+    assert relative_error(ours, exact) <= 1.3 * relative_error(torchs, exact) + 1e-3
+
+
+def test_a_frozen_model_takes_it_in_bfloat16_alone_and_gives_it_back():
+    for dtype, taken in ((torch.bfloat16, True), (torch.float32, False)):
+        model = small_model("llama").to(dtype)
+        before = [sorted(vars(part)) for part in model.modules()]
+        frozen = FrozenModel(model)
+        assert all(getattr(part, ATTENDS, False) == taken for part in model.modules())
+        assert model.config._attn_implementation == "sdpa"
+        frozen.undo()
+        assert [sorted(vars(part)) for part in model.modules()] == before
+
+
+def test_falcon_sees_no_later_token_in_bfloat16():
+    """Its attention compares the config's name of the implementation."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).bfloat16().eval()
+    ids = torch.randint(3, 64, (1, 12))
+    padded = torch.cat([ids, torch.full((1, 12), 5)], dim=1)
+    with GradProjLoraEngine(model, "lm_head", freeze_weights=True) as engine:
+        rows = []
+        for batch in (ids, padded):
+            labels = torch.full_like(batch, -100)
+            labels[:, :12] = ids
+            per_sample_loss(model, {"input_ids": batch, "labels": labels}).sum().backward()
+            rows.append(engine.collect_batch())
+    assert relative_error(rows[1], rows[0]) < 0.02

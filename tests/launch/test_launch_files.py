@@ -1,0 +1,222 @@
+"""What a stranger starts: every script parses, passes flags that exist, and says what is wrong in one line."""
+
+import os
+import re
+import shlex
+
+import pytest
+from helpers.shell import ROOT, run_bash, stub
+from torch.distributed.run import get_args_parser
+
+from gradproj.cli.commands import IndexConfig, PrepareFlags
+from gradproj.cli.query import QueryConfig
+from gradproj.flags import parse
+from gradproj.job.config import run_config
+from gradproj.maintenance.status import StatusConfig
+from gradproj.training import TokenizerConfig, TrainConfig
+
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.s*"), ROOT / ".ci" / "run"])
+IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
+
+CHECKS = {
+    "prepare": lambda argv: parse(argv, "prepare", PrepareFlags),
+    "tokenizer": lambda argv: parse(argv, "tokenizer", TokenizerConfig),
+    "train": lambda argv: parse(argv, "train", TrainConfig),
+    "query": lambda argv: parse(argv, "query", QueryConfig),
+    "status": lambda argv: parse(argv, "status", StatusConfig),
+    "index": lambda argv: parse(argv, "index", IndexConfig),
+    "plan": lambda argv: run_config(argv, "plan"),
+    "run": lambda argv: run_config(argv, "run"),
+}
+"""Command -> the parser of its flags, which refuses unknown ones."""
+
+JOB_FLAGS = "--shards tars --model dir --output_dir out"
+
+
+def commands_in(path):
+    """``(command, its words)`` of every call of gradproj, as a shell would split them, with variables filled in."""
+    text = re.sub(r"^\s*#.*$", "", path.read_text(), flags=re.M).replace("\\\n", " ")
+    calls = re.findall(r"-m gradproj(?: |\.)(\w+)([^\n|;&>]*)", text)
+    return [
+        (name, shlex.split(filled(words, "" if name == "index" else JOB_FLAGS)))
+        for name, words in calls
+        if name in CHECKS
+    ]
+
+
+def filled(text, arguments=""):
+    text = re.sub(r'"\$\{?(@|JOB(_FLAGS)?\[@\])\}?"', arguments, text)
+    return re.sub(r"\$\{?\w+(:-\w+)?\}?", "1", text)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
+def test_bash_can_parse_every_script(path):
+    assert run_bash("-n", path).stderr == ""
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
+def test_no_script_names_a_path_of_one_machine(path):
+    text = path.read_text().replace("#!/usr/bin/env bash", "")
+    assert re.findall(r"/(?:home|root|work|tmp|usr|opt|mnt|srv|var|etc|data|scratch)\b", text) == []
+    assert "://" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [
+        ("launch/demo.sh", ["prepare", "tokenizer", "train", "status", "plan", "run", "status", "query"]),
+        ("launch/one_node.sh", ["plan", "run"]),
+        ("launch/multi_node.sh", ["plan", "run"]),
+        ("slurm/common.sh", ["run", "status", "plan"]),
+        ("slurm/index_pile.sbatch", ["index"]),
+    ],
+)
+def test_every_command_in_a_script_has_only_known_flags(name, commands):
+    found = commands_in(ROOT / name)
+    assert [command for command, _ in found][: len(commands)] == commands
+    for command, words in found:
+        CHECKS[command](words)
+
+
+@pytest.mark.parametrize("name", ["launch/one_node.sh", "launch/multi_node.sh"])
+def test_torchrun_gets_known_flags_and_hands_signals_on(name):
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    (words,) = re.findall(r"-m torch\.distributed\.run (.*) -m gradproj\.run", text)
+    given = get_args_parser().parse_args([*shlex.split(filled(words)), "script.py"])
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(given.signals_to_handle.split(","))
+    assert given.standalone == (name == "launch/one_node.sh")
+
+
+def test_the_ci_calls_exactly_the_test_script():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "bash launch/test.sh"
+    assert all(os.access(path, os.X_OK) for path in SCRIPTS if path.parent.name != "slurm")
+
+
+# ---- Set-up
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('case "$2" in *version_info*) exit 1;; *platform*) echo 3.9.2;; esac',
+         r"gradproj: Python 3\.11 or newer is needed; here there is: .*old=3\.9\.2\. Install one, or name it: PYTHON="),
+        ('case "$2" in *ensurepip*) exit 1;; *platform*) echo 3.12.1;; esac',
+         r"old cannot make virtual environments: .* apt install old-venv"),
+        ("exit 1", r"Python 3\.11 or newer is needed; here there is: none\."),
+    ],
+)  # fmt: skip
+def test_a_python_that_will_not_do_is_one_clear_line(tmp_path, body, message):
+    python = stub(tmp_path, "old", body)
+    done = run_bash(ROOT / "launch/setup.sh", cwd=tmp_path, PYTHON=python, GRADPROJ_VENV=tmp_path / "venv")
+    assert done.returncode == 2
+    assert re.fullmatch(f"gradproj: .*|{message}.*", done.stderr.strip())
+    assert re.search(message, done.stderr)
+
+
+def fake_venv(folder, body="", ours=""):
+    """An environment whose Python notes what it is asked, then does ``body``."""
+    stub(folder / "bin", "python", f'echo "$*" >>"{folder}/calls"\n{body}')
+    if ours:
+        (folder / "made-by-gradproj-launch").write_text(ours)
+    return folder
+
+
+def test_an_environment_that_is_not_ours_is_used_but_never_changed(tmp_path):
+    venv = fake_venv(tmp_path / "venv")
+    done = run_bash(ROOT / "launch/setup.sh", GRADPROJ_VENV=venv)
+    assert done.returncode == 0
+    assert "as it is (not made by this script)" in done.stdout
+    assert "pip" not in (venv / "calls").read_text()
+    lacking = fake_venv(tmp_path / "lacking", "exit 1")
+    done = run_bash(ROOT / "launch/setup.sh", GRADPROJ_VENV=lacking)
+    assert done.returncode == 2
+    assert "was not made by this script, and gradproj cannot be imported in it" in done.stderr
+    assert (lacking / "bin/python").exists()
+
+
+def test_a_finished_set_up_is_not_done_again_and_a_changed_one_is(tmp_path):
+    body = 'case "$*" in *platform*) echo 3.12.1;; *install*) exit "${PIP_CODE:-0}";; esac'
+    venv = fake_venv(tmp_path / "venv", body, ours=f"3.12.1 in {ROOT}\nanother pyproject\n")
+
+    def set_up(*words, **env):
+        (venv / "calls").write_text("")
+        done = run_bash(ROOT / "launch/setup.sh", *words, GRADPROJ_VENV=venv, **env)
+        return done, "pip install" in (venv / "calls").read_text()
+
+    assert set_up()[1]
+    assert not set_up()[1]
+    assert set_up("dev")[1]
+    assert not set_up("dev")[1]
+    assert not set_up()[1]
+    stamp = venv / "made-by-gradproj-launch"
+    stamp.write_text(stamp.read_text().replace("extra dev\n", ""))
+    failed, _ = set_up("dev", PIP_CODE=1)
+    assert failed.returncode == 2
+    assert "pip could not install the packages" in failed.stderr
+    assert set_up("dev")[1], "a failed installation was taken for a finished one"
+
+
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("ruff check", 1), ("mypy", 1), ("pytest", 1)])
+def test_the_test_script_fails_with_any_check_and_ends_with_pytest_s_line(tmp_path, failing, code):
+    body = f'case "$*" in "-m {failing}"*) exit 1;; esac\n[[ $* != *pytest* ]] || echo "3 passed in 0.1s"'
+    body = body.replace("exit 1;;", '[[ $* == *pytest* ]] && echo "1 failed in 0.1s"; exit 1;;')
+    done = run_bash(
+        ROOT / "launch/test.sh", "-x", GRADPROJ_VENV=fake_venv(tmp_path / "venv", body), CI="true"
+    )
+    assert done.returncode == code
+    assert done.stdout.splitlines()[-1] in ("3 passed in 0.1s", "1 failed in 0.1s")
+    calls = (tmp_path / "venv" / "calls").read_text().splitlines()
+    assert calls[-1] == "-m pytest -x"
+    assert {"-m ruff check .", "-m ruff format --check gradproj tests", "-m mypy"} <= set(calls)
+
+
+def test_the_demo_refuses_unknown_words_and_explains_itself():
+    done = run_bash(ROOT / "launch/demo.sh", "--modle", "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "unknown argument --modle" in done.stderr
+    assert "--shards needs a value" in run_bash(ROOT / "launch/demo.sh", "--shards").stderr
+    assert "From nothing to an answer" in run_bash(ROOT / "launch/demo.sh", "--help").stdout
+
+
+def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
+    python = stub(
+        tmp_path, "python", 'echo "$*" >>calls; [[ $* != *plan* ]] || { echo "gradproj: no" >&2; exit 2; }'
+    )
+    for name in ("one_node", "multi_node"):
+        done = run_bash(
+            ROOT / f"launch/{name}.sh", "--shards", "x", cwd=tmp_path, PYTHON=python, NODES=2, HEAD="a"
+        )
+        assert (done.returncode, done.stderr) == (2, "gradproj: no\n")
+    assert "torch.distributed.run" not in (tmp_path / "calls").read_text()
+    python = stub(tmp_path, "python", 'echo "$*" >>calls')
+    done = run_bash(ROOT / "launch/multi_node.sh", "--shards", "x", cwd=tmp_path, PYTHON=python)
+    assert done.returncode == 2
+    assert "set NODES (how many machines) and HEAD" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("user", "sudo", "apt", "calls", "message"),
+    [
+        (0, 1, 0, ["update -q", "install -y --no-install-recommends slurm-wlm munge"], ""),
+        (1000, 0, 0, ["update -q", "install -y --no-install-recommends slurm-wlm munge"], ""),
+        (1000, 1, 0, [], "sudo apt-get install -y --no-install-recommends slurm-wlm munge"),
+        (0, 1, 1, ["update -q"], "apt-get update failed, see above; then: apt-get install -y"),
+    ],
+)
+def test_the_slurm_test_installs_slurm_or_says_how(tmp_path, user, sudo, apt, calls, message):
+    bin_dir = tmp_path / "bin"
+    stub(bin_dir, "apt-get", f'echo "$*" >>"{tmp_path}/calls"; exit {apt}')
+    stub(bin_dir, "sudo", f'[[ $1 != -n ]] || exit {sudo}; "$@"')
+    venv = fake_venv(tmp_path / "venv", 'case "$*" in *find_daemons*) exit 1;; esac')
+    # Bash's own variables for the user cannot be set.
+    script = (ROOT / "launch" / "test_slurm.sh").read_text().replace("EUID", str(user))
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "test_slurm.sh").write_text(script)
+    (tmp_path / "launch" / "setup.sh").symlink_to(ROOT / "launch" / "setup.sh")
+    (tmp_path / "calls").touch()
+    path = f"{bin_dir}:{os.environ['PATH']}"
+    done = run_bash(tmp_path / "launch" / "test_slurm.sh", "-x", path=path, cwd=tmp_path, GRADPROJ_VENV=venv)
+    assert (tmp_path / "calls").read_text().splitlines() == calls, done.stderr
+    assert (done.returncode, message in done.stderr) == (2 if message else 0, True)
+    assert ("-m pytest -m slurm tests/slurm -x" in (venv / "calls").read_text()) == (not message)

@@ -1,0 +1,231 @@
+"""``export``: the store's ok rows in the original system's files, all of them or none."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, tree_of, uncommit
+from helpers.stores import Output
+
+from gradproj.errors import ConfigError, StoreError
+from gradproj.maintenance.export import (
+    ExportConfig,
+    export_lines,
+    original_metadata,
+    plan_export,
+    write_export,
+)
+from gradproj.store import ProjectionStore
+
+
+def config_of(target, **settings):
+    return ExportConfig(output="", to=str(target), **settings)
+
+
+def export_to(target, store, **settings):
+    config = config_of(target, **settings)
+    return list(write_export(store, config, plan_export(store, config)))
+
+
+def files_in(folder):
+    names = sorted(os.listdir(folder))
+    assert names[0] == "metadata.json"
+    return [torch.load(folder / name, weights_only=True) for name in names[1:]]
+
+
+@pytest.mark.parametrize("rows_per_file", [1, 7, 16, 68, 4096])
+def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradproj.store.row_reader._BLOCK_BYTES", 5 * 4 * 300)  # blocks of a few rows
+    ok_ids = [i for i in range(N_SAMPLES) if i not in (EMPTY, ONE_TOKEN)]
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store, rows_per_file=rows_per_file)
+        want = store.rows(ok_ids)
+    files = files_in(tmp_path / "to")
+    assert [file["iter"] for file in files] == list(range(1, len(files) + 1))
+    assert [file["batch_size"] for file in files] == [
+        len(ok_ids[first : first + rows_per_file]) for first in range(0, len(ok_ids), rows_per_file)
+    ]
+    assert all(
+        file["batch_idx"].dtype == torch.int64 and file["proj"].dtype == torch.float32 for file in files
+    )
+    assert torch.cat([file["batch_idx"] for file in files]).tolist() == ok_ids
+    np.testing.assert_array_equal(torch.cat([file["proj"] for file in files]).numpy(), want)
+
+
+def test_the_files_are_numbered_from_one_and_hold_no_more_than_their_rows(job, tmp_path):
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store, rows_per_file=32)
+        dim = store.dim
+    names = sorted(path.name for path in (tmp_path / "to").glob("*.pt"))
+    assert names == ["proj_iter_000001.pt", "proj_iter_000002.pt", "proj_iter_000003.pt"]
+    last = tmp_path / "to" / names[-1]
+    assert last.stat().st_size < 4 * (4 * dim + 8) + 4096  # a slice of a larger buffer would be saved whole
+
+
+@pytest.mark.parametrize(
+    ("ids", "want"),
+    [
+        ("10:30", [i for i in range(10, 30) if i != ONE_TOKEN]),
+        (":3", [0, 1, 2]),
+        ("68:", [68, 69]),
+        ("16:17", [16]),
+    ],
+)
+def test_only_the_ids_asked_for_are_written(ids, want, job, tmp_path):
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store, ids=ids, rows_per_file=8)
+    assert torch.cat([file["batch_idx"] for file in files_in(tmp_path / "to")]).tolist() == want
+
+
+def test_the_metadata_has_the_originals_keys_and_the_stores_slices(job, tmp_path):
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store)
+        metadata = json.loads((tmp_path / "to" / "metadata.json").read_text())
+        assert metadata == original_metadata(store)
+        assert metadata["engine"] == "GradProjLora"
+        assert (metadata["proj_seed"], metadata["proj_method"]) == (42, "rademacher")
+        assert (metadata["proj_rank_total"], metadata["proj_rank_min"]) == (16, 2)
+        assert metadata["total_proj_dim"] == store.dim
+        rows = torch.load(tmp_path / "to" / "proj_iter_000001.pt", weights_only=True)["proj"]
+        for layer, meta in zip(store.layers, metadata["layers"], strict=True):
+            assert meta["name"] == layer.name
+            assert meta["k_total"] == meta["k_o"] * meta["k_i"] == meta["slice_end"] - meta["slice_start"]
+            block = rows[:2, meta["slice_start"] : meta["slice_end"]].reshape(2, meta["k_o"], meta["k_i"])
+            np.testing.assert_array_equal(block.numpy(), store.layer(layer.name)[:2])
+
+
+def test_what_will_be_written_is_known_first(job, tmp_path):
+    with ProjectionStore(job.output) as store:
+        export = plan_export(store, config_of(tmp_path / "to", rows_per_file=30))
+        first, second = export_lines(export, tmp_path / "to")
+    assert first.startswith("3 files of at most 30 rows: 68 ok rows of samples 0 to 69, ")
+    assert second == "left out: 1 empty, 1 no_target"
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_unfinished_store_gives_the_rows_it_has(job, tmp_path):
+    output = copy_of(job.output, tmp_path)
+    uncommit(output, 1, 4)
+    with ProjectionStore(output) as store:
+        export = plan_export(store, config_of(tmp_path / "to"))
+        export_to(tmp_path / "to", store)
+    assert export.left_out == {"missing": 22, "empty": 1}
+    ids = files_in(tmp_path / "to")[0]["batch_idx"].tolist()
+    assert ids == [i for i in range(N_SAMPLES) if i // 16 not in (1, 4) and i != EMPTY]
+
+
+@pytest.mark.parametrize("proj_dtype", ["float16", "bfloat16", "float32"])
+def test_rows_are_float32_whatever_the_store_keeps(proj_dtype, tmp_path):
+    from gradproj.store import StoreConfig
+
+    output = Output(tmp_path / "out", config=StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype)).fill()
+    with ProjectionStore(output.path) as store:
+        export_to(tmp_path / "to", store)
+    np.testing.assert_array_equal(files_in(tmp_path / "to")[0]["proj"].numpy(), output.decoded())
+
+
+def test_an_empty_folder_may_be_there_already(job, tmp_path):
+    (tmp_path / "to").mkdir()
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store)
+    assert len(files_in(tmp_path / "to")) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows_per_file": 0}, "--rows_per_file must be at least 1, got 0"),
+        ({"format": "npz"}, "--format is 'npz'; choose pt"),
+        ({"ids": "3-9"}, "--ids is '3-9'; give START:STOP"),
+        ({"ids": "a:9"}, "--ids is 'a:9'; give START:STOP"),
+        ({"ids": "-3:9"}, "--ids is '-3:9'; give START:STOP"),
+        ({"ids": "0:71"}, "--ids 0:71: the store has 70 samples, ids 0:70"),
+        ({"ids": "70:"}, "--ids 70:: the store has 70 samples, ids 0:70"),
+        ({"ids": "9:9"}, "--ids 9:9: START must be less than STOP"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(settings, message, job, tmp_path):
+    with ProjectionStore(job.output) as store, pytest.raises(ConfigError) as error:
+        plan_export(store, config_of(tmp_path / "to", **settings))
+    assert message in str(error.value)
+
+
+def test_an_empty_name_of_the_folder_is_refused():
+    with pytest.raises(ConfigError, match="--to is empty"):
+        config_of(" ")
+
+
+def test_a_folder_with_files_and_a_file_are_refused(job, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with ProjectionStore(job.output) as store:
+        with pytest.raises(StoreError, match=r"--to .* is not empty; give a new folder"):
+            plan_export(store, config_of(tmp_path))
+        with pytest.raises(StoreError, match=r"--to .*mine is a file"):
+            plan_export(store, config_of(tmp_path / "mine"))
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_store_without_ok_rows_there_is_refused(job, tmp_path):
+    with (
+        ProjectionStore(job.output) as store,
+        pytest.raises(StoreError, match="none of the samples 5 to 5 has an ok row"),
+    ):
+        plan_export(store, config_of(tmp_path / "to", ids="5:6"))
+
+
+def test_a_disk_without_the_space_is_refused_before_anything_is_written(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with (
+        ProjectionStore(job.output) as store,
+        pytest.raises(StoreError, match=r"are to be written and 0\.0 GB"),
+    ):
+        plan_export(store, config_of(tmp_path / "to"))
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failed_write_leaves_nothing_behind(existed, job, tmp_path, monkeypatch):
+    if existed:
+        (tmp_path / "to").mkdir()
+    save = torch.save
+
+    def full_disk_at_the_second(content, path):
+        save(content, path)
+        if content["iter"] == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", full_disk_at_the_second)
+    with ProjectionStore(job.output) as store, pytest.raises(StoreError, match=r"--to .*cannot be written"):
+        export_to(tmp_path / "to", store, rows_per_file=8)
+    assert list(tmp_path.iterdir()) == ([tmp_path / "to"] if existed else [])
+    assert not existed or not list((tmp_path / "to").iterdir())
+
+
+def test_an_export_that_is_stopped_leaves_nothing_behind(job, tmp_path):
+    with ProjectionStore(job.output) as store:
+        config = config_of(tmp_path / "to", rows_per_file=8)
+        files = write_export(store, config, plan_export(store, config))
+        assert next(files).exists()
+        files.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_has_gone_is_an_error_and_no_file_of_nans(job, tmp_path):
+    output = copy_of(job.output, tmp_path)
+    (output / "projections.zarr" / "projections" / "c.2.0").unlink()
+    with (
+        ProjectionStore(output) as store,
+        pytest.raises(StoreError, match="row of sample 32 is recorded as ok"),
+    ):
+        export_to(tmp_path / "to", store)
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_export_writes_nothing_into_the_output(job, tmp_path):
+    before = tree_of(job.output)
+    with ProjectionStore(job.output) as store:
+        export_to(tmp_path / "to", store)
+    assert tree_of(job.output) == before

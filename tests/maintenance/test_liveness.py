@@ -1,0 +1,149 @@
+"""What ``status`` knows of other hosts' processes: what they wrote, and what is seen of it while it is watched."""
+
+import os
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from helpers.outputs import (
+    owner_of,
+    uncommit,
+    unmerge,
+    write_claim,
+    write_heartbeat,
+)
+
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.maintenance.status import read_status, status_lines
+
+
+@pytest.fixture
+def far(output, process):
+    """A claim and a heartbeat from another host."""
+    uncommit(output, 1)
+    owner = replace(owner_of(process, rank=3), host="far", boot_id="other")
+    write_claim(output, "00000001.0", owner)
+    beat = write_heartbeat(
+        output, owner, Progress(n_tokens=80, unit=1, unit_samples=8, batches=1, seconds=2.0)
+    )
+    return SimpleNamespace(output=output, owner=owner, beat=beat)
+
+
+def process_of_unit_1(status):
+    (claimed,) = status.claimed
+    return claimed.process
+
+
+def test_of_a_process_on_another_host_only_what_it_wrote_is_said(far):
+    status = read_status(far.output)
+    assert process_of_unit_1(status) == "unknown"
+    assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 1)
+    text = "\n".join(status_lines(status))
+    assert "by rank 3 on far" in text
+    assert "whether it lives is not known here (--watch 15 shows it)" in text
+    assert "by 1 rank, 1 of them by their last word" in text
+
+
+@pytest.mark.parametrize(
+    "counted", [True, False], ids=["its counter moves", "only its file is written again"]
+)
+def test_a_heartbeat_that_is_seen_to_move_is_of_a_living_process(far, counted):
+    def beat():
+        later = Progress(n_tokens=90, unit=1, unit_samples=9, batches=1 + counted, seconds=2.5)
+        write_heartbeat(far.output, far.owner, later)
+
+    timer = threading.Timer(0.1, beat)
+    timer.start()
+    status = read_status(far.output, watch_s=0.3)
+    timer.join()
+    assert process_of_unit_1(status) == "alive"
+    assert (status.claimed[0].n_done, status.speed.n_unknown) == (9, 0)
+
+
+def test_a_heartbeat_that_stands_still_is_stale_only_after_the_time_of_the_rule(far, monkeypatch):
+    assert process_of_unit_1(read_status(far.output, watch_s=0.1)) == "unknown"
+    monkeypatch.setattr("gradproj.maintenance.liveness.STALE_AFTER_S", 0.1)
+    status = read_status(far.output, watch_s=0.1)
+    assert process_of_unit_1(status) == "stale"
+    assert status.speed.n_ranks == 0
+    text = "\n".join(status_lines(status))
+    assert "stale         unit 1" in text
+    assert "whose heartbeat stands still: the job takes it over" in text
+
+
+@pytest.fixture
+def short_watch(monkeypatch):
+    """A look of 0.2 s is as long as one of 10 s."""
+    monkeypatch.setattr("gradproj.maintenance.liveness.SILENT_AFTER_S", 0.2)
+
+
+@pytest.mark.parametrize("has_heartbeat", [True, False])
+@pytest.mark.usefixtures("short_watch")
+def test_who_wrote_nothing_while_watched_is_not_counted_among_those_at_work(far, has_heartbeat):
+    if not has_heartbeat:
+        far.beat.unlink()
+    status = read_status(far.output, watch_s=0.2)
+    assert process_of_unit_1(status) == "silent"
+    assert (status.speed.n_ranks, status.speed.samples_per_s, status.speed.left_s) == (0, 0, None)
+    lines = status_lines(status)
+    (shown,) = (line for line in lines if line.startswith("silent        unit 1: "))
+    assert ("8 of 16 documents" in shown) == has_heartbeat
+    assert shown.endswith("; no sign of life in 0.2 s: the job takes it over after 11 min of that")
+    assert not any(line.startswith(("speed", "running")) or "--watch" in line for line in lines)
+    assert lines[0] == "units         5: 4 committed, 1 claimed, 0 left"
+    assert lines[-1] == "complete      no, 1 unit missing: 1; run the job's command again to go on"
+
+
+@pytest.mark.usefixtures("short_watch")
+def test_a_process_that_comes_while_others_are_watched_is_at_work(far, process):
+    comes = replace(owner_of(process, rank=4), host="farther", boot_id="other")
+
+    def come():
+        write_claim(far.output, "00000001.1", comes)
+        write_heartbeat(far.output, comes, Progress(unit=1, batches=1, seconds=1.0))
+
+    timer = threading.Timer(0.1, come)
+    timer.start()
+    status = read_status(far.output, watch_s=0.3)
+    timer.join()
+    assert process_of_unit_1(status) == "alive"
+    assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 0)
+    assert status_lines(status)[-1] == "complete      no, 1 unit missing: 1"
+
+
+def test_a_verdict_on_ranks_of_which_nothing_is_known_says_how_to_know(far):
+    want = "no, 1 unit missing: 1; whether anybody works on them is not known here (--watch 15 shows it)"
+    assert status_lines(read_status(far.output))[-1] == f"complete      {want}"
+
+
+@pytest.mark.usefixtures("short_watch")
+def test_a_merge_without_a_sign_of_life_is_not_a_running_one(output, process):
+    unmerge(output)
+    write_claim(output, "merge.0", replace(owner_of(process), host="far", boot_id="other"))
+    assert (
+        status_lines(read_status(output))[-1] == "complete      no, every unit is committed and being merged"
+    )
+    lines = status_lines(read_status(output, watch_s=0.2))
+    assert any(line.startswith("merging") and "no sign of life in 0.2 s" in line for line in lines)
+    assert "but whoever merges shows no life; the job's command takes it over after 11 min" in lines[-1]
+
+
+def test_an_older_start_of_a_job_has_ended_wherever_it_ran(far, process):
+    newer = replace(owner_of(process, rank=0), job_id=far.owner.job_id, generation=far.owner.generation + 1)
+    write_heartbeat(far.output, newer, Progress())
+    assert process_of_unit_1(read_status(far.output)) == "gone"
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_clocks_that_differ_by_hours_change_nothing_but_the_time_shown(far, hours):
+    before = read_status(far.output)
+    for path in (far.beat, far.output / "claims" / "00000001.0"):
+        moved = path.stat().st_mtime + 3600 * hours
+        os.utime(path, (moved, moved))
+    after = read_status(far.output)
+    (then,), (now,) = before.claimed, after.claimed
+    assert then.since != now.since
+    assert replace(before, claimed=[replace(then, since="")]) == replace(
+        after, claimed=[replace(now, since="")]
+    )

@@ -1,0 +1,314 @@
+"""``verify --recompute`` computes rows again from the recorded inputs: the job's rows agree, any other row is named."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers.jobs import assert_same_bits, make_corpus, make_model, mixed_documents, run_job
+from helpers.outputs import (
+    EMPTY,
+    N_SAMPLES,
+    ONE_TOKEN,
+    ROWS_PER_UNIT,
+    SETTINGS,
+    change_record,
+    flip_byte,
+    shard_of,
+    tree_of,
+    uncommit,
+)
+
+from gradproj.__main__ import main
+from gradproj.coordinator.merge import merge
+from gradproj.corpus.index import load_index, save_index
+from gradproj.errors import CorpusError, ModelError, StoreError
+from gradproj.files import file_sum
+from gradproj.job.job_config import RecordedInputs
+from gradproj.maintenance.job_output import read_output
+from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recomputation_lines, recompute
+from gradproj.maintenance.verify import verify
+from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.encoding import decode_rows, encode_rows
+from gradproj.store.unit_record import encode_record, read_record, record_name
+from gradproj.store.writer import shard_chunks
+
+
+def again(output, n_rows=N_SAMPLES, seed=0, skip=None, **changes):
+    return recompute(RecordedInputs(output=str(output), device="cpu", **changes), n_rows, seed, skip)
+
+
+def change_rows(output, unit, change):
+    """Put other rows into a unit, with the checksums that belong to them."""
+    layout = read_output(output).layout
+    with ProjectionStore(output) as store:
+        rows = store.rows(range(*layout.unit_range(unit)), missing="nan")
+    change(rows)
+    stored, scale = encode_rows(rows, layout.proj_dtype)
+    shard_of(output, unit).write_bytes(b"".join(bytes(part) for part in shard_chunks(stored, layout)))
+    path = output / record_name(unit)
+    record = read_record(path)
+    columns = {**record.columns, "row_scale": scale}
+    path.write_bytes(encode_record(replace(record, columns=columns, shard=file_sum(shard_of(output, unit)))))
+    merge(output)
+
+
+def test_every_row_of_a_job_agrees_with_itself_computed_again(output, capsys):
+    before = tree_of(output)
+    found = again(output)
+    assert (found.n_rows, found.n_others, found.wrong) == (N_SAMPLES - 2, 2, [])
+    assert found.median_error <= found.max_error < 0.1 * found.tolerance
+    assert found.tolerance == ROUNDING["float16"] + COMPUTED["float32"]
+    assert len(found.worst) == 10
+    assert [c.error for c in found.worst] == sorted((c.error for c in found.worst), reverse=True)
+    assert tree_of(output) == before
+    assert main(["verify", str(output), "--recompute", "5", "--seed", "3", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "recomputed    5 rows" in said
+    assert said.count("result  ") == 1
+    assert said.splitlines()[-1] == "result        sound and complete"
+    assert "relative to the row; rounding explains 5.9e-04" in said
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "proj_dtype": "bfloat16",
+            "model_dtype": "bfloat16",
+            "long_documents": "windows",
+            "special_tokens": "bos_eos",
+        },
+        {"proj_dtype": "float32", "loss_reduction": "sum", "domains": "Github", "allow_sparse": True},
+    ],
+    ids=["bfloat16-windows", "float32-sum-domain"],
+)
+def test_rows_agree_whatever_the_job_was_told(settings, job, tmp_path):
+    run_job(1, shards=job.corpus, model=job.model, output_dir=tmp_path / "out", **{**SETTINGS, **settings})
+    found = again(tmp_path / "out")
+    assert found.wrong == []
+    assert found.n_rows > 20
+    assert found.max_error < 0.5 * found.tolerance
+
+
+@pytest.mark.parametrize("by", [1.01, 0.99, -1.0])
+def test_a_row_changed_under_right_checksums_is_named(by, output, capsys):
+    def change(rows):
+        rows[5] *= by
+
+    change_rows(output, 2, change)
+    assert verify(output).exit_code == 0
+    found = again(output)
+    (wrong,) = found.wrong
+    assert (wrong.sample_id, wrong.unit, wrong.status) == (37, 2, "ok")
+    assert wrong.error == pytest.approx(abs(1 - by), rel=0.01)
+    assert found.worst[0] == wrong
+    assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--no-checksums"]) == 1
+    assert f"WRONG         sample 37 (unit 2, key {wrong.key!r}, stored as ok) is " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("also_damaged", [False, True])
+def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(also_damaged, output, job, capsys):
+    def change(rows):
+        rows[5] *= 1.01
+        rows[7] *= 0.9
+
+    def verdict(*flags):
+        code = main(["verify", str(output), "--recompute", "70", "--device", "cpu", *flags])
+        said = capsys.readouterr().out
+        assert said.count("result  ") == 1
+        return code, said, said.splitlines()[-1]
+
+    change_rows(output, 2, change)
+    if also_damaged:
+        flip_byte(shard_of(output, 0), 100)
+    code, said, last = verdict()
+    assert (code, last) == (1, f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}")
+    assert "way out       this command with --repair turns the units of wrong rows into missing ones" in said
+    code, said, last = verdict("--repair")
+    assert (code, last) == (3, "result        sound, but incomplete")
+    assert "WRONG         sample 37" in said
+    units = "2 units (0, 2)" if also_damaged else "1 unit (2)"
+    assert f"repaired      record and shard of {units} removed, which the job computes again" in said
+    run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
+    assert_same_bits(output, job.output)
+    code, said, last = verdict("--repair")
+    assert (code, last) == (0, "result        sound and complete")
+
+
+def test_without_checksums_nothing_is_called_sound(output, capsys):
+    assert main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "result        complete, and no wrong row among those computed again; checksums were not computed"
+    )
+
+
+def test_the_json_says_which_units_hold_wrong_rows(output, capsys):
+    change_rows(output, 2, lambda rows: rows.__imul__(1.01))
+    assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--json"]) == 1
+    (damage,) = json.loads(capsys.readouterr().out)["damage"]
+    assert (damage["kind"], damage["unit"], damage["path"]) == ("rows", 2, str(shard_of(output, 2)))
+    assert damage["what"] == "holds 16 rows that come out otherwise now, first sample 32"
+
+
+def test_rows_in_each_others_place_are_named(output):
+    def change(rows):
+        rows[[5, 6]] = rows[[6, 5]]
+
+    change_rows(output, 1, change)
+    assert {wrong.sample_id for wrong in again(output).wrong} == {21, 22}
+
+
+def test_another_status_or_column_is_named(output):
+    change_record(output, 1, statuses={3: STATUS["empty"]})
+    record = read_record(output / record_name(2))
+    tokens = record.columns["n_tokens"].copy()
+    tokens[4] += 1
+    loss = record.columns["loss"].copy()
+    loss[5] *= 1.01
+    (output / record_name(2)).write_bytes(
+        encode_record(replace(record, columns={**record.columns, "n_tokens": tokens, "loss": loss}))
+    )
+    merge(output)
+    found = again(output)
+    said = {wrong.sample_id: wrong.what for wrong in found.wrong}
+    assert said.keys() == {19, 36, 37}
+    assert said[19] == "has status ok now"
+    assert said[36] == "has another n_tokens now"
+    assert "has the loss" in said[37]
+
+
+def test_a_zero_row_that_is_no_longer_zero_is_named(output):
+    def change(rows):
+        rows[ONE_TOKEN % ROWS_PER_UNIT, 3] = 1e-3
+
+    change_rows(output, ONE_TOKEN // ROWS_PER_UNIT, change)
+    assert [(w.sample_id, w.what) for w in again(output).wrong] == [(ONE_TOKEN, "has another row now")]
+
+
+def test_documents_that_did_not_fit_the_memory_are_not_judged(output):
+    change_record(output, 1, statuses={3: STATUS["out_of_memory"]})
+    merge(output)
+    found = again(output)
+    assert (found.n_without_memory, found.wrong) == (1, [])
+    assert any("did not fit the memory" in line for line in recomputation_lines(found))
+
+
+def test_the_seed_decides_which_rows_are_taken(output):
+    first, same, other = (again(output, 10, seed) for seed in (1, 1, 2))
+    ids = [sorted(c.sample_id for c in found.worst) for found in (first, same, other)]
+    assert len(ids[0]) == 10
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_only_committed_and_undamaged_units_are_computed(output):
+    uncommit(output, 0)
+    flip_byte(shard_of(output, 1), 100)
+    found = again(output, skip=verify(output).damaged_units)
+    assert found.n_rows == N_SAMPLES - 2 * ROWS_PER_UNIT
+    assert {check.unit for check in found.worst} <= {2, 3, 4}
+    assert main(["verify", str(output), "--recompute", "3", "--device", "cpu"]) == 1
+    with pytest.raises(StoreError, match="no committed unit"):
+        again(output, skip={1, 2, 3, 4})
+
+
+def test_a_file_that_cannot_be_read_is_wrong_and_not_the_end(output):
+    uncommit(output)
+    flip_byte(output / record_name(0))
+    shard_of(output, 2).write_bytes(b"short")
+    found = again(output)
+    assert {wrong.unit for wrong in found.wrong} == {0, 2}
+    assert all("cannot be read" in wrong.what for wrong in found.wrong)
+
+
+def test_an_unfinished_store_whose_rows_agree_is_incomplete(output, capsys):
+    uncommit(output, 1)
+    flags = ["--recompute", "3", "--device", "cpu", "--json"]
+    assert main(["verify", str(output), *flags, "--no-checksums"]) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert said["recompute"]["n_rows"] == 3
+    assert said["recompute"]["wrong"] == []
+    assert said["n_bytes"] == 0
+
+
+def test_other_weights_are_refused(output, job, tmp_path, capsys):
+    model = shutil.copytree(job.model, tmp_path / "model")
+    flip_byte(model / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"is not what .* was made with; its --model \(weights\) changed since"
+    ):
+        again(output, model=str(model))
+    other = make_model(tmp_path / "other", tie_word_embeddings=True)
+    assert main(["verify", str(output), "--recompute", "1", "--model", str(other), "--device", "cpu"]) == 2
+    assert "--model (weights) and --model (config) changed since" in capsys.readouterr().err
+
+
+def test_inputs_that_have_moved_are_named_and_found_by_flags(output, job, tmp_path):
+    run_config = output / "run_config.json"
+    flags = json.loads(run_config.read_text())
+    run_config.write_text(json.dumps({**flags, "model": "gone", "shards": "gone/*.tar"}))
+    with pytest.raises(ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"):
+        again(output)
+    # The index knows where the tars were, whatever folder --shards was relative to.
+    assert again(output, 3, model=str(job.model)).wrong == []
+    moved = shutil.copytree(job.corpus, tmp_path / "moved")
+    index = load_index(output / "corpus.json")
+    gone = replace(index, tars=tuple(replace(t, path=tmp_path / "gone" / t.path.name) for t in index.tars))
+    save_index(gone, output / "corpus.json", replace_existing=True)
+    with pytest.raises(CorpusError, match="gone"):
+        again(output, model=str(job.model))
+    assert again(output, 3, model=str(job.model), shards=str(moved)).wrong == []
+    other = make_corpus(tmp_path / "other", mixed_documents(3))
+    with pytest.raises(CorpusError, match="other"):
+        again(output, model=str(job.model), shards=str(other))
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
+def test_a_store_cannot_say_that_its_checkpoint_is_trusted(name, output):
+    path = output / "run_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: True}))
+    with pytest.raises(
+        ModelError, match=f"started with --{name}, which .* give --{name} here too if you trust"
+    ):
+        again(output)
+    assert again(output, 2, **{name: True}).wrong == []
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"batch_size": "many", "shards": "x", "output_dir": "x"}', "{}"]
+)
+def test_settings_that_are_no_jobs_are_one_line(content, output):
+    (output / "run_config.json").write_text(content)
+    with pytest.raises(StoreError, match=r"run_config.json (cannot be read|does not hold a job's settings)"):
+        again(output)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recompute", "-1"], "--recompute must be at least 1 row, got -1"),
+        (["--no-checksums"], "--no-checksums leaves nothing to do"),
+        (["--repair", "--no-checksums"], "--no-checksums leaves nothing to do"),
+        (["--repair", "--no-checksums", "--recompute", "2"], "--repair needs the checksums"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(words, message, output, capsys):
+    assert main(["verify", str(output), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_documents_without_a_gradient_are_among_those_compared(output):
+    with ProjectionStore(output) as store:
+        assert [s.status for s in store.samples([EMPTY, ONE_TOKEN])] == ["empty", "no_target"]
+    assert again(output, 50).n_others >= 1
+
+
+def test_tolerances_are_above_what_one_stored_value_can_be_off():
+    values = np.linspace(1, 2, 1001, dtype=np.float32)[:, None]
+    for dtype, most in ROUNDING.items():
+        stored, scale = encode_rows(values, dtype)
+        off = np.abs(decode_rows(stored, scale, dtype) - values) / values
+        assert off.max() <= most
+        assert dtype == "float32" or off.max() > 0.4 * most

@@ -1,0 +1,333 @@
+"""``verify --repair`` takes away what is damaged and nothing else, and the job's next start puts it back bit by bit."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.damages import DAMAGES
+from helpers.jobs import assert_same_bits, job_command, run_job
+from helpers.outputs import (
+    N_UNITS,
+    ROWS_PER_UNIT,
+    SETTINGS,
+    cut,
+    flip_byte,
+    owner_of,
+    shard_of,
+    tree_of,
+    uncommit,
+    write_claim,
+)
+
+from gradproj.__main__ import main
+from gradproj.coordinator.merge import merge
+from gradproj.errors import StoreError
+from gradproj.job.config import run_config
+from gradproj.job.recorded import job_command as recorded_command
+from gradproj.maintenance.job_output import read_output
+from gradproj.maintenance.repair import repair, repair_lines
+from gradproj.maintenance.verify import verify
+from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.unit_record import record_name
+
+
+def record_of(output: Path, unit: int) -> Path:
+    return output / record_name(unit)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Everything of a store but what a merge's moment decides, by its path in OUTPUT."""
+    paths = [p for part in ("units", "projections.zarr") for p in (output / part).rglob("*") if p.is_file()]
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage[1] != "other"])
+def test_a_repair_takes_away_what_is_damaged_and_nothing_else(name, output, job):
+    happens, kind, unit, _ = DAMAGES[name]
+    happens(output)
+    done = repair(verify(output))
+    lost = [unit] if kind == "unit" and unit < N_UNITS else []
+    assert done.units == ([unit] if kind == "unit" else [])
+    assert done.n_samples == ROWS_PER_UNIT * len(lost)
+    assert (done.left, done.held) == ([], {})
+    after = verify(output)
+    assert after.damage == []
+    assert after.exit_code == done.exit_code == (3 if lost else 0)
+    assert read_output(output).missing.tolist() == lost
+    for other in set(range(N_UNITS)) - set(lost):
+        assert record_of(output, other).read_bytes() == record_of(job.output, other).read_bytes()
+        assert shard_of(output, other).read_bytes() == shard_of(job.output, other).read_bytes()
+    assert [shard_of(output, u).exists() for u in lost] == [False] * len(lost)
+    with ProjectionStore(output) as store, ProjectionStore(job.output) as whole:
+        ids = [i for i in range(len(store)) if i // ROWS_PER_UNIT not in lost]
+        np.testing.assert_array_equal(store.rows(ids), whole.rows(ids))
+        assert set(store.missing()) == set(range(len(store))) - set(ids)
+
+
+@pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage[1] == "other"])
+def test_what_no_repair_of_units_mends_is_left_with_its_way_out(name, output):
+    DAMAGES[name][0](output)
+    found = verify(output)
+    done = repair(found)
+    assert done.units == []
+    if "metadata" in name:
+        assert (done.exit_code, verify(output).exit_code) == (0, 0)
+    else:
+        assert (done.exit_code, verify(output).exit_code) == (1, 1)
+        assert any(line.startswith("way out       put ") for line in repair_lines(done, ""))
+
+
+SEVERAL = {
+    "shards and records": {
+        0: lambda o: shard_of(o, 0).write_bytes(shard_of(o, 0).read_bytes()[:100]),
+        1: lambda o: record_of(o, 1).unlink(),
+        3: lambda o: shard_of(o, 3).unlink(),
+    },
+    "bits, and a column besides": {
+        2: lambda o: flip_byte(shard_of(o, 2), 1000),
+        4: lambda o: cut(record_of(o, 4)),
+        None: lambda o: flip_byte(o / "projections.zarr" / "loss" / "c.0", 3),
+    },
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_damage_repaired_and_computed_again_leaves_the_undisturbed_store(name, output, job, capsys):
+    damaged = [unit for unit in SEVERAL[name] if unit is not None]
+    for happens in SEVERAL[name].values():
+        happens(output)
+    assert main(["verify", str(output)]) == 1
+    said = capsys.readouterr().out
+    for unit in damaged:
+        assert f"DAMAGED       unit {unit}: " in said
+    if None in SEVERAL[name]:
+        assert "loss differs from the unit's record, first at sample 0" in said
+    assert main(["verify", str(output), "--repair"]) == 3
+    said = capsys.readouterr().out
+    assert f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed" in said
+    assert "in those units, nothing else" in said
+    assert "go on         run the job's command again, with any number of ranks, as in: python -m" in said
+    assert main(["verify", str(output)]) == 3
+    sound = {unit: os.stat(record_of(output, unit)) for unit in set(range(N_UNITS)) - set(damaged)}
+    run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
+    assert main(["verify", str(output)]) == 0
+    assert_same_bits(output, job.output)
+    assert {unit: os.stat(record_of(output, unit)).st_ino for unit in sound} == {
+        unit: known.st_ino for unit, known in sound.items()
+    }
+
+
+def test_the_command_to_go_on_is_the_jobs_own(job):
+    words = recorded_command(job.output).split()
+    assert words[:3] == ["python", "-m", "gradproj.run"]
+    given = job_command(1, shards=job.corpus, model=job.model, output_dir=job.output, **SETTINGS)[3:]
+    settled = run_config(given, "test")
+    store = replace(settled.store, rows_per_shard=ROWS_PER_UNIT)
+    assert run_config(words[3:], "test") == replace(settled, store=store)
+
+
+# --- a kill in the middle ---
+
+STEPS = ("unlink", "replace", "rename", "link", "fsync")
+"""Everything that changes what a crash leaves."""
+
+
+def in_a_child_that_dies(at: int, action, *given) -> int:
+    """Run ``action(*given)`` in a child process that ends at its so-manieth step; the exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = at
+
+    def stepped(act):
+        def step(*args, **more):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os._exit(9)
+            return act(*args, **more)
+
+        return step
+
+    code = 1
+    try:
+        for name in STEPS:
+            setattr(os, name, stepped(getattr(os, name)))
+        action(*given)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_a_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_path):
+    flip_byte(shard_of(output, 1), 100)
+    cut(record_of(output, 2))
+    with ProjectionStore(job.output) as store:
+        sound = store.rows(range(3 * ROWS_PER_UNIT, 70))
+    at, code = 0, 9
+    while code == 9:
+        again = Path(shutil.copytree(output, tmp_path / f"killed-{at}"))
+        code = in_a_child_that_dies(at, repair, verify(again))
+        with ProjectionStore(again) as store:
+            np.testing.assert_array_equal(store.rows(range(3 * ROWS_PER_UNIT, 70)), sound)
+        found = verify(again)
+        assert found.exit_code in (1, 3)
+        assert repair(found).exit_code == 3
+        assert (verify(again).damage, read_output(again).missing.tolist()) == ([], [1, 2])
+        for unit in (1, 2):  # what the job's next start does
+            shutil.copy(shard_of(job.output, unit), shard_of(again, unit))
+            shutil.copy(record_of(job.output, unit), record_of(again, unit))
+        merge(again)
+        assert verify(again).exit_code == 0
+        assert contents(again) == contents(job.output)
+        shutil.rmtree(again)
+        at += 7
+    assert code == 0
+    assert at > 28
+
+
+def test_a_repair_marks_the_store_then_removes_records_then_merges_then_removes_shards(output, monkeypatch):
+    flip_byte(shard_of(output, 1), 100)
+    done = []
+
+    def note(name):
+        act = getattr(os, name)
+
+        def noted(path, *args, **more):
+            where = (
+                os.readlink(f"/proc/self/fd/{path}")
+                if name == "fsync"
+                else os.fspath(args[0] if args else path)
+            )
+            done.append((name, os.path.relpath(where, output)))
+            return act(path, *args, **more)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("unlink", "replace", "fsync"):
+        note(name)
+    found = verify(output)
+    repair(found)
+    steps = [
+        ("replace", "projections.zarr/zarr.json"),
+        ("fsync", "projections.zarr"),
+        ("unlink", record_name(1)),
+        ("fsync", "units"),
+        ("replace", "projections.zarr/status/c.0"),
+        ("fsync", "projections.zarr/status"),
+        ("unlink", "projections.zarr/projections/c.1.0"),
+        ("fsync", "projections.zarr/projections"),
+    ]
+    at = [done.index(step) for step in steps]
+    assert at == sorted(at)
+    marked = [step for step in done[: at[2]] if step == ("replace", "projections.zarr/zarr.json")]
+    assert len(marked) == 1
+
+
+# --- beside living processes ---
+
+
+def test_a_unit_that_a_living_process_has_claimed_is_left_and_others_are_repaired(output, process):
+    flip_byte(shard_of(output, 1), 100)
+    flip_byte(shard_of(output, 3), 100)
+    owner = owner_of(process, rank=3)
+    write_claim(output, "00000001.0", owner)
+    before = record_of(output, 1).read_bytes(), shard_of(output, 1).read_bytes()
+    done = repair(verify(output))
+    assert (done.units, list(done.held), done.exit_code) == ([3], [1], 1)
+    assert (record_of(output, 1).read_bytes(), shard_of(output, 1).read_bytes()) == before
+    text = "\n".join(repair_lines(done, "go on"))
+    assert f"left          unit 1 is claimed by rank 3 on {owner.host} (pid {owner.pid}, job job)" in text
+    assert str(output / "claims" / "00000001.0") in text
+    process.kill()
+    process.wait()
+    assert repair(verify(output)).exit_code == 3
+    assert read_output(output).missing.tolist() == [1, 3]
+    assert verify(output).damage == []
+
+
+def test_a_unit_claimed_on_another_host_is_left_because_nothing_is_known_of_it(output, process):
+    flip_byte(shard_of(output, 1), 100)
+    write_claim(output, "00000001.0", replace(owner_of(process), host="far", boot_id="other"))
+    done = repair(verify(output))
+    assert (done.units, list(done.held), done.exit_code) == ([], [1], 1)
+    assert read_output(output).is_merged
+    assert verify(output).exit_code == 1
+
+
+def test_a_repair_never_runs_beside_a_merge(output, process):
+    flip_byte(shard_of(output, 1), 100)
+    write_claim(output, "merge.0", owner_of(process))
+    before = contents(output)
+    with pytest.raises(StoreError, match=r"is being merged by rank 1 on .* wait for it"):
+        repair(verify(output))
+    assert contents(output) == before
+    assert list((output / "tmp").iterdir()) == []
+
+
+def test_a_job_that_runs_meanwhile_can_claim_what_was_repaired(output):
+    flip_byte(shard_of(output, 1), 100)
+    repair(verify(output))
+    names = sorted(path.name for path in (output / "claims").glob("00000001.*"))
+    assert json.loads((output / "claims" / names[-1]).read_text()) == {"released": True}
+
+
+def test_a_unit_put_right_since_it_was_found_damaged_is_kept(output, job):
+    flip_byte(shard_of(output, 1), 100)
+    found = verify(output)
+    shutil.copy(shard_of(job.output, 1), shard_of(output, 1))
+    done = repair(found)
+    assert (done.units, done.recovered, done.exit_code) == ([], [1], 0)
+    assert verify(output).exit_code == 0
+
+
+# --- other states of a store ---
+
+
+def test_a_store_that_is_not_finished_is_repaired_without_a_merge(output):
+    uncommit(output, 4)
+    flip_byte(shard_of(output, 1), 100)
+    done = repair(verify(output))
+    assert (done.units, done.merged, done.exit_code) == ([1], False, 3)
+    assert list((output / "projections.zarr" / "status").glob("c.*")) == []
+    after = verify(output)
+    assert (after.damage, after.missing.ranges) == ([], [[16, 32], [64, 70]])
+
+
+def test_a_sound_store_is_left_as_it_is(output, capsys):
+    before = tree_of(output)
+    assert main(["verify", str(output), "--repair"]) == 0
+    assert tree_of(output) == before
+    assert "lost          nothing\nresult        sound and complete\n" in capsys.readouterr().out
+
+
+def test_rows_that_are_taken_away_read_as_missing_and_never_as_numbers(output):
+    flip_byte(shard_of(output, 1), 100)
+    repair(verify(output))
+    with ProjectionStore(output) as store:
+        assert np.isnan(store.rows([16, 31], missing="nan")).all()
+        assert (store.column("status", 16, 32) == STATUS["missing"]).all()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(output, monkeypatch):
+    flip_byte(shard_of(output, 1), 100)
+
+    def refuse(path, *args, **more):
+        raise OSError(30, "Read-only file system", str(path))
+
+    found = verify(output)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match=r"cannot write .*: Read-only file system"):
+        repair(found)
+
+
+def test_the_json_says_what_was_repaired(output, capsys):
+    flip_byte(shard_of(output, 1), 100)
+    assert main(["verify", str(output), "--repair", "--json"]) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert said["repair"]["units"] == [1]
+    assert said["damage"][0]["unit"] == 1

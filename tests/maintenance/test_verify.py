@@ -1,0 +1,147 @@
+"""``verify`` finds every damage where it is, and nothing else."""
+
+import numpy as np
+import pytest
+from helpers.damages import DAMAGES
+from helpers.jobs import assert_same_bits, run_job
+from helpers.outputs import (
+    EMPTY,
+    N_UNITS,
+    ONE_TOKEN,
+    SETTINGS,
+    change_record,
+    flip_byte,
+    shard_of,
+    statuses_by_zarr,
+    uncommit,
+    unmerge,
+)
+
+from gradproj.coordinator.merge import merge
+from gradproj.maintenance.job_output import ranges_text, read_output
+from gradproj.maintenance.verify import IdRanges, verdict_lines, verification_lines, verify
+from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.unit_record import record_name
+
+
+def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
+    found = verify(output)
+    shards = list((output / "projections.zarr" / "projections").glob("c.*"))
+    records = list((output / "units").iterdir())
+    assert found.damage == []
+    assert (found.complete, found.exit_code) == (True, 0)
+    assert found.n_bytes == sum(path.stat().st_size for path in [*shards, *records])
+    assert (found.n_records, found.n_shards) == (N_UNITS, N_UNITS)
+    assert found.by_status == statuses_by_zarr(output)
+    assert verdict_lines(found)[-1] == "result        sound and complete"
+
+
+def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output):
+    uncommit(output, 1, 2, 4)
+    found = verify(output)
+    assert (found.damage, found.complete, found.exit_code) == ([], False, 3)
+    with ProjectionStore(output) as store:
+        assert [list(r) for r in store.missing_ranges()] == found.missing.ranges == [[16, 48], [64, 70]]
+    assert found.missing.n_ids == 38
+    assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(found)
+
+
+def test_a_store_that_waits_for_its_merge_is_sound_and_incomplete(output):
+    unmerge(output)
+    found = verify(output)
+    assert (found.damage, found.exit_code) == ([], 3)
+    assert verdict_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
+
+
+def test_a_shard_without_a_record_is_no_damage(output):
+    uncommit(output, 1)
+    (output / "projections.zarr" / "projections" / "c.1.0").write_bytes(b"half")
+    found = verify(output)
+    assert (found.shards_without_record, found.damage, found.exit_code) == ([1], [], 3)
+    assert "left over     1 shard without a record, of units 1" in "\n".join(verification_lines(found))
+
+
+def test_rows_that_are_not_finite_are_listed(output):
+    change_record(output, 1, statuses={2: STATUS["non_finite"], 3: STATUS["non_finite"]})
+    change_record(output, 3, statuses={15: STATUS["non_finite"]})
+    merge(output)
+    found = verify(output)
+    assert found.damage == []
+    assert found.non_finite == IdRanges(3, [[18, 20], [63, 64]])
+    assert "non-finite    3 documents: ids 18-19, 63" in verification_lines(found)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_where_it_is(name, output):
+    happens, kind, unit, what = DAMAGES[name]
+    happens(output)
+    found = verify(output)
+    assert found.exit_code == 1
+    first = found.damage[0]
+    assert (first.kind, first.unit) == (kind, unit)
+    assert what in first.what
+    assert {d.unit for d in found.damage if d.kind == "unit"} <= {unit}
+    lines = verification_lines(found) + verdict_lines(found)
+    assert any(line.startswith("DAMAGED") for line in lines)
+    assert lines[-1].startswith("result        damaged, in")
+    ways_out = [line for line in lines if line.startswith("way out")]
+    assert len(ways_out) == 1
+    assert (f"`python -m gradproj verify {output} --repair` turns" in ways_out[0]) == (kind != "other")
+
+
+def test_a_merge_makes_damaged_columns_and_sums_again(output, job):
+    for name in (
+        "a column changed",
+        "a column cut short",
+        "statuses deleted",
+        "a sum changed",
+        "metadata torn",
+    ):
+        DAMAGES[name][0](output)
+    assert verify(output).exit_code == 1
+    merge(output)
+    assert verify(output).exit_code == 0
+    assert_same_bits(output, job.output)
+
+
+def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job):
+    flip_byte(shard_of(output, 1), 100)
+    (output / record_name(1)).unlink()
+    run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
+    assert verify(output).exit_code == 0
+    assert_same_bits(output, job.output)
+
+
+def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
+    monkeypatch.setattr("gradproj.maintenance.verify.MOST_DAMAGE_SHOWN", 2)
+    for unit in range(N_UNITS):
+        flip_byte(shard_of(output, unit), 7)
+    found = verify(output)
+    assert len(found.damage) == N_UNITS
+    assert sum(line.startswith("DAMAGED") for line in verification_lines(found)) == 2
+    assert "and 3 more; --json lists them all" in "\n".join(verification_lines(found))
+
+
+def test_id_ranges_join_and_are_bounded(monkeypatch):
+    monkeypatch.setattr("gradproj.maintenance.verify.MOST_RANGES_KEPT", 2)
+    ids = IdRanges()
+    for start, stop in [(0, 3), (3, 4), (6, 8), (10, 20)]:
+        ids.add(start, stop)
+    assert ids == IdRanges(16, [[0, 4], [6, 8]])
+    assert ranges_text(ids.ranges, most=1) == "0-3, and 1 more ranges"
+
+
+def test_samples_of_units_are_counted_with_a_short_last_one(output):
+    found = read_output(output)
+    assert [found.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])] == [
+        0,
+        16,
+        6,
+        22,
+    ]
+    assert found.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
+
+
+def test_the_odd_documents_are_where_they_were_put(output):
+    with ProjectionStore(output) as store:
+        assert [s.status for s in store.samples([EMPTY, ONE_TOKEN])] == ["empty", "no_target"]

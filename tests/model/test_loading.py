@@ -1,0 +1,163 @@
+"""Loading: every family, the skeleton's shapes, adapters, and checkpoints that are not what they should be."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.jobs import make_model, make_tokenizer
+from helpers.models import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from gradproj.engine.capture import place_widths
+from gradproj.engine.projection import ProjectionConfig
+from gradproj.errors import ModelError
+from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.fingerprint import (
+    config_fingerprint,
+    model_identity,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from gradproj.model.loading import load_model, load_model_config, load_tokenizer, model_skeleton
+
+CPU = torch.device("cpu")
+
+
+def files_of(path, **options):
+    return fetch(ModelConfig(model=str(path), **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
+    files = files_of(make_model(tmp_path, family))
+    config = ProjectionConfig(rank_total=24, rank_min=3, include_embeddings=True)
+    assert place_widths(model_skeleton(files), config) == place_widths(load_model(files, CPU), config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_is_frozen_in_eval_mode_and_in_the_dtype_asked_for(tmp_path, dtype):
+    model = load_model(files_of(make_model(tmp_path), model_dtype=dtype), CPU)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_random_weights_come_from_their_seed_and_leave_the_generator_alone(tmp_path):
+    make_model(tmp_path)
+    state = torch.get_rng_state().clone()
+    first, again, other = (
+        load_model(files_of(tmp_path, init="random", seed=seed), CPU).lm_head.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_fingerprints_know_what_changed_and_nothing_else(tmp_path):
+    def fingerprints(path):
+        files = files_of(path)
+        return (
+            weights_fingerprint(files),
+            config_fingerprint(load_model_config(files)),
+            tokenizer_fingerprint(load_tokenizer(files)),
+        )
+
+    path = make_model(tmp_path / "a")
+    before = fingerprints(path)
+    assert fingerprints(shutil.copytree(path, tmp_path / "b")) == before
+    weights = load_file(tmp_path / "b" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    assert [a == b for a, b in zip(fingerprints(tmp_path / "b"), before, strict=True)] == [False, True, True]
+    assert fingerprints(make_model(tmp_path / "c", rms_norm_eps=1e-3))[1] != before[1]
+
+
+def test_a_tokenizers_fingerprint_does_not_depend_on_its_use(tmp_path):
+    tokenizer = load_tokenizer(files_of(make_model(tmp_path)))
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "the of and"], truncation=True, max_length=2)
+    tokenizer(["a", "the of and"], padding=True)
+    tokenizer._tokenizer.no_padding()
+    assert len(before) == 32
+    assert tokenizer_fingerprint(load_tokenizer(files_of(tmp_path))) == before
+
+
+def test_weights_that_the_checkpoint_lacks_are_an_error_and_not_random_numbers(tmp_path):
+    make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"1 of the model's weights are not in the checkpoint.*layers\.1\.mlp\.up_proj"
+    ):
+        load_model(files_of(tmp_path), CPU)
+
+
+def test_weights_of_another_shape_are_an_error(tmp_path):
+    make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.zeros(5)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        load_model(files_of(tmp_path), CPU)
+
+
+def test_torn_weights_are_an_error_before_anything_is_made(tmp_path):
+    make_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        files_of(tmp_path)
+
+
+def test_a_bidirectional_model_is_refused(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
+    )
+    make_tokenizer(tmp_path)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(BertLMHeadModel\) is not causal"):
+        load_model(files_of(tmp_path), CPU)
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
+    make_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ModelError, match="causal language model"):
+        model_skeleton(files_of(tmp_path))
+
+
+def test_a_config_that_cannot_be_used_is_refused(tmp_path):
+    make_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(ModelError, match="its config cannot be used"):
+        model_skeleton(files_of(tmp_path))
+
+
+def test_a_peft_adapters_directory_loads_with_its_base(tmp_path):
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    from transformers import AutoModelForCausalLM
+
+    base = make_model(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    files = files_of(tmp_path / "adapter")
+    assert [path.parent.name for path in files.weights] == ["base", "adapter"]
+    model = load_model(files, CPU)
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+    config = ProjectionConfig(layers="attn", rank_total=24, rank_min=3)
+    assert place_widths(model_skeleton(files), config) == place_widths(model, config)
+    assert any("lora_A" in layer.name for layer in place_widths(model, config))
+    assert load_tokenizer(files).get_vocab() == load_tokenizer(files_of(base)).get_vocab()
+    before = model_identity(files, load_tokenizer(files))
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        text.replace('"lora_alpha": 8', '"lora_alpha": 80')
+    )
+    after = model_identity(files, load_tokenizer(files))
+    assert {name for name in before if before[name] != after[name]} == {"--model (adapter)"}

@@ -1,0 +1,60 @@
+"""The beginning of a long document has the tokens of the whole; special tokens are those asked for."""
+
+import numpy as np
+import pytest
+from helpers.jobs import make_tokenizer, words
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from gradproj.model.tokenization import Tokenizing
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+TEXTS = [
+    words(5000, 1),
+    words(3, 2),
+    "x" * 9000,
+    "x" * 1500 + " " + words(3000, 3),
+    words(20, 4) + " " + "y" * 9000,
+    " \n\t" * 3000,
+    "\u4e2d\u6587" * 3000,
+    words(30, 5) + "\u2028\u00e9\u0301" * 2000,
+    "",
+    "</s>" + words(4000, 6),
+]
+
+
+@pytest.mark.parametrize("special", ["tokenizer", "none", "bos", "bos_eos"])
+@pytest.mark.parametrize("most", [4, 16, 100])
+def test_the_tokens_wanted_are_those_of_the_whole_document(tokenizer, special, most):
+    for text, got in zip(TEXTS, Tokenizing(tokenizer, special, most).ids(TEXTS), strict=True):
+        whole = tokenizer(text, add_special_tokens=special == "tokenizer").input_ids
+        want = [*([0] if "bos" in special else []), *whole, *([1] if "eos" in special else [])]
+        assert got[:most].tolist() == want[:most]
+
+
+def test_only_the_beginning_of_a_long_document_is_tokenized(tokenizer, monkeypatch):
+    seen = []
+    encode = Tokenizing._encode
+    monkeypatch.setattr(Tokenizing, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    Tokenizing(tokenizer, "none", 16).ids([words(5000, 1)])
+    assert [len(text) for text in seen] == [12 * 16]
+
+
+def test_without_a_limit_the_whole_document_is_tokenized(tokenizer):
+    text = words(5000, 1)
+    (got,) = Tokenizing(tokenizer, "none").ids([text])
+    np.testing.assert_array_equal(got, tokenizer(text).input_ids)
+
+
+def test_a_tokenizer_without_words_reads_the_whole_document():
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "aba": 3}, [("a", "b"), ("ab", "a")]))
+    backend.normalizer = normalizers.Replace(" ", "")
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "ab " * 500
+    (got,) = Tokenizing(fast, "none", 5).ids([text])
+    assert got.tolist() == fast(text).input_ids

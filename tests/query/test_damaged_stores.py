@@ -1,0 +1,204 @@
+"""Laws of questions to damaged stores: damage is said by query, domains and report alike, and never a traceback."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.outputs import ROWS_PER_UNIT, shard_of
+from helpers.report_page import StrictPage
+
+from gradproj import ProjectionStore
+from gradproj.__main__ import main
+from gradproj.analysis import preconditioner
+from gradproj.store import STATUS
+
+COMMANDS = ("query", "domains", "report")
+
+
+@pytest.fixture
+def ask(capsys, output):
+    """Ask the copied output: ``(exit code, standard output, standard error)``."""
+
+    def run(command, *flags):
+        asked = ["--text", "the of it was", "--top_k", "2", "--bottom_k", "0"] if command == "query" else []
+        code = main([command, str(output), *asked, "--device", "cpu", *map(str, flags)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def said_by_all(ask, *parts, commands=COMMANDS, flags=()):
+    """Every command ends with code 2 and one line that holds the parts."""
+    for command in commands:
+        code, _, said = ask(command, *flags)
+        assert code == 2, command
+        assert said.startswith("gradproj: "), (command, said)
+        assert len(said.splitlines()) == 1, (command, said)
+        for part in parts:
+            assert part in said, (command, said)
+
+
+def ok_in_unit(output, unit):
+    with ProjectionStore(output) as store:
+        status = store.column("status", unit * ROWS_PER_UNIT, (unit + 1) * ROWS_PER_UNIT)
+    return int((status == STATUS["ok"]).sum())
+
+
+# --- rows that are recorded and gone ---
+
+
+def test_rows_whose_shard_is_gone_are_damage_in_the_table_the_json_and_on_the_page(output, ask):
+    lost = ok_in_unit(output, 1)
+    shard_of(output, 1).unlink()
+    said = f"{lost} rows are recorded and cannot be read: python -m gradproj verify {output}"
+
+    code, printed, _ = ask("domains")
+    assert code == 0
+    assert f"damaged    {said}" in printed
+    got = json.loads((output / "domains" / "domains.json").read_text())
+    assert (got["n_lost"], got["damage"]) == (lost, said)
+    assert sum(domain["lost"] for domain in got["domains"]) == lost
+    assert sum(domain["rows"] for domain in got["domains"]) == got["n_rows"] - lost
+
+    assert ask("report")[0] == 0
+    page = StrictPage((output / "report.html").read_text(encoding="utf-8"))
+    assert f"Damaged: of 70 documents, {said}." in page.text
+    assert ("p", "verdict open") in [(tag, a.get("class")) for tag, a in page.tags]
+    assert "Complete" not in page.text.split("Damaged")[0]
+
+
+def test_a_sound_store_has_no_damage(output, ask):
+    assert "damaged" not in ask("domains")[1]
+    got = json.loads((output / "domains" / "domains.json").read_text())
+    assert (got["n_lost"], got["damage"]) == (0, None)
+
+
+def test_a_store_whose_shards_are_all_gone_answers_nothing(output, ask):
+    for unit in range(5):
+        shard_of(output, unit).unlink()
+    said_by_all(ask, "is damaged: ", "python -m gradproj verify", flags=("--score", "dot"))
+
+
+@pytest.mark.parametrize("name", ["row_scale", "domain", "loss"])
+def test_a_column_s_chunk_that_is_gone_is_named(output, ask, name):
+    (output / "projections.zarr" / name / "c.0").unlink()
+    said_by_all(ask, f"{name}/c.0 is damaged: it is gone", "python -m gradproj verify", commands=COMMANDS[1:])
+    if name == "row_scale":
+        said_by_all(ask, f"{name}/c.0 is damaged: it is gone", commands=["query"])
+    assert main(["verify", str(output)]) != 0
+
+
+def test_token_covariances_that_are_gone_are_damage_and_no_reason_for_another_score(output, ask):
+    shutil.rmtree(output / "projections.zarr" / "token_covariance_a")
+    said_by_all(ask, "token_covariance_a", "python -m gradproj verify")
+
+
+# --- bytes that are none of a store's ---
+
+
+def flip(path, *places, mask=0xFF):
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place] ^= mask
+    path.write_bytes(data)
+
+
+def edit_attributes(store, **changes):
+    path = store / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"] |= changes
+    path.write_text(json.dumps(metadata))
+
+
+DAMAGES = {
+    "status bytes flipped": (lambda z: flip(z / "status/c.0", 0, 3), ["status/c.0", "is no status"]),
+    "sums cut": (
+        lambda z: (z / "token_covariance_s/c.0").write_bytes(b"\0" * 101),
+        ["token_covariance_s", "zarr cannot read it"],
+    ),
+    "sums gone": (
+        lambda z: (z / "token_covariance_a/c.0").unlink(),
+        ["token_covariance_a does not hold"],
+    ),
+    "a sum's sign flipped": (
+        lambda z: flip(z / "token_covariance_a/c.0", np.dtype(np.float64).itemsize - 1, mask=0x80),
+        ["token_covariance_a holds no token covariance of"],
+    ),
+    "sums counted in words": (
+        lambda z: edit_attributes(z, covariance_tokens="many"),
+        ["covariance_tokens is 'many'"],
+    ),
+    "domains fewer": (lambda z: edit_attributes(z, domains=["one"]), ["and the store names 1"]),
+    "layers of nothing": (
+        lambda z: edit_attributes(z, layers=[{}]),
+        ["attribute layers is no list of layers"],
+    ),
+    "the array's metadata empty": (
+        lambda z: (z / "projections/zarr.json").write_text("{}"),
+        ["projections/zarr.json is damaged", "KeyError('codecs')", "Put that file back from a copy"],
+    ),
+    "the array's metadata a list": (
+        lambda z: (z / "projections/zarr.json").write_text("[]"),
+        ["projections/zarr.json is damaged"],
+    ),
+    "the group's metadata a list": (lambda z: (z / "zarr.json").write_text("[]"), ["zarr.json is damaged"]),
+    "attributes a list": (
+        lambda z: (z / "zarr.json").write_text('{"attributes": []}'),
+        ["its attributes are no object"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_line_that_names_the_file_and_the_way_out(output, ask, name):
+    damage, parts = DAMAGES[name]
+    damage(output / "projections.zarr")
+    said_by_all(ask, *parts, "python -m gradproj verify")
+
+
+def test_a_key_that_is_no_text_is_damage_where_keys_are_shown(output, ask):
+    path = output / "projections.zarr" / "key" / "c.0.0"
+    flip(path, *range(len(path.read_bytes())))
+    said_by_all(
+        ask, "projections.zarr/key is damaged", "python -m gradproj verify", commands=["query", "report"]
+    )
+
+
+def test_a_place_where_the_system_makes_no_file_is_named(ask):
+    said_by_all(
+        ask, "--output_dir /proc/x: no folder", commands=["domains"], flags=["--output_dir", "/proc/x"]
+    )
+    said_by_all(
+        ask, "--output /proc/x.html: no file", commands=["report"], flags=["--output", "/proc/x.html"]
+    )
+
+
+# --- the second moment that questions keep ---
+
+
+def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_changed(
+    output, ask, monkeypatch
+):
+    flags = ("--score", "preconditioned")
+    fits, real = [], preconditioner._sum_rows
+    monkeypatch.setattr(preconditioner, "_sum_rows", lambda *given: fits.append(1) or real(*given))
+    first = ask("query", *flags)
+    for command in ("domains", "report"):
+        assert ask(command, *flags)[0] == 0
+    assert len(fits) == 1
+
+    (kept,) = (output / "preconditioners").iterdir()
+    flip(kept, -3)
+    code, printed, said = ask("query", *flags)
+    assert code == 0
+    assert "is damaged (its checksum does not match)" in said
+    assert "It is fitted anew" in said
+    assert (printed, len(fits)) == (first[1], 2)
+    assert ask("domains", *flags)[2] == ""
+
+
+def test_a_damping_of_a_score_that_has_none_is_refused(ask):
+    said_by_all(
+        ask, "--score dot has no damping; leave --damping out", flags=("--score", "dot", "--damping", "0.5")
+    )

@@ -1,0 +1,80 @@
+"""Laws of files of queries: three forms, names in order, and every mistake with its file and line."""
+
+import json
+
+import pytest
+
+from gradproj.errors import ConfigError
+from gradproj.query import Query, read_queries
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_line_is_a_text_or_a_prompt_and_its_completion_or_token_ids(tmp_path):
+    path = write(
+        tmp_path / "q.jsonl",
+        {"text": "a text\u2028with a separator", "id": "first"},
+        "\n",
+        {"prompt": "p", "completion": " c", "name": "second", "label": 3},
+        {"input_ids": [1, 2], "id": 7},
+        {"prompt": "", "completion": "c", "text": None},
+    )
+    got = read_queries(path)
+    assert [(q.name, q.text, q.prompt, q.completion, q.input_ids) for q in got] == [
+        ("first", "a text\u2028with a separator", None, None, None),
+        ("second", None, "p", " c", None),
+        ("7", None, None, None, [1, 2]),
+        ("line 5", None, "", "c", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{torn\n", "no JSON"),
+        ("[" * 100_000 + "\n", "no JSON"),
+        ('["text"]\n', "not an object but"),
+        ({}, r'nothing to ask about; give one of \{"text"'),
+        ({"txt": "a"}, "nothing to ask about"),
+        ({"text": "a", "input_ids": [1, 2]}, "more than one thing to ask about"),
+        ({"text": "a", "prompt": "p", "completion": "c"}, "more than one thing to ask about"),
+        ({"prompt": "p"}, "there is no completion: prompt and completion come together"),
+        ({"completion": "c"}, "there is no prompt: prompt and completion come together"),
+        ({"text": " \n"}, "text is empty"),
+        ({"prompt": "p", "completion": ""}, "completion is empty"),
+        ({"text": 3}, "text must be a text, got 3"),
+        ({"prompt": ["p"], "completion": "c"}, r"prompt must be a text, got \['p'\]"),
+        ({"input_ids": []}, "input_ids is empty"),
+        ({"input_ids": "12"}, "input_ids must be a list of whole numbers, got '12'"),
+        ({"input_ids": 12}, "input_ids must be a list of whole numbers, got 12"),
+        ({"input_ids": [1, -1]}, "input_ids must be whole numbers, 0 or more, and one is -1"),
+        ({"input_ids": [1, 2.0]}, "input_ids must be whole numbers, 0 or more, and one is 2.0"),
+        ({"input_ids": [1, True]}, "input_ids must be whole numbers, 0 or more, and one is True"),
+        ({"text": "a", "id": [1]}, r"its id must be a text or a whole number, got \[1\]"),
+        ({"text": "a", "id": "one"}, "the name 'one' is that of line 1 too"),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "q.jsonl", {"text": "fine", "id": "one"}, line)
+    with pytest.raises(ConfigError, match=rf"^.*q\.jsonl, line 2: {message}"):
+        read_queries(path)
+
+
+def test_a_file_that_is_not_there_not_text_or_empty_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"the queries' file .*none\.jsonl cannot be read: No such file"):
+        read_queries(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_queries(tmp_path)
+    (tmp_path / "q.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ConfigError, match=r"q\.jsonl is not UTF-8 text"):
+        read_queries(tmp_path / "q.jsonl")
+    with pytest.raises(ConfigError, match=r"q\.jsonl holds no query; give one a line"):
+        read_queries(write(tmp_path / "q.jsonl", "\n"))
+
+
+def test_a_query_made_in_python_is_held_to_the_same(tmp_path):
+    with pytest.raises(ConfigError, match="query 'mine': text is empty"):
+        Query(name="mine", text="")

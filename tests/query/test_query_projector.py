@@ -1,0 +1,239 @@
+"""Laws of queries' rows: plain autograd's, on the store's matrices, over the loss of just the tokens asked about."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.jobs import mixed_documents, run_job, words
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradproj import ProjectionStore
+from gradproj.cli.query import projector as rows_module
+from gradproj.engine.layers import find_layers
+from gradproj.engine.projection import ProjectionConfig
+from gradproj.errors import ConfigError
+from gradproj.query import EXCERPT_CHARACTERS, Query, QueryProjector
+
+TEXT = words(9, 5)
+N_DOCUMENTS = 20
+SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 4, "proj_dtype": "float32", "max_samples": N_DOCUMENTS}
+OTHERS = [
+    {
+        "special_tokens": "bos_eos",
+        "loss_reduction": "sum",
+        "include_embeddings": True,
+        "proj_kind": "gaussian",
+    },
+    {"long_documents": "windows", "max_length": 10, "special_tokens": "bos"},
+]
+
+
+@pytest.fixture(scope="module")
+def made(job, tmp_path_factory):
+    """The outputs: of the finished job, and of one for each of the other settings."""
+    folder = tmp_path_factory.mktemp("query_rows")
+    outputs = [job.output, *(folder / f"out{number}" for number in range(len(OTHERS)))]
+    for output, changes in zip(outputs[1:], OTHERS, strict=True):
+        run_job(**{"shards": job.corpus, "model": job.model, "output_dir": output} | SETTINGS | changes)
+    return SimpleNamespace(model=job.model, outputs=outputs)
+
+
+@pytest.fixture(scope="module")
+def projectors(made):
+    return [QueryProjector(ProjectionStore(o), device="cpu") for o in made.outputs]
+
+
+def slow_row(made, ids, first, number=0):
+    """``P_o G P_i^T`` of each layer by autograd in float64, of the summed loss of ``ids[first:]``, and that loss."""
+    model = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float64).eval()
+    targets = find_layers(model, ProjectionConfig().layers.split(","))
+    tokens = torch.tensor(ids)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    loss = F.cross_entropy(logits[first - 1 : -1], tokens[first:], reduction="sum")
+    gradients = torch.autograd.grad(loss, [target.module.weight for target in targets])
+    matrices = ProjectionStore(made.outputs[number]).projection_matrices
+    row = []
+    for target, gradient in zip(targets, gradients, strict=True):
+        p_i, p_o = (torch.tensor(np.array(p), dtype=torch.float64) for p in matrices[target.name])
+        row.append((p_o @ gradient @ p_i.T).flatten())
+    return torch.cat(row).numpy(), loss.item()
+
+
+def close(got, want, rounding=1e-5):
+    return np.linalg.norm(got - want) < rounding * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("number", range(1 + len(OTHERS)))
+def test_a_text_s_row_is_the_store_s_row_of_a_document_of_that_text(made, projectors, number):
+    texts = [document["text"] for document in mixed_documents(N_DOCUMENTS)]
+    sample_id = next(i for i, text in enumerate(texts) if 4 < len(text.split()) < 9)
+    got = projectors[number].rows([Query(name="q", text=texts[sample_id])])
+    with ProjectionStore(made.outputs[number]) as store:
+        (want,), (sample,) = store.rows([sample_id]), store.samples([sample_id])
+        rounding = {"float16": 1e-3, "float32": 1e-5}[store.layout.proj_dtype]
+    assert close(got.rows[0], want, rounding)
+    assert got.n_tokens.tolist() == [sample.n_tokens]
+    assert got.loss[0] == pytest.approx(sample.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 17, 18, 19, 30, len(TEXT) - 1])
+def test_a_completion_s_row_is_autograd_s_of_the_loss_of_the_tokens_that_hold_its_characters(
+    made, projectors, cut
+):
+    tokenizer = AutoTokenizer.from_pretrained(made.model)
+    ids = tokenizer(TEXT).input_ids
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    first = max(1, next(i for i, end in enumerate(ends) if end > cut))
+    want, loss = slow_row(made, ids, first)
+    got = projectors[0].rows([Query(name="q", prompt=TEXT[:cut], completion=TEXT[cut:])])
+    n = len(ids) - first
+    assert got.n_tokens.tolist() == [n]
+    assert got.loss[0] == pytest.approx(loss / n, rel=1e-5)
+    assert close(got.rows[0], want / n)
+
+
+def test_some_cut_of_the_text_lies_inside_a_token(made):
+    tokenizer = AutoTokenizer.from_pretrained(made.model)
+    apart = [tokenizer(part).input_ids for part in (TEXT[:18], TEXT[18:])]
+    assert apart[0] + apart[1] != tokenizer(TEXT).input_ids
+
+
+def test_a_tokenizer_without_offsets_finds_the_boundary_by_the_prompt_alone(made, projectors, monkeypatch):
+    whole = [Query(name=str(cut), prompt=TEXT[:cut], completion=TEXT[cut:]) for cut in range(1, len(TEXT))]
+    want = projectors[0].rows(whole).n_tokens
+    fast = projectors[0]._tokenizer
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
+            assert not return_offsets_mapping
+            return fast(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(projectors[0], "_tokenizer", Slow())
+    got = projectors[0].rows(whole).n_tokens
+    # It may count tokens of the prompt's end, never leave out one of the completion.
+    assert (got >= want).all()
+    assert (got == want).mean() > 0.8
+
+
+def test_special_tokens_at_the_end_are_targets_of_a_completion_as_of_a_text(projectors):
+    (whole,) = projectors[1].rows([Query(name="q", text=TEXT)]).n_tokens
+    last = projectors[1].rows([Query(name="q", prompt=TEXT[:-1], completion=TEXT[-1:])])
+    ids = projectors[1]._tokenizer(TEXT).input_ids
+    assert whole == len(ids) + 1  # <s> is no target, </s> is
+    assert last.n_tokens.tolist() == [2]
+
+
+def test_a_completion_over_several_windows_is_the_sum_of_their_completions(made, projectors):
+    tokenizer = AutoTokenizer.from_pretrained(made.model)
+    text, cut = words(20, 6), 30
+    ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
+    first = next(i for i in range(1, len(ids)) if len(tokenizer.decode(ids[1 : i + 1])) > cut)
+    assert first > 10  # the first window is all prompt
+    want, n, start = 0, len(ids) - first, 0
+    while start < len(ids) - 1:
+        window = ids[start : start + 10]
+        if first - start < len(window):
+            want = want + slow_row(made, window, max(1, first - start), number=2)[0]
+        start += 9
+    got = projectors[2].rows([Query(name="q", prompt=text[:cut], completion=text[cut:])])
+    assert got.n_tokens.tolist() == [n]
+    assert close(got.rows[0], want / n)
+
+
+@pytest.mark.parametrize("number", range(1 + len(OTHERS)))
+def test_many_queries_together_are_each_of_them_alone(projectors, number, monkeypatch):
+    queries = [Query(name=f"t{i}", text=words(1 + i % 8, 50 + i)) for i in range(40)]
+    queries += [Query(name=f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)]
+    queries += [Query(name=f"i{i}", input_ids=list(range(5, 7 + i))) for i in range(3)]
+    passes = []
+    forward_backward = QueryProjector._forward_backward
+    monkeypatch.setattr(
+        QueryProjector, "_forward_backward", lambda *a: passes.append(1) or forward_backward(*a)
+    )
+    together = projectors[number].rows(queries)
+    assert len(passes) < len(queries) / 3
+    assert together.names == [q.name for q in queries]
+    for i, query in enumerate(queries):
+        alone = projectors[number].rows([query])
+        assert close(together.rows[i], alone.rows[0])
+        assert together.n_tokens[i] == alone.n_tokens[0]
+        assert together.loss[i] == pytest.approx(alone.loss[0], rel=1e-5)
+
+
+def test_token_ids_are_taken_as_they_are(made, projectors):
+    ids = AutoTokenizer.from_pretrained(made.model)(TEXT).input_ids
+    want, loss = slow_row(made, ids, 1)
+    got = projectors[0].rows([Query(name="q", input_ids=ids)])
+    assert close(got.rows[0], want / (len(ids) - 1))
+    assert got.loss[0] == pytest.approx(loss / (len(ids) - 1), rel=1e-5)
+    # No special token is added.
+    assert projectors[1].rows([Query(name="q", input_ids=ids)]).n_tokens.tolist() == [len(ids) - 1]
+
+
+def test_a_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
+    queries = [Query(name=str(i), text=words(6, i)) for i in range(6)]
+    want = projectors[0].rows(queries).rows
+    collate = rows_module.collate
+
+    def small_memory(sequences, chosen, pad):
+        if len(chosen) > limit:
+            raise torch.OutOfMemoryError("no memory")
+        return collate(sequences, chosen, pad)
+
+    monkeypatch.setattr(rows_module, "collate", small_memory)
+    limit = 2
+    got = projectors[0].rows(queries).rows
+    assert all(close(a, b) for a, b in zip(got, want, strict=True))
+    limit = 0
+    with pytest.raises(ConfigError, match=r"query '\d': does not fit the memory of cpu; try --device cpu"):
+        projectors[0].rows(queries)
+
+
+def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
+    asked = [
+        Query(name="a", text="control \x1b[31m and\n\n  spaces"),
+        Query(name="b", prompt="the prompt", completion=" and more"),
+        Query(name="c", prompt=words(40, 3), completion=" " + words(10, 4)),
+        Query(name="d", input_ids=[5, 6, 7]),
+        Query(name="e", text=" " * 900 + "hello there"),
+        Query(name="f", prompt="prompt" + " " * 900, completion="می\u200cخواهم"),
+    ]
+    shown = projectors[2].rows(asked).excerpts  # of windows, which have no limit
+    assert shown[0] == "control \N{REPLACEMENT CHARACTER}[31m and spaces"
+    assert shown[1] == "the prompt >> and more"
+    assert shown[2].startswith("...")
+    assert shown[2].endswith(" >> " + words(10, 4))
+    assert shown[4] == "hello there"
+    assert shown[5] == "prompt >> می\u200cخواهم"
+    assert all(len(line) <= EXCERPT_CHARACTERS and "\n" not in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            {"text": words(90, 1), "where": "q.jsonl, line 4"},
+            r"q\.jsonl, line 4: \d+ tokens, and the store's rows cover the first 24 of a document; shorten",
+        ),
+        ({"text": "a"}, "query 'q': a single token: no target to take a gradient of"),
+        ({"input_ids": [3]}, "query 'q': a single token: no target"),
+        ({"input_ids": [3, 10**30]}, r"query 'q': token id 10{30}; the model knows those from 0 to \d+"),
+        ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model knows those from 0 to \d+"),
+    ],
+)
+def test_a_query_that_the_rows_cannot_answer_is_refused_by_name(projectors, query, message):
+    with pytest.raises(ConfigError, match=message):
+        projectors[0].rows([Query(name="other", text=TEXT), Query(name="q", **query)])
+
+
+def test_no_query_and_a_gradient_that_is_not_finite_are_refused(projectors, monkeypatch):
+    with pytest.raises(ConfigError, match="there is no query"):
+        projectors[0].rows([])
+    collect = projectors[0]._engine.collect_batch
+    monkeypatch.setattr(projectors[0]._engine, "collect_batch", lambda: collect() * torch.nan)
+    with pytest.raises(ConfigError, match="query 'q': its gradient is not finite"):
+        projectors[0].rows([Query(name="q", text=TEXT)])

@@ -1,0 +1,90 @@
+"""Laws of a query under torchrun: the answer of one process, given once, and a mistake said once."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.jobs import ENVIRONMENT
+from helpers.outputs import copy_of
+from helpers.query_command import TEXT, ask, write_queries
+
+from gradproj.distributed import LET_RANK_0_SPEAK_S, Process, process_group, said_by_rank_0
+from gradproj.errors import ReportedError, StoreError
+
+assert ask
+
+
+def start(output, *words):
+    """``torchrun --nproc_per_node=2 -m gradproj query`` on the CPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "gradproj", "query", str(output), "--device", "cpu", *map(str, words)]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, timeout=90):
+    try:
+        out, said = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, said
+
+
+@pytest.fixture
+def queries(tmp_path):
+    return write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"prompt": "the", "completion": " of and"})
+
+
+def test_two_ranks_give_one_process_s_answer_and_file_once(output, queries, tmp_path, ask):
+    flags = ("--queries", queries, "--score", "preconditioned", "--format", "jsonl", "--top_k", 8)
+    job = start(output, *flags, "--save_scores", tmp_path / "two.npy")
+    alone = copy_of(output, tmp_path / "alone")
+    want = ask.objects(alone, *flags, "--save_scores", tmp_path / "one.npy")
+    code, out, said = ended(job)
+    assert code == 0, said
+    got = [json.loads(line) for line in out.splitlines()]
+    for a, b in zip(got, want, strict=True):
+        assert a.pop("score") == pytest.approx(b.pop("score"), rel=1e-4)
+        assert a == b
+    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+    assert said.count("two.npy will hold") == 1
+    assert len(list((output / "preconditioners").iterdir())) == 1
+    assert not list(tmp_path.glob(".two.npy*"))
+
+
+def test_a_mistake_of_the_first_rank_is_said_once_while_the_others_wait_for_it(output):
+    code, out, said = ended(start(output, "--text", "a"))
+    assert code == 1  # torchrun's own
+    assert out == ""
+    assert said.count("gradproj: --text: a single token") == 1, said
+    assert said.count("Traceback") == 1, said  # torchrun's own
+
+
+def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(monkeypatch, capsys):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    with pytest.raises(ReportedError), said_by_rank_0(1):
+        raise StoreError("damaged: \x1b[2J")
+    assert pauses == [LET_RANK_0_SPEAK_S]
+    assert capsys.readouterr().err == "gradproj: rank 1: damaged: �[2J\n"
+    with pytest.raises(StoreError), said_by_rank_0(0):
+        raise StoreError("damaged")
+    with pytest.raises(ReportedError), said_by_rank_0(1):
+        raise ReportedError
+    assert capsys.readouterr().err == ""
+    assert len(pauses) == 1
+
+
+def test_a_rank_that_was_left_alone_in_an_exchange_ends_without_a_word(monkeypatch):
+    import torch.distributed as torch_dist
+
+    monkeypatch.setattr(torch_dist, "init_process_group", lambda *a, **k: None)
+    ranks = Process(1, 2, 1, 2, launched=True)
+    with pytest.raises(ReportedError), process_group(ranks):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="our own"), process_group(ranks):
+        raise RuntimeError("our own")

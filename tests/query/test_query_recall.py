@@ -1,0 +1,51 @@
+"""A trained model's query finds the document that holds it: verbatim excerpts of 64 tokens of what a row covers."""
+
+import numpy as np
+import pytest
+from helpers.jobs import make_corpus, make_tokenizer, run_job, words
+from helpers.query_command import ask, write_queries
+
+from gradproj.training import TrainConfig, train
+
+assert ask
+
+N_DOCUMENTS, N_EXCERPTS, MAX_LENGTH = 60, 40, 160
+SHAPE = {"n_layer": 2, "n_embd": 48, "n_head": 2, "max_length": MAX_LENGTH, "batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The output of a model that was trained on its documents for two seconds, and excerpts of them."""
+    folder = tmp_path_factory.mktemp("finds")
+    texts = [words(100, 500 + i) for i in range(N_DOCUMENTS)]
+    make_corpus(folder / "tars", [{"text": text} for text in texts])
+    tokenizer = make_tokenizer(folder / "tok")
+    where = {
+        "shards": str(folder / "tars"),
+        "tokenizer": str(folder / "tok"),
+        "result_dir": str(folder / "model"),
+    }
+    how = {"max_steps": 60, "learning_rate": 0.005, "device": "cpu", "checkpoint_interval": 0}
+    train(TrainConfig(**where, **SHAPE, **how))
+    run_job(shards=folder / "tars", model=folder / "model", output_dir=folder / "out")
+    generator = np.random.default_rng(0)
+    excerpts = []
+    for number in range(N_EXCERPTS):
+        owner = int(generator.integers(N_DOCUMENTS))
+        covered = tokenizer(texts[owner]).input_ids[:MAX_LENGTH]
+        start = int(generator.integers(len(covered) - 64 + 1))
+        text = tokenizer.decode(covered[start : start + 64])
+        excerpts.append({"id": f"{number}:{owner}", "text": text})
+    return folder / "out", write_queries(folder / "q.jsonl", *excerpts)
+
+
+@pytest.mark.parametrize("score", ["kfac", "preconditioned", "relatif"])
+def test_excerpts_find_the_document_they_were_cut_from(made, ask, score):
+    output, queries = made
+    found = ask.objects(output, "--queries", queries, "--score", score, "--top_k", 10, "--bottom_k", 0)
+    rank = {}
+    for x in found:
+        if x["id"] == int(x["query"].split(":")[1]):
+            rank[x["query"]] = x["rank"]
+    assert len(rank) == N_EXCERPTS  # all among the first ten
+    assert np.mean([r == 1 for r in rank.values()]) >= 0.9

@@ -1,0 +1,255 @@
+"""Laws of what the report is made of: distributions, times of units, scales, numbers."""
+
+import math
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers.analysis_stores import EMPTY, MISSING_UNIT, N_SAMPLES, make_store, ok_rows
+from helpers.stores import make_columns
+
+from gradproj import ProjectionStore
+from gradproj.errors import StoreError
+from gradproj.report.distributions import Histogram, count_rows, distributions
+from gradproj.report.figures import MOST_RANKS, throughput_chart
+from gradproj.report.number_format import digits, exponent_of, in_cell, listed, power, scaled
+from gradproj.report.svg import Scale, colour, colour_limit, is_dark, round_numbers
+from gradproj.report.throughput import UnitTimes, throughput, unit_times
+from gradproj.store import STATUS
+from gradproj.store.unit_record import UnitRecord, encode_record, read_stats, record_name
+
+DOMAIN = np.arange(N_SAMPLES) % 3 - 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("parts") / "out")
+
+
+# --- columns ---
+
+
+def test_rows_are_counted_by_domain_and_status(made):
+    with ProjectionStore(made.path) as store:
+        counts = count_rows(store)
+    ok = ok_rows(made)
+    assert counts.n_rows.tolist() == [(ok & (number == DOMAIN)).sum() for number in (0, 1)]
+    assert counts.by_status.sum() == N_SAMPLES
+    assert (counts.total("missing"), counts.total("empty")) == (16, len(EMPTY))
+    assert counts.n_documents == [None, None]  # there is no corpus index
+    assert counts.n_missing(0) is None
+
+
+def test_quantiles_are_numpy_s_to_half_a_percent_and_the_largest_norms_are_found(made):
+    ids = np.flatnonzero(ok_rows(made))
+    with ProjectionStore(made.path) as store:
+        got = distributions(store, [[0], [1], [-1]], 7)
+    for number, code in enumerate((0, 1, -1)):
+        losses = ids[DOMAIN[ids] == code] / 8
+        histogram = got.groups["loss"][number]
+        assert histogram.n == len(losses)
+        for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+            want = np.quantile(losses, q, method="inverted_cdf")
+            assert histogram.quantile(q) == pytest.approx(want, rel=0.005, abs=1e-6)
+    assert got.largest_ids.tolist() == ids[::-1][:7].tolist()
+    np.testing.assert_array_equal(got.largest_norms, (ids[::-1][:7] / 4).astype(np.float32))
+
+
+def histogram_of(values):
+    """By the public way: a store whose losses are these."""
+    values = np.asarray(values, np.float32)
+    columns = {
+        "status": np.full(len(values), STATUS["ok"], np.uint8),
+        "domain": np.zeros(len(values), np.int16),
+        "loss": values,
+        "grad_norm": values,
+    }
+    return distributions(fake_store(len(values), columns), [[0]], 3).groups["loss"][0]
+
+
+def fake_store(n, columns):
+    """A store of which only columns are read; each is an array, or a function of the range."""
+
+    class Fake(SimpleNamespace):
+        def __len__(self):
+            return n
+
+    def column(name, first, last):
+        values = columns[name]
+        return values(first, last) if callable(values) else values[first:last]
+
+    return Fake(column=column, domains=["only"], attributes={"complete": True}, layout=None)
+
+
+def test_a_histogram_counts_zeros_and_extremes_and_leaves_out_what_is_no_number():
+    histogram = histogram_of([0.0, -0.0, 1e-30, 1.0, 2.0, 3e38, math.nan, math.inf])
+    assert histogram.n == 6
+    assert histogram.quantile(0) == 0
+    assert histogram.quantile(1) == pytest.approx(3e38, rel=0.01)
+    parts = histogram.between(np.array([0, 0.5, 1.5, 2.5, 4e38]))
+    np.testing.assert_allclose(parts, [3, 1, 1, 1], atol=1e-6)
+    assert math.isnan(Histogram(np.zeros_like(histogram.counts)).quantile(0.5))
+
+
+def test_memory_does_not_grow_with_the_documents():
+    n = 3_000_000
+    columns = {
+        "status": lambda a, b: np.full(b - a, STATUS["ok"], np.uint8),
+        "domain": lambda a, b: np.zeros(b - a, np.int16),
+        "loss": lambda a, b: np.arange(a, b, dtype=np.float32) / n,
+        "grad_norm": lambda a, b: np.arange(b, a, -1, dtype=np.float32) % 1000,
+    }
+    tracemalloc.start()
+    got = distributions(fake_store(n, columns), [[0]], 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40_000_000  # a column of float32 alone has 12 MB, ids of int64 24 MB
+    assert got.groups["loss"][0].n == n
+    assert got.groups["loss"][0].quantile(0.5) == pytest.approx(0.5, rel=0.005)
+    assert (got.largest_norms == 999).all()
+
+
+# --- times ---
+
+
+def write_unit(output, unit, rank, started, seconds, tokens, log="rank-{:05d}.log", **more):
+    stats = {
+        "started_at": started,
+        "seconds": seconds,
+        "finished_at": started + seconds,
+        "real_tokens": tokens,
+    }
+    stats = more.get("stats", stats)
+    columns = make_columns(SimpleNamespace(key_bytes=8), 0, 4, np.ones(4))
+    record = UnitRecord(unit, 4 * unit, "identity", None, columns, stats)
+    (output / record_name(unit)).write_bytes(encode_record(record))
+    if rank is not None:
+        with (output / "logs" / log.format(rank)).open("a") as file:
+            file.write(f"2026-01-01 00:00:00,000 DEBUG unit {unit}: batch 1 of 2, (2, 8) tokens\n")
+            file.write(f"2026-01-01 00:00:00,000 INFO unit {unit} committed: {stats}\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("units", "logs"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_units_times_come_from_the_records_and_their_ranks_from_the_logs(folder):
+    write_unit(folder, 0, 0, 1000.25, 10, 500)
+    write_unit(folder, 1, 10, 1001.5, 20, 800)
+    write_unit(folder, 2, 2, 1002.0, 5, 300, log="rank-{:05d}-slurm-70_1.log")
+    write_unit(folder, 3, None, 1003.0, 5, 100)
+    write_unit(folder, 4, None, 0, 0, 0, stats={"seconds": 1.5})
+    # A unit that was computed twice: the record is of the second time.
+    write_unit(folder, 0, 10, 2000.75, 10, 500)
+    times = unit_times(folder)
+    assert times.ranks == ["2 of slurm-70_1", "10", "not known"]
+    assert [times.ranks[rank] for rank in times.rank] == ["10", "2 of slurm-70_1", "not known", "10"]
+    assert times.n_tokens.tolist() == [800, 300, 100, 500]
+    assert times.n_untimed == 1
+    assert times.working_s == 20 + 10
+    assert times.rank_s == 20 + 5 + 5 + 10
+
+
+def test_the_stats_of_a_record_are_read_without_its_columns_and_damage_is_named(folder):
+    write_unit(folder, 0, 0, 1000.25, 10, 500)
+    path = folder / record_name(0)
+    assert read_stats(path)["real_tokens"] == 500
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])  # the beginning is whole
+    assert read_stats(path)["started_at"] == 1000.25
+    for broken in (b"", b"abc", data[:40], b"\xff" * 100, (2).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(broken)
+        with pytest.raises(StoreError, match=r"00000000\.safetensors is damaged"):
+            read_stats(path)
+
+
+def times_of(units, n_ranks):
+    values = np.array(sorted(units), float)
+    ranks = [str(rank) for rank in range(n_ranks)]
+    return UnitTimes(values[:, 0], values[:, 1], values[:, 2], values[:, 3].astype(int), ranks, 0)
+
+
+def test_throughput_keeps_every_token_and_spreads_a_unit_s_evenly():
+    found = throughput(times_of([(100, 110, 500, 0), (105, 125, 800, 1)], 2), n_bins=25)
+    seconds = found.edges_s[-1] / 25
+    assert found.total.sum() * seconds == pytest.approx(1300)
+    np.testing.assert_allclose(found.by_rank[0], [50] * 10 + [0] * 15, atol=1e-9)
+    np.testing.assert_allclose(found.by_rank[1], [0] * 5 + [40] * 20, atol=1e-9)
+    assert (found.from_s, found.to_s, found.pauses) == (100, 125, [])
+
+
+def test_long_idle_time_is_cut_out_and_short_is_not():
+    day = 86400.0
+    found = throughput(times_of([(0, 100, 10, 0), (300, 400, 10, 0), (day, day + 100, 30, 0)], 1), n_bins=50)
+    assert found.pauses == [(400, day - 400)]
+    assert found.edges_s[-1] == 500
+    assert found.total.sum() * 10 == pytest.approx(50)
+    assert found.total[10:30].sum() == 0
+    assert found.total[40:].sum() * 10 == pytest.approx(30)
+    assert throughput(UnitTimes(*(np.empty(0),) * 3, np.empty(0, int), [], 0)) is None
+
+
+def test_of_very_many_ranks_the_picture_shows_the_fastest_the_median_and_the_slowest():
+    n = MOST_RANKS + 1
+    found = throughput(times_of([(0, 10, 10 * (rank + 1), rank) for rank in range(n)], n))
+    picture = throughput_chart(found, [str(rank) for rank in range(n)])
+    words = [shape.text for shape in picture.shapes if shape.tag == "text"]
+    assert {"fastest", "median", "slowest"} <= set(words)
+    assert not [word for word in words if word.startswith("rank")]
+    few = throughput_chart(throughput(times_of([(0, 10, 5, 0), (0, 10, 5, 1)], 2)), ["0", "1"])
+    assert {"rank 0", "rank 1"} <= {shape.text for shape in few.shapes}
+
+
+# --- scales, colours, numbers ---
+
+
+def test_ticks_are_round_and_inside_and_a_scale_keeps_what_lies_beyond_at_its_ends():
+    assert round_numbers(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert round_numbers(0.21, 0.83, 4) == [0.4, 0.6, 0.8]
+    linear, log = Scale(0, 10, 100, 200), Scale(0.01, 100, 0, 400, log=True)
+    assert [linear(v) for v in (-5, 0, 5, 10, 50)] == [100, 100, 150, 200, 200]
+    assert log(1) == pytest.approx(200)
+    assert log.ticks() == pytest.approx([0.01, 0.1, 1, 10, 100])
+    assert Scale(3, 40, 0, 1, log=True).ticks() == pytest.approx([5, 10, 20])
+
+
+def test_colours_are_white_at_zero_and_tell_the_sign_in_grey_too():
+    assert colour(0) == "#ffffff"
+    grey = {share: sum(int(colour(share)[i : i + 2], 16) for i in (1, 3, 5)) for share in (-1, -0.5, 0.5, 1)}
+    assert grey[1] < grey[-1] < grey[-0.5]
+    assert is_dark("#000000")
+    assert not is_dark("#ffffff")
+    assert colour_limit(np.array([[100, 1], [1, 2.0]])) == 20
+    assert colour_limit(np.array([[1, 0.5], [0.5, 1]])) == pytest.approx(0.6)
+    assert colour_limit(np.zeros((2, 2))) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.42, "+.42"),
+        (-0.421, "-.42"),
+        (1.0, "+1.0"),
+        (9.96, "+10"),
+        (-123.4, "-123"),
+        (0.004, "0"),
+        (math.nan, ""),
+    ],
+)
+def test_numbers_in_cells_keep_their_sign_and_two_or_three_digits(value, shown):
+    assert in_cell(value) == shown
+
+
+def test_numbers_are_read_with_ease_and_json_has_no_nan():
+    assert [digits(v) for v in (0, 1234.5, 0.0123456, 1.5e-7, math.nan, None)] == [
+        "0", "1,234", "0.0123", "1.50e-07", "–", "–",
+    ]  # fmt: skip
+    assert [exponent_of([v]) for v in (0, 5, 0.02, 1e-7, 4e4)] == [0, 0, 0, -9, 3]
+    assert scaled(1.234e-7, -9) == "+123.400"
+    assert power(-9) == "10⁻⁹"
+    assert listed(np.array([[1, math.nan], [math.inf, 2]])) == [[1, None], [None, 2]]
+    assert MISSING_UNIT == 2

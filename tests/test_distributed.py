@@ -1,0 +1,188 @@
+"""Who a process is, and which device it takes."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+
+from gradproj import distributed as dist
+from gradproj.distributed import JobName, Process, _Meeting, choose_device, launcher_died, launcher_rank
+from gradproj.errors import ConfigError, ReportedError
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "CUDA_VISIBLE_DEVICES",
+        "SLURM_JOB_ID",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name in (
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+        "TORCHELASTIC_RESTART_COUNT",
+        "SLURM_GPUS_ON_NODE",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_there_is_one_rank():
+    assert Process.from_environment() == Process(0, 1, 0, 1)
+
+
+def test_torchruns_variables_are_read(monkeypatch):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert Process.from_environment() == Process(5, 8, 1, 4, launched=True)
+
+
+def test_half_a_launchers_variables_are_an_error(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="start the job by torchrun"):
+        Process.from_environment()
+
+
+def test_a_restarted_slurm_job_is_the_same_job_in_a_later_generation(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = JobName.from_environment()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = JobName.from_environment()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    third = JobName.from_environment()
+    assert first.job_id == second.job_id == third.job_id
+    assert first.generation < second.generation < third.generation
+
+
+def test_elements_of_an_array_are_jobs_of_their_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    names = []
+    for task in ("1", "2"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        names.append(JobName.from_environment().job_id)
+    assert names == ["slurm-70_1", "slurm-70_2"]
+    # One element's SLURM_JOB_ID is the array's: requeued, it must outdate the claims of its own last start alone.
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    first = JobName.from_environment()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = JobName.from_environment()
+    assert first.job_id == second.job_id == "slurm-70_2"
+    assert first.generation < second.generation
+
+
+def test_two_starts_by_hand_are_two_jobs():
+    assert JobName.from_environment().job_id != JobName.from_environment().job_id
+
+
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist.Path, "glob", lambda self, pattern: iter(()))
+
+
+def test_auto_beside_a_visible_gpu_says_loudly_that_it_takes_the_cpu(monkeypatch):
+    no_gpu(monkeypatch)
+    assert choose_device("auto", 0) == (torch.device("cpu"), None)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert choose_device("auto", 0)[1] is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    device, warning = choose_device("auto", 0)
+    assert device == torch.device("cpu")
+    assert warning.startswith("WARNING: running on the CPU although CUDA_VISIBLE_DEVICES is set to '0,1'")
+
+
+def test_cuda_without_a_gpu_is_an_error(monkeypatch):
+    no_gpu(monkeypatch)
+    with pytest.raises(ConfigError, match="--device cuda: torch sees no GPU here"):
+        choose_device("cuda", 0)
+
+
+def test_more_ranks_than_gpus_on_a_node_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: this node shows 2"):
+        choose_device("auto", 2)
+
+
+def test_a_rank_is_what_a_launcher_set(monkeypatch):
+    assert launcher_rank() is None
+    monkeypatch.setenv("RANK", "3")
+    assert launcher_rank() == 3
+
+
+def test_torchrun_is_dead_where_nobody_listens_at_its_store(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        assert not launcher_died()
+    assert launcher_died()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not launcher_died(), "the store of another rank says nothing of the launcher"
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """The store that torchrun holds for its ranks, from one start of them to the next."""
+    server = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return server
+
+
+def on_all_ranks(world_size, action):
+    """What ``action`` gives on each rank, in threads."""
+    with ThreadPoolExecutor(world_size) as pool:
+        ranks = [Process(rank, world_size, rank, world_size, launched=True) for rank in range(world_size)]
+        return list(pool.map(action, ranks))
+
+
+def test_every_rank_gets_rank_0s_values_in_their_order(store):
+    def start(process):
+        meeting = _Meeting(process)
+        values = [meeting.from_rank_0((i, process.rank)) for i in range(2)]
+        meeting.wait_for_all("a place")
+        meeting.leave()
+        return values
+
+    assert on_all_ranks(3, start) == [[(0, 0), (1, 0)]] * 3
+
+
+def test_ranks_that_are_started_again_meet_each_other_and_not_what_the_dead_had_written(store):
+    for generation in range(3):
+
+        def start(process, generation=generation):
+            meeting = _Meeting(process)
+            return meeting.from_rank_0(generation)  # and dies
+
+        assert on_all_ranks(3, start) == [generation] * 3
+
+
+def test_a_rank_whose_rank_0_never_comes_keeps_waiting_in_python(store, monkeypatch):
+    class Interrupted(Exception):
+        """What a signal's handler raises."""
+
+    def interrupt(seconds):
+        raise Interrupted
+
+    monkeypatch.setattr(dist.time, "sleep", interrupt)
+    with pytest.raises(Interrupted):
+        _Meeting(Process(1, 2, 1, 2, launched=True))
+
+
+def test_a_store_that_has_gone_ends_a_rank_without_a_word(store):
+    meeting = _Meeting(Process(0, 1, 0, 1, launched=True))
+
+    def look():
+        raise torch_dist.DistNetworkError("connection reset by peer")
+
+    with pytest.raises(ReportedError):
+        meeting._until(look)

@@ -1,0 +1,129 @@
+"""The engine inside of transformers' Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import projected_gradient_the_slow_way, ragged_batch, relative_error, small_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gradproj import GradProjLoraEngine, ProjectionStore
+from gradproj.errors import ConfigError, ModelError
+from gradproj.training.hf_callback import GradProjCallback
+
+LENGTHS = [5, 9, 7, 12, 4, 6, 8, 10]
+SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "proj_dtype": "float32"}
+
+
+def samples(n=8):
+    """Padded samples with ids of their own."""
+    ids, labels = ragged_batch(LENGTHS[:n])
+    return [
+        {"input_ids": x, "labels": y, "sample_id": 100 + i}
+        for i, (x, y) in enumerate(zip(ids, labels, strict=True))
+    ]
+
+
+def train(folder, callbacks, resume=None, dataset=None, **changes):
+    """A short run of a small model; the model."""
+    model = small_model("llama")
+    settings = {
+        "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1, "seed": 0,
+        "use_cpu": True, "report_to": [], "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True,
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=str(folder / "trainer"), **settings | changes)
+    dataset = samples() if dataset is None else dataset
+    trainer = Trainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=samples(3), callbacks=callbacks
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def rows_of(folder):
+    with ProjectionStore(folder / "projections") as store:
+        n = len(store)
+        return store.rows(range(n)), store.array("step").tolist(), store.array("sample_id").tolist()
+
+
+class Snapshots(TrainerCallback):
+    """The weights at the beginning of every step."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.weights[state.global_step + 1] = {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_in_a_trainer_are_those_of_each_sample_alone_at_its_step(tmp_path, accumulation):
+    snapshots = Snapshots()
+    changes = {
+        "gradient_accumulation_steps": accumulation,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 3,
+    }
+    with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
+        trained = train(tmp_path, [watching, snapshots], **changes)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trained.modules())
+    rows, steps, ids = rows_of(tmp_path)
+    assert steps == np.repeat([1, 2, 3], 2 * accumulation).tolist()
+    model = small_model("llama")
+    slow = GradProjLoraEngine(model, proj_rank_total=16, proj_rank_min=2)
+    for row, step, sample_id in zip(rows, steps, ids, strict=True):
+        model.load_state_dict(snapshots.weights[step])
+        sample = samples()[sample_id - 100]
+        tokens = sample["input_ids"][sample["labels"] != -100]
+        want = projected_gradient_the_slow_way(model, slow, tokens) / (len(tokens) - 1)
+        assert relative_error(torch.from_numpy(row), want) < 1e-4
+
+
+def test_a_trainer_with_the_callback_ends_in_the_same_weights(tmp_path):
+    with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
+        a = train(tmp_path, [watching])
+    b = train(tmp_path, [])
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_resumed_trainer_has_the_rows_of_one_that_was_not_stopped(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    with GradProjCallback(result_dir=tmp_path, rows_per_shard=3, **SETTINGS) as watching:
+        train(tmp_path, [watching], max_steps=3, **saving)
+    with GradProjCallback(result_dir=tmp_path, rows_per_shard=3, **SETTINGS) as watching:
+        train(tmp_path, [watching], resume=str(tmp_path / "trainer" / "checkpoint-2"), **saving)
+    with GradProjCallback(result_dir=tmp_path / "whole", **SETTINGS) as watching:
+        train(tmp_path / "whole", [watching], **saving)
+    for got, want in zip(rows_of(tmp_path), rows_of(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, strategy):
+    class Look(TrainerCallback):
+        """When a checkpoint has been made, which other callbacks may not have heard of yet."""
+
+        def on_save(self, args, state, control, **kwargs):
+            with ProjectionStore(tmp_path / "projections") as store:
+                found.append((state.global_step, store.array("step").tolist()))
+
+    found = []
+    watching = GradProjCallback(result_dir=str(tmp_path), proj_save_interval=0, **SETTINGS)
+    best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    changes = best if strategy == "best" else {"save_steps": 2}
+    train(tmp_path, [Look(), watching], save_strategy=strategy, num_train_epochs=1, **changes)
+    assert found
+    for step, steps in found:
+        assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
+
+
+def test_what_it_cannot_watch_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown proj_rank; it takes .*proj_rank_total"):
+        GradProjCallback(result_dir=tmp_path, proj_rank=3)
+    with pytest.raises(ConfigError, match="give a result_dir"):
+        GradProjCallback()
+    with (
+        GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching,
+        pytest.raises(ModelError, match="needs the model's own loss"),
+    ):
+        train(tmp_path, [watching], label_smoothing_factor=0.1)

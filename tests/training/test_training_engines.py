@@ -1,0 +1,475 @@
+"""Laws of the engines inside of the training loop: whatever is watched, training is the same."""
+
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from helpers.models import own_loss, ragged_batch, small_model
+from helpers.training_runs import config_of, index_of, make_data, rows_the_slow_way
+from safetensors.torch import load_file
+
+from gradproj import ProjectionStore, per_sample_loss
+from gradproj.__main__ import main
+from gradproj.errors import ConfigError, ModelError, StoreError
+from gradproj.store.append_store import RowStore, choose_rows
+from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
+from gradproj.training.data import batches_of
+from gradproj.training.loop import load_or_make_model, set_dropout
+from gradproj.training.ranks import Ranks
+from gradproj.training.validation import Validation
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights_in(a), weights_in(b)
+    assert sorted(a) == sorted(b)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def by_hand(folder, resume_step=None, **settings):
+    """A model, its optimizer and a manager, for a loop written out in a test."""
+    model = small_model("gpt2").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = dict(method="GradProjLora", result_dir=str(folder), proj_rank_total=16, proj_rank_min=2)
+    config |= settings
+    return model, optimizer, GhostEngineManager(config, model, optimizer, resume_step=resume_step)
+
+
+def one_step(model, optimizer, manager, step, ids=(0, 1, 2)):
+    X, Y = ragged_batch([7, 12, 5], seed=step)
+    manager.attach_train_batch(X, Y, step, np.array(ids) + 3 * step)
+    inputs, labels = manager.prepare_forward_input(X, Y)
+    per_sample_loss(model, {"input_ids": inputs, "labels": labels}).sum().backward()
+    manager.prepare_gradients()
+    manager.aggregate_and_log()
+    manager.clear_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(data, tmp_path, accumulation):
+    config = config_of(
+        data, tmp_path, method="GradProjLora", grad_accumulation=accumulation, clip=0.3, proj_dtype="float32"
+    )
+    train(config)
+    want, steps, ids = rows_the_slow_way(config, data)
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == len(want) == 18 * accumulation
+        got = store.rows(range(len(store)))
+        assert store.array("step").tolist() == steps
+        assert store.array("sample_id").tolist() == ids
+        assert set(store.column("status").tolist()) == {1}
+    error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.2, "grad_accumulation": 2},
+        {"precision": "bfloat16", "pack": True},
+        {"gradient_checkpointing": True, "dropout": 0.2},
+    ],
+    ids=["plain", "dropout", "bfloat16", "checkpointing"],
+)
+def test_the_engine_changes_no_bit_of_the_weights(data, tmp_path, changes):
+    changes = {"val_shards": str(data / "val"), "eval_interval": 2, "val_batches": 2, **changes}
+    for method in ("Regular", "GradProjLora"):
+        train(config_of(data, tmp_path / method, method=method, proj_save_interval=1, **changes))
+    assert_same_weights(tmp_path / "Regular", tmp_path / "GradProjLora")
+    with ProjectionStore(tmp_path / "GradProjLora" / "projections") as store:
+        assert np.isfinite(store.rows(range(18))).all()
+
+
+def test_an_evaluation_leaves_no_trace(data, tmp_path):
+    changes = {"method": "GradProjLora", "dropout": 0.2}
+    train(config_of(data, tmp_path / "without", **changes))
+    evaluated = {"val_shards": str(data / "val"), "eval_interval": 1, **changes}
+    train(config_of(data, tmp_path / "with", **evaluated))
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+    with (
+        ProjectionStore(tmp_path / "with/projections") as a,
+        ProjectionStore(tmp_path / "without/projections") as b,
+    ):
+        assert len(a) == len(b) == 18
+        np.testing.assert_array_equal(a.rows(range(18)), b.rows(range(18)))
+
+
+def test_every_interval_writes_all_rows_since_the_last_and_cleanup_the_rest(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=3)
+    on_disk = []
+    for step in range(8):
+        one_step(model, optimizer, manager, step)
+        if manager.should_save_metrics(step):
+            manager.save_metrics(step)
+        on_disk.append(written(tmp_path))
+    assert on_disk == [0, 0, 9, 9, 9, 18, 18, 18]
+    manager.cleanup()
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.array("step").tolist() == np.repeat(range(8), 3).tolist()
+        assert store.array("sample_id").tolist() == list(range(24))
+        assert np.isfinite(store.rows(range(24))).all()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "merge"])
+def test_what_follows_a_job_s_units_says_that_a_training_run_has_none(tmp_path, capsys, command):
+    model, optimizer, manager = by_hand(tmp_path)
+    with manager:
+        one_step(model, optimizer, manager, 1)
+    assert main([command, str(tmp_path / "projections")]) == 2
+    assert "is a training run's store" in capsys.readouterr().err
+
+
+def written(result_dir):
+    """Rows that a reader sees."""
+    if not (result_dir / "projections" / "projections.zarr").exists():
+        return 0
+    with ProjectionStore(result_dir / "projections") as store:
+        return int((store.column("status") == 1).sum())
+
+
+def test_rows_are_written_also_after_an_exception(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
+
+    def loop():
+        with manager:
+            for step in range(5):
+                one_step(model, optimizer, manager, step)
+            X, Y = ragged_batch([4, 4])
+            manager.attach_train_batch(X, Y, 5)
+            per_sample_loss(model, {"input_ids": X, "labels": Y}).sum().backward()
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        loop()
+    assert written(tmp_path) == 15
+
+
+def test_rows_are_written_also_where_an_evaluation_fails(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
+    one_step(model, optimizer, manager, 0)
+    manager.detach_for_evaluation()
+    manager.cleanup()
+    assert written(tmp_path) == 3
+
+
+def test_dot_products_are_written_also_where_an_evaluation_fails(tmp_path):
+    settings = {"method": "GradDotProd", "result_dir": str(tmp_path), "proj_save_interval": 0}
+    model = small_model("gpt2").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager = GhostEngineManager(settings, model, optimizer, val_data=ragged_batch([6, 4]), loss="sum")
+    one_step(model, optimizer, manager, 0)
+    manager.detach_for_evaluation()
+    manager.cleanup()
+    assert zarr.open_group(tmp_path / "grad_dotprod", mode="r")["sample_id"][...].tolist() == [0, 1, 2]
+
+
+def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, proj_save_interval=2, rows_per_shard=4)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+        if manager.should_save_metrics(step):
+            manager.save_metrics(step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == 21
+        assert store.layout.n_units == 6
+        assert store.array("sample_id").tolist() == list(range(21))
+        cut = store.rows(range(21))
+    group = zarr.open_group(tmp_path / "projections" / "projections.zarr", mode="r")
+    np.testing.assert_array_equal(group["projections"][...] * group["row_scale"][...][:, None], cut)
+    assert group["step"].dtype == group["sample_id"].dtype == np.int64
+    assert {array.shape[0] for name, array in group.arrays() if name != "projection_matrices"} == {21}
+    model, optimizer, manager = by_hand(tmp_path / "whole", proj_save_interval=2)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "whole" / "projections") as store:
+        np.testing.assert_array_equal(store.rows(range(21)), cut)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 6, 21])
+def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
+    model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
+    for step in range(7):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        before = store.rows(range(21))
+    model, optimizer, manager = by_hand(tmp_path, 1, rows_per_shard=4)
+    manager.load_state_dict({"n_rows": kept})
+    assert written(tmp_path) == kept
+    for step in range(100, 102):
+        one_step(model, optimizer, manager, step)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == kept + 6
+        np.testing.assert_array_equal(store.rows(range(kept)), before[:kept])
+        assert store.array("step")[kept:].tolist() == [100] * 3 + [101] * 3
+        assert np.isfinite(store.rows(range(kept + 6))).all()
+
+
+def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
+    for step in range(3):
+        one_step(model, optimizer, manager, step, ids=(7, 5, 7))
+    manager.cleanup()
+    main(["export", str(tmp_path / "projections"), "--to", str(tmp_path / "pt"), "--rows_per_file", "5"])
+    files = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "pt").glob("*.pt"))]
+    assert torch.cat([file["batch_idx"] for file in files]).tolist() == [7, 5, 7, 10, 8, 10, 13, 11, 13]
+    with ProjectionStore(tmp_path / "projections") as store:
+        np.testing.assert_array_equal(
+            torch.cat([file["proj"] for file in files]).numpy(), store.rows(range(9))
+        )
+
+
+def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
+    """Without processes: two writers of one store, one of them ahead."""
+    by_hand(tmp_path, rows_per_shard=4)[2].cleanup()
+    writers = [RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]
+    dim = writers[0].layout.dim
+    for writer, n, rank in ((writers[1], 11, 1), (writers[0], 6, 0)):
+        columns = {
+            "status": np.ones(n), "loss": np.zeros(n), "n_tokens": np.ones(n), "grad_norm": np.ones(n),
+            "step": np.arange(n), "sample_id": 100 * rank + np.arange(n),
+        }  # fmt: skip
+        writer.add(np.full((n, dim), rank + 1.0, np.float32), columns)
+        writer.close()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert len(store) == 24
+        status, ids = store.column("status"), store.array("sample_id")
+        assert ids[status == 1].tolist() == [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, *range(104, 111)]
+        assert sorted(set(status.tolist())) == [0, 1, 4]
+    for rank, writer in enumerate([RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]):
+        writer.cut(3 + rank)
+        writer.cover()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.array("sample_id")[store.column("status") == 1].tolist() == [0, 1, 2, 100, 101, 102, 103]
+
+
+def test_dropout_is_what_was_asked_for_whatever_a_checkpoint_says():
+    for family in ("gpt2", "llama", "opt", "gpt_neox"):
+        model = small_model(family).train()
+        ids = torch.arange(3, 15)[None]
+        set_dropout(model, 0.5)
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+        set_dropout(model, 0.0)
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        known = {k: v for k, v in vars(model.config).items() if k.endswith(("pdrop", "dropout"))}
+        assert {k for k, v in known.items() if v} <= {"summary_first_dropout", "classifier_dropout"}
+
+
+def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):
+    rows = []
+    for name in ("own", "theirs"):
+        model, _, manager = by_hand(tmp_path / name, proj_dtype="float32")
+        X, Y = ragged_batch([7, 12, 5])
+        manager.attach_train_batch(X, Y, 0)
+        loss = per_sample_loss(model, {"input_ids": X, "labels": Y}).sum() if name == "own" else None
+        (model(input_ids=X, labels=Y).loss if loss is None else loss).backward()
+        manager.aggregate_and_log()
+        manager.cleanup()
+        with ProjectionStore(tmp_path / name / "projections") as store:
+            rows.append(store.rows(range(3)))
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
+
+
+def test_samples_without_a_target_and_with_infinite_gradients_say_so(tmp_path):
+    model, _, manager = by_hand(tmp_path)
+    X, Y = ragged_batch([7, 1, 5])
+    manager.attach_train_batch(X, Y, 0)
+    losses = per_sample_loss(model, {"input_ids": X, "labels": Y})
+    (losses * torch.tensor([1.0, 1.0, 1.0])).sum().backward()
+    losses = losses.detach()
+    manager.engine._engine._capture.parts[0][2] = float("inf")
+    manager.aggregate_and_log(losses)
+    manager.cleanup()
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert store.column("status").tolist() == [1, 3, 5]
+        rows = store.rows(range(3))
+        assert np.isfinite(rows[0]).all()
+        assert not rows[1].any()
+        assert np.isnan(rows[2]).all()
+        assert store.column("n_tokens").tolist() == [6, 0, 4]
+        np.testing.assert_allclose(store.column("loss")[0], losses[0].item() / 6, rtol=1e-6)
+
+
+def test_the_manager_has_the_original_s_defaults_and_takes_any_config():
+    defaults = EngineConfig.of(SimpleNamespace())
+    assert (defaults.proj_layers, defaults.proj_rank_total) == ("mlp,attn", 256)
+    assert (defaults.proj_rank_min, defaults.proj_seed) == (8, 42)
+    assert EngineConfig.of({"proj_layers": ["mlp", "attn"], "unknown": 1}).proj_layers == "mlp,attn"
+
+
+def test_an_unknown_method_is_refused_with_those_that_are_known(tmp_path):
+    with pytest.raises(ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"):
+        GhostEngineManager({"method": "Ghost"}, small_model("gpt2"))
+
+
+def test_a_further_method_is_one_entry(data, tmp_path, monkeypatch):
+    class Counting(TrainingEngine):
+        n_samples = 0
+
+        def aggregate_and_log(self, losses=None):
+            Counting.n_samples += len(losses)
+
+    monkeypatch.setitem(METHODS, "Counting", Counting)
+    train(config_of(data, tmp_path, method="Counting"))
+    assert Counting.n_samples == 18
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"result_dir": ""}, ConfigError, "writes rows to result_dir/projections: give a result_dir"),
+        ({"proj_layers": "nothing"}, ModelError, "no layer of the model matches 'nothing'"),
+        ({"proj_rank_total": 1, "proj_rank_min": 8}, ConfigError, "--proj_rank_total 1 cannot hold"),
+        ({"proj_dtype": "int8"}, ConfigError, "--proj_dtype is 'int8'"),
+        ({"proj_save_interval": -1}, ConfigError, "--proj_save_interval must be at least 0"),
+        ({"method": "GradDotProd"}, ConfigError, "give val_data=.input_ids, labels."),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(tmp_path, settings, error, message):
+    with pytest.raises(error, match=message):
+        by_hand(tmp_path, **settings)
+
+
+def test_rows_of_another_run_are_neither_mixed_in_nor_replaced(tmp_path):
+    by_hand(tmp_path, proj_seed=1)[2].cleanup()  # left without a row
+    model, optimizer, manager = by_hand(tmp_path)
+    one_step(model, optimizer, manager, 0)
+    manager.cleanup()
+    with pytest.raises(StoreError, match="holds rows of another run: go on with it"):
+        by_hand(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"--proj_seed: store 42, this run 1\n.*--proj_dtype: store 'float16'"
+    ):
+        by_hand(tmp_path, 1, proj_seed=1, proj_dtype="bfloat16")
+    assert written(tmp_path) == 3
+
+
+def test_rows_that_a_checkpoint_counts_on_and_are_gone_are_an_error(tmp_path):
+    model, optimizer, manager = by_hand(tmp_path)
+    one_step(model, optimizer, manager, 0)
+    manager.cleanup()
+    _, _, manager = by_hand(tmp_path, 1)
+    with pytest.raises(StoreError, match="rows 0 to 3, which the checkpoint counts on, are not all there"):
+        manager.load_state_dict({"n_rows": 4})
+
+
+def test_ids_that_are_not_one_a_sample_are_refused(tmp_path):
+    _, _, manager = by_hand(tmp_path)
+    with pytest.raises(ConfigError, match=r"a batch of 2 samples was given \(3,\) ids"):
+        manager.attach_train_batch(*ragged_batch([4, 4]), 1, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ((24576, 2, 100, 1), 651),  # 16 MB
+        ((24576, 2, 100, 2), 200),  # the whole run
+        ((24576, 2, 1000, 2), 500),  # 250 steps divide the run
+        ((24576, 2, 10007, 2), 650),  # a prime: places stay empty at its end
+        ((24576, 2, 0, 4), 650),  # nobody knows how long
+        ((24576, 0, 0, 2), 651),
+        ((10**9, 2, 100, 2), 10),
+    ],
+)
+def test_rows_of_a_shard_are_whole_steps_that_divide_the_run_where_several_ranks_write(arguments, want):
+    assert choose_rows(*arguments) == want
+
+
+def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
+    train(config_of(data, tmp_path, val_shards=str(data / "val"), eval_interval=2, max_steps=5))
+    with (tmp_path / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_loss"] != "" for row in rows] == [False, True, False, True, True]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sum_that_nobody_announced_is_refused():
+    model = small_model("gpt2").train()
+    X, Y = ragged_batch([5, 6])
+    with GhostEngineManager({"method": "GradDotProd"}, model, val_data=(X, Y), loss="sum") as manager:
+        manager.attach_train_batch(X, Y, 0)
+        inputs, labels = manager.prepare_forward_input(X, Y)
+        model(input_ids=inputs, labels=labels).loss.backward()
+        manager.prepare_gradients()
+        with pytest.raises(ModelError, match=r"takes per_sample_loss\(model, ...\).sum\(\)"):
+            manager.aggregate_and_log()
+
+
+def test_without_matplotlib_the_picture_is_left_out_and_the_way_to_it_named(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    train(config_of(data, tmp_path, max_steps=2))
+    assert "no loss.png without matplotlib: pip install 'gradproj[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):
+    changes = {"val_shards": str(data / "val"), "val_batch_size": 2, "grad_accumulation": 2, "max_steps": 3}
+    config = config_of(data, tmp_path / "dots", method="GradDotProd", **changes)
+    train(config)
+    train(config_of(data, tmp_path / "regular", **changes))
+    for name, weight in weights_in(tmp_path / "regular").items():
+        torch.testing.assert_close(weights_in(tmp_path / "dots")[name], weight, rtol=1e-4, atol=1e-5)
+    group = zarr.open_group(tmp_path / "dots" / "grad_dotprod", mode="r")
+    assert group["step"][...].tolist() == [1] * 6 + [2] * 6 + [3] * 6
+    torch.manual_seed(config.seed)
+    tokenizer, model = load_or_make_model(config)
+    model.requires_grad_(True)
+
+    def gradient(losses):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses, list(model.parameters()))])
+
+    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks()).batches[0]
+    batches = batches_of(config, index_of(data), tokenizer)
+    first = [next(batches) for _ in range(2)]
+    n_targets = sum(batch.n_targets for batch in first)
+    inputs = {"input_ids": validation.input_ids, "labels": validation.labels}
+    of_validation = gradient(per_sample_loss(model, inputs).sum() / validation.n_targets)
+    want = [
+        gradient(own_loss(model, ids[labels != -100]) / n_targets) @ of_validation
+        for batch in first
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
+    ]
+    np.testing.assert_allclose(group["total"][:6], torch.stack(want).numpy(), rtol=1e-4, atol=1e-9)
+    assert group["sample_id"][:6].tolist() == [int(i) for batch in first for i in batch.sample_ids]
+    table = (tmp_path / "dots" / "values.md").read_text()
+    assert all(domain in table for domain in ("Github", "ArXiv", "Pile-CC"))
+
+
+def test_under_sgd_the_values_add_up_to_the_fall_of_the_validation_loss(data, tmp_path):
+    config = config_of(
+        data, tmp_path, method="GradDotProd", val_shards=str(data / "tars"), val_batches=1, optimizer="sgd",
+        val_batch_size=16, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip=0.0, max_steps=30,
+    )  # fmt: skip
+    train(config)
+    torch.manual_seed(config.seed)
+    tokenizer, model = load_or_make_model(config)
+    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks())
+    before = validation.loss(model.double())
+    model.load_state_dict(weights_in(tmp_path), strict=False)
+    fall = before - validation.loss(model)
+    values = zarr.open_group(tmp_path / "grad_dotprod", mode="r")["value"][...]
+    assert len(values) == config.max_steps * config.batch_size
+    assert fall > 0.01
+    # To first order: what is left is quadratic in the learning rate.
+    assert values.sum() == pytest.approx(fall, rel=0.02)
