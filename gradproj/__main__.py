@@ -16,9 +16,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "prepare": Command("gradproj.cli.commands", "prepare_command", "documents of any kind to WebDataset tars"),
+    "prepare": Command(
+        "gradproj.cli.commands", "prepare_command", "documents of any kind to WebDataset tars"
+    ),
     "index": Command("gradproj.cli.commands", "index_command", "tars to a corpus index"),
-    "plan": Command("gradproj.cli.commands", "plan_command", "check the job's flags and say what it will take"),
+    "plan": Command(
+        "gradproj.cli.commands", "plan_command", "check the job's flags and say what it will take"
+    ),
     "diagnose": Command(
         "gradproj.job.diagnose", "diagnose_command", "rows alone, batched, padded, in float32 and bfloat16"
     ),
@@ -29,8 +33,12 @@ COMMANDS = {
         "gradproj.cli.commands", "merge_command", "merge what is committed into columns and statistics"
     ),
     "export": Command("gradproj.cli.commands", "export_command", "rows as the original system's .pt files"),
-    "tokenizer": Command("gradproj.cli.training_commands", "tokenizer_command", "train a byte-level BPE on a corpus"),
-    "train": Command("gradproj.cli.training_commands", "train_command", "train a causal language model on a corpus"),
+    "tokenizer": Command(
+        "gradproj.cli.training_commands", "tokenizer_command", "train a byte-level BPE on a corpus"
+    ),
+    "train": Command(
+        "gradproj.cli.training_commands", "train_command", "train a causal language model on a corpus"
+    ),
     "lds": Command(
         "gradproj.evaluation.lds", "lds_command", "hold scores against retraining on parts of a small corpus"
     ),

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(hours=6)
 """Rank 0 may come to the store late, where it holds it itself."""
-KEPT_KERNELS = 64
 LET_RANK_0_SPEAK_S = 10.0
 LOOK_S = (0.01, 0.5)
 """First and longest pause between two looks at what another rank has to do."""
@@ -150,20 +149,6 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank), None
-
-
-def ask_cublas_to_repeat_itself() -> None:
-    """For equal results of equal products; before CUDA starts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def bound_kernel_caches() -> None:
-    """Before torch's first product: oneDNN keeps a kernel for each shape, and batches hardly ever have an earlier one.
-
-    Its 1,024 kernels, and the 1,024 that torch keeps beside, come to a gigabyte; a batch uses a few dozen.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 class _Meeting:

@@ -28,8 +28,9 @@ from gradproj.engine.batching import BatchConfig
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
+from gradproj.engine.warm_up import compile_now
 from gradproj.errors import GradprojError, ReportedError, exit_code
-from gradproj.job.batch_size import compile_now, settle_batches
+from gradproj.job.batch_size import settle_batches
 from gradproj.job.config import RunConfig, run_config
 from gradproj.job.precision import check_precision
 from gradproj.job.prefetch import Background, Writer

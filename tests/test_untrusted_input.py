@@ -20,7 +20,8 @@ import gradproj
 from gradproj.__main__ import main
 from gradproj.errors import ModelError
 from gradproj.maintenance.verify import verify
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer, model_skeleton
 from gradproj.store import ProjectionStore
 

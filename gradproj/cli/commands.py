@@ -266,8 +266,9 @@ class MergeConfig:
 
 def merge_command(argv: list[str]) -> None:
     """``python -m gradproj merge OUTPUT``: columns, sums and statistics from the records there are."""
+    from gradproj.formatting import count, ranges_text
     from gradproj.job.summary import stats_lines
-    from gradproj.maintenance.job_output import count, ranges_text, read_output
+    from gradproj.maintenance.job_output import read_output
     from gradproj.maintenance.merge import merge_now
 
     about = (
@@ -288,8 +289,8 @@ def merge_command(argv: list[str]) -> None:
 
 def export_command(argv: list[str]) -> None:
     """``python -m gradproj export OUTPUT --to DIR``: ok rows as the original system's files."""
+    from gradproj.formatting import shown
     from gradproj.maintenance.export import ExportConfig, export_lines, plan_export, write_export
-    from gradproj.maintenance.job_output import shown
     from gradproj.store import ProjectionStore
 
     about = "Rows as the original system's .pt files: float32, ok rows only, with their sample ids."

@@ -20,9 +20,8 @@ from gradproj.analysis.score_file import check_scores_path
 from gradproj.distributed import Process, choose_device, process_group, said_by_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
-from gradproj.formatting import clean_lines
+from gradproj.formatting import clean_lines, human_bytes
 from gradproj.job.config import RunConfig
-from gradproj.job.plan import human_bytes
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
 from gradproj.query.answer_text import About, describe, json_lines, overlap_lines, table_lines

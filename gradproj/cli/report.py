@@ -14,10 +14,9 @@ from gradproj.analysis import top_and_bottom
 from gradproj.cli.score_config import ScoreConfig
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.flags import parse
-from gradproj.formatting import one_line
-from gradproj.job.job_config import RecordedInputs
-from gradproj.job.plan import human_bytes
+from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.query import Query, QueryProjector, QueryRows, read_queries
 from gradproj.report.build import make_page
 from gradproj.report.document_tables import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values

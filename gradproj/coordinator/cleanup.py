@@ -7,8 +7,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.fencing import OWNER_FILE, remove_scratch
+from gradproj.coordinator.process_id import Owner
 from gradproj.store.unit_record import list_records
 
 _UNIT_CLAIM = re.compile(r"(\d{8,})\.(\d+)")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.process_id import Owner
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
 from gradproj.files import write_and_replace
 from gradproj.store.layout import STORE_NAME

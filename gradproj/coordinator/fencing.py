@@ -21,7 +21,7 @@ from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_file_durably
 
 if TYPE_CHECKING:
-    from gradproj.coordinator.claims import Owner
+    from gradproj.coordinator.process_id import Owner
 
 OWNER_FILE = "owner.json"
 """In every scratch folder: whose it is."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradproj.coordinator.claims import ALIVE_FOR_S, Owner
+from gradproj.coordinator.claims import ALIVE_FOR_S
+from gradproj.coordinator.process_id import Owner
 
 INTERVAL_S = 5.0
 """Between two heartbeats; less in a rank's first seconds, so that a short job shows its speed too."""

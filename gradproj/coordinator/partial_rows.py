@@ -13,8 +13,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from gradproj.coordinator import fault_points as faults
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.fencing import make_scratch
+from gradproj.coordinator.process_id import Owner
 from gradproj.files import crc32c, explain_os_errors, fsync_dir, publish_exclusively, write_file_durably
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")

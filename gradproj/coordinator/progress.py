@@ -11,8 +11,9 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import Progress, RanksAtWork, read_heartbeats
+from gradproj.coordinator.process_id import Owner
+from gradproj.formatting import human_seconds
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import list_records
 
@@ -164,11 +165,3 @@ def _spread(now: Snapshot) -> str:
     slowest = now.rates.index(min(now.rates))
     low, middle, high = min(now.rates), statistics.median(now.rates), max(now.rates)
     return f" ({low:,.0f} / {middle:,.0f} / {high:,.0f} a rank, rank {slowest} slowest)"
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min, 5.2 h, 2.1 d."""
-    for limit, unit, size in ((90, "s", 1), (5400, "min", 60), (172800, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}" if size < 3600 else f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.1f} d"

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.coordinator import fault_points as faults
-from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.fencing import make_scratch, make_scratch_again, remove_scratch
 from gradproj.coordinator.heartbeats import forget_heartbeat, heartbeat_counter
 from gradproj.coordinator.partial_rows import PartialLog, partial_folder
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.store_guard import StoreGuard
 from gradproj.coordinator.waiting import WaitNotice
 from gradproj.errors import StoreError

@@ -26,7 +26,7 @@ from gradproj.coordinator.merge import (
     write_metadata,
 )
 from gradproj.errors import StoreError
-from gradproj.maintenance.job_output import count, ranges_text
+from gradproj.formatting import count, ranges_text
 from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, StoreLayout
 from gradproj.store.mapped_files import map_file
 from gradproj.store.metadata import read_attributes, read_layout

@@ -19,8 +19,6 @@ LONG_DOCUMENTS = ("truncate", "windows")
 AUTO = 0
 """``--batch_tokens auto``: measured once, before the first unit."""
 
-BATCH_FILE = "batch.json"
-"""What was measured, in the output."""
 
 MOST_PADDING = 0.05
 """Share of a batch's tokens that may be padding."""

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.layers import TargetLayer, find_layers, project_tokens
-from gradproj.engine.projection import ProjectionConfig, choose_ki_ko, projection_matrix
+from gradproj.engine.projection import (
+    ProjectionConfig,
+    draw_matrices,
+    place_widths,
+)
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import project, remember_in_bfloat16
-from gradproj.store.layout import LayerSlice
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,25 +60,6 @@ class PlacedLayer:
     p_i: Tensor
     p_o: Tensor
     columns: slice
-
-
-def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
-    """Every target layer in model order. Needs no weights: a model on the meta device will do."""
-    placed, start = [], 0
-    for target in find_layers(module, config.patterns, config.include_embeddings):
-        n_i, n_o = target.widths
-        k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
-        stop = start + k_i * k_o
-        placed.append(LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
-        start = stop
-    return placed
-
-
-def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
-    """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
-    sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
-    p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
-    return p_i, p_o
 
 
 def place_layers(

@@ -22,8 +22,8 @@ from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
 from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.projection_files import RowBuffer
 from gradproj.errors import ConfigError, GradprojError, ModelError
-from gradproj.maintenance.export import RowBuffer
 
 
 class GradProjLoraEngine:

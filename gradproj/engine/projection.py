@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradproj.engine.layers import find_layers
 from gradproj.errors import ConfigError
+from gradproj.store.layout import LayerSlice
 
 PROJECTION_VERSION = 1
 """Goes into every matrix's key; raised when a change would give other numbers for the same seed."""
@@ -169,3 +171,22 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
     """
     key = f"gradproj/{PROJECTION_VERSION}/{seed}/{kind}/{layer}/{side}/{k}x{n}"
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
+
+
+def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
+    """Every target layer in model order. Needs no weights: a model on the meta device will do."""
+    placed, start = [], 0
+    for target in find_layers(module, config.patterns, config.include_embeddings):
+        n_i, n_o = target.widths
+        k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+        stop = start + k_i * k_o
+        placed.append(LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
+        start = stop
+    return placed
+
+
+def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
+    """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
+    sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
+    p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
+    return p_i, p_o

@@ -11,7 +11,8 @@ from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
 from gradproj.evaluation.array_files import keep_arrays
 from gradproj.evaluation.config import LdsConfig
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
 from gradproj.training.data import open_corpus, shuffled_documents, tokens_of
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer

@@ -25,7 +25,8 @@ from gradproj.errors import StoreError
 from gradproj.evaluation.array_files import keep_array, kept_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model
 from gradproj.training import TrainConfig, train
 from gradproj.training.data import open_corpus

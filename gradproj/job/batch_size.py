@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradproj.coordinator.units import UnitQueue
-from gradproj.engine.batching import AUTO, BATCH_FILE
+from gradproj.engine.batching import AUTO
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.warm_up import random_ids
 from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, publish_exclusively, write_file_durably
+from gradproj.job.plan import BATCH_FILE
 from gradproj.job.startup import Job
-from gradproj.job.unit_projector import is_out_of_memory
 from gradproj.job.unit_reader import UnitSettings
+from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 
 MOST_TOKENS = 2**18
 """No larger batch is tried."""
@@ -34,11 +36,6 @@ LONGEST_TRIAL_S = 20.0
 NEAR_THE_BEST = 0.97
 """Share of the best rate that a smaller batch needs to be taken before larger ones."""
 
-CUDA_SHARE, HOST_SHARE = 0.85, 0.5
-"""Share of the free memory that a batch may take; on the host others live as well."""
-
-COMPILED_TOKENS = 256
-"""Length of the sequences by which ``--compile`` compiles."""
 
 WAIT_FOR_RANK_0_S = 1800.0
 
@@ -140,8 +137,8 @@ def try_batches(
         n_neighbours: processes that share the host's memory.
     """
     device = next(model.parameters()).device
-    memory: _CudaMemory | _HostMemory = (
-        _CudaMemory(device) if device.type == "cuda" else _HostMemory(n_neighbours)
+    memory: CudaMemory | HostMemory = (
+        CudaMemory(device) if device.type == "cuda" else HostMemory(n_neighbours)
     )
     limit = memory.free() - reserved_bytes
     trials: list[Trial] = []
@@ -176,35 +173,9 @@ def _has_levelled_off(trials: list[Trial]) -> bool:
     return len(trials) > 2 and max(t.rate for t in trials[-2:]) < trials[-3].rate / NEAR_THE_BEST
 
 
-def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -> float:
-    """Have a compiled engine compile, by two small batches of the same shapes in every rank; the seconds that it took.
-
-    A graph holds for any length and any number of samples but one, which torch's compiler takes for a case of its own.
-    (A model with sliding windows has other masks above the window: its first longer batches compile once more.)
-
-    What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
-    """
-    device, started = next(model.parameters()).device, time.perf_counter()
-    for n_sequences in (2, 1):
-        per_sample_loss(
-            model, _random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
-        ).sum().backward()
-        engine.collect_batch()
-    engine.take_token_covariances()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def _random_ids(model: nn.Module, n_sequences: int, length: int) -> Tensor:
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(weight.device)
-
-
 def _try(model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any) -> Trial:
     device = next(model.parameters()).device
-    ids = _random_ids(model, n_sequences, length)
+    ids = random_ids(model, n_sequences, length)
     memory.start()
     seconds = []
     for _ in range(2):  # the first run pays for what libraries set up once a shape
@@ -215,49 +186,3 @@ def _try(model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return Trial(n_sequences * length, min(seconds), memory.peak())
-
-
-class _CudaMemory:
-    """What torch's allocator holds and could still take."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def free(self) -> int:
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return int(CUDA_SHARE * (torch.cuda.mem_get_info(self._device)[0] + unused))
-
-    def start(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._before = torch.cuda.memory_allocated(self._device)
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) - self._before
-
-
-class _HostMemory:
-    """What Linux says of this process; elsewhere nothing is known, and time alone ends the trials."""
-
-    def __init__(self, n_neighbours: int) -> None:
-        self._n_neighbours = n_neighbours
-        self._before = _status_bytes("VmRSS")
-
-    def free(self) -> int:
-        available = 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-        return int(HOST_SHARE * available / self._n_neighbours) if available else 2**62
-
-    def start(self) -> None:
-        """The peak only ever grows, and so do the trials."""
-
-    def peak(self) -> int:
-        return max(0, _status_bytes("VmHWM") - self._before)
-
-
-def _status_bytes(field: str) -> int:
-    return 1024 * _kilobytes(Path("/proc/self/status"), field)
-
-
-def _kilobytes(path: Path, field: str) -> int:
-    """A field of one of Linux's tables; 0 where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)

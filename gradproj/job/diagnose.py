@@ -16,16 +16,16 @@ from torch import Tensor
 
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import BatchConfig
-from gradproj.engine.capture import draw_matrices, place_widths
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import ConfigError, CorpusError, ModelError
 from gradproj.job.config import RunConfig, parse
 from gradproj.job.plan import Plan, make_plan
 from gradproj.job.precision import LEAST_COSINE, MOST_ERROR, USUAL_COSINE, WAYS, Agreement, Documents, rows_of
 from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_reader import UnitReader
-from gradproj.model.checkpoint import MODEL_DTYPES
+from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.layout import STATUS
 

@@ -19,10 +19,10 @@ from gradproj.corpus.index import (
     load_index,
 )
 from gradproj.distributed import choose_device
-from gradproj.engine.batching import BATCH_FILE
-from gradproj.engine.capture import place_widths
 from gradproj.engine.compile import check_compiler
+from gradproj.engine.projection import place_widths
 from gradproj.errors import CorpusError, ModelError, StoreError
+from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
 from gradproj.job.unit_reader import UnitSettings
@@ -43,6 +43,8 @@ MOST_TARS_TO_INDEX = 1000
 
 DEFAULT_MAX_LENGTH = 1024
 INDEX_NAME = "corpus.json"
+BATCH_FILE = "batch.json"
+"""File in the output directory that holds the measured batch size."""
 OUR_FILES = {
     *FOLDERS,
     STORE_NAME,
@@ -292,15 +294,6 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def human_bytes(n: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    raise AssertionError("unreachable")
 
 
 def attributes_of(plan: Plan) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches
 from gradproj.engine.compile import nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import Targets, per_sample_loss
-from gradproj.job.unit_projector import is_out_of_memory
 from gradproj.job.unit_reader import PreparedUnit
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
 
 WAYS = ("alone", "batched", "beside padding")

@@ -21,8 +21,8 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
-from gradproj.job.job_config import RecordedInputs
 from gradproj.job.plan import INDEX_NAME
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.job.startup import matrices_on
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity

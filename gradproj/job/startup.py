@@ -12,27 +12,21 @@ import numpy as np
 import torch
 
 from gradproj.coordinator import fault_points as faults
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.cleanup import sweep
 from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
 from gradproj.corpus.index import CorpusIndex, load_index, save_index
-from gradproj.distributed import (
-    JobName,
-    Process,
-    ask_cublas_to_repeat_itself,
-    bound_kernel_caches,
-    from_rank_0,
-    wait_for_all,
-)
-from gradproj.engine.capture import draw_matrices, place_widths
+from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
+from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity
 from gradproj.job.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
+from gradproj.kernels.torch_setup import ask_cublas_to_repeat_itself, bound_kernel_caches
 from gradproj.model.checkpoint import fetch
 from gradproj.model.loading import model_skeleton
 from gradproj.store.layout import STORE_NAME

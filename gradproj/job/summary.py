@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from gradproj.coordinator.merge import is_complete
-from gradproj.coordinator.progress import human_seconds
-from gradproj.job.plan import Plan, free_bytes, human_bytes
+from gradproj.formatting import human_bytes, human_seconds
+from gradproj.job.plan import Plan, free_bytes
 from gradproj.store.unit_record import list_records, read_record, record_name
 
 

@@ -20,6 +20,7 @@ from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.kernels.device_copy import after_what_runs_now, fetch, seconds_between, send
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.unit_record import UnitRecord
@@ -130,15 +131,6 @@ class UnitProjector:
         shape = tuple(batch.input_ids.shape)
         log.debug("unit %d: batch %d of %d, %s tokens", prepared.unit, done, n_batches, shape)
         faults.at("batch done")
-
-
-_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What the CPU's allocator, CUDA itself and cuBLAS say; torch's allocator for GPUs has an error of its own."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 class UnitSums:

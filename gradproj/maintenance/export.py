@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -23,62 +22,6 @@ if TYPE_CHECKING:
     from gradproj.store import ProjectionStore
 
 FORMATS = ("pt",)
-
-
-def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor | None) -> Path:
-    """Write ``proj_iter_{number:06d}.pt``, readable by ``torch.load(..., weights_only=True)``.
-
-    Args:
-        folder: made if it is missing.
-        number: from 1; also the file's ``iter``.
-        rows: ``(B, D)``, any float dtype; stored as it is, on the CPU.
-        ids: ``(B,)`` int64 sample ids, or None where they are not known.
-
-    Returns:
-        The file's path. It appears whole or not at all.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"proj": rows.cpu(), "iter": number, "batch_size": len(rows)}
-    if ids is not None:
-        content["batch_idx"] = ids
-    path = folder / f"proj_iter_{number:06d}.pt"
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-    return path
-
-
-class RowBuffer:
-    """Rows of a training loop that are not on disk yet."""
-
-    def __init__(self) -> None:
-        self._rows: list[Tensor] = []
-        self._ids: list[Tensor | None] = []
-        self._files = 0
-
-    def __len__(self) -> int:
-        """How many batches it holds."""
-        return len(self._rows)
-
-    def add(self, rows: Tensor, ids: Any = None) -> None:
-        """Keep a batch's ``(B, D)`` rows, on the CPU, and the samples' ids where they are known."""
-        self._rows.append(rows.detach().cpu())
-        self._ids.append(None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64))
-
-    def write(self, folder: Path, number: int | None = None) -> Path | None:
-        """Write all rows as one file, numbered on from the last unless said otherwise; None if there are none."""
-        if not self._rows:
-            return None
-        if self._files == 0 and number is None and folder.is_dir():
-            # A run before this one may have written there: its files are not to be replaced.
-            taken = [int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")]
-            self._files = max(taken, default=0)
-        self._files = self._files + 1 if number is None else number
-        known = [ids for ids in self._ids if ids is not None]
-        ids = torch.cat(known) if len(known) == len(self._ids) else None
-        path = write_projection_file(folder, self._files, torch.cat(self._rows), ids)
-        self._rows, self._ids = [], []
-        return path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,16 @@
 """OUTPUT as a person's commands find it on disk: what its store is, which units are wanted, which are committed."""
 
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from gradproj.coordinator.merge import ranges_of, wanted_units
 from gradproj.errors import StoreError
 from gradproj.store.layout import StoreLayout
 from gradproj.store.metadata import find_store, read_attributes, read_layout
 from gradproj.store.unit_record import list_records
-
-MOST_RANGES_SHOWN = 20
-LINE_EVERY_S = 10.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,35 +90,3 @@ def read_output(path: str | Path) -> Output:
         )
     wanted = wanted_units(attributes)
     return Output(store.parent, store, attributes, layout, wanted, list_records(store.parent / "units"))
-
-
-def ranges_text(ranges: Sequence[Sequence[int]], most: int = MOST_RANGES_SHOWN) -> str:
-    """``[start, stop)`` ranges as ``0-15, 32``, both ends included; at most so many of them."""
-    named = [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in ranges[:most]]
-    if len(ranges) > most:
-        named.append(f"and {len(ranges) - most:,} more ranges")
-    return ", ".join(named)
-
-
-def count(n: int, what: str) -> str:
-    """``1 unit``, ``2 units``."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def shown(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
-    """``items``, with their progress on standard error: a bar on a terminal, else a line every 10 s."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
-        return
-    started = shown_at = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown_at >= LINE_EVERY_S:
-            shown_at = now
-            left_s = (now - started) * (total - done) / done
-            print(
-                f"{label}: {done:,} of {total:,} {unit} ({100 * done / total:.1f} %), about {left_s:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.claims import STALE_AFTER_S, Claim, ClaimBoard, Owner
+from gradproj.coordinator.claims import STALE_AFTER_S, Claim, ClaimBoard
 from gradproj.coordinator.heartbeats import (
     INTERVAL_S,
     Progress,
@@ -21,6 +21,7 @@ from gradproj.coordinator.heartbeats import (
     read_heartbeats,
 )
 from gradproj.coordinator.merge import MERGE_CLAIM
+from gradproj.coordinator.process_id import Owner
 from gradproj.maintenance.job_output import Output
 
 ALIVE, GONE, STALE, SILENT, UNKNOWN = "alive", "gone", "stale", "silent", "unknown"

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import MERGE_CLAIM, MergeEnded, merge, release_merge
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors
-from gradproj.maintenance.job_output import Output, count
+from gradproj.formatting import count
+from gradproj.maintenance.job_output import Output
 
 
 def merge_now(output: Output) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
-from gradproj.job.job_config import RecordedInputs
+from gradproj.formatting import count, shown
 from gradproj.job.recorded import config_from, recorded_engine, recorded_index
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_projector import UnitProjector
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.maintenance.checks import Damage
-from gradproj.maintenance.job_output import Output, count, read_output, shown
+from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import STATUS_NAMES, StoreLayout, decode_key

@@ -14,8 +14,9 @@ from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import write_metadata
 from gradproj.coordinator.units import unit_claim
 from gradproj.files import explain_os_errors, fsync_dir
+from gradproj.formatting import count, ranges_text
 from gradproj.maintenance.checks import MergedColumns, check_unit
-from gradproj.maintenance.job_output import Output, count, ranges_text, read_output
+from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import HeldMerge, claimant, holding_the_merge
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Damage, Verification, other_ways_out
 from gradproj.store.unit_record import record_name

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.claims import CONFIRM_AFTER_S, STALE_AFTER_S, Owner
+from gradproj.coordinator.claims import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.merge import ranges_of
-from gradproj.coordinator.progress import human_seconds
+from gradproj.coordinator.process_id import Owner
 from gradproj.errors import ConfigError
-from gradproj.maintenance.job_output import Output, count, ranges_text, read_output
+from gradproj.formatting import count, human_seconds, ranges_text
+from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed, read_activity
 from gradproj.maintenance.row_counts import rows_by_status
 

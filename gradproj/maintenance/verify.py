@@ -12,7 +12,8 @@ import numpy as np
 
 from gradproj.coordinator.merge import ranges_of
 from gradproj.errors import ConfigError, StoreError
-from gradproj.job.job_config import RecordedInputs
+from gradproj.formatting import count, ranges_text, shown
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.maintenance.checks import (
     CovarianceSums,
     Damage,
@@ -21,7 +22,7 @@ from gradproj.maintenance.checks import (
     check_group,
     check_unit,
 )
-from gradproj.maintenance.job_output import Output, count, ranges_text, read_output, shown
+from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store.layout import STATUS_NAMES
 from gradproj.store.unit_record import record_name
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradproj.errors import ModelError
-from gradproj.model.checkpoint import ARCHITECTURES, MODEL_DTYPES, ModelFiles
+from gradproj.model.checkpoint import ModelFiles
+from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 
 # The job has one progress bar of its own.
 transformers.utils.logging.disable_progress_bar()

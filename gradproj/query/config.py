@@ -8,7 +8,7 @@ from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
-from gradproj.job.job_config import RecordedInputs
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.store import ProjectionStore
 
 WITHOUT_SUMS = "cosine"

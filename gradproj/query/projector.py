@@ -13,13 +13,12 @@ from torch import Tensor
 from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches, split_long
 from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.errors import ConfigError
-from gradproj.formatting import one_line
+from gradproj.formatting import human_bytes, one_line
 from gradproj.job.config import RunConfig
-from gradproj.job.job_config import RecordedInputs
-from gradproj.job.plan import human_bytes
 from gradproj.job.recorded import config_from, recorded_engine
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.job.startup import prepare_torch
-from gradproj.job.unit_projector import is_out_of_memory
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 from gradproj.store import ProjectionStore
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.progress import human_seconds
-from gradproj.formatting import one_line
+from gradproj.formatting import human_seconds, one_line
 from gradproj.report.distributions import Histogram
 from gradproj.report.number_format import digits, exponent_of, in_cell, minus, power
 from gradproj.report.svg import Drawing, Scale, colour, colour_limit, is_dark, round_numbers, scale_for

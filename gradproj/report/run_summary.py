@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradproj.coordinator.progress import human_seconds
-from gradproj.maintenance.job_output import count, ranges_text
+from gradproj.formatting import count, human_seconds, ranges_text
 from gradproj.maintenance.status import Status
 from gradproj.report.distributions import RowCounts
 from gradproj.report.domain_summary import lost_text

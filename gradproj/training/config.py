@@ -9,7 +9,7 @@ from typing import Any
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
-from gradproj.model.checkpoint import ARCHITECTURES, ModelConfig
+from gradproj.model.config import ARCHITECTURES, ModelConfig
 from gradproj.store.layout import StoreConfig
 
 OPTIMIZERS = ("adamw", "sgd")

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.engine.capture import place_widths
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.engine.projection import place_widths
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.append_store import (
     RowStore,

@@ -19,7 +19,8 @@ from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
 from gradproj.files import explain_os_errors
 from gradproj.job.shutdown import StopRequest
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.training.checkpoints import Checkpoints, alone_in, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig

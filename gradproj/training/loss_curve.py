@@ -9,8 +9,8 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gradproj.coordinator.progress import human_seconds
 from gradproj.files import explain_os_errors
+from gradproj.formatting import human_seconds
 
 PROGRESS_EVERY_S = 5.0
 SHOWN_STEPS = 20

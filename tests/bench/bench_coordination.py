@@ -29,9 +29,9 @@ import numpy as np
 from measure import print_machine
 
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, Progress
 from gradproj.coordinator.merge import merge
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
 from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
 from gradproj.store import LayerSlice, StoreConfig, StoreLayout, UnitRecord, create_store, plan_layout

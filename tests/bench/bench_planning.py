@@ -132,7 +132,7 @@ def nothing(folder: Path) -> None:
 
 def rank_0(folder: Path) -> None:
     """Every check, the plan, and an empty output."""
-    from gradproj.coordinator.claims import Owner
+    from gradproj.coordinator.process_id import Owner
     from gradproj.job.config import run_config
     from gradproj.job.plan import free_bytes, make_plan
     from gradproj.job.startup import make_output

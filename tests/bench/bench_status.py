@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.process_id import Owner
 from gradproj.store.layout import (
     STATUS,
     STORE_NAME,

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
-from gradproj.engine.capture import place_widths
-from gradproj.engine.projection import ProjectionConfig
-from gradproj.job.plan import DEFAULT_MAX_LENGTH, Plan, human_bytes
+from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.formatting import human_bytes
+from gradproj.job.plan import DEFAULT_MAX_LENGTH, Plan
 from gradproj.store import StoreConfig, plan_layout
 
 N_DOCUMENTS, N_TARS, KEY_BYTES = 210_607_728, 26_000, 12

@@ -14,9 +14,10 @@ from helpers.faults import disagreements, fill, gone_owner, make_store
 
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.claims import ClaimBoard, Owner, process_start
+from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.fencing import make_scratch
 from gradproj.coordinator.merge import ranges_of, units_in
+from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
 from gradproj.files import file_sum
 from gradproj.store.layout import STATUS, StoreConfig, empty_columns, plan_layout

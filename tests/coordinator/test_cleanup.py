@@ -11,11 +11,12 @@ import zarr
 from helpers.faults import IDENTITY, fake_owner, fake_rows, fill, gone_owner, make_store
 
 from gradproj.coordinator import unmerge as takeback
-from gradproj.coordinator.claims import ClaimBoard, Owner
+from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.cleanup import sweep
 from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish, is_merged
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
 from gradproj.errors import StoreError

@@ -8,8 +8,8 @@ from helpers.faults import IDENTITY, fake_owner, make_store
 
 from gradproj.coordinator import claims as claims_module
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import Heartbeat, Progress, read_heartbeats
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers.faults import fill, make_store
 
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.process_id import Owner
 from gradproj.errors import OtherSettingsError, StoreError
 
 

@@ -18,11 +18,11 @@ from helpers.jobs import flags, make_corpus, make_model, mixed_documents
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.coordinator import heartbeats
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.cleanup import sweep
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial_rows import PartialRows
+from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.job import startup as start
 from gradproj.job.config import run_config

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gradproj.coordinator.claims import Owner
 from gradproj.coordinator.heartbeats import Progress, RanksAtWork
-from gradproj.coordinator.progress import ProgressDisplay, human_seconds, take_snapshot
+from gradproj.coordinator.process_id import Owner
+from gradproj.coordinator.progress import ProgressDisplay, take_snapshot
+from gradproj.formatting import human_seconds
 from gradproj.store.layout import StoreConfig, plan_layout
 from gradproj.store.unit_record import record_name
 

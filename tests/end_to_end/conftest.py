@@ -1,8 +1,6 @@
 """One model and one corpus for all jobs of a session."""
 
-
 import pytest
-
 from helpers.jobs import make_corpus, make_model, mixed_documents
 
 

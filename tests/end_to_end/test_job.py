@@ -28,7 +28,7 @@ from helpers.models import projected_gradient_the_slow_way, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import GradProjLoraEngine, ProjectionStore
-from gradproj.coordinator.claims import process_start
+from gradproj.coordinator.process_id import process_start
 from gradproj.store import STATUS
 
 SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "batch_tokens": 300, "max_length": 48}

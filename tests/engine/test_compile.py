@@ -14,9 +14,9 @@ from gradproj.engine.compile import check_compiler, compiler_errors_explained, n
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.engine import compile as compiler
 from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ConfigError, ModelError
 from gradproj.job import batch_size as probe
-from gradproj.job.batch_size import compile_now
 
 
 def why_not() -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.claims import Owner, process_start
 from gradproj.coordinator.merge import finish
+from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
 from gradproj.files import file_sum
 from gradproj.store.encoding import encode_rows

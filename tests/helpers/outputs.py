@@ -14,9 +14,9 @@ import numpy as np
 import zarr
 from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
 
-from gradproj.coordinator.claims import Owner, process_start
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.merge import write_metadata
+from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.store.layout import COLUMNS, STATUS
 from gradproj.store.metadata import read_layout
 from gradproj.store.unit_record import encode_record, read_record, record_name

@@ -9,7 +9,8 @@ from helpers.models import projected_gradient_the_slow_way
 
 from gradproj import GradProjLoraEngine
 from gradproj.corpus.index import build_index, list_tars
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
 from gradproj.training import TrainConfig
 from gradproj.training.data import batches_of

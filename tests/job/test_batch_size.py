@@ -9,13 +9,20 @@ import torch
 from helpers.jobs import assert_same_bits, flags, make_corpus, make_model, mixed_documents, run_job
 from helpers.models import small_model
 
-from gradproj.engine.batching import BATCH_FILE, BatchConfig
+from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
 from gradproj.job import batch_size as probe
-from gradproj.job.batch_size import Trial, choose, recorded_batch_tokens, settle_batches, try_batches
+from gradproj.job.batch_size import (
+    Trial,
+    choose,
+    recorded_batch_tokens,
+    settle_batches,
+    try_batches,
+)
 from gradproj.job.config import run_config
+from gradproj.job.plan import BATCH_FILE
 
 SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "rows_per_shard": 16}
 
@@ -77,8 +84,8 @@ def test_a_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(eng
 
 
 def test_no_batch_is_tried_that_the_memory_cannot_hold(engine, monkeypatch):
-    monkeypatch.setattr(probe._HostMemory, "free", lambda self: 3 * 2**20)
-    monkeypatch.setattr(probe._HostMemory, "peak", lambda self: 2**20)
+    monkeypatch.setattr(probe.HostMemory, "free", lambda self: 3 * 2**20)
+    monkeypatch.setattr(probe.HostMemory, "peak", lambda self: 2**20)
     trials, _ = sizes_tried(monkeypatch, engine, reserved=2**20 + 1)
     assert [trial.tokens for trial in trials] == [24]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.jobs import flags, make_corpus, make_model, make_tokenizer, mixed_documents
 
-from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.process_id import Owner
 from gradproj.corpus.index import build_index, list_tars, save_index
 from gradproj.errors import exit_code
 from gradproj.job.config import run_config

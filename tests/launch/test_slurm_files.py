@@ -16,7 +16,7 @@ import pytest
 from helpers.shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
-from gradproj.coordinator.claims import Owner
+from gradproj.coordinator.process_id import Owner
 from gradproj.distributed import JobName
 from gradproj.job.startup import log_to_file
 from gradproj.run import commit

@@ -25,7 +25,7 @@ from gradproj.coordinator.merge import merge
 from gradproj.corpus.index import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import file_sum
-from gradproj.job.job_config import RecordedInputs
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recomputation_lines, recompute
 from gradproj.maintenance.verify import verify

@@ -18,7 +18,8 @@ from helpers.outputs import (
 )
 
 from gradproj.coordinator.merge import merge
-from gradproj.maintenance.job_output import ranges_text, read_output
+from gradproj.formatting import ranges_text
+from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.verify import IdRanges, verdict_lines, verification_lines, verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.unit_record import record_name

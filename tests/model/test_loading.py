@@ -8,10 +8,10 @@ from helpers.jobs import make_model, make_tokenizer
 from helpers.models import FAMILIES
 from safetensors.torch import load_file, save_file
 
-from gradproj.engine.capture import place_widths
-from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.projection import ProjectionConfig, place_widths
 from gradproj.errors import ModelError
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import (
     config_fingerprint,
     model_identity,

@@ -16,8 +16,8 @@ from gradproj.analysis import MEANINGS, SIGN, score
 from gradproj.analysis import ranking as ends_module
 from gradproj.cli.query import QueryConfig, query
 from gradproj.corpus.index import build_index, list_tars, load_index, save_index
-from gradproj.job.job_config import RecordedInputs
 from gradproj.job.recorded import config_from
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.query import QueryProjector, read_queries
 from gradproj.store.texts import text_of
 

@@ -13,9 +13,9 @@ from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
 from gradproj.cli.query import projector as rows_module
 from gradproj.coordinator.merge import merge
 from gradproj.errors import ConfigError, ModelError
-from gradproj.job.job_config import RecordedInputs
-from gradproj.job.plan import human_bytes
+from gradproj.formatting import human_bytes
 from gradproj.job.recorded import config_from, recorded_config
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.query import QueryProjector
 from gradproj.store.metadata import read_attributes
 from gradproj.store.writer import update_attributes, write_array

@@ -16,8 +16,8 @@ from gradproj.analysis import Preconditioner, score
 from gradproj.analysis import ranking as ends_module
 from gradproj.analysis import score_file as saved
 from gradproj.coordinator.merge import merge
-from gradproj.job.job_config import RecordedInputs
 from gradproj.job.recorded import config_from
+from gradproj.job.recorded_args import RecordedInputs
 from gradproj.query import QueryProjector, read_queries
 
 assert ask

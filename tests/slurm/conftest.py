@@ -4,7 +4,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-
 from cluster import find_daemons, running_cluster
 from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
 

@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel
 from gradproj.cli import training_commands as demo_commands
 from gradproj.corpus.index import build_index, list_tars
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
-from gradproj.model.checkpoint import ModelConfig, fetch
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.training import TokenizerConfig, TrainConfig, train, train_tokenizer
 from gradproj.training.data import batches_of, shuffled_documents

@@ -1,0 +1,63 @@
+"""Free and peak memory of a device or of this host, and the errors that mean it ran out."""
+
+from pathlib import Path
+
+import torch
+
+CUDA_SHARE, HOST_SHARE = 0.85, 0.5
+"""Fraction of free memory a batch may use. Lower on the host, which is shared."""
+
+
+class CudaMemory:
+    """What torch's allocator holds and could still take."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def free(self) -> int:
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(CUDA_SHARE * (torch.cuda.mem_get_info(self._device)[0] + unused))
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class HostMemory:
+    """What Linux says of this process; elsewhere nothing is known, and time alone ends the trials."""
+
+    def __init__(self, n_neighbours: int) -> None:
+        self._n_neighbours = n_neighbours
+        self._before = _status_bytes("VmRSS")
+
+    def free(self) -> int:
+        available = 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+        return int(HOST_SHARE * available / self._n_neighbours) if available else 2**62
+
+    def start(self) -> None:
+        """The peak only ever grows, and so do the trials."""
+
+    def peak(self) -> int:
+        return max(0, _status_bytes("VmHWM") - self._before)
+
+
+def _status_bytes(field: str) -> int:
+    return 1024 * _kilobytes(Path("/proc/self/status"), field)
+
+
+def _kilobytes(path: Path, field: str) -> int:
+    """A field of one of Linux's tables; 0 where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
+
+
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What the CPU's allocator, CUDA itself and cuBLAS say; torch's allocator for GPUs has an error of its own."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
