@@ -12,7 +12,7 @@ from torch import nn
 
 from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.engine import compile as compiler
+from gradproj.engine import compile as compiler
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ConfigError, ModelError

@@ -10,7 +10,7 @@ from helpers.query_command import TEXT, ask, write_queries
 
 from gradproj import ProjectionStore
 from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
-from gradproj.cli.query import projector as rows_module
+from gradproj.query import projector as rows_module
 from gradproj.coordinator.merge import merge
 from gradproj.errors import ConfigError, ModelError
 from gradproj.formatting import human_bytes

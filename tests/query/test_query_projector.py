@@ -10,7 +10,7 @@ from helpers.jobs import mixed_documents, run_job, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
-from gradproj.cli.query import projector as rows_module
+from gradproj.query import projector as rows_module
 from gradproj.engine.layers import find_layers
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
