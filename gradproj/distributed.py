@@ -151,7 +151,7 @@ def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]
     return torch.device("cuda", local_rank), None
 
 
-class _Meeting:
+class Rendezvous:
     """Where the ranks of one start exchange values: the store that torchrun, or rank 0, holds.
 
     No process group: nothing here is a sum over tensors, and a rank inside of gloo minds no signal while it waits for
@@ -222,7 +222,7 @@ class _Meeting:
             raise ReportedError from error
 
 
-_meeting: _Meeting | None = None
+_meeting: Rendezvous | None = None
 
 
 @contextlib.contextmanager
@@ -230,7 +230,7 @@ def start_group(process: Process) -> Iterator[None]:
     """The ranks' meeting for the job's start; a single process has none."""
     global _meeting
     if process.world_size > 1:
-        _meeting = _Meeting(process)
+        _meeting = Rendezvous(process)
     yield
     if _meeting is not None:
         _meeting.leave()
@@ -249,7 +249,7 @@ def wait_for_all(place: str) -> None:
 
 
 @contextlib.contextmanager
-def said_by_rank_0(rank: int) -> Iterator[None]:
+def report_errors_from_rank_0(rank: int) -> Iterator[None]:
     """A mistake that every rank sees is said by rank 0 alone."""
     try:
         yield

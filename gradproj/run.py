@@ -22,7 +22,7 @@ from gradproj.coordinator.failure import note_failure
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.progress import ProgressDisplay
-from gradproj.coordinator.store_guard import Replaced
+from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.compile import compiler_errors_explained
@@ -30,12 +30,12 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import GradprojError, ReportedError, exit_code
-from gradproj.job.batch_size import settle_batches
+from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.config import RunConfig, run_config
 from gradproj.job.precision import check_precision
 from gradproj.job.prefetch import Background, Writer
 from gradproj.job.startup import Job, log_to_file, matrices_on, prepare_torch, start_job
-from gradproj.job.summary import print_compiled, print_end, print_precision, print_start
+from gradproj.job.summary import print_compiled, print_precision, print_result, print_start
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import UnitReader
 from gradproj.model.loading import load_model, load_tokenizer
@@ -67,7 +67,7 @@ def run(argv: list[str], stop: StopRequest) -> int:
         print(warning, file=sys.stderr, flush=True)
     complete = work(job, device, stop)
     if process.rank == 0:
-        print_end(job.plan, complete, stop.reason)
+        print_result(job.plan, complete, stop.reason)
     # A launcher would take another code for a failure, and end the ranks that go on.
     return 0 if process.launched else stop.exit_code
 
@@ -97,11 +97,11 @@ def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
                 wait = job.owner.rank == 0
                 return finish(plan.output, queue.claims, wait=wait, stopping=stop, progress=progress)
         except GradprojError as error:
-            if not isinstance(error, (Stopped, ReportedError, Replaced)):
+            if not isinstance(error, (Stopped, ReportedError, StoreReplaced)):
                 note_failure(plan.output, job.owner, error)
             raise
         finally:
-            queue.give_back()
+            queue.release()
 
 
 def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress) -> None:
@@ -121,10 +121,10 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
         with compiler_errors_explained(), engine, progress_display(job), Writer() as writer:
             if own.compile:
                 print_compiled(job.owner.rank, compile_now(model, engine, plan.config.batch.max_length))
-            settings = settle_batches(job, queue, model, engine, stop)
+            settings = resolve_batch_tokens(job, queue, model, engine, stop)
             stop.drain()
             reader = UnitReader(plan.index, tokenizer, settings, stop)
-            say_precision(job, queue, model, engine, reader, settings.batch)
+            report_precision(job, queue, model, engine, reader, settings.batch)
             projector = UnitProjector(model, engine, settings, progress, stop)
             ahead = Background(map(reader.read, queue.take()), check=writer.check)
             with ahead as units, stop.asked_on_error():
@@ -141,7 +141,7 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
     progress.unit = -1
 
 
-def say_precision(
+def report_precision(
     job: Job,
     queue: UnitQueue,
     model: nn.Module,

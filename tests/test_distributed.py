@@ -8,7 +8,7 @@ import torch
 import torch.distributed as torch_dist
 
 from gradproj import distributed as dist
-from gradproj.distributed import JobName, Process, _Meeting, choose_device, launcher_died, launcher_rank
+from gradproj.distributed import JobName, Process, Rendezvous, choose_device, launcher_died, launcher_rank
 from gradproj.errors import ConfigError, ReportedError
 
 
@@ -147,7 +147,7 @@ def on_all_ranks(world_size, action):
 
 def test_every_rank_gets_rank_0s_values_in_their_order(store):
     def start(process):
-        meeting = _Meeting(process)
+        meeting = Rendezvous(process)
         values = [meeting.from_rank_0((i, process.rank)) for i in range(2)]
         meeting.wait_for_all("a place")
         meeting.leave()
@@ -160,7 +160,7 @@ def test_ranks_that_are_started_again_meet_each_other_and_not_what_the_dead_had_
     for generation in range(3):
 
         def start(process, generation=generation):
-            meeting = _Meeting(process)
+            meeting = Rendezvous(process)
             return meeting.from_rank_0(generation)  # and dies
 
         assert on_all_ranks(3, start) == [generation] * 3
@@ -175,11 +175,11 @@ def test_a_rank_whose_rank_0_never_comes_keeps_waiting_in_python(store, monkeypa
 
     monkeypatch.setattr(dist.time, "sleep", interrupt)
     with pytest.raises(Interrupted):
-        _Meeting(Process(1, 2, 1, 2, launched=True))
+        Rendezvous(Process(1, 2, 1, 2, launched=True))
 
 
 def test_a_store_that_has_gone_ends_a_rank_without_a_word(store):
-    meeting = _Meeting(Process(0, 1, 0, 1, launched=True))
+    meeting = Rendezvous(Process(0, 1, 0, 1, launched=True))
 
     def look():
         raise torch_dist.DistNetworkError("connection reset by peer")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.row_blocks import Block
-from gradproj.analysis.scan import SELF_SCORES, Asked, How
+from gradproj.analysis.scan import SELF_SCORES, Scan, ScanOptions
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
@@ -55,18 +55,18 @@ class DomainMatrix:
     """Rows that were read, those of documents without a domain too; fewer than status ok says where shards are gone."""
 
 
-def domain_matrix(store: ProjectionStore, **how: Unpack[How]) -> DomainMatrix:
+def domain_matrix(store: ProjectionStore, **how: Unpack[ScanOptions]) -> DomainMatrix:
     """Means of every domain in one scan, in ``G W`` float64 values (2 G W for cosine) and the rows drawn for the ranks.
 
     Args:
         store: finished or not; documents without a domain or a row take no part.
-        **how: see ``How``; the score is kfac, preconditioned, dot or cosine.
+        **how: see ``ScanOptions``; the score is kfac, preconditioned, dot or cosine.
 
     Raises:
         ConfigError: another score, or a store that has no domains.
         StoreError: a store without what the score needs, or with documents of domains that it does not name.
     """
-    asked = Asked.alone(store, how, "domain_matrix", DOMAIN_SCORES)
+    asked = Scan.alone(store, how, "domain_matrix", DOMAIN_SCORES)
     sums = DomainSums(asked)
     for block in asked.blocks():
         sums.add(block)
@@ -83,7 +83,7 @@ class DomainSums:
         ConfigError: the store has no domains.
     """
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Scan) -> None:
         store, width = asked.store, asked.width
         if not store.domains:
             raise ConfigError(f"{store.path} has no domains: its documents name none")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gradproj.analysis.domains import DOMAIN_SCORES, DomainMatrix, DomainSums
-from gradproj.analysis.scan import SELF_SCORES, Asked, How, self_products
+from gradproj.analysis.scan import SELF_SCORES, Scan, ScanOptions, self_products
 from gradproj.store import ProjectionStore
 
 
@@ -27,19 +27,19 @@ class Overview:
     """Rows that were read; fewer than status ok says where shards are gone."""
 
 
-def overview(store: ProjectionStore, k: int = 20, **how: Unpack[How]) -> Overview:
+def overview(store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]) -> Overview:
     """Both in one scan, in bounded memory: a large store's rows take long to read, so they are read once.
 
     Args:
         store: finished or not.
         k: documents wanted; fewer where fewer have a row.
-        **how: see ``How``; the score is kfac, preconditioned, dot or cosine.
+        **how: see ``ScanOptions``; the score is kfac, preconditioned, dot or cosine.
 
     Raises:
         ConfigError: another score.
         StoreError: a store without what the score needs.
     """
-    asked = Asked.alone(store, how, "overview", DOMAIN_SCORES)
+    asked = Scan.alone(store, how, "overview", DOMAIN_SCORES)
     sums = DomainSums(asked) if store.domains else None
     preconditioner, has_own = asked.for_rows(), asked.score in SELF_SCORES
     ids, values, n_read = np.empty(0, np.int64), np.empty(0, np.float32), 0

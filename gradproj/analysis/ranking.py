@@ -11,10 +11,10 @@ import torch
 
 from gradproj.analysis import Preconditioner, TopDocuments, top_and_bottom
 from gradproj.analysis.ranks import Share
-from gradproj.analysis.scan import Asked, How
-from gradproj.analysis.score_blocks import scored
+from gradproj.analysis.scan import Scan, ScanOptions
+from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
-from gradproj.analysis.top_k import Best
+from gradproj.analysis.top_k import TopK
 from gradproj.store import ProjectionStore
 
 _QUERIES_AT_ONCE_BYTES = 2**30
@@ -22,7 +22,7 @@ _QUERIES_AT_ONCE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class Ends:
+class Ranking:
     """Both ends of the scores of all queries, by one damping."""
 
     damping: float | str | None
@@ -31,15 +31,15 @@ class Ends:
     bottom: TopDocuments
 
 
-def find_ends(
+def rank_documents(
     rows: np.ndarray,
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: How,
+    how: ScanOptions,
     curvature: Preconditioner | None,
     dampings: Sequence[float | str],
-) -> list[Ends]:
+) -> list[Ranking]:
     """Scan the store, once for all dampings; for each where the documents' own norms depend on it, as relatif's do.
 
     Args:
@@ -52,13 +52,13 @@ def find_ends(
         dampings: as many answers.
     """
     if curvature is None:
-        return [Ends(None, *_in_parts(rows, store, n_top, n_bottom, how))]
+        return [Ranking(None, *_in_parts(rows, store, n_top, n_bottom, how))]
     if len(dampings) > 1 and how["score"] != "relatif":
         return _all_at_once(rows, store, n_top, n_bottom, how, curvature, dampings)
     found = []
     for damping in dampings:
-        damped: How = {**how, "preconditioner": curvature, "damping": damping}
-        found.append(Ends(damping, *_in_parts(rows, store, n_top, n_bottom, damped)))
+        damped: ScanOptions = {**how, "preconditioner": curvature, "damping": damping}
+        found.append(Ranking(damping, *_in_parts(rows, store, n_top, n_bottom, damped)))
     return found
 
 
@@ -67,10 +67,10 @@ def _all_at_once(
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: How,
+    how: ScanOptions,
     curvature: Preconditioner,
     dampings: Sequence[float | str],
-) -> list[Ends]:
+) -> list[Ranking]:
     """Each damping makes queries of its own, ``q C^-1``, whose scores are inner products."""
     chosen = curvature.for_layers(how["layers"] or curvature.layers)
     spans = {layer.name: slice(layer.slice_start, layer.slice_end) for layer in store.layers}
@@ -84,22 +84,22 @@ def _all_at_once(
             own = slice(number * len(queries), (number + 1) * len(queries))
             of_one.append(tuple(TopDocuments(e.ids[own], e.scores[own], e.n_scored) for e in ends))
     return [
-        Ends(damping, *(_joined(end) for end in zip(*of_one, strict=True)))
+        Ranking(damping, *(_joined(end) for end in zip(*of_one, strict=True)))
         for damping, of_one in zip(dampings, found, strict=True)
     ]
 
 
-def save_and_find_ends(
+def rank_and_save_scores(
     rows: np.ndarray,
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: How,
+    how: ScanOptions,
     curvature: Preconditioner | None,
     damping: float | str,
     path: Path,
-) -> Ends:
-    """As ``find_ends`` for one damping, with every score in a file; the ends are then taken from there.
+) -> Ranking:
+    """As ``rank_documents`` for one damping, with every score in a file; the ends are then taken from there.
 
     Raises:
         StoreError: there is no room for the file, or it cannot be made.
@@ -110,21 +110,21 @@ def save_and_find_ends(
     unfinished = share.gathered(ScoresFile.create(path, shape) if share.rank == 0 else None)[0]
     with ScoresFile(path, unfinished, shape) as file:
         for part in parts_of(rows):
-            asked = Asked.of(store, how)
-            for block in scored(asked, asked.question(rows[part])):
+            asked = Scan.of(store, how)
+            for block in score_blocks(asked, asked.question(rows[part])):
                 file.write(part.start, block.first, block.values.cpu().numpy())
         file.finish()
         share.gathered(None)  # every rank has written its part
         ends = _ends_of(file, shape, n_top, n_bottom) if share.rank == 0 else None
         if share.rank == 0:
             file.publish()
-    return Ends(None if curvature is None else damping, *share.gathered(ends)[0])
+    return Ranking(None if curvature is None else damping, *share.gathered(ends)[0])
 
 
 def _ends_of(
     file: ScoresFile, shape: tuple[int, int], n_top: int, n_bottom: int
 ) -> tuple[TopDocuments, TopDocuments]:
-    best = {sign: Best(shape[0], k, torch.device("cpu")) for sign, k in ((1, n_top), (-1, n_bottom))}
+    best = {sign: TopK(shape[0], k, torch.device("cpu")) for sign, k in ((1, n_top), (-1, n_bottom))}
     n_scored = 0
     for first, values in file.blocks():
         n_scored += int((~np.isnan(values).any(axis=0)).sum())
@@ -146,7 +146,7 @@ def parts_of(rows: np.ndarray, times: int = 1) -> Iterator[slice]:
 
 
 def _in_parts(
-    rows: np.ndarray, store: ProjectionStore, n_top: int, n_bottom: int, how: How
+    rows: np.ndarray, store: ProjectionStore, n_top: int, n_bottom: int, how: ScanOptions
 ) -> tuple[TopDocuments, TopDocuments]:
     found = [top_and_bottom(rows[part], store, n_top, n_bottom, **how) for part in parts_of(rows)]
     top, bottom = (_joined(end) for end in zip(*found, strict=True))
@@ -158,7 +158,7 @@ def _joined(parts: Sequence[TopDocuments]) -> TopDocuments:
     return TopDocuments(ids, scores, parts[0].n_scored)
 
 
-def in_common(answers: Sequence[Ends]) -> np.ndarray:
+def in_common(answers: Sequence[Ranking]) -> np.ndarray:
     """``(n, n)``: which share of the documents at the upper end two answers have in common, mean over the queries.
 
     Of the lower end where no upper one was asked for.

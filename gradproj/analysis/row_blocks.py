@@ -66,7 +66,7 @@ def scan_blocks(
         ConfigError: no such domain.
         StoreError: no such layer, or the store is damaged.
     """
-    device, takes_part = torch.device(device), TakesPart(store, domains)
+    device, takes_part = torch.device(device), SampleFilter(store, domains)
     if device.type == "cpu":
         scanned = _decoded(store, layers, rows_per_block, start, stop)
     else:
@@ -78,7 +78,7 @@ def scan_blocks(
             bar.update(len(ids))
 
 
-class TakesPart:
+class SampleFilter:
     """Tells which samples an analysis is about."""
 
     def __init__(self, store: ProjectionStore, domains: Sequence[str] | None) -> None:

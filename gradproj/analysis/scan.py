@@ -38,7 +38,7 @@ SELF_SCORES = ("kfac", "preconditioned", "dot")
 Rows = np.ndarray | Tensor
 
 
-class How(TypedDict, total=False):
+class ScanOptions(TypedDict, total=False):
     """What every scan can be told besides the query and the store."""
 
     score: str
@@ -63,21 +63,21 @@ class How(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Scan:
     """A scan's settings, checked, with the preconditioner that its score needs."""
 
     store: ProjectionStore
     score: str
     preconditioner: Preconditioner | None
     layers: list[str]
-    how: How
+    how: ScanOptions
     device: torch.device
     share: Share
 
     @classmethod
     def alone(
-        cls, store: ProjectionStore, how: How, what: str, scores: Sequence[str] = tuple(MEANINGS)
-    ) -> Asked:
+        cls, store: ProjectionStore, how: ScanOptions, what: str, scores: Sequence[str] = tuple(MEANINGS)
+    ) -> Scan:
         """As ``of``, for answers that one process gives, and for these scores only."""
         if how.get("together"):
             raise ConfigError(f"{what} has no together; top_k, bottom_k and top_and_bottom have")
@@ -87,9 +87,9 @@ class Asked:
         return cls.of(store, how)
 
     @classmethod
-    def of(cls, store: ProjectionStore, how: How) -> Asked:
+    def of(cls, store: ProjectionStore, how: ScanOptions) -> Scan:
         """Check the settings; fit the preconditioner where the score needs one and none is given."""
-        known = set(How.__annotations__)
+        known = set(ScanOptions.__annotations__)
         if set(how) - known:
             raise TypeError(f"no such argument: {min(set(how) - known)}")
         kind = how.get("score", DEFAULT_SCORE)
@@ -127,7 +127,7 @@ class Asked:
             *samples,
         )
 
-    def question(self, query_rows: Rows) -> Question:
+    def question(self, query_rows: Rows) -> PreparedQueries:
         """What the rows are multiplied with."""
         queries = _of_layers(queries_of(query_rows), self.store, self.layers)
         if not np.isfinite(_largest(queries)).all():
@@ -142,7 +142,7 @@ class Asked:
         # their product is not.
         sizes = torch.from_numpy(np.ldexp(1.0, np.frexp(_largest(queries))[1] - 1))
         weights = (queries / sizes.to(queries.dtype)[:, None]).float().to(self.device)
-        return Question(weights, sizes.to(self.device), self.score, divisor)
+        return PreparedQueries(weights, sizes.to(self.device), self.score, divisor)
 
     def for_rows(self) -> Preconditioner | None:
         """The preconditioner in the precision and on the device of the rows."""
@@ -150,7 +150,7 @@ class Asked:
 
 
 def _preconditioner(
-    store: ProjectionStore, kind: str, layers: list[str], device: torch.device, how: How
+    store: ProjectionStore, kind: str, layers: list[str], device: torch.device, how: ScanOptions
 ) -> Preconditioner | None:
     given = how.get("preconditioner")
     if kind in ("dot", "cosine"):
@@ -179,7 +179,7 @@ def _preconditioner(
 
 
 @dataclass(frozen=True)
-class Question:
+class PreparedQueries:
     """Queries ready to be multiplied with rows."""
 
     weights: Tensor

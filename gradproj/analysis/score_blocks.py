@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.row_blocks import TakesPart, as_tensor, progress_bar
-from gradproj.analysis.scan import Asked, Question
-from gradproj.kernels.device_copy import after_what_runs_now, fetch, send
+from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar
+from gradproj.analysis.scan import PreparedQueries, Scan
+from gradproj.kernels.device_copy import fetch, record_event, send
 from gradproj.kernels.onednn import linear
 from gradproj.store import Band
 
@@ -23,7 +23,7 @@ _ONEDNN_QUERIES = 6
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreBlock:
     """Consecutive samples of a store with their scores."""
 
     first: int
@@ -32,7 +32,7 @@ class Scored:
     """``(Q, n)`` float32 on the device; NaN for samples that take no part or have no row."""
 
 
-def scored(asked: Asked, question: Question) -> Iterator[Scored]:
+def score_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
     """This process's share of the samples in order, each byte of a row read once."""
     # Tiles are for a processor's caches; a GPU wants long blocks.
     by_tiles = asked.device.type == "cpu" and _parts_fit_tiles(asked, question)
@@ -46,7 +46,7 @@ def on_host(blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Itera
     """
     before: tuple[int, Tensor, torch.cuda.Event | None] | None = None
     for first, values in blocks:
-        now = first, values, after_what_runs_now(device)
+        now = first, values, record_event(device)
         if before is not None:
             yield before[0], fetch([before[1]], before[2])[0].numpy()
         before = now
@@ -54,7 +54,7 @@ def on_host(blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Itera
         yield before[0], fetch([before[1]], before[2])[0].numpy()
 
 
-def _parts_fit_tiles(asked: Asked, question: Question) -> bool:
+def _parts_fit_tiles(asked: Scan, question: PreparedQueries) -> bool:
     """Whether each tile holds whole parts of the preconditioner, where a norm needs those."""
     if question.divisor is None:
         return True
@@ -62,17 +62,17 @@ def _parts_fit_tiles(asked: Asked, question: Question) -> bool:
     return width == asked.store.dim or all(stop - start == width for start, stop, _ in parts)
 
 
-def _by_blocks(asked: Asked, question: Question) -> Iterator[Scored]:
+def _by_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
     for block in asked.blocks():
         values = question.of_rows(block.rows)
         if not block.ok.all():
             values = torch.where(send(torch.from_numpy(block.ok), asked.device), values, torch.nan)
-        yield Scored(block.first, values)
+        yield ScoreBlock(block.first, values)
 
 
-def _by_tiles(asked: Asked, question: Question) -> Iterator[Scored]:
+def _by_tiles(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
     store, (start, stop) = asked.store, asked.share.samples(asked.store)
-    takes_part = TakesPart(store, asked.how.get("domains"))
+    takes_part = SampleFilter(store, asked.how.get("domains"))
     products = TileProducts(question, store.layout.proj_dtype)
     height = asked.how.get("rows_per_block")
     # A band's own scores are few where queries are few; what is done with them is done for several bands at once.
@@ -105,7 +105,7 @@ class _Part:
     squares: Tensor
 
 
-def _joined(question: Question, parts: list[_Part]) -> Scored:
+def _joined(question: PreparedQueries, parts: list[_Part]) -> ScoreBlock:
     products = torch.cat([part.products for part in parts]).T
     if question.has_norms:
         values = question.finished(products, torch.cat([part.squares for part in parts]).sqrt())
@@ -114,7 +114,7 @@ def _joined(question: Question, parts: list[_Part]) -> Scored:
     absent = ~np.concatenate([part.ok for part in parts])
     if absent.any():
         values[:, torch.from_numpy(absent)] = torch.nan
-    return Scored(parts[0].first, values)
+    return ScoreBlock(parts[0].first, values)
 
 
 class TileProducts:
@@ -123,7 +123,7 @@ class TileProducts:
     Rows' scales are applied to the scores, not to the values, but where these are multiplied with one another.
     """
 
-    def __init__(self, question: Question, proj_dtype: str) -> None:
+    def __init__(self, question: PreparedQueries, proj_dtype: str) -> None:
         self._question, self._proj_dtype = question, proj_dtype
         self._n_queries = len(question.weights)
         # float16 rows have been brought to one size when they were stored. Of the others small values' squares would

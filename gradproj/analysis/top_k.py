@@ -11,7 +11,7 @@ _LOWEST = torch.finfo(torch.float32).min
 _LEAST_WAITING = 1024
 
 
-class Best:
+class TopK:
     """The ``k`` highest scores of each query so far; equal ones by sample id.
 
     Most blocks of a long scan hold nothing better than what is known. So a processor only looks which scores are above
@@ -64,12 +64,12 @@ class Best:
         self._settle()
         return self._ids, self._values
 
-    def joined(self, share: Share) -> Best:
+    def joined(self, share: Share) -> TopK:
         """The best of all ranks."""
         ids, values = self.found()
         if share.world_size == 1:
             return self
-        whole = Best(len(values), self.k, values.device)
+        whole = TopK(len(values), self.k, values.device)
         for rank_ids, rank_values in share.gathered((ids.cpu(), values.cpu())):
             whole._merge(rank_ids.to(ids.device), rank_values.to(ids.device))
         return whole

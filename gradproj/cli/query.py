@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradproj.analysis import Preconditioner
-from gradproj.analysis.ranking import Ends, find_ends, save_and_find_ends
+from gradproj.analysis.ranking import Ranking, rank_and_save_scores, rank_documents
 from gradproj.analysis.ranks import Share
-from gradproj.analysis.scan import How
+from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
-from gradproj.distributed import Process, choose_device, process_group, said_by_rank_0
+from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.formatting import clean_lines, human_bytes
@@ -29,7 +29,7 @@ from gradproj.query.config import (
     MOST_JOINT_VALUES,
     QueryConfig,
     check_joint,
-    is_a_job_s,
+    is_job_store,
     wanted_domains,
     wanted_k,
     wanted_kind,
@@ -51,7 +51,7 @@ class Answer:
 
     about: About
     asked: QueryRows
-    ends: list[Ends]
+    ends: list[Ranking]
     """One for each damping."""
     samples: dict[int, Sample]
 
@@ -59,7 +59,7 @@ class Answer:
 def query_command(argv: list[str]) -> None:
     """``python -m gradproj query OUTPUT --text "..."``, or under ``torchrun -m gradproj query``"""
     process = Process.from_environment()
-    with said_by_rank_0(process.rank):
+    with report_errors_from_rank_0(process.rank):
         (config,) = parse(
             argv, "gradproj query", QueryConfig, description="Which documents support a query most."
         )
@@ -126,7 +126,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
 
 
 def _curvature(
-    config: QueryConfig, store: ProjectionStore, how: How, n_ok: int, tell: Callable[[str], None]
+    config: QueryConfig, store: ProjectionStore, how: ScanOptions, n_ok: int, tell: Callable[[str], None]
 ) -> Preconditioner | None:
     together, device, progress = how["together"], how["device"], how["progress"]
     if config.joint:
@@ -149,15 +149,15 @@ def _ends(
     store: ProjectionStore,
     asked: QueryRows,
     k: tuple[int, int],
-    how: How,
+    how: ScanOptions,
     curvature: Preconditioner | None,
     tell: Callable[[str], None],
-) -> list[Ends]:
+) -> list[Ranking]:
     if not config.save_scores:
-        return find_ends(asked.rows, store, *k, how, curvature, config.dampings)
+        return rank_documents(asked.rows, store, *k, how, curvature, config.dampings)
     path, shape, (damping,) = Path(config.save_scores), (len(asked.rows), len(store)), config.dampings
     tell(f"{path} will hold {shape[0]:,} x {shape[1]:,} scores, {human_bytes(4 * shape[0] * shape[1])}")
-    return [save_and_find_ends(asked.rows, store, *k, how, curvature, damping, path)]
+    return [rank_and_save_scores(asked.rows, store, *k, how, curvature, damping, path)]
 
 
 def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
@@ -182,7 +182,7 @@ def note(process: Process, line: str) -> None:
 
 
 def _check_rows_can_be_made(config: QueryConfig, store: ProjectionStore) -> None:
-    if not config.query_store and not is_a_job_s(store):
+    if not config.query_store and not is_job_store(store):
         raise StoreError(
             f"{store.path} is no job's: no model is recorded whose gradients its rows were, so a text cannot become "
             "such a row. Give --query_store, or rows of your own to gradproj.analysis"
@@ -199,7 +199,9 @@ def _rows_there(store: ProjectionStore) -> dict[str, int]:
     return counts
 
 
-def _how(config: QueryConfig, store: ProjectionStore, process: Process, tell: Callable[[str], None]) -> How:
+def _how(
+    config: QueryConfig, store: ProjectionStore, process: Process, tell: Callable[[str], None]
+) -> ScanOptions:
     """The scans' settings, all of them set."""
     device, warning = choose_device(config.device, process.local_rank)
     if warning:

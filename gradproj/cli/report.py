@@ -16,10 +16,10 @@ from gradproj.errors import ConfigError, GradprojError
 from gradproj.flags import parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector, QueryRows, read_queries
 from gradproj.report.build import make_page
-from gradproj.report.document_tables import BESIDE_CHARACTERS, Excerpts, documents_of, scaled_values
+from gradproj.report.document_tables import BESIDE_CHARACTERS, TextExcerpts, documents_of, scaled_values
 from gradproj.report.folders import make_folder, write_answer
 from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
@@ -32,7 +32,7 @@ QUERY_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(RecordedInputs):
+class ReportConfig(RecordedRunArgs):
     """Which store, what is asked of it, and where the page goes."""
 
     queries: str = field(default="", metadata={"help": "JSONL of queries, as `query --queries` takes them"})
@@ -94,7 +94,7 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
     return path
 
 
-def excerpts_of(config: ReportConfig) -> Excerpts:
+def excerpts_of(config: ReportConfig) -> TextExcerpts:
     """The documents' texts from the tars, or why they are not to be had.
 
     Raises:
@@ -109,8 +109,8 @@ def excerpts_of(config: ReportConfig) -> Excerpts:
         if config.shards:
             raise
         way = " Give --shards where the tars lie now." if "not a job's" not in str(error) else ""
-        return Excerpts(None, f"The documents' texts are not shown: {error}.{way}")
-    return Excerpts(functools.partial(text_of, index))
+        return TextExcerpts(None, f"The documents' texts are not shown: {error}.{way}")
+    return TextExcerpts(functools.partial(text_of, index))
 
 
 # --- queries ---
@@ -135,7 +135,7 @@ def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None
 
 
 def answers_of(
-    store: ProjectionStore, rows: QueryRows, how: dict[str, Any], top_k: int, texts: Excerpts
+    store: ProjectionStore, rows: QueryRows, how: dict[str, Any], top_k: int, texts: TextExcerpts
 ) -> tuple[list[QueryAnswer], str, str]:
     """Both ends of the scores for each query, the score's name, and how many documents have one."""
     k = min(top_k, len(store))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gradproj.distributed import Process, launcher_died, launcher_rank, said_by_rank_0
+from gradproj.distributed import Process, launcher_died, launcher_rank, report_errors_from_rank_0
 from gradproj.flags import parse
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def train_command(argv: list[str]) -> int:
     from gradproj.training import TrainConfig, train
 
     process = Process.from_environment()
-    with said_by_rank_0(process.rank), stop_on_signals() as stop:
+    with report_errors_from_rank_0(process.rank), stop_on_signals() as stop:
         (config,) = parse(argv, "gradproj train", TrainConfig, description="Train a causal language model.")
         result = train(config, stop)
     if process.rank == 0 and result.n_steps < config.max_steps:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.fencing import fence, make_scratch_again
 from gradproj.coordinator.process_id import Owner
 from gradproj.files import publish_exclusively, write_file_durably
@@ -97,7 +97,7 @@ class ClaimBoard:
         mine = 0 if number is None else number + 1
         if not self._publish(unit, mine, asdict(self.owner)):
             return False
-        faults.at("claim published")
+        fault_points.reach("claim published")
         self._fence_older(unit, mine)
         # Not before: a claim that is given back says that the owners before it are fenced.
         self._mine[unit] = mine
@@ -123,7 +123,7 @@ class ClaimBoard:
             if claim.owner is not None and claim.owner != self.owner:
                 fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner, self.check)
                 self.forget_heartbeat_of(claim.owner)
-                faults.at("old owner fenced")
+                fault_points.reach("old owner fenced")
 
     def owns(self, unit: str) -> bool:
         """Whether this process's claim is still the newest one."""
@@ -131,19 +131,19 @@ class ClaimBoard:
 
     # --- letting go ---
 
-    def give_back(self, unit: str) -> None:
+    def release(self, unit: str) -> None:
         """Let others have a unit that is not committed, unless it has been taken over meanwhile."""
         number = self._mine.pop(unit, None)
         if number is not None and self._newest(unit) == number:
             self._publish(unit, number + 1, {"released": True})
-            faults.at("claim given back")
+            fault_points.reach("claim given back")
 
     def give_back_all(self) -> None:
         """Give back every claim of this process."""
         for unit in list(self._mine):
-            self.give_back(unit)
+            self.release(unit)
 
-    def forget(self, unit: str) -> None:
+    def delete(self, unit: str) -> None:
         """Delete the claims of something that is done: it speaks for itself from now on."""
         self._mine.pop(unit, None)
         with os.scandir(self.folder) as entries:
@@ -152,7 +152,7 @@ class ClaimBoard:
         # The newest last: as long as it is there, whoever counts up to it finds it taken.
         for number in numbers:
             (self.folder / f"{unit}.{number}").unlink(missing_ok=True)
-        faults.at("claims removed")
+        fault_points.reach("claims removed")
 
     def _publish(self, unit: str, number: int, content: dict) -> bool:
         temporary = self.scratch / f"claim-{unit}-{number}"

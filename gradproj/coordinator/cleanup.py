@@ -14,7 +14,7 @@ from gradproj.store.unit_record import list_records
 _UNIT_CLAIM = re.compile(r"(\d{8,})\.(\d+)")
 
 
-def sweep(output: Path, observer: Owner) -> int:
+def remove_leftovers(output: Path, observer: Owner) -> int:
     """Delete the unpublished files and heartbeats of processes known to be gone; how many of them there were.
 
     Claims and partial rows of committed units go too. Nothing that a living process may still use is touched: of

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import forget_failure
 from gradproj.coordinator.heartbeats import Progress, forget_heartbeat, read_heartbeats
@@ -103,9 +103,9 @@ def finish(
 def release_merge(output: Path, claims: ClaimBoard) -> None:
     """Let go of the merge's claim. Once the store is complete, none is needed."""
     if is_complete(output) and is_merged(output):
-        claims.forget(MERGE_CLAIM)
+        claims.delete(MERGE_CLAIM)
     else:
-        claims.give_back(MERGE_CLAIM)
+        claims.release(MERGE_CLAIM)
 
 
 def merge(
@@ -155,18 +155,18 @@ class _Merge:
         scratch = self._scratch
         for block in range(self._layout.n_column_blocks):
             self._merge_block(block)
-            faults.at("block merged")
+            fault_points.reach("block merged")
         self._go_on()
         for name, array in COVARIANCE_ARRAYS.items():
             if name in self._sums.values:
                 write_array(self._store, array, self._sums.values[name], scratch)
-        faults.at("sums merged")
+        fault_points.reach("sums merged")
         complete = not len(np.setdiff1d(self._wanted, self._recorded))
         statistics = column_statistics(self._output)
         stats = {"complete": complete, **statistics, "timing": self._timing.summary()}
         self._go_on()
         _write_json(self._output / "projection_stats.json", stats, scratch)
-        faults.at("statistics written")
+        fault_points.reach("statistics written")
         changes = {
             "complete": complete,
             "covariance_tokens": self._sums.n_tokens,
@@ -174,14 +174,14 @@ class _Merge:
         }
         attributes = {**read_attributes(self._store), **changes}
         _write_json(self._output / "metadata.json", attributes, scratch)
-        faults.at("metadata merged")
+        fault_points.reach("metadata merged")
         if complete:
             forget_failure(self._output)
             self._forget_heartbeats()
         # The last word: with it the store is complete, and everything else is in its place.
         self._go_on()
         update_attributes(self._store, changes, scratch)
-        faults.at("attributes updated")
+        fault_points.reach("attributes updated")
         return stats
 
     def _forget_heartbeats(self) -> None:
@@ -221,7 +221,7 @@ class _Merge:
             # What is written from here on is a whole again only at the end.
             update_attributes(self._store, {"complete": False}, self._scratch)
             self._attributes["complete"] = False
-            faults.at("merge reopened")
+            fault_points.reach("merge reopened")
         write_column_block(self._store, layout, block, columns, self._scratch)
 
 

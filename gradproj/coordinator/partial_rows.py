@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load, save
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.fencing import make_scratch
 from gradproj.coordinator.process_id import Owner
 from gradproj.files import crc32c, explain_os_errors, fsync_dir, publish_exclusively, write_file_durably
@@ -104,7 +104,7 @@ class PartialLog:
             except FileNotFoundError:
                 if self.owner is None or not self.folder.parent.is_dir():
                     raise
-        faults.at("partial published")
+        fault_points.reach("partial published")
 
     def _decode(self, data: bytes, checksum: str) -> PartialRows | None:
         """None for a damaged file or another key: those batches are computed again."""

@@ -22,7 +22,7 @@ _AFTER_A_LOSS = {
 """What a commit needs in OUTPUT -> the way out once it has been deleted."""
 
 
-class Replaced(StoreError):
+class StoreReplaced(StoreError):
     """OUTPUT holds another store than at the job's start. Nothing may be written into it, not even this."""
 
 
@@ -70,8 +70,8 @@ class StoreGuard:
             if not (self._output / folder).is_dir():
                 raise self._deleted(folder)
 
-    def _replaced(self, what: str) -> Replaced:
-        return Replaced(
+    def _replaced(self, what: str) -> StoreReplaced:
+        return StoreReplaced(
             f"{self._output} was replaced while this job ran: it holds {what} now. Nothing of this job was written "
             "into it. To go on with that store, start again with its settings; else give --output_dir a new path."
         )

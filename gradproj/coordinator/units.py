@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.fencing import make_scratch, make_scratch_again, remove_scratch
 from gradproj.coordinator.heartbeats import forget_heartbeat, heartbeat_counter
@@ -141,7 +141,7 @@ class UnitQueue:
             return False
         if self.is_recorded(unit):
             # Committed between the two questions; the claim that spoke for it is gone.
-            self.claims.forget(unit_claim(unit))
+            self.claims.delete(unit_claim(unit))
             return False
         return True
 
@@ -191,10 +191,10 @@ class UnitQueue:
                 make_scratch_again(self.scratch, self.owner, self.guard.check_folders)
         if self.is_recorded(unit):
             shutil.rmtree(partial_folder(self.output, unit), ignore_errors=True)
-            faults.at("partial removed")
-            self.claims.forget(unit_claim(unit))
+            fault_points.reach("partial removed")
+            self.claims.delete(unit_claim(unit))
         else:
-            self.claims.give_back(unit_claim(unit))
+            self.claims.release(unit_claim(unit))
         return committed
 
     def _commit(self, rows: UnitRows) -> bool:
@@ -203,9 +203,9 @@ class UnitQueue:
         if rows.stored is not None:
             record.shard = write_file_durably(shard, shard_chunks(rows.stored, self.layout))
             stamp = _stamp(shard)
-            faults.at("shard written")
+            fault_points.reach("shard written")
         write_file_durably(record_file, [encode_record(record)])
-        faults.at("record written")
+        fault_points.reach("record written")
         self.guard.check_folders()
         published = False
         if not self.is_recorded(record.unit) and self.claims.owns(unit_claim(record.unit)):
@@ -224,14 +224,14 @@ class UnitQueue:
             published = True
         else:
             published = publish_exclusively(temporary, final)
-        faults.at("shard published")
+        fault_points.reach("shard published")
         return published
 
     def _publish_record(self, record: UnitRecord, temporary: Path, shard: tuple[int, ...] | None) -> bool:
         final = self.output / record_name(record.unit)
         if not publish_exclusively(temporary, final):
             return False
-        faults.at("record published")
+        fault_points.reach("record published")
         published = self.output / self.layout.shard_name(record.unit)
         if shard is not None and _stamp(published) != shard and file_sum(published) != record.shard:
             # The fence and the exclusive names forbid it; a file system that keeps neither is still found out.
@@ -249,7 +249,7 @@ class UnitQueue:
             self.guard.check_folders()
             raise
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Release what is claimed and not committed, and take this process's own files away."""
         try:
             self.guard.check()  # what this process has claimed may be another's in another store
@@ -258,7 +258,7 @@ class UnitQueue:
             # Which the commit has met and said; a dead owner's claims are free as well.
             log.warning("claims stay until they are found stale: %s", error)
         remove_scratch(self.scratch)
-        faults.at("scratch removed")
+        fault_points.reach("scratch removed")
 
 
 def unit_claim(unit: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import (
     MERGE_CLAIM,
@@ -86,7 +86,7 @@ def _has_rows(record: Path) -> bool:
         return False
 
 
-def take_back(output: Path, claims: ClaimBoard) -> None:
+def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """Mark a store with missing units as not complete, and those units' merged rows as missing.
 
     Also writes ``metadata.json`` where it is not a copy of the attributes. Waits for a merge that is running.
@@ -121,7 +121,7 @@ def _take_back(output: Path, scratch: Path) -> None:
     for block, status in list(_blocks_with_lost_units(output)):
         write_column_block(store, layout, block, {"status": status}, scratch)
     write_metadata(output, scratch)
-    faults.at("merge taken back")
+    fault_points.reach("merge taken back")
 
 
 def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
-from gradproj.corpus.sources import Reading, check_input, input_bytes, read_records, source_kind
+from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
 from gradproj.errors import ConfigError, CorpusError
 
@@ -147,7 +147,7 @@ class _Documents:
                 text_field = "text" if fixed else self.config.text_field
                 domain_field = "meta.pile_set_name" if fixed else self.config.domain_field
                 roots = {text_field, domain_field, text_field.split(".")[0], domain_field.split(".")[0]}
-                reading = Reading(location, (*sorted(roots), "meta", "input_ids"))
+                reading = InputReader(location, (*sorted(roots), "meta", "input_ids"))
                 for record in read_records(reading):
                     try:
                         document = pack(record, text_field, domain_field)

@@ -29,7 +29,7 @@ PARQUET_ROWS = 64
 
 
 @dataclass
-class Reading:
+class InputReader:
     """What a reader is asked for, and how far it has come."""
 
     location: str
@@ -39,7 +39,7 @@ class Reading:
     """Bytes of the input's file behind the reader; set by it, valid between two records."""
 
 
-def read_records(reading: Reading) -> Iterator[Record]:
+def read_records(reading: InputReader) -> Iterator[Record]:
     """Every record of one input, in order.
 
     Raises:
@@ -82,13 +82,13 @@ def input_bytes(location: str) -> int | None:
 # ---- JSON lines
 
 
-def _read_jsonl(reading: Reading) -> Iterator[Record]:
+def _read_jsonl(reading: InputReader) -> Iterator[Record]:
     with open(reading.location, "rb", buffering=READ_BYTES) as file:
         reading.position = file.tell
         yield from _json_lines(file, reading.location)
 
 
-def _read_jsonl_gz(reading: Reading) -> Iterator[Record]:
+def _read_jsonl_gz(reading: InputReader) -> Iterator[Record]:
     with open(reading.location, "rb", buffering=READ_BYTES) as file:
         reading.position = file.tell
         _refuse_empty(file, reading.location)
@@ -96,7 +96,7 @@ def _read_jsonl_gz(reading: Reading) -> Iterator[Record]:
             yield from _json_lines(stream, reading.location)
 
 
-def _read_jsonl_zst(reading: Reading) -> Iterator[Record]:
+def _read_jsonl_zst(reading: InputReader) -> Iterator[Record]:
     with open(reading.location, "rb", buffering=READ_BYTES) as file:
         reading.position = file.tell
         _refuse_empty(file, reading.location)
@@ -208,7 +208,7 @@ def _decode_json_slowly(line: bytes, place: str) -> Record:
 # ---- Other inputs
 
 
-def _read_parquet(reading: Reading) -> Iterator[Record]:
+def _read_parquet(reading: InputReader) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet, types
 
@@ -245,7 +245,7 @@ def _one_row(batch: Any) -> tuple[Any, str | None]:
         return None, f"not UTF-8 ({error.reason})"
 
 
-def _read_hugging_face(reading: Reading) -> Iterator[Record]:
+def _read_hugging_face(reading: InputReader) -> Iterator[Record]:
     """Rows of ``hf:NAME[@CONFIG][:SPLIT]``; NAME is a name on the hub or a local folder of data files."""
     path, _, split = reading.location.removeprefix("hf:").partition(":")
     name, _, config = path.partition("@")
@@ -268,7 +268,7 @@ def _read_hugging_face(reading: Reading) -> Iterator[Record]:
         ) from error
 
 
-def _read_stdlib(reading: Reading) -> Iterator[Record]:
+def _read_stdlib(reading: InputReader) -> Iterator[Record]:
     """The running Python's own library: a document per source file, a domain per top-level package."""
     if reading.location != "stdlib:":
         raise ConfigError(f"INPUT {reading.location!r}: stdlib: takes no name after the colon")
@@ -294,7 +294,7 @@ def _library_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-SOURCES: dict[str, Callable[[Reading], Iterator[Record]]] = {
+SOURCES: dict[str, Callable[[InputReader], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,
     ".jsonl.zst": _read_jsonl_zst,

@@ -15,7 +15,7 @@ from gradproj.engine.projection import (
     place_widths,
 )
 from gradproj.errors import ModelError
-from gradproj.kernels.onednn import project, remember_in_bfloat16
+from gradproj.kernels.onednn import cache_bfloat16, project
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def place_layers(
         columns = slice(widths.slice_start, widths.slice_end)
         p_i, p_o = p_i.to(device), p_o.to(device)
         for p in (p_i, p_o):
-            remember_in_bfloat16(p)
+            cache_bfloat16(p)
         placed.append(PlacedLayer(target, p_i, p_o, columns))
     return placed
 
@@ -178,10 +178,10 @@ class BatchCapture:
         if self._sum_covariances:
             if self.token_mask is not None:
                 a_p = a_p * self.token_mask.unsqueeze(-1)
-            squares = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
+            covariances = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
             before = self._squares.get(index)
             self._squares[index] = (
-                squares if before is None else (before[0] + squares[0], before[1] + squares[1])
+                covariances if before is None else (before[0] + covariances[0], before[1] + covariances[1])
             )
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ class BatchCapture:
         """The batch's sums; ``weights`` (scalar or ``(N, 1)``) undo the loss's weighting of each sample."""
         # One bad sample must not spoil a unit's sums; no value is asked of the device for it.
         good = torch.isfinite(rows).all(dim=1)
-        squares = [self._squares[i] for i in range(len(self._layers))]
-        a = torch.cat([square[0].flatten(1) for square in squares], dim=1)
-        g = torch.cat([square[1].flatten(1) for square in squares], dim=1) / weights**2
+        covariances = [self._squares[i] for i in range(len(self._layers))]
+        a = torch.cat([square[0].flatten(1) for square in covariances], dim=1)
+        g = torch.cat([square[1].flatten(1) for square in covariances], dim=1) / weights**2
         a, g = (torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g))
         if self.token_mask is not None:
             counts = self.token_mask.sum(dim=1, dtype=torch.int64)

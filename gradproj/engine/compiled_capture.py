@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from gradproj.engine.capture import BatchCapture, PlacedLayer, by_sample, not_told_apart
 from gradproj.engine.layers import project_tokens
 from gradproj.errors import ModelError
-from gradproj.kernels.onednn import in_bfloat16, project_by
+from gradproj.kernels.onednn import cached_bfloat16, project_with
 
 
-class TapCapture(BatchCapture):
+class CompiledCapture(BatchCapture):
     """A ``BatchCapture`` whose layers are tapped. ``taps`` are the layers' forward hooks, in their order."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
         self._batch = _BatchOnTap()
-        self.taps = [Tap(layer, self._batch) for layer in layers]
+        self.taps = [CompiledHook(layer, self._batch) for layer in layers]
         super().__init__(layers, sum_covariances)
         self.called = set(range(len(layers)))
 
@@ -66,7 +66,7 @@ class _BatchOnTap:
     """``(N, S)`` float32: the token mask, and by its shape the batch's."""
 
 
-class Tap:
+class CompiledHook:
     """A layer's forward hook (``with_kwargs``): hands the output on, with its gradient tapped on the way back.
 
     All that is read here is a tensor or the same in every layer: whatever differs would be compiled once a layer.
@@ -78,7 +78,7 @@ class Tap:
     def __init__(self, layer: PlacedLayer, batch: _BatchOnTap) -> None:
         self._layer, self._batch = layer, batch
         self._p_i, self._p_o = layer.p_i, layer.p_o
-        self._low_i, self._low_o = in_bfloat16(layer.p_i), in_bfloat16(layer.p_o)
+        self._low_i, self._low_o = cached_bfloat16(layer.p_i), cached_bfloat16(layer.p_o)
         rule = layer.target.rule
         self._lookup = rule.project_input if rule.type_name == "Embedding" else None
 
@@ -97,7 +97,7 @@ class Tap:
             if self._lookup is not None:
                 a_p = self._lookup(module, a, self._p_i)
             else:
-                a_p = project_by(a.detach(), self._p_i, self._low_i)
+                a_p = project_with(a.detach(), self._p_i, self._low_i)
             a_p = self._by_sample(a_p)
         return _Tapped.apply(output, a_p, self._p_o, self._low_o, self._batch.mask, *self._slots())
 
@@ -138,7 +138,7 @@ class _Tapped(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         a_p, p_o, low_o, mask = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            g_p = project_by(g, p_o, low_o)
+            g_p = project_with(g, p_o, low_o)
             g_p = g_p.view(a_p.shape[0], -1, g_p.shape[-1])
             found: tuple[Tensor, ...] = (project_tokens(a_p, g_p),)
             if ctx.with_covariances:

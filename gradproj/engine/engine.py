@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.capture import BatchCapture, TokenCovariances, batch_shape, place_layers
-from gradproj.engine.compiled_capture import TapCapture
+from gradproj.engine.compiled_capture import CompiledCapture
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
@@ -95,7 +95,7 @@ class GradProjLoraEngine:
             raise ConfigError("compiled=True needs freeze_weights=True: training compiles the model itself")
         self._freeze, self._checkpoint, self._compiled = freeze_weights, gradient_checkpointing, compiled
         self._layers = place_layers(module, config, matrices)
-        self._capture = (TapCapture if compiled else BatchCapture)(self._layers, token_covariances)
+        self._capture = (CompiledCapture if compiled else BatchCapture)(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
@@ -193,7 +193,7 @@ class GradProjLoraEngine:
 
     def _forward_hook(self, index: int) -> Any:
         capture = self._capture
-        if isinstance(capture, TapCapture):
+        if isinstance(capture, CompiledCapture):
             return capture.taps[index]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:

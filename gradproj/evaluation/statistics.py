@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
+def rank_values(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 along the last axis, float64; equal values share the mean of their ranks."""
     return _compared(values).sum(axis=-1) + 0.5
 
@@ -21,7 +21,7 @@ def _compared(values: np.ndarray) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation along the last axis; 0 where all of one side's values are equal."""
-    return _weighted_correlation(ranks(x), ranks(y), np.ones(x.shape[-1]))
+    return _weighted_correlation(rank_values(x), rank_values(y), np.ones(x.shape[-1]))
 
 
 def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:

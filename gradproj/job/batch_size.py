@@ -80,7 +80,7 @@ def recorded_batch_tokens(output: Path) -> int | None:
     )
 
 
-def settle_batches(
+def resolve_batch_tokens(
     job: Job, queue: UnitQueue, model: nn.Module, engine: GradProjLoraEngine, stopping: Callable[[], bool]
 ) -> UnitSettings:
     """The run's settings with a number in place of ``auto``.

@@ -22,7 +22,7 @@ from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
 from gradproj.job.plan import INDEX_NAME
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.startup import matrices_on
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
@@ -66,7 +66,7 @@ def _as_recorded(output: Path) -> RunConfig:
     return RunConfig(**sections)
 
 
-def config_from(inputs: RecordedInputs) -> RunConfig:
+def config_from(inputs: RecordedRunArgs) -> RunConfig:
     """The recorded settings, with the places and the trust of the person who asks now.
 
     Raises:

@@ -6,7 +6,7 @@ from gradproj.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedInputs:
+class RecordedRunArgs:
     """An output whose job's model is needed again: where the inputs lie now, and what of them may run code.
 
     The output says what its job was told; it cannot say what the person who opens it trusts.

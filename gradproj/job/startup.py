@@ -11,12 +11,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from gradproj.coordinator import fault_points as faults
-from gradproj.coordinator.cleanup import sweep
+from gradproj.coordinator import fault_points
+from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import FOLDERS, UnitQueue
-from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
+from gradproj.coordinator.unmerge import (
+    check_records_have_shards,
+    check_records_have_store,
+    unmerge_missing_units,
+)
 from gradproj.corpus.index import CorpusIndex, load_index, save_index
 from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
 from gradproj.engine.projection import draw_matrices, place_widths
@@ -26,7 +30,7 @@ from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity
 from gradproj.job.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
-from gradproj.kernels.torch_setup import ask_cublas_to_repeat_itself, bound_kernel_caches
+from gradproj.kernels.torch_setup import limit_kernel_caches, use_deterministic_cublas
 from gradproj.model.checkpoint import fetch
 from gradproj.model.loading import model_skeleton
 from gradproj.store.layout import STORE_NAME
@@ -73,7 +77,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
         # What is left of dead processes can be told from what is in use only on their own machine.
-        sweep(plan.output, owner)
+        remove_leftovers(plan.output, owner)
     return Job(plan, owner, process.local_world_size)
 
 
@@ -107,7 +111,7 @@ def make_output(plan: Plan, owner: Owner) -> None:
             (output / folder).mkdir(parents=True, exist_ok=True)
         fsync_dir(output)
         fsync_dir(output.absolute().parent)
-    faults.at("folders made")
+    fault_points.reach("folders made")
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
         _publish_index(plan, queue.scratch)
@@ -118,8 +122,8 @@ def make_output(plan: Plan, owner: Owner) -> None:
         # The same corpus (the identity says so), touched or found elsewhere: its places and times as they are now.
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
     check_records_have_shards(output)
-    take_back(output, queue.claims)
-    faults.at("metadata published")
+    unmerge_missing_units(output, queue.claims)
+    fault_points.reach("metadata published")
     flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
     write_and_replace(output / "run_config.json", [text.encode()], queue.scratch)
@@ -133,7 +137,7 @@ def _publish_index(plan: Plan, scratch: Path) -> None:
     save_index(plan.index, scratch / INDEX_NAME, replace_existing=True)
     if not publish_exclusively(scratch / INDEX_NAME, plan.output / INDEX_NAME):
         save_index(plan.index, plan.output / INDEX_NAME)  # compares them, and says what differs
-    faults.at("index published")
+    fault_points.reach("index published")
 
 
 def _publish_store(plan: Plan, scratch: Path) -> None:
@@ -146,7 +150,7 @@ def _publish_store(plan: Plan, scratch: Path) -> None:
     try:
         attributes = {**attributes_of(plan), "store_id": new_store_id()}
         create_store(plan.output / STORE_NAME, plan.layout, attributes, packed, scratch)
-        faults.at("store published")
+        fault_points.reach("store published")
     except StoreExists:
         check_identity(plan.output / STORE_NAME, plan.identity)
 
@@ -173,7 +177,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
 
 def prepare_torch(config: RunConfig) -> None:
     """Threads and determinism of this process."""
-    bound_kernel_caches()
+    limit_kernel_caches()
     if config.job.threads:
         torch.set_num_threads(config.job.threads)
     # TF32 would change rows in the fourth digit, and which products use it differs by GPU.
@@ -182,7 +186,7 @@ def prepare_torch(config: RunConfig) -> None:
     # Nor may a long sum be split and its parts be added in bfloat16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.job.deterministic:
-        ask_cublas_to_repeat_itself()
+        use_deterministic_cublas()
         torch.use_deterministic_algorithms(True)
 
 

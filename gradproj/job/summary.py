@@ -85,7 +85,7 @@ def print_precision(figure: str, warning: bool) -> None:
         print(f"precision     {figure}", flush=True)
 
 
-def print_end(plan: Plan, complete: bool, stopped_by: str) -> None:
+def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
     """What came of it, and the way on."""
     if not complete:
         done = len(list_records(plan.output / "units"))

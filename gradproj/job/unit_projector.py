@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
@@ -19,7 +19,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
-from gradproj.kernels.device_copy import after_what_runs_now, fetch, seconds_between, send
+from gradproj.kernels.device_copy import fetch, record_event, seconds_between, send
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
@@ -61,7 +61,7 @@ class UnitProjector:
     ) -> "ProjectedUnit | None":
         """The unit's rows; None if it was told to stop, after saving what it had."""
         started_at, started = time.time(), time.perf_counter()
-        begun = after_what_runs_now(self._device)
+        begun = record_event(self._device)
         total = UnitSums(prepared, self._engine, self._device)
         done, saved = partial.read()
         for part in saved:
@@ -130,7 +130,7 @@ class UnitProjector:
         progress.unit_samples = len(prepared.columns["status"]) * done // n_batches
         shape = tuple(batch.input_ids.shape)
         log.debug("unit %d: batch %d of %d, %s tokens", prepared.unit, done, n_batches, shape)
-        faults.at("batch done")
+        fault_points.reach("batch done")
 
 
 class UnitSums:
@@ -210,7 +210,7 @@ class ProjectedUnit:
         self._total, self._settings, self._stats, self._begun = total, settings, stats, begun
         sums = total.covariances
         self._tensors = [total.rows, total.losses, sums.a.float(), sums.s.float(), sums.n_tokens]
-        self._computed = after_what_runs_now(total.rows.device)
+        self._computed = record_event(total.rows.device)
 
     def on_host(self) -> UnitRows:
         """Fetch, divide, judge and encode the rows; fill the columns."""

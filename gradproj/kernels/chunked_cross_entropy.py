@@ -35,7 +35,7 @@ class TokenLoss(torch.autograd.Function):
         losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(tokens), MOST_TOKENS):
             part = slice(start, start + MOST_TOKENS)
-            walk = _Walk(hidden[part], tokens[part], weight, bias, softcap, grads is not None)
+            walk = _ChunkedSoftmax(hidden[part], tokens[part], weight, bias, softcap, grads is not None)
             losses[part] = walk.losses()
             if grads is not None:
                 grads[part] = walk.gradients()
@@ -50,7 +50,7 @@ class TokenLoss(torch.autograd.Function):
         return (grads.float() * weight_of_loss.unsqueeze(1)).to(grads.dtype), None, None, None
 
 
-class _Walk:
+class _ChunkedSoftmax:
     """Some tokens' walk over the vocabulary, slice by slice; everything but the products in float32."""
 
     def __init__(
@@ -68,14 +68,14 @@ class _Walk:
         self._top, self._total, self._chosen = column - torch.inf, column, column.clone()
         self._sum = torch.zeros(hidden.shape, device=hidden.device) if with_gradients else None
         for part in self._slices():
-            self._step(part)
+            self._add_chunk(part)
 
     def _slices(self) -> Iterator[slice]:
         most = SLICE_VALUES.get(self._hidden.device.type, SLICE_VALUES["cuda"])
         width = max(64, most // max(1, len(self._hidden)) // 64 * 64)
         return (slice(start, start + width) for start in range(0, len(self._weight), width))
 
-    def _step(self, part: slice) -> None:
+    def _add_chunk(self, part: slice) -> None:
         weight = self._weight[part]
         logits = linear(self._hidden, weight, None if self._bias is None else self._bias[part]).float()
         slope = None

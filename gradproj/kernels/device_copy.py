@@ -11,7 +11,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def after_what_runs_now(device: torch.device) -> torch.cuda.Event | None:
+def record_event(device: torch.device) -> torch.cuda.Event | None:
     """A mark behind all that this thread has given to the device; None where there is nothing to wait for."""
     if device.type != "cuda":
         return None

@@ -51,7 +51,7 @@ _IN_BFLOAT16 = WeakTensorKeyDictionary()
 """Projection matrix -> the same in bfloat16, where that is exact."""
 
 
-def remember_in_bfloat16(p: Tensor) -> None:
+def cache_bfloat16(p: Tensor) -> None:
     """Have ``project`` multiply in bfloat16 by this float32 matrix, if no entry of it changes: all of a rademacher
     matrix are ``+-1/sqrt(k)``, and for k = 4, 16, 64, 256 that is a power of two. Asks the device, once."""
     low = p.to(torch.bfloat16)
@@ -65,16 +65,16 @@ def project(x: Tensor, p: Tensor) -> Tensor:
     bfloat16 is multiplied as it is where ``p`` was remembered: no float32 copy of x, and on a GPU its tensor cores.
     Sums are float32; each result is rounded to bfloat16 once, as x itself was.
     """
-    return project_by(x, p, in_bfloat16(p) if x.dtype == torch.bfloat16 else None)
+    return project_with(x, p, cached_bfloat16(p) if x.dtype == torch.bfloat16 else None)
 
 
-def in_bfloat16(p: Tensor) -> Tensor | None:
+def cached_bfloat16(p: Tensor) -> Tensor | None:
     """The same matrix in bfloat16, where it was remembered."""
     return _IN_BFLOAT16.get(p)
 
 
-def project_by(x: Tensor, p: Tensor, low: Tensor | None) -> Tensor:
-    """``project`` for code that torch's compiler traces, which can look up no tensor: ``low`` is ``in_bfloat16(p)``."""
+def project_with(x: Tensor, p: Tensor, low: Tensor | None) -> Tensor:
+    """``project`` for code that torch's compiler traces, which can look up no tensor: ``low`` is ``cached_bfloat16(p)``."""
     if low is None or x.dtype != torch.bfloat16:
         return linear(x.float(), p)
     return F.linear(x, low).float()

@@ -5,12 +5,12 @@ import os
 KEPT_KERNELS = 64
 
 
-def ask_cublas_to_repeat_itself() -> None:
+def use_deterministic_cublas() -> None:
     """For equal results of equal products; before CUDA starts."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def bound_kernel_caches() -> None:
+def limit_kernel_caches() -> None:
     """Before torch's first product: oneDNN keeps a kernel for each shape, and batches hardly ever have an earlier one.
 
     Its 1,024 kernels, and the 1,024 that torch keeps beside, come to a gigabyte; a batch uses a few dozen.

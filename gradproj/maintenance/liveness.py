@@ -92,7 +92,7 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
     moved = _watch(output, observer, watch_s)
     beats = dict(read_heartbeats(output.path / "heartbeats"))
     claims = _current_claims(output, observer)
-    judge = Judge(observer, [*beats, *(c.owner for c in claims if c.owner is not None)], moved, watch_s)
+    judge = Liveness(observer, [*beats, *(c.owner for c in claims if c.owner is not None)], moved, watch_s)
     known = {owner: beat for owner, beat in beats.items() if judge(owner) not in (GONE, STALE)}
     running = {owner: beat for owner, beat in known.items() if judge(owner) != SILENT}
     wanted = set(missing.tolist())
@@ -108,7 +108,7 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
     )
 
 
-class Judge:
+class Liveness:
     """What is known of a process, from the claims and heartbeats of all."""
 
     def __init__(
@@ -157,7 +157,7 @@ def _current_claims(output: Output, observer: Owner) -> list[Claim]:
     return [claim for claim in claims if not claim.released]
 
 
-def _claimed_unit(output: Output, claim: Claim, beats: dict[Owner, Progress], judge: Judge) -> ClaimedUnit:
+def _claimed_unit(output: Output, claim: Claim, beats: dict[Owner, Progress], judge: Liveness) -> ClaimedUnit:
     unit, owner = int(claim.unit), claim.owner
     beat = beats.get(owner) if owner is not None else None
     start, stop = output.layout.unit_range(unit) if unit < output.layout.n_units else (0, 0)
@@ -180,7 +180,7 @@ def _time_of(path: Path) -> str:
         return ""
 
 
-def _speed(output: Output, missing: np.ndarray, beats: dict[Owner, Progress], judge: Judge) -> Speed:
+def _speed(output: Output, missing: np.ndarray, beats: dict[Owner, Progress], judge: Liveness) -> Speed:
     running = [p for p in beats.values() if p.seconds > 0]
     samples_per_s = sum(_samples_of(output, p) / p.seconds for p in running)
     wanted = set(missing.tolist())

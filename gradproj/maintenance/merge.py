@@ -36,7 +36,7 @@ def merge_now(output: Output) -> dict[str, Any]:
             f"{earlier:,}: merging now would empty columns. Put the records back, or run the job's command again "
             "to compute their units once more"
         )
-    with holding_the_merge(output, "merge") as held:
+    with merge_lock(output, "merge") as held:
         return held.merge()
 
 
@@ -56,7 +56,7 @@ class HeldMerge:
 
 
 @contextmanager
-def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
+def merge_lock(output: Output, command: str) -> Iterator[HeldMerge]:
     """Hold the claim of the merge, as a command of this name.
 
     Raises:
@@ -70,7 +70,7 @@ def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
     try:
         if not queue.claims.try_claim(MERGE_CLAIM):
-            raise StoreError(f"{output.path} is being merged by {claimant(queue.claims, MERGE_CLAIM)}")
+            raise StoreError(f"{output.path} is being merged by {claim_holder(queue.claims, MERGE_CLAIM)}")
         try:
             with Heartbeat(output.path / "heartbeats", owner, progress):
                 yield HeldMerge(output.path, queue, progress)
@@ -83,10 +83,10 @@ def holding_the_merge(output: Output, command: str) -> Iterator[HeldMerge]:
         finally:
             release_merge(output.path, queue.claims)
     finally:
-        queue.give_back()
+        queue.release()
 
 
-def claimant(claims: ClaimBoard, name: str) -> str:
+def claim_holder(claims: ClaimBoard, name: str) -> str:
     """Who has claimed something, and what to do about it."""
     number = claims.current().get(name)
     owner = None if number is None else claims.read(name, number).owner

@@ -16,7 +16,7 @@ from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
 from gradproj.formatting import count, shown
 from gradproj.job.recorded import config_from, recorded_engine, recorded_index
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_projector import UnitProjector
 from gradproj.job.unit_reader import UnitReader, UnitSettings
@@ -82,7 +82,7 @@ class Recomputation:
     """Everything beyond the tolerance, or with another status."""
 
 
-def recompute(inputs: RecordedInputs, n_rows: int, seed: int, skip: set[int] | None = None) -> Recomputation:
+def recompute(inputs: RecordedRunArgs, n_rows: int, seed: int, skip: set[int] | None = None) -> Recomputation:
     """Compute random committed rows again and compare them with what is stored.
 
     Args:

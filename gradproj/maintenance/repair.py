@@ -17,7 +17,7 @@ from gradproj.files import explain_os_errors, fsync_dir
 from gradproj.formatting import count, ranges_text
 from gradproj.maintenance.checks import MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
-from gradproj.maintenance.merge import HeldMerge, claimant, holding_the_merge
+from gradproj.maintenance.merge import HeldMerge, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Damage, Verification, other_ways_out
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
@@ -69,34 +69,34 @@ def repair(found: Verification) -> Repair:
     columns = any(d.kind == "columns" for d in found.damage)
     metadata = any(d.path == str(output.path / "metadata.json") for d in found.damage)
     if damaged or columns or metadata:
-        with holding_the_merge(output, "repair") as held:
-            _take_away(output, held, damaged, found.wrong_units, columns, done)
+        with merge_lock(output, "repair") as held:
+            _remove_damaged(output, held, damaged, found.wrong_units, columns, done)
     done.left = [d for d in found.damage if not _is_gone(d, done, output)]
     after = read_output(found.output)
     done.complete = not len(after.missing) and after.is_merged
     return done
 
 
-def _take_away(
+def _remove_damaged(
     output: Output, held: HeldMerge, damaged: list[int], wrong: set[int], columns: bool, done: Repair
 ) -> None:
     merged, claims = MergedColumns(output), held.queue.claims
     for unit in damaged:
         held.progress.batches += 1
         if not claims.try_claim(unit_claim(unit)):
-            done.held[unit] = claimant(claims, unit_claim(unit))
+            done.held[unit] = claim_holder(claims, unit_claim(unit))
         elif unit in wrong or any(d.kind == "unit" for d in check_unit(output, unit, merged).damage):
             done.units.append(unit)
         else:
             done.recovered.append(unit)
     done.n_samples = sum(output.n_documents(unit) for unit in done.units)
     if done.units or columns:
-        _turn_back(output, held, columns, merged, done)
+        _merge_again(output, held, columns, merged, done)
     else:
         write_metadata(output.path, held.queue.scratch)
 
 
-def _turn_back(output: Output, held: HeldMerge, columns: bool, merged: MergedColumns, done: Repair) -> None:
+def _merge_again(output: Output, held: HeldMerge, columns: bool, merged: MergedColumns, done: Repair) -> None:
     scratch, claims = held.queue.scratch, held.queue.claims
     # Before anything goes: from here on a job that finds every unit recorded merges again.
     update_attributes(output.store, {"complete": False}, scratch)

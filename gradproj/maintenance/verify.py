@@ -13,7 +13,7 @@ import numpy as np
 from gradproj.coordinator.merge import ranges_of
 from gradproj.errors import ConfigError, StoreError
 from gradproj.formatting import count, ranges_text, shown
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.checks import (
     CovarianceSums,
     Damage,
@@ -46,7 +46,7 @@ _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(RecordedInputs):
+class VerifyConfig(RecordedRunArgs):
     """What to check, what to do about damage, and how to say it; the model is needed for ``--recompute`` only."""
 
     repair: bool = field(
@@ -74,7 +74,7 @@ class VerifyConfig(RecordedInputs):
 
 
 @dataclass
-class IdRanges:
+class BoundedRanges:
     """Sample ids as ranges: the first thousand of them, and how many ids there are in all."""
 
     n_ids: int = 0
@@ -105,9 +105,9 @@ class Verification:
     seconds: float = 0.0
     by_status: dict[str, int] = field(default_factory=dict)
     """Rows of committed units."""
-    missing: IdRanges = field(default_factory=IdRanges)
+    missing: BoundedRanges = field(default_factory=BoundedRanges)
     """Documents of wanted units without a record."""
-    non_finite: IdRanges = field(default_factory=IdRanges)
+    non_finite: BoundedRanges = field(default_factory=BoundedRanges)
     shards_without_record: list[int] = field(default_factory=list)
     """Units being committed, or left by a killed process; they count for nothing."""
     damage: list[Damage] = field(default_factory=list)
@@ -211,8 +211,8 @@ def _shards_without_record(output: Output) -> list[int]:
 # --- saying it ---
 
 
-def _bounded(ranges: list[list[int]]) -> IdRanges:
-    bounded = IdRanges()
+def _bounded(ranges: list[list[int]]) -> BoundedRanges:
+    bounded = BoundedRanges()
     for start, stop in ranges:
         bounded.add(start, stop)
     return bounded

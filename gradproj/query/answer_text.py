@@ -13,7 +13,7 @@ import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
-from gradproj.analysis.ranking import Ends, in_common
+from gradproj.analysis.ranking import Ranking, in_common
 from gradproj.formatting import clean_lines, listed, one_line
 from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
@@ -94,7 +94,7 @@ _STATUS_WORDS = {"missing": "not computed yet", "no_target": "with no target tok
 
 
 def describe(
-    store: ProjectionStore, answers: Sequence[Ends], read_text: Callable[[int], str] | None
+    store: ProjectionStore, answers: Sequence[Ranking], read_text: Callable[[int], str] | None
 ) -> dict[int, Sample]:
     """What the store knows of every document in the answers, and the beginnings of their texts."""
     ids = sorted({int(i) for a in answers for end in (a.top, a.bottom) for i in np.asarray(end.ids).flat})
@@ -108,7 +108,7 @@ def describe(
 
 
 def table_lines(
-    about: About, asked: QueryRows, answers: Sequence[Ends], samples: Mapping[int, Sample]
+    about: About, asked: QueryRows, answers: Sequence[Ranking], samples: Mapping[int, Sample]
 ) -> Iterator[str]:
     """The answer for people; control characters of texts and keys are replaced."""
     yield from about.lines([a.damping for a in answers])
@@ -124,7 +124,7 @@ def table_lines(
         yield from overlap_lines(answers)
 
 
-def overlap_lines(answers: Sequence[Ends]) -> Iterator[str]:
+def overlap_lines(answers: Sequence[Ranking]) -> Iterator[str]:
     """How far the answers by several dampings agree."""
     names = [_damping_name(a.damping) for a in answers]
     k = max(a.top.ids.shape[1] or a.bottom.ids.shape[1] for a in answers)
@@ -173,7 +173,7 @@ def _damping_name(damping: float | str | None) -> str:
 # ---- JSON
 
 
-def json_lines(asked: QueryRows, answers: Sequence[Ends], samples: Mapping[int, Sample]) -> Iterator[str]:
+def json_lines(asked: QueryRows, answers: Sequence[Ranking], samples: Mapping[int, Sample]) -> Iterator[str]:
     """An object for each document in an answer, all with the same keys: what ``pandas.read_json(lines=True)`` takes."""
     with_text = any(sample.text is not None for sample in samples.values())
     for answer in answers:

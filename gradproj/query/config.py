@@ -8,7 +8,7 @@ from gradproj.analysis import DEFAULT_SCORE, MEANINGS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
 
 WITHOUT_SUMS = "cosine"
@@ -21,7 +21,7 @@ KINDS = {"kfac": "kfac", "preconditioned": "second_moment", "relatif": "kfac"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig(RecordedInputs):
+class QueryConfig(RecordedRunArgs):
     """What is asked of which store."""
 
     text: str = field(default="", metadata={"help": "the query; it is tokenized as the documents were"})
@@ -151,7 +151,9 @@ def wanted_score(config: QueryConfig, store: ProjectionStore, tell: Callable[[st
     if KINDS.get(DEFAULT_SCORE) == "kfac" and not store.attributes.get("covariance_tokens"):
         if config.damping != "auto":
             raise ConfigError(f"--damping is of {', '.join(KINDS)}: name one by --score")
-        later = f" yet: python -m gradproj merge {store.path.parent} writes them" if is_a_job_s(store) else ""
+        later = (
+            f" yet: python -m gradproj merge {store.path.parent} writes them" if is_job_store(store) else ""
+        )
         tell(f"score {WITHOUT_SUMS}: {DEFAULT_SCORE} needs token covariances, which the store has not{later}")
         return WITHOUT_SUMS
     return DEFAULT_SCORE
@@ -215,6 +217,6 @@ def _words(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
     return found
 
 
-def is_a_job_s(store: ProjectionStore) -> bool:
+def is_job_store(store: ProjectionStore) -> bool:
     """Of a training run's rows, each was made with the weights of its step."""
     return "wanted_units" in store.attributes

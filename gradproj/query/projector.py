@@ -16,7 +16,7 @@ from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded import config_from, recorded_engine
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.startup import prepare_torch
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
@@ -86,7 +86,7 @@ class QueryProjector:
     """
 
     def __init__(self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto") -> None:
-        run = run or config_from(RecordedInputs(output=str(store.path.parent)))
+        run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
         prepare_torch(run)
         recorded = recorded_engine(store, run, device)
         self._tokenizer, self._device, self._vocabulary = (

@@ -11,7 +11,7 @@ from gradproj.analysis import MEANINGS, SIGN, overview
 from gradproj.formatting import one_line
 from gradproj.maintenance.status import Status, read_status
 from gradproj.report.distributions import count_rows
-from gradproj.report.document_tables import Excerpts, outlier_tables
+from gradproj.report.document_tables import TextExcerpts, outlier_tables
 from gradproj.report.domain_charts import (
     DOMAIN_COLUMNS,
     boxes_of,
@@ -40,7 +40,7 @@ from gradproj.store import ProjectionStore
 def make_page(
     store: ProjectionStore,
     how: dict[str, Any],
-    excerpts: Excerpts,
+    excerpts: TextExcerpts,
     top_k: int,
     answers: Callable[[], tuple[list[QueryAnswer], str, str]] | None = None,
 ) -> Page:

@@ -21,7 +21,7 @@ BESIDE_CHARACTERS = 200
 
 
 @dataclass
-class Excerpts:
+class TextExcerpts:
     """Beginnings of documents, as far as they are to be had."""
 
     read: Callable[[int], str] | None
@@ -44,7 +44,7 @@ def documents_of(
     store: ProjectionStore,
     ids: np.ndarray,
     values: Sequence[str],
-    excerpts: Excerpts,
+    excerpts: TextExcerpts,
     most: int = EXCERPT_CHARACTERS,
 ) -> list[Document]:
     """Documents as a table shows them."""
@@ -72,7 +72,7 @@ def scaled_values(*ends: np.ndarray, sign: bool = False) -> tuple[list[list[str]
 
 
 def outlier_tables(
-    store: ProjectionStore, seen: Overview, spread: Distributions, score: str, excerpts: Excerpts
+    store: ProjectionStore, seen: Overview, spread: Distributions, score: str, excerpts: TextExcerpts
 ) -> list[Table]:
     (norms,), unit = scaled_values(spread.largest_norms)
     tables = [

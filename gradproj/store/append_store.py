@@ -89,7 +89,7 @@ def _add_column(store: Path, name: str) -> None:
     write_and_replace(store / name / "zarr.json", [json.dumps(metadata, indent=2).encode()])
 
 
-class RowStore:
+class AppendStore:
     """One rank's part of a run's store, open for writing.
 
     Args:
@@ -148,7 +148,7 @@ class RowStore:
         self._write_unit()
         self._written = self.n_rows
 
-    def secure(self) -> None:
+    def fsync(self) -> None:
         """As ``flush``, and a loss of power cannot take them either: before a checkpoint that counts on them."""
         self.flush()
         with explain_os_errors(self._store):
@@ -169,7 +169,7 @@ class RowStore:
         last = self._unit(number)
         self._refuse_lost(n_rows)
         self._open_unit(number)
-        self.cover()
+        self.extend()
         if kept:
             self._read_back(last, kept)
         for unit in self._units_on_disk():
@@ -181,7 +181,7 @@ class RowStore:
             self._set_length(self._length_with(number))
         self._written = n_rows
 
-    def cover(self) -> None:
+    def extend(self) -> None:
         """Have the store long enough for this rank's rows: after all ranks' ``cut``, in which one sets its length."""
         wanted = self._length_with(self._number)
         with self._lock.open("w") as lock:
@@ -213,7 +213,7 @@ class RowStore:
             self._written = self.n_rows
         if self._world_size == 1:
             self._set_length(max(1, self.n_rows))
-        self.secure()
+        self.fsync()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     # --- units ---
@@ -234,13 +234,13 @@ class RowStore:
         unit, folder = self._unit(self._number), self._store
         rows = self._stored[: self._filled]
         self._put(folder / "projections" / f"c.{unit}.0", shard_chunks(rows, self.layout))
-        self.cover()
+        self.extend()
         for name in (*EXTRA, *COLUMNS):
             file_name = f"c.{unit}.0" if name == "key" else f"c.{unit}"
             self._put(folder / name / file_name, [self._columns[name].view(np.uint8).reshape(-1).data])
 
     def _put(self, path: Path, chunks: Iterable[Any]) -> None:
-        """Write a file and put it in its place; it is flushed to disk by ``secure``."""
+        """Write a file and put it in its place; it is flushed to disk by ``fsync``."""
         temporary = temporary_beside(path, self._scratch)
         with explain_os_errors(path):
             with temporary.open("wb") as file:

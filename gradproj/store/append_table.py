@@ -25,7 +25,7 @@ Columns = Mapping[str, tuple[np.dtype, int | None]]
 """Column name -> (dtype, width); width None for ``[rows]``, else ``[rows, width]``."""
 
 
-class GrowingTable:
+class AppendTable:
     """A Zarr v3 group at ``path`` with one array a column, all of ``n_rows`` rows.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradproj.errors import StoreError
 from gradproj.store.layout import COLUMNS, STATUS, StoreLayout
-from gradproj.store.mapped_files import Recent, damaged, map_file
+from gradproj.store.mapped_files import LRUCache, damaged, map_file
 from gradproj.store.metadata import read_attributes
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
 
@@ -34,11 +34,11 @@ def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, n
 class Columns:
     """Reads parts of columns without ever loading a whole one (210 M samples)."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent[tuple[str, int], Any]) -> None:
+    def __init__(self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]) -> None:
         self.layout = layout
         self._store_path = store_path
         self._maps = maps
-        self._records: Recent[int, UnitRecord] = Recent(_MOST_RECORDS)
+        self._records: LRUCache[int, UnitRecord] = LRUCache(_MOST_RECORDS)
 
     def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
         """Values at the given sample ids, in any order, and always the ``status``."""

@@ -14,7 +14,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class LRUCache(Generic[K, V]):
     """The last few things that were loaded, by key. What could not be loaded (None) is asked for again."""
 
     def __init__(self, limit: int) -> None:

@@ -16,7 +16,7 @@ from gradproj.store.bands import Band
 from gradproj.store.column_reader import Columns
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.mapped_files import Recent, damaged
+from gradproj.store.mapped_files import LRUCache, damaged
 from gradproj.store.mapped_shard import Selection, select_values
 from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
 from gradproj.store.row_reader import Missing, Rows
@@ -51,7 +51,7 @@ class ProjectionStore:
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
         self._read_text = read_text
-        self._maps: Recent[tuple[str, int], Any] = Recent(_MOST_MAPS)
+        self._maps: LRUCache[tuple[str, int], Any] = LRUCache(_MOST_MAPS)
         self._columns = Columns(self.path, self.layout, self._maps)
         self._rows = Rows(self.path, self.layout, self._columns, self._maps)
 

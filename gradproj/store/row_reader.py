@@ -15,7 +15,7 @@ from gradproj.store.bands import Band
 from gradproj.store.column_reader import Columns, group_by_unit
 from gradproj.store.encoding import nan_rows
 from gradproj.store.layout import STATUS, StoreLayout
-from gradproj.store.mapped_files import Recent
+from gradproj.store.mapped_files import LRUCache
 from gradproj.store.mapped_shard import Selection
 from gradproj.store.shard_reader import Shards
 
@@ -42,7 +42,7 @@ class Rows:
     """Reads rows of any units; NaN where there is none."""
 
     def __init__(
-        self, store_path: Path, layout: StoreLayout, columns: Columns, maps: Recent[tuple[str, int], Any]
+        self, store_path: Path, layout: StoreLayout, columns: Columns, maps: LRUCache[tuple[str, int], Any]
     ) -> None:
         self.layout = layout
         self._store_path = store_path

@@ -13,7 +13,7 @@ import zarr
 from gradproj.errors import StoreError
 from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import StoreLayout
-from gradproj.store.mapped_files import Recent, damaged
+from gradproj.store.mapped_files import LRUCache, damaged
 from gradproj.store.mapped_shard import MappedShard, Selection
 from gradproj.store.page_cache import PagedFile
 
@@ -21,7 +21,7 @@ from gradproj.store.page_cache import PagedFile
 class Shards:
     """Reads the rows of one unit at a time, given the scale of each row. No shard: NaN rows."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: Recent[tuple[str, int], Any]) -> None:
+    def __init__(self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]) -> None:
         self.layout = layout
         self._folder = store_path / "projections"
         self._maps = maps

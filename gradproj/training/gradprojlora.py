@@ -15,7 +15,7 @@ from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.engine.projection import place_widths
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.append_store import (
-    RowStore,
+    AppendStore,
     check_same,
     choose_rows,
     create_row_store,
@@ -145,7 +145,7 @@ class GradProjLoraTraining(TrainingEngine):
 
     def state_dict(self) -> dict[str, Any]:
         self.save_metrics(self._step)
-        self._store.secure()
+        self._store.fsync()
         return {"n_rows": self._store.n_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ class GradProjLoraTraining(TrainingEngine):
         n_rows = self._store.n_rows_to(state["step"]) if "step" in state else state.get("n_rows", 0)
         self._store.cut(n_rows)
         self.context.ranks.wait()
-        self._store.cover()
+        self._store.extend()
 
     def _to_host(self) -> None:
         """Every waiting batch's rows and columns, in their order."""
@@ -180,7 +180,7 @@ class GradProjLoraTraining(TrainingEngine):
         columns["loss"] = columns["loss"] / targets
         self._store.add(rows, columns)
 
-    def _open_store(self) -> RowStore:
+    def _open_store(self) -> AppendStore:
         ranks, attributes, folder = self.context.ranks, self._attributes(), self._folder
         # All ranks look before one of them makes it.
         exists, empty = (folder / STORE_NAME).exists(), not holds_rows(folder)
@@ -197,7 +197,7 @@ class GradProjLoraTraining(TrainingEngine):
             matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
             create_row_store(folder, self._layout(), attributes, pack_matrices(self._layers, matrices))
         ranks.wait()
-        return RowStore(folder, ranks.rank, ranks.world_size)
+        return AppendStore(folder, ranks.rank, ranks.world_size)
 
     def _layout(self) -> StoreLayout:
         settings, ranks = self.context.settings, self.context.ranks

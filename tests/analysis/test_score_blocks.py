@@ -8,9 +8,9 @@ from helpers.stores import Output
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, scores
-from gradproj.analysis import score_blocks as scored
-from gradproj.analysis.scan import Asked
-from gradproj.analysis.top_k import Best
+from gradproj.analysis import score_blocks as score_blocks
+from gradproj.analysis.scan import Scan
+from gradproj.analysis.top_k import TopK
 from gradproj.store import StoreConfig, StoreLayout
 
 LAYOUTS = {
@@ -28,19 +28,19 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def store(request, tmp_path_factory):
-    output = Output(tmp_path_factory.mktemp("scored"), **LAYOUTS[request.param]).fill()
+    output = Output(tmp_path_factory.mktemp("score_blocks"), **LAYOUTS[request.param]).fill()
     with ProjectionStore(output.path) as opened:
         yield opened
 
 
 def both_ways(store, n_queries=3, **how):
     """Scores of ``n_queries`` by tiles and by blocks of whole rows."""
-    asked = Asked.of(store, how)
+    asked = Scan.of(store, how)
     question = asked.question(np.random.default_rng(1).standard_normal((n_queries, asked.width)))
-    if not scored._parts_fit_tiles(asked, question):
+    if not score_blocks._parts_fit_tiles(asked, question):
         pytest.skip("this norm needs whole rows")
     found = []
-    for way in (scored._by_tiles, scored._by_blocks):
+    for way in (score_blocks._by_tiles, score_blocks._by_blocks):
         values = [block.values for block in way(asked, question)]
         found.append(torch.cat(values, dim=1).numpy())
     return found
@@ -61,14 +61,14 @@ def test_tiles_give_the_scores_of_whole_rows(store, score, turned):
     assert_same(*both_ways(store, score=score, layers=layers, preconditioner=fitted))
 
 
-@pytest.mark.parametrize("n_queries", [1, scored._ONEDNN_QUERIES - 1, scored._ONEDNN_QUERIES, 40])
+@pytest.mark.parametrize("n_queries", [1, score_blocks._ONEDNN_QUERIES - 1, score_blocks._ONEDNN_QUERIES, 40])
 def test_any_number_of_queries(store, n_queries):
     assert_same(*both_ways(store, n_queries, score="dot"))
 
 
 @pytest.mark.parametrize("values_a_tile", [1, 40])
 def test_tiles_of_any_size(store, monkeypatch, values_a_tile):
-    monkeypatch.setattr(scored, "_TILE_VALUES", values_a_tile)
+    monkeypatch.setattr(score_blocks, "_TILE_VALUES", values_a_tile)
     for score in ("dot", "cosine"):
         assert_same(*both_ways(store, score=score))
 
@@ -77,10 +77,12 @@ def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
     def refuse(products, *_):
         raise AssertionError("read")
 
-    monkeypatch.setattr(scored.TileProducts, "_multiply", refuse)
-    monkeypatch.setattr(scored.TakesPart, "__call__", lambda self, first, status: np.zeros(len(status), bool))
-    asked = Asked.of(store, {"score": "dot"})
-    for block in scored.scored(asked, asked.question(torch.ones(2, store.dim))):
+    monkeypatch.setattr(score_blocks.TileProducts, "_multiply", refuse)
+    monkeypatch.setattr(
+        score_blocks.SampleFilter, "__call__", lambda self, first, status: np.zeros(len(status), bool)
+    )
+    asked = Scan.of(store, {"score": "dot"})
+    for block in score_blocks.score_blocks(asked, asked.question(torch.ones(2, store.dim))):
         assert block.values.isnan().all()
 
 
@@ -88,8 +90,8 @@ def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
 def test_a_gpu_is_asked_for_nothing_between_blocks(store, score):
     """On a device that cannot be asked; the store's units are in several blocks."""
     fitted = Preconditioner.fit(store, "second_moment") if score == "relatif" else None
-    asked = Asked.of(store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9})
+    asked = Scan.of(store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9})
     question = asked.question(torch.ones(3, store.dim))
-    top, bottom = Best(3, 5, MUTE), Best(3, 2, MUTE)
+    top, bottom = TopK(3, 5, MUTE), TopK(3, 2, MUTE)
     assert waits_of(lambda: scores._add_all(asked, question, top, bottom)) == []
     assert top.found()[0].shape == (3, 5)

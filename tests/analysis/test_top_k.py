@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from gradproj.analysis.top_k import Best
+from gradproj.analysis.top_k import TopK
 
 
 def streamed(values, k, block, sorting):
-    best = Best(len(values), k, torch.device("cpu"))
+    best = TopK(len(values), k, torch.device("cpu"))
     add = best.add_sorting if sorting else best.add
     for first in range(0, values.shape[1], block):
         add(first, values[:, first : first + block].clone())
@@ -52,14 +52,14 @@ def test_none_wanted_none_found():
 
 def test_a_long_stream_is_sorted_seldom(monkeypatch):
     n_sorts = 0
-    settle = Best._settle
+    settle = TopK._settle
 
     def counted(best):
         nonlocal n_sorts
         n_sorts += bool(best._waiting)
         settle(best)
 
-    monkeypatch.setattr(Best, "_settle", counted)
+    monkeypatch.setattr(TopK, "_settle", counted)
     streamed(
         torch.from_numpy(np.random.default_rng(0).standard_normal((4, 200_000), np.float32)), 20, 512, False
     )

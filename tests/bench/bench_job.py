@@ -37,7 +37,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, choose_device, start_group
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
-from gradproj.job.batch_size import settle_batches
+from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import matrices_on, prepare_torch, start_job
@@ -164,7 +164,7 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
     chunk_verdict(model)
     engine = GradProjLoraEngine.from_config(model, config.projection, matrices)
     with engine:
-        settings = settle_batches(job, queue, model, engine, stop)
+        settings = resolve_batch_tokens(job, queue, model, engine, stop)
         reader, projector = (
             UnitReader(plan.index, tokenizer, settings),
             UnitProjector(model, engine, settings, Progress()),
@@ -178,7 +178,7 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         run = watch.read()
-    queue.give_back()
+    queue.release()
     return {**run, "n_tokens": sum(len(tokens) for unit in units for tokens in unit.sequences)}
 
 

@@ -22,8 +22,8 @@ from helpers.stores import Output
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import domain_matrix
-from gradproj.report import domain_figure
 from gradproj.formatting import clean, one_line
+from gradproj.report import domain_figure
 from gradproj.report.distributions import count_rows
 from gradproj.report.domain_summary import facts_of
 from gradproj.report.domain_table import table_lines

@@ -97,7 +97,7 @@ def test_a_unit_given_back_is_free_again(tmp_path):
         assert first.try_claim("00000003")
         first.give_back_all()
         assert second.try_claim("00000003")
-        second.give_back("00000003")
+        second.release("00000003")
 
 
 def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_once(tmp_path, gone_process):
@@ -265,7 +265,7 @@ def test_a_stopping_process_takes_nothing_more_and_gives_back_what_it_has(tmp_pa
     unit = next(units)
     stop.append(True)
     assert list(units) == []
-    q.give_back()
+    q.release()
     assert not q.scratch.exists()
     other = queue(tmp_path, owner_like_me(rank=1), wanted=[unit])
     assert next(other.take()) == unit

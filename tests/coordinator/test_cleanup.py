@@ -12,13 +12,17 @@ from helpers.faults import IDENTITY, fake_owner, fake_rows, fill, gone_owner, ma
 
 from gradproj.coordinator import unmerge as takeback
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.cleanup import sweep
+from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish, is_merged
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
-from gradproj.coordinator.unmerge import check_records_have_shards, check_records_have_store, take_back
+from gradproj.coordinator.unmerge import (
+    check_records_have_shards,
+    check_records_have_store,
+    unmerge_missing_units,
+)
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
 from gradproj.store.unit_record import record_name
@@ -36,7 +40,7 @@ def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path
     )
     for queue in (dead, away, mine):
         Heartbeat(tmp_path / "heartbeats", queue.owner, Progress()).write()
-    assert sweep(tmp_path, mine.owner) == 1
+    assert remove_leftovers(tmp_path, mine.owner) == 1
     assert {path.name for path in (tmp_path / "tmp").iterdir()} == {away.owner.name, mine.owner.name}
     assert {path.stem for path in (tmp_path / "heartbeats").iterdir()} == {away.owner.name, mine.owner.name}
 
@@ -110,7 +114,7 @@ def test_what_a_crash_has_torn_is_swept_whosever_it_was(tmp_path):
     (tmp_path / "tmp" / owner.name / "shard-3").write_bytes(b"torn")
     for ending in ("json", "tmp"):
         (tmp_path / "heartbeats" / f"{owner.name}.{ending}").write_text('{"owner": {"job')
-    assert sweep(tmp_path, here()) == 0
+    assert remove_leftovers(tmp_path, here()) == 0
     for folder in ("tmp", "heartbeats"):
         assert list((tmp_path / folder).iterdir()) == []
 
@@ -125,7 +129,7 @@ def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
     dead = gone_owner(rank=7)
     Heartbeat(tmp_path / "heartbeats", dead, Progress()).write()
     (tmp_path / "heartbeats" / f"{dead.name}.tmp").write_text("torn")
-    assert sweep(tmp_path, here()) == 1
+    assert remove_leftovers(tmp_path, here()) == 1
     for folder in ("claims", "partial", "tmp", "heartbeats"):
         assert list((tmp_path / folder).iterdir()) == []
 
@@ -155,7 +159,7 @@ def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_aga
     (tmp_path / layout.shard_name(1)).write_bytes(b"damaged")
     queue = UnitQueue(tmp_path, layout, IDENTITY, [0, 1, 2], here())
     assert not finish(tmp_path, queue.claims, wait=True)
-    take_back(tmp_path, queue.claims)
+    unmerge_missing_units(tmp_path, queue.claims)
     assert not is_merged(tmp_path)
     assert json.loads((tmp_path / "metadata.json").read_text())["complete"] is False
     with ProjectionStore(tmp_path) as store:
@@ -170,5 +174,7 @@ def test_taking_back_touches_nothing_where_nothing_is_lost(tmp_path):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    take_back(tmp_path, ClaimBoard(tmp_path / "claims", tmp_path / "tmp" / "none", here(), lambda o: 0))
+    unmerge_missing_units(
+        tmp_path, ClaimBoard(tmp_path / "claims", tmp_path / "tmp" / "none", here(), lambda o: 0)
+    )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -79,7 +79,7 @@ def test_for_whom_a_job_waits_is_said_once_and_by_one_of_its_ranks(rank, queue_o
     def stopping():
         now[0] += 1.0
         if now[0] == 20:  # a claim that we have seen for less long than the other
-            dead.claims.give_back("00000001")
+            dead.claims.release("00000001")
             assert dead.claims.try_claim("00000001")
         return now[0] > 100
 

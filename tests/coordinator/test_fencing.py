@@ -98,7 +98,7 @@ def test_who_cannot_fence_the_owner_before_computes_nothing(tmp_path, monkeypatc
         refuse(patch, "rmdir", "", times=1000)
         with pytest.raises(StoreError, match="could still be published"):
             next(new.take())
-    new.give_back()
+    new.release()
     third = UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(2))
     assert next(third.take()) == 0
     assert third.commit(fake_rows(layout, 0))

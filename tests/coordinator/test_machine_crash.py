@@ -18,7 +18,7 @@ from helpers.jobs import flags, make_corpus, make_model, mixed_documents
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.coordinator import heartbeats
-from gradproj.coordinator.cleanup import sweep
+from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial_rows import PartialRows
@@ -67,7 +67,7 @@ def in_folder(plan, output):
 def run(plan, owner, disk=None, stop_after=2):
     """From the start to the end, or to a stop in the middle of a unit; whether the store is complete then."""
     make_output(plan, owner)
-    sweep(plan.output, owner)
+    remove_leftovers(plan.output, owner)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, owner)
     with Heartbeat(plan.output / "heartbeats", owner, Progress()):
         for done, unit in enumerate(queue.take()):
@@ -76,7 +76,7 @@ def run(plan, owner, disk=None, stop_after=2):
                 break
             commit(plan, queue, unit, disk)
         complete = finish(plan.output, queue.claims, wait=True)
-        queue.give_back()
+        queue.release()
     return complete
 
 

@@ -22,7 +22,6 @@ from helpers.faults import (
 )
 
 from gradproj.coordinator import claims as claims_module
-from gradproj.coordinator import fault_points as steps
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
@@ -83,7 +82,7 @@ def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_unde
             thread, go_on = other[0]
             go_on.set()
             thread.join()
-            queue.give_back()
+            queue.release()
             assert disagreements(queue.output, layout) == []
             assert list_records(queue.output / "units").tolist() == [0]
             writers.add(int(read_record(queue.output / record_name(0)).columns["loss"][0]))
@@ -122,7 +121,7 @@ def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("nobody_is_waited_for")
 def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
     layout, first = one_unit(tmp_path)
-    first.claims.give_back("00000000")
+    first.claims.release("00000000")
     second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
     assert next(second.take()) == 0
     assert first.scratch.exists()
@@ -140,7 +139,7 @@ def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_uni
         patch.setattr(os, "rename", refuse_by(errno.ESTALE))
         with pytest.raises(OSError, match="Stale file handle"):
             next(second.take())
-    second.give_back()
+    second.release()
     third = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(2))
     assert next(third.take()) == 0
     assert not first.scratch.exists()
@@ -207,7 +206,7 @@ class Host:
                 self.maybe_freeze(0.4)
                 queue.commit(fake_rows(self.layout, unit, writer=self.number))
             finish(self.output, queue.claims, wait=True)
-            queue.give_back()
+            queue.release()
         except BaseException as error:
             self.error = error
 
@@ -268,7 +267,9 @@ def watch(found, ended):
 
 def test_eight_hosts_that_stop_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
     fenced = []
-    monkeypatch.setattr(steps, "at", lambda step: fenced.append(step) if step == "old owner fenced" else None)
+    monkeypatch.setattr(
+        fault_points, "reach", lambda step: fenced.append(step) if step == "old owner fenced" else None
+    )
     for seed in range(5):
         found = run_hosts(tmp_path / str(seed), seed, here)
         assert [host.error for host in found.hosts] == [None] * N_HOSTS

@@ -59,7 +59,7 @@ def test_a_merge_ends_when_the_job_is_to_stop_and_the_next_start_merges(tmp_path
         queue.commit(fake_rows(layout, unit))
     asked = iter([False, False, True, True, True])
     assert not finish(tmp_path, queue.claims, wait=True, stopping=lambda: next(asked))
-    queue.give_back()
+    queue.release()
     assert not is_merged(tmp_path)
     assert fill(tmp_path, layout, fake_owner(1))
 

@@ -12,7 +12,7 @@ from helpers.outputs import tree_of
 
 from gradproj.coordinator.merge import read_unit
 from gradproj.coordinator.partial_rows import PartialRows
-from gradproj.coordinator.store_guard import Replaced
+from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import FOLDERS, UnitQueue
 from gradproj.errors import StoreError
 from gradproj.store.metadata import WhichStore
@@ -53,11 +53,11 @@ def test_nothing_is_written_into_another_store_whenever_it_was_put_there(tmp_pat
             replace(output, MADE[made])
             there.update(tree_of(output))
 
-        refused = pytest.raises(Replaced, match="was replaced while this job ran")
+        refused = pytest.raises(StoreReplaced, match="was replaced while this job ran")
         with at_change(paused_at, begin_another), refused:
             queue.commit(fake_rows(layout, 0))
         assert tree_of(output) == there, paused_at
-        queue.give_back()
+        queue.release()
         assert tree_of(output) == there, paused_at
 
 
@@ -73,9 +73,11 @@ def test_a_process_notices_another_store_before_it_claims_computes_saves_or_comm
         lambda: log.append(0, 1, PART),
         lambda: queue.commit(fake_rows(layout, 0)),
     ):
-        with pytest.raises(Replaced, match=rf"another|new store {made}.*Nothing of this job was written"):
+        with pytest.raises(
+            StoreReplaced, match=rf"another|new store {made}.*Nothing of this job was written"
+        ):
             act()
-    queue.give_back()
+    queue.release()
     assert tree_of(output) == there
 
 
@@ -84,7 +86,7 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
     for name in ("units", "claims", "projections.zarr"):
         shutil.rmtree(tmp_path / name)
     make_store(tmp_path, n_samples=32)
-    with pytest.raises(Replaced, match="a new store of the same settings"):
+    with pytest.raises(StoreReplaced, match="a new store of the same settings"):
         queue.commit(fake_rows(layout, 0))
     for folder in ("units", "claims", "projections.zarr/projections"):
         assert [path.name for path in (tmp_path / folder).iterdir() if path.name != "zarr.json"] == []
@@ -92,7 +94,7 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
 
 def test_a_job_whose_store_was_replaced_since_its_start_begins_nothing(tmp_path):
     layout = make_store(tmp_path, identity="other")
-    with pytest.raises(Replaced, match="another store, of other settings"):
+    with pytest.raises(StoreReplaced, match="another store, of other settings"):
         UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(0))
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -156,7 +158,7 @@ def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(tmp_pat
     shutil.rmtree(output / deleted)
     with pytest.raises(StoreError, match=rf"{output / named} was deleted while this job ran.*{way_out}"):
         queue.commit(fake_rows(layout, 0))
-    queue.give_back()
+    queue.release()
     assert (output / deleted).exists() is False
 
 

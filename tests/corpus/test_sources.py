@@ -13,7 +13,7 @@ import zstandard
 from helpers.prepare_inputs import documents, line_of, read_back, record, run, write_as, write_jsonl
 from pyarrow import parquet
 
-from gradproj.corpus.sources import SOURCES, Reading, read_records
+from gradproj.corpus.sources import SOURCES, InputReader, read_records
 from gradproj.errors import CorpusError
 
 ODD_TEXTS = [
@@ -45,7 +45,7 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
     name = write_as(kind, tmp_path / "in", [record(f"text {i}") for i in range(20)])
 
     def read(ids):
-        return list(itertools.islice(read_records(Reading(name, ("text", "meta"))), ids.start, ids.stop))
+        return list(itertools.islice(read_records(InputReader(name, ("text", "meta"))), ids.start, ids.stop))
 
     assert len(read(range(20))) == 20
     assert read(range(20)) == read(range(7)) + read(range(7, 20))
@@ -55,7 +55,7 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
 def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path):
     noise = random.Random(0)
     name = write_as(kind, tmp_path / "in", [record(noise.randbytes(500_000).hex()) for _ in range(12)])
-    reading = Reading(name, ("text", "meta"))
+    reading = InputReader(name, ("text", "meta"))
     positions = [reading.position() for _ in read_records(reading)]
     assert positions == sorted(positions)
     assert 0 < positions[0] < 0.5 * os.path.getsize(name)
@@ -124,7 +124,7 @@ def test_parquet_columns_that_no_document_needs_are_not_read(tmp_path):
         {"text": f"t{i}", "id": i, "vector": [0.5] * 9, "blob": b"\xff", "meta": None} for i in range(100)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
-    (first, *_) = read_records(Reading(str(tmp_path / "in.parquet"), ("text", "meta")))
+    (first, *_) = read_records(InputReader(str(tmp_path / "in.parquet"), ("text", "meta")))
     assert first.value == {"text": "t0", "id": 0, "meta": None}
     run(str(tmp_path / "in.parquet"), tmp_path / "out")
     assert documents(tmp_path / "out")[99] == {"text": "t99", "meta": {"id": 99, "pile_set_name": "unknown"}}

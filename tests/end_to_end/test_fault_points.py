@@ -155,7 +155,7 @@ def test_the_named_steps_are_those_that_the_job_tells():
         node.args[0].value
         for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "faults.at"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "fault_points.reach"
     ]
     assert sorted(told) == sorted(STEPS)
 

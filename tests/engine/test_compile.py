@@ -10,9 +10,9 @@ from helpers.jobs import ENVIRONMENT, flags, make_corpus, make_model, mixed_docu
 from helpers.models import ragged_batch, small_model
 from torch import nn
 
+from gradproj.engine import compile as compiler
 from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine import compile as compiler
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ConfigError, ModelError

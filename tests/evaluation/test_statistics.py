@@ -13,7 +13,7 @@ from gradproj.evaluation.statistics import (
     lds_by_query,
     noise_ceiling,
     permutation_baseline,
-    ranks,
+    rank_values,
     spearman,
 )
 from gradproj.evaluation.text_methods import bm25, ngram_overlap
@@ -50,8 +50,8 @@ def toy():
 
 def test_ranks_are_positions_in_sorted_order_and_ties_share_their_mean():
     values = [3.0, 1.0, 3.0, 2.0, 3.0, 1.0]
-    assert ranks(np.array(values)).tolist() == [rank_by_hand(values, i) for i in range(6)]
-    assert ranks(np.array([1.0, 1.0, 4.0])).tolist() == [1.5, 1.5, 3.0]
+    assert rank_values(np.array(values)).tolist() == [rank_by_hand(values, i) for i in range(6)]
+    assert rank_values(np.array([1.0, 1.0, 4.0])).tolist() == [1.5, 1.5, 3.0]
 
 
 def test_spearman_is_the_correlation_of_ranks_by_hand_with_ties():

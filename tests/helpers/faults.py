@@ -98,7 +98,7 @@ def fill(output: Path, layout: Any, owner: Owner, writer: int = 0, **options: An
             queue.commit(fake_rows(layout, unit, writer))
         return finish(output, queue.claims, wait=True)
     finally:
-        queue.give_back()
+        queue.release()
 
 
 def disagreements(output: Path, layout: Any) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 from helpers.faults import before_each_change
 from helpers.jobs import ENVIRONMENT
 
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 
 PATIENCE_S = 60
 """For a rank to end; then all are killed."""
@@ -166,7 +166,7 @@ def listen(log: int, request: dict[str, Any]) -> None:
         if to_come and to_come[0][0] == step:
             os.kill(os.getpid(), to_come.pop(0)[1])
 
-    faults.at = at
+    fault_points.reach = at
 
 
 class ChangeLog:

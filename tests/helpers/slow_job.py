@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from gradproj import run
-from gradproj.coordinator import fault_points as faults
+from gradproj.coordinator import fault_points
 
 
 def main(folder: str, batches: str, seconds: str, *argv: str) -> int:
@@ -21,7 +21,7 @@ def main(folder: str, batches: str, seconds: str, *argv: str) -> int:
             Path(folder, str(os.getpid())).touch()
             time.sleep(float(seconds))
 
-    faults.at = at
+    fault_points.reach = at
     return run.main(list(argv))
 
 

@@ -18,7 +18,7 @@ from gradproj.job.batch_size import (
     Trial,
     choose,
     recorded_batch_tokens,
-    settle_batches,
+    resolve_batch_tokens,
     try_batches,
 )
 from gradproj.job.config import run_config
@@ -113,7 +113,7 @@ class Settings:
 
 
 def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
-    """What ``settle_batches`` needs of a rank."""
+    """What ``resolve_batch_tokens`` needs of a rank."""
     config = run_config(flags(**inputs, output_dir=tmp_path, batch_tokens="auto"), "test")
     settings = Settings(config.batch)
     layout = SimpleNamespace(rows_per_shard=16, dim=16)
@@ -125,7 +125,7 @@ def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
 
 def settle(monkeypatch, job, queue, measured, stopping=lambda: False):
     monkeypatch.setattr(probe, "try_batches", lambda *args: measured.pop())
-    return settle_batches(job, queue, None, None, stopping).batch.batch_tokens
+    return resolve_batch_tokens(job, queue, None, None, stopping).batch.batch_tokens
 
 
 def test_rank_0_measures_once_and_every_later_start_takes_its_number(inputs, tmp_path, monkeypatch, capsys):
@@ -144,7 +144,7 @@ def test_of_two_that_measure_the_first_to_publish_decides(inputs, tmp_path, monk
 
     monkeypatch.setattr(probe, "try_batches", slower)
     job, queue = waiting_rank(inputs, tmp_path, 0)
-    assert settle_batches(job, queue, None, None, lambda: False).batch.batch_tokens == 777
+    assert resolve_batch_tokens(job, queue, None, None, lambda: False).batch.batch_tokens == 777
 
 
 def test_another_rank_does_not_wait_for_what_will_not_come(inputs, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from gradproj.model.loading import load_model
 
 
 def remember(p):
-    """As ``remember_in_bfloat16`` of a matrix that is exact in it: asked of the device once, before the first unit."""
+    """As ``cache_bfloat16`` of a matrix that is exact in it: asked of the device once, before the first unit."""
     products._IN_BFLOAT16[p] = p.to(torch.bfloat16)
 
 
@@ -41,7 +41,7 @@ def some_unit():
 @pytest.fixture
 def waits_of_a_unit(tmp_path, monkeypatch):
     """``(model, chunked, **engine's) -> what in the loop over a unit's batches would wait``."""
-    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+    monkeypatch.setattr(capture, "cache_bfloat16", remember)
 
     def run(model, chunked=True, **settings):
         model = model.requires_grad_(False).to(MUTE)
@@ -183,7 +183,7 @@ def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_pat
         fetched_by.append(threading.current_thread().name)
         return [torch.zeros(x.shape, dtype=x.dtype) for x in tensors]
 
-    monkeypatch.setattr(capture, "remember_in_bfloat16", remember)
+    monkeypatch.setattr(capture, "cache_bfloat16", remember)
     monkeypatch.setattr(gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE))
     monkeypatch.setattr(gradproj.run, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)

@@ -25,7 +25,7 @@ from gradproj.coordinator.merge import merge
 from gradproj.corpus.index import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import file_sum
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recomputation_lines, recompute
 from gradproj.maintenance.verify import verify
@@ -36,7 +36,7 @@ from gradproj.store.writer import shard_chunks
 
 
 def again(output, n_rows=N_SAMPLES, seed=0, skip=None, **changes):
-    return recompute(RecordedInputs(output=str(output), device="cpu", **changes), n_rows, seed, skip)
+    return recompute(RecordedRunArgs(output=str(output), device="cpu", **changes), n_rows, seed, skip)
 
 
 def change_rows(output, unit, change):

@@ -20,7 +20,7 @@ from helpers.outputs import (
 from gradproj.coordinator.merge import merge
 from gradproj.formatting import ranges_text
 from gradproj.maintenance.job_output import read_output
-from gradproj.maintenance.verify import IdRanges, verdict_lines, verification_lines, verify
+from gradproj.maintenance.verify import BoundedRanges, verdict_lines, verification_lines, verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.unit_record import record_name
 
@@ -68,7 +68,7 @@ def test_rows_that_are_not_finite_are_listed(output):
     merge(output)
     found = verify(output)
     assert found.damage == []
-    assert found.non_finite == IdRanges(3, [[18, 20], [63, 64]])
+    assert found.non_finite == BoundedRanges(3, [[18, 20], [63, 64]])
     assert "non-finite    3 documents: ids 18-19, 63" in verification_lines(found)
 
 
@@ -125,10 +125,10 @@ def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
 
 def test_id_ranges_join_and_are_bounded(monkeypatch):
     monkeypatch.setattr("gradproj.maintenance.verify.MOST_RANGES_KEPT", 2)
-    ids = IdRanges()
+    ids = BoundedRanges()
     for start, stop in [(0, 3), (3, 4), (6, 8), (10, 20)]:
         ids.add(start, stop)
-    assert ids == IdRanges(16, [[0, 4], [6, 8]])
+    assert ids == BoundedRanges(16, [[0, 4], [6, 8]])
     assert ranges_text(ids.ranges, most=1) == "0-3, and 1 more ranges"
 
 

@@ -17,7 +17,7 @@ from gradproj.analysis import ranking as ends_module
 from gradproj.cli.query import QueryConfig, query
 from gradproj.corpus.index import build_index, list_tars, load_index, save_index
 from gradproj.job.recorded import config_from
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries
 from gradproj.store.texts import text_of
 
@@ -32,7 +32,7 @@ QUERIES = (
 
 def scores_of(output, queries, **how):
     """``(Q, N)`` by the Python interface."""
-    run = config_from(RecordedInputs(output=str(output)))
+    run = config_from(RecordedRunArgs(output=str(output)))
     with ProjectionStore(output) as store:
         return score(QueryProjector(store, run, "cpu").rows(queries).rows, store, **how)
 

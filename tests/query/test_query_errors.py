@@ -10,13 +10,13 @@ from helpers.query_command import TEXT, ask, write_queries
 
 from gradproj import ProjectionStore
 from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
-from gradproj.query import projector as rows_module
 from gradproj.coordinator.merge import merge
 from gradproj.errors import ConfigError, ModelError
 from gradproj.formatting import human_bytes
 from gradproj.job.recorded import config_from, recorded_config
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector
+from gradproj.query import projector as rows_module
 from gradproj.store.metadata import read_attributes
 from gradproj.store.writer import update_attributes, write_array
 
@@ -138,7 +138,7 @@ def test_a_store_cannot_say_that_its_checkpoint_is_trusted(output, ask, name):
     with ProjectionStore(output) as store, pytest.raises(ModelError, match=f"give --{name} here too"):
         QueryProjector(store)
     assert not getattr(recorded_config(output).model, name)
-    trusting = config_from(RecordedInputs(output=str(output), **{name: True}))
+    trusting = config_from(RecordedRunArgs(output=str(output), **{name: True}))
     assert getattr(trusting.model, name)
 
 

@@ -17,7 +17,7 @@ from gradproj.analysis import ranking as ends_module
 from gradproj.analysis import score_file as saved
 from gradproj.coordinator.merge import merge
 from gradproj.job.recorded import config_from
-from gradproj.job.recorded_args import RecordedInputs
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries
 
 assert ask
@@ -30,7 +30,7 @@ def queries(tmp_path):
 
 
 def rows_of(output, queries):
-    run = config_from(RecordedInputs(output=str(output)))
+    run = config_from(RecordedRunArgs(output=str(output)))
     with ProjectionStore(output) as store:
         return QueryProjector(store, run, "cpu").rows(read_queries(queries)).rows
 
@@ -60,9 +60,9 @@ def test_documents_of_other_domains_are_nan_in_the_file(job, queries, tmp_path, 
     ask(job.output, "--queries", queries, "--save_scores", path, "--domains", "ArXiv")
     with ProjectionStore(job.output) as store:
         of_arxiv = store.column("domain") == store.domains.index("ArXiv")
-        scored = of_arxiv & np.isin(np.arange(N_SAMPLES), ok_ids(store))
-    assert 0 < scored.sum() < N_SAMPLES - 2
-    assert (np.isnan(np.load(path)) == ~scored).all()
+        score_blocks = of_arxiv & np.isin(np.arange(N_SAMPLES), ok_ids(store))
+    assert 0 < score_blocks.sum() < N_SAMPLES - 2
+    assert (np.isnan(np.load(path)) == ~score_blocks).all()
 
 
 def test_it_is_written_in_small_parts_and_for_few_queries_at_a_time(job, queries, tmp_path, ask, monkeypatch):

@@ -10,11 +10,11 @@ from helpers.jobs import mixed_documents, run_job, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
-from gradproj.query import projector as rows_module
 from gradproj.engine.layers import find_layers
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
 from gradproj.query import EXCERPT_CHARACTERS, Query, QueryProjector
+from gradproj.query import projector as rows_module
 
 TEXT = words(9, 5)
 N_DOCUMENTS = 20

@@ -10,7 +10,7 @@ from helpers.jobs import ENVIRONMENT
 from helpers.outputs import copy_of
 from helpers.query_command import TEXT, ask, write_queries
 
-from gradproj.distributed import LET_RANK_0_SPEAK_S, Process, process_group, said_by_rank_0
+from gradproj.distributed import LET_RANK_0_SPEAK_S, Process, process_group, report_errors_from_rank_0
 from gradproj.errors import ReportedError, StoreError
 
 assert ask
@@ -67,13 +67,13 @@ def test_a_mistake_of_the_first_rank_is_said_once_while_the_others_wait_for_it(o
 def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(monkeypatch, capsys):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
-    with pytest.raises(ReportedError), said_by_rank_0(1):
+    with pytest.raises(ReportedError), report_errors_from_rank_0(1):
         raise StoreError("damaged: \x1b[2J")
     assert pauses == [LET_RANK_0_SPEAK_S]
     assert capsys.readouterr().err == "gradproj: rank 1: damaged: �[2J\n"
-    with pytest.raises(StoreError), said_by_rank_0(0):
+    with pytest.raises(StoreError), report_errors_from_rank_0(0):
         raise StoreError("damaged")
-    with pytest.raises(ReportedError), said_by_rank_0(1):
+    with pytest.raises(ReportedError), report_errors_from_rank_0(1):
         raise ReportedError
     assert capsys.readouterr().err == ""
     assert len(pauses) == 1

@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from gradproj.errors import StoreError
-from gradproj.store.append_table import ROWS_PER_CHUNK, GrowingTable
+from gradproj.store.append_table import ROWS_PER_CHUNK, AppendTable
 
 COLUMNS = {"step": (np.dtype(np.int64), None), "values": (np.dtype(np.float32), 3)}
 
@@ -27,12 +27,12 @@ def assert_holds(path, start, stop):
 def test_rows_appended_in_parts_by_several_openings_are_the_rows_appended_at_once(tmp_path):
     parts = [0, 1, 5, 5, ROWS_PER_CHUNK - 1, ROWS_PER_CHUNK + 1, 3 * ROWS_PER_CHUNK]
     for start, stop in itertools.pairwise(parts):
-        GrowingTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(start, stop))
+        AppendTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(start, stop))
         assert_holds(tmp_path / "table", 0, stop)
 
 
 def test_rows_cut_are_gone_and_others_may_follow(tmp_path):
-    table = GrowingTable(tmp_path / "table", COLUMNS, {})
+    table = AppendTable(tmp_path / "table", COLUMNS, {})
     table.append(rows(0, 10))
     table.cut(4)
     assert_holds(table.path, 0, 4)
@@ -43,7 +43,7 @@ def test_rows_cut_are_gone_and_others_may_follow(tmp_path):
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_what_a_crash_left_of_an_append_is_cut_at_the_next_opening(tmp_path, column, monkeypatch):
-    table = GrowingTable(tmp_path / "table", COLUMNS, {})
+    table = AppendTable(tmp_path / "table", COLUMNS, {})
     table.append(rows(0, 3))
     write = table._write_chunks
 
@@ -56,20 +56,20 @@ def test_what_a_crash_left_of_an_append_is_cut_at_the_next_opening(tmp_path, col
     monkeypatch.setattr(table, "_write_chunks", die)
     with pytest.raises(KeyboardInterrupt):
         table.append(rows(3, 6))
-    again = GrowingTable(tmp_path / "table", COLUMNS, {})
+    again = AppendTable(tmp_path / "table", COLUMNS, {})
     assert again.n_rows == 3
     again.append(rows(3, 5))
     assert_holds(again.path, 0, 5)
 
 
 def test_what_is_not_this_table_is_left_alone(tmp_path):
-    GrowingTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(0, 2))
+    AppendTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(0, 2))
     with pytest.raises(StoreError, match="written by a run of another kind: kind differ"):
-        GrowingTable(tmp_path / "table", COLUMNS, {"kind": "b"})
+        AppendTable(tmp_path / "table", COLUMNS, {"kind": "b"})
     zarr.create_group(str(tmp_path / "foreign"))
     with pytest.raises(StoreError, match="is a Zarr group but no table of a training run"):
-        GrowingTable(tmp_path / "foreign", COLUMNS, {})
+        AppendTable(tmp_path / "foreign", COLUMNS, {})
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is there and is not a Zarr group"):
-        GrowingTable(tmp_path / "file", COLUMNS, {})
+        AppendTable(tmp_path / "file", COLUMNS, {})
     assert_holds(tmp_path / "table", 0, 2)

@@ -22,8 +22,8 @@ from helpers.models import ragged_batch, small_model
 from torch import nn
 
 from gradproj.errors import ModelError
-from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.graddotprod import inner_products as dotproducts
+from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.graddotprod.inner_products import Dense, Vector
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
 

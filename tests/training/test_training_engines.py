@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from gradproj import ProjectionStore, per_sample_loss
 from gradproj.__main__ import main
 from gradproj.errors import ConfigError, ModelError, StoreError
-from gradproj.store.append_store import RowStore, choose_rows
+from gradproj.store.append_store import AppendStore, choose_rows
 from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model, set_dropout
@@ -241,7 +241,7 @@ def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
 def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
     """Without processes: two writers of one store, one of them ahead."""
     by_hand(tmp_path, rows_per_shard=4)[2].cleanup()
-    writers = [RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]
+    writers = [AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]
     dim = writers[0].layout.dim
     for writer, n, rank in ((writers[1], 11, 1), (writers[0], 6, 0)):
         columns = {
@@ -255,9 +255,9 @@ def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
         status, ids = store.column("status"), store.array("sample_id")
         assert ids[status == 1].tolist() == [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, *range(104, 111)]
         assert sorted(set(status.tolist())) == [0, 1, 4]
-    for rank, writer in enumerate([RowStore(tmp_path / "projections", rank, 2) for rank in range(2)]):
+    for rank, writer in enumerate([AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]):
         writer.cut(3 + rank)
-        writer.cover()
+        writer.extend()
     with ProjectionStore(tmp_path / "projections") as store:
         assert store.array("sample_id")[store.column("status") == 1].tolist() == [0, 1, 2, 100, 101, 102, 103]
 

@@ -17,8 +17,8 @@ from helpers.training_runs import config_of, make_data
 from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.__main__ import main
 from gradproj.errors import ConfigError, CorpusError, StoreError
-from gradproj.store.append_store import RowStore
-from gradproj.store.append_table import GrowingTable
+from gradproj.store.append_store import AppendStore
+from gradproj.store.append_table import AppendTable
 from gradproj.store.layout import STATUS
 from gradproj.training import GhostEngineManager, checkpoints, train
 from gradproj.training.data import batches_of, open_corpus
@@ -196,7 +196,7 @@ def columns_of(start, stop):
 def test_no_loss_of_power_takes_rows_that_a_checkpoint_counts_on(tmp_path):
     loop(tmp_path / "run", "GradProjLora", [], cleanup=False)
     folder = tmp_path / "run" / "projections"
-    store = RowStore(folder, 0, 1)
+    store = AppendStore(folder, 0, 1)
     dim = store.layout.dim
 
     def add(start, stop):
@@ -205,7 +205,7 @@ def test_no_loss_of_power_takes_rows_that_a_checkpoint_counts_on(tmp_path):
         store.flush()
 
     add(0, 5)
-    store.secure()
+    store.fsync()
     disk = Disk(folder, one_by_one=True).keep()
     with disk.recording():
         add(5, 9)
@@ -214,7 +214,7 @@ def test_no_loss_of_power_takes_rows_that_a_checkpoint_counts_on(tmp_path):
         again = tmp_path / "again"
         again.mkdir()
         put(state.tree, again)
-        RowStore(again, 0, 1).cut(5)
+        AppendStore(again, 0, 1).cut(5)
         with ProjectionStore(again) as found:
             assert found.rows(range(5))[:, 0].tolist() == [0, 1, 2, 3, 4], how
             assert found.array("step")[:5].tolist() == [0, 1, 2, 3, 4], how
@@ -228,14 +228,14 @@ def test_a_loss_of_power_takes_nothing_of_a_table_that_was_appended(tmp_path):
         steps = np.arange(start, stop)
         table.append({"step": steps, "values": np.repeat(steps[:, None], 3, 1).astype("f4")})
 
-    append(GrowingTable(tmp_path / "run" / "table", columns, {}), 0, 1022)
+    append(AppendTable(tmp_path / "run" / "table", columns, {}), 0, 1022)
     disk = Disk(tmp_path / "run", one_by_one=True).keep()
     with disk.recording():
-        append(GrowingTable(tmp_path / "run" / "table", columns, {}), 1022, 1030)
+        append(AppendTable(tmp_path / "run" / "table", columns, {}), 1022, 1030)
     counts = set()
     for how, state in disk.states.items():
         put(state.tree, tmp_path / "again")
-        table = GrowingTable(tmp_path / "again" / "table", columns, {})
+        table = AppendTable(tmp_path / "again" / "table", columns, {})
         counts.add(table.n_rows)
         assert table.read("step").tolist() == list(range(table.n_rows)), how
         assert table.read("values")[:, 2].tolist() == list(range(table.n_rows)), how

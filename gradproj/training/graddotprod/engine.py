@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradproj.engine.layers import without_wrappers
 from gradproj.errors import ConfigError, ModelError
 from gradproj.training.graddotprod.batch import DotBatch
-from gradproj.training.graddotprod.joint_batch import Joined, Joiner
+from gradproj.training.graddotprod.joint_batch import JointBatch, JointBatcher
 from gradproj.training.graddotprod.layer_rules import DotLayer, find_dot_layers
 from gradproj.training.graddotprod.ranks import Reducer
 from gradproj.training.graddotprod.shapley import learning_rates
@@ -100,7 +100,7 @@ class GradDotProdEngine:
         self.module = module
         self.accumulation, self.loss_scale = accumulation, loss_scale
         self.learning_rate = learning_rate
-        self._joiner = Joiner(val_data, loss_reduction, labels_shifted)
+        self._joiner = JointBatcher(val_data, loss_reduction, labels_shifted)
         self._inner = without_wrappers(module)
         self._layers = find_dot_layers(module)
         named = [(name, p) for name, p in self._inner.named_parameters() if p.requires_grad]
@@ -116,7 +116,7 @@ class GradDotProdEngine:
         self._held: dict[nn.Parameter, Tensor] = {}
         self._noted: tuple[int, np.ndarray] | None = None
         self._batch: DotBatch | None = None
-        self._joined: Joined | None = None
+        self._joined: JointBatch | None = None
         self._in_forward = self._prepared = False
 
     # --- on and off ---

@@ -13,7 +13,7 @@ from gradproj.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Joined:
+class JointBatch:
     """A joined batch: training rows first."""
 
     input_ids: Tensor
@@ -28,7 +28,7 @@ class Joined:
     """Times its gradient at the validation rows: that of the validation batch's mean loss per target token."""
 
 
-class Joiner:
+class JointBatcher:
     """Joins batches with validation data.
 
     Args:
@@ -47,7 +47,7 @@ class Joiner:
         if not callable(val_data):
             self._validation()  # a user's mistake comes out here
 
-    def join(self, x_train: Tensor, y_train: Tensor | None) -> Joined:
+    def join(self, x_train: Tensor, y_train: Tensor | None) -> JointBatch:
         """The batch with the validation batch below it, both padded on the right to one length.
 
         Raises:
@@ -60,7 +60,7 @@ class Joiner:
             scales = 1.0, 1 / n_val
         else:
             scales = (n_train + n_val) / max(1, n_train), (n_train + n_val) / n_val
-        return Joined(_below(x, x_val, 0), _below(y, y_val, IGNORE), len(x), *scales)
+        return JointBatch(_below(x, x_val, 0), _below(y, y_val, IGNORE), len(x), *scales)
 
     def _validation(self) -> tuple[Tensor, Tensor]:
         data = self._val_data() if callable(self._val_data) else self._val_data

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.store.append_table import GrowingTable, refuse_gap
+from gradproj.store.append_table import AppendTable, refuse_gap
 from gradproj.training.graddotprod.shapley import RunValues
 
 Row = Mapping[str, np.ndarray]
@@ -32,9 +32,9 @@ class DotRows:
         self._interval = save_interval
         self._waiting: list[Row] = []
         self._steps: set[int] = set()
-        self._table: GrowingTable | None = None
+        self._table: AppendTable | None = None
         if folder is not None:
-            self._table = GrowingTable(
+            self._table = AppendTable(
                 folder,
                 {
                     "step": (np.dtype(np.int64), None),
@@ -47,7 +47,7 @@ class DotRows:
             )
             self._go_on(self._table, resume_step)
 
-    def _go_on(self, table: GrowingTable, resume_step: int | None) -> None:
+    def _go_on(self, table: AppendTable, resume_step: int | None) -> None:
         if table.n_rows and resume_step is None:
             raise StoreError(
                 f"{table.path} has {table.n_rows} rows of another run: resume that run, or give another result_dir"
