@@ -24,27 +24,43 @@ COMMANDS = {
         "gradproj.cli.commands", "plan_command", "check the job's flags and say what it will take"
     ),
     "diagnose": Command(
-        "gradproj.job.diagnose", "diagnose_command", "rows alone, batched, padded, in float32 and bfloat16"
+        "gradproj.job.diagnose",
+        "diagnose_command",
+        "rows alone, batched, padded, in float32 and bfloat16",
     ),
-    "run": Command("gradproj.run", "run", "the job, as one rank; torchrun -m gradproj.run for several"),
+    "run": Command(
+        "gradproj.run", "run", "the job, as one rank; torchrun -m gradproj.run for several"
+    ),
     "status": Command("gradproj.cli.commands", "status_command", "how far a store is"),
     "verify": Command("gradproj.cli.commands", "verify_command", "check every checksum of a store"),
     "merge": Command(
-        "gradproj.cli.commands", "merge_command", "merge what is committed into columns and statistics"
+        "gradproj.cli.commands",
+        "merge_command",
+        "merge what is committed into columns and statistics",
     ),
-    "export": Command("gradproj.cli.commands", "export_command", "rows as the original system's .pt files"),
+    "export": Command(
+        "gradproj.cli.commands", "export_command", "rows as the original system's .pt files"
+    ),
     "tokenizer": Command(
         "gradproj.cli.training_commands", "tokenizer_command", "train a byte-level BPE on a corpus"
     ),
     "train": Command(
-        "gradproj.cli.training_commands", "train_command", "train a causal language model on a corpus"
+        "gradproj.cli.training_commands",
+        "train_command",
+        "train a causal language model on a corpus",
     ),
     "lds": Command(
-        "gradproj.evaluation.lds", "lds_command", "hold scores against retraining on parts of a small corpus"
+        "gradproj.evaluation.lds",
+        "lds_command",
+        "hold scores against retraining on parts of a small corpus",
     ),
-    "query": Command("gradproj.cli.query", "query_command", "the documents that most support a query"),
+    "query": Command(
+        "gradproj.cli.query", "query_command", "the documents that most support a query"
+    ),
     "domains": Command(
-        "gradproj.cli.domains", "domains_command", "gradients, cosines and influences of a store's domains"
+        "gradproj.cli.domains",
+        "domains_command",
+        "gradients, cosines and influences of a store's domains",
     ),
     "report": Command("gradproj.cli.report", "report_command", "one HTML page on a store"),
 }

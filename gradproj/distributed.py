@@ -4,8 +4,6 @@ The ranks meet at the start only (rank 0 checks while the others wait): nothing 
 an uneven rank can never make another time out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle
@@ -67,7 +65,7 @@ class Process:
     """Started by torchrun or the like, whose end is this process's end too."""
 
     @classmethod
-    def from_environment(cls) -> Process:
+    def from_environment(cls) -> "Process":
         """From torchrun's variables; a process without them is rank 0 of 1.
 
         Raises:
@@ -82,7 +80,9 @@ class Process:
             raise ConfigError(
                 f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job by torchrun"
             )
-        rank, world_size, local_rank, local_world_size = (int(value) for value in values if value is not None)
+        rank, world_size, local_rank, local_world_size = (
+            int(value) for value in values if value is not None
+        )
         return cls(rank, world_size, local_rank, local_world_size, launched=True)
 
 
@@ -95,14 +95,16 @@ class JobName:
     """How often the job has been started before, by torchrun or by Slurm."""
 
     @classmethod
-    def from_environment(cls) -> JobName:
+    def from_environment(cls) -> "JobName":
         """Slurm's job id (an array's element has its own), else a name of this start's own."""
         env = os.environ
         restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
             env.get("SLURM_RESTART_COUNT", 0)
         )
         if "SLURM_ARRAY_JOB_ID" in env:
-            return cls(f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}", restarts)
+            return cls(
+                f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}", restarts
+            )
         if "SLURM_JOB_ID" in env:
             return cls(f"slurm-{env['SLURM_JOB_ID']}", restarts)
         # torchrun's run id is "none" unless it was chosen, so the launcher's process tells jobs apart.
@@ -114,12 +116,17 @@ def visible_gpu_hint() -> str | None:
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return "this machine has an NVIDIA device"
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"):
-        if os.environ.get(name) not in (None, "", "-1", "0" if name == "SLURM_GPUS_ON_NODE" else ""):
+        if os.environ.get(name) not in (
+            None,
+            "",
+            "-1",
+            "0" if name == "SLURM_GPUS_ON_NODE" else "",
+        ):
             return f"{name} is set to {os.environ[name]!r}"
     return None
 
 
-def choose_device(name: str, local_rank: int) -> tuple[torch.device, str | None]:
+def choose_device(name: str, local_rank: int) -> "tuple[torch.device, str | None]":
     """The device of this rank, and a warning where ``auto`` had to take the CPU beside a GPU.
 
     Raises:
@@ -165,7 +172,9 @@ class Rendezvous:
         import torch.distributed as torch_dist
 
         self._process, self._n_values = process, 0
-        given = torch_dist.rendezvous("env://", process.rank, process.world_size, timeout=START_TIMEOUT)
+        given = torch_dist.rendezvous(
+            "env://", process.rank, process.world_size, timeout=START_TIMEOUT
+        )
         self._whole = next(iter(given))[0]
         self._store = torch_dist.PrefixStore(self._agree(uuid.uuid4().hex), self._whole)
 

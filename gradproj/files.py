@@ -3,8 +3,6 @@
 Every error a user can act on (full disk, quota, read-only, no permission) comes out as a ``StoreError``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os
@@ -41,7 +39,9 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _WAYS_OUT:
             raise
-        raise StoreError(f"cannot write {path}: {error.strerror}. {_WAYS_OUT[error.errno]}") from error
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}. {_WAYS_OUT[error.errno]}"
+        ) from error
 
 
 def crc32c(data: Any, value: int = 0) -> int:
@@ -89,7 +89,9 @@ def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str,
             Path(tmp_path).unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ESTALE:
                 # How NFS says that another machine has deleted the file: as here, it is not found.
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path)) from error
+                raise FileNotFoundError(
+                    errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path)
+                ) from error
             raise
     return {"bytes": total, "crc32c": checksum}
 
@@ -124,7 +126,9 @@ def replace_atomically(tmp_path: str | Path, final_path: str | Path) -> None:
         fsync_dir(Path(final_path).parent)
 
 
-def write_and_replace(final_path: str | Path, chunks: Iterable[Any], scratch: Path | None = None) -> None:
+def write_and_replace(
+    final_path: str | Path, chunks: Iterable[Any], scratch: Path | None = None
+) -> None:
     """Durably write a file under a temporary name (in ``scratch``) and put it in place of ``final_path``."""
     tmp_path = temporary_beside(final_path, scratch)
     write_file_durably(tmp_path, chunks)
@@ -137,7 +141,9 @@ def fsync_dir(path: str | Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such operation, and need none
+        if (
+            error.errno != errno.EINVAL
+        ):  # some network file systems have no such operation, and need none
             raise
     finally:
         os.close(descriptor)

@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 from gradproj.errors import ConfigError
 
 
-def parse(argv: list[str], prog: str, *sections: type, description: str | None = None) -> tuple[Any, ...]:
+def parse(
+    argv: list[str], prog: str, *sections: type, description: str | None = None
+) -> tuple[Any, ...]:
     """Build the dataclasses ``sections`` from flags, and from ``--config FILE.toml`` where a flag is not given.
 
     Raises:
@@ -26,7 +28,9 @@ def parse(argv: list[str], prog: str, *sections: type, description: str | None =
             one that a dataclass refuses.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.toml", help="flat TOML file; its keys are the flags' names")
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="flat TOML file; its keys are the flags' names"
+    )
     fields = {flag_of(f): f for section in sections for f in dataclasses.fields(section)}
     for flag, f in fields.items():
         _add_flag(parser, flag, f)
@@ -40,7 +44,13 @@ def parse(argv: list[str], prog: str, *sections: type, description: str | None =
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given; --help lists all flags")
     return tuple(
-        section(**{f.name: values[flag_of(f)] for f in dataclasses.fields(section) if flag_of(f) in values})
+        section(
+            **{
+                f.name: values[flag_of(f)]
+                for f in dataclasses.fields(section)
+                if flag_of(f) in values
+            }
+        )
         for section in sections
     )
 
@@ -58,7 +68,9 @@ class _Parser(argparse.ArgumentParser):
 def _add_flag(parser: argparse.ArgumentParser, flag: str, f: dataclasses.Field) -> None:
     kind, repeated = _kind(f)
     default = (
-        "" if _is_required(f) or f.default in (None, "", ()) else f" (default: {in_words(f, f.default)})"
+        ""
+        if _is_required(f) or f.default in (None, "", ())
+        else f" (default: {in_words(f, f.default)})"
     )
     options: dict[str, Any] = {
         "help": f.metadata.get("help", "").replace("%", "%%") + default,
@@ -92,7 +104,9 @@ def _reader_of(kind: type, words: dict[str, Any]) -> Callable[[str], Any]:
 
 def in_words(f: dataclasses.Field, value: Any) -> Any:
     """A field's value as it is written in a file or on a command line: the word that stands for it, if any does."""
-    return next((word for word, meant in f.metadata.get("words", {}).items() if meant == value), value)
+    return next(
+        (word for word, meant in f.metadata.get("words", {}).items() if meant == value), value
+    )
 
 
 def _kind(f: dataclasses.Field) -> tuple[type, bool]:
@@ -124,7 +138,9 @@ def _is_required(f: dataclasses.Field) -> bool:
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name.split("=")[0], known, n=1)
-    return f"unknown flag {name!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags")
+    return f"unknown flag {name!r}" + (
+        f"; did you mean {near[0]}?" if near else "; --help lists all flags"
+    )
 
 
 def _read_toml(path: Path, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:

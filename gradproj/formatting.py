@@ -91,7 +91,9 @@ T = TypeVar("T")
 def shown(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
     """``items``, with their progress on standard error: a bar on a terminal, else a line every 10 s."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True)
+        yield from tqdm(
+            items, total=total, desc=label, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True
+        )
         return
     started = shown_at = time.monotonic()
     for done, item in enumerate(items, 1):

@@ -88,14 +88,18 @@ def settings_for_all(argv: list[str], process: Process) -> RunConfig:
 def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
     """This rank's share of what is left; whether the store is complete then."""
     plan, progress = job.plan, Progress()
-    queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop)
+    queue = UnitQueue(
+        plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop
+    )
     with Heartbeat(plan.output / "heartbeats", job.owner, progress):
         try:
             with queue.deletions_explained():
                 compute(job, queue, device, stop, progress)
                 queue.guard.check()
                 wait = job.owner.rank == 0
-                return finish(plan.output, queue.claims, wait=wait, stopping=stop, progress=progress)
+                return finish(
+                    plan.output, queue.claims, wait=wait, stopping=stop, progress=progress
+                )
         except GradprojError as error:
             if not isinstance(error, (Stopped, ReportedError, StoreReplaced)):
                 note_failure(plan.output, job.owner, error)
@@ -104,7 +108,9 @@ def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
             queue.release()
 
 
-def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress) -> None:
+def compute(
+    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress
+) -> None:
     """Work through the units that this rank can claim."""
     plan = job.plan
     if len(queue.pending()):
@@ -120,7 +126,9 @@ def compute(job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest,
         stop.drain()
         with compiler_errors_explained(), engine, progress_display(job), Writer() as writer:
             if own.compile:
-                print_compiled(job.owner.rank, compile_now(model, engine, plan.config.batch.max_length))
+                print_compiled(
+                    job.owner.rank, compile_now(model, engine, plan.config.batch.max_length)
+                )
             settings = resolve_batch_tokens(job, queue, model, engine, stop)
             stop.drain()
             reader = UnitReader(plan.index, tokenizer, settings, stop)
@@ -168,7 +176,9 @@ def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:
 def progress_display(job: Job) -> ProgressDisplay:
     """Rank 0 shows the whole job; the others show nothing."""
     plan = job.plan
-    return ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=job.owner.rank == 0)
+    return ProgressDisplay(
+        plan.output, plan.layout, plan.wanted, job.owner, visible=job.owner.rank == 0
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,14 @@ import torch
 import torch.distributed as torch_dist
 
 from gradproj import distributed as dist
-from gradproj.distributed import JobName, Process, Rendezvous, choose_device, launcher_died, launcher_rank
+from gradproj.distributed import (
+    JobName,
+    Process,
+    Rendezvous,
+    choose_device,
+    launcher_died,
+    launcher_rank,
+)
 from gradproj.errors import ConfigError, ReportedError
 
 
@@ -95,7 +102,9 @@ def test_auto_beside_a_visible_gpu_says_loudly_that_it_takes_the_cpu(monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     device, warning = choose_device("auto", 0)
     assert device == torch.device("cpu")
-    assert warning.startswith("WARNING: running on the CPU although CUDA_VISIBLE_DEVICES is set to '0,1'")
+    assert warning.startswith(
+        "WARNING: running on the CPU although CUDA_VISIBLE_DEVICES is set to '0,1'"
+    )
 
 
 def test_cuda_without_a_gpu_is_an_error(monkeypatch):
@@ -141,7 +150,9 @@ def store(monkeypatch):
 def on_all_ranks(world_size, action):
     """What ``action`` gives on each rank, in threads."""
     with ThreadPoolExecutor(world_size) as pool:
-        ranks = [Process(rank, world_size, rank, world_size, launched=True) for rank in range(world_size)]
+        ranks = [
+            Process(rank, world_size, rank, world_size, launched=True) for rank in range(world_size)
+        ]
         return list(pool.map(action, ranks))
 
 

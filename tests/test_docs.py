@@ -34,7 +34,9 @@ def here(tmp_path, monkeypatch):
 
 def test_the_ten_lines_for_a_loop_of_ones_own_and_the_lines_that_read_its_store(here):
     model = small_model("gpt2").train()
-    batches = [(*ragged_batch([5, 9, 7], seed=i), [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(4)]
+    batches = [
+        (*ragged_batch([5, 9, 7], seed=i), [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(4)
+    ]
     names = {"model": model, "batches": batches, "optimizer": torch.optim.AdamW(model.parameters())}
     exec(code_with("for step, (ids, labels, sample_ids)"), names)
     exec(code_with('array("sample_id")'), names)
@@ -51,7 +53,10 @@ def test_the_lines_for_a_trainer(here):
         output_dir=str(here / "trainer"), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[],
         save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    exec(code_with("Trainer("), {"model": small_model("gpt2"), "dataset": dataset, "arguments": arguments})
+    exec(
+        code_with("Trainer("),
+        {"model": small_model("gpt2"), "dataset": dataset, "arguments": arguments},
+    )
     with ProjectionStore(here / "watched" / "projections") as store:
         assert store.array("step").tolist() == [1, 1, 2, 2]
 

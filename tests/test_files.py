@@ -45,12 +45,16 @@ def test_a_link_whose_answer_was_lost_counts_as_published(tmp_path):
 
 def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
     (tmp_path / "x").symlink_to("/dev/full")
-    with pytest.raises(StoreError, match=r"cannot write .*/x: No space left on device\. Free space there"):
+    with pytest.raises(
+        StoreError, match=r"cannot write .*/x: No space left on device\. Free space there"
+    ):
         write_file_durably(tmp_path / "x", [b"data"])
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(tmp_path, monkeypatch):
+def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(
+    tmp_path, monkeypatch
+):
     def stale(handle):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -76,7 +80,10 @@ def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(tm
     ],
 )
 def test_the_systems_refusals_name_the_path_and_the_way_out(code, message):
-    with pytest.raises(StoreError, match=rf"cannot write out/x: .*{message}"), explain_os_errors("out/x"):
+    with (
+        pytest.raises(StoreError, match=rf"cannot write out/x: .*{message}"),
+        explain_os_errors("out/x"),
+    ):
         raise OSError(code, os.strerror(code))
 
 

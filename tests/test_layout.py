@@ -67,7 +67,9 @@ def test_imports_go_one_way(path):
     for name in imports_of(path):
         parts = name.split(".")
         if parts[0] == "gradproj" and len(parts) > 1 and parts[1] != stage and stage != "__init__":
-            assert LEVEL_OF[parts[1]] < LEVEL_OF[stage], f"{stage} imports {parts[1]}, which is not below it"
+            assert LEVEL_OF[parts[1]] < LEVEL_OF[stage], (
+                f"{stage} imports {parts[1]}, which is not below it"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -81,7 +83,11 @@ def test_each_outside_library_has_its_one_place(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_dist_reads_the_environment_and_only_the_engine_registers_hooks(path):
-    names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
     stage = stage_of(path)
     if stage not in ("distributed", "kernels", "training"):
         assert not names & {"environ", "getenv"}

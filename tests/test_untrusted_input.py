@@ -60,7 +60,14 @@ sys.exit(main(sys.argv[2:]))
 
 def nested(depth: int) -> bytes:
     """A document whose JSON is ``depth`` deep."""
-    return b'{"text": "' + words(8, 2).encode() + b'", "a": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+    return (
+        b'{"text": "'
+        + words(8, 2).encode()
+        + b'", "a": '
+        + b"[" * (depth - 1)
+        + b"]" * (depth - 1)
+        + b"}"
+    )
 
 
 DOCUMENTS = [
@@ -199,8 +206,12 @@ def load_all(model: Path, **settings: bool) -> set[str]:
     # The classes of a type that transformers knows are taken instead of the checkpoint's own.
     [("evil", {"config", "tokenizer", "skeleton", "model"}), ("llama", {"tokenizer"})],
 )
-def test_code_in_a_checkpoint_runs_only_where_the_user_says_so(model_type, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_code_in_a_checkpoint_runs_only_where_the_user_says_so(
+    model_type, refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.setattr(sys, "path", [*sys.path])
     mark = tmp_path / "mark"
     model = with_code(make_model(tmp_path / "model"), mark, model_type)
@@ -282,7 +293,9 @@ nothing of a corpus, a checkpoint or a store comes that way."""
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
     """Every call, by what is called as it is written."""
     return [
-        (ast.unparse(n.func), n) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+        (ast.unparse(n.func), n)
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call)
     ]
 
 
@@ -311,8 +324,12 @@ def unsafe(name: str, call: ast.Call) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SOURCES[0].parent)))
 def test_nothing_is_unpickled_evaluated_or_run_through_a_shell(path):
     tree = ast.parse(path.read_text())
-    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported = {
+        a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
+    imported |= {
+        (n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+    }
     assert imported & UNPICKLERS == ({"pickle"} if path.name == SPEAKS_TO_ITS_OWN_RANKS else set())
     assert [(name, call.lineno) for name, call in calls_in(path) if unsafe(name, call)] == []
 

@@ -3,8 +3,6 @@
 Everything is float64. ``c`` times the mean of the diagonal is what damping adds to a matrix's diagonal.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +23,7 @@ class Inverse(Protocol):
     def self_products(self, x: Tensor) -> Tensor:
         """``x C^-1 x^T`` of every row: ``(n, D)`` -> ``(n,)``."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Inverse:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Inverse":
         """The same for rows of one device and precision: else every block of a scan moves the matrices anew."""
 
 
@@ -48,7 +46,7 @@ class Kronecker:
     a: Tensor
     """``(k_i, k_i)``, a mean over tokens."""
 
-    def damped(self, c: float, name: str) -> KroneckerInverse:
+    def damped(self, c: float, name: str) -> "KroneckerInverse":
         return KroneckerInverse(
             inverse_root(self.s, c, f"the token covariance of {name}'s output gradients"),
             inverse_root(self.a, c, f"the token covariance of {name}'s inputs"),
@@ -64,7 +62,7 @@ class Dense:
 
     moment: Tensor
 
-    def damped(self, c: float, name: str) -> DenseInverse:
+    def damped(self, c: float, name: str) -> "DenseInverse":
         return DenseInverse(inverse_root(self.moment, c, f"the second moment of {name}'s rows"))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,7 +85,7 @@ class Truncated:
     mean_diagonal: Tensor
     """Scalar, of the whole second moment."""
 
-    def damped(self, c: float, name: str) -> TruncatedInverse:
+    def damped(self, c: float, name: str) -> "TruncatedInverse":
         d = c * self.mean_diagonal.item()
         if d <= 0 < self.mean_diagonal.item():
             raise ConfigError(
@@ -108,7 +106,11 @@ class Truncated:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"directions": self.directions, "values": self.values, "mean_diagonal": self.mean_diagonal}
+        return {
+            "directions": self.directions,
+            "values": self.values,
+            "mean_diagonal": self.mean_diagonal,
+        }
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class KroneckerInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(self._whitened(x), dim=(1, 2)).square()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> KroneckerInverse:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "KroneckerInverse":
         return KroneckerInverse(self.root_s.to(device, dtype), self.root_a.to(device, dtype))
 
     def _whitened(self, x: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class DenseInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(linear(x, self.root.to(x)), dim=1).square()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> DenseInverse:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "DenseInverse":
         return DenseInverse(self.root.to(device, dtype))
 
 
@@ -166,10 +168,14 @@ class TruncatedInverse:
     def self_products(self, x: Tensor) -> Tensor:
         # Not |x|^2 less the share along U: that is a small difference of large numbers.
         along, across = self._split(x)
-        return (along.square() / self.along.to(x)).sum(1) + across.square().sum(1) / (self.across or 1)
+        return (along.square() / self.along.to(x)).sum(1) + across.square().sum(1) / (
+            self.across or 1
+        )
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> TruncatedInverse:
-        return TruncatedInverse(self.directions.to(device, dtype), self.along.to(device, dtype), self.across)
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TruncatedInverse":
+        return TruncatedInverse(
+            self.directions.to(device, dtype), self.along.to(device, dtype), self.across
+        )
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.across == 0:  # no row has anything here
@@ -240,7 +246,10 @@ class TruncatedSum:
 
     def join(self, share: Share) -> None:
         """Add the other ranks' directions, in the same order on all."""
-        trace, every = share.total(self._trace).clone(), share.gathered(self._largest(self._kept).cpu())
+        trace, every = (
+            share.total(self._trace).clone(),
+            share.gathered(self._largest(self._kept).cpu()),
+        )
         self._kept = self._kept[:0]
         for kept in every:
             self.add(kept.to(self._kept.device))
@@ -254,7 +263,9 @@ class TruncatedSum:
         real = norms > 1e-7 * norms.max() if len(norms) else norms > 0
         directions = kept[real] / norms[real, None]
         return Truncated(
-            directions.cpu().contiguous(), (norms[real].square() / max(n_rows, 1)).cpu(), mean_diagonal.cpu()
+            directions.cpu().contiguous(),
+            (norms[real].square() / max(n_rows, 1)).cpu(),
+            mean_diagonal.cpu(),
         )
 
     def _largest(self, rows: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What a store's domains have to do with each other: mean gradients, their cosines and influences, facts of each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -104,7 +102,8 @@ class DomainSums:
         """The next block of the scan."""
         first, last = block.first, block.first + len(block.ok)
         columns = {
-            name: self._store.column(name, first, last)[block.ok] for name in ("domain", "loss", "n_tokens")
+            name: self._store.column(name, first, last)[block.ok]
+            for name in ("domain", "loss", "n_tokens")
         }
         ids, rows, domain = block.ids(), block.ok_rows(), columns["domain"].astype(np.int64)
         self._store.check_domains(domain)

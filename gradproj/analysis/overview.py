@@ -1,7 +1,5 @@
 """What one scan of a store shows at once: its domains' matrix, and the documents that stand out by self-influence."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -51,7 +49,9 @@ def overview(store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]) ->
             n_read += int(torch.isfinite(norms).sum())
         if has_own:
             found = self_products(block.ok_rows(), preconditioner)
-            there = torch.isfinite(found).cpu().numpy()  # a shard may be gone whose rows are recorded as ok
+            there = (
+                torch.isfinite(found).cpu().numpy()
+            )  # a shard may be gone whose rows are recorded as ok
             ids = np.concatenate([ids, block.ids()[there]])
             values = np.concatenate([values, found.cpu().numpy()[there]])
             order = np.argsort(-values, kind="stable")[:k]

@@ -1,7 +1,5 @@
 """``Preconditioner``: a store's inverse curvature by layer; fitted in at most one scan, kept beside the store."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +89,7 @@ class Preconditioner:
         together: bool = False,
         device: str | torch.device = "cpu",
         progress: bool = False,
-    ) -> Preconditioner:
+    ) -> "Preconditioner":
         """Measure a store's curvature.
 
         ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job summed; no row is
@@ -116,9 +114,13 @@ class Preconditioner:
             StoreError: the store holds no covariances, or no row.
         """
         if kind not in KINDS:
-            raise ConfigError(f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}")
+            raise ConfigError(
+                f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}"
+            )
         if joint and kind == "kfac":
-            raise ConfigError("joint is for kind second_moment: Kronecker factors are of one layer each")
+            raise ConfigError(
+                "joint is for kind second_moment: Kronecker factors are of one layer each"
+            )
         if largest_width < 1 or directions < 1:
             raise ConfigError(
                 f"largest_width and directions must be at least 1, got {largest_width} and {directions}"
@@ -130,36 +132,52 @@ class Preconditioner:
         else:
             widths = _widths(store, names, joint)
             sums = _sums(widths, largest_width, directions, torch.device(device))
-            n_rows = _sum_rows(store, names, sums, Share.of(together), torch.device(device), progress)
-            parts = [_Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()]
-        settings = {"kind": kind, "damping": damping, "layers": names, "n_rows": n_rows, "joint": joint}
+            n_rows = _sum_rows(
+                store, names, sums, Share.of(together), torch.device(device), progress
+            )
+            parts = [
+                _Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()
+            ]
+        settings = {
+            "kind": kind,
+            "damping": damping,
+            "layers": names,
+            "n_rows": n_rows,
+            "joint": joint,
+        }
         fitted = cls({**settings, "store": identity_of(store)}, parts)
         return fitted if damping == "auto" else fitted.ready()
 
-    def ready(self) -> Preconditioner:
+    def ready(self) -> "Preconditioner":
         """Itself, factorized now; ``ConfigError`` where a matrix has no inverse with this damping."""
         _ = self._inverses
         return self
 
-    def with_damping(self, damping: float | str) -> Preconditioner:
+    def with_damping(self, damping: float | str) -> "Preconditioner":
         """The same curvature, damped otherwise: no scan."""
         _checked_damping(damping)
         if damping == self.damping:
             return self
         return Preconditioner({**self._settings, "damping": damping}, self._parts)
 
-    def for_layers(self, layers: Sequence[str]) -> Preconditioner:
+    def for_layers(self, layers: Sequence[str]) -> "Preconditioner":
         """The part of some layers, in that order; ``ConfigError`` where it holds no such part."""
         if list(layers) == self.layers:
             return self
         parts = {part.name: part for part in self._parts}
         lost = [name for name in layers if name not in parts]
         if lost:
-            what = "one matrix over all its layers" if self._settings["joint"] else f"no layer {lost[0]!r}"
+            what = (
+                "one matrix over all its layers"
+                if self._settings["joint"]
+                else f"no layer {lost[0]!r}"
+            )
             raise ConfigError(
                 f"this preconditioner has {what}; its layers are {', '.join(self.layers)}. Fit one for the layers asked"
             )
-        return Preconditioner({**self._settings, "layers": list(layers)}, [parts[name] for name in layers])
+        return Preconditioner(
+            {**self._settings, "layers": list(layers)}, [parts[name] for name in layers]
+        )
 
     def solve(self, rows: Tensor) -> Tensor:
         """``rows C^-1``: ``(n, W)`` -> ``(n, W)``, in the rows' precision and on their device."""
@@ -168,7 +186,9 @@ class Preconditioner:
 
     def self_products(self, rows: Tensor) -> Tensor:
         """``row C^-1 row^T``: ``(n, W)`` -> ``(n,)``; never negative."""
-        products = [i.self_products(x) for i, x in zip(self._inverses, self._split(rows), strict=True)]
+        products = [
+            i.self_products(x) for i, x in zip(self._inverses, self._split(rows), strict=True)
+        ]
         return torch.stack(products).sum(0)
 
     def by_part(self) -> list[tuple[int, int, Inverse]]:
@@ -176,7 +196,7 @@ class Preconditioner:
         stops = list(accumulate(part.width for part in self._parts))
         return list(zip([0, *stops[:-1]], stops, self._inverses, strict=True))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Preconditioner:
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Preconditioner":
         """The same, ready for many rows of one device and precision; other rows are served as well."""
         moved = copy.copy(self)
         moved._inverses = [inverse.to(device, dtype) for inverse in self._inverses]
@@ -196,7 +216,7 @@ class Preconditioner:
     @classmethod
     def load(
         cls, store: ProjectionStore, kind: str = "kfac", path: str | Path | None = None
-    ) -> Preconditioner:
+    ) -> "Preconditioner":
         """What ``save`` kept, for the same store.
 
         Raises:
@@ -206,7 +226,9 @@ class Preconditioner:
         settings, curvatures = read_curvature(path)
         refuse_other_store(settings["store"], store, str(path))
         widths = _widths(store, settings["layers"], settings["joint"])
-        return cls(settings, [_Part(name, width, curvatures[name]) for name, width in widths.items()])
+        return cls(
+            settings, [_Part(name, width, curvatures[name]) for name, width in widths.items()]
+        )
 
     def _damping_of(self, part: _Part) -> float:
         if isinstance(self.damping, str):
@@ -216,14 +238,18 @@ class Preconditioner:
     def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
         widths = [part.width for part in self._parts]
         if rows.dim() != 2 or rows.shape[1] != sum(widths):
-            raise ConfigError(f"rows are {tuple(rows.shape)}; this preconditioner takes (n, {sum(widths)})")
+            raise ConfigError(
+                f"rows are {tuple(rows.shape)}; this preconditioner takes (n, {sum(widths)})"
+            )
         return rows.split(widths, dim=1)
 
 
 def _checked_damping(damping: float | str) -> None:
     known = damping == "auto" if isinstance(damping, str) else 0 <= damping < float("inf")
     if not known:
-        raise ConfigError(f"damping is {damping!r}; give auto or a number, 0 or more (0.01 to 1 are usual)")
+        raise ConfigError(
+            f"damping is {damping!r}; give auto or a number, 0 or more (0.01 to 1 are usual)"
+        )
 
 
 def _path_of(store: ProjectionStore, kind: str) -> Path:
@@ -245,7 +271,9 @@ def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[
     """Each layer's mean token covariances, and the number of tokens."""
     n_tokens = store.attributes.get("covariance_tokens") or 0
     if not isinstance(n_tokens, int) or n_tokens < 0:
-        raise _damaged(store, f"its attribute covariance_tokens is {n_tokens!r}, no number of tokens")
+        raise _damaged(
+            store, f"its attribute covariance_tokens is {n_tokens!r}, no number of tokens"
+        )
     if not n_tokens:
         raise StoreError(
             f"{store.path} has no token covariances, which kfac is made of: they are written when its units are "
@@ -255,7 +283,8 @@ def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[
     s = _squares(store, "token_covariance_s", [layer.k_o for layer in store.layers])
     a = _squares(store, "token_covariance_a", [layer.k_i for layer in store.layers])
     factors = {
-        layer.name: Kronecker(s[n] / n_tokens, a[n] / n_tokens) for n, layer in enumerate(store.layers)
+        layer.name: Kronecker(s[n] / n_tokens, a[n] / n_tokens)
+        for n, layer in enumerate(store.layers)
     }
     widths = _widths(store, layers, joint=False)
     return [_Part(name, width, factors[name]) for name, width in widths.items()], n_tokens
@@ -269,10 +298,16 @@ def _squares(store: ProjectionStore, array: str, sides: Sequence[int]) -> list[T
         StoreError: it is gone or damaged: no sum of squares is such a matrix.
     """
     flat = store.array(array).astype(np.float64)
-    if flat.shape != (sum(side**2 for side in sides),) or not np.isfinite(flat).all() or not flat.any():
+    if (
+        flat.shape != (sum(side**2 for side in sides),)
+        or not np.isfinite(flat).all()
+        or not flat.any()
+    ):
         raise _damaged(store, f"{array} does not hold the layers' finite sums")
     parts = np.split(flat, np.cumsum([side**2 for side in sides])[:-1])
-    matrices = [torch.from_numpy(part.reshape(side, side)) for part, side in zip(parts, sides, strict=True)]
+    matrices = [
+        torch.from_numpy(part.reshape(side, side)) for part, side in zip(parts, sides, strict=True)
+    ]
     for layer, matrix in zip(store.layers, matrices, strict=True):
         if not _may_be_sum_of_squares(matrix):
             raise _damaged(store, f"{array} holds no token covariance of {layer.name}")
@@ -283,7 +318,9 @@ def _may_be_sum_of_squares(matrix: Tensor) -> bool:
     """Whether it is, to rounding, symmetric and keeps to Cauchy and Schwarz; a flipped bit breaks that mostly."""
     diagonal = matrix.diagonal()
     rounding = _ROUNDING * diagonal.max()
-    most = (diagonal.clamp(min=0)[:, None] * diagonal.clamp(min=0)).sqrt() * (1 + _ROUNDING) + rounding
+    most = (diagonal.clamp(min=0)[:, None] * diagonal.clamp(min=0)).sqrt() * (
+        1 + _ROUNDING
+    ) + rounding
     is_bounded = bool((matrix.abs() <= most).all()) and bool((diagonal >= -rounding).all())
     return is_bounded and bool(((matrix - matrix.T).abs() <= _ROUNDING * most + rounding).all())
 
@@ -301,7 +338,9 @@ def _sums(
     widths: dict[str, int], largest_width: int, directions: int, device: torch.device
 ) -> dict[str, DenseSum | TruncatedSum]:
     return {
-        name: DenseSum(width, device) if width <= largest_width else TruncatedSum(width, directions, device)
+        name: DenseSum(width, device)
+        if width <= largest_width
+        else TruncatedSum(width, directions, device)
         for name, width in widths.items()
     }
 

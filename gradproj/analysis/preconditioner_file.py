@@ -1,7 +1,5 @@
 """A preconditioner's file beside its store: the curvature, the settings, and which store they are of."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -48,16 +46,22 @@ def refuse_other_store(recorded: Mapping[str, Any], store: ProjectionStore, what
             for name in names
         ]
         raise StoreError(
-            f"{what} is not of {store.path}: it was fitted on another store\n" + "\n".join(lines) + "\n"
+            f"{what} is not of {store.path}: it was fitted on another store\n"
+            + "\n".join(lines)
+            + "\n"
             "Fit one on this store."
         )
 
 
 def _short(value: Any) -> str:
-    return f"{len(value)} layers ({value[0]['name']}, ...)" if isinstance(value, list) else repr(value)
+    return (
+        f"{len(value)} layers ({value[0]['name']}, ...)" if isinstance(value, list) else repr(value)
+    )
 
 
-def write_curvature(path: Path, settings: dict[str, Any], curvatures: Mapping[str, Curvature]) -> None:
+def write_curvature(
+    path: Path, settings: dict[str, Any], curvatures: Mapping[str, Curvature]
+) -> None:
     """Publish the file whole or not at all."""
     tensors = {
         f"{part}/{name}": tensor.contiguous()
@@ -65,7 +69,11 @@ def write_curvature(path: Path, settings: dict[str, Any], curvatures: Mapping[st
         for name, tensor in curvature.tensors().items()
     }
     said = json.dumps(settings)
-    about = {"format_version": str(FORMAT_VERSION), "settings": said, "crc32c": _checksum(said, tensors)}
+    about = {
+        "format_version": str(FORMAT_VERSION),
+        "settings": said,
+        "crc32c": _checksum(said, tensors),
+    }
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_and_replace(path, [save(tensors, about)])
@@ -104,7 +112,9 @@ def read_curvature(path: Path) -> tuple[dict[str, Any], dict[str, Curvature]]:
             part, _, name = key.rpartition("/")
             parts.setdefault(part, {})[name] = tensor
         settings = json.loads(about["settings"])
-        return settings, {part: _TYPES[frozenset(tensors)](**tensors) for part, tensors in parts.items()}
+        return settings, {
+            part: _TYPES[frozenset(tensors)](**tensors) for part, tensors in parts.items()
+        }
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({error}): delete it and fit the preconditioner again"

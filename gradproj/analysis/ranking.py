@@ -1,7 +1,5 @@
 """The documents with the highest and the lowest scores, for one damping or several."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +122,9 @@ def rank_and_save_scores(
 def _ends_of(
     file: ScoresFile, shape: tuple[int, int], n_top: int, n_bottom: int
 ) -> tuple[TopDocuments, TopDocuments]:
-    best = {sign: TopK(shape[0], k, torch.device("cpu")) for sign, k in ((1, n_top), (-1, n_bottom))}
+    best = {
+        sign: TopK(shape[0], k, torch.device("cpu")) for sign, k in ((1, n_top), (-1, n_bottom))
+    }
     n_scored = 0
     for first, values in file.blocks():
         n_scored += int((~np.isnan(values).any(axis=0)).sum())
@@ -154,7 +154,9 @@ def _in_parts(
 
 
 def _joined(parts: Sequence[TopDocuments]) -> TopDocuments:
-    ids, scores = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "scores"))
+    ids, scores = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "scores")
+    )
     return TopDocuments(ids, scores, parts[0].n_scored)
 
 
@@ -167,6 +169,8 @@ def in_common(answers: Sequence[Ranking]) -> np.ndarray:
     shares = np.ones((len(lists), len(lists)))
     for i, one in enumerate(lists):
         for j, other in enumerate(lists):
-            both = [len(np.intersect1d(a, b)) / max(len(a), 1) for a, b in zip(one, other, strict=True)]
+            both = [
+                len(np.intersect1d(a, b)) / max(len(a), 1) for a, b in zip(one, other, strict=True)
+            ]
             shares[i, j] = np.mean(both)
     return shares

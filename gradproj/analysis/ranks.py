@@ -1,7 +1,5 @@
 """Ranks that answer one question together: each scans its share of the units, and all get the whole answer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,7 @@ class Share:
     world_size: int = 1
 
     @classmethod
-    def of(cls, together: bool) -> Share:
+    def of(cls, together: bool) -> "Share":
         """What ``torch.distributed`` says, where the ranks are to work together; else all of it alone.
 
         Raises:

@@ -1,7 +1,5 @@
 """Rows of a store as tensors on a device, a block at a time: what every analysis is a loop over."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +33,11 @@ class Block:
 
     def ok_rows(self) -> Tensor:
         """Rows that take part, ``(m, W)``."""
-        return self.rows if self.ok.all() else self.rows[torch.from_numpy(self.ok).to(self.rows.device)]
+        return (
+            self.rows
+            if self.ok.all()
+            else self.rows[torch.from_numpy(self.ok).to(self.rows.device)]
+        )
 
 
 def scan_blocks(
@@ -100,7 +102,11 @@ def progress_bar(store: ProjectionStore, label: str | None, start: int, stop: in
 
 
 def _decoded(
-    store: ProjectionStore, layers: Sequence[str] | None, height: int | None, start: int, stop: int | None
+    store: ProjectionStore,
+    layers: Sequence[str] | None,
+    height: int | None,
+    start: int,
+    stop: int | None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Rows decoded by the processor."""
     for ids, rows in store.scan(height, layers, start, stop):

@@ -1,7 +1,5 @@
 """What a scan is asked: the scores and what they mean, the settings, and the queries made ready for the rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -76,18 +74,24 @@ class Scan:
 
     @classmethod
     def alone(
-        cls, store: ProjectionStore, how: ScanOptions, what: str, scores: Sequence[str] = tuple(MEANINGS)
-    ) -> Scan:
+        cls,
+        store: ProjectionStore,
+        how: ScanOptions,
+        what: str,
+        scores: Sequence[str] = tuple(MEANINGS),
+    ) -> "Scan":
         """As ``of``, for answers that one process gives, and for these scores only."""
         if how.get("together"):
             raise ConfigError(f"{what} has no together; top_k, bottom_k and top_and_bottom have")
         kind = how.get("score", DEFAULT_SCORE)
         if kind in MEANINGS and kind not in scores:
-            raise ConfigError(f"{what} is not made of score {kind!r}; take one of {', '.join(scores)}")
+            raise ConfigError(
+                f"{what} is not made of score {kind!r}; take one of {', '.join(scores)}"
+            )
         return cls.of(store, how)
 
     @classmethod
-    def of(cls, store: ProjectionStore, how: ScanOptions) -> Scan:
+    def of(cls, store: ProjectionStore, how: ScanOptions) -> "Scan":
         """Check the settings; fit the preconditioner where the score needs one and none is given."""
         known = set(ScanOptions.__annotations__)
         if set(how) - known:
@@ -95,7 +99,10 @@ class Scan:
         kind = how.get("score", DEFAULT_SCORE)
         if kind not in MEANINGS:
             raise ConfigError(f"score is {kind!r}; choose one of {', '.join(MEANINGS)}")
-        layers, device = chosen_layers(store, how.get("layers")), torch.device(how.get("device", "cpu"))
+        layers, device = (
+            chosen_layers(store, how.get("layers")),
+            torch.device(how.get("device", "cpu")),
+        )
         found = _preconditioner(store, kind, layers, device, how)
         return cls(store, kind, found, layers, how, device, Share.of(how.get("together", False)))
 
@@ -127,11 +134,13 @@ class Scan:
             *samples,
         )
 
-    def question(self, query_rows: Rows) -> PreparedQueries:
+    def question(self, query_rows: Rows) -> "PreparedQueries":
         """What the rows are multiplied with."""
         queries = _of_layers(queries_of(query_rows), self.store, self.layers)
         if not np.isfinite(_largest(queries)).all():
-            raise ConfigError("a query's row has a value that is not finite: its text has no gradient")
+            raise ConfigError(
+                "a query's row has a value that is not finite: its text has no gradient"
+            )
         if self.preconditioner is not None:
             queries = self.preconditioner.solve(queries.double())
         elif self.score == "cosine":
@@ -146,7 +155,11 @@ class Scan:
 
     def for_rows(self) -> Preconditioner | None:
         """The preconditioner in the precision and on the device of the rows."""
-        return None if self.preconditioner is None else self.preconditioner.to(self.device, torch.float32)
+        return (
+            None
+            if self.preconditioner is None
+            else self.preconditioner.to(self.device, torch.float32)
+        )
 
 
 def _preconditioner(
@@ -172,10 +185,14 @@ def _preconditioner(
         ).ready()
     wanted = {"kfac": "kfac", "preconditioned": "second_moment"}.get(kind, given.kind)
     if given.kind != wanted:
-        raise ConfigError(f"score {kind!r} takes a preconditioner of kind {wanted}, this one is {given.kind}")
+        raise ConfigError(
+            f"score {kind!r} takes a preconditioner of kind {wanted}, this one is {given.kind}"
+        )
     given.check_store(store)
     given = given.for_layers(layers)
-    return (given.with_damping(how["damping"]) if "damping" in how else given).ready()  # before any scan
+    return (
+        given.with_damping(how["damping"]) if "damping" in how else given
+    ).ready()  # before any scan
 
 
 @dataclass(frozen=True)
@@ -200,12 +217,16 @@ class PreparedQueries:
         products = self.weights @ rows.T
         if self.score == "cosine":
             # In float64, where no square of a float32 is lost.
-            return self.finished(products, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+            return self.finished(
+                products, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            )
         if self.divisor is not None:
             return self.finished(products, self.divisor.self_products(rows).sqrt())
         return self.finished(products)
 
-    def finished(self, products: Tensor, norms: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    def finished(
+        self, products: Tensor, norms: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """Scores of inner products ``(Q, n)`` with the weights: divided by norms, times the rows' scale, ``(n,)``."""
         values = products.double() * self.sizes[:, None]
         if norms is not None:
@@ -226,7 +247,9 @@ def queries_of(query_rows: Rows) -> Tensor:
     rows = rows if rows.dtype == torch.float32 else rows.double()
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or not len(rows):
-        raise ConfigError(f"query rows are {tuple(rows.shape)}; give (Q, D) or (D,), with at least one query")
+        raise ConfigError(
+            f"query rows are {tuple(rows.shape)}; give (Q, D) or (D,), with at least one query"
+        )
     return rows
 
 

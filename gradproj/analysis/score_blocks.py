@@ -1,7 +1,5 @@
 """Scores of a store's documents, a block at a time: what every answer to a question is made of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -39,7 +37,9 @@ def score_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]
     return _by_tiles(asked, question) if by_tiles else _by_blocks(asked, question)
 
 
-def on_host(blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, np.ndarray]]:
+def on_host(
+    blocks: Iterable[tuple[int, Tensor]], device: torch.device
+) -> Iterator[tuple[int, np.ndarray]]:
     """The same blocks ``(first id, values)`` on the host, each after the next was given to the device.
 
     So a GPU has always something to do while the host waits for what it has done.
@@ -83,7 +83,12 @@ def _by_tiles(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
         for band in store.scan_bands(height, asked.scanned_layers, start, stop):
             ok = takes_part(band.first, band.status) & band.has_rows
             parts.append(
-                _Part(band.first, ok, torch.from_numpy(band.row_scale), *products.of(band, bool(ok.any())))
+                _Part(
+                    band.first,
+                    ok,
+                    torch.from_numpy(band.row_scale),
+                    *products.of(band, bool(ok.any())),
+                )
             )
             n_rows += len(ok)
             bar.update(len(ok))
@@ -131,7 +136,9 @@ class TileProducts:
         self._norm_dtype = torch.float32 if proj_dtype == "float16" else torch.float64
         self._inverses = {}
         if question.divisor is not None:
-            self._inverses = {(start, stop): inverse for start, stop, inverse in question.divisor.by_part()}
+            self._inverses = {
+                (start, stop): inverse for start, stop, inverse in question.divisor.by_part()
+            }
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
@@ -148,7 +155,9 @@ class TileProducts:
             for first, last, values, tile in cuts:
                 if tile is not values:
                     tile.copy_(values)
-                if self._inverses:  # of rows as they are stored their products may be out of float32's reach
+                if (
+                    self._inverses
+                ):  # of rows as they are stored their products may be out of float32's reach
                     tile *= scale
                 self._multiply(tile, at + first, at + last, products)
                 if has_norms:

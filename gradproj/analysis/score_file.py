@@ -1,7 +1,5 @@
 """``--save_scores``: all scores in one .npy file, written as they come by one process or several, published whole."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os
@@ -67,7 +65,9 @@ class ScoresFile:
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             what = f"{shape[0]:,} x {shape[1]:,} scores, {n_bytes:,} bytes"
-            problem = f"no room for {what}" if error.errno in _NO_ROOM else f"cannot be written ({what})"
+            problem = (
+                f"no room for {what}" if error.errno in _NO_ROOM else f"cannot be written ({what})"
+            )
             raise StoreError(f"--save_scores {path}: {problem}: {error.strerror}") from error
         return unfinished
 
@@ -101,7 +101,9 @@ class ScoresFile:
             places = (self._place(query, first) for query in range(n_queries))
             yield (
                 first,
-                np.stack([np.frombuffer(os.pread(self._descriptor, 4 * n, at), "<f4") for at in places]),
+                np.stack(
+                    [np.frombuffer(os.pread(self._descriptor, 4 * n, at), "<f4") for at in places]
+                ),
             )
 
     def publish(self) -> None:
@@ -113,10 +115,12 @@ class ScoresFile:
         if not publish_exclusively(self._unfinished, self.path):
             check_scores_path(self.path)
 
-    def __enter__(self) -> ScoresFile:
+    def __enter__(self) -> "ScoresFile":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._descriptor)
         if error is not None:
             self._unfinished.unlink(missing_ok=True)

@@ -3,8 +3,6 @@
 Every scan streams: memory is bounded whatever the store's size, but for ``score``, whose answer is ``(Q, N)``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Unpack
@@ -42,7 +40,10 @@ class TopDocuments:
 
 
 def score(
-    query_rows: Rows, store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[ScanOptions]
+    query_rows: Rows,
+    store: ProjectionStore,
+    out: np.ndarray | None = None,
+    **how: Unpack[ScanOptions],
 ) -> Rows:
     """Every document's score for every query; ``MEANINGS`` and ``SIGN`` say what a score is.
 
@@ -75,12 +76,16 @@ def iter_scores(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
     asked = Scan.alone(store, how, "score")
-    blocks = ((block.first, block.values) for block in score_blocks(asked, asked.question(query_rows)))
+    blocks = (
+        (block.first, block.values) for block in score_blocks(asked, asked.question(query_rows))
+    )
     for first, values in on_host(blocks, asked.device):
         yield np.arange(first, first + values.shape[1], dtype=np.int64), values
 
 
-def top_k(query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]) -> TopDocuments:
+def top_k(
+    query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]
+) -> TopDocuments:
     """The ``k`` documents with the highest scores for each query, the highest first; arguments as ``score``'s."""
     return top_and_bottom(query_rows, store, k, 0, **how)[0]
 
@@ -93,7 +98,11 @@ def bottom_k(
 
 
 def top_and_bottom(
-    query_rows: Rows, store: ProjectionStore, n_top: int = 20, n_bottom: int = 20, **how: Unpack[ScanOptions]
+    query_rows: Rows,
+    store: ProjectionStore,
+    n_top: int = 20,
+    n_bottom: int = 20,
+    **how: Unpack[ScanOptions],
 ) -> tuple[TopDocuments, TopDocuments]:
     """Both ends of the scores in one scan.
 
@@ -102,7 +111,9 @@ def top_and_bottom(
     """
     for wanted in (n_top, n_bottom):
         if not 0 <= wanted <= len(store):
-            raise ConfigError(f"{wanted:,} documents are asked for; {store.path} has {len(store):,}")
+            raise ConfigError(
+                f"{wanted:,} documents are asked for; {store.path} has {len(store):,}"
+            )
     asked = Scan.of(store, how)
     question = asked.question(query_rows)
     n_queries = len(question.weights)
@@ -145,7 +156,9 @@ def self_influence(
     """
     values = np.empty(len(store), np.float32) if out is None else out
     if values.shape != (len(store),) or values.dtype != np.float32:
-        raise ConfigError(f"out is {values.dtype} {values.shape}; the answer is float32 {(len(store),)}")
+        raise ConfigError(
+            f"out is {values.dtype} {values.shape}; the answer is float32 {(len(store),)}"
+        )
     asked = Scan.alone(store, how, "self_influence", SELF_SCORES)
     for first, found in on_host(_own(asked), asked.device):
         values[first : first + len(found)] = found

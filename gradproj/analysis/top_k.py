@@ -1,7 +1,5 @@
 """The highest scores of a stream of scores, and whose they are, in memory for a few times as many."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,9 @@ class TopK:
         else:
             # Nothing is known to be too low yet. What is below the k-th of this block alone is.
             values = values.clamp(min=_LOWEST).masked_fill(values.isnan(), -torch.inf)
-            kth = values.topk(min(self.k, values.shape[1]), sorted=False).values.amin(1, keepdim=True)
+            kth = values.topk(min(self.k, values.shape[1]), sorted=False).values.amin(
+                1, keepdim=True
+            )
             better = values >= kth.clamp(min=_LOWEST)
         query, column = better.nonzero(as_tuple=True)
         self._waiting.append((query, column + first, values[query, column]))
@@ -57,14 +57,16 @@ class TopK:
         """As ``add``, without asking the device for anything: the way of a GPU."""
         ids = torch.arange(first, first + values.shape[1], device=values.device)
         absent = values.isnan()
-        self._merge(torch.where(absent, -1, ids), values.clamp(min=_LOWEST).masked_fill(absent, -torch.inf))
+        self._merge(
+            torch.where(absent, -1, ids), values.clamp(min=_LOWEST).masked_fill(absent, -torch.inf)
+        )
 
     def found(self) -> tuple[Tensor, Tensor]:
         """``(ids, values)``, each ``(Q, k)``, the highest first; -1 where there were fewer scores."""
         self._settle()
         return self._ids, self._values
 
-    def joined(self, share: Share) -> TopK:
+    def joined(self, share: Share) -> "TopK":
         """The best of all ranks."""
         ids, values = self.found()
         if share.world_size == 1:
@@ -76,7 +78,9 @@ class TopK:
 
     def _merge(self, ids: Tensor, values: Tensor) -> None:
         """Scores of every query, ``(Q, n)``."""
-        values, order = torch.cat([self._values, values], dim=1).sort(dim=1, descending=True, stable=True)
+        values, order = torch.cat([self._values, values], dim=1).sort(
+            dim=1, descending=True, stable=True
+        )
         self._values = values[:, : self.k]
         self._ids = torch.cat([self._ids, ids], dim=1).gather(1, order[:, : self.k])
 

@@ -35,7 +35,9 @@ def prepare_command(argv: list[str]) -> None:
     """``python -m gradproj prepare INPUT... --output_dir DIR``"""
     from gradproj.corpus.prepare import prepare
 
-    (config,) = parse(argv, "gradproj prepare", PrepareFlags, description="Documents to WebDataset tars.")
+    (config,) = parse(
+        argv, "gradproj prepare", PrepareFlags, description="Documents to WebDataset tars."
+    )
     started = time.monotonic()
     report = prepare(config)
     print(f"{report.summary()}\nin {time.monotonic() - started:.1f} s, to {config.output_dir}")
@@ -55,10 +57,13 @@ class IndexConfig:
     domain_field: str = field(
         default="meta.pile_set_name", metadata={"help": "where a document names its domain, dotted"}
     )
-    output: str = field(default="", metadata={"help": "the index; default: corpus.json beside the tars"})
+    output: str = field(
+        default="", metadata={"help": "the index; default: corpus.json beside the tars"}
+    )
     processes: int = field(default=0, metadata={"help": "tars scanned at once; 0 = one per CPU"})
     replace: bool = field(
-        default=False, metadata={"help": "scan again and put the index in the place of one of another corpus"}
+        default=False,
+        metadata={"help": "scan again and put the index in the place of one of another corpus"},
     )
 
     def __post_init__(self) -> None:
@@ -68,16 +73,28 @@ class IndexConfig:
                 "(index 'tars/*.tar'), or name the folder"
             )
         if not self.shards[0].strip():
-            raise ConfigError("SHARDS is empty; give a folder, a glob, braces or a list file of .tar files")
+            raise ConfigError(
+                "SHARDS is empty; give a folder, a glob, braces or a list file of .tar files"
+            )
         if not self.domain_field:
-            raise ConfigError("--domain_field is empty; name a field, with dots to reach into objects")
+            raise ConfigError(
+                "--domain_field is empty; name a field, with dots to reach into objects"
+            )
         if self.processes < 0:
-            raise ConfigError(f"--processes must be at least 0 (0 = one per CPU), got {self.processes}")
+            raise ConfigError(
+                f"--processes must be at least 0 (0 = one per CPU), got {self.processes}"
+            )
 
 
 def index_command(argv: list[str]) -> None:
     """``python -m gradproj index SHARDS``: make the corpus index, or find that it still holds."""
-    from gradproj.corpus.index import CorpusIndex, build_index, default_index_path, list_tars, save_index
+    from gradproj.corpus.index import (
+        CorpusIndex,
+        build_index,
+        default_index_path,
+        list_tars,
+        save_index,
+    )
 
     (config,) = parse(
         argv, "gradproj index", IndexConfig, description="The frozen index of a corpus of tars."
@@ -133,7 +150,9 @@ def _still_holds(index, paths: list[Path], domain_field: str) -> bool:
 
 
 def _about(index) -> str:
-    return f"{len(index.tars):,} tars, {index.n_samples:,} documents, fingerprint {index.fingerprint}"
+    return (
+        f"{len(index.tars):,} tars, {index.n_samples:,} documents, fingerprint {index.fingerprint}"
+    )
 
 
 def _print_index(index, seconds: float | None = None) -> None:
@@ -261,7 +280,9 @@ def _way_on(output: str) -> str:
 class MergeConfig:
     """Which output to merge."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
 
 
 def merge_command(argv: list[str]) -> None:
@@ -271,9 +292,7 @@ def merge_command(argv: list[str]) -> None:
     from gradproj.maintenance.job_output import read_output
     from gradproj.maintenance.merge import merge_now
 
-    about = (
-        "Columns, sums and statistics from the units that are committed; the job does it itself at its end."
-    )
+    about = "Columns, sums and statistics from the units that are committed; the job does it itself at its end."
     (config,) = parse(argv, "gradproj merge", MergeConfig, description=about)
     stats = merge_now(read_output(config.output))
     after = read_output(config.output)

@@ -1,7 +1,5 @@
 """``python -m gradproj domains``: what a store's domains have to do with each other, as a table, JSON and a figure."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -28,8 +26,12 @@ JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.p
 class DomainsConfig:
     """Which store, and where the answer goes."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
-    output_dir: str = field(default="", metadata={"help": "folder of the answer; default OUTPUT/domains"})
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
+    output_dir: str = field(
+        default="", metadata={"help": "folder of the answer; default OUTPUT/domains"}
+    )
     format: str = field(default="table", metadata={"help": "what is printed", "choices": FORMATS})
 
     def __post_init__(self) -> None:

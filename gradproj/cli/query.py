@@ -126,7 +126,11 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
 
 
 def _curvature(
-    config: QueryConfig, store: ProjectionStore, how: ScanOptions, n_ok: int, tell: Callable[[str], None]
+    config: QueryConfig,
+    store: ProjectionStore,
+    how: ScanOptions,
+    n_ok: int,
+    tell: Callable[[str], None],
 ) -> Preconditioner | None:
     together, device, progress = how["together"], how["device"], how["progress"]
     if config.joint:
@@ -141,7 +145,9 @@ def _curvature(
             progress=progress,
         )
     kind = wanted_kind(config, how["score"])
-    return curvature_for(kind, store, n_ok, together=together, device=device, progress=progress, say=tell)
+    return curvature_for(
+        kind, store, n_ok, together=together, device=device, progress=progress, say=tell
+    )
 
 
 def _ends(
@@ -155,8 +161,14 @@ def _ends(
 ) -> list[Ranking]:
     if not config.save_scores:
         return rank_documents(asked.rows, store, *k, how, curvature, config.dampings)
-    path, shape, (damping,) = Path(config.save_scores), (len(asked.rows), len(store)), config.dampings
-    tell(f"{path} will hold {shape[0]:,} x {shape[1]:,} scores, {human_bytes(4 * shape[0] * shape[1])}")
+    path, shape, (damping,) = (
+        Path(config.save_scores),
+        (len(asked.rows), len(store)),
+        config.dampings,
+    )
+    tell(
+        f"{path} will hold {shape[0]:,} x {shape[1]:,} scores, {human_bytes(4 * shape[0] * shape[1])}"
+    )
     return [rank_and_save_scores(asked.rows, store, *k, how, curvature, damping, path)]
 
 
@@ -225,7 +237,9 @@ def _asked(config: QueryConfig, store: ProjectionStore) -> QueryRows:
             return rows_of_query_store(other, store)
     text = Query(name="text", text=config.text, where="--text") if config.text else None
     queries = [text] if text else read_queries(config.queries)
-    check_rows_fit(f"--queries {config.queries}", len(queries), store.dim, "Give its lines in several files")
+    check_rows_fit(
+        f"--queries {config.queries}", len(queries), store.dim, "Give its lines in several files"
+    )
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
 

@@ -1,7 +1,5 @@
 """``python -m gradproj report``: one self-contained HTML page on a store: run, domains, outliers, queries' answers."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from dataclasses import dataclass, field, replace
@@ -19,7 +17,12 @@ from gradproj.job.recorded import config_from, recorded_config, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector, QueryRows, read_queries
 from gradproj.report.build import make_page
-from gradproj.report.document_tables import BESIDE_CHARACTERS, TextExcerpts, documents_of, scaled_values
+from gradproj.report.document_tables import (
+    BESIDE_CHARACTERS,
+    TextExcerpts,
+    documents_of,
+    scaled_values,
+)
 from gradproj.report.folders import make_folder, write_answer
 from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
@@ -35,8 +38,12 @@ QUERY_CHARACTERS = 600
 class ReportConfig(RecordedRunArgs):
     """Which store, what is asked of it, and where the page goes."""
 
-    queries: str = field(default="", metadata={"help": "JSONL of queries, as `query --queries` takes them"})
-    page: str = field(default="", metadata={"flag": "output", "help": "the page; default OUTPUT/report.html"})
+    queries: str = field(
+        default="", metadata={"help": "JSONL of queries, as `query --queries` takes them"}
+    )
+    page: str = field(
+        default="", metadata={"flag": "output", "help": "the page; default OUTPUT/report.html"}
+    )
     top_k: int = field(default=10, metadata={"help": "documents in a table"})
 
     def __post_init__(self) -> None:
@@ -75,10 +82,14 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
         StoreError: no store there, or the page cannot be written.
     """
     with ProjectionStore(config.output) as store:
-        config = replace(config, output=str(store.path.parent))  # may have been the store's own folder
+        config = replace(
+            config, output=str(store.path.parent)
+        )  # may have been the store's own folder
         path = config.page_of(store)
         if path.is_dir():
-            raise ConfigError(f"--output {path} is a folder; name a file, such as {path / 'report.html'}")
+            raise ConfigError(
+                f"--output {path} is a folder; name a file, such as {path / 'report.html'}"
+            )
         rows = query_rows(store, config)  # first: most mistakes are in the queries
         how = asked.kept(store, {**asked.how_by_domain(store), "progress": sys.stderr.isatty()})
         how_queries = {**asked.how(store), "progress": sys.stderr.isatty()}
@@ -143,7 +154,9 @@ def answers_of(
     answers = []
     for q, name in enumerate(rows.names):
         ids = [np.asarray(end.ids[q]) for end in (top, bottom)]
-        scores, unit = scaled_values(*(np.asarray(end.scores[q]) for end in (top, bottom)), sign=True)
+        scores, unit = scaled_values(
+            *(np.asarray(end.scores[q]) for end in (top, bottom)), sign=True
+        )
         high, low = (
             documents_of(store, of_end, values, texts, BESIDE_CHARACTERS)
             for of_end, values in zip(ids, scores, strict=True)

@@ -1,7 +1,5 @@
 """The flags by which documents and domains are compared, for the commands that show a whole store."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +34,8 @@ class ScoreConfig:
         default=(), metadata={"help": "these layers only, by name or whole parts of it: h.3 mlp"}
     )
     device: str = field(
-        default="auto", metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")}
+        default="auto",
+        metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")},
     )
 
     def __post_init__(self) -> None:
@@ -46,11 +45,15 @@ class ScoreConfig:
             try:
                 float(self.damping)
             except ValueError as error:
-                raise ConfigError(f"--damping is {self.damping!r}; give auto or a number") from error
+                raise ConfigError(
+                    f"--damping is {self.damping!r}; give auto or a number"
+                ) from error
         if self.score in WITHOUT_CURVATURE and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
 
-    def how(self, store: ProjectionStore, scores: tuple[str, ...] = tuple(MEANINGS)) -> dict[str, Any]:
+    def how(
+        self, store: ProjectionStore, scores: tuple[str, ...] = tuple(MEANINGS)
+    ) -> dict[str, Any]:
         """The arguments of a scan of ``store``.
 
         Args:

@@ -16,7 +16,9 @@ def tokenizer_command(argv: list[str]) -> None:
     """``python -m gradproj tokenizer --shards TARS --output_dir DIR --vocab_size N``"""
     from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
-    (config,) = parse(argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE.")
+    (config,) = parse(
+        argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE."
+    )
     n_tokens = train_tokenizer(config)
     print(f"A tokenizer of {n_tokens:,} tokens is in {config.output_dir}")
 
@@ -27,7 +29,9 @@ def train_command(argv: list[str]) -> int:
 
     process = Process.from_environment()
     with report_errors_from_rank_0(process.rank), stop_on_signals() as stop:
-        (config,) = parse(argv, "gradproj train", TrainConfig, description="Train a causal language model.")
+        (config,) = parse(
+            argv, "gradproj train", TrainConfig, description="Train a causal language model."
+        )
         result = train(config, stop)
     if process.rank == 0 and result.n_steps < config.max_steps:
         print(

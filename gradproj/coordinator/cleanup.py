@@ -20,7 +20,9 @@ def remove_leftovers(output: Path, observer: Owner) -> int:
     Claims and partial rows of committed units go too. Nothing that a living process may still use is touched: of
     another machine's processes nothing is known.
     """
-    gone = _sweep_scratch(output / "tmp", observer) | _sweep_heartbeats(output / "heartbeats", observer)
+    gone = _sweep_scratch(output / "tmp", observer) | _sweep_heartbeats(
+        output / "heartbeats", observer
+    )
     _sweep_committed(output)
     return len(gone)
 
@@ -28,7 +30,9 @@ def remove_leftovers(output: Path, observer: Owner) -> int:
 def _sweep_scratch(folder: Path, observer: Owner) -> set[str]:
     gone = set()
     for scratch in folder.glob("*/"):
-        if scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists():  # nobody's yet, or no more
+        if (
+            scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists()
+        ):  # nobody's yet, or no more
             shutil.rmtree(scratch, ignore_errors=True)
             continue
         with suppress(OSError, ValueError, TypeError):
@@ -58,7 +62,9 @@ def _sweep_heartbeats(folder: Path, observer: Owner) -> set[str]:
 def _sweep_committed(output: Path) -> None:
     committed = set(list_records(output / "units").tolist())
     with os.scandir(output / "claims") as entries:
-        claims = [match for match in (_UNIT_CLAIM.fullmatch(entry.name) for entry in entries) if match]
+        claims = [
+            match for match in (_UNIT_CLAIM.fullmatch(entry.name) for entry in entries) if match
+        ]
     for claim in claims:
         if int(claim[1]) in committed:
             (output / "claims" / claim[0]).unlink(missing_ok=True)

@@ -50,7 +50,12 @@ def clear_failure(output: Path, job_id: str = "") -> None:
     for mark in _own_mark(output, job_id):
         mark.unlink(missing_ok=True)
     array, failed = job_id.rpartition("_")[0], _failed_job(output)
-    if job_id.startswith("slurm-") and array and failed != job_id and failed.rpartition("_")[0] == array:
+    if (
+        job_id.startswith("slurm-")
+        and array
+        and failed != job_id
+        and failed.rpartition("_")[0] == array
+    ):
         return
     forget_failure(output)
 

@@ -66,12 +66,16 @@ def make_scratch_again(folder: Path, owner: "Owner", check: Callable[[], None]) 
 def remove_scratch(folder: Path) -> None:
     """Delete a process's folder; what a crash leaves of it has a hidden name, and says no more whose it was."""
     hidden = temporary_beside(folder)
-    with suppress(OSError):  # gone already, or a folder turned read-only, which the commit has met and said
+    with suppress(
+        OSError
+    ):  # gone already, or a folder turned read-only, which the commit has met and said
         os.rename(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def fence(folder: Path, mine: Path, owner: "Owner", check: Callable[[], None] = lambda: None) -> bool:
+def fence(
+    folder: Path, mine: Path, owner: "Owner", check: Callable[[], None] = lambda: None
+) -> bool:
     """Take another process's folder away, into that of ``owner``; False: it has none.
 
     On one machine the rename is enough. Over NFS a machine that knew the files goes on knowing them by their handles,

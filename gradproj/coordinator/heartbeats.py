@@ -57,7 +57,9 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -80,7 +82,9 @@ class Heartbeat:
         """Say now how far this rank is."""
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)}))
+            temporary.write_text(
+                json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)})
+            )
             os.replace(temporary, self._path)
         except OSError:
             # A full disk must not end the rank from here: the commit meets it and says so.
@@ -108,7 +112,9 @@ def _read_stamped(folder: Path) -> list[tuple[Owner, Progress, tuple[int, int]]]
     found = []
     for owner, beat in read_heartbeats(folder):
         with suppress(FileNotFoundError):  # its process has just ended
-            found.append((owner, beat, (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns)))
+            found.append(
+                (owner, beat, (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns))
+            )
     return found
 
 

@@ -41,7 +41,9 @@ def ranges_of(units: np.ndarray) -> list[list[int]]:
 
 def units_in(ranges: list[list[int]]) -> np.ndarray:
     """The units of ``[first, last + 1]`` ranges, sorted."""
-    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b, dtype=np.int64) for a, b in ranges)])
+    return np.concatenate(
+        [np.empty(0, np.int64), *(np.arange(a, b, dtype=np.int64) for a, b in ranges)]
+    )
 
 
 def wanted_units(attributes: dict[str, Any]) -> np.ndarray:
@@ -141,7 +143,11 @@ class _Merge:
     """One pass over the records. Everything is written in the scratch folder first and then put in place."""
 
     def __init__(
-        self, output: Path, claims: ClaimBoard | None, stopping: Callable[[], bool], progress: Progress
+        self,
+        output: Path,
+        claims: ClaimBoard | None,
+        stopping: Callable[[], bool],
+        progress: Progress,
     ) -> None:
         self._output, self._store, self._claims = output, output / STORE_NAME, claims
         self._scratch = None if claims is None else claims.scratch
@@ -299,7 +305,9 @@ def _block_totals(columns: dict[str, np.ndarray], n_domains: int) -> np.ndarray:
     tokens = columns["n_tokens"][ok].astype(np.float64)
     losses = columns["loss"][ok].astype(np.float64) * tokens
     weights = (None, tokens, losses, columns["grad_norm"][ok].astype(np.float64))
-    return np.stack([np.bincount(domain, w, n_domains + 1) for w in weights], axis=1).astype(np.float64)
+    return np.stack([np.bincount(domain, w, n_domains + 1) for w in weights], axis=1).astype(
+        np.float64
+    )
 
 
 def _summary(row: np.ndarray) -> dict[str, Any]:
@@ -318,4 +326,6 @@ def write_metadata(output: Path, scratch: Path | None = None) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any], scratch: Path | None) -> None:
-    write_and_replace(path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()], scratch)
+    write_and_replace(
+        path, [(json.dumps(content, indent=2, allow_nan=False) + "\n").encode()], scratch
+    )

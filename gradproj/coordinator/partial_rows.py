@@ -15,7 +15,13 @@ from safetensors.numpy import load, save
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.fencing import make_scratch
 from gradproj.coordinator.process_id import Owner
-from gradproj.files import crc32c, explain_os_errors, fsync_dir, publish_exclusively, write_file_durably
+from gradproj.files import (
+    crc32c,
+    explain_os_errors,
+    fsync_dir,
+    publish_exclusively,
+    write_file_durably,
+)
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 
@@ -86,7 +92,9 @@ class PartialLog:
             "failed": part.failed,
             **{f"covariance.{name}": value for name, value in part.covariances.items()},
         }
-        data = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key})
+        data = save(
+            {k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key}
+        )
         name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
         temporary = self.scratch / f"partial-{name}"
         while True:
@@ -113,6 +121,8 @@ class PartialLog:
             return None
         tensors = load(data)
         prefix = "covariance."
-        covariances = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        covariances = {
+            k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+        }
         sums = {k: tensors[k] for k in ("touched", "rows", "losses", "failed")}
         return PartialRows(**sums, covariances=covariances)

@@ -68,7 +68,9 @@ def take_snapshot(
     rates = tuple(_rate(p) for _, p in sorted(alive, key=lambda b: b[0].rank))
     seconds = max((p.seconds for _, p in alive), default=0.0)
     total = _rows_in(wanted, layout)
-    return Snapshot(min(done, total), total, sum(p.n_tokens for _, p in alive), seconds, sum(rates), rates)
+    return Snapshot(
+        min(done, total), total, sum(p.n_tokens for _, p in alive), seconds, sum(rates), rates
+    )
 
 
 def _rate(progress: Progress) -> float:
@@ -95,7 +97,12 @@ class ProgressDisplay:
     """
 
     def __init__(
-        self, output: Path, layout: StoreLayout, wanted: np.ndarray, observer: Owner, visible: bool = True
+        self,
+        output: Path,
+        layout: StoreLayout,
+        wanted: np.ndarray,
+        observer: Owner,
+        visible: bool = True,
     ) -> None:
         self._visible = visible
         if not visible:
@@ -110,7 +117,9 @@ class ProgressDisplay:
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
         self._every_s = (
-            LINE_EVERY_S if not on_terminal or len(wanted) > MOST_UNITS_LOOKED_AT_OFTEN else LOOK_EVERY_S
+            LINE_EVERY_S
+            if not on_terminal or len(wanted) > MOST_UNITS_LOOKED_AT_OFTEN
+            else LOOK_EVERY_S
         )
         self._bar = tqdm(
             total=first.total,
@@ -125,7 +134,9 @@ class ProgressDisplay:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._visible:
             self._ended.set()
             self._thread.join()
@@ -147,9 +158,15 @@ class ProgressDisplay:
             self._bar.n = now.done
             self._bar.refresh()
             return
-        share = f"{now.done:,} of {now.total:,} documents ({100 * now.done / max(now.total, 1):.1f} %)"
+        share = (
+            f"{now.done:,} of {now.total:,} documents ({100 * now.done / max(now.total, 1):.1f} %)"
+        )
         # At the end the other ranks have gone, and the speed of those that are left says nothing.
-        print(share if last else f"{share}, {speed}, {self._time_left(now)}", file=sys.stderr, flush=True)
+        print(
+            share if last else f"{share}, {speed}, {self._time_left(now)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _time_left(self, now: Snapshot) -> str:
         elapsed, done = time.monotonic() - self._started, now.done - self._done_at_start

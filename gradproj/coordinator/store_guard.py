@@ -82,4 +82,6 @@ class StoreGuard:
                 f"{self._output} was deleted while this job ran, with all that it held. Put it back and start again; "
                 "if it is lost, start again to begin anew."
             )
-        return StoreError(f"{self._output / folder} was deleted while this job ran. {_AFTER_A_LOSS[folder]}")
+        return StoreError(
+            f"{self._output / folder} was deleted while this job ran. {_AFTER_A_LOSS[folder]}"
+        )

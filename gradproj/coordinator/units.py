@@ -34,7 +34,13 @@ from gradproj.files import (
     write_file_durably,
 )
 from gradproj.store.layout import StoreLayout
-from gradproj.store.unit_record import UnitRecord, encode_record, list_records, read_record, record_name
+from gradproj.store.unit_record import (
+    UnitRecord,
+    encode_record,
+    list_records,
+    read_record,
+    record_name,
+)
 from gradproj.store.writer import shard_chunks
 
 log = logging.getLogger(__name__)
@@ -169,7 +175,11 @@ class UnitQueue:
     def partial_log(self, unit: int, key: str) -> PartialLog:
         """The saved rows of a unit that was not finished."""
         return PartialLog(
-            partial_folder(self.output, unit), self.scratch, key, self.owner, self.guard.check_folders
+            partial_folder(self.output, unit),
+            self.scratch,
+            key,
+            self.owner,
+            self.guard.check_folders,
         )
 
     # --- commit ---
@@ -227,7 +237,9 @@ class UnitQueue:
         fault_points.reach("shard published")
         return published
 
-    def _publish_record(self, record: UnitRecord, temporary: Path, shard: tuple[int, ...] | None) -> bool:
+    def _publish_record(
+        self, record: UnitRecord, temporary: Path, shard: tuple[int, ...] | None
+    ) -> bool:
         final = self.output / record_name(record.unit)
         if not publish_exclusively(temporary, final):
             return False

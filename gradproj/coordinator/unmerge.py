@@ -100,7 +100,9 @@ def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
         finally:
             release_merge(output, claims)
     if is_merged(output) and MERGE_CLAIM in claims.current() and claims.try_claim(MERGE_CLAIM):
-        release_merge(output, claims)  # of a process that died between the merge's last word and this
+        release_merge(
+            output, claims
+        )  # of a process that died between the merge's last word and this
 
 
 def _is_overtaken(output: Path) -> bool:

@@ -51,15 +51,20 @@ class ReadLimits:
 
     max_document_bytes: int = field(
         default=MAX_DOCUMENT_BYTES,
-        metadata={"help": "largest .json or .txt of a document, in bytes; a larger one is bad input"},
+        metadata={
+            "help": "largest .json or .txt of a document, in bytes; a larger one is bad input"
+        },
     )
     max_json_depth: int = field(
-        default=64, metadata={"help": "deepest nesting of a document's JSON; a deeper one is bad input"}
+        default=64,
+        metadata={"help": "deepest nesting of a document's JSON; a deeper one is bad input"},
     )
 
     def __post_init__(self) -> None:
         if self.max_document_bytes < 1:
-            raise ConfigError(f"--max_document_bytes must be at least 1, got {self.max_document_bytes}")
+            raise ConfigError(
+                f"--max_document_bytes must be at least 1, got {self.max_document_bytes}"
+            )
         if not 1 <= self.max_json_depth <= 500:
             # The standard library's own decoder gives up at about 1,000, less the caller's stack.
             raise ConfigError(f"--max_json_depth must be 1 to 500, got {self.max_json_depth}")
@@ -77,12 +82,16 @@ class DomainReader:
     def __init__(self, domain_field: str) -> None:
         path = domain_field.split(".")
         if not all(path):
-            raise ConfigError(f"--domain_field is {domain_field!r}; give field names joined by dots")
+            raise ConfigError(
+                f"--domain_field is {domain_field!r}; give field names joined by dots"
+            )
         self._path = path
         self._decode_document = msgspec.json.Decoder(_nested(path)).decode
         self._decode_last_field = msgspec.json.Decoder(_nested(path[1:]) | None).decode
         self._first_name = json.dumps(path[0], ensure_ascii=False).encode("utf-8", "surrogatepass")
-        self._key = re.compile(rb".{0,2}[,{]\s?" + re.escape(self._first_name) + rb"\s?:", re.DOTALL).match
+        self._key = re.compile(
+            rb".{0,2}[,{]\s?" + re.escape(self._first_name) + rb"\s?:", re.DOTALL
+        ).match
         self._endings: dict[bytes, str] = {}
 
     def __call__(self, data: bytes) -> str:
@@ -94,7 +103,10 @@ class DomainReader:
         # A name that is not found, or is found in the header before a short document, gives an ending that is
         # none: it does not match.
         endings = [
-            buffer[rfind(first_name, stop - _ENDING_BYTES if stop > _ENDING_BYTES else 0, stop) - 2 : stop]
+            buffer[
+                rfind(first_name, stop - _ENDING_BYTES if stop > _ENDING_BYTES else 0, stop)
+                - 2 : stop
+            ]
             for stop in stops
         ]
         known = list(map(self._endings.get, endings))
@@ -114,7 +126,9 @@ class DomainReader:
         if key is None or not ending.endswith(b"}"):
             return None
         try:
-            domain = self._walk(self._decode_last_field(ending[key.end() : -1]), len(self._path) - 1)
+            domain = self._walk(
+                self._decode_last_field(ending[key.end() : -1]), len(self._path) - 1
+            )
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
         if len(self._endings) < _MAX_ENDINGS:
@@ -154,7 +168,9 @@ def _nested(path: list[str]) -> Any:
     """A msgspec type that reads one string at a path and skips all else; each level's field is ``value``."""
 
     def wrap(inner: Any, name: str) -> Any:
-        return msgspec.defstruct("Level", [("value", inner | None, msgspec.field(name=name, default=None))])
+        return msgspec.defstruct(
+            "Level", [("value", inner | None, msgspec.field(name=name, default=None))]
+        )
 
     return reduce(wrap, reversed(path), str)
 
@@ -173,7 +189,9 @@ def read_document(
     text and the JSON only metadata. A member that was too large to read at all is None.
     """
     data = members.get("json")
-    domain = domain_of(data) if data is not None and len(data) <= MAX_DOCUMENT_BYTES else UNKNOWN_DOMAIN
+    domain = (
+        domain_of(data) if data is not None and len(data) <= MAX_DOCUMENT_BYTES else UNKNOWN_DOMAIN
+    )
     text, input_ids, problem = _content(members, limits)
     return Document(sample_id, key, tar, domain, text, input_ids, problem)
 
@@ -274,7 +292,13 @@ def _token_ids(value: Any) -> list[int] | None:
 
 def _kind(value: Any) -> str:
     """What JSON calls a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 

@@ -126,7 +126,11 @@ class CorpusIndex:
         Raises:
             CorpusError: other tars, other sizes or another order; lists the differences.
         """
-        wrong = [] if len(paths) == len(self.tars) else [f"{len(paths)} tars, the index has {len(self.tars)}"]
+        wrong = (
+            []
+            if len(paths) == len(self.tars)
+            else [f"{len(paths)} tars, the index has {len(self.tars)}"]
+        )
         moved = []
         for number, (tar, path) in enumerate(zip(self.tars, map(Path, paths), strict=False)):
             if path == tar.path:
@@ -136,7 +140,9 @@ class CorpusIndex:
             if path.name != tar.name:
                 wrong.append(f"tar {number} is {path.name}, the index has {tar.name}")
             elif found.st_size != tar.size_bytes:
-                wrong.append(f"{path.name} has {found.st_size:,} bytes, the index has {tar.size_bytes:,}")
+                wrong.append(
+                    f"{path.name} has {found.st_size:,} bytes, the index has {tar.size_bytes:,}"
+                )
             moved.append(replace(tar, path=path, mtime_ns=found.st_mtime_ns))
         if wrong:
             raise CorpusError(
@@ -193,8 +199,12 @@ def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Ta
         domain_counts=facts.domain_counts,
         longest_key_bytes=facts.longest_key_bytes,
         largest_member_bytes=facts.largest_member_bytes,
-        block_offsets_base64=base64.b64encode(np.array(facts.block_offsets, "<i8").tobytes()).decode(),
-        block_key_crcs_base64=base64.b64encode(np.array(facts.block_key_crcs, "<u4").tobytes()).decode(),
+        block_offsets_base64=base64.b64encode(
+            np.array(facts.block_offsets, "<i8").tobytes()
+        ).decode(),
+        block_key_crcs_base64=base64.b64encode(
+            np.array(facts.block_key_crcs, "<u4").tobytes()
+        ).decode(),
     )
 
 
@@ -287,7 +297,9 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     """
     path = Path(os.path.abspath(path))
     checksum = checksum_of(_body_parts(index, path.parent))
-    envelope = msgspec.json.encode(_Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null")))
+    envelope = msgspec.json.encode(
+        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
+    )
     parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
     if publish(path, parts, replace_existing):
         return index
@@ -317,7 +329,9 @@ def load_index(path: Path) -> CorpusIndex:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise CorpusError(f"{path}: the corpus index cannot be read: {error.strerror}. {again}") from error
+        raise CorpusError(
+            f"{path}: the corpus index cannot be read: {error.strerror}. {again}"
+        ) from error
     try:
         envelope = msgspec.json.decode(raw, type=_Envelope)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -334,12 +348,18 @@ def load_index(path: Path) -> CorpusIndex:
         envelope.index
     )  # of the file's bytes: those of the Pile's index are 70 MB in every rank
     if checksum_of([content]) != envelope.checksum:
-        raise CorpusError(f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}")
+        raise CorpusError(
+            f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
+        )
     body = msgspec.json.decode(content, type=_Body, dec_hook=_decode_path)
     del raw, envelope, content
-    index = _index(tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field)
+    index = _index(
+        tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field
+    )
     if index.fingerprint != body.fingerprint:
-        raise CorpusError(f"{path}: the corpus index's fingerprint is not that of its tars. {again}")
+        raise CorpusError(
+            f"{path}: the corpus index's fingerprint is not that of its tars. {again}"
+        )
     return index
 
 

@@ -17,7 +17,9 @@ def publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> boo
     """
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        )
         with os.fdopen(handle, "wb") as file:
             file.writelines(content)
             # mkstemp makes it private; other users' jobs read the index too.

@@ -63,11 +63,15 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         payload = _encode(content | {"meta": meta | {"pile_set_name": domain}})
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
-        raise BadRecordError(f"holds a lone surrogate ({surrogate}), which is no character") from error
+        raise BadRecordError(
+            f"holds a lone surrogate ({surrogate}), which is no character"
+        ) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadRecordError(f"cannot be written as JSON ({error})") from error
     if len(payload) > MAX_DOCUMENT_BYTES:
-        raise BadRecordError(f"a document of {len(payload):,} bytes; the most is {MAX_DOCUMENT_BYTES:,}")
+        raise BadRecordError(
+            f"a document of {len(payload):,} bytes; the most is {MAX_DOCUMENT_BYTES:,}"
+        )
     return PackedDocument(domain, payload)
 
 
@@ -94,7 +98,9 @@ def _checked_ids(ids: Any) -> list[int]:
     if strangers:
         raise BadRecordError(f"'input_ids' holds {strangers.pop().__name__}, not only integers")
     if ids and not (min(ids) >= 0 and max(ids) < 1 << 31):
-        raise BadRecordError(f"'input_ids' reaches from {min(ids)} to {max(ids)}; ids are 0 to 2^31 - 1")
+        raise BadRecordError(
+            f"'input_ids' reaches from {min(ids)} to {max(ids)}; ids are 0 to 2^31 - 1"
+        )
     return ids
 
 
@@ -120,5 +126,13 @@ def _look_up(value: Any, field: str) -> Any:
 
 
 def _type_name(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    names = {
+        type(None): "null",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+    }
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
+    )

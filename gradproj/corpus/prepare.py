@@ -36,7 +36,9 @@ class PrepareConfig:
     )
     output_dir: str = field(metadata={"help": "folder for the tars; new or empty"})
     samples_per_shard: int = field(default=10_000, metadata={"help": "documents in a tar"})
-    text_field: str = field(default="text", metadata={"help": "field with the text; dots reach into objects"})
+    text_field: str = field(
+        default="text", metadata={"help": "field with the text; dots reach into objects"}
+    )
     domain_field: str = field(
         default="meta.pile_set_name",
         metadata={"help": "field with the domain's name; absent means 'unknown'"},
@@ -58,8 +60,13 @@ class PrepareConfig:
         if not self.output_dir:
             raise ConfigError("--output_dir is empty; name a folder for the tars")
         if self.samples_per_shard < 1:
-            raise ConfigError(f"--samples_per_shard must be at least 1, got {self.samples_per_shard}")
-        for flag, name in (("--text_field", self.text_field), ("--domain_field", self.domain_field)):
+            raise ConfigError(
+                f"--samples_per_shard must be at least 1, got {self.samples_per_shard}"
+            )
+        for flag, name in (
+            ("--text_field", self.text_field),
+            ("--domain_field", self.domain_field),
+        ):
             if not name:
                 raise ConfigError(f"{flag} is empty; name a field, with dots to reach into objects")
         if self.on_bad_input not in ("error", "skip"):
@@ -81,12 +88,16 @@ class PrepareReport:
     def summary(self) -> str:
         """Lines for a person: counts, the largest domains, what was left out."""
         largest = sorted(self.domains.items(), key=lambda item: -item[1])[:30]
-        lines = [f"{self.n_samples:,} documents of {len(self.domains):,} domains in {self.n_tars:,} tars"]
+        lines = [
+            f"{self.n_samples:,} documents of {len(self.domains):,} domains in {self.n_tars:,} tars"
+        ]
         lines += [f"  {count:>12,}  {name}" for name, count in largest]
         if len(self.domains) > len(largest):
             lines.append(f"  and {len(self.domains) - len(largest):,} smaller domains")
         if self.n_bad:
-            lines.append(f"{self.n_bad:,} bad inputs were left out; the first {len(self.bad_examples)}:")
+            lines.append(
+                f"{self.n_bad:,} bad inputs were left out; the first {len(self.bad_examples)}:"
+            )
             lines += [f"  {example}" for example in self.bad_examples]
         return "\n".join(lines)
 
@@ -117,9 +128,13 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
                 tars.add(document.payload)
         tars.end_tar()
         if not tars.n_samples:
-            first = f"; the first of {reader.n_bad:,} bad inputs: {reader.bad[0]}" if reader.bad else ""
+            first = (
+                f"; the first of {reader.n_bad:,} bad inputs: {reader.bad[0]}" if reader.bad else ""
+            )
             raise CorpusError(f"no document in {', '.join(config.inputs)}{first}")
-    return PrepareReport(tars.n_samples, reader.n_bad, tars.n_tars, reader.domains, tuple(reader.bad))
+    return PrepareReport(
+        tars.n_samples, reader.n_bad, tars.n_tars, reader.domains, tuple(reader.bad)
+    )
 
 
 # ---- Reading
@@ -146,7 +161,12 @@ class _Documents:
                 fixed = location == "stdlib:"
                 text_field = "text" if fixed else self.config.text_field
                 domain_field = "meta.pile_set_name" if fixed else self.config.domain_field
-                roots = {text_field, domain_field, text_field.split(".")[0], domain_field.split(".")[0]}
+                roots = {
+                    text_field,
+                    domain_field,
+                    text_field.split(".")[0],
+                    domain_field.split(".")[0],
+                }
                 reading = InputReader(location, (*sorted(roots), "meta", "input_ids"))
                 for record in read_records(reading):
                     try:
@@ -161,7 +181,9 @@ class _Documents:
 
     def _take_bad(self, message: str) -> None:
         if self.config.on_bad_input == "error":
-            raise CorpusError(f"{message}. Mend it, or leave such lines out with --on_bad_input skip")
+            raise CorpusError(
+                f"{message}. Mend it, or leave such lines out with --on_bad_input skip"
+            )
         self.n_bad += 1
         if len(self.bad) < MAX_BAD_EXAMPLES:
             self.bad.append(message)
@@ -188,7 +210,9 @@ class _Progress:
             if terminal
             else None
         )
-        self._interval_s = BAR_INTERVAL_S if terminal else PLAIN_INTERVAL_S if enabled else float("inf")
+        self._interval_s = (
+            BAR_INTERVAL_S if terminal else PLAIN_INTERVAL_S if enabled else float("inf")
+        )
         self._shown_s = self._start_s = time.monotonic()
 
     def __enter__(self) -> "_Progress":
@@ -210,7 +234,9 @@ class _Progress:
             share = f", {100 * position / self.total_bytes:.1f} % done" if self.total_bytes else ""
             rate = self.n_samples / (now_s - self._start_s)
             print(
-                f"{self.label}: {self._counts()}{share}, {rate:,.0f} documents/s", file=sys.stderr, flush=True
+                f"{self.label}: {self._counts()}{share}, {rate:,.0f} documents/s",
+                file=sys.stderr,
+                flush=True,
             )
         else:
             self._bar.set_postfix_str(self._counts(), refresh=False)

@@ -51,7 +51,9 @@ def read_records(reading: InputReader) -> Iterator[Record]:
     try:
         yield from SOURCES[kind](reading)
     except OSError as error:
-        raise CorpusError(f"{reading.location}: cannot be read: {error.strerror or error}") from error
+        raise CorpusError(
+            f"{reading.location}: cannot be read: {error.strerror or error}"
+        ) from error
 
 
 def source_kind(location: str) -> str:
@@ -70,8 +72,12 @@ def check_input(location: str) -> None:
     if source_kind(location).endswith(":") or os.path.isfile(location):
         return
     if os.path.isdir(location):
-        raise CorpusError(f"INPUT {location} is a folder; name its files, for instance {location}/*.jsonl")
-    raise CorpusError(f"INPUT {location}: no such file; check the path (wildcards are the shell's, unquoted)")
+        raise CorpusError(
+            f"INPUT {location} is a folder; name its files, for instance {location}/*.jsonl"
+        )
+    raise CorpusError(
+        f"INPUT {location}: no such file; check the path (wildcards are the shell's, unquoted)"
+    )
 
 
 def input_bytes(location: str) -> int | None:
@@ -194,12 +200,15 @@ def _decode_json_slowly(line: bytes, place: str) -> Record:
     try:
         return Record(place, json.loads(line.rstrip(b"\r\n").decode("utf-8")))
     except UnicodeDecodeError as error:
-        return Record(place, problem=f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})")
+        return Record(
+            place, problem=f"not UTF-8 (byte 0x{line[error.start]:02x} at {error.start + 1})"
+        )
     except RecursionError:
         return Record(place, problem="JSON nested too deeply")
     except json.JSONDecodeError as error:
         return Record(
-            place, problem=f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})"
+            place,
+            problem=f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})",
         )
     except ValueError as error:
         return Record(place, problem=f"not valid JSON ({error})")
@@ -228,7 +237,9 @@ def _read_parquet(reading: InputReader) -> Iterator[Record]:
                     number += 1
                     yield Record(f"row {number}", value, problem)
     except pyarrow.ArrowException as error:
-        raise CorpusError(f"{reading.location}, after row {number}: not whole parquet ({error})") from error
+        raise CorpusError(
+            f"{reading.location}, after row {number}: not whole parquet ({error})"
+        ) from error
 
 
 def _batch_rows(batch: Any) -> Iterable[tuple[Any, str | None]]:
@@ -250,7 +261,9 @@ def _read_hugging_face(reading: InputReader) -> Iterator[Record]:
     path, _, split = reading.location.removeprefix("hf:").partition(":")
     name, _, config = path.partition("@")
     if not name:
-        raise ConfigError(f"INPUT {reading.location!r} names no data set; write hf:NAME[@CONFIG][:SPLIT]")
+        raise ConfigError(
+            f"INPUT {reading.location!r} names no data set; write hf:NAME[@CONFIG][:SPLIT]"
+        )
     number = 0
     try:
         import datasets

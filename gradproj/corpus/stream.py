@@ -65,7 +65,9 @@ def _read_span(
                 if first <= position < stop:
                     if held is not None:
                         yield held
-                    held = read_document(sample, tar.start_id + position, key, number, domain_of, limits)
+                    held = read_document(
+                        sample, tar.start_id + position, key, number, domain_of, limits
+                    )
             if crc_of_keys(keys) != key_crcs[block]:
                 raise _changed(tar, block, "its keys are not those of the index")
     if held is not None:
@@ -84,7 +86,9 @@ def _next_sample(samples: Iterator[dict[str, Any]], tar: Tar, position: int) -> 
     try:
         return next(samples)
     except StopIteration:
-        raise _changed(tar, block, f"it ends after {position:,} of {tar.n_samples:,} samples") from None
+        raise _changed(
+            tar, block, f"it ends after {position:,} of {tar.n_samples:,} samples"
+        ) from None
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = _POSITION_IN_MESSAGE.sub("", str(error.args[0] if error.args else error))
         raise _changed(tar, block, f"sample {position:,} cannot be read: {reason}") from error
@@ -102,7 +106,9 @@ def _changed(tar: Tar, block: int, what: str) -> CorpusError:
 def _members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str, Any]]:
     """The tar's members as :func:`group_by_keys` takes them."""
     most = max(limits.max_document_bytes, MAX_DOCUMENT_BYTES)
-    members = tar_file_iterator(file) if tar.largest_member_bytes <= most else _members_up_to(file, most)
+    members = (
+        tar_file_iterator(file) if tar.largest_member_bytes <= most else _members_up_to(file, most)
+    )
     for member in members:
         member["__url__"] = tar.name
         yield member

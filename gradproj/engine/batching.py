@@ -41,7 +41,9 @@ class BatchConfig:
     )
     max_length: int = field(
         default=0,
-        metadata={"help": "most tokens of a sequence; 0 = the least of 1024 and the model's positions"},
+        metadata={
+            "help": "most tokens of a sequence; 0 = the least of 1024 and the model's positions"
+        },
     )
     long_documents: str = field(
         default="truncate",
@@ -62,14 +64,18 @@ class BatchConfig:
         if self.batch_size < 1:
             raise ConfigError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.batch_tokens < 0:
-            raise ConfigError(f"--batch_tokens must be at least 1, or auto, got {self.batch_tokens}")
+            raise ConfigError(
+                f"--batch_tokens must be at least 1, or auto, got {self.batch_tokens}"
+            )
         if self.max_length < 0 or self.max_length == 1:
             raise ConfigError(
                 f"--max_length must be at least 2 (a token and its target), got {self.max_length}; "
                 "leave it out for the model's own"
             )
         if self.long_documents not in LONG_DOCUMENTS:
-            raise ConfigError(f"--long_documents is {self.long_documents!r}; choose truncate or windows")
+            raise ConfigError(
+                f"--long_documents is {self.long_documents!r}; choose truncate or windows"
+            )
         if self.loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
 
@@ -98,7 +104,9 @@ class Batch:
         return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
 
 
-def split_long(tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str) -> list[np.ndarray]:
+def split_long(
+    tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str
+) -> list[np.ndarray]:
     """A document's sequences of at most ``max_length`` tokens; none where there is no target.
 
     Windows overlap by one token: each starts with the last token of the one before, so that every
@@ -109,7 +117,9 @@ def split_long(tokens: Sequence[int] | np.ndarray, max_length: int, long_documen
         return []
     if long_documents == "truncate":
         return [tokens[:max_length]]
-    return [tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length - 1)]
+    return [
+        tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length - 1)
+    ]
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:

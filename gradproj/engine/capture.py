@@ -63,7 +63,9 @@ class PlacedLayer:
 
 
 def place_layers(
-    module: nn.Module, config: ProjectionConfig, matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    module: nn.Module,
+    config: ProjectionConfig,
+    matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> list[PlacedLayer]:
     """Target layers in model order with their matrices (drawn, or the given ones) and columns of the row."""
     placed: list[PlacedLayer] = []
@@ -159,7 +161,9 @@ class BatchCapture:
         """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
         layer = self._layers[index]
         self.called.add(index)
-        return self._by_sample(layer, layer.target.rule.project_input(module, a.detach(), layer.p_i))
+        return self._by_sample(
+            layer, layer.target.rule.project_input(module, a.detach(), layer.p_i)
+        )
 
     @torch.no_grad()
     @_in_full_precision
@@ -181,7 +185,9 @@ class BatchCapture:
             covariances = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
             before = self._squares.get(index)
             self._squares[index] = (
-                covariances if before is None else (before[0] + covariances[0], before[1] + covariances[1])
+                covariances
+                if before is None
+                else (before[0] + covariances[0], before[1] + covariances[1])
             )
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
@@ -205,7 +211,9 @@ class BatchCapture:
         covariances = [self._squares[i] for i in range(len(self._layers))]
         a = torch.cat([square[0].flatten(1) for square in covariances], dim=1)
         g = torch.cat([square[1].flatten(1) for square in covariances], dim=1) / weights**2
-        a, g = (torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g))
+        a, g = (
+            torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g)
+        )
         if self.token_mask is not None:
             counts = self.token_mask.sum(dim=1, dtype=torch.int64)
         else:

@@ -69,7 +69,9 @@ def compiled_block(block: nn.Module) -> Callable[..., Any]:
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
     """Compiled blocks run as they are: for a few batches in another precision no graphs are worth making."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and an import here would take seconds
+    if (
+        "torch._dynamo" not in sys.modules
+    ):  # nothing is compiled, and an import here would take seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):

@@ -88,7 +88,9 @@ class CompiledHook:
         sides = [(k_o, k_i), (k_i, k_i), (k_o, k_o)][: 3 if with_covariances else 1]
         self.slots = tuple(self._p_i.new_empty(n, *side).requires_grad_() for side in sides)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+    def __call__(
+        self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
         # An evaluation makes no gradient.
         if not torch.is_grad_enabled():
             return None

@@ -92,10 +92,18 @@ class GradProjLoraEngine:
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
         self.proj_save_interval = proj_save_interval
         if compiled and not freeze_weights:
-            raise ConfigError("compiled=True needs freeze_weights=True: training compiles the model itself")
-        self._freeze, self._checkpoint, self._compiled = freeze_weights, gradient_checkpointing, compiled
+            raise ConfigError(
+                "compiled=True needs freeze_weights=True: training compiles the model itself"
+            )
+        self._freeze, self._checkpoint, self._compiled = (
+            freeze_weights,
+            gradient_checkpointing,
+            compiled,
+        )
         self._layers = place_layers(module, config, matrices)
-        self._capture = (CompiledCapture if compiled else BatchCapture)(self._layers, token_covariances)
+        self._capture = (CompiledCapture if compiled else BatchCapture)(
+            self._layers, token_covariances
+        )
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
@@ -130,7 +138,9 @@ class GradProjLoraEngine:
     @property
     def slice_ranges(self) -> dict[str, tuple[int, int]]:
         """Layer -> first and last + 1 column of its ``k_o x k_i`` values (row-major) in a row."""
-        return {layer.target.name: (layer.columns.start, layer.columns.stop) for layer in self._layers}
+        return {
+            layer.target.name: (layer.columns.start, layer.columns.stop) for layer in self._layers
+        }
 
     @property
     def total_proj_dim(self) -> int:
@@ -177,7 +187,9 @@ class GradProjLoraEngine:
     def __enter__(self) -> "GradProjLoraEngine":
         return self.attach()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.cleanup()
 
     # --- hooks ---
@@ -200,7 +212,9 @@ class GradProjLoraEngine:
             # An evaluation, or the first pass of a checkpointed block, makes no gradient.
             if not torch.is_grad_enabled():
                 return
-            a_p = capture.project_input(index, module, args[0] if args else next(iter(kwargs.values())))
+            a_p = capture.project_input(
+                index, module, args[0] if args else next(iter(kwargs.values()))
+            )
             serial = capture.serial
             if not output.requires_grad:
                 output.requires_grad_(True)  # the graph starts here
@@ -230,7 +244,9 @@ class GradProjLoraEngine:
         weights = self._loss_weights(weighted)
         # All memory is taken before anything is summed: a batch that does not fit is tried again in halves.
         rows = (weighted / weights).to(self.proj_dtype)
-        sums = self._capture.covariances(weighted, weights) if self._covariances is not None else None
+        sums = (
+            self._capture.covariances(weighted, weights) if self._covariances is not None else None
+        )
         if self._covariances is not None and sums is not None:
             self._covariances.add(sums)
         if self.proj_dir is not None:
@@ -247,7 +263,9 @@ class GradProjLoraEngine:
             ConfigError: the engine was made without ``token_covariances=True``.
         """
         if self._covariances is None:
-            raise ConfigError("the engine sums no token covariances: make it with token_covariances=True")
+            raise ConfigError(
+                "the engine sums no token covariances: make it with token_covariances=True"
+            )
         taken, self._covariances = self._covariances, TokenCovariances.zeros(self._layers)
         return taken
 

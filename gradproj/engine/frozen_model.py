@@ -50,14 +50,20 @@ class FrozenModel:
                 setattr(part, ATTENDS, True)
                 self._attending.append(part)
             form = _FORMS.get(type(part))
-            if isinstance(part, GradientCheckpointingLayer) and (gradient_checkpointing or compiled):
+            if isinstance(part, GradientCheckpointingLayer) and (
+                gradient_checkpointing or compiled
+            ):
                 form = functools.partial(_block, gradient_checkpointing, compiled)
             # A forward of the module's own (a quantizer's, an offloader's) does something that no form knows.
             if form is not None and "forward" not in vars(part):
                 part.forward = form(part)
                 self._swapped.append(part)
-        asked = "gradient_checkpointing" if gradient_checkpointing else "compile" if compiled else ""
-        if asked and not any(isinstance(part, GradientCheckpointingLayer) for part in self._swapped):
+        asked = (
+            "gradient_checkpointing" if gradient_checkpointing else "compile" if compiled else ""
+        )
+        if asked and not any(
+            isinstance(part, GradientCheckpointingLayer) for part in self._swapped
+        ):
             self.undo()
             raise ModelError(
                 f"--{asked}: transformers marks no block of {type(module).__name__} for it; leave it out"
@@ -116,7 +122,9 @@ def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
     return lambda x: F.gelu(x, approximate="tanh")
 
 
-def _block(checkpointed: bool, compiled: bool, module: GradientCheckpointingLayer) -> Callable[..., Any]:
+def _block(
+    checkpointed: bool, compiled: bool, module: GradientCheckpointingLayer
+) -> Callable[..., Any]:
     forward = compiled_block(module) if compiled else module.forward
     if not checkpointed:
         return forward

@@ -57,7 +57,9 @@ def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense),
     Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense),
-    nn.Embedding: LayerRule("Embedding", lambda m: (m.num_embeddings, m.embedding_dim), _project_lookup),
+    nn.Embedding: LayerRule(
+        "Embedding", lambda m: (m.num_embeddings, m.embedding_dim), _project_lookup
+    ),
 }
 """Type -> rule. A rule without a case in the tests fails there."""
 
@@ -97,7 +99,11 @@ def without_wrappers(model: Any) -> Any:
     A layer's name, and with it its matrices, must not depend on them.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
+        model = (
+            model.module
+            if isinstance(model, nn.parallel.DistributedDataParallel)
+            else model._orig_mod
+        )
     return model
 
 
@@ -152,7 +158,9 @@ def _token_embedding(model: nn.Module) -> nn.Module:
 def _matches(pattern: str, name: str) -> bool:
     parts = name.split(".")
     options = [tuple(alias.split(".")) for alias in ALIASES.get(pattern, (pattern,))]
-    return any(tuple(parts[i : i + len(o)]) == o for o in options for i in range(len(parts) - len(o) + 1))
+    return any(
+        tuple(parts[i : i + len(o)]) == o for o in options for i in range(len(parts) - len(o) + 1)
+    )
 
 
 def _unsupported_message(names: list[str]) -> str:

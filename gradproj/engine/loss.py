@@ -95,7 +95,9 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
-    targets = batch.get("targets") or Targets.from_labels(_labels(input_ids, batch.get("labels"), mask))
+    targets = batch.get("targets") or Targets.from_labels(
+        _labels(input_ids, batch.get("labels"), mask)
+    )
     if chunked is None:
         chunked = can_chunk(model)
     if chunked and _head_is_bystander(unwrap(model).get_output_embeddings()):
@@ -123,10 +125,14 @@ def _labels(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Te
 def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """``(N, S, H)``: what the vocabulary head reads."""
     with one_sequence_a_row():
-        return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[
+            0
+        ]
 
 
-def _chunked_losses(model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets) -> Tensor:
+def _chunked_losses(
+    model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets
+) -> Tensor:
     inner = unwrap(model)
     hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
     return TokenLoss.apply(hidden, inner.get_output_embeddings(), targets.tokens, _softcap(inner))

@@ -82,7 +82,8 @@ class ProjectionConfig:
         },
     )
     rank_total: int = field(
-        default=256, metadata={"flag": "proj_rank_total", "help": "most values kept per layer, k_i * k_o"}
+        default=256,
+        metadata={"flag": "proj_rank_total", "help": "most values kept per layer, k_i * k_o"},
     )
     rank_min: int = field(
         default=8,
@@ -91,7 +92,9 @@ class ProjectionConfig:
             "help": "least projected width on a side (or the side's own width)",
         },
     )
-    seed: int = field(default=42, metadata={"flag": "proj_seed", "help": "seed of the projection matrices"})
+    seed: int = field(
+        default=42, metadata={"flag": "proj_seed", "help": "seed of the projection matrices"}
+    )
     kind: str = field(
         default="rademacher",
         metadata={
@@ -102,7 +105,10 @@ class ProjectionConfig:
     )
     include_embeddings: bool = field(
         default=False,
-        metadata={"flag": "include_embeddings", "help": "project the token embedding's gradient as well"},
+        metadata={
+            "flag": "include_embeddings",
+            "help": "project the token embedding's gradient as well",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -111,9 +117,13 @@ class ProjectionConfig:
         if self.rank_min < 1:
             raise ConfigError(f"--proj_rank_min must be at least 1, got {self.rank_min}")
         if self.kind not in PROJECTIONS:
-            raise ConfigError(f"--proj_kind is {self.kind!r}; choose one of {', '.join(sorted(PROJECTIONS))}")
+            raise ConfigError(
+                f"--proj_kind is {self.kind!r}; choose one of {', '.join(sorted(PROJECTIONS))}"
+            )
         if not self.patterns and not self.include_embeddings:
-            raise ConfigError("--proj_layers is empty; name layers, for example --proj_layers mlp,attn")
+            raise ConfigError(
+                "--proj_layers is empty; name layers, for example --proj_layers mlp,attn"
+            )
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -140,7 +150,12 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
     Raises:
         ConfigError: the least widths alone exceed the budget.
     """
-    for name, value in (("n_i", n_i), ("n_o", n_o), ("rank_total", rank_total), ("rank_min", rank_min)):
+    for name, value in (
+        ("n_i", n_i),
+        ("n_o", n_o),
+        ("rank_total", rank_total),
+        ("rank_min", rank_min),
+    ):
         if value < 1:
             raise ConfigError(f"choose_ki_ko: {name} must be at least 1, got {value}")
     least_i, least_o = min(rank_min, n_i), min(rank_min, n_o)
@@ -151,7 +166,8 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
             f"or at most --proj_rank_min {int(rank_total**0.5)}"
         )
     candidates = [
-        (k_i, min(n_o, rank_total // k_i)) for k_i in range(least_i, min(n_i, rank_total // least_o) + 1)
+        (k_i, min(n_o, rank_total // k_i))
+        for k_i in range(least_i, min(n_i, rank_total // least_o) + 1)
     ]
     return min(candidates, key=lambda k: ((1 + 2 / k[0]) * (1 + 2 / k[1]), k[0] * n_i + k[1] * n_o))
 
@@ -180,7 +196,9 @@ def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice
         n_i, n_o = target.widths
         k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
         stop = start + k_i * k_o
-        placed.append(LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop))
+        placed.append(
+            LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop)
+        )
         start = stop
     return placed
 
@@ -188,5 +206,7 @@ def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice
 def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
     """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
     sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
-    p_i, p_o = (projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides)
+    p_i, p_o = (
+        projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides
+    )
     return p_i, p_o

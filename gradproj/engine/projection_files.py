@@ -47,7 +47,9 @@ class RowBuffer:
     def add(self, rows: Tensor, ids: Any = None) -> None:
         """Keep a batch's ``(B, D)`` rows, on the CPU, and the samples' ids where they are known."""
         self._rows.append(rows.detach().cpu())
-        self._ids.append(None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64))
+        self._ids.append(
+            None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64)
+        )
 
     def write(self, folder: Path, number: int | None = None) -> Path | None:
         """Write all rows as one file, numbered on from the last unless said otherwise; None if there are none."""
@@ -55,7 +57,9 @@ class RowBuffer:
             return None
         if self._files == 0 and number is None and folder.is_dir():
             # A run before this one may have written there: its files are not to be replaced.
-            taken = [int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")]
+            taken = [
+                int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")
+            ]
             self._files = max(taken, default=0)
         self._files = self._files + 1 if number is None else number
         known = [ids for ids in self._ids if ids is not None]

@@ -35,4 +35,6 @@ def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -
 def random_ids(model: nn.Module, n_sequences: int, length: int) -> Tensor:
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(weight.device)
+    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(
+        weight.device
+    )

@@ -29,21 +29,29 @@ class LdsConfig:
     """An experiment: a small corpus, a small model, and which scores are held against retraining it."""
 
     shards: str = field(
-        metadata={"help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"}
+        metadata={
+            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
+        }
     )
     output_dir: str = field(
         metadata={"help": "folder for all of it; called again on it, the command goes on"}
     )
     tokenizer: str = field(
-        default="", metadata={"help": "directory or hub name; default: one is trained on the corpus"}
+        default="",
+        metadata={"help": "directory or hub name; default: one is trained on the corpus"},
     )
-    vocab_size: int = field(default=2048, metadata={"help": "tokens of the tokenizer that is trained"})
+    vocab_size: int = field(
+        default=2048, metadata={"help": "tokens of the tokenizer that is trained"}
+    )
     documents: int = field(default=1024, metadata={"help": "documents to train on"})
     max_length: int = field(default=128, metadata={"help": "tokens of each, no more and no fewer"})
     windows: int = field(
-        default=4, metadata={"help": "most documents cut from one of the corpus, one after the other"}
+        default=4,
+        metadata={"help": "most documents cut from one of the corpus, one after the other"},
     )
-    queries: int = field(default=64, metadata={"help": "documents held out, whose losses are foretold"})
+    queries: int = field(
+        default=64, metadata={"help": "documents held out, whose losses are foretold"}
+    )
     duplicates: int = field(
         default=32,
         metadata={"help": "more queries, of which the training documents hold a near-copy each"},
@@ -72,7 +80,9 @@ class LdsConfig:
             "choices": PRECISIONS,
         },
     )
-    subsets: int = field(default=30, metadata={"help": "random halves of the documents to train on"})
+    subsets: int = field(
+        default=30, metadata={"help": "random halves of the documents to train on"}
+    )
     seeds: int = field(
         default=2, metadata={"help": "trainings of each subset; two or more give the noise ceiling"}
     )
@@ -88,11 +98,13 @@ class LdsConfig:
         default="kfac@16:0.03", metadata={"help": "the method that the others are compared with"}
     )
     leave_out: int = field(
-        default=16, metadata={"help": "queries whose top documents are removed before retraining; 0 = none"}
+        default=16,
+        metadata={"help": "queries whose top documents are removed before retraining; 0 = none"},
     )
     leave_out_k: int = field(default=8, metadata={"help": "documents removed for each"})
     leave_out_group: int = field(
-        default=8, metadata={"help": "queries that share a training, which is without the documents of all"}
+        default=8,
+        metadata={"help": "queries that share a training, which is without the documents of all"},
     )
     leave_out_methods: str = field(
         default="kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
@@ -101,10 +113,16 @@ class LdsConfig:
     leave_out_controls: int = field(
         default=3, metadata={"help": "trainings without as many random documents, to compare with"}
     )
-    bootstrap: int = field(default=500, metadata={"help": "samples of the subsets for standard errors"})
-    permutations: int = field(default=100, metadata={"help": "shuffles of the documents: what chance gives"})
+    bootstrap: int = field(
+        default=500, metadata={"help": "samples of the subsets for standard errors"}
+    )
+    permutations: int = field(
+        default=100, metadata={"help": "shuffles of the documents: what chance gives"}
+    )
     jobs: int = field(default=1, metadata={"help": "trainings at the same time, one thread each"})
-    seed: int = field(default=0, metadata={"help": "of all draws: documents, weights, subsets, bootstrap"})
+    seed: int = field(
+        default=0, metadata={"help": "of all draws: documents, weights, subsets, bootstrap"}
+    )
     device: str = field(
         default="auto", metadata={"help": "where to compute", "choices": ("auto", "cpu", "cuda")}
     )
@@ -127,7 +145,9 @@ class LdsConfig:
         for name in ("max_length", "bootstrap", "permutations"):
             self._at_least(name, 2)
         self._at_least("subsets", FEWEST_SUBSETS, ": a rank correlation of fewer says nothing")
-        self._at_least("documents", 2 * self.duplicates, ": half of them at least are to be the corpus's own")
+        self._at_least(
+            "documents", 2 * self.duplicates, ": half of them at least are to be the corpus's own"
+        )
         if not 0 <= self.changed < 1:
             raise ConfigError(f"--changed must be at least 0 and less than 1, got {self.changed}")
         if self.leave_out:
@@ -137,7 +157,9 @@ class LdsConfig:
         for name in ("leave_out_k", "leave_out_group", "leave_out_controls"):
             self._at_least(name, 1)
         if self.leave_out > self.queries:
-            raise ConfigError(f"--leave_out {self.leave_out} is more than the {self.queries} --queries")
+            raise ConfigError(
+                f"--leave_out {self.leave_out} is more than the {self.queries} --queries"
+            )
         if self.leave_out % self.leave_out_group:
             raise ConfigError(
                 f"--leave_out {self.leave_out} queries cannot be parted into groups of --leave_out_group "
@@ -152,7 +174,9 @@ class LdsConfig:
 
     def _at_least(self, name: str, least: int, why: str = "") -> None:
         if getattr(self, name) < least:
-            raise ConfigError(f"--{name} must be at least {least:,}, got {getattr(self, name)}{why}")
+            raise ConfigError(
+                f"--{name} must be at least {least:,}, got {getattr(self, name)}{why}"
+            )
 
     def experiment(self) -> dict[str, Any]:
         """Everything that corpus, weights and scores depend on, by flag."""

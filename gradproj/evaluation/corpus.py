@@ -94,7 +94,9 @@ def _tokenizer(config: LdsConfig, folder: Path) -> Any:
                 max_samples=TOKENIZER_SAMPLES,
             )
         )  # fmt: skip
-    return load_tokenizer(fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder))))
+    return load_tokenizer(
+        fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder)))
+    )
 
 
 def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
@@ -109,7 +111,9 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
         kept, most = (found, config.windows) if len(found) < needed else (before, PRETRAIN_WINDOWS)
         tokens = tokens_of(document, tokenizer, most * length)
         for begin in range(0, len(tokens) - length + 1, length):
-            kept.append(_Window(tokens[begin : begin + length], document.domain, f"{document.key} {begin}"))
+            kept.append(
+                _Window(tokens[begin : begin + length], document.domain, f"{document.key} {begin}")
+            )
     if len(found) < needed or (config.pretrain and not before):
         raise CorpusError(
             f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows} "
@@ -120,7 +124,9 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
     return found[:needed], before[: config.pretrain]
 
 
-def _draw(config: LdsConfig, windows: list[_Window]) -> tuple[list[_Window], list[_Window], np.ndarray]:
+def _draw(
+    config: LdsConfig, windows: list[_Window]
+) -> tuple[list[_Window], list[_Window], np.ndarray]:
     """``(documents, queries, copies)``; a near-copy's original is among the queries, no document of the corpus."""
     random = np.random.default_rng([config.seed, 1])
     n_own = config.documents - config.duplicates
@@ -128,14 +134,19 @@ def _draw(config: LdsConfig, windows: list[_Window]) -> tuple[list[_Window], lis
     own, queries = mixed[:n_own], mixed[n_own:]
     originals = queries[config.queries :]
     known = np.concatenate([window.ids for window in own])
-    copies = [_Window(_changed(w.ids, known, config.changed, random), w.domain, w.source) for w in originals]
+    copies = [
+        _Window(_changed(w.ids, known, config.changed, random), w.domain, w.source)
+        for w in originals
+    ]
     order = random.permutation(config.documents)
     together = own + copies
     places = np.argsort(order)[n_own:]
     return [together[i] for i in order], queries, places
 
 
-def _changed(ids: np.ndarray, known: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+def _changed(
+    ids: np.ndarray, known: np.ndarray, share: float, random: np.random.Generator
+) -> np.ndarray:
     """Some of the tokens, at random places, replaced by tokens drawn from the corpus."""
     changed = ids.copy()
     places = random.permutation(len(ids))[: round(share * len(ids))]

@@ -41,7 +41,9 @@ class GradientMethod:
                 f"--methods: {name}: there is no score {kind!r}; choose one of {', '.join(MEANINGS)}"
             )
         if damping is not None and kind not in KIND_OF:
-            raise ConfigError(f"--methods: {name}: {kind} has no damping; write {kind}@{found['k']}")
+            raise ConfigError(
+                f"--methods: {name}: {kind} has no damping; write {kind}@{found['k']}"
+            )
         if found["k"] != FULL and int(found["k"]) < 1:
             raise ConfigError(f"--methods: {name}: K must be at least 1")
         try:
@@ -59,7 +61,10 @@ class GradientStores:
 
     def scores(self, method: GradientMethod) -> np.ndarray:
         """``(Q, N)`` float32."""
-        with self._open("documents", method.k) as documents, self._open("queries", method.k) as queries:
+        with (
+            self._open("documents", method.k) as documents,
+            self._open("queries", method.k) as queries,
+        ):
             asked = queries.rows(np.arange(len(queries)))
             kind = KIND_OF.get(method.score)
             if kind is None:

@@ -43,9 +43,17 @@ def kronfluence_scores(
         log_level=30,
     )
     data, asked = _dataset(documents), _dataset(queries)
-    analyzer.fit_all_factors("factors", data, BATCH, factor_args=FactorArguments(strategy=STRATEGIES[name]))
+    analyzer.fit_all_factors(
+        "factors", data, BATCH, factor_args=FactorArguments(strategy=STRATEGIES[name])
+    )
     analyzer.compute_pairwise_scores(
-        "scores", "factors", asked, data, BATCH, BATCH, score_args=ScoreArguments(damping_factor=None)
+        "scores",
+        "factors",
+        asked,
+        data,
+        BATCH,
+        BATCH,
+        score_args=ScoreArguments(damping_factor=None),
     )
     found = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
     shutil.rmtree(work)
@@ -59,7 +67,10 @@ def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
         parent, _, own = name.rpartition(".")
         conv: Any = model.get_submodule(name)
         linear = nn.Linear(*conv.weight.shape)
-        linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data.clone()
+        linear.weight.data, linear.bias.data = (
+            conv.weight.data.T.contiguous(),
+            conv.bias.data.clone(),
+        )
         setattr(model.get_submodule(parent), own, linear)
     return names
 

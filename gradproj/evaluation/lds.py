@@ -62,7 +62,9 @@ def evaluate(config: LdsConfig) -> Results:
         losses = retrain(config, experiment, subsets)
         left: dict[str, LeaveOut] = {}
         if removing:
-            left = leave_out(config, experiment, {n: methods.scores(n) for n in available(removing)})
+            left = leave_out(
+                config, experiment, {n: methods.scores(n) for n in available(removing)}
+            )
         results = judge(config, experiment, scores, subsets, losses, left)
         keep(folder, config, results, subsets, losses)
     return results
@@ -113,7 +115,9 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
-    other = [f"  --{k}: there {there.get(k)!r}, here {v!r}" for k, v in own.items() if there.get(k) != v]
+    other = [
+        f"  --{k}: there {there.get(k)!r}, here {v!r}" for k, v in own.items() if there.get(k) != v
+    ]
     if other:
         raise OtherSettingsError(
             "\n".join([f"cannot go on in {folder}: it holds another experiment", *other])
@@ -134,12 +138,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def keep(folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray) -> None:
+def keep(
+    folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray
+) -> None:
     """``lds.json``, ``subsets.npy`` and ``losses.npy``."""
     keep_array(folder / "subsets.npy", subsets)
     keep_array(folder / "losses.npy", losses)
     told = {"settings": asdict(config), **asdict(results), "versions": versions()}
-    write_and_replace(folder / "lds.json", [json.dumps(as_json(told), indent=1, allow_nan=False).encode()])
+    write_and_replace(
+        folder / "lds.json", [json.dumps(as_json(told), indent=1, allow_nan=False).encode()]
+    )
 
 
 def as_json(value: Any) -> Any:
@@ -154,5 +162,9 @@ def as_json(value: Any) -> Any:
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
     libraries = ("torch", "transformers", "numpy", *sorted(set(OPTIONAL.values())))
-    found = {name: metadata.version(name) for name in libraries if importlib.util.find_spec(name) is not None}
+    found = {
+        name: metadata.version(name)
+        for name in libraries
+        if importlib.util.find_spec(name) is not None
+    }
     return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -37,7 +37,11 @@ def leave_out(
     random = np.random.default_rng([config.seed, 4])
     # The seed is that of the model whose scores are asked: the trainings differ in the documents alone.
     controls = [
-        Retraining(f"without-{removed}-random-{i}", _without(n, random.permutation(n)[:removed]), config.seed)
+        Retraining(
+            f"without-{removed}-random-{i}",
+            _without(n, random.permutation(n)[:removed]),
+            config.seed,
+        )
         for i in range(config.leave_out_controls)
     ]
     tasks = [

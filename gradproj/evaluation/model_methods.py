@@ -24,7 +24,9 @@ def mean_hidden_states(folder: Path, ids: np.ndarray, device: str) -> Tensor:
     return torch.cat(parts)
 
 
-def hidden_cosine(folder: Path, documents: np.ndarray, queries: np.ndarray, device: str) -> np.ndarray:
+def hidden_cosine(
+    folder: Path, documents: np.ndarray, queries: np.ndarray, device: str
+) -> np.ndarray:
     """``(Q, N)`` cosine of mean hidden states, the documents' own mean taken out first (all texts share most of it)."""
     of_documents = mean_hidden_states(folder, documents, device)
     of_queries = mean_hidden_states(folder, queries, device)

@@ -68,12 +68,16 @@ def judge(
     for name, (by_query, of_samples) in told.items():
         over = None
         if name != reference:
-            over = Bootstrap.estimate(by_query - told[reference][0], of_samples - told[reference][1])
+            over = Bootstrap.estimate(
+                by_query - told[reference][0], of_samples - told[reference][1]
+            )
         found = retrieval(scores[name][n:], copies, RECALL_AT) if len(copies) else None
         lds = Bootstrap.estimate(by_query, of_samples)
         methods[name] = Judged(lds, by_query.tolist(), over, found, left.get(name))
     ordered = dict(sorted(methods.items(), key=lambda item: -item[1].lds.mean))
-    chance = permutation_baseline(scores[reference][:n], subsets, losses, config.permutations, config.seed)
+    chance = permutation_baseline(
+        scores[reference][:n], subsets, losses, config.permutations, config.seed
+    )
     return Results(
         ordered, reference, noise_ceiling(losses), chance, len(experiment.documents), n, len(subsets), losses.shape[1],
         float(losses.mean()), float(losses.mean(axis=1).std(axis=0, ddof=1).mean()),

@@ -58,9 +58,12 @@ def losses_of(
     if missing:
         with workers(config.jobs, Path(config.output_dir)) as pool:
             running = [
-                pool.submit(_retrain, config, experiment, task, _file(folder, task)) for task in missing
+                pool.submit(_retrain, config, experiment, task, _file(folder, task))
+                for task in missing
             ]
-            done = tqdm(as_completed(running), label, len(wanted), initial=len(wanted) - len(missing))
+            done = tqdm(
+                as_completed(running), label, len(wanted), initial=len(wanted) - len(missing)
+            )
             for training in done:
                 _finished(training, config)
     return np.stack([kept_array(_file(folder, task)) for task in wanted])
@@ -117,7 +120,13 @@ def train_base(config: LdsConfig, experiment: Experiment) -> Path:
     if experiment.start is not None and not _is_trained(experiment.start):
         print("training the start of all trainings", file=sys.stderr, flush=True)
         before = replace(config, epochs=config.pretrain_epochs)
-        _train(before, replace(experiment, start=None), folder / "pretrain", experiment.start, config.seed)
+        _train(
+            before,
+            replace(experiment, start=None),
+            folder / "pretrain",
+            experiment.start,
+            config.seed,
+        )
     if not _is_trained(folder / "model"):
         print("training on all documents", file=sys.stderr, flush=True)
         _train(config, experiment, experiment.document_tars, folder / "model", config.seed)
@@ -169,7 +178,9 @@ def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
     """``(Q,)`` float64 mean nats per target token of token ids ``(Q, S)``."""
     device = next(model.parameters()).device
     parts = [
-        per_sample_loss(model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device), chunked=False)
+        per_sample_loss(
+            model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device), chunked=False
+        )
         .cpu()
         .numpy()
         for i in range(0, len(queries), LOSS_BATCH)

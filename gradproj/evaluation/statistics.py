@@ -29,7 +29,9 @@ def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> 
     x = x - (share * x).sum(axis=-1, keepdims=True)
     y = y - (share * y).sum(axis=-1, keepdims=True)
     spread = np.sqrt((share * x * x).sum(-1) * (share * y * y).sum(-1))
-    return np.where(spread > 1e-12, (share * x * y).sum(-1) / np.where(spread > 1e-12, spread, 1.0), 0.0)
+    return np.where(
+        spread > 1e-12, (share * x * y).sum(-1) / np.where(spread > 1e-12, spread, 1.0), 0.0
+    )
 
 
 def predictions(scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
@@ -105,7 +107,9 @@ class Bootstrap:
         n = len(subsets)
         drawn = np.random.default_rng([seed, 7]).integers(0, n, (n_samples, n))
         self._subsets, self._losses = subsets, losses
-        self._weights = np.stack([np.bincount(chosen, minlength=n) for chosen in drawn]).astype(np.float64)
+        self._weights = np.stack([np.bincount(chosen, minlength=n) for chosen in drawn]).astype(
+            np.float64
+        )
         self._truth = _compared(-losses.mean(axis=1).T)
 
     def by_query(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +124,9 @@ class Bootstrap:
     @staticmethod
     def estimate(by_query: np.ndarray, of_samples: np.ndarray) -> Estimate:
         """Mean and errors of what ``by_query`` gave, or of the difference of two of them."""
-        return Estimate(float(by_query.mean()), standard_error(by_query), float(of_samples.std(ddof=1)))
+        return Estimate(
+            float(by_query.mean()), standard_error(by_query), float(of_samples.std(ddof=1))
+        )
 
 
 def standard_error(values: np.ndarray) -> float:

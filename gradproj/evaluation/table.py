@@ -27,8 +27,15 @@ def table_lines(results: Results) -> list[str]:
     width = max(6, *(len(name) for name in shown))
     with_copies = any(judged.duplicates for judged in shown.values())
     with_left = any(judged.leave_out for judged in shown.values())
-    heads = [f"{'method':<{width}}", f"{'LDS':>6}", " +-q   +-s ", f"{'less ' + results.reference:>22}"]
-    heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + ["  left out: nats"] * with_left
+    heads = [
+        f"{'method':<{width}}",
+        f"{'LDS':>6}",
+        " +-q   +-s ",
+        f"{'less ' + results.reference:>22}",
+    ]
+    heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + [
+        "  left out: nats"
+    ] * with_left
     ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
     trainings = f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''}"
     return [
@@ -49,7 +56,11 @@ def table_lines(results: Results) -> list[str]:
 
 def _line(name: str, judged: Judged, width: int, with_copies: bool, with_left: bool) -> str:
     lds = judged.lds
-    cells = [f"{name:<{width}}", f"{lds.mean:>+6.3f}", f"{lds.over_queries:.3f} {lds.over_subsets:.3f}"]
+    cells = [
+        f"{name:<{width}}",
+        f"{lds.mean:>+6.3f}",
+        f"{lds.over_queries:.3f} {lds.over_subsets:.3f}",
+    ]
     cells.append(f"{_difference(judged.over_reference):>22}")
     if with_copies and judged.duplicates:
         found = judged.duplicates
@@ -62,4 +73,6 @@ def _line(name: str, judged: Judged, width: int, with_copies: bool, with_left: b
 
 
 def _difference(over: Estimate | None) -> str:
-    return "" if over is None else f"{over.mean:+.3f} {over.over_queries:.3f} {over.over_subsets:.3f}"
+    return (
+        "" if over is None else f"{over.mean:+.3f} {over.over_queries:.3f} {over.over_subsets:.3f}"
+    )

@@ -23,7 +23,10 @@ def ngram_overlap(documents: np.ndarray, queries: np.ndarray, n: int = NGRAM) ->
     """``(Q, N)`` float32: distinct n-grams of the query that the document has as well."""
     of_documents = [ngrams(ids, n) for ids in documents.tolist()]
     return np.array(
-        [[len(own & theirs) for theirs in of_documents] for own in (ngrams(q, n) for q in queries.tolist())],
+        [
+            [len(own & theirs) for theirs in of_documents]
+            for own in (ngrams(q, n) for q in queries.tolist())
+        ],
         np.float32,
     )
 

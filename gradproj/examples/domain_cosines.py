@@ -8,8 +8,6 @@ bounded memory.
 Needs ``pip install 'gradproj[xarray]'``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import TYPE_CHECKING
@@ -27,7 +25,7 @@ _ROWS_PER_CHUNK = 1024
 _NAME = 60
 
 
-def domain_cosines(dataset: xr.Dataset, names: list[str]) -> xr.DataArray:
+def domain_cosines(dataset: "xr.Dataset", names: list[str]) -> "xr.DataArray":
     """Cosines of the domains' mean rows.
 
     Args:
@@ -43,7 +41,9 @@ def domain_cosines(dataset: xr.Dataset, names: list[str]) -> xr.DataArray:
     member = xr.concat([there & (dataset.domain == name) for name in names], "domain")
     rows = dataset.rows.fillna(0).astype(np.float64)
     # One product with a matrix of zeros and ones gives all domains' sums, and reads each row once.
-    mean = xr.dot(member.chunk({"domain": -1}).astype(np.float64), rows, dim="sample") / member.sum("sample")
+    mean = xr.dot(member.chunk({"domain": -1}).astype(np.float64), rows, dim="sample") / member.sum(
+        "sample"
+    )
     mean = mean.assign_coords(domain=names).compute()
     unit = mean / np.sqrt((mean**2).sum("value"))
     return xr.dot(unit, unit.rename(domain="other"), dim="value")
@@ -68,7 +68,9 @@ def _print(argv: list[str] | None) -> None:
         if args.layer not in (None, *known):
             raise ConfigError(f"{store.path} has no layer {args.layer!r}; it has {listed(known)}")
         dataset = store.to_xarray(_ROWS_PER_CHUNK)
-        found = domain_cosines(dataset.sel(layer=args.layer) if args.layer else dataset, store.domains)
+        found = domain_cosines(
+            dataset.sel(layer=args.layer) if args.layer else dataset, store.domains
+        )
     names = [one_line(name, _NAME) for name in store.domains]
     width = max(map(len, names))
     for name, line in zip(names, found.values, strict=True):

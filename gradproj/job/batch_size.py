@@ -81,7 +81,11 @@ def recorded_batch_tokens(output: Path) -> int | None:
 
 
 def resolve_batch_tokens(
-    job: Job, queue: UnitQueue, model: nn.Module, engine: GradProjLoraEngine, stopping: Callable[[], bool]
+    job: Job,
+    queue: UnitQueue,
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    stopping: Callable[[], bool],
 ) -> UnitSettings:
     """The run's settings with a number in place of ``auto``.
 
@@ -98,7 +102,11 @@ def resolve_batch_tokens(
     if settings.batch.batch_tokens != AUTO:
         return settings
     deadline = time.monotonic() + (0.0 if job.owner.rank == 0 else WAIT_FOR_RANK_0_S)
-    while (known := recorded_batch_tokens(plan.output)) is None and not stopping() and len(queue.pending()):
+    while (
+        (known := recorded_batch_tokens(plan.output)) is None
+        and not stopping()
+        and len(queue.pending())
+    ):
         if time.monotonic() < deadline:
             time.sleep(0.2)
             continue
@@ -107,12 +115,20 @@ def resolve_batch_tokens(
         trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
         _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
     if known is not None and job.owner.rank == 0:
-        print(f"batches       {known:,} tokens, measured on this kind of device ({BATCH_FILE})", flush=True)
-    return replace(settings, batch=replace(settings.batch, batch_tokens=known or settings.batch.max_length))
+        print(
+            f"batches       {known:,} tokens, measured on this kind of device ({BATCH_FILE})",
+            flush=True,
+        )
+    return replace(
+        settings, batch=replace(settings.batch, batch_tokens=known or settings.batch.max_length)
+    )
 
 
 def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) -> None:
-    content = {"batch_tokens": choose(trials, max_length), "trials": [asdict(trial) for trial in trials]}
+    content = {
+        "batch_tokens": choose(trials, max_length),
+        "trials": [asdict(trial) for trial in trials],
+    }
     with explain_os_errors(output):
         write_file_durably(scratch / BATCH_FILE, [(json.dumps(content, indent=2) + "\n").encode()])
         publish_exclusively(scratch / BATCH_FILE, output / BATCH_FILE)
@@ -121,11 +137,17 @@ def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) 
 def choose(trials: list[Trial], max_length: int) -> int:
     """The smallest batch that comes near the best rate; without any that fits, one sequence."""
     best = max((trial.rate for trial in trials), default=0.0)
-    return next((trial.tokens for trial in trials if trial.rate >= NEAR_THE_BEST * best), max_length)
+    return next(
+        (trial.tokens for trial in trials if trial.rate >= NEAR_THE_BEST * best), max_length
+    )
 
 
 def try_batches(
-    model: nn.Module, engine: GradProjLoraEngine, max_length: int, reserved_bytes: int, n_neighbours: int
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    max_length: int,
+    reserved_bytes: int,
+    n_neighbours: int,
 ) -> list[Trial]:
     """Run batches of ever more sequences of ``max_length`` random tokens, until more brings nothing or does not fit.
 
@@ -155,7 +177,9 @@ def try_batches(
             engine.clear_gradients()
             engine.take_token_covariances()
         trials.append(trial)
-        log.info("batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, trial.bytes // 2**20)
+        log.info(
+            "batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, trial.bytes // 2**20
+        )
         if trial.seconds > LONGEST_TRIAL_S or _has_levelled_off(trials):
             break
     return trials
@@ -173,7 +197,9 @@ def _has_levelled_off(trials: list[Trial]) -> bool:
     return len(trials) > 2 and max(t.rate for t in trials[-2:]) < trials[-3].rate / NEAR_THE_BEST
 
 
-def _try(model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any) -> Trial:
+def _try(
+    model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any
+) -> Trial:
     device = next(model.parameters()).device
     ids = random_ids(model, n_sequences, length)
     memory.start()

@@ -26,7 +26,9 @@ MOST_THREADS = 1024
 class JobConfig:
     """Settings of the job itself; none of them changes a row beyond rounding."""
 
-    output_dir: str = field(metadata={"help": "folder of the store; started again on it, the job continues"})
+    output_dir: str = field(
+        metadata={"help": "folder of the store; started again on it, the job continues"}
+    )
     device: str = field(
         default="auto",
         metadata={
@@ -35,10 +37,12 @@ class JobConfig:
         },
     )
     threads: int = field(
-        default=0, metadata={"help": "CPU threads of a rank; 0 = torch's own choice (torchrun sets 1)"}
+        default=0,
+        metadata={"help": "CPU threads of a rank; 0 = torch's own choice (torchrun sets 1)"},
     )
     deterministic: bool = field(
-        default=False, metadata={"help": "deterministic kernels on CUDA, for bitwise equal stores (slower)"}
+        default=False,
+        metadata={"help": "deterministic kernels on CUDA, for bitwise equal stores (slower)"},
     )
     gradient_checkpointing: bool = field(
         default=False,
@@ -55,7 +59,9 @@ class JobConfig:
     )
     proj_save_interval: int = field(
         default=0,
-        metadata={"help": "save a unit's new rows to partial/ every so many batches; 0 = only when stopped"},
+        metadata={
+            "help": "save a unit's new rows to partial/ every so many batches; 0 = only when stopped"
+        },
     )
     verbose: bool = field(default=False, metadata={"help": "log every batch to logs/"})
 

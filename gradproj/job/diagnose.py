@@ -22,7 +22,15 @@ from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import ConfigError, CorpusError, ModelError
 from gradproj.job.config import RunConfig, parse
 from gradproj.job.plan import Plan, make_plan
-from gradproj.job.precision import LEAST_COSINE, MOST_ERROR, USUAL_COSINE, WAYS, Agreement, Documents, rows_of
+from gradproj.job.precision import (
+    LEAST_COSINE,
+    MOST_ERROR,
+    USUAL_COSINE,
+    WAYS,
+    Agreement,
+    Documents,
+    rows_of,
+)
 from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_reader import UnitReader
 from gradproj.model.config import MODEL_DTYPES
@@ -40,7 +48,9 @@ class DiagnoseConfig:
     """What ``diagnose`` takes beside the job's flags."""
 
     n_documents: int = field(default=16, metadata={"help": "documents of the corpus to compare"})
-    as_json: bool = field(default=False, metadata={"flag": "json", "help": "print the result as JSON"})
+    as_json: bool = field(
+        default=False, metadata={"flag": "json", "help": "print the result as JSON"}
+    )
 
     def __post_init__(self) -> None:
         if self.n_documents < 1:
@@ -88,7 +98,9 @@ def diagnose_command(argv: list[str]) -> int:
         "With the job's flags: the same documents alone, batched, beside padding, in float32 and bfloat16. Exit code "
         "0: rows differ by rounding only; 1: by more (batching or padding changes them, or the job's precision does)."
     )
-    *parts, own = parse(argv, "gradproj diagnose", *sections.values(), DiagnoseConfig, description=about)
+    *parts, own = parse(
+        argv, "gradproj diagnose", *sections.values(), DiagnoseConfig, description=about
+    )
     config = RunConfig(**dict(zip(sections, parts, strict=True)))
     found = diagnose(config, own.n_documents)
     print(json.dumps(asdict(found), indent=2) if own.as_json else "\n".join(diagnosis_lines(found)))
@@ -125,7 +137,11 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
     wanted = len(plan.wanted) * rows
     generator = np.random.default_rng(0)
     few = wanted <= _TRIES * n_documents
-    places = generator.permutation(wanted) if few else generator.integers(0, wanted, _TRIES * n_documents)
+    places = (
+        generator.permutation(wanted)
+        if few
+        else generator.integers(0, wanted, _TRIES * n_documents)
+    )
     ids: list[int] = []
     sequences: list[np.ndarray] = []
     document_of: list[int] = []
@@ -177,7 +193,9 @@ def _by_layer(plan: Plan, dtype: str, rows: Tensor, reference: Tensor) -> list[L
     for layer in plan.layers:
         columns = slice(layer.slice_start, layer.slice_end)
         found.append(
-            LayerComparison(dtype, layer.name, Agreement.of(rows[:, columns], reference[:, columns]))
+            LayerComparison(
+                dtype, layer.name, Agreement.of(rows[:, columns], reference[:, columns])
+            )
         )
     return sorted(found, key=lambda each: each.agreement.least_cosine)
 
@@ -207,7 +225,9 @@ def _judge_precision(found: Diagnosis, dtype: str) -> None:
     worst = min(agreements, key=lambda a: a.least_cosine)
     lost, chosen = max(a.n_not_finite for a in agreements), dtype == found.model_dtype
     usual = min(a.median_cosine for a in agreements)
-    figure = f"{dtype}: cosine with float32 {usual:.5f} in the middle, {worst.least_cosine:.5f} at least"
+    figure = (
+        f"{dtype}: cosine with float32 {usual:.5f} in the middle, {worst.least_cosine:.5f} at least"
+    )
     if all(a.holds for a in agreements):
         found.verdicts.append(f"{figure}: its rows stand for float32's")
         return

@@ -117,7 +117,9 @@ class Plan:
 
     def wasted_bytes(self) -> int:
         """Bytes of rows in wanted units that no chosen document fills."""
-        return max(0, len(self.wanted) * self.layout.rows_per_shard - self.n_selected) * self.row_bytes
+        return (
+            max(0, len(self.wanted) * self.layout.rows_per_shard - self.n_selected) * self.row_bytes
+        )
 
     def n_files(self) -> int:
         """Files of the finished output: a shard and a record a unit, columns, metadata."""
@@ -146,7 +148,9 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
     vocabulary = check_vocabulary(tokenizer, model_config)
-    config = replace(config, batch=replace(config.batch, max_length=_max_length(config, model_config)))
+    config = replace(
+        config, batch=replace(config.batch, max_length=_max_length(config, model_config))
+    )
     skeleton = model_skeleton(files)
     layers = place_widths(skeleton, config.projection)
     n_weights = sum(p.numel() for p in skeleton.parameters())
@@ -159,7 +163,9 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
-    plan = Plan(config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity)
+    plan = Plan(
+        config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity
+    )
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
@@ -235,7 +241,9 @@ def _max_length(config: RunConfig, model_config: Any) -> int:
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
 
 
-def _wanted_units(config: RunConfig, index: CorpusIndex, layout: StoreLayout) -> tuple[np.ndarray, int]:
+def _wanted_units(
+    config: RunConfig, index: CorpusIndex, layout: StoreLayout
+) -> tuple[np.ndarray, int]:
     """Units that can hold a document of the chosen domains, and how many such documents there are at most."""
     chosen = config.corpus.chosen_domains
     if not chosen:
@@ -248,7 +256,9 @@ def _wanted_units(config: RunConfig, index: CorpusIndex, layout: StoreLayout) ->
         if count and tar.start_id < stop:
             n_selected += min(count, stop - tar.start_id)
             wanted.update(
-                range(tar.start_id // layout.rows_per_shard, (stop - 1) // layout.rows_per_shard + 1)
+                range(
+                    tar.start_id // layout.rows_per_shard, (stop - 1) // layout.rows_per_shard + 1
+                )
             )
     if not wanted:
         raise CorpusError(

@@ -85,13 +85,23 @@ class Agreement:
         errors = torch.where(finite, (rows - reference).norm(dim=1) / lengths, _NO_NUMBER)
         norm_errors = torch.where(finite, (rows.norm(dim=1) - norms).abs() / lengths, _NO_NUMBER)
         # Where all are zero (a layer that no token reaches) there is no direction, and nothing to disagree on.
-        cosines = torch.where(finite, F.cosine_similarity(rows, reference, dim=1), 0.0)[norms > floor]
+        cosines = torch.where(finite, F.cosine_similarity(rows, reference, dim=1), 0.0)[
+            norms > floor
+        ]
         cosines = cosines if len(cosines) else cosines.new_ones(1)
         least, usual, most, median, norm = (
             float(x)
-            for x in (cosines.min(), cosines.median(), errors.max(), errors.median(), norm_errors.max())
+            for x in (
+                cosines.min(),
+                cosines.median(),
+                errors.max(),
+                errors.median(),
+                norm_errors.max(),
+            )
         )
-        return cls(least, usual, most, median, norm, int((~finite).sum()), int(sound[errors.argmax()]))
+        return cls(
+            least, usual, most, median, norm, int((~finite).sum()), int(sound[errors.argmax()])
+        )
 
 
 def rows_of(
@@ -169,9 +179,7 @@ def check_precision(
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        unknown = (
-            f"{dtype} is not checked: no memory for float32 weights; python -m gradproj diagnose does it"
-        )
+        unknown = f"{dtype} is not checked: no memory for float32 weights; python -m gradproj diagnose does it"
         return unknown, False
     finally:
         engine.clear_gradients()
@@ -207,7 +215,9 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         MemoryError: the host has not enough of it. (A device says so itself.)
     """
     low = [
-        t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.element_size() < 4
+        t
+        for t in (*model.parameters(), *model.buffers())
+        if t.is_floating_point() and t.element_size() < 4
     ]
     if any(t.device.type == "cpu" for t in low):
         wanted = sum(4 * t.numel() for t in low)

@@ -24,9 +24,13 @@ class Background(Generic[T]):
         check: called now and then while an item is waited for; its error ends the iteration.
     """
 
-    def __init__(self, items: Iterable[T], ahead: int = 1, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, items: Iterable[T], ahead: int = 1, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._items, self._check = items, check
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=max(1, ahead))
+        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(
+            maxsize=max(1, ahead)
+        )
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="background", daemon=True)
 
@@ -34,7 +38,9 @@ class Background(Generic[T]):
         self._thread.start()
         return self._take()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -96,7 +102,9 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.wait()

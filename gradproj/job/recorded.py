@@ -52,7 +52,9 @@ def _as_recorded(output: Path) -> RunConfig:
     try:
         flags = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise StoreError(f"{output} is not a job's --output_dir: it holds no {RUN_CONFIG_NAME}") from error
+        raise StoreError(
+            f"{output} is not a job's --output_dir: it holds no {RUN_CONFIG_NAME}"
+        ) from error
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     sections = {}
@@ -80,7 +82,9 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
                 f"the job of {inputs.output} was started with --{name}, which {what}: give --{name} "
                 f"here too if you trust {inputs.model or run.model.model or run.model.architecture}"
             )
-    model = replace(run.model, trust_remote_code=inputs.trust_remote_code, allow_pickle=inputs.allow_pickle)
+    model = replace(
+        run.model, trust_remote_code=inputs.trust_remote_code, allow_pickle=inputs.allow_pickle
+    )
     if inputs.model:
         model = replace(model, model=inputs.model, architecture="")
     if inputs.tokenizer:
@@ -126,7 +130,9 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
     chosen, _ = choose_device(device, 0)
     model = load_model(files, chosen)
     matrices = matrices_on(chosen, store.projection_matrices)
-    engine = GradProjLoraEngine.from_config(model, run.projection, matrices, run.job.gradient_checkpointing)
+    engine = GradProjLoraEngine.from_config(
+        model, run.projection, matrices, run.job.gradient_checkpointing
+    )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen)
 
@@ -194,6 +200,8 @@ def job_command(output: Path) -> str:
         if value == defaults[flag]:
             continue
         words += (
-            [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            [f"--{'' if value else 'no-'}{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", str(value)]
         )
     return shlex.join(words)

@@ -12,9 +12,15 @@ class RecordedRunArgs:
     The output says what its job was told; it cannot say what the person who opens it trusts.
     """
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
-    model: str = field(default="", metadata={"help": "where the job's model lies now, if it has moved"})
-    tokenizer: str = field(default="", metadata={"help": "where its tokenizer lies now, if it has moved"})
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
+    model: str = field(
+        default="", metadata={"help": "where the job's model lies now, if it has moved"}
+    )
+    tokenizer: str = field(
+        default="", metadata={"help": "where its tokenizer lies now, if it has moved"}
+    )
     shards: str = field(default="", metadata={"help": "where the tars lie now, if they have moved"})
     device: str = field(
         default="auto",

@@ -58,7 +58,9 @@ class StopRequest:
     def __call__(self) -> bool:
         return self._asked_at is not None
 
-    def attend(self, rank: int | None, launcher_died: Callable[[], bool] = lambda: False) -> "StopRequest":
+    def attend(
+        self, rank: int | None, launcher_died: Callable[[], bool] = lambda: False
+    ) -> "StopRequest":
         """Take the signals of ``SIGNALS`` from now on, and leave with the launcher (main thread only; once is enough).
 
         Args:

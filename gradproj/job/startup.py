@@ -73,7 +73,9 @@ def start_job(config: RunConfig, process: Process) -> Job:
         reported.exit_code = (failure or reported).exit_code
         raise reported
     plan, name = shared
-    plan = replace(plan, files=_files_of_this_node(plan, process), index=load_index(plan.output / INDEX_NAME))
+    plan = replace(
+        plan, files=_files_of_this_node(plan, process), index=load_index(plan.output / INDEX_NAME)
+    )
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
         # What is left of dead processes can be told from what is in use only on their own machine.
@@ -124,7 +126,11 @@ def make_output(plan: Plan, owner: Owner) -> None:
     check_records_have_shards(output)
     unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")
-    flags = {**plan.config.as_flags(), "rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
+    flags = {
+        **plan.config.as_flags(),
+        "rows_per_shard": plan.layout.rows_per_shard,
+        "versions": versions(),
+    }
     text = json.dumps(flags, indent=2, default=list) + "\n"
     write_and_replace(output / "run_config.json", [text.encode()], queue.scratch)
 
@@ -144,7 +150,9 @@ def _publish_store(plan: Plan, scratch: Path) -> None:
     """Make the empty store; one that another job was faster to make must be the one we want."""
     # The matrices depend on names and shapes alone, so no weights are needed for them.
     config = plan.config.projection
-    drawn = {w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)}
+    drawn = {
+        w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)
+    }
     matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
     packed = pack_matrices(plan.layers, matrices)
     try:
@@ -167,7 +175,9 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     own, which would overwrite each other's lines, and the batch script looks there for what its own job has done.
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
-    handler = logging.FileHandler(output / "logs" / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8")
+    handler = logging.FileHandler(
+        output / "logs" / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("gradproj")
     root.addHandler(handler)
@@ -190,8 +200,11 @@ def prepare_torch(config: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def matrices_on(device: torch.device, packed: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+def matrices_on(
+    device: torch.device, packed: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
     """The store's matrices as tensors."""
     return {
-        name: tuple(torch.from_numpy(np.array(p)).to(device) for p in pair) for name, pair in packed.items()
+        name: tuple(torch.from_numpy(np.array(p)).to(device) for p in pair)
+        for name, pair in packed.items()
     }

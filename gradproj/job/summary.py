@@ -17,7 +17,11 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     """The plan as lines of text: what will be computed, and what it takes."""
     layout, batch = plan.layout, plan.config.batch
     widths = sorted({layer.slice_end - layer.slice_start for layer in plan.layers})
-    each = f"{len(plan.layers)} layers x {widths[0]}" if len(widths) == 1 else f"{len(plan.layers)} layers"
+    each = (
+        f"{len(plan.layers)} layers x {widths[0]}"
+        if len(widths) == 1
+        else f"{len(plan.layers)} layers"
+    )
     lines = [
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars"
         + (
@@ -53,7 +57,9 @@ def seconds_per_unit(plan: Plan) -> float | None:
     if not len(recorded):
         return None
     chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))]
-    seconds = [read_record(plan.output / record_name(unit)).stats["seconds"] for unit in chosen.tolist()]
+    seconds = [
+        read_record(plan.output / record_name(unit)).stats["seconds"] for unit in chosen.tolist()
+    ]
     return sum(seconds) / len(seconds)
 
 
@@ -68,7 +74,10 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
     for line in plan_lines(plan, len(list_records(plan.output / "units"))):
         print(line)
     print(f"device        {device} ({name}), {torch.get_num_threads()} CPU threads a rank")
-    print(f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}", flush=True)
+    print(
+        f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}",
+        flush=True,
+    )
 
 
 def print_compiled(rank: int, seconds: float) -> None:
@@ -90,7 +99,11 @@ def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
     if not complete:
         done = len(list_records(plan.output / "units"))
         why = f"Stopped ({stopped_by})" if stopped_by else "Ended"
-        rest = "other jobs are working on the rest" if not stopped_by else "run the same command to go on"
+        rest = (
+            "other jobs are working on the rest"
+            if not stopped_by
+            else "run the same command to go on"
+        )
         if is_complete(plan.output):
             rest = "all units are done; `python -m gradproj merge` ends it"
         print(f"{why}: {done:,} of {len(plan.wanted):,} units are committed; {rest}.", flush=True)

@@ -85,7 +85,9 @@ class UnitProjector:
         }
         return ProjectedUnit(total, self._settings, stats, begun)
 
-    def _save_on_leaving(self, partial: PartialLog, first: int, last: int, total: "UnitSums") -> None:
+    def _save_on_leaving(
+        self, partial: PartialLog, first: int, last: int, total: "UnitSums"
+    ) -> None:
         try:
             partial.append(first, last, total.take_touched())
         except StoreError as error:
@@ -136,7 +138,9 @@ class UnitProjector:
 class UnitSums:
     """A unit's rows as they grow, on the device."""
 
-    def __init__(self, prepared: PreparedUnit, engine: GradProjLoraEngine, device: torch.device) -> None:
+    def __init__(
+        self, prepared: PreparedUnit, engine: GradProjLoraEngine, device: torch.device
+    ) -> None:
         n = len(prepared.columns["status"])
         self.prepared, self._engine, self._device = prepared, engine, device
         self.rows = torch.zeros(n, engine.total_proj_dim, device=device)
@@ -238,7 +242,9 @@ class ProjectedUnit:
         columns["row_scale"][:] = np.where(ok | zero, scale, 1.0)
         stats |= {
             "real_tokens": sum(map(len, prepared.sequences)),
-            "computed_tokens": sum(len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches),
+            "computed_tokens": sum(
+                len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches
+            ),
             "covariance_tokens": int(n_tokens),
         }
         record = UnitRecord(

@@ -139,7 +139,9 @@ class UnitReader:
         columns["key"] = encode_keys(keys, layout.key_bytes)
         lengths = [len(tokens) for tokens in sequences]
         batches = plan_batches(lengths, settings.batch.batch_size, settings.batch.batch_tokens)
-        return PreparedUnit(unit, start, columns, sequences, np.asarray(row_of, dtype=np.int64), batches)
+        return PreparedUnit(
+            unit, start, columns, sequences, np.asarray(row_of, dtype=np.int64), batches
+        )
 
     def _status_of(self, document: Document) -> str:
         """The status as far as the document alone decides it."""
@@ -147,7 +149,9 @@ class UnitReader:
         if chosen and document.domain not in chosen:
             return "not_selected"
         if document.problem is not None:
-            log.warning("sample %d (%s): bad input: %s", document.sample_id, document.key, document.problem)
+            log.warning(
+                "sample %d (%s): bad input: %s", document.sample_id, document.key, document.problem
+            )
             return "bad_input"
         ids = document.input_ids
         # Token ids stand in for the text wherever there are any, an empty list of them too.
@@ -170,7 +174,9 @@ class UnitReader:
             for d in documents
         ]
 
-    def _sequences_of(self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int) -> list[np.ndarray]:
+    def _sequences_of(
+        self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int
+    ) -> list[np.ndarray]:
         batch = self._settings.batch
         sequences = split_long(tokens, batch.max_length, batch.long_documents)
         columns["n_tokens"][row] = sum(len(s) - 1 for s in sequences)

@@ -26,7 +26,9 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, hidden: Tensor, head: nn.Linear, tokens: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Linear, tokens: Tensor, softcap: float | None
+    ) -> Tensor:
         # Under autocast the hidden states may have another dtype than the weights.
         weight = head.weight.to(hidden.dtype)
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
@@ -35,7 +37,9 @@ class TokenLoss(torch.autograd.Function):
         losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(tokens), MOST_TOKENS):
             part = slice(start, start + MOST_TOKENS)
-            walk = _ChunkedSoftmax(hidden[part], tokens[part], weight, bias, softcap, grads is not None)
+            walk = _ChunkedSoftmax(
+                hidden[part], tokens[part], weight, bias, softcap, grads is not None
+            )
             losses[part] = walk.losses()
             if grads is not None:
                 grads[part] = walk.gradients()
@@ -77,7 +81,9 @@ class _ChunkedSoftmax:
 
     def _add_chunk(self, part: slice) -> None:
         weight = self._weight[part]
-        logits = linear(self._hidden, weight, None if self._bias is None else self._bias[part]).float()
+        logits = linear(
+            self._hidden, weight, None if self._bias is None else self._bias[part]
+        ).float()
         slope = None
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap)

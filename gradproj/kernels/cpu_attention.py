@@ -58,7 +58,9 @@ AttentionInterface.register("sdpa", attend)
 
 def fits(x: Tensor) -> bool:
     """Whether ``attend`` computes this itself."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(torch.backends.mkldnn.enabled)
+    return (
+        x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(torch.backends.mkldnn.enabled)
+    )
 
 
 class _Causal(torch.autograd.Function):
@@ -98,7 +100,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tup
 
 
 @_attention.register_fake
-def _empty_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _empty_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     n, heads, length, width = query.shape
     out = query.new_empty(n, length, heads, width).transpose(1, 2)
     return out, query.new_empty(n, heads, length, 1, dtype=torch.float32)
@@ -106,7 +110,13 @@ def _empty_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
 @torch.library.custom_op("gradproj::attention_gradients", mutates_args=())
 def _attention_gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scaling: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_query, to_key, to_value = _empty_gradients(gradient, query, key, value, out, sums, scaling)
     for sample in range(len(query)):
@@ -129,7 +139,13 @@ def _attention_gradients(
 
 @_attention_gradients.register_fake
 def _empty_gradients(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scaling: float
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 

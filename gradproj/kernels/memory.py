@@ -15,7 +15,9 @@ class CudaMemory:
         self._device = device
 
     def free(self) -> int:
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
+            self._device
+        )
         return int(CUDA_SHARE * (torch.cuda.mem_get_info(self._device)[0] + unused))
 
     def start(self) -> None:
@@ -60,4 +62,6 @@ _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STAT
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error says that the device has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in _NO_MEMORY
+    )

@@ -28,7 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _traced_onednn(x, weight, bias) if torch.compiler.is_compiling() else _onednn(x, weight, bias)
+    return (
+        _traced_onednn(x, weight, bias)
+        if torch.compiler.is_compiling()
+        else _onednn(x, weight, bias)
+    )
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -171,7 +171,8 @@ class MergedColumns:
             return [
                 (name, f"differs from the unit's record, first at sample {record.start + first}")
                 for name in COLUMNS
-                if (first := _first_difference(self._read(name, unit), record.columns[name])) is not None
+                if (first := _first_difference(self._read(name, unit), record.columns[name]))
+                is not None
             ]
         except StoreError as error:
             return [("", str(error))]
@@ -186,7 +187,9 @@ class MergedColumns:
         shape = _chunk_shape(name, self._layout)
         dtype = COLUMNS[name][0]
         if len(data) != dtype.itemsize * np.prod(shape):
-            raise StoreError(f"has {len(data):,} bytes in {name}/{path.name}, not those of {shape} {dtype}")
+            raise StoreError(
+                f"has {len(data):,} bytes in {name}/{path.name}, not those of {shape} {dtype}"
+            )
         first = start - block * self._layout.column_rows
         return np.ndarray(shape, dtype, data)[first : first + stop - start]
 

@@ -1,7 +1,5 @@
 """The original system's layout: numbered ``.pt`` files of projected gradients, and ``metadata.json`` beside them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -28,13 +26,17 @@ FORMATS = ("pt",)
 class ExportConfig:
     """Which rows to write where."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
     to: str = field(metadata={"help": "folder for the files; new or empty"})
     format: str = field(
         default="pt", metadata={"help": "pt: the original system's layout", "choices": FORMATS}
     )
     rows_per_file: int = field(default=4096, metadata={"help": "rows of one file"})
-    ids: str = field(default="", metadata={"help": "START:STOP, only these sample ids; STOP is not included"})
+    ids: str = field(
+        default="", metadata={"help": "START:STOP, only these sample ids; STOP is not included"}
+    )
 
     def __post_init__(self) -> None:
         if not self.to.strip():
@@ -57,7 +59,9 @@ class ExportConfig:
         first, _, last = self.ids.partition(":")
         start, stop = int(first or 0), int(last or n_samples)
         if stop > n_samples or start >= n_samples:
-            raise ConfigError(f"--ids {self.ids}: the store has {n_samples:,} samples, ids 0:{n_samples}")
+            raise ConfigError(
+                f"--ids {self.ids}: the store has {n_samples:,} samples, ids 0:{n_samples}"
+            )
         if start >= stop:
             raise ConfigError(f"--ids {self.ids}: START must be less than STOP")
         return start, stop
@@ -85,7 +89,7 @@ class Export:
         return -(-self.n_rows // self.rows_per_file)
 
 
-def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
+def plan_export(store: "ProjectionStore", config: ExportConfig) -> Export:
     """Count what is to be written and check that it can be; writes nothing.
 
     Raises:
@@ -100,11 +104,15 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
     status = store.column("status", start, stop)
     ok = status == STATUS["ok"]
     counts = np.bincount(status, minlength=256)
-    left_out = {name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]}
+    left_out = {
+        name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]
+    }
     n_bytes = int(counts[STATUS["ok"]]) * (store.dim * 4 + 8)
     export = Export(start, stop, config.rows_per_file, ok, left_out, n_bytes)
     if not export.n_rows:
-        raise StoreError(f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export")
+        raise StoreError(
+            f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export"
+        )
     free = shutil.disk_usage(_nearest_folder(target)).free
     if export.n_bytes > free:
         raise StoreError(
@@ -128,7 +136,7 @@ def _nearest_folder(path: Path) -> Path:
     return path
 
 
-def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -> Iterator[Path]:
+def write_export(store: "ProjectionStore", config: ExportConfig, export: Export) -> Iterator[Path]:
     """Write the files, then ``metadata.json``; yields every path once it is there.
 
     Memory holds the rows of two files and one block of the scan. What was written is removed again if the export
@@ -146,7 +154,9 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
         for number, (ids, rows) in enumerate(_file_contents(store, export), 1):
             named = ids if sample_ids is None else sample_ids[ids]
             with _explained(target):
-                path = write_projection_file(target, number, torch.from_numpy(rows), torch.from_numpy(named))
+                path = write_projection_file(
+                    target, number, torch.from_numpy(rows), torch.from_numpy(named)
+                )
             yield path
         with _explained(target):
             path = target / "metadata.json"
@@ -169,12 +179,14 @@ def _explained(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _sample_ids(store: ProjectionStore) -> np.ndarray | None:
+def _sample_ids(store: "ProjectionStore") -> np.ndarray | None:
     """The samples of a training run's rows, which has a column of them; a job's rows are at their ids."""
     return store.array("sample_id") if (store.path / "sample_id").is_dir() else None
 
 
-def _file_contents(store: ProjectionStore, export: Export) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _file_contents(
+    store: "ProjectionStore", export: Export
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """``(ids (n,) int64, rows (n, D) float32)`` of every file, n = ``rows_per_file`` but in the last."""
     height = min(export.rows_per_file, export.n_rows)
     left = export.n_rows
@@ -208,7 +220,7 @@ def _remove(target: Path, existed: bool) -> None:
         target.rmdir()
 
 
-def original_metadata(store: ProjectionStore) -> dict[str, Any]:
+def original_metadata(store: "ProjectionStore") -> dict[str, Any]:
     """The original system's ``metadata.json``, its layers in this store's order.
 
     The original sorts layers by name and derives matrices from seeds; here the slices say the order and the store

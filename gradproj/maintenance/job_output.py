@@ -89,4 +89,6 @@ def read_output(path: str | Path) -> Output:
             "Give the --output_dir of `python -m gradproj.run`"
         )
     wanted = wanted_units(attributes)
-    return Output(store.parent, store, attributes, layout, wanted, list_records(store.parent / "units"))
+    return Output(
+        store.parent, store, attributes, layout, wanted, list_records(store.parent / "units")
+    )

@@ -92,7 +92,9 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
     moved = _watch(output, observer, watch_s)
     beats = dict(read_heartbeats(output.path / "heartbeats"))
     claims = _current_claims(output, observer)
-    judge = Liveness(observer, [*beats, *(c.owner for c in claims if c.owner is not None)], moved, watch_s)
+    judge = Liveness(
+        observer, [*beats, *(c.owner for c in claims if c.owner is not None)], moved, watch_s
+    )
     known = {owner: beat for owner, beat in beats.items() if judge(owner) not in (GONE, STALE)}
     running = {owner: beat for owner, beat in known.items() if judge(owner) != SILENT}
     wanted = set(missing.tolist())
@@ -140,7 +142,9 @@ def _watch(output: Output, observer: Owner, seconds: float) -> dict[Owner, bool]
     if seconds <= 0:
         return {}
     folder = output.path / "heartbeats"
-    claimed = {claim.owner for claim in _current_claims(output, observer) if claim.owner is not None}
+    claimed = {
+        claim.owner for claim in _current_claims(output, observer) if claim.owner is not None
+    }
     first = heartbeat_stamps(folder)
     time.sleep(seconds)
     then = heartbeat_stamps(folder)
@@ -157,7 +161,9 @@ def _current_claims(output: Output, observer: Owner) -> list[Claim]:
     return [claim for claim in claims if not claim.released]
 
 
-def _claimed_unit(output: Output, claim: Claim, beats: dict[Owner, Progress], judge: Liveness) -> ClaimedUnit:
+def _claimed_unit(
+    output: Output, claim: Claim, beats: dict[Owner, Progress], judge: Liveness
+) -> ClaimedUnit:
     unit, owner = int(claim.unit), claim.owner
     beat = beats.get(owner) if owner is not None else None
     start, stop = output.layout.unit_range(unit) if unit < output.layout.n_units else (0, 0)
@@ -175,12 +181,16 @@ def _claimed_unit(output: Output, claim: Claim, beats: dict[Owner, Progress], ju
 
 def _time_of(path: Path) -> str:
     try:
-        return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
+        return (
+            datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
+        )
     except FileNotFoundError:  # committed or given back since the folder was listed
         return ""
 
 
-def _speed(output: Output, missing: np.ndarray, beats: dict[Owner, Progress], judge: Liveness) -> Speed:
+def _speed(
+    output: Output, missing: np.ndarray, beats: dict[Owner, Progress], judge: Liveness
+) -> Speed:
     running = [p for p in beats.values() if p.seconds > 0]
     samples_per_s = sum(_samples_of(output, p) / p.seconds for p in running)
     wanted = set(missing.tolist())
@@ -198,4 +208,6 @@ def _speed(output: Output, missing: np.ndarray, beats: dict[Owner, Progress], ju
 def _samples_of(output: Output, progress: Progress) -> int:
     """Documents that a rank has computed since it started: its finished units and its running one."""
     height = output.layout.rows_per_shard
-    return progress.units * height + (progress.unit_samples if progress.unit_samples < height else 0)
+    return progress.units * height + (
+        progress.unit_samples if progress.unit_samples < height else 0
+    )

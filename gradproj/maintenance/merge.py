@@ -70,7 +70,9 @@ def merge_lock(output: Output, command: str) -> Iterator[HeldMerge]:
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
     try:
         if not queue.claims.try_claim(MERGE_CLAIM):
-            raise StoreError(f"{output.path} is being merged by {claim_holder(queue.claims, MERGE_CLAIM)}")
+            raise StoreError(
+                f"{output.path} is being merged by {claim_holder(queue.claims, MERGE_CLAIM)}"
+            )
         try:
             with Heartbeat(output.path / "heartbeats", owner, progress):
                 yield HeldMerge(output.path, queue, progress)

@@ -82,7 +82,9 @@ class Recomputation:
     """Everything beyond the tolerance, or with another status."""
 
 
-def recompute(inputs: RecordedRunArgs, n_rows: int, seed: int, skip: set[int] | None = None) -> Recomputation:
+def recompute(
+    inputs: RecordedRunArgs, n_rows: int, seed: int, skip: set[int] | None = None
+) -> Recomputation:
     """Compute random committed rows again and compare them with what is stored.
 
     Args:
@@ -134,9 +136,13 @@ class _NothingSaved(PartialLog):
         return 0, []
 
 
-def _project(projector: UnitProjector, reader: UnitReader, output: Output, sample_id: int) -> UnitRows:
+def _project(
+    projector: UnitProjector, reader: UnitReader, output: Output, sample_id: int
+) -> UnitRows:
     unit = sample_id // output.layout.rows_per_shard
-    projected = projector.project(reader.read_samples(unit, sample_id, sample_id + 1), _NothingSaved())
+    projected = projector.project(
+        reader.read_samples(unit, sample_id, sample_id + 1), _NothingSaved()
+    )
     assert projected is not None  # nobody asks this projector to stop
     return projected.on_host()
 
@@ -153,7 +159,9 @@ class _Choice:
     """A check for each unit whose columns cannot be read."""
 
 
-def _choose(output: Output, store: ProjectionStore, n_rows: int, seed: int, skip: set[int]) -> _Choice:
+def _choose(
+    output: Output, store: ProjectionStore, n_rows: int, seed: int, skip: set[int]
+) -> _Choice:
     """Draw from as many random units as rows are wanted, so that no column is read whole."""
     generator = np.random.default_rng(seed)
     units = np.setdiff1d(output.committed, np.fromiter(skip, np.int64, len(skip)))
@@ -193,7 +201,9 @@ def _unreadable(sample_id: int, unit: int, error: StoreError) -> RowCheck:
 class _Comparison:
     """Holds a row computed again against the stored one."""
 
-    def __init__(self, store: ProjectionStore, tolerance: float, loss_tolerance: float, floor: float) -> None:
+    def __init__(
+        self, store: ProjectionStore, tolerance: float, loss_tolerance: float, floor: float
+    ) -> None:
         self._store, self._layout = store, store.layout
         self._tolerance, self._loss_tolerance, self._floor = tolerance, loss_tolerance, floor
 
@@ -215,7 +225,12 @@ class _Comparison:
         elif not what:
             what = self._column_difference(stored, computed)
         check = RowCheck(
-            sample_id, unit, decode_key(stored["key"], self._store.path), STATUS_NAMES[status], error, what
+            sample_id,
+            unit,
+            decode_key(stored["key"], self._store.path),
+            STATUS_NAMES[status],
+            error,
+            what,
         )
         return check, without_memory
 
@@ -225,14 +240,18 @@ class _Comparison:
             return 0.0, "" if same else "has another row now"
         norm = float(np.linalg.norm(again.astype(np.float64)))
         shortest = float(np.finfo(np.float32).tiny)
-        error = float(np.linalg.norm(again.astype(np.float64) - stored)) / max(norm, self._floor, shortest)
+        error = float(np.linalg.norm(again.astype(np.float64) - stored)) / max(
+            norm, self._floor, shortest
+        )
         if error <= self._tolerance:
             return error, ""
         if not np.isfinite(error):
             return _NO_NUMBER, "is not finite, or was not"
         return error, f"is {error:.1e} from its row now"
 
-    def _column_difference(self, stored: dict[str, np.ndarray], computed: dict[str, np.ndarray]) -> str:
+    def _column_difference(
+        self, stored: dict[str, np.ndarray], computed: dict[str, np.ndarray]
+    ) -> str:
         for name in _EXACT:
             if not np.array_equal(stored[name], computed[name]):
                 return f"has another {name} now"
@@ -291,7 +310,9 @@ def recomputation_lines(found: Recomputation) -> list[str]:
         f"rounding explains {found.tolerance:.1e}",
     ]
     if found.n_without_memory:
-        lines.append(f"not compared  {count(found.n_without_memory, 'document')} that did not fit the memory")
+        lines.append(
+            f"not compared  {count(found.n_without_memory, 'document')} that did not fit the memory"
+        )
     wrong = sorted(found.wrong, key=lambda check: -check.error)
     lines += [
         f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) {c.what}"

@@ -18,7 +18,14 @@ from gradproj.formatting import count, ranges_text
 from gradproj.maintenance.checks import MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import HeldMerge, claim_holder, merge_lock
-from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Damage, Verification, other_ways_out
+from gradproj.maintenance.verify import (
+    DAMAGED,
+    INCOMPLETE,
+    SOUND,
+    Damage,
+    Verification,
+    other_ways_out,
+)
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
 
@@ -78,14 +85,21 @@ def repair(found: Verification) -> Repair:
 
 
 def _remove_damaged(
-    output: Output, held: HeldMerge, damaged: list[int], wrong: set[int], columns: bool, done: Repair
+    output: Output,
+    held: HeldMerge,
+    damaged: list[int],
+    wrong: set[int],
+    columns: bool,
+    done: Repair,
 ) -> None:
     merged, claims = MergedColumns(output), held.queue.claims
     for unit in damaged:
         held.progress.batches += 1
         if not claims.try_claim(unit_claim(unit)):
             done.held[unit] = claim_holder(claims, unit_claim(unit))
-        elif unit in wrong or any(d.kind == "unit" for d in check_unit(output, unit, merged).damage):
+        elif unit in wrong or any(
+            d.kind == "unit" for d in check_unit(output, unit, merged).damage
+        ):
             done.units.append(unit)
         else:
             done.recovered.append(unit)
@@ -96,7 +110,9 @@ def _remove_damaged(
         write_metadata(output.path, held.queue.scratch)
 
 
-def _merge_again(output: Output, held: HeldMerge, columns: bool, merged: MergedColumns, done: Repair) -> None:
+def _merge_again(
+    output: Output, held: HeldMerge, columns: bool, merged: MergedColumns, done: Repair
+) -> None:
     scratch, claims = held.queue.scratch, held.queue.claims
     # Before anything goes: from here on a job that finds every unit recorded merges again.
     update_attributes(output.store, {"complete": False}, scratch)
@@ -137,12 +153,20 @@ def repair_lines(done: Repair, go_on: str) -> list[str]:
     """What was done, as lines of text; ``go_on`` is the command that computes what is missing."""
     lines = []
     if done.units:
-        units = f"{count(len(done.units), 'unit')} ({ranges_text([[u, u + 1] for u in done.units])})"
-        lines.append(f"repaired      record and shard of {units} removed, which the job computes again")
+        units = (
+            f"{count(len(done.units), 'unit')} ({ranges_text([[u, u + 1] for u in done.units])})"
+        )
+        lines.append(
+            f"repaired      record and shard of {units} removed, which the job computes again"
+        )
     if done.recovered:
-        lines.append(f"repaired      {count(len(done.recovered), 'unit')} meanwhile, by another process")
+        lines.append(
+            f"repaired      {count(len(done.recovered), 'unit')} meanwhile, by another process"
+        )
     if done.merged:
-        lines.append("repaired      columns, sums and statistics merged again from the records there are")
+        lines.append(
+            "repaired      columns, sums and statistics merged again from the records there are"
+        )
     for unit, owner in done.held.items():
         lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
     lines += [f"left          {d.path} {d.what}" for d in done.left if d.unit not in done.held]
@@ -155,5 +179,9 @@ def repair_lines(done: Repair, go_on: str) -> list[str]:
         lines.append("lost          nothing")
     if not done.complete:
         lines.append(f"go on         {go_on}")
-    state = {DAMAGED: "damage is left", INCOMPLETE: "sound, but incomplete", SOUND: "sound and complete"}
+    state = {
+        DAMAGED: "damage is left",
+        INCOMPLETE: "sound, but incomplete",
+        SOUND: "sound and complete",
+    }
     return [*lines, f"result        {state[done.exit_code]}"]

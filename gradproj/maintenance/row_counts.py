@@ -13,7 +13,9 @@ from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import record_name
 
 
-def rows_by_status(output: Output, most_s: float | None, problems: list[str]) -> tuple[dict[str, int], int]:
+def rows_by_status(
+    output: Output, most_s: float | None, problems: list[str]
+) -> tuple[dict[str, int], int]:
     """Count the rows of committed units by status, and of how many units that is.
 
     Args:
@@ -46,7 +48,9 @@ def rows_by_status(output: Output, most_s: float | None, problems: list[str]) ->
                 problems.append(f"rows of unit {unit} cannot be counted: {error}")
         counts[STATUS["missing"]] += output.n_samples_in(missing)
         # Units that no chosen document lies in have no record; only the merge writes what their rows are.
-        counts[STATUS["not_selected"]] += output.layout.n_samples - output.n_samples_in(output.wanted)
+        counts[STATUS["not_selected"]] += output.layout.n_samples - output.n_samples_in(
+            output.wanted
+        )
     return {name: int(counts[code]) for name, code in STATUS.items() if counts[code]}, n_counted
 
 

@@ -35,8 +35,12 @@ COUNT_FOR_S = 1.0
 class StatusConfig:
     """What to look at and how to say it."""
 
-    output: str = field(metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"})
-    as_json: bool = field(default=False, metadata={"flag": "json", "help": "one JSON object for scripts"})
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
+    as_json: bool = field(
+        default=False, metadata={"flag": "json", "help": "one JSON object for scripts"}
+    )
     rows: bool | None = field(
         default=None,
         metadata={
@@ -123,7 +127,9 @@ def read_status(path: str | Path, *, rows: bool | None = None, watch_s: float = 
     problems: list[str] = []
     by_status, n_counted = None, 0
     if rows is not False:
-        by_status, n_counted = rows_by_status(output, COUNT_FOR_S if rows is None else None, problems)
+        by_status, n_counted = rows_by_status(
+            output, COUNT_FOR_S if rows is None else None, problems
+        )
     return Status(
         output=str(output.path),
         complete=complete,
@@ -193,7 +199,9 @@ def status_lines(status: Status) -> list[str]:
     if status.speed.n_ranks and status.missing_units:
         lines.append(f"speed         {_speed_text(status.speed)}")
     for label, claims in (("running", running), ("silent", silent), ("stale", over)):
-        lines += [f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MOST_CLAIMS_SHOWN]]
+        lines += [
+            f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MOST_CLAIMS_SHOWN]
+        ]
         if len(claims) > MOST_CLAIMS_SHOWN:
             lines.append(f"              and {len(claims) - MOST_CLAIMS_SHOWN:,} more")
     if status.partial:
@@ -215,9 +223,7 @@ def status_lines(status: Status) -> list[str]:
 def _rows_text(status: Status) -> str:
     named = ", ".join(f"{n:,} {name}" for name, n in (status.by_status or {}).items())
     if status.n_units_counted < status.n_committed:
-        named += (
-            f" (of {status.n_units_counted:,} of {status.n_committed:,} committed units; --rows counts all)"
-        )
+        named += f" (of {status.n_units_counted:,} of {status.n_committed:,} committed units; --rows counts all)"
     return named
 
 
@@ -249,7 +255,11 @@ def _claim_text(claimed: ClaimedUnit, watched_s: float) -> str:
         if claimed.n_done is None
         else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
     )
-    by = f"an unreadable claim, {claimed.claim}" if claimed.owner is None else _owner_text(claimed.owner)
+    by = (
+        f"an unreadable claim, {claimed.claim}"
+        if claimed.owner is None
+        else _owner_text(claimed.owner)
+    )
     known = "" if claimed.owner is None else _known_text(claimed.process, watched_s)
     return f"unit {claimed.unit}: {done}, by {by}, since {claimed.since or 'just now'}{known}"
 
@@ -261,7 +271,9 @@ def _owner_text(owner: Owner) -> str:
 def _failure_lines(status: Status) -> list[str]:
     failed = status.failed or {}
     about = ", ".join(
-        f"{name} {failed[key]}" for key, name in (("job_id", "job"), ("when", "at")) if key in failed
+        f"{name} {failed[key]}"
+        for key, name in (("job_id", "job"), ("when", "at"))
+        if key in failed
     )
     first, *rest = str(failed.get("error", "unknown")).splitlines() or ["unknown"]
     where = os.path.join(status.output, FAILED_NAME)
@@ -311,5 +323,7 @@ def _merge_verdict(status: Status) -> str:
 def status_of(config: StatusConfig) -> int:
     """Print the status that was asked for; the exit code."""
     status = read_status(config.output, rows=config.rows, watch_s=config.watch)
-    print(json.dumps(asdict(status), indent=2) if config.as_json else "\n".join(status_lines(status)))
+    print(
+        json.dumps(asdict(status), indent=2) if config.as_json else "\n".join(status_lines(status))
+    )
     return status.exit_code

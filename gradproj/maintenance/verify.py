@@ -51,24 +51,32 @@ class VerifyConfig(RecordedRunArgs):
 
     repair: bool = field(
         default=False,
-        metadata={"help": "turn damaged units into missing ones, which the job's next start computes again"},
+        metadata={
+            "help": "turn damaged units into missing ones, which the job's next start computes again"
+        },
     )
     recompute: int = field(
         default=0,
-        metadata={"help": "compute so many random rows again with the recorded model, and compare them"},
+        metadata={
+            "help": "compute so many random rows again with the recorded model, and compare them"
+        },
     )
     seed: int = field(default=0, metadata={"help": "of the choice of those rows"})
     checksums: bool = field(
         default=True, metadata={"help": "read the whole store; without, only --recompute is done"}
     )
-    as_json: bool = field(default=False, metadata={"flag": "json", "help": "one JSON object for scripts"})
+    as_json: bool = field(
+        default=False, metadata={"flag": "json", "help": "one JSON object for scripts"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.recompute < 0:
             raise ConfigError(f"--recompute must be at least 1 row, got {self.recompute}")
         if not self.checksums and not self.recompute:
-            raise ConfigError("--no-checksums leaves nothing to do: give --recompute K, or leave it out")
+            raise ConfigError(
+                "--no-checksums leaves nothing to do: give --recompute K, or leave it out"
+            )
         if not self.checksums and self.repair:
             raise ConfigError("--repair needs the checksums: leave --no-checksums out")
 
@@ -165,7 +173,9 @@ def verify(path: str | Path, *, checksums: bool = True) -> Verification:
         for start, stop in unit.non_finite:
             found.non_finite.add(start, stop)
         covariances.add(unit.record)
-    found.by_status = {STATUS_NAMES.get(code, str(code)): int(n) for code, n in enumerate(statuses) if n}
+    found.by_status = {
+        STATUS_NAMES.get(code, str(code)): int(n) for code, n in enumerate(statuses) if n
+    }
     found.shards_without_record = _shards_without_record(output)
     found.damage += _merged_without_record(output, merged)
     if found.complete and not found.damage:
@@ -228,7 +238,9 @@ def verification_lines(found: Verification) -> list[str]:
     ]
     for name, ids in (("missing", found.missing), ("non-finite", found.non_finite)):
         if ids.n_ids:
-            lines.append(f"{name:<13} {count(ids.n_ids, 'document')}: ids {ranges_text(ids.ranges)}")
+            lines.append(
+                f"{name:<13} {count(ids.n_ids, 'document')}: ids {ranges_text(ids.ranges)}"
+            )
     if found.shards_without_record:
         units = np.array(found.shards_without_record)
         lines.append(

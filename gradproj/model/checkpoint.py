@@ -48,14 +48,20 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         )
         base_dir = _base_of_adapter(model_dir, may_download)
         if base_dir is None and not (model_dir / "config.json").is_file():
-            raise ModelError(f"--model {name}: {model_dir} holds no config.json; is it a model's directory?")
+            raise ModelError(
+                f"--model {name}: {model_dir} holds no config.json; is it a model's directory?"
+            )
         if not config.init:
             folders = [model_dir] if base_dir is None else [base_dir, model_dir]
-            weights = [path for folder in folders for path in _weight_files(folder, config.allow_pickle)]
+            weights = [
+                path for folder in folders for path in _weight_files(folder, config.allow_pickle)
+            ]
     if config.tokenizer:
         tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
     else:
-        assert model_dir is not None  # ModelConfig asks for --tokenizer where there is no model directory
+        assert (
+            model_dir is not None
+        )  # ModelConfig asks for --tokenizer where there is no model directory
         own = base_dir is None or (model_dir / "tokenizer_config.json").is_file()
         tokenizer_dir = model_dir if own or base_dir is None else base_dir
     for path in weights:
@@ -93,7 +99,9 @@ def _local_files(
     """``(folder, hub commit)``; the commit is empty for a local directory."""
     if Path(name).is_dir():
         if revision:
-            raise ModelError(f"--revision {revision}: {name} is a local directory, which has no revisions")
+            raise ModelError(
+                f"--revision {revision}: {name} is a local directory, which has no revisions"
+            )
         return Path(name), ""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{flag} {name}: no such directory")
@@ -108,7 +116,10 @@ def _local_files(
     ]
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, local_files_only=not may_download
+            name,
+            revision=revision or None,
+            allow_patterns=patterns,
+            local_files_only=not may_download,
         )
     except LocalEntryNotFoundError as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
@@ -129,7 +140,10 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     """The files with the weights, complete by their index; safetensors unless the user says otherwise."""
     endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     for ending in endings:
-        stems = {"safetensors": ("model", "adapter_model"), "bin": ("pytorch_model", "adapter_model")}[ending]
+        stems = {
+            "safetensors": ("model", "adapter_model"),
+            "bin": ("pytorch_model", "adapter_model"),
+        }[ending]
         for stem in stems:
             index = folder / f"{stem}.{ending}.index.json"
             if index.is_file():
@@ -142,7 +156,9 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             f"--model {folder} has its weights only as {pickled[0]}, a pickle, which can run code: convert it "
             "to safetensors, or give --allow_pickle if you trust its source"
         )
-    raise ModelError(f"--model {folder} holds no weights (model.safetensors or model.safetensors.index.json)")
+    raise ModelError(
+        f"--model {folder} holds no weights (model.safetensors or model.safetensors.index.json)"
+    )
 
 
 def _indexed_files(index: Path) -> list[Path]:

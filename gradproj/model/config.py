@@ -33,11 +33,14 @@ class ModelConfig:
         },
     )
     init: str = field(
-        default="", metadata={"help": "'random': the architecture (or --model's config) with random weights"}
+        default="",
+        metadata={"help": "'random': the architecture (or --model's config) with random weights"},
     )
     seed: int = field(default=0, metadata={"help": "seed of random weights"})
     revision: str = field(default="", metadata={"help": "branch, tag or commit on the hub"})
-    tokenizer: str = field(default="", metadata={"help": "directory or hub name; default: the model's own"})
+    tokenizer: str = field(
+        default="", metadata={"help": "directory or hub name; default: the model's own"}
+    )
     special_tokens: str = field(
         default="tokenizer",
         metadata={
@@ -53,7 +56,8 @@ class ModelConfig:
         default=False, metadata={"help": "run code that the checkpoint brings along"}
     )
     allow_pickle: bool = field(
-        default=False, metadata={"help": "load .bin weights (they can run code); default: safetensors only"}
+        default=False,
+        metadata={"help": "load .bin weights (they can run code); default: safetensors only"},
     )
 
     def __post_init__(self) -> None:

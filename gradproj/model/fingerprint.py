@@ -66,7 +66,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         content.pop("padding", None)
         content.pop("truncation", None)
     else:
-        settings = {k: v for k, v in tokenizer.init_kwargs.items() if "file" not in k and "path" not in k}
+        settings = {
+            k: v for k, v in tokenizer.init_kwargs.items() if "file" not in k and "path" not in k
+        }
         content = [tokenizer.get_vocab(), settings]
     return _hash([content, tokenizer.special_tokens_map])
 

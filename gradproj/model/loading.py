@@ -47,7 +47,9 @@ def model_skeleton(files: ModelFiles) -> nn.Module:
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:
     try:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=files.config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=files.config.trust_remote_code
+        )
     except ValueError as error:
         raise ModelError(
             f"--model: {str(error).splitlines()[0]} It must be a causal language model"
@@ -78,7 +80,9 @@ def _check_causal(model: Any, name: str) -> None:
     ids = torch.arange(8, device=model.device).remainder(size).unsqueeze(0)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % size
-    before, after = (model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed))
+    before, after = (
+        model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed)
+    )
     # A position's arithmetic is the same in both, so that causal models agree to the last bit.
     if (before - after).abs().max() > 1e-5 * before.abs().max():
         raise ModelError(
@@ -145,9 +149,13 @@ def load_tokenizer(files: ModelFiles) -> Any:
         ) from error
     tokenizer.model_max_length = int(1e30)
     if "bos" in config.special_tokens and tokenizer.bos_token_id is None:
-        raise ModelError(f"--special_tokens {config.special_tokens}: the tokenizer has no bos token")
+        raise ModelError(
+            f"--special_tokens {config.special_tokens}: the tokenizer has no bos token"
+        )
     if "eos" in config.special_tokens and tokenizer.eos_token_id is None:
-        raise ModelError(f"--special_tokens {config.special_tokens}: the tokenizer has no eos token")
+        raise ModelError(
+            f"--special_tokens {config.special_tokens}: the tokenizer has no eos token"
+        )
     return tokenizer
 
 

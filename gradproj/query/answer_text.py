@@ -1,7 +1,5 @@
 """Answers as a table for people and as JSON lines for programs: the same facts in both."""
 
-from __future__ import annotations
-
 import json
 import math
 import textwrap
@@ -50,11 +48,22 @@ class About:
         lines = [_labelled("store", str(self.store.path)), _labelled("rows", self._rows())]
         if self.layers is not None:
             more = (
-                [f"and {len(self.layers) - _LAYERS_SHOWN} more"] if len(self.layers) > _LAYERS_SHOWN else []
+                [f"and {len(self.layers) - _LAYERS_SHOWN} more"]
+                if len(self.layers) > _LAYERS_SHOWN
+                else []
             )
             lines.append(_labelled("layers", ", ".join([*self.layers[:_LAYERS_SHOWN], *more])))
-        by = f" by {self.kind}" if self.score == "relatif" else ", all layers jointly" if self.joint else ""
-        lines += [_labelled("score", f"{self.score}{by}: {MEANINGS[self.score]}"), _labelled("", SIGN)]
+        by = (
+            f" by {self.kind}"
+            if self.score == "relatif"
+            else ", all layers jointly"
+            if self.joint
+            else ""
+        )
+        lines += [
+            _labelled("score", f"{self.score}{by}: {MEANINGS[self.score]}"),
+            _labelled("", SIGN),
+        ]
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
         return [line for labelled in lines for line in labelled.splitlines()]
@@ -84,7 +93,10 @@ class About:
         chosen = [x for x in self.store.layers if self.layers is None or x.name in self.layers]
         widths = [x.slice_end - x.slice_start for x in chosen]
         values = sorted(
-            {auto_damping(self.kind or "", width) for width in ([sum(widths)] if self.joint else widths)}
+            {
+                auto_damping(self.kind or "", width)
+                for width in ([sum(widths)] if self.joint else widths)
+            }
         )
         by_width = " or ".join(f"{value:g}" for value in values)
         return f"{by_width} times each matrix's mean diagonal (auto{', by width' if len(values) > 1 else ''})"
@@ -97,7 +109,9 @@ def describe(
     store: ProjectionStore, answers: Sequence[Ranking], read_text: Callable[[int], str] | None
 ) -> dict[int, Sample]:
     """What the store knows of every document in the answers, and the beginnings of their texts."""
-    ids = sorted({int(i) for a in answers for end in (a.top, a.bottom) for i in np.asarray(end.ids).flat})
+    ids = sorted(
+        {int(i) for a in answers for end in (a.top, a.bottom) for i in np.asarray(end.ids).flat}
+    )
     found = {sample.sample_id: sample for sample in store.samples(ids)}
     if read_text is None:
         return found
@@ -136,9 +150,13 @@ def overlap_lines(answers: Sequence[Ranking]) -> Iterator[str]:
 
 
 def _query_lines(asked: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
-    facts = f"{asked.n_tokens[number]:,} target tokens, loss {asked.loss[number]:.3f} nats per token"
+    facts = (
+        f"{asked.n_tokens[number]:,} target tokens, loss {asked.loss[number]:.3f} nats per token"
+    )
     by = "" if damping is None else f"; damping {_damping_name(damping)}"
-    yield from _labelled("query", f"{one_line(asked.names[number], _NAME)}: {facts}{by}").splitlines()
+    yield from _labelled(
+        "query", f"{one_line(asked.names[number], _NAME)}: {facts}{by}"
+    ).splitlines()
     if asked.excerpts[number]:
         yield from _labelled("", asked.excerpts[number]).splitlines()
 
@@ -162,7 +180,11 @@ def _end_lines(
 def _labelled(label: str, text: str) -> str:
     before, after = f"{label:<{_LABEL}}", " " * _LABEL
     return textwrap.fill(
-        clean_lines(text), _WIDTH, initial_indent=before, subsequent_indent=after, break_long_words=False
+        clean_lines(text),
+        _WIDTH,
+        initial_indent=before,
+        subsequent_indent=after,
+        break_long_words=False,
     )
 
 
@@ -173,7 +195,9 @@ def _damping_name(damping: float | str | None) -> str:
 # ---- JSON
 
 
-def json_lines(asked: QueryRows, answers: Sequence[Ranking], samples: Mapping[int, Sample]) -> Iterator[str]:
+def json_lines(
+    asked: QueryRows, answers: Sequence[Ranking], samples: Mapping[int, Sample]
+) -> Iterator[str]:
     """An object for each document in an answer, all with the same keys: what ``pandas.read_json(lines=True)`` takes."""
     with_text = any(sample.text is not None for sample in samples.values())
     for answer in answers:

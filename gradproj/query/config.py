@@ -24,14 +24,20 @@ KINDS = {"kfac": "kfac", "preconditioned": "second_moment", "relatif": "kfac"}
 class QueryConfig(RecordedRunArgs):
     """What is asked of which store."""
 
-    text: str = field(default="", metadata={"help": "the query; it is tokenized as the documents were"})
+    text: str = field(
+        default="", metadata={"help": "the query; it is tokenized as the documents were"}
+    )
     queries: str = field(
         default="",
-        metadata={"help": 'JSONL file; a line holds "text", "prompt" and "completion", or "input_ids"'},
+        metadata={
+            "help": 'JSONL file; a line holds "text", "prompt" and "completion", or "input_ids"'
+        },
     )
     query_store: str = field(
         default="",
-        metadata={"help": "another output of the same model and matrices, whose documents are the queries"},
+        metadata={
+            "help": "another output of the same model and matrices, whose documents are the queries"
+        },
     )
     score: str = field(
         default="",
@@ -68,12 +74,15 @@ class QueryConfig(RecordedRunArgs):
     bottom_k: int | None = field(
         default=None, metadata={"help": f"documents with the lowest scores to show (default: {K})"}
     )
-    domains: tuple[str, ...] = field(default=(), metadata={"help": "documents of these domains only"})
+    domains: tuple[str, ...] = field(
+        default=(), metadata={"help": "documents of these domains only"}
+    )
     layers: tuple[str, ...] = field(
         default=(), metadata={"help": "these layers only, by name or whole parts of it: h.3 mlp"}
     )
     save_scores: str = field(
-        default="", metadata={"help": "write all scores, [queries, documents] float32, to this .npy file"}
+        default="",
+        metadata={"help": "write all scores, [queries, documents] float32, to this .npy file"},
     )
     format: str = field(
         default="table",
@@ -82,7 +91,9 @@ class QueryConfig(RecordedRunArgs):
             "choices": ("table", "jsonl"),
         },
     )
-    show_text: bool = field(default=False, metadata={"help": "show each document's beginning, from its tar"})
+    show_text: bool = field(
+        default=False, metadata={"help": "show each document's beginning, from its tar"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +102,9 @@ class QueryConfig(RecordedRunArgs):
             raise ConfigError(f"{' and '.join(given)} are given: give one of them")
         if not given or (self.text and not self.text.strip()):
             what = "--text is empty" if self.text else "nothing to ask about"
-            raise ConfigError(f'{what}; give --text "...", --queries FILE.jsonl or --query_store DIR')
+            raise ConfigError(
+                f'{what}; give --text "...", --queries FILE.jsonl or --query_store DIR'
+            )
         if self.score and self.score not in MEANINGS:
             raise ConfigError(f"--score is {self.score!r}; choose one of {', '.join(MEANINGS)}")
         if self.format not in ("table", "jsonl"):
@@ -100,14 +113,20 @@ class QueryConfig(RecordedRunArgs):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")
         if self.top_k == self.bottom_k == 0 and not self.save_scores:
-            raise ConfigError("--top_k and --bottom_k are 0 and no --save_scores is given: nothing to answer")
-        if self.curvature not in ("", *KINDS.values()) or (self.curvature and self.score != "relatif"):
+            raise ConfigError(
+                "--top_k and --bottom_k are 0 and no --save_scores is given: nothing to answer"
+            )
+        if self.curvature not in ("", *KINDS.values()) or (
+            self.curvature and self.score != "relatif"
+        ):
             raise ConfigError(
                 f"--curvature {self.curvature}: it is kfac or second_moment, and of --score relatif only; kfac and "
                 "preconditioned have each their own"
             )
         if self.joint and self.score != "preconditioned":
-            raise ConfigError("--joint is of --score preconditioned only; kfac is of one layer each")
+            raise ConfigError(
+                "--joint is of --score preconditioned only; kfac is of one layer each"
+            )
         if self.score and self.score not in KINDS and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
         if len(self.dampings) > 1 and self.save_scores:
@@ -152,9 +171,13 @@ def wanted_score(config: QueryConfig, store: ProjectionStore, tell: Callable[[st
         if config.damping != "auto":
             raise ConfigError(f"--damping is of {', '.join(KINDS)}: name one by --score")
         later = (
-            f" yet: python -m gradproj merge {store.path.parent} writes them" if is_job_store(store) else ""
+            f" yet: python -m gradproj merge {store.path.parent} writes them"
+            if is_job_store(store)
+            else ""
         )
-        tell(f"score {WITHOUT_SUMS}: {DEFAULT_SCORE} needs token covariances, which the store has not{later}")
+        tell(
+            f"score {WITHOUT_SUMS}: {DEFAULT_SCORE} needs token covariances, which the store has not{later}"
+        )
         return WITHOUT_SUMS
     return DEFAULT_SCORE
 
@@ -170,7 +193,9 @@ def wanted_layers(given: Sequence[str], store: ProjectionStore) -> list[str] | N
     wanted = _words("layers", given, names)
     for word in wanted:
         if not any(_is_part(word, name) for name in names):
-            folded = dict.fromkeys(".".join("*" if p.isdigit() else p for p in n.split(".")) for n in names)
+            folded = dict.fromkeys(
+                ".".join("*" if p.isdigit() else p for p in n.split(".")) for n in names
+            )
             raise ConfigError(
                 f"--layers: {store.path} has no layer {word!r}; it has {listed(folded)} (* is a number)"
             )
@@ -213,7 +238,9 @@ def _words(flag: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
     parts = ([value] if value in known else map(str.strip, value.split(",")) for value in given)
     found = list(dict.fromkeys(word for words in parts for word in words if word))
     if given and not found:
-        raise ConfigError(f"--{flag} is empty; name some of the store's, or leave it out for all of them")
+        raise ConfigError(
+            f"--{flag} is empty; name some of the store's, or leave it out for all of them"
+        )
     return found
 
 

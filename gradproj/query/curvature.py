@@ -1,7 +1,5 @@
 """The curvature that a score needs. A second moment takes a scan: it is kept beside the store until its rows change."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +47,13 @@ def curvature_for(
         )  # from sums that the store itself keeps: a file would gain nothing
     path, share = _path_of(store, n_ok), Share.of(together)
     kept = _load(store, path, say)
-    if all(share.gathered(kept is not None)):  # or one rank would fit alone what all of them fit together
+    if all(
+        share.gathered(kept is not None)
+    ):  # or one rank would fit alone what all of them fit together
         return kept
-    fitted = Preconditioner.fit(store, _SECOND_MOMENT, together=together, device=device, progress=progress)
+    fitted = Preconditioner.fit(
+        store, _SECOND_MOMENT, together=together, device=device, progress=progress
+    )
     if share.rank == 0:
         _keep(fitted, store, path, say)
     return fitted
@@ -75,7 +77,9 @@ def _load(store: ProjectionStore, path: Path, say: Callable[[str], None]) -> Pre
         return None
 
 
-def _keep(fitted: Preconditioner, store: ProjectionStore, path: Path, say: Callable[[str], None]) -> None:
+def _keep(
+    fitted: Preconditioner, store: ProjectionStore, path: Path, say: Callable[[str], None]
+) -> None:
     """Save it in place of those that the store has outgrown."""
     try:
         fitted.save(store, path)

@@ -1,7 +1,5 @@
 """Queries to rows, by the engine, model, settings and matrices of a store's job, in batches under its budget."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,7 +83,9 @@ class QueryProjector:
             allowed here.
     """
 
-    def __init__(self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto"
+    ) -> None:
         run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
         prepare_torch(run)
         recorded = recorded_engine(store, run, device)
@@ -128,9 +128,15 @@ class QueryProjector:
             rows /= n_tokens[:, None].astype(np.float32)
         for query, row in zip(queries, rows, strict=True):
             if not np.isfinite(row).all():
-                raise ConfigError(f"{query.place}: its gradient is not finite; nothing can be said of it")
+                raise ConfigError(
+                    f"{query.place}: its gradient is not finite; nothing can be said of it"
+                )
         return QueryRows(
-            [q.name for q in queries], rows, n_tokens, loss / n_tokens, [self._excerpt(q) for q in queries]
+            [q.name for q in queries],
+            rows,
+            n_tokens,
+            loss / n_tokens,
+            [self._excerpt(q) for q in queries],
         )
 
     # -- tokens --
@@ -140,7 +146,9 @@ class QueryProjector:
         n = len(tokens.ids)
         if tokens.first >= n:
             what = "a single token" if n < 2 else f"{n:,} tokens, all of the prompt"
-            raise ConfigError(f"{query.place}: {what}: no target to take a gradient of; give more text")
+            raise ConfigError(
+                f"{query.place}: {what}: no target to take a gradient of; give more text"
+            )
         if n > most and self._batch.long_documents == "truncate":
             raise ConfigError(
                 f"{query.place}: {n:,} tokens, and the store's rows cover the first {most:,} of a document; shorten it"
@@ -202,7 +210,9 @@ class QueryProjector:
             torch.cuda.empty_cache()
         if len(chosen) == 1:
             query = queries[sequences.query[chosen[0]]]
-            raise ConfigError(f"{query.place}: does not fit the memory of {self._device}; try --device cpu")
+            raise ConfigError(
+                f"{query.place}: does not fit the memory of {self._device}; try --device cpu"
+            )
         for half in np.array_split(chosen, 2):
             yield from self._run(sequences, half, queries)
 
@@ -219,11 +229,15 @@ class QueryProjector:
 
     def _excerpt(self, query: Query) -> str:
         if query.input_ids is not None:
-            return one_line(self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS]), EXCERPT_CHARACTERS)
+            return one_line(
+                self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS]), EXCERPT_CHARACTERS
+            )
         if query.text is not None:
             return one_line(query.text, EXCERPT_CHARACTERS)
         completion = one_line(query.completion or "", EXCERPT_CHARACTERS - 4)
-        room = max(int(_PROMPT_SHARE * EXCERPT_CHARACTERS), EXCERPT_CHARACTERS - 4 - len(completion))
+        room = max(
+            int(_PROMPT_SHARE * EXCERPT_CHARACTERS), EXCERPT_CHARACTERS - 4 - len(completion)
+        )
         prompt = one_line((query.prompt or "").rstrip()[-4 * room :], 4 * room)
         prompt = prompt if len(prompt) <= room else "..." + prompt[3 - room :]
         joined = f"{prompt} >> {completion}" if prompt else completion

@@ -1,7 +1,5 @@
 """What is asked about, and files of it: a query a line, in JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,7 +58,11 @@ class Query:
         if not len(ids):
             return "input_ids is empty; give at least a token and its target"
         bad = next((x for x in ids if type(x) is not int or x < 0), None)
-        return None if bad is None else f"input_ids must be whole numbers, 0 or more, and one is {bad!r:.60}"
+        return (
+            None
+            if bad is None
+            else f"input_ids must be whole numbers, 0 or more, and one is {bad!r:.60}"
+        )
 
 
 def read_queries(path: str | Path) -> list[Query]:
@@ -86,7 +88,9 @@ def read_queries(path: str | Path) -> list[Query]:
     except OSError as error:
         raise ConfigError(f"the queries' file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}; give JSONL, a query a line") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text: {error}; give JSONL, a query a line"
+        ) from error
     if not queries:
         raise ConfigError(f"{path} holds no query; give one a line: {FORMS}")
     return queries

@@ -1,7 +1,5 @@
 """``--query_store``: the rows of another output as queries, once they are known to mean the same."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 
@@ -65,7 +63,9 @@ def differences_of(queries: ProjectionStore, store: ProjectionStore) -> list[str
     theirs, ours = (s.attributes.get("identity", {}) for s in (queries, store))
     lines = [_line(name, theirs, ours) for name in _SAME if theirs.get(name) != ours.get(name)]
     if not _same_projection(queries, store):
-        flags = [_line(name, theirs, ours) for name in _PROJECTION if theirs.get(name) != ours.get(name)]
+        flags = [
+            _line(name, theirs, ours) for name in _PROJECTION if theirs.get(name) != ours.get(name)
+        ]
         lines += flags or ["  layers or projection matrices"]
     return lines
 

@@ -1,7 +1,5 @@
 """From a store to the page's data: everything but queries, which need the model."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Columns are read in blocks, and a distribution is kept as counts by a float's le
 the number of documents, and a quantile is right to 0.4 %.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +53,9 @@ class RowCounts:
         """Documents of a domain that were seen and have no gradient, by their status."""
         counts = self.by_status[domain]
         return {
-            name: int(counts[code]) for name, code in STATUS.items() if code > STATUS["ok"] and counts[code]
+            name: int(counts[code])
+            for name, code in STATUS.items()
+            if code > STATUS["ok"] and counts[code]
         }
 
 
@@ -176,7 +176,9 @@ def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: in
         for name, total in counts.items():
             column = values[name][ok]
             finite = np.isfinite(column)
-            bits = np.maximum(column[finite], np.float32(0)).view(np.uint32) & 0x7FFFFFFF  # -0.0 is 0
+            bits = (
+                np.maximum(column[finite], np.float32(0)).view(np.uint32) & 0x7FFFFFFF
+            )  # -0.0 is 0
             bins = (bits >> _DROPPED_BITS).astype(np.int64)
             places, found = np.unique(group[finite] * _N_BINS + bins, return_counts=True)
             total[places] += found
@@ -192,10 +194,14 @@ def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: in
     return Distributions(histograms, ids, norms)
 
 
-def _blocks(store: ProjectionStore, names: Sequence[str]) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+def _blocks(
+    store: ProjectionStore, names: Sequence[str]
+) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
     """``(first id, the one after the last, {column: values})``, always with the status."""
     merged = bool(store.attributes.get("complete"))
-    height = _BLOCK_ROWS if merged else min(_BLOCK_ROWS, _UNMERGED_UNITS * store.layout.rows_per_shard)
+    height = (
+        _BLOCK_ROWS if merged else min(_BLOCK_ROWS, _UNMERGED_UNITS * store.layout.rows_per_shard)
+    )
     for first in range(0, len(store), height):
         last = min(first + height, len(store))
         yield first, last, {name: store.column(name, first, last) for name in ("status", *names)}

@@ -1,7 +1,5 @@
 """Documents as the page's tables show them: with their beginnings, and those that stand out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -67,12 +65,18 @@ def scaled_values(*ends: np.ndarray, sign: bool = False) -> tuple[list[list[str]
     numbers = [value for values in ends for value in values.ravel().tolist()]
     exponent = exponent_of(numbers)
     places = places_for(numbers, exponent)
-    columns = [[minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in ends]
+    columns = [
+        [minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in ends
+    ]
     return columns, power(exponent)
 
 
 def outlier_tables(
-    store: ProjectionStore, seen: Overview, spread: Distributions, score: str, excerpts: TextExcerpts
+    store: ProjectionStore,
+    seen: Overview,
+    spread: Distributions,
+    score: str,
+    excerpts: TextExcerpts,
 ) -> list[Table]:
     (norms,), unit = scaled_values(spread.largest_norms)
     tables = [
@@ -94,6 +98,11 @@ def outlier_tables(
         )
         column = f"self-influence, {unit}" if unit else "self-influence"
         tables.append(
-            Table("Largest self-influence", about, column, documents_of(store, seen.ids, own, excerpts))
+            Table(
+                "Largest self-influence",
+                about,
+                column,
+                documents_of(store, seen.ids, own, excerpts),
+            )
         )
     return tables

@@ -1,14 +1,18 @@
 """Distributions and matrices by domain, as the page shows them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gradproj.formatting import one_line
-from gradproj.report.distributions import DISTRIBUTED, Distributions, Histogram, RowCounts, distributions
+from gradproj.report.distributions import (
+    DISTRIBUTED,
+    Distributions,
+    Histogram,
+    RowCounts,
+    distributions,
+)
 from gradproj.report.domain_summary import DomainFacts
 from gradproj.report.figures import boxes_chart, histogram_chart, matrix_chart
 from gradproj.report.number_format import digits, whole
@@ -47,7 +51,9 @@ class Group:
     grad_norm: Histogram
 
 
-def spread_of(store: ProjectionStore, counts: RowCounts, top_k: int) -> tuple[Distributions, list[Group]]:
+def spread_of(
+    store: ProjectionStore, counts: RowCounts, top_k: int
+) -> tuple[Distributions, list[Group]]:
     """Losses and norms of the largest domains each, of the others together, and of documents without a domain."""
     largest = sorted(np.flatnonzero(counts.n_rows).tolist(), key=lambda i: -counts.n_rows[i])
     shown, rest = largest[:MOST_DOMAINS], largest[MOST_DOMAINS:]
@@ -83,7 +89,9 @@ def boxes_of(groups: Sequence[Group]) -> Figure | None:
         ("norm of the row", True, [group.grad_norm for group in groups]),
     ]
     labels = [group.label for group in groups]
-    return Figure(boxes_chart(labels, panels, "Quantiles of loss and norm for each domain."), BOX_CAPTION)
+    return Figure(
+        boxes_chart(labels, panels, "Quantiles of loss and norm for each domain."), BOX_CAPTION
+    )
 
 
 def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[DomainLine]:
@@ -91,10 +99,14 @@ def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[Dom
     if facts is None:
         return []
     matrix, counts, of_mean = facts.matrix, facts.counts, facts.norm_of_mean
-    medians = {group.domains[0]: group.loss.quantile(0.5) for group in groups if len(group.domains) == 1}
+    medians = {
+        group.domains[0]: group.loss.quantile(0.5) for group in groups if len(group.domains) == 1
+    }
     lines = []
     for i in sorted(range(len(matrix.names)), key=lambda i: (-matrix.n_rows[i], matrix.names[i])):
-        rank = f"{matrix.effective_rank[i]:.0f} of {matrix.n_drawn[i]}" if matrix.n_drawn[i] else "–"
+        rank = (
+            f"{matrix.effective_rank[i]:.0f} of {matrix.n_drawn[i]}" if matrix.n_drawn[i] else "–"
+        )
         cells = [
             whole(counts.n_documents[i]),
             whole(int(matrix.n_rows[i])),

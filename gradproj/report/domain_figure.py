@@ -1,7 +1,5 @@
 """The domains' figure: matrices and facts of each domain as one PNG. Only on use: matplotlib is an extra."""
 
-from __future__ import annotations
-
 import importlib.util
 import textwrap
 from pathlib import Path
@@ -54,7 +52,9 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     width = 2 * side + 6.4 if beside else max(11.0, side + 4.6)
     heights = [bars, side + 2.0] if beside else [bars, side + 2.0, side + 2.0]
     figure = Figure(
-        figsize=(width, sum(heights) + 1.6), dpi=110, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
+        figsize=(width, sum(heights) + 1.6),
+        dpi=110,
+        layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1),
     )
     FigureCanvasAgg(figure)
     left_out = len(facts.matrix.names) - n
@@ -69,7 +69,9 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_bars(parts[0], facts, shown, names)
     first, second = parts[1].subfigures(1, 2) if beside else parts[1:]
-    _draw_matrix(first, "Cosine of the mean gradients", facts.matrix.cosine, shown, names, "no unit")
+    _draw_matrix(
+        first, "Cosine of the mean gradients", facts.matrix.cosine, shown, names, "no unit"
+    )
     title = f"Influence between domains ({facts.score})"
     _draw_matrix(second, title, facts.matrix.influence, shown, names, "mean score")
     with explain_os_errors(path):
@@ -96,7 +98,9 @@ def _draw_bars(part: Any, facts: DomainFacts, shown: list[int], names: list[str]
         axes.barh(at, chosen, height=0.7, color="#9fb8d0")
         for y, value in zip(at, chosen, strict=True):
             text = f"{int(value):,}" if key == "rows" else digits(float(value))
-            axes.annotate(text, (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5)
+            axes.annotate(
+                text, (0, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
+            )
         axes.set_title(label, fontsize=9)
         axes.set_xticks([])
         axes.tick_params(length=0)
@@ -120,7 +124,9 @@ def _draw_matrix(
         text = minus(in_cell(value))
         ink = "white" if is_dark("#" + colours[i, j].tobytes().hex()) else "black"
         number = axes.text(j, i, text, ha="center", va="center", fontsize=7, color=ink)
-        number.set_in_layout(False)  # it lies in its cell: hundreds of them would be measured for nothing
+        number.set_in_layout(
+            False
+        )  # it lies in its cell: hundreds of them would be measured for nothing
     axes.set_xticks(
         range(len(names)),
         names,

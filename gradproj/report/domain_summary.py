@@ -1,7 +1,5 @@
 """Everything that is known of a store's domains, in one object: for the table, the figure, the page and JSON."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The domains of a store as lines of text."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 
@@ -67,9 +65,7 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
     shown = facts.shown
     if len(shown) < 2:
         return []
-    influence = (
-        "influence: mean score over all pairs of documents (also with themselves), one domain's as queries"
-    )
+    influence = "influence: mean score over all pairs of documents (also with themselves), one domain's as queries"
     if len(shown) > MOST_IN_A_MATRIX:
         return [
             *_pairs("cosine of the mean gradients", facts.matrix.cosine, facts, places),
@@ -81,7 +77,9 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
     ]
 
 
-def _matrix(title: str, values: np.ndarray, facts: DomainFacts, places: dict[int, int]) -> list[str]:
+def _matrix(
+    title: str, values: np.ndarray, facts: DomainFacts, places: dict[int, int]
+) -> list[str]:
     shown = facts.shown
     exponent = exponent_of(values[np.ix_(shown, shown)].ravel().tolist())
     unit = f", in 1e{exponent:+03d}" if exponent else ""

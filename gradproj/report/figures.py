@@ -1,7 +1,5 @@
 """The page's pictures: throughput, distributions, matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +8,15 @@ import numpy as np
 from gradproj.formatting import human_seconds, one_line
 from gradproj.report.distributions import Histogram
 from gradproj.report.number_format import digits, exponent_of, in_cell, minus, power
-from gradproj.report.svg import Drawing, Scale, colour, colour_limit, is_dark, round_numbers, scale_for
+from gradproj.report.svg import (
+    Drawing,
+    Scale,
+    colour,
+    colour_limit,
+    is_dark,
+    round_numbers,
+    scale_for,
+)
 from gradproj.report.throughput import Throughput
 
 WIDTH = 1100.0
@@ -32,7 +38,11 @@ def throughput_chart(found: Throughput, ranks: Sequence[str]) -> Drawing:
     strips = [(f"rank {name}", values) for name, values in zip(ranks, found.by_rank, strict=True)]
     if len(strips) > MOST_RANKS:
         ordered = np.sort(found.by_rank, axis=0)
-        strips = [("fastest", ordered[-1]), ("median", ordered[len(ordered) // 2]), ("slowest", ordered[0])]
+        strips = [
+            ("fastest", ordered[-1]),
+            ("median", ordered[len(ordered) // 2]),
+            ("slowest", ordered[0]),
+        ]
     each = 18 if len(strips) <= 16 else 9
     left, top, height = 150.0, 12.0, 190.0
     below = top + height + 34
@@ -56,10 +66,14 @@ def throughput_chart(found: Throughput, ranks: Sequence[str]) -> Drawing:
     for number, (name, values) in enumerate(strips):
         row = below + each * number
         if each > 10 or number % 2 == 0:
-            picture.text(left - 8, row + each * 0.75, one_line(name, 22), text_anchor="end", **_SMALL)
+            picture.text(
+                left - 8, row + each * 0.75, one_line(name, 22), text_anchor="end", **_SMALL
+            )
         _strip(picture, x, row, each - 2, found.edges_s, values / fastest)
     bottom = below + each * len(strips)
-    picture.text(left, bottom + 16, f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", **_SMALL)
+    picture.text(
+        left, bottom + 16, f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", **_SMALL
+    )
     for place, idle in found.pauses:
         picture.line(x(place), top, x(place), bottom, stroke=_INK, stroke_dasharray="4 3")
         picture.text(x(place) + 4, top + 10, f"{human_seconds(idle)} idle", **_SMALL)
@@ -80,7 +94,12 @@ def _throughput_axes(picture: Drawing, x: Scale, y: Scale, seconds: float) -> No
     picture.line(x.first, y.first, x.last, y.first, **_AXIS)
     middle = (y.first + y.last) / 2
     picture.text(
-        30, middle, "tokens/s", transform=f"rotate(-90 30 {middle:.0f})", text_anchor="middle", **_SMALL
+        30,
+        middle,
+        "tokens/s",
+        transform=f"rotate(-90 30 {middle:.0f})",
+        text_anchor="middle",
+        **_SMALL,
     )
 
 
@@ -89,7 +108,9 @@ def _strip(
 ) -> None:
     """A line of cells; neighbours of one colour are one."""
     shades = np.round(np.clip(shares, 0, 1) * 20).astype(int)
-    picture.rect(x.first, top, x.last - x.first, height, fill="#ffffff", stroke="#d5d9df", stroke_width=0.5)
+    picture.rect(
+        x.first, top, x.last - x.first, height, fill="#ffffff", stroke="#d5d9df", stroke_width=0.5
+    )
     starts = np.flatnonzero(np.diff(shades, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(shades)], strict=True):
         if shades[start]:
@@ -103,7 +124,9 @@ def _strip(
 def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Drawing:
     """Counts between the 0.1 % and the 99.9 % of the values, with the middle marked."""
     width, height, left, top = WIDTH / 2 - 20, 200.0, 60.0, 14.0
-    picture = Drawing(width, height, title, f"Histogram of {values.n:,} documents: {title}, {unit}.")
+    picture = Drawing(
+        width, height, title, f"Histogram of {values.n:,} documents: {title}, {unit}."
+    )
     x = scale_for(values.quantile(0.001), values.quantile(0.999), left, width - 14, log)
     at = np.geomspace(x.low, x.high, 51) if log else np.linspace(x.low, x.high, 51)
     counts = values.between(at)
@@ -153,7 +176,13 @@ def boxes_chart(
         y = top + each * (number + 0.5)
         shown = one_line(name, _NAME)
         picture.text(
-            left - 10, y + 4, shown, hover=one_line(name, 200), text_anchor="end", font_size=12, fill=_INK
+            left - 10,
+            y + 4,
+            shown,
+            hover=one_line(name, 200),
+            text_anchor="end",
+            font_size=12,
+            fill=_INK,
         )
     for place, (label, log, values) in enumerate(panels):
         first = left + place * (width + gap)
@@ -176,7 +205,14 @@ def _box(picture: Drawing, x: Scale, y: float, values: Histogram, name: str) -> 
     )
     picture.line(x(at[0]), y, x(at[4]), y, stroke=_BLUE, stroke_width=1.2)
     picture.rect(
-        x(at[1]), y - 6, max(x(at[3]) - x(at[1]), 1), 12, hover, fill=_PALE, stroke=_BLUE, stroke_width=1
+        x(at[1]),
+        y - 6,
+        max(x(at[3]) - x(at[1]), 1),
+        12,
+        hover,
+        fill=_PALE,
+        stroke=_BLUE,
+        stroke_width=1,
     )
     picture.line(x(at[2]), y - 6, x(at[2]), y + 6, stroke=_INK, stroke_width=2)
 
@@ -205,7 +241,13 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
         shown = one_line(name, _NAME)
         y, x = top + height * (i + 0.5) + 4, left + cell * (i + 0.5)
         picture.text(
-            left - 10, y, shown, hover=one_line(name, 200), text_anchor="end", font_size=12, fill=_INK
+            left - 10,
+            y,
+            shown,
+            hover=one_line(name, 200),
+            text_anchor="end",
+            font_size=12,
+            fill=_INK,
         )
         turn = f"translate({x:.1f} {top - 8:.0f}) rotate(-40)"
         picture.text(0, 0, one_line(name, 20), transform=turn, font_size=12, fill=_INK)

@@ -5,8 +5,6 @@ names in a store's attributes are strangers' words. The page has no script, asks
 both to itself.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What the page says of the run: model, rows, corpus, units, completeness."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,12 +100,19 @@ def _corpus(store: ProjectionStore) -> list[tuple[str, str]]:
         ("domains", f"{len(store.domains):,}"),
         *_named(
             corpus,
-            {"n_tars": "tars", "tars": "in", "domain_field": "domain by", "fingerprint": "fingerprint"},
+            {
+                "n_tars": "tars",
+                "tars": "in",
+                "domain_field": "domain by",
+                "fingerprint": "fingerprint",
+            },
         ),
     ]
 
 
-def _work(store: ProjectionStore, status: Status | None, times: UnitTimes | None) -> list[tuple[str, str]]:
+def _work(
+    store: ProjectionStore, status: Status | None, times: UnitTimes | None
+) -> list[tuple[str, str]]:
     if status is None:
         return [("job", "the store does not say: it is not an output of gradproj.run")]
     facts = [
@@ -146,7 +151,9 @@ def verdict_of(
         way = "" if status.missing_units else f" (python -m gradproj merge {status.output} ends it)"
         return False, f"Not merged yet: {rows}{way}."
     rest = len(store) - n_ok
-    return True, f"Complete: {rows}" + (f"; {count(rest, 'document')} without one." if rest else ".")
+    return True, f"Complete: {rows}" + (
+        f"; {count(rest, 'document')} without one." if rest else "."
+    )
 
 
 def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
@@ -163,17 +170,28 @@ def missing_text(ranges: list[tuple[int, int]]) -> str:
 def coverage_figure(n_samples: int, missing: list[tuple[int, int]]) -> Figure:
     """All ids from left to right; white where documents are still to be computed."""
     picture = Drawing(
-        _WIDTH, 44, "Completeness by sample id", "A bar of all ids with gaps where rows are missing."
+        _WIDTH,
+        44,
+        "Completeness by sample id",
+        "A bar of all ids with gaps where rows are missing.",
     )
     scale = (_WIDTH - 2) / n_samples
     picture.rect(1, 1, _WIDTH - 2, 24, fill="#2f6297", stroke="#1d2330", stroke_width=1)
     for start, stop in _joined(missing, n_samples):
         picture.rect(1 + start * scale, 2, max((stop - start) * scale, 0.7), 22, fill="#ffffff")
     for value, anchor in ((0, "start"), (n_samples // 2, "middle"), (n_samples - 1, "end")):
-        place = 1 + (value + 0.5) * scale if anchor == "middle" else (0 if anchor == "start" else _WIDTH)
+        place = (
+            1 + (value + 0.5) * scale
+            if anchor == "middle"
+            else (0 if anchor == "start" else _WIDTH)
+        )
         picture.text(place, 40, f"{value:,}", text_anchor=anchor, font_size=11, fill="#5b6472")
     n_missing = sum(stop - start for start, stop in missing)
-    gaps = f"white: {n_missing:,} documents still to be computed" if n_missing else "nothing is missing"
+    gaps = (
+        f"white: {n_missing:,} documents still to be computed"
+        if n_missing
+        else "nothing is missing"
+    )
     return Figure(picture, f"Documents by sample id; {gaps}.")
 
 

@@ -1,7 +1,5 @@
 """Pictures as lists of shapes, which the page's template writes as SVG and escapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,10 +28,17 @@ class Drawing:
     description: str
     shapes: list[Shape] = field(default_factory=list)
 
-    def rect(self, x: float, y: float, width: float, height: float, hover: str = "", **look: Any) -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, hover: str = "", **look: Any
+    ) -> None:
         """A rectangle; nothing of no size."""
         if width > 0 and height > 0:
-            place = {"x": _short(x), "y": _short(y), "width": _short(width), "height": _short(height)}
+            place = {
+                "x": _short(x),
+                "y": _short(y),
+                "width": _short(width),
+                "height": _short(height),
+            }
             self.shapes.append(Shape("rect", place | _dashed(look), hover=hover))
 
     def line(self, x1: float, y1: float, x2: float, y2: float, **look: Any) -> None:
@@ -43,7 +48,9 @@ class Drawing:
 
     def text(self, x: float, y: float, text: str, hover: str = "", **look: Any) -> None:
         """A line of text whose baseline begins (or ends, or has its middle) at the point."""
-        self.shapes.append(Shape("text", {"x": _short(x), "y": _short(y)} | _dashed(look), text, hover))
+        self.shapes.append(
+            Shape("text", {"x": _short(x), "y": _short(y)} | _dashed(look), text, hover)
+        )
 
     def path(self, points: Sequence[tuple[float, float]], **look: Any) -> None:
         """A line through points."""
@@ -83,7 +90,10 @@ class Scale:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         step = max(1, len(decades) // 6)
         chosen = [
-            m * 10.0**d for d in decades for m in ((1, 2, 5) if len(decades) <= 3 else (1,)) if d % step == 0
+            m * 10.0**d
+            for d in decades
+            for m in ((1, 2, 5) if len(decades) <= 3 else (1,))
+            if d % step == 0
         ]
         return [t for t in chosen if self.low <= t * (1 + 1e-9) and t <= self.high * (1 + 1e-9)]
 
@@ -106,7 +116,9 @@ def scale_for(least: float, most: float, first: float, last: float, log: bool) -
     """
     if log:
         least = max(least, most * 1e-8)
-        least, most = (least, most) if most > least > 0 else (max(least, 1e-30) / 2, max(most, 1e-30) * 2)
+        least, most = (
+            (least, most) if most > least > 0 else (max(least, 1e-30) / 2, max(most, 1e-30) * 2)
+        )
     elif not most > least:
         least, most = least - 0.5, most + 0.5
     return Scale(float(least), float(most), first, last, log)

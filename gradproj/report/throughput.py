@@ -4,8 +4,6 @@ What a unit took stands in its record; which rank computed it, in the ranks' log
 is.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,7 +96,9 @@ def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
 
 
 def _natural(name: str) -> tuple:
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+    return tuple(
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    )
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,16 @@ def throughput(times: UnitTimes, n_bins: int = N_BINS) -> Throughput | None:
     by_rank = np.zeros((len(times.ranks), n_bins))
     for number in range(len(times.ranks)):
         for unit in np.flatnonzero(times.rank == number).tolist():
-            share = np.clip((edges - started[unit]) / max(finished[unit] - started[unit], 1e-9), 0, 1)
+            share = np.clip(
+                (edges - started[unit]) / max(finished[unit] - started[unit], 1e-9), 0, 1
+            )
             by_rank[number] += times.n_tokens[unit] * np.diff(share)
     return Throughput(
-        edges, by_rank / (length / n_bins), pauses, float(times.started.min()), float(times.finished.max())
+        edges,
+        by_rank / (length / n_bins),
+        pauses,
+        float(times.started.min()),
+        float(times.finished.max()),
     )
 
 

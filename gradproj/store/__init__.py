@@ -5,7 +5,14 @@ import zarr
 from gradproj.store import bfloat16
 from gradproj.store.bands import Band
 from gradproj.store.layer_view import LayerView, Sample
-from gradproj.store.layout import FORMAT_VERSION, STATUS, LayerSlice, StoreConfig, StoreLayout, plan_layout
+from gradproj.store.layout import (
+    FORMAT_VERSION,
+    STATUS,
+    LayerSlice,
+    StoreConfig,
+    StoreLayout,
+    plan_layout,
+)
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import UnitRecord
 from gradproj.store.writer import StoreExists, create_store

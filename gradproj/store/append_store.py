@@ -20,7 +20,14 @@ from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
-from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, LayerSlice, StoreLayout, empty_columns
+from gradproj.store.layout import (
+    COLUMNS,
+    STATUS,
+    STORE_NAME,
+    LayerSlice,
+    StoreLayout,
+    empty_columns,
+)
 from gradproj.store.metadata import find_store, read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.writer import create_store, shard_chunks
@@ -237,7 +244,9 @@ class AppendStore:
         self.extend()
         for name in (*EXTRA, *COLUMNS):
             file_name = f"c.{unit}.0" if name == "key" else f"c.{unit}"
-            self._put(folder / name / file_name, [self._columns[name].view(np.uint8).reshape(-1).data])
+            self._put(
+                folder / name / file_name, [self._columns[name].view(np.uint8).reshape(-1).data]
+            )
 
     def _put(self, path: Path, chunks: Iterable[Any]) -> None:
         """Write a file and put it in its place; it is flushed to disk by ``fsync``."""

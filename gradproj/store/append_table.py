@@ -5,8 +5,6 @@ attributes comes last: what a crash left behind it is cut off at the next openin
 in memory: zarr-python would change files in place, and a crash tear them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -44,7 +42,9 @@ class AppendTable:
             if (self.path / "zarr.json").is_file():
                 self._check(attributes)
             elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise StoreError(f"{self.path} is there and is not a Zarr group; give another folder")
+                raise StoreError(
+                    f"{self.path} is there and is not a Zarr group; give another folder"
+                )
             else:
                 self._create(attributes)
         self.n_rows = int(self._metadata(self.path)["attributes"]["n_rows"])
@@ -82,15 +82,23 @@ class AppendTable:
         block = np.full(shape, np.nan if dtype.kind == "f" else -1, dtype.newbyteorder("<"))
         filled = self.n_rows % ROWS_PER_CHUNK
         if filled:
-            block[:filled] = np.fromfile(self._chunk(name, first), block.dtype).reshape(shape)[:filled]
+            block[:filled] = np.fromfile(self._chunk(name, first), block.dtype).reshape(shape)[
+                :filled
+            ]
         for at in range(-filled, len(values), ROWS_PER_CHUNK):
             part = values[max(0, at) : at + ROWS_PER_CHUNK]
             start = max(0, -at)
             block[start : start + len(part)] = part
-            write_and_replace(self._chunk(name, first + (at + filled) // ROWS_PER_CHUNK), [block.tobytes()])
+            write_and_replace(
+                self._chunk(name, first + (at + filled) // ROWS_PER_CHUNK), [block.tobytes()]
+            )
 
     def _chunk(self, name: str, number: int) -> Path:
-        return self.path / name / (f"c.{number}" if self._columns[name][1] is None else f"c.{number}.0")
+        return (
+            self.path
+            / name
+            / (f"c.{number}" if self._columns[name][1] is None else f"c.{number}.0")
+        )
 
     def _set_length(self, name: str, n_rows: int) -> None:
         metadata = self._metadata(self.path / name)

@@ -4,8 +4,6 @@ The bytes are read into one small buffer that stays in a core's cache and is use
 so a scan of terabytes needs the memory of a tile; and this is faster than mapping, at best by a sixth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ numpy has no bfloat16, so an array of it is read and written as its uint16 bits.
 see true bfloat16; plain zarr-python sees the array once ``gradproj.store`` is imported.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 

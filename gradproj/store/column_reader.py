@@ -1,7 +1,5 @@
 """Columns of a store at any sample ids: the merged arrays, and the units' records where a merge is still to come."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +15,7 @@ from gradproj.store.unit_record import UnitRecord, read_record, record_name
 
 _MOST_RECORDS = 64
 _LARGEST_STATUS = max(STATUS.values())
-_WAY_OUT = (
-    "`python -m gradproj verify --repair` turns its unit into a missing one, which the job computes again"
-)
+_WAY_OUT = "`python -m gradproj verify --repair` turns its unit into a missing one, which the job computes again"
 
 
 def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -34,7 +30,9 @@ def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, n
 class Columns:
     """Reads parts of columns without ever loading a whole one (210 M samples)."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]) -> None:
+    def __init__(
+        self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]
+    ) -> None:
         self.layout = layout
         self._store_path = store_path
         self._maps = maps
@@ -113,7 +111,9 @@ class Columns:
 
         return self._maps.get((name, block), load)
 
-    def _overlay(self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray) -> None:
+    def _overlay(
+        self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray
+    ) -> None:
         """Fill in, at ``positions``, what the records say of ``ids``."""
         for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
             record = self._record(unit)

@@ -1,7 +1,5 @@
 """How float32 rows become stored ones and back: ``row = stored * row_scale``. The one place that knows."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 
@@ -10,7 +8,9 @@ import numpy as np
 from gradproj.store.bfloat16 import NAN_BITS, bfloat16_to_float32, float32_to_bfloat16
 from gradproj.store.layout import STORED_DTYPES
 
-_LEAST_EXPONENT = -126  # of a normal float32, so that no scale is lost where denormals are flushed to zero
+_LEAST_EXPONENT = (
+    -126
+)  # of a normal float32, so that no scale is lost where denormals are flushed to zero
 VALUES_PER_STEP = 2**17
 """Values to encode or decode at once: the temporaries stay in the cache, several times faster than whole arrays."""
 
@@ -45,7 +45,9 @@ def encode_rows(rows: np.ndarray, proj_dtype: str) -> tuple[np.ndarray, np.ndarr
     exponents = np.maximum(np.frexp(largest[scalable])[1] - 15, _LEAST_EXPONENT)
     row_scale[scalable] = np.ldexp(np.float32(1), exponents)
     inverse = 1 / row_scale
-    with np.errstate(over="ignore", invalid="ignore"):  # only in rows that hold a NaN or infinity anyway
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # only in rows that hold a NaN or infinity anyway
         for step in _steps(rows):
             stored[step] = rows[step] * inverse[step, None]
     return stored, row_scale
@@ -59,7 +61,9 @@ def decode_rows(stored: np.ndarray, row_scale: np.ndarray, proj_dtype: str) -> n
     return out
 
 
-def decode_into(stored: np.ndarray, row_scale: np.ndarray, proj_dtype: str, out: np.ndarray) -> None:
+def decode_into(
+    stored: np.ndarray, row_scale: np.ndarray, proj_dtype: str, out: np.ndarray
+) -> None:
     """Decode some rows into ``out`` (same shape, float32); best at some 100,000 values a call.
 
     ``out`` may be ``stored`` itself where that is float32.
@@ -96,12 +100,16 @@ def _decode_float16_into(stored: np.ndarray, row_scale: np.ndarray, out: np.ndar
     if exponents.max(initial=0) == 0x7C00:
         special = exponents.max(axis=1) == 0x7C00
         with np.errstate(invalid="ignore"):  # NaN of any kind is expected here
-            out[special] = stored[special].view(np.float16).astype(np.float32) * row_scale[special, None]
+            out[special] = (
+                stored[special].view(np.float16).astype(np.float32) * row_scale[special, None]
+            )
 
 
 def nan_rows(shape: tuple[int, ...], proj_dtype: str) -> np.ndarray:
     """Stored values that read as NaN: the fill of what is not there."""
-    return np.full(shape, NAN_BITS if proj_dtype == "bfloat16" else np.nan, STORED_DTYPES[proj_dtype])
+    return np.full(
+        shape, NAN_BITS if proj_dtype == "bfloat16" else np.nan, STORED_DTYPES[proj_dtype]
+    )
 
 
 def _steps(rows: np.ndarray) -> Iterator[slice]:

@@ -1,7 +1,5 @@
 """What a store hands out: one layer as a lazy array, one sample's facts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,7 +32,7 @@ class Sample:
 class LayerView:
     """One layer of a store as a lazy array ``(N, k_o, k_i)``."""
 
-    def __init__(self, store: ProjectionStore, layer: LayerSlice) -> None:
+    def __init__(self, store: "ProjectionStore", layer: LayerSlice) -> None:
         self._store = store
         self._layer = layer
         self.shape = (len(store), layer.k_o, layer.k_i)
@@ -49,7 +47,9 @@ class LayerView:
             StoreError: as ``ProjectionStore.rows`` does.
         """
         if isinstance(ids, (int, np.integer)):
-            return self[[range(len(self))[ids]]][0]  # the range knows negative ones, and raises IndexError
+            return self[[range(len(self))[ids]]][
+                0
+            ]  # the range knows negative ones, and raises IndexError
         wanted = np.arange(*ids.indices(len(self))) if isinstance(ids, slice) else ids
         return self._shaped(self._store.rows(wanted, [self._layer.name]))
 

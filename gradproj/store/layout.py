@@ -1,7 +1,5 @@
 """What a store looks like: row encoding, shard and chunk shapes, columns, status codes. No files here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,7 +86,9 @@ class StoreConfig:
                 f"--proj_dtype is {self.proj_dtype!r}; choose one of {', '.join(STORED_DTYPES)}"
             )
         if self.compressor not in COMPRESSORS:
-            raise ConfigError(f"--compressor is {self.compressor!r}; choose one of {', '.join(COMPRESSORS)}")
+            raise ConfigError(
+                f"--compressor is {self.compressor!r}; choose one of {', '.join(COMPRESSORS)}"
+            )
         if self.rows_per_shard < 0:
             raise ConfigError(
                 f"--rows_per_shard must be at least 1, got {self.rows_per_shard} (leave it out to have it chosen)"
@@ -173,7 +173,9 @@ def choose_chunk_width(widths: Sequence[int]) -> int:
     return sum(widths)
 
 
-def plan_layout(n_samples: int, widths: Sequence[int], key_bytes: int, config: StoreConfig) -> StoreLayout:
+def plan_layout(
+    n_samples: int, widths: Sequence[int], key_bytes: int, config: StoreConfig
+) -> StoreLayout:
     """Lay out a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
 
     Raises:
@@ -182,7 +184,9 @@ def plan_layout(n_samples: int, widths: Sequence[int], key_bytes: int, config: S
     if n_samples < 1:
         raise StoreError("there is no sample to store: the corpus is empty, or --max_samples is 0")
     if not widths or min(widths) < 1:
-        raise StoreError(f"there is nothing to store in a row: the layers' widths are {list(widths)}")
+        raise StoreError(
+            f"there is nothing to store in a row: the layers' widths are {list(widths)}"
+        )
     dim = sum(widths)
     itemsize = STORED_DTYPES[config.proj_dtype].itemsize
     rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, dim, itemsize)
@@ -203,7 +207,9 @@ def plan_layout(n_samples: int, widths: Sequence[int], key_bytes: int, config: S
 def _choose_chunk_rows(rows_per_shard: int) -> int:
     # A shard must be a whole number of chunks, and a chunk of a few rows would make an index as large as data.
     divisors = (rows for rows in range(_LARGEST_CHUNK_ROWS, 63, -1) if rows_per_shard % rows == 0)
-    return rows_per_shard if rows_per_shard <= _LARGEST_CHUNK_ROWS else next(divisors, rows_per_shard)
+    return (
+        rows_per_shard if rows_per_shard <= _LARGEST_CHUNK_ROWS else next(divisors, rows_per_shard)
+    )
 
 
 def empty_columns(n_rows: int, key_bytes: int) -> dict[str, np.ndarray]:

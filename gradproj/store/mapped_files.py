@@ -1,7 +1,5 @@
 """Memory-mapped files of a store, a bounded number of them at a time."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path

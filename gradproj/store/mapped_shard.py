@@ -3,8 +3,6 @@
 Reading costs no page fault, and what is read of a store larger than memory does not stay this process's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,7 +18,9 @@ from gradproj.store.page_cache import PagedFile
 
 _EMPTY_CHUNK = 2**64 - 1
 _MOST_ROWS_ONE_BY_ONE = 4  # above, gathering them together costs less than a copy of each
-_FEWEST_ROWS_READ = 32  # so many of a chunk are read into a buffer; of fewer the mapped pages are copied
+_FEWEST_ROWS_READ = (
+    32  # so many of a chunk are read into a buffer; of fewer the mapped pages are copied
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> S
 class MappedShard:
     """One uncompressed shard file, its inner chunks in whatever order its writer chose (Morton, say)."""
 
-    def __init__(self, path: Path, file: PagedFile, layout: StoreLayout, index_at_end: bool) -> None:
+    def __init__(
+        self, path: Path, file: PagedFile, layout: StoreLayout, index_at_end: bool
+    ) -> None:
         self.layout = layout
         self._file = file
         grid = (layout.rows_per_shard // layout.chunk_rows, layout.dim // layout.chunk_width)
@@ -142,10 +144,14 @@ class MappedShard:
         return (
             self._grid is not None
             and start // self.layout.chunk_rows < len(self._grid)
-            and all(piece.stop - piece.first == self.layout.chunk_width for piece in selection.pieces)
+            and all(
+                piece.stop - piece.first == self.layout.chunk_width for piece in selection.pieces
+            )
         )
 
-    def tiles(self, start: int, stop: int, selection: Selection) -> Iterator[tuple[int, np.ndarray]]:
+    def tiles(
+        self, start: int, stop: int, selection: Selection
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """The stored rows ``[start, stop)`` of one chunk down, a chunk across at a time, without mapping a page.
 
         Yields the place of the first value in the selection, and values ``(n, chunk width)`` that the next overwrite.
@@ -154,7 +160,8 @@ class MappedShard:
         tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
         view = tile.data.cast("B")
         chunks = [
-            np.arange(piece.first_chunk, piece.first_chunk + piece.n_chunks) for piece in selection.pieces
+            np.arange(piece.first_chunk, piece.first_chunk + piece.n_chunks)
+            for piece in selection.pieces
         ]
         places = self._place[band, np.concatenate([np.empty(0, int), *chunks])]
         begins = self._origin + self._chunk_bytes * places + inside * self._row_bytes
@@ -168,7 +175,9 @@ class MappedShard:
         """Give back the memory of rows that were read."""
         self._file.let_go()
 
-    def read_range(self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray) -> None:
+    def read_range(
+        self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray
+    ) -> None:
         """Decode the rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
         for band, first, last in self._bands(start, start + len(out)):
             begin = band * self.layout.chunk_rows + first
@@ -183,12 +192,16 @@ class MappedShard:
     def _copy_some(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
         self.copy_range(start + rows.start, selection, stored)
 
-    def read_rows(self, rows: np.ndarray, selection: Selection, row_scale: np.ndarray) -> np.ndarray:
+    def read_rows(
+        self, rows: np.ndarray, selection: Selection, row_scale: np.ndarray
+    ) -> np.ndarray:
         """Decode rows (positions in the shard, any order): ``(n, selection.width)`` float32."""
         for row in rows.tolist():
             self.fetch(row, row + 1, selection)
         out = np.empty((len(rows), selection.width), np.float32)
-        self._decode(lambda part, stored: self._gather(rows[part], selection, stored), row_scale, out)
+        self._decode(
+            lambda part, stored: self._gather(rows[part], selection, stored), row_scale, out
+        )
         return out
 
     def _decode(
@@ -197,7 +210,9 @@ class MappedShard:
         """Decode what ``copy(rows, stored)`` puts into ``stored``: some rows at a time, which stay in the cache."""
         step = max(1, VALUES_PER_STEP // max(1, out.shape[1]))
         in_place = self.layout.stored_dtype == out.dtype
-        buffer = np.empty((0 if in_place else min(step, len(out)), out.shape[1]), self.layout.stored_dtype)
+        buffer = np.empty(
+            (0 if in_place else min(step, len(out)), out.shape[1]), self.layout.stored_dtype
+        )
         for at in range(0, len(out), step):
             rows = slice(at, min(at + step, len(out)))
             stored = out[rows] if in_place else buffer[: rows.stop - at]
@@ -232,7 +247,10 @@ class MappedShard:
         if not selection.pieces:
             return 0, 0
         a, b = selection.pieces[0], selection.pieces[-1]
-        begin, end = self._place[band, a.first_chunk], self._place[band, b.first_chunk + b.n_chunks - 1]
+        begin, end = (
+            self._place[band, a.first_chunk],
+            self._place[band, b.first_chunk + b.n_chunks - 1],
+        )
         if begin < 0 or end < 0:
             return 0, 0
         start, stop = (self._origin + self._chunk_bytes * int(place) for place in (begin, end))

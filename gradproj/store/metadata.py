@@ -1,7 +1,5 @@
 """Finding a store on disk and reading what it is from its own Zarr metadata, without opening any array."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -11,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gradproj.errors import StoreError
-from gradproj.store.layout import COLUMNS, FORMAT_VERSION, STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout
+from gradproj.store.layout import (
+    COLUMNS,
+    FORMAT_VERSION,
+    STORE_NAME,
+    STORED_DTYPES,
+    LayerSlice,
+    StoreLayout,
+)
 
 _WAY_OUT = (
     "Put that file back from a copy (OUTPUT/metadata.json keeps the attributes); no row is lost with it. Then "
@@ -100,7 +105,9 @@ def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
     """
     names = LayerSlice.__dataclass_fields__
     try:
-        return [LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]]
+        return [
+            LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]
+        ]
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"zarr.json is damaged: its attribute layers is no list of layers ({error!r}). {_WAY_OUT}"
@@ -123,7 +130,9 @@ def read_layout(store_path: Path) -> StoreLayout:
     with _explained(path):
         sharding = rows["codecs"][0]
         if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
-            raise StoreError(f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}")
+            raise StoreError(
+                f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}"
+            )
         inner = sharding["configuration"]
         for key in ("index_codecs", "codecs"):  # which the reader of shards goes by
             [codec["name"] for codec in inner[key]]

@@ -4,8 +4,6 @@ Left alone, the kernel reads a mapped file page by page as it is touched, or gue
 row lie far apart in a shard, so the one waits for the disk dozens of times a row, and the other reads the neighbours.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

@@ -1,7 +1,5 @@
 """``ProjectionStore``: rows, layers and samples of a store, finished or not, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,9 +22,7 @@ from gradproj.store.row_reader import Missing, Rows
 if TYPE_CHECKING:
     import xarray as xr
 
-_NO_XARRAY = (
-    "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' brings both"
-)
+_NO_XARRAY = "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' brings both"
 _MOST_MAPS = 64  # a store of the Pile has 51,000 shards
 _STATUS_ROWS = 2**18
 _NAMED_IDS = 8
@@ -58,7 +54,7 @@ class ProjectionStore:
     def __len__(self) -> int:
         return self.layout.n_samples
 
-    def __enter__(self) -> ProjectionStore:
+    def __enter__(self) -> "ProjectionStore":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +73,10 @@ class ProjectionStore:
         self._columns.clear()
 
     def rows(
-        self, ids: Sequence[int] | np.ndarray, layers: Sequence[str] | None = None, missing: Missing = "raise"
+        self,
+        ids: Sequence[int] | np.ndarray,
+        layers: Sequence[str] | None = None,
+        missing: Missing = "raise",
     ) -> np.ndarray:
         """Rows of the given samples, in that order, decoded.
 
@@ -118,7 +117,9 @@ class ProjectionStore:
         ``rows_per_block`` is by default chosen for blocks of at most 8 MB.
         """
         selection = self._selection(layers)
-        for first, last in self._rows.blocks(rows_per_block, selection, np.dtype(np.float32), start, stop):
+        for first, last in self._rows.blocks(
+            rows_per_block, selection, np.dtype(np.float32), start, stop
+        ):
             yield np.arange(first, last, dtype=np.int64), self._rows.decoded(first, last, selection)
 
     def scan_stored(
@@ -164,7 +165,9 @@ class ProjectionStore:
                 "sample id to its text, such as the corpus index gives"
             )
         sample_ids = self._checked_ids(ids)
-        columns = self._columns.read(["key", "domain", "loss", "n_tokens", "grad_norm", "tar"], sample_ids)
+        columns = self._columns.read(
+            ["key", "domain", "loss", "n_tokens", "grad_norm", "tar"], sample_ids
+        )
         self.check_domains(columns["domain"])
         return [
             Sample(
@@ -192,12 +195,14 @@ class ProjectionStore:
         """One column's values for samples ``start`` to ``stop`` (default: all, which may be large)."""
         return self._columns.read_range([name], start, len(self) if stop is None else stop)[name]
 
-    def columns_at(self, names: Sequence[str], ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def columns_at(
+        self, names: Sequence[str], ids: Sequence[int] | np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Several columns' values at the given samples."""
         values = self._columns.read(names, self._checked_ids(ids))
         return {name: values[name] for name in names}
 
-    def to_xarray(self, rows_per_chunk: int | None = None) -> xr.Dataset:
+    def to_xarray(self, rows_per_chunk: int | None = None) -> "xr.Dataset":
         """The store as an ``xarray.Dataset`` of dask arrays, of which nothing is read before it is computed.
 
         ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN where there is none; ``layer`` is an index of
@@ -249,9 +254,14 @@ class ProjectionStore:
             middle = at + layer.k_i * layer.n_i
             end = middle + layer.k_o * layer.n_o
             if end > len(flat):
-                raise StoreError(f"{self.path}/projection_matrices ends before those of layer {layer.name}")
+                raise StoreError(
+                    f"{self.path}/projection_matrices ends before those of layer {layer.name}"
+                )
             p_i, p_o = flat[at:middle], flat[middle:end]
-            matrices[layer.name] = (p_i.reshape(layer.k_i, layer.n_i), p_o.reshape(layer.k_o, layer.n_o))
+            matrices[layer.name] = (
+                p_i.reshape(layer.k_i, layer.n_i),
+                p_o.reshape(layer.k_o, layer.n_o),
+            )
             at = end
         return matrices
 
@@ -309,7 +319,9 @@ class ProjectionStore:
         if layers is None:
             return select_values(self.layout, ((0, self.dim),))
         chosen = [self._layer(name) for name in layers]
-        return select_values(self.layout, tuple((layer.slice_start, layer.slice_end) for layer in chosen))
+        return select_values(
+            self.layout, tuple((layer.slice_start, layer.slice_end) for layer in chosen)
+        )
 
     def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, len(self), _STATUS_ROWS):

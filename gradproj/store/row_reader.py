@@ -1,7 +1,5 @@
 """Rows of a store by sample id: which units hold them, which of those have a shard, and in which blocks a scan goes."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +40,11 @@ class Rows:
     """Reads rows of any units; NaN where there is none."""
 
     def __init__(
-        self, store_path: Path, layout: StoreLayout, columns: Columns, maps: LRUCache[tuple[str, int], Any]
+        self,
+        store_path: Path,
+        layout: StoreLayout,
+        columns: Columns,
+        maps: LRUCache[tuple[str, int], Any],
     ) -> None:
         self.layout = layout
         self._store_path = store_path
@@ -58,7 +60,11 @@ class Rows:
         return self._columns.read(["row_scale"], ids)
 
     def read(
-        self, ids: np.ndarray, columns: dict[str, np.ndarray], selection: Selection, missing: Missing
+        self,
+        ids: np.ndarray,
+        columns: dict[str, np.ndarray],
+        selection: Selection,
+        missing: Missing,
     ) -> np.ndarray:
         """Decode rows in any order: ``(n, selection.width)`` float32; ``columns`` are those of the same samples."""
         out = np.empty((len(ids), selection.width), np.float32)
@@ -74,7 +80,9 @@ class Rows:
         for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
             if self._has_rows(unit, columns["status"][group], missing):
                 inside = ids[group] - unit * self.layout.rows_per_shard
-                out[group] = self._shards.read_rows(unit, inside, selection, columns["row_scale"][group])
+                out[group] = self._shards.read_rows(
+                    unit, inside, selection, columns["row_scale"][group]
+                )
                 self._count(unit, len(group), selection)
             else:
                 out[group] = np.nan
@@ -143,7 +151,12 @@ class Rows:
                 first = end
 
     def blocks(
-        self, rows_per_block: int | None, selection: Selection, dtype: np.dtype, start: int, stop: int | None
+        self,
+        rows_per_block: int | None,
+        selection: Selection,
+        dtype: np.dtype,
+        start: int,
+        stop: int | None,
     ) -> Iterator[tuple[int, int]]:
         """``[first, last)`` of a scan's blocks; meanwhile the disk reads ahead, by whole chunks down.
 

@@ -1,7 +1,5 @@
 """Rows of the ``projections`` array: mapped where a shard is uncompressed, through zarr-python where not."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +19,22 @@ from gradproj.store.page_cache import PagedFile
 class Shards:
     """Reads the rows of one unit at a time, given the scale of each row. No shard: NaN rows."""
 
-    def __init__(self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]) -> None:
+    def __init__(
+        self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]
+    ) -> None:
         self.layout = layout
         self._folder = store_path / "projections"
         self._maps = maps
         metadata = json.loads((self._folder / "zarr.json").read_text())
-        self._separator = metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+        self._separator = (
+            metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+        )
         sharding = metadata["codecs"][0]["configuration"]
         self._index_at_end = sharding.get("index_location", "end") == "end"
         index_codecs = [codec["name"] for codec in sharding["index_codecs"]]
-        self._mappable = index_codecs == ["bytes", "crc32c"] and [c["name"] for c in sharding["codecs"]] == [
-            "bytes"
-        ]
+        self._mappable = index_codecs == ["bytes", "crc32c"] and [
+            c["name"] for c in sharding["codecs"]
+        ] == ["bytes"]
         self._array: zarr.Array | None = None
 
     def path(self, unit: int) -> Path:
@@ -87,13 +89,17 @@ class Shards:
             stored = self._read_with_zarr(slice(first, first + len(scale)), selection)
             out[:] = decode_rows(stored, scale, self.layout.proj_dtype)
 
-    def read_rows(self, unit: int, rows: np.ndarray, selection: Selection, scale: np.ndarray) -> np.ndarray:
+    def read_rows(
+        self, unit: int, rows: np.ndarray, selection: Selection, scale: np.ndarray
+    ) -> np.ndarray:
         """Decode rows (positions in the unit, ascending): ``(n, selection.width)`` float32."""
         shard = self._shard(unit)
         if shard is not None:
             return shard.read_rows(rows, selection, scale)
         ids, inverse = np.unique(rows + unit * self.layout.rows_per_shard, return_inverse=True)
-        return decode_rows(self._read_with_zarr(ids, selection)[inverse], scale, self.layout.proj_dtype)
+        return decode_rows(
+            self._read_with_zarr(ids, selection)[inverse], scale, self.layout.proj_dtype
+        )
 
     def _shard(self, unit: int) -> MappedShard | None:
         if not self._mappable:

@@ -46,7 +46,9 @@ class RecordedTexts:
         try:
             recorded = json.loads((self._output / "run_config.json").read_text())
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self._output} does not say where its documents are: {error}") from error
+            raise StoreError(
+                f"{self._output} does not say where its documents are: {error}"
+            ) from error
         index = load_index(self._output / "corpus.json")
         # The index knows absolute paths; --shards as it was given may be relative to another folder.
         if all(tar.path.is_file() for tar in index.tars):
@@ -54,7 +56,9 @@ class RecordedTexts:
         try:
             return index.relocated(list_tars(recorded["shards"]))
         except CorpusError as error:
-            raise CorpusError(f"the texts' tars are not where the job read them: {error}") from error
+            raise CorpusError(
+                f"the texts' tars are not where the job read them: {error}"
+            ) from error
 
 
 def text_of(index: CorpusIndex, sample_id: int) -> str:
@@ -62,4 +66,8 @@ def text_of(index: CorpusIndex, sample_id: int) -> str:
     (document,) = read_documents(index, sample_id, sample_id + 1)
     if document.text is not None:
         return document.text
-    return f"({document.problem})" if document.problem else f"token ids {(document.input_ids or [])[:50]}"
+    return (
+        f"({document.problem})"
+        if document.problem
+        else f"token ids {(document.input_ids or [])[:50]}"
+    )

@@ -4,8 +4,6 @@ The format is safetensors (any of its readers opens a record), with a crc32c of 
 metadata, so that a torn or flipped record is never taken for a whole one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -91,7 +89,12 @@ def encode_record(record: UnitRecord) -> bytes:
     tensors |= {f"covariance.{name}": values for name, values in record.token_covariances.items()}
     # Widest first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    about = {"unit": record.unit, "start": record.start, "identity": record.identity, "shard": record.shard}
+    about = {
+        "unit": record.unit,
+        "start": record.start,
+        "identity": record.identity,
+        "shard": record.shard,
+    }
     metadata = {
         "crc32c": _NO_CHECKSUM.decode(),
         "record_version": str(RECORD_VERSION),
@@ -101,11 +104,17 @@ def encode_record(record: UnitRecord) -> bytes:
     offset = 0
     for name, values in ordered:
         span = [offset, offset + values.nbytes]
-        header[name] = {"dtype": _DTYPES[values.dtype], "shape": list(values.shape), "data_offsets": span}
+        header[name] = {
+            "dtype": _DTYPES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": span,
+        }
         offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data = b"".join([struct.pack("<Q", len(text)), text, *(values.tobytes() for _, values in ordered)])
+    data = b"".join(
+        [struct.pack("<Q", len(text)), text, *(values.tobytes() for _, values in ordered)]
+    )
     return data[:_CHECKSUM_AT] + b"%08x" % crc32c(data) + data[_CHECKSUM_AT + 8 :]
 
 
@@ -120,13 +129,17 @@ def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRe
     header = json.loads(data[8 : 8 + header_bytes])
     metadata = header.pop("__metadata__")
     if int(metadata["record_version"]) > RECORD_VERSION:
-        raise StoreError(f"{source} was written by a newer gradproj: update gradproj to read this store")
+        raise StoreError(
+            f"{source} was written by a newer gradproj: update gradproj to read this store"
+        )
     groups: dict[str, dict[str, np.ndarray]] = {"column": {}, "covariance": {}}
     for full_name, entry in header.items():
         group, name = full_name.split(".", 1)
         first, last = entry["data_offsets"]
         dtype = _DTYPES_BY_NAME[entry["dtype"]]
-        values = np.frombuffer(data, dtype, (last - first) // dtype.itemsize, 8 + header_bytes + first)
+        values = np.frombuffer(
+            data, dtype, (last - first) // dtype.itemsize, 8 + header_bytes + first
+        )
         groups[group][name] = values.reshape(entry["shape"])
     about = json.loads(metadata["about"])
     return UnitRecord(columns=groups["column"], token_covariances=groups["covariance"], **about)
@@ -155,7 +168,9 @@ def read_stats(path: str | Path) -> dict[str, Any]:
             about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
             return dict(about["stats"])
         except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} is damaged: it does not begin as a record does ({error})") from error
+            raise StoreError(
+                f"{path} is damaged: it does not begin as a record does ({error})"
+            ) from error
 
 
 def _check_whole(data: bytes, source: str | Path) -> None:

@@ -4,8 +4,6 @@ Shards are written by hand: dense C order, then the index with its crc32c. Any Z
 can be memory-mapped as they are, and the caller decides how the file is made durable and published.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -112,7 +110,9 @@ def _encoder(layout: StoreLayout) -> _Encoder | None:
     if layout.compressor == "blosc":
         typesize = layout.stored_dtype.itemsize
         shuffle = numcodecs.Blosc.SHUFFLE
-        return numcodecs.Blosc(cname="zstd", clevel=_BLOSC_LEVEL, shuffle=shuffle, typesize=typesize)
+        return numcodecs.Blosc(
+            cname="zstd", clevel=_BLOSC_LEVEL, shuffle=shuffle, typesize=typesize
+        )
     if layout.compressor == "zstd":
         return numcodecs.Zstd(level=_ZSTD_LEVEL)
     return None
@@ -121,7 +121,9 @@ def _encoder(layout: StoreLayout) -> _Encoder | None:
 def _zarr_compressors(layout: StoreLayout) -> tuple[BloscCodec | ZstdCodec, ...] | None:
     if layout.compressor == "blosc":
         typesize = layout.stored_dtype.itemsize
-        return (BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle", typesize=typesize),)
+        return (
+            BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle", typesize=typesize),
+        )
     if layout.compressor == "zstd":
         return (ZstdCodec(level=_ZSTD_LEVEL),)
     return None
@@ -151,7 +153,9 @@ def create_store(
     if os.path.lexists(path):
         raise StoreExists(f"{path} exists already")
     attributes = {"format_version": FORMAT_VERSION} | dict(attributes)
-    json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail before anything is made
+    json.dumps(
+        attributes, allow_nan=False
+    )  # other readers refuse NaN, so fail before anything is made
     tmp_path = temporary_beside(path, scratch)
     try:
         with explain_os_errors(path):
@@ -163,13 +167,17 @@ def create_store(
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                     raise
-                raise StoreExists(f"{path} exists already: another process has just made it") from error
+                raise StoreExists(
+                    f"{path} exists already: another process has just made it"
+                ) from error
             fsync_dir(path.parent)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)  # gone already when it was published
 
 
-def _fill_group(path: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray) -> None:
+def _fill_group(
+    path: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray
+) -> None:
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
     group.create_array(
@@ -228,7 +236,9 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
         array[...] = values
 
 
-def write_array(store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None) -> None:
+def write_array(
+    store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None
+) -> None:
     """Add a small array of 1 or more axes to the group (sums of covariances, say), or replace it.
 
     Whoever writes must be the only one; a reader sees the old array, the new one or, for an instant while one
@@ -262,7 +272,9 @@ def pack_matrices(
     for layer in layers:
         p_i, p_o = matrices[layer.name]
         if p_i.shape != (layer.k_i, layer.n_i) or p_o.shape != (layer.k_o, layer.n_o):
-            raise ValueError(f"matrices of {layer.name} are {p_i.shape} and {p_o.shape}, but it is {layer}")
+            raise ValueError(
+                f"matrices of {layer.name} are {p_i.shape} and {p_o.shape}, but it is {layer}"
+            )
         parts += [np.asarray(p_i, np.float32).reshape(-1), np.asarray(p_o, np.float32).reshape(-1)]
     return np.concatenate(parts)
 
@@ -296,7 +308,9 @@ def write_column_block(
             raise ValueError(
                 f"column {name} of block {block} is {values.dtype} {values.shape}, not {dtype} {shape}"
             )
-        chunk = np.full((layout.column_rows, *shape[1:]), fill, dtype)  # Zarr keeps edge chunks at full size
+        chunk = np.full(
+            (layout.column_rows, *shape[1:]), fill, dtype
+        )  # Zarr keeps edge chunks at full size
         chunk[: stop - start] = values
         chunk_name = f"c.{block}.0" if name == "key" else f"c.{block}"
         write_and_replace(
@@ -304,7 +318,9 @@ def write_column_block(
         )
 
 
-def update_attributes(store_path: Path, changes: Mapping[str, Any], scratch: Path | None = None) -> None:
+def update_attributes(
+    store_path: Path, changes: Mapping[str, Any], scratch: Path | None = None
+) -> None:
     """Set attributes of the group, keeping the others; the metadata file is replaced atomically.
 
     Only one process may do so at a time. Values are JSON without NaN (ValueError).

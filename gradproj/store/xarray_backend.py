@@ -4,8 +4,6 @@
 without dask unless it is told ``chunks={}``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,10 @@ from gradproj.store.layout import COLUMNS, STATUS, decode_key
 from gradproj.store.reader import ProjectionStore
 
 _ABOUT: dict[str, dict[str, Any]] = {
-    "rows": {"long_name": "projected gradient of the document's loss", "units": "nats per unit of weight"},
+    "rows": {
+        "long_name": "projected gradient of the document's loss",
+        "units": "nats per unit of weight",
+    },
     "loss": {"long_name": "mean loss of the document's target tokens", "units": "nats"},
     "n_tokens": {"long_name": "target tokens"},
     "grad_norm": {"long_name": "norm of the row"},
@@ -53,12 +54,17 @@ class GradprojBackend(BackendEntrypoint):
             [layer.slice_end - layer.slice_start for layer in store.layers],
         )
         simple = {k: v for k, v in store.attributes.items() if isinstance(v, (str, int, float))}
-        return xr.Dataset(variables, {"layer": ("value", layer_of_value)}, simple).set_xindex("layer")
+        return xr.Dataset(variables, {"layer": ("value", layer_of_value)}, simple).set_xindex(
+            "layer"
+        )
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether this is a job's ``OUTPUT/``."""
         path = filename_or_obj
-        return isinstance(path, (str, Path)) and (Path(path) / "projections.zarr" / "zarr.json").is_file()
+        return (
+            isinstance(path, (str, Path))
+            and (Path(path) / "projections.zarr" / "zarr.json").is_file()
+        )
 
 
 def open_with_dask(store: ProjectionStore, rows_per_chunk: int | None) -> xr.Dataset:
@@ -73,10 +79,18 @@ def _variable(store: ProjectionStore, name: str) -> xr.Variable:
         rows = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
         chunks = {"sample": min(layout.rows_per_shard, n), "value": store.dim}
         return xr.Variable(
-            ("sample", "value"), indexing.LazilyIndexedArray(rows), _ABOUT[name], {"preferred_chunks": chunks}
+            ("sample", "value"),
+            indexing.LazilyIndexedArray(rows),
+            _ABOUT[name],
+            {"preferred_chunks": chunks},
         )
-    dtypes = {"domain": np.array([*store.domains, ""]).dtype, "key": np.dtype(f"U{layout.key_bytes}")}
-    reader = partial({"domain": _read_domains, "key": _read_keys}.get(name, _read_column), store, name)
+    dtypes = {
+        "domain": np.array([*store.domains, ""]).dtype,
+        "key": np.dtype(f"U{layout.key_bytes}"),
+    }
+    reader = partial(
+        {"domain": _read_domains, "key": _read_keys}.get(name, _read_column), store, name
+    )
     column = _Lazy((n,), dtypes.get(name, COLUMNS[name][0]), reader)
     chunks = {"sample": min(layout.column_rows, n)}
     return xr.Variable(
@@ -87,7 +101,9 @@ def _variable(store: ProjectionStore, name: str) -> xr.Variable:
 class _Lazy(BackendArray):
     """An array that ``read`` gives the values of, asked for positions on every axis."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[..., np.ndarray]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[..., np.ndarray]
+    ) -> None:
         self.shape, self.dtype, self._read = shape, dtype, read
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
@@ -110,8 +126,12 @@ class _Lazy(BackendArray):
 def _read_rows(store: ProjectionStore, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     """``(n, w)`` float32, NaN where a row is missing; of layers without a wanted value no byte is read."""
     ends = np.array([layer.slice_end for layer in store.layers])
-    touched = [store.layers[number] for number in np.unique(np.searchsorted(ends, values, side="right"))]
-    held = np.concatenate([np.arange(x.slice_start, x.slice_end) for x in touched] or [np.empty(0, int)])
+    touched = [
+        store.layers[number] for number in np.unique(np.searchsorted(ends, values, side="right"))
+    ]
+    held = np.concatenate(
+        [np.arange(x.slice_start, x.slice_end) for x in touched] or [np.empty(0, int)]
+    )
     layers = None if len(held) == store.dim else [layer.name for layer in touched]
     rows = store.rows(ids, layers, missing="nan")
     return rows if np.array_equal(held, values) else rows[:, np.searchsorted(held, values)]

@@ -59,7 +59,11 @@ def _locked(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOSYS,
+            errno.EOPNOTSUPP,
+        ):  # a file system without locks
             raise
     return True
 
@@ -237,7 +241,9 @@ def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
-        raise StoreError(f"cannot write {folder}: {error}. Free space there, then start again") from error
+        raise StoreError(
+            f"cannot write {folder}: {error}. Free space there, then start again"
+        ) from error
     tokenizer.save_pretrained(folder)
 
 

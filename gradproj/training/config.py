@@ -34,14 +34,18 @@ NO_PART_OF_A_RUN = frozenset(
 def _as_in(section: Any, name: str) -> Any:
     """A field of the job's, with its default and its help."""
     known = section.__dataclass_fields__[name]
-    return field(default=known.default, metadata={k: v for k, v in known.metadata.items() if k != "flag"})
+    return field(
+        default=known.default, metadata={k: v for k, v in known.metadata.items() if k != "flag"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What an engine inside of a training loop is told. Any object with some of these names will do (``of``)."""
 
-    method: str = field(default="Regular", metadata={"help": "Regular, GradDotProd or GradProjLora"})
+    method: str = field(
+        default="Regular", metadata={"help": "Regular, GradDotProd or GradProjLora"}
+    )
     result_dir: str = field(default="", metadata={"help": "folder for all results"})
     proj_layers: str = _as_in(ProjectionConfig, "layers")
     proj_rank_total: int = _as_in(ProjectionConfig, "rank_total")
@@ -53,7 +57,8 @@ class EngineConfig:
     proj_dtype: str = _as_in(StoreConfig, "proj_dtype")
     compressor: str = _as_in(StoreConfig, "compressor")
     rows_per_shard: int = field(
-        default=0, metadata={"help": "rows of one shard; 0 = about 16 MB, and whole steps with several ranks"}
+        default=0,
+        metadata={"help": "rows of one shard; 0 = about 16 MB, and whole steps with several ranks"},
     )
     proj_save_interval: int = field(
         default=100,
@@ -65,7 +70,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.proj_save_interval < 0:
-            raise ConfigError(f"--proj_save_interval must be at least 0, got {self.proj_save_interval}")
+            raise ConfigError(
+                f"--proj_save_interval must be at least 0, got {self.proj_save_interval}"
+            )
         if self.loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
         # Both check their own values when they are made.
@@ -94,7 +101,9 @@ class EngineConfig:
     def store(self) -> StoreConfig:
         """As the job has it."""
         return StoreConfig(
-            proj_dtype=self.proj_dtype, compressor=self.compressor, rows_per_shard=self.rows_per_shard
+            proj_dtype=self.proj_dtype,
+            compressor=self.compressor,
+            rows_per_shard=self.rows_per_shard,
         )
 
 
@@ -103,26 +112,39 @@ class TrainConfig(EngineConfig):
     """A causal language model's training: data, model, optimizer, engine. Equal settings give equal weights."""
 
     shards: str = field(
-        metadata={"help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"}
+        metadata={
+            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
+        }
     )
     result_dir: str = field(
         default="training",
-        metadata={"help": "folder for model, tokenizer, loss curve, checkpoints and the engine's results"},
+        metadata={
+            "help": "folder for model, tokenizer, loss curve, checkpoints and the engine's results"
+        },
     )
-    model: str = field(default="", metadata={"help": "go on from this checkpoint (directory or hub name)"})
+    model: str = field(
+        default="", metadata={"help": "go on from this checkpoint (directory or hub name)"}
+    )
     architecture: str = field(
-        default="", metadata={"help": "random weights of this shape", "choices": tuple(ARCHITECTURES)}
+        default="",
+        metadata={"help": "random weights of this shape", "choices": tuple(ARCHITECTURES)},
     )
-    n_layer: int = field(default=4, metadata={"help": "layers of a new GPT-2, without the two flags above"})
+    n_layer: int = field(
+        default=4, metadata={"help": "layers of a new GPT-2, without the two flags above"}
+    )
     n_embd: int = field(default=256, metadata={"help": "its width"})
     n_head: int = field(default=4, metadata={"help": "its attention heads"})
-    tokenizer: str = field(default="", metadata={"help": "directory or hub name; default: --model's own"})
+    tokenizer: str = field(
+        default="", metadata={"help": "directory or hub name; default: --model's own"}
+    )
     max_length: int = field(
         default=256, metadata={"help": "most tokens of a sequence; a new GPT-2's positions"}
     )
     pack: bool = field(
         default=False,
-        metadata={"help": "join documents into full sequences; default: each one's first max_length tokens"},
+        metadata={
+            "help": "join documents into full sequences; default: each one's first max_length tokens"
+        },
     )
     batch_size: int = field(default=2, metadata={"help": "sequences in a batch of one rank"})
     max_steps: int = field(default=100, metadata={"help": "optimizer steps"})
@@ -154,12 +176,16 @@ class TrainConfig(EngineConfig):
         default=0, metadata={"help": "evaluate after so many steps; 0 = at the end only"}
     )
     val_shards: str = field(
-        default="", metadata={"help": "tars to evaluate on; GradDotProd compares with their first batch"}
+        default="",
+        metadata={"help": "tars to evaluate on; GradDotProd compares with their first batch"},
     )
     val_batch_size: int = field(default=2, metadata={"help": "sequences of a validation batch"})
-    val_batches: int = field(default=8, metadata={"help": "validation batches, from the first document on"})
+    val_batches: int = field(
+        default=8, metadata={"help": "validation batches, from the first document on"}
+    )
     checkpoint_interval: int = field(
-        default=100, metadata={"help": "steps between two checkpoints, of which the newest is kept; 0 = none"}
+        default=100,
+        metadata={"help": "steps between two checkpoints, of which the newest is kept; 0 = none"},
     )
     resume: bool = field(
         default=False,
@@ -200,9 +226,13 @@ def _check_method(config: TrainConfig) -> None:
 
     check_method(config.method)
     if config.method == "GradDotProd" and not config.val_shards:
-        raise ConfigError("--method GradDotProd compares with validation documents: give --val_shards")
+        raise ConfigError(
+            "--method GradDotProd compares with validation documents: give --val_shards"
+        )
     if config.eval_interval and not config.val_shards:
-        raise ConfigError(f"--eval_interval {config.eval_interval} needs --val_shards to evaluate on")
+        raise ConfigError(
+            f"--eval_interval {config.eval_interval} needs --val_shards to evaluate on"
+        )
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -215,15 +245,26 @@ def _check_numbers(config: TrainConfig) -> None:
         raise ConfigError("--result_dir is empty; give a folder")
     if not 0 <= config.seed < MOST_SEEDS:
         raise ConfigError(f"--seed must be at least 0 and less than 2^32, got {config.seed}")
-    for name in ("warmup_steps", "momentum", "weight_decay", "clip", "eval_interval", "checkpoint_interval"):
+    for name in (
+        "warmup_steps",
+        "momentum",
+        "weight_decay",
+        "clip",
+        "eval_interval",
+        "checkpoint_interval",
+    ):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"--{name} must be at least 0, got {getattr(config, name)}")
     if not 0 < config.learning_rate < math.inf:
-        raise ConfigError(f"--learning_rate must be more than 0, and finite, got {config.learning_rate}")
+        raise ConfigError(
+            f"--learning_rate must be more than 0, and finite, got {config.learning_rate}"
+        )
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"--dropout must be at least 0 and less than 1, got {config.dropout}")
     if config.momentum and config.optimizer != "sgd":
-        raise ConfigError(f"--momentum {config.momentum:g} is for --optimizer sgd; adamw has its own")
+        raise ConfigError(
+            f"--momentum {config.momentum:g} is for --optimizer sgd; adamw has its own"
+        )
     if config.max_length < 2:
         raise ConfigError(
             f"--max_length must be at least 2 (a token and its target), got {config.max_length}"

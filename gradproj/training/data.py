@@ -175,10 +175,14 @@ def _sequences(
                 left = np.concatenate([left, owned], axis=1)
                 while left.shape[1] >= config.max_length:
                     (ids, owners), left = left[:, : config.max_length], left[:, config.max_length :]
-                    yield Sequence(ids, int(owners[0]), document.domain, DataPosition(epoch, done, left))
+                    yield Sequence(
+                        ids, int(owners[0]), document.domain, DataPosition(epoch, done, left)
+                    )
                     found = True
             elif len(tokens) > 1:
-                yield Sequence(tokens, document.sample_id, document.domain, DataPosition(epoch, done, left))
+                yield Sequence(
+                    tokens, document.sample_id, document.domain, DataPosition(epoch, done, left)
+                )
                 found = True
         if not found and left.shape[1] < 2:
             raise CorpusError(
@@ -186,7 +190,9 @@ def _sequences(
             )
 
 
-def shuffled_documents(index: CorpusIndex, seed: int, epoch: int, first: int = 0) -> Iterator[Document]:
+def shuffled_documents(
+    index: CorpusIndex, seed: int, epoch: int, first: int = 0
+) -> Iterator[Document]:
     """Every document once, in an order that depends on the seed and the epoch; memory holds 4,096 of them.
 
     Args:
@@ -207,7 +213,11 @@ def shuffled_documents(index: CorpusIndex, seed: int, epoch: int, first: int = 0
         chosen = order.permutation(size)[first:]
         first = max(0, first - size)
         if len(chosen):
-            group = [document for start, stop in ranges for document in read_documents(index, start, stop)]
+            group = [
+                document
+                for start, stop in ranges
+                for document in read_documents(index, start, stop)
+            ]
             yield from (group[i] for i in chosen)
 
 
@@ -238,7 +248,9 @@ class TrainedDocuments:
             # With its neighbours, since a tar is read from the beginning of a block anyway.
             first = sample_id - sample_id % SAMPLES_PER_BLOCK
             last = min(first + SAMPLES_PER_BLOCK, self._index.n_samples)
-            self._domains.update((d.sample_id, d.domain) for d in read_documents(self._index, first, last))
+            self._domains.update(
+                (d.sample_id, d.domain) for d in read_documents(self._index, first, last)
+            )
         return self._domains[sample_id]
 
     def text(self, sample_id: int) -> str:

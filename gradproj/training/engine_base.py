@@ -73,7 +73,9 @@ class TrainingEngine:
     def cleanup(self) -> None:
         """Write what is left and leave the model as it was found; a second call does nothing."""
 
-    def reports(self, domain_of: Callable[[int], str], text_of: Callable[[int], str]) -> dict[str, str]:
+    def reports(
+        self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
+    ) -> dict[str, str]:
         """At the end: what people may want to read, by file name; of sample ids the domain and the text are known."""
         return {}
 

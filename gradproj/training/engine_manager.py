@@ -107,7 +107,9 @@ class GhostEngineManager:
         """At the end, also after an exception: write what is left, take all hooks off."""
         self.engine.cleanup()
 
-    def reports(self, domain_of: Callable[[int], str], text_of: Callable[[int], str]) -> dict[str, str]:
+    def reports(
+        self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
+    ) -> dict[str, str]:
         """At the end: file name -> text for people, about the samples that were trained on."""
         return self.engine.reports(domain_of, text_of)
 
@@ -122,7 +124,9 @@ class GhostEngineManager:
     def __enter__(self) -> "GhostEngineManager":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.cleanup()
 
 

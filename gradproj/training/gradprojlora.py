@@ -162,9 +162,15 @@ class GradProjLoraTraining(TrainingEngine):
             return
         rows = torch.cat([batch.rows for batch in waiting]).cpu().numpy()
         columns = {
-            "n_tokens": np.concatenate([_of_batch(batch.n_tokens, len(batch.rows), 0) for batch in waiting]),
-            "loss": np.concatenate([_of_batch(batch.losses, len(batch.rows), np.nan) for batch in waiting]),
-            "step": np.concatenate([np.full(len(batch.rows), batch.step, np.int64) for batch in waiting]),
+            "n_tokens": np.concatenate(
+                [_of_batch(batch.n_tokens, len(batch.rows), 0) for batch in waiting]
+            ),
+            "loss": np.concatenate(
+                [_of_batch(batch.losses, len(batch.rows), np.nan) for batch in waiting]
+            ),
+            "step": np.concatenate(
+                [np.full(len(batch.rows), batch.step, np.int64) for batch in waiting]
+            ),
             "sample_id": np.concatenate(
                 [_of_batch(batch.ids, len(batch.rows), -1) for batch in waiting]
             ).astype(np.int64),
@@ -195,7 +201,9 @@ class GradProjLoraTraining(TrainingEngine):
             shutil.rmtree(folder / STORE_NAME, ignore_errors=True)
             drawn = self._engine.projection_matrices.items()
             matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
-            create_row_store(folder, self._layout(), attributes, pack_matrices(self._layers, matrices))
+            create_row_store(
+                folder, self._layout(), attributes, pack_matrices(self._layers, matrices)
+            )
         ranks.wait()
         return AppendStore(folder, ranks.rank, ranks.world_size)
 
@@ -246,5 +254,7 @@ def _of_batch(values: Any, n: int, unknown: float) -> np.ndarray:
         values = values.cpu().numpy()
     array = np.asarray(values)
     if array.shape != (n,):
-        raise ConfigError(f"a batch of {n} samples was given {array.shape} ids or losses; give one for each")
+        raise ConfigError(
+            f"a batch of {n} samples was given {array.shape} ids or losses; give one for each"
+        )
     return array

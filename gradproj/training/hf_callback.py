@@ -59,7 +59,10 @@ class GradProjCallback(TrainerCallback):
         }
         step = state.global_step
         self._manager = GhostEngineManager(
-            {**vars(self._settings), **sizes}, model, kwargs.get("optimizer"), resume_step=step or None
+            {**vars(self._settings), **sizes},
+            model,
+            kwargs.get("optimizer"),
+            resume_step=step or None,
         )
         if step:
             self._manager.load_state_dict({"step": step})
@@ -125,7 +128,9 @@ class GradProjCallback(TrainerCallback):
     def __enter__(self) -> "GradProjCallback":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.cleanup()
 
     def _secure_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:

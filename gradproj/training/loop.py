@@ -73,7 +73,9 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
 class _Run:
     """One run's model, data and results, ready for the next step."""
 
-    def __init__(self, config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks
+    ) -> None:
         self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
         index = open_corpus(config.shards)
         corpora = {"shards": index.fingerprint, "val_shards": ""}
@@ -125,7 +127,10 @@ class _Run:
             group["lr"] = rate
         # The ranks' gradients are averaged, so each one's share of the mean is taken W times.
         per_rank = targets / self._ranks.world_size
-        sums = [self._forward_backward(step, batch, per_rank, last) for batch, last in _with_last(batches)]
+        sums = [
+            self._forward_backward(step, batch, per_rank, last)
+            for batch, last in _with_last(batches)
+        ]
         norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -136,7 +141,9 @@ class _Run:
         (loss,) = self._ranks.total(torch.stack(sums).sum().item())
         self._curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
 
-    def _forward_backward(self, step: int, batch: TrainBatch, n_targets: float, last: bool) -> torch.Tensor:
+    def _forward_backward(
+        self, step: int, batch: TrainBatch, n_targets: float, last: bool
+    ) -> torch.Tensor:
         """One batch; the sum of its losses (nats), detached."""
         manager = self.manager
         X, Y = batch.input_ids.to(self._device), batch.labels.to(self._device)
@@ -195,7 +202,9 @@ class _Run:
                     file=sys.stderr,
                     flush=True,
                 )
-            for name, text in self.manager.reports(self._documents.domain, self._documents.text).items():
+            for name, text in self.manager.reports(
+                self._documents.domain, self._documents.text
+            ).items():
                 with explain_os_errors(self._folder / name):
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)

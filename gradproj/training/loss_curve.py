@@ -46,7 +46,10 @@ class Point:
 
     def as_text(self) -> list[str]:
         """As ``loss.csv`` has it."""
-        return ["" if v is None else f"{v:.8g}" if isinstance(v, float) else str(v) for v in astuple(self)]
+        return [
+            "" if v is None else f"{v:.8g}" if isinstance(v, float) else str(v)
+            for v in astuple(self)
+        ]
 
 
 COLUMNS = [f.name for f in fields(Point)]
@@ -149,11 +152,17 @@ def draw_curve(points: list[Point], path: Path) -> None:
     means = [sum(part) / len(part) for part in parts]
     if half:
         axes.plot(
-            steps, means, color="#08519c", linewidth=1.8, label=f"training, mean of {2 * half + 1} steps"
+            steps,
+            means,
+            color="#08519c",
+            linewidth=1.8,
+            label=f"training, mean of {2 * half + 1} steps",
         )
     checked = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
     if checked:
-        axes.plot(*zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation")
+        axes.plot(
+            *zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation"
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")

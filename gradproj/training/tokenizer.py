@@ -23,7 +23,9 @@ class TokenizerConfig:
     """What to train a tokenizer on, and how large it gets."""
 
     shards: str = field(
-        metadata={"help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"}
+        metadata={
+            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
+        }
     )
     output_dir: str = field(metadata={"help": "folder for the tokenizer's files"})
     vocab_size: int = field(
@@ -70,7 +72,10 @@ def train_tokenizer(config: TokenizerConfig) -> int:
     tokenizer.train_from_iterator(_texts(index, n_samples), trainer)
     print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens", file=sys.stderr, flush=True)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
     )
     with explain_os_errors(folder):
         fast.save_pretrained(folder)
@@ -88,5 +93,7 @@ def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
             shown_s = time.monotonic()
             print(f"tokenizer: {n_read:,} of {n_samples:,} documents", file=sys.stderr, flush=True)
     if not n_texts:
-        raise CorpusError(f"none of the first {n_samples:,} documents has a text to learn tokens from")
+        raise CorpusError(
+            f"none of the first {n_samples:,} documents has a text to learn tokens from"
+        )
     print("tokenizer: all read, merging pairs", file=sys.stderr, flush=True)

@@ -9,7 +9,14 @@ from gradproj.corpus.stream import read_documents
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, open_corpus, tokens_of
+from gradproj.training.data import (
+    DataPosition,
+    Sequence,
+    TrainBatch,
+    make_batch,
+    open_corpus,
+    tokens_of,
+)
 from gradproj.training.ranks import Ranks
 
 
@@ -20,7 +27,9 @@ class Validation:
         CorpusError: no document there has two tokens.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, tokenizer: Any, device: torch.device, ranks: Ranks
+    ) -> None:
         self.batches = _read(config, tokenizer) if config.val_shards else []
         self._device, self._ranks = device, ranks
         self._autocast = config.precision == "bfloat16"
@@ -39,7 +48,10 @@ class Validation:
         model.eval()
         total, n_targets = 0.0, 0
         for batch in self.batches[self._ranks.rank :: self._ranks.world_size]:
-            inputs = {"input_ids": batch.input_ids.to(self._device), "labels": batch.labels.to(self._device)}
+            inputs = {
+                "input_ids": batch.input_ids.to(self._device),
+                "labels": batch.labels.to(self._device),
+            }
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 total += per_sample_loss(model, inputs, chunked=False).sum().item()
             n_targets += batch.n_targets

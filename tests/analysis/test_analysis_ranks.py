@@ -43,7 +43,11 @@ def answers(store, together):
 def rank_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2, timeout=timedelta(seconds=90)
+        "gloo",
+        f"file://{folder / 'meeting'}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=90),
     )
     with ProjectionStore(folder / "out") as store:
         torch.save(answers(store, together=True), folder / f"{rank}.pt")
@@ -79,12 +83,16 @@ def test_shares_are_whole_units_and_together_the_store(tmp_path, world_size):
 def test_ranks_that_nothing_joins_are_told_how(tmp_path):
     output = make_store(tmp_path / "out")
     with ProjectionStore(output.path) as store:
-        with pytest.raises(ConfigError, match=r"together=True needs ranks that torch\.distributed joins"):
+        with pytest.raises(
+            ConfigError, match=r"together=True needs ranks that torch\.distributed joins"
+        ):
             Preconditioner.fit(store, "second_moment", together=True)
         for answer, settings in (
             (score, (queries_for(store), store)),
             (self_influence, (store,)),
             (domain_matrix, (store,)),
         ):
-            with pytest.raises(ConfigError, match="has no together; top_k, bottom_k and top_and_bottom have"):
+            with pytest.raises(
+                ConfigError, match="has no together; top_k, bottom_k and top_and_bottom have"
+            ):
                 answer(*settings, together=True)

@@ -58,7 +58,9 @@ def test_an_influence_is_the_mean_score_over_all_pairs_of_documents(output, kind
         every = score(rows[here[0] | here[1]], store, score=kind).astype(np.float64)
     asked_of = DOMAIN[here[0] | here[1]]
     for g, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        assert got.influence[g, h] == pytest.approx(every[asked_of == g][:, here[h]].mean(), rel=2e-4)
+        assert got.influence[g, h] == pytest.approx(
+            every[asked_of == g][:, here[h]].mean(), rel=2e-4
+        )
 
 
 def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(output, monkeypatch):
@@ -71,7 +73,11 @@ def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(outp
         assert not len(overview(store, 5, score="cosine").ids)
         store.domains = []
         without = overview(store, 5)
-    assert got.ids.tolist() == np.argsort(-np.nan_to_num(own, nan=-1))[:5].tolist() == without.ids.tolist()
+    assert (
+        got.ids.tolist()
+        == np.argsort(-np.nan_to_num(own, nan=-1))[:5].tolist()
+        == without.ids.tolist()
+    )
     np.testing.assert_array_equal(got.self_influence, own[got.ids])
     np.testing.assert_allclose(got.domains.influence, want.influence)
     assert without.domains is None
@@ -131,7 +137,14 @@ def test_a_domain_without_a_row_has_no_numbers(output):
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store, domains=["Github"])
     assert got.n_rows.tolist() == [0, members(output)[1].sum()]
-    for values in (got.loss, got.grad_norm, got.effective_rank, got.mean, got.cosine, got.influence):
+    for values in (
+        got.loss,
+        got.grad_norm,
+        got.effective_rank,
+        got.mean,
+        got.cosine,
+        got.influence,
+    ):
         assert np.isnan(values[0]).all()
         assert np.isfinite(np.atleast_1d(values[1])[-1])
 
@@ -139,7 +152,8 @@ def test_a_domain_without_a_row_has_no_numbers(output):
 def test_what_is_wrong_is_said(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(
-            ConfigError, match="domain_matrix is not made of score 'relatif'; take one of kfac, preco"
+            ConfigError,
+            match="domain_matrix is not made of score 'relatif'; take one of kfac, preco",
         ):
             domain_matrix(store, score="relatif")
         store.domains = []

@@ -97,7 +97,11 @@ def kfac_influence(exact):
     """``(Q, N)``: sum over layers of ``<G_q, (S + d)^-1 G_n (A + d)^-1>``."""
     total = 0
     for layer in exact.values():
-        turned = np.linalg.inv(damped(layer.s)) @ layer.gradients[:N_QUERIES] @ np.linalg.inv(damped(layer.a))
+        turned = (
+            np.linalg.inv(damped(layer.s))
+            @ layer.gradients[:N_QUERIES]
+            @ np.linalg.inv(damped(layer.a))
+        )
         total = total + np.einsum("qoi,noi->qn", turned, layer.gradients)
     return total
 
@@ -162,12 +166,17 @@ def narrow_store(folder, k):
             tokens = torch.tensor(tokenizer(text).input_ids[:64])
             # The last token predicts nothing; the job never shows it to the model.
             engine.set_token_mask(torch.arange(len(tokens))[None] < len(tokens) - 1)
-            per_sample_loss(model, {"input_ids": tokens[None], "labels": tokens[None]}).sum().backward()
+            per_sample_loss(
+                model, {"input_ids": tokens[None], "labels": tokens[None]}
+            ).sum().backward()
             n_tokens += len(tokens) - 1
             rows.append(engine.collect_batch()[0] / (len(tokens) - 1))
         sums = engine.take_token_covariances()
     output = Output(
-        folder / f"k{k}", N_DOCUMENTS, ((k, k),) * len(engine.targets), StoreConfig(proj_dtype="float32")
+        folder / f"k{k}",
+        N_DOCUMENTS,
+        ((k, k),) * len(engine.targets),
+        StoreConfig(proj_dtype="float32"),
     )
     output.stored = output.rows = torch.stack(rows).numpy()
     output.row_scale = np.ones(N_DOCUMENTS, np.float32)

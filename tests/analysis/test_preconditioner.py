@@ -47,11 +47,15 @@ def by_hand(matrix, x):
 def assert_is_inverse(fitted, matrix):
     x = some_rows(len(matrix))
     solved, products = by_hand(matrix, x.numpy())
-    np.testing.assert_allclose(fitted.solve(x), solved, rtol=1e-9, atol=1e-12 * np.abs(solved).max())
+    np.testing.assert_allclose(
+        fitted.solve(x), solved, rtol=1e-9, atol=1e-12 * np.abs(solved).max()
+    )
     np.testing.assert_allclose(fitted.self_products(x), products, rtol=1e-9)
 
 
-@pytest.mark.parametrize("layers", [None, [NAMES[2]], [NAMES[1], NAMES[0]]], ids=["all", "one", "two-turned"])
+@pytest.mark.parametrize(
+    "layers", [None, [NAMES[2]], [NAMES[1], NAMES[0]]], ids=["all", "one", "two-turned"]
+)
 @pytest.mark.parametrize("kind", ["kfac", "second_moment"])
 def test_it_is_the_inverse_of_the_damped_curvature(output, store, kind, layers):
     fitted = Preconditioner.fit(store, kind, C, layers)
@@ -67,7 +71,9 @@ def test_jointly_it_is_the_inverse_of_one_matrix_over_all_layers(output, store):
 
 def test_a_wide_layer_in_all_its_directions_is_the_whole_matrix(output, store):
     want = dense_curvature(output, "second_moment", C)
-    assert_is_inverse(Preconditioner.fit(store, "second_moment", C, largest_width=1, directions=64), want)
+    assert_is_inverse(
+        Preconditioner.fit(store, "second_moment", C, largest_width=1, directions=64), want
+    )
 
 
 def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(tmp_path):
@@ -81,7 +87,9 @@ def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(
     assert len(curvature.values) == 8
     moment = rows.T @ rows / 300
     np.testing.assert_allclose(
-        curvature.directions.T @ torch.diag(curvature.values) @ curvature.directions, moment, atol=1e-9
+        curvature.directions.T @ torch.diag(curvature.values) @ curvature.directions,
+        moment,
+        atol=1e-9,
     )
     x = some_rows(40)
     solved, products = by_hand(damped(moment, C), x.numpy())
@@ -155,7 +163,12 @@ def test_another_damping_needs_no_scan_and_is_the_same_as_fitting_with_it(store,
 
 def test_auto_is_the_stated_rule(store):
     assert auto_damping("kfac", 256) == auto_damping("kfac", 4096) == 0.03
-    assert [auto_damping("second_moment", w) for w in (256, 1023, 1024, 4096)] == [0.1, 0.1, 1.0, 1.0]
+    assert [auto_damping("second_moment", w) for w in (256, 1023, 1024, 4096)] == [
+        0.1,
+        0.1,
+        1.0,
+        1.0,
+    ]
     x = some_rows(store.dim)
     for kind, c in (("kfac", 0.03), ("second_moment", 0.1)):
         auto, told = (Preconditioner.fit(store, kind, damping) for damping in ("auto", c))
@@ -195,7 +208,11 @@ def test_what_is_saved_is_loaded_again(store, tmp_path, settings):
     x = some_rows(sum(k_o * k_i for k_o, k_i in WIDTHS) if "layers" not in settings else 15)
     torch.testing.assert_close(loaded.solve(x), fitted.solve(x), rtol=0, atol=0)
     torch.testing.assert_close(loaded.self_products(x), fitted.self_products(x), rtol=0, atol=0)
-    assert (loaded.kind, loaded.damping, loaded.layers) == (fitted.kind, fitted.damping, fitted.layers)
+    assert (loaded.kind, loaded.damping, loaded.layers) == (
+        fitted.kind,
+        fitted.damping,
+        fitted.layers,
+    )
     assert loaded.n_rows == fitted.n_rows
 
 
@@ -214,7 +231,9 @@ def test_a_file_of_another_store_a_damaged_one_and_none_are_refused(store, tmp_p
             StoreError, match=r"fitted on another store\n  store_id: fitted on '.*', this store"
         ):
             Preconditioner.load(opened, path=path)
-        with pytest.raises(StoreError, match=r"there is no preconditioner at .*kfac\.safetensors; fit one"):
+        with pytest.raises(
+            StoreError, match=r"there is no preconditioner at .*kfac\.safetensors; fit one"
+        ):
             Preconditioner.load(opened)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(StoreError, match=r"is damaged .*: delete it and fit"):
@@ -236,7 +255,9 @@ def test_a_byte_that_has_changed_in_a_kept_file_is_noticed(store, tmp_path):
 def test_only_what_is_asked_for_is_factorized(store, monkeypatch):
     fitted, names = Preconditioner.fit(store, "second_moment"), []
     real = curvature.inverse_root
-    monkeypatch.setattr(curvature, "inverse_root", lambda m, c, name: names.append(name) or real(m, c, name))
+    monkeypatch.setattr(
+        curvature, "inverse_root", lambda m, c, name: names.append(name) or real(m, c, name)
+    )
     wanted = fitted.for_layers([NAMES[1]]).with_damping(C)
     assert not names
     for _ in range(2):
@@ -260,9 +281,12 @@ def test_parts_of_it_serve_layers_and_what_it_lacks_is_said(store):
     fitted = Preconditioner.fit(store, "kfac", C, [NAMES[0], NAMES[2]])
     x = some_rows(9)
     torch.testing.assert_close(
-        fitted.for_layers([NAMES[2]]).solve(x), Preconditioner.fit(store, "kfac", C, [NAMES[2]]).solve(x)
+        fitted.for_layers([NAMES[2]]).solve(x),
+        Preconditioner.fit(store, "kfac", C, [NAMES[2]]).solve(x),
     )
-    with pytest.raises(ConfigError, match=r"has no layer 'h\.1\.mlp'; its layers are h\.0\.mlp, h\.2\.mlp"):
+    with pytest.raises(
+        ConfigError, match=r"has no layer 'h\.1\.mlp'; its layers are h\.0\.mlp, h\.2\.mlp"
+    ):
         fitted.for_layers([NAMES[1]])
     joint = Preconditioner.fit(store, "second_moment", joint=True)
     with pytest.raises(ConfigError, match="has one matrix over all its layers"):
@@ -274,7 +298,9 @@ def test_a_store_without_sums_or_rows_is_refused(tmp_path):
     update_attributes(output.store_path, {"covariance_tokens": 0})
     with (
         ProjectionStore(output.path) as store,
-        pytest.raises(StoreError, match=r"no token covariances, which kfac is made of.*gradproj merge"),
+        pytest.raises(
+            StoreError, match=r"no token covariances, which kfac is made of.*gradproj merge"
+        ),
     ):
         Preconditioner.fit(store)
     for unit in (0, 1, 3, 4):
@@ -294,7 +320,8 @@ def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
         output.commit(unit)
     with ProjectionStore(output.path) as store:
         with pytest.raises(
-            ConfigError, match=r"h\.1\.mlp's rows, 8 wide, has no inverse with damping 0: give a lar"
+            ConfigError,
+            match=r"h\.1\.mlp's rows, 8 wide, has no inverse with damping 0: give a lar",
         ):
             Preconditioner.fit(store, "second_moment", 0)
         with pytest.raises(ConfigError, match="which has no inverse without damping"):
@@ -317,5 +344,7 @@ def test_what_is_wrong_is_said(store, wrong, message):
 
 
 def test_rows_of_another_width_are_refused(store):
-    with pytest.raises(ConfigError, match=r"rows are \(4, 5\); this preconditioner takes \(n, 23\)"):
+    with pytest.raises(
+        ConfigError, match=r"rows are \(4, 5\); this preconditioner takes \(n, 23\)"
+    ):
         Preconditioner.fit(store).solve(some_rows(5))

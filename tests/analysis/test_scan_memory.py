@@ -68,7 +68,10 @@ def large(tmp_path_factory):
     layers = make_layers([(SIDE, SIDE)] * N_LAYERS)
     layout = plan_layout(N_ROWS, [SIDE**2] * N_LAYERS, 8, StoreConfig(rows_per_shard=4096))
     create_store(
-        path, layout, {"layers": [asdict(x) for x in layers], "domains": []}, np.empty(0, np.float32)
+        path,
+        layout,
+        {"layers": [asdict(x) for x in layers], "domains": []},
+        np.empty(0, np.float32),
     )
     rows = np.random.default_rng(1).standard_normal((4096, layout.dim), np.float32)
     stored, row_scale = encode_rows(rows, "float16")

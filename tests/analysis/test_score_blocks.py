@@ -57,11 +57,15 @@ def assert_same(by_tiles, by_blocks):
 @pytest.mark.parametrize("score", ["dot", "cosine", "relatif"])
 def test_tiles_give_the_scores_of_whole_rows(store, score, turned):
     layers = [layer.name for layer in store.layers][::-1] if turned else None
-    fitted = Preconditioner.fit(store, "second_moment", layers=layers) if score == "relatif" else None
+    fitted = (
+        Preconditioner.fit(store, "second_moment", layers=layers) if score == "relatif" else None
+    )
     assert_same(*both_ways(store, score=score, layers=layers, preconditioner=fitted))
 
 
-@pytest.mark.parametrize("n_queries", [1, score_blocks._ONEDNN_QUERIES - 1, score_blocks._ONEDNN_QUERIES, 40])
+@pytest.mark.parametrize(
+    "n_queries", [1, score_blocks._ONEDNN_QUERIES - 1, score_blocks._ONEDNN_QUERIES, 40]
+)
 def test_any_number_of_queries(store, n_queries):
     assert_same(*both_ways(store, n_queries, score="dot"))
 
@@ -79,7 +83,9 @@ def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
 
     monkeypatch.setattr(score_blocks.TileProducts, "_multiply", refuse)
     monkeypatch.setattr(
-        score_blocks.SampleFilter, "__call__", lambda self, first, status: np.zeros(len(status), bool)
+        score_blocks.SampleFilter,
+        "__call__",
+        lambda self, first, status: np.zeros(len(status), bool),
     )
     asked = Scan.of(store, {"score": "dot"})
     for block in score_blocks.score_blocks(asked, asked.question(torch.ones(2, store.dim))):
@@ -90,7 +96,9 @@ def test_bands_of_which_nothing_is_asked_are_not_read(store, monkeypatch):
 def test_a_gpu_is_asked_for_nothing_between_blocks(store, score):
     """On a device that cannot be asked; the store's units are in several blocks."""
     fitted = Preconditioner.fit(store, "second_moment") if score == "relatif" else None
-    asked = Scan.of(store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9})
+    asked = Scan.of(
+        store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9}
+    )
     question = asked.question(torch.ones(3, store.dim))
     top, bottom = TopK(3, 5, MUTE), TopK(3, 2, MUTE)
     assert waits_of(lambda: scores._add_all(asked, question, top, bottom)) == []

@@ -62,7 +62,9 @@ def assert_scores(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-6 * np.nanmax(np.abs(want)))
 
 
-@pytest.mark.parametrize("layers", [None, [NAMES[1]], [NAMES[2], NAMES[0]]], ids=["all", "one", "two-turned"])
+@pytest.mark.parametrize(
+    "layers", [None, [NAMES[1]], [NAMES[2], NAMES[0]]], ids=["all", "one", "two-turned"]
+)
 @pytest.mark.parametrize("dtype", [*DTYPES, "zstd"])
 @pytest.mark.parametrize("kind", sorted(MEANINGS))
 def test_a_score_is_its_definition_in_float64(outputs, kind, dtype, layers):
@@ -84,7 +86,9 @@ def test_blocks_of_any_size_give_the_same_scores(output, rows_per_block):
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
         want, got = (score(queries, store, rows_per_block=n) for n in (None, rows_per_block))
-        ends = [top_and_bottom(queries, store, 9, 9, rows_per_block=n) for n in (None, rows_per_block)]
+        ends = [
+            top_and_bottom(queries, store, 9, 9, rows_per_block=n) for n in (None, rows_per_block)
+        ]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     for before, after in zip(*ends, strict=True):
         np.testing.assert_array_equal(before.ids, after.ids)
@@ -161,7 +165,9 @@ def test_top_and_bottom_are_the_ends_of_all_scores(output, kind):
     np.testing.assert_array_equal(top.ids, order[:, :5])
     np.testing.assert_array_equal(bottom.ids, order[:, :n_ok][:, ::-1][:, :4])
     np.testing.assert_allclose(top.scores, np.take_along_axis(all_scores, top.ids, 1), rtol=1e-5)
-    np.testing.assert_allclose(bottom.scores, np.take_along_axis(all_scores, bottom.ids, 1), rtol=1e-5)
+    np.testing.assert_allclose(
+        bottom.scores, np.take_along_axis(all_scores, bottom.ids, 1), rtol=1e-5
+    )
     np.testing.assert_array_equal(both[0].ids, top.ids)
     np.testing.assert_array_equal(both[1].ids, bottom.ids)
     assert top.n_scored == bottom.n_scored == n_ok
@@ -259,7 +265,10 @@ def test_what_a_score_means_says_sign_and_unit():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"score": "dott"}, "score is 'dott'; choose one of kfac, preconditioned, dot, cosine, relatif"),
+        (
+            {"score": "dott"},
+            "score is 'dott'; choose one of kfac, preconditioned, dot, cosine, relatif",
+        ),
         ({"layers": ["h.9"]}, r"has no layer 'h\.9'; it has h\.0\.mlp"),
         ({"layers": []}, "layers is empty; name some of"),
         ({"layers": NAMES[0]}, "give a list of names"),
@@ -280,7 +289,9 @@ def test_wrong_queries_are_refused(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(ConfigError, match=r"query rows have 5 values, those of .* 23"):
             score(np.ones(5), store)
-        with pytest.raises(ConfigError, match=r"have 5 values, those of .* 23 \(or 8 for the layers asked\)"):
+        with pytest.raises(
+            ConfigError, match=r"have 5 values, those of .* 23 \(or 8 for the layers asked\)"
+        ):
             score(np.ones(5), store, layers=[NAMES[1]])
         with pytest.raises(ConfigError, match="not finite: its text has no gradient"):
             score(np.full(dim, np.nan), store)

@@ -26,7 +26,9 @@ def sorted_whole(values, k):
 @pytest.mark.parametrize("k", [1, 7, 100])
 def test_the_best_of_a_stream_are_the_best_of_all(k, block, sorting):
     generator = np.random.default_rng(k)
-    values = np.round(generator.standard_normal((5, 5_000)), 2).astype(np.float32)  # with many equal ones
+    values = np.round(generator.standard_normal((5, 5_000)), 2).astype(
+        np.float32
+    )  # with many equal ones
     values[:, generator.random(5_000) < 0.3] = np.nan
     values[2] = np.sort(values[2])  # rising: each block is better than all before
     step = 5_000 if block == 5_000 else block
@@ -61,6 +63,9 @@ def test_a_long_stream_is_sorted_seldom(monkeypatch):
 
     monkeypatch.setattr(TopK, "_settle", counted)
     streamed(
-        torch.from_numpy(np.random.default_rng(0).standard_normal((4, 200_000), np.float32)), 20, 512, False
+        torch.from_numpy(np.random.default_rng(0).standard_normal((4, 200_000), np.float32)),
+        20,
+        512,
+        False,
     )
     assert 1 < n_sorts < 20

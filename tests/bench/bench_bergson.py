@@ -48,7 +48,9 @@ from measure import print_machine
 from gradproj import ProjectionStore
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradproj-bench" / "bergson"
+CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradproj-bench" / "bergson"
+)
 FEW = 32
 """Documents of a run that is start-up for the most part."""
 ENVIRONMENT = {
@@ -66,9 +68,7 @@ torch.backends.mkldnn.set_flags(False)
 from gradproj.run import main
 sys.exit(main())
 """
-SAVE_DATASET = (
-    "import sys; from datasets import Dataset; Dataset.from_json(sys.argv[1]).save_to_disk(sys.argv[2])"
-)
+SAVE_DATASET = "import sys; from datasets import Dataset; Dataset.from_json(sys.argv[1]).save_to_disk(sys.argv[2])"
 LOSSES = (
     "import sys, json; from datasets import load_from_disk; "
     "print(json.dumps(list(load_from_disk(sys.argv[1])['loss'])))"
@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--model", choices=["small", "small-untied", "gpt2"], default="small")
     parser.add_argument("--documents", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--env", type=Path, default=CACHE, help=f"bergson's environment (default: {CACHE})")
+    parser.add_argument(
+        "--env", type=Path, default=CACHE, help=f"bergson's environment (default: {CACHE})"
+    )
     parser.add_argument("--quick", action="store_true", help="256 documents, one round")
     args = parser.parse_args()
     if args.quick:
@@ -92,7 +94,9 @@ def main() -> None:
         print("skipped: bergson cannot be installed here (no registry is reachable)")
 
 
-def compare(model: str, n_documents: int, rounds: int, env: Path = CACHE) -> dict[str, float] | None:
+def compare(
+    model: str, n_documents: int, rounds: int, env: Path = CACHE
+) -> dict[str, float] | None:
     """Documents per CPU second over bergson's, ``NAME`` and ``NAME without start-up``; None without a registry."""
     if not install(env):
         return None
@@ -147,7 +151,9 @@ class Bench:
                 flags = self._bergson_flags(scratch)
             else:
                 flags = self._gradproj_flags(scratch, n)
-            seconds = cpu_seconds([*self.commands[name], *flags], self._environment(scratch.name), scratch)
+            seconds = cpu_seconds(
+                [*self.commands[name], *flags], self._environment(scratch.name), scratch
+            )
             check = self._check_bergson if name == "bergson" else self._check_gradproj
             check(scratch / "out", n)
         return seconds
@@ -188,7 +194,9 @@ class Bench:
         assert (shape, info["base_dtype"]) == ((n, self._dim), "float32")
         rows = np.memmap(output / "gradients.bin", dtype=np.float32, mode="r", shape=shape)
         command = [str(self._env / "bin" / "python"), "-c", LOSSES, str(output / "data.hf")]
-        losses = np.array(json.loads(subprocess.check_output(command, env=self._environment("check"))))
+        losses = np.array(
+            json.loads(subprocess.check_output(command, env=self._environment("check")))
+        )
         ours = self.losses[n]
         has_target = np.isfinite(ours)
         assert (np.abs(rows).max(axis=1) > 0).tolist() == has_target.tolist()
@@ -254,7 +262,9 @@ def install(env: Path) -> bool:
     venv.create(env, with_pip=True, clear=True)
     pip = [str(env / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1"]
     done = subprocess.run(
-        [*pip, "-c", str(ROOT / "launch" / "constraints.txt"), "bergson"], capture_output=True, text=True
+        [*pip, "-c", str(ROOT / "launch" / "constraints.txt"), "bergson"],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         print(done.stderr[-600:])
@@ -263,7 +273,8 @@ def install(env: Path) -> bool:
     # Made for another torch they cannot be imported, and transformers with them; without them it does not try.
     python = str(env / "bin" / "python")
     subprocess.run(
-        [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"], check=True
+        [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
+        check=True,
     )
     return True
 

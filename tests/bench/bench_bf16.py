@@ -34,7 +34,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="2 rounds instead of 7, 150 training steps instead of 600"
+        "--quick",
+        action="store_true",
+        help="2 rounds instead of 7, 150 training steps instead of 600",
     )
     parser.add_argument("--model", help="a trained checkpoint to take the cosines of")
     args = parser.parse_args()
@@ -46,10 +48,16 @@ def measure(quick: bool = False, checkpoint: str | None = None) -> dict[str, flo
     torch.set_num_threads(1)
     print_machine()
     if not has_bfloat16():
-        print("this CPU has no bfloat16 instructions: the ratios below say nothing of those that have")
+        print(
+            "this CPU has no bfloat16 instructions: the ratios below say nothing of those that have"
+        )
     found = {name: _speed(name, 2 if quick else 7) for name in MODELS}
     agreement = _agreement(checkpoint, 150 if quick else 600)
-    return {**found, "median cosine": agreement.median_cosine, "least cosine": agreement.least_cosine}
+    return {
+        **found,
+        "median cosine": agreement.median_cosine,
+        "least cosine": agreement.least_cosine,
+    }
 
 
 def has_bfloat16() -> bool:
@@ -93,9 +101,13 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         tokens = np.array(AutoTokenizer.from_pretrained(checkpoint)(_text()[:400_000])["input_ids"])
     model = model.eval().requires_grad_(False)
-    starts = np.linspace(len(tokens) // 2, len(tokens) - DOCUMENT_TOKENS - 1, N_DOCUMENTS).astype(int)
+    starts = np.linspace(len(tokens) // 2, len(tokens) - DOCUMENT_TOKENS - 1, N_DOCUMENTS).astype(
+        int
+    )
     documents = Documents(
-        [tokens[start : start + DOCUMENT_TOKENS] for start in starts], np.arange(N_DOCUMENTS), N_DOCUMENTS
+        [tokens[start : start + DOCUMENT_TOKENS] for start in starts],
+        np.arange(N_DOCUMENTS),
+        N_DOCUMENTS,
     )
     rows = {}
     for name, dtype in (
@@ -106,7 +118,9 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
         with GradProjLoraEngine(model.to(dtype), freeze_weights=True) as engine:
             config = BatchConfig(max_length=DOCUMENT_TOKENS)
             rows[name] = rows_of(model, engine, documents, "batched", config)
-    print(f"\nbfloat16 rows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: cosine")
+    print(
+        f"\nbfloat16 rows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: cosine"
+    )
     found = {
         "with float32 on the weights as bfloat16 has them": Agreement.of(
             rows["bfloat16"], rows["as rounded"]
@@ -114,7 +128,9 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
         "with float32 on the weights before": Agreement.of(rows["bfloat16"], rows["float32"]),
     }
     for what, agreement in found.items():
-        print(f"{agreement.median_cosine:.5f} in the middle, {agreement.least_cosine:.5f} at least {what}")
+        print(
+            f"{agreement.median_cosine:.5f} in the middle, {agreement.least_cosine:.5f} at least {what}"
+        )
     return next(iter(found.values()))
 
 

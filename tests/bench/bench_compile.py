@@ -55,7 +55,9 @@ def _ratio(name: str, dtype: torch.dtype, rounds: int) -> float:
     can_chunk(model)
     plain, compiled = (_rows_of_a_batch(model, compiled) for compiled in (False, True))
     want = _rows(plain)
-    print(f"\n{name}, {str(dtype).removeprefix('torch.')}, 2 x 512 tokens, CPU seconds, {rounds} rounds")
+    print(
+        f"\n{name}, {str(dtype).removeprefix('torch.')}, 2 x 512 tokens, CPU seconds, {rounds} rounds"
+    )
     with _empty_cache():
         seconds = compiled.seconds(_cpu_seconds)
         got = _rows(compiled)
@@ -80,7 +82,9 @@ def _rows(variant: Variant) -> torch.Tensor:
 def _rows_of_a_batch(model: nn.Module, compiled: bool) -> Variant:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (2, 512), generator=generator)
-    engine = GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, compiled=compiled)
+    engine = GradProjLoraEngine(
+        model, freeze_weights=True, token_covariances=True, compiled=compiled
+    )
 
     def rows() -> torch.Tensor:
         per_sample_loss(model, ids).sum().backward()

@@ -34,13 +34,29 @@ from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
 from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
-from gradproj.store import LayerSlice, StoreConfig, StoreLayout, UnitRecord, create_store, plan_layout
+from gradproj.store import (
+    LayerSlice,
+    StoreConfig,
+    StoreLayout,
+    UnitRecord,
+    create_store,
+    plan_layout,
+)
 from gradproj.store.layout import STATUS, STORE_NAME, empty_columns
 from gradproj.store.unit_record import encode_record, record_name
 
 N_RANKS, N_UNITS, UNIT_S, NETWORK_S = 512, 51_000, 100.0, 1e-3
 OBSERVED, ROWS, LAYERS, WIDTH = 4, 4096, 48, 256
-EVENTS = {"open", "os.scandir", "os.listdir", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
+EVENTS = {
+    "open",
+    "os.scandir",
+    "os.listdir",
+    "os.rename",
+    "os.link",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+}
 
 
 def main() -> None:
@@ -48,10 +64,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the ranks and units")
-    parser.add_argument("--folder", help="where to work (default: /dev/shm, else a temporary folder)")
+    parser.add_argument(
+        "--folder", help="where to work (default: /dev/shm, else a temporary folder)"
+    )
     args = parser.parse_args()
     scale = 10 if args.quick else 1
-    measure(N_RANKS // scale, N_UNITS // scale, (256, 512) if args.quick else (1_024, 4_096), args.folder)
+    measure(
+        N_RANKS // scale,
+        N_UNITS // scale,
+        (256, 512) if args.quick else (1_024, 4_096),
+        args.folder,
+    )
 
 
 def measure(
@@ -133,7 +156,9 @@ def repeat(cost: Cost, work: Any, times: int) -> None:
             work()
 
 
-def show(what: str, cost: Cost, done: int, times: float, job_s: float, shares: dict[str, float]) -> None:
+def show(
+    what: str, cost: Cost, done: int, times: float, job_s: float, shares: dict[str, float]
+) -> None:
     """One line: what it costs each time, how often a rank does it, and what share of its time that is."""
     cpu_s, n_operations = cost.take()
     shares[what] = cpu_s / done * times / job_s
@@ -159,14 +184,17 @@ class Simulation:
         ranks = np.linspace(0, n_ranks - 1, OBSERVED).astype(int).tolist()
         self.owners = [
             replace(
-                me, rank=rank, **({} if rank in ranks else {"host": f"node{rank // 8}", "boot_id": "other"})
+                me,
+                rank=rank,
+                **({} if rank in ranks else {"host": f"node{rank // 8}", "boot_id": "other"}),
             )
             for rank in range(n_ranks)
         ]
         for owner in self.owners:
             Heartbeat(folder / "heartbeats", owner, Progress(batches=1)).write()
         self.queues = [
-            UnitQueue(folder, self.layout, "x", np.arange(n_units), self.owners[rank]) for rank in ranks
+            UnitQueue(folder, self.layout, "x", np.arange(n_units), self.owners[rank])
+            for rank in ranks
         ]
         self._others = [rank for rank in range(n_ranks) if rank not in ranks]
         self._pool = np.random.default_rng(0).permutation(n_units).tolist()
@@ -189,7 +217,9 @@ class Simulation:
                         committed += queue.commit(rows)
                     now[i] = next(walk, None)
                 self._taken.add(-1 if now[i] is None else now[i])
-        for unit in set(self._pool) - self._taken:  # the last round ends with a unit in every rank's hands
+        for unit in (
+            set(self._pool) - self._taken
+        ):  # the last round ends with a unit in every rank's hands
             os.link(self.folder / "a record", self.folder / record_name(unit))
         return committed
 
@@ -204,11 +234,15 @@ class Simulation:
         if unit is not None and unit not in self._taken:
             self._taken.add(unit)
             self._running[rank] = unit
-            (self.folder / "claims" / f"{unit:08d}.0").write_text(json.dumps(asdict(self.owners[rank])))
+            (self.folder / "claims" / f"{unit:08d}.0").write_text(
+                json.dumps(asdict(self.owners[rank]))
+            )
 
     def wait_once(self) -> None:
         """One look of a rank that finds every unit claimed by another."""
-        queue = UnitQueue(self.folder, self.layout, "x", np.arange(self.n_units), self.queues[0].owner)
+        queue = UnitQueue(
+            self.folder, self.layout, "x", np.arange(self.n_units), self.queues[0].owner
+        )
 
         def waiting(_: float) -> None:
             raise Waiting
@@ -260,7 +294,9 @@ def merge_seconds(n_units: int, parent: str | None) -> float:
         for unit in range(n_units):
             (folder / record_name(unit)).write_bytes(encode_record(make_record(unit, layout)))
         started = time.process_time()
-        queue = UnitQueue(folder, layout, "x", np.arange(n_units), Owner.this_process("bench", 0, 0))
+        queue = UnitQueue(
+            folder, layout, "x", np.arange(n_units), Owner.this_process("bench", 0, 0)
+        )
         assert queue.claims.try_claim("merge")
         assert merge(folder, queue.claims)["complete"]
         return time.process_time() - started

@@ -73,9 +73,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--model", help=f"of {', '.join(MODELS)}; default gpt2,llama (on a CPU tiny)")
+    parser.add_argument(
+        "--model", help=f"of {', '.join(MODELS)}; default gpt2,llama (on a CPU tiny)"
+    )
     parser.add_argument("--samples", type=int, default=16, help="sequences in the engine's batch")
-    parser.add_argument("--rounds", type=int, default=7, help="of the engine; the job takes 3 at most")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="of the engine; the job takes 3 at most"
+    )
     parser.add_argument("--documents", type=int, default=16_384, help="of the job, for each GPU")
     parser.add_argument("--peak_tflops", type=float, help="this GPU's, for the utilisation")
     parser.add_argument("--quick", action="store_true", help="2 rounds, 2,048 documents")
@@ -113,7 +117,8 @@ def measure(setting: Setting) -> dict[str, float]:
     print_machine("zarr")
     if setting.device.type == "cuda":
         print(
-            f"{torch.cuda.get_device_name(setting.device)}, CUDA {torch.version.cuda}; TF32 off", flush=True
+            f"{torch.cuda.get_device_name(setting.device)}, CUDA {torch.version.cuda}; TF32 off",
+            flush=True,
         )
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -148,11 +153,21 @@ def measure_engine(setting: Setting, model_name: str, dtype: str) -> dict[str, f
     peaks = {name: peak_bytes(variant, setting.device) for name, variant in timed.items()}
     peak, n_tokens = peak_flops(setting, dtype), setting.samples * setting.length * setting.batches
     for name, seconds in medians.items():
-        flops = model_flops(model, setting.length, all_weights=name == "plain step") * n_tokens / seconds
-        share = f"{flops / peak:6.1%} of {peak / 1e12:g} TFLOP/s" if peak else "share of the peak not known"
+        flops = (
+            model_flops(model, setting.length, all_weights=name == "plain step")
+            * n_tokens
+            / seconds
+        )
+        share = (
+            f"{flops / peak:6.1%} of {peak / 1e12:g} TFLOP/s"
+            if peak
+            else "share of the peak not known"
+        )
         memory = "memory not measured"
         if setting.device.type == "cuda":
-            memory = f"{peaks[name] / 2**20:8.0f} MiB  {peaks[name] / peaks['frozen backward']:6.3f}"
+            memory = (
+                f"{peaks[name] / 2**20:8.0f} MiB  {peaks[name] / peaks['frozen backward']:6.3f}"
+            )
         print(
             f"{name:24} {n_tokens / seconds:12,.0f} tokens/s  {flops / 1e12:8.2f} TFLOP/s  {share}  {memory}"
         )
@@ -220,7 +235,11 @@ def variants(model: nn.Module, setting: Setting) -> dict[str, Variant]:
         "frozen backward": repeated(frozen, lambda: weights(False)),
         "engine": repeated(rows_of(kept), lambda: kept),
         "engine, checkpointing": repeated(rows_of(again), lambda: again),
-    } | ({"engine, --compile": repeated(rows_of(compiled), lambda: compiled)} if can_compile(setting) else {})
+    } | (
+        {"engine, --compile": repeated(rows_of(compiled), lambda: compiled)}
+        if can_compile(setting)
+        else {}
+    )
 
 
 def can_compile(setting: Setting) -> bool:

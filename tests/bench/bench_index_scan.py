@@ -130,7 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the first case only, 10k samples, 3 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first case only, 10k samples, 3 rounds"
+    )
     parser.add_argument("--n_samples", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()

@@ -73,7 +73,9 @@ def main() -> None:
 def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[str, float]:
     """Job over engine: medians of CPU seconds and of wall seconds."""
     print_machine("zarr")
-    seconds: dict[tuple[str, str], list[float]] = {(p, clock): [] for clock in ("cpu", "wall") for p in PARTS}
+    seconds: dict[tuple[str, str], list[float]] = {
+        (p, clock): [] for clock in ("cpu", "wall") for p in PARTS
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = make_documents(folder, n_documents)
@@ -85,16 +87,22 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
                 run = measure(part, cores, tars, checkpoint, output, n_documents)
                 for clock in ("cpu", "wall"):
                     seconds[part, clock].append(run[clock])
-        print(f"{model}, {n_documents} documents, {run['n_tokens']} tokens, {N_UNITS} units, {cores} core(s)")
+        print(
+            f"{model}, {n_documents} documents, {run['n_tokens']} tokens, {N_UNITS} units, {cores} core(s)"
+        )
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     for (part, clock), values in seconds.items():
         ratio = medians[part, clock] / medians["engine", clock]
         spread = f"({min(values):.2f}, {max(values):.2f})"
-        print(f"{part:7} {clock:4} {medians[part, clock]:8.2f} s {spread:18} {ratio:6.3f}", flush=True)
+        print(
+            f"{part:7} {clock:4} {medians[part, clock]:8.2f} s {spread:18} {ratio:6.3f}", flush=True
+        )
     return {clock: medians["job", clock] / medians["engine", clock] for clock in ("cpu", "wall")}
 
 
-def measure(part: str, cores: int, tars: Path, model: Path, output: Path, n_documents: int) -> dict[str, Any]:
+def measure(
+    part: str, cores: int, tars: Path, model: Path, output: Path, n_documents: int
+) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [
         sys.executable, __file__, part, "--model", str(model), "--shards", str(tars), "--output_dir", str(output),
@@ -152,7 +160,11 @@ def timed_job(flags: list[str]) -> dict[str, float]:
 
 def timed_engine(flags: list[str]) -> dict[str, float]:
     """The engine over all units, read before the clock starts."""
-    config, process, stop = run_config(flags, "bench_job"), Process.from_environment(), StopRequest()
+    config, process, stop = (
+        run_config(flags, "bench_job"),
+        Process.from_environment(),
+        StopRequest(),
+    )
     prepare_torch(config)
     with start_group(process):
         job = start_job(config, process)
@@ -182,7 +194,10 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
     return {**run, "n_tokens": sum(len(tokens) for unit in units for tokens in unit.sequences)}
 
 
-PARTS: dict[str, Callable[[list[str]], dict[str, float]]] = {"job": timed_job, "engine": timed_engine}
+PARTS: dict[str, Callable[[list[str]], dict[str, float]]] = {
+    "job": timed_job,
+    "engine": timed_engine,
+}
 
 
 if __name__ == "__main__":

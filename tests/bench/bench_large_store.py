@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--folder", help="where there is as much room")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--fit", action="store_true")
-    parser.add_argument("--child", nargs=3, metavar=("STORE", "WORK", "QUERIES"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--child", nargs=3, metavar=("STORE", "WORK", "QUERIES"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(Path(args.child[0]), args.child[1], int(args.child[2]))))
@@ -92,8 +94,12 @@ def measure(
 def print_runs(runs: dict[str, list[dict]], n_bytes: int) -> dict[str, dict]:
     found = {}
     for name, several in runs.items():
-        found[name] = {key: statistics.median(run[key] for run in several) for key in ("wall", "cpu")}
-        found[name] |= {key: max(run[key] for run in several) for key in ("rss", "anonymous", "imports")}
+        found[name] = {
+            key: statistics.median(run[key] for run in several) for key in ("wall", "cpu")
+        }
+        found[name] |= {
+            key: max(run[key] for run in several) for key in ("rss", "anonymous", "imports")
+        }
     disk = found["disk"]["wall"]
     print("\nnothing cached     wall s  CPU s  GB/s  / disk  most RSS MB  anonymous  after imports")
     for name, run in found.items():
@@ -173,7 +179,13 @@ def child(output: Path, work: str, n_queries: int) -> dict:
         else:
             ask(store, work, n_queries)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"wall": wall, "cpu": cpu, "imports": imports, "rss": memory()["VmHWM"], "anonymous": watch.most}
+    return {
+        "wall": wall,
+        "cpu": cpu,
+        "imports": imports,
+        "rss": memory()["VmHWM"],
+        "anonymous": watch.most,
+    }
 
 
 def read_plainly(store: ProjectionStore) -> None:
@@ -222,7 +234,9 @@ def ask(store: ProjectionStore, score: str, n_queries: int) -> None:
 def memory() -> dict[str, int]:
     """Bytes by the kernel's names."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    return {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")
+    }
 
 
 class Watch:

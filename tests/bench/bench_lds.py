@@ -39,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--output_dir", type=Path, default=Path(tempfile.gettempdir()) / "gradproj-lds")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(tempfile.gettempdir()) / "gradproj-lds"
+    )
     given = parser.parse_args()
     given.output_dir.mkdir(parents=True, exist_ok=True)
     print_machine("numpy")

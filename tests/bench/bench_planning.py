@@ -46,7 +46,9 @@ def main() -> None:
         measure(N_DOCUMENTS // scale, args.tars // scale, args.folder)
 
 
-def measure(n_documents: int, n_tars: int, parent: str | None = None) -> dict[str, dict[str, float]]:
+def measure(
+    n_documents: int, n_tars: int, parent: str | None = None
+) -> dict[str, dict[str, float]]:
     """Step -> seconds and bytes."""
     folder = Path(tempfile.mkdtemp(prefix="bench_planning_", dir=parent))
     try:
@@ -58,7 +60,9 @@ def measure(n_documents: int, n_tars: int, parent: str | None = None) -> dict[st
         found = {}
         for step in STEPS:
             command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
-            found[step] = now = json.loads(subprocess.check_output(command, env=ENVIRONMENT).splitlines()[-1])
+            found[step] = now = json.loads(
+                subprocess.check_output(command, env=ENVIRONMENT).splitlines()[-1]
+            )
             print(
                 f"{step:28} {now['wall_s']:6.2f}  {now['cpu_s']:6.2f}  {now['peak_bytes'] / 1e6:8.0f}"
                 f"  {now['above_bytes'] / 1e6:8.0f}",
@@ -69,7 +73,12 @@ def measure(n_documents: int, n_tars: int, parent: str | None = None) -> dict[st
         shutil.rmtree(folder)
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
@@ -86,7 +95,9 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
     tars, start = [], 0
     for number in range(n_tars):
         n = n_documents // n_tars + (number < n_documents % n_tars)
-        offsets = np.cumsum(generator.integers(2**14, 2**20, -(-n // SAMPLES_PER_BLOCK))) // 512 * 512
+        offsets = (
+            np.cumsum(generator.integers(2**14, 2**20, -(-n // SAMPLES_PER_BLOCK))) // 512 * 512
+        )
         path = folder / "tars" / f"pile-{number:06d}.tar"
         with open(path, "wb") as file:
             file.truncate(int(offsets[-1]) + 2**20)
@@ -137,7 +148,14 @@ def rank_0(folder: Path) -> None:
     from gradproj.job.plan import free_bytes, make_plan
     from gradproj.job.startup import make_output
 
-    flags = ["--shards", folder / "tars", "--model", folder / "model", "--output_dir", folder / "out"]
+    flags = [
+        "--shards",
+        folder / "tars",
+        "--model",
+        folder / "model",
+        "--output_dir",
+        folder / "out",
+    ]
     width = [
         "--proj_rank_total",
         1,

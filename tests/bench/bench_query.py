@@ -54,7 +54,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 3 rounds instead of 7")
+    parser.add_argument(
+        "--quick", action="store_true", help="an eighth of the rows, 3 rounds instead of 7"
+    )
     parser.add_argument(
         "--proj_dtype",
         nargs="+",
@@ -62,7 +64,9 @@ def main() -> None:
         choices=["float16", "bfloat16", "float32"],
     )
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--ranks", action="store_true", help="two processes beside one, and nothing else")
+    parser.add_argument(
+        "--ranks", action="store_true", help="two processes beside one, and nothing else"
+    )
     args = parser.parse_args()
     if args.ranks:
         measure_ranks(args.quick, args.folder)
@@ -78,7 +82,9 @@ def measure(
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_query_", dir=parent)))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="bench_query_", dir=parent))
+        )
         bench = Bench(folder, proj_dtype, 1_024 if quick else 8_192)
         tools = bench.start_others(stack) if others else {}
         print_machine("numpy")
@@ -89,7 +95,9 @@ def measure(
         for n_queries in QUERIES:
             times = in_turn(bench.works(n_queries, tools), 3 if quick else 7)
             print_speeds(f"\n{n_queries} queries", times, bench.stored_bytes)
-            medians = {name: statistics.median(cpu for cpu, _ in runs) for name, runs in times.items()}
+            medians = {
+                name: statistics.median(cpu for cpu, _ in runs) for name, runs in times.items()
+            }
             for score in SCORES:
                 for name, seconds in medians.items():
                     if not name.startswith("gradproj"):
@@ -147,20 +155,28 @@ class Bench:
         add_covariances(folder / "gradproj" / "projections.zarr", 48)
         self.store = self.sides.open_store()
         self.stored_bytes = self.sides.stored.nbytes
-        self.rows = torch.from_numpy(decode_rows(self.sides.stored, self.sides.row_scale, proj_dtype))
+        self.rows = torch.from_numpy(
+            decode_rows(self.sides.stored, self.sides.row_scale, proj_dtype)
+        )
         started = time.process_time()
         self.kfac = Preconditioner.fit(self.store)
         self.fit_seconds = time.process_time() - started
         generator = np.random.default_rng(5)
-        self.queries = {n: generator.standard_normal((n, self.store.dim), np.float32) for n in QUERIES}
+        self.queries = {
+            n: generator.standard_normal((n, self.store.dim), np.float32) for n in QUERIES
+        }
 
-    def works(self, n_queries: int, tools: dict[str, "Tool"]) -> dict[str, Callable[[], tuple[float, float]]]:
+    def works(
+        self, n_queries: int, tools: dict[str, "Tool"]
+    ) -> dict[str, Callable[[], tuple[float, float]]]:
         """Side -> what it does, timed."""
         q = torch.from_numpy(self.queries[n_queries])
         found = self._ask("dot", n_queries)
         works: dict[str, Callable[[], tuple[float, float]]] = {LIMIT: here(self._convert)}
         works[GEMM] = here(lambda: q @ self.rows.T)
-        works[ONEDNN] = here(lambda: torch.ops.mkldnn._linear_pointwise(self.rows, q, None, "none", [], ""))
+        works[ONEDNN] = here(
+            lambda: torch.ops.mkldnn._linear_pointwise(self.rows, q, None, "none", [], "")
+        )
         for score in SCORES:
             works[f"gradproj {score}"] = here(lambda score=score: self._ask(score, n_queries))
         for name, tool in tools.items():
@@ -191,12 +207,18 @@ class Bench:
             block = self.rows[first : first + 512].to(getattr(torch, dtype))
             with (self.folder / "rows").open("ab") as file:
                 file.write(
-                    block.view(torch.int16 if block.element_size() == 2 else torch.int32).numpy().tobytes()
+                    block.view(torch.int16 if block.element_size() == 2 else torch.int32)
+                    .numpy()
+                    .tobytes()
                 )
         for n, queries in self.queries.items():
             np.save(self.folder / f"queries-{n}.npy", queries)
         bergson = stack.enter_context(started("bergson", self.folder))
-        faiss = None if self.proj_dtype == "bfloat16" else stack.enter_context(started("faiss", self.folder))
+        faiss = (
+            None
+            if self.proj_dtype == "bfloat16"
+            else stack.enter_context(started("faiss", self.folder))
+        )
         tools = {"bergson": bergson, "bergson, opened": bergson}
         return tools if faiss is None else {"FAISS, opened": faiss, **tools}
 
@@ -242,7 +264,16 @@ def install(env: Path) -> bool:
         return False
     if any(env.glob("lib/python*/site-packages/faiss")):
         return True
-    command = [str(env / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", "faiss-cpu"]
+    command = [
+        str(env / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--retries",
+        "1",
+        "faiss-cpu",
+    ]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -286,16 +317,22 @@ def measure_ranks(quick: bool = False, parent: str | None = None) -> dict[str, f
         folder = Path(name)
         sides = Sides(folder, "float16", 1_024 if quick else 16_384)
         sides.write_ours()
-        np.save(folder / "queries.npy", np.random.default_rng(5).standard_normal((16, sides.layout.dim)))
+        np.save(
+            folder / "queries.npy", np.random.default_rng(5).standard_normal((16, sides.layout.dim))
+        )
         del sides
         seconds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
         for _ in range(2 if quick else 4):
             for world_size, several in seconds.items():
                 (folder / f"meeting-{world_size}").unlink(missing_ok=True)
-                torch.multiprocessing.spawn(rank_of_several, (world_size, name, 5), nprocs=world_size)
+                torch.multiprocessing.spawn(
+                    rank_of_several, (world_size, name, 5), nprocs=world_size
+                )
                 ranks = [folder / f"seconds-{world_size}-{rank}.json" for rank in range(world_size)]
                 of_ranks = np.array([json.loads(path.read_text()) for path in ranks])
-                several += of_ranks.max(axis=0).tolist()  # an answer is there when the last rank has it
+                several += of_ranks.max(
+                    axis=0
+                ).tolist()  # an answer is there when the last rank has it
     one, two = (np.median(several, axis=0) for several in seconds.values())
     for number, clock in enumerate(("wall", "CPU")):
         print(

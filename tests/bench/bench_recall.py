@@ -82,8 +82,12 @@ def measure(
             ranks = ranks_of(values, [e.holders for e in excerpts])
             strict = np.mean(ranks_of(values, [e.strict_holders for e in excerpts]) == 1)
             at_1, at_10 = float(np.mean(ranks == 1)), float(np.mean(ranks <= 10))
-            quarters = " ".join(f"{share:.2f}" for share in by_quarter(ranks == 1, excerpts, store, n_tokens))
-            shown = "" if damping is None else f"{damping:g}" if isinstance(damping, float) else damping
+            quarters = " ".join(
+                f"{share:.2f}" for share in by_quarter(ranks == 1, excerpts, store, n_tokens)
+            )
+            shown = (
+                "" if damping is None else f"{damping:g}" if isinstance(damping, float) else damping
+            )
             print(
                 f"{name:<16}{shown:>8}{at_1:>8.3f}{at_10:>8.3f}{np.mean(1 / ranks):>8.3f}"
                 f"{strict:>8.3f}   {quarters}",
@@ -104,7 +108,11 @@ def all_scores(
         for damping in ("auto",) if quick else ("auto", *DAMPINGS):
             how: dict[str, Any] = {"preconditioner": fitted, "damping": damping, "layers": layers}
             yield plain, damping, np.asarray(score(rows, store, score=plain, **how))
-            yield f"relatif, {plain[:7]}", damping, np.asarray(score(rows, store, score="relatif", **how))
+            yield (
+                f"relatif, {plain[:7]}",
+                damping,
+                np.asarray(score(rows, store, score="relatif", **how)),
+            )
 
 
 def ranks_of(values: np.ndarray, holders: Sequence[frozenset[int]]) -> np.ndarray:
@@ -123,7 +131,9 @@ def by_quarter(
     covered = 1 + store.columns_at(["n_tokens"], [e.sample_id for e in excerpts])["n_tokens"]
     place = np.array([e.start for e in excerpts]) / np.maximum(covered - n_tokens, 1)
     quarter = np.minimum(4 * place, 3).astype(int)
-    return [float(hit[quarter == q].mean()) if (quarter == q).any() else float("nan") for q in range(4)]
+    return [
+        float(hit[quarter == q].mean()) if (quarter == q).any() else float("nan") for q in range(4)
+    ]
 
 
 def draw_excerpts(
@@ -133,12 +143,15 @@ def draw_excerpts(
     tokenizer = recorded_engine(store, run, "cpu").tokenizer
     ids = np.flatnonzero(store.column("status") == STATUS["ok"])
     texts = {
-        i: sample.text or "" for i, sample in zip(ids.tolist(), store.samples(ids, text=True), strict=True)
+        i: sample.text or ""
+        for i, sample in zip(ids.tolist(), store.samples(ids, text=True), strict=True)
     }
     tokens = {
         i: t[: run.batch.max_length].tolist()
         for i, t in zip(
-            texts, Tokenizing(tokenizer, run.model.special_tokens).ids(list(texts.values())), strict=True
+            texts,
+            Tokenizing(tokenizer, run.model.special_tokens).ids(list(texts.values())),
+            strict=True,
         )
     }
     runs = {i: runs_of(t) for i, t in tokens.items()}

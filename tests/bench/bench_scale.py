@@ -41,12 +41,16 @@ def measure(n_documents: int = 1_024, rounds: int = 3) -> dict[str, float]:
     """``wall`` and ``cpu``: two ranks' documents a second over one's, by either clock; ``share`` of a core they got."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
-        raise SystemExit("this process may run on one core only: two ranks cannot be compared with one")
+        raise SystemExit(
+            "this process may run on one core only: two ranks cannot be compared with one"
+        )
     folder = Path(tempfile.mkdtemp(prefix="bench_scale_"))
     try:
         model, tars = make_inputs(folder, n_documents)
         print_machine()
-        start_up = {ranks: run(folder, model, tars, cores[:ranks], ROWS)["cpu_s"] for ranks in (1, 2)}
+        start_up = {
+            ranks: run(folder, model, tars, cores[:ranks], ROWS)["cpu_s"] for ranks in (1, 2)
+        }
         runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
         for _ in range(rounds):
             for ranks in (1, 2):
@@ -94,7 +98,9 @@ def make_inputs(folder: Path, n_documents: int) -> tuple[Path, Path]:
     return model, make_tars(documents, folder / "tars", n_documents)
 
 
-def run(folder: Path, model: Path, tars: Path, cores: list[int], n_documents: int) -> dict[str, float]:
+def run(
+    folder: Path, model: Path, tars: Path, cores: list[int], n_documents: int
+) -> dict[str, float]:
     """One job on these cores; its wall seconds of computing and the CPU seconds of its processes."""
     output = folder / "out"
     numbers = " ".join(map(str, cores))
@@ -105,7 +111,12 @@ def run(folder: Path, model: Path, tars: Path, cores: list[int], n_documents: in
         "--shards", str(tars), "--model", str(model), "--output_dir", str(output),
         "--device", "cpu", "--rows_per_shard", str(ROWS), "--max_samples", str(n_documents),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, env=environment, check=True, capture_output=True, cwd=folder)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -65,7 +65,10 @@ def main() -> None:
 def make_output(output: Path, n_units: int) -> StoreLayout:
     config = StoreConfig(rows_per_shard=ROWS_PER_UNIT)
     layout = plan_layout(n_units * ROWS_PER_UNIT, [WIDTH] * 48, 8, config)
-    layers = [LayerSlice(f"h.{i}", "Linear", 16, 16, 16, 16, i * WIDTH, (i + 1) * WIDTH) for i in range(48)]
+    layers = [
+        LayerSlice(f"h.{i}", "Linear", 16, 16, 16, 16, i * WIDTH, (i + 1) * WIDTH)
+        for i in range(48)
+    ]
     attributes = {
         "layers": [asdict(layer) for layer in layers],
         "domains": ["one"],
@@ -83,7 +86,9 @@ def commit(output: Path, layout: StoreLayout, units: range) -> None:
     columns = empty_columns(ROWS_PER_UNIT, layout.key_bytes)
     columns["status"][:] = STATUS["ok"]
     first = output / record_name(units[0])
-    first.write_bytes(encode_record(UnitRecord(units[0], units[0] * ROWS_PER_UNIT, "x", None, columns)))
+    first.write_bytes(
+        encode_record(UnitRecord(units[0], units[0] * ROWS_PER_UNIT, "x", None, columns))
+    )
     for unit in units[1:]:
         os.link(first, output / record_name(unit))
 
@@ -116,7 +121,9 @@ def measure(label: str, output: Path, *flags: str) -> None:
     for _ in range(ROUNDS):
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "gradproj", "status", str(output), *flags], capture_output=True, text=True
+            [sys.executable, "-m", "gradproj", "status", str(output), *flags],
+            capture_output=True,
+            text=True,
         )
         seconds.append(time.perf_counter() - started)
     rows = next((line for line in done.stdout.splitlines() if line.startswith("rows")), "")

@@ -35,21 +35,33 @@ from gradproj.store.writer import shard_chunks, write_column_block
 WIDTH, BLOCK, N_SINGLE, N_MANY = 256, 512, 30, 1_000
 MAPPED, DECODED = "mapped file", "mapped file, our decoder"
 ZARR_DEFAULTS = {"threading.max_workers": None, "async.concurrency": 10}  # gradproj sets both lower
-ZARR, ZARR_SHARDS, ZARR_DECODED = "zarr-python", "zarr-python, a shard a block", "zarr-python, our decoder"
+ZARR, ZARR_SHARDS, ZARR_DECODED = (
+    "zarr-python",
+    "zarr-python, a shard a block",
+    "zarr-python, our decoder",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 3 rounds instead of 7")
-    parser.add_argument("--proj_dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--folder", help="where to write (default: /dev/shm, else a temporary folder)")
+    parser.add_argument(
+        "--quick", action="store_true", help="an eighth of the rows, 3 rounds instead of 7"
+    )
+    parser.add_argument(
+        "--proj_dtype", default="float16", choices=["float16", "bfloat16", "float32"]
+    )
+    parser.add_argument(
+        "--folder", help="where to write (default: /dev/shm, else a temporary folder)"
+    )
     args = parser.parse_args()
     measure(args.quick, args.proj_dtype, args.folder)
 
 
-def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None = None) -> dict[str, float]:
+def measure(
+    quick: bool = False, proj_dtype: str = "float16", parent: str | None = None
+) -> dict[str, float]:
     """How many times as fast as each other side gradproj is, by what was read and that side."""
     shared_memory = Path("/dev/shm")
     folder = Path(
@@ -76,12 +88,17 @@ def measure(quick: bool = False, proj_dtype: str = "float16", parent: str | None
                     ratios[f"{what} / {name}"] = seconds / medians["gradproj"]
             print(
                 ", ".join(
-                    f"{seconds / medians['gradproj']:.2f} x {name}" for name, seconds in medians.items()
+                    f"{seconds / medians['gradproj']:.2f} x {name}"
+                    for name, seconds in medians.items()
                 )
             )
             if "rows" in what:
                 n_rows = N_SINGLE if what.startswith("single") else N_MANY
-                print(", ".join(f"{name} {1e6 * s / n_rows:.1f} µs a row" for name, s in medians.items()))
+                print(
+                    ", ".join(
+                        f"{name} {1e6 * s / n_rows:.1f} µs a row" for name, s in medians.items()
+                    )
+                )
         return ratios
     finally:
         shutil.rmtree(folder)
@@ -106,7 +123,9 @@ class Sides:
     # --- opening ---
 
     def open_mapped(self) -> np.ndarray:
-        return np.memmap(self.folder / "raw", self.layout.stored_dtype, "r", shape=self.stored.shape)
+        return np.memmap(
+            self.folder / "raw", self.layout.stored_dtype, "r", shape=self.stored.shape
+        )
 
     def open_store(self) -> ProjectionStore:
         return ProjectionStore(self.folder / "gradproj")
@@ -171,7 +190,9 @@ class Sides:
         mapped, store, array = self.open_mapped(), self.open_store(), self.open_zarr()
         return {
             "mapped file, as stored": Variant(lambda: [np.array(mapped[i]) for i in ids]),
-            MAPPED: Variant(lambda: [self.plainly(mapped[i : i + 1], slice(i, i + 1)) for i in ids]),
+            MAPPED: Variant(
+                lambda: [self.plainly(mapped[i : i + 1], slice(i, i + 1)) for i in ids]
+            ),
             "gradproj": Variant(lambda: [store.rows([i]) for i in ids]),
             ZARR: Variant(lambda: [self.plainly(array[i : i + 1], slice(i, i + 1)) for i in ids]),
         }
@@ -202,7 +223,10 @@ def make_store(output: Path, layout: StoreLayout, n_layers: int, row_scale: np.n
         for n in range(n_layers)
     ]
     create_store(
-        output / "projections.zarr", layout, {"layers": layers, "domains": []}, np.empty(0, np.float32)
+        output / "projections.zarr",
+        layout,
+        {"layers": layers, "domains": []},
+        np.empty(0, np.float32),
     )
     columns = empty_columns(layout.n_samples, layout.key_bytes)
     columns["status"][:] = STATUS["ok"]

@@ -28,7 +28,11 @@ VALIDATION_SHARE = 0.25
 
 SHAPES: dict[str, tuple[dict[str, int], int, int]] = {
     "gpt2": ({}, 4, 256),
-    "small": ({"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512}, 8, 128),
+    "small": (
+        {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 512},
+        8,
+        128,
+    ),
 }
 """Name -> (config of a GPT-2, training samples, tokens of each)."""
 
@@ -60,7 +64,9 @@ def measure(
     model = GPT2LMHeadModel(config).train()
     print_machine()
     times = interleave(variants(model, n_train, n_tokens), rounds)
-    print(f"{model_name}, {n_train} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds")
+    print(
+        f"{model_name}, {n_train} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds"
+    )
     medians = print_table(times, ["Regular"])
     ratios = {name: median / medians["Regular"] for name, median in medians.items()}
     for name in ratios:
@@ -75,7 +81,9 @@ def variants(model: nn.Module, n_train: int, n_tokens: int) -> dict[str, Variant
     generator = torch.Generator().manual_seed(0)
     size = int(model.config.vocab_size)
     train = torch.randint(0, size, (n_train, n_tokens), generator=generator)
-    validation = torch.randint(0, size, (int(n_train * VALIDATION_SHARE), n_tokens), generator=generator)
+    validation = torch.randint(
+        0, size, (int(n_train * VALIDATION_SHARE), n_tokens), generator=generator
+    )
     optimizer = AdamW(model.parameters(), lr=1e-4)
     dot_products = GradDotProdEngine(model, validation, learning_rate=optimizer)
 

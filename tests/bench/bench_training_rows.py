@@ -49,7 +49,9 @@ def measure(model_name: str, rounds: int) -> dict[str, float]:
     print_machine()
     with tempfile.TemporaryDirectory() as folder:
         times = interleave(variants(model, n_samples, n_tokens, folder), rounds)
-    print(f"{model_name}, {n_samples} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds")
+    print(
+        f"{model_name}, {n_samples} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds"
+    )
     medians = print_table(times, ["Regular"])
     ratios = {name: medians[f"GradProjLora{name}"] / medians[f"Regular{name}"] for name in LOSSES}
     for name, ratio in ratios.items():
@@ -60,7 +62,9 @@ def measure(model_name: str, rounds: int) -> dict[str, float]:
 def variants(model: nn.Module, n_samples: int, n_tokens: int, folder: str) -> dict[str, Variant]:
     """Name -> a step of it."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, int(model.config.vocab_size), (n_samples, n_tokens), generator=generator)
+    tokens = torch.randint(
+        0, int(model.config.vocab_size), (n_samples, n_tokens), generator=generator
+    )
     optimizer = AdamW(model.parameters(), lr=1e-4)
     regular = GhostEngineManager({"method": "Regular"}, model, optimizer)
     watching = GhostEngineManager(

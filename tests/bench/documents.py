@@ -70,7 +70,9 @@ def _library() -> list[str]:
     return [record.value["text"] for record in records if record.value]
 
 
-def _piece(tokenizer: Tokenizer, texts: list[str], length: int, generator: np.random.Generator) -> str:
+def _piece(
+    tokenizer: Tokenizer, texts: list[str], length: int, generator: np.random.Generator
+) -> str:
     """``length`` tokens from somewhere in the library; cut between tokens, it may come back a token longer."""
     while True:
         text = texts[generator.integers(len(texts))]

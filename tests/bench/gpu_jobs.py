@@ -13,7 +13,16 @@ N_UNITS = 4
 """As ``bench_job.py`` wants them."""
 ROWS_PER_SHARD = 256
 """Where ranks share the units."""
-LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
+LAUNCHER = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)
 """Beginnings of what torchrun puts into the environment."""
 
 
@@ -53,7 +62,12 @@ class GpuJobs:
         script, rows = Path(__file__).with_name("bench_job.py"), self._n_documents // N_UNITS
         for number in range(rounds):
             for part, found in runs.items():
-                command = [sys.executable, str(script), part, *self._flags(1, f"{part}-{number}", rows)]
+                command = [
+                    sys.executable,
+                    str(script),
+                    part,
+                    *self._flags(1, f"{part}-{number}", rows),
+                ]
                 found.append(json.loads(self._run(command).splitlines()[-1]))
         print("            wall s   least    most   documents/s      tokens/s")
         medians = {}
@@ -82,7 +96,9 @@ class GpuJobs:
             ]
             rows = min(ROWS_PER_SHARD, max(16, self._n_documents // 16))
             self._run([*launcher, "-m", "gradproj.run", *self._flags(ranks, output, rows)])
-            timing = json.loads((self._folder / output / "projection_stats.json").read_text())["timing"]
+            timing = json.loads((self._folder / output / "projection_stats.json").read_text())[
+                "timing"
+            ]
             seconds = timing["wall_seconds"]
             rates[ranks] = ranks * self._n_documents / seconds
             efficiency = rates[ranks] / ranks / rates[1]
@@ -100,8 +116,13 @@ class GpuJobs:
 
     def _run(self, command: list[str]) -> str:
         """The output of a process that does not take itself for a rank of this script's launcher."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)
+        }
+        environment |= {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)

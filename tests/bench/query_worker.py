@@ -35,7 +35,11 @@ def main() -> None:
 def timed(work: Callable[[], np.ndarray]) -> dict:
     cpu, wall = time.process_time(), time.perf_counter()
     ids = work()
-    found = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "ids": ids.tolist()}
+    found = {
+        "cpu": time.process_time() - cpu,
+        "wall": time.perf_counter() - wall,
+        "ids": ids.tolist(),
+    }
     return {**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 

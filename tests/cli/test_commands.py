@@ -82,7 +82,10 @@ def test_every_command_explains_its_flags(name, capsys):
             "--samples_per_shard must be",
         ),
         (["prepare", "x.jsonl", "--output_dir", "o", "--text_field", ""], "--text_field is empty"),
-        (["prepare", "x.jsonl", "--output_dir", "o", "--on_bad_input", "no"], "--on_bad_input is 'no'"),
+        (
+            ["prepare", "x.jsonl", "--output_dir", "o", "--on_bad_input", "no"],
+            "--on_bad_input is 'no'",
+        ),
         (["prepare", "/nowhere/x.jsonl", "--output_dir", "o"], "/nowhere/x.jsonl"),
         (["prepare", "x.docx", "--output_dir", "o"], "x.docx"),
         (["index"], "the following arguments are required: SHARDS"),
@@ -101,7 +104,10 @@ def test_every_command_explains_its_flags(name, capsys):
         (["export", "/nowhere"], "--to must be given"),
         (["export", "/nowhere", "--to", "x"], "there is no store at /nowhere"),
         (["export", "/nowhere", "--to", "x", "--format", "npz"], "--format is 'npz'; choose pt"),
-        (["export", "/nowhere", "--to", "x", "--rows_per_file", "0"], "--rows_per_file must be at least 1"),
+        (
+            ["export", "/nowhere", "--to", "x", "--rows_per_file", "0"],
+            "--rows_per_file must be at least 1",
+        ),
         (["export", "/nowhere", "--to", "x", "--ids", "7"], "--ids is '7'; give START:STOP"),
     ],
 )
@@ -115,11 +121,17 @@ def test_a_wrong_line_is_refused_in_one_line_that_names_what_is_wrong(line, mess
 def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl", [record("one", "web"), record("two", "code")])
     second = write_jsonl(tmp_path / "b.jsonl", [record("three", "web")])
-    code, out, _ = run("prepare", first, second, "--output_dir", tmp_path / "tars", "--samples_per_shard", 2)
+    code, out, _ = run(
+        "prepare", first, second, "--output_dir", tmp_path / "tars", "--samples_per_shard", 2
+    )
     assert code == 0
     assert "3 documents of 2 domains in 2 tars" in out
     assert re.search(r"2  web\n +1  code\nin \d+\.\d s, to ", out)
-    assert [document["text"] for _, document in read_back(tmp_path / "tars")] == ["one", "two", "three"]
+    assert [document["text"] for _, document in read_back(tmp_path / "tars")] == [
+        "one",
+        "two",
+        "three",
+    ]
 
 
 def test_prepare_groups_by_domain_when_told_to(run, tmp_path):
@@ -142,7 +154,9 @@ def test_index_says_what_it_found(run, corpus):
     assert f"{corpus / 'corpus.json'} written" in out
     assert re.search(r"tars +3, \d", out)
     assert re.search(r"documents +50 in \d", out)
-    assert re.search(r"domains +3 by meta.pile_set_name\n +17  ArXiv\n +17  Github\n +16  Pile-CC\n", out)
+    assert re.search(
+        r"domains +3 by meta.pile_set_name\n +17  ArXiv\n +17  Github\n +16  Pile-CC\n", out
+    )
     assert index.fingerprint in out
 
 
@@ -167,13 +181,19 @@ def test_index_of_a_corpus_that_was_only_touched_is_renewed(run, corpus):
     assert after.tars[1].mtime_ns == 10**9
 
 
-def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_one(run, refused, corpus):
+def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_one(
+    run, refused, corpus
+):
     run("index", corpus)
     before = load_index(corpus / "corpus.json")
-    assert "is the index of another corpus" in refused("index", corpus, "--domain_field", "meta.other")
+    assert "is the index of another corpus" in refused(
+        "index", corpus, "--domain_field", "meta.other"
+    )
     (corpus / "shard-000002.tar").unlink()
     message = refused("index", corpus)
-    assert f"{corpus / 'corpus.json'} is the index of another corpus: 3 tars, 50 documents" in message
+    assert (
+        f"{corpus / 'corpus.json'} is the index of another corpus: 3 tars, 50 documents" in message
+    )
     assert "Give --replace" in message
     assert load_index(corpus / "corpus.json") == before
     assert run("index", corpus, "--replace")[0] == 0
@@ -193,7 +213,10 @@ def test_index_of_tars_in_several_folders_needs_a_name(run, refused, corpus, tmp
     other = make_corpus(tmp_path / "more", mixed_documents(5, seed=1))
     (tmp_path / "all.list").write_text(f"{corpus}/shard-000000.tar\n{other}/shard-000000.tar\n")
     assert "--output must be given" in refused("index", tmp_path / "all.list")
-    assert run("index", tmp_path / "all.list", "--output", tmp_path / "all.json", "--processes", 1)[0] == 0
+    assert (
+        run("index", tmp_path / "all.list", "--output", tmp_path / "all.json", "--processes", 1)[0]
+        == 0
+    )
     assert load_index(tmp_path / "all.json").n_samples == 25
 
 
@@ -208,7 +231,9 @@ def test_index_of_a_damaged_tar_names_it(refused, corpus):
 
 
 def job_flags(job, output_dir, **changes):
-    return flags(shards=job.corpus, model=job.model, output_dir=output_dir, **{**SETTINGS, **changes})
+    return flags(
+        shards=job.corpus, model=job.model, output_dir=output_dir, **{**SETTINGS, **changes}
+    )
 
 
 def test_plan_says_what_the_job_will_take_and_writes_nothing(run, job, tmp_path):
@@ -231,10 +256,14 @@ def test_plan_on_an_unfinished_output_counts_what_is_done_and_leaves_it_alone(ru
 
 def test_plan_refuses_what_the_job_would_refuse(refused, job, output, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert "--device cuda: torch sees no GPU" in refused("plan", *job_flags(job, output, device="cuda"))
+    assert "--device cuda: torch sees no GPU" in refused(
+        "plan", *job_flags(job, output, device="cuda")
+    )
     assert "--proj_kind" in refused("plan", *job_flags(job, output, proj_kind="none"))
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path / 'file'} is a file" in refused("plan", *job_flags(job, tmp_path / "file" / "out"))
+    assert f"{tmp_path / 'file'} is a file" in refused(
+        "plan", *job_flags(job, tmp_path / "file" / "out")
+    )
 
 
 def test_plan_with_other_settings_than_the_output_lists_the_differences(run, job, output):
@@ -287,7 +316,9 @@ def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
     code, out, _ = run("merge", output)
     assert code == 0
     assert re.search(r"merged +3 of 5 units", out)
-    assert "missing       2 units, 22 documents: ids 16-31, 64-69; run the job's command again" in out
+    assert (
+        "missing       2 units, 22 documents: ids 16-31, 64-69; run the job's command again" in out
+    )
     assert not read_output(output).is_merged
     assert run("status", output)[0] == 3
     assert run("verify", output)[0] == 3
@@ -299,7 +330,10 @@ def test_merge_never_runs_beside_another_live_process_that_merges(run, refused, 
         owner = owner_of(process, rank=3)
         write_claim(output, "merge.0", owner)
         message = refused("merge", output)
-        assert f"is being merged by rank 3 on {owner.host} (pid {owner.pid}, job job); wait for it" in message
+        assert (
+            f"is being merged by rank 3 on {owner.host} (pid {owner.pid}, job job); wait for it"
+            in message
+        )
         assert str(output / "claims" / "merge.0") in message
         assert (output / "claims" / "merge.0").exists()
         assert list((output / "tmp").iterdir()) == []
@@ -327,7 +361,9 @@ def test_merge_names_a_damaged_record(refused, output):
 
 
 def test_export_prints_the_number_of_files_first(run, output, tmp_path):
-    code, out, _ = run("export", output, "--format", "pt", "--to", tmp_path / "to", "--rows_per_file", 20)
+    code, out, _ = run(
+        "export", output, "--format", "pt", "--to", tmp_path / "to", "--rows_per_file", 20
+    )
     assert code == 0
     assert out.startswith("4 files of at most 20 rows: 68 ok rows of samples 0 to 69, ")
     assert "left out: 1 empty, 1 no_target" in out
@@ -336,4 +372,6 @@ def test_export_prints_the_number_of_files_first(run, output, tmp_path):
 
 def test_export_into_a_folder_with_files_is_refused(refused, output):
     assert "--to" in refused("export", output, "--to", output)
-    assert f"the store has {N_SAMPLES} samples" in refused("export", output, "--to", "x", "--ids", "0:99")
+    assert f"the store has {N_SAMPLES} samples" in refused(
+        "export", output, "--to", "x", "--ids", "0:99"
+    )

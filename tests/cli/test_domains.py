@@ -59,7 +59,9 @@ def strictly(text):
 
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
 @pytest.mark.parametrize("score", ["kfac", "preconditioned", "dot", "cosine"])
-def test_the_json_holds_the_dense_computation_by_hand(made, tmp_path, capsys, monkeypatch, score, layers):
+def test_the_json_holds_the_dense_computation_by_hand(
+    made, tmp_path, capsys, monkeypatch, score, layers
+):
     without_matplotlib(monkeypatch)  # no figure is looked at here
     flags = ["--score", score, "--output_dir", tmp_path, "--format", "json"]
     flags += ["--damping", C] if score in ("kfac", "preconditioned") else []
@@ -85,7 +87,9 @@ def test_the_json_holds_the_dense_computation_by_hand(made, tmp_path, capsys, mo
     else:
         kind = {"kfac": "kfac", "preconditioned": "second_moment"}.get(score)
         inverse = (
-            np.linalg.inv(dense_curvature(made, kind, C, layers_in_order)) if kind else np.eye(rows.shape[1])
+            np.linalg.inv(dense_curvature(made, kind, C, layers_in_order))
+            if kind
+            else np.eye(rows.shape[1])
         )
         influence = mean @ inverse @ mean.T
     np.testing.assert_allclose(got["influence"], influence, rtol=1e-6)
@@ -147,11 +151,15 @@ def test_the_table_names_domains_counts_score_and_sign(made, tmp_path, capsys):
 
 def many_domains(path, names, n_samples=260):
     """A store whose rows are of as many domains as there are names but the last, which has none."""
-    output = Output(path, n_samples, ((2, 3), (3, 3)), StoreConfig(rows_per_shard=130, proj_dtype="float32"))
+    output = Output(
+        path, n_samples, ((2, 3), (3, 3)), StoreConfig(rows_per_shard=130, proj_dtype="float32")
+    )
     generator = np.random.default_rng(3)
     domain = np.arange(n_samples) % (len(names) - 1)
     centres = generator.standard_normal((len(names), output.layout.dim))
-    output.rows = (centres[domain] + 0.5 * generator.standard_normal(output.rows.shape)).astype(np.float32)
+    output.rows = (centres[domain] + 0.5 * generator.standard_normal(output.rows.shape)).astype(
+        np.float32
+    )
     output.stored = output.rows
     output.row_scale[:] = 1
     output.fill()
@@ -162,7 +170,14 @@ def many_domains(path, names, n_samples=260):
     return output
 
 
-HOSTILE = ["$\\frac{1}{0}$", "<script>alert(1)</script>", "\u202eevil\x1b[31m", "a" * 300, "Википедия", ""]
+HOSTILE = [
+    "$\\frac{1}{0}$",
+    "<script>alert(1)</script>",
+    "\u202eevil\x1b[31m",
+    "a" * 300,
+    "Википедия",
+    "",
+]
 
 
 def test_a_domain_without_a_row_is_null_and_hostile_names_are_names(tmp_path, capsys):
@@ -189,7 +204,9 @@ def picture_of(path):
 
 
 @pytest.mark.parametrize("n_domains", [2, 10, 22], ids=str)
-def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(tmp_path, monkeypatch, n_domains):
+def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(
+    tmp_path, monkeypatch, n_domains
+):
     from matplotlib.figure import Figure
 
     names = [f"Domain of a long name {i}" for i in range(n_domains)] + ["nobody's"]
@@ -224,7 +241,9 @@ def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(tmp_
     )
     picture = picture_of(tmp_path / "figure.png")
     assert picture.std() > 0.05
-    assert picture[:4].min() == picture[-4:].min() == picture[:, -2:].min() == 1  # nothing is cut off
+    assert (
+        picture[:4].min() == picture[-4:].min() == picture[:, -2:].min() == 1
+    )  # nothing is cut off
 
 
 def plain_save(figure, path):
@@ -248,7 +267,9 @@ def test_without_matplotlib_the_json_is_written_and_one_line_names_the_extra(
     assert "domains.png" not in printed
 
 
-def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(tmp_path, capsys, monkeypatch):
+def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(
+    tmp_path, capsys, monkeypatch
+):
     without_matplotlib(monkeypatch)
     output = many_domains(tmp_path / "out", [f"domain {i}" for i in range(41)])
     _, printed, _ = run(capsys, output.path, "--score", "dot")
@@ -303,7 +324,9 @@ def test_what_is_wrong_is_said_in_one_line(made, capsys, flags, message):
     assert len(said.strip().splitlines()) == 1
 
 
-def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refused(tmp_path, capsys):
+def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refused(
+    tmp_path, capsys
+):
     assert "there is no store at" in run(capsys, tmp_path / "nowhere")[2]
     empty = Output(tmp_path / "empty")
     assert (
@@ -312,13 +335,18 @@ def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refus
     )
     filled = Output(tmp_path / "filled").fill()
     update_attributes(filled.store_path, {"domains": ["only"]})
-    assert "is of domain 1, and the store names 1. Run" in run(capsys, filled.path, "--score", "dot")[2]
+    assert (
+        "is of domain 1, and the store names 1. Run"
+        in run(capsys, filled.path, "--score", "dot")[2]
+    )
     update_attributes(empty.store_path, {"domains": []})
     assert "has no domains: its documents name none" in run(capsys, empty.path)[2]
 
 
 def test_relatif_is_compared_by_its_own_curvature(made, tmp_path, capsys):
-    _, printed, _ = run(capsys, made.path, "--score", "relatif", "--output_dir", tmp_path, "--format", "json")
+    _, printed, _ = run(
+        capsys, made.path, "--score", "relatif", "--output_dir", tmp_path, "--format", "json"
+    )
     assert strictly(printed)["score"] == "kfac"
 
 

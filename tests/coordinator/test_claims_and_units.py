@@ -44,7 +44,9 @@ def board(tmp_path, owner, beats=None):
 
 
 def test_of_two_that_want_a_unit_one_has_it(tmp_path):
-    first, second = (board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1))
+    first, second = (
+        board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1)
+    )
     assert first.try_claim("00000003")
     assert not second.try_claim("00000003")
     assert first.owns("00000003")
@@ -92,7 +94,9 @@ def test_a_process_is_known_to_live_on_its_own_machine_only(gone_process):
 
 
 def test_a_unit_given_back_is_free_again(tmp_path):
-    first, second = (board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1))
+    first, second = (
+        board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1)
+    )
     for _ in range(3):
         assert first.try_claim("00000003")
         first.give_back_all()
@@ -100,7 +104,9 @@ def test_a_unit_given_back_is_free_again(tmp_path):
         second.release("00000003")
 
 
-def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_once(tmp_path, gone_process):
+def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_once(
+    tmp_path, gone_process
+):
     dead = board(tmp_path, owner_like_me(job_id="other", **gone_process))
     assert dead.try_claim("00000003")
     mine = board(tmp_path, owner_like_me(rank=5))
@@ -123,7 +129,9 @@ def test_the_claim_of_an_older_start_of_the_same_job_is_taken_over_at_once(tmp_p
 
 def test_a_restarted_host_has_no_living_owners(tmp_path):
     machine = {"machine": "a"}
-    assert board(tmp_path, owner_like_me(job_id="other", boot_id="before", **machine)).try_claim("00000003")
+    assert board(tmp_path, owner_like_me(job_id="other", boot_id="before", **machine)).try_claim(
+        "00000003"
+    )
     assert board(tmp_path, owner_like_me(**machine)).try_claim("00000003")
 
 
@@ -191,7 +199,14 @@ LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(rows_per_shard=16))
 
 
 def queue(tmp_path, owner, wanted=(0, 1, 2), **options):
-    for folder in ("units", "claims", "heartbeats", "partial", "tmp", "projections.zarr/projections"):
+    for folder in (
+        "units",
+        "claims",
+        "heartbeats",
+        "partial",
+        "tmp",
+        "projections.zarr/projections",
+    ):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     return UnitQueue(tmp_path, LAYOUT, "identity", wanted, owner, **options)
 

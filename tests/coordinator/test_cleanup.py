@@ -36,13 +36,20 @@ def here():
 def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path):
     layout = make_store(tmp_path)
     dead, away, mine = (
-        UnitQueue(tmp_path, layout, IDENTITY, [0], owner) for owner in (gone_owner(), fake_owner(1), here())
+        UnitQueue(tmp_path, layout, IDENTITY, [0], owner)
+        for owner in (gone_owner(), fake_owner(1), here())
     )
     for queue in (dead, away, mine):
         Heartbeat(tmp_path / "heartbeats", queue.owner, Progress()).write()
     assert remove_leftovers(tmp_path, mine.owner) == 1
-    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {away.owner.name, mine.owner.name}
-    assert {path.stem for path in (tmp_path / "heartbeats").iterdir()} == {away.owner.name, mine.owner.name}
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {
+        away.owner.name,
+        mine.owner.name,
+    }
+    assert {path.stem for path in (tmp_path / "heartbeats").iterdir()} == {
+        away.owner.name,
+        mine.owner.name,
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,10 +62,10 @@ def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_pat
     check_records_have_shards(tmp_path)
     for unit in lost:
         (tmp_path / layout.shard_name(unit)).unlink()
-    way_out = (
-        rf"Put the files back, or give these units up by `python -m gradproj verify {tmp_path} --repair`"
-    )
-    with pytest.raises(StoreError, match=rf"{named}\. {way_out}: this command then computes them again"):
+    way_out = rf"Put the files back, or give these units up by `python -m gradproj verify {tmp_path} --repair`"
+    with pytest.raises(
+        StoreError, match=rf"{named}\. {way_out}: this command then computes them again"
+    ):
         check_records_have_shards(tmp_path)
 
 
@@ -164,7 +171,10 @@ def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_aga
     assert json.loads((tmp_path / "metadata.json").read_text())["complete"] is False
     with ProjectionStore(tmp_path) as store:
         assert store.missing_ranges() == [(16, 32)]
-    assert zarr.open_group(tmp_path / "projections.zarr", mode="r")["status"][16:32].tolist() == [0] * 16
+    assert (
+        zarr.open_group(tmp_path / "projections.zarr", mode="r")["status"][16:32].tolist()
+        == [0] * 16
+    )
     assert fill(tmp_path, layout, here())
     assert {path: path.read_bytes() for path in before} == before
     assert is_merged(tmp_path)

@@ -58,8 +58,12 @@ def test_what_cannot_be_deleted_at_once_is_tried_again(folders, monkeypatch):
     assert [path.name for path in mine.iterdir()] == ["owner.json"]
 
 
-@pytest.mark.parametrize(("name", "of", "left"), [("unlink", "shard", "shard-3"), ("rmdir", "", "fenced-.*")])
-def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(folders, monkeypatch, name, of, left):
+@pytest.mark.parametrize(
+    ("name", "of", "left"), [("unlink", "shard", "shard-3"), ("rmdir", "", "fenced-.*")]
+)
+def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(
+    folders, monkeypatch, name, of, left
+):
     theirs, mine = folders
     refuse(monkeypatch, name, of, times=1000)
     with pytest.raises(
@@ -71,7 +75,9 @@ def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(folders, mon
 def test_a_folder_that_may_not_be_taken_away_is_an_error_with_the_way_out(folders, monkeypatch):
     theirs, mine = folders
     refuse(monkeypatch, "rename", os.fspath(theirs), times=1, code=errno.EACCES)
-    with pytest.raises(StoreError, match=rf"cannot write {theirs}: Permission denied\. Mend the permissions"):
+    with pytest.raises(
+        StoreError, match=rf"cannot write {theirs}: Permission denied\. Mend the permissions"
+    ):
         fence(theirs, mine, fake_owner(1))
 
 

@@ -35,7 +35,11 @@ from gradproj.store import ProjectionStore
 from gradproj.store.unit_record import record_name
 
 PART = PartialRows(
-    np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {"a": np.ones(2)}
+    np.arange(3),
+    np.ones((3, 2), np.float32),
+    np.ones(3, np.float32),
+    np.array([1]),
+    {"a": np.ones(2)},
 )
 
 
@@ -58,7 +62,9 @@ def plan(tmp_path_factory):
 
 
 def in_folder(plan, output):
-    return replace(plan, config=replace(plan.config, job=replace(plan.config.job, output_dir=str(output))))
+    return replace(
+        plan, config=replace(plan.config, job=replace(plan.config.job, output_dir=str(output)))
+    )
 
 
 # --- a rank's life, with rows that need no model ---
@@ -149,7 +155,9 @@ def a_repair(plan, disk, undisturbed, monkeypatch):
     shutil.copytree(undisturbed.output, plan.output)
     flip_byte(shard_of(plan.output, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: gone_owner()))
+        patch.setattr(
+            merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: gone_owner())
+        )
         with disk.keep().recording():
             assert repair(verify(plan.output)).units == [1]
 
@@ -221,7 +229,9 @@ def survivor(plan, undisturbed, folder, monkeypatch):
 def test_a_crash_between_any_two_changes_is_survived(folder, survivor, interrupted, monkeypatch):
     one_by_one, at_least = INTERRUPTED[interrupted]
     disk = Disk(new_folder(folder), one_by_one)
-    interrupted(in_folder(survivor.plan, disk.root / "out"), disk, survivor.undisturbed, monkeypatch)
+    interrupted(
+        in_folder(survivor.plan, disk.root / "out"), disk, survivor.undisturbed, monkeypatch
+    )
     print(f"{interrupted.__name__}: {len(disk.changes)} changes, {len(disk.states)} states")
     assert len(disk.states) >= at_least
     survivor.repairs = interrupted is a_repair
@@ -231,7 +241,9 @@ def test_a_crash_between_any_two_changes_is_survived(folder, survivor, interrupt
 
 def test_a_crash_while_the_job_goes_on_after_a_crash_is_survived(folder, survivor, monkeypatch):
     chance, first = random.Random(0), Disk(new_folder(folder))
-    a_new_job(in_folder(survivor.plan, first.root / "out"), first, survivor.undisturbed, monkeypatch)
+    a_new_job(
+        in_folder(survivor.plan, first.root / "out"), first, survivor.undisturbed, monkeypatch
+    )
     for when, state in chance.sample(list(first.states.items()), 20):
         output = survivor.output_after(when, state)
         second = Disk(output.parent, one_by_one=False).keep()
@@ -247,7 +259,9 @@ def new_folder(folder):
     return folder / "disk"
 
 
-def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_recorded(tmp_path, plan):
+def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_recorded(
+    tmp_path, plan
+):
     root = tmp_path / "disk"
     root.mkdir()
     with Disk(root).recording() as disk:
@@ -269,7 +283,10 @@ def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_re
             assert found, f"no {step} after {changes[at]}"
             at = found[0]
     # The merge: every column, then the sums and what is told of them, and last the word that it is all there.
-    places = {name: max(i for i, change in enumerate(changes) if f"/{name}" in change) for name in LAST_WORDS}
+    places = {
+        name: max(i for i, change in enumerate(changes) if f"/{name}" in change)
+        for name in LAST_WORDS
+    }
     assert list(places.values()) == sorted(places.values()), places
 
 

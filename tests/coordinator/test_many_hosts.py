@@ -22,6 +22,7 @@ from helpers.faults import (
 )
 
 from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import fault_points
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
@@ -66,7 +67,9 @@ def commit_in_a_thread(output, layout, pause_before):
 
 
 @pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
-def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(tmp_path):
+def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(
+    tmp_path,
+):
     n_changes = count_changes(tmp_path / "count")
     writers = set()
     for paused_at in range(n_changes):
@@ -110,7 +113,9 @@ def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
     out = tmp_path / "out"
     second = UnitQueue(out, layout, IDENTITY, [0], gone_owner())
     with monkeypatch.context() as patch:
-        patch.setattr(ClaimBoard, "_fence_older", lambda *claim: None)  # it dies between claim and fence
+        patch.setattr(
+            ClaimBoard, "_fence_older", lambda *claim: None
+        )  # it dies between claim and fence
         assert next(second.take()) == 0
     assert first.scratch.exists()
     third = UnitQueue(out, layout, IDENTITY, [0], dataclasses.replace(fake_owner(2)))
@@ -132,7 +137,9 @@ def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
 
 
 @pytest.mark.usefixtures("nobody_is_waited_for")
-def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(tmp_path, monkeypatch):
+def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(
+    tmp_path, monkeypatch
+):
     layout, first = one_unit(tmp_path)
     second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
     with monkeypatch.context() as patch:
@@ -181,7 +188,10 @@ class Host:
     def __init__(self, number, output, layout, seed):
         self.number, self.output, self.layout = number, output, layout
         self.owner, self.random = fake_owner(number), random.Random(f"{seed} {number}")
-        self.clock_start, self.clock_speed = self.random.uniform(-1e6, 1e6), self.random.uniform(0.9, 1.1)
+        self.clock_start, self.clock_speed = (
+            self.random.uniform(-1e6, 1e6),
+            self.random.uniform(0.9, 1.1),
+        )
         self.heartbeat = Heartbeat(output / "heartbeats", self.owner, Progress())
         self.asleep_until = 0.0
         self.error = None
@@ -268,7 +278,9 @@ def watch(found, ended):
 def test_eight_hosts_that_stop_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
     fenced = []
     monkeypatch.setattr(
-        fault_points, "reach", lambda step: fenced.append(step) if step == "old owner fenced" else None
+        fault_points,
+        "reach",
+        lambda step: fenced.append(step) if step == "old owner fenced" else None,
     )
     for seed in range(5):
         found = run_hosts(tmp_path / str(seed), seed, here)

@@ -27,7 +27,9 @@ def files_of_the_store(output):
 
 
 @pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
-def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(tmp_path):
+def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(
+    tmp_path,
+):
     _, old = two_units_of_three(tmp_path / "count")
     with at_change(-1, lambda: None) as counter:
         merge(old.output, old.claims)

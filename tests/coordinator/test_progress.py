@@ -16,7 +16,9 @@ from gradproj.formatting import human_seconds
 from gradproj.store.layout import StoreConfig, plan_layout
 from gradproj.store.unit_record import record_name
 
-LAYOUT = plan_layout(100, [8], 12, StoreConfig(rows_per_shard=16))  # 7 units, the last one of 4 rows
+LAYOUT = plan_layout(
+    100, [8], 12, StoreConfig(rows_per_shard=16)
+)  # 7 units, the last one of 4 rows
 
 
 @pytest.fixture
@@ -32,7 +34,9 @@ def record(output, *units):
 
 
 def beat(output, rank, **progress):
-    owner = dataclasses.replace(Owner.this_process("job", 0, rank), host="elsewhere", boot_id="other")
+    owner = dataclasses.replace(
+        Owner.this_process("job", 0, rank), host="elsewhere", boot_id="other"
+    )
     content = {"owner": asdict(owner), "progress": asdict(Progress(**progress))}
     (output / "heartbeats" / f"{owner.name}.json").write_text(json.dumps(content))
 
@@ -59,9 +63,13 @@ def test_without_a_terminal_there_are_lines_and_the_last_one_says_how_far(output
     assert capsys.readouterr().err == "100 of 100 documents (100.0 %)\n"
 
 
-def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_moves(output, monkeypatch):
+def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_moves(
+    output, monkeypatch
+):
     now, seen = [0.0], []
-    monkeypatch.setattr("gradproj.coordinator.heartbeats.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "gradproj.coordinator.heartbeats.time", SimpleNamespace(monotonic=lambda: now[0])
+    )
     here = Owner.this_process("job", 0, 0)
     content = {"owner": asdict(here), "progress": asdict(Progress(n_tokens=50, seconds=1.0))}
     (output / "heartbeats" / f"{here.name}.json").write_text(json.dumps(content))
@@ -69,7 +77,9 @@ def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_move
     for at, batches in ((0, 7), (5, 7), (10, 8), (60, 8), (71, 8), (75, 9)):
         now[0] = at
         beat(output, 1, unit=2, unit_samples=5, n_tokens=300, seconds=3.0, batches=batches)
-        path = next(path for path in (output / "heartbeats").iterdir() if here.name not in path.name)
+        path = next(
+            path for path in (output / "heartbeats").iterdir() if here.name not in path.name
+        )
         os.utime(path, (1, 1))
         shot = take_snapshot(output, LAYOUT, np.arange(7), here, ranks)
         seen.append((at, shot.n_ranks, shot.done, shot.tokens_per_second))
@@ -96,14 +106,19 @@ def test_the_display_does_not_count_a_dead_host(output, capsys):
 
 
 def test_a_rank_that_shows_nothing_looks_at_nothing(output, capsys, monkeypatch):
-    monkeypatch.setattr("gradproj.coordinator.progress.take_snapshot", lambda *a: pytest.fail("looked"))
-    with ProgressDisplay(output, LAYOUT, np.arange(7), Owner.this_process("job", 0, 1), visible=False):
+    monkeypatch.setattr(
+        "gradproj.coordinator.progress.take_snapshot", lambda *a: pytest.fail("looked")
+    )
+    with ProgressDisplay(
+        output, LAYOUT, np.arange(7), Owner.this_process("job", 0, 1), visible=False
+    ):
         pass
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (7200, "2.0 h"), (200000, "2.3 d")]
+    ("seconds", "text"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (7200, "2.0 h"), (200000, "2.3 d")],
 )
 def test_durations_are_short(seconds, text):
     assert human_seconds(seconds) == text

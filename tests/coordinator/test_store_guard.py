@@ -18,7 +18,9 @@ from gradproj.errors import StoreError
 from gradproj.store.metadata import WhichStore
 from gradproj.store.unit_record import encode_record, record_name
 
-PART = PartialRows(np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {})
+PART = PartialRows(
+    np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {}
+)
 MADE = {"of other settings": "other", "of the same settings": IDENTITY}
 
 
@@ -81,7 +83,9 @@ def test_a_process_notices_another_store_before_it_claims_computes_saves_or_comm
     assert tree_of(output) == there
 
 
-def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_the_job_were_kept(tmp_path):
+def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_the_job_were_kept(
+    tmp_path,
+):
     layout, queue, _ = working(tmp_path)
     for name in ("units", "claims", "projections.zarr"):
         shutil.rmtree(tmp_path / name)
@@ -89,7 +93,9 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
     with pytest.raises(StoreReplaced, match="a new store of the same settings"):
         queue.commit(fake_rows(layout, 0))
     for folder in ("units", "claims", "projections.zarr/projections"):
-        assert [path.name for path in (tmp_path / folder).iterdir() if path.name != "zarr.json"] == []
+        assert [
+            path.name for path in (tmp_path / folder).iterdir() if path.name != "zarr.json"
+        ] == []
 
 
 def test_a_job_whose_store_was_replaced_since_its_start_begins_nothing(tmp_path):
@@ -107,7 +113,8 @@ def test_a_merge_changes_the_attributes_and_not_which_store_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("times", "code", "read"), [(2, errno.ESTALE, True), (3, errno.ESTALE, False), (1, errno.EIO, False)]
+    ("times", "code", "read"),
+    [(2, errno.ESTALE, True), (3, errno.ESTALE, False), (1, errno.EIO, False)],
 )
 def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
     tmp_path, monkeypatch, times, code, read
@@ -125,7 +132,9 @@ def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
     if read:
         assert which()[0] == IDENTITY
     else:
-        with pytest.raises(StoreError, match=rf"cannot read .*/zarr\.json \(.*{os.strerror(code)}\)"):
+        with pytest.raises(
+            StoreError, match=rf"cannot read .*/zarr\.json \(.*{os.strerror(code)}\)"
+        ):
             which()
 
 
@@ -147,16 +156,24 @@ def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
     [
         ("", "", "if it is lost, start again to begin anew"),
         ("projections.zarr", "projections.zarr", "if it is lost, delete the folder and begin anew"),
-        ("projections.zarr/projections", "projections.zarr/projections", "Put it back and start again"),
+        (
+            "projections.zarr/projections",
+            "projections.zarr/projections",
+            "Put it back and start again",
+        ),
         ("units", "units", "without it, every unit is computed again"),
         ("claims", "claims", "what was committed is kept"),
     ],
 )
-def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(tmp_path, deleted, named, way_out):
+def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(
+    tmp_path, deleted, named, way_out
+):
     output = tmp_path / "out"
     layout, queue, _ = working(output)
     shutil.rmtree(output / deleted)
-    with pytest.raises(StoreError, match=rf"{output / named} was deleted while this job ran.*{way_out}"):
+    with pytest.raises(
+        StoreError, match=rf"{output / named} was deleted while this job ran.*{way_out}"
+    ):
         queue.commit(fake_rows(layout, 0))
     queue.release()
     assert (output / deleted).exists() is False
@@ -177,7 +194,8 @@ def test_the_folder_of_saved_rows_deleted_is_named(tmp_path):
     _, queue, _ = working(tmp_path)
     shutil.rmtree(tmp_path / "partial")
     with pytest.raises(
-        StoreError, match=r"partial was deleted while this job ran\. Start again: what was committed"
+        StoreError,
+        match=r"partial was deleted while this job ran\. Start again: what was committed",
     ):
         queue.partial_log(0, "key").append(0, 1, PART)
 

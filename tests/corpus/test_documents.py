@@ -17,7 +17,17 @@ def random_value(rng: random.Random, depth: int = 0):
     kind = rng.choice(kinds)
     if kind == "text":
         return rng.choice(
-            ["", "X", "Y\u2028", '"meta": {"pile_set_name": "Z"}}', "\\", '\\"', '{"', "é", "x" * 500]
+            [
+                "",
+                "X",
+                "Y\u2028",
+                '"meta": {"pile_set_name": "Z"}}',
+                "\\",
+                '\\"',
+                '{"',
+                "é",
+                "x" * 500,
+            ]
         )
     if kind == "number":
         return rng.choice([0, -1, 1.5, 1e300, float("nan"), float("-inf"), 10**30, True])
@@ -41,10 +51,15 @@ def test_a_domain_is_what_decoding_the_whole_document_says(field):
         if rng.random() < 0.7:
             value = {"text": random_value(rng), "meta": random_value(rng)}
         if rng.random() < 0.3:
-            value = {"text": random_value(rng), "meta": {"meta": {"pile_set_name": random_value(rng, 4)}}}
+            value = {
+                "text": random_value(rng),
+                "meta": {"meta": {"pile_set_name": random_value(rng, 4)}},
+            }
         separators = rng.choice([None, (",", ":"), (", ", ":  ")])
         data = json.dumps(value, ensure_ascii=rng.random() < 0.5, separators=separators).encode()
-        if value and isinstance(value, dict) and rng.random() < 0.2:  # a name twice: the last one counts
+        if (
+            value and isinstance(value, dict) and rng.random() < 0.2
+        ):  # a name twice: the last one counts
             data = data[:-1] + b', "meta": ' + json.dumps(random_value(rng)).encode() + b"}"
         want = slow_domain(data, tuple(field.split(".")))
         n_named += want != "unknown"

@@ -109,7 +109,11 @@ def tars(tmp_path):
 
 def test_ids_run_through_the_tars_in_order(tars):
     index = index_of(*tars)
-    slow = [(number, position) for number, tar in enumerate(index.tars) for position in range(tar.n_samples)]
+    slow = [
+        (number, position)
+        for number, tar in enumerate(index.tars)
+        for position in range(tar.n_samples)
+    ]
     assert index.n_samples == len(slow) == 201
     assert [index.locate(i) for i in range(201)] == slow
     for start, stop in [(0, 201), (0, 0), (69, 72), (70, 71), (71, 201), (201, 201), (150, 160)]:
@@ -144,7 +148,9 @@ def test_damage_found_in_another_process_is_told(tars):
 
 def test_a_scanning_process_that_dies_is_told_with_its_tar(tars, monkeypatch):
     monkeypatch.setattr(scanpool, "_WORKER", "import sys; sys.stdin.readline(); sys.exit(3)")
-    with pytest.raises(CorpusError, match=r"0\.tar: the process that scanned it ended \(exit code 3\)"):
+    with pytest.raises(
+        CorpusError, match=r"0\.tar: the process that scanned it ended \(exit code 3\)"
+    ):
         index_of(*tars, processes=2)
 
 
@@ -184,7 +190,9 @@ def test_a_folder_moved_with_its_index_stays_a_corpus(tars, tmp_path):
 
 def test_of_several_builders_one_wins_and_all_get_its_index(tars, tmp_path):
     index = index_of(*tars)
-    others = [replace(index, tars=tuple(replace(t, mtime_ns=i) for t in index.tars)) for i in range(8)]
+    others = [
+        replace(index, tars=tuple(replace(t, mtime_ns=i) for t in index.tars)) for i in range(8)
+    ]
     got: list = [None] * 8
     barrier = threading.Barrier(8)
 
@@ -225,7 +233,9 @@ def test_without_hard_links_the_index_is_still_published_whole(tars, tmp_path, m
 
     monkeypatch.setattr(os, "link", no_links)
     index = index_of(*tars)
-    assert save_index(index, tmp_path / "corpus.json") == load_index(tmp_path / "corpus.json") == index
+    assert (
+        save_index(index, tmp_path / "corpus.json") == load_index(tmp_path / "corpus.json") == index
+    )
     assert save_index(index, tmp_path / "corpus.json") == index
     assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.json"]
 
@@ -236,7 +246,9 @@ def test_a_torn_index_is_refused_wherever_it_ends(tars, tmp_path):
     raw = path.read_bytes()
     for n in range(0, len(raw), 97):
         path.write_bytes(raw[:n])
-        with pytest.raises(CorpusError, match=r"(torn|not a) corpus index .*python -m gradproj index"):
+        with pytest.raises(
+            CorpusError, match=r"(torn|not a) corpus index .*python -m gradproj index"
+        ):
             load_index(path)
 
 
@@ -295,7 +307,9 @@ def test_a_corpus_is_found_again_at_other_paths(tars, tmp_path):
     copies[2].write_bytes(b"short")
     with pytest.raises(CorpusError) as caught:
         index.relocated([copies[1], copies[0], *copies[2:4]])
-    assert "4 differences: 4 tars, the index has 5, tar 0 is 1.tar, the index has 0.tar" in str(caught.value)
+    assert "4 differences: 4 tars, the index has 5, tar 0 is 1.tar, the index has 0.tar" in str(
+        caught.value
+    )
     assert "2.tar has 5 bytes" in str(caught.value)
 
 

@@ -9,11 +9,17 @@ from gradproj.errors import ConfigError, CorpusError
 
 
 def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path):
-    raw = b"\xef\xbb\xbf" + line_of(record("a\u2028\u0085b"), ensure_ascii=False).replace(b"\n", b"\r\n")
+    raw = b"\xef\xbb\xbf" + line_of(record("a\u2028\u0085b"), ensure_ascii=False).replace(
+        b"\n", b"\r\n"
+    )
     raw += b"\n  \t\r\n" + line_of(record("c")) + b"\n" + line_of(record("last")).rstrip(b"\n")
     (tmp_path / "in.jsonl").write_bytes(raw)
     report = run(str(tmp_path / "in.jsonl"), tmp_path / "out")
-    assert [document["text"] for document in documents(tmp_path / "out")] == ["a\u2028\u0085b", "c", "last"]
+    assert [document["text"] for document in documents(tmp_path / "out")] == [
+        "a\u2028\u0085b",
+        "c",
+        "last",
+    ]
     assert report.n_bad == 0
 
 
@@ -70,7 +76,12 @@ def test_the_records_own_meta_object_is_kept_and_top_level_names_go_beside_it(tm
         "url": "u",
         "big": 10**30,
         "list": [1],
-        "meta": {"id": "inner", "deep": {"x": [1, None]}, "ratio": float("nan"), "pile_set_name": "old"},
+        "meta": {
+            "id": "inner",
+            "deep": {"x": [1, None]},
+            "ratio": float("nan"),
+            "pile_set_name": "old",
+        },
     }
     run(write_jsonl(tmp_path / "in.jsonl", [value]), tmp_path / "out", domain_field="source")
     (document,) = documents(tmp_path / "out")
@@ -136,12 +147,17 @@ def test_a_report_counts_all_bad_lines_and_names_a_few(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"nope\n" * 1000 + line_of(record("good", "dom")))
     report = run(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
     assert (report.n_bad, len(report.bad_examples)) == (1000, 10)
-    assert "1 documents of 1 domains in 1 tars\n             1  dom\n1,000 bad inputs" in report.summary()
+    assert (
+        "1 documents of 1 domains in 1 tars\n             1  dom\n1,000 bad inputs"
+        in report.summary()
+    )
 
 
 def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 4096)
-    lines = [line_of(record("x" * n)) for n in (10, 4096, 40_960, 400_000)] + [line_of(record("end"))]
+    lines = [line_of(record("x" * n)) for n in (10, 4096, 40_960, 400_000)] + [
+        line_of(record("end"))
+    ]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines) + b"y" * 12_288)
     report = run(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
     assert [document["text"] for document in documents(tmp_path / "out")] == ["x" * 10, "end"]
@@ -156,7 +172,10 @@ def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_pa
     ("settings", "message"),
     [
         ({"inputs": ()}, "INPUT is missing"),
-        ({"inputs": ("a.csv",)}, r"INPUT 'a.csv' is of no known kind; give a file ending in \.jsonl"),
+        (
+            {"inputs": ("a.csv",)},
+            r"INPUT 'a.csv' is of no known kind; give a file ending in \.jsonl",
+        ),
         ({"output_dir": ""}, "--output_dir is empty"),
         ({"samples_per_shard": 0}, "--samples_per_shard must be at least 1, got 0"),
         ({"text_field": ""}, "--text_field is empty"),
@@ -171,7 +190,10 @@ def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("hf:", r"names no data set; write hf:NAME\[@CONFIG\]\[:SPLIT\]"), ("stdlib:json", "takes no name")],
+    [
+        ("hf:", r"names no data set; write hf:NAME\[@CONFIG\]\[:SPLIT\]"),
+        ("stdlib:json", "takes no name"),
+    ],
 )
 def test_a_wrong_name_after_a_prefix_is_an_error(name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):

@@ -80,7 +80,9 @@ def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_
         group_by_domain=True,
     )
     first_seen = list(dict.fromkeys(domains))
-    want = [value for name in first_seen for value in values if value["meta"]["pile_set_name"] == name]
+    want = [
+        value for name in first_seen for value in values if value["meta"]["pile_set_name"] == name
+    ]
     assert read_back(tmp_path / "out") == [(f"{i:012d}", value) for i, value in enumerate(want)]
     assert list(report.domains.items()) == [(name, domains.count(name)) for name in first_seen]
     tars = sorted((tmp_path / "out").glob("*.tar"))
@@ -109,7 +111,8 @@ def test_more_domains_than_a_store_can_name_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOMAINS", 5)
     name = write_jsonl(tmp_path / "in.jsonl", [record("x", f"d{i}") for i in range(6)])
     with pytest.raises(
-        CorpusError, match=r"--domain_field meta\.pile_set_name has more than 5 different values \('d0'"
+        CorpusError,
+        match=r"--domain_field meta\.pile_set_name has more than 5 different values \('d0'",
     ):
         run(name, tmp_path / "out")
 
@@ -188,11 +191,15 @@ KILLED = """
         ("tarwriter.os.rename", 1, False),
     ],
 )
-def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(where, calls, grouped, tmp_path):
+def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
+    where, calls, grouped, tmp_path
+):
     values = [record(f"{i}", f"d{i % 3}") for i in range(40)]
     name, out = write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out"
     code = KILLED.format(where=where, calls=calls, name=name, out=str(out), grouped=grouped)
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.preparing"]
     run(name, out, samples_per_shard=5, group_by_domain=grouped)
@@ -216,12 +223,16 @@ def test_a_second_prepare_into_the_same_folder_is_refused_while_the_first_runs(t
     name, out = write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out"
     with tarwriter.published(str(out)) as work:
         (work / "tars" / "shard-000000.tar").write_bytes(b"first")
-        with pytest.raises(StoreError, match=r"another prepare is writing to .*out\.preparing; wait for it"):
+        with pytest.raises(
+            StoreError, match=r"another prepare is writing to .*out\.preparing; wait for it"
+        ):
             run(name, out)
     assert (out / "shard-000000.tar").read_bytes() == b"first"
 
 
-def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_works(tmp_path, monkeypatch):
+def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_works(
+    tmp_path, monkeypatch
+):
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
 
@@ -230,7 +241,9 @@ def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_work
     run(name, tmp_path / "out")
     assert documents(tmp_path / "out") == [record("a")]
     (tmp_path / "other.preparing" / "tars").mkdir(parents=True)
-    with pytest.raises(StoreError, match=r"was left by a prepare that was killed, or one still runs"):
+    with pytest.raises(
+        StoreError, match=r"was left by a prepare that was killed, or one still runs"
+    ):
         run(name, tmp_path / "other")
     assert (tmp_path / "other.preparing" / "tars").exists()
 
@@ -239,7 +252,9 @@ def test_a_folder_that_only_looks_like_a_leftover_is_not_deleted(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [record("a")])
     (tmp_path / "out.preparing").mkdir()
     (tmp_path / "out.preparing" / "thesis.tex").write_text("keep")
-    with pytest.raises(StoreError, match=r"out\.preparing is not prepare's own \(it has thesis\.tex\)"):
+    with pytest.raises(
+        StoreError, match=r"out\.preparing is not prepare's own \(it has thesis\.tex\)"
+    ):
         run(name, tmp_path / "out")
     assert (tmp_path / "out.preparing" / "thesis.tex").read_text() == "keep"
 
@@ -249,7 +264,9 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tarwriter.os, "fsync", full)
-    with pytest.raises(StoreError, match=r"--output_dir .*out: cannot write .*: No space left on device"):
+    with pytest.raises(
+        StoreError, match=r"--output_dir .*out: cannot write .*: No space left on device"
+    ):
         run(write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
 

@@ -45,7 +45,9 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
     name = write_as(kind, tmp_path / "in", [record(f"text {i}") for i in range(20)])
 
     def read(ids):
-        return list(itertools.islice(read_records(InputReader(name, ("text", "meta"))), ids.start, ids.stop))
+        return list(
+            itertools.islice(read_records(InputReader(name, ("text", "meta"))), ids.start, ids.stop)
+        )
 
     assert len(read(range(20))) == 20
     assert read(range(20)) == read(range(7)) + read(range(7, 20))
@@ -54,7 +56,9 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path):
     noise = random.Random(0)
-    name = write_as(kind, tmp_path / "in", [record(noise.randbytes(500_000).hex()) for _ in range(12)])
+    name = write_as(
+        kind, tmp_path / "in", [record(noise.randbytes(500_000).hex()) for _ in range(12)]
+    )
     reading = InputReader(name, ("text", "meta"))
     positions = [reading.position() for _ in read_records(reading)]
     assert positions == sorted(positions)
@@ -64,7 +68,9 @@ def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path)
 
 def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(tmp_path):
     kinds = [".jsonl.zst", ".parquet", ".jsonl"]
-    names = [write_as(kind, tmp_path / kind, [record(f"{kind} {i}") for i in range(3)]) for kind in kinds]
+    names = [
+        write_as(kind, tmp_path / kind, [record(f"{kind} {i}") for i in range(3)]) for kind in kinds
+    ]
     run(names, tmp_path / "out", samples_per_shard=2)
     want = [f"{kind} {i}" for kind in kinds for i in range(3)]
     assert [document["text"] for document in documents(tmp_path / "out")] == want
@@ -77,7 +83,9 @@ def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(
     assert by_path["json/decoder.py"]["text"].encode() == Path(json.decoder.__file__).read_bytes()
     assert by_path["json/decoder.py"]["meta"]["pile_set_name"] == "json"
     assert by_path["textwrap.py"]["meta"]["pile_set_name"] == "modules"
-    assert not [path for path in by_path if {"test", "tests", "site-packages"} & set(path.split("/"))]
+    assert not [
+        path for path in by_path if {"test", "tests", "site-packages"} & set(path.split("/"))
+    ]
     assert report.n_samples == len(by_path) > 300
 
 
@@ -121,13 +129,17 @@ def test_a_hugging_face_name_that_cannot_be_reached_says_so(tmp_path, monkeypatc
 
 def test_parquet_columns_that_no_document_needs_are_not_read(tmp_path):
     rows = [
-        {"text": f"t{i}", "id": i, "vector": [0.5] * 9, "blob": b"\xff", "meta": None} for i in range(100)
+        {"text": f"t{i}", "id": i, "vector": [0.5] * 9, "blob": b"\xff", "meta": None}
+        for i in range(100)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     (first, *_) = read_records(InputReader(str(tmp_path / "in.parquet"), ("text", "meta")))
     assert first.value == {"text": "t0", "id": 0, "meta": None}
     run(str(tmp_path / "in.parquet"), tmp_path / "out")
-    assert documents(tmp_path / "out")[99] == {"text": "t99", "meta": {"id": 99, "pile_set_name": "unknown"}}
+    assert documents(tmp_path / "out")[99] == {
+        "text": "t99",
+        "meta": {"id": 99, "pile_set_name": "unknown"},
+    }
 
 
 def test_parquet_text_that_is_not_utf8_is_a_bad_row_with_its_number(tmp_path):
@@ -147,7 +159,8 @@ def test_compressed_files_of_several_members_are_read_to_their_end(tmp_path):
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
     (tmp_path / "in.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)))
     (tmp_path / "in.jsonl.zst").write_bytes(
-        skippable + b"".join(zstandard.ZstdCompressor().compress(part) + skippable for part in parts)
+        skippable
+        + b"".join(zstandard.ZstdCompressor().compress(part) + skippable for part in parts)
     )
     for kind in ("gz", "zst"):
         run(str(tmp_path / f"in.jsonl.{kind}"), tmp_path / kind)
@@ -158,7 +171,9 @@ def test_compressed_files_of_several_members_are_read_to_their_end(tmp_path):
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.999])
 @pytest.mark.parametrize("on_bad_input", ["error", "skip"])
-def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(kind, cut, on_bad_input, tmp_path):
+def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(
+    kind, cut, on_bad_input, tmp_path
+):
     noise = random.Random(1)
     raw = b"".join(line_of(record(noise.randbytes(2000).hex())) for _ in range(100))
     packed = gzip.compress(raw) if kind == "gz" else zstandard.ZstdCompressor().compress(raw)

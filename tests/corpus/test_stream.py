@@ -26,7 +26,10 @@ def tars(tmp_path):
     pairs = [
         (f"{i}.{suffix}", data)
         for i in range(66)
-        for suffix, data in (("json", b'{"meta":{"pile_set_name":"P"}}'), ("txt", f"é\u2028 {i}".encode()))
+        for suffix, data in (
+            ("json", b'{"meta":{"pile_set_name":"P"}}'),
+            ("txt", f"é\u2028 {i}".encode()),
+        )
     ]
     return [
         write_tar(tmp_path / "0.tar", plain_members(70)),
@@ -62,13 +65,17 @@ def test_any_split_of_a_range_reads_the_same_documents(tars):
     for cut in [0, 1, 63, 64, 65, 69, 70, 71, 72, 134, 135, 136, 200, 201]:
         assert read(0, cut) + read(cut, 201) == whole
     for size in (16, 64, 100):
-        assert [d for start in range(0, 201, size) for d in read(start, min(start + size, 201))] == whole
+        assert [
+            d for start in range(0, 201, size) for d in read(start, min(start + size, 201))
+        ] == whole
     for i in range(0, 201, 13):
         assert read(i, i + 1) == [whole[i]]
 
 
 def test_a_range_outside_the_corpus_is_refused(tars):
-    with pytest.raises(CorpusError, match="sample ids 200 to 202 are not in this corpus of 201 samples"):
+    with pytest.raises(
+        CorpusError, match="sample ids 200 to 202 are not in this corpus of 201 samples"
+    ):
         list(read_documents(index_of(*tars), 200, 202))
 
 
@@ -95,12 +102,18 @@ BAD = {
     ),
     "text a number": ({"json": b'{"text": 5}'}, '"text" is not a string but a number'),
     "ids a string": ({"json": b'{"input_ids": "1 2"}'}, '"input_ids" is not a list but a string'),
-    "ids floats": ({"json": b'{"input_ids": [1, 2.5]}'}, '"input_ids" holds 2.5, which is not a token id'),
+    "ids floats": (
+        {"json": b'{"input_ids": [1, 2.5]}'},
+        '"input_ids" holds 2.5, which is not a token id',
+    ),
     "ids negative": ({"json": b'{"input_ids": [1, -100]}'}, '"input_ids" holds -100, which'),
     "ids null": ({"json": b'{"input_ids": [1, null]}'}, '"input_ids" holds null, which'),
     "ids true": ({"json": b'{"input_ids": [true]}'}, '"input_ids" holds true, which'),
     "ids nested": ({"json": b'{"input_ids": [[1]]}'}, '"input_ids" holds [1], which'),
-    "deep": ({"json": b'{"text": "x", "a": ' + b"[" * DEEP + b"]" * DEEP + b"}"}, "nested more than 64 deep"),
+    "deep": (
+        {"json": b'{"text": "x", "a": ' + b"[" * DEEP + b"]" * DEEP + b"}"},
+        "nested more than 64 deep",
+    ),
     "deep and torn": ({"json": b'{"a":' * (DEEP // 2)}, "invalid JSON: nested more than 64 deep"),
     "quotes without end": ({"json": b'{"' + b'\\"[' * 90_000}, "invalid JSON: Unterminated string"),
     "a long number": (
@@ -108,7 +121,10 @@ BAD = {
         "invalid JSON: Exceeds the limit",
     ),
     "too large": ({"txt": b"x" * 300_001}, "too large: its .txt is over 300,000 bytes"),
-    "json too large": ({"json": document("x" * 300_000)}, "too large: its .json is over 300,000 bytes"),
+    "json too large": (
+        {"json": document("x" * 300_000)},
+        "too large: its .json is over 300,000 bytes",
+    ),
 }
 GOOD = {
     "empty": ({"json": b'{"text": ""}'}, "", None),
@@ -157,9 +173,13 @@ def test_unusual_documents_are_read(kind, tmp_path):
 def test_the_stream_and_the_index_count_the_same_domains(tmp_path):
     odd = [*BAD.values(), *(value[:2] for value in GOOD.values())]
     named = [
-        (f"{i}.{suffix}", data) for i, (members, _) in enumerate(odd) for suffix, data in members.items()
+        (f"{i}.{suffix}", data)
+        for i, (members, _) in enumerate(odd)
+        for suffix, data in members.items()
     ]
-    index = index_of(write_tar(tmp_path / "a.tar", named + [(f"p{n}", d) for n, d in plain_members(70)]))
+    index = index_of(
+        write_tar(tmp_path / "a.tar", named + [(f"p{n}", d) for n, d in plain_members(70)])
+    )
     got = list(read_documents(index, 0, index.n_samples))
     assert Counter(d.domain for d in got) == index.domain_counts()
 
@@ -226,7 +246,12 @@ def zero_header_of(raw, name: bytes):
 
 
 HIDDEN_CHANGES = {
-    "another key": (lambda raw: rename_member(raw, b"000100.json", b"9"), 64, 127, "its keys are not those"),
+    "another key": (
+        lambda raw: rename_member(raw, b"000100.json", b"9"),
+        64,
+        127,
+        "its keys are not those",
+    ),
     "a zeroed header": (
         lambda raw: zero_header_of(raw, b"000100.json"),
         64,
@@ -258,7 +283,8 @@ def test_a_change_that_size_and_time_hide_is_named_with_its_block(kind, tmp_path
         list(read_documents(index, 0, 200))
     message = str(caught.value)
     assert (
-        f"{tmp_path}/a.tar: changed or damaged since it was indexed, in samples {first} to {last}" in message
+        f"{tmp_path}/a.tar: changed or damaged since it was indexed, in samples {first} to {last}"
+        in message
     )
     assert words in message
     assert "python -m gradproj index" in message

@@ -45,7 +45,9 @@ TARS = {
         for suffix, data in (("txt", b"a text"), ("json", document("t", f"d{i % 2}")))
     ],
     "long names": long_names(70),
-    "prefix in ustar": [(f"{'p' * 90}/{i:04d}-{'n' * 60}.json", document("x", "p")) for i in range(70)],
+    "prefix in ustar": [
+        (f"{'p' * 90}/{i:04d}-{'n' * 60}.json", document("x", "p")) for i in range(70)
+    ],
     "folders": [(f"./a.b/c/{i}.x.JSON", b"no json") for i in range(70)],
     "unicode keys": [(f"schlüssel-\u2028-{i}.json", document("ü", "ö", n=i)) for i in range(70)],
     "skipped members": [
@@ -57,9 +59,15 @@ TARS = {
         ("a.txt", b"still a"),
         ("__b.json", document("b", "B")),
     ],
-    "a tar in a tar": [("inner.tar", (header(b"x.json", 9) + bytes(BLOCK)) * 5), *plain_members(70)],
+    "a tar in a tar": [
+        ("inner.tar", (header(b"x.json", 9) + bytes(BLOCK)) * 5),
+        *plain_members(70),
+    ],
     "sizes around a block": [(f"{n}.bin", b"x" * n) for n in (0, 1, 511, 512, 513, 1024)],
-    "a member of 100 chunks": [("a.json", document("a", "A")), ("b.json", document("b" * 200_000, "B"))],
+    "a member of 100 chunks": [
+        ("a.json", document("a", "A")),
+        ("b.json", document("b" * 200_000, "B")),
+    ],
     "metadata in odd forms": [
         ("0.json", b'{"text":"x"}'),
         ("1.json", b'{"meta":{"pile_set_name":"first"},"text":"x"}'),
@@ -88,7 +96,8 @@ def test_a_scan_finds_the_samples_that_webdataset_finds_where_tarfile_finds_them
     samples, offsets = slow_samples(path), slow_offsets(path)
     keys = [sample["__key__"] for sample in samples]
     first_member = {
-        key: min(at for name, at in offsets.items() if base_plus_ext(name)[0] == key) for key in keys
+        key: min(at for name, at in offsets.items() if base_plus_ext(name)[0] == key)
+        for key in keys
     }
     for chunk in (tarscan._CHUNK_BYTES, 1024, 4096):
         monkeypatch.setattr(tarscan, "_CHUNK_BYTES", chunk)
@@ -105,7 +114,9 @@ def test_a_scan_finds_the_samples_that_webdataset_finds_where_tarfile_finds_them
 def test_tars_of_webdatasets_own_writer_are_read(tmp_path):
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         for i in range(100):
-            writer.write({"__key__": f"k{i:03d}", "json": {"text": "x", "meta": {"pile_set_name": "D"}}})
+            writer.write(
+                {"__key__": f"k{i:03d}", "json": {"text": "x", "meta": {"pile_set_name": "D"}}}
+            )
     facts = scan_tar(tmp_path / "a.tar", FIELD)
     assert (facts.n_samples, facts.domain_counts) == (100, {"D": 100})
 
@@ -195,13 +206,29 @@ def at_byte(raw: bytes, position: int, new: bytes) -> bytes:
 DAMAGE = {
     "an empty file": (lambda raw: b"", 0, "an empty file"),
     "cut at a member's end": (lambda raw: raw[:2048], 2048, "cut at a member's end"),
-    "cut after one zero block": (lambda raw: raw[: 3072 + 512], 3072, "cut inside the two zero blocks"),
+    "cut after one zero block": (
+        lambda raw: raw[: 3072 + 512],
+        3072,
+        "cut inside the two zero blocks",
+    ),
     "cut inside a member": (lambda raw: raw[:2600], 2048, "cut inside the member '000002.json'"),
-    "cut inside the padding": (lambda raw: raw[:3000], 3000, "cut inside the padding after a member"),
+    "cut inside the padding": (
+        lambda raw: raw[:3000],
+        3000,
+        "cut inside the padding after a member",
+    ),
     "cut inside a header": (lambda raw: raw[:2100], 2048, "cut inside a header"),
     "a header zeroed": (lambda raw: at_byte(raw, 1024, bytes(512)), 1024, "a header is zeroed"),
-    "header and data zeroed": (lambda raw: at_byte(raw, 1024, bytes(1024)), 2048, "data after the tar's end"),
-    "a bit of a header": (lambda raw: at_byte(raw, 1027, bytes([raw[1027] ^ 4])), 1024, "checksum is wrong"),
+    "header and data zeroed": (
+        lambda raw: at_byte(raw, 1024, bytes(1024)),
+        2048,
+        "data after the tar's end",
+    ),
+    "a bit of a header": (
+        lambda raw: at_byte(raw, 1027, bytes([raw[1027] ^ 4])),
+        1024,
+        "checksum is wrong",
+    ),
     "the first header": (
         lambda raw: at_byte(raw, 3, b"!"),
         0,
@@ -209,7 +236,11 @@ DAMAGE = {
     ),
     "trailing garbage": (lambda raw: raw + b"garbage", 10240, "trailing garbage"),
     "two tars in one": (lambda raw: raw + raw, 10240, "trailing garbage"),
-    "zeros to the end": (lambda raw: raw[:3072] + bytes(2 << 20), 3072, "as an interrupted copy leaves them"),
+    "zeros to the end": (
+        lambda raw: raw[:3072] + bytes(2 << 20),
+        3072,
+        "as an interrupted copy leaves them",
+    ),
     "only zeros": (lambda raw: bytes(2 << 20), 0, "as an interrupted copy leaves them"),
     "an extension header alone": (
         lambda raw: raw[:3072] + header(b"L", 4, kind=b"L") + padded(b"name") + END,
@@ -222,12 +253,16 @@ DAMAGE = {
         "cut inside an extension",
     ),
     "a malformed pax record": (
-        lambda raw: raw[:3072] + header(b"x", 9, kind=b"x") + padded(b"99 path=a") + raw[:1024] + END,
+        lambda raw: (
+            raw[:3072] + header(b"x", 9, kind=b"x") + padded(b"99 path=a") + raw[:1024] + END
+        ),
         3584,
         "a pax header's record is malformed",
     ),
     "a malformed pax size": (
-        lambda raw: raw[:3072] + header(b"x", 10, kind=b"x") + padded(b"10 size=z\n") + raw[:1024] + END,
+        lambda raw: (
+            raw[:3072] + header(b"x", 10, kind=b"x") + padded(b"10 size=z\n") + raw[:1024] + END
+        ),
         3584,
         "a pax header's size is no number",
     ),
@@ -266,7 +301,9 @@ def test_a_tar_cut_anywhere_is_damaged(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_flipped_bit_is_an_error_or_another_digest(form, tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("a.json", document("a", "D")), ("b.txt", b"b")], FORMS[form], 1.5)
+    path = write_tar(
+        tmp_path / "a.tar", [("a.json", document("a", "D")), ("b.txt", b"b")], FORMS[form], 1.5
+    )
     raw = path.read_bytes()
     whole = scan_tar(path, FIELD)
     rng = random.Random(5)
@@ -287,14 +324,26 @@ GROUPING = {
         1024,
         "the key 'a' comes a second time",
     ),
-    "a name twice": ([("a.json", b""), ("a.json", b"")], 512, "the sample 'a' has two members 'json'"),
-    "a name twice but for case": ([("a.json", b""), ("a.JSON", b"")], 512, "has two members 'json'"),
+    "a name twice": (
+        [("a.json", b""), ("a.json", b"")],
+        512,
+        "the sample 'a' has two members 'json'",
+    ),
+    "a name twice but for case": (
+        [("a.json", b""), ("a.JSON", b"")],
+        512,
+        "has two members 'json'",
+    ),
     "webdataset's own name": (
         [("a.__bad__", b"x")],
         0,
         "the suffix '__bad__' of the sample 'a' is webdataset's own",
     ),
-    "far apart": ([(f"{i % 100}.json", b"") for i in range(101)], 51_200, "the key '0' comes a second time"),
+    "far apart": (
+        [(f"{i % 100}.json", b"") for i in range(101)],
+        51_200,
+        "the key '0' comes a second time",
+    ),
 }
 
 

@@ -48,16 +48,22 @@ def small_scene(tmp_path_factory, model_dir):
 
 
 @pytest.mark.parametrize(("jobs", "kills"), [(1, 4), (2, 3)])
-def test_a_few_kills_leave_the_store_of_an_undisturbed_job(tmp_path, small_scene, seed, jobs, kills):
+def test_a_few_kills_leave_the_store_of_an_undisturbed_job(
+    tmp_path, small_scene, seed, jobs, kills
+):
     tally, started = Tally(most=kills), time.monotonic()
     print(f"CHAOS_SEED={seed}")
-    fill_under_kills(small_scene, tmp_path / "out", tally, np.random.default_rng([seed, jobs]), jobs)
+    fill_under_kills(
+        small_scene, tmp_path / "out", tally, np.random.default_rng([seed, jobs]), jobs
+    )
     print(tally.table(seed, time.monotonic() - started))
     assert len(tally.kills) >= 1
 
 
 @pytest.mark.chaos
-def test_hundreds_of_kills_leave_the_stores_of_an_undisturbed_job(tmp_path, model_dir, capsys, seed):
+def test_hundreds_of_kills_leave_the_stores_of_an_undisturbed_job(
+    tmp_path, model_dir, capsys, seed
+):
     wanted = int(os.environ.get("CHAOS_KILLS", 300))
     scene = make_scene(tmp_path, model_dir, 6000)
     tally, started, numbers = Tally(most=10**9), time.monotonic(), itertools.count()

@@ -25,7 +25,9 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def small_corpus(tmp_path_factory):
     """Three units of some batches each."""
-    return make_corpus(tmp_path_factory.mktemp("small") / "tars", mixed_documents(N_SAMPLES), per_tar=20)
+    return make_corpus(
+        tmp_path_factory.mktemp("small") / "tars", mixed_documents(N_SAMPLES), per_tar=20
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,17 @@ class Launch:
         # Another may have left before, for want of work or of the one that died.
         while ended.status != -9 and self.ranks.running():
             ended = self.ranks.wait_for_one()
-        assert (ended.status, ended.steps[-1:]) == (-9, [step]), f"no rank came to {step!r}\n{ended.output}"
+        assert (ended.status, ended.steps[-1:]) == (-9, [step]), (
+            f"no rank came to {step!r}\n{ended.output}"
+        )
         self.ranks.kill_all()
 
     def finish(self, world_size):
         self.start(world_size)
         ended = self.ranks.wait_for_all()
-        assert [rank.status for rank in ended] == [0] * world_size, "\n".join(rank.output for rank in ended)
+        assert [rank.status for rank in ended] == [0] * world_size, "\n".join(
+            rank.output for rank in ended
+        )
 
     def die_merging_at(self, step):
         self.ranks.start(["gradproj.__main__", "merge", str(self.output)], kill_at=step)
@@ -96,7 +102,9 @@ def assert_as_if_nothing_had_happened(output, undisturbed, ranks):
     with ProjectionStore(output) as store:
         assert store.status_counts()["ok"] == N_SAMPLES
         assert store.missing_ranges() == []
-        assert [s.key for s in store.samples(range(N_SAMPLES))] == [f"{i:012d}" for i in range(N_SAMPLES)]
+        assert [s.key for s in store.samples(range(N_SAMPLES))] == [
+            f"{i:012d}" for i in range(N_SAMPLES)
+        ]
     assert json.loads((output / "projection_stats.json").read_text())["complete"] is True
     left = {folder: [p.name for p in (output / folder).iterdir()] for folder in FOLDERS}
     assert len(left.pop("units")) == N_UNITS
@@ -115,7 +123,10 @@ def die_merging_a_finished_store(launch, undisturbed):
     launch.die_merging_at("merge reopened")
 
 
-COMES_TO = {"old owner fenced": die_with_a_dead_owners_claim, "merge reopened": die_merging_a_finished_store}
+COMES_TO = {
+    "old owner fenced": die_with_a_dead_owners_claim,
+    "merge reopened": die_merging_a_finished_store,
+}
 """Steps that a new store's job does not come to -> what does."""
 
 WORLD_SIZES = [1, 2, 1, 3]
@@ -123,9 +134,12 @@ WORLD_SIZES = [1, 2, 1, 3]
 
 
 @pytest.mark.parametrize(
-    ("step", "world_size"), [(step, WORLD_SIZES[i % len(WORLD_SIZES)]) for i, step in enumerate(STEPS)]
+    ("step", "world_size"),
+    [(step, WORLD_SIZES[i % len(WORLD_SIZES)]) for i, step in enumerate(STEPS)],
 )
-def test_a_job_that_dies_at_any_step_goes_on_to_the_same_bits(launch, undisturbed, step, world_size):
+def test_a_job_that_dies_at_any_step_goes_on_to_the_same_bits(
+    launch, undisturbed, step, world_size
+):
     if step in COMES_TO:
         COMES_TO[step](launch, undisturbed)
     else:
@@ -141,8 +155,12 @@ def test_a_drain_that_dies_at_any_step_goes_on_to_the_same_bits(launch, undistur
     assert_as_if_nothing_had_happened(launch.output, undisturbed, launch.ranks)
 
 
-@pytest.mark.parametrize("step", ["merge taken back", "claim given back", "shard published", "block merged"])
-def test_a_job_that_computes_a_lost_unit_again_and_dies_goes_on_to_the_same_bits(launch, undisturbed, step):
+@pytest.mark.parametrize(
+    "step", ["merge taken back", "claim given back", "shard published", "block merged"]
+)
+def test_a_job_that_computes_a_lost_unit_again_and_dies_goes_on_to_the_same_bits(
+    launch, undisturbed, step
+):
     shutil.copytree(undisturbed, launch.output)
     (launch.output / "units" / "00000001.safetensors").unlink()
     launch.die_at(step)

@@ -31,7 +31,13 @@ from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.coordinator.process_id import process_start
 from gradproj.store import STATUS
 
-SETTINGS = {"proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "batch_tokens": 300, "max_length": 48}
+SETTINGS = {
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 8,
+    "batch_tokens": 300,
+    "max_length": 48,
+}
 
 
 @pytest.fixture(scope="session")
@@ -66,8 +72,20 @@ def slow_rows(model_dir, texts, max_length, windows, mean):
 def test_a_documents_row_is_its_projected_gradient(tmp_path, model_dir, long_documents, reduction):
     texts = [words(n, n) for n in (3, 200, 40, 9, 90)]
     corpus = make_corpus(tmp_path / "tars", [{"text": text} for text in texts], per_tar=2)
-    options = {**SETTINGS, "max_length": 32, "long_documents": long_documents, "loss_reduction": reduction}
-    run_job(1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", proj_dtype="float32", **options)
+    options = {
+        **SETTINGS,
+        "max_length": 32,
+        "long_documents": long_documents,
+        "loss_reduction": reduction,
+    }
+    run_job(
+        1,
+        shards=corpus,
+        model=model_dir,
+        output_dir=tmp_path / "out",
+        proj_dtype="float32",
+        **options,
+    )
     want = slow_rows(model_dir, texts, 32, long_documents == "windows", reduction == "mean")
     with ProjectionStore(tmp_path / "out") as store:
         for got, expected in zip(store.rows(range(5)), want, strict=True):
@@ -86,7 +104,10 @@ def test_every_document_is_in_the_store_once_and_complete(undisturbed):
         assert counts(store) == {"ok": 200}
         samples = store.samples(range(200))
         assert [s.key for s in samples] == [f"{i:012d}" for i in range(200)]
-        assert [s.domain for s in samples] == ["Github", "ArXiv", "Pile-CC"] * 66 + ["Github", "ArXiv"]
+        assert [s.domain for s in samples] == ["Github", "ArXiv", "Pile-CC"] * 66 + [
+            "Github",
+            "ArXiv",
+        ]
         assert [s.tar for s in samples] == [i // 40 for i in range(200)]
     stats = json.loads((undisturbed / "projection_stats.json").read_text())
     assert stats["complete"]
@@ -114,14 +135,26 @@ def test_the_losses_are_the_models_own(undisturbed, model_dir):
         for sample in store.samples([0, 7, 199]):
             ids = torch.tensor([tokenizer(documents[sample.sample_id]["text"]).input_ids[:48]])
             with torch.no_grad():
-                assert sample.loss == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+                assert sample.loss == pytest.approx(
+                    model(input_ids=ids, labels=ids).loss.item(), rel=1e-4
+                )
             assert sample.n_tokens == ids.shape[1] - 1
 
 
-def test_the_stores_token_covariances_are_the_sum_over_units(undisturbed, corpus, model_dir, tmp_path):
-    run_job(1, shards=corpus, model=model_dir, output_dir=tmp_path / "one", rows_per_shard=256, **SETTINGS)
+def test_the_stores_token_covariances_are_the_sum_over_units(
+    undisturbed, corpus, model_dir, tmp_path
+):
+    run_job(
+        1,
+        shards=corpus,
+        model=model_dir,
+        output_dir=tmp_path / "one",
+        rows_per_shard=256,
+        **SETTINGS,
+    )
     many, one = (
-        zarr.open_group(str(path / "projections.zarr"), mode="r") for path in (undisturbed, tmp_path / "one")
+        zarr.open_group(str(path / "projections.zarr"), mode="r")
+        for path in (undisturbed, tmp_path / "one")
     )
     for name in ("token_covariance_a", "token_covariance_s"):
         np.testing.assert_allclose(many[name][...], one[name][...], rtol=1e-4, atol=1e-3)
@@ -133,7 +166,13 @@ def test_the_stores_token_covariances_are_the_sum_over_units(undisturbed, corpus
 def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, undisturbed, dtype):
     output = tmp_path / "out"
     run_job(
-        1, shards=corpus, model=model_dir, output_dir=output, proj_dtype=dtype, max_samples=40, **SETTINGS
+        1,
+        shards=corpus,
+        model=model_dir,
+        output_dir=output,
+        proj_dtype=dtype,
+        max_samples=40,
+        **SETTINGS,
     )
     path = str(output / "projections.zarr")
     with ProjectionStore(output) as store:
@@ -141,7 +180,9 @@ def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, und
     scale = zarr.open_array(f"{path}/row_scale", mode="r")[...]
     read = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/projections"}).result()
     assert read.dtype.name == dtype
-    np.testing.assert_array_equal(read[...].read().result().astype(np.float32) * scale[:, None], rows)
+    np.testing.assert_array_equal(
+        read[...].read().result().astype(np.float32) * scale[:, None], rows
+    )
     if dtype != "bfloat16":
         script = (
             "import sys, zarr, numpy as np; g = zarr.open_group(sys.argv[1], mode='r'); "
@@ -181,9 +222,13 @@ def test_every_odd_document_has_exactly_one_row_with_the_right_status(tmp_path, 
         (b'{"input_ids": [5, 100000]}', "bad_input"),
     ]
     expected = [status for _, status in texts] + [status for _, status in raw]
-    documents = [{"text": t, "meta": {"pile_set_name": "odd"}} for t, _ in texts] + [data for data, _ in raw]
+    documents = [{"text": t, "meta": {"pile_set_name": "odd"}} for t, _ in texts] + [
+        data for data, _ in raw
+    ]
     corpus = make_corpus(tmp_path / "tars", documents, per_tar=7)
-    run_job(2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", rows_per_shard=4, **SETTINGS)
+    run_job(
+        2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", rows_per_shard=4, **SETTINGS
+    )
     group = zarr.open_group(str(tmp_path / "out" / "projections.zarr"), mode="r")
     assert [STATUS[s] for s in expected] == group["status"][...].tolist()
     with ProjectionStore(tmp_path / "out") as store:
@@ -206,15 +251,28 @@ def test_a_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
     as_text = make_corpus(tmp_path / "text", [{"text": t} for t in texts])
     as_ids = make_corpus(tmp_path / "ids", [{"input_ids": tokenizer(t).input_ids} for t in texts])
     for source in (as_text, as_ids):
-        run_job(1, shards=source, model=model_dir, output_dir=tmp_path / f"out-{source.name}", **SETTINGS)
+        run_job(
+            1,
+            shards=source,
+            model=model_dir,
+            output_dir=tmp_path / f"out-{source.name}",
+            **SETTINGS,
+        )
     assert_same_bits(tmp_path / "out-text", tmp_path / "out-ids")
 
 
-@pytest.mark.parametrize(("special", "extra"), [("none", []), ("bos", ["bos"]), ("bos_eos", ["bos", "eos"])])
+@pytest.mark.parametrize(
+    ("special", "extra"), [("none", []), ("bos", ["bos"]), ("bos_eos", ["bos", "eos"])]
+)
 def test_special_tokens_are_those_asked_for(tmp_path, model_dir, special, extra):
     corpus = make_corpus(tmp_path / "tars", [{"text": words(9, 1)}])
     run_job(
-        1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", special_tokens=special, **SETTINGS
+        1,
+        shards=corpus,
+        model=model_dir,
+        output_dir=tmp_path / "out",
+        special_tokens=special,
+        **SETTINGS,
     )
     with ProjectionStore(tmp_path / "out") as store:
         plain = len(AutoTokenizer.from_pretrained(model_dir)(words(9, 1)).input_ids)
@@ -241,7 +299,9 @@ def test_a_finished_store_started_again_stays_as_it_is(corpus, model_dir, undist
     assert arrays_of(undisturbed) == before
 
 
-def test_a_copied_corpus_and_touched_tars_go_on_in_the_same_output(tmp_path, corpus, model_dir, undisturbed):
+def test_a_copied_corpus_and_touched_tars_go_on_in_the_same_output(
+    tmp_path, corpus, model_dir, undisturbed
+):
     output, tars = tmp_path / "out", shutil.copytree(corpus, tmp_path / "tars")
     settings = {"model": model_dir, "output_dir": output, **SETTINGS}
     run_job(1, shards=corpus, **settings)
@@ -271,7 +331,9 @@ def test_other_settings_are_refused_with_every_difference(corpus, model_dir, und
 def wait_for_records(output, at_least, process, timeout=60):
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
-        if (output / "units").is_dir() and len(list((output / "units").glob("*.safetensors"))) >= at_least:
+        if (output / "units").is_dir() and len(
+            list((output / "units").glob("*.safetensors"))
+        ) >= at_least:
             return
         time.sleep(0.005)
 
@@ -300,7 +362,10 @@ def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
     output = tmp_path / "out"
     settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
     first = subprocess.Popen(
-        job_command(2, **settings), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        job_command(2, **settings),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     wait_for_records(output, 1, first)
     workers = {pid: process_start(pid) for pid in descendants(first.pid)}
@@ -320,7 +385,9 @@ def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
     assert_same_bits(output, undisturbed)
 
 
-def test_saved_partial_rows_are_taken_up_and_give_the_same_bits(tmp_path, corpus, model_dir, undisturbed):
+def test_saved_partial_rows_are_taken_up_and_give_the_same_bits(
+    tmp_path, corpus, model_dir, undisturbed
+):
     output = tmp_path / "out"
     settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
     job = subprocess.Popen(job_command(1, proj_save_interval=1, **settings), env=ENVIRONMENT)

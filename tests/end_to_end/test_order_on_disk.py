@@ -56,7 +56,16 @@ def events_by_strace(tmp_path, settings):
     if tried.returncode:
         pytest.skip(f"strace does not work here: {tried.stderr.strip()}")
     log = tmp_path / "strace"
-    command = [*STRACE, "-e", f"trace={CALLS}", "-s", "0", "-o", str(log), *job_command(1, **settings)]
+    command = [
+        *STRACE,
+        "-e",
+        f"trace={CALLS}",
+        "-s",
+        "0",
+        "-o",
+        str(log),
+        *job_command(1, **settings),
+    ]
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
     return list(events_in(whole_lines(log.read_text().splitlines())))
 
@@ -85,7 +94,9 @@ def events_in(calls):
             yield Event(thread, "flush", path, path, {path: writes[path]} if path in writes else {})
         elif "link" in name or "rename" in name:
             old, new = re.findall(r'"(.*?)"', arguments)
-            inside = {path: n for path, n in writes.items() if path == old or path.startswith(f"{old}/")}
+            inside = {
+                path: n for path, n in writes.items() if path == old or path.startswith(f"{old}/")
+            }
             event = Event(thread, "publish", old, new, inside)
             writes.update({event.renamed(path): n for path, n in inside.items()})
             yield event
@@ -122,7 +133,9 @@ def is_final(event, output):
     """Not what is moved about in the scratch folders, and not a heartbeat, which may be lost."""
     inside = Path(event.path).is_relative_to(output)
     return (
-        event.what == "publish" and inside and Path(event.path).relative_to(output).parts[0] not in NOT_FINAL
+        event.what == "publish"
+        and inside
+        and Path(event.path).relative_to(output).parts[0] not in NOT_FINAL
     )
 
 
@@ -130,7 +143,9 @@ NOT_FINAL = ("tmp", "heartbeats")
 
 
 def publications(events, output):
-    return [str(Path(event.path).relative_to(output)) for event in events if is_final(event, output)]
+    return [
+        str(Path(event.path).relative_to(output)) for event in events if is_final(event, output)
+    ]
 
 
 def assert_all_is_there(published):
@@ -140,7 +155,9 @@ def assert_all_is_there(published):
         r"projections.zarr/(loss|status|key)/c\.0.*", "projections.zarr/token_covariance_a",
         "projections.zarr/zarr.json",
     ):  # fmt: skip
-        assert [name for name in published if re.fullmatch(pattern, name)], f"no {pattern} in {published}"
+        assert [name for name in published if re.fullmatch(pattern, name)], (
+            f"no {pattern} in {published}"
+        )
 
 
 def assert_contents_are_flushed_before(events, output):

@@ -25,7 +25,9 @@ def test_a_mistake_is_said_once_and_leaves_nothing_behind(tmp_path, corpus, rank
     settings = {"shards": corpus, "model": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
     # torchrun has one exit code, 1, for whatever its workers end with.
     done = run_job(ranks, expect=2 if ranks == 1 else 1, **settings)
-    assert our_lines(done.stderr) == [f"gradproj: --model {tmp_path / 'nowhere'}: no such directory"]
+    assert our_lines(done.stderr) == [
+        f"gradproj: --model {tmp_path / 'nowhere'}: no such directory"
+    ]
     assert not (tmp_path / "out").exists()
     if ranks == 1:
         assert "Traceback" not in done.stderr
@@ -38,7 +40,9 @@ def test_a_mistake_in_the_flags_is_said_once_for_all_ranks(tmp_path, corpus, mod
     assert our_lines(done.stderr) == ["gradproj: --batch_size: invalid int value: 'many'"]
 
 
-def test_a_job_refused_for_its_other_settings_leaves_the_store_as_it_is(tmp_path, corpus, model_dir):
+def test_a_job_refused_for_its_other_settings_leaves_the_store_as_it_is(
+    tmp_path, corpus, model_dir
+):
     settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", **SETTINGS}
     run_job(1, **settings)
     before = tree_of(tmp_path / "out")
@@ -54,7 +58,9 @@ def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
     else:
         (tmp_path / "locked").mkdir(mode=0o500)
         parent = tmp_path / "locked"
-    done = run_job(1, expect=2, shards=corpus, model=model_dir, output_dir=f"{parent}/out", **SETTINGS)
+    done = run_job(
+        1, expect=2, shards=corpus, model=model_dir, output_dir=f"{parent}/out", **SETTINGS
+    )
     assert len(our_lines(done.stderr)) == 1
     assert "/out" in our_lines(done.stderr)[0]
     assert "Traceback" not in done.stderr
@@ -134,9 +140,19 @@ def test_a_folder_that_turns_read_only_in_the_middle_is_one_line_and_loses_nothi
     tmp_path, corpus, model_dir, small_disk
 ):
     output = small_disk / "out"
-    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS, "batch_size": 4}
+    settings = {
+        "shards": corpus,
+        "model": model_dir,
+        "output_dir": output,
+        **SETTINGS,
+        "batch_size": 4,
+    }
     job = subprocess.Popen(
-        job_command(1, **settings), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        job_command(1, **settings),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for_first_record(small_disk)
     # By a mount of its own, over the first: one that has files open for writing, as the job's log, cannot be turned.
@@ -148,7 +164,10 @@ def test_a_folder_that_turns_read_only_in_the_middle_is_one_line_and_loses_nothi
         subprocess.run(["umount", small_disk], check=True)
     assert job.returncode == 2, errors
     assert len(our_lines(errors)) == 1
-    assert "Read-only file system. Make it writable and start again: what was finished is kept" in errors
+    assert (
+        "Read-only file system. Make it writable and start again: what was finished is kept"
+        in errors
+    )
     assert "Traceback" not in errors
     kept = {path: path.read_bytes() for path in (output / "units").iterdir()}
     assert 1 <= len(kept) < 13
@@ -175,7 +194,12 @@ def fill_after_first_record(disk):
 
 
 def test_plan_says_the_same_line_as_the_job(tmp_path, corpus, model_dir):
-    settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", "proj_layers": "nope"}
+    settings = {
+        "shards": corpus,
+        "model": model_dir,
+        "output_dir": tmp_path / "out",
+        "proj_layers": "nope",
+    }
     job = run_job(1, expect=2, **settings)
     plan = subprocess.run(
         [sys.executable, "-m", "gradproj", "plan", *flags(**settings)],

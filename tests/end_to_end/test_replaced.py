@@ -56,7 +56,11 @@ class Jobs:
         """Wake a job up; its exit code and what it said."""
         job.send_signal(signal.SIGCONT)
         errors = job.communicate(timeout=60)[1]
-        return job.returncode, [line for line in errors.splitlines() if line.startswith("gradproj:")], errors
+        return (
+            job.returncode,
+            [line for line in errors.splitlines() if line.startswith("gradproj:")],
+            errors,
+        )
 
 
 @pytest.fixture
@@ -87,7 +91,8 @@ def test_a_job_that_stood_still_while_another_store_was_begun_leaves_that_one_al
     code, lines, errors = jobs.go_on(old)
     assert (code, len(lines)) == (2, 1), errors
     assert (
-        f"{output} was replaced while this job ran: it holds another store, of other settings now" in lines[0]
+        f"{output} was replaced while this job ran: it holds another store, of other settings now"
+        in lines[0]
     )
     assert lasting(output) == there
     assert jobs.go_on(new)[0] == 0

@@ -118,7 +118,10 @@ def test_ctrl_c_during_the_imports_ends_all_with_one_line(start, slow_imports):
     job.wait_until_gone(DRAIN_S)
     said = job.log.read_text()
     assert (
-        said.count("gradproj: stopped by SIGINT before the first unit; run the same command to go on\n") == 1
+        said.count(
+            "gradproj: stopped by SIGINT before the first unit; run the same command to go on\n"
+        )
+        == 1
     )
     assert "KeyboardInterrupt" not in said
     assert "gradproj/run.py" not in said
@@ -136,7 +139,9 @@ def claims_held(output):
 def saved_batches(output):
     """Unit -> batches whose rows are in ``partial/``."""
     names = [path.relative_to(output / "partial") for path in (output / "partial").glob("*/*")]
-    return {int(name.parts[0]): int(re.fullmatch(r"000000-(\d{6})\..*", name.name)[1]) for name in names}
+    return {
+        int(name.parts[0]): int(re.fullmatch(r"000000-(\d{6})\..*", name.name)[1]) for name in names
+    }
 
 
 def assert_drained(output, ranks):
@@ -147,14 +152,18 @@ def assert_drained(output, ranks):
     assert list(saved_batches(output).values()) == [BATCHES_DONE] * ranks
 
 
-def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(scene, start, slow, tmp_path):
+def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(
+    scene, start, slow, tmp_path
+):
     output, (program, folder) = tmp_path / "out", slow(4)
     job = start(folder, program=program)
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_until_gone(DRAIN_S)
     said = job.log.read_text()
     assert said.count("gradproj: SIGINT: stopping after the batch in flight") == 1
-    assert re.search(r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to go on", said)
+    assert re.search(
+        r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to go on", said
+    )
     assert "gradproj/run.py" not in said, "a traceback"
     assert_drained(output, ranks=2)
 

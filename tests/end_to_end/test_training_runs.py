@@ -44,9 +44,16 @@ def start(ranks, world_size=1, **settings):
         probe.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     for rank in range(world_size) if world_size > 1 else ():
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        places = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+        }
         environment = where | {name: str(place) for name, place in places.items()}
-        ranks.start(["gradproj.__main__", "train", *flags(**settings)], rank, environment=environment)
+        ranks.start(
+            ["gradproj.__main__", "train", *flags(**settings)], rank, environment=environment
+        )
     if world_size == 1:
         ranks.start(["gradproj.__main__", "train", *flags(**settings)])
 
@@ -55,7 +62,9 @@ def run(ranks, world_size=1, **settings):
     """Run to the end; what its processes said."""
     start(ranks, world_size, **settings)
     ended = ranks.wait_for_all()
-    assert [rank.status for rank in ended] == [0] * world_size, "".join(rank.output for rank in ended)
+    assert [rank.status for rank in ended] == [0] * world_size, "".join(
+        rank.output for rank in ended
+    )
     return "".join(rank.output for rank in ended)
 
 
@@ -113,18 +122,31 @@ def test_a_run_ended_three_times_and_resumed_is_the_run_that_nobody_ended(ranks,
 
 def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
     """Rows, ids and steps against one sample at a time; stopped and resumed, the same as in one go."""
-    changes = {"method": "GradProjLora", "schedule": "constant", "proj_dtype": "float32", "batch_size": 2}
+    changes = {
+        "method": "GradProjLora",
+        "schedule": "constant",
+        "proj_dtype": "float32",
+        "batch_size": 2,
+    }
     whole = settings_of(data, tmp_path / "whole", **changes)
     parts = settings_of(data, tmp_path / "parts", **changes)
     assert run(ranks, 2, **whole).count("Trained on") == 1
     run(ranks, 2, **parts | {"max_steps": 4, "checkpoint_interval": 4})
     run(ranks, 2, **parts | {"checkpoint_interval": 4}, resume=True)
     run(ranks, 2, **settings_of(data, tmp_path / "regular", **changes | {"method": "Regular"}))
-    assert curve_in(tmp_path / "parts") == curve_in(tmp_path / "whole") == curve_in(tmp_path / "regular")
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("regular", "whole", "parts")]
+    assert (
+        curve_in(tmp_path / "parts")
+        == curve_in(tmp_path / "whole")
+        == curve_in(tmp_path / "regular")
+    )
+    weights = [
+        load_file(tmp_path / name / "model.safetensors") for name in ("regular", "whole", "parts")
+    ]
     assert all(torch.equal(weights[0][k], w[k]) for w in weights[1:] for k in weights[0])
     want, steps, ids = rows_the_slow_way(config_of(data, tmp_path, **changes), data, world_size=2)
-    expected = {(step, sample_id): row for row, step, sample_id in zip(want, steps, ids, strict=True)}
+    expected = {
+        (step, sample_id): row for row, step, sample_id in zip(want, steps, ids, strict=True)
+    }
     for folder in ("whole", "parts"):
         rows, got_steps, got_ids = rows_in(tmp_path / folder)
         names = list(zip(got_steps.tolist(), got_ids.tolist(), strict=True))
@@ -147,7 +169,9 @@ def test_two_killed_ranks_dot_products_are_those_of_ranks_that_nobody_killed(ran
     assert [rank.status for rank in ended] == [-signal.SIGKILL] * 2
     run(ranks, 2, **killed)
     run(ranks, 2, **settings_of(data, tmp_path / "whole", **changes))
-    tables = [zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("killed", "whole")]
+    tables = [
+        zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("killed", "whole")
+    ]
     assert tables[0]["step"][...].tolist() == np.repeat(range(1, 41), 6).tolist()
     for name in ("step", "sample_id", "total", "value", "per_parameter"):
         np.testing.assert_array_equal(tables[0][name][...], tables[1][name][...])
@@ -158,10 +182,24 @@ def test_two_killed_ranks_dot_products_are_those_of_ranks_that_nobody_killed(ran
 
 def test_torchrun_starts_it_and_a_mistake_is_said_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    wrong = ["-m", "gradproj", "train", "--shards", "x", "--result_dir", str(tmp_path), "--method", "Ghost"]
-    done = subprocess.run([*launcher, *wrong], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    wrong = [
+        "-m",
+        "gradproj",
+        "train",
+        "--shards",
+        "x",
+        "--result_dir",
+        str(tmp_path),
+        "--method",
+        "Ghost",
+    ]
+    done = subprocess.run(
+        [*launcher, *wrong], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     assert (
-        done.stderr.count("gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora")
+        done.stderr.count(
+            "gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
+        )
         == 1
     )

@@ -28,7 +28,9 @@ def test_truncation_keeps_the_beginning(n):
     assert [p.tolist() for p in parts] == ([list(range(min(n, 8)))] if n > 1 else [])
 
 
-@pytest.mark.parametrize(("size", "tokens"), [(1, 1000), (8, 300), (1000, 99), (1000, 1), (5, 10**9)])
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(1, 1000), (8, 300), (1000, 99), (1000, 1), (5, 10**9)]
+)
 def test_batches_hold_every_sequence_once_within_both_budgets_longest_first(size, tokens):
     batches = plan_batches(LENGTHS, size, tokens)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(LENGTHS)))

@@ -29,7 +29,12 @@ def why_not() -> str:
 
 needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "a compiler is there")
 
-SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "freeze_weights": True, "token_covariances": True}
+SETTINGS = {
+    "proj_rank_total": 16,
+    "proj_rank_min": 2,
+    "freeze_weights": True,
+    "token_covariances": True,
+}
 
 
 def rows_of(model, batches, **changes):
@@ -81,7 +86,10 @@ def test_compiled_blocks_give_the_same_rows_of_every_length_and_leave_the_model_
 def test_tapped_layers_give_the_rows_of_hooked_ones(family, dtype, monkeypatch):
     """The very hooks that are compiled, without the compiler."""
     monkeypatch.setattr("gradproj.engine.frozen_model.compiled_block", lambda block: block.forward)
-    model, batches = small_model(family).to(dtype), [ragged_batch(lengths) for lengths in ([40, 30], [17])]
+    model, batches = (
+        small_model(family).to(dtype),
+        [ragged_batch(lengths) for lengths in ([40, 30], [17])],
+    )
     changes = {"include_embeddings": True} if family != "opt" else {}
     want, want_sums = rows_of(model, batches, **changes)
     got, sums = rows_of(model, batches, compiled=True, **changes)
@@ -172,7 +180,9 @@ def test_other_failures_are_left_alone():
 def test_everything_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "_has_cpp_compiler", lambda: False)
     monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ConfigError, match=r"a C\+\+ compiler .* and Python's headers .*leave --compile out"):
+    with pytest.raises(
+        ConfigError, match=r"a C\+\+ compiler .* and Python's headers .*leave --compile out"
+    ):
         check_compiler("cpu")
 
 

@@ -51,7 +51,9 @@ def test_a_row_is_the_same_alone_in_a_batch_beside_longer_samples_and_in_another
     order = [2, 0, 3, 1]
     shuffled, _ = rows_of(model, ids[order], labels[order], freeze_weights=True)
     for n, length in enumerate(LENGTHS):
-        alone, _ = rows_of(model, ids[n : n + 1, :length], labels[n : n + 1, :length], freeze_weights=True)
+        alone, _ = rows_of(
+            model, ids[n : n + 1, :length], labels[n : n + 1, :length], freeze_weights=True
+        )
         assert relative_error(rows[n], alone[0]) < 1e-5
         assert relative_error(shuffled[order.index(n)], alone[0]) < 1e-5
 
@@ -129,7 +131,9 @@ def test_a_shared_layer_has_the_sum_of_its_calls():
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, proj_layers="mlp", freeze_weights=True)
     assert len(engine.targets) == 3
-    assert relative_error(rows[0], projected_gradient_the_slow_way(model, engine, ids[0, :9])) < 1e-5
+    assert (
+        relative_error(rows[0], projected_gradient_the_slow_way(model, engine, ids[0, :9])) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("pattern", ["attn", "lora_A,lora_B"])
@@ -302,7 +306,9 @@ def test_attaching_leaves_no_trace():
     assert all(p.grad is None for p in model.parameters())
     assert before[0] == [p.requires_grad for p in model.parameters()]
     assert before[1] == [m.training for m in model.modules()]
-    assert before[2] == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    assert before[2] == [
+        (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()
+    ]
     assert all(torch.equal(v, before[3][k]) for k, v in model.state_dict().items())
 
 
@@ -329,7 +335,9 @@ def test_token_covariances_are_the_sums_over_real_tokens_of_each_sample_alone():
         got = engine.take_token_covariances()
         assert engine.take_token_covariances().n_tokens == 0
     assert got.n_tokens == 2 * sum(n - 1 for n in LENGTHS)
-    want_a, want_g = covariances_the_slow_way(model, engine, [ids[n, :k] for n, k in enumerate(LENGTHS)])
+    want_a, want_g = covariances_the_slow_way(
+        model, engine, [ids[n, :k] for n, k in enumerate(LENGTHS)]
+    )
     assert relative_error(got.a, 2 * want_a) < 1e-5
     assert relative_error(got.s, 2 * want_g) < 1e-5
 
@@ -338,7 +346,9 @@ def covariances_the_slow_way(model, engine, samples):
     """Inputs and output gradients kept whole by plain hooks, one sample and one token at a time."""
     kept: dict[str, list] = {t.name: [] for t in engine.targets}
     handles = [
-        t.module.register_forward_hook(lambda m, a, out, name=t.name: kept[name].append((a[0], out)))
+        t.module.register_forward_hook(
+            lambda m, a, out, name=t.name: kept[name].append((a[0], out))
+        )
         for t in engine.targets
     ]
     for tokens in samples:
@@ -354,9 +364,13 @@ def covariances_the_slow_way(model, engine, samples):
     for t in engine.targets:
         p_i, p_o = (p.double() for p in engine.projection_matrices[t.name])
         flat_a.append(
-            sum(torch.outer(p_i @ x, p_i @ x) for a, _ in kept[t.name] for x in a.detach()).flatten()
+            sum(
+                torch.outer(p_i @ x, p_i @ x) for a, _ in kept[t.name] for x in a.detach()
+            ).flatten()
         )
-        flat_g.append(sum(torch.outer(p_o @ x, p_o @ x) for _, g in kept[t.name] for x in g).flatten())
+        flat_g.append(
+            sum(torch.outer(p_o @ x, p_o @ x) for _, g in kept[t.name] for x in g).flatten()
+        )
     return torch.cat(flat_a), torch.cat(flat_g)
 
 
@@ -389,7 +403,9 @@ def test_mlp_and_attn_name_every_dense_layer_of_every_block(family):
     model = small_model(family)
     found = [t.name for t in find_layers(model, ["mlp", "attn"])]
     inner = [
-        n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and "lm_head" not in n
+        n
+        for n, m in model.named_modules()
+        if type(m).__name__ in ("Linear", "Conv1D") and "lm_head" not in n
     ]
     outside_blocks = {"embed_out", "model.decoder.project_out", "model.decoder.project_in"}
     assert found == [n for n in inner if n not in outside_blocks]
@@ -445,7 +461,10 @@ def test_a_layer_that_takes_no_part_is_an_error_and_not_a_row_of_zeros():
 
 def test_collecting_without_a_backward_pass_is_an_error():
     model = small_model("gpt2")
-    with GradProjLoraEngine(model, **ENGINE) as engine, pytest.raises(ModelError, match="no backward pass"):
+    with (
+        GradProjLoraEngine(model, **ENGINE) as engine,
+        pytest.raises(ModelError, match="no backward pass"),
+    ):
         engine.collect_batch()
 
 
@@ -492,7 +511,9 @@ def test_evaluation_between_batches_leaves_no_trace_in_the_rows():
 @pytest.mark.parametrize("interval", [1, 3])
 def test_the_originals_methods_write_every_row_once(tmp_path, interval):
     model = small_model("gpt2")
-    with GradProjLoraEngine(model, **ENGINE, proj_dir=tmp_path, proj_save_interval=interval) as engine:
+    with GradProjLoraEngine(
+        model, **ENGINE, proj_dir=tmp_path, proj_save_interval=interval
+    ) as engine:
         want = []
         for step in range(4):
             ids, labels = ragged_batch(LENGTHS, seed=step)
@@ -514,7 +535,10 @@ def test_a_second_run_goes_on_numbering_and_replaces_no_file(tmp_path):
         with GradProjLoraEngine(model, **ENGINE, proj_dir=tmp_path) as engine:
             per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
             engine.collect_batch(batch_indices=[1, 2, 3, 4])
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["proj_iter_000001.pt", "proj_iter_000002.pt"]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "proj_iter_000001.pt",
+        "proj_iter_000002.pt",
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float99"])

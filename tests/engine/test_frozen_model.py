@@ -27,7 +27,9 @@ def test_a_frozen_model_has_the_outputs_and_input_gradients_it_had(family):
     frozen = FrozenModel(model)
     logits, gradient = input_gradient(model)
     frozen.undo()
-    torch.testing.assert_close(logits, want_logits, rtol=1e-5, atol=1e-5 * want_logits.abs().max().item())
+    torch.testing.assert_close(
+        logits, want_logits, rtol=1e-5, atol=1e-5 * want_logits.abs().max().item()
+    )
     scale = want_gradient.abs().max().item()
     torch.testing.assert_close(gradient, want_gradient, rtol=1e-4, atol=1e-5 * scale)
 

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from gradproj.engine.projection import PROJECTIONS, ProjectionConfig, choose_ki_ko, projection_matrix
+from gradproj.engine.projection import (
+    PROJECTIONS,
+    ProjectionConfig,
+    choose_ki_ko,
+    projection_matrix,
+)
 from gradproj.errors import ConfigError
 
 KINDS = sorted(PROJECTIONS)
@@ -35,11 +40,15 @@ def test_wide_layers_get_a_square_split_of_the_whole_budget():
 
 
 def test_a_budget_below_the_least_widths_says_what_is_possible():
-    with pytest.raises(ConfigError, match=r"at least --proj_rank_total 64, or at most --proj_rank_min 7"):
+    with pytest.raises(
+        ConfigError, match=r"at least --proj_rank_total 64, or at most --proj_rank_min 7"
+    ):
         choose_ki_ko(768, 768, 50, 8)
 
 
-@pytest.mark.parametrize("wrong", [(0, 5, 256, 8), (5, 0, 256, 8), (64, 64, 0, 8), (64, 64, 256, 0)])
+@pytest.mark.parametrize(
+    "wrong", [(0, 5, 256, 8), (5, 0, 256, 8), (64, 64, 0, 8), (64, 64, 256, 0)]
+)
 def test_a_width_or_budget_of_nothing_is_named(wrong):
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):
         choose_ki_ko(*wrong)

@@ -45,7 +45,11 @@ def data(tmp_path_factory) -> Path:
 
 
 def config_of(data: Path, output: Path, **changes) -> LdsConfig:
-    where = {"shards": str(data / "tars"), "tokenizer": str(data / "tok"), "output_dir": str(output)}
+    where = {
+        "shards": str(data / "tars"),
+        "tokenizer": str(data / "tok"),
+        "output_dir": str(output),
+    }
     return LdsConfig(**where | SMALL | changes)
 
 
@@ -70,7 +74,9 @@ def in_this_process(monkeypatch):
 
 
 def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
-    settings = SMALL | {"methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16:0.1"}
+    settings = SMALL | {
+        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16:0.1"
+    }
     settings |= {
         "shards": data / "tars",
         "tokenizer": data / "tok",
@@ -78,7 +84,10 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
         "jobs": 2,
     }
     settings |= {"subsets": 3, "seeds": 1}
-    assert main(["lds", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]) == 0
+    assert (
+        main(["lds", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "8 documents, 3 queries; 3 random halves, 1 training of each" in shown
     told = json.loads((tmp_path / "out/lds.json").read_text())
@@ -101,7 +110,8 @@ def test_trainings_are_of_the_subset_alone_and_score_by_hand(data, tmp_path, in_
     told = (scores[:, None, :] * subsets[None]).sum(-1)
     seen = -losses.mean(axis=1).T
     ranked = [
-        np.corrcoef(retraining_ranks(a), retraining_ranks(b))[0, 1] for a, b in zip(told, seen, strict=True)
+        np.corrcoef(retraining_ranks(a), retraining_ranks(b))[0, 1]
+        for a, b in zip(told, seen, strict=True)
     ]
     assert results.methods["hidden"].lds.mean == pytest.approx(np.mean(ranked), abs=1e-9)
     assert len(in_this_process) == 8
@@ -116,12 +126,16 @@ def test_leaving_out_trains_without_the_top_documents_and_without_random_ones(
     data, tmp_path, in_this_process
 ):
     results = evaluate(
-        config_of(data, tmp_path, leave_out=2, leave_out_k=1, leave_out_group=2, leave_out_controls=3)
+        config_of(
+            data, tmp_path, leave_out=2, leave_out_k=1, leave_out_group=2, leave_out_controls=3
+        )
     )
     assert in_this_process[8:] == [
         *(f"without-2-random-{i}-seed-0" for i in range(3)), "without-2-ngram-for-0-to-1-seed-0"
     ]  # fmt: skip
-    controls = np.stack([np.load(tmp_path / f"losses/without-2-random-{i}-seed-0.npy") for i in range(3)])
+    controls = np.stack(
+        [np.load(tmp_path / f"losses/without-2-random-{i}-seed-0.npy") for i in range(3)]
+    )
     own = np.load(tmp_path / "losses/without-2-ngram-for-0-to-1-seed-0.npy")
     left = results.methods["ngram"].leave_out
     assert left is not None
@@ -156,7 +170,9 @@ def test_more_subsets_seeds_and_methods_keep_what_is_there(data, tmp_path, in_th
     few = config_of(data, tmp_path, leave_out=0, subsets=3, seeds=1, methods="ngram")
     evaluate(few)
     before = np.load(tmp_path / "losses.npy")
-    assert json.loads((tmp_path / "lds.json").read_text())["ceiling"] is None  # one seed cannot tell
+    assert (
+        json.loads((tmp_path / "lds.json").read_text())["ceiling"] is None
+    )  # one seed cannot tell
     in_this_process.clear()
     evaluate(config_of(data, tmp_path, leave_out=0))
     assert len(in_this_process) == 4 * 2 - 3
@@ -173,7 +189,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     )
     (tmp_path / "starts.py").write_text(script)
     started = subprocess.Popen(
-        [sys.executable, tmp_path / "starts.py", tmp_path], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        [sys.executable, tmp_path / "starts.py", tmp_path],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert started.stdout is not None
     worker = int(started.stdout.readline())
@@ -196,7 +215,9 @@ def _state(pid: int) -> str:
 # --- the documents
 
 
-def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_queries(data, tmp_path):
+def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_queries(
+    data, tmp_path
+):
     config = config_of(data, tmp_path, changed=0.25)
     experiment = make_experiment(config)
     assert experiment.documents.shape == (8, 24)
@@ -215,13 +236,17 @@ def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_que
     assert (again.documents == experiment.documents).all()
 
 
-def test_trainings_start_from_a_model_that_has_seen_other_documents_only(data, tmp_path, in_this_process):
+def test_trainings_start_from_a_model_that_has_seen_other_documents_only(
+    data, tmp_path, in_this_process
+):
     config = config_of(data, tmp_path, pretrain=6, leave_out=0, subsets=3, seeds=1, methods="ngram")
     evaluate(config)
     experiment = make_experiment(config)
     index = open_corpus(str(tmp_path / "pretrain"))
     assert index.n_samples == 6
-    before, own, asked = (sources_of(tmp_path / name) for name in ("pretrain", "documents", "queries"))
+    before, own, asked = (
+        sources_of(tmp_path / name) for name in ("pretrain", "documents", "queries")
+    )
     assert not before & (own | asked)
     told = train_config(config, experiment, experiment.document_tars, tmp_path / "x", seed=5)
     assert (told.model, told.seed) == (str(tmp_path / "start"), 5)
@@ -232,7 +257,9 @@ def sources_of(folder: Path) -> set[str]:
     found = set()
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
-            found |= {json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar}
+            found |= {
+                json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar
+            }
     return found
 
 
@@ -247,11 +274,15 @@ def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
 
 
 def test_too_few_documents_are_said(data, tmp_path):
-    with pytest.raises(CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"):
+    with pytest.raises(
+        CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"
+    ):
         make_experiment(config_of(data, tmp_path, documents=500))
 
 
-def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(data, tmp_path, in_this_process):
+def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(
+    data, tmp_path, in_this_process
+):
     with pytest.raises(CorpusError, match="need 503"):
         evaluate(config_of(data, tmp_path, documents=500, leave_out=0))
     assert evaluate(config_of(data, tmp_path, leave_out=0)).n_documents == 8
@@ -262,7 +293,9 @@ def test_a_tokenizer_that_is_not_there_is_said(data, tmp_path):
         evaluate(config_of(data, tmp_path, tokenizer="/nowhere"))
 
 
-def test_another_experiments_folder_is_refused_with_every_difference(data, tmp_path, in_this_process):
+def test_another_experiments_folder_is_refused_with_every_difference(
+    data, tmp_path, in_this_process
+):
     evaluate(config_of(data, tmp_path, leave_out=0))
     with pytest.raises(
         OtherSettingsError, match=r"--documents: there 8, here 10\n.*--epochs: there 2, here 3"
@@ -275,7 +308,8 @@ def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_proces
     evaluate(config)
     (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
     with pytest.raises(
-        StoreError, match=r"subset-0001-seed-2.npy cannot be read .*: remove it, and the same command"
+        StoreError,
+        match=r"subset-0001-seed-2.npy cannot be read .*: remove it, and the same command",
     ):
         evaluate(config)
     (tmp_path / "settings.json").write_bytes(b"{")
@@ -301,14 +335,21 @@ def test_a_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert available(["ngram", "bm25"]) == ["ngram"]
-    assert "left out: bm25, which needs bm25s (pip install 'gradproj[evaluation]')" in capsys.readouterr().err
+    assert (
+        "left out: bm25, which needs bm25s (pip install 'gradproj[evaluation]')"
+        in capsys.readouterr().err
+    )
 
 
-def test_whoever_is_stopped_by_a_signal_says_so(data, tmp_path, in_this_process, monkeypatch, capsys):
+def test_whoever_is_stopped_by_a_signal_says_so(
+    data, tmp_path, in_this_process, monkeypatch, capsys
+):
     monkeypatch.setattr(retraining, "_train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     config = config_of(data, tmp_path)
     flags = [
-        str(x) for n in ("shards", "tokenizer", "output_dir", *SMALL) for x in (f"--{n}", getattr(config, n))
+        str(x)
+        for n in ("shards", "tokenizer", "output_dir", *SMALL)
+        for x in (f"--{n}", getattr(config, n))
     ]
     assert main(["lds", *flags]) == 130
     assert "stopped" in capsys.readouterr().err

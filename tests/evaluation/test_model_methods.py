@@ -36,7 +36,9 @@ def test_a_model_with_linear_layers_for_conv1d_says_the_same():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_kronfluence_puts_a_document_first_for_itself(folder, documents, tmp_path):
     pytest.importorskip("kronfluence")
-    scores = kronfluence_scores("kronfluence_ekfac", folder, documents, documents[2:4], tmp_path / "work")
+    scores = kronfluence_scores(
+        "kronfluence_ekfac", folder, documents, documents[2:4], tmp_path / "work"
+    )
     assert scores.shape == (2, 6)
     assert scores.argmax(axis=1).tolist() == [2, 3]
     assert not (tmp_path / "work").exists()
@@ -45,10 +47,14 @@ def test_kronfluence_puts_a_document_first_for_itself(folder, documents, tmp_pat
 def test_hidden_is_the_cosine_of_centred_means_by_hand(folder, documents):
     model = load(folder, "cpu")
     with torch.no_grad():
-        means = [model.transformer(torch.from_numpy(d)[None])[0][0].mean(0).numpy() for d in documents]
+        means = [
+            model.transformer(torch.from_numpy(d)[None])[0][0].mean(0).numpy() for d in documents
+        ]
     centred = np.stack(means) - np.mean(means, axis=0)
     want = [[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in centred] for a in centred[1:3]]
-    np.testing.assert_allclose(hidden_cosine(folder, documents, documents[1:3], "cpu"), want, atol=1e-4)
+    np.testing.assert_allclose(
+        hidden_cosine(folder, documents, documents[1:3], "cpu"), want, atol=1e-4
+    )
 
 
 def test_a_querys_loss_is_its_mean_over_target_tokens(folder, documents):

@@ -83,7 +83,9 @@ def test_the_ceiling_is_what_the_noise_of_the_seeds_allows(toy):
 
 def test_true_scores_reach_the_ceiling_and_shuffled_ones_nothing(toy):
     scores, subsets, losses = toy
-    assert lds_by_query(scores, subsets, losses).mean() == pytest.approx(noise_ceiling(losses), abs=0.03)
+    assert lds_by_query(scores, subsets, losses).mean() == pytest.approx(
+        noise_ceiling(losses), abs=0.03
+    )
     mean, spread = permutation_baseline(scores, subsets, losses, 20, seed=0)
     assert abs(mean) < 4 * spread / 20**0.5 + 0.01
     assert spread < 0.1
@@ -109,7 +111,10 @@ def test_the_bootstraps_error_is_the_spread_over_other_subsets(toy):
     scores, subsets, losses = toy
     bootstrap = Bootstrap(subsets[:60], losses[:60], 400, 0)
     told = Bootstrap.estimate(*bootstrap.by_query(scores)).over_subsets
-    others = [lds_by_query(scores, subsets[i : i + 60], losses[i : i + 60]).mean() for i in range(0, 300, 60)]
+    others = [
+        lds_by_query(scores, subsets[i : i + 60], losses[i : i + 60]).mean()
+        for i in range(0, 300, 60)
+    ]
     assert np.std(others, ddof=1) / 3 < told < np.std(others, ddof=1) * 3
 
 
@@ -132,7 +137,10 @@ def test_ngrams_in_common_are_counted_once_each():
 
 def test_bm25_is_lucenes_formula():
     pytest.importorskip("bm25s")
-    documents, queries = np.array([[5, 5, 7, 8], [5, 6, 6, 6], [1, 2, 3, 4]]), np.array([[5, 6, 6, 99]])
+    documents, queries = (
+        np.array([[5, 5, 7, 8], [5, 6, 6, 6], [1, 2, 3, 4]]),
+        np.array([[5, 6, 6, 99]]),
+    )
     k1, b, n, mean_length = 1.5, 0.75, 3, 4.0
 
     def weight(token: int, document: list[int]) -> float:
@@ -161,7 +169,9 @@ def test_of_several_copies_the_first_counts():
 
 def test_a_document_with_as_many_ngrams_in_common_as_the_planted_one_is_a_copy_too():
     queries = np.array([[1, 2, 3, 4, 5, 6]])
-    documents = np.array([[1, 2, 3, 4, 5, 9], [9, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]])
+    documents = np.array(
+        [[1, 2, 3, 4, 5, 9], [9, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5]]
+    )
     assert near_copies(documents, queries, np.array([0])).tolist() == [[True, False, True, True]]
     # Where the planted one has no 4-gram left, the others need one at least.
     strangers = np.array([[9, 9, 9, 9, 9, 9], [8, 8, 8, 8, 8, 8]])
@@ -192,11 +202,17 @@ def test_leave_out_is_the_rise_above_the_mean_of_the_controls():
     [
         ({"subsets": 2}, r"--subsets must be at least 3, got 2: a rank correlation"),
         ({"documents": 0}, "--documents must be at least 1, got 0"),
-        ({"documents": 10, "duplicates": 6}, "--documents must be at least 12, got 10: half of them"),
+        (
+            {"documents": 10, "duplicates": 6},
+            "--documents must be at least 12, got 10: half of them",
+        ),
         ({"changed": 1.0}, "--changed must be at least 0 and less than 1"),
         ({"leave_out": 72}, "--leave_out 72 is more than the 64 --queries"),
         ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
-        ({"leave_out": 12}, "--leave_out 12 queries cannot be parted into groups of --leave_out_group 8"),
+        (
+            {"leave_out": 12},
+            "--leave_out 12 queries cannot be parted into groups of --leave_out_group 8",
+        ),
         ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
     ],
 )

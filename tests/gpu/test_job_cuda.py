@@ -35,7 +35,13 @@ def inputs(request, tmp_path_factory):
 
 def torchrun(ranks, **settings):
     """The job on so many GPUs."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     command = [*launcher, "-m", "gradproj.run", *flags(device="cuda", **settings)]
     environment = {**ENVIRONMENT}
     environment.pop("CUDA_VISIBLE_DEVICES")

@@ -109,13 +109,17 @@ def test_a_unit_s_seconds_are_the_gpu_s_and_not_those_of_giving_it_work(gpu, tmp
 def larger(gpu):
     """A model whose batches take hundreds of megabytes, so that the allocator's own granularity does not decide."""
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=512, n_layer=4, n_head=8, vocab_size=8192, bos_token_id=1, eos_token_id=1)
+    config = GPT2Config(
+        n_embd=512, n_layer=4, n_head=8, vocab_size=8192, bos_token_id=1, eos_token_id=1
+    )
     model = GPT2LMHeadModel(config).eval().requires_grad_(False).to(gpu)
     with GradProjLoraEngine(model, **ENGINE) as engine:
         yield model, engine
 
 
-def test_a_batch_that_does_not_fit_the_gpu_is_halved_until_it_does(larger, memory, tmp_path, caplog):
+def test_a_batch_that_does_not_fit_the_gpu_is_halved_until_it_does(
+    larger, memory, tmp_path, caplog
+):
     model, engine = larger
     lengths = [1024] * 31
     small, large = (unit_of(lengths, 8192, n, 1024 * n) for n in (4, 32))

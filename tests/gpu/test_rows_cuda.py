@@ -22,7 +22,9 @@ def rows_on(device, model, **settings):
     """``(rows, token covariances)`` of a ragged batch, on the host."""
     ids, labels = (x.to(device) for x in ragged_batch(LENGTHS))
     model = model.to(device)
-    with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, **settings) as engine:
+    with GradProjLoraEngine(
+        model, freeze_weights=True, token_covariances=True, **settings
+    ) as engine:
         engine.set_token_mask(torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100)
         per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
         rows, sums = engine.collect_batch().cpu(), engine.take_token_covariances()

@@ -1,7 +1,5 @@
 """Small stores whose every answer can be computed by hand, and the slow, obvious float64 way to do so."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,9 @@ N_SAMPLES, N_TOKENS = 70, 900
 MISSING_UNIT, EMPTY = 2, (5, 40 + 25)  # rows 32 to 47, and two documents that have no text
 
 
-def make_store(path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **settings: object) -> Output:
+def make_store(
+    path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **settings: object
+) -> Output:
     """70 rows in shards of 16 (the last of 6), one unit missing, two rows empty; token covariances of its own."""
     output = Output(
         path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype, **settings)
@@ -41,9 +41,13 @@ def make_store(path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **se
     write_column_block(output.store_path, output.layout, 0, {"status": status})
     for name, sides in (("s", [k_o for k_o, _ in WIDTHS]), ("a", [k_i for _, k_i in WIDTHS])):
         flat = [
-            tokens.T @ tokens for side in sides for tokens in [generator.standard_normal((N_TOKENS, side))]
+            tokens.T @ tokens
+            for side in sides
+            for tokens in [generator.standard_normal((N_TOKENS, side))]
         ]
-        write_array(output.store_path, f"token_covariance_{name}", np.concatenate([m.ravel() for m in flat]))
+        write_array(
+            output.store_path, f"token_covariance_{name}", np.concatenate([m.ravel() for m in flat])
+        )
     update_attributes(output.store_path, {"covariance_tokens": N_TOKENS, "store_id": str(path)})
     return output
 
@@ -76,7 +80,9 @@ def ok_rows(output: Output) -> np.ndarray:
     return ok
 
 
-def dense_curvature(output: Output, kind: str, c: float, layers: list[str] | None = None) -> np.ndarray:
+def dense_curvature(
+    output: Output, kind: str, c: float, layers: list[str] | None = None
+) -> np.ndarray:
     """The damped curvature as one matrix of all chosen values, block diagonal, float64, undamped inverse's own."""
     rows = output.decoded().astype(np.float64)[ok_rows(output)]
     with ProjectionStore(output.path) as store:
@@ -84,7 +90,10 @@ def dense_curvature(output: Output, kind: str, c: float, layers: list[str] | Non
     at_s = at_a = 0
     blocks = {}
     for layer, (k_o, k_i) in zip(make_layers(list(WIDTHS)), WIDTHS, strict=True):
-        s_l, a_l = s[at_s : at_s + k_o**2].reshape(k_o, k_o), a[at_a : at_a + k_i**2].reshape(k_i, k_i)
+        s_l, a_l = (
+            s[at_s : at_s + k_o**2].reshape(k_o, k_o),
+            a[at_a : at_a + k_i**2].reshape(k_i, k_i),
+        )
         at_s, at_a = at_s + k_o**2, at_a + k_i**2
         if kind == "kfac":
             blocks[layer.name] = np.kron(damped(s_l, c), damped(a_l, c))
@@ -115,11 +124,16 @@ def dense_scores(
 ) -> np.ndarray:
     """``(Q, N)`` float64 by the definitions, NaN where there is no row."""
     columns = columns_of(layers)
-    rows, asked = output.decoded().astype(np.float64)[:, columns], queries.astype(np.float64)[:, columns]
+    rows, asked = (
+        output.decoded().astype(np.float64)[:, columns],
+        queries.astype(np.float64)[:, columns],
+    )
     if score == "dot":
         values = asked @ rows.T
     elif score == "cosine":
-        values = asked @ rows.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+        values = (
+            asked @ rows.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+        )
     else:
         kind = {"kfac": "kfac", "preconditioned": "second_moment"}.get(score, kind)
         inverse = np.linalg.inv(dense_curvature(output, kind, c, layers))

@@ -58,7 +58,9 @@ class Tally:
     starts: Counter = field(default_factory=Counter)
     """World size -> launches."""
     stores: int = 0
-    gone_s: dict[str, float] = field(default_factory=lambda: {"launcher killed": 0.0, "told to stop": 0.0})
+    gone_s: dict[str, float] = field(
+        default_factory=lambda: {"launcher killed": 0.0, "told to stop": 0.0}
+    )
     """The longest that it took until all processes were gone."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -80,9 +82,15 @@ class Tally:
             lines.append(f"  SIG{name:<7}" + "".join(f"{n:>10}" for n in [*row, sum(row)]))
         for title, of in (("moments", "moment"), ("ranks", "ranks"), ("jobs at once", "jobs")):
             counts = Counter(getattr(k, of) for k in self.kills)
-            lines.append(f"  kills by {title}: " + ", ".join(f"{k}: {n}" for k, n in sorted(counts.items())))
-        lines.append("  starts by ranks: " + ", ".join(f"{k}: {n}" for k, n in sorted(self.starts.items())))
-        lines.append("  longest until gone: " + ", ".join(f"{k} {s:.1f} s" for k, s in self.gone_s.items()))
+            lines.append(
+                f"  kills by {title}: " + ", ".join(f"{k}: {n}" for k, n in sorted(counts.items()))
+            )
+        lines.append(
+            "  starts by ranks: " + ", ".join(f"{k}: {n}" for k, n in sorted(self.starts.items()))
+        )
+        lines.append(
+            "  longest until gone: " + ", ".join(f"{k} {s:.1f} s" for k, s in self.gone_s.items())
+        )
         return "\n".join(lines)
 
 
@@ -94,7 +102,9 @@ def choose(rng: np.random.Generator, weights: dict[T, float]) -> T:
 class Killer:
     """Starts a job on one store again and again, and kills it, until the store is complete."""
 
-    def __init__(self, scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int) -> None:
+    def __init__(
+        self, scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int
+    ) -> None:
         self._scene, self._output, self._tally, self._rng = scene, output, tally, rng
         self._jobs, self._start_s = jobs, 6.0
         self.ended_in_order = False
@@ -102,7 +112,10 @@ class Killer:
 
     def run(self) -> "Killer":
         while not merged(self._output):
-            ranks, restarts = choose(self._rng, RANKS[self._jobs]), choose(self._rng, {0: 0.3, 3: 0.7})
+            ranks, restarts = (
+                choose(self._rng, RANKS[self._jobs]),
+                choose(self._rng, {0: 0.3, 3: 0.7}),
+            )
             self._tally.starts[ranks] += 1
             job = Job(self._scene, self._output, ranks, restarts)
             try:
@@ -139,7 +152,11 @@ class Killer:
         if self._rng.random() < 0.5:
             time.sleep(self._rng.uniform(0, 1))
             # Not a second signal to all: that would end the job at once, if it came late enough.
-            target = "worker" if killed else choose(self._rng, {"worker": 0.5, "launcher": 0.3, "job": 0.2})
+            target = (
+                "worker"
+                if killed
+                else choose(self._rng, {"worker": 0.5, "launcher": 0.3, "job": 0.2})
+            )
             if job.send(signal.SIGKILL, target, self._rng):
                 self._tally.add(Kill("KILL", target, "leaving", job.ranks, self._jobs))
                 if target == "launcher":
@@ -207,7 +224,9 @@ def merge_claims(output: Path) -> list[str]:
 # --- laws ---
 
 
-def fill_under_kills(scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int) -> None:
+def fill_under_kills(
+    scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int
+) -> None:
     """Have one job, or two at once, fill a store under kills, and hold the laws against it."""
     killers = [Killer(scene, output, tally, child, jobs) for child in rng.spawn(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
@@ -244,7 +263,9 @@ def assert_as_undisturbed(scene: Scene, output: Path, ended_in_order: bool = Tru
 def statistics(output: Path) -> dict[str, Any]:
     """``projection_stats.json`` without what the clock says."""
     return {
-        k: v for k, v in json.loads((output / "projection_stats.json").read_text()).items() if k != "timing"
+        k: v
+        for k, v in json.loads((output / "projection_stats.json").read_text()).items()
+        if k != "timing"
     }
 
 

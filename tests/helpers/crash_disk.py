@@ -93,12 +93,16 @@ class Disk:
         self._note(f"{change}: all that was not flushed lost", root, pending, 0.0)
         for folder, name in pending if self._one_by_one and len(pending) > 1 else ():
             self._note(f"{change}: {name} not flushed", root, frozenset({(folder, name)}), 0.0)
-            self._note(f"{change}: only {name} flushed by luck", root, pending - {(folder, name)}, 0.0)
+            self._note(
+                f"{change}: only {name} flushed by luck", root, pending - {(folder, name)}, 0.0
+            )
 
     def _note(self, how: str, root: int, lost: frozenset[tuple[int, str]], kept: float) -> None:
         tree = dict(self._tree(root, "", lost, kept))
         # What is in a scratch folder is never looked into, but for whose it is: one state stands for many.
-        same = {p: None if "/tmp/" in p and not p.endswith("owner.json") else c for p, c in tree.items()}
+        same = {
+            p: None if "/tmp/" in p and not p.endswith("owner.json") else c for p, c in tree.items()
+        }
         key = hash((tuple(sorted(same.items())), tuple(sorted(self.promised))))
         if key not in self._seen:
             self._seen.add(key)
@@ -110,7 +114,9 @@ class Disk:
             self._handles[found.st_ino] = os.open(path, os.O_RDONLY)
         if stat.S_ISDIR(found.st_mode):
             with os.scandir(path) as entries:
-                self._names[found.st_ino] = {entry.name: self._look(entry.path) for entry in entries}
+                self._names[found.st_ino] = {
+                    entry.name: self._look(entry.path) for entry in entries
+                }
         return found.st_ino
 
     def _pending(self) -> Iterator[tuple[int, str]]:

@@ -19,7 +19,14 @@ from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
 from gradproj.files import file_sum
 from gradproj.store.encoding import encode_rows
-from gradproj.store.layout import STATUS, STORE_NAME, LayerSlice, StoreConfig, empty_columns, plan_layout
+from gradproj.store.layout import (
+    STATUS,
+    STORE_NAME,
+    LayerSlice,
+    StoreConfig,
+    empty_columns,
+    plan_layout,
+)
 from gradproj.store.unit_record import UnitRecord, list_records, read_record, record_name
 from gradproj.store.writer import create_store, pack_matrices
 
@@ -31,13 +38,16 @@ LAYERS = [
 """Two layers of 2 x 3 values."""
 
 
-def make_store(output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY):
+def make_store(
+    output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY
+):
     """A job's output with an empty store, as a start leaves it; its layout."""
     layout = plan_layout(n_samples, [6, 6], 12, StoreConfig(rows_per_shard=rows_per_shard))
     for folder in FOLDERS:
         (output / folder).mkdir(parents=True, exist_ok=True)
     matrices = {
-        layer.name: (np.ones((layer.k_i, layer.n_i)), np.ones((layer.k_o, layer.n_o))) for layer in LAYERS
+        layer.name: (np.ones((layer.k_i, layer.n_i)), np.ones((layer.k_o, layer.n_o)))
+        for layer in LAYERS
     }
     attributes = {
         "layers": [dataclasses.asdict(layer) for layer in LAYERS],
@@ -67,7 +77,13 @@ def fake_rows(layout: Any, unit: int, writer: int = 0, identity: str = IDENTITY)
     columns["tar"][:] = unit
     columns["domain"][:] = np.arange(start, stop) % 2
     columns["key"][:, 0] = 65 + np.arange(start, stop) % 26
-    stats = {"seconds": 1.0, "started_at": 0.0, "finished_at": 1.0, "real_tokens": 4, "covariance_tokens": 3}
+    stats = {
+        "seconds": 1.0,
+        "started_at": 0.0,
+        "finished_at": 1.0,
+        "real_tokens": 4,
+        "covariance_tokens": 3,
+    }
     covariances = {
         "a": generator.standard_normal(8, np.float32),
         "s": generator.standard_normal(18, np.float32),

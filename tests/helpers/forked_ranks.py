@@ -93,7 +93,9 @@ class Ranks:
 
     def wait_for_one(self) -> Ended:
         """Wait for whichever running process ends first."""
-        timer = threading.Timer(PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running])
+        timer = threading.Timer(
+            PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running]
+        )
         timer.start()
         pid, status = self._ask({"wait": True})
         timer.cancel()
@@ -186,7 +188,9 @@ class ChangeLog:
             self._note("publish", str(args[0]), str(args[1]), self._sums(Path(args[0])))
 
     def _sums(self, path: Path) -> dict[str, str]:
-        files = [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+        files = (
+            [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
+        )
         return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
     def _note(self, *what: object) -> None:

@@ -40,7 +40,9 @@ def explicit(model, ids, labels, validation):
         own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
         gradients = torch.autograd.grad(own, parameters)
         dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
-        sizes.append(torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)]))
+        sizes.append(
+            torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)])
+        )
     model.to(dtype).load_state_dict(before)
     return torch.stack(dots), torch.stack(sizes)
 
@@ -93,4 +95,6 @@ def trained(with_engine, result_dir=None, n_steps=3, family="gpt2", checkpointin
 def columns(folder):
     group = zarr.open_group(str(folder / "grad_dotprod"), mode="r")
     assert group.metadata.zarr_format == 3
-    return group, {name: group[name][:] for name in ("step", "sample_id", "total", "value", "per_parameter")}
+    return group, {
+        name: group[name][:] for name in ("step", "sample_id", "total", "value", "per_parameter")
+    }

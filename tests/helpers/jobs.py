@@ -47,7 +47,9 @@ def mixed_documents(n: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def make_corpus(folder: Path, documents: Sequence[dict[str, Any] | bytes], per_tar: int = 40) -> Path:
+def make_corpus(
+    folder: Path, documents: Sequence[dict[str, Any] | bytes], per_tar: int = 40
+) -> Path:
     """Write documents (or raw bytes of their ``.json``) as WebDataset tars."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(documents), per_tar):
@@ -83,7 +85,13 @@ def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
     tokenizer = make_tokenizer(folder)
     model_type, settings = FAMILIES[family]
-    settings = {**settings, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, **changes}
+    settings = {
+        **settings,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
     if "pad_token_id" in settings:
         settings["pad_token_id"] = None
     torch.manual_seed(0)
@@ -104,7 +112,12 @@ def flags(**settings: Any) -> list[str]:
     return given
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 def job_command(ranks: int, **settings: Any) -> list[str]:
@@ -112,7 +125,13 @@ def job_command(ranks: int, **settings: Any) -> list[str]:
     module = ["-m", "gradproj.run", *flags(**{"device": "cpu", **settings})]
     if ranks == 1:
         return [sys.executable, *module]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     return [*launcher, *module]
 
 
@@ -121,7 +140,11 @@ def run_job(
 ) -> subprocess.CompletedProcess:
     """Run the job to its end; fails the test on another exit code than ``expect`` (None: any)."""
     done = subprocess.run(
-        job_command(ranks, **settings), env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+        job_command(ranks, **settings),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert expect is None or done.returncode == expect, (
         f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -58,7 +58,9 @@ def processes_with(text: str) -> list[int]:
     found = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
-            known = b"".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline"))
+            known = b"".join(
+                Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")
+            )
         except OSError:  # ended meanwhile, or another user's
             continue
         if text.encode() in known and pid != os.getpid():
@@ -82,12 +84,22 @@ class Job:
         self.log = output.parent / f"log-{output.name}-{self.mark[-8:]}.txt"
         launcher = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
         launcher += ["--shutdown-timeout=60", "--signals-to-handle", HANDLED, *program]
-        command = [sys.executable, "-m", "torch.distributed.run", *launcher, *flags(**scene.flags(output))]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launcher,
+            *flags(**scene.flags(output)),
+        ]
         environment = {**ENVIRONMENT, **(environment or {}), MARK: self.mark}
         self.started = time.monotonic()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def is_running(self) -> bool:
@@ -127,7 +139,9 @@ class Job:
         started = time.monotonic()
         while self.is_running() or self.pids():
             waited = time.monotonic() - started
-            assert waited < seconds, f"after {waited:.1f} s there still are {self.pids()}\n{self.said()}"
+            assert waited < seconds, (
+                f"after {waited:.1f} s there still are {self.pids()}\n{self.said()}"
+            )
             time.sleep(0.02)
         return time.monotonic() - started
 

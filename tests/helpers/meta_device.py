@@ -29,16 +29,22 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._found, self._pinned = found, pinned
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
         given = _tensors((args, kwargs))
         name = operation._schema.name
         on_host = [x for x in given if x.device.type == "cpu"]
         if on_host and any(x.device == MUTE for x in (*given, *_tensors(result))):
-            blocking = not (kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,)))
+            blocking = not (
+                kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
+            )
             if name not in _COPIES or blocking or any(x not in self._pinned for x in on_host):
-                self._found.append(f"{operation}: from the host, not by a copy of page-locked memory")
+                self._found.append(
+                    f"{operation}: from the host, not by a copy of page-locked memory"
+                )
         if "index" in name and any(x.dtype == torch.bool for x in _tensors(args[1:2])):
             self._found.append(f"{operation}: by a boolean mask, whose size is not known")
         return result
@@ -51,7 +57,9 @@ class _Makers(TorchFunctionMode):
         super().__init__()
         self._found = found
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         made = name in _MAKERS and not any(isinstance(x, Tensor) for x in args[-1:])

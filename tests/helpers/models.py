@@ -44,7 +44,9 @@ def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     return model.eval()
 
 
-def ragged_batch(lengths: list[int], seed: int = 1, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def ragged_batch(
+    lengths: list[int], seed: int = 1, pad: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ``(input_ids, labels)`` with random tokens; the labels are -100 on padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), max(lengths)), pad)

@@ -117,7 +117,9 @@ def statuses_by_zarr(output: Path) -> dict[str, int]:
     """Rows by status as plain zarr reads the merged column."""
     values = zarr.open_group(output / "projections.zarr", mode="r")["status"][...]
     names = {code: name for name, code in STATUS.items()}
-    return {names[code]: int(n) for code, n in zip(*np.unique(values, return_counts=True), strict=True)}
+    return {
+        names[code]: int(n) for code, n in zip(*np.unique(values, return_counts=True), strict=True)
+    }
 
 
 def tree_of(folder: Path) -> dict[str, str]:

@@ -34,7 +34,9 @@ def write_as(kind, folder, values):
     elif kind == ".jsonl.zst":
         raw = zstandard.ZstdCompressor().compress(raw)
     elif kind == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(values), folder / "in.parquet", row_group_size=7)
+        parquet.write_table(
+            pyarrow.Table.from_pylist(values), folder / "in.parquet", row_group_size=7
+        )
         return str(folder / "in.parquet")
     elif kind == "hf:":
         (folder / "train.jsonl").write_bytes(raw)
@@ -47,7 +49,9 @@ def write_as(kind, folder, values):
 
 def run(inputs, output_dir, **settings):
     inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-    return prepare(PrepareConfig(inputs=inputs, output_dir=str(output_dir), **settings), progress=False)
+    return prepare(
+        PrepareConfig(inputs=inputs, output_dir=str(output_dir), **settings), progress=False
+    )
 
 
 def read_back(output_dir):

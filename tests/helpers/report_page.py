@@ -1,7 +1,5 @@
 """A job over hostile documents, its page read strictly, and a browser to look at it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shutil
@@ -66,7 +64,16 @@ def made_once(root: Path) -> SimpleNamespace:
     job = make_job(root)
     job.queries, job.page = root / "q.jsonl", root / "report.html"
     job.queries.write_text("".join(json.dumps(query) + "\n" for query in QUERIES))
-    flags = ["--queries", str(job.queries), "--output", str(job.page), "--top_k", "60", "--device", "cpu"]
+    flags = [
+        "--queries",
+        str(job.queries),
+        "--output",
+        str(job.page),
+        "--top_k",
+        "60",
+        "--device",
+        "cpu",
+    ]
     assert main(["report", str(job.output), *flags]) == 0
     return job
 

@@ -14,7 +14,12 @@ def run_bash(*words, path=None, cwd=ROOT, **env):
         **{k: str(v) for k, v in env.items()},
     }
     return subprocess.run(
-        ["bash", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

@@ -1,7 +1,5 @@
 """Stores for the tests of the store: a small job's output, made with the public functions a job uses."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,7 +45,9 @@ def make_rows(n_samples: int, dim: int, seed: int = 0) -> np.ndarray:
     return (generator.standard_normal((n_samples, dim)) * sizes).astype(np.float32)
 
 
-def make_columns(layout: StoreLayout, start: int, stop: int, row_scale: np.ndarray) -> dict[str, np.ndarray]:
+def make_columns(
+    layout: StoreLayout, start: int, stop: int, row_scale: np.ndarray
+) -> dict[str, np.ndarray]:
     """Columns in which each value tells its sample id."""
     columns = empty_columns(stop - start, layout.key_bytes)
     ids = np.arange(start, stop)
@@ -78,15 +78,23 @@ class Output:
         (path / "units").mkdir()
         self.layers = make_layers(list(widths))
         config = config or StoreConfig(rows_per_shard=16)
-        self.layout = layout or plan_layout(n_samples, [k_o * k_i for k_o, k_i in widths], 8, config)
+        self.layout = layout or plan_layout(
+            n_samples, [k_o * k_i for k_o, k_i in widths], 8, config
+        )
         self.rows = make_rows(n_samples, self.layout.dim)
         self.stored, self.row_scale = encode_rows(self.rows, self.layout.proj_dtype)
         self.matrices = {
             layer.name: (make_rows(layer.k_i, layer.n_i, 1), make_rows(layer.k_o, layer.n_o, 2))
             for layer in self.layers
         }
-        attributes = {"layers": [asdict(layer) for layer in self.layers], "domains": DOMAINS, "note": "kept"}
-        create_store(self.store_path, self.layout, attributes, pack_matrices(self.layers, self.matrices))
+        attributes = {
+            "layers": [asdict(layer) for layer in self.layers],
+            "domains": DOMAINS,
+            "note": "kept",
+        }
+        create_store(
+            self.store_path, self.layout, attributes, pack_matrices(self.layers, self.matrices)
+        )
 
     def decoded(self) -> np.ndarray:
         """What every reading has to give: the stored rows by the definition."""
@@ -124,7 +132,7 @@ class Output:
         for unit in units:
             (self.path / record_name(unit)).unlink()
 
-    def fill(self) -> Output:
+    def fill(self) -> "Output":
         """Commit and merge every unit."""
         units = list(range(self.layout.n_units))
         for unit in units:

@@ -12,7 +12,9 @@ BLOCK = 512
 Members = list[tuple[str, bytes]]
 
 
-def write_tar(path: Path, members: Members, form: int = tarfile.USTAR_FORMAT, mtime: float = 0) -> Path:
+def write_tar(
+    path: Path, members: Members, form: int = tarfile.USTAR_FORMAT, mtime: float = 0
+) -> Path:
     with tarfile.open(path, "w", format=form) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -23,7 +25,9 @@ def write_tar(path: Path, members: Members, form: int = tarfile.USTAR_FORMAT, mt
 
 def document(text: str, domain: str | None = None, **more: object) -> bytes:
     fields: dict[str, object] = {"text": text, **more}
-    return json.dumps(fields if domain is None else fields | {"meta": {"pile_set_name": domain}}).encode()
+    return json.dumps(
+        fields if domain is None else fields | {"meta": {"pile_set_name": domain}}
+    ).encode()
 
 
 def plain_members(n: int, first: int = 0) -> Members:

@@ -34,7 +34,11 @@ def make_data(folder: Path) -> Path:
 
 def settings_of(data: Path, result_dir: Path, **changes) -> dict:
     """Of a run, by flag."""
-    where = {"shards": str(data / "tars"), "tokenizer": str(data / "tok"), "result_dir": str(result_dir)}
+    where = {
+        "shards": str(data / "tars"),
+        "tokenizer": str(data / "tok"),
+        "result_dir": str(result_dir),
+    }
     return where | SHAPE | changes
 
 

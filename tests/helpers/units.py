@@ -31,7 +31,9 @@ def unit_of(
     columns["n_tokens"][:] = np.asarray(lengths) - 1
     columns["n_tokens"][-1] *= 2
     row_of = np.minimum(np.arange(n + 1), n - 1)
-    return PreparedUnit(0, 0, columns, sequences, row_of, plan_batches(sizes, batch_size, batch_tokens))
+    return PreparedUnit(
+        0, 0, columns, sequences, row_of, plan_batches(sizes, batch_size, batch_tokens)
+    )
 
 
 def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:

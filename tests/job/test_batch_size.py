@@ -93,7 +93,9 @@ def test_no_batch_is_tried_that_the_memory_cannot_hold(engine, monkeypatch):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"batch_tokens": "8"}', '{"batch_tokens": 0}'])
 def test_a_file_that_says_no_number_is_named(tmp_path, text):
     (tmp_path / BATCH_FILE).write_text(text)
-    with pytest.raises(StoreError, match=r"batch\.json does not say a number of batch_tokens; delete it"):
+    with pytest.raises(
+        StoreError, match=r"batch\.json does not say a number of batch_tokens; delete it"
+    ):
         recorded_batch_tokens(tmp_path)
 
 
@@ -128,7 +130,9 @@ def settle(monkeypatch, job, queue, measured, stopping=lambda: False):
     return resolve_batch_tokens(job, queue, None, None, stopping).batch.batch_tokens
 
 
-def test_rank_0_measures_once_and_every_later_start_takes_its_number(inputs, tmp_path, monkeypatch, capsys):
+def test_rank_0_measures_once_and_every_later_start_takes_its_number(
+    inputs, tmp_path, monkeypatch, capsys
+):
     measured = [trials_of(100, 200)]
     for rank in (0, 0, 1):
         assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, rank), measured) == 48

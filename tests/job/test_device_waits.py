@@ -47,7 +47,9 @@ def waits_of_a_unit(tmp_path, monkeypatch):
         model = model.requires_grad_(False).to(MUTE)
         monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
         unit, done = some_unit(), []
-        with GradProjLoraEngine(model, freeze_weights=True, token_covariances=True, **settings) as engine:
+        with GradProjLoraEngine(
+            model, freeze_weights=True, token_covariances=True, **settings
+        ) as engine:
             waits = waits_of(lambda: done.append(project_unit(model, engine, unit, tmp_path)))
         assert waits or (done and len(unit.batches) > 3)
         return waits
@@ -61,7 +63,9 @@ def test_no_batch_waits_for_the_device(family, waits_of_a_unit):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(family, waits_of_a_unit):
+def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(
+    family, waits_of_a_unit
+):
     assert waits_of_a_unit(small_model(family).to(torch.bfloat16)) == []
     assert waits_of_a_unit(small_model(family), chunked=False) == []
     assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
@@ -76,13 +80,23 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", sorted(ROPES))
 def test_no_batch_waits_with_stretched_positions(kind, waits_of_a_unit):
-    settings = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 32, **ROPES[kind]}
+    settings = {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 32,
+        **ROPES[kind],
+    }
     assert waits_of_a_unit(small_model("llama", rope_parameters=settings)) == []
 
 
 def biogpt():
     """Scales its token embedding by one of Python's numbers."""
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     config = CONFIG_MAPPING["biogpt"](
         vocab_size=VOCAB,
@@ -111,7 +125,9 @@ def test_a_lookup_scaled_by_a_number_is_exact():
         looked_up = embedding(ids).detach().requires_grad_()
         loss = own_loss_of_embedded(model, looked_up, ids)
         gradient = torch.zeros_like(embedding.weight, dtype=torch.float64)
-        gradient.index_add_(0, ids, torch.autograd.grad(loss, looked_up)[0].double() * embedding.embed_scale)
+        gradient.index_add_(
+            0, ids, torch.autograd.grad(loss, looked_up)[0].double() * embedding.embed_scale
+        )
         p_i, p_o = (p.double() for p in engine.projection_matrices[engine.targets[0].name])
     assert relative_error(row, (p_o @ gradient.T @ p_i.T).flatten()) < 1e-5
 
@@ -184,7 +200,9 @@ def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_pat
         return [torch.zeros(x.shape, dtype=x.dtype) for x in tensors]
 
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
-    monkeypatch.setattr(gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE))
+    monkeypatch.setattr(
+        gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE)
+    )
     monkeypatch.setattr(gradproj.run, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)
@@ -211,7 +229,9 @@ def test_rows_are_the_same_bits_as_where_transformers_looks_itself(family, chunk
 
     def rows():
         with GradProjLoraEngine(model, freeze_weights=True) as engine:
-            per_sample_loss(model, {"input_ids": ids, "labels": labels}, chunked=chunked).sum().backward()
+            per_sample_loss(
+                model, {"input_ids": ids, "labels": labels}, chunked=chunked
+            ).sum().backward()
             return engine.collect_batch()
 
     told = rows()

@@ -85,12 +85,18 @@ def test_a_model_that_mixes_documents_or_sees_padding_is_named(
     monkeypatch.setattr(module, "load_model", partial(wrapped_load, change))
     assert main([*command(job, tmp_path, max_length=60), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    errors = {c["way"]: c["agreement"]["most_error"] for c in found["comparisons"] if c["dtype"] == "float32"}
+    errors = {
+        c["way"]: c["agreement"]["most_error"]
+        for c in found["comparisons"]
+        if c["dtype"] == "float32"
+    }
     assert errors[way] > 1e-4
     assert "The model mixes the documents of a batch, or sees its padding" in found["verdicts"][0]
 
 
-@pytest.mark.parametrize(("dtype", "code", "way_out"), [("bfloat16", 1, "Give"), ("float32", 0, "Keep")])
+@pytest.mark.parametrize(
+    ("dtype", "code", "way_out"), [("bfloat16", 1, "Give"), ("float32", 0, "Keep")]
+)
 def test_a_precision_that_breaks_down_counts_where_the_job_takes_it(
     dtype, code, way_out, job, tmp_path, capsys
 ):

@@ -26,7 +26,12 @@ def files(tmp_path_factory):
 
 
 def plan_of(files, tmp_path, **changes):
-    settings = {"shards": files.corpus, "model": files.model, "output_dir": tmp_path / "out", **changes}
+    settings = {
+        "shards": files.corpus,
+        "model": files.model,
+        "output_dir": tmp_path / "out",
+        **changes,
+    }
     settings = {name: value for name, value in settings.items() if value is not None}
     return make_plan(run_config(flags(**settings), "plan"), progress=False)
 
@@ -109,8 +114,14 @@ def test_a_config_file_has_the_flags_names_and_flags_win(files, tmp_path):
         f'shards = "{files.corpus}"\nmodel = "{files.model}"\n'
         "proj_rank_total = 100\nproj_seed = 3\ndeterministic = true\n"
     )
-    config = run_config(flags(config=tmp_path / "run.toml", output_dir=tmp_path / "out", proj_seed=4), "plan")
-    assert (config.projection.rank_total, config.projection.seed, config.job.deterministic) == (100, 4, True)
+    config = run_config(
+        flags(config=tmp_path / "run.toml", output_dir=tmp_path / "out", proj_seed=4), "plan"
+    )
+    assert (config.projection.rank_total, config.projection.seed, config.job.deterministic) == (
+        100,
+        4,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +144,9 @@ def test_a_missing_config_file_is_named(refused, tmp_path):
 
 
 def test_a_missing_tar_is_named(refused, files, tmp_path):
-    (tmp_path / "list.txt").write_text(f"{files.corpus}/shard-000000.tar\n{files.corpus}/shard-000009.tar\n")
+    (tmp_path / "list.txt").write_text(
+        f"{files.corpus}/shard-000000.tar\n{files.corpus}/shard-000009.tar\n"
+    )
     assert "shard-000009.tar" in refused(shards=tmp_path / "list.txt")
 
 
@@ -145,10 +158,13 @@ def test_a_damaged_tar_is_named(refused, files, tmp_path):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_tar_changed_since_it_was_indexed_is_named(refused, files, tmp_path, monkeypatch, relative):
+def test_a_tar_changed_since_it_was_indexed_is_named(
+    refused, files, tmp_path, monkeypatch, relative
+):
     shutil.copytree(files.corpus, tmp_path / "tars")
     save_index(
-        build_index(list_tars(str(tmp_path / "tars")), progress=False), tmp_path / "tars" / "corpus.json"
+        build_index(list_tars(str(tmp_path / "tars")), progress=False),
+        tmp_path / "tars" / "corpus.json",
     )
     os.utime(tmp_path / "tars" / "shard-000003.tar", (1, 1))
     monkeypatch.chdir(tmp_path)
@@ -191,7 +207,12 @@ def test_pickled_weights_are_refused_unless_allowed(refused, files, tmp_path):
 def test_a_missing_part_of_the_weights_is_named(refused, files, tmp_path):
     shutil.copytree(files.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
     assert "lacks model-00002-of-00002.safetensors" in refused(model=tmp_path / "model")
@@ -215,7 +236,9 @@ def test_a_tokenizer_without_the_special_token_asked_for_is_refused(refused, tmp
     del settings["bos_token"]
     (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "plain" / "special_tokens_map.json").unlink(missing_ok=True)
-    assert "the tokenizer has no bos token" in refused(tokenizer=tmp_path / "plain", special_tokens="bos")
+    assert "the tokenizer has no bos token" in refused(
+        tokenizer=tmp_path / "plain", special_tokens="bos"
+    )
 
 
 def test_a_folder_that_is_not_ours_is_refused_and_left_alone(refused, tmp_path):
@@ -267,7 +290,9 @@ def test_the_bytes_planned_are_about_those_of_the_store(files, tmp_path):
 def test_another_identity_lists_every_difference(refused, files, tmp_path):
     plan = plan_of(files, tmp_path)
     make_output(plan, Owner.this_process("test", 0, 0))
-    message = refused(proj_seed=1, max_length=32, domains="Github", allow_sparse=True, special_tokens="bos")
+    message = refused(
+        proj_seed=1, max_length=32, domains="Github", allow_sparse=True, special_tokens="bos"
+    )
     assert "cannot add to" in message
     for line in (
         "--proj_seed: store 42, this run 1",

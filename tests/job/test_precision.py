@@ -24,7 +24,9 @@ def unit_of(lengths):
 
 def checked(model, unit):
     model = model.bfloat16().requires_grad_(False)
-    with GradProjLoraEngine(model, "mlp,attn", freeze_weights=True, token_covariances=True) as engine:
+    with GradProjLoraEngine(
+        model, "mlp,attn", freeze_weights=True, token_covariances=True
+    ) as engine:
         found = check_precision(model, engine, unit, BATCH)
         assert engine.take_token_covariances().n_tokens == 0
     return found
@@ -71,7 +73,9 @@ def test_rows_that_are_not_finite_in_bfloat16_alone_are_a_warning():
     )
     line, warning = checked(model, unit_of([20, 30]))
     assert warning
-    assert line.startswith("2 of 2 bfloat16 rows are not finite, in float32 they are: bfloat16 breaks down")
+    assert line.startswith(
+        "2 of 2 bfloat16 rows are not finite, in float32 they are: bfloat16 breaks down"
+    )
 
 
 def test_the_model_has_the_same_bits_afterwards():

@@ -39,7 +39,9 @@ def project(parts, tmp_path):
     plan, model, reader = parts
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
         unit = UnitProjector(model, engine, plan.unit_settings, Progress())
-        return unit.project(reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")).on_host()
+        return unit.project(
+            reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")
+        ).on_host()
 
 
 def loss_that_fails(most, after_backward=False, message="out of memory"):
@@ -69,7 +71,10 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     assert got.record.stats["covariance_tokens"] == want.record.stats["covariance_tokens"]
     for name in ("a", "s"):
         np.testing.assert_allclose(
-            got.record.token_covariances[name], want.record.token_covariances[name], rtol=1e-3, atol=1e-3
+            got.record.token_covariances[name],
+            want.record.token_covariances[name],
+            rtol=1e-3,
+            atol=1e-3,
         )
 
 
@@ -123,9 +128,19 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkey
     ("error", "want"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            True,
+        ),
         (RuntimeError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
@@ -134,7 +149,9 @@ def test_a_lack_of_memory_is_known_by_what_each_library_says(error, want):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_a_row_of_nan_with_its_status(parts, tmp_path, monkeypatch, bad):
+def test_a_gradient_that_is_not_finite_is_a_row_of_nan_with_its_status(
+    parts, tmp_path, monkeypatch, bad
+):
     want = project(parts, tmp_path)
 
     def loss(model, batch):

@@ -64,7 +64,10 @@ def test_no_script_names_a_path_of_one_machine(path):
 @pytest.mark.parametrize(
     ("name", "commands"),
     [
-        ("launch/demo.sh", ["prepare", "tokenizer", "train", "status", "plan", "run", "status", "query"]),
+        (
+            "launch/demo.sh",
+            ["prepare", "tokenizer", "train", "status", "plan", "run", "status", "query"],
+        ),
         ("launch/one_node.sh", ["plan", "run"]),
         ("launch/multi_node.sh", ["plan", "run"]),
         ("slurm/common.sh", ["run", "status", "plan"]),
@@ -108,7 +111,9 @@ def test_the_ci_calls_exactly_the_test_script():
 )  # fmt: skip
 def test_a_python_that_will_not_do_is_one_clear_line(tmp_path, body, message):
     python = stub(tmp_path, "old", body)
-    done = run_bash(ROOT / "launch/setup.sh", cwd=tmp_path, PYTHON=python, GRADPROJ_VENV=tmp_path / "venv")
+    done = run_bash(
+        ROOT / "launch/setup.sh", cwd=tmp_path, PYTHON=python, GRADPROJ_VENV=tmp_path / "venv"
+    )
     assert done.returncode == 2
     assert re.fullmatch(f"gradproj: .*|{message}.*", done.stderr.strip())
     assert re.search(message, done.stderr)
@@ -157,7 +162,9 @@ def test_a_finished_set_up_is_not_done_again_and_a_changed_one_is(tmp_path):
     assert set_up("dev")[1], "a failed installation was taken for a finished one"
 
 
-@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("ruff check", 1), ("mypy", 1), ("pytest", 1)])
+@pytest.mark.parametrize(
+    ("failing", "code"), [("none", 0), ("ruff check", 1), ("mypy", 1), ("pytest", 1)]
+)
 def test_the_test_script_fails_with_any_check_and_ends_with_pytest_s_line(tmp_path, failing, code):
     body = f'case "$*" in "-m {failing}"*) exit 1;; esac\n[[ $* != *pytest* ]] || echo "3 passed in 0.1s"'
     body = body.replace("exit 1;;", '[[ $* == *pytest* ]] && echo "1 failed in 0.1s"; exit 1;;')
@@ -181,11 +188,19 @@ def test_the_demo_refuses_unknown_words_and_explains_itself():
 
 def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
     python = stub(
-        tmp_path, "python", 'echo "$*" >>calls; [[ $* != *plan* ]] || { echo "gradproj: no" >&2; exit 2; }'
+        tmp_path,
+        "python",
+        'echo "$*" >>calls; [[ $* != *plan* ]] || { echo "gradproj: no" >&2; exit 2; }',
     )
     for name in ("one_node", "multi_node"):
         done = run_bash(
-            ROOT / f"launch/{name}.sh", "--shards", "x", cwd=tmp_path, PYTHON=python, NODES=2, HEAD="a"
+            ROOT / f"launch/{name}.sh",
+            "--shards",
+            "x",
+            cwd=tmp_path,
+            PYTHON=python,
+            NODES=2,
+            HEAD="a",
         )
         assert (done.returncode, done.stderr) == (2, "gradproj: no\n")
     assert "torch.distributed.run" not in (tmp_path / "calls").read_text()
@@ -216,7 +231,9 @@ def test_the_slurm_test_installs_slurm_or_says_how(tmp_path, user, sudo, apt, ca
     (tmp_path / "launch" / "setup.sh").symlink_to(ROOT / "launch" / "setup.sh")
     (tmp_path / "calls").touch()
     path = f"{bin_dir}:{os.environ['PATH']}"
-    done = run_bash(tmp_path / "launch" / "test_slurm.sh", "-x", path=path, cwd=tmp_path, GRADPROJ_VENV=venv)
+    done = run_bash(
+        tmp_path / "launch" / "test_slurm.sh", "-x", path=path, cwd=tmp_path, GRADPROJ_VENV=venv
+    )
     assert (tmp_path / "calls").read_text().splitlines() == calls, done.stderr
     assert (done.returncode, message in done.stderr) == (2 if message else 0, True)
     assert ("-m pytest -m slurm tests/slurm -x" in (venv / "calls").read_text()) == (not message)

@@ -32,7 +32,9 @@ def run_sbatch(
     stub(bin_dir, "scontrol", f'[[ $1 == requeue ]] && echo "$2" >>"{folder}/requeued"; echo node1')
     status = "[[ -e out/complete ]]; exit $((3 * $?))" if not complete else "exit 0"
     python = stub(
-        bin_dir, "python", f'cd "{folder}"; case "$*" in *plan*) exit {plan};; *status*) {status};; esac'
+        bin_dir,
+        "python",
+        f'cd "{folder}"; case "$*" in *plan*) exit {plan};; *status*) {status};; esac',
     )
     (out / "logs").mkdir(parents=True, exist_ok=True)
     job = {
@@ -84,7 +86,9 @@ FAILED = "touch out/failed.json out/logs/slurm-%s.failed"
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("file", ["project_pile.sbatch", "project_pile_array.sbatch"])
-def test_the_batch_job_is_queued_again_only_where_that_helps(tmp_path, file, settings, queued, code, message):
+def test_the_batch_job_is_queued_again_only_where_that_helps(
+    tmp_path, file, settings, queued, code, message
+):
     done, was_queued = run_sbatch(tmp_path, **settings, file=file)
     assert message in done.stdout, done.stdout + done.stderr
     assert (done.returncode, was_queued) == (code, ["7"] if queued else [])
@@ -96,12 +100,18 @@ def test_the_batch_job_is_queued_again_only_where_that_helps(tmp_path, file, set
         (in_log("7_3", "unit 12 committed: x"), ["7_3"], "job 7_3, start 1: not complete; 1 units"),
         (in_log("7_30", "unit 12 committed: x"), [], "without a new unit; it is not queued again"),
         (in_log("7", "unit 12 committed: x"), [], "without a new unit; it is not queued again"),
-        (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_3'}", [], "a mistake that has to be mended"),
+        (
+            f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_3'}",
+            [],
+            "a mistake that has to be mended",
+        ),
         (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_30'}", ["7_3"], "queued again"),
         ("exit 143", ["7_3"], "queued again"),
     ],
 )
-def test_an_element_of_an_array_is_queued_again_alone_and_for_its_own_work(tmp_path, step, queued, message):
+def test_an_element_of_an_array_is_queued_again_alone_and_for_its_own_work(
+    tmp_path, step, queued, message
+):
     step += "; exit 1"
     done, was_queued = run_sbatch(tmp_path, step, file="project_pile_array.sbatch", **ELEMENT)
     assert message in done.stdout, done.stdout + done.stderr
@@ -146,14 +156,18 @@ def test_the_batch_job_looks_at_the_output_that_its_flags_name(tmp_path, flags):
     assert was_queued
 
 
-@pytest.mark.parametrize(("file", "starts"), [("project_pile.sbatch", 2), ("project_pile_array.sbatch", 2)])
+@pytest.mark.parametrize(
+    ("file", "starts"), [("project_pile.sbatch", 2), ("project_pile_array.sbatch", 2)]
+)
 def test_torchrun_gets_known_flags_under_slurm_and_no_rendezvous_twice(tmp_path, file, starts):
     meetings = []
     for start in range(starts):
         run_sbatch(tmp_path, file=file, SLURM_RESTART_COUNT=start, RANKS_PER_NODE=2)
         words = (tmp_path / "srun").read_text().split("\n")[:-1]
         assert "--export=ALL" in words
-        given = get_args_parser().parse_args(words[words.index(str(ROOT / "slurm" / "torchrun.py")) + 1 :])
+        given = get_args_parser().parse_args(
+            words[words.index(str(ROOT / "slurm" / "torchrun.py")) + 1 :]
+        )
         assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(given.signals_to_handle.split(","))
         assert (given.nproc_per_node, given.training_script) == ("2", "gradproj.run")
         meetings.append("standalone" if given.standalone else (given.rdzv_endpoint, given.rdzv_id))
@@ -166,9 +180,12 @@ def test_a_batch_file_that_lacks_the_checkout_or_its_python_says_so(tmp_path, fi
     done, queued = run_sbatch(tmp_path, file=file, SLURM_SUBMIT_DIR=tmp_path)
     assert (done.returncode, queued) == (2, [])
     assert (
-        f"{tmp_path} has no slurm/common.sh: call sbatch in the checkout, or say where that is" in done.stdout
+        f"{tmp_path} has no slurm/common.sh: call sbatch in the checkout, or say where that is"
+        in done.stdout
     )
-    done, queued = run_sbatch(tmp_path, file=file, SLURM_SUBMIT_DIR=tmp_path, CHECKOUT=ROOT, PYTHON="none")
+    done, queued = run_sbatch(
+        tmp_path, file=file, SLURM_SUBMIT_DIR=tmp_path, CHECKOUT=ROOT, PYTHON="none"
+    )
     assert (done.returncode, queued) == (2, [])
     assert "there is no Python at none: bash launch/setup.sh makes it, or set PYTHON" in done.stdout
 
@@ -176,9 +193,14 @@ def test_a_batch_file_that_lacks_the_checkout_or_its_python_says_so(tmp_path, fi
 @pytest.mark.parametrize("name", ["project_pile.sbatch", "project_pile_array.sbatch"])
 def test_the_batch_files_ask_slurm_for_what_their_rule_needs(name):
     options = re.findall(r"^#SBATCH (\S+)", (ROOT / "slurm" / name).read_text(), flags=re.M)
-    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@180", "--ntasks-per-node=1"} <= set(options)
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@180", "--ntasks-per-node=1"} <= set(
+        options
+    )
     is_array = "array" in name
-    assert ("--nodes=1" in options, "--output=gradproj-%A_%a.log" in options) == (is_array, is_array)
+    assert ("--nodes=1" in options, "--output=gradproj-%A_%a.log" in options) == (
+        is_array,
+        is_array,
+    )
 
 
 def test_torchrun_s_code_says_that_a_signal_ended_it():

@@ -39,7 +39,9 @@ def files_in(folder):
 
 @pytest.mark.parametrize("rows_per_file", [1, 7, 16, 68, 4096])
 def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradproj.store.row_reader._BLOCK_BYTES", 5 * 4 * 300)  # blocks of a few rows
+    monkeypatch.setattr(
+        "gradproj.store.row_reader._BLOCK_BYTES", 5 * 4 * 300
+    )  # blocks of a few rows
     ok_ids = [i for i in range(N_SAMPLES) if i not in (EMPTY, ONE_TOKEN)]
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store, rows_per_file=rows_per_file)
@@ -50,7 +52,8 @@ def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_p
         len(ok_ids[first : first + rows_per_file]) for first in range(0, len(ok_ids), rows_per_file)
     ]
     assert all(
-        file["batch_idx"].dtype == torch.int64 and file["proj"].dtype == torch.float32 for file in files
+        file["batch_idx"].dtype == torch.int64 and file["proj"].dtype == torch.float32
+        for file in files
     )
     assert torch.cat([file["batch_idx"] for file in files]).tolist() == ok_ids
     np.testing.assert_array_equal(torch.cat([file["proj"] for file in files]).numpy(), want)
@@ -63,7 +66,9 @@ def test_the_files_are_numbered_from_one_and_hold_no_more_than_their_rows(job, t
     names = sorted(path.name for path in (tmp_path / "to").glob("*.pt"))
     assert names == ["proj_iter_000001.pt", "proj_iter_000002.pt", "proj_iter_000003.pt"]
     last = tmp_path / "to" / names[-1]
-    assert last.stat().st_size < 4 * (4 * dim + 8) + 4096  # a slice of a larger buffer would be saved whole
+    assert (
+        last.stat().st_size < 4 * (4 * dim + 8) + 4096
+    )  # a slice of a larger buffer would be saved whole
 
 
 @pytest.mark.parametrize(
@@ -93,8 +98,14 @@ def test_the_metadata_has_the_originals_keys_and_the_stores_slices(job, tmp_path
         rows = torch.load(tmp_path / "to" / "proj_iter_000001.pt", weights_only=True)["proj"]
         for layer, meta in zip(store.layers, metadata["layers"], strict=True):
             assert meta["name"] == layer.name
-            assert meta["k_total"] == meta["k_o"] * meta["k_i"] == meta["slice_end"] - meta["slice_start"]
-            block = rows[:2, meta["slice_start"] : meta["slice_end"]].reshape(2, meta["k_o"], meta["k_i"])
+            assert (
+                meta["k_total"]
+                == meta["k_o"] * meta["k_i"]
+                == meta["slice_end"] - meta["slice_start"]
+            )
+            block = rows[:2, meta["slice_start"] : meta["slice_end"]].reshape(
+                2, meta["k_o"], meta["k_i"]
+            )
             np.testing.assert_array_equal(block.numpy(), store.layer(layer.name)[:2])
 
 
@@ -122,7 +133,9 @@ def test_an_unfinished_store_gives_the_rows_it_has(job, tmp_path):
 def test_rows_are_float32_whatever_the_store_keeps(proj_dtype, tmp_path):
     from gradproj.store import StoreConfig
 
-    output = Output(tmp_path / "out", config=StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype)).fill()
+    output = Output(
+        tmp_path / "out", config=StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype)
+    ).fill()
     with ProjectionStore(output.path) as store:
         export_to(tmp_path / "to", store)
     np.testing.assert_array_equal(files_in(tmp_path / "to")[0]["proj"].numpy(), output.decoded())
@@ -195,10 +208,15 @@ def test_a_failed_write_leaves_nothing_behind(existed, job, tmp_path, monkeypatc
     def full_disk_at_the_second(content, path):
         save(content, path)
         if content["iter"] == 2:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+            )
 
     monkeypatch.setattr(torch, "save", full_disk_at_the_second)
-    with ProjectionStore(job.output) as store, pytest.raises(StoreError, match=r"--to .*cannot be written"):
+    with (
+        ProjectionStore(job.output) as store,
+        pytest.raises(StoreError, match=r"--to .*cannot be written"),
+    ):
         export_to(tmp_path / "to", store, rows_per_file=8)
     assert list(tmp_path.iterdir()) == ([tmp_path / "to"] if existed else [])
     assert not existed or not list((tmp_path / "to").iterdir())

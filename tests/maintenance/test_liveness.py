@@ -122,15 +122,21 @@ def test_a_merge_without_a_sign_of_life_is_not_a_running_one(output, process):
     unmerge(output)
     write_claim(output, "merge.0", replace(owner_of(process), host="far", boot_id="other"))
     assert (
-        status_lines(read_status(output))[-1] == "complete      no, every unit is committed and being merged"
+        status_lines(read_status(output))[-1]
+        == "complete      no, every unit is committed and being merged"
     )
     lines = status_lines(read_status(output, watch_s=0.2))
     assert any(line.startswith("merging") and "no sign of life in 0.2 s" in line for line in lines)
-    assert "but whoever merges shows no life; the job's command takes it over after 11 min" in lines[-1]
+    assert (
+        "but whoever merges shows no life; the job's command takes it over after 11 min"
+        in lines[-1]
+    )
 
 
 def test_an_older_start_of_a_job_has_ended_wherever_it_ran(far, process):
-    newer = replace(owner_of(process, rank=0), job_id=far.owner.job_id, generation=far.owner.generation + 1)
+    newer = replace(
+        owner_of(process, rank=0), job_id=far.owner.job_id, generation=far.owner.generation + 1
+    )
     write_heartbeat(far.output, newer, Progress())
     assert process_of_unit_1(read_status(far.output)) == "gone"
 

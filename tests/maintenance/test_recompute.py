@@ -36,7 +36,9 @@ from gradproj.store.writer import shard_chunks
 
 
 def again(output, n_rows=N_SAMPLES, seed=0, skip=None, **changes):
-    return recompute(RecordedRunArgs(output=str(output), device="cpu", **changes), n_rows, seed, skip)
+    return recompute(
+        RecordedRunArgs(output=str(output), device="cpu", **changes), n_rows, seed, skip
+    )
 
 
 def change_rows(output, unit, change):
@@ -46,11 +48,15 @@ def change_rows(output, unit, change):
         rows = store.rows(range(*layout.unit_range(unit)), missing="nan")
     change(rows)
     stored, scale = encode_rows(rows, layout.proj_dtype)
-    shard_of(output, unit).write_bytes(b"".join(bytes(part) for part in shard_chunks(stored, layout)))
+    shard_of(output, unit).write_bytes(
+        b"".join(bytes(part) for part in shard_chunks(stored, layout))
+    )
     path = output / record_name(unit)
     record = read_record(path)
     columns = {**record.columns, "row_scale": scale}
-    path.write_bytes(encode_record(replace(record, columns=columns, shard=file_sum(shard_of(output, unit)))))
+    path.write_bytes(
+        encode_record(replace(record, columns=columns, shard=file_sum(shard_of(output, unit))))
+    )
     merge(output)
 
 
@@ -80,12 +86,23 @@ def test_every_row_of_a_job_agrees_with_itself_computed_again(output, capsys):
             "long_documents": "windows",
             "special_tokens": "bos_eos",
         },
-        {"proj_dtype": "float32", "loss_reduction": "sum", "domains": "Github", "allow_sparse": True},
+        {
+            "proj_dtype": "float32",
+            "loss_reduction": "sum",
+            "domains": "Github",
+            "allow_sparse": True,
+        },
     ],
     ids=["bfloat16-windows", "float32-sum-domain"],
 )
 def test_rows_agree_whatever_the_job_was_told(settings, job, tmp_path):
-    run_job(1, shards=job.corpus, model=job.model, output_dir=tmp_path / "out", **{**SETTINGS, **settings})
+    run_job(
+        1,
+        shards=job.corpus,
+        model=job.model,
+        output_dir=tmp_path / "out",
+        **{**SETTINGS, **settings},
+    )
     found = again(tmp_path / "out")
     assert found.wrong == []
     assert found.n_rows > 20
@@ -104,12 +121,19 @@ def test_a_row_changed_under_right_checksums_is_named(by, output, capsys):
     assert (wrong.sample_id, wrong.unit, wrong.status) == (37, 2, "ok")
     assert wrong.error == pytest.approx(abs(1 - by), rel=0.01)
     assert found.worst[0] == wrong
-    assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--no-checksums"]) == 1
-    assert f"WRONG         sample 37 (unit 2, key {wrong.key!r}, stored as ok) is " in capsys.readouterr().out
+    assert (
+        main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--no-checksums"]) == 1
+    )
+    assert (
+        f"WRONG         sample 37 (unit 2, key {wrong.key!r}, stored as ok) is "
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("also_damaged", [False, True])
-def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(also_damaged, output, job, capsys):
+def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(
+    also_damaged, output, job, capsys
+):
     def change(rows):
         rows[5] *= 1.01
         rows[7] *= 0.9
@@ -124,13 +148,21 @@ def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(also_dam
     if also_damaged:
         flip_byte(shard_of(output, 0), 100)
     code, said, last = verdict()
-    assert (code, last) == (1, f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}")
-    assert "way out       this command with --repair turns the units of wrong rows into missing ones" in said
+    assert (code, last) == (
+        1,
+        f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}",
+    )
+    assert (
+        "way out       this command with --repair turns the units of wrong rows into missing ones"
+        in said
+    )
     code, said, last = verdict("--repair")
     assert (code, last) == (3, "result        sound, but incomplete")
     assert "WRONG         sample 37" in said
     units = "2 units (0, 2)" if also_damaged else "1 unit (2)"
-    assert f"repaired      record and shard of {units} removed, which the job computes again" in said
+    assert (
+        f"repaired      record and shard of {units} removed, which the job computes again" in said
+    )
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
     assert_same_bits(output, job.output)
     code, said, last = verdict("--repair")
@@ -138,7 +170,9 @@ def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(also_dam
 
 
 def test_without_checksums_nothing_is_called_sound(output, capsys):
-    assert main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
+    assert (
+        main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == (
         "result        complete, and no wrong row among those computed again; checksums were not computed"
     )
@@ -184,7 +218,9 @@ def test_a_zero_row_that_is_no_longer_zero_is_named(output):
         rows[ONE_TOKEN % ROWS_PER_UNIT, 3] = 1e-3
 
     change_rows(output, ONE_TOKEN // ROWS_PER_UNIT, change)
-    assert [(w.sample_id, w.what) for w in again(output).wrong] == [(ONE_TOKEN, "has another row now")]
+    assert [(w.sample_id, w.what) for w in again(output).wrong] == [
+        (ONE_TOKEN, "has another row now")
+    ]
 
 
 def test_documents_that_did_not_fit_the_memory_are_not_judged(output):
@@ -240,7 +276,10 @@ def test_other_weights_are_refused(output, job, tmp_path, capsys):
     ):
         again(output, model=str(model))
     other = make_model(tmp_path / "other", tie_word_embeddings=True)
-    assert main(["verify", str(output), "--recompute", "1", "--model", str(other), "--device", "cpu"]) == 2
+    assert (
+        main(["verify", str(output), "--recompute", "1", "--model", str(other), "--device", "cpu"])
+        == 2
+    )
     assert "--model (weights) and --model (config) changed since" in capsys.readouterr().err
 
 
@@ -248,13 +287,17 @@ def test_inputs_that_have_moved_are_named_and_found_by_flags(output, job, tmp_pa
     run_config = output / "run_config.json"
     flags = json.loads(run_config.read_text())
     run_config.write_text(json.dumps({**flags, "model": "gone", "shards": "gone/*.tar"}))
-    with pytest.raises(ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"):
+    with pytest.raises(
+        ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"
+    ):
         again(output)
     # The index knows where the tars were, whatever folder --shards was relative to.
     assert again(output, 3, model=str(job.model)).wrong == []
     moved = shutil.copytree(job.corpus, tmp_path / "moved")
     index = load_index(output / "corpus.json")
-    gone = replace(index, tars=tuple(replace(t, path=tmp_path / "gone" / t.path.name) for t in index.tars))
+    gone = replace(
+        index, tars=tuple(replace(t, path=tmp_path / "gone" / t.path.name) for t in index.tars)
+    )
     save_index(gone, output / "corpus.json", replace_existing=True)
     with pytest.raises(CorpusError, match="gone"):
         again(output, model=str(job.model))
@@ -280,7 +323,9 @@ def test_a_store_cannot_say_that_its_checkpoint_is_trusted(name, output):
 )
 def test_settings_that_are_no_jobs_are_one_line(content, output):
     (output / "run_config.json").write_text(content)
-    with pytest.raises(StoreError, match=r"run_config.json (cannot be read|does not hold a job's settings)"):
+    with pytest.raises(
+        StoreError, match=r"run_config.json (cannot be read|does not hold a job's settings)"
+    ):
         again(output)
 
 

@@ -41,7 +41,12 @@ def record_of(output: Path, unit: int) -> Path:
 
 def contents(output: Path) -> dict[str, bytes]:
     """Everything of a store but what a merge's moment decides, by its path in OUTPUT."""
-    paths = [p for part in ("units", "projections.zarr") for p in (output / part).rglob("*") if p.is_file()]
+    paths = [
+        p
+        for part in ("units", "projections.zarr")
+        for p in (output / part).rglob("*")
+        if p.is_file()
+    ]
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 
@@ -108,9 +113,14 @@ def test_damage_repaired_and_computed_again_leaves_the_undisturbed_store(name, o
         assert "loss differs from the unit's record, first at sample 0" in said
     assert main(["verify", str(output), "--repair"]) == 3
     said = capsys.readouterr().out
-    assert f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed" in said
+    assert (
+        f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed" in said
+    )
     assert "in those units, nothing else" in said
-    assert "go on         run the job's command again, with any number of ranks, as in: python -m" in said
+    assert (
+        "go on         run the job's command again, with any number of ranks, as in: python -m"
+        in said
+    )
     assert main(["verify", str(output)]) == 3
     sound = {unit: os.stat(record_of(output, unit)) for unit in set(range(N_UNITS)) - set(damaged)}
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
@@ -124,7 +134,9 @@ def test_damage_repaired_and_computed_again_leaves_the_undisturbed_store(name, o
 def test_the_command_to_go_on_is_the_jobs_own(job):
     words = recorded_command(job.output).split()
     assert words[:3] == ["python", "-m", "gradproj.run"]
-    given = job_command(1, shards=job.corpus, model=job.model, output_dir=job.output, **SETTINGS)[3:]
+    given = job_command(1, shards=job.corpus, model=job.model, output_dir=job.output, **SETTINGS)[
+        3:
+    ]
     settled = run_config(given, "test")
     store = replace(settled.store, rows_per_shard=ROWS_PER_UNIT)
     assert run_config(words[3:], "test") == replace(settled, store=store)
@@ -190,7 +202,9 @@ def test_a_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_pa
     assert at > 28
 
 
-def test_a_repair_marks_the_store_then_removes_records_then_merges_then_removes_shards(output, monkeypatch):
+def test_a_repair_marks_the_store_then_removes_records_then_merges_then_removes_shards(
+    output, monkeypatch
+):
     flip_byte(shard_of(output, 1), 100)
     done = []
 
@@ -241,7 +255,10 @@ def test_a_unit_that_a_living_process_has_claimed_is_left_and_others_are_repaire
     assert (done.units, list(done.held), done.exit_code) == ([3], [1], 1)
     assert (record_of(output, 1).read_bytes(), shard_of(output, 1).read_bytes()) == before
     text = "\n".join(repair_lines(done, "go on"))
-    assert f"left          unit 1 is claimed by rank 3 on {owner.host} (pid {owner.pid}, job job)" in text
+    assert (
+        f"left          unit 1 is claimed by rank 3 on {owner.host} (pid {owner.pid}, job job)"
+        in text
+    )
     assert str(output / "claims" / "00000001.0") in text
     process.kill()
     process.wait()

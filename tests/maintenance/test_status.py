@@ -82,7 +82,10 @@ def test_where_a_merge_cannot_work_verify_is_advised(name, output):
     assert what in problem
     verdict = status_lines(status)[-1]
     assert "no, every unit is committed but cannot be merged; " in verdict
-    assert f"`python -m gradproj verify {output} --repair` turns damaged units into missing ones" in verdict
+    assert (
+        f"`python -m gradproj verify {output} --repair` turns damaged units into missing ones"
+        in verdict
+    )
 
 
 def test_after_a_mistake_the_merge_waits_for_what_is_to_be_mended(output):
@@ -97,7 +100,8 @@ def test_who_merges_already_is_not_told_to_merge(output, process):
     unmerge(output)
     write_claim(output, "merge.0", owner_of(process))
     assert (
-        status_lines(read_status(output))[-1] == "complete      no, every unit is committed and being merged"
+        status_lines(read_status(output))[-1]
+        == "complete      no, every unit is committed and being merged"
     )
 
 
@@ -115,9 +119,16 @@ def test_a_claimed_unit_names_its_process_and_how_far_it_is(output, process):
     assert first.owner == owner
     assert first.since
     # 2 finished units and 8 documents in 2 s; 24 of 32 documents are left.
-    assert (status.speed.samples_per_s, status.speed.tokens_per_s, status.speed.left_s) == (20, 300, 1.2)
+    assert (status.speed.samples_per_s, status.speed.tokens_per_s, status.speed.left_s) == (
+        20,
+        300,
+        1.2,
+    )
     text = "\n".join(status_lines(status))
-    assert f"unit 1: 8 of 16 documents, by rank 3 on {owner.host} (pid {owner.pid}, job job), since 2" in text
+    assert (
+        f"unit 1: 8 of 16 documents, by rank 3 on {owner.host} (pid {owner.pid}, job job), since 2"
+        in text
+    )
     assert "unit 2: nothing reported yet" in text
     assert "run the job's command again" not in text
 
@@ -156,7 +167,9 @@ def test_a_claim_that_cannot_be_read_is_shown_without_an_owner(output):
 
 def test_a_running_merge_names_its_process(output, process):
     write_claim(output, "merge.0", owner_of(process))
-    assert f"merging       rank 1 on {owner_of(process).host}" in "\n".join(status_lines(read_status(output)))
+    assert f"merging       rank 1 on {owner_of(process).host}" in "\n".join(
+        status_lines(read_status(output))
+    )
 
 
 def test_saved_rows_of_an_unfinished_unit_are_listed_with_their_place(output):
@@ -192,12 +205,16 @@ def test_a_damaged_record_does_not_keep_status_from_answering(output):
     assert record_name(1) in problem
 
 
-def test_rows_that_take_long_to_count_are_counted_in_part_unless_all_are_asked_for(output, monkeypatch):
+def test_rows_that_take_long_to_count_are_counted_in_part_unless_all_are_asked_for(
+    output, monkeypatch
+):
     uncommit(output, 4)
     monkeypatch.setattr("gradproj.maintenance.status.COUNT_FOR_S", -1.0)
     status = read_status(output)
     assert (status.by_status, status.n_units_counted) == ({"missing": 6}, 0)
-    assert "rows          6 missing (of 0 of 4 committed units; --rows counts all)" in status_lines(status)
+    assert "rows          6 missing (of 0 of 4 committed units; --rows counts all)" in status_lines(
+        status
+    )
     status = read_status(output, rows=True)
     assert (status.by_status, status.n_units_counted) == (
         {"missing": 6, "ok": 62, "empty": 1, "no_target": 1},

@@ -42,7 +42,11 @@ def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output)
     found = verify(output)
     assert (found.damage, found.complete, found.exit_code) == ([], False, 3)
     with ProjectionStore(output) as store:
-        assert [list(r) for r in store.missing_ranges()] == found.missing.ranges == [[16, 48], [64, 70]]
+        assert (
+            [list(r) for r in store.missing_ranges()]
+            == found.missing.ranges
+            == [[16, 48], [64, 70]]
+        )
     assert found.missing.n_ids == 38
     assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(found)
 
@@ -59,7 +63,9 @@ def test_a_shard_without_a_record_is_no_damage(output):
     (output / "projections.zarr" / "projections" / "c.1.0").write_bytes(b"half")
     found = verify(output)
     assert (found.shards_without_record, found.damage, found.exit_code) == ([1], [], 3)
-    assert "left over     1 shard without a record, of units 1" in "\n".join(verification_lines(found))
+    assert "left over     1 shard without a record, of units 1" in "\n".join(
+        verification_lines(found)
+    )
 
 
 def test_rows_that_are_not_finite_are_listed(output):
@@ -87,7 +93,9 @@ def test_damage_is_found_where_it_is(name, output):
     assert lines[-1].startswith("result        damaged, in")
     ways_out = [line for line in lines if line.startswith("way out")]
     assert len(ways_out) == 1
-    assert (f"`python -m gradproj verify {output} --repair` turns" in ways_out[0]) == (kind != "other")
+    assert (f"`python -m gradproj verify {output} --repair` turns" in ways_out[0]) == (
+        kind != "other"
+    )
 
 
 def test_a_merge_makes_damaged_columns_and_sums_again(output, job):

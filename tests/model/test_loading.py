@@ -31,7 +31,9 @@ def files_of(path, **options):
 def test_the_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
     files = files_of(make_model(tmp_path, family))
     config = ProjectionConfig(rank_total=24, rank_min=3, include_embeddings=True)
-    assert place_widths(model_skeleton(files), config) == place_widths(load_model(files, CPU), config)
+    assert place_widths(model_skeleton(files), config) == place_widths(
+        load_model(files, CPU), config
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -46,7 +48,8 @@ def test_random_weights_come_from_their_seed_and_leave_the_generator_alone(tmp_p
     make_model(tmp_path)
     state = torch.get_rng_state().clone()
     first, again, other = (
-        load_model(files_of(tmp_path, init="random", seed=seed), CPU).lm_head.weight for seed in (1, 1, 2)
+        load_model(files_of(tmp_path, init="random", seed=seed), CPU).lm_head.weight
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -68,7 +71,11 @@ def test_fingerprints_know_what_changed_and_nothing_else(tmp_path):
     weights = load_file(tmp_path / "b" / "model.safetensors")
     weights["model.norm.weight"][3] += 1e-3
     save_file(weights, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
-    assert [a == b for a, b in zip(fingerprints(tmp_path / "b"), before, strict=True)] == [False, True, True]
+    assert [a == b for a, b in zip(fingerprints(tmp_path / "b"), before, strict=True)] == [
+        False,
+        True,
+        True,
+    ]
     assert fingerprints(make_model(tmp_path / "c", rms_norm_eps=1e-3))[1] != before[1]
 
 
@@ -89,7 +96,8 @@ def test_weights_that_the_checkpoint_lacks_are_an_error_and_not_random_numbers(t
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"1 of the model's weights are not in the checkpoint.*layers\.1\.mlp\.up_proj"
+        ModelError,
+        match=r"1 of the model's weights are not in the checkpoint.*layers\.1\.mlp\.up_proj",
     ):
         load_model(files_of(tmp_path), CPU)
 
@@ -115,7 +123,11 @@ def test_a_bidirectional_model_is_refused(tmp_path):
     from transformers import BertConfig, BertLMHeadModel
 
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
     )
     make_tokenizer(tmp_path)
     BertLMHeadModel(config).save_pretrained(tmp_path)
@@ -142,7 +154,9 @@ def test_a_peft_adapters_directory_loads_with_its_base(tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = make_model(tmp_path / "base")
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
     adapted.save_pretrained(tmp_path / "adapter")
     files = files_of(tmp_path / "adapter")

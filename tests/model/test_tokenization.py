@@ -40,7 +40,9 @@ def test_the_tokens_wanted_are_those_of_the_whole_document(tokenizer, special, m
 def test_only_the_beginning_of_a_long_document_is_tokenized(tokenizer, monkeypatch):
     seen = []
     encode = Tokenizing._encode
-    monkeypatch.setattr(Tokenizing, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    monkeypatch.setattr(
+        Tokenizing, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts)
+    )
     Tokenizing(tokenizer, "none", 16).ids([words(5000, 1)])
     assert [len(text) for text in seen] == [12 * 16]
 

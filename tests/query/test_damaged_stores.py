@@ -21,7 +21,11 @@ def ask(capsys, output):
     """Ask the copied output: ``(exit code, standard output, standard error)``."""
 
     def run(command, *flags):
-        asked = ["--text", "the of it was", "--top_k", "2", "--bottom_k", "0"] if command == "query" else []
+        asked = (
+            ["--text", "the of it was", "--top_k", "2", "--bottom_k", "0"]
+            if command == "query"
+            else []
+        )
         code = main([command, str(output), *asked, "--device", "cpu", *map(str, flags)])
         return code, *capsys.readouterr()
 
@@ -83,7 +87,12 @@ def test_a_store_whose_shards_are_all_gone_answers_nothing(output, ask):
 @pytest.mark.parametrize("name", ["row_scale", "domain", "loss"])
 def test_a_column_s_chunk_that_is_gone_is_named(output, ask, name):
     (output / "projections.zarr" / name / "c.0").unlink()
-    said_by_all(ask, f"{name}/c.0 is damaged: it is gone", "python -m gradproj verify", commands=COMMANDS[1:])
+    said_by_all(
+        ask,
+        f"{name}/c.0 is damaged: it is gone",
+        "python -m gradproj verify",
+        commands=COMMANDS[1:],
+    )
     if name == "row_scale":
         said_by_all(ask, f"{name}/c.0 is damaged: it is gone", commands=["query"])
     assert main(["verify", str(output)]) != 0
@@ -112,7 +121,10 @@ def edit_attributes(store, **changes):
 
 
 DAMAGES = {
-    "status bytes flipped": (lambda z: flip(z / "status/c.0", 0, 3), ["status/c.0", "is no status"]),
+    "status bytes flipped": (
+        lambda z: flip(z / "status/c.0", 0, 3),
+        ["status/c.0", "is no status"],
+    ),
     "sums cut": (
         lambda z: (z / "token_covariance_s/c.0").write_bytes(b"\0" * 101),
         ["token_covariance_s", "zarr cannot read it"],
@@ -136,13 +148,20 @@ DAMAGES = {
     ),
     "the array's metadata empty": (
         lambda z: (z / "projections/zarr.json").write_text("{}"),
-        ["projections/zarr.json is damaged", "KeyError('codecs')", "Put that file back from a copy"],
+        [
+            "projections/zarr.json is damaged",
+            "KeyError('codecs')",
+            "Put that file back from a copy",
+        ],
     ),
     "the array's metadata a list": (
         lambda z: (z / "projections/zarr.json").write_text("[]"),
         ["projections/zarr.json is damaged"],
     ),
-    "the group's metadata a list": (lambda z: (z / "zarr.json").write_text("[]"), ["zarr.json is damaged"]),
+    "the group's metadata a list": (
+        lambda z: (z / "zarr.json").write_text("[]"),
+        ["zarr.json is damaged"],
+    ),
     "attributes a list": (
         lambda z: (z / "zarr.json").write_text('{"attributes": []}'),
         ["its attributes are no object"],
@@ -161,16 +180,25 @@ def test_a_key_that_is_no_text_is_damage_where_keys_are_shown(output, ask):
     path = output / "projections.zarr" / "key" / "c.0.0"
     flip(path, *range(len(path.read_bytes())))
     said_by_all(
-        ask, "projections.zarr/key is damaged", "python -m gradproj verify", commands=["query", "report"]
+        ask,
+        "projections.zarr/key is damaged",
+        "python -m gradproj verify",
+        commands=["query", "report"],
     )
 
 
 def test_a_place_where_the_system_makes_no_file_is_named(ask):
     said_by_all(
-        ask, "--output_dir /proc/x: no folder", commands=["domains"], flags=["--output_dir", "/proc/x"]
+        ask,
+        "--output_dir /proc/x: no folder",
+        commands=["domains"],
+        flags=["--output_dir", "/proc/x"],
     )
     said_by_all(
-        ask, "--output /proc/x.html: no file", commands=["report"], flags=["--output", "/proc/x.html"]
+        ask,
+        "--output /proc/x.html: no file",
+        commands=["report"],
+        flags=["--output", "/proc/x.html"],
     )
 
 
@@ -200,5 +228,7 @@ def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_cha
 
 def test_a_damping_of_a_score_that_has_none_is_refused(ask):
     said_by_all(
-        ask, "--score dot has no damping; leave --damping out", flags=("--score", "dot", "--damping", "0.5")
+        ask,
+        "--score dot has no damping; leave --damping out",
+        flags=("--score", "dot", "--damping", "0.5"),
     )

@@ -9,7 +9,9 @@ from gradproj.query import Query, read_queries
 
 
 def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return path
 
 
@@ -64,7 +66,9 @@ def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
 
 
 def test_a_file_that_is_not_there_not_text_or_empty_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"the queries' file .*none\.jsonl cannot be read: No such file"):
+    with pytest.raises(
+        ConfigError, match=r"the queries' file .*none\.jsonl cannot be read: No such file"
+    ):
         read_queries(tmp_path / "none.jsonl")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         read_queries(tmp_path)

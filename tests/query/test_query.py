@@ -51,17 +51,25 @@ def test_each_query_s_ends_are_those_of_the_analysis_s_scores(output, tmp_path, 
         order = ids[np.argsort(-values[ids], kind="stable")]
         got = found[9 * number : 9 * number + 9]
         assert [x["id"] for x in got] == [*order[:5], *order[: -4 - 1 : -1]]
-        np.testing.assert_allclose([x["score"] for x in got], values[[x["id"] for x in got]], rtol=1e-4)
+        np.testing.assert_allclose(
+            [x["score"] for x in got], values[[x["id"] for x in got]], rtol=1e-4
+        )
 
 
 def test_a_row_names_the_document_and_what_is_known_of_it(job, ask):
-    found = ask.objects(job.output, "--text", TEXT, "--top_k", N_SAMPLES, "--bottom_k", 0, "--show_text")
+    found = ask.objects(
+        job.output, "--text", TEXT, "--top_k", N_SAMPLES, "--bottom_k", 0, "--show_text"
+    )
     assert len(found) == N_SAMPLES - 2
     assert not {EMPTY, ONE_TOKEN} & {x["id"] for x in found}
     documents = mixed_documents(N_SAMPLES)
     with ProjectionStore(job.output) as store:
         for x, sample in zip(found, store.samples([x["id"] for x in found]), strict=True):
-            assert (x["key"], x["domain"], x["n_tokens"]) == (sample.key, sample.domain, sample.n_tokens)
+            assert (x["key"], x["domain"], x["n_tokens"]) == (
+                sample.key,
+                sample.domain,
+                sample.n_tokens,
+            )
             assert x["loss"] == pytest.approx(sample.loss)
             assert x["text"] == documents[x["id"]]["text"][:1000]
     assert {x["damping"] for x in found} == {"auto"}
@@ -69,7 +77,9 @@ def test_a_row_names_the_document_and_what_is_known_of_it(job, ask):
 
 def test_pandas_reads_the_json_lines_and_what_is_said_of_them_goes_elsewhere(job, ask, tmp_path):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
-    lines, said = ask(job.output, "--queries", path, "--format", "jsonl", "--top_k", 2, "--score", "cosine")
+    lines, said = ask(
+        job.output, "--queries", path, "--format", "jsonl", "--top_k", 2, "--score", "cosine"
+    )
     table = pd.read_json(io.StringIO("\n".join(lines)), lines=True)
     assert len(table) == 3 * (2 + 20)
     assert table.groupby("query")["score"].max().between(-1, 1).all()
@@ -88,7 +98,8 @@ def test_the_table_says_score_sign_unit_damping_and_what_was_compared(job, ask, 
         i for i, line in enumerate(lines) if line.startswith("top ")
     )
     top, bottom = (
-        next(i for i, line in enumerate(lines) if line.startswith(end)) for end in ("top ", "bottom ")
+        next(i for i, line in enumerate(lines) if line.startswith(end))
+        for end in ("top ", "bottom ")
     )
     assert [line.split()[0] for line in lines[top + 1 : bottom : 2]] == ["1", "2", "3"]
     assert len(lines) == bottom + 1 + 2 * 2
@@ -107,18 +118,36 @@ def test_a_document_s_own_text_finds_it_first_with_cosine_one(job, ask):
 def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
     with ProjectionStore(job.output) as store:
-        chosen = [layer.name for layer in store.layers if ".0." in layer.name or "mlp" in layer.name]
+        chosen = [
+            layer.name for layer in store.layers if ".0." in layer.name or "mlp" in layer.name
+        ]
         others = [layer.name for layer in store.layers if layer.name not in chosen]
         domain = store.column("domain")
     assert others
-    wanted = scores_of(job.output, read_queries(path), layers=chosen)  # by the default score, as the command
-    wanted[:, ~np.isin(domain, [store.domains.index(name) for name in ("Github", "ArXiv")])] = np.nan
-    words = ("--layers", "layers.0,mlp", "--domains", "Github", "ArXiv", "--top_k", 6, "--bottom_k", 0)
+    wanted = scores_of(
+        job.output, read_queries(path), layers=chosen
+    )  # by the default score, as the command
+    wanted[:, ~np.isin(domain, [store.domains.index(name) for name in ("Github", "ArXiv")])] = (
+        np.nan
+    )
+    words = (
+        "--layers",
+        "layers.0,mlp",
+        "--domains",
+        "Github",
+        "ArXiv",
+        "--top_k",
+        6,
+        "--bottom_k",
+        0,
+    )
     found = ask.objects(job.output, "--queries", path, *words)
     assert {x["domain"] for x in found} == {"Github", "ArXiv"}
     for number, values in enumerate(wanted):
         got = found[6 * number : 6 * number + 6]
-        assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[:6].tolist()
+        assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[
+            :6
+        ].tolist()
     lines, _ = ask(job.output, "--queries", path, *words)
     assert any("documents of Github, ArXiv compared" in line for line in lines)
     assert any(line.startswith("layers   model.layers.0.self_attn") for line in lines)
@@ -131,12 +160,16 @@ def test_a_layer_s_number_is_a_whole_part_of_its_name(job, ask):
 
 
 @pytest.mark.parametrize("kind", ["kfac", "preconditioned", "relatif"])
-def test_several_dampings_are_answered_one_after_the_other_and_compared(output, ask, monkeypatch, kind):
+def test_several_dampings_are_answered_one_after_the_other_and_compared(
+    output, ask, monkeypatch, kind
+):
     asked = (output, "--text", TEXT, "--score", kind, "--layers", "mlp", "--top_k", 5)
     one = {c: ask.objects(*asked, "--damping", c) for c in ("0.001", "30")}
     scans = []
     scan = ends_module.top_and_bottom
-    monkeypatch.setattr(ends_module, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k))
+    monkeypatch.setattr(
+        ends_module, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k)
+    )
     both = ask.objects(*asked, "--damping", "0.001,30")
     assert len(scans) == (2 if kind == "relatif" else 1)
     for x, y in zip(both, one["0.001"] + one["30"], strict=True):
@@ -167,7 +200,10 @@ def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_pat
         )
         rows = store.rows(ids)[:, chosen].astype(np.float64)
         asked = (
-            QueryProjector(store, device="cpu").rows(read_queries(path)).rows[:, chosen].astype(np.float64)
+            QueryProjector(store, device="cpu")
+            .rows(read_queries(path))
+            .rows[:, chosen]
+            .astype(np.float64)
         )
     moment = rows.T @ rows / len(rows)
     flags += ("--top_k", N_SAMPLES)
@@ -177,7 +213,9 @@ def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_pat
         wanted = np.linalg.solve(damped, asked.T).T @ rows.T
         for number, values in enumerate(wanted):
             name = ["first", "second", "line 3"][number]
-            got = {x["id"]: x["score"] for x in found if (x["query"], x["damping"]) == (name, damping)}
+            got = {
+                x["id"]: x["score"] for x in found if (x["query"], x["damping"]) == (name, damping)
+            }
             np.testing.assert_allclose(
                 [got[i] for i in ids], values, rtol=1e-3, atol=1e-4 * abs(values).max()
             )
@@ -189,12 +227,24 @@ def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_pat
 
 def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path, ask, monkeypatch):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
-    asked = (output, "--queries", path, "--score", "kfac", "--layers", "mlp", "--damping", "0.001,30")
+    asked = (
+        output,
+        "--queries",
+        path,
+        "--score",
+        "kfac",
+        "--layers",
+        "mlp",
+        "--damping",
+        "0.001,30",
+    )
     want = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
     assert [x["damping"] for x in want] == [0.001] * 21 + [30] * 21
     sizes, scan = [], ends_module.top_and_bottom
     monkeypatch.setattr(
-        ends_module, "top_and_bottom", lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k)
+        ends_module,
+        "top_and_bottom",
+        lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k),
     )
     with ProjectionStore(output) as store:
         monkeypatch.setattr(ends_module, "_QUERIES_AT_ONCE_BYTES", 5 * 8 * store.dim)
@@ -217,7 +267,9 @@ def test_an_output_s_documents_are_queries_named_by_their_keys(job, tmp_path, as
     for number, sample in enumerate(samples):
         got = found[3 * number : 3 * number + 3]
         assert {x["query"] for x in got} == {sample.key}
-        assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(wanted[number], nan=-np.inf))[:3].tolist()
+        assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(wanted[number], nan=-np.inf))[
+            :3
+        ].tolist()
         assert got[0]["query_loss"] == pytest.approx(sample.loss)
     # No model is needed where the rows are there.
     flags = json.loads((other / "run_config.json").read_text())
@@ -226,7 +278,9 @@ def test_an_output_s_documents_are_queries_named_by_their_keys(job, tmp_path, as
     assert ask.objects(moved, "--query_store", other, "--top_k", 3, "--bottom_k", 0) == found
 
 
-def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s_loss(job, tmp_path):
+def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s_loss(
+    job, tmp_path
+):
     """One plain gradient step on a document, over the layers that are projected."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,7 +288,12 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     output = tmp_path / "full"
     # So many values that nothing is lost: the projections are orthonormal and square, the dot product exact.
-    settings = {"proj_rank_total": 2**20, "proj_kind": "orthonormal", "proj_layers": "mlp", "max_samples": 12}
+    settings = {
+        "proj_rank_total": 2**20,
+        "proj_kind": "orthonormal",
+        "proj_layers": "mlp",
+        "max_samples": 12,
+    }
     run_job(shards=job.corpus, model=job.model, output_dir=output, proj_dtype="float32", **settings)
     asked = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
     top = query(asked).ends[0].top
@@ -246,7 +305,9 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
 
         def loss(text, model=model):
             ids = torch.tensor([tokenizer(text).input_ids[:64]])
-            logits = model(input_ids=ids).logits[0]  # in float64: transformers' own loss is made in float32
+            logits = model(input_ids=ids).logits[
+                0
+            ]  # in float64: transformers' own loss is made in float32
             return torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
 
         before = loss(words(9, 77)).item()
@@ -261,7 +322,9 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
 
 def test_texts_and_names_cannot_disturb_a_terminal(job, tmp_path, ask, monkeypatch):
     hostile = "control \x1b[31m and\n\n  spaces" + words(60, 3)
-    monkeypatch.setattr("gradproj.cli.query.document_texts", lambda output, run: lambda sample_id: hostile)
+    monkeypatch.setattr(
+        "gradproj.cli.query.document_texts", lambda output, run: lambda sample_id: hostile
+    )
     path = write_queries(tmp_path / "q.jsonl", {"text": "the of \x1b[0m", "id": "a\x1b[2Jb"})
     lines, _ = ask(job.output, "--queries", path, "--show_text", "--top_k", 6)
     assert "\x1b" not in "\n".join(lines)
@@ -275,7 +338,10 @@ def test_texts_and_names_cannot_disturb_a_terminal(job, tmp_path, ask, monkeypat
 
 def test_the_text_of_a_document_of_token_ids_is_its_ids(tmp_path):
     make_corpus(tmp_path, [{"text": "a"}, {"input_ids": [5, 6, 7, 8]}])
-    assert text_of(build_index(list_tars(str(tmp_path)), progress=False), 1) == "token ids [5, 6, 7, 8]"
+    assert (
+        text_of(build_index(list_tars(str(tmp_path)), progress=False), 1)
+        == "token ids [5, 6, 7, 8]"
+    )
 
 
 def test_model_and_tars_may_move_if_they_are_named(job, tmp_path, monkeypatch, ask):
@@ -284,7 +350,9 @@ def test_model_and_tars_may_move_if_they_are_named(job, tmp_path, monkeypatch, a
     flags = json.loads((tmp_path / "old/out/run_config.json").read_text())
     flags |= {"model": "old/model", "shards": "old/tars"}
     (tmp_path / "old/out/run_config.json").write_text(json.dumps(flags))
-    index = load_index(tmp_path / "old/out/corpus.json").relocated(list_tars(str(tmp_path / "old/tars")))
+    index = load_index(tmp_path / "old/out/corpus.json").relocated(
+        list_tars(str(tmp_path / "old/tars"))
+    )
     save_index(index, tmp_path / "old/out/corpus.json", replace_existing=True)
     monkeypatch.chdir(tmp_path)
     want = ask.objects("old/out", "--text", TEXT, "--show_text")

@@ -61,13 +61,25 @@ ASKED = ("--text", TEXT)
             (*ASKED, "--curvature", "kfac"),
             "--curvature kfac: it is kfac or second_moment, and of --score relatif only",
         ),
-        ((*ASKED, "--layers", "nothing"), "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj"),
-        ((*ASKED, "--domains", "Github,Fiction"), "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC"),
+        (
+            (*ASKED, "--layers", "nothing"),
+            "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj",
+        ),
+        (
+            (*ASKED, "--domains", "Github,Fiction"),
+            "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC",
+        ),
         ((*ASKED, "--joint"), "--joint is of --score preconditioned only"),
-        ((*ASKED, "--layers", ""), "--layers is empty; name some of the store's, or leave it out for all"),
+        (
+            (*ASKED, "--layers", ""),
+            "--layers is empty; name some of the store's, or leave it out for all",
+        ),
         ((*ASKED, "--layers", ","), "--layers is empty"),
         ((*ASKED, "--layers", " ", ", "), "--layers is empty"),
-        ((*ASKED, "--domains", ""), "--domains is empty; name some of the store's, or leave it out for all"),
+        (
+            (*ASKED, "--domains", ""),
+            "--domains is empty; name some of the store's, or leave it out for all",
+        ),
         (
             ("--queries", "none.jsonl"),
             "the queries' file none.jsonl cannot be read: No such file or directory",
@@ -89,7 +101,9 @@ def test_fewer_documents_than_are_shown_by_default_are_no_mistake(job, ask):
 
 def test_a_bad_line_of_a_file_is_named(job, tmp_path, ask):
     path = write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"text": words(80, 2)}, {"txt": ""})
-    assert f"{path}, line 3: nothing to ask about; give one of " in ask.mistake(job.output, "--queries", path)
+    assert f"{path}, line 3: nothing to ask about; give one of " in ask.mistake(
+        job.output, "--queries", path
+    )
     path = write_queries(path, {"text": TEXT}, {"text": words(80, 2)})
     assert f"{path}, line 2: " in ask.mistake(job.output, "--queries", path)
     path = write_queries(path, {"text": TEXT}, {"input_ids": [2, 300]})
@@ -114,13 +128,16 @@ def test_another_model_or_tokenizer_than_the_store_s_is_refused(job, tmp_path, a
         assert message.startswith(f"gradproj: {tmp_path / 'model'} is not what ")
         assert "its --tokenizer changed since" in message
         assert "give --tokenizer DIR" in message
-    assert "holds no tokenizer that loads" in ask.mistake(job.output, *ASKED, "--tokenizer", tmp_path)
+    assert "holds no tokenizer that loads" in ask.mistake(
+        job.output, *ASKED, "--tokenizer", tmp_path
+    )
 
 
 def test_a_place_without_a_model_is_named_as_it_was_given(job, ask):
     message = ask.mistake(job.output, *ASKED, "--model", "nosuchdir")
     assert (
-        f"--model nosuchdir is no directory here; give one that holds the job's model, {job.model}" in message
+        f"--model nosuchdir is no directory here; give one that holds the job's model, {job.model}"
+        in message
     )
 
 
@@ -135,14 +152,19 @@ def test_a_store_cannot_say_that_its_checkpoint_is_trusted(output, ask, name):
     path = output / "run_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: True}))
     assert f"give --{name} here too if you trust" in ask.mistake(output, *ASKED)
-    with ProjectionStore(output) as store, pytest.raises(ModelError, match=f"give --{name} here too"):
+    with (
+        ProjectionStore(output) as store,
+        pytest.raises(ModelError, match=f"give --{name} here too"),
+    ):
         QueryProjector(store)
     assert not getattr(recorded_config(output).model, name)
     trusting = config_from(RecordedRunArgs(output=str(output), **{name: True}))
     assert getattr(trusting.model, name)
 
 
-def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(job, output, tmp_path, ask):
+def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(
+    job, output, tmp_path, ask
+):
     identity = read_attributes(output / "projections.zarr")["identity"]
     changes = {"--model (weights)": "f" * 32, "--loss_reduction": "sum"}
     update_attributes(output / "projections.zarr", {"identity": identity | changes})
@@ -196,7 +218,9 @@ def test_names_that_a_store_brings_along_disturb_no_terminal(output, ask):
         message = ask.mistake(output, *asked, flag, "nothing")
         assert "�" in message
         assert message.removesuffix("\n").isprintable()
-    lines, said = ask(output, *asked, "--layers", layer, "--domains", domains[0], "--score", "cosine")
+    lines, said = ask(
+        output, *asked, "--layers", layer, "--domains", domains[0], "--score", "cosine"
+    )
     assert said == ""
     assert all(line.isprintable() for line in lines)
     assert any("of �[2Jevil compared" in line for line in lines)
@@ -211,13 +235,18 @@ def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
         monkeypatch.setattr(rows_module, "MOST_ROWS_BYTES", 4 * store.dim * 2)
         monkeypatch.setattr(ProjectionStore, "rows", None)
         monkeypatch.setattr("gradproj.cli.query.QueryProjector", None)
-        size = f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
+        size = (
+            f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
+        )
     message = ask.mistake(output, "--queries", path)
     assert f"--queries {path} asks 3 queries, {size}" in message
     assert "2 queries, is the most at once. Give its lines in several files" in message
     message = ask.mistake(output, "--query_store", job.output)
     assert f"asks {N_SAMPLES - 2} queries, whose rows" in message
-    assert "2 queries, is the most at once. Ask some at a time in Python: gradproj.analysis.top_k(" in message
+    assert (
+        "2 queries, is the most at once. Ask some at a time in Python: gradproj.analysis.top_k("
+        in message
+    )
 
 
 def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
@@ -226,7 +255,10 @@ def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
     with ProjectionStore(job.output) as store:
         width = store.dim
     message = ask.mistake(job.output, *flags)
-    assert f"has rows of {width:,} values, and one second moment is made of at most 10: name fewer" in message
+    assert (
+        f"has rows of {width:,} values, and one second moment is made of at most 10: name fewer"
+        in message
+    )
     assert "--joint: these layers have " in ask.mistake(job.output, *flags, "--layers", "mlp")
 
 
@@ -236,7 +268,9 @@ def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask
     update_attributes(output / "projections.zarr", {"covariance_tokens": 0})
     lines, said = ask(output, *ASKED, "--top_k", N_SAMPLES)
     text = " ".join(" ".join(lines).split())
-    assert "37 documents compared; without a row: 32 not computed yet, 1 with no target token" in text
+    assert (
+        "37 documents compared; without a row: 32 not computed yet, 1 with no target token" in text
+    )
     assert "(ids 0 to 15, 32 to 47)" in text
     assert "score cosine: cosine of the two projected gradients" in text
     assert (
@@ -294,7 +328,9 @@ def test_rows_whose_shard_is_gone_are_said_and_ask_nothing(job, output, ask):
 def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
     assert "is not a gradproj store" in ask.mistake(tmp_path, *ASKED)
     shutil.copytree(job.output / "projections.zarr", tmp_path / "projections.zarr")
-    assert "is not a job's --output_dir: it holds no run_config.json" in ask.mistake(tmp_path, *ASKED)
+    assert "is not a job's --output_dir: it holds no run_config.json" in ask.mistake(
+        tmp_path, *ASKED
+    )
     (tmp_path / "run_config.json").write_text("{torn")
     assert "run_config.json cannot be read" in ask.mistake(tmp_path, *ASKED)
 

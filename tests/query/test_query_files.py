@@ -39,7 +39,9 @@ def rows_of(output, queries):
 
 
 @pytest.mark.parametrize("kind", ["kfac", "relatif", "cosine"])
-def test_the_file_has_every_document_s_score_and_nan_where_there_is_no_row(job, queries, tmp_path, ask, kind):
+def test_the_file_has_every_document_s_score_and_nan_where_there_is_no_row(
+    job, queries, tmp_path, ask, kind
+):
     path = tmp_path / "scores.npy"
     flags = ("--queries", queries, "--score", kind, "--top_k", 7, "--bottom_k", 5)
     lines, said = ask(job.output, *flags, "--save_scores", path)
@@ -65,7 +67,9 @@ def test_documents_of_other_domains_are_nan_in_the_file(job, queries, tmp_path, 
     assert (np.isnan(np.load(path)) == ~score_blocks).all()
 
 
-def test_it_is_written_in_small_parts_and_for_few_queries_at_a_time(job, queries, tmp_path, ask, monkeypatch):
+def test_it_is_written_in_small_parts_and_for_few_queries_at_a_time(
+    job, queries, tmp_path, ask, monkeypatch
+):
     want, got = tmp_path / "want.npy", tmp_path / "got.npy"
     flags = ("--queries", queries, "--top_k", 7, "--save_scores")
     lines = ask(job.output, *flags, want)[0]
@@ -113,7 +117,9 @@ def test_a_place_where_no_file_can_be_is_not_said_to_be_full(job, queries, ask):
     assert "cannot be written" in message
 
 
-def test_a_disk_that_cannot_reserve_is_written_all_the_same(job, queries, tmp_path, ask, monkeypatch):
+def test_a_disk_that_cannot_reserve_is_written_all_the_same(
+    job, queries, tmp_path, ask, monkeypatch
+):
     def unable(descriptor, offset, n_bytes):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
@@ -136,7 +142,9 @@ def test_somebody_who_took_the_name_meanwhile_keeps_it(job, queries, tmp_path, a
     assert (tmp_path / "s.npy").read_text() == "another's"
 
 
-def test_a_query_that_is_told_to_end_leaves_no_unfinished_file(job, queries, tmp_path, ask, monkeypatch):
+def test_a_query_that_is_told_to_end_leaves_no_unfinished_file(
+    job, queries, tmp_path, ask, monkeypatch
+):
     finish, before = saved.ScoresFile.finish, signal.getsignal(signal.SIGTERM)
 
     def told_to_end(self):
@@ -199,7 +207,9 @@ def test_relatif_is_made_with_either_curvature(output, queries, ask):
         found = ask.objects(output, *flags, "--curvature", kind)
         for number, values in enumerate(wanted):
             got = found[9 * number : 9 * number + 9]
-            assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[:9].tolist()
+            assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[
+                :9
+            ].tolist()
         assert any(
             line.startswith(f"score    relatif by {kind}: ")
             for line in ask(output, *flags, "--curvature", kind)[0]
@@ -253,7 +263,9 @@ def test_a_record_that_follows_its_shard_is_noticed(output, ask, fits):
 def test_a_kept_file_that_is_damaged_is_replaced(output, ask, fits):
     first = asked(ask, output)
     cut(kept(output)[0])
-    _, said = ask(output, "--text", TEXT, "--score", "preconditioned", "--top_k", 5, "--format", "jsonl")
+    _, said = ask(
+        output, "--text", TEXT, "--score", "preconditioned", "--top_k", 5, "--format", "jsonl"
+    )
     assert "is damaged" in said
     assert "It is fitted anew" in said
     assert fits == ["second_moment"] * 2
@@ -268,6 +280,8 @@ def test_an_output_that_cannot_be_written_is_asked_all_the_same(output, ask, mon
     want = asked(ask, output)
     shutil.rmtree(output / "preconditioners")
     monkeypatch.setattr("pathlib.Path.mkdir", read_only)
-    lines, said = ask(output, "--text", TEXT, "--score", "preconditioned", "--format", "jsonl", "--top_k", 5)
+    lines, said = ask(
+        output, "--text", TEXT, "--score", "preconditioned", "--format", "jsonl", "--top_k", 5
+    )
     assert "the second moment is not kept for the next query: cannot write " in said
     assert len(lines) == len(want)

@@ -18,7 +18,12 @@ from gradproj.query import projector as rows_module
 
 TEXT = words(9, 5)
 N_DOCUMENTS = 20
-SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 4, "proj_dtype": "float32", "max_samples": N_DOCUMENTS}
+SETTINGS = {
+    "proj_rank_total": 16,
+    "proj_rank_min": 4,
+    "proj_dtype": "float32",
+    "max_samples": N_DOCUMENTS,
+}
 OTHERS = [
     {
         "special_tokens": "bos_eos",
@@ -36,7 +41,9 @@ def made(job, tmp_path_factory):
     folder = tmp_path_factory.mktemp("query_rows")
     outputs = [job.output, *(folder / f"out{number}" for number in range(len(OTHERS)))]
     for output, changes in zip(outputs[1:], OTHERS, strict=True):
-        run_job(**{"shards": job.corpus, "model": job.model, "output_dir": output} | SETTINGS | changes)
+        run_job(
+            **{"shards": job.corpus, "model": job.model, "output_dir": output} | SETTINGS | changes
+        )
     return SimpleNamespace(model=job.model, outputs=outputs)
 
 
@@ -100,8 +107,13 @@ def test_some_cut_of_the_text_lies_inside_a_token(made):
     assert apart[0] + apart[1] != tokenizer(TEXT).input_ids
 
 
-def test_a_tokenizer_without_offsets_finds_the_boundary_by_the_prompt_alone(made, projectors, monkeypatch):
-    whole = [Query(name=str(cut), prompt=TEXT[:cut], completion=TEXT[cut:]) for cut in range(1, len(TEXT))]
+def test_a_tokenizer_without_offsets_finds_the_boundary_by_the_prompt_alone(
+    made, projectors, monkeypatch
+):
+    whole = [
+        Query(name=str(cut), prompt=TEXT[:cut], completion=TEXT[cut:])
+        for cut in range(1, len(TEXT))
+    ]
     want = projectors[0].rows(whole).n_tokens
     fast = projectors[0]._tokenizer
 
@@ -147,7 +159,9 @@ def test_a_completion_over_several_windows_is_the_sum_of_their_completions(made,
 @pytest.mark.parametrize("number", range(1 + len(OTHERS)))
 def test_many_queries_together_are_each_of_them_alone(projectors, number, monkeypatch):
     queries = [Query(name=f"t{i}", text=words(1 + i % 8, 50 + i)) for i in range(40)]
-    queries += [Query(name=f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)]
+    queries += [
+        Query(name=f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)
+    ]
     queries += [Query(name=f"i{i}", input_ids=list(range(5, 7 + i))) for i in range(3)]
     passes = []
     forward_backward = QueryProjector._forward_backward
@@ -189,7 +203,9 @@ def test_a_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
     got = projectors[0].rows(queries).rows
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
     limit = 0
-    with pytest.raises(ConfigError, match=r"query '\d': does not fit the memory of cpu; try --device cpu"):
+    with pytest.raises(
+        ConfigError, match=r"query '\d': does not fit the memory of cpu; try --device cpu"
+    ):
         projectors[0].rows(queries)
 
 
@@ -221,7 +237,10 @@ def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
         ),
         ({"text": "a"}, "query 'q': a single token: no target to take a gradient of"),
         ({"input_ids": [3]}, "query 'q': a single token: no target"),
-        ({"input_ids": [3, 10**30]}, r"query 'q': token id 10{30}; the model knows those from 0 to \d+"),
+        (
+            {"input_ids": [3, 10**30]},
+            r"query 'q': token id 10{30}; the model knows those from 0 to \d+",
+        ),
         ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model knows those from 0 to \d+"),
     ],
 )

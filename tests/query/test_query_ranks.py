@@ -10,7 +10,12 @@ from helpers.jobs import ENVIRONMENT
 from helpers.outputs import copy_of
 from helpers.query_command import TEXT, ask, write_queries
 
-from gradproj.distributed import LET_RANK_0_SPEAK_S, Process, process_group, report_errors_from_rank_0
+from gradproj.distributed import (
+    LET_RANK_0_SPEAK_S,
+    Process,
+    process_group,
+    report_errors_from_rank_0,
+)
 from gradproj.errors import ReportedError, StoreError
 
 assert ask
@@ -19,7 +24,16 @@ assert ask
 def start(output, *words):
     """``torchrun --nproc_per_node=2 -m gradproj query`` on the CPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "-m", "gradproj", "query", str(output), "--device", "cpu", *map(str, words)]
+    command = [
+        *launcher,
+        "-m",
+        "gradproj",
+        "query",
+        str(output),
+        "--device",
+        "cpu",
+        *map(str, words),
+    ]
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -35,7 +49,9 @@ def ended(process, timeout=90):
 
 @pytest.fixture
 def queries(tmp_path):
-    return write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"prompt": "the", "completion": " of and"})
+    return write_queries(
+        tmp_path / "q.jsonl", {"text": TEXT}, {"prompt": "the", "completion": " of and"}
+    )
 
 
 def test_two_ranks_give_one_process_s_answer_and_file_once(output, queries, tmp_path, ask):
@@ -64,7 +80,9 @@ def test_a_mistake_of_the_first_rank_is_said_once_while_the_others_wait_for_it(o
     assert said.count("Traceback") == 1, said  # torchrun's own
 
 
-def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(monkeypatch, capsys):
+def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(
+    monkeypatch, capsys
+):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     with pytest.raises(ReportedError), report_errors_from_rank_0(1):

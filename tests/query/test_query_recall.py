@@ -42,7 +42,9 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("score", ["kfac", "preconditioned", "relatif"])
 def test_excerpts_find_the_document_they_were_cut_from(made, ask, score):
     output, queries = made
-    found = ask.objects(output, "--queries", queries, "--score", score, "--top_k", 10, "--bottom_k", 0)
+    found = ask.objects(
+        output, "--queries", queries, "--score", score, "--top_k", 10, "--bottom_k", 0
+    )
     rank = {}
     for x in found:
         if x["id"] == int(x["query"].split(":")[1]):

@@ -7,7 +7,14 @@ import shutil
 import numpy as np
 import pytest
 from helpers.outputs import uncommit
-from helpers.report_page import HOSTILE_DOMAIN, HOSTILE_KEY, N_DOCUMENTS, SCRIPT, StrictPage, made_once
+from helpers.report_page import (
+    HOSTILE_DOMAIN,
+    HOSTILE_KEY,
+    N_DOCUMENTS,
+    SCRIPT,
+    StrictPage,
+    made_once,
+)
 from helpers.stores import Output
 
 from gradproj import ProjectionStore
@@ -52,7 +59,9 @@ def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_o
     assert "@import" not in parsed.css
     assert "url(" not in parsed.css
     assert "http" not in parsed.css
-    policy = next(a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'")
     assert job.page.stat().st_size < 500_000  # the megabyte of one line is not in it
 
@@ -65,7 +74,8 @@ def test_hostile_texts_keys_domains_and_queries_are_text_and_nothing_else(parsed
     assert "</style></title></svg></td><img src=x onerror=" in parsed.text
     assert f"first {SCRIPT}�" in parsed.text
     forbidden = re.findall(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "".join(parsed.words)
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        "".join(parsed.words),
     )
     assert not forbidden
     for _, attributes in parsed.tags:
@@ -92,7 +102,10 @@ def test_every_picture_says_what_it_is_and_every_table_has_headings(parsed):
 def ids_in_order(parsed, heading):
     """Sample ids of the table after a heading, as the page lists them."""
     rest = parsed.text.split(heading)[1]
-    return [int(n) for n in re.findall(r"(\d+) (?:Github|ArXiv|Pile-CC|no domain|</text>\S+)\S* loss ", rest)]
+    return [
+        int(n)
+        for n in re.findall(r"(\d+) (?:Github|ArXiv|Pile-CC|no domain|</text>\S+)\S* loss ", rest)
+    ]
 
 
 def test_the_run_section_says_what_the_store_recorded(job, parsed):
@@ -101,7 +114,14 @@ def test_the_run_section_says_what_the_store_recorded(job, parsed):
         assert f"Complete: {counts['ok']} of {N_DOCUMENTS} documents have a row" in parsed.text
         assert f"{store.dim:,} in {len(store.layers)} layers of 16" in parsed.text
         assert store.attributes["corpus"]["fingerprint"] in parsed.text
-    for what in ("rademacher", "float16", str(job.tars), str(job.model), "4 of 4 committed", "torch 2."):
+    for what in (
+        "rademacher",
+        "float16",
+        str(job.tars),
+        str(job.model),
+        "4 of 4 committed",
+        "torch 2.",
+    ):
         assert what in parsed.text
     for name in ("ok", "empty"):
         assert f"{name} {counts[name]}" in parsed.text
@@ -113,18 +133,28 @@ def test_outliers_are_the_largest_norms_and_self_influences(job, parsed):
         norms = np.where(store.column("status") == STATUS["ok"], store.column("grad_norm"), -1)
         own = np.nan_to_num(self_influence(store), nan=-1)
     n_rows = int((norms >= 0).sum())
-    for heading, values in (("They weigh most in every score", norms), ("largest kfac score with them", own)):
-        assert ids_in_order(parsed, heading)[:n_rows] == np.argsort(-values, kind="stable")[:n_rows].tolist()
+    for heading, values in (
+        ("They weigh most in every score", norms),
+        ("largest kfac score with them", own),
+    ):
+        assert (
+            ids_in_order(parsed, heading)[:n_rows]
+            == np.argsort(-values, kind="stable")[:n_rows].tolist()
+        )
 
 
 def test_each_query_has_its_best_and_worst_side_by_side_with_the_meaning(job, parsed):
     with ProjectionStore(job.output) as store:
-        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(job.queries))
+        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(
+            read_queries(job.queries)
+        )
         top, bottom = top_and_bottom(rows.rows, store, 60, 60)
     for number, heading in enumerate((f"Query 1: first {SCRIPT}�", "Query 2: second")):
         pairs = [i for pair in zip(top.ids[number], bottom.ids[number], strict=True) for i in pair]
         assert ids_in_order(parsed, heading)[: len(pairs)] == pairs
-        assert f"{rows.n_tokens[number]:,} target tokens, loss {rows.loss[number]:.3f}" in parsed.text
+        assert (
+            f"{rows.n_tokens[number]:,} target tokens, loss {rows.loss[number]:.3f}" in parsed.text
+        )
     assert "Score kfac : influence with the curvature" in parsed.text
     assert "Positive: training more on the document lowers the query's loss" in parsed.text
 
@@ -133,7 +163,9 @@ def test_domains_stand_with_their_counts_and_losses(job, parsed):
     stats = json.loads((job.output / "projection_stats.json").read_text())["by_domain"]
     for name, of_domain in stats.items():
         shown = re.escape(one_line(name, 60))
-        line = re.search(rf"{shown} (\d+) (\d+) 0 ([\d,]+) ([\d.]+) ", parsed.text.split("effective rank")[1])
+        line = re.search(
+            rf"{shown} (\d+) (\d+) 0 ([\d,]+) ([\d.]+) ", parsed.text.split("effective rank")[1]
+        )
         assert int(line[2]) == of_domain["n_rows"]
         assert line[3] == f"{of_domain['n_tokens']:,}"
         assert float(line[4]) == pytest.approx(of_domain["loss"], rel=1e-3)
@@ -157,7 +189,9 @@ def test_of_an_unfinished_store_it_says_what_is_missing_and_takes_a_score_that_n
     assert "missing 16" in text
 
 
-def test_where_the_tars_are_gone_the_page_says_so_and_does_without(job, tmp_path, capsys, monkeypatch):
+def test_where_the_tars_are_gone_the_page_says_so_and_does_without(
+    job, tmp_path, capsys, monkeypatch
+):
     output = shutil.copytree(job.output, tmp_path / "out")
     moved = tmp_path / "moved"
     job.tars.rename(moved)
@@ -212,11 +246,23 @@ def test_documents_of_domains_that_the_store_does_not_name_are_damage(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("score", "of_domains"), [("relatif", "kfac"), ("cosine", "cosine"), ("preconditioned", "preconditioned")]
+    ("score", "of_domains"),
+    [("relatif", "kfac"), ("cosine", "cosine"), ("preconditioned", "preconditioned")],
 )
 def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_domains):
     path = tmp_path / "page.html"
-    flags = ["--queries", job.queries, "--score", score, "--output", path, "--layers", "attn", "--top_k", 3]
+    flags = [
+        "--queries",
+        job.queries,
+        "--score",
+        score,
+        "--output",
+        path,
+        "--layers",
+        "attn",
+        "--top_k",
+        3,
+    ]
     code, _, _ = report(capsys, job.output, *flags)
     assert code == 0
     text = StrictPage(path.read_text()).text
@@ -225,7 +271,9 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
     assert ("Largest self-influence" in text) == (of_domains != "cosine")
     with ProjectionStore(job.output) as store:
         attn = [layer.name for layer in store.layers if "attn" in layer.name]
-        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(read_queries(job.queries))
+        rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(
+            read_queries(job.queries)
+        )
         top, bottom = top_and_bottom(rows.rows, store, 3, 3, score=score, layers=attn)
     pairs = [i for pair in zip(top.ids[1], bottom.ids[1], strict=True) for i in pair]
     assert ids_in_order(StrictPage(path.read_text()), "Query 2: second") == pairs
@@ -256,7 +304,9 @@ def test_what_is_wrong_is_said_in_one_line(job, tmp_path, capsys, flags, message
     assert len(said.strip().splitlines()) == 1
 
 
-def test_too_many_queries_for_a_page_and_a_query_that_cannot_be_asked_are_refused(job, tmp_path, capsys):
+def test_too_many_queries_for_a_page_and_a_query_that_cannot_be_asked_are_refused(
+    job, tmp_path, capsys
+):
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps({"id": i, "text": "the of"}) + "\n" for i in range(201)))
     code, _, said = report(capsys, job.output, "--queries", path)

@@ -14,7 +14,9 @@ def page(tmp_path_factory):
     return made_once(tmp_path_factory.getbasetemp() / "report").page
 
 
-pytestmark = pytest.mark.skipif(browser() is None, reason="no Chromium is installed (Debian: chromium)")
+pytestmark = pytest.mark.skipif(
+    browser() is None, reason="no Chromium is installed (Debian: chromium)"
+)
 
 MEASURE = """<script>
 const wide = [...document.querySelectorAll("td, th, dd, p, figure, nav, h1, h2, h3")]
@@ -63,7 +65,9 @@ def test_a_screenshot_shows_a_page_of_dark_text_and_pictures_on_light_ground(pag
     assert picture.shape[:2] == (4000, 1366)
     assert picture.mean() > 0.85
     inked = (picture.min(axis=2) < 0.35).mean(axis=1)
-    assert all(part.max() > 0.005 for part in np.array_split(inked, 8)), "a part of the page is blank"
+    assert all(part.max() > 0.005 for part in np.array_split(inked, 8)), (
+        "a part of the page is blank"
+    )
     coloured = np.ptp(picture, axis=2) > 0.2
     assert coloured.mean() > 0.005  # the pictures
     assert (picture[:, :20] > 0.9).all()  # nothing runs out of the margin
@@ -77,7 +81,16 @@ def test_printed_it_makes_pages_that_hold_every_section(page, tmp_path):
     assert data.startswith(b"%PDF")
     assert 4 <= len(re.findall(rb"/Type\s*/Page\b(?!s)", data)) <= 30
     if shutil.which("pdftotext"):
-        text = subprocess.run(["pdftotext", "-layout", path, "-"], capture_output=True, check=True).stdout
-        for heading in ("The run", "Throughput", "Losses and norms", "Domains", "Outliers", "Queries"):
+        text = subprocess.run(
+            ["pdftotext", "-layout", path, "-"], capture_output=True, check=True
+        ).stdout
+        for heading in (
+            "The run",
+            "Throughput",
+            "Losses and norms",
+            "Domains",
+            "Outliers",
+            "Queries",
+        ):
             assert heading in text.decode()
         assert text.decode().count("rank") >= 4

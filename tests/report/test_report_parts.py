@@ -147,7 +147,12 @@ def test_units_times_come_from_the_records_and_their_ranks_from_the_logs(folder)
     write_unit(folder, 0, 10, 2000.75, 10, 500)
     times = unit_times(folder)
     assert times.ranks == ["2 of slurm-70_1", "10", "not known"]
-    assert [times.ranks[rank] for rank in times.rank] == ["10", "2 of slurm-70_1", "not known", "10"]
+    assert [times.ranks[rank] for rank in times.rank] == [
+        "10",
+        "2 of slurm-70_1",
+        "not known",
+        "10",
+    ]
     assert times.n_tokens.tolist() == [800, 300, 100, 500]
     assert times.n_untimed == 1
     assert times.working_s == 20 + 10
@@ -184,7 +189,9 @@ def test_throughput_keeps_every_token_and_spreads_a_unit_s_evenly():
 
 def test_long_idle_time_is_cut_out_and_short_is_not():
     day = 86400.0
-    found = throughput(times_of([(0, 100, 10, 0), (300, 400, 10, 0), (day, day + 100, 30, 0)], 1), n_bins=50)
+    found = throughput(
+        times_of([(0, 100, 10, 0), (300, 400, 10, 0), (day, day + 100, 30, 0)], 1), n_bins=50
+    )
     assert found.pauses == [(400, day - 400)]
     assert found.edges_s[-1] == 500
     assert found.total.sum() * 10 == pytest.approx(50)
@@ -219,7 +226,10 @@ def test_ticks_are_round_and_inside_and_a_scale_keeps_what_lies_beyond_at_its_en
 
 def test_colours_are_white_at_zero_and_tell_the_sign_in_grey_too():
     assert colour(0) == "#ffffff"
-    grey = {share: sum(int(colour(share)[i : i + 2], 16) for i in (1, 3, 5)) for share in (-1, -0.5, 0.5, 1)}
+    grey = {
+        share: sum(int(colour(share)[i : i + 2], 16) for i in (1, 3, 5))
+        for share in (-1, -0.5, 0.5, 1)
+    }
     assert grey[1] < grey[-1] < grey[-0.5]
     assert is_dark("#000000")
     assert not is_dark("#ffffff")

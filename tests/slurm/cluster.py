@@ -70,7 +70,10 @@ def find_daemons() -> dict[str, str] | None:
 
 
 def wait_until(
-    what: str, holds: Callable[[], object], timeout_s: float = SLOW_S, instead: Callable[[], str] = str
+    what: str,
+    holds: Callable[[], object],
+    timeout_s: float = SLOW_S,
+    instead: Callable[[], str] = str,
 ) -> None:
     """Return when ``holds()`` is true; fails the test when that takes too long."""
     until = time.monotonic() + timeout_s
@@ -104,7 +107,9 @@ class Cluster:
 
     def show(self, job: str) -> dict[str, str]:
         """The fields that Slurm shows of a job or of an array's element (``12_3``)."""
-        fields = dict(word.partition("=")[::2] for word in self("scontrol", "show", "job", job).split())
+        fields = dict(
+            word.partition("=")[::2] for word in self("scontrol", "show", "job", job).split()
+        )
         return {name: value for name, value in fields.items() if value}
 
     def state(self, job: str) -> str:
@@ -128,8 +133,12 @@ def running_cluster(root: Path, daemons: dict[str, str]) -> Iterator[Cluster]:
         key.write(os.urandom(32))
     host, user = socket.gethostname().split(".")[0], getpass.getuser()
     port, *ports = free_ports(1 + len(NODES))
-    nodes = "".join(NODE.format(name=name, port=port) for name, port in zip(NODES, ports, strict=True))
-    (root / "slurm.conf").write_text(CONFIG.format(root=root, host=host, user=user, port=port, nodes=nodes))
+    nodes = "".join(
+        NODE.format(name=name, port=port) for name, port in zip(NODES, ports, strict=True)
+    )
+    (root / "slurm.conf").write_text(
+        CONFIG.format(root=root, host=host, user=user, port=port, nodes=nodes)
+    )
     (root / "gres.conf").write_text(f"NodeName=n[1-4] Name=gpu Type=h100 File={root}/gpu[0-7]\n")
     for n in range(8):
         (root / f"gpu{n}").touch()
@@ -142,7 +151,9 @@ def running_cluster(root: Path, daemons: dict[str, str]) -> Iterator[Cluster]:
     def start(name: str, *words: str) -> None:
         with open(root / "log" / f"{name}{''.join(words[-1:])[:3]}.out", "wb") as out:
             command = [daemons[name], *words]
-            children.append(subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=out))
+            children.append(
+                subprocess.Popen(command, env=cluster.environment, stdout=out, stderr=out)
+            )
 
     try:
         start("munged", *sorted(munge))
@@ -151,7 +162,9 @@ def running_cluster(root: Path, daemons: dict[str, str]) -> Iterator[Cluster]:
         for node in NODES:
             start("slurmd", "-D", "-N", node)
         idle = ("sinfo", "-h", "-N", "-p", "whole", "-o", "%t")
-        wait_until("idle nodes", lambda: cluster(*idle, check=False).split() == ["idle"] * len(NODES))
+        wait_until(
+            "idle nodes", lambda: cluster(*idle, check=False).split() == ["idle"] * len(NODES)
+        )
         yield cluster
         cluster.cancel_all()
     finally:
@@ -175,7 +188,9 @@ def processes_with(text: str) -> list[str]:
                 int(folder.name) != os.getpid()
                 and text.encode() in command + (folder / "environ").read_bytes()
             ):
-                found.append(f"{folder.name} {command.replace(bytes(1), b' ').decode(errors='replace')}")
+                found.append(
+                    f"{folder.name} {command.replace(bytes(1), b' ').decode(errors='replace')}"
+                )
         except OSError:  # it has just ended, or is not ours
             continue
     return found  # a zombie has neither arguments nor an environment

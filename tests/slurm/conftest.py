@@ -20,9 +20,7 @@ SETTINGS = {
 def cluster(tmp_path_factory):
     daemons = find_daemons()
     if daemons is None:
-        message = (
-            "Slurm is not installed: bash launch/test_slurm.sh does it (apt-get install slurm-wlm munge)"
-        )
+        message = "Slurm is not installed: bash launch/test_slurm.sh does it (apt-get install slurm-wlm munge)"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)

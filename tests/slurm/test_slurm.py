@@ -54,7 +54,9 @@ class Submitted:
     def units(self, element: str = "*") -> list[int]:
         """Units that it has committed, in all its starts."""
         texts = [path.read_text() for path in self.output.glob(f"logs/rank-*-slurm-{element}.log")]
-        return [int(unit) for text in texts for unit in re.findall(r" unit (\d+) committed: ", text)]
+        return [
+            int(unit) for text in texts for unit in re.findall(r" unit (\d+) committed: ", text)
+        ]
 
     def restarts(self) -> int:
         return sum(map(self.cluster.restarts, self.elements))
@@ -145,7 +147,9 @@ def disturb_array(array):
     array.wait_for_restarts(6)
 
 
-@pytest.mark.parametrize(("file", "disturb"), [(JOB, disturb_job), (ARRAY, disturb_array)], ids=[JOB, ARRAY])
+@pytest.mark.parametrize(
+    ("file", "disturb"), [(JOB, disturb_job), (ARRAY, disturb_array)], ids=[JOB, ARRAY]
+)
 def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the_undisturbed_bits(
     cluster, inputs, tmp_path, file, disturb
 ):
@@ -167,10 +171,17 @@ def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the
     assert "complete" in job.log(job.elements[-1]).splitlines()[-1]
 
 
-def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(cluster, inputs, tmp_path):
+def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(
+    cluster, inputs, tmp_path
+):
     jobs = {
         (file, wrong): submit(
-            cluster, inputs, tmp_path / f"{n}{wrong}", file, option, wrong={wrong: tmp_path / "none"}
+            cluster,
+            inputs,
+            tmp_path / f"{n}{wrong}",
+            file,
+            option,
+            wrong={wrong: tmp_path / "none"},
         )
         for n, (file, option) in enumerate([(JOB, "--nodes=1"), (ARRAY, "--array=0-0")])
         for wrong in ("proj_rank_totl", "model")
@@ -181,9 +192,13 @@ def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(clu
         log = job.log(job.elements[0])
         said = [line for line in log.splitlines() if re.match(r"gradproj: (?!\d{4}-)", line)]
         assert len(said) == 1, log
-        assert ("--proj_rank_total" if wrong == "proj_rank_totl" else str(tmp_path / "none")) in said[0]
+        assert (
+            "--proj_rank_total" if wrong == "proj_rank_totl" else str(tmp_path / "none")
+        ) in said[0]
         assert "Traceback" not in log
-        assert log.splitlines()[-1].endswith("the job cannot run as it is (code 2); it is not queued again")
+        assert log.splitlines()[-1].endswith(
+            "the job cannot run as it is (code 2); it is not queued again"
+        )
 
 
 def test_a_mistake_that_shows_on_the_way_is_not_queued_again_either(cluster, inputs, tmp_path):
@@ -221,6 +236,11 @@ def test_a_cluster_of_nodes_with_8_gpus_takes_the_files_as_they_are(cluster, fil
     said = cluster("sbatch", "--test-only", "--partition=whole", ROOT / "slurm" / file, cwd=ROOT)
     assert "to start at" in said
     too_much = cluster(
-        "sbatch", "--test-only", "--partition=whole", "--gpus-per-node=9", ROOT / "slurm" / file, check=False
+        "sbatch",
+        "--test-only",
+        "--partition=whole",
+        "--gpus-per-node=9",
+        ROOT / "slurm" / file,
+        check=False,
     )
     assert "Requested node configuration is not available" in too_much

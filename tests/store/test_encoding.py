@@ -33,7 +33,9 @@ def test_a_float16_row_keeps_eleven_bits_at_any_size_and_its_scale_is_exact_to_u
 
 
 def test_the_largest_magnitude_lands_in_its_binade_at_both_edges():
-    rows = np.array([[1.0, 0], [2.0, 0], [np.nextafter(np.float32(2), np.float32(1)), 0]], np.float32)
+    rows = np.array(
+        [[1.0, 0], [2.0, 0], [np.nextafter(np.float32(2), np.float32(1)), 0]], np.float32
+    )
     stored, row_scale = encode_rows(rows, "float16")
     assert row_scale.tolist() == [2**-14, 2**-13, 2**-14]
     assert stored[:, 0].tolist() == [2**14, 2**14, 2**15]  # the third by rounding
@@ -41,7 +43,9 @@ def test_the_largest_magnitude_lands_in_its_binade_at_both_edges():
 
 def test_zero_nan_infinite_and_denormal_rows():
     tiny = np.float32(2**-149)
-    rows = np.array([[0, -0.0], [np.nan, 1], [np.inf, 1], [tiny, -5 * tiny], [1e38, tiny]], np.float32)
+    rows = np.array(
+        [[0, -0.0], [np.nan, 1], [np.inf, 1], [tiny, -5 * tiny], [1e38, tiny]], np.float32
+    )
     stored, row_scale = encode_rows(rows, "float16")
     assert row_scale[:3].tolist() == [1, 1, 1]
     assert row_scale[3] == np.float32(2**-126)
@@ -79,7 +83,9 @@ def test_bfloat16_rounds_to_nearest_even_as_tensorstores_own_type_does():
     np.testing.assert_array_equal(bfloat16_to_float32(float32_to_bfloat16(values)), want)
     every = np.arange(2**16, dtype=np.uint16)
     number = ~np.isnan(bfloat16_to_float32(every))
-    np.testing.assert_array_equal(float32_to_bfloat16(bfloat16_to_float32(every))[number], every[number])
+    np.testing.assert_array_equal(
+        float32_to_bfloat16(bfloat16_to_float32(every))[number], every[number]
+    )
 
 
 def test_float32_rows_are_stored_as_they_are():
@@ -96,7 +102,9 @@ def test_no_rows_are_encoded_to_no_rows():
 
 
 def test_half_floats_decode_to_the_same_bits_with_torch_and_without(monkeypatch):
-    stored = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 256)  # every half float there is
+    stored = (
+        np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 256)
+    )  # every half float there is
     for scale in (1.0, 2.0**-126, 2.0**15, 2.0**100):
         row_scale = np.full(len(stored), scale, np.float32)
         assert "torch" in sys.modules or importlib.import_module("torch")

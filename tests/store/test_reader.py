@@ -26,7 +26,9 @@ CASES = {
     "bfloat16": {"config": StoreConfig(proj_dtype="bfloat16", rows_per_shard=16)},
     "float32": {"config": StoreConfig(proj_dtype="float32", rows_per_shard=16)},
     "blosc": {"config": StoreConfig(compressor="blosc", rows_per_shard=16)},
-    "zstd bfloat16": {"config": StoreConfig(compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16)},
+    "zstd bfloat16": {
+        "config": StoreConfig(compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16)
+    },
     "odd widths": {"widths": ((3, 5), (1, 7), (4, 1)), "n_samples": 50},
     "whole chunks of a layer's part": {"widths": ((8, 8), (16, 8), (8, 24)), "n_samples": 50},
     "one row a shard": {"config": StoreConfig(rows_per_shard=1), "n_samples": 9},
@@ -94,7 +96,9 @@ def test_a_layer_is_an_array_of_k_o_by_k_i(filled):
     store = ProjectionStore(filled.path)
     n = filled.layout.n_samples
     for layer in filled.layers:
-        want = filled.decoded()[:, layer.slice_start : layer.slice_end].reshape(n, layer.k_o, layer.k_i)
+        want = filled.decoded()[:, layer.slice_start : layer.slice_end].reshape(
+            n, layer.k_o, layer.k_i
+        )
         view = store.layer(layer.name)
         assert view.shape == want.shape
         assert len(view) == n
@@ -111,14 +115,20 @@ def test_a_scan_of_a_part_starts_and_stops_there(filled):
     n = filled.layout.n_samples
     start, stop = n // 3, n - n // 4
     blocks = list(ProjectionStore(filled.path).scan(5, start=start, stop=stop))
-    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(start, stop))
-    np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), filled.decoded()[start:stop])
+    np.testing.assert_array_equal(
+        np.concatenate([ids for ids, _ in blocks]), np.arange(start, stop)
+    )
+    np.testing.assert_array_equal(
+        np.concatenate([rows for _, rows in blocks]), filled.decoded()[start:stop]
+    )
     assert list(ProjectionStore(filled.path).scan(start=n, stop=n)) == []
 
 
 @pytest.mark.parametrize("write_empty", [True, False])
 @pytest.mark.parametrize("index_location", ["end", "start"])
-def test_shards_that_zarr_python_wrote_in_its_own_order_are_read(tmp_path, write_empty, index_location):
+def test_shards_that_zarr_python_wrote_in_its_own_order_are_read(
+    tmp_path, write_empty, index_location
+):
     output = Output(tmp_path, **CASES["many chunks a shard"]).fill()
     shutil.rmtree(output.store_path / "projections")
     array = zarr.create_array(
@@ -142,7 +152,9 @@ def test_shards_that_zarr_python_wrote_in_its_own_order_are_read(tmp_path, write
     np.testing.assert_array_equal(store.rows(ids), want[ids])
     np.testing.assert_array_equal(store.rows(ids, ["h.1.mlp"]), want[ids, 6:])
     for rows_per_block in (50, 64):
-        np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(rows_per_block)]), want)
+        np.testing.assert_array_equal(
+            np.concatenate([rows for _, rows in store.scan(rows_per_block)]), want
+        )
 
 
 def test_a_shard_whose_chunks_lie_at_odd_places_is_still_read(tmp_path):
@@ -154,7 +166,11 @@ def test_a_shard_whose_chunks_lie_at_odd_places_is_still_read(tmp_path):
     moved = index.tobytes()
     chunk = int(index[0, 1])
     path.write_bytes(
-        data[:chunk] + b"\0\0" + data[chunk : -4 - 4 * 16] + moved + crc32c(moved).to_bytes(4, "little")
+        data[:chunk]
+        + b"\0\0"
+        + data[chunk : -4 - 4 * 16]
+        + moved
+        + crc32c(moved).to_bytes(4, "little")
     )
     np.testing.assert_array_equal(ProjectionStore(tmp_path).rows(range(150)), output.decoded())
 
@@ -242,7 +258,9 @@ def test_a_scan_of_stored_rows_gives_the_bytes_and_the_scales(filled):
         stored = np.concatenate([rows for _, rows, _ in blocks])
         assert stored.dtype == filled.stored.dtype
         assert stored.tobytes() == filled.stored.tobytes()
-        np.testing.assert_array_equal(np.concatenate([scale for _, _, scale in blocks]), filled.row_scale)
+        np.testing.assert_array_equal(
+            np.concatenate([scale for _, _, scale in blocks]), filled.row_scale
+        )
     chosen = filled.layers[-1]
     part = np.concatenate([rows for _, rows, _ in store.scan_stored(layers=[chosen.name])])
     assert part.tobytes() == filled.stored[:, chosen.slice_start : chosen.slice_end].tobytes()

@@ -67,7 +67,13 @@ def test_bands_of_layers_and_of_a_part_of_the_samples(filled):
 def test_a_band_lies_in_one_chunk_and_one_shard(tmp_path):
     Output(tmp_path, **CASES["many chunks a shard"]).fill()
     bands = list(ProjectionStore(tmp_path).scan_bands(start=3))
-    assert [(band.first, band.last) for band in bands] == [(3, 32), (32, 64), (64, 96), (96, 128), (128, 150)]
+    assert [(band.first, band.last) for band in bands] == [
+        (3, 32),
+        (32, 64),
+        (64, 96),
+        (96, 128),
+        (128, 150),
+    ]
 
 
 def test_a_missing_unit_s_band_has_no_tile(tmp_path):
@@ -100,5 +106,7 @@ def test_a_shard_cut_short_after_it_was_opened_is_told(tmp_path):
     store = ProjectionStore(tmp_path)
     store.rows([20])
     os.truncate(path, 70)
-    with pytest.raises(StoreError, match=re.escape(f"{path} is damaged: it ends at byte 70, inside a chunk")):
+    with pytest.raises(
+        StoreError, match=re.escape(f"{path} is damaged: it ends at byte 70, inside a chunk")
+    ):
         joined(store)

@@ -21,7 +21,9 @@ MB = 10**6
 @pytest.mark.parametrize("n_samples", [1, 15, 1_000, 5_000, 100_000, 210_000_000])
 @pytest.mark.parametrize("dim", [1, 12_288, 36_864, 500_000, 10**8])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(n_samples, dim, itemsize):
+def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(
+    n_samples, dim, itemsize
+):
     def fits(rows):
         return rows <= 4096 and rows * dim * itemsize <= 512 * MB and n_samples / rows >= 64
 
@@ -31,7 +33,14 @@ def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(n_sam
 
 @pytest.mark.parametrize(
     ("widths", "want"),
-    [([256, 256, 256], 256), ([10, 10], 10), ([256, 128], 128), ([96, 64], 160), ([7], 7), ([256, 320], 64)],
+    [
+        ([256, 256, 256], 256),
+        ([10, 10], 10),
+        ([256, 128], 128),
+        ([96, 64], 160),
+        ([7], 7),
+        ([256, 320], 64),
+    ],
 )
 def test_chunk_width_is_common_else_a_divisor_of_at_least_64_else_the_row(widths, want):
     assert choose_chunk_width(widths) == want
@@ -92,7 +101,10 @@ def test_empty_columns_hold_the_fill_of_every_column():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"proj_dtype": "float64"}, r"--proj_dtype is 'float64'; choose one of float16, bfloat16, float32"),
+        (
+            {"proj_dtype": "float64"},
+            r"--proj_dtype is 'float64'; choose one of float16, bfloat16, float32",
+        ),
         ({"compressor": "lz4"}, r"--compressor is 'lz4'; choose one of none, blosc, zstd"),
         ({"rows_per_shard": -3}, r"--rows_per_shard must be at least 1, got -3"),
     ],

@@ -49,7 +49,8 @@ def test_missing_samples_are_counted_and_named(unfinished):
     assert store.missing_ranges() == [(32, 48), (64, 70)]
     assert store.status_counts() == dict.fromkeys(STATUS, 0) | {"missing": 22, "ok": 48}
     with pytest.raises(
-        StoreError, match=r"22 of the samples asked for are missing from .*: 32, 33, .*, \.\.\.\. Let"
+        StoreError,
+        match=r"22 of the samples asked for are missing from .*: 32, 33, .*, \.\.\.\. Let",
     ):
         store.rows(range(70))
     with pytest.raises(
@@ -70,7 +71,12 @@ def test_samples_tell_what_is_known_of_each(unfinished):
     assert store.domains == DOMAINS
     merged, recorded, missing = store.samples([48, 17, 33], text=True)
     assert (merged.sample_id, merged.key, merged.domain, merged.status) == (48, "é48", None, "ok")
-    assert (recorded.sample_id, recorded.key, recorded.domain, recorded.tar) == (17, "é17", "Github", 2)
+    assert (recorded.sample_id, recorded.key, recorded.domain, recorded.tar) == (
+        17,
+        "é17",
+        "Github",
+        2,
+    )
     assert (recorded.loss, recorded.n_tokens, recorded.grad_norm) == (17 / 8, 18, 17 / 4)
     assert recorded.text == "text 17"
     assert (missing.status, missing.key, missing.domain, missing.tar) == ("missing", "", None, -1)
@@ -133,7 +139,9 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     path = tmp_path / output.layout.shard_name(1)
     data = path.read_bytes()
     flipped = data[:-10] + bytes([data[-10] ^ 1]) + data[-9:]
-    path.write_bytes({"truncated": data[:20], "empty": b"", "index": flipped, "offsets": data[50:]}[damage])
+    path.write_bytes(
+        {"truncated": data[:20], "empty": b"", "index": flipped, "offsets": data[50:]}[damage]
+    )
     with pytest.raises(StoreError, match=r"c\.1\.0 is damaged: [^`]*`python -m gradproj verify`"):
         ProjectionStore(tmp_path).rows([16])
 
@@ -163,7 +171,9 @@ def test_a_damaged_column_or_record_is_named(unfinished):
 
 def test_a_record_of_another_store_is_refused(unfinished):
     shutil.copy(unfinished.path / record_name(1), unfinished.path / record_name(2))
-    with pytest.raises(StoreError, match=r"00000002\.safetensors is not of this store: it is of unit 1"):
+    with pytest.raises(
+        StoreError, match=r"00000002\.safetensors is not of this store: it is of unit 1"
+    ):
         ProjectionStore(unfinished.path).rows([40])
 
 
@@ -198,7 +208,9 @@ def test_what_is_not_a_store_is_told_apart(tmp_path):
         ProjectionStore(output.path)
     metadata = json.loads((output.store_path / "projections" / "zarr.json").read_text())
     (output.store_path / "loss" / "zarr.json").write_text("{}")
-    (output.store_path / "projections" / "zarr.json").write_text(json.dumps(metadata | {"data_type": "int8"}))
+    (output.store_path / "projections" / "zarr.json").write_text(
+        json.dumps(metadata | {"data_type": "int8"})
+    )
     with pytest.raises(StoreError, match="is not a sharded array of float16, bfloat16, float32"):
         ProjectionStore(output.path)
 
@@ -211,7 +223,10 @@ def test_what_is_not_a_store_is_told_apart(tmp_path):
         (lambda store: store.rows([0], missing="zero"), "missing is 'zero'; choose"),
         (lambda store: store.rows([0.5]), "must be a list of whole numbers, got float64"),
         (lambda store: store.rows([[1]]), "must be a list of whole numbers"),
-        (lambda store: store.rows([0], ["h.9"]), r"has no layer 'h\.9'; it has h\.0\.mlp, h\.1\.mlp"),
+        (
+            lambda store: store.rows([0], ["h.9"]),
+            r"has no layer 'h\.9'; it has h\.0\.mlp, h\.1\.mlp",
+        ),
         (lambda store: store.layer("h.9"), r"has no layer 'h\.9'"),
         (lambda store: store.samples([0], text=True), r"keeps no texts: open it with .*read_text="),
         (lambda store: list(store.scan(stop=71)), "samples 0 to 71 are out of range"),

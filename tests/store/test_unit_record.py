@@ -23,9 +23,13 @@ def make_record(n_rows: int = 5, n_covariances: int = 6) -> UnitRecord:
     columns = empty_columns(n_rows, 11)
     for name, values in columns.items():
         columns[name] = generator.integers(0, 100, values.shape).astype(values.dtype)
-    covariances = {name: generator.standard_normal(n_covariances).astype(np.float32) for name in ("a", "s")}
+    covariances = {
+        name: generator.standard_normal(n_covariances).astype(np.float32) for name in ("a", "s")
+    }
     stats = {"seconds": 0.25, "n_tokens": 12, "host": "nöde", "nested": {"x": [1, None]}}
-    return UnitRecord(12, 12 * n_rows, "f00d", {"bytes": 2**33, "crc32c": 7}, columns, stats, covariances)
+    return UnitRecord(
+        12, 12 * n_rows, "f00d", {"bytes": 2**33, "crc32c": 7}, columns, stats, covariances
+    )
 
 
 def assert_same(got: UnitRecord, want: UnitRecord) -> None:

@@ -61,12 +61,16 @@ def as_float(stored: np.ndarray, proj_dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("proj_dtype", DTYPES)
 def test_zarr_and_tensorstore_read_what_was_written(tmp_path, proj_dtype, compressor, shape):
     n_samples, widths, rows_per_shard = SHAPES[shape]
-    config = StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=rows_per_shard)
+    config = StoreConfig(
+        proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=rows_per_shard
+    )
     output = Output(tmp_path, n_samples, widths, config).fill()
     want = as_float(output.stored, proj_dtype)
     in_zarr = from_zarr(output.store_path, "projections")
     np.testing.assert_array_equal(as_float(in_zarr, proj_dtype), want)
-    np.testing.assert_array_equal(from_tensorstore(output.store_path, "projections").astype(np.float32), want)
+    np.testing.assert_array_equal(
+        from_tensorstore(output.store_path, "projections").astype(np.float32), want
+    )
     row_scale = from_zarr(output.store_path, "row_scale")
     np.testing.assert_array_equal(row_scale, output.row_scale)
     np.testing.assert_allclose(want * row_scale[:, None], output.rows, rtol=2**-8)
@@ -92,13 +96,19 @@ def test_what_is_not_written_reads_as_nan_and_never_as_a_number(tmp_path, proj_d
     output.commit(2)
     want = np.full(output.rows.shape, np.nan, np.float32)
     want[32:48] = as_float(output.stored[32:48], proj_dtype)
-    np.testing.assert_array_equal(as_float(from_zarr(output.store_path, "projections"), proj_dtype), want)
-    np.testing.assert_array_equal(from_tensorstore(output.store_path, "projections").astype(np.float32), want)
+    np.testing.assert_array_equal(
+        as_float(from_zarr(output.store_path, "projections"), proj_dtype), want
+    )
+    np.testing.assert_array_equal(
+        from_tensorstore(output.store_path, "projections").astype(np.float32), want
+    )
     assert np.isnan(from_zarr(output.store_path, "row_scale")).all()
     assert (from_zarr(output.store_path, "status") == 0).all()
 
 
-def test_a_float16_store_needs_nothing_of_gradproj_and_bfloat16_is_its_own_type_to_tensorstore(tmp_path):
+def test_a_float16_store_needs_nothing_of_gradproj_and_bfloat16_is_its_own_type_to_tensorstore(
+    tmp_path,
+):
     half = Output(tmp_path / "half").fill()
     plain = """if True:
         import sys, numpy, zarr
@@ -107,12 +117,17 @@ def test_a_float16_store_needs_nothing_of_gradproj_and_bfloat16_is_its_own_type_
         numpy.save(sys.argv[2], group["projections"][5:9].astype("f4") * group["row_scale"][5:9][:, None])
         assert not any(name.startswith("gradproj") for name in sys.modules)"""
     subprocess.run(
-        [sys.executable, "-c", plain, half.store_path, tmp_path / "rows.npy"], check=True, cwd=tmp_path
+        [sys.executable, "-c", plain, half.store_path, tmp_path / "rows.npy"],
+        check=True,
+        cwd=tmp_path,
     )
     want = half.rows[5:9]
     np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), want, rtol=2**-11)
     brain = Output(tmp_path / "brain", config=StoreConfig(proj_dtype="bfloat16")).fill()
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{brain.store_path}/projections"}}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{brain.store_path}/projections"},
+    }
     assert tensorstore.open(spec).result().dtype.name == "bfloat16"
     assert np.dtype(zarr.open_array(f"{brain.store_path}/projections").dtype) == np.uint16
 
@@ -132,7 +147,8 @@ def test_a_short_shard_leaves_out_chunks_that_would_hold_nothing(compressor):
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_rows_that_a_shard_was_not_given_read_as_nan(tmp_path, proj_dtype, compressor):
     output = Output(
-        tmp_path, config=StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16)
+        tmp_path,
+        config=StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16),
     )
     chunks = shard_chunks(output.stored[:10], output.layout)
     (tmp_path / output.layout.shard_name(0)).write_bytes(b"".join(map(bytes, chunks)))
@@ -162,7 +178,9 @@ def test_of_many_creators_one_wins_and_the_others_are_told(tmp_path):
     def create():
         barrier.wait()
         try:
-            create_store(tmp_path / "projections.zarr", layout, {"layers": []}, np.zeros(3, np.float32))
+            create_store(
+                tmp_path / "projections.zarr", layout, {"layers": []}, np.zeros(3, np.float32)
+            )
             outcomes.append("made")
         except StoreExists as error:
             outcomes.append(str(error))
@@ -207,12 +225,16 @@ def test_attributes_change_one_by_one_and_the_arrays_stay(tmp_path):
     np.testing.assert_array_equal(from_zarr(output.store_path, "projections"), before)
     with pytest.raises(ValueError, match="JSON"):
         update_attributes(output.store_path, {"x": float("inf")})
-    assert json.loads((output.store_path / "zarr.json").read_text())["attributes"]["note"] == "changed"
+    assert (
+        json.loads((output.store_path / "zarr.json").read_text())["attributes"]["note"] == "changed"
+    )
 
 
 def test_matrices_are_packed_in_the_layers_order_and_their_shapes_are_checked(tmp_path):
     output = Output(tmp_path)
-    want = np.concatenate([m.ravel() for layer in output.layers for m in output.matrices[layer.name]])
+    want = np.concatenate(
+        [m.ravel() for layer in output.layers for m in output.matrices[layer.name]]
+    )
     np.testing.assert_array_equal(from_zarr(output.store_path, "projection_matrices"), want)
     swapped = {name: (p_o, p_i) for name, (p_i, p_o) in output.matrices.items()}
     with pytest.raises(ValueError, match=r"matrices of h\.0\.mlp"):
@@ -241,7 +263,10 @@ def test_column_blocks_of_other_rows_stay_and_the_status_goes_last(tmp_path, mon
     written = []
     monkeypatch.setattr(
         "gradproj.store.writer.write_and_replace",
-        lambda path, chunks, scratch: (written.append(path.parent.name), write_and_replace(path, chunks)),
+        lambda path, chunks, scratch: (
+            written.append(path.parent.name),
+            write_and_replace(path, chunks),
+        ),
     )
     columns = empty_columns(32, 8)
     columns["status"][:] = 7

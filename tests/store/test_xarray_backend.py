@@ -23,7 +23,10 @@ MISSING = slice(16, 32)
 def output(request, tmp_path_factory):
     config = StoreConfig(proj_dtype=request.param, rows_per_shard=16)
     output = Output(
-        tmp_path_factory.mktemp("labelled"), widths=((2, 3), (4, 16), (2, 3)), config=config, n_samples=70
+        tmp_path_factory.mktemp("labelled"),
+        widths=((2, 3), (4, 16), (2, 3)),
+        config=config,
+        n_samples=70,
     )
     for unit in (0, 2, 3, 4):
         output.commit(unit)
@@ -65,7 +68,8 @@ def test_any_part_of_them_is_that_part(output, dataset, key):
     with xr.open_dataset(output.path, engine=GradprojBackend) as lazily:
         for rows in (dataset.rows, lazily.rows):
             np.testing.assert_array_equal(
-                rows[key].values, wanted(output)[np.ix_(*map(ids_of, key, (70, 76)))].reshape(rows[key].shape)
+                rows[key].values,
+                wanted(output)[np.ix_(*map(ids_of, key, (70, 76)))].reshape(rows[key].shape),
             )
 
 
@@ -84,9 +88,14 @@ def test_a_layer_is_chosen_by_its_name_and_no_other_is_read(output, dataset, mon
     layer = output.layers[1]
     got = dataset.rows.sel(layer=layer.name)
     assert not asked
-    np.testing.assert_array_equal(got.values, wanted(output)[:, layer.slice_start : layer.slice_end])
+    np.testing.assert_array_equal(
+        got.values, wanted(output)[:, layer.slice_start : layer.slice_end]
+    )
     assert set(asked) == {((layer.slice_start, layer.slice_end),)}
-    assert list(dataset.layer.values) == np.repeat([x.name for x in output.layers], [6, 64, 6]).tolist()
+    assert (
+        list(dataset.layer.values)
+        == np.repeat([x.name for x in output.layers], [6, 64, 6]).tolist()
+    )
 
 
 def test_chunks_are_the_shards(dataset):
@@ -117,7 +126,9 @@ def test_dask_computes_with_them(output, dataset):
 
 def test_the_readme_s_lines_run(output, tmp_path, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "to_xarray" in block]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "to_xarray" in block
+    ]
     (tmp_path / "out").symlink_to(output.path)
     monkeypatch.chdir(tmp_path)
     names = {}

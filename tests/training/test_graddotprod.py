@@ -67,7 +67,9 @@ def test_every_way_to_an_inner_product_is_that_of_explicit_gradients(way, onednn
     each = torch.einsum("nsl,nsr->nlr", left.double(), right.double())
     gradient, dots = Dense(left, right).sums(3, scale=1.7)
     torch.testing.assert_close(gradient.double(), 1.7 * each[:3].sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dots.double(), (each[:3] * each[3:].sum(0)).sum((1, 2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        dots.double(), (each[:3] * each[3:].sum(0)).sum((1, 2)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_way_follows_from_the_shapes():
@@ -83,7 +85,9 @@ def test_the_way_follows_from_the_shapes():
 def test_no_tensor_as_large_as_all_samples_gradients_is_made(monkeypatch):
     made = []
     product = dotproducts._product
-    monkeypatch.setattr(dotproducts, "_product", lambda *args: made.append(product(*args)) or made[-1])
+    monkeypatch.setattr(
+        dotproducts, "_product", lambda *args: made.append(product(*args)) or made[-1]
+    )
     monkeypatch.setitem(dotproducts.TILE_VALUES, "cpu", 512)
     monkeypatch.setattr(Dense, "way", lambda *_: "samples")
     model = small_model("gpt2")
@@ -180,7 +184,9 @@ class AddsInPlace(nn.Module):
 
 
 @pytest.mark.parametrize("n_dims", [1, 2])
-@pytest.mark.parametrize("lengths", [LENGTHS, [24, 24, 24, 24]])  # 24 positions are a multiple of 6 samples
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, [24, 24, 24, 24]]
+)  # 24 positions are a multiple of 6 samples
 def test_a_model_that_writes_into_its_layers_outputs_is_no_exception(n_dims, lengths):
     torch.manual_seed(0)
     model = AddsInPlace(n_dims)
@@ -319,7 +325,8 @@ def test_a_layer_of_which_nobody_knows_the_samples_is_an_error():
     with (
         GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine,
         pytest.raises(
-            ModelError, match=r"a Linear works on \(25, 6\) positions in a batch of 6 samples of 25 tokens"
+            ModelError,
+            match=r"a Linear works on \(25, 6\) positions in a batch of 6 samples of 25 tokens",
         ),
     ):
         run_batch(engine, model, *ragged_batch(LENGTHS))
@@ -340,7 +347,9 @@ def test_a_layer_that_only_looks_like_a_norm_is_not_taken_for_one(layer):
         find_dot_layers(layer)
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6)], ids=str)
+@pytest.mark.parametrize(
+    "layer", [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6)], ids=str
+)
 def test_a_norm_is_known_by_what_it_does_and_trying_it_leaves_nothing(layer):
     before = torch.random.get_rng_state()
     (found,) = find_dot_layers(layer)

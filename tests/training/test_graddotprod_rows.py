@@ -39,7 +39,9 @@ def test_rows_are_written_in_the_order_seen_and_values_are_their_sums(tmp_path):
     np.testing.assert_allclose(rows["per_parameter"].sum(1), rows["total"], rtol=1e-4)
     np.testing.assert_allclose(rows["value"], 1e-3 * rows["total"], rtol=1e-5)
     for sample_id, value in engine.shapley_values.items():
-        assert value == pytest.approx(float(rows["value"][rows["sample_id"] == sample_id].sum()), rel=1e-5)
+        assert value == pytest.approx(
+            float(rows["value"][rows["sample_id"] == sample_id].sum()), rel=1e-5
+        )
 
 
 def test_values_use_each_parameters_own_rate_and_need_a_rate_and_an_id():
@@ -47,7 +49,11 @@ def test_values_use_each_parameters_own_rate_and_need_a_rate_and_an_id():
     parameters = list(model.parameters())
     groups = [{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:7], "lr": 0.25}]
     found = {}
-    for name, rate in {"optimizer": torch.optim.SGD(groups), "function": lambda: 0.5, "none": None}.items():
+    for name, rate in {
+        "optimizer": torch.optim.SGD(groups),
+        "function": lambda: 0.5,
+        "none": None,
+    }.items():
         with GradDotProdEngine(model, validation, learning_rate=rate) as engine:
             found[name] = run_batch(engine, model, *train)
             engine.attach_train_batch(*train, 1)
@@ -67,7 +73,9 @@ def test_a_resumed_run_cuts_the_rows_of_later_steps_and_goes_on(tmp_path):
     _, wanted = columns(tmp_path / "whole")
     trained(True, tmp_path / "cut")
     model = small_model("gpt2")
-    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path / "cut", resume_step=1)
+    engine = GradDotProdEngine(
+        model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path / "cut", resume_step=1
+    )
     _, rows = columns(tmp_path / "cut")
     for name, values in rows.items():
         np.testing.assert_array_equal(values, wanted[name][:16])
@@ -85,14 +93,18 @@ def test_rows_half_written_by_a_killed_run_are_cut(tmp_path):
     trained(True, tmp_path)
     group = zarr.open_group(str(tmp_path / "grad_dotprod"))
     group["step"].resize((30,))
-    GradDotProdEngine(small_model("gpt2"), ragged_batch(VAL_LENGTHS), result_dir=tmp_path, resume_step=2)
+    GradDotProdEngine(
+        small_model("gpt2"), ragged_batch(VAL_LENGTHS), result_dir=tmp_path, resume_step=2
+    )
     _, rows = columns(tmp_path)
     assert {len(values) for values in rows.values()} == {24}
 
 
 def test_rows_wait_for_the_interval_and_are_written_at_the_end_even_after_an_exception(tmp_path):
     model = small_model("gpt2")
-    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path, save_interval=2)
+    engine = GradDotProdEngine(
+        model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path, save_interval=2
+    )
 
     def loop():
         with engine:
@@ -155,7 +167,10 @@ def test_a_parameter_that_no_rule_describes_is_named():
         ({"accumulation": 0}, "accumulation must be more than 0, got 0"),
         ({"loss_scale": -1.0}, r"loss_scale must be more than 0, got -1\.0"),
         ({"val_data": "text"}, "val_data is str; give"),
-        ({"val_data": (torch.ones(2, 3), torch.ones(2, 4))}, r"of one shape, got \(2, 3\) and \(2, 4\)"),
+        (
+            {"val_data": (torch.ones(2, 3), torch.ones(2, 4))},
+            r"of one shape, got \(2, 3\) and \(2, 4\)",
+        ),
         ({"val_data": torch.ones(2, 1, dtype=torch.int64)}, "val_data has no target token"),
     ],
 )
@@ -223,7 +238,11 @@ def rank_of_two(rank, folder):
     wrapped = nn.parallel.DistributedDataParallel(model)
     validation = ragged_batch(VAL_LENGTHS, seed=5)
     engine = GradDotProdEngine(
-        wrapped if rank == 0 else model, validation, result_dir=folder, accumulation=2, learning_rate=0.5
+        wrapped if rank == 0 else model,
+        validation,
+        result_dir=folder,
+        accumulation=2,
+        learning_rate=0.5,
     )
     with engine:
         for part in range(2):
@@ -236,7 +255,9 @@ def rank_of_two(rank, folder):
     # Afterwards the wrapper's own averaging works again.
     model.zero_grad()
     loss_of(wrapped, *ragged_batch(LENGTHS, seed=10 * rank)).backward()
-    torch.save((gradients, found, engine.shapley_values, gradients_of(model)), folder / f"{rank}.pt")
+    torch.save(
+        (gradients, found, engine.shapley_values, gradients_of(model)), folder / f"{rank}.pt"
+    )
     dist.destroy_process_group()
 
 

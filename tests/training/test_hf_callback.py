@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers.models import projected_gradient_the_slow_way, ragged_batch, relative_error, small_model
+from helpers.models import (
+    projected_gradient_the_slow_way,
+    ragged_batch,
+    relative_error,
+    small_model,
+)
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradproj import GradProjLoraEngine, ProjectionStore

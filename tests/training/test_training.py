@@ -46,14 +46,18 @@ def weights_in(folder):
 
 
 def tokenizer_of(folder):
-    return load_tokenizer(fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder))))
+    return load_tokenizer(
+        fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder)))
+    )
 
 
 def corpus_of(made):
     return build_index(list_tars(str(made / "tars")), progress=False)
 
 
-@pytest.mark.parametrize("text", ["plain words", "Ünïcödé \u2028 \x00 \U0001f600", "\n\t  def f():\r\n", ""])
+@pytest.mark.parametrize(
+    "text", ["plain words", "Ünïcödé \u2028 \x00 \U0001f600", "\n\t  def f():\r\n", ""]
+)
 def test_the_tokenizer_gives_any_text_back_and_adds_nothing(made, text):
     tokenizer = tokenizer_of(made / "tok")
     ids = tokenizer(text).input_ids
@@ -64,7 +68,9 @@ def test_the_tokenizer_gives_any_text_back_and_adds_nothing(made, text):
 def test_a_corpus_without_text_teaches_no_tokenizer(tmp_path):
     make_corpus(tmp_path / "tars", [{"input_ids": [1, 2, 3]}, b"{torn"])
     with pytest.raises(CorpusError, match="none of the first 2 documents has a text"):
-        train_tokenizer(TokenizerConfig(shards=str(tmp_path / "tars"), output_dir=str(tmp_path / "tok")))
+        train_tokenizer(
+            TokenizerConfig(shards=str(tmp_path / "tars"), output_dir=str(tmp_path / "tok"))
+        )
 
 
 def test_an_epoch_has_every_document_once_in_an_order_of_its_own(made):
@@ -103,7 +109,9 @@ def test_sequences_are_the_shuffled_documents_cut_or_joined(made, tmp_path, pack
 
 def test_training_is_the_plain_loop(made, tmp_path):
     """Against transformers' own loss on one sequence at a time and a schedule written out."""
-    config = config_of(made, tmp_path / "result", batch_size=1, max_steps=5, learning_rate=3e-3, clip=0.5)
+    config = config_of(
+        made, tmp_path / "result", batch_size=1, max_steps=5, learning_rate=3e-3, clip=0.5
+    )
     train(config)
     torch.manual_seed(config.seed)
     model = GPT2LMHeadModel(GPT2LMHeadModel.from_pretrained(tmp_path / "result").config).train()
@@ -149,7 +157,14 @@ def test_equal_settings_give_equal_bits_and_another_seed_others(made, tmp_path):
 
 
 def test_it_learns_and_leaves_a_checkpoint_that_the_job_takes(made, tmp_path, capsys):
-    flags = ["--shards", made / "tars", "--tokenizer", made / "tok", "--result_dir", tmp_path / "result"]
+    flags = [
+        "--shards",
+        made / "tars",
+        "--tokenizer",
+        made / "tok",
+        "--result_dir",
+        tmp_path / "result",
+    ]
     shape = "--n_layer 1 --n_embd 16 --n_head 2 --max_length 24 --batch_size 4 --max_steps 40 --learning_rate 0.01"
     demo_commands.train_command([*map(str, flags), *shape.split(), "--device", "cpu"])
     with (tmp_path / "result" / "loss.csv").open() as file:
@@ -184,7 +199,10 @@ def test_training_goes_on_from_a_checkpoint(made, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "Ghost"}, "--method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"),
+        (
+            {"method": "Ghost"},
+            "--method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora",
+        ),
         ({"max_steps": 0}, "--max_steps must be at least 1, got 0"),
         ({"max_length": 1}, "--max_length must be at least 2 .* got 1"),
         ({"n_embd": 30, "n_head": 4}, "--n_embd 30 is not a multiple of --n_head 4"),
@@ -213,7 +231,9 @@ def test_a_wrong_training_flag_is_named(made, tmp_path, changes, message):
 )
 def test_a_wrong_tokenizer_flag_is_named(made, flags, message):
     with pytest.raises(ConfigError, match=message):
-        demo_commands.tokenizer_command(["--shards", str(made / "tars"), "--output_dir", "x", *flags])
+        demo_commands.tokenizer_command(
+            ["--shards", str(made / "tars"), "--output_dir", "x", *flags]
+        )
 
 
 def test_a_result_folder_that_cannot_be_is_refused_before_any_step(made, tmp_path):

@@ -41,7 +41,9 @@ def by_hand(folder, resume_step=None, **settings):
     """A model, its optimizer and a manager, for a loop written out in a test."""
     model = small_model("gpt2").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    config = dict(method="GradProjLora", result_dir=str(folder), proj_rank_total=16, proj_rank_min=2)
+    config = dict(
+        method="GradProjLora", result_dir=str(folder), proj_rank_total=16, proj_rank_min=2
+    )
     config |= settings
     return model, optimizer, GhostEngineManager(config, model, optimizer, resume_step=resume_step)
 
@@ -59,9 +61,16 @@ def one_step(model, optimizer, manager, step, ids=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(data, tmp_path, accumulation):
+def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(
+    data, tmp_path, accumulation
+):
     config = config_of(
-        data, tmp_path, method="GradProjLora", grad_accumulation=accumulation, clip=0.3, proj_dtype="float32"
+        data,
+        tmp_path,
+        method="GradProjLora",
+        grad_accumulation=accumulation,
+        clip=0.3,
+        proj_dtype="float32",
     )
     train(config)
     want, steps, ids = rows_the_slow_way(config, data)
@@ -172,11 +181,17 @@ def test_dot_products_are_written_also_where_an_evaluation_fails(tmp_path):
     settings = {"method": "GradDotProd", "result_dir": str(tmp_path), "proj_save_interval": 0}
     model = small_model("gpt2").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    manager = GhostEngineManager(settings, model, optimizer, val_data=ragged_batch([6, 4]), loss="sum")
+    manager = GhostEngineManager(
+        settings, model, optimizer, val_data=ragged_batch([6, 4]), loss="sum"
+    )
     one_step(model, optimizer, manager, 0)
     manager.detach_for_evaluation()
     manager.cleanup()
-    assert zarr.open_group(tmp_path / "grad_dotprod", mode="r")["sample_id"][...].tolist() == [0, 1, 2]
+    assert zarr.open_group(tmp_path / "grad_dotprod", mode="r")["sample_id"][...].tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
@@ -194,7 +209,9 @@ def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp
     group = zarr.open_group(tmp_path / "projections" / "projections.zarr", mode="r")
     np.testing.assert_array_equal(group["projections"][...] * group["row_scale"][...][:, None], cut)
     assert group["step"].dtype == group["sample_id"].dtype == np.int64
-    assert {array.shape[0] for name, array in group.arrays() if name != "projection_matrices"} == {21}
+    assert {array.shape[0] for name, array in group.arrays() if name != "projection_matrices"} == {
+        21
+    }
     model, optimizer, manager = by_hand(tmp_path / "whole", proj_save_interval=2)
     for step in range(7):
         one_step(model, optimizer, manager, step)
@@ -229,9 +246,28 @@ def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
     for step in range(3):
         one_step(model, optimizer, manager, step, ids=(7, 5, 7))
     manager.cleanup()
-    main(["export", str(tmp_path / "projections"), "--to", str(tmp_path / "pt"), "--rows_per_file", "5"])
+    main(
+        [
+            "export",
+            str(tmp_path / "projections"),
+            "--to",
+            str(tmp_path / "pt"),
+            "--rows_per_file",
+            "5",
+        ]
+    )
     files = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "pt").glob("*.pt"))]
-    assert torch.cat([file["batch_idx"] for file in files]).tolist() == [7, 5, 7, 10, 8, 10, 13, 11, 13]
+    assert torch.cat([file["batch_idx"] for file in files]).tolist() == [
+        7,
+        5,
+        7,
+        10,
+        8,
+        10,
+        13,
+        11,
+        13,
+    ]
     with ProjectionStore(tmp_path / "projections") as store:
         np.testing.assert_array_equal(
             torch.cat([file["proj"] for file in files]).numpy(), store.rows(range(9))
@@ -255,11 +291,21 @@ def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
         status, ids = store.column("status"), store.array("sample_id")
         assert ids[status == 1].tolist() == [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, *range(104, 111)]
         assert sorted(set(status.tolist())) == [0, 1, 4]
-    for rank, writer in enumerate([AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]):
+    for rank, writer in enumerate(
+        [AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]
+    ):
         writer.cut(3 + rank)
         writer.extend()
     with ProjectionStore(tmp_path / "projections") as store:
-        assert store.array("sample_id")[store.column("status") == 1].tolist() == [0, 1, 2, 100, 101, 102, 103]
+        assert store.array("sample_id")[store.column("status") == 1].tolist() == [
+            0,
+            1,
+            2,
+            100,
+            101,
+            102,
+            103,
+        ]
 
 
 def test_dropout_is_what_was_asked_for_whatever_a_checkpoint_says():
@@ -280,7 +326,9 @@ def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):
         model, _, manager = by_hand(tmp_path / name, proj_dtype="float32")
         X, Y = ragged_batch([7, 12, 5])
         manager.attach_train_batch(X, Y, 0)
-        loss = per_sample_loss(model, {"input_ids": X, "labels": Y}).sum() if name == "own" else None
+        loss = (
+            per_sample_loss(model, {"input_ids": X, "labels": Y}).sum() if name == "own" else None
+        )
         (model(input_ids=X, labels=Y).loss if loss is None else loss).backward()
         manager.aggregate_and_log()
         manager.cleanup()
@@ -317,7 +365,9 @@ def test_the_manager_has_the_original_s_defaults_and_takes_any_config():
 
 
 def test_an_unknown_method_is_refused_with_those_that_are_known(tmp_path):
-    with pytest.raises(ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"):
+    with pytest.raises(
+        ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
+    ):
         GhostEngineManager({"method": "Ghost"}, small_model("gpt2"))
 
 
@@ -336,9 +386,17 @@ def test_a_further_method_is_one_entry(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"result_dir": ""}, ConfigError, "writes rows to result_dir/projections: give a result_dir"),
+        (
+            {"result_dir": ""},
+            ConfigError,
+            "writes rows to result_dir/projections: give a result_dir",
+        ),
         ({"proj_layers": "nothing"}, ModelError, "no layer of the model matches 'nothing'"),
-        ({"proj_rank_total": 1, "proj_rank_min": 8}, ConfigError, "--proj_rank_total 1 cannot hold"),
+        (
+            {"proj_rank_total": 1, "proj_rank_min": 8},
+            ConfigError,
+            "--proj_rank_total 1 cannot hold",
+        ),
         ({"proj_dtype": "int8"}, ConfigError, "--proj_dtype is 'int8'"),
         ({"proj_save_interval": -1}, ConfigError, "--proj_save_interval must be at least 0"),
         ({"method": "GradDotProd"}, ConfigError, "give val_data=.input_ids, labels."),
@@ -368,7 +426,9 @@ def test_rows_that_a_checkpoint_counts_on_and_are_gone_are_an_error(tmp_path):
     one_step(model, optimizer, manager, 0)
     manager.cleanup()
     _, _, manager = by_hand(tmp_path, 1)
-    with pytest.raises(StoreError, match="rows 0 to 3, which the checkpoint counts on, are not all there"):
+    with pytest.raises(
+        StoreError, match="rows 0 to 3, which the checkpoint counts on, are not all there"
+    ):
         manager.load_state_dict({"n_rows": 4})
 
 
@@ -390,7 +450,9 @@ def test_ids_that_are_not_one_a_sample_are_refused(tmp_path):
         ((10**9, 2, 100, 2), 10),
     ],
 )
-def test_rows_of_a_shard_are_whole_steps_that_divide_the_run_where_several_ranks_write(arguments, want):
+def test_rows_of_a_shard_are_whole_steps_that_divide_the_run_where_several_ranks_write(
+    arguments, want
+):
     assert choose_rows(*arguments) == want
 
 
@@ -405,7 +467,9 @@ def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
 def test_a_sum_that_nobody_announced_is_refused():
     model = small_model("gpt2").train()
     X, Y = ragged_batch([5, 6])
-    with GhostEngineManager({"method": "GradDotProd"}, model, val_data=(X, Y), loss="sum") as manager:
+    with GhostEngineManager(
+        {"method": "GradDotProd"}, model, val_data=(X, Y), loss="sum"
+    ) as manager:
         manager.attach_train_batch(X, Y, 0)
         inputs, labels = manager.prepare_forward_input(X, Y)
         model(input_ids=inputs, labels=labels).loss.backward()
@@ -424,12 +488,19 @@ def test_without_matplotlib_the_picture_is_left_out_and_the_way_to_it_named(
 
 
 def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):
-    changes = {"val_shards": str(data / "val"), "val_batch_size": 2, "grad_accumulation": 2, "max_steps": 3}
+    changes = {
+        "val_shards": str(data / "val"),
+        "val_batch_size": 2,
+        "grad_accumulation": 2,
+        "max_steps": 3,
+    }
     config = config_of(data, tmp_path / "dots", method="GradDotProd", **changes)
     train(config)
     train(config_of(data, tmp_path / "regular", **changes))
     for name, weight in weights_in(tmp_path / "regular").items():
-        torch.testing.assert_close(weights_in(tmp_path / "dots")[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            weights_in(tmp_path / "dots")[name], weight, rtol=1e-4, atol=1e-5
+        )
     group = zarr.open_group(tmp_path / "dots" / "grad_dotprod", mode="r")
     assert group["step"][...].tolist() == [1] * 6 + [2] * 6 + [3] * 6
     torch.manual_seed(config.seed)
@@ -437,7 +508,9 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
     model.requires_grad_(True)
 
     def gradient(losses):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(losses, list(model.parameters()))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(losses, list(model.parameters()))]
+        )
 
     validation = Validation(config, tokenizer, torch.device("cpu"), Ranks()).batches[0]
     batches = batches_of(config, index_of(data), tokenizer)

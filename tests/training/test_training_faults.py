@@ -92,8 +92,12 @@ def test_the_same_documents_may_lie_elsewhere_but_others_are_refused(data, tmp_p
     train(config_of(data, tmp_path / "run", shards=str(data / "tars"), max_steps=3, **changes))
     train(config_of(data, tmp_path / "run", shards=str(tars), max_steps=4, resume=True, **changes))
     shutil.copy(next((data / "val").glob("*.tar")), tars / "later.tar")
-    with pytest.raises(ConfigError, match=r"--shards: checkpoint '[0-9a-f]{32}', this run '[0-9a-f]{32}'"):
-        train(config_of(data, tmp_path / "run", shards=str(tars), max_steps=5, resume=True, **changes))
+    with pytest.raises(
+        ConfigError, match=r"--shards: checkpoint '[0-9a-f]{32}', this run '[0-9a-f]{32}'"
+    ):
+        train(
+            config_of(data, tmp_path / "run", shards=str(tars), max_steps=5, resume=True, **changes)
+        )
 
 
 def loop(folder, method, steps, resume_step=None, cleanup=True):
@@ -102,7 +106,9 @@ def loop(folder, method, steps, resume_step=None, cleanup=True):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     config = {"method": method, "result_dir": str(folder), "proj_save_interval": 4, **SETTINGS}
     validation = ragged_batch([6, 4])
-    manager = GhostEngineManager(config, model, optimizer, val_data=validation, resume_step=resume_step)
+    manager = GhostEngineManager(
+        config, model, optimizer, val_data=validation, resume_step=resume_step
+    )
     if resume_step:
         manager.load_state_dict({"step": resume_step})
     for step in steps:
@@ -149,8 +155,22 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path, name, harm, capsys):
     path.unlink()
     if harm == "torn":
         path.write_bytes(content[: len(content) // 2])
-    flags = ["--shards", str(data / "tars"), "--tokenizer", str(data / "tok"), "--result_dir", str(tmp_path)]
-    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "max_length": 16, "batch_size": 3, "max_steps": 6}
+    flags = [
+        "--shards",
+        str(data / "tars"),
+        "--tokenizer",
+        str(data / "tok"),
+        "--result_dir",
+        str(tmp_path),
+    ]
+    shape = {
+        "n_layer": 1,
+        "n_embd": 16,
+        "n_head": 2,
+        "max_length": 16,
+        "batch_size": 3,
+        "max_steps": 6,
+    }
     shape |= {"warmup_steps": 2, "learning_rate": 0.01, "proj_rank_total": 16, "proj_rank_min": 2}
     flags += [word for key, value in shape.items() for word in (f"--{key}", str(value))]
     capsys.readouterr()
@@ -170,7 +190,9 @@ def files_of_at_most(n_bytes):
 
 
 @pytest.mark.parametrize("n_bytes", [3_000, 20_000, 60_000])
-def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(data, tmp_path, n_bytes):
+def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(
+    data, tmp_path, n_bytes
+):
     changes = {"checkpoint_interval": 3}
     train(config_of(data, tmp_path, max_steps=3, **changes))
     with files_of_at_most(n_bytes), pytest.raises(StoreError, match="cannot write"):
@@ -249,7 +271,12 @@ def test_a_loss_of_power_takes_nothing_of_a_table_that_was_appended(tmp_path):
 
 def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
     model = small_model("gpt2")
-    config = {"method": "GradProjLora", "result_dir": str(tmp_path), "grad_accumulation": 2, **SETTINGS}
+    config = {
+        "method": "GradProjLora",
+        "result_dir": str(tmp_path),
+        "grad_accumulation": 2,
+        **SETTINGS,
+    }
     batches = [ragged_batch([7, 5], seed=seed) for seed in (1, 2)]
     with GhostEngineManager(config, model, torch.optim.SGD(model.parameters(), lr=0.1)) as manager:
         for number, (X, Y) in enumerate(batches):
@@ -261,9 +288,13 @@ def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
     model.requires_grad_(True)
     projection = GradProjLoraEngine(model, proj_rank_total=16, proj_rank_min=2)
     alone = [x[:length] for X, _ in batches for x, length in zip(X, [7, 5], strict=True)]
-    want = [projected_gradient_the_slow_way(model, projection, ids) / (len(ids) - 1) for ids in alone]
+    want = [
+        projected_gradient_the_slow_way(model, projection, ids) / (len(ids) - 1) for ids in alone
+    ]
     with ProjectionStore(tmp_path / "projections") as store:
-        np.testing.assert_allclose(store.rows(range(4)), torch.stack(want).numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            store.rows(range(4)), torch.stack(want).numpy(), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +303,10 @@ def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
         ({"result_dir": ""}, "--result_dir is empty; give a folder"),
         ({"seed": -1}, r"--seed must be at least 0 and less than 2\^32, got -1"),
         ({"seed": 10**22}, r"--seed must be at least 0 and less than 2\^32"),
-        ({"learning_rate": float("inf")}, "--learning_rate must be more than 0, and finite, got inf"),
+        (
+            {"learning_rate": float("inf")},
+            "--learning_rate must be more than 0, and finite, got inf",
+        ),
     ],
 )
 def test_a_setting_that_no_run_can_have_is_named(data, tmp_path, changes, message):

@@ -29,7 +29,12 @@ def sharded():
 def test_rows_of_a_sharded_model_are_those_of_each_sample_alone(sharded, tmp_path):
     X, Y = ragged_batch(LENGTHS)
     widths = {"proj_rank_total": 16, "proj_rank_min": 2}
-    settings = {"method": "GradProjLora", "result_dir": str(tmp_path), "proj_dtype": "float32", **widths}
+    settings = {
+        "method": "GradProjLora",
+        "result_dir": str(tmp_path),
+        "proj_dtype": "float32",
+        **widths,
+    }
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.01)
     with GhostEngineManager(settings, sharded, optimizer) as manager:
         manager.attach_train_batch(X, Y, 1, [0, 1, 2])
@@ -48,5 +53,7 @@ def test_rows_of_a_sharded_model_are_those_of_each_sample_alone(sharded, tmp_pat
 
 
 def test_dot_products_of_a_sharded_model_are_refused_with_the_way_out(sharded):
-    with pytest.raises(ModelError, match="every rank needs the whole model: use DistributedDataParallel"):
+    with pytest.raises(
+        ModelError, match="every rank needs the whole model: use DistributedDataParallel"
+    ):
         GradDotProdEngine(sharded, ragged_batch([4, 6]))

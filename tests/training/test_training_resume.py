@@ -15,7 +15,13 @@ from gradproj.corpus.index import save_index
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.training import loop, train
 from gradproj.training.checkpoints import Checkpoints, random_state, restore_random_state
-from gradproj.training.data import DataPosition, TrainedDocuments, batches_of, open_corpus, shuffled_documents
+from gradproj.training.data import (
+    DataPosition,
+    TrainedDocuments,
+    batches_of,
+    open_corpus,
+    shuffled_documents,
+)
 from gradproj.training.optimizer import rate_at
 from gradproj.training.ranks import Ranks
 from gradproj.training.validation import Validation
@@ -32,8 +38,14 @@ def same_batch(a, b):
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(data, tmp_path, pack, world_size):
-    config, index, tokenizer = config_of(data, tmp_path, pack=pack), index_of(data), tokenizer_of(data)
+def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(
+    data, tmp_path, pack, world_size
+):
+    config, index, tokenizer = (
+        config_of(data, tmp_path, pack=pack),
+        index_of(data),
+        tokenizer_of(data),
+    )
     ranks = Ranks(world_size - 1, world_size)
     whole = list(itertools.islice(batches_of(config, index, tokenizer, ranks), 140))
     assert whole[-1].position.epoch > 0
@@ -44,14 +56,20 @@ def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(data, tmp
 
 
 def test_ranks_share_out_every_document_of_an_epoch_once(data, tmp_path):
-    config, index, tokenizer = config_of(data, tmp_path, batch_size=1), index_of(data), tokenizer_of(data)
+    config, index, tokenizer = (
+        config_of(data, tmp_path, batch_size=1),
+        index_of(data),
+        tokenizer_of(data),
+    )
     seen = []
     for rank in range(3):
         for batch in batches_of(config, index, tokenizer, Ranks(rank, 3)):
             if batch.position.epoch > 0:
                 break
             seen += batch.sample_ids.tolist()
-    alone = itertools.takewhile(lambda b: b.position.epoch == 0, batches_of(config, index, tokenizer))
+    alone = itertools.takewhile(
+        lambda b: b.position.epoch == 0, batches_of(config, index, tokenizer)
+    )
     assert sorted(seen) == sorted(i for batch in alone for i in batch.sample_ids.tolist())
     assert len(seen) == len(set(seen)) > 60
 
@@ -73,10 +91,14 @@ def test_documents_left_out_at_the_beginning_are_those_of_the_whole_order(data):
 
 
 def test_labels_are_the_tokens_and_nothing_at_padding(data, tmp_path):
-    batch = next(batches_of(config_of(data, tmp_path, batch_size=8), index_of(data), tokenizer_of(data)))
+    batch = next(
+        batches_of(config_of(data, tmp_path, batch_size=8), index_of(data), tokenizer_of(data))
+    )
     tokens = tokenizer_of(data)
     texts = {d.sample_id: d.text for d in shuffled_documents(index_of(data), 0, 0)}
-    for ids, labels, sample_id in zip(batch.input_ids, batch.labels, batch.sample_ids.tolist(), strict=True):
+    for ids, labels, sample_id in zip(
+        batch.input_ids, batch.labels, batch.sample_ids.tolist(), strict=True
+    ):
         want = tokens(texts[sample_id]).input_ids[:16]
         assert labels[: len(want)].tolist() == ids[: len(want)].tolist() == want
         assert set(labels[len(want) :].tolist()) <= {-100}
@@ -120,7 +142,9 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, change
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert result.n_tokens == int(curves[0][-1].split(",")[1])
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000009"]
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == [
+        "step-00000009"
+    ]
 
 
 def test_dot_products_of_a_resumed_run_are_those_of_one_in_one_go(data, tmp_path, monkeypatch):
@@ -128,7 +152,9 @@ def test_dot_products_of_a_resumed_run_are_those_of_one_in_one_go(data, tmp_path
     train(config_of(data, tmp_path / "whole", **changes))
     train_until_killed(monkeypatch, 5, config_of(data, tmp_path / "killed", **changes))
     train(config_of(data, tmp_path / "killed", resume=True, **changes))
-    a, b = (zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("whole", "killed"))
+    a, b = (
+        zarr.open_group(tmp_path / name / "grad_dotprod", mode="r") for name in ("whole", "killed")
+    )
     for name in ("step", "sample_id", "total"):
         np.testing.assert_array_equal(a[name][...], b[name][...])
     values = [(tmp_path / name / "values.md").read_text() for name in ("whole", "killed")]
@@ -140,7 +166,10 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
     first = train(config_of(data, tmp_path, **changes))
     before = (tmp_path / "loss.csv").read_bytes(), (tmp_path / "model.safetensors").read_bytes()
     assert train(config_of(data, tmp_path, resume=True, **changes)).loss == first.loss
-    assert before == ((tmp_path / "loss.csv").read_bytes(), (tmp_path / "model.safetensors").read_bytes())
+    assert before == (
+        (tmp_path / "loss.csv").read_bytes(),
+        (tmp_path / "model.safetensors").read_bytes(),
+    )
 
 
 def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
@@ -158,7 +187,9 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
     assert len(lines) == 4
     same = config_of(data, tmp_path, resume=True)
     with pytest.raises(ConfigError, match="  ranks: checkpoint 1, this run 2"):
-        Checkpoints(tmp_path, same, Ranks(0, 2), {}).load(tmp_path / "checkpoints" / "step-00000006")
+        Checkpoints(tmp_path, same, Ranks(0, 2), {}).load(
+            tmp_path / "checkpoints" / "step-00000006"
+        )
 
 
 def test_a_checkpoint_that_was_not_finished_counts_for_nothing(data, tmp_path):
@@ -183,13 +214,17 @@ def test_the_random_state_comes_back():
         ("constant", [1 / 3, 2 / 3, 1.0, 1.0]),
     ],
 )
-def test_the_rate_rises_to_its_highest_and_falls_as_the_schedule_says(data, tmp_path, schedule, want):
+def test_the_rate_rises_to_its_highest_and_falls_as_the_schedule_says(
+    data, tmp_path, schedule, want
+):
     config = config_of(data, tmp_path, schedule=schedule)
     assert [rate_at(step, config) for step in (0, 1, 2, 4)] == pytest.approx(want)
 
 
 def test_the_validation_loss_is_the_mean_over_its_targets_and_changes_nothing(data, tmp_path):
-    config = config_of(data, tmp_path, val_shards=str(data / "val"), val_batch_size=3, val_batches=2)
+    config = config_of(
+        data, tmp_path, val_shards=str(data / "val"), val_batch_size=3, val_batches=2
+    )
     _, model = loop.load_or_make_model(config)
     model.train()
     validation = Validation(config, tokenizer_of(data), torch.device("cpu"), Ranks())
@@ -242,7 +277,11 @@ def test_ranks_that_nobody_joins_are_refused(info, message):
         ({"method": "GradDotProd"}, ConfigError, "--method GradDotProd .*give --val_shards"),
         ({"eval_interval": 2}, ConfigError, "--eval_interval 2 needs --val_shards"),
         ({"val_shards": "nowhere"}, CorpusError, "nowhere"),
-        ({"schedule": "steps"}, ConfigError, "--schedule is 'steps'; choose cosine, linear or constant"),
+        (
+            {"schedule": "steps"},
+            ConfigError,
+            "--schedule is 'steps'; choose cosine, linear or constant",
+        ),
         ({"precision": "fp8"}, ConfigError, "--precision is 'fp8'; choose float32 or bfloat16"),
         ({"grad_accumulation": 0}, ConfigError, "--grad_accumulation must be at least 1"),
         ({"checkpoint_interval": -1}, ConfigError, "--checkpoint_interval must be at least 0"),

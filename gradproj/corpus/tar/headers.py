@@ -24,7 +24,12 @@ _WITHOUT_DATA = b"123456"
 """Links, devices, folders and pipes: tarfile reads no data after them, whatever their size field says."""
 
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
-_COMPRESSIONS = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"))
+_COMPRESSIONS = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ", "xz"),
+)
 
 
 class Member(NamedTuple):
@@ -57,7 +62,9 @@ class TarBytes:
 
     def load(self, first: int, n_bytes: int) -> bytes:
         """Read a stretch of the tar and keep it until the next call."""
-        self._loaded = b""  # so that the next stretch can take this one's memory, still in the cache
+        self._loaded = (
+            b""  # so that the next stretch can take this one's memory, still in the cache
+        )
         self._loaded = self[first : first + n_bytes]
         self._first = first
         return self._loaded
@@ -115,11 +122,19 @@ def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] |
                 name = records[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
             if n_bytes is None and b"size" in records:
                 n_bytes = _decimal(records[b"size"], payload, path)
-    return _finish_member(data, offset, head, payload, name, stored if n_bytes is None else n_bytes, path)
+    return _finish_member(
+        data, offset, head, payload, name, stored if n_bytes is None else n_bytes, path
+    )
 
 
 def _finish_member(
-    data: TarBytes, start: int, head: bytes, payload: int, name: str | None, n_bytes: int, path: Path
+    data: TarBytes,
+    start: int,
+    head: bytes,
+    payload: int,
+    name: str | None,
+    n_bytes: int,
+    path: Path,
 ) -> tuple[Member, int]:
     kind, own_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
     if kind == ord("S"):
@@ -147,7 +162,9 @@ def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
     if offset > len(data):
         raise damage(path, len(data), "cut inside the padding after a member")
     if not head:
-        raise damage(path, offset, "cut at a member's end (the two zero blocks that close a tar are missing)")
+        raise damage(
+            path, offset, "cut at a member's end (the two zero blocks that close a tar are missing)"
+        )
     if len(head) < _BLOCK:
         raise damage(path, offset, "cut inside a header, or inside the padding before it")
     if head == _ZEROS:
@@ -164,7 +181,9 @@ def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
         written = -1
     counted = head[:148] + b" " * 8 + head[156:]
     # Some old writers summed signed bytes; tarfile takes either.
-    if written != sum(counted) and written != sum(counted) - 256 * sum(byte > 127 for byte in counted):
+    if written != sum(counted) and written != sum(counted) - 256 * sum(
+        byte > 127 for byte in counted
+    ):
         kind = (
             "its first header's checksum is wrong, or it is no tar"
             if offset == 0
@@ -186,15 +205,21 @@ def _check_end(data: TarBytes, offset: int, path: Path) -> None:
         if rest:
             garbage = min(position + _CHUNK, len(data)) - len(rest)
             raise damage(
-                path, garbage, "trailing garbage, or a zeroed stretch before it: data after the tar's end"
+                path,
+                garbage,
+                "trailing garbage, or a zeroed stretch before it: data after the tar's end",
             )
     if len(data) - offset > _MAX_PADDING:
         raise damage(
-            path, offset, f"{len(data) - offset:,} zero bytes to the end, as an interrupted copy leaves them"
+            path,
+            offset,
+            f"{len(data) - offset:,} zero bytes to the end, as an interrupted copy leaves them",
         )
 
 
-def _complete(data: TarBytes, payload: int, n_bytes: int, what: str, path: Path) -> tuple[bytes, int]:
+def _complete(
+    data: TarBytes, payload: int, n_bytes: int, what: str, path: Path
+) -> tuple[bytes, int]:
     following = payload + (n_bytes + 511 & ~511)
     if following > len(data):
         raise damage(path, payload - _BLOCK, f"cut inside {what}")
@@ -239,7 +264,9 @@ def _pax_records(body: bytes, offset: int, path: Path) -> dict[bytes, bytes]:
     return records
 
 
-def _refuse_unsupported(records: dict[bytes, bytes], is_global: bool, offset: int, path: Path) -> None:
+def _refuse_unsupported(
+    records: dict[bytes, bytes], is_global: bool, offset: int, path: Path
+) -> None:
     wrong = [key for key in records if key.startswith(b"GNU.sparse")]
     if is_global:
         # It would hold for every later member, which a reader that starts in mid-tar cannot know.

@@ -35,7 +35,9 @@ def list_tars(shards: str) -> list[Path]:
     for path in paths:
         first = first_of.setdefault(os.path.realpath(path), path)
         if first is not path:
-            raise CorpusError(f"--shards {shards}: {path} comes twice (also as {first}); list every tar once")
+            raise CorpusError(
+                f"--shards {shards}: {path} comes twice (also as {first}); list every tar once"
+            )
     return paths
 
 
@@ -110,11 +112,15 @@ def _of_list_file(path: Path) -> list[str]:
 
 def _check_name(path: str) -> None:
     if path.endswith(_COMPRESSED):
-        raise CorpusError(f"{path}: compressed tars cannot be read from the middle; unpack it to a .tar")
+        raise CorpusError(
+            f"{path}: compressed tars cannot be read from the middle; unpack it to a .tar"
+        )
     if not path.endswith(".tar"):
         if not os.path.exists(path):
             raise CorpusError(f"--shards: {path} does not exist")
-        raise CorpusError(f"{path}: not a .tar; --shards takes tars, a folder, a glob, braces or a list file")
+        raise CorpusError(
+            f"{path}: not a .tar; --shards takes tars, a folder, a glob, braces or a list file"
+        )
     try:
         path.encode()
     except UnicodeEncodeError as error:

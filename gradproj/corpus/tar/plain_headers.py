@@ -79,7 +79,9 @@ class PlainHeaders:
         self._n_bytes = n_bytes
         self._following = self._at + _BLOCK + ((n_bytes + 511) & ~511)
         self._is_pax = heads[:, 156] == ord("x")
-        usual = (heads[:, 0] != 0) & (heads[:, 345] == 0) & ((heads[:, 156] == ord("0")) | self._is_pax)
+        usual = (
+            (heads[:, 0] != 0) & (heads[:, 345] == 0) & ((heads[:, 156] == ord("0")) | self._is_pax)
+        )
         good = usual & size_is_plain & sum_is_plain & right & (self._following <= len(chunk))
         # A run may not start at a bad header, nor go on from one whose member is not followed by a header found here.
         self._at_list: list[int] = self._at.tolist()
@@ -100,7 +102,9 @@ class PlainHeaders:
         pax = np.flatnonzero(self._is_pax[first:stop]) + first
         for header in pax.tolist():
             body = self._at_list[header] + _BLOCK
-            if header + 1 == stop or not _HARMLESS_PAX(self._chunk, body, body + int(self._n_bytes[header])):
+            if header + 1 == stop or not _HARMLESS_PAX(
+                self._chunk, body, body + int(self._n_bytes[header])
+            ):
                 stop = header
                 break
         return self._run(first, stop, pax[pax < stop]) if stop > first else None
@@ -125,7 +129,9 @@ class PlainHeaders:
 _NOTHING = np.empty(0, np.uint32)
 
 
-def _octal(heads: NDArray[np.uint8], at: int, n_digits: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _octal(
+    heads: NDArray[np.uint8], at: int, n_digits: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Numbers of ``n_digits`` octal digits at a column, and whether each has that form and is closed."""
     digits = heads[:, at : at + n_digits] - ord("0")
     end = heads[:, at + n_digits]

@@ -134,7 +134,9 @@ class _Scan:
         self._largest = max(self._largest, member.n_bytes)
         self._add(split, member.start)
         if split[1] == "json" and member.n_bytes <= MAX_DOCUMENT_BYTES:
-            self._domain = self._domain_of(self._data[member.payload : member.payload + member.n_bytes])
+            self._domain = self._domain_of(
+                self._data[member.payload : member.payload + member.n_bytes]
+            )
 
     def _add_run(self, run: Run, chunk: bytes, first: int) -> None:
         """Add a run of members that lie inside the chunk, which begins at byte ``first``."""
@@ -151,10 +153,16 @@ class _Scan:
             self._add(splits[i], starts[i])  # type: ignore[arg-type]
             self._domain = domains.get(i, self._domain)
 
-    def _add_samples(self, keys: list[str], suffix: str, run: Run, chunk: bytes, first: int) -> bool:
+    def _add_samples(
+        self, keys: list[str], suffix: str, run: Run, chunk: bytes, first: int
+    ) -> bool:
         """Add a run in which every member is a sample of its own; False where it is not so."""
         unique = set(keys)
-        if len(unique) < len(keys) or not self._seen.isdisjoint(unique) or suffix in _RESERVED_SUFFIXES:
+        if (
+            len(unique) < len(keys)
+            or not self._seen.isdisjoint(unique)
+            or suffix in _RESERVED_SUFFIXES
+        ):
             return False
         self._close_sample()
         self._seen |= unique
@@ -162,7 +170,9 @@ class _Scan:
         self._starts += (run.starts + first).tolist()
         self._largest = max(self._largest, int(run.n_bytes.max()))
         is_json = suffix == "json"
-        domains = self._domains_of(run, slice(None), chunk) if is_json else [UNKNOWN_DOMAIN] * len(keys)
+        domains = (
+            self._domains_of(run, slice(None), chunk) if is_json else [UNKNOWN_DOMAIN] * len(keys)
+        )
         self._suffixes, self._domain = [suffix], domains.pop()
         self._domain_counts.update(domains)
         return True
@@ -176,7 +186,9 @@ class _Scan:
         key, suffix = split
         if not self._keys or key != self._keys[-1]:
             if key in self._seen:
-                raise self._not_grouped(start, f"the key {key!r} comes a second time, apart from the first")
+                raise self._not_grouped(
+                    start, f"the key {key!r} comes a second time, apart from the first"
+                )
             self._close_sample()
             self._seen.add(key)
             self._keys.append(key)
@@ -184,7 +196,9 @@ class _Scan:
         if suffix in self._suffixes:
             raise self._not_grouped(start, f"the sample {key!r} has two members {suffix!r}")
         if suffix in _RESERVED_SUFFIXES:
-            raise self._not_grouped(start, f"the suffix {suffix!r} of the sample {key!r} is webdataset's own")
+            raise self._not_grouped(
+                start, f"the suffix {suffix!r} of the sample {key!r} is webdataset's own"
+            )
         self._suffixes.append(suffix)
 
     def _close_sample(self) -> None:

@@ -24,7 +24,11 @@ _WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gradpro
 
 
 def scan_tars(
-    paths: Sequence[Path], sizes: Sequence[int], domain_field: str, processes: int | None, progress: bool
+    paths: Sequence[Path],
+    sizes: Sequence[int],
+    domain_field: str,
+    processes: int | None,
+    progress: bool,
 ) -> list[TarFacts]:
     """Scan every tar; the facts are in the order of ``paths``, whatever the number of processes.
 

@@ -23,7 +23,9 @@ _OWN_NAMES = {"lock", "tars", "spools"}
 
 _BLANK_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 # A checksum counts its own field as blanks; size and name are zero bytes or digits "0" in the blank one.
-_BLANK_SUM = sum(_BLANK_HEADER[100:124]) + sum(_BLANK_HEADER[136:148]) + 8 * 32 + sum(_BLANK_HEADER[156:])
+_BLANK_SUM = (
+    sum(_BLANK_HEADER[100:124]) + sum(_BLANK_HEADER[136:148]) + 8 * 32 + sum(_BLANK_HEADER[156:])
+)
 
 
 def tar_header(name: str, n_bytes: int) -> bytes:
@@ -50,7 +52,9 @@ class TarSequence:
     def add(self, payload: bytes) -> None:
         """Append a document's JSON under the next key."""
         if self._file is None:
-            self._file = open(self._folder / f"shard-{self.n_tars:06d}.tar", "xb", buffering=WRITE_BYTES)  # noqa: SIM115
+            self._file = open(
+                self._folder / f"shard-{self.n_tars:06d}.tar", "xb", buffering=WRITE_BYTES
+            )  # noqa: SIM115
             self.n_tars += 1
         self._file.write(tar_header(f"{self.n_samples:012d}.json", len(payload)))
         self._file.write(payload)
@@ -121,7 +125,9 @@ def published(output_dir: str) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(work):
             try:
-                _check_output(output)  # another prepare may have published while this one got the lock
+                _check_output(
+                    output
+                )  # another prepare may have published while this one got the lock
                 for name in ("tars", "spools"):
                     if (work / name).exists():
                         shutil.rmtree(work / name)  # left by a prepare that was killed
@@ -168,7 +174,9 @@ def _locked(work: Path) -> Iterator[None]:
         fresh = False
     strangers = sorted(set(os.listdir(work)) - _OWN_NAMES)
     if strangers:
-        raise StoreError(f"{work} is not prepare's own (it has {strangers[0]}); give --output_dir a new path")
+        raise StoreError(
+            f"{work} is not prepare's own (it has {strangers[0]}); give --output_dir a new path"
+        )
     with open(work / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,7 +23,9 @@ class DotBatch:
         deliver: is given every parameter's gradient over the training samples, once, when it is whole.
     """
 
-    def __init__(self, n_train: int, shape: tuple[int, int], scale: float, deliver: Deliver) -> None:
+    def __init__(
+        self, n_train: int, shape: tuple[int, int], scale: float, deliver: Deliver
+    ) -> None:
         self.n_train = n_train
         self.n_samples, self._n_positions = shape
         self.n_taken = 0

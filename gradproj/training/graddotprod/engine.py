@@ -109,7 +109,10 @@ class GradDotProdEngine:
         self._reducer = Reducer(module)
         folder = None if result_dir is None else Path(result_dir) / "grad_dotprod"
         self._rows = DotRows(
-            folder if self._reducer.rank == 0 else None, self.parameter_names, save_interval, resume_step
+            folder if self._reducer.rank == 0 else None,
+            self.parameter_names,
+            save_interval,
+            resume_step,
         )
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
@@ -134,7 +137,9 @@ class GradDotProdEngine:
             self._inner.register_forward_hook(self._after_forward, always_call=True),
         ]
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True))
+            self._handles.append(
+                layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True)
+            )
         self._reducer.hold()
         return self
 
@@ -150,7 +155,9 @@ class GradDotProdEngine:
     def __enter__(self) -> "GradDotProdEngine":
         return self.attach()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.cleanup()
 
     def detach_for_evaluation(self) -> None:
@@ -170,7 +177,9 @@ class GradDotProdEngine:
 
     # --- a batch ---
 
-    def attach_train_batch(self, X_train: Any, Y_train: Any, iter_num: int, batch_idx: Any = None) -> None:
+    def attach_train_batch(
+        self, X_train: Any, Y_train: Any, iter_num: int, batch_idx: Any = None
+    ) -> None:
         """Say what is about to be trained on.
 
         Args:
@@ -180,14 +189,20 @@ class GradDotProdEngine:
             batch_idx: the samples' ids, B integers; None where they have none (kept as -1, with no Shapley value).
         """
         n = len(X_train)
-        ids = np.full(n, -1) if batch_idx is None else np.asarray(torch.as_tensor(batch_idx).cpu(), np.int64)
+        ids = (
+            np.full(n, -1)
+            if batch_idx is None
+            else np.asarray(torch.as_tensor(batch_idx).cpu(), np.int64)
+        )
         if ids.shape != (n,):
             raise ConfigError(
                 f"attach_train_batch: {n} samples and batch_idx of shape {ids.shape}; give one id a sample"
             )
         self._noted = (int(iter_num), ids)
 
-    def prepare_forward_input(self, X_train: Tensor, Y_train: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def prepare_forward_input(
+        self, X_train: Tensor, Y_train: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The training rows joined with the validation batch, for the loop's forward pass and loss.
 
         Args:
@@ -202,7 +217,9 @@ class GradDotProdEngine:
             ConfigError: the shapes do not fit, or ``attach_train_batch`` was not called.
         """
         if not self._handles:
-            raise ModelError("prepare_forward_input: the engine is not attached; call attach() first")
+            raise ModelError(
+                "prepare_forward_input: the engine is not attached; call attach() first"
+            )
         if self._batch is not None and self._batch.n_taken:
             raise ModelError(
                 "the batch before was not collected: call prepare_gradients() and aggregate_and_log() after each "
@@ -251,7 +268,9 @@ class GradDotProdEngine:
         """
         batch, joined = self._batch, self._joined
         if batch is None or joined is None or self._noted is None or not self._prepared:
-            raise ModelError("aggregate_and_log: call prepare_gradients() first, after loss.backward()")
+            raise ModelError(
+                "aggregate_and_log: call prepare_gradients() first, after loss.backward()"
+            )
         factor = joined.train_scale * joined.validation_scale / self._reducer.size
         factor *= _now(self.accumulation) / _now(self.loss_scale) ** 2
         dots = batch.dots(self._parameters).double().cpu() * factor
@@ -295,7 +314,10 @@ class GradDotProdEngine:
             return
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         inputs = next((x for x in given if isinstance(x, Tensor)), None)
-        n, wanted = 0 if inputs is None else len(inputs), self._batch.n_samples if self._batch else 0
+        n, wanted = (
+            0 if inputs is None else len(inputs),
+            self._batch.n_samples if self._batch else 0,
+        )
         if n != wanted:
             raise ModelError(
                 f"the model got {n} samples and GradDotProd joined {wanted}: give it what prepare_forward_input "

@@ -42,7 +42,9 @@ class Dense:
         """Several calls' shares as one: a sample's tokens are those of all calls."""
         if len(shares) == 1:
             return shares[0]
-        return Dense(*(torch.cat([getattr(s, side) for s in shares], 1) for side in ("left", "right")))
+        return Dense(
+            *(torch.cat([getattr(s, side) for s in shares], 1) for side in ("left", "right"))
+        )
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """As ``Vector.sums``: the gradient is ``(L, R)``."""
@@ -72,7 +74,8 @@ class Dense:
         n_tiles = max(1, left * right // _on_device(TILE_VALUES, self.left))
         looks = n_train * _on_device(ELEMENTWISE_FLOPS, self.left)
         costs = {
-            "samples": left * right * (2 * validation + looks) + 3 * n_train * n_tiles * START_FLOPS,
+            "samples": left * right * (2 * validation + looks)
+            + 3 * n_train * n_tiles * START_FLOPS,
             "pairs": 2 * tokens * validation * (left + right) + 4 * START_FLOPS,
             "product": left * right * 2 * (validation + tokens) + 4 * START_FLOPS,
         }
@@ -98,13 +101,17 @@ class Lookup:
         """As ``Dense.joined``."""
         if len(shares) == 1:
             return shares[0]
-        ids, values = (torch.cat([getattr(s, side) for s in shares], 1) for side in ("ids", "values"))
+        ids, values = (
+            torch.cat([getattr(s, side) for s in shares], 1) for side in ("ids", "values")
+        )
         return Lookup(ids, values, shares[0].n_rows)
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """As ``Vector.sums``: the gradient is ``(L, R)``."""
         ids, values = self.ids[:n_train].flatten(), self.values[:n_train].flatten(0, 1)
-        gradient = torch.ops.aten.embedding_dense_backward(values * scale, ids, self.n_rows, -1, False)
+        gradient = torch.ops.aten.embedding_dense_backward(
+            values * scale, ids, self.n_rows, -1, False
+        )
         # Of the validation table only the rows that are not zero are made.
         rows, place = self.ids[n_train:].flatten().unique(return_inverse=True)
         validation = _wide(values.new_zeros(len(rows), values.shape[-1]))
@@ -124,7 +131,11 @@ class Vector:
     @staticmethod
     def joined(shares: "Sequence[Vector]") -> "Vector":
         """As ``Dense.joined``."""
-        return shares[0] if len(shares) == 1 else Vector(torch.cat([share.values for share in shares], 1))
+        return (
+            shares[0]
+            if len(shares) == 1
+            else Vector(torch.cat([share.values for share in shares], 1))
+        )
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """The parameter's gradient over the training samples, and each one's inner product with the validation's.
@@ -163,12 +174,16 @@ class DenseAtRows:
     def of(cls, share: Dense, ids: Tensor, n_train: int) -> "DenseAtRows":
         """``ids``: ``(N, S)`` of the lookup."""
         train, validation = share.left[:n_train].flatten(0, 1), share.left[n_train:].flatten(0, 1)
-        return cls(train[:, ids[n_train:].flatten()], validation[:, ids[:n_train].flatten()], share.right)
+        return cls(
+            train[:, ids[n_train:].flatten()], validation[:, ids[:n_train].flatten()], share.right
+        )
 
     def cross(self, lookup: Lookup, n_train: int) -> Tensor:
         """``(n_train,)``: this share's training side with the lookup's validation side, and the other way round."""
         train, validation = (self.right[part].flatten(0, 1) for part in _sides(n_train))
-        train_rows, validation_rows = (lookup.values[part].flatten(0, 1) for part in _sides(n_train))
+        train_rows, validation_rows = (
+            lookup.values[part].flatten(0, 1) for part in _sides(n_train)
+        )
         first = token_pairs(self.train_left, (train, validation_rows), n_train)
         return first + token_pairs(self.validation_left.t(), (train_rows, validation), n_train)
 
@@ -197,7 +212,10 @@ def _sample_by_sample(
     dots = []
     for start in range(0, height, rows):
         part = slice(start, start + rows)
-        wanted, total = _product(validation_left[:, part], validation_right).flatten(), gradient[part]
+        wanted, total = (
+            _product(validation_left[:, part], validation_right).flatten(),
+            gradient[part],
+        )
         for n in range(len(left)):
             own = _product(left[n, :, part], right[n])
             dots.append(torch.dot(own.flatten(), wanted))

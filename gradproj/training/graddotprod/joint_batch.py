@@ -85,7 +85,9 @@ class JointBatcher:
 
 def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     y = x if y is None else y
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)]
+    shapes = [
+        tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)
+    ]
     if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or shapes[0] != shapes[1]:
         raise ConfigError(
             f"{what}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and {shapes[1]}"
@@ -95,4 +97,6 @@ def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 def _below(train: Tensor, validation: Tensor, pad: int) -> Tensor:
     length = max(train.shape[1], validation.shape[1])
-    return torch.cat([F.pad(part, (0, length - part.shape[1]), value=pad) for part in (train, validation)])
+    return torch.cat(
+        [F.pad(part, (0, length - part.shape[1]), value=pad) for part in (train, validation)]
+    )

@@ -52,10 +52,16 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
         if shares is None:
             unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in own]
             continue
-        first = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}.get(_type_name(module), Vector)
-        found.append(DotLayer(module, {key: first if key == "weight" else Vector for key in own}, shares))
+        first = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}.get(
+            _type_name(module), Vector
+        )
+        found.append(
+            DotLayer(module, {key: first if key == "weight" else Vector for key in own}, shares)
+        )
     if unknown:
-        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        shown = ", ".join(unknown[:6]) + (
+            f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+        )
         raise ModelError(
             f"GradDotProd cannot take the gradient of {shown} sample by sample: it knows Linear, Conv1D, Embedding, "
             "layer norm and RMS norm. Freeze these parameters with requires_grad_(False), or use another method"

@@ -83,7 +83,9 @@ class GradDotProdTraining(TrainingEngine):
         # Also where an evaluation failed, for which it was detached.
         self.engine.cleanup()
 
-    def reports(self, domain_of: Callable[[int], str], text_of: Callable[[int], str]) -> dict[str, str]:
+    def reports(
+        self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
+    ) -> dict[str, str]:
         values = self.engine.shapley_values
         return {"values.md": value_table(values, domain_of, text_of)} if values else {}
 

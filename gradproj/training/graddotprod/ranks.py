@@ -25,7 +25,9 @@ class Reducer:
         Said again in each forward pass: of the wrapper through which it came, if the model was wrapped later, and
         because ``no_sync`` has forgotten it at its end.
         """
-        self._wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None) or self._wrapper
+        self._wrapper = (
+            getattr(DistributedDataParallel, "_active_ddp_module", None) or self._wrapper
+        )
         if self._wrapper is not None:
             self._wrapper.require_backward_grad_sync = False
 
@@ -40,9 +42,13 @@ class Reducer:
         """Every parameter with its gradient's mean over the ranks; a rank without one gives zeros."""
         mine = [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]
         mine = [gradient.to(p.dtype) for gradient, p in zip(mine, parameters, strict=True)]
-        for work in [dist.all_reduce(gradient, group=self._group, async_op=True) for gradient in mine]:
+        for work in [
+            dist.all_reduce(gradient, group=self._group, async_op=True) for gradient in mine
+        ]:
             work.wait()
-        yield from ((p, gradient.div_(self.size)) for p, gradient in zip(parameters, mine, strict=True))
+        yield from (
+            (p, gradient.div_(self.size)) for p, gradient in zip(parameters, mine, strict=True)
+        )
 
     def of_all(self, value: Any) -> list[Any]:
         """Every rank's value, in the ranks' order."""

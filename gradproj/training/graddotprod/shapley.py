@@ -28,7 +28,9 @@ def learning_rates(source: Any, parameters: list[nn.Parameter]) -> Tensor:
         rates = {p: float(group["lr"]) for group in source.param_groups for p in group["params"]}
         return torch.tensor([rates.get(p, 0.0) for p in parameters], dtype=torch.float64)
     rate = source() if callable(source) else source
-    return torch.full((len(parameters),), float("nan") if rate is None else float(rate), dtype=torch.float64)
+    return torch.full(
+        (len(parameters),), float("nan") if rate is None else float(rate), dtype=torch.float64
+    )
 
 
 class RunValues:
@@ -70,14 +72,27 @@ def value_table(
         domains[domain_of(sample_id)].append(sample_id)
     means = {name: float(np.mean([values[i] for i in ids])) for name, ids in domains.items()}
     order = sorted(domains, key=lambda name: (-means[name], name))
-    lines = ["| domain | documents | mean value (nats) | sum (nats) |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| domain | documents | mean value (nats) | sum (nats) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name in order:
         total = means[name] * len(domains[name])
-        lines.append(f"| {_cell(name)} | {len(domains[name]):,} | {means[name]:+.3e} | {total:+.3e} |")
+        lines.append(
+            f"| {_cell(name)} | {len(domains[name]):,} | {means[name]:+.3e} | {total:+.3e} |"
+        )
     for name in order:
         ranked = sorted(domains[name], key=lambda i: (-values[i], i))
-        lines += ["", f"### {_cell(name)}", "", "| value (nats) | sample | text |", "| ---: | ---: | --- |"]
-        lines += [f"| {values[i]:+.3e} | {i} | {_cell(excerpt_of(i))} |" for i in _ends(ranked, n_shown)]
+        lines += [
+            "",
+            f"### {_cell(name)}",
+            "",
+            "| value (nats) | sample | text |",
+            "| ---: | ---: | --- |",
+        ]
+        lines += [
+            f"| {values[i]:+.3e} | {i} | {_cell(excerpt_of(i))} |" for i in _ends(ranked, n_shown)
+        ]
     return "\n".join(lines) + "\n"
 
 

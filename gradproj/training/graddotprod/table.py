@@ -26,7 +26,11 @@ class DotRows:
     """
 
     def __init__(
-        self, folder: Path | None, parameter_names: list[str], save_interval: int, resume_step: int | None
+        self,
+        folder: Path | None,
+        parameter_names: list[str],
+        save_interval: int,
+        resume_step: int | None,
     ) -> None:
         self.values = RunValues()
         self._interval = save_interval
@@ -76,7 +80,10 @@ class DotRows:
         if self._table is None or not self._waiting:
             return None
         self._table.append(
-            {name: np.concatenate([row[name] for row in self._waiting]) for name in self._waiting[0]}
+            {
+                name: np.concatenate([row[name] for row in self._waiting])
+                for name in self._waiting[0]
+            }
         )
         self._waiting = []
         return self._table.path

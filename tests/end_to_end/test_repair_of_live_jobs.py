@@ -96,7 +96,10 @@ def test_a_job_does_not_call_done_what_was_deleted_behind_its_back(tmp_path, mod
             "1 committed unit without a shard in projections.zarr/projections: 1. Put the files back"
             in lines[0]
         )
-        assert "committed unit without a shard" in json.loads((output / "failed.json").read_text())["error"]
+        assert (
+            "committed unit without a shard"
+            in json.loads((output / "failed.json").read_text())["error"]
+        )
         assert repair(verify(output)).units == [1]
         assert start()[0] == 0
     assert verify(output).exit_code == 0
