@@ -15,7 +15,8 @@ import gradproj.run
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, start_group
-from gradproj.engine.engine import GradProjLoraEngine, capture, loss
+from gradproj.engine import capture, loss
+from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.job import unit_projector as projector
 from gradproj.job.config import run_config
