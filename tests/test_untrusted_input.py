@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers.dynamic_module_utils
-from helpers.jobs import ENVIRONMENT, flags, make_model, words
+from helpers.corpora import words
+from helpers.jobs import ENVIRONMENT, flags
+from helpers.models import make_model
 from helpers.outputs import SETTINGS
 
 import gradproj

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import run_job
+from helpers.models import make_model
 from helpers.stores import Output
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -84,7 +84,7 @@ ENVIRONMENT = {
 def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
     """Sparse tars, their index, and a small model."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from helpers.jobs import make_model
+    from helpers.models import make_model
 
     from gradproj.corpus.index import SAMPLES_PER_BLOCK, Tar, _index, save_index
 

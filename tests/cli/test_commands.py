@@ -6,7 +6,8 @@ import os
 import re
 
 import pytest
-from helpers.jobs import assert_same_bits, flags, make_corpus, mixed_documents
+from helpers.corpora import input_record, make_corpus, mixed_documents, read_back, write_jsonl
+from helpers.jobs import assert_same_bits, flags
 from helpers.outputs import (
     N_SAMPLES,
     SETTINGS,
@@ -18,7 +19,6 @@ from helpers.outputs import (
     unmerge,
     write_claim,
 )
-from helpers.prepare_inputs import read_back, record, write_jsonl
 
 from gradproj.__main__ import COMMANDS, main
 from gradproj.corpus.index import load_index
@@ -119,8 +119,8 @@ def test_a_wrong_line_is_refused_in_one_line_that_names_what_is_wrong(line, mess
 
 
 def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_path):
-    first = write_jsonl(tmp_path / "a.jsonl", [record("one", "web"), record("two", "code")])
-    second = write_jsonl(tmp_path / "b.jsonl", [record("three", "web")])
+    first = write_jsonl(tmp_path / "a.jsonl", [input_record("one", "web"), input_record("two", "code")])
+    second = write_jsonl(tmp_path / "b.jsonl", [input_record("three", "web")])
     code, out, _ = run(
         "prepare", first, second, "--output_dir", tmp_path / "tars", "--samples_per_shard", 2
     )
@@ -135,7 +135,7 @@ def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_
 
 
 def test_prepare_groups_by_domain_when_told_to(run, tmp_path):
-    lines = [record(str(i), "web" if i % 2 else "code") for i in range(6)]
+    lines = [input_record(str(i), "web" if i % 2 else "code") for i in range(6)]
     source = write_jsonl(tmp_path / "a.jsonl", lines)
     assert run("prepare", source, "--output_dir", tmp_path / "tars", "--group_by_domain")[0] == 0
     domains = [document["meta"]["pile_set_name"] for _, document in read_back(tmp_path / "tars")]

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.corpora import make_corpus, mixed_documents
 from helpers.crash_disk import Disk, put
 from helpers.faults import fake_rows, gone_owner
-from helpers.jobs import flags, make_corpus, make_model, mixed_documents
+from helpers.jobs import flags
+from helpers.models import make_model
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.coordinator import heartbeats

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from helpers.tars import slow_domain
+from helpers.corpora import slow_domain
 
 from gradproj.corpus.documents import DomainReader
 from gradproj.errors import ConfigError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.tars import plain_members, slow_domain, slow_samples, write_tar
+from helpers.corpora import plain_members, slow_domain, slow_samples, write_tar
 
 from gradproj.corpus.index import (
     build_index,

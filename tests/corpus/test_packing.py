@@ -1,7 +1,14 @@
 """Laws of lines and fields: what is kept of a record, and what is said of a bad one."""
 
 import pytest
-from helpers.prepare_inputs import documents, line_of, read_back, record, run, write_jsonl
+from helpers.corpora import (
+    input_record,
+    line_of,
+    packed_documents,
+    read_back,
+    run_prepare,
+    write_jsonl,
+)
 
 from gradproj.corpus import sources
 from gradproj.corpus.prepare import PrepareConfig
@@ -9,13 +16,13 @@ from gradproj.errors import ConfigError, CorpusError
 
 
 def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path):
-    raw = b"\xef\xbb\xbf" + line_of(record("a\u2028\u0085b"), ensure_ascii=False).replace(
+    raw = b"\xef\xbb\xbf" + line_of(input_record("a\u2028\u0085b"), ensure_ascii=False).replace(
         b"\n", b"\r\n"
     )
-    raw += b"\n  \t\r\n" + line_of(record("c")) + b"\n" + line_of(record("last")).rstrip(b"\n")
+    raw += b"\n  \t\r\n" + line_of(input_record("c")) + b"\n" + line_of(input_record("last")).rstrip(b"\n")
     (tmp_path / "in.jsonl").write_bytes(raw)
-    report = run(str(tmp_path / "in.jsonl"), tmp_path / "out")
-    assert [document["text"] for document in documents(tmp_path / "out")] == [
+    report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == [
         "a\u2028\u0085b",
         "c",
         "last",
@@ -24,9 +31,9 @@ def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_
 
 
 def test_blank_lines_count_in_the_line_number_of_an_error(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b"\n\n" + line_of(record("a")) + b"\nnope\n")
+    (tmp_path / "in.jsonl").write_bytes(b"\n\n" + line_of(input_record("a")) + b"\nnope\n")
     with pytest.raises(CorpusError, match=r"in\.jsonl, line 5: not valid JSON"):
-        run(str(tmp_path / "in.jsonl"), tmp_path / "out")
+        run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
 
 
 def test_token_ids_are_kept_as_they_are_instead_of_or_beside_the_text(tmp_path):
@@ -35,9 +42,9 @@ def test_token_ids_are_kept_as_they_are_instead_of_or_beside_the_text(tmp_path):
         {"input_ids": [], "text": None},
         {"input_ids": [1], "text": "both"},
     ]
-    run(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
+    run_prepare(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
     unknown = {"pile_set_name": "unknown"}
-    assert documents(tmp_path / "out") == [
+    assert packed_documents(tmp_path / "out") == [
         {"input_ids": [5, 0, 70_000], "meta": {"pile_set_name": "ids"}},
         {"input_ids": [], "meta": unknown},
         {"text": "both", "input_ids": [1], "meta": unknown},
@@ -49,13 +56,13 @@ def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_pa
         {"doc": {"body": "nested"}, "origin": {"site": {"name": "s"}}},
         {"doc.body": "flat", "doc": {"body": "no"}},
     ]
-    report = run(
+    report = run_prepare(
         write_jsonl(tmp_path / "in.jsonl", values),
         tmp_path / "out",
         text_field="doc.body",
         domain_field="origin.site.name",
     )
-    assert [document["text"] for document in documents(tmp_path / "out")] == ["nested", "flat"]
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["nested", "flat"]
     assert report.domains == {"s": 1, "unknown": 1}
 
 
@@ -63,9 +70,9 @@ def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_pa
     ("domain", "want"), [(None, "unknown"), ("", "unknown"), (7, "7"), ("Pile-CC é", "Pile-CC é")]
 )
 def test_a_domain_is_the_fields_value_or_unknown(domain, want, tmp_path):
-    report = run(write_jsonl(tmp_path / "in.jsonl", [record("t", domain)]), tmp_path / "out")
+    report = run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("t", domain)]), tmp_path / "out")
     assert report.domains == {want: 1}
-    assert documents(tmp_path / "out")[0]["meta"] == {"pile_set_name": want}
+    assert packed_documents(tmp_path / "out")[0]["meta"] == {"pile_set_name": want}
 
 
 def test_the_records_own_meta_object_is_kept_and_top_level_names_go_beside_it(tmp_path):
@@ -83,8 +90,8 @@ def test_the_records_own_meta_object_is_kept_and_top_level_names_go_beside_it(tm
             "pile_set_name": "old",
         },
     }
-    run(write_jsonl(tmp_path / "in.jsonl", [value]), tmp_path / "out", domain_field="source")
-    (document,) = documents(tmp_path / "out")
+    run_prepare(write_jsonl(tmp_path / "in.jsonl", [value]), tmp_path / "out", domain_field="source")
+    (document,) = packed_documents(tmp_path / "out")
     want = {"id": "inner", "url": "u", "big": 10**30, "deep": {"x": [1, None]}, "ratio": None}
     assert document == {"text": "t", "meta": {**want, "pile_set_name": "s"}}
 
@@ -122,16 +129,16 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
 def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(line, tmp_path):
     path = tmp_path / "in.jsonl"
-    path.write_bytes(line_of(record("before")) + line + b"\n" + line_of(record("after")))
+    path.write_bytes(line_of(input_record("before")) + line + b"\n" + line_of(input_record("after")))
     with pytest.raises(CorpusError) as caught:
-        run(str(path), tmp_path / "out")
+        run_prepare(str(path), tmp_path / "out")
     assert str(caught.value).startswith(f"{path}, line 2: {BAD_LINES[line]}")
     assert str(caught.value).endswith("--on_bad_input skip")
     assert not (tmp_path / "out").exists()
-    report = run(str(path), tmp_path / "out", on_bad_input="skip")
+    report = run_prepare(str(path), tmp_path / "out", on_bad_input="skip")
     assert read_back(tmp_path / "out") == [
-        ("000000000000", record("before")),
-        ("000000000001", record("after")),
+        ("000000000000", input_record("before")),
+        ("000000000001", input_record("after")),
     ]
     assert (report.n_samples, report.n_bad) == (2, 1)
     assert report.bad_examples[0].startswith(f"{path}, line 2: {BAD_LINES[line]}")
@@ -139,13 +146,13 @@ def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(li
 
 def test_escaped_surrogate_pairs_are_the_character_they_stand_for(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
-    run(str(tmp_path / "in.jsonl"), tmp_path / "out")
-    assert documents(tmp_path / "out")[0]["text"] == "\U0001f600"
+    run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
+    assert packed_documents(tmp_path / "out")[0]["text"] == "\U0001f600"
 
 
 def test_a_report_counts_all_bad_lines_and_names_a_few(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b"nope\n" * 1000 + line_of(record("good", "dom")))
-    report = run(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
+    (tmp_path / "in.jsonl").write_bytes(b"nope\n" * 1000 + line_of(input_record("good", "dom")))
+    report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
     assert (report.n_bad, len(report.bad_examples)) == (1000, 10)
     assert (
         "1 documents of 1 domains in 1 tars\n             1  dom\n1,000 bad inputs"
@@ -155,12 +162,12 @@ def test_a_report_counts_all_bad_lines_and_names_a_few(tmp_path):
 
 def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 4096)
-    lines = [line_of(record("x" * n)) for n in (10, 4096, 40_960, 400_000)] + [
-        line_of(record("end"))
+    lines = [line_of(input_record("x" * n)) for n in (10, 4096, 40_960, 400_000)] + [
+        line_of(input_record("end"))
     ]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines) + b"y" * 12_288)
-    report = run(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
-    assert [document["text"] for document in documents(tmp_path / "out")] == ["x" * 10, "end"]
+    report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["x" * 10, "end"]
     assert [example.split("in.jsonl, ")[1].split(":")[0] for example in report.bad_examples] == [
         f"line {n}" for n in (2, 3, 4, 6)
     ]
@@ -197,4 +204,4 @@ def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):
 )
 def test_a_wrong_name_after_a_prefix_is_an_error(name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        run(name, tmp_path / "out")
+        run_prepare(name, tmp_path / "out")

@@ -13,7 +13,14 @@ import textwrap
 import tracemalloc
 
 import pytest
-from helpers.prepare_inputs import documents, line_of, read_back, record, run, write_jsonl
+from helpers.corpora import (
+    input_record,
+    line_of,
+    packed_documents,
+    read_back,
+    run_prepare,
+    write_jsonl,
+)
 
 from gradproj.corpus import prepare as prepare_module
 from gradproj.corpus.prepare import PrepareConfig, prepare
@@ -39,8 +46,8 @@ def test_a_name_or_size_that_does_not_fit_a_header_is_refused():
 
 
 def test_a_tar_is_byte_for_byte_the_one_that_tarfile_writes(tmp_path):
-    values = [record("one"), record("zwei \u00fc"), record("")]
-    run(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
+    values = [input_record("one"), input_record("zwei \u00fc"), input_record("")]
+    run_prepare(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
     want = io.BytesIO()
     with tarfile.open(fileobj=want, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, value in enumerate(values):
@@ -53,9 +60,9 @@ def test_a_tar_is_byte_for_byte_the_one_that_tarfile_writes(tmp_path):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_same_input_gives_the_same_bytes(grouped, tmp_path):
-    name = write_jsonl(tmp_path / "in.jsonl", [record(f"{i}", f"d{i % 4}") for i in range(50)])
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record(f"{i}", f"d{i % 4}") for i in range(50)])
     for out in ("a", "b"):
-        run(name, tmp_path / out, samples_per_shard=7, group_by_domain=grouped)
+        run_prepare(name, tmp_path / out, samples_per_shard=7, group_by_domain=grouped)
     names = sorted(os.listdir(tmp_path / "a"))
     assert names == sorted(os.listdir(tmp_path / "b"))
     for tar in names:
@@ -72,8 +79,8 @@ def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_
     monkeypatch.setattr(tarwriter, "MAX_OPEN_SPOOLS", max_open)
     chosen = random.Random(3)
     domains = [f"dom/../{chosen.randrange(8)} \u00e9" for _ in range(200)]
-    values = [record(f"{i}", domain) for i, domain in enumerate(domains)]
-    report = run(
+    values = [input_record(f"{i}", domain) for i, domain in enumerate(domains)]
+    report = run_prepare(
         write_jsonl(tmp_path / "in.jsonl", values),
         tmp_path / "out",
         samples_per_shard=10,
@@ -95,7 +102,7 @@ def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_
 
 
 def test_hundreds_of_domains_need_few_open_files(tmp_path):
-    values = [record("x", f"d{i % 400}") for i in range(2000)]
+    values = [input_record("x", f"d{i % 400}") for i in range(2000)]
     name = write_jsonl(tmp_path / "in.jsonl", values)
     code = f"""
         import resource
@@ -109,12 +116,12 @@ def test_hundreds_of_domains_need_few_open_files(tmp_path):
 
 def test_more_domains_than_a_store_can_name_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOMAINS", 5)
-    name = write_jsonl(tmp_path / "in.jsonl", [record("x", f"d{i}") for i in range(6)])
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("x", f"d{i}") for i in range(6)])
     with pytest.raises(
         CorpusError,
         match=r"--domain_field meta\.pile_set_name has more than 5 different values \('d0'",
     ):
-        run(name, tmp_path / "out")
+        run_prepare(name, tmp_path / "out")
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -124,9 +131,9 @@ def test_memory_does_not_grow_with_the_input(grouped, tmp_path):
         path = tmp_path / f"{n_samples}.jsonl.gz"
         with gzip.open(path, "wb", compresslevel=1) as file:
             for i in range(n_samples):
-                file.write(line_of(record(f"{i} " * 2000, f"d{i % 5}")))
+                file.write(line_of(input_record(f"{i} " * 2000, f"d{i % 5}")))
         tracemalloc.start()
-        run(str(path), tmp_path / f"out{n_samples}", samples_per_shard=100, group_by_domain=grouped)
+        run_prepare(str(path), tmp_path / f"out{n_samples}", samples_per_shard=100, group_by_domain=grouped)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000
@@ -136,31 +143,31 @@ def test_memory_does_not_grow_with_the_input(grouped, tmp_path):
 
 
 def test_an_output_folder_with_tars_or_other_files_is_refused_and_left_alone(tmp_path):
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a")])
-    run(name, tmp_path / "out")
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
+    run_prepare(name, tmp_path / "out")
     before = (tmp_path / "out" / "shard-000000.tar").read_bytes()
     with pytest.raises(
         StoreError, match=r"has 1 tars already \(shard-000000\.tar\); .* give a new path, or remove"
     ):
-        run(write_jsonl(tmp_path / "other.jsonl", [record("b")]), tmp_path / "out")
+        run_prepare(write_jsonl(tmp_path / "other.jsonl", [input_record("b")]), tmp_path / "out")
     assert (tmp_path / "out" / "shard-000000.tar").read_bytes() == before
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(StoreError, match=r"notes is not empty \(mine\.txt\)"):
-        run(name, tmp_path / "notes")
+        run_prepare(name, tmp_path / "notes")
     with pytest.raises(StoreError, match=r"in\.jsonl is not a folder"):
-        run(name, name)
+        run_prepare(name, name)
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "notes", "other.jsonl", "out"]
 
 
 def test_an_empty_folder_a_new_path_and_a_link_to_a_folder_are_filled(tmp_path):
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a")])
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     (tmp_path / "empty").mkdir()
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     for out in ("empty", "new/deep/er", "link"):
-        run(name, tmp_path / out)
-        assert documents(tmp_path / out) == [record("a")]
+        run_prepare(name, tmp_path / out)
+        assert packed_documents(tmp_path / out) == [input_record("a")]
     assert (tmp_path / "link").is_symlink()
 
 
@@ -194,7 +201,7 @@ KILLED = """
 def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
     where, calls, grouped, tmp_path
 ):
-    values = [record(f"{i}", f"d{i % 3}") for i in range(40)]
+    values = [input_record(f"{i}", f"d{i % 3}") for i in range(40)]
     name, out = write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out"
     code = KILLED.format(where=where, calls=calls, name=name, out=str(out), grouped=grouped)
     killed = subprocess.run(
@@ -202,10 +209,10 @@ def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.preparing"]
-    run(name, out, samples_per_shard=5, group_by_domain=grouped)
+    run_prepare(name, out, samples_per_shard=5, group_by_domain=grouped)
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out"]
     want = sorted(values, key=lambda value: value["meta"]["pile_set_name"]) if grouped else values
-    assert documents(out) == want
+    assert packed_documents(out) == want
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
@@ -215,18 +222,18 @@ def test_an_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, mo
 
     monkeypatch.setattr(tarwriter.TarSequence, "end_tar", interrupt)
     with pytest.raises(interruption):
-        run(write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out")
+        run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_a_second_prepare_into_the_same_folder_is_refused_while_the_first_runs(tmp_path):
-    name, out = write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out"
+    name, out = write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out"
     with tarwriter.published(str(out)) as work:
         (work / "tars" / "shard-000000.tar").write_bytes(b"first")
         with pytest.raises(
             StoreError, match=r"another prepare is writing to .*out\.preparing; wait for it"
         ):
-            run(name, out)
+            run_prepare(name, out)
     assert (out / "shard-000000.tar").read_bytes() == b"first"
 
 
@@ -237,25 +244,25 @@ def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_work
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(tarwriter.fcntl, "flock", no_locks)
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a")])
-    run(name, tmp_path / "out")
-    assert documents(tmp_path / "out") == [record("a")]
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
+    run_prepare(name, tmp_path / "out")
+    assert packed_documents(tmp_path / "out") == [input_record("a")]
     (tmp_path / "other.preparing" / "tars").mkdir(parents=True)
     with pytest.raises(
         StoreError, match=r"was left by a prepare that was killed, or one still runs"
     ):
-        run(name, tmp_path / "other")
+        run_prepare(name, tmp_path / "other")
     assert (tmp_path / "other.preparing" / "tars").exists()
 
 
 def test_a_folder_that_only_looks_like_a_leftover_is_not_deleted(tmp_path):
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a")])
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     (tmp_path / "out.preparing").mkdir()
     (tmp_path / "out.preparing" / "thesis.tex").write_text("keep")
     with pytest.raises(
         StoreError, match=r"out\.preparing is not prepare's own \(it has thesis\.tex\)"
     ):
-        run(name, tmp_path / "out")
+        run_prepare(name, tmp_path / "out")
     assert (tmp_path / "out.preparing" / "thesis.tex").read_text() == "keep"
 
 
@@ -267,7 +274,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monke
     with pytest.raises(
         StoreError, match=r"--output_dir .*out: cannot write .*: No space left on device"
     ):
-        run(write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out")
+        run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
@@ -275,7 +282,7 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(tarwriter.os.path, "ismount", lambda path: True)
     with pytest.raises(StoreError, match="is a mount point"):
-        run(write_jsonl(tmp_path / "in.jsonl", [record("a")]), tmp_path / "out")
+        run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out")
 
 
 # ---- Progress
@@ -283,7 +290,7 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
 
 def test_progress_without_a_terminal_is_plain_lines_on_stderr(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "PLAIN_INTERVAL_S", 0.0)
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a", "d")] * 3)
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a", "d")] * 3)
     config = PrepareConfig(inputs=(name,), output_dir=str(tmp_path / "out"), group_by_domain=True)
     prepare(config, progress=True)
     printed = capsys.readouterr()
@@ -298,8 +305,8 @@ def test_progress_on_a_terminal_is_a_bar_and_none_is_shown_where_none_is_wanted(
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(prepare_module, "BAR_INTERVAL_S", 0.0)
-    name = write_jsonl(tmp_path / "in.jsonl", [record("a")] * 3)
+    name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")] * 3)
     prepare(PrepareConfig(inputs=(name,), output_dir=str(tmp_path / "out")))
     assert "3 documents" in capsys.readouterr().err
-    run(name, tmp_path / "quiet")
+    run_prepare(name, tmp_path / "quiet")
     assert capsys.readouterr().err == ""

@@ -10,7 +10,15 @@ from pathlib import Path
 import pyarrow
 import pytest
 import zstandard
-from helpers.prepare_inputs import documents, line_of, read_back, record, run, write_as, write_jsonl
+from helpers.corpora import (
+    input_record,
+    line_of,
+    packed_documents,
+    read_back,
+    run_prepare,
+    write_as,
+    write_jsonl,
+)
 from pyarrow import parquet
 
 from gradproj.corpus.sources import SOURCES, InputReader, read_records
@@ -32,8 +40,8 @@ ODD_TEXTS = [
 
 @pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"stdlib:"}))
 def test_webdataset_reads_back_every_text_unchanged_and_in_order(kind, tmp_path):
-    values = [record(text, domain=f"d{i % 3}", n=i) for i, text in enumerate(ODD_TEXTS)]
-    report = run(write_as(kind, tmp_path / "in", values), tmp_path / "out", samples_per_shard=4)
+    values = [input_record(text, domain=f"d{i % 3}", n=i) for i, text in enumerate(ODD_TEXTS)]
+    report = run_prepare(write_as(kind, tmp_path / "in", values), tmp_path / "out", samples_per_shard=4)
     assert read_back(tmp_path / "out") == [(f"{i:012d}", value) for i, value in enumerate(values)]
     assert sorted(os.listdir(tmp_path / "out")) == [f"shard-00000{i}.tar" for i in range(3)]
     assert (report.n_samples, report.n_bad, report.n_tars) == (10, 0, 3)
@@ -42,7 +50,7 @@ def test_webdataset_reads_back_every_text_unchanged_and_in_order(kind, tmp_path)
 
 @pytest.mark.parametrize("kind", sorted(SOURCES))
 def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_path):
-    name = write_as(kind, tmp_path / "in", [record(f"text {i}") for i in range(20)])
+    name = write_as(kind, tmp_path / "in", [input_record(f"text {i}") for i in range(20)])
 
     def read(ids):
         return list(
@@ -57,7 +65,7 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
 def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path):
     noise = random.Random(0)
     name = write_as(
-        kind, tmp_path / "in", [record(noise.randbytes(500_000).hex()) for _ in range(12)]
+        kind, tmp_path / "in", [input_record(noise.randbytes(500_000).hex()) for _ in range(12)]
     )
     reading = InputReader(name, ("text", "meta"))
     positions = [reading.position() for _ in read_records(reading)]
@@ -69,16 +77,16 @@ def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path)
 def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(tmp_path):
     kinds = [".jsonl.zst", ".parquet", ".jsonl"]
     names = [
-        write_as(kind, tmp_path / kind, [record(f"{kind} {i}") for i in range(3)]) for kind in kinds
+        write_as(kind, tmp_path / kind, [input_record(f"{kind} {i}") for i in range(3)]) for kind in kinds
     ]
-    run(names, tmp_path / "out", samples_per_shard=2)
+    run_prepare(names, tmp_path / "out", samples_per_shard=2)
     want = [f"{kind} {i}" for kind in kinds for i in range(3)]
-    assert [document["text"] for document in documents(tmp_path / "out")] == want
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == want
 
 
 def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(tmp_path):
-    report = run("stdlib:", tmp_path / "out")
-    by_path = {document["meta"]["path"]: document for document in documents(tmp_path / "out")}
+    report = run_prepare("stdlib:", tmp_path / "out")
+    by_path = {document["meta"]["path"]: document for document in packed_documents(tmp_path / "out")}
     assert list(by_path) == sorted(by_path)
     assert by_path["json/decoder.py"]["text"].encode() == Path(json.decoder.__file__).read_bytes()
     assert by_path["json/decoder.py"]["meta"]["pile_set_name"] == "json"
@@ -91,16 +99,16 @@ def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(
 
 def test_the_standard_library_keeps_its_own_fields_beside_an_input_with_others(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [{"body": "mine", "kind": "k"}])
-    report = run([name, "stdlib:"], tmp_path / "out", text_field="body", domain_field="kind")
+    report = run_prepare([name, "stdlib:"], tmp_path / "out", text_field="body", domain_field="kind")
     assert report.domains["k"] == 1
     assert report.domains["json"] > 1
 
 
 @pytest.mark.parametrize("split", ["", ":train", "@default:train"])
 def test_a_hugging_face_data_set_is_read_with_its_configuration_and_split(split, tmp_path):
-    write_as("hf:", tmp_path / "in", [record("one"), record("two")])
-    run(f"hf:{tmp_path / 'in'}{split}", tmp_path / "out")
-    assert [document["text"] for document in documents(tmp_path / "out")] == ["one", "two"]
+    write_as("hf:", tmp_path / "in", [input_record("one"), input_record("two")])
+    run_prepare(f"hf:{tmp_path / 'in'}{split}", tmp_path / "out")
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +116,9 @@ def test_a_hugging_face_data_set_is_read_with_its_configuration_and_split(split,
     [(":nope", "Bad split: nope"), ("@nope", "'nope' not found"), ("/nowhere", "nowhere")],
 )
 def test_a_hugging_face_data_set_that_cannot_be_opened_is_one_clear_error(suffix, reason, tmp_path):
-    write_as("hf:", tmp_path / "in", [record("one")])
+    write_as("hf:", tmp_path / "in", [input_record("one")])
     with pytest.raises(CorpusError) as caught:
-        run(f"hf:{tmp_path / 'in'}{suffix}", tmp_path / "out")
+        run_prepare(f"hf:{tmp_path / 'in'}{suffix}", tmp_path / "out")
     message = str(caught.value)
     assert message.startswith(f"INPUT hf:{tmp_path / 'in'}{suffix}: ")
     assert reason in message
@@ -123,7 +131,7 @@ def test_a_hugging_face_name_that_cannot_be_reached_says_so(tmp_path, monkeypatc
     with pytest.raises(
         CorpusError, match=r"Couldn't reach 'nobody/nothing' on the Hub .* and the network, or give"
     ):
-        run("hf:nobody/nothing", tmp_path / "out")
+        run_prepare("hf:nobody/nothing", tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 
@@ -135,8 +143,8 @@ def test_parquet_columns_that_no_document_needs_are_not_read(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     (first, *_) = read_records(InputReader(str(tmp_path / "in.parquet"), ("text", "meta")))
     assert first.value == {"text": "t0", "id": 0, "meta": None}
-    run(str(tmp_path / "in.parquet"), tmp_path / "out")
-    assert documents(tmp_path / "out")[99] == {
+    run_prepare(str(tmp_path / "in.parquet"), tmp_path / "out")
+    assert packed_documents(tmp_path / "out")[99] == {
         "text": "t99",
         "meta": {"id": 99, "pile_set_name": "unknown"},
     }
@@ -146,8 +154,8 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_row_with_its_number(tmp_path):
     raw = pyarrow.array([b"fine", b"\xff\xfe", b"also fine"], pyarrow.binary())
     table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())})
     parquet.write_table(table, tmp_path / "in.parquet")
-    report = run(str(tmp_path / "in.parquet"), tmp_path / "out", on_bad_input="skip")
-    assert [document["text"] for document in documents(tmp_path / "out")] == ["fine", "also fine"]
+    report = run_prepare(str(tmp_path / "in.parquet"), tmp_path / "out", on_bad_input="skip")
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["fine", "also fine"]
     assert "in.parquet, row 2: not UTF-8" in report.bad_examples[0]
 
 
@@ -155,7 +163,7 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_row_with_its_number(tmp_path):
 
 
 def test_compressed_files_of_several_members_are_read_to_their_end(tmp_path):
-    parts = [b"".join(line_of(record(f"{i} {j}")) for j in range(50)) for i in range(3)]
+    parts = [b"".join(line_of(input_record(f"{i} {j}")) for j in range(50)) for i in range(3)]
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
     (tmp_path / "in.jsonl.gz").write_bytes(b"".join(map(gzip.compress, parts)))
     (tmp_path / "in.jsonl.zst").write_bytes(
@@ -163,9 +171,9 @@ def test_compressed_files_of_several_members_are_read_to_their_end(tmp_path):
         + b"".join(zstandard.ZstdCompressor().compress(part) + skippable for part in parts)
     )
     for kind in ("gz", "zst"):
-        run(str(tmp_path / f"in.jsonl.{kind}"), tmp_path / kind)
+        run_prepare(str(tmp_path / f"in.jsonl.{kind}"), tmp_path / kind)
         want = [f"{i} {j}" for i in range(3) for j in range(50)]
-        assert [document["text"] for document in documents(tmp_path / kind)] == want
+        assert [document["text"] for document in packed_documents(tmp_path / kind)] == want
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
@@ -175,14 +183,14 @@ def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(
     kind, cut, on_bad_input, tmp_path
 ):
     noise = random.Random(1)
-    raw = b"".join(line_of(record(noise.randbytes(2000).hex())) for _ in range(100))
+    raw = b"".join(line_of(input_record(noise.randbytes(2000).hex())) for _ in range(100))
     packed = gzip.compress(raw) if kind == "gz" else zstandard.ZstdCompressor().compress(raw)
     path = tmp_path / f"in.jsonl.{kind}"
     path.write_bytes(packed[: int(cut * len(packed))])
     with pytest.raises(
         CorpusError, match=r"line \d+: the file is cut short or damaged here .* fetch"
     ) as caught:
-        run(str(path), tmp_path / "out", on_bad_input=on_bad_input)
+        run_prepare(str(path), tmp_path / "out", on_bad_input=on_bad_input)
     assert str(path) in str(caught.value)
     line = int(str(caught.value).split(", line ")[1].split(":")[0])
     assert 100 * cut - 70 < line <= 101
@@ -192,7 +200,7 @@ def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_compressed_file_with_flipped_bytes_or_foreign_content_is_an_error(kind, tmp_path):
     noise = random.Random(2)
-    raw = b"".join(line_of(record(noise.randbytes(2000).hex())) for _ in range(100))
+    raw = b"".join(line_of(input_record(noise.randbytes(2000).hex())) for _ in range(100))
     checked = zstandard.ZstdCompressor(write_checksum=True)
     packed = bytearray(gzip.compress(raw) if kind == "gz" else checked.compress(raw))
     packed[len(packed) // 2] ^= 0xFF
@@ -200,37 +208,37 @@ def test_a_compressed_file_with_flipped_bytes_or_foreign_content_is_an_error(kin
         path = tmp_path / f"{name}.jsonl.{kind}"
         path.write_bytes(content)
         with pytest.raises(CorpusError, match="cut short"):
-            run(str(path), tmp_path / "out", on_bad_input="skip")
+            run_prepare(str(path), tmp_path / "out", on_bad_input="skip")
 
 
 def test_a_parquet_file_cut_short_is_an_error(tmp_path):
-    name = write_as(".parquet", tmp_path / "in", [record(f"{i}") for i in range(100)])
+    name = write_as(".parquet", tmp_path / "in", [input_record(f"{i}") for i in range(100)])
     Path(name).write_bytes(Path(name).read_bytes()[:-20])
     with pytest.raises(CorpusError, match=r"in\.parquet, after row 0: not whole parquet"):
-        run(name, tmp_path / "out")
+        run_prepare(name, tmp_path / "out")
 
 
 @pytest.mark.parametrize("raw", [b"", b"\n\n"])
 def test_inputs_without_a_document_are_an_error(raw, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(raw)
     with pytest.raises(CorpusError, match=r"^no document in .*in\.jsonl$"):
-        run(str(tmp_path / "in.jsonl"), tmp_path / "out")
+        run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
 def test_inputs_with_only_bad_lines_are_an_error_that_shows_the_first(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"content": "x"}\n' * 5)
     with pytest.raises(CorpusError, match=r"first of 5 bad inputs: .*line 1: no field 'text'"):
-        run(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
+        run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
 
 
 def test_a_missing_file_and_a_folder_are_found_before_anything_is_read(tmp_path):
-    good = write_jsonl(tmp_path / "in.jsonl", [record("a")])
+    good = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     with pytest.raises(CorpusError, match=r"no\.jsonl: no such file; check the path"):
-        run([good, str(tmp_path / "no.jsonl")], tmp_path / "out")
+        run_prepare([good, str(tmp_path / "no.jsonl")], tmp_path / "out")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(
         CorpusError, match=r"is a folder; name its files, for instance .*folder\.jsonl/\*\.jsonl"
     ):
-        run([good, str(tmp_path / "folder.jsonl")], tmp_path / "out")
+        run_prepare([good, str(tmp_path / "folder.jsonl")], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["folder.jsonl", "in.jsonl"]

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from helpers.tars import BLOCK, document, plain_members, slow_domain, slow_samples, write_tar
+from helpers.corpora import BLOCK, document, plain_members, slow_domain, slow_samples, write_tar
 
 from gradproj.corpus import documents, stream
 from gradproj.corpus.index import build_index, check_unchanged

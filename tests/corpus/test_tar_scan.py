@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.tars import (
+from helpers.corpora import (
     BLOCK,
     document,
     header,

@@ -1,7 +1,8 @@
 """One model and one corpus for all jobs of a session."""
 
 import pytest
-from helpers.jobs import make_corpus, make_model, mixed_documents
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.models import make_model
 
 
 @pytest.fixture(scope="session")

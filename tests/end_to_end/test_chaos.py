@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from helpers.chaos import PATIENCE_S, Tally, discard, fill_under_kills
-from helpers.jobs import make_corpus, mixed_documents, run_job
-from helpers.launches import Scene
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import Scene, run_job
 
 SETTINGS = {
     "proj_rank_total": 24,

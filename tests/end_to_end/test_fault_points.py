@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as torch_dist
+from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import assert_same_bits, flags, make_corpus, mixed_documents, run_job
+from helpers.jobs import assert_same_bits, flags, run_job
 
 from gradproj.coordinator.fault_points import STEPS
 from gradproj.coordinator.units import FOLDERS

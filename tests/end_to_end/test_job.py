@@ -13,18 +13,10 @@ import pytest
 import tensorstore
 import torch
 import zarr
-from helpers.jobs import (
-    ENVIRONMENT,
-    arrays_of,
-    assert_same_bits,
-    job_command,
-    make_corpus,
-    make_model,
-    mixed_documents,
-    run_job,
-    words,
-)
-from helpers.models import projected_gradient_the_slow_way, relative_error
+from helpers.corpora import make_corpus, mixed_documents, words
+from helpers.jobs import ENVIRONMENT, arrays_of, assert_same_bits, job_command, run_job
+from helpers.models import make_model
+from helpers.references import projected_gradient_by_autograd, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import GradProjLoraEngine, ProjectionStore
@@ -62,7 +54,7 @@ def slow_rows(model_dir, texts, max_length, windows, mean):
         tokens = torch.tensor(tokenizer(text).input_ids)
         starts = range(0, len(tokens) - 1, max_length - 1) if windows else [0]
         parts = [tokens[s : s + max_length] for s in starts]
-        row = sum(projected_gradient_the_slow_way(model, engine, part) for part in parts)
+        row = sum(projected_gradient_by_autograd(model, engine, part) for part in parts)
         rows.append(row / sum(len(part) - 1 for part in parts) if mean else row)
     return torch.stack(rows)
 

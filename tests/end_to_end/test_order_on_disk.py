@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import ENVIRONMENT, flags, job_command, make_corpus, mixed_documents
+from helpers.jobs import ENVIRONMENT, flags, job_command
 
 N_UNITS = 3
 SETTINGS = {

@@ -5,16 +5,9 @@ import shutil
 import subprocess
 import time
 
+from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import (
-    ENVIRONMENT,
-    assert_same_bits,
-    flags,
-    job_command,
-    make_corpus,
-    mixed_documents,
-    run_job,
-)
+from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, job_command, run_job
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.maintenance.repair import repair

@@ -10,8 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, make_corpus, mixed_documents, run_job
-from helpers.launches import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import (
+    DRAIN_S,
+    ENVIRONMENT,
+    ORPHAN_S,
+    Job,
+    Scene,
+    assert_same_bits,
+    flags,
+    processes_with,
+    run_job,
+)
 
 import gradproj
 

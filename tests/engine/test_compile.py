@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers.jobs import ENVIRONMENT, flags, make_corpus, make_model, mixed_documents
-from helpers.models import ragged_batch, small_model
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import ENVIRONMENT, flags
+from helpers.models import make_model, ragged_batch, small_model
 from torch import nn
 
 from gradproj.engine import compile as compiler

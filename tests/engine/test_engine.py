@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from helpers.models import (
-    FAMILIES,
-    VOCAB,
-    own_loss,
-    projected_gradient_the_slow_way,
-    ragged_batch,
-    relative_error,
-    small_model,
-)
+from helpers.models import FAMILIES, VOCAB, ragged_batch, small_model
+from helpers.references import projected_gradient_by_autograd, relative_error, sample_loss
 from torch import nn
 
 from gradproj.engine.engine import GradProjLoraEngine
@@ -38,7 +31,7 @@ def test_a_row_is_the_projected_gradient_of_its_sample_alone(family, kind, freez
     rows, engine = rows_of(model, ids, labels, proj_kind=kind, freeze_weights=freeze)
     assert rows.shape == (4, engine.total_proj_dim)
     for n, length in enumerate(LENGTHS):
-        want = projected_gradient_the_slow_way(model, engine, ids[n, :length])
+        want = projected_gradient_by_autograd(model, engine, ids[n, :length])
         assert want.norm() > 0
         assert relative_error(rows[n], want) < 1e-5
 
@@ -65,7 +58,7 @@ def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
     ids, labels = ragged_batch(LENGTHS)
     losses = per_sample_loss(model.requires_grad_(False), {"input_ids": ids, "labels": labels})
     for n, length in enumerate(LENGTHS):
-        torch.testing.assert_close(losses[n], own_loss(model, ids[n, :length]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(losses[n], sample_loss(model, ids[n, :length]), rtol=1e-5, atol=0)
 
 
 def test_a_model_of_few_positions_is_tried_with_no_more():
@@ -96,7 +89,7 @@ def test_a_head_that_does_more_than_multiply_falls_back_to_the_models_own_logits
     assert "Doubled" in why
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, freeze_weights=True)
-    assert relative_error(rows[1], projected_gradient_the_slow_way(model, engine, ids[1])) < 1e-5
+    assert relative_error(rows[1], projected_gradient_by_autograd(model, engine, ids[1])) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +102,7 @@ def test_embeddings_and_the_head_are_targets_like_any_other(family):
     )
     assert {t.rule.type_name for t in engine.targets} >= {"Embedding", "Linear"}
     for n, length in enumerate(LENGTHS):
-        want = projected_gradient_the_slow_way(model, engine, ids[n, :length])
+        want = projected_gradient_by_autograd(model, engine, ids[n, :length])
         assert relative_error(rows[n], want) < 1e-5
 
 
@@ -122,7 +115,7 @@ def test_with_a_tied_head_the_embedding_row_is_the_lookups_share_only():
     options = {"proj_layers": "c_fc", "include_embeddings": True, "freeze_weights": True}
     rows, _ = rows_of(model, ids, labels, **options)
     _, engine = rows_of(untied, ids, labels, **options)
-    assert relative_error(rows[1], projected_gradient_the_slow_way(untied, engine, ids[1])) < 1e-5
+    assert relative_error(rows[1], projected_gradient_by_autograd(untied, engine, ids[1])) < 1e-5
 
 
 def test_a_shared_layer_has_the_sum_of_its_calls():
@@ -132,7 +125,7 @@ def test_a_shared_layer_has_the_sum_of_its_calls():
     rows, engine = rows_of(model, ids, labels, proj_layers="mlp", freeze_weights=True)
     assert len(engine.targets) == 3
     assert (
-        relative_error(rows[0], projected_gradient_the_slow_way(model, engine, ids[0, :9])) < 1e-5
+        relative_error(rows[0], projected_gradient_by_autograd(model, engine, ids[0, :9])) < 1e-5
     )
 
 
@@ -145,7 +138,7 @@ def test_peft_models_work(pattern):
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, proj_layers=pattern)
     for n, length in enumerate(LENGTHS):
-        want = projected_gradient_the_slow_way(model, engine, ids[n, :length])
+        want = projected_gradient_by_autograd(model, engine, ids[n, :length])
         assert relative_error(rows[n], want) < 1e-5
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.jobs import ENVIRONMENT, make_corpus, make_tokenizer, mixed_documents, words
+from helpers.corpora import make_corpus, mixed_documents, words
+from helpers.jobs import ENVIRONMENT
+from helpers.models import make_tokenizer
 
 from gradproj.__main__ import main
 from gradproj.corpus.stream import read_documents

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import make_model
-from helpers.models import small_model
+from helpers.models import make_model, small_model
 
 from gradproj.evaluation.kronfluence_methods import kronfluence_scores, linear_in_place_of_conv1d
 from gradproj.evaluation.model_methods import hidden_cosine

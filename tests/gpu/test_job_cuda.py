@@ -6,15 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.jobs import (
-    ENVIRONMENT,
-    assert_same_bits,
-    flags,
-    make_corpus,
-    make_model,
-    mixed_documents,
-    run_job,
-)
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, run_job
+from helpers.models import make_model
 
 from gradproj.store import ProjectionStore
 

@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from helpers.jobs import ENVIRONMENT, assert_same_bits, run_job
-from helpers.launches import DRAIN_S, ORPHAN_S, Job, Scene, processes_with
+from helpers.jobs import (
+    DRAIN_S,
+    ENVIRONMENT,
+    ORPHAN_S,
+    Job,
+    Scene,
+    assert_same_bits,
+    processes_with,
+    run_job,
+)
 
 from gradproj import ProjectionStore
 from gradproj.coordinator.merge import is_merged

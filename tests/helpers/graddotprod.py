@@ -3,6 +3,7 @@
 import torch
 import zarr
 from helpers.models import ragged_batch, small_model
+from helpers.references import loss_of
 from torch import nn
 from torch.optim import AdamW
 
@@ -13,10 +14,6 @@ IDS = [30, 10, 40, 20]
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-def loss_of(model, ids, labels):
-    return model(input_ids=ids, labels=labels, use_cache=False).loss
-
-
 def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
     """What a loop does between two optimizer steps."""
     engine.attach_train_batch(ids, labels, step, IDS if sample_ids is None else sample_ids)
@@ -24,27 +21,6 @@ def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
     (loss_of(model, *joined) * scale).backward()
     engine.prepare_gradients()
     return engine.aggregate_and_log()
-
-
-def explicit(model, ids, labels, validation):
-    """Float64, one sample at a time, plain autograd: ``(dots (B, P), |g_i| |g_v| (B, P))``."""
-    before = model.state_dict()
-    dtype = next(model.parameters()).dtype
-    model.double()
-    parameters = list(model.parameters())
-    wanted = torch.autograd.grad(loss_of(model, *validation), parameters)
-    n_targets = (labels[:, 1:] != -100).sum()
-    dots, sizes = [], []
-    for x, y in zip(ids, labels, strict=True):
-        length = int((y != -100).sum())
-        own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
-        gradients = torch.autograd.grad(own, parameters)
-        dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
-        sizes.append(
-            torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)])
-        )
-    model.to(dtype).load_state_dict(before)
-    return torch.stack(dots), torch.stack(sizes)
 
 
 def assert_close(got, want, sizes, tolerance=1e-4):

@@ -1,107 +1,23 @@
 """Real corpora, models and jobs for the tests, all made on the spot."""
 
-import io
-import json
 import os
-import re
+import signal
 import subprocess
 import sys
-import tarfile
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from helpers.models import FAMILIES
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gradproj.store  # registers bfloat16 with zarr
+from gradproj.store.unit_record import list_records
 
 assert gradproj.store
-
-WORDS = re.findall(
-    r"\w+",
-    "the of and to in is that it was for on are as with they be at one have this from or had by hot but some what "
-    "there we can out other were all your when up use word how said an each she which do their time if will way "
-    "about many then them would write like so these her long make thing see him two has look more day could go",
-)
-
-
-def words(n: int, seed: int) -> str:
-    """``n`` seeded words."""
-    generator = np.random.default_rng(seed)
-    return " ".join(WORDS[i] for i in generator.integers(0, len(WORDS), n))
-
-
-def mixed_documents(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Documents of 1 to 60 words in three domains, in the Pile's format."""
-    generator = np.random.default_rng(seed)
-    return [
-        {
-            "text": words(int(generator.integers(1, 60)), 1000 * seed + i),
-            "meta": {"pile_set_name": ("Github", "ArXiv", "Pile-CC")[i % 3]},
-        }
-        for i in range(n)
-    ]
-
-
-def make_corpus(
-    folder: Path, documents: Sequence[dict[str, Any] | bytes], per_tar: int = 40
-) -> Path:
-    """Write documents (or raw bytes of their ``.json``) as WebDataset tars."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(documents), per_tar):
-        with tarfile.open(folder / f"shard-{first // per_tar:06d}.tar", "w") as tar:
-            for i, document in enumerate(documents[first : first + per_tar], first):
-                data = document if isinstance(document, bytes) else json.dumps(document).encode()
-                member = tarfile.TarInfo(f"{i:012d}.json")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return folder
-
-
-def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE without special tokens in the text; ``<s>`` and ``</s>`` exist."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([words(2000, 1)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
-    return fast
-
-
-def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A small random checkpoint with its tokenizer."""
-    import torch
-
-    tokenizer = make_tokenizer(folder)
-    model_type, settings = FAMILIES[family]
-    settings = {
-        **settings,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        **changes,
-    }
-    if "pad_token_id" in settings:
-        settings["pad_token_id"] = None
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    return folder
 
 
 def flags(**settings: Any) -> list[str]:
@@ -163,3 +79,165 @@ def assert_same_bits(a: Path, b: Path) -> None:
     first, second = arrays_of(a), arrays_of(b)
     assert sorted(first) == sorted(second)
     assert [name for name in first if first[name] != second[name]] == []
+
+
+MARK = "GRADPROJ_TEST_JOB"
+"""In the environment of all processes of a job: OUTPUT and a number. Orphans are found by it."""
+HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What the launch files tell torchrun to hand on."""
+
+ORPHAN_S = 5.0
+"""The workers of a launcher that was killed by -9 are gone within this time."""
+DRAIN_S = 20.0
+"""A job that was told to stop is gone within this time."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the jobs compute, and the store of one that nobody disturbed."""
+
+    corpus: Path
+    model: Path
+    settings: dict[str, Any]
+    undisturbed: Path
+
+    def flags(self, output: Path) -> dict[str, Any]:
+        return {
+            "shards": self.corpus,
+            "model": self.model,
+            "output_dir": output,
+            "device": "cpu",
+            **self.settings,
+        }
+
+    @property
+    def n_units(self) -> int:
+        return len(list_records(self.undisturbed / "units"))
+
+
+# --- processes ---
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes with ``text`` in their command line or environment; not this one, nor zombies."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            known = b"".join(
+                Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")
+            )
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if text.encode() in known and pid != os.getpid():
+            found.append(pid)
+    return found
+
+
+class Job:
+    """One ``torchrun`` of ``gradproj.run`` with its workers."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        output: Path,
+        ranks: int,
+        restarts: int = 0,
+        program: Sequence[str] = ("-m", "gradproj.run"),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.output, self.ranks, self.mark = output, ranks, f"{output}:{uuid.uuid4().hex}"
+        self.log = output.parent / f"log-{output.name}-{self.mark[-8:]}.txt"
+        launcher = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        launcher += ["--shutdown-timeout=60", "--signals-to-handle", HANDLED, *program]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launcher,
+            *flags(**scene.flags(output)),
+        ]
+        environment = {**ENVIRONMENT, **(environment or {}), MARK: self.mark}
+        self.started = time.monotonic()
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def pids(self) -> list[int]:
+        return processes_with(self.mark)
+
+    def workers(self) -> list[int]:
+        """The ranks that live."""
+        return [pid for pid in self.pids() if b"torch.distributed.run" not in _command_line(pid)]
+
+    def is_at_work(self) -> bool:
+        """Whether one of its ranks has a heartbeat."""
+        for path in (self.output / "heartbeats").glob("*.json"):
+            pid = int(path.stem.split("-")[-2])
+            if _parent(pid) == self.process.pid:
+                return True
+        return False
+
+    def send(self, number: int, target: str, rng: np.random.Generator) -> bool:
+        """Send a signal to one worker, to torchrun alone or to all; whether any of them was there."""
+        if target == "launcher":
+            pids = [self.process.pid] if self.is_running() else []
+        elif target == "worker":
+            pids = [int(pid) for pid in rng.permutation(self.workers())[:1]]
+        else:
+            pids = [int(pid) for pid in rng.permutation(self.pids())]
+        sent = sum([_signal(pid, number) for pid in pids])
+        while target == "job" and number == signal.SIGKILL and (pids := self.pids()):
+            # torchrun was in the middle of starting another.
+            sent += sum([_signal(pid, number) for pid in pids])
+        return sent > 0
+
+    def wait_until_gone(self, seconds: float) -> float:
+        """Wait for the end of all its processes; the seconds it took."""
+        started = time.monotonic()
+        while self.is_running() or self.pids():
+            waited = time.monotonic() - started
+            assert waited < seconds, (
+                f"after {waited:.1f} s there still are {self.pids()}\n{self.said()}"
+            )
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def said(self) -> str:
+        return f"--- {self.log}\n{self.log.read_text(errors='replace')[-6000:]}"
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever a test found."""
+        for pid in self.pids():
+            _signal(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
+
+
+def _signal(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None

@@ -1,8 +1,12 @@
 """Small random models of every family, and the slow, obvious gradient to hold the engine against."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from helpers.corpora import words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 101
 
@@ -57,28 +61,41 @@ def ragged_batch(
     return ids, labels
 
 
-def own_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """One sample's summed cross-entropy from the model's own logits."""
-    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
+def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE without special tokens in the text; ``<s>`` and ``</s>`` exist."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([words(2000, 1)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return fast
 
 
-def projected_gradient_the_slow_way(model, engine, tokens: torch.Tensor) -> torch.Tensor:
-    """One sample alone, plain autograd, full weight gradients in float64, then both projections."""
-    flags = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(True)
-    weights = [target.module.weight for target in engine.targets]
-    gradients = torch.autograd.grad(own_loss(model, tokens), weights)
-    for parameter, flag in zip(model.parameters(), flags, strict=True):
-        parameter.requires_grad_(flag)
-    row = []
-    for target, gradient in zip(engine.targets, gradients, strict=True):
-        p_i, p_o = (p.double() for p in engine.projection_matrices[target.name])
-        out_by_in = gradient.double() if target.rule.type_name == "Linear" else gradient.double().T
-        row.append((p_o @ out_by_in @ p_i.T).flatten())
-    return torch.cat(row)
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """``|got - want| / |want|`` of a row."""
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A small random checkpoint with its tokenizer."""
+    tokenizer = make_tokenizer(folder)
+    model_type, settings = FAMILIES[family]
+    settings = {
+        **settings,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
+    if "pad_token_id" in settings:
+        settings["pad_token_id"] = None
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    return folder

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
-from helpers.jobs import make_model, mixed_documents, run_job
-from helpers.tars import write_tar
+from helpers.corpora import mixed_documents, write_tar
+from helpers.jobs import run_job
+from helpers.models import make_model
 
 from gradproj.__main__ import main
 

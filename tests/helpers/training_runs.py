@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.jobs import make_corpus, make_tokenizer, mixed_documents
-from helpers.models import projected_gradient_the_slow_way
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.models import make_tokenizer
+from helpers.references import projected_gradient_by_autograd
 
 from gradproj import GradProjLoraEngine
 from gradproj.corpus.index import build_index, list_tars
@@ -80,7 +81,7 @@ def rows_the_slow_way(
                 batch.input_ids, batch.labels, batch.sample_ids, strict=True
             ):
                 alone = tokens[labels != -100]
-                row = projected_gradient_the_slow_way(model, projection, alone)
+                row = projected_gradient_by_autograd(model, projection, alone)
                 rows.append((row / (len(alone) - 1)).numpy())
                 steps.append(step)
                 ids.append(int(sample_id))

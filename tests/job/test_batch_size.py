@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.jobs import assert_same_bits, flags, make_corpus, make_model, mixed_documents, run_job
-from helpers.models import small_model
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import assert_same_bits, flags, run_job
+from helpers.models import make_model, small_model
 
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine

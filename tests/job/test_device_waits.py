@@ -5,9 +5,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import flags, make_corpus, make_model, mixed_documents
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import flags
 from helpers.meta_device import MUTE, waits_of, watched
-from helpers.models import FAMILIES, VOCAB, ragged_batch, relative_error, small_model
+from helpers.models import FAMILIES, VOCAB, make_model, ragged_batch, small_model
+from helpers.references import relative_error
 from helpers.units import project_unit, unit_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 

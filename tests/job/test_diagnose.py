@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.jobs import flags, make_corpus, make_model
+from helpers.corpora import make_corpus
+from helpers.jobs import flags
+from helpers.models import make_model
 from helpers.outputs import SETTINGS, tree_of
 
 import gradproj.job.diagnose as module

@@ -6,7 +6,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers.jobs import flags, make_corpus, make_model, make_tokenizer, mixed_documents
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import flags
+from helpers.models import make_model, make_tokenizer
 
 from gradproj.coordinator.process_id import Owner
 from gradproj.corpus.index import build_index, list_tars, save_index

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import make_model, run_job
-from helpers.models import VOCAB, small_model
+from helpers.jobs import run_job
+from helpers.models import VOCAB, make_model, small_model
 from helpers.outputs import SETTINGS
 
 import gradproj.job.precision as module

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import flags, make_corpus, make_model, mixed_documents
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import flags
+from helpers.models import make_model
 
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial_rows import PartialLog

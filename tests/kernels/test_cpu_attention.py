@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import FAMILIES, ragged_batch, relative_error, small_model
+from helpers.models import FAMILIES, ragged_batch, small_model
+from helpers.references import relative_error
 from torch import nn
 from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -6,13 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from helpers.outputs import (
-    owner_of,
-    uncommit,
-    unmerge,
-    write_claim,
-    write_heartbeat,
-)
+from helpers.outputs import owner_of, uncommit, unmerge, write_claim, write_heartbeat
 
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.maintenance.status import read_status, status_lines

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.jobs import assert_same_bits, make_corpus, make_model, mixed_documents, run_job
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import assert_same_bits, run_job
+from helpers.models import make_model
 from helpers.outputs import (
     EMPTY,
     N_SAMPLES,

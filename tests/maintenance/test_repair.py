@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.damages import DAMAGES
 from helpers.jobs import assert_same_bits, job_command, run_job
 from helpers.outputs import (
+    DAMAGES,
     N_UNITS,
     ROWS_PER_UNIT,
     SETTINGS,

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers.damages import DAMAGES
 from helpers.jobs import assert_same_bits, run_job
 from helpers.outputs import (
+    DAMAGES,
     EMPTY,
     N_UNITS,
     ONE_TOKEN,

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.jobs import make_model, make_tokenizer
-from helpers.models import FAMILIES
+from helpers.models import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from gradproj.engine.projection import ProjectionConfig, place_widths

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers.jobs import make_tokenizer, words
+from helpers.corpora import words
+from helpers.models import make_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 

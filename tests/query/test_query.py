@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.jobs import make_corpus, mixed_documents, run_job, words
+from helpers.corpora import make_corpus, mixed_documents, words
+from helpers.jobs import run_job
 from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN
 from helpers.query_command import TEXT, ask, ok_ids, write_queries
 

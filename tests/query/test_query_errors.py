@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from helpers.jobs import make_model, words
+from helpers.corpora import words
+from helpers.models import make_model
 from helpers.outputs import N_SAMPLES, cut, shard_of, uncommit, unmerge
 from helpers.query_command import TEXT, ask, write_queries
 

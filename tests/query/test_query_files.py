@@ -7,7 +7,7 @@ import signal
 
 import numpy as np
 import pytest
-from helpers.jobs import mixed_documents
+from helpers.corpora import mixed_documents
 from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, cut, shard_of, uncommit
 from helpers.query_command import TEXT, ask, ok_ids, write_queries
 

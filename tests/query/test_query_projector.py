@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.jobs import mixed_documents, run_job, words
+from helpers.corpora import mixed_documents, words
+from helpers.jobs import run_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers.jobs import make_corpus, make_tokenizer, run_job, words
+from helpers.corpora import make_corpus, words
+from helpers.jobs import run_job
+from helpers.models import make_tokenizer
 from helpers.query_command import ask, write_queries
 
 from gradproj.training import TrainConfig, train

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from cluster import find_daemons, running_cluster
-from helpers.jobs import make_corpus, make_model, mixed_documents, run_job
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.jobs import run_job
+from helpers.models import make_model
 
 N_SAMPLES, ROWS_PER_UNIT = 3840, 16
 """Enough for three starts of a job on a quiet machine: no disturbance may come when all is done."""

@@ -1,4 +1,4 @@
-"""GradDotProd's laws: every inner product is that of explicit gradients, and training goes on as without the engine."""
+"""GradDotProd's laws: every inner product is that of dot_products_by_autograd gradients, and training goes on as without the engine."""
 
 import gc
 import weakref
@@ -12,13 +12,13 @@ from helpers.graddotprod import (
     VAL_LENGTHS,
     assert_close,
     assert_same_gradients,
-    explicit,
     gradients_of,
     loss_of,
     run_batch,
     trained,
 )
 from helpers.models import ragged_batch, small_model
+from helpers.references import dot_products_by_autograd
 from torch import nn
 
 from gradproj.errors import ModelError
@@ -46,7 +46,7 @@ def test_inner_products_are_those_of_explicit_gradients_and_grad_is_the_training
     loss_of(model, *train).backward()
     wanted = gradients_of(model)
     model.zero_grad()
-    dots, sizes = explicit(model, *train, validation)
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
         found = run_batch(engine, model, *train)
     assert_same_gradients(model, wanted)
@@ -119,7 +119,7 @@ def test_a_samples_inner_product_depends_on_its_own_tokens_only():
 def test_loss_reduction_accumulation_and_a_loss_scale_are_known(reduction):
     model = small_model("gpt2")
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
-    dots, _ = explicit(model, *train, validation)
+    dots, _ = dot_products_by_autograd(model, *train, validation)
     n_targets = (train[1][:, 1:] != -100).sum()
     with GradDotProdEngine(
         model, validation, loss_reduction=reduction, accumulation=4, loss_scale=lambda: 8.0
@@ -191,7 +191,7 @@ def test_a_model_that_writes_into_its_layers_outputs_is_no_exception(n_dims, len
     torch.manual_seed(0)
     model = AddsInPlace(n_dims)
     train, validation = ragged_batch(lengths), ragged_batch([24, 7], seed=5)
-    dots, sizes = explicit(model, *train, validation)
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
         assert_close(run_batch(engine, model, *train)["per_parameter"], dots, sizes)
 
@@ -241,7 +241,7 @@ def test_under_bfloat16_autocast_gradients_and_inner_products_keep_their_directi
     loss.backward()
     wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    dots, sizes = explicit(model, *train, validation)
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
         engine.attach_train_batch(*train, 0, IDS)
         joined = engine.prepare_forward_input(*train)
@@ -261,7 +261,7 @@ def test_layers_called_twice_have_the_sum_of_their_calls():
     model.model.layers[1].mlp = model.model.layers[0].mlp
     model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
-    dots, sizes = explicit(model, *train, validation)
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
         found = run_batch(engine, model, *train)
     assert_close(found["per_parameter"], dots, sizes)
@@ -270,7 +270,7 @@ def test_layers_called_twice_have_the_sum_of_their_calls():
 def test_frozen_parameters_take_no_part():
     model = small_model("gpt2")
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
-    dots, sizes = explicit(model, *train, validation)
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
     names = [name for name, _ in model.named_parameters()]
     model.transformer.wte.requires_grad_(False)
     model.transformer.h[0].requires_grad_(False)

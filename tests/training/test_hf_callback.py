@@ -3,12 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.models import (
-    projected_gradient_the_slow_way,
-    ragged_batch,
-    relative_error,
-    small_model,
-)
+from helpers.models import ragged_batch, small_model
+from helpers.references import projected_gradient_by_autograd, relative_error
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradproj import GradProjLoraEngine, ProjectionStore
@@ -80,7 +76,7 @@ def test_rows_in_a_trainer_are_those_of_each_sample_alone_at_its_step(tmp_path, 
         model.load_state_dict(snapshots.weights[step])
         sample = samples()[sample_id - 100]
         tokens = sample["input_ids"][sample["labels"] != -100]
-        want = projected_gradient_the_slow_way(model, slow, tokens) / (len(tokens) - 1)
+        want = projected_gradient_by_autograd(model, slow, tokens) / (len(tokens) - 1)
         assert relative_error(torch.from_numpy(row), want) < 1e-4
 
 

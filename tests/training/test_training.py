@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.jobs import make_corpus, make_model, mixed_documents
+from helpers.corpora import make_corpus, mixed_documents
+from helpers.models import make_model
 from transformers import GPT2LMHeadModel
 
 from gradproj.cli import training_commands as demo_commands

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers.models import own_loss, ragged_batch, small_model
+from helpers.models import ragged_batch, small_model
+from helpers.references import sample_loss
 from helpers.training_runs import config_of, index_of, make_data, rows_the_slow_way
 from safetensors.torch import load_file
 
@@ -519,7 +520,7 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
     inputs = {"input_ids": validation.input_ids, "labels": validation.labels}
     of_validation = gradient(per_sample_loss(model, inputs).sum() / validation.n_targets)
     want = [
-        gradient(own_loss(model, ids[labels != -100]) / n_targets) @ of_validation
+        gradient(sample_loss(model, ids[labels != -100]) / n_targets) @ of_validation
         for batch in first
         for ids, labels in zip(batch.input_ids, batch.labels, strict=True)
     ]

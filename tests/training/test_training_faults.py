@@ -11,7 +11,8 @@ import pytest
 import torch
 import zarr
 from helpers.crash_disk import Disk, put
-from helpers.models import projected_gradient_the_slow_way, ragged_batch, small_model
+from helpers.models import ragged_batch, small_model
+from helpers.references import projected_gradient_by_autograd
 from helpers.training_runs import config_of, make_data
 
 from gradproj import GradProjLoraEngine, ProjectionStore
@@ -289,7 +290,7 @@ def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
     projection = GradProjLoraEngine(model, proj_rank_total=16, proj_rank_min=2)
     alone = [x[:length] for X, _ in batches for x, length in zip(X, [7, 5], strict=True)]
     want = [
-        projected_gradient_the_slow_way(model, projection, ids) / (len(ids) - 1) for ids in alone
+        projected_gradient_by_autograd(model, projection, ids) / (len(ids) - 1) for ids in alone
     ]
     with ProjectionStore(tmp_path / "projections") as store:
         np.testing.assert_allclose(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.models import projected_gradient_the_slow_way, ragged_batch, small_model
+from helpers.models import ragged_batch, small_model
+from helpers.references import projected_gradient_by_autograd
 from torch.distributed.fsdp import fully_shard
 
 from gradproj import GradProjLoraEngine, ProjectionStore
@@ -48,7 +49,7 @@ def test_rows_of_a_sharded_model_are_those_of_each_sample_alone(sharded, tmp_pat
     with ProjectionStore(tmp_path / "projections") as store:
         rows = store.rows([0, 1, 2])
     for row, tokens, length in zip(rows, X, LENGTHS, strict=True):
-        want = projected_gradient_the_slow_way(whole, projection, tokens[:length]) / (length - 1)
+        want = projected_gradient_by_autograd(whole, projection, tokens[:length]) / (length - 1)
         np.testing.assert_allclose(row, want.numpy(), rtol=1e-4, atol=1e-6)
 
 

@@ -1,0 +1,56 @@
+"""Per-sample losses and gradients by plain autograd, one sample at a time: the expected values."""
+
+import torch
+import torch.nn.functional as F
+
+
+def sample_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """One sample's summed cross-entropy from the model's own logits."""
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
+
+
+def projected_gradient_by_autograd(model, engine, tokens: torch.Tensor) -> torch.Tensor:
+    """One sample alone, plain autograd, full weight gradients in float64, then both projections."""
+    flags = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(True)
+    weights = [target.module.weight for target in engine.targets]
+    gradients = torch.autograd.grad(sample_loss(model, tokens), weights)
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    row = []
+    for target, gradient in zip(engine.targets, gradients, strict=True):
+        p_i, p_o = (p.double() for p in engine.projection_matrices[target.name])
+        out_by_in = gradient.double() if target.rule.type_name == "Linear" else gradient.double().T
+        row.append((p_o @ out_by_in @ p_i.T).flatten())
+    return torch.cat(row)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``|got - want| / |want|`` of a row."""
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def loss_of(model, ids, labels):
+    return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
+def dot_products_by_autograd(model, ids, labels, validation):
+    """Float64, one sample at a time, plain autograd: ``(dots (B, P), |g_i| |g_v| (B, P))``."""
+    before = model.state_dict()
+    dtype = next(model.parameters()).dtype
+    model.double()
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(loss_of(model, *validation), parameters)
+    n_targets = (labels[:, 1:] != -100).sum()
+    dots, sizes = [], []
+    for x, y in zip(ids, labels, strict=True):
+        length = int((y != -100).sum())
+        own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
+        gradients = torch.autograd.grad(own, parameters)
+        dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
+        sizes.append(
+            torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)])
+        )
+    model.to(dtype).load_state_dict(before)
+    return torch.stack(dots), torch.stack(sizes)
