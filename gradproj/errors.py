@@ -1,7 +1,8 @@
 """Errors that a user can act on: one clear message, exit code 2, no traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from gradproj.formatting import clean_lines
 
@@ -34,6 +35,33 @@ class OtherSettingsError(StoreError):
 
 class ReportedError(GradprojError):
     """Rank 0 has said what is wrong; this rank ends without a word."""
+
+
+def settings_mismatch(
+    what: str,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    way_out: str,
+    *,
+    labels: tuple[str, str] = ("store", "this run"),
+    show: Callable[[Any], str] = repr,
+) -> str:
+    """Return a message that lists every setting of ``ours`` that differs; empty if none does.
+
+    Args:
+        what: the first line: what cannot be done and why.
+        theirs: recorded setting -> value; a missing setting counts as None.
+        ours: setting -> value wanted now. Keys of ``theirs`` alone are not compared.
+        way_out: the last line: what the user can do.
+        labels: names of the two sides.
+        show: formats a value.
+    """
+    lines = [
+        f"  {name}: {labels[0]} {show(theirs.get(name))}, {labels[1]} {show(value)}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    return "\n".join([what, *lines, way_out]) if lines else ""
 
 
 def exit_code(command: Callable[[], int | None]) -> int:

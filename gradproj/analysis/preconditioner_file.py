@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Dense, Kronecker, Truncated
-from gradproj.errors import StoreError
+from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import crc32c, explain_os_errors, write_and_replace
 from gradproj.store import ProjectionStore
 
@@ -38,19 +38,16 @@ def identity_of(store: ProjectionStore) -> dict[str, Any]:
 
 def refuse_other_store(recorded: Mapping[str, Any], store: ProjectionStore, what: str) -> None:
     """Raise ``StoreError`` with every difference unless ``recorded`` is this store's identity."""
-    ours = identity_of(store)
-    names = [name for name in ours if recorded.get(name) != ours[name]]
-    if names:
-        lines = [
-            f"  {name}: fitted on {_short(recorded.get(name))}, this store {_short(ours[name])}"
-            for name in names
-        ]
-        raise StoreError(
-            f"{what} is not of {store.path}: it was fitted on another store\n"
-            + "\n".join(lines)
-            + "\n"
-            "Fit one on this store."
-        )
+    mismatch = settings_mismatch(
+        f"{what} is not of {store.path}: it was fitted on another store",
+        recorded,
+        identity_of(store),
+        "Fit one on this store.",
+        labels=("fitted on", "this store"),
+        show=_short,
+    )
+    if mismatch:
+        raise StoreError(mismatch)
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gradproj.errors import OtherSettingsError, StoreError
+from gradproj.errors import OtherSettingsError, StoreError, settings_mismatch
 from gradproj.evaluation.array_files import keep_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
@@ -115,14 +115,15 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
-    other = [
-        f"  --{k}: there {there.get(k)!r}, here {v!r}" for k, v in own.items() if there.get(k) != v
-    ]
-    if other:
-        raise OtherSettingsError(
-            "\n".join([f"cannot go on in {folder}: it holds another experiment", *other])
-            + "\nRun with its settings, or give --output_dir a new path"
-        )
+    mismatch = settings_mismatch(
+        f"cannot go on in {folder}: it holds another experiment",
+        {f"--{name}": value for name, value in there.items()},
+        {f"--{name}": value for name, value in own.items()},
+        "Run with its settings, or give --output_dir a new path",
+        labels=("there", "here"),
+    )
+    if mismatch:
+        raise OtherSettingsError(mismatch)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gradproj.errors import OtherSettingsError
+from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
 from gradproj.store.layout import StoreLayout
 from gradproj.store.metadata import read_attributes
@@ -51,13 +51,15 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
     if not store.exists():
         return
     theirs = read_attributes(store)["identity"]
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    # The layers follow from other settings; where one of those differs, their names would only hide it.
-    if len(names) > 1 and "layers" in names:
-        names.remove("layers")
-    if names:
-        lines = [f"  {n}: store {theirs.get(n)!r}, this run {ours.get(n)!r}" for n in names]
-        raise OtherSettingsError(
-            f"cannot add to {store}: it was made with other settings\n" + "\n".join(lines) + "\n"
-            "Run with the store's settings, or give --output_dir a new path."
+    every = {**dict.fromkeys(theirs), **ours}
+    # The layers follow from other settings. If one of those differs, the long list would hide it.
+    flags = {name: value for name, value in every.items() if name != "layers"}
+    for settings in (flags, every):
+        mismatch = settings_mismatch(
+            f"cannot add to {store}: it was made with other settings",
+            theirs,
+            settings,
+            "Run with the store's settings, or give --output_dir a new path.",
         )
+        if mismatch:
+            raise OtherSettingsError(mismatch)

@@ -1,11 +1,13 @@
 """``--query_store``: the rows of another output as queries, once they are known to mean the same."""
 
+import hashlib
+import json
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.query import QueryRows, check_rows_fit
 from gradproj.store import STATUS, ProjectionStore
 
@@ -24,6 +26,7 @@ _PROJECTION = (
     "--proj_rank_min",
     "--include_embeddings",
 )
+_MATRICES = "layers or projection matrices"
 
 
 def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> QueryRows:
@@ -33,13 +36,7 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
         ConfigError: the two were made with another model, other matrices or another reduction, or there is no row, or
             more of them than are asked at once.
     """
-    differences = differences_of(queries, store)
-    if differences:
-        raise ConfigError(
-            f"--query_store {queries.path} cannot be asked of {store.path}: their rows do not mean the same\n"
-            + "\n".join(differences)
-            + "\nMake the queries' output with the store's model and settings; gradproj.analysis takes any rows."
-        )
+    check_comparable(queries, store)
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
         raise ConfigError(f"--query_store {queries.path} has no row yet, so it asks nothing")
@@ -58,26 +55,35 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     return QueryRows(names, queries.rows(ids), n_tokens, loss.astype(np.float64), [""] * len(ids))
 
 
-def differences_of(queries: ProjectionStore, store: ProjectionStore) -> list[str]:
-    """A line for each thing that makes rows of the two mean something else; their corpora may differ."""
-    theirs, ours = (s.attributes.get("identity", {}) for s in (queries, store))
-    lines = [_line(name, theirs, ours) for name in _SAME if theirs.get(name) != ours.get(name)]
-    if not _same_projection(queries, store):
-        flags = [
-            _line(name, theirs, ours) for name in _PROJECTION if theirs.get(name) != ours.get(name)
-        ]
-        lines += flags or ["  layers or projection matrices"]
-    return lines
+def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
+    """Refuse a query store whose rows mean something else; the two corpora may differ.
+
+    Raises:
+        ConfigError: every difference in model, loss reduction and projection.
+    """
+    theirs, ours = (_comparable_settings(each) for each in (queries, store))
+    names = list(_SAME)
+    if theirs[_MATRICES] != ours[_MATRICES]:
+        # Name the flags that explain it, if there are any.
+        names += [n for n in _PROJECTION if theirs.get(n) != ours.get(n)] or [_MATRICES]
+    mismatch = settings_mismatch(
+        f"--query_store {queries.path} does not fit {store.path}: their rows do not mean the same",
+        theirs,
+        {name: ours.get(name) for name in names},
+        "Make the query store with the store's model and settings; gradproj.analysis takes any "
+        "rows.",
+        labels=("queries", "store"),
+        show=_short,
+    )
+    if mismatch:
+        raise ConfigError(mismatch)
 
 
-def _same_projection(queries: ProjectionStore, store: ProjectionStore) -> bool:
-    if [vars(layer) for layer in queries.layers] != [vars(layer) for layer in store.layers]:
-        return False
-    return np.array_equal(queries.array("projection_matrices"), store.array("projection_matrices"))
-
-
-def _line(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    return f"  {name}: queries {_short(theirs.get(name))}, store {_short(ours.get(name))}"
+def _comparable_settings(store: ProjectionStore) -> dict[str, Any]:
+    """Return the store's identity with a digest of its layers and projection matrices."""
+    digest = hashlib.sha256(json.dumps([vars(layer) for layer in store.layers]).encode())
+    digest.update(np.ascontiguousarray(store.array("projection_matrices")).data)
+    return {**store.attributes.get("identity", {}), _MATRICES: digest.hexdigest()[:32]}
 
 
 def _short(value: Any) -> str:

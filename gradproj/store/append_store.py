@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
@@ -330,19 +330,14 @@ def check_same(folder: Path, attributes: Mapping[str, Any]) -> None:
     Raises:
         StoreError: every difference.
     """
-    made = read_attributes(find_store(folder))["identity"]
-    wanted = attributes["identity"]
-    differences = [
-        f"  {name}: store {made.get(name)!r}, this run {value!r}"
-        for name, value in wanted.items()
-        if made.get(name) != value
-    ]
-    if differences:
-        raise StoreError(
-            f"cannot go on with {folder}: it was made with other settings\n"
-            + "\n".join(differences)
-            + "\nResume with the same settings, or give --result_dir a new path"
-        )
+    mismatch = settings_mismatch(
+        f"cannot go on with {folder}: it was made with other settings",
+        read_attributes(find_store(folder))["identity"],
+        attributes["identity"],
+        "Resume with the same settings, or give --result_dir a new path",
+    )
+    if mismatch:
+        raise StoreError(mismatch)
 
 
 def layers_as_json(layers: list[LayerSlice]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ in memory: zarr-python would change files in place, and a crash tear them.
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from gradproj.errors import StoreError
+from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
 
 ROWS_PER_CHUNK = 1024
@@ -131,11 +132,16 @@ class AppendTable:
             raise StoreError(
                 f"{self.path} is a Zarr group but no table of a training run; give another folder"
             )
-        differing = [name for name, value in attributes.items() if there.get(name) != value]
-        if differing:
-            raise StoreError(
-                f"{self.path} was written by a run of another kind: {', '.join(differing)} differ. Give another folder"
-            )
+        mismatch = settings_mismatch(
+            f"{self.path} was written by a run with other settings",
+            there,
+            attributes,
+            "Give another folder",
+            labels=("table", "this run"),
+            show=reprlib.repr,
+        )
+        if mismatch:
+            raise StoreError(mismatch)
 
     def _metadata(self, folder: Path) -> dict[str, Any]:
         try:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import ConfigError, StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir
 from gradproj.training.config import TrainConfig
 from gradproj.training.ranks import Ranks
@@ -143,18 +143,19 @@ class Checkpoints:
             StoreError: it is damaged.
         """
         shared = _load(path, STATE)
-        wanted, known = self._settings, shared["settings"]
-        differences = [
-            f"  --{name}: checkpoint {known.get(name)!r}, this run {value!r}"
-            for name, value in wanted.items()
-            if known.get(name) != value
-        ]
-        if differences:
-            raise ConfigError(
-                f"cannot resume from {path}: it was made with other settings\n"
-                + "\n".join(differences).replace("--ranks", "ranks")
-                + "\nResume with the same settings, or give --result_dir a new path"
-            )
+        theirs, ours = (
+            {name if name == "ranks" else f"--{name}": value for name, value in settings.items()}
+            for settings in (shared["settings"], self._settings)
+        )
+        mismatch = settings_mismatch(
+            f"cannot resume from {path}: it was made with other settings",
+            theirs,
+            ours,
+            "Resume with the same settings, or give --result_dir a new path",
+            labels=("checkpoint", "this run"),
+        )
+        if mismatch:
+            raise ConfigError(mismatch)
         return shared, _load(path, rank_file(self._ranks.rank))
 
     def save(

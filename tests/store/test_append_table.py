@@ -64,7 +64,9 @@ def test_what_a_crash_left_of_an_append_is_cut_at_the_next_opening(tmp_path, col
 
 def test_what_is_not_this_table_is_left_alone(tmp_path):
     AppendTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(0, 2))
-    with pytest.raises(StoreError, match="written by a run of another kind: kind differ"):
+    with pytest.raises(
+        StoreError, match="by a run with other settings\n  kind: table 'a', this run 'b'"
+    ):
         AppendTable(tmp_path / "table", COLUMNS, {"kind": "b"})
     zarr.create_group(str(tmp_path / "foreign"))
     with pytest.raises(StoreError, match="is a Zarr group but no table of a training run"):
