@@ -1,89 +1,48 @@
-"""``python -m gradproj COMMAND``: everything but the job itself (which is ``python -m gradproj.run``)."""
+"""The commands: ``gradproj COMMAND`` or ``python -m gradproj COMMAND``."""
 
 import importlib
 import sys
-from typing import NamedTuple
 
 from gradproj.errors import ConfigError, exit_code
 
-
-class Command(NamedTuple):
-    """Where a command lives: a function of the arguments after its name."""
-
-    module: str
-    function: str
-    help: str
-
-
 COMMANDS = {
-    "prepare": Command(
-        "gradproj.cli.commands", "prepare_command", "documents of any kind to WebDataset tars"
-    ),
-    "index": Command("gradproj.cli.commands", "index_command", "tars to a corpus index"),
-    "plan": Command(
-        "gradproj.cli.commands", "plan_command", "check the job's flags and say what it will take"
-    ),
-    "diagnose": Command(
-        "gradproj.job.diagnose",
-        "diagnose_command",
-        "rows alone, batched, padded, in float32 and bfloat16",
-    ),
-    "run": Command(
-        "gradproj.run", "run", "the job, as one rank; torchrun -m gradproj.run for several"
-    ),
-    "status": Command("gradproj.cli.commands", "status_command", "how far a store is"),
-    "verify": Command("gradproj.cli.commands", "verify_command", "check every checksum of a store"),
-    "merge": Command(
-        "gradproj.cli.commands",
-        "merge_command",
-        "merge what is committed into columns and statistics",
-    ),
-    "export": Command(
-        "gradproj.cli.commands", "export_command", "rows as the original system's .pt files"
-    ),
-    "tokenizer": Command(
-        "gradproj.cli.training_commands", "tokenizer_command", "train a byte-level BPE on a corpus"
-    ),
-    "train": Command(
-        "gradproj.cli.training_commands",
-        "train_command",
-        "train a causal language model on a corpus",
-    ),
-    "lds": Command(
-        "gradproj.evaluation.lds",
-        "lds_command",
-        "hold scores against retraining on parts of a small corpus",
-    ),
-    "query": Command(
-        "gradproj.cli.query", "query_command", "the documents that most support a query"
-    ),
-    "domains": Command(
-        "gradproj.cli.domains",
-        "domains_command",
-        "gradients, cosines and influences of a store's domains",
-    ),
-    "report": Command("gradproj.cli.report", "report_command", "one HTML page on a store"),
+    "prepare": "convert documents of any format to WebDataset tars",
+    "index": "build the index of a corpus of tars",
+    "plan": "check the job's flags and estimate its time, disk and memory",
+    "diagnose": "compare rows alone, batched and padded, in float32 and bfloat16",
+    "run": "run the job as one rank; for several: torchrun -m gradproj.run",
+    "status": "show the progress of a job from its output directory",
+    "verify": "check every checksum of an output; repair or recompute on request",
+    "merge": "merge committed units into columns and statistics",
+    "export": "write rows as the .pt files of the original system",
+    "tokenizer": "train a byte-level BPE tokenizer on a corpus",
+    "train": "train a causal language model on a corpus",
+    "lds": "evaluate scores against retraining on parts of a small corpus",
+    "query": "find the documents with the highest and lowest scores for a query",
+    "domains": "compare a store's domains: mean gradients, cosines, influences",
+    "report": "write one HTML page on a store",
 }
+"""Name -> summary. ``NAME_command`` of ``gradproj.cli.NAME`` takes the arguments after the name."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code (2 for a user's mistake)."""
+    """Run a command and return its exit code, 2 for a user's mistake."""
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code(lambda: _dispatch(arguments))
 
 
 def _dispatch(arguments: list[str]) -> int | None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m gradproj COMMAND [flags]; COMMAND --help lists its flags\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<10} {command.help}")
+        print("usage: gradproj COMMAND [flags]; COMMAND --help lists its flags\n")
+        for name, summary in COMMANDS.items():
+            print(f"  {name:<10} {summary}")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}")
     # Imported on use: `prepare` needs no torch, `export` no transformers.
-    function = getattr(importlib.import_module(COMMANDS[name].module), COMMANDS[name].function)
-    return function(rest)
+    command = getattr(importlib.import_module(f"gradproj.cli.{name}"), f"{name}_command")
+    return command(rest)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,8 @@ from gradproj.evaluation.leave_out import LeaveOut, leave_out
 from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, judge
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
-from gradproj.evaluation.table import table_lines
 from gradproj.files import write_and_replace
-from gradproj.flags import parse
 from gradproj.training.data import make_folder
-
-
-def lds_command(argv: list[str]) -> None:
-    """``python -m gradproj lds --shards TARS --output_dir DIR``"""
-    (config,) = parse(
-        argv,
-        "gradproj lds",
-        LdsConfig,
-        description="Hold scores against retraining on parts of a small corpus.",
-    )
-    for line in table_lines(evaluate(config)):
-        print(line)
 
 
 def evaluate(config: LdsConfig) -> Results:

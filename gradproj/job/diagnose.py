@@ -4,11 +4,8 @@ Some documents of the corpus go through the engine alone, in the job's batches a
 bfloat16; every row is held against the document's own in float32 alone. Nothing is written.
 """
 
-import dataclasses
-import json
-import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import ConfigError, CorpusError, ModelError
-from gradproj.job.config import RunConfig, parse
+from gradproj.job.config import RunConfig
 from gradproj.job.plan import Plan, make_plan
 from gradproj.job.precision import (
     LEAST_COSINE,
@@ -38,7 +35,6 @@ from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.layout import STATUS
 
 SOUND, BEYOND = 0, 1
-MOST_LAYERS_SHOWN = 5
 _TRIES = 8
 """Documents looked at for each one wanted: some are empty, or of other domains."""
 
@@ -89,22 +85,6 @@ class Diagnosis:
     """Of every precision the layers with the least cosine first."""
     verdicts: list[str] = field(default_factory=list)
     exit_code: int = SOUND
-
-
-def diagnose_command(argv: list[str]) -> int:
-    """``python -m gradproj diagnose``: exit code 0 nothing beyond rounding, 1 something is, 2 a user's mistake."""
-    sections = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(RunConfig)}
-    about = (
-        "With the job's flags: the same documents alone, batched, beside padding, in float32 and bfloat16. Exit code "
-        "0: rows differ by rounding only; 1: by more (batching or padding changes them, or the job's precision does)."
-    )
-    *parts, own = parse(
-        argv, "gradproj diagnose", *sections.values(), DiagnoseConfig, description=about
-    )
-    config = RunConfig(**dict(zip(sections, parts, strict=True)))
-    found = diagnose(config, own.n_documents)
-    print(json.dumps(asdict(found), indent=2) if own.as_json else "\n".join(diagnosis_lines(found)))
-    return found.exit_code
 
 
 def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
@@ -240,34 +220,3 @@ def _judge_precision(found: Diagnosis, dtype: str) -> None:
     )
     if chosen:
         found.exit_code = BEYOND
-
-
-def diagnosis_lines(found: Diagnosis) -> list[str]:
-    """The result as lines of text: a table over the ways, the worst layers, the verdicts."""
-    width = max(len(f"{each.dtype}, {each.layer}") for each in found.layers)
-    head = f"{'':{width}}  cosine least   median   error most   median   norm most"
-    return [
-        f"{len(found.sample_ids)} documents, {found.n_tokens:,} tokens, on {found.device}; the job's precision is "
-        f"{found.model_dtype}. Against each document alone in float32:",
-        "",
-        head,
-        *(_line(f"{c.dtype}, {c.way}", width, c.agreement) for c in found.comparisons),
-        "",
-        "Layers with the least cosine, in the job's batches:",
-        *(
-            _line(f"{each.dtype}, {each.layer}", width, each.agreement)
-            for dtype in MODEL_DTYPES
-            for each in [each for each in found.layers if each.dtype == dtype][:MOST_LAYERS_SHOWN]
-        ),
-        "",
-        *found.verdicts,
-        f"result        {'nothing beyond rounding' if found.exit_code == SOUND else 'BEYOND ROUNDING, see above'}",
-    ]
-
-
-def _line(name: str, width: int, agreement: Agreement) -> str:
-    lost = f"  {agreement.n_not_finite} not finite" if agreement.n_not_finite else ""
-    return (
-        f"{name:{width}}  {agreement.least_cosine:12.6f} {agreement.median_cosine:8.6f}   {agreement.most_error:10.1e} "
-        f"{agreement.median_error:8.1e}   {agreement.most_norm_error:9.1e}{lost}"
-    )

@@ -242,16 +242,3 @@ def original_metadata(store: "ProjectionStore") -> dict[str, Any]:
         "store": str(store.path.resolve()),
         "identity_hash": store.attributes.get("identity_hash"),
     }
-
-
-def export_lines(export: Export, target: Path) -> list[str]:
-    """What is about to be written, as lines of text."""
-    lines = [
-        f"{export.n_files:,} file{'s' * (export.n_files != 1)} of at most {export.rows_per_file:,} rows: "
-        f"{export.n_rows:,} ok rows of samples {export.start} to {export.stop - 1}, "
-        f"{export.n_bytes / 1e6:,.1f} MB, to {target}"
-    ]
-    if export.left_out:
-        named = ", ".join(f"{n:,} {name}" for name, n in export.left_out.items())
-        lines.append(f"left out: {named}")
-    return lines

@@ -298,29 +298,3 @@ def wrong_rows(found: Recomputation, output: Output) -> list[Damage]:
         )
         for unit, ids in sorted(samples.items())
     ]  # fmt: skip
-
-
-def recomputation_lines(found: Recomputation) -> list[str]:
-    """What came of it, as lines of text."""
-    others = f" and {count(found.n_others, 'document')} of another status" if found.n_others else ""
-    lines = [
-        f"recomputed    {count(found.n_rows, 'row')}{others} on {found.device} in {found.seconds:.1f} s, "
-        f"seed {found.seed}",
-        f"error         at most {found.max_error:.1e}, median {found.median_error:.1e}, relative to the row; "
-        f"rounding explains {found.tolerance:.1e}",
-    ]
-    if found.n_without_memory:
-        lines.append(
-            f"not compared  {count(found.n_without_memory, 'document')} that did not fit the memory"
-        )
-    wrong = sorted(found.wrong, key=lambda check: -check.error)
-    lines += [
-        f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) {c.what}"
-        for c in wrong[:MOST_SHOWN]
-    ]
-    if len(wrong) > MOST_SHOWN:
-        lines.append(f"              and {len(wrong) - MOST_SHOWN:,} more; --json lists them all")
-    if not wrong and found.worst:
-        ids = ", ".join(f"{c.sample_id} ({c.error:.1e})" for c in found.worst[:3])
-        lines.append(f"farthest      samples {ids}")
-    return lines

@@ -14,7 +14,6 @@ from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import write_metadata
 from gradproj.coordinator.units import unit_claim
 from gradproj.files import explain_os_errors, fsync_dir
-from gradproj.formatting import count, ranges_text
 from gradproj.maintenance.checks import MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import HeldMerge, claim_holder, merge_lock
@@ -24,7 +23,6 @@ from gradproj.maintenance.verify import (
     SOUND,
     Damage,
     Verification,
-    other_ways_out,
 )
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
@@ -147,41 +145,3 @@ def _is_gone(damage: Damage, done: Repair, output: Output) -> bool:
     if damage.kind == "columns":
         return done.merged
     return damage.path == str(output.path / "metadata.json")
-
-
-def repair_lines(done: Repair, go_on: str) -> list[str]:
-    """What was done, as lines of text; ``go_on`` is the command that computes what is missing."""
-    lines = []
-    if done.units:
-        units = (
-            f"{count(len(done.units), 'unit')} ({ranges_text([[u, u + 1] for u in done.units])})"
-        )
-        lines.append(
-            f"repaired      record and shard of {units} removed, which the job computes again"
-        )
-    if done.recovered:
-        lines.append(
-            f"repaired      {count(len(done.recovered), 'unit')} meanwhile, by another process"
-        )
-    if done.merged:
-        lines.append(
-            "repaired      columns, sums and statistics merged again from the records there are"
-        )
-    for unit, owner in done.held.items():
-        lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
-    lines += [f"left          {d.path} {d.what}" for d in done.left if d.unit not in done.held]
-    lines += other_ways_out(done.left)
-    if done.units:
-        lines.append(
-            f"lost          the rows of {count(done.n_samples, 'document')} in those units, nothing else"
-        )
-    elif not done.left:
-        lines.append("lost          nothing")
-    if not done.complete:
-        lines.append(f"go on         {go_on}")
-    state = {
-        DAMAGED: "damage is left",
-        INCOMPLETE: "sound, but incomplete",
-        SOUND: "sound and complete",
-    }
-    return [*lines, f"result        {state[done.exit_code]}"]

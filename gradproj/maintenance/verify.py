@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.merge import ranges_of
 from gradproj.errors import ConfigError, StoreError
-from gradproj.formatting import count, ranges_text, shown
+from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.checks import (
     CovarianceSums,
@@ -29,18 +28,10 @@ from gradproj.store.unit_record import record_name
 SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
 """Exit codes; 2 is a user's mistake, as everywhere."""
 
-MOST_DAMAGE_SHOWN = 20
 MOST_RANGES_KEPT = 1000
 READERS = 4
 """Units checked at once: one stream alone does not fill a network file system."""
 
-WAYS_OUT = {
-    "corpus.json": "put corpus.json back, or delete it: the job's command indexes the tars again and refuses another "
-    "corpus",
-    "projection_matrices": "put the array projection_matrices back from a copy: rows were made with it alone",
-    "metadata.json": "metadata.json is written again by `verify --repair`, by a merge and by the job's next start",
-}
-"""Damage of kind ``other``, by its file's name."""
 
 _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
@@ -218,81 +209,8 @@ def _shards_without_record(output: Output) -> list[int]:
     return np.setdiff1d(units, output.recorded).tolist()
 
 
-# --- saying it ---
-
-
 def _bounded(ranges: list[list[int]]) -> BoundedRanges:
     bounded = BoundedRanges()
     for start, stop in ranges:
         bounded.add(start, stop)
     return bounded
-
-
-def verification_lines(found: Verification) -> list[str]:
-    """The findings as lines of text, without a verdict."""
-    rate = found.n_bytes / 1e6 / max(found.seconds, 1e-9)
-    lines = [
-        f"checked       {count(found.n_records, 'record')} of {found.n_units:,}, {count(found.n_shards, 'shard')}: "
-        f"{found.n_bytes / 1e6:,.1f} MB in {found.seconds:.1f} s ({rate:,.0f} MB/s)",
-        f"rows          {', '.join(f'{n:,} {name}' for name, n in found.by_status.items()) or 'none yet'}",
-    ]
-    for name, ids in (("missing", found.missing), ("non-finite", found.non_finite)):
-        if ids.n_ids:
-            lines.append(
-                f"{name:<13} {count(ids.n_ids, 'document')}: ids {ranges_text(ids.ranges)}"
-            )
-    if found.shards_without_record:
-        units = np.array(found.shards_without_record)
-        lines.append(
-            f"left over     {count(len(units), 'shard')} without a record, of units {ranges_text(ranges_of(units))}: "
-            "being committed, or left by a killed process; they count for nothing"
-        )
-    lines += [f"DAMAGED       {_damage_text(d)}" for d in found.damage[:MOST_DAMAGE_SHOWN]]
-    if len(found.damage) > MOST_DAMAGE_SHOWN:
-        lines.append(
-            f"              and {len(found.damage) - MOST_DAMAGE_SHOWN:,} more; --json lists them all"
-        )
-    return lines
-
-
-def verdict_lines(found: Verification, *, checksums: bool = True) -> list[str]:
-    """What to do about damage, and the verdict as the last line; ``checksums``: whether they were computed."""
-    return [*_ways_out(found), f"result        {_verdict(found, checksums)}"]
-
-
-def _damage_text(damage: Damage) -> str:
-    unit = "" if damage.unit is None else f"unit {damage.unit}: "
-    return f"{unit}{damage.path} {damage.what}"
-
-
-def _ways_out(found: Verification) -> list[str]:
-    lines = []
-    if found.wrong_units:
-        lines.append(
-            "way out       this command with --repair turns the units of wrong rows into missing ones, which the job's "
-            "command then computes again; of rows that were not computed nothing is known: more --recompute tries more"
-        )
-    if any(d.kind in ("unit", "columns") for d in found.damage):
-        lines.append(
-            f"way out       `python -m gradproj verify {found.output} --repair` turns damaged units into missing ones "
-            "and merges columns again; the job's command then computes those units once more and keeps all others"
-        )
-    return [*lines, *other_ways_out(found.damage)]
-
-
-def other_ways_out(damage: list[Damage]) -> list[str]:
-    """What to do about damage that no repair of units mends."""
-    names = [os.path.basename(d.path) for d in damage if d.kind == "other"]
-    return [f"way out       {WAYS_OUT[name]}" for name in names if name in WAYS_OUT]
-
-
-def _verdict(found: Verification, checksums: bool) -> str:
-    if found.damage:
-        return f"damaged, in {count(len(found.damage), 'place')}"
-    if not checksums:
-        state = "complete" if found.complete else "incomplete"
-        return f"{state}, and no wrong row among those computed again; checksums were not computed"
-    if found.complete:
-        return "sound and complete"
-    rest = "some units are missing" if found.missing.n_ids else "not merged yet"
-    return f"sound, but incomplete: {rest}"

@@ -13,10 +13,10 @@ from pathlib import Path
 from measure import print_machine
 
 from gradproj.__main__ import main as gradproj
+from gradproj.cli.lds import table_lines
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.lds import evaluate
 from gradproj.evaluation.results import Results
-from gradproj.evaluation.table import table_lines
 
 WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "precision": "bfloat16", "device": "cpu"}
 QUICK = WHOLE | {

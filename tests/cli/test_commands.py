@@ -60,8 +60,7 @@ def refused(run):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function_that_exists(name):
-    command = COMMANDS[name]
-    assert callable(getattr(importlib.import_module(command.module), command.function))
+    assert callable(getattr(importlib.import_module(f"gradproj.cli.{name}"), f"{name}_command"))
 
 
 @pytest.mark.parametrize("name", MINE)

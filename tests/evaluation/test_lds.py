@@ -19,6 +19,7 @@ from helpers.jobs import ENVIRONMENT
 from helpers.models import make_tokenizer
 
 from gradproj.__main__ import main
+from gradproj.cli.lds import table_lines
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError, ModelError, OtherSettingsError, StoreError
 from gradproj.evaluation import retraining
@@ -26,7 +27,6 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
 from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
 from gradproj.evaluation.retraining import train_config
-from gradproj.evaluation.table import table_lines
 from gradproj.training.data import open_corpus
 
 SMALL = {

@@ -8,7 +8,8 @@ import pytest
 from helpers.shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
-from gradproj.cli.commands import IndexConfig, PrepareFlags
+from gradproj.cli.index import IndexConfig
+from gradproj.cli.prepare import PrepareFlags
 from gradproj.cli.query import QueryConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config

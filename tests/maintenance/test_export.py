@@ -11,14 +11,9 @@ import torch
 from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, tree_of, uncommit
 from helpers.stores import Output
 
+from gradproj.cli.export import export_lines
 from gradproj.errors import ConfigError, StoreError
-from gradproj.maintenance.export import (
-    ExportConfig,
-    export_lines,
-    original_metadata,
-    plan_export,
-    write_export,
-)
+from gradproj.maintenance.export import ExportConfig, original_metadata, plan_export, write_export
 from gradproj.store import ProjectionStore
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from helpers.outputs import owner_of, uncommit, unmerge, write_claim, write_heartbeat
 
+from gradproj.cli.status import status_lines
 from gradproj.coordinator.heartbeats import Progress
-from gradproj.maintenance.status import read_status, status_lines
+from gradproj.maintenance.status import read_status
 
 
 @pytest.fixture

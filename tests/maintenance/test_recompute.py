@@ -23,13 +23,14 @@ from helpers.outputs import (
 )
 
 from gradproj.__main__ import main
+from gradproj.cli.verify import recomputation_lines
 from gradproj.coordinator.merge import merge
 from gradproj.corpus.index import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import file_sum
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.job_output import read_output
-from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recomputation_lines, recompute
+from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recompute
 from gradproj.maintenance.verify import verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.encoding import decode_rows, encode_rows

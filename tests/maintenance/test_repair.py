@@ -24,12 +24,13 @@ from helpers.outputs import (
 )
 
 from gradproj.__main__ import main
+from gradproj.cli.verify import repair_lines
 from gradproj.coordinator.merge import merge
 from gradproj.errors import StoreError
 from gradproj.job.config import run_config
 from gradproj.job.recorded import job_command as recorded_command
 from gradproj.maintenance.job_output import read_output
-from gradproj.maintenance.repair import repair, repair_lines
+from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.unit_record import record_name

@@ -24,10 +24,11 @@ from helpers.outputs import (
     write_heartbeat,
 )
 
+from gradproj.cli.status import status_lines
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.errors import StoreError
-from gradproj.maintenance.status import read_status, status_lines
+from gradproj.maintenance.status import read_status
 from gradproj.maintenance.verify import verify
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
@@ -287,7 +288,7 @@ def test_status_and_verify_write_nothing(output, process):
 
 
 def test_status_verify_and_repair_need_no_torch():
-    code = "import sys, gradproj.maintenance.status, gradproj.maintenance.verify, gradproj.maintenance.repair; print('torch' in sys.modules)"
+    code = "import sys, gradproj.cli.status, gradproj.cli.verify; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

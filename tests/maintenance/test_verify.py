@@ -17,10 +17,11 @@ from helpers.outputs import (
     unmerge,
 )
 
+from gradproj.cli.verify import verdict_lines, verification_lines
 from gradproj.coordinator.merge import merge
 from gradproj.formatting import ranges_text
 from gradproj.maintenance.job_output import read_output
-from gradproj.maintenance.verify import BoundedRanges, verdict_lines, verification_lines, verify
+from gradproj.maintenance.verify import BoundedRanges, verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.unit_record import record_name
 
@@ -122,7 +123,7 @@ def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job
 
 
 def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
-    monkeypatch.setattr("gradproj.maintenance.verify.MOST_DAMAGE_SHOWN", 2)
+    monkeypatch.setattr("gradproj.cli.verify.MOST_DAMAGE_SHOWN", 2)
     for unit in range(N_UNITS):
         flip_byte(shard_of(output, unit), 7)
     found = verify(output)

@@ -10,7 +10,8 @@ from helpers.corpora import make_corpus, mixed_documents
 from helpers.models import make_model
 from transformers import GPT2LMHeadModel
 
-from gradproj.cli import training_commands as demo_commands
+from gradproj.cli.tokenizer import tokenizer_command
+from gradproj.cli.train import train_command
 from gradproj.corpus.index import build_index, list_tars
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.model.checkpoint import fetch
@@ -167,7 +168,7 @@ def test_it_learns_and_leaves_a_checkpoint_that_the_job_takes(made, tmp_path, ca
         tmp_path / "result",
     ]
     shape = "--n_layer 1 --n_embd 16 --n_head 2 --max_length 24 --batch_size 4 --max_steps 40 --learning_rate 0.01"
-    demo_commands.train_command([*map(str, flags), *shape.split(), "--device", "cpu"])
+    train_command([*map(str, flags), *shape.split(), "--device", "cpu"])
     with (tmp_path / "result" / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["loss"]) for row in rows]
@@ -232,7 +233,7 @@ def test_a_wrong_training_flag_is_named(made, tmp_path, changes, message):
 )
 def test_a_wrong_tokenizer_flag_is_named(made, flags, message):
     with pytest.raises(ConfigError, match=message):
-        demo_commands.tokenizer_command(
+        tokenizer_command(
             ["--shards", str(made / "tars"), "--output_dir", "x", *flags]
         )
 

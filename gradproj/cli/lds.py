@@ -1,9 +1,12 @@
-"""The results for people."""
+"""The command ``lds``: evaluates scores against retraining; the results as a table."""
 
 import math
 
+from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.lds import evaluate
 from gradproj.evaluation.results import RECALL_AT, Judged, Results
 from gradproj.evaluation.statistics import Estimate
+from gradproj.flags import parse
 
 LDS_NOTE = (
     "LDS: Spearman's correlation of a half's summed scores with minus the query's loss after training on it, mean over",
@@ -19,6 +22,18 @@ LEFT_OUT_NOTE = (
 ERRORS_NOTE = (
     "+-q: standard error over the queries; +-s: over the halves (bootstrap); differences are paired",
 )
+
+
+def lds_command(argv: list[str]) -> None:
+    """``python -m gradproj lds --shards TARS --output_dir DIR``"""
+    (config,) = parse(
+        argv,
+        "gradproj lds",
+        LdsConfig,
+        description="Hold scores against retraining on parts of a small corpus.",
+    )
+    for line in table_lines(evaluate(config)):
+        print(line)
 
 
 def table_lines(results: Results) -> list[str]:

@@ -1,4 +1,4 @@
-"""The commands ``tokenizer`` and ``train``: from flags to the functions that do the work."""
+"""The command ``train``: train a causal language model on a corpus."""
 
 import signal
 from collections.abc import Iterator
@@ -10,17 +10,6 @@ from gradproj.flags import parse
 
 if TYPE_CHECKING:
     from gradproj.job.shutdown import StopRequest
-
-
-def tokenizer_command(argv: list[str]) -> None:
-    """``python -m gradproj tokenizer --shards TARS --output_dir DIR --vocab_size N``"""
-    from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
-
-    (config,) = parse(
-        argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE."
-    )
-    n_tokens = train_tokenizer(config)
-    print(f"A tokenizer of {n_tokens:,} tokens is in {config.output_dir}")
 
 
 def train_command(argv: list[str]) -> int:

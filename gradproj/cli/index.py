@@ -1,0 +1,137 @@
+"""The command ``index``: tars to a corpus index."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gradproj.corpus.index import (
+    CorpusIndex,
+    build_index,
+    check_unchanged,
+    default_index_path,
+    list_tars,
+    load_index,
+    save_index,
+)
+from gradproj.errors import ConfigError, CorpusError
+from gradproj.flags import parse
+
+MOST_DOMAINS_SHOWN = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Which tars to index and where to."""
+
+    shards: tuple[str, ...] = field(
+        metadata={
+            "flag": "SHARDS",
+            "positional": True,
+            "help": "a folder, a glob or braces (quoted), a list file, or one tar",
+        }
+    )
+    domain_field: str = field(
+        default="meta.pile_set_name", metadata={"help": "where a document names its domain, dotted"}
+    )
+    output: str = field(
+        default="", metadata={"help": "the index; default: corpus.json beside the tars"}
+    )
+    processes: int = field(default=0, metadata={"help": "tars scanned at once; 0 = one per CPU"})
+    replace: bool = field(
+        default=False,
+        metadata={"help": "scan again and put the index in the place of one of another corpus"},
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.shards) > 1:
+            raise ConfigError(
+                f"SHARDS: {len(self.shards):,} were given; quote the pattern so that the shell leaves it alone "
+                "(index 'tars/*.tar'), or name the folder"
+            )
+        if not self.shards[0].strip():
+            raise ConfigError(
+                "SHARDS is empty; give a folder, a glob, braces or a list file of .tar files"
+            )
+        if not self.domain_field:
+            raise ConfigError(
+                "--domain_field is empty; name a field, with dots to reach into objects"
+            )
+        if self.processes < 0:
+            raise ConfigError(
+                f"--processes must be at least 0 (0 = one per CPU), got {self.processes}"
+            )
+
+
+def index_command(argv: list[str]) -> None:
+    """``python -m gradproj index SHARDS``: make the corpus index, or find that it still holds."""
+    (config,) = parse(
+        argv, "gradproj index", IndexConfig, description="The frozen index of a corpus of tars."
+    )
+    shards, started = config.shards[0], time.monotonic()
+    paths = list_tars(shards)
+    path = Path(config.output) if config.output else default_index_path(shards)
+    if path is None:
+        raise ConfigError(
+            "--output must be given: the tars lie in several folders; name a file for the index"
+        )
+    known: CorpusIndex | None = None if config.replace else _known_index(path)
+    if known is not None and _still_holds(known, paths, config.domain_field):
+        print(f"{path} is up to date: no tar has changed since (--replace scans them again)")
+        _print_index(known)
+        return
+    index = build_index(paths, domain_field=config.domain_field, processes=config.processes or None)
+    if known is not None and known.fingerprint != index.fingerprint:
+        raise CorpusError(
+            f"{path} is the index of another corpus: {_about(known)}; these are {_about(index)}. "
+            "Outputs made with the old one cannot be continued with a new one. Give --replace to put the new index "
+            "there, or --output to keep both"
+        )
+    # The same documents, or --replace; otherwise the first of several builders wins.
+    save_index(index, path, replace_existing=known is not None or config.replace)
+    print(f"{path} {'renewed: the same corpus, touched or moved' if known else 'written'}")
+    _print_index(index, time.monotonic() - started)
+
+
+def _known_index(path: Path):
+    if not path.exists():
+        return None
+    try:
+        return load_index(path)
+    except CorpusError as error:
+        raise CorpusError(f"{error} --replace (or name another file with --output)") from error
+
+
+def _still_holds(index, paths: list[Path], domain_field: str) -> bool:
+    """Whether an index is of exactly these tars, none of which was written since."""
+    if index.domain_field != domain_field or [tar.path for tar in index.tars] != paths:
+        return False
+    try:
+        for tar in index.tars:
+            check_unchanged(tar)
+    except CorpusError:
+        return False
+    return True
+
+
+def _about(index) -> str:
+    return (
+        f"{len(index.tars):,} tars, {index.n_samples:,} documents, fingerprint {index.fingerprint}"
+    )
+
+
+def _print_index(index, seconds: float | None = None) -> None:
+    size = sum(tar.size_bytes for tar in index.tars)
+    took = (
+        ""
+        if seconds is None
+        else f" in {seconds:.1f} s ({index.n_samples / max(seconds, 1e-9):,.0f} a second)"
+    )
+    print(f"tars          {len(index.tars):,}, {size / 1e6:,.1f} MB")
+    print(f"documents     {index.n_samples:,}{took}")
+    counts = sorted(index.domain_counts().items(), key=lambda item: -item[1])
+    print(f"domains       {len(counts):,} by {index.domain_field}")
+    for name, n in counts[:MOST_DOMAINS_SHOWN]:
+        print(f"  {n:>12,}  {name}")
+    if len(counts) > MOST_DOMAINS_SHOWN:
+        print(f"  and {len(counts) - MOST_DOMAINS_SHOWN:,} smaller domains")
+    print(f"fingerprint   {index.fingerprint}")

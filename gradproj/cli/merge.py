@@ -1,0 +1,34 @@
+"""The command ``merge``: columns, sums and statistics from the committed units."""
+
+from dataclasses import dataclass, field
+
+from gradproj.flags import parse
+from gradproj.formatting import count, ranges_text
+from gradproj.job.summary import stats_lines
+from gradproj.maintenance.job_output import read_output
+from gradproj.maintenance.merge import merge_now
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Which output to merge."""
+
+    output: str = field(
+        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    )
+
+
+def merge_command(argv: list[str]) -> None:
+    """``python -m gradproj merge OUTPUT``: columns, sums and statistics from the records there are."""
+    about = "Columns, sums and statistics from the units that are committed; the job does it itself at its end."
+    (config,) = parse(argv, "gradproj merge", MergeConfig, description=about)
+    stats = merge_now(read_output(config.output))
+    after = read_output(config.output)
+    print(f"merged        {len(after.committed):,} of {count(len(after.wanted), 'unit')}")
+    print("\n".join(stats_lines(stats)))
+    if len(after.missing):
+        documents = count(after.n_samples_in(after.missing), "document")
+        print(
+            f"missing       {count(len(after.missing), 'unit')}, {documents}: ids "
+            f"{ranges_text(after.id_ranges(after.missing))}; run the job's command again to compute them"
+        )

@@ -1,0 +1,13 @@
+"""The command ``tokenizer``: train a byte-level BPE on a corpus."""
+
+from gradproj.flags import parse
+from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
+
+
+def tokenizer_command(argv: list[str]) -> None:
+    """``python -m gradproj tokenizer --shards TARS --output_dir DIR --vocab_size N``"""
+    (config,) = parse(
+        argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE."
+    )
+    n_tokens = train_tokenizer(config)
+    print(f"A tokenizer of {n_tokens:,} tokens is in {config.output_dir}")
