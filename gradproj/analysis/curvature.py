@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradproj.analysis.ranks import Share
+from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.kernels.onednn import linear
 
@@ -219,9 +219,9 @@ class DenseSum:
         """``(n, D)`` float64."""
         self._sum.addmm_(x.T, x)
 
-    def join(self, share: Share) -> None:
+    def join(self, world: World) -> None:
         """Add the other ranks' sums."""
-        self._sum = share.total(self._sum)
+        self._sum = world.sum(self._sum)
 
     def curvature(self, n_rows: int) -> Dense:
         return Dense((self._sum / max(n_rows, 1)).cpu())
@@ -244,11 +244,11 @@ class TruncatedSum:
                 stacked = torch.cat([self._largest(self._kept), part])
             self._kept = stacked
 
-    def join(self, share: Share) -> None:
+    def join(self, world: World) -> None:
         """Add the other ranks' directions, in the same order on all."""
         trace, every = (
-            share.total(self._trace).clone(),
-            share.gathered(self._largest(self._kept).cpu()),
+            world.sum(self._trace).clone(),
+            world.gather(self._largest(self._kept).cpu()),
         )
         self._kept = self._kept[:0]
         for kept in every:

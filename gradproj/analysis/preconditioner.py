@@ -19,8 +19,8 @@ from gradproj.analysis.preconditioner_file import (
     refuse_other_store,
     write_curvature,
 )
-from gradproj.analysis.ranks import Share
-from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
+from gradproj.analysis.row_blocks import chosen_layers, rank_range, scan_blocks, scan_world
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store import ProjectionStore
 
@@ -133,7 +133,7 @@ class Preconditioner:
             widths = _widths(store, names, joint)
             sums = _sums(widths, largest_width, directions, torch.device(device))
             n_rows = _sum_rows(
-                store, names, sums, Share.of(together), torch.device(device), progress
+                store, names, sums, scan_world(together), torch.device(device), progress
             )
             parts = [
                 _Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()
@@ -349,13 +349,13 @@ def _sum_rows(
     store: ProjectionStore,
     layers: Sequence[str],
     sums: dict[str, DenseSum | TruncatedSum],
-    share: Share,
+    world: World,
     device: torch.device,
     progress: bool,
 ) -> int:
     """Add every document's row to the sums; the number of documents that have one."""
-    start, stop = share.samples(store)
-    label = "second moments" if progress and share.rank == 0 else None
+    start, stop = rank_range(store, world)
+    label = "second moments" if progress and world.rank == 0 else None
     n_rows = 0
     for block in scan_blocks(store, layers, None, device, label, start=start, stop=stop):
         rows = block.ok_rows()
@@ -365,11 +365,11 @@ def _sum_rows(
             part.add(rows[:, at : at + part.width])
             at += part.width
         n_rows += len(rows)
-    n_rows = int(share.total(torch.tensor(n_rows)))
+    n_rows = int(world.sum(torch.tensor(n_rows)))
     if not n_rows:
         raise StoreError(
             f"{store.path} has no row to take a second moment of; let the job compute some first"
         )
     for part in sums.values():
-        part.join(share)
+        part.join(world)
     return n_rows

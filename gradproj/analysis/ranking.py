@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gradproj.analysis import Preconditioner, TopDocuments, top_and_bottom
-from gradproj.analysis.ranks import Share
+from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
@@ -104,19 +104,19 @@ def rank_and_save_scores(
     """
     if curvature is not None:
         how = {**how, "preconditioner": curvature, "damping": damping}
-    share, shape = Share.of(how.get("together", False)), (len(rows), len(store))
-    unfinished = share.gathered(ScoresFile.create(path, shape) if share.rank == 0 else None)[0]
+    world, shape = scan_world(how.get("together", False)), (len(rows), len(store))
+    unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
     with ScoresFile(path, unfinished, shape) as file:
         for part in parts_of(rows):
             asked = Scan.of(store, how)
             for block in score_blocks(asked, asked.question(rows[part])):
                 file.write(part.start, block.first, block.values.cpu().numpy())
         file.finish()
-        share.gathered(None)  # every rank has written its part
-        ends = _ends_of(file, shape, n_top, n_bottom) if share.rank == 0 else None
-        if share.rank == 0:
+        world.barrier()  # every rank has written its part
+        ends = _ends_of(file, shape, n_top, n_bottom) if world.rank == 0 else None
+        if world.rank == 0:
             file.publish()
-    return Ranking(None if curvature is None else damping, *share.gathered(ends)[0])
+    return Ranking(None if curvature is None else damping, *world.broadcast(ends))
 
 
 def _ends_of(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradproj.distributed import World, has_process_group
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
 from gradproj.kernels.device_copy import send
@@ -78,6 +79,29 @@ def scan_blocks(
             first, last = int(ids[0]), int(ids[-1]) + 1
             yield Block(first, takes_part(first, store.column("status", first, last)), rows)
             bar.update(len(ids))
+
+
+def scan_world(together: bool) -> World:
+    """Return the ranks that share a scan; without ``together``, this process alone.
+
+    Raises:
+        ConfigError: ``together``, and ``torch.distributed`` is not initialised.
+    """
+    if not together:
+        return World()
+    if not has_process_group():
+        raise ConfigError(
+            "together=True needs ranks that torch.distributed joins: start them by torchrun and call "
+            "torch.distributed.init_process_group() first, or leave it out"
+        )
+    return World.current()
+
+
+def rank_range(store: ProjectionStore, world: World) -> tuple[int, int]:
+    """Return ``[start, stop)`` of the samples that a rank scans: whole units, since those are files."""
+    n_units, height = store.layout.n_units, store.layout.rows_per_shard
+    first, last = (n_units * rank // world.size for rank in (world.rank, world.rank + 1))
+    return first * height, min(last * height, len(store))
 
 
 class SampleFilter:

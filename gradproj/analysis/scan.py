@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.ranks import Share
-from gradproj.analysis.row_blocks import Block, chosen_layers, scan_blocks, width_of
+from gradproj.analysis.row_blocks import (
+    Block,
+    chosen_layers,
+    rank_range,
+    scan_blocks,
+    scan_world,
+    width_of,
+)
+from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
@@ -70,7 +77,7 @@ class Scan:
     layers: list[str]
     how: ScanOptions
     device: torch.device
-    share: Share
+    world: World
 
     @classmethod
     def alone(
@@ -104,7 +111,7 @@ class Scan:
             torch.device(how.get("device", "cpu")),
         )
         found = _preconditioner(store, kind, layers, device, how)
-        return cls(store, kind, found, layers, how, device, Share.of(how.get("together", False)))
+        return cls(store, kind, found, layers, how, device, scan_world(how.get("together", False)))
 
     @property
     def width(self) -> int:
@@ -119,11 +126,11 @@ class Scan:
     @property
     def label(self) -> str | None:
         """What the progress bar is called, where there is one."""
-        return "scores" if self.how.get("progress") and self.share.rank == 0 else None
+        return "scores" if self.how.get("progress") and self.world.rank == 0 else None
 
     def blocks(self) -> Iterator[Block]:
         """This process's share of the rows, decoded."""
-        height, samples = self.how.get("rows_per_block"), self.share.samples(self.store)
+        height, samples = self.how.get("rows_per_block"), rank_range(self.store, self.world)
         return scan_blocks(
             self.store,
             self.scanned_layers,

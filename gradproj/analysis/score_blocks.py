@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar
+from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar, rank_range
 from gradproj.analysis.scan import PreparedQueries, Scan
 from gradproj.kernels.device_copy import fetch, record_event, send
 from gradproj.kernels.onednn import linear
@@ -71,7 +71,7 @@ def _by_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
 
 
 def _by_tiles(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
-    store, (start, stop) = asked.store, asked.share.samples(asked.store)
+    store, (start, stop) = asked.store, rank_range(asked.store, asked.world)
     takes_part = SampleFilter(store, asked.how.get("domains"))
     products = TileProducts(question, store.layout.proj_dtype)
     height = asked.how.get("rows_per_block")

@@ -118,10 +118,10 @@ def top_and_bottom(
     question = asked.question(query_rows)
     n_queries = len(question.weights)
     top, bottom = TopK(n_queries, n_top, asked.device), TopK(n_queries, n_bottom, asked.device)
-    total = int(asked.share.total(_add_all(asked, question, top, bottom)))
+    total = int(asked.world.sum(_add_all(asked, question, top, bottom)))
 
     def result(best: TopK, sign: int, wanted: int) -> TopDocuments:
-        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.share).found())
+        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.world).found())
         return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
 
     return result(top, 1, n_top), result(bottom, -1, n_bottom)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradproj.analysis.ranks import Share
+from gradproj.distributed import World
 
 _LOWEST = torch.finfo(torch.float32).min
 _LEAST_WAITING = 1024
@@ -66,13 +66,13 @@ class TopK:
         self._settle()
         return self._ids, self._values
 
-    def joined(self, share: Share) -> "TopK":
+    def joined(self, world: World) -> "TopK":
         """The best of all ranks."""
         ids, values = self.found()
-        if share.world_size == 1:
+        if world.size == 1:
             return self
         whole = TopK(len(values), self.k, values.device)
-        for rank_ids, rank_values in share.gathered((ids.cpu(), values.cpu())):
+        for rank_ids, rank_values in world.gather((ids.cpu(), values.cpu())):
             whole._merge(rank_ids.to(ids.device), rank_values.to(ids.device))
         return whole
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.ranking import Ranking, rank_and_save_scores, rank_documents
-from gradproj.analysis.ranks import Share
+from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
@@ -94,7 +94,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
     """
     if config.save_scores:
         check_scores_path(config.save_scores)
-    share, tell = Share.of(process.world_size > 1), functools.partial(note, process)
+    world, tell = scan_world(process.world_size > 1), functools.partial(note, process)
     with ProjectionStore(config.output) as store:
         _check_rows_can_be_made(config, store)
         counts, n_top, n_bottom = (
@@ -110,7 +110,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         curvature = functools.partial(_curvature, config, store, how, counts["ok"], tell)
         # Whether sums are there is known at once; a scan waits until the queries are known to be good.
         known = curvature() if kind == "kfac" else None
-        asked = share.gathered(_asked(config, store) if process.rank == 0 else None)[0]
+        asked = world.broadcast(_asked(config, store) if process.rank == 0 else None)
         ends = _ends(config, store, asked, (n_top, n_bottom), how, known or curvature(), tell)
         if not ends[0].top.n_scored and not how["domains"]:
             raise StoreError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gradproj.analysis import Preconditioner
-from gradproj.analysis.ranks import Share
+from gradproj.analysis.row_blocks import scan_world
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
 
@@ -45,16 +45,16 @@ def curvature_for(
         return Preconditioner.fit(
             store, kind
         )  # from sums that the store itself keeps: a file would gain nothing
-    path, share = _path_of(store, n_ok), Share.of(together)
+    path, world = _path_of(store, n_ok), scan_world(together)
     kept = _load(store, path, say)
     if all(
-        share.gathered(kept is not None)
+        world.gather(kept is not None)
     ):  # or one rank would fit alone what all of them fit together
         return kept
     fitted = Preconditioner.fit(
         store, _SECOND_MOMENT, together=together, device=device, progress=progress
     )
-    if share.rank == 0:
+    if world.rank == 0:
         _keep(fitted, store, path, say)
     return fitted
 

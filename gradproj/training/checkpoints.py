@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir
 from gradproj.training.config import TrainConfig
-from gradproj.training.ranks import Ranks
 
 FOLDER = "checkpoints"
 """Below ``result_dir``."""
@@ -30,13 +30,13 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 @contextmanager
-def alone_in(result_dir: Path, ranks: Ranks) -> Iterator[None]:
+def alone_in(result_dir: Path, world: World) -> Iterator[None]:
     """Keep other runs out of a folder while this context lasts; the first rank does it for all.
 
     Raises:
         StoreError: another run trains into it.
     """
-    if not ranks.is_first:
+    if world.rank:
         yield
         return
     with explain_os_errors(result_dir):
@@ -79,16 +79,16 @@ class Checkpoints:
     Args:
         result_dir: they are in a folder of it.
         config: the run.
-        ranks: those that train.
+        world: the ranks that train.
         corpora: ``shards`` and ``val_shards`` -> the corpus's fingerprint, which must stay wherever the tars lie.
     """
 
     def __init__(
-        self, result_dir: Path, config: TrainConfig, ranks: Ranks, corpora: Mapping[str, str]
+        self, result_dir: Path, config: TrainConfig, world: World, corpora: Mapping[str, str]
     ) -> None:
         self._result_dir, self._folder = result_dir, result_dir / FOLDER
-        self._config, self._ranks = config, ranks
-        self._settings = {**config.settings_of_the_run(), **corpora, "ranks": ranks.world_size}
+        self._config, self._world = config, world
+        self._settings = {**config.settings_of_the_run(), **corpora, "ranks": world.size}
 
     def newest(self) -> Path | None:
         """The folder of the newest whole checkpoint, or None."""
@@ -128,7 +128,7 @@ class Checkpoints:
                 f"--result_dir {folder} holds {n_steps} steps of a run and no checkpoint, though one is made every "
                 f"{interval} steps: put {FOLDER}/ back, or give a new folder"
             )
-        if self._config.resume and n_steps and self._ranks.is_first:
+        if self._config.resume and n_steps and self._world.rank == 0:
             print(
                 f"no checkpoint in {folder} yet: beginning anew, the {n_steps} steps there are made again",
                 file=sys.stderr,
@@ -156,7 +156,7 @@ class Checkpoints:
         )
         if mismatch:
             raise ConfigError(mismatch)
-        return shared, _load(path, rank_file(self._ranks.rank))
+        return shared, _load(path, rank_file(self._world.rank))
 
     def save(
         self,
@@ -180,21 +180,21 @@ class Checkpoints:
         final = self._folder / f"step-{step:08d}"
         work = self._folder / f".saving-{final.name}"
         with explain_os_errors(final):
-            if self._ranks.is_first:
+            if self._world.rank == 0:
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
-            self._ranks.wait()
-            if self._ranks.is_first:
+            self._world.barrier()
+            if self._world.rank == 0:
                 _save_model(work, model, tokenizer)
                 shared = {
                     "step": step, "settings": self._settings, "optimizer": optimizer.state_dict(), "curve": curve,
                 }  # fmt: skip
                 _save(shared, work / STATE)
-            _save({**own, "random": random_state()}, work / rank_file(self._ranks.rank))
-            self._ranks.wait()
-            if self._ranks.is_first:
+            _save({**own, "random": random_state()}, work / rank_file(self._world.rank))
+            self._world.barrier()
+            if self._world.rank == 0:
                 self._publish(work, final)
-            self._ranks.wait()
+            self._world.barrier()
         return final
 
     def _publish(self, work: Path, final: Path) -> None:

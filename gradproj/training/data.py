@@ -20,12 +20,12 @@ from gradproj.corpus.index import (
     load_index,
 )
 from gradproj.corpus.stream import read_documents
+from gradproj.distributed import World
 from gradproj.engine.batching import collate
 from gradproj.engine.loss import IGNORE
 from gradproj.errors import CorpusError, StoreError
 from gradproj.files import explain_os_errors
 from gradproj.training.config import TrainConfig
-from gradproj.training.ranks import Ranks
 
 SHUFFLED_BLOCKS = 64
 """Blocks of documents that are read and shuffled together; the blocks themselves come in a shuffled order."""
@@ -114,18 +114,18 @@ def batches_of(
     config: TrainConfig,
     index: CorpusIndex,
     tokenizer: Any,
-    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+    world: World = World(),  # noqa: B008 - frozen
     position: DataPosition | None = None,
 ) -> Iterator[TrainBatch]:
     """A rank's batches without end, the same for the same seed, from a position on.
 
     Of every epoch's documents in their shuffled order, rank r of W takes those at r, W + r, 2 W + r and so on.
     """
-    if index.n_samples < ranks.world_size:
+    if index.n_samples < world.size:
         raise CorpusError(
-            f"--shards {config.shards}: {index.n_samples} document(s) for {ranks.world_size} ranks; start fewer"
+            f"--shards {config.shards}: {index.n_samples} document(s) for {world.size} ranks; start fewer"
         )
-    sequences = _sequences(config, index, tokenizer, ranks, position or DataPosition())
+    sequences = _sequences(config, index, tokenizer, world, position or DataPosition())
     for chunk in iter(lambda: list(itertools.islice(sequences, config.batch_size)), []):
         yield make_batch(chunk)
 
@@ -154,16 +154,16 @@ def make_batch(sequences: list[Sequence]) -> TrainBatch:
 
 
 def _sequences(
-    config: TrainConfig, index: CorpusIndex, tokenizer: Any, ranks: Ranks, position: DataPosition
+    config: TrainConfig, index: CorpusIndex, tokenizer: Any, world: World, position: DataPosition
 ) -> Iterator[Sequence]:
     """Sequences with at least one target."""
     left = position.left
     for epoch in itertools.count(position.epoch):
         done = position.document if epoch == position.epoch else 0
         found = done > 0
-        first = done * ranks.world_size + ranks.rank
+        first = done * world.size + world.rank
         documents = itertools.islice(
-            shuffled_documents(index, config.seed, epoch, first), 0, None, ranks.world_size
+            shuffled_documents(index, config.seed, epoch, first), 0, None, world.size
         )
         for document in documents:
             done += 1

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradproj.distributed import World
 from gradproj.training.config import EngineConfig
-from gradproj.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EngineContext:
     model: nn.Module
     """On its device; not yet inside of DistributedDataParallel, or inside of it."""
     optimizer: Any
-    ranks: Ranks
+    world: World
     val_data: Any
     """``(input_ids, labels)`` of a validation batch, or None."""
     loss: str = "mean"

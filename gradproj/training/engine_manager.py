@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from gradproj.errors import ConfigError
 from gradproj.training.config import EngineConfig
+from gradproj.training.data_parallel import world_of
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 from gradproj.training.graddotprod.method import GradDotProdTraining
 from gradproj.training.gradprojlora import GradProjLoraTraining
-from gradproj.training.ranks import Ranks
 
 METHODS: dict[str, Callable[[EngineContext], TrainingEngine]] = {
     "Regular": TrainingEngine,
@@ -54,8 +54,8 @@ class GhostEngineManager:
         settings = EngineConfig.of(config)
         check_method(settings.method)
         self.method = settings.method
-        ranks = Ranks.of(ddp_info)
-        context = EngineContext(settings, model, optimizer, ranks, val_data, loss, resume_step)
+        world = world_of(ddp_info)
+        context = EngineContext(settings, model, optimizer, world, val_data, loss, resume_step)
         self.engine = METHODS[settings.method](context)
 
     def attach_train_batch(

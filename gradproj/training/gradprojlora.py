@@ -152,7 +152,7 @@ class GradProjLoraTraining(TrainingEngine):
         # A loop whose checkpoints know nothing of rows can name its step.
         n_rows = self._store.n_rows_to(state["step"]) if "step" in state else state.get("n_rows", 0)
         self._store.cut(n_rows)
-        self.context.ranks.wait()
+        self.context.world.barrier()
         self._store.extend()
 
     def _to_host(self) -> None:
@@ -187,36 +187,36 @@ class GradProjLoraTraining(TrainingEngine):
         self._store.add(rows, columns)
 
     def _open_store(self) -> AppendStore:
-        ranks, attributes, folder = self.context.ranks, self._attributes(), self._folder
+        world, attributes, folder = self.context.world, self._attributes(), self._folder
         # All ranks look before one of them makes it.
         exists, empty = (folder / STORE_NAME).exists(), not holds_rows(folder)
-        ranks.wait()
+        world.barrier()
         if exists and not empty:
             if self.context.resume_step is None:
                 raise StoreError(
                     f"{folder} holds rows of another run: go on with it (--resume), or give a new result_dir"
                 )
             check_same(folder, attributes)
-        elif ranks.is_first:
+        elif world.rank == 0:
             shutil.rmtree(folder / STORE_NAME, ignore_errors=True)
             drawn = self._engine.projection_matrices.items()
             matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
             create_row_store(
                 folder, self._layout(), attributes, pack_matrices(self._layers, matrices)
             )
-        ranks.wait()
-        return AppendStore(folder, ranks.rank, ranks.world_size)
+        world.barrier()
+        return AppendStore(folder, world.rank, world.size)
 
     def _layout(self) -> StoreLayout:
-        settings, ranks = self.context.settings, self.context.ranks
+        settings, world = self.context.settings, self.context.world
         widths = [layer.slice_end - layer.slice_start for layer in self._layers]
         row_bytes = sum(widths) * STORED_DTYPES[settings.proj_dtype].itemsize
         rows_per_step = settings.batch_size * settings.grad_accumulation
         height = settings.rows_per_shard or choose_rows(
-            row_bytes, rows_per_step, settings.max_steps, ranks.world_size
+            row_bytes, rows_per_step, settings.max_steps, world.size
         )
         store = replace(settings.store, rows_per_shard=height)
-        layout = plan_layout(height * ranks.world_size, widths, 1, store)
+        layout = plan_layout(height * world.size, widths, 1, store)
         # Every unit's columns are files of its own.
         return replace(layout, column_rows=height)
 
@@ -238,7 +238,7 @@ class GradProjLoraTraining(TrainingEngine):
                 "--proj_dtype": settings.proj_dtype,
                 "--compressor": settings.compressor,
                 "--loss_reduction": settings.loss_reduction,
-                "ranks": self.context.ranks.world_size,
+                "ranks": self.context.world.size,
                 "layers": [layer.name for layer in self._layers],
             },
         }

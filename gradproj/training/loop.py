@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradproj.distributed import Process, choose_device
+from gradproj.distributed import Process, World, choose_device, process_group
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
 from gradproj.files import explain_os_errors
@@ -32,12 +33,14 @@ from gradproj.training.data import (
     make_folder,
     open_corpus,
 )
+from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
 from gradproj.training.engine_manager import GhostEngineManager
 from gradproj.training.loss_curve import LossCurve, TrainResult
 from gradproj.training.optimizer import make_optimizer, rate_at
-from gradproj.training.ranks import Ranks, start_ranks, without_exchange
 from gradproj.training.validation import Validation
 
+TIMEOUT = timedelta(minutes=30)
+"""After which a rank that waits for another gives up."""
 RANK_SEED = 1_000_003
 """Ranks differ in what dropout draws, and in nothing else."""
 
@@ -57,13 +60,14 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     if warning and process.rank == 0:
         print(warning, file=sys.stderr, flush=True)
     folder = make_folder("--result_dir", config.result_dir)
-    with start_ranks(process, device) as ranks, alone_in(folder, ranks):
-        run = _Run(config, folder, device, ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with process_group(process, backend, TIMEOUT) as world, alone_in(folder, world):
+        run = _Run(config, folder, device, world)
         stop.drain()
         with run.manager:
             for step in range(run.done + 1, config.max_steps + 1):
                 run.step(step)
-                stopping = bool(ranks.total(stop())[0])
+                stopping = bool(totals(world, stop())[0])
                 run.save(step, at_once=stopping)
                 if stopping and step < config.max_steps:
                     return run.result()
@@ -74,14 +78,14 @@ class _Run:
     """One run's model, data and results, ready for the next step."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, device: torch.device, ranks: Ranks
+        self, config: TrainConfig, folder: Path, device: torch.device, world: World
     ) -> None:
-        self._config, self._folder, self._device, self._ranks = config, folder, device, ranks
+        self._config, self._folder, self._device, self._world = config, folder, device, world
         index = open_corpus(config.shards)
         corpora = {"shards": index.fingerprint, "val_shards": ""}
         if config.val_shards:
             corpora["val_shards"] = open_corpus(config.val_shards, "--val_shards").fingerprint
-        self._checkpoints = Checkpoints(folder, config, ranks, corpora)
+        self._checkpoints = Checkpoints(folder, config, world, corpora)
         saved = self._checkpoints.to_resume()
         shared, own = self._checkpoints.load(saved) if saved else ({}, {})
         torch.manual_seed(config.seed)
@@ -94,21 +98,21 @@ class _Run:
             name = "activation_checkpointing_enable"
             enable = getattr(self._model, name, self._model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self._shared_model = ranks.share(self._model)
+        self._shared_model = data_parallel(self._model, world)
         self._optimizer = make_optimizer(self._model, config)
-        self._validation = Validation(config, self._tokenizer, device, ranks)
+        self._validation = Validation(config, self._tokenizer, device, world)
         self.done = shared.get("step", 0)
         self.manager = GhostEngineManager(
-            config, self._shared_model, self._optimizer, ranks, self._validation.pair,
+            config, self._shared_model, self._optimizer, world, self._validation.pair,
             loss="sum", resume_step=self.done if config.resume else None,
         )  # fmt: skip
-        self._curve = LossCurve(folder, config.max_steps, visible=ranks.is_first)
+        self._curve = LossCurve(folder, config.max_steps, visible=world.rank == 0)
         self._curve.start(shared.get("curve", []))
         self._position = DataPosition.from_dict(own["data"]) if saved else DataPosition()
-        self._batches = batches_of(config, index, self._tokenizer, ranks, self._position)
+        self._batches = batches_of(config, index, self._tokenizer, world, self._position)
         self._documents = TrainedDocuments(index)
-        if ranks.rank:
-            torch.manual_seed(config.seed + RANK_SEED * ranks.rank)
+        if world.rank:
+            torch.manual_seed(config.seed + RANK_SEED * world.rank)
         if config.resume:
             self.manager.load_state_dict(own.get("engine", {}))
         if saved:
@@ -119,14 +123,14 @@ class _Run:
         """Forward and backward over the step's batches, one step of the optimizer, and whatever is due after it."""
         config, manager = self._config, self.manager
         batches = list(itertools.islice(self._batches, config.grad_accumulation))
-        targets, n_tokens = self._ranks.total(
-            sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches)
+        targets, n_tokens = totals(
+            self._world, sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches)
         )
         rate = config.learning_rate * rate_at(step - 1, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         # The ranks' gradients are averaged, so each one's share of the mean is taken W times.
-        per_rank = targets / self._ranks.world_size
+        per_rank = targets / self._world.size
         sums = [
             self._forward_backward(step, batch, per_rank, last)
             for batch, last in _with_last(batches)
@@ -138,7 +142,7 @@ class _Run:
             manager.save_metrics(step)
         self._position = batches[-1].position
         self._documents.add(batches)
-        (loss,) = self._ranks.total(torch.stack(sums).sum().item())
+        (loss,) = totals(self._world, torch.stack(sums).sum().item())
         self._curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
 
     def _forward_backward(
@@ -147,7 +151,7 @@ class _Run:
         """One batch; the sum of its losses (nats), detached."""
         manager = self.manager
         X, Y = batch.input_ids.to(self._device), batch.labels.to(self._device)
-        with without_exchange(self._shared_model, last):
+        with sync_if_last(self._shared_model, last):
             manager.attach_train_batch(X, Y, step, batch.sample_ids)
             inputs, labels = manager.prepare_forward_input(X, Y)
             autocast = self._config.precision == "bfloat16"
@@ -195,7 +199,7 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """The finished model into the folder, and the curve's picture."""
-        if self._ranks.is_first:
+        if self._world.rank == 0:
             if self._curve.draw() is None:
                 print(
                     "no loss.png without matplotlib: pip install 'gradproj[plot]'",
@@ -208,7 +212,7 @@ class _Run:
                 with explain_os_errors(self._folder / name):
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)
-        self._ranks.wait()
+        self._world.barrier()
         return self.result()
 
     def result(self) -> TrainResult:

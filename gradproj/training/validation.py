@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.corpus.stream import read_documents
+from gradproj.distributed import World
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
@@ -17,7 +18,7 @@ from gradproj.training.data import (
     open_corpus,
     tokens_of,
 )
-from gradproj.training.ranks import Ranks
+from gradproj.training.data_parallel import totals
 
 
 class Validation:
@@ -28,10 +29,10 @@ class Validation:
     """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, device: torch.device, ranks: Ranks
+        self, config: TrainConfig, tokenizer: Any, device: torch.device, world: World
     ) -> None:
         self.batches = _read(config, tokenizer) if config.val_shards else []
-        self._device, self._ranks = device, ranks
+        self._device, self._world = device, world
         self._autocast = config.precision == "bfloat16"
 
     @property
@@ -47,7 +48,7 @@ class Validation:
         training = model.training
         model.eval()
         total, n_targets = 0.0, 0
-        for batch in self.batches[self._ranks.rank :: self._ranks.world_size]:
+        for batch in self.batches[self._world.rank :: self._world.size]:
             inputs = {
                 "input_ids": batch.input_ids.to(self._device),
                 "labels": batch.labels.to(self._device),
@@ -56,7 +57,7 @@ class Validation:
                 total += per_sample_loss(model, inputs, chunked=False).sum().item()
             n_targets += batch.n_targets
         model.train(training)
-        total, n_all = self._ranks.total(total, n_targets)
+        total, n_all = totals(self._world, total, n_targets)
         return total / n_all
 
 

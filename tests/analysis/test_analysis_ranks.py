@@ -10,7 +10,8 @@ from helpers.analysis_stores import NAMES, make_store
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, domain_matrix, score, self_influence, top_and_bottom
-from gradproj.analysis.ranks import Share
+from gradproj.analysis.row_blocks import rank_range
+from gradproj.distributed import World
 from gradproj.errors import ConfigError
 
 KINDS = ("kfac", "preconditioned", "cosine")
@@ -73,7 +74,7 @@ def test_two_ranks_have_the_answer_of_one(tmp_path):
 def test_shares_are_whole_units_and_together_the_store(tmp_path, world_size):
     output = make_store(tmp_path / "out")
     with ProjectionStore(output.path) as store:
-        spans = [Share(rank, world_size).samples(store) for rank in range(world_size)]
+        spans = [rank_range(store, World(rank, world_size)) for rank in range(world_size)]
     assert spans[0][0] == 0
     assert spans[-1][1] == 70
     assert [stop for _, stop in spans[:-1]] == [start for start, _ in spans[1:]]

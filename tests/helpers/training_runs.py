@@ -10,6 +10,7 @@ from helpers.references import projected_gradient_by_autograd
 
 from gradproj import GradProjLoraEngine
 from gradproj.corpus.index import build_index, list_tars
+from gradproj.distributed import World
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
@@ -17,7 +18,6 @@ from gradproj.training import TrainConfig
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model
 from gradproj.training.optimizer import parameter_groups, rate_at
-from gradproj.training.ranks import Ranks
 
 SHAPE = {
     "n_layer": 1, "n_embd": 16, "n_head": 2, "max_length": 16, "batch_size": 3, "max_steps": 6, "warmup_steps": 2,
@@ -68,7 +68,7 @@ def rows_the_slow_way(
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay))
     streams = [
-        batches_of(config, index_of(data), tokenizer_of(data), Ranks(rank, world_size))
+        batches_of(config, index_of(data), tokenizer_of(data), World(rank, world_size))
         for rank in range(world_size)
     ]
     rows, steps, ids = [], [], []

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from gradproj import ProjectionStore, per_sample_loss
 from gradproj.__main__ import main
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.store.append_store import AppendStore, choose_rows
 from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model, set_dropout
-from gradproj.training.ranks import Ranks
 from gradproj.training.validation import Validation
 
 
@@ -513,7 +513,7 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
             [g.flatten() for g in torch.autograd.grad(losses, list(model.parameters()))]
         )
 
-    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks()).batches[0]
+    validation = Validation(config, tokenizer, torch.device("cpu"), World()).batches[0]
     batches = batches_of(config, index_of(data), tokenizer)
     first = [next(batches) for _ in range(2)]
     n_targets = sum(batch.n_targets for batch in first)
@@ -538,7 +538,7 @@ def test_under_sgd_the_values_add_up_to_the_fall_of_the_validation_loss(data, tm
     train(config)
     torch.manual_seed(config.seed)
     tokenizer, model = load_or_make_model(config)
-    validation = Validation(config, tokenizer, torch.device("cpu"), Ranks())
+    validation = Validation(config, tokenizer, torch.device("cpu"), World())
     before = validation.loss(model.double())
     model.load_state_dict(weights_in(tmp_path), strict=False)
     fall = before - validation.loss(model)

@@ -17,13 +17,13 @@ from helpers.training_runs import config_of, make_data
 
 from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.__main__ import main
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, CorpusError, StoreError
 from gradproj.store.append_store import AppendStore
 from gradproj.store.append_table import AppendTable
 from gradproj.store.layout import STATUS
 from gradproj.training import GhostEngineManager, checkpoints, train
 from gradproj.training.data import batches_of, open_corpus
-from gradproj.training.ranks import Ranks
 
 SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "proj_dtype": "float32"}
 
@@ -325,4 +325,4 @@ def test_fewer_documents_than_ranks_are_refused_by_every_rank(data, tmp_path):
     config = config_of(data, tmp_path)
     for rank in (0, index.n_samples):
         with pytest.raises(CorpusError, match=r"70 document.s. for 71 ranks; start fewer"):
-            next(batches_of(config, index, None, Ranks(rank, 71)))
+            next(batches_of(config, index, None, World(rank, 71)))

@@ -12,6 +12,7 @@ from helpers.training_runs import config_of, index_of, make_data, tokenizer_of
 from safetensors.torch import load_file
 
 from gradproj.corpus.index import save_index
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.training import loop, train
 from gradproj.training.checkpoints import Checkpoints, random_state, restore_random_state
@@ -22,8 +23,8 @@ from gradproj.training.data import (
     open_corpus,
     shuffled_documents,
 )
+from gradproj.training.data_parallel import world_of
 from gradproj.training.optimizer import rate_at
-from gradproj.training.ranks import Ranks
 from gradproj.training.validation import Validation
 
 
@@ -46,12 +47,12 @@ def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(
         index_of(data),
         tokenizer_of(data),
     )
-    ranks = Ranks(world_size - 1, world_size)
-    whole = list(itertools.islice(batches_of(config, index, tokenizer, ranks), 140))
+    world = World(world_size - 1, world_size)
+    whole = list(itertools.islice(batches_of(config, index, tokenizer, world), 140))
     assert whole[-1].position.epoch > 0
     for stop in (0, 1, 17, 40):
         position = DataPosition.from_dict(whole[stop].position.as_dict())
-        again = batches_of(config, index, tokenizer, ranks, position)
+        again = batches_of(config, index, tokenizer, world, position)
         assert all(same_batch(a, b) for a, b in zip(whole[stop + 1 :], again, strict=False))
 
 
@@ -63,7 +64,7 @@ def test_ranks_share_out_every_document_of_an_epoch_once(data, tmp_path):
     )
     seen = []
     for rank in range(3):
-        for batch in batches_of(config, index, tokenizer, Ranks(rank, 3)):
+        for batch in batches_of(config, index, tokenizer, World(rank, 3)):
             if batch.position.epoch > 0:
                 break
             seen += batch.sample_ids.tolist()
@@ -187,7 +188,7 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
     assert len(lines) == 4
     same = config_of(data, tmp_path, resume=True)
     with pytest.raises(ConfigError, match="  ranks: checkpoint 1, this run 2"):
-        Checkpoints(tmp_path, same, Ranks(0, 2), {}).load(
+        Checkpoints(tmp_path, same, World(0, 2), {}).load(
             tmp_path / "checkpoints" / "step-00000006"
         )
 
@@ -195,7 +196,7 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
 def test_a_checkpoint_that_was_not_finished_counts_for_nothing(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     (tmp_path / "checkpoints" / ".saving-step-00000009").mkdir()
-    found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), Ranks(), {}).newest()
+    found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), World(), {}).newest()
     assert found == tmp_path / "checkpoints" / "step-00000006"
 
 
@@ -227,7 +228,7 @@ def test_the_validation_loss_is_the_mean_over_its_targets_and_changes_nothing(da
     )
     _, model = loop.load_or_make_model(config)
     model.train()
-    validation = Validation(config, tokenizer_of(data), torch.device("cpu"), Ranks())
+    validation = Validation(config, tokenizer_of(data), torch.device("cpu"), World())
     assert [len(batch.sample_ids) for batch in validation.batches] == [3, 3]
     state = random_state()["cpu"]
     got = validation.loss(model)
@@ -251,7 +252,7 @@ def test_the_validation_loss_is_the_mean_over_its_targets_and_changes_nothing(da
     ],
 )
 def test_ranks_come_from_whatever_a_loop_has(info):
-    assert Ranks.of(info) == Ranks.of(None) == Ranks(0, 1)
+    assert world_of(info) == world_of(None) == World(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_ranks_come_from_whatever_a_loop_has(info):
 )
 def test_ranks_that_nobody_joins_are_refused(info, message):
     with pytest.raises(ConfigError, match=message):
-        Ranks.of(info)
+        world_of(info)
 
 
 @pytest.mark.parametrize(

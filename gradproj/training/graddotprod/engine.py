@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import without_wrappers
 from gradproj.errors import ConfigError, ModelError
+from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.graddotprod.batch import DotBatch
 from gradproj.training.graddotprod.joint_batch import JointBatch, JointBatcher
 from gradproj.training.graddotprod.layer_rules import DotLayer, find_dot_layers
-from gradproj.training.graddotprod.ranks import Reducer
 from gradproj.training.graddotprod.shapley import learning_rates
 from gradproj.training.graddotprod.table import DotRows
 
@@ -106,10 +106,11 @@ class GradDotProdEngine:
         named = [(name, p) for name, p in self._inner.named_parameters() if p.requires_grad]
         self.parameter_names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
-        self._reducer = Reducer(module)
+        self._averager = GradientAverager(module)
+        self._world = self._averager.world
         folder = None if result_dir is None else Path(result_dir) / "grad_dotprod"
         self._rows = DotRows(
-            folder if self._reducer.rank == 0 else None,
+            folder if self._world.rank == 0 else None,
             self.parameter_names,
             save_interval,
             resume_step,
@@ -140,7 +141,7 @@ class GradDotProdEngine:
             self._handles.append(
                 layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True)
             )
-        self._reducer.hold()
+        self._averager.suspend_ddp()
         return self
 
     def detach(self) -> None:
@@ -148,7 +149,7 @@ class GradDotProdEngine:
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            self._reducer.release()
+            self._averager.resume_ddp()
         self._handles = []
         self.clear_gradients()
 
@@ -247,8 +248,8 @@ class GradDotProdEngine:
                 "prepare_gradients: no batch of prepare_forward_input ran backward; call loss.backward() first, once"
             )
         batch.finish()
-        if self._reducer.size > 1:
-            for parameter, gradient in self._reducer.means(self._parameters, self._held):
+        if self._world.size > 1:
+            for parameter, gradient in self._averager.means(self._parameters, self._held):
                 _add_to_grad(parameter, gradient)
             self._held = {}
         self._prepared = True
@@ -271,7 +272,7 @@ class GradDotProdEngine:
             raise ModelError(
                 "aggregate_and_log: call prepare_gradients() first, after loss.backward()"
             )
-        factor = joined.train_scale * joined.validation_scale / self._reducer.size
+        factor = joined.train_scale * joined.validation_scale / self._world.size
         factor *= _now(self.accumulation) / _now(self.loss_scale) ** 2
         dots = batch.dots(self._parameters).double().cpu() * factor
         step, ids = self._noted
@@ -283,7 +284,7 @@ class GradDotProdEngine:
             "per_parameter": dots.float().numpy(),
         }
         self.clear_gradients()
-        self._rows.add(self._reducer.of_all(rows))
+        self._rows.add(self._world.gather(rows))
         return {name: torch.from_numpy(column) for name, column in rows.items() if name != "step"}
 
     def clear_gradients(self) -> None:
@@ -324,7 +325,7 @@ class GradDotProdEngine:
                 "returned; evaluate under torch.no_grad(), or detach_for_evaluation() before"
             )
         self._in_forward = True
-        self._reducer.hold()
+        self._averager.suspend_ddp()
         for parameter in self._parameters:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -347,7 +348,7 @@ class GradDotProdEngine:
 
     def _deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         # Several ranks must average this batch's gradient before it meets those of earlier micro-batches.
-        if self._reducer.size > 1:
+        if self._world.size > 1:
             self._held[parameter] = gradient
         else:
             _add_to_grad(parameter, gradient)
