@@ -221,10 +221,6 @@ class TrainConfig(EngineConfig):
 
 
 def _check_method(config: TrainConfig) -> None:
-    # The engines need this module.
-    from gradproj.training.engine_manager import check_method
-
-    check_method(config.method)
     if config.method == "GradDotProd" and not config.val_shards:
         raise ConfigError(
             "--method GradDotProd compares with validation documents: give --val_shards"

@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine; to this one each thing means nothing, so training is as without."""
+"""Base class for training engines. All calls are no-ops, so the base class trains unmodified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,29 +12,33 @@ from gradproj.training.config import EngineConfig
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is made from."""
+    """Everything that an engine is made from."""
 
     settings: EngineConfig
     model: nn.Module
-    """On its device; not yet inside of DistributedDataParallel, or inside of it."""
+    """On its device; wrapped in DistributedDataParallel or not."""
     optimizer: Any
     world: World
     val_data: Any
     """``(input_ids, labels)`` of a validation batch, or None."""
     loss: str = "mean"
-    """Over the target tokens that ran forward, ``per_sample_loss``'s times any number (``"sum"``) or the mean."""
+    """The loop's loss over the target tokens of the forward pass: their ``"mean"``, or ``"sum"``:
+    ``per_sample_loss(...).sum()`` times any number."""
     resume_step: int | None = None
-    """The last step of the checkpoint that training goes on from; None where it begins."""
+    """The last step of the checkpoint that training continues from; None for a new run."""
 
 
 class TrainingEngine:
-    """An engine that does nothing; the base of those that do something, which override what they need.
+    """An engine that does nothing. Subclasses override the calls they need.
 
-    The loop calls, for every batch: ``attach_train_batch``, ``prepare_forward_input``, forward and backward,
-    ``prepare_gradients``, ``aggregate_and_log``, ``clear_gradients``; after the optimizer's step ``save_metrics`` where
-    ``should_save_metrics`` says so; around evaluations ``detach_for_evaluation`` and ``reattach_after_evaluation``; at
-    the end, whatever happened, ``cleanup``.
+    For every batch the loop calls ``attach_train_batch``, ``prepare_forward_input``, forward and
+    backward, ``prepare_gradients``, ``aggregate_and_log`` and ``clear_gradients``. After an
+    optimizer step it calls ``save_metrics`` if ``should_save_metrics`` returns True. Evaluations
+    are between ``detach_for_evaluation`` and ``reattach_after_evaluation``. ``cleanup`` comes last,
+    also after an exception.
     """
+
+    context: EngineContext
 
     def __init__(self, context: EngineContext) -> None:
         self.context = context
@@ -42,49 +46,67 @@ class TrainingEngine:
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
     ) -> None:
-        """A batch is about to run: ``(N, S)`` inputs, ``(N, S)`` labels (not shifted, -100 = no target), step, ids."""
+        """Announce the next batch.
+
+        Args:
+            X: ``(N, S)`` int64 token ids.
+            Y: ``(N, S)`` int64 labels, not shifted, -100 = no target.
+            iter_num: the step.
+            batch_idx: the samples' ids, ``(N,)``.
+        """
 
     def prepare_forward_input(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to run forward; the batch's own rows come first."""
+        """Return the ids and labels to run forward; the batch's own rows come first."""
         return X, Y
 
     def prepare_gradients(self) -> None:
-        """After backward: leave in ``.grad`` the gradient of the batch's own rows."""
+        """Leave the gradient of the batch's own rows in ``.grad``. Called after backward."""
 
-    def aggregate_and_log(self, losses: Tensor | None = None) -> None:
-        """Take from the batch what is wanted; ``losses`` are its samples' summed losses ``(N,)``, where known."""
+    def aggregate_and_log(self, losses: Tensor | None = None) -> Any:
+        """Keep what the engine computes from a batch.
+
+        Args:
+            losses: the samples' summed token losses (nats), ``(N,)``; None if not known.
+        """
 
     def clear_gradients(self) -> None:
-        """Forget what is left of the batch."""
+        """Drop all that is left of the batch."""
 
     def should_save_metrics(self, iter_num: int) -> bool:
-        """Whether this is a step after which ``save_metrics`` is due."""
+        """Return whether ``save_metrics`` is due after this step."""
         return False
 
-    def save_metrics(self, iter_num: int) -> None:
-        """Write all that was not written yet."""
+    def save_metrics(self, iter_num: int) -> Any:
+        """Write everything not written yet."""
 
     def detach_for_evaluation(self) -> None:
-        """Take no part in what runs from here on."""
+        """Ignore forward and backward passes from now on."""
 
     def reattach_after_evaluation(self) -> None:
         """Take part again."""
 
     def cleanup(self) -> None:
-        """Write what is left and leave the model as it was found; a second call does nothing."""
+        """Write what is left and restore the model; a second call does nothing."""
 
     def reports(
         self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
     ) -> dict[str, str]:
-        """At the end: what people may want to read, by file name; of sample ids the domain and the text are known."""
+        """Return file name -> text for readers, made at the end of a run.
+
+        Args:
+            domain_of: sample id -> its domain.
+            text_of: sample id -> its text.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; all before it is written."""
+        """Write everything, and return what a checkpoint keeps of the engine."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what was written after it is cut off. An empty state: from the beginning.
+        """Continue from a checkpoint and cut what was written after it.
 
-        A loop that did not keep a ``state_dict`` can give ``{"step": last step done}``.
+        Args:
+            state: from ``state_dict``; empty for a start from the beginning; or ``{"step": last
+                step}`` from a loop that did not keep a ``state_dict``.
         """

@@ -34,7 +34,7 @@ from gradproj.training.data import (
     open_corpus,
 )
 from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
-from gradproj.training.engine_manager import GhostEngineManager
+from gradproj.training.engine_manager import GhostEngineManager, check_method
 from gradproj.training.loss_curve import LossCurve, TrainResult
 from gradproj.training.optimizer import make_optimizer, rate_at
 from gradproj.training.validation import Validation
@@ -55,6 +55,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     Raises:
         GradprojError: the model, the tokenizer, the corpus or the folder cannot be used.
     """
+    check_method(config.method)
     process, stop = Process.from_environment(), stop or StopRequest()
     device, warning = choose_device(config.device, process.local_rank)
     if warning and process.rank == 0:

@@ -198,13 +198,16 @@ def test_training_goes_on_from_a_checkpoint(made, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_unknown_method_is_rejected_before_anything_is_written(made, tmp_path):
+    message = "--method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(made, tmp_path / "run", method="Ghost"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"method": "Ghost"},
-            "--method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora",
-        ),
         ({"max_steps": 0}, "--max_steps must be at least 1, got 0"),
         ({"max_length": 1}, "--max_length must be at least 2 .* got 1"),
         ({"n_embd": 30, "n_head": 4}, "--n_embd 30 is not a multiple of --n_head 4"),

@@ -1,4 +1,4 @@
-"""Training rows joined with a validation batch, and what turns the joined loss's gradient into either's own."""
+"""Joins training rows with a validation batch, and scales the joint gradient for either part."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradproj.engine.loss import IGNORE
-from gradproj.errors import ConfigError
+from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True)
 class JointBatch:
-    """A joined batch: training rows first."""
+    """A joint batch: training rows first."""
 
     input_ids: Tensor
     """``(B + V, S)``."""
@@ -23,9 +23,9 @@ class JointBatch:
     n_train: int
     """B."""
     train_scale: float
-    """Times the joined loss's gradient at the training rows: the gradient of the training batch's own loss."""
+    """Factor from the joint loss's gradient at the training rows to that of the training batch's loss."""
     validation_scale: float
-    """Times its gradient at the validation rows: that of the validation batch's mean loss per target token."""
+    """Likewise at the validation rows, to that of their mean loss per target token."""
 
 
 class JointBatcher:
@@ -33,8 +33,8 @@ class JointBatcher:
 
     Args:
         val_data: as ``GradDotProdEngine`` takes it.
-        loss_reduction: of the loop's loss over the joined batch's target tokens.
-        labels_shifted: whether labels are one position ahead already.
+        loss_reduction: of the loop's loss over the joint batch's target tokens.
+        labels_shifted: whether labels are already one position ahead.
 
     Raises:
         ConfigError: one of them cannot be used.
@@ -45,13 +45,13 @@ class JointBatcher:
             raise ConfigError(f"loss_reduction is {loss_reduction!r}; choose mean or sum")
         self._val_data, self._reduction, self._shifted = val_data, loss_reduction, labels_shifted
         if not callable(val_data):
-            self._validation()  # a user's mistake comes out here
+            self._validation()  # raises a user's error now and not in the first step
 
     def join(self, x_train: Tensor, y_train: Tensor | None) -> JointBatch:
-        """The batch with the validation batch below it, both padded on the right to one length.
+        """Put the validation batch below a batch, both padded on the right to one length.
 
         Raises:
-            ConfigError: ids and labels do not fit each other.
+            ConfigError: the shapes of ids and labels differ.
         """
         x, y = _checked("X_train, Y_train", x_train, y_train)
         x_val, y_val = (part.to(x.device) for part in self._validation())
@@ -70,12 +70,14 @@ class JointBatcher:
             data = (data, None)
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise ConfigError(
-                f"val_data is {type(data).__name__}; give (input_ids, labels), a mapping with these keys, or token ids"
+                f"val_data is {type(data).__name__}; give (input_ids, labels), a mapping with "
+                "these keys, or token ids"
             )
         x, y = _checked("val_data", *data)
         if not self._n_targets(y):
             raise ConfigError(
-                "val_data has no target token: every label is -100, or the samples have one token each"
+                "val_data has no target token: every label is -100, or the samples have one token "
+                "each"
             )
         return x, y
 
@@ -83,14 +85,30 @@ class JointBatcher:
         return int(((labels if self._shifted else labels[:, 1:]) != IGNORE).sum())
 
 
-def _checked(what: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+def loss_divisor(model: nn.Module) -> float:
+    """Return what a loop divided the summed loss of its last backward pass by.
+
+    Raises:
+        ModelError: the loss was not ``per_sample_loss``'s.
+    """
+    weights = LOSS_WEIGHTS.get(loss_key(model))
+    if weights is None:
+        raise ModelError(
+            'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
+            "with the mean of transformers' own loss leave loss=\"sum\" out"
+        )
+    return 1 / float(weights[0])
+
+
+def _checked(name: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     y = x if y is None else y
     shapes = [
         tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)
     ]
     if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{what}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and {shapes[1]}"
+            f"{name}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and "
+            f"{shapes[1]}"
         )
     return x, y
 

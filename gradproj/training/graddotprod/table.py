@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.store.append_table import AppendTable, refuse_gap
 from gradproj.training.graddotprod.shapley import RunValues
 
@@ -87,3 +89,20 @@ class DotRows:
         )
         self._waiting = []
         return self._table.path
+
+
+def check_ids(sample_ids: Any, n: int) -> np.ndarray:
+    """Return a batch's sample ids, ``(n,)`` int64; -1 where none are given.
+
+    Raises:
+        ConfigError: there are not n of them.
+    """
+    if sample_ids is None:
+        return np.full(n, -1)
+    ids = np.asarray(torch.as_tensor(sample_ids).cpu(), np.int64)
+    if ids.shape != (n,):
+        raise ConfigError(
+            f"attach_train_batch: {n} samples and batch_idx of shape {ids.shape}; give one id a "
+            "sample"
+        )
+    return ids

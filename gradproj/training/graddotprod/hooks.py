@@ -1,0 +1,109 @@
+"""Hooks that lead a model's forward pass through the joint batch of the moment."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.errors import ModelError
+from gradproj.training.data_parallel import GradientAverager
+from gradproj.training.graddotprod.batch import DotBatch
+from gradproj.training.graddotprod.layer_rules import DotLayer
+
+
+class ModelHooks:
+    """Puts hooks on a model and its layers, and freezes weights while a joint batch runs.
+
+    Args:
+        model: the model without its wrappers.
+        layers: those with trainable parameters.
+        parameters: the trainable ones.
+        averager: stands in for DistributedDataParallel's reducer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[DotLayer],
+        parameters: list[nn.Parameter],
+        averager: GradientAverager,
+    ) -> None:
+        self.batch: DotBatch | None = None
+        """The joint batch that the next forward pass is of."""
+        self._model, self._layers, self._averager = model, layers, averager
+        self._parameters = parameters
+        self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
+        self._in_forward = False
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on; a second call does nothing."""
+        if self._handles:
+            return
+        self._handles = [
+            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self._model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+        for layer in self._layers:
+            self._handles.append(
+                layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True)
+            )
+        self._averager.suspend_ddp()
+
+    def detach(self) -> None:
+        """Take the hooks off; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            self._averager.resume_ddp()
+        self._handles = []
+
+    def drop_batch(self) -> None:
+        """Forget the batch, and let its weights require a gradient again."""
+        self.batch, self._in_forward = None, False
+        self.unfreeze()
+
+    def unfreeze(self) -> None:
+        """Let the weights require a gradient again."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.is_grad_enabled():
+            return
+        candidates = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next((x for x in candidates if isinstance(x, Tensor)), None)
+        n_samples = 0 if inputs is None else len(inputs)
+        n_joined = self.batch.n_samples if self.batch else 0
+        if n_samples != n_joined:
+            raise ModelError(
+                f"the model got {n_samples} samples and GradDotProd joined {n_joined}: give it what "
+                "prepare_forward_input returned; evaluate under torch.no_grad(), or after "
+                "detach_for_evaluation()"
+            )
+        self._in_forward = True
+        self._averager.suspend_ddp()
+        # Otherwise autograd would add the whole joint batch's gradient to .grad.
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._in_forward = False
+
+    def _hook_of(self, layer: DotLayer) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled() or self.batch is None:
+                return None
+            a = args[0] if args else next(iter(kwargs.values()))
+            root = torch.zeros((), device=output.device, requires_grad=True)
+            # Outside of the forward pass, a checkpointed block runs again for its backward pass.
+            return self.batch.tap(layer, a, output, root, again=not self._in_forward)
+
+        return hook
