@@ -135,6 +135,14 @@ def write_and_replace(
     replace_atomically(tmp_path, final_path)
 
 
+def existing_ancestor(path: Path) -> Path:
+    """Return ``path`` if it exists, otherwise its nearest ancestor that does."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def fsync_dir(path: str | Path) -> None:
     """Flush a folder, so that names published in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

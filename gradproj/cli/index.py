@@ -4,15 +4,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradproj.corpus.index import (
-    CorpusIndex,
-    build_index,
-    check_unchanged,
-    default_index_path,
-    list_tars,
-    load_index,
-    save_index,
-)
+from gradproj.corpus.index import CorpusIndex, build_index, check_unchanged
+from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags import parse
 

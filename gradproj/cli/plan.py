@@ -8,6 +8,7 @@ import numpy as np
 
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
+from gradproj.files import existing_ancestor
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.summary import plan_lines
@@ -29,9 +30,7 @@ def plan_command(argv: list[str]) -> None:
 
 def _check_writable(output: Path) -> None:
     """Refuse a folder that could not be made or written to, without making it."""
-    folder = output.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_ancestor(output)
     if not folder.is_dir():
         raise StoreError(f"--output_dir {output}: {folder} is a file; give a folder")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -11,34 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from gradproj.corpus.index_file import checksum_of, publish
-from gradproj.corpus.tar.paths import default_index_path, list_tars, some
-from gradproj.corpus.tar.scan import MAX_DOMAINS, SAMPLES_PER_BLOCK, TarFacts
+from gradproj.corpus.tar.paths import some
+from gradproj.corpus.tar.scan import MAX_DOMAINS, TarFacts
 from gradproj.corpus.tar.scan_pool import scan_tars
 from gradproj.errors import CorpusError
-
-__all__ = [
-    "SAMPLES_PER_BLOCK",
-    "CorpusIndex",
-    "Tar",
-    "build_index",
-    "check_unchanged",
-    "default_index_path",
-    "list_tars",
-    "load_index",
-    "save_index",
-]
-
-FORMAT = "gradproj corpus index"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -184,7 +166,7 @@ def build_index(
         tars.append(_tar(path, stat, facts, start_id))
         check_unchanged(tars[-1])
         start_id += facts.n_samples
-    return _index(tuple(tars), domain_field)
+    return make_index(tuple(tars), domain_field)
 
 
 def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Tar:
@@ -208,7 +190,7 @@ def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Ta
     )
 
 
-def _index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
+def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
     domains = tuple(sorted({domain for tar in tars for domain in tar.domain_counts}))
     if len(domains) > MAX_DOMAINS:
         raise CorpusError(
@@ -268,100 +250,3 @@ def _stat(path: Path) -> os.stat_result:
         raise CorpusError(
             f"{path}: the tar cannot be read: {error.strerror}; put it back, or mend --shards"
         ) from error
-
-
-class _Envelope(msgspec.Struct):
-    """The file's outer part, which every version has."""
-
-    format: str
-    format_version: int
-    checksum: str
-    index: msgspec.Raw
-
-
-class _Body(msgspec.Struct):
-    domain_field: str
-    fingerprint: str
-    tars: list[Tar]
-
-
-def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
-    """Write the index as one file, whole or not at all, and return the index that stands there.
-
-    Of several builders one wins; the others get the winner's index. ``replace_existing`` puts this one in the place of
-    any other, as `python -m gradproj index` does. Tars under the file's folder are named relative to it, so that the
-    folder can move.
-
-    Raises:
-        CorpusError: the index that was there already is of another corpus, or the folder cannot be written.
-    """
-    path = Path(os.path.abspath(path))
-    checksum = checksum_of(_body_parts(index, path.parent))
-    envelope = msgspec.json.encode(
-        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
-    )
-    parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
-    if publish(path, parts, replace_existing):
-        return index
-    winner = load_index(path)
-    if winner.fingerprint != index.fingerprint:
-        raise CorpusError(
-            f"{path}: is the index of another corpus: {len(winner.tars)} tars, {winner.n_samples:,} samples, field "
-            f"{winner.domain_field}; these are {len(index.tars)} tars, {index.n_samples:,} samples, field "
-            f"{index.domain_field}. Name another path for the index, or replace it with: python -m gradproj index"
-        )
-    return winner
-
-
-def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
-    """The JSON of a ``_Body``, a tar at a time: as a whole it can have 70 MB."""
-    yield msgspec.json.encode(_Body(index.domain_field, index.fingerprint, [])).removesuffix(b"]}")
-    for number, tar in enumerate(index.tars):
-        path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
-        yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
-    yield b"]}"
-
-
-def load_index(path: Path) -> CorpusIndex:
-    """Read an index file; a newer format, a torn or changed file and any other file are a CorpusError."""
-    path = Path(os.path.abspath(path))
-    again = "Make it again with: python -m gradproj index"
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(
-            f"{path}: the corpus index cannot be read: {error.strerror}. {again}"
-        ) from error
-    try:
-        envelope = msgspec.json.decode(raw, type=_Envelope)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        kind = "a torn corpus index" if FORMAT.encode() in raw[:100] else "not a corpus index"
-        raise CorpusError(f"{path}: {kind} ({error}). {again}") from error
-    if envelope.format != FORMAT:
-        raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {again}")
-    if envelope.format_version != FORMAT_VERSION:
-        raise CorpusError(
-            f"{path}: a corpus index of format version {envelope.format_version}; this gradproj reads version "
-            f"{FORMAT_VERSION}. Use the gradproj that made it, or make it again with: python -m gradproj index"
-        )
-    content = memoryview(
-        envelope.index
-    )  # of the file's bytes: those of the Pile's index are 70 MB in every rank
-    if checksum_of([content]) != envelope.checksum:
-        raise CorpusError(
-            f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
-        )
-    body = msgspec.json.decode(content, type=_Body, dec_hook=_decode_path)
-    del raw, envelope, content
-    index = _index(
-        tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field
-    )
-    if index.fingerprint != body.fingerprint:
-        raise CorpusError(
-            f"{path}: the corpus index's fingerprint is not that of its tars. {again}"
-        )
-    return index
-
-
-def _decode_path(kind: type, value: Any) -> Path:
-    return kind(value)

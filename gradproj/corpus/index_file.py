@@ -2,10 +2,17 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
+from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
 
 
@@ -70,3 +77,150 @@ def checksum_of(parts: Iterable[bytes | memoryview]) -> str:
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
+
+
+FORMAT = "gradproj corpus index"
+FORMAT_VERSION = 1
+
+
+class _Envelope(msgspec.Struct):
+    """The file's outer part, which every version has."""
+
+    format: str
+    format_version: int
+    checksum: str
+    index: msgspec.Raw
+
+
+class _Body(msgspec.Struct):
+    domain_field: str
+    fingerprint: str
+    tars: list[Tar]
+
+
+def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
+    """Write the index as one file, whole or not at all, and return the index that stands there.
+
+    Of several builders one wins; the others get the winner's index. ``replace_existing`` puts this one in the place of
+    any other, as `python -m gradproj index` does. Tars under the file's folder are named relative to it, so that the
+    folder can move.
+
+    Raises:
+        CorpusError: the index that was there already is of another corpus, or the folder cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    checksum = checksum_of(_body_parts(index, path.parent))
+    envelope = msgspec.json.encode(
+        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
+    )
+    parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
+    if publish(path, parts, replace_existing):
+        return index
+    winner = load_index(path)
+    if winner.fingerprint != index.fingerprint:
+        raise CorpusError(
+            f"{path}: is the index of another corpus: {len(winner.tars)} tars, {winner.n_samples:,} samples, field "
+            f"{winner.domain_field}; these are {len(index.tars)} tars, {index.n_samples:,} samples, field "
+            f"{index.domain_field}. Name another path for the index, or replace it with: python -m gradproj index"
+        )
+    return winner
+
+
+def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
+    """The JSON of a ``_Body``, a tar at a time: as a whole it can have 70 MB."""
+    yield msgspec.json.encode(_Body(index.domain_field, index.fingerprint, [])).removesuffix(b"]}")
+    for number, tar in enumerate(index.tars):
+        path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
+        yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
+    yield b"]}"
+
+
+def load_index(path: Path) -> CorpusIndex:
+    """Read an index file; a newer format, a torn or changed file and any other file are a CorpusError."""
+    path = Path(os.path.abspath(path))
+    again = "Make it again with: python -m gradproj index"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CorpusError(
+            f"{path}: the corpus index cannot be read: {error.strerror}. {again}"
+        ) from error
+    try:
+        envelope = msgspec.json.decode(raw, type=_Envelope)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        kind = "a torn corpus index" if FORMAT.encode() in raw[:100] else "not a corpus index"
+        raise CorpusError(f"{path}: {kind} ({error}). {again}") from error
+    if envelope.format != FORMAT:
+        raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {again}")
+    if envelope.format_version != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path}: a corpus index of format version {envelope.format_version}; this gradproj reads version "
+            f"{FORMAT_VERSION}. Use the gradproj that made it, or make it again with: python -m gradproj index"
+        )
+    content = memoryview(
+        envelope.index
+    )  # of the file's bytes: those of the Pile's index are 70 MB in every rank
+    if checksum_of([content]) != envelope.checksum:
+        raise CorpusError(
+            f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
+        )
+    body = msgspec.json.decode(content, type=_Body, dec_hook=_decode_path)
+    del raw, envelope, content
+    index = make_index(
+        tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field
+    )
+    if index.fingerprint != body.fingerprint:
+        raise CorpusError(
+            f"{path}: the corpus index's fingerprint is not that of its tars. {again}"
+        )
+    return index
+
+
+def _decode_path(kind: type, value: Any) -> Path:
+    return kind(value)
+
+
+def open_corpus(
+    shards: str,
+    *,
+    flag: str = "--shards",
+    output_index: Path | None = None,
+    domain_field: str = "meta.pile_set_name",
+    most_tars: int | None = None,
+    progress: bool = True,
+) -> CorpusIndex:
+    """Return the index of the corpus that ``shards`` names, building it if there is none.
+
+    An index file (``.json``) is loaded as it is. For tars the index is ``output_index`` or the one
+    beside the tars, with the tars' present paths; without either, every tar is scanned.
+
+    Args:
+        shards: the value of a ``--shards`` flag, see :func:`list_tars`.
+        flag: the name of that flag, for messages.
+        output_index: an index that an earlier run kept; it need not exist.
+        domain_field: the field that names a document's domain, for a new index.
+        most_tars: the most tars to scan here; None for no limit.
+        progress: show a progress bar while tars are scanned.
+
+    Raises:
+        CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or an
+            index belongs to other tars.
+    """
+    try:
+        if shards.endswith(".json"):
+            return load_index(Path(shards))
+        paths, beside = list_tars(shards), default_index_path(shards)
+        indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
+        # Tars that were touched or copied are indexed again beside them. If that is the same corpus,
+        # the newer index is the one to use: it has the tars' present times.
+        for index in reversed(indexes):
+            if index.fingerprint == indexes[0].fingerprint:
+                return index.relocated(paths)
+        if most_tars is not None and len(paths) > most_tars:
+            raise CorpusError(
+                f"--shards {shards}: {len(paths):,} tars and no corpus index. Build it once: "
+                f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
+            )
+        return build_index(paths, domain_field=domain_field, progress=progress)
+    except CorpusError as error:
+        raise CorpusError(str(error).replace("--shards", flag)) from error

@@ -18,8 +18,8 @@ from gradproj.corpus.documents import (
     ReadLimits,
     read_document,
 )
-from gradproj.corpus.index import SAMPLES_PER_BLOCK, CorpusIndex, Tar, check_unchanged
-from gradproj.corpus.tar.scan import crc_of_keys, key_and_suffix
+from gradproj.corpus.index import CorpusIndex, Tar, check_unchanged
+from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK, crc_of_keys, key_and_suffix
 from gradproj.errors import CorpusError
 
 __all__ = ["Document", "ReadLimits", "read_documents"]

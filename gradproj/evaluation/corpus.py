@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
 from gradproj.evaluation.array_files import keep_arrays
@@ -14,7 +15,7 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
-from gradproj.training.data import open_corpus, shuffled_documents, tokens_of
+from gradproj.training.data import shuffled_documents, tokens_of
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 SAMPLES_PER_TAR = 4096

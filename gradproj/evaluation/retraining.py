@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import choose_device
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
@@ -29,7 +30,6 @@ from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model
 from gradproj.training import TrainConfig, train
-from gradproj.training.data import open_corpus
 
 LOSS_BATCH = 32
 

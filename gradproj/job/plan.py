@@ -10,18 +10,13 @@ import numpy as np
 
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.units import FOLDERS
-from gradproj.corpus.index import (
-    CorpusIndex,
-    build_index,
-    check_unchanged,
-    default_index_path,
-    list_tars,
-    load_index,
-)
+from gradproj.corpus.index import CorpusIndex, check_unchanged
+from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.projection import place_widths
 from gradproj.errors import CorpusError, ModelError, StoreError
+from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
@@ -198,24 +193,14 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
     Raises:
         CorpusError: more tars than the job indexes itself, a changed tar, an unknown domain.
     """
-    shards, own = config.corpus.shards, Path(config.job.output_dir) / INDEX_NAME
-    if shards.endswith(".json"):
-        index = load_index(Path(shards))
-    else:
-        paths = list_tars(shards)
-        beside = default_index_path(shards)
-        found = [load_index(p) for p in (own, beside) if p is not None and p.is_file()]
-        # Touched or copied tars are indexed again beside them; the same corpus, with times as they are now.
-        known = next((i for i in reversed(found) if i.fingerprint == found[0].fingerprint), None)
-        if known is not None:
-            index = known.relocated(paths)
-        elif len(paths) > MOST_TARS_TO_INDEX:
-            raise CorpusError(
-                f"--shards {shards}: {len(paths):,} tars and no corpus index. Build it once: "
-                f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
-            )
-        else:
-            index = build_index(paths, domain_field=config.corpus.domain_field, progress=progress)
+    shards = config.corpus.shards
+    index = open_corpus(
+        shards,
+        output_index=Path(config.job.output_dir) / INDEX_NAME,
+        domain_field=config.corpus.domain_field,
+        most_tars=MOST_TARS_TO_INDEX,
+        progress=progress,
+    )
     for tar in index.tars:
         check_unchanged(tar)
     if index.n_samples == 0:
@@ -300,10 +285,7 @@ def _check_space(plan: Plan) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free bytes where ``path`` is or will be."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing_ancestor(path)).free
 
 
 def attributes_of(plan: Plan) -> dict[str, Any]:

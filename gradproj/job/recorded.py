@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradproj.corpus.index import CorpusIndex, list_tars, load_index
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.index_file import load_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.distributed import choose_device
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError

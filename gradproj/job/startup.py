@@ -21,7 +21,8 @@ from gradproj.coordinator.unmerge import (
     check_records_have_store,
     unmerge_missing_units,
 )
-from gradproj.corpus.index import CorpusIndex, load_index, save_index
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.index_file import load_index, save_index
 from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
 from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import GradprojError, ReportedError

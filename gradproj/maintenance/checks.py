@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.coordinator.merge import COVARIANCE_ARRAYS, ranges_of
-from gradproj.corpus.index import load_index
+from gradproj.corpus.index_file import load_index
 from gradproj.errors import CorpusError, StoreError
 from gradproj.files import file_sum
 from gradproj.maintenance.job_output import Output

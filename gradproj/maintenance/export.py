@@ -14,6 +14,7 @@ import torch
 
 from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
+from gradproj.files import existing_ancestor
 
 if TYPE_CHECKING:
     # Imported on use: the engine writes such files too, and needs no store.
@@ -113,7 +114,7 @@ def plan_export(store: "ProjectionStore", config: ExportConfig) -> Export:
         raise StoreError(
             f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export"
         )
-    free = shutil.disk_usage(_nearest_folder(target)).free
+    free = shutil.disk_usage(existing_ancestor(target)).free
     if export.n_bytes > free:
         raise StoreError(
             f"--to {target}: {export.n_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free. "
@@ -127,13 +128,6 @@ def _check_target(target: Path) -> None:
         raise StoreError(f"--to {target} is a file; give a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise StoreError(f"--to {target} is not empty; give a new folder")
-
-
-def _nearest_folder(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def write_export(store: "ProjectionStore", config: ExportConfig, export: Export) -> Iterator[Path]:

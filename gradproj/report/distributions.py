@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradproj.coordinator.merge import wanted_units
-from gradproj.corpus.index import load_index
+from gradproj.corpus.index_file import load_index
 from gradproj.errors import CorpusError
 from gradproj.store import STATUS, ProjectionStore
 

@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from gradproj.corpus.index import CorpusIndex, list_tars, load_index
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.index_file import load_index
 from gradproj.corpus.stream import read_documents
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import CorpusError, StoreError
 from gradproj.store import ProjectionStore as RowStore
 

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from gradproj.corpus.documents import Document
-from gradproj.corpus.index import (
-    SAMPLES_PER_BLOCK,
-    CorpusIndex,
-    build_index,
-    default_index_path,
-    list_tars,
-    load_index,
-)
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
+from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
 from gradproj.distributed import World
 from gradproj.engine.batching import collate
 from gradproj.engine.loss import IGNORE
@@ -77,27 +71,6 @@ class TrainBatch:
     @property
     def n_targets(self) -> int:
         return self.n_tokens - len(self.sample_ids)
-
-
-def open_corpus(shards: str, flag: str = "--shards") -> CorpusIndex:
-    """The corpus named by a flag: an index file's, that of the index beside the tars, or one made from them.
-
-    Raises:
-        CorpusError: there is no such corpus, or the index is of other tars; of the flag.
-    """
-    try:
-        return _open_corpus(shards)
-    except CorpusError as error:
-        raise CorpusError(str(error).replace("--shards", flag)) from error
-
-
-def _open_corpus(shards: str) -> CorpusIndex:
-    if shards.endswith(".json"):
-        return load_index(Path(shards))
-    paths, beside = list_tars(shards), default_index_path(shards)
-    if beside is not None and beside.is_file():
-        return load_index(beside).relocated(paths)
-    return build_index(paths)
 
 
 def make_folder(flag: str, path: str) -> Path:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import Process, World, choose_device, process_group
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
@@ -31,7 +32,6 @@ from gradproj.training.data import (
     TrainedDocuments,
     batches_of,
     make_folder,
-    open_corpus,
 )
 from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
 from gradproj.training.engine_manager import GhostEngineManager, check_method
@@ -85,7 +85,7 @@ class _Run:
         index = open_corpus(config.shards)
         corpora = {"shards": index.fingerprint, "val_shards": ""}
         if config.val_shards:
-            corpora["val_shards"] = open_corpus(config.val_shards, "--val_shards").fingerprint
+            corpora["val_shards"] = open_corpus(config.val_shards, flag="--val_shards").fingerprint
         self._checkpoints = Checkpoints(folder, config, world, corpora)
         saved = self._checkpoints.to_resume()
         shared, own = self._checkpoints.load(saved) if saved else ({}, {})

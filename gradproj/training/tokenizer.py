@@ -9,10 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.files import explain_os_errors
-from gradproj.training.data import make_folder, open_corpus
+from gradproj.training.data import make_folder
 
 END_OF_TEXT = "<|endoftext|>"
 PROGRESS_EVERY_S = 5.0

@@ -5,19 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.distributed import World
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import (
-    DataPosition,
-    Sequence,
-    TrainBatch,
-    make_batch,
-    open_corpus,
-    tokens_of,
-)
+from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, tokens_of
 from gradproj.training.data_parallel import totals
 
 
@@ -62,7 +56,7 @@ class Validation:
 
 
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
-    index = open_corpus(config.val_shards, "--val_shards")
+    index = open_corpus(config.val_shards, flag="--val_shards")
     found: list[Sequence] = []
     for document in read_documents(index, 0, index.n_samples):
         if len(found) == config.val_batches * config.val_batch_size:

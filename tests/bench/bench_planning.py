@@ -86,7 +86,9 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from helpers.models import make_model
 
-    from gradproj.corpus.index import SAMPLES_PER_BLOCK, Tar, _index, save_index
+    from gradproj.corpus.index import Tar, make_index
+    from gradproj.corpus.index_file import save_index
+    from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
 
     make_model(folder / "model")
     (folder / "tars").mkdir()
@@ -112,7 +114,7 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
             )
         )  # fmt: skip
         start += n
-    save_index(_index(tuple(tars), "meta.pile_set_name"), folder / "tars" / "corpus.json")
+    save_index(make_index(tuple(tars), "meta.pile_set_name"), folder / "tars" / "corpus.json")
 
 
 def measured(step: str, folder: Path) -> dict[str, float]:
@@ -170,7 +172,7 @@ def rank_0(folder: Path) -> None:
 
 def every_rank(folder: Path) -> None:
     """The index, what is left, and where a unit's documents lie."""
-    from gradproj.corpus.index import load_index
+    from gradproj.corpus.index_file import load_index
     from gradproj.job.plan import INDEX_NAME
     from gradproj.maintenance.job_output import read_output
 

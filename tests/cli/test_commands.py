@@ -21,7 +21,7 @@ from helpers.outputs import (
 )
 
 from gradproj.__main__ import COMMANDS, main
-from gradproj.corpus.index import load_index
+from gradproj.corpus.index_file import load_index
 from gradproj.maintenance.job_output import read_output
 from gradproj.store.unit_record import record_name
 
@@ -118,7 +118,9 @@ def test_a_wrong_line_is_refused_in_one_line_that_names_what_is_wrong(line, mess
 
 
 def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_path):
-    first = write_jsonl(tmp_path / "a.jsonl", [input_record("one", "web"), input_record("two", "code")])
+    first = write_jsonl(
+        tmp_path / "a.jsonl", [input_record("one", "web"), input_record("two", "code")]
+    )
     second = write_jsonl(tmp_path / "b.jsonl", [input_record("three", "web")])
     code, out, _ = run(
         "prepare", first, second, "--output_dir", tmp_path / "tars", "--samples_per_shard", 2

@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 from helpers.corpora import plain_members, slow_domain, slow_samples, write_tar
 
-from gradproj.corpus.index import (
-    build_index,
-    check_unchanged,
-    default_index_path,
-    list_tars,
-    load_index,
-    save_index,
-)
+from gradproj.corpus.index import build_index, check_unchanged
+from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar import scan_pool as scanpool
+from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
 
 

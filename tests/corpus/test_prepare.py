@@ -24,7 +24,7 @@ from helpers.corpora import (
 
 from gradproj.corpus import prepare as prepare_module
 from gradproj.corpus.prepare import PrepareConfig, prepare
-from gradproj.corpus.tar import writer as tarwriter
+from gradproj.corpus.tar import writer
 from gradproj.corpus.tar.writer import tar_header
 from gradproj.errors import CorpusError, StoreError
 
@@ -60,7 +60,9 @@ def test_a_tar_is_byte_for_byte_the_one_that_tarfile_writes(tmp_path):
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_same_input_gives_the_same_bytes(grouped, tmp_path):
-    name = write_jsonl(tmp_path / "in.jsonl", [input_record(f"{i}", f"d{i % 4}") for i in range(50)])
+    name = write_jsonl(
+        tmp_path / "in.jsonl", [input_record(f"{i}", f"d{i % 4}") for i in range(50)]
+    )
     for out in ("a", "b"):
         run_prepare(name, tmp_path / out, samples_per_shard=7, group_by_domain=grouped)
     names = sorted(os.listdir(tmp_path / "a"))
@@ -76,7 +78,7 @@ def test_the_same_input_gives_the_same_bytes(grouped, tmp_path):
 def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_tars(
     max_open, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tarwriter, "MAX_OPEN_SPOOLS", max_open)
+    monkeypatch.setattr(writer, "MAX_OPEN_SPOOLS", max_open)
     chosen = random.Random(3)
     domains = [f"dom/../{chosen.randrange(8)} \u00e9" for _ in range(200)]
     values = [input_record(f"{i}", domain) for i, domain in enumerate(domains)]
@@ -133,7 +135,9 @@ def test_memory_does_not_grow_with_the_input(grouped, tmp_path):
             for i in range(n_samples):
                 file.write(line_of(input_record(f"{i} " * 2000, f"d{i % 5}")))
         tracemalloc.start()
-        run_prepare(str(path), tmp_path / f"out{n_samples}", samples_per_shard=100, group_by_domain=grouped)
+        run_prepare(
+            str(path), tmp_path / f"out{n_samples}", samples_per_shard=100, group_by_domain=grouped
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 200_000
@@ -173,7 +177,8 @@ def test_an_empty_folder_a_new_path_and_a_link_to_a_folder_are_filled(tmp_path):
 
 KILLED = """
     import os, signal
-    from gradproj.corpus import prepare, tarwriter
+    from gradproj.corpus import prepare
+    from gradproj.corpus.tar import writer
     real = {where}
     def kill(*arguments):
         kill.calls += 1
@@ -192,10 +197,10 @@ KILLED = """
 @pytest.mark.parametrize(
     ("where", "calls", "grouped"),
     [
-        ("tarwriter.TarSequence.add", 23, False),
-        ("tarwriter.TarSequence.add", 23, True),
-        ("tarwriter.DomainSpools.add", 23, True),
-        ("tarwriter.os.rename", 1, False),
+        ("writer.TarSequence.add", 23, False),
+        ("writer.TarSequence.add", 23, True),
+        ("writer.DomainSpools.add", 23, True),
+        ("writer.os.rename", 1, False),
     ],
 )
 def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
@@ -220,7 +225,7 @@ def test_an_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, mo
     def interrupt(*arguments):
         raise interruption
 
-    monkeypatch.setattr(tarwriter.TarSequence, "end_tar", interrupt)
+    monkeypatch.setattr(writer.TarSequence, "end_tar", interrupt)
     with pytest.raises(interruption):
         run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.jsonl"]
@@ -228,7 +233,7 @@ def test_an_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, mo
 
 def test_a_second_prepare_into_the_same_folder_is_refused_while_the_first_runs(tmp_path):
     name, out = write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out"
-    with tarwriter.published(str(out)) as work:
+    with writer.published(str(out)) as work:
         (work / "tars" / "shard-000000.tar").write_bytes(b"first")
         with pytest.raises(
             StoreError, match=r"another prepare is writing to .*out\.preparing; wait for it"
@@ -243,7 +248,7 @@ def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_work
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(tarwriter.fcntl, "flock", no_locks)
+    monkeypatch.setattr(writer.fcntl, "flock", no_locks)
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     run_prepare(name, tmp_path / "out")
     assert packed_documents(tmp_path / "out") == [input_record("a")]
@@ -270,7 +275,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monke
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tarwriter.os, "fsync", full)
+    monkeypatch.setattr(writer.os, "fsync", full)
     with pytest.raises(
         StoreError, match=r"--output_dir .*out: cannot write .*: No space left on device"
     ):
@@ -280,7 +285,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monke
 
 def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(tarwriter.os.path, "ismount", lambda path: True)
+    monkeypatch.setattr(writer.os.path, "ismount", lambda path: True)
     with pytest.raises(StoreError, match="is a mount point"):
         run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out")
 

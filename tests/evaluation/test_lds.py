@@ -20,6 +20,7 @@ from helpers.models import make_tokenizer
 
 from gradproj.__main__ import main
 from gradproj.cli.lds import table_lines
+from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError, ModelError, OtherSettingsError, StoreError
 from gradproj.evaluation import retraining
@@ -27,7 +28,6 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
 from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
 from gradproj.evaluation.retraining import train_config
-from gradproj.training.data import open_corpus
 
 SMALL = {
     "documents": 8, "queries": 3, "duplicates": 2, "max_length": 24, "windows": 2, "n_layer": 1, "n_embd": 16,

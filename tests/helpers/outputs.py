@@ -19,7 +19,9 @@ from helpers.models import make_model
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.merge import write_metadata
 from gradproj.coordinator.process_id import Owner, process_start
-from gradproj.corpus.index import build_index, list_tars, save_index
+from gradproj.corpus.index import build_index
+from gradproj.corpus.index_file import save_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.store.layout import COLUMNS, STATUS
 from gradproj.store.metadata import read_layout
 from gradproj.store.unit_record import encode_record, read_record, record_name

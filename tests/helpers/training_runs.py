@@ -9,7 +9,8 @@ from helpers.models import make_tokenizer
 from helpers.references import projected_gradient_by_autograd
 
 from gradproj import GradProjLoraEngine
-from gradproj.corpus.index import build_index, list_tars
+from gradproj.corpus.index import build_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.distributed import World
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig

@@ -11,7 +11,9 @@ from helpers.jobs import flags
 from helpers.models import make_model, make_tokenizer
 
 from gradproj.coordinator.process_id import Owner
-from gradproj.corpus.index import build_index, list_tars, save_index
+from gradproj.corpus.index import build_index
+from gradproj.corpus.index_file import save_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import exit_code
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan

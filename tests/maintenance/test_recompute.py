@@ -25,7 +25,7 @@ from helpers.outputs import (
 from gradproj.__main__ import main
 from gradproj.cli.verify import recomputation_lines
 from gradproj.coordinator.merge import merge
-from gradproj.corpus.index import load_index, save_index
+from gradproj.corpus.index_file import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import file_sum
 from gradproj.job.recorded_args import RecordedRunArgs

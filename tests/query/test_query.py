@@ -16,7 +16,9 @@ from gradproj import ProjectionStore
 from gradproj.analysis import MEANINGS, SIGN, score
 from gradproj.analysis import ranking as ends_module
 from gradproj.cli.query import QueryConfig, query
-from gradproj.corpus.index import build_index, list_tars, load_index, save_index
+from gradproj.corpus.index import build_index
+from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries

@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel
 
 from gradproj.cli.tokenizer import tokenizer_command
 from gradproj.cli.train import train_command
-from gradproj.corpus.index import build_index, list_tars
+from gradproj.corpus.index import build_index
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
@@ -236,9 +237,7 @@ def test_a_wrong_training_flag_is_named(made, tmp_path, changes, message):
 )
 def test_a_wrong_tokenizer_flag_is_named(made, flags, message):
     with pytest.raises(ConfigError, match=message):
-        tokenizer_command(
-            ["--shards", str(made / "tars"), "--output_dir", "x", *flags]
-        )
+        tokenizer_command(["--shards", str(made / "tars"), "--output_dir", "x", *flags])
 
 
 def test_a_result_folder_that_cannot_be_is_refused_before_any_step(made, tmp_path):

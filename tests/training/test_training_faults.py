@@ -17,13 +17,14 @@ from helpers.training_runs import config_of, make_data
 
 from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.__main__ import main
+from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, CorpusError, StoreError
 from gradproj.store.append_store import AppendStore
 from gradproj.store.append_table import AppendTable
 from gradproj.store.layout import STATUS
 from gradproj.training import GhostEngineManager, checkpoints, train
-from gradproj.training.data import batches_of, open_corpus
+from gradproj.training.data import batches_of
 
 SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "proj_dtype": "float32"}
 

@@ -11,18 +11,12 @@ import zarr
 from helpers.training_runs import config_of, index_of, make_data, tokenizer_of
 from safetensors.torch import load_file
 
-from gradproj.corpus.index import save_index
+from gradproj.corpus.index_file import open_corpus, save_index
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.training import loop, train
 from gradproj.training.checkpoints import Checkpoints, random_state, restore_random_state
-from gradproj.training.data import (
-    DataPosition,
-    TrainedDocuments,
-    batches_of,
-    open_corpus,
-    shuffled_documents,
-)
+from gradproj.training.data import DataPosition, TrainedDocuments, batches_of, shuffled_documents
 from gradproj.training.data_parallel import world_of
 from gradproj.training.optimizer import rate_at
 from gradproj.training.validation import Validation
