@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ from gradproj.kernels.onednn import cache_bfloat16, project
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, np.ndarray]]
+"""Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32."""
 
 
 @dataclass
@@ -65,20 +69,26 @@ class PlacedLayer:
 def place_layers(
     module: nn.Module,
     config: ProjectionConfig,
-    matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    matrices: Matrices | None = None,
 ) -> list[PlacedLayer]:
-    """Target layers in model order with their matrices (drawn, or the given ones) and columns of the row."""
+    """Return the target layers in model order with their matrices (drawn, or the given ones)."""
     placed: list[PlacedLayer] = []
     targets = find_layers(module, config.patterns, config.include_embeddings)
     for target, widths in zip(targets, place_widths(module, config), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
         columns = slice(widths.slice_start, widths.slice_end)
-        p_i, p_o = p_i.to(device), p_o.to(device)
+        p_i, p_o = _on_device(p_i, device), _on_device(p_o, device)
         for p in (p_i, p_o):
             cache_bfloat16(p)
         placed.append(PlacedLayer(target, p_i, p_o, columns))
     return placed
+
+
+def _on_device(matrix: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    # A store's arrays are read-only views of its file, hence the copy.
+    matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.array(matrix))
+    return matrix.to(device)
 
 
 def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:

@@ -8,7 +8,7 @@ graph starts at the first target layer: nothing below it is differentiated.
 Source of the maths: LoGra, arXiv:2405.13954.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.capture import BatchCapture, TokenCovariances, batch_shape, place_layers
+from gradproj.engine.capture import (
+    BatchCapture,
+    Matrices,
+    TokenCovariances,
+    batch_shape,
+    place_layers,
+)
 from gradproj.engine.compiled_capture import CompiledCapture
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
@@ -52,7 +58,7 @@ class GradProjLoraEngine:
         proj_save_interval: with ``proj_dir``, write after so many batches, all rows since the last write.
         freeze_weights: no gradient for any weight and eval mode while attached: the fast way where no
             training goes on.
-        matrices: layer -> ``(P_i, P_o)`` to use instead of drawing them.
+        matrices: layer -> ``(P_i, P_o)``, tensors or arrays, to use instead of drawing them.
         token_covariances: sum ``TokenCovariances`` as well.
         gradient_checkpointing: with ``freeze_weights``: keep the inputs of the model's blocks only and run each
             forward once more on the way back; the same rows in less memory.
@@ -77,7 +83,7 @@ class GradProjLoraEngine:
         include_embeddings: bool = False,
         proj_save_interval: int = 1,
         freeze_weights: bool = False,
-        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        matrices: Matrices | None = None,
         token_covariances: bool = False,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
@@ -117,7 +123,7 @@ class GradProjLoraEngine:
         cls,
         module: nn.Module,
         config: ProjectionConfig,
-        matrices: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        matrices: Matrices | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
     ) -> "GradProjLoraEngine":

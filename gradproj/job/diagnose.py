@@ -28,8 +28,8 @@ from gradproj.job.precision import (
     Documents,
     rows_of,
 )
-from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_reader import UnitReader
+from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.layout import STATUS
@@ -94,7 +94,7 @@ def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
         GradprojError: what the job itself would refuse, or no document that makes a row.
         ModelError: the device has no memory for a batch or for the model in float32.
     """
-    prepare_torch(config)
+    prepare_torch(config.job.threads, config.job.deterministic)
     device, _ = choose_device(config.job.device, 0)
     plan = make_plan(config)
     ids, documents = _choose(plan, n_documents)

@@ -25,7 +25,6 @@ from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
 from gradproj.job.plan import INDEX_NAME
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.job.startup import matrices_on
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
@@ -131,9 +130,8 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
     files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
     model = load_model(files, chosen)
-    matrices = matrices_on(chosen, store.projection_matrices)
     engine = GradProjLoraEngine.from_config(
-        model, run.projection, matrices, run.job.gradient_checkpointing
+        model, run.projection, store.projection_matrices, run.job.gradient_checkpointing
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen)

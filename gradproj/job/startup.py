@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
-
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
@@ -31,7 +28,6 @@ from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity
 from gradproj.job.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
-from gradproj.kernels.torch_setup import limit_kernel_caches, use_deterministic_cublas
 from gradproj.model.checkpoint import fetch
 from gradproj.model.loading import model_skeleton
 from gradproj.store.layout import STORE_NAME
@@ -184,28 +180,3 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
-
-
-def prepare_torch(config: RunConfig) -> None:
-    """Threads and determinism of this process."""
-    limit_kernel_caches()
-    if config.job.threads:
-        torch.set_num_threads(config.job.threads)
-    # TF32 would change rows in the fourth digit, and which products use it differs by GPU.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    # Nor may a long sum be split and its parts be added in bfloat16.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if config.job.deterministic:
-        use_deterministic_cublas()
-        torch.use_deterministic_algorithms(True)
-
-
-def matrices_on(
-    device: torch.device, packed: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> dict[str, Any]:
-    """The store's matrices as tensors."""
-    return {
-        name: tuple(torch.from_numpy(np.array(p)).to(device) for p in pair)
-        for name, pair in packed.items()
-    }

@@ -80,10 +80,9 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
     )
 
 
-def print_compiled(rank: int, seconds: float) -> None:
-    """How long the compiler took, once for the whole job."""
-    if rank == 0:
-        print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
+def print_compiled(seconds: float) -> None:
+    """Print how long the compiler took."""
+    print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
 
 
 def print_precision(figure: str, warning: bool) -> None:

@@ -86,7 +86,7 @@ class UnitReader:
         settings: UnitSettings,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._index, self._settings = index, settings
+        self._index, self.settings = index, settings
         batch = settings.batch
         truncates = batch.long_documents == "truncate"
         self._tokenizing = Tokenizing(
@@ -98,13 +98,13 @@ class UnitReader:
     def read(self, unit: int) -> PreparedUnit | None:
         """Read a unit's documents and make its batches; None if told to stop on the way."""
         try:
-            return self.read_samples(unit, *self._settings.layout.unit_range(unit))
+            return self.read_samples(unit, *self.settings.layout.unit_range(unit))
         except _Interrupted:
             return None
 
     def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
         """The same of a part of a unit: samples ``start`` to ``stop`` (not included)."""
-        settings, layout = self._settings, self._settings.layout
+        settings, layout = self.settings, self.settings.layout
         columns = empty_columns(stop - start, layout.key_bytes)
         sequences: list[np.ndarray] = []
         row_of: list[int] = []
@@ -145,7 +145,7 @@ class UnitReader:
 
     def _status_of(self, document: Document) -> str:
         """The status as far as the document alone decides it."""
-        chosen = self._settings.chosen_domains
+        chosen = self.settings.chosen_domains
         if chosen and document.domain not in chosen:
             return "not_selected"
         if document.problem is not None:
@@ -157,10 +157,10 @@ class UnitReader:
         # Token ids stand in for the text wherever there are any, an empty list of them too.
         if not (document.text if ids is None else ids):
             return "empty"
-        if ids is not None and max(ids) >= self._settings.vocabulary:
+        if ids is not None and max(ids) >= self.settings.vocabulary:
             log.warning(
                 "sample %d (%s): bad input: token id %d, the model knows %d",
-                document.sample_id, document.key, max(ids), self._settings.vocabulary,
+                document.sample_id, document.key, max(ids), self.settings.vocabulary,
             )  # fmt: skip
             return "bad_input"
         return "ok"
@@ -177,7 +177,7 @@ class UnitReader:
     def _sequences_of(
         self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int
     ) -> list[np.ndarray]:
-        batch = self._settings.batch
+        batch = self.settings.batch
         sequences = split_long(tokens, batch.max_length, batch.long_documents)
         columns["n_tokens"][row] = sum(len(s) - 1 for s in sequences)
         if not sequences:

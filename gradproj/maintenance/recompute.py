@@ -17,9 +17,9 @@ from gradproj.errors import StoreError
 from gradproj.formatting import count, shown
 from gradproj.job.recorded import config_from, recorded_engine, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.job.startup import prepare_torch
 from gradproj.job.unit_projector import UnitProjector
 from gradproj.job.unit_reader import UnitReader, UnitSettings
+from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store import STATUS, ProjectionStore
@@ -100,7 +100,7 @@ def recompute(
     """
     started, output = time.monotonic(), read_output(inputs.output)
     run = config_from(inputs)
-    prepare_torch(run)
+    prepare_torch(run.job.threads, run.job.deterministic)
     with ProjectionStore(output.path) as store:
         choice = _choose(output, store, n_rows, seed, skip or set())
         index = recorded_index(output.path, run)

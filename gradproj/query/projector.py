@@ -15,8 +15,8 @@ from gradproj.formatting import human_bytes, one_line
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded import config_from, recorded_engine
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.job.startup import prepare_torch
 from gradproj.kernels.memory import is_out_of_memory
+from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 from gradproj.store import ProjectionStore
 
@@ -87,7 +87,7 @@ class QueryProjector:
         self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto"
     ) -> None:
         run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
-        prepare_torch(run)
+        prepare_torch(run.job.threads, run.job.deterministic)
         recorded = recorded_engine(store, run, device)
         self._tokenizer, self._device, self._vocabulary = (
             recorded.tokenizer,

@@ -40,9 +40,10 @@ from gradproj.engine.loss import chunk_verdict
 from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
-from gradproj.job.startup import matrices_on, prepare_torch, start_job
+from gradproj.job.startup import start_job
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
+from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
 
@@ -165,16 +166,15 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
         Process.from_environment(),
         StopRequest(),
     )
-    prepare_torch(config)
+    prepare_torch(config.job.threads, config.job.deterministic)
     with start_group(process):
         job = start_job(config, process)
     plan, (device, _) = job.plan, choose_device(config.job.device, process.local_rank)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
     with ProjectionStore(plan.output) as store:
-        matrices = matrices_on(device, store.projection_matrices)
+        engine = GradProjLoraEngine.from_config(model, config.projection, store.projection_matrices)
     chunk_verdict(model)
-    engine = GradProjLoraEngine.from_config(model, config.projection, matrices)
     with engine:
         settings = resolve_batch_tokens(job, queue, model, engine, stop)
         reader, projector = (

@@ -58,7 +58,9 @@ def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
     ids, labels = ragged_batch(LENGTHS)
     losses = per_sample_loss(model.requires_grad_(False), {"input_ids": ids, "labels": labels})
     for n, length in enumerate(LENGTHS):
-        torch.testing.assert_close(losses[n], sample_loss(model, ids[n, :length]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            losses[n], sample_loss(model, ids[n, :length]), rtol=1e-5, atol=0
+        )
 
 
 def test_a_model_of_few_positions_is_tried_with_no_more():
@@ -124,9 +126,7 @@ def test_a_shared_layer_has_the_sum_of_its_calls():
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, proj_layers="mlp", freeze_weights=True)
     assert len(engine.targets) == 3
-    assert (
-        relative_error(rows[0], projected_gradient_by_autograd(model, engine, ids[0, :9])) < 1e-5
-    )
+    assert relative_error(rows[0], projected_gradient_by_autograd(model, engine, ids[0, :9])) < 1e-5
 
 
 @pytest.mark.parametrize("pattern", ["attn", "lora_A,lora_B"])

@@ -10,16 +10,15 @@ from helpers.jobs import ENVIRONMENT
 
 SCRIPT = """
 import json, sys
-from types import SimpleNamespace
 sys.path.insert(0, TESTS)
 import torch
 from helpers.models import small_model
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
-from gradproj.job.startup import prepare_torch
+from gradproj.kernels.torch_setup import prepare_torch
 
 if len(sys.argv) > 1:
-    prepare_torch(SimpleNamespace(job=SimpleNamespace(threads=1, deterministic=False)))
+    prepare_torch(threads=1, deterministic=False)
 torch.set_num_threads(1)
 
 def resident():

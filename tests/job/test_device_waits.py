@@ -20,6 +20,7 @@ from gradproj.distributed import Process, start_group
 from gradproj.engine import capture, loss
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
+from gradproj.job import rank_setup
 from gradproj.job import unit_projector as projector
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
@@ -204,9 +205,9 @@ def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_pat
 
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
     monkeypatch.setattr(
-        gradproj.run, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE)
+        rank_setup, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE)
     )
-    monkeypatch.setattr(gradproj.run, "chunk_verdict", lambda model: (True, "as it is known"))
+    monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)
     monkeypatch.setattr(projector, "fetch", fetch)

@@ -1,0 +1,91 @@
+"""Everything that a rank makes once, before its first unit: model, engine, batch size, checks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.progress import ProgressDisplay
+from gradproj.coordinator.units import UnitQueue
+from gradproj.engine.compile import compiler_errors_explained
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import chunk_verdict
+from gradproj.engine.warm_up import compile_now
+from gradproj.job.batch_size import resolve_batch_tokens
+from gradproj.job.precision import check_precision
+from gradproj.job.shutdown import StopRequest
+from gradproj.job.startup import Job
+from gradproj.job.summary import print_compiled, print_precision, print_start
+from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
+from gradproj.job.unit_reader import PreparedUnit, UnitReader
+from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.store import ProjectionStore
+
+PRECISION_DOCUMENTS = 16
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank that is ready to compute units."""
+
+    reader: UnitReader
+    projector: UnitProjector
+    queue: UnitQueue
+    save_interval: int
+    """``--proj_save_interval``."""
+
+    def project(self, unit: PreparedUnit) -> ProjectedUnit | None:
+        """Project a unit, continuing from its partial rows. None if a stop was requested."""
+        partial = self.queue.partial_log(unit.unit, unit.key(self.reader.settings))
+        return self.projector.project(unit, partial, self.save_interval)
+
+
+@contextmanager
+def set_up_rank(
+    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress
+) -> Iterator[Rank]:
+    """Load the model, attach the engine, compile, measure the batch size and check the precision.
+
+    Rank 0 prints what it finds and shows the job's progress until the context ends.
+    """
+    plan, options = job.plan, job.plan.config.job
+    is_first = job.owner.rank == 0
+    tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
+    if is_first:
+        print_start(plan, device, chunk_verdict(model))
+    with ProjectionStore(plan.output) as store:
+        engine = GradProjLoraEngine.from_config(
+            model,
+            plan.config.projection,
+            store.projection_matrices,
+            options.gradient_checkpointing,
+            options.compile,
+        )
+    display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
+    stop.drain()
+    with compiler_errors_explained(), engine, display:
+        if options.compile:
+            seconds = compile_now(model, engine, plan.config.batch.max_length)
+            if is_first:
+                print_compiled(seconds)
+        settings = resolve_batch_tokens(job, queue, model, engine, stop)
+        reader = UnitReader(plan.index, tokenizer, settings, stop)
+        if is_first:
+            report_precision(queue, model, engine, reader)
+        projector = UnitProjector(model, engine, settings, progress, stop)
+        yield Rank(reader, projector, queue, options.proj_save_interval)
+
+
+def report_precision(
+    queue: UnitQueue, model: nn.Module, engine: GradProjLoraEngine, reader: UnitReader
+) -> None:
+    """Compare a few documents' rows with their float32 rows if the model has a lower precision."""
+    pending = queue.pending()
+    if next(model.parameters()).dtype != torch.float32 and len(pending):
+        unit, settings = int(pending[0]), reader.settings
+        start, stop = settings.layout.unit_range(unit)
+        few = reader.read_samples(unit, start, min(start + PRECISION_DOCUMENTS, stop))
+        print_precision(*check_precision(model, engine, few, settings.batch))
