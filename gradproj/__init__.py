@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from gradproj.engine.engine import GradProjLoraEngine
     from gradproj.engine.loss import per_sample_loss
     from gradproj.engine.projection import choose_ki_ko
-    from gradproj.store.texts import ProjectionStore
+    from gradproj.store.reader import ProjectionStore
 
 __all__ = ["GradProjLoraEngine", "ProjectionStore", "choose_ki_ko", "per_sample_loss"]
 
 _HOMES = {
     "GradProjLoraEngine": "gradproj.engine.engine",
-    "ProjectionStore": "gradproj.store.texts",
+    "ProjectionStore": "gradproj.store.reader",
     "choose_ki_ko": "gradproj.engine.projection",
     "per_sample_loss": "gradproj.engine.loss",
 }

@@ -27,8 +27,8 @@ from gradproj.coordinator.merge import (
 )
 from gradproj.errors import StoreError
 from gradproj.formatting import count, ranges_text
-from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, StoreLayout
-from gradproj.store.mapped_files import map_file
+from gradproj.store.column_reader import read_column_chunk
+from gradproj.store.layout import STATUS, STORE_NAME, StoreLayout
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
 from gradproj.store.writer import update_attributes, write_column_block
@@ -145,13 +145,13 @@ def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _merged_status(store: Path, layout: StoreLayout, block: int) -> np.ndarray | None:
-    """A block of the status column; None where it was never merged, or is torn: a merge writes it anew."""
-    data = map_file(store / "status" / f"c.{block}")
+    """Read a block of the status column; None if it was never merged or is torn."""
     start, stop = layout.column_block_range(block)
-    dtype = COLUMNS["status"][0]
-    if data is None or len(data) != dtype.itemsize * layout.column_rows:
+    try:
+        status = read_column_chunk(store, layout, "status", block)
+    except StoreError:  # a torn chunk; the next merge replaces it
         return None
-    return np.frombuffer(data, dtype)[: stop - start]
+    return None if status is None else status[: stop - start]
 
 
 def _read_metadata(output: Path) -> object:

@@ -122,7 +122,8 @@ def _merge_again(
         held.merge()
         done.merged = True
     shards = output.store / "projections"
-    _remove((shards / f"c.{unit}.0" for unit in done.units if _still_ours(claims, unit)), shards)
+    owned = (unit for unit in done.units if _still_ours(claims, unit))
+    _remove((output.path / output.layout.shard_name(unit) for unit in owned), shards)
 
 
 def _still_ours(claims: ClaimBoard, unit: int) -> bool:

@@ -1,9 +1,6 @@
-"""The Zarr store: its layout, its one writer per object, its readers. Only this package imports zarr."""
-
-import zarr
+"""The Zarr store: its format, its writers and its readers. Only this package imports zarr."""
 
 from gradproj.store import bfloat16
-from gradproj.store.bands import Band
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import (
     FORMAT_VERSION,
@@ -14,6 +11,7 @@ from gradproj.store.layout import (
     plan_layout,
 )
 from gradproj.store.reader import ProjectionStore
+from gradproj.store.row_reader import Band
 from gradproj.store.unit_record import UnitRecord
 from gradproj.store.writer import StoreExists, create_store
 
@@ -33,6 +31,6 @@ __all__ = [
     "plan_layout",
 ]
 
-# Zarr's own defaults start cores + 4 threads in every process; with eight ranks on a node that is hundreds.
-zarr.config.set({"threading.max_workers": 2, "async.concurrency": 4})
+# Plain zarr-python needs it to open bfloat16 stores. It is only ever chosen by name, so arrays of
+# other types, uint16 among them, are not affected.
 bfloat16.register()

@@ -1,4 +1,4 @@
-"""Columns of a store at any sample ids: the merged arrays, and the units' records where a merge is still to come."""
+"""Columns of a store at any sample ids, from the merged arrays or the units' records."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -8,27 +8,50 @@ from typing import Any
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.store.layout import COLUMNS, STATUS, StoreLayout
-from gradproj.store.mapped_files import LRUCache, damaged, map_file
+from gradproj.store.layout import COLUMNS, STATUS, StoreLayout, column_chunk_path, column_shape
 from gradproj.store.metadata import read_attributes
+from gradproj.store.page_cache import LRUCache, damaged, map_file
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
 
-_MOST_RECORDS = 64
-_LARGEST_STATUS = max(STATUS.values())
-_WAY_OUT = "`python -m gradproj verify --repair` turns its unit into a missing one, which the job computes again"
+_MAX_RECORDS = 64
+_MAX_STATUS = max(STATUS.values())
+_WAY_OUT = (
+    "`python -m gradproj verify --repair` deletes it, so that the job computes its unit again"
+)
 
 
 def group_by_unit(ids: np.ndarray, rows_per_shard: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each unit among the ids, ascending, with the positions in ``ids`` of its samples, by ascending id."""
+    """Yield each unit among the ids, ascending, and its samples' positions in ``ids``, by id."""
     order = np.argsort(ids, kind="stable")
     units = ids[order] // rows_per_shard
     for group in np.split(order, np.flatnonzero(np.diff(units)) + 1):
-        if len(group):  # of no ids, one empty group comes out
+        if len(group):  # splitting no ids gives one empty group
             yield int(ids[group[0]] // rows_per_shard), group
 
 
+def read_column_chunk(
+    store_path: Path, layout: StoreLayout, name: str, block: int
+) -> np.ndarray | None:
+    """Map one chunk of a merged column: ``(column_rows,)`` or ``(column_rows, key_bytes)``.
+
+    Returns:
+        None if the chunk does not exist: no row of the block is merged.
+
+    Raises:
+        StoreError: the file has another size.
+    """
+    path = column_chunk_path(store_path, name, block)
+    data = map_file(path)
+    if data is None:
+        return None
+    dtype, shape = COLUMNS[name][0], column_shape(name, layout.column_rows, layout.key_bytes)
+    if len(data) != dtype.itemsize * np.prod(shape):
+        raise damaged(path, f"it has {len(data)} bytes, not those of {shape} {dtype}")
+    return np.ndarray(shape, dtype, data)
+
+
 class Columns:
-    """Reads parts of columns without ever loading a whole one (210 M samples)."""
+    """Reads parts of columns without loading a whole one (a store may have 210 M samples)."""
 
     def __init__(
         self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]
@@ -36,10 +59,10 @@ class Columns:
         self.layout = layout
         self._store_path = store_path
         self._maps = maps
-        self._records: LRUCache[int, UnitRecord] = LRUCache(_MOST_RECORDS)
+        self._records: LRUCache[int, UnitRecord] = LRUCache(_MAX_RECORDS)
 
     def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Values at the given sample ids, in any order, and always the ``status``."""
+        """Read values at the given sample ids, in any order; always includes the ``status``."""
         blocks = ids // self.layout.column_rows
         values = {name: self._filled(name, len(ids)) for name in ("status", *names)}
         for block in np.unique(blocks):
@@ -52,7 +75,7 @@ class Columns:
         return values
 
     def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
-        """Values of the samples ``start`` to ``stop``, and always the ``status``."""
+        """Read values of the samples ``[start, stop)``; always includes the ``status``."""
         values = {name: self._filled(name, stop - start) for name in ("status", *names)}
         height = self.layout.column_rows
         for block in range(start // height, -(-stop // height)):
@@ -70,10 +93,11 @@ class Columns:
 
     def _filled(self, name: str, n_rows: int) -> np.ndarray:
         dtype, fill = COLUMNS[name]
-        return np.full((n_rows, self.layout.key_bytes) if name == "key" else n_rows, fill, dtype)
+        return np.full(column_shape(name, n_rows, self.layout.key_bytes), fill, dtype)
 
     def _chunks(self, names: Iterable[str], block: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Those of a block's chunks that are there, the status first; it was written last, so beside it none lacks."""
+        """Yield a block's existing chunks, the status first."""
+        # A merge writes the status last, so beside it every other chunk must exist.
         is_merged = False
         for name in names:
             chunk = self._chunk(name, block)
@@ -81,32 +105,20 @@ class Columns:
                 is_merged |= name == "status"
                 yield name, chunk
             elif is_merged:
-                raise damaged(self._path(name, block), "it is gone, and the rows' status is there")
-
-    def _path(self, name: str, block: int) -> Path:
-        return self._store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
+                path = column_chunk_path(self._store_path, name, block)
+                raise damaged(path, "it is gone, and the rows' status is there")
 
     def _chunk(self, name: str, block: int) -> np.ndarray | None:
         def load() -> np.ndarray | None:
-            path = self._path(name, block)
-            data = map_file(path)
-            if data is None:
-                return None
-            if name == "status":
-                # A merge writes the status last and every reading starts with it. So beside a status that was
-                # just mapped no older map of another column may stay: its rows would look merged and be empty.
+            values = read_column_chunk(self._store_path, self.layout, name, block)
+            if name == "status" and values is not None:
+                # A merge writes the status last and every read starts with it. Older maps of the
+                # other columns must not stay beside a newer status: their rows would look merged
+                # and be empty.
                 self._maps.drop([(other, block) for other in COLUMNS])
-            shape = (
-                (self.layout.column_rows, self.layout.key_bytes)
-                if name == "key"
-                else (self.layout.column_rows,)
-            )
-            dtype = COLUMNS[name][0]
-            if len(data) != dtype.itemsize * np.prod(shape):
-                raise damaged(path, f"it has {len(data)} bytes, not those of {shape} {dtype}")
-            values = np.ndarray(shape, dtype, data)
-            if name == "status" and values.max(initial=0) > _LARGEST_STATUS:
-                raise damaged(path, f"{values.max()} is no status")
+                if values.max(initial=0) > _MAX_STATUS:
+                    path = column_chunk_path(self._store_path, name, block)
+                    raise damaged(path, f"{values.max()} is no status")
             return values
 
         return self._maps.get((name, block), load)
@@ -114,7 +126,7 @@ class Columns:
     def _overlay(
         self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray
     ) -> None:
-        """Fill in, at ``positions``, what the records say of ``ids``."""
+        """Fill in the records' values of ``ids`` at ``positions``."""
         for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
             record = self._record(unit)
             if record is not None:
@@ -123,7 +135,7 @@ class Columns:
 
     @cached_property
     def _identity(self) -> str | None:
-        """What every record of a job's store carries."""
+        """The hash of settings in every record of a job's store; None for other stores."""
         return read_attributes(self._store_path).get("identity_hash")
 
     def _record(self, unit: int) -> UnitRecord | None:
@@ -137,13 +149,14 @@ class Columns:
             shapes = {name: values.shape[0] for name, values in record.columns.items()}
             if record.start != start or shapes != dict.fromkeys(COLUMNS, stop - start):
                 raise StoreError(
-                    f"{path} is not of this store: it is of unit {record.unit} from sample {record.start}. {_WAY_OUT}"
+                    f"{path} is not of this store: it is of unit {record.unit} from sample "
+                    f"{record.start}. {_WAY_OUT}"
                 )
             if record.identity != (self._identity or record.identity):
-                # Its rows may be as long as this store's and still mean something else.
+                # Rows of the same width may still come from another model or projection.
                 raise StoreError(
-                    f"{path} is not of this store: it was made with other settings ({record.identity}, the store "
-                    f"has {self._identity}). {_WAY_OUT}"
+                    f"{path} is not of this store: it was made with other settings "
+                    f"({record.identity}, the store has {self._identity}). {_WAY_OUT}"
                 )
             return record
 

@@ -1,20 +1,14 @@
-"""What a store hands out: one layer as a lazy array, one sample's facts."""
+"""Views of a store: one layer as a lazy array, and one sample's columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-from gradproj.store.layout import LayerSlice
-
-if TYPE_CHECKING:
-    from gradproj.store.reader import ProjectionStore
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a store knows of one document besides its row."""
+    """A document's columns, decoded, and optionally its text."""
 
     sample_id: int
     key: str
@@ -30,35 +24,44 @@ class Sample:
 
 
 class LayerView:
-    """One layer of a store as a lazy array ``(N, k_o, k_i)``."""
+    """One layer of a store as a lazy array ``(N, k_o, k_i)`` float32.
 
-    def __init__(self, store: "ProjectionStore", layer: LayerSlice) -> None:
-        self._store = store
-        self._layer = layer
-        self.shape = (len(store), layer.k_o, layer.k_i)
+    Args:
+        shape: ``(N, k_o, k_i)``.
+        read: returns the layer's values ``(n, k_o * k_i)`` of the given sample ids.
+        scan: ``(rows_per_block, start, stop)`` to blocks ``(ids, values)``, in order.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        read: Callable[[Sequence[int] | np.ndarray], np.ndarray],
+        scan: Callable[[int | None, int, int | None], Iterator[tuple[np.ndarray, np.ndarray]]],
+    ) -> None:
+        self.shape = shape
+        self._read, self._scan = read, scan
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, ids: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32: ``(k_o, k_i)`` for one sample id, ``(n, k_o, k_i)`` for a slice or several ids.
+        """Return ``(k_o, k_i)`` for one sample id, ``(n, k_o, k_i)`` for a slice or several ids.
 
         Raises:
-            StoreError: as ``ProjectionStore.rows`` does.
+            StoreError: see ``ProjectionStore.rows``.
         """
         if isinstance(ids, (int, np.integer)):
-            return self[[range(len(self))[ids]]][
-                0
-            ]  # the range knows negative ones, and raises IndexError
+            # A range resolves negative ids and raises IndexError.
+            return self[[range(len(self))[ids]]][0]
         wanted = np.arange(*ids.indices(len(self))) if isinstance(ids, slice) else ids
-        return self._shaped(self._store.rows(wanted, [self._layer.name]))
+        return self._reshape(self._read(wanted))
 
     def scan(
         self, rows_per_block: int | None = None, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As ``ProjectionStore.scan``, with values ``(n, k_o, k_i)``."""
-        for ids, rows in self._store.scan(rows_per_block, [self._layer.name], start, stop):
-            yield ids, self._shaped(rows)
+        """Yield ``(ids (n,), values (n, k_o, k_i))``; see ``ProjectionStore.scan``."""
+        for ids, rows in self._scan(rows_per_block, start, stop):
+            yield ids, self._reshape(rows)
 
-    def _shaped(self, rows: np.ndarray) -> np.ndarray:
+    def _reshape(self, rows: np.ndarray) -> np.ndarray:
         return rows.reshape(len(rows), *self.shape[1:])

@@ -1,4 +1,4 @@
-"""What a store looks like: row encoding, shard and chunk shapes, columns, status codes. No files here."""
+"""The layout of a store: shard and chunk shapes, columns, status codes, names of its files."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from gradproj.errors import ConfigError, StoreError
 
 FORMAT_VERSION = 1
-"""Stands in the group's attributes. A reader refuses a newer one."""
+"""An attribute of the group. A reader refuses a newer version."""
 
 STORE_NAME = "projections.zarr"
 
@@ -43,17 +43,17 @@ COLUMNS: dict[str, tuple[np.dtype, float]] = {
     "row_scale": (np.dtype(np.float32), math.nan),
     "tar": (np.dtype(np.int32), -1),
     "key": (np.dtype(np.uint8), 0),
-    # Last on purpose: a block's status goes to disk after its other columns, and a row whose status is still
-    # 0 is taken from its unit's record, so a merge killed in between shows no half-written row.
+    # Last on purpose: a block's status is written after its other columns, and a row whose status
+    # is still 0 is read from its unit's record. So an interrupted merge shows no half-merged row.
     "status": (np.dtype(np.uint8), STATUS["missing"]),
 }
 """Column name -> (dtype, fill value). ``key`` is ``[N, key_bytes]``, the others ``[N]``."""
 
-_LARGEST_SHARD_BYTES = 512_000_000
-_LARGEST_ROWS_PER_SHARD = 4096
-_LEAST_ROWS_PER_SHARD = 16
-_LEAST_UNITS = 64
-_LARGEST_CHUNK_ROWS = 512
+_MAX_SHARD_BYTES = 512_000_000
+_MAX_ROWS_PER_SHARD = 4096
+_MIN_ROWS_PER_SHARD = 16
+_MIN_UNITS = 64
+_MAX_CHUNK_ROWS = 512
 _COLUMN_ROWS = 2**20
 
 
@@ -97,7 +97,7 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """Where one layer's ``k_o x k_i`` row-major values lie in a row: ``[slice_start, slice_end)``."""
+    """One layer's ``k_o x k_i`` row-major values: ``[slice_start, slice_end)`` of a row."""
 
     name: str
     type: str
@@ -111,7 +111,7 @@ class LayerSlice:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Shapes of everything in a store; the same for every process that works on it."""
+    """Shapes of all arrays of a store; equal in every process that works on it."""
 
     n_samples: int
     dim: int
@@ -133,40 +133,50 @@ class StoreLayout:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """What numpy holds a stored row in; bfloat16 is held as its uint16 bits."""
+        """The numpy type of stored rows; uint16 bits for bfloat16."""
         return STORED_DTYPES[self.proj_dtype]
 
     def unit_range(self, unit: int) -> tuple[int, int]:
-        """First sample id of a unit and the one after its last."""
+        """Return the first sample id of a unit and the one after its last."""
         if not 0 <= unit < self.n_units:
             raise IndexError(f"unit {unit} of a store with {self.n_units} units")
         start = unit * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self.n_samples)
 
     def column_block_range(self, block: int) -> tuple[int, int]:
-        """First sample id of a block of column rows and the one after its last."""
+        """Return the first sample id of a block of column rows and the one after its last."""
         if not 0 <= block < self.n_column_blocks:
             raise IndexError(f"column block {block} of a store with {self.n_column_blocks} blocks")
         start = block * self.column_rows
         return start, min(start + self.column_rows, self.n_samples)
 
     def shard_name(self, unit: int) -> str:
-        """The unit's shard file, relative to OUTPUT."""
+        """Return the unit's shard file, relative to the output directory."""
         return f"{STORE_NAME}/projections/c.{unit}.0"
 
 
+def column_chunk_path(store_path: Path, name: str, block: int) -> Path:
+    """Return the chunk file of a column for a block of rows."""
+    return store_path / name / (f"c.{block}.0" if name == "key" else f"c.{block}")
+
+
+def column_shape(name: str, n_rows: int, key_bytes: int) -> tuple[int, ...]:
+    """Return the shape of a column's values for ``n_rows`` rows."""
+    return (n_rows, key_bytes) if name == "key" else (n_rows,)
+
+
 def choose_rows_per_shard(n_samples: int, dim: int, itemsize: int) -> int:
-    """The largest power of two <= 4096 with a shard of at most 512 MB and at least 64 shards; never below 16."""
-    rows = _LARGEST_ROWS_PER_SHARD
-    while rows > _LEAST_ROWS_PER_SHARD and (
-        rows * dim * itemsize > _LARGEST_SHARD_BYTES or n_samples < _LEAST_UNITS * rows
+    """Return the largest power of two <= 4096 with shards <= 512 MB and >= 64 shards; >= 16."""
+    rows = _MAX_ROWS_PER_SHARD
+    while rows > _MIN_ROWS_PER_SHARD and (
+        rows * dim * itemsize > _MAX_SHARD_BYTES or n_samples < _MIN_UNITS * rows
     ):
         rows //= 2
     return rows
 
 
 def choose_chunk_width(widths: Sequence[int]) -> int:
-    """The layers' common width, else their greatest common divisor if at least 64, else the whole row."""
+    """Return the layers' common width, else their gcd if at least 64, else the whole row's."""
     common = math.gcd(*widths)
     if len(set(widths)) == 1 or common >= 64:
         return common
@@ -176,7 +186,7 @@ def choose_chunk_width(widths: Sequence[int]) -> int:
 def plan_layout(
     n_samples: int, widths: Sequence[int], key_bytes: int, config: StoreConfig
 ) -> StoreLayout:
-    """Lay out a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
+    """Plan a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
 
     Raises:
         StoreError: there is nothing to store.
@@ -205,23 +215,28 @@ def plan_layout(
 
 
 def _choose_chunk_rows(rows_per_shard: int) -> int:
-    # A shard must be a whole number of chunks, and a chunk of a few rows would make an index as large as data.
-    divisors = (rows for rows in range(_LARGEST_CHUNK_ROWS, 63, -1) if rows_per_shard % rows == 0)
-    return (
-        rows_per_shard if rows_per_shard <= _LARGEST_CHUNK_ROWS else next(divisors, rows_per_shard)
-    )
+    if rows_per_shard <= _MAX_CHUNK_ROWS:
+        return rows_per_shard
+    # A shard is a whole number of chunks; chunks of a few rows would make the index as large as
+    # the data.
+    divisors = (rows for rows in range(_MAX_CHUNK_ROWS, 63, -1) if rows_per_shard % rows == 0)
+    return next(divisors, rows_per_shard)
 
 
 def empty_columns(n_rows: int, key_bytes: int) -> dict[str, np.ndarray]:
-    """Every column for ``n_rows`` rows of which nothing is known yet (the fill values)."""
+    """Return every column for ``n_rows`` missing rows (the fill values)."""
     return {
-        name: np.full((n_rows, key_bytes) if name == "key" else n_rows, fill, dtype)
+        name: np.full(column_shape(name, n_rows, key_bytes), fill, dtype)
         for name, (dtype, fill) in COLUMNS.items()
     }
 
 
 def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
-    """WebDataset keys as UTF-8, zero-padded: ``(len(keys), key_bytes)`` uint8. A key too long is a ValueError."""
+    """Encode WebDataset keys as UTF-8, zero-padded: ``(len(keys), key_bytes)`` uint8.
+
+    Raises:
+        ValueError: a key is longer.
+    """
     encoded = [key.encode() for key in keys]
     longest = max(map(len, encoded), default=0)
     if longest > key_bytes:
@@ -231,11 +246,11 @@ def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
 
 
 def decode_key(row: np.ndarray, store_path: Path) -> str:
-    """One row of the ``key`` column as text; ``StoreError`` where it is none."""
+    """Decode one row of the ``key`` column; a StoreError if it is not UTF-8."""
     try:
         return row.tobytes().rstrip(b"\0").decode()
     except UnicodeDecodeError as error:
         raise StoreError(
-            f"{store_path / 'key'} is damaged: a document's key is no UTF-8 ({error}). Run `python -m gradproj verify` "
-            "on the output to see all damage"
+            f"{store_path / 'key'} is damaged: a document's key is no UTF-8 ({error}). Run "
+            "`python -m gradproj verify` on the output to see all damage"
         ) from error

@@ -1,6 +1,7 @@
-"""Rows of one uncompressed shard, addressed through the shard's own index: mapped where few are wanted, else read.
+"""Rows of one uncompressed shard, addressed through the shard's own index.
 
-Reading costs no page fault, and what is read of a store larger than memory does not stay this process's.
+A few rows are copied from the map. Many rows are read into a small buffer: that costs no page
+faults, and the pages of a store larger than memory do not count as this process's.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,25 +14,21 @@ import numpy as np
 from gradproj.files import crc32c
 from gradproj.store.encoding import VALUES_PER_STEP, decode_into, nan_rows
 from gradproj.store.layout import StoreLayout
-from gradproj.store.mapped_files import damaged
-from gradproj.store.page_cache import PagedFile
+from gradproj.store.page_cache import PagedFile, damaged
 
 _EMPTY_CHUNK = 2**64 - 1
-_MOST_ROWS_ONE_BY_ONE = 4  # above, gathering them together costs less than a copy of each
-_FEWEST_ROWS_READ = (
-    32  # so many of a chunk are read into a buffer; of fewer the mapped pages are copied
-)
+_MAX_ROWS_ONE_BY_ONE = 4  # gathering more of them at once is cheaper than copying each
+_MIN_ROWS_READ = 32  # of a chunk; fewer are copied from mapped pages instead of read
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Wanted values of a run of chunks across, all of one width."""
+    """Values ``first`` to ``stop`` of each of ``n_chunks`` neighbouring chunks across."""
 
     first_chunk: int
     n_chunks: int
     first: int
     stop: int
-    """Of the values inside each chunk."""
 
     @property
     def width(self) -> int:
@@ -40,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which values of a row are wanted: as ranges, and as the pieces of the chunks across that hold them."""
+    """Values of a row: as ``[start, end)`` ranges, and as pieces of the chunks that hold them."""
 
     ranges: tuple[tuple[int, int], ...]
     width: int
@@ -49,19 +46,15 @@ class Selection:
 
 @lru_cache(maxsize=256)
 def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> Selection:
-    """The given ``[start, end)`` ranges of a row, one after the other."""
+    """Return the selection of ``[start, end)`` ranges of a row, one after the other."""
     width = layout.chunk_width
     pieces: list[Piece] = []
     for start, end in ranges:
         for chunk in range(start // width, -(-end // width)):
             piece = Piece(chunk, 1, max(start - chunk * width, 0), min(end - chunk * width, width))
             last = pieces[-1] if pieces else None
-            if (
-                last
-                and last.width + piece.width
-                == (last.n_chunks + 1) * width
-                == (chunk + 1 - last.first_chunk) * width
-            ):
+            whole = last and last.width + piece.width == (last.n_chunks + 1) * width
+            if last and whole and chunk == last.first_chunk + last.n_chunks:
                 pieces[-1] = Piece(last.first_chunk, last.n_chunks + 1, 0, width)
             else:
                 pieces.append(piece)
@@ -69,13 +62,16 @@ def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> S
 
 
 class MappedShard:
-    """One uncompressed shard file, its inner chunks in whatever order its writer chose (Morton, say)."""
+    """One uncompressed shard file, with its inner chunks in any order (zarr-python's is Morton).
 
-    def __init__(
-        self, path: Path, file: PagedFile, layout: StoreLayout, index_at_end: bool
-    ) -> None:
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: it is damaged.
+    """
+
+    def __init__(self, path: Path, layout: StoreLayout, index_at_end: bool) -> None:
         self.layout = layout
-        self._file = file
+        self._file = file = PagedFile(path)
         grid = (layout.rows_per_shard // layout.chunk_rows, layout.dim // layout.chunk_width)
         offsets = self._read_offsets(path, grid, index_at_end)
         shape = (layout.chunk_rows, layout.chunk_width)
@@ -88,14 +84,15 @@ class MappedShard:
             raise damaged(path, f"its index points past its end ({len(file.data)} bytes)")
         steps = np.where(present, offsets - np.uint64(origin), 0)
         self.regular = not (steps % np.uint64(chunk_bytes)).any()
-        """Whether chunks lie at multiples of their size; the others are for zarr-python."""
+        """Whether chunks lie at multiples of their size; zarr-python reads any other shard."""
         self._place = np.where(present, (steps // np.uint64(chunk_bytes)).astype(np.int64), -1)
         n_places = (last - origin) // chunk_bytes + 1
         self._chunks = np.ndarray((n_places, *shape), layout.stored_dtype, file.data, origin)
         order = self._place.reshape(-1)[:n_places]
         in_order = n_places % grid[1] == 0 and bool((order == np.arange(n_places)).all())
         self._grid = self._chunks.reshape(-1, grid[1], *shape) if in_order else None
-        """``(bands, chunks across, chunk_rows, chunk_width)`` where the chunks lie in this order, as ours do."""
+        """``(bands, chunks across, chunk_rows, chunk_width)`` if the chunks are in C order, as we
+        write them; else None. A band is a row of chunks."""
 
     def _read_offsets(self, path: Path, grid: tuple[int, int], index_at_end: bool) -> np.ndarray:
         data, index_bytes = self._file.data, grid[0] * grid[1] * 16
@@ -107,40 +104,46 @@ class MappedShard:
             raise damaged(path, "the checksum of its index does not match")
         return np.frombuffer(tail, "<u8", grid[0] * grid[1] * 2).reshape(*grid, 2)[:, :, 0]
 
-    def fetch(self, start: int, stop: int, selection: Selection) -> None:
-        """Have the disk read the rows ``[start, stop)`` of the shard, unless they are in memory already."""
+    def prefetch(self, start: int, stop: int, selection: Selection) -> None:
+        """Have the disk read the rows ``[start, stop)`` of the shard, unless they are in memory."""
         for band, first, last in self._bands(start, stop):
-            # Both ends speak for what lies between: whoever has read these rows before has read all of them.
-            begin, end = self._ends(band, first, last, selection)
+            # Only the ends are checked: rows are read as whole ranges, so what lies between has
+            # been read with them.
+            begin, end = self._byte_span(band, first, last, selection)
             if end and not (self._file.is_cached(begin) and self._file.is_cached(end - 1)):
                 for begin, end in self._byte_ranges(band, first, last, selection):
-                    self._file.want(begin, end)
+                    self._file.prefetch(begin, end)
 
     def copy_range(self, start: int, selection: Selection, out: np.ndarray) -> None:
-        """The stored rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
+        """Copy the stored rows from ``start`` on into ``out`` ``(n, selection.width)``."""
         for band, first, last in self._bands(start, start + len(out)):
-            at = band * self.layout.chunk_rows + first - start
-            part = out[at : at + last - first]
-            if len(part) >= _FEWEST_ROWS_READ and self.has_tiles(start + at, selection):
-                for value, tile in self.tiles(start + at, start + at + len(part), selection):
-                    part[:, value : value + tile.shape[1]] = tile
-                continue
-            if self._grid is None:
-                self._gather(np.arange(start + at, start + at + len(part)), selection, part)
-                continue
-            if band >= len(self._grid):
-                part[...] = nan_rows((), self.layout.proj_dtype)
-                continue
-            done = 0
-            for piece in selection.pieces:
-                chunks = slice(piece.first_chunk, piece.first_chunk + piece.n_chunks)
-                source = self._grid[band, chunks, first:last, piece.first : piece.stop]
-                target = part[:, done : done + piece.width]
-                target.reshape(len(part), piece.n_chunks, -1)[...] = source.transpose(1, 0, 2)
-                done += piece.width
+            begin = band * self.layout.chunk_rows + first
+            target = out[begin - start : begin - start + last - first]
+            if len(target) >= _MIN_ROWS_READ and self.has_tiles(begin, selection):
+                for value, tile in self.tiles(begin, begin + len(target), selection):
+                    target[:, value : value + tile.shape[1]] = tile
+            elif self._grid is None:
+                self._gather(np.arange(begin, begin + len(target)), selection, target)
+            elif band >= len(self._grid):
+                target[...] = nan_rows((), self.layout.proj_dtype)
+            else:
+                self._copy_from_grid(self._grid[band, :, first:last], selection, target)
+
+    def _copy_from_grid(self, rows: np.ndarray, selection: Selection, out: np.ndarray) -> None:
+        """Copy ``(chunks across, n, chunk_width)`` mapped values into ``(n, selection.width)``."""
+        at = 0
+        for piece in selection.pieces:
+            chunks = slice(piece.first_chunk, piece.first_chunk + piece.n_chunks)
+            source = rows[chunks, :, piece.first : piece.stop]
+            target = out[:, at : at + piece.width]
+            target.reshape(len(out), piece.n_chunks, -1)[...] = source.transpose(1, 0, 2)
+            at += piece.width
 
     def has_tiles(self, start: int, selection: Selection) -> bool:
-        """Whether ``tiles`` can serve the rows from ``start`` on: whole chunks across, all there."""
+        """Return whether ``tiles`` can serve the rows from ``start`` on.
+
+        It needs chunks in C order, all present, and a selection of whole chunks.
+        """
         return (
             self._grid is not None
             and start // self.layout.chunk_rows < len(self._grid)
@@ -152,9 +155,13 @@ class MappedShard:
     def tiles(
         self, start: int, stop: int, selection: Selection
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The stored rows ``[start, stop)`` of one chunk down, a chunk across at a time, without mapping a page.
+        """Read the stored rows ``[start, stop)`` of one band, a chunk across at a time.
 
-        Yields the place of the first value in the selection, and values ``(n, chunk width)`` that the next overwrite.
+        No page of the file is mapped.
+
+        Yields:
+            The position of the tile's first value in the selection, and the values
+            ``(n, chunk width)``, which the next tile overwrites.
         """
         band, inside = divmod(start, self.layout.chunk_rows)
         tile = np.empty((stop - start, self.layout.chunk_width), self.layout.stored_dtype)
@@ -171,25 +178,25 @@ class MappedShard:
             yield at, tile
             at += self.layout.chunk_width
 
-    def let_go(self) -> None:
-        """Give back the memory of rows that were read."""
-        self._file.let_go()
+    def release(self) -> None:
+        """Release the memory of rows that were read."""
+        self._file.release()
 
     def read_range(
         self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray
     ) -> None:
-        """Decode the rows ``start, start + 1, ...`` of the shard into ``out`` ``(n, selection.width)``."""
+        """Decode the rows from ``start`` on into ``out`` ``(n, selection.width)`` float32."""
         for band, first, last in self._bands(start, start + len(out)):
             begin = band * self.layout.chunk_rows + first
             here = slice(begin - start, begin - start + last - first)
-            if last - first >= _FEWEST_ROWS_READ and self.has_tiles(begin, selection):
+            if last - first >= _MIN_ROWS_READ and self.has_tiles(begin, selection):
                 for value, tile in self.tiles(begin, begin + last - first, selection):
                     target = out[here, value : value + tile.shape[1]]
                     decode_into(tile, row_scale[here], self.layout.proj_dtype, target)
             else:
-                self._decode(partial(self._copy_some, begin, selection), row_scale[here], out[here])
+                self._decode(partial(self._copy_part, begin, selection), row_scale[here], out[here])
 
-    def _copy_some(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
+    def _copy_part(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
         self.copy_range(start + rows.start, selection, stored)
 
     def read_rows(
@@ -197,7 +204,7 @@ class MappedShard:
     ) -> np.ndarray:
         """Decode rows (positions in the shard, any order): ``(n, selection.width)`` float32."""
         for row in rows.tolist():
-            self.fetch(row, row + 1, selection)
+            self.prefetch(row, row + 1, selection)
         out = np.empty((len(rows), selection.width), np.float32)
         self._decode(
             lambda part, stored: self._gather(rows[part], selection, stored), row_scale, out
@@ -207,7 +214,10 @@ class MappedShard:
     def _decode(
         self, copy: Callable[[slice, np.ndarray], None], row_scale: np.ndarray, out: np.ndarray
     ) -> None:
-        """Decode what ``copy(rows, stored)`` puts into ``stored``: some rows at a time, which stay in the cache."""
+        """Decode what ``copy(rows, stored)`` writes, a few rows at a time so that they stay cached.
+
+        float32 rows are copied to ``out`` at once and scaled in place.
+        """
         step = max(1, VALUES_PER_STEP // max(1, out.shape[1]))
         in_place = self.layout.stored_dtype == out.dtype
         buffer = np.empty(
@@ -220,8 +230,8 @@ class MappedShard:
             decode_into(stored, row_scale[rows], self.layout.proj_dtype, out[rows])
 
     def _gather(self, rows: np.ndarray, selection: Selection, out: np.ndarray) -> None:
-        """The stored values of rows in any order."""
-        if self._grid is not None and len(rows) <= _MOST_ROWS_ONE_BY_ONE:
+        """Copy the stored values of rows in any order."""
+        if self._grid is not None and len(rows) <= _MAX_ROWS_ONE_BY_ONE:
             for i, row in enumerate(rows.tolist()):
                 self.copy_range(row, selection, out[i : i + 1])
             return
@@ -237,13 +247,13 @@ class MappedShard:
             at += piece.width
 
     def _bands(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Rows ``[start, stop)`` by chunks down: their number, and the first row and the one past the last inside."""
+        """Yield each band of rows ``[start, stop)`` with its first row and its end inside it."""
         height = self.layout.chunk_rows
         for band in range(start // height, -(-stop // height)):
             yield band, max(start - band * height, 0), min(stop - band * height, height)
 
-    def _ends(self, band: int, first: int, last: int, selection: Selection) -> tuple[int, int]:
-        """Where the first of ``_byte_ranges`` begins and the last one ends; (0, 0) where a chunk of them is absent."""
+    def _byte_span(self, band: int, first: int, last: int, selection: Selection) -> tuple[int, int]:
+        """Return where ``_byte_ranges`` begins and ends; (0, 0) if one of these chunks is absent."""
         if not selection.pieces:
             return 0, 0
         a, b = selection.pieces[0], selection.pieces[-1]
@@ -259,12 +269,12 @@ class MappedShard:
     def _byte_ranges(
         self, band: int, first: int, last: int, selection: Selection
     ) -> Iterator[tuple[int, int]]:
-        """Where the rows ``[first, last)`` of a chunk down lie in the file."""
-        together = self._grid is not None and last - first == self.layout.chunk_rows
+        """Yield ``[start, stop)`` of the rows ``[first, last)`` of a band in the file."""
+        whole_band = self._grid is not None and last - first == self.layout.chunk_rows
         for piece in selection.pieces:
             places = self._place[band, piece.first_chunk : piece.first_chunk + piece.n_chunks]
             starts = self._origin + self._chunk_bytes * places[places >= 0]
-            if together and len(starts):
+            if whole_band and len(starts):
                 yield int(starts[0]), int(starts[-1]) + self._chunk_bytes
                 continue
             for start in starts.tolist():

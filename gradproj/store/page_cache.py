@@ -1,63 +1,125 @@
-"""Which bytes of a mapped file are brought into memory: those that were asked for, many at once, and no others.
+"""Mapped files of a store: a bounded number of them, and control over which pages are in memory.
 
-Left alone, the kernel reads a mapped file page by page as it is touched, or guesses what comes next. The parts of a
-row lie far apart in a shard, so the one waits for the disk dozens of times a row, and the other reads the neighbours.
+By default the kernel reads a mapped file page by page as it is touched, or guesses what comes
+next. The parts of a row lie far apart in a shard: page by page waits for the disk dozens of times
+a row, and guessing reads neighbours that nobody wants. ``PagedFile`` therefore names byte ranges.
 """
 
 import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from gradproj.store.mapped_files import damaged
+from gradproj.errors import StoreError
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _libc = ctypes.CDLL(None)
 _PAGE_MASK = ~(mmap.PAGESIZE - 1)
 
 
+def damaged(path: Path, what: str) -> StoreError:
+    """Return the error for a file of a store that is not as it was written."""
+    return StoreError(
+        f"{path} is damaged: {what}. Run `python -m gradproj verify` on the output to see all damage"
+    )
+
+
+class LRUCache(Generic[K, V]):
+    """The items loaded last, by key. A load that returns None is not cached but tried again."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: dict[K, V] = {}
+        self._lock = RLock()  # several threads may read a store
+
+    def get(self, key: K, load: Callable[[], V | None]) -> V | None:
+        with self._lock:
+            item = self._items.pop(key, None)
+            if item is None:
+                item = load()
+            if item is not None:
+                self._items[key] = item
+                while len(self._items) > self._limit:
+                    del self._items[next(iter(self._items))]
+            return item
+
+    def drop(self, keys: Iterable[K]) -> None:
+        with self._lock:
+            for key in keys:
+                self._items.pop(key, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def map_file(path: Path) -> mmap.mmap | None:
+    """Map a file read-only. Returns None if it does not exist; an empty file is a StoreError."""
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # mmap refuses empty files
+        raise damaged(path, "it is empty") from error
+
+
 class PagedFile:
-    """A read-only map of a file, of which the disk reads what is wanted and nothing around it."""
+    """A read-only map of a file without read-ahead: only requested bytes are read from disk.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        StoreError: it is empty.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Map it.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is empty.
-        """
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        self.data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-        self.data.madvise(mmap.MADV_RANDOM)  # a page that is touched brings no others
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nor do bytes that are read
+        try:
+            self.data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        except ValueError as error:  # mmap refuses empty files
+            raise damaged(path, "it is empty") from error
+        self.data.madvise(mmap.MADV_RANDOM)  # no read-ahead on page faults
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nor on reads
         self._byte = [bytearray(1)]
-        self._asks_read = True
+        self._has_nowait = True
 
     def is_cached(self, start: int) -> bool:
-        """Whether the page with this byte is in memory; False where nobody can tell."""
-        if self._asks_read:
+        """Return whether the page with this byte is in memory; False if that cannot be told."""
+        if self._has_nowait:
             try:
                 return os.preadv(self._descriptor, self._byte, start, os.RWF_NOWAIT) > 0
             except BlockingIOError:
                 return False
-            except OSError:  # memory file systems and some network ones know no such question
-                self._asks_read = False
+            except OSError:  # tmpfs and some network file systems lack RWF_NOWAIT
+                self._has_nowait = False
         return self._is_mapped_page_cached(start)
 
     def _is_mapped_page_cached(self, start: int) -> bool:
-        if not self._is_ours:  # of other people's files the kernel calls every page cached
+        if not self._is_owner:  # mincore reports every page of other users' files as cached
             return False
         answer = (ctypes.c_ubyte * 1)()
         page = ctypes.c_void_p(self._address + (start & _PAGE_MASK))
         return _libc.mincore(page, ctypes.c_size_t(1), answer) == 0 and bool(answer[0] & 1)
 
     @cached_property
-    def _is_ours(self) -> bool:
+    def _is_owner(self) -> bool:
         return os.fstat(self._descriptor).st_uid == os.geteuid()
 
     @cached_property
@@ -65,10 +127,10 @@ class PagedFile:
         return np.frombuffer(self.data, np.uint8).ctypes.data
 
     def read_into(self, out: memoryview, start: int) -> None:
-        """Fill ``out`` with the bytes from ``start``; no page of the file is mapped for it.
+        """Fill ``out`` with the bytes from ``start``, without mapping a page of the file.
 
         Raises:
-            StoreError: the file ends before it is full.
+            StoreError: the file ends before ``out`` is full.
         """
         n_read = os.preadv(self._descriptor, [out], start)
         while n_read < len(out):
@@ -77,11 +139,11 @@ class PagedFile:
                 raise damaged(self._path, f"it ends at byte {start + n_read}, inside a chunk")
             n_read += more
 
-    def let_go(self) -> None:
-        """Unmap what was touched: it counts as this process's memory. What is in the system's cache stays there."""
+    def release(self) -> None:
+        """Unmap touched pages, which count as this process's memory. The page cache keeps them."""
         self.data.madvise(mmap.MADV_DONTNEED)
 
-    def want(self, start: int, stop: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         """Have the disk read these bytes; returns before they are there."""
         first = start & _PAGE_MASK
         self.data.madvise(mmap.MADV_WILLNEED, first, stop - first)

@@ -1,4 +1,4 @@
-"""``ProjectionStore``: rows, layers and samples of a store, finished or not, in bounded memory."""
+"""``ProjectionStore``: reads rows, layers and samples of a store in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -10,49 +10,58 @@ import numpy as np
 import zarr
 
 from gradproj.errors import ConfigError, StoreError
-from gradproj.store.bands import Band
 from gradproj.store.column_reader import Columns
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.mapped_files import LRUCache, damaged
 from gradproj.store.mapped_shard import Selection, select_values
 from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
-from gradproj.store.row_reader import Missing, Rows
+from gradproj.store.page_cache import LRUCache, damaged
+from gradproj.store.row_reader import Band, Missing, Rows
+from gradproj.store.texts import RecordedTexts
 
 if TYPE_CHECKING:
     import xarray as xr
 
-_NO_XARRAY = "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' brings both"
-_MOST_MAPS = 64  # a store of the Pile has 51,000 shards
+_NO_XARRAY = (
+    "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' "
+    "brings both"
+)
+_MAX_MAPS = 64  # a store of the Pile has 51,000 shards
 _STATUS_ROWS = 2**18
 _NAMED_IDS = 8
 
 
 class ProjectionStore:
-    """A store on disk, read-only. ``len(store)`` is the number of samples, whether they have a row yet or not.
+    """A store on disk, read-only. ``len(store)`` counts all samples, with a row or without.
 
-    Units that are not merged into the columns yet are read from their records, so an unfinished store works.
-    Opening and reading never write, never list shards, and keep at most 64 files mapped.
+    Units that are not merged into the columns yet are read from their records, so an unfinished
+    store can be read. Opening and reading never write or list files, and keep at most 64 mapped.
+
+    Args:
+        path: the job's ``--output_dir``, or the ``projections.zarr`` in it.
+        read_text: from a sample id to its text, for ``samples``. Default: from the tars that the
+            job recorded.
+
+    Raises:
+        StoreError: there is no store, or a newer gradproj wrote it.
     """
 
     def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
-        """Open ``OUTPUT/`` or ``OUTPUT/projections.zarr``; ``read_text(sample_id)`` gives ``samples`` its texts.
-
-        Raises:
-            StoreError: there is no store there, or a newer gradproj wrote it.
-        """
         self.path = find_store(path)
         self.attributes: dict[str, Any] = read_attributes(self.path)
         self.layout = read_layout(self.path)
         self.layers: list[LayerSlice] = layers_of(self.attributes)
         self.domains: list[str] = list(self.attributes.get("domains", []))
-        self._read_text = read_text
-        self._maps: LRUCache[tuple[str, int], Any] = LRUCache(_MOST_MAPS)
+        self._read_text = read_text or RecordedTexts(self.path.parent)
+        self._maps: LRUCache[tuple[str, int], Any] = LRUCache(_MAX_MAPS)
         self._columns = Columns(self.path, self.layout, self._maps)
         self._rows = Rows(self.path, self.layout, self._columns, self._maps)
 
     def __len__(self) -> int:
         return self.layout.n_samples
+
+    def __repr__(self) -> str:
+        return f"ProjectionStore({str(self.path)!r}: {len(self):,} rows of {self.dim:,} values)"
 
     def __enter__(self) -> "ProjectionStore":
         return self
@@ -61,14 +70,16 @@ class ProjectionStore:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self._read_text)  # a worker process opens its own maps
+        # A worker process maps files and loads the texts' index itself.
+        default = isinstance(self._read_text, RecordedTexts)
+        return type(self), (self.path, None if default else self._read_text)
 
     @property
     def dim(self) -> int:
         return self.layout.dim
 
     def close(self) -> None:
-        """Let go of the mapped files. Reading again maps them again."""
+        """Unmap all files. A later read maps them again."""
         self._maps.clear()
         self._columns.clear()
 
@@ -78,19 +89,20 @@ class ProjectionStore:
         layers: Sequence[str] | None = None,
         missing: Missing = "raise",
     ) -> np.ndarray:
-        """Rows of the given samples, in that order, decoded.
+        """Read the rows of the given samples, in that order, decoded.
 
         Args:
             ids: sample ids; repeats are fine.
-            layers: names; their values then stand one layer after the other. Default: the whole row.
-            missing: what to do about samples that nothing was recorded of yet: ``raise``, or give NaN rows.
-                Samples that have no row for another reason (see their status) are NaN either way.
+            layers: names; the values of these layers, one after the other. Default: all.
+            missing: for samples of status ``missing``: ``raise``, or ``nan`` for NaN rows. Samples
+                without a row for another reason (see their status) are NaN either way.
 
         Returns:
             ``(len(ids), D)`` float32.
 
         Raises:
-            StoreError: an id out of range, a layer that is not there, missing samples, or a damaged file.
+            StoreError: an id is out of range, a layer does not exist, samples are missing, or a
+                file is damaged.
         """
         if missing not in ("raise", "nan"):
             raise StoreError(f'missing is {missing!r}; choose "raise" or "nan"')
@@ -102,8 +114,16 @@ class ProjectionStore:
         return self._rows.read(sample_ids, columns, selection, missing)
 
     def layer(self, name: str) -> LayerView:
-        """One layer's values as an array ``(N, k_o, k_i)`` that is read where it is indexed."""
-        return LayerView(self, self._layer(name))
+        """Return a lazy array ``(N, k_o, k_i)`` of one layer, which reads what is indexed."""
+        layer = self._layer(name)
+
+        def read(ids: Sequence[int] | np.ndarray) -> np.ndarray:
+            return self.rows(ids, [name])
+
+        def scan(height: int | None, start: int, stop: int | None) -> Iterator[Any]:
+            return self.scan(height, [name], start, stop)
+
+        return LayerView((len(self), layer.k_o, layer.k_i), read, scan)
 
     def scan(
         self,
@@ -112,9 +132,9 @@ class ProjectionStore:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All rows in order, a block at a time: ``(ids (n,) int64, rows (n, D) float32)``; NaN where missing.
+        """Yield all rows in order, a block at a time: ``(ids (n,) int64, rows (n, D) float32)``.
 
-        ``rows_per_block`` is by default chosen for blocks of at most 8 MB.
+        Missing rows are NaN. By default a block has at most 8 MB.
         """
         selection = self._selection(layers)
         for first, last in self._rows.blocks(
@@ -129,10 +149,10 @@ class ProjectionStore:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """As ``scan``, without decoding: for a GPU, which does that itself, and wherever half the bytes are enough.
+        """Yield ``(ids (n,) int64, stored (n, D), row_scale (n,) float32)``, not decoded.
 
-        Yields ``(ids (n,) int64, stored (n, D), row_scale (n,) float32)``; ``stored`` is of ``layout.stored_dtype``
-        (bfloat16 as its bits in uint16), and ``row = stored * row_scale``. NaN where missing.
+        ``row = stored * row_scale``. ``stored`` has ``layout.stored_dtype`` (bfloat16 as uint16
+        bits); missing rows and their scales are NaN. Use it to decode on a GPU.
         """
         selection = self._selection(layers)
         for first, last in self._rows.blocks(
@@ -147,23 +167,19 @@ class ProjectionStore:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[Band]:
-        """As ``scan_stored``, by bands of rows whose values come a tile at a time: the fastest way, in least memory.
+        """Yield stored rows as bands, whose values come a tile at a time: the fastest scan.
 
-        A band has at most ``rows_per_band`` rows, and never more than a chunk of the array.
+        A band has at most ``rows_per_band`` rows, and at most those of one chunk of the array.
         """
         return self._rows.bands(rows_per_band, self._selection(layers), start, stop)
 
     def samples(self, ids: Sequence[int] | np.ndarray, text: bool = False) -> list[Sample]:
-        """Key, domain, loss and so on of the given samples, with their texts if asked for.
+        """Read key, domain, loss and the other columns of samples, and with ``text`` their texts.
 
         Raises:
-            StoreError: an id out of range, or texts asked of a store that was opened without ``read_text``.
+            StoreError: an id is out of range, or no text is recorded.
+            CorpusError: the tars of the texts are gone or have changed.
         """
-        if text and self._read_text is None:
-            raise StoreError(
-                f"{self.path} keeps no texts: open it with ProjectionStore(path, read_text=...), a function from a "
-                "sample id to its text, such as the corpus index gives"
-            )
         sample_ids = self._checked_ids(ids)
         columns = self._columns.read(
             ["key", "domain", "loss", "n_tokens", "grad_norm", "tar"], sample_ids
@@ -179,38 +195,39 @@ class ProjectionStore:
                 status=STATUS_NAMES[int(columns["status"][i])],
                 grad_norm=float(columns["grad_norm"][i]),
                 tar=int(columns["tar"][i]),
-                text=self._read_text(sample_id) if text and self._read_text else None,
+                text=self._read_text(sample_id) if text else None,
             )
             for i, sample_id in enumerate(sample_ids.tolist())
         ]
 
     def check_domains(self, codes: np.ndarray) -> None:
-        """Refuse codes of the ``domain`` column that the store has no name for; ``StoreError``."""
+        """Raise StoreError if a code of the ``domain`` column has no name."""
         largest = int(codes.max(initial=-1))
         if largest >= len(self.domains):
             what = f"a document is of domain {largest}, and the store names {len(self.domains)}"
             raise damaged(self.path, what)
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """One column's values for samples ``start`` to ``stop`` (default: all, which may be large)."""
+        """Read one column for the samples ``[start, stop)`` (default: all, which may be large)."""
         return self._columns.read_range([name], start, len(self) if stop is None else stop)[name]
 
     def columns_at(
         self, names: Sequence[str], ids: Sequence[int] | np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Several columns' values at the given samples."""
+        """Read several columns at the given samples, by name."""
         values = self._columns.read(names, self._checked_ids(ids))
         return {name: values[name] for name in names}
 
     def to_xarray(self, rows_per_chunk: int | None = None) -> "xr.Dataset":
-        """The store as an ``xarray.Dataset`` of dask arrays, of which nothing is read before it is computed.
+        """Open the store as an ``xarray.Dataset`` of dask arrays, which read when computed.
 
-        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN where there is none; ``layer`` is an index of
-        the values (``.sel(layer=NAME)`` reads that layer only); ``loss``, ``n_tokens``, ``grad_norm``, ``status``,
-        ``tar``, ``domain`` and ``key`` are columns.
+        ``rows (sample, value)`` float32 are ``stored * row_scale``, NaN for missing rows; ``layer``
+        is an index of the values (``.sel(layer=NAME)`` reads that layer only); ``loss``,
+        ``n_tokens``, ``grad_norm``, ``status``, ``tar``, ``domain`` and ``key`` are columns.
 
         Args:
-            rows_per_chunk: samples of a dask chunk; default: those of a shard. Each of dask's threads holds a few.
+            rows_per_chunk: samples of a dask chunk. Default: those of a shard. Each of dask's
+                threads holds a few chunks.
 
         Raises:
             ConfigError: xarray or dask is not installed.
@@ -222,7 +239,7 @@ class ProjectionStore:
         return open_with_dask(self, rows_per_chunk)
 
     def missing_ranges(self) -> list[tuple[int, int]]:
-        """``[start, stop)`` of every run of samples that nothing was recorded of yet, in order."""
+        """Return ``[start, stop)`` of every run of missing samples, in order."""
         runs: list[tuple[int, int]] = []
         for first, status in self._statuses():
             absent = np.concatenate(([False], status == STATUS["missing"], [False]))
@@ -234,12 +251,12 @@ class ProjectionStore:
         return runs
 
     def missing(self) -> np.ndarray:
-        """Sample ids that nothing was recorded of yet, sorted int64; ``missing_ranges`` says it in less memory."""
+        """Return the ids of missing samples, sorted int64. ``missing_ranges`` needs less memory."""
         ranges = [np.arange(start, stop, dtype=np.int64) for start, stop in self.missing_ranges()]
         return np.concatenate([np.empty(0, np.int64), *ranges])
 
     def status_counts(self) -> dict[str, int]:
-        """Number of samples of each status, by the status's name."""
+        """Count the samples of each status, by the status's name."""
         counts = np.zeros(256, np.int64)
         for _, status in self._statuses():
             counts += np.bincount(status, minlength=256)
@@ -247,7 +264,7 @@ class ProjectionStore:
 
     @cached_property
     def projection_matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Each layer's ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32, as the rows were made with."""
+        """Each layer's ``(P_i (k_i, n_i), P_o (k_o, n_o))`` of the rows, float32."""
         flat = self.array("projection_matrices")
         matrices, at = {}, 0
         for layer in self.layers:
@@ -266,38 +283,36 @@ class ProjectionStore:
         return matrices
 
     def array(self, name: str) -> np.ndarray:
-        """A small array of the group, whole (``write_array`` adds such)."""
+        """Read a small array of the group whole, such as ``projection_matrices``.
+
+        Raises:
+            StoreError: there is no such array, or it is damaged.
+        """
         if not (self.path / name / "zarr.json").is_file():
             raise StoreError(
-                f"{self.path} has no array {name!r}: where a job wrote it, `python -m gradproj verify` says what else "
-                "is damaged"
+                f"{self.path} has no array {name!r}. If a job wrote this store, see all damage with "
+                "`python -m gradproj verify`"
             )
         try:
             return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            RuntimeError,
-        ) as error:  # what zarr says of bytes that are no array
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
 
     def _refuse_missing(self, ids: np.ndarray, status: np.ndarray) -> None:
         if not status.all():
             ids = ids[status == STATUS["missing"]]
-            named = ", ".join(map(str, ids[:_NAMED_IDS].tolist())) + (
-                ", ..." if len(ids) > _NAMED_IDS else ""
-            )
+            named = ", ".join(map(str, ids[:_NAMED_IDS].tolist()))
+            more = ", ..." if len(ids) > _NAMED_IDS else ""
             raise StoreError(
-                f"{len(ids)} of the samples asked for are missing from {self.path}: {named}. "
-                'Let the job finish, or ask with missing="nan"'
+                f"{len(ids)} of the requested samples are missing from {self.path}: {named}{more}. "
+                'Let the job finish, or pass missing="nan"'
             )
 
     def _checked_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         sample_ids = np.asarray(ids)
         if sample_ids.ndim != 1 or (sample_ids.size and sample_ids.dtype.kind not in "iu"):
             raise StoreError(
-                f"sample ids must be a list of whole numbers, got {sample_ids.dtype} {sample_ids.shape}"
+                f"sample ids must be a list of integers, got {sample_ids.dtype} {sample_ids.shape}"
             )
         sample_ids = sample_ids.astype(np.int64)
         outside = sample_ids[(sample_ids < 0) | (sample_ids >= len(self))]
@@ -311,17 +326,14 @@ class ProjectionStore:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise StoreError(
-            f"{self.path} has no layer {name!r}; it has {', '.join(layer.name for layer in self.layers)}"
-        )
+        names = ", ".join(layer.name for layer in self.layers)
+        raise StoreError(f"{self.path} has no layer {name!r}; it has {names}")
 
     def _selection(self, layers: Sequence[str] | None) -> Selection:
         if layers is None:
             return select_values(self.layout, ((0, self.dim),))
-        chosen = [self._layer(name) for name in layers]
-        return select_values(
-            self.layout, tuple((layer.slice_start, layer.slice_end) for layer in chosen)
-        )
+        slices = map(self._layer, layers)
+        return select_values(self.layout, tuple((x.slice_start, x.slice_end) for x in slices))
 
     def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, len(self), _STATUS_ROWS):

@@ -1,4 +1,4 @@
-"""Rows of a store by sample id: which units hold them, which of those have a shard, and in which blocks a scan goes."""
+"""Rows of a store by sample id: finds the units that hold them, and plans the blocks of a scan."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -9,25 +9,52 @@ from typing import Any, Literal
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.store.bands import Band
 from gradproj.store.column_reader import Columns, group_by_unit
 from gradproj.store.encoding import nan_rows
 from gradproj.store.layout import STATUS, StoreLayout
-from gradproj.store.mapped_files import LRUCache
 from gradproj.store.mapped_shard import Selection
+from gradproj.store.page_cache import LRUCache
 from gradproj.store.shard_reader import Shards
 
 Missing = Literal["raise", "nan"]
 
 _FAULT_BYTES = 2**16
-"""That the kernel maps around a touched byte."""
-_MOST_TOUCHED_BYTES = 2**29
-_BLOCK_BYTES = 2**23  # two of them stay in a processor's last cache, and in the allocator's hands
+"""Bytes that the kernel maps around a touched one."""
+_MAX_TOUCHED_BYTES = 2**29
+_BLOCK_BYTES = 2**23  # two of them fit a processor's last cache, and malloc reuses their memory
+
+
+@dataclass(frozen=True)
+class Band:
+    """Consecutive samples of one unit, whose stored values come a tile at a time.
+
+    Tiles are read into one small buffer that stays in a core's cache, and no page of a file is
+    mapped. So a scan of terabytes needs the memory of a tile, and is up to a sixth faster than
+    through a map.
+    """
+
+    first: int
+    """The first sample's id."""
+    status: np.ndarray
+    """``(n,)`` uint8, codes of ``STATUS``."""
+    row_scale: np.ndarray
+    """``(n,)`` float32: ``row = stored * row_scale``."""
+    has_rows: bool
+    """Whether there is a shard. Without one ``tiles`` is empty."""
+    tiles: Iterator[tuple[int, np.ndarray]]
+    """``(at, stored)``: ``stored (n, w)`` are the values ``at`` to ``at + w`` of the selection, in
+    the layout's ``stored_dtype``. All tiles together hold each value once. Take them before the
+    next band; each overwrites the one before. Nothing is read before the first is taken."""
+
+    @property
+    def last(self) -> int:
+        """The id after the last sample's."""
+        return self.first + len(self.status)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """A band to come: rows of one unit from ``row`` on."""
+    """A band that a scan has yet to yield: rows of one unit from ``row`` on."""
 
     unit: int
     row: int
@@ -37,7 +64,7 @@ class _Span:
 
 
 class Rows:
-    """Reads rows of any units; NaN where there is none."""
+    """Reads rows of any units; NaN for samples without one."""
 
     def __init__(
         self,
@@ -53,7 +80,7 @@ class Rows:
         self._touched_bytes: dict[int, int] = {}
 
     def columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """``status`` and ``row_scale`` of samples in any order."""
+        """Read ``status`` and ``row_scale`` of samples in any order."""
         first, in_a_row = _range_of(ids)
         if in_a_row:
             return self._columns.read_range(["row_scale"], first, first + len(ids))
@@ -66,16 +93,18 @@ class Rows:
         selection: Selection,
         missing: Missing,
     ) -> np.ndarray:
-        """Decode rows in any order: ``(n, selection.width)`` float32; ``columns`` are those of the same samples."""
+        """Decode rows in any order: ``(n, selection.width)`` float32.
+
+        ``columns`` are the status and scale of the same samples, as ``columns`` reads them.
+        """
         out = np.empty((len(ids), selection.width), np.float32)
         first, in_a_row = _range_of(ids)
         if in_a_row:
-            self._fetch(first, first + len(ids), selection)
+            self._prefetch(first, first + len(ids), selection)
             self._read_range(first, selection, columns, out, missing)
-            if (
-                len(ids) >= self.layout.chunk_rows
-            ):  # of a few rows the pages stay mapped: they may be wanted again
-                self._let_go(first, first + len(ids))
+            # The pages of a few rows stay mapped: they may be read again.
+            if len(ids) >= self.layout.chunk_rows:
+                self._release(first, first + len(ids))
             return out
         for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
             if self._has_rows(unit, columns["status"][group], missing):
@@ -83,26 +112,26 @@ class Rows:
                 out[group] = self._shards.read_rows(
                     unit, inside, selection, columns["row_scale"][group]
                 )
-                self._count(unit, len(group), selection)
+                self._count_touched(unit, len(group), selection)
             else:
                 out[group] = np.nan
         return out
 
-    # What a scan yields it does not keep: the memory of a block is used again for the one after the next.
+    # A scan keeps no reference to a block, so that malloc reuses its memory for a later one.
 
     def decoded(self, first: int, last: int, selection: Selection) -> np.ndarray:
-        """The rows ``[first, last)``, float32."""
+        """Read the rows ``[first, last)``, float32."""
         columns = self._columns.read_range(["row_scale"], first, last)
         out = np.empty((last - first, selection.width), np.float32)
         self._read_range(first, selection, columns, out, "nan")
         return out
 
     def stored(self, first: int, last: int, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-        """The rows ``[first, last)`` as they are stored, and their scales."""
+        """Read the rows ``[first, last)`` as stored, and their scales."""
         columns = self._columns.read_range(["row_scale"], first, last)
         out = np.empty((last - first, selection.width), self.layout.stored_dtype)
-        for unit, row, here, there in self._parts(first, columns["status"], "nan"):
-            if there:
+        for unit, row, here, has_rows in self._parts(first, columns["status"], "nan"):
+            if has_rows:
                 self._shards.copy_range(unit, row, selection, out[here])
             else:
                 out[here] = nan_rows((), self.layout.proj_dtype)
@@ -111,19 +140,19 @@ class Rows:
     def bands(
         self, rows_per_band: int | None, selection: Selection, start: int, stop: int | None
     ) -> Iterator[Band]:
-        """The samples ``[start, stop)`` in order; meanwhile the disk reads ahead.
+        """Yield the samples ``[start, stop)`` in order, while the disk reads ahead.
 
         Raises:
-            StoreError: the scan's ends are out of range.
+            StoreError: ``start`` or ``stop`` is out of range.
         """
-        stop = self._checked_end(start, stop)
+        stop = self._checked_stop(start, stop)
         height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
         bytes_a_band = height * selection.width * self.layout.stored_dtype.itemsize
         n_ahead = 1 + _BLOCK_BYTES // max(1, bytes_a_band)
         waiting: deque[_Span] = deque()
         for span in self._band_spans(height, start, stop):
-            if span.has_rows:  # on its way while those before it are worked on
-                self._shards.fetch(span.unit, span.row, span.row + len(span.status), selection)
+            if span.has_rows:  # the disk reads it while earlier bands are worked on
+                self._shards.prefetch(span.unit, span.row, span.row + len(span.status), selection)
             waiting.append(span)
             if len(waiting) > n_ahead:
                 yield self._band(waiting.popleft(), selection)
@@ -138,16 +167,17 @@ class Rows:
         return Band(first, span.status, span.row_scale, span.has_rows, tiles)
 
     def _band_spans(self, height: int, start: int, stop: int) -> Iterator[_Span]:
-        """Bands of at most ``height`` rows, each in one chunk down; columns are read a unit at a time."""
+        """Yield bands of at most ``height`` rows, each in one chunk; reads columns by unit."""
         grid = self.layout.chunk_rows
         for unit, first, last in self._units(start, stop):
             columns, begin = self._columns.read_range(["row_scale"], first, last), first
-            there = self._has_rows(unit, columns["status"], "nan")
+            has_rows = self._has_rows(unit, columns["status"], "nan")
             while first < last:
                 end = min(first + height, (first // grid + 1) * grid, last)
                 here = slice(first - begin, end - begin)
                 row = first - unit * self.layout.rows_per_shard
-                yield _Span(unit, row, columns["status"][here], columns["row_scale"][here], there)
+                status, row_scale = columns["status"][here], columns["row_scale"][here]
+                yield _Span(unit, row, status, row_scale, has_rows)
                 first = end
 
     def blocks(
@@ -158,36 +188,37 @@ class Rows:
         start: int,
         stop: int | None,
     ) -> Iterator[tuple[int, int]]:
-        """``[first, last)`` of a scan's blocks; meanwhile the disk reads ahead, by whole chunks down.
+        """Yield ``[first, last)`` of a scan's blocks, while the disk reads ahead by whole chunks.
 
         Raises:
-            StoreError: the scan's ends are out of range.
+            StoreError: ``start`` or ``stop`` is out of range.
         """
-        stop, band = self._checked_end(start, stop), self.layout.chunk_rows
+        stop, band = self._checked_stop(start, stop), self.layout.chunk_rows
         height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
-        fetched = let_go = start
+        fetched = released = start
         for first in range(start, stop, height):
             last = min(first + height, stop)
             ahead = min(-(-(last + max(height, band)) // band) * band, stop)
             if ahead > fetched:
-                self._fetch(fetched, ahead, selection)
+                self._prefetch(fetched, ahead, selection)
                 fetched = ahead
             yield first, last
-            if last // band > let_go // band:
-                self._let_go(let_go, last)
-                let_go = last
+            if last // band > released // band:
+                self._release(released, last)
+                released = last
 
-    def _checked_end(self, start: int, stop: int | None) -> int:
+    def _checked_stop(self, start: int, stop: int | None) -> int:
         stop = self.layout.n_samples if stop is None else stop
         if not 0 <= start <= stop <= self.layout.n_samples:
             raise StoreError(
-                f"samples {start} to {stop} are out of range: {self._store_path} has {self.layout.n_samples}"
+                f"samples {start} to {stop} are out of range: {self._store_path} has "
+                f"{self.layout.n_samples}"
             )
         return stop
 
     def _band_rows(self, selection: Selection) -> int:
-        """Rows of a band whose tile stays in the cache; a compressed chunk is decoded once, whatever its size."""
-        if self.layout.compressor != "none":
+        """Return the rows of a band whose tile stays in the cache."""
+        if self.layout.compressor != "none":  # decode each compressed chunk once, whatever its size
             return self.layout.chunk_rows
         widths = {piece.stop - piece.first for piece in selection.pieces}
         whole = widths == {self.layout.chunk_width}
@@ -197,7 +228,7 @@ class Rows:
     def _block_rows(self, row_bytes: int) -> int:
         rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
         bands = rows // self.layout.chunk_rows
-        if bands or self.layout.compressor != "none":  # a compressed chunk is to be decoded once
+        if bands or self.layout.compressor != "none":  # decode each compressed chunk once
             return max(1, bands) * self.layout.chunk_rows
         return rows
 
@@ -209,8 +240,8 @@ class Rows:
         out: np.ndarray,
         missing: Missing,
     ) -> None:
-        for unit, row, here, there in self._parts(first, columns["status"], missing):
-            if there:
+        for unit, row, here, has_rows in self._parts(first, columns["status"], missing):
+            if has_rows:
                 self._shards.read_range(unit, row, selection, columns["row_scale"][here], out[here])
             else:
                 out[here] = np.nan
@@ -218,58 +249,58 @@ class Rows:
     def _parts(
         self, first: int, status: np.ndarray, missing: Missing
     ) -> Iterator[tuple[int, int, slice, bool]]:
-        """The samples ``first, ...`` by unit: its number, the first row inside, which of them, whether it has rows."""
+        """Split the samples ``first, ...`` by unit: unit, first row inside, slice, has rows."""
         for unit, start, stop in self._units(first, first + len(status)):
             here = slice(start - first, stop - first)
             row = start - unit * self.layout.rows_per_shard
             yield unit, row, here, self._has_rows(unit, status[here], missing)
 
     def _units(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Units of the samples ``[first, last)``, each with those of them that are its own."""
+        """Yield the units of the samples ``[first, last)``, each with its part of that range."""
         height = self.layout.rows_per_shard
         for unit in range(first // height, -(-last // height)):
             yield unit, max(first, unit * height), min(last, (unit + 1) * height)
 
-    def _fetch(self, first: int, last: int, selection: Selection) -> None:
-        """Have the disk read these samples' rows; nothing waits for them yet."""
+    def _prefetch(self, first: int, last: int, selection: Selection) -> None:
+        """Have the disk read these samples' rows in the background."""
         for unit, start, stop in self._units(first, last):
             if self._columns.read_range([], start, stop)["status"].any():
                 begin = unit * self.layout.rows_per_shard
-                self._shards.fetch(unit, start - begin, stop - begin, selection)
+                self._shards.prefetch(unit, start - begin, stop - begin, selection)
 
-    def _let_go(self, first: int, last: int) -> None:
-        """Give back the memory of these samples' rows."""
+    def _release(self, first: int, last: int) -> None:
+        """Release the memory of these samples' rows."""
         for unit, _, _ in self._units(first, last):
-            self._shards.let_go(unit)
+            self._shards.release(unit)
 
-    def _count(self, unit: int, n_rows: int, selection: Selection) -> None:
-        """Count the memory that touched pages take, which stay mapped, and give it back when it is a lot."""
+    def _count_touched(self, unit: int, n_rows: int, selection: Selection) -> None:
+        """Count the memory of touched pages, which stay mapped, and release it above a limit."""
         pieces = sum(piece.n_chunks for piece in selection.pieces)
         row_bytes = self.layout.dim * self.layout.stored_dtype.itemsize
-        most = self.layout.rows_per_shard * row_bytes
         touched = self._touched_bytes.get(unit, 0) + n_rows * pieces * _FAULT_BYTES
-        self._touched_bytes[unit] = min(touched, most)
-        counted = list(self._touched_bytes.items())  # threads may share a store
-        if sum(n_bytes for _, n_bytes in counted) > _MOST_TOUCHED_BYTES:
+        self._touched_bytes[unit] = min(touched, self.layout.rows_per_shard * row_bytes)
+        counted = list(self._touched_bytes.items())  # a copy, since threads may share a store
+        if sum(n_bytes for _, n_bytes in counted) > _MAX_TOUCHED_BYTES:
             self._touched_bytes.clear()
             for number, _ in counted:
-                self._shards.let_go(number)
+                self._shards.release(number)
 
     def _has_rows(self, unit: int, status: np.ndarray, missing: Missing) -> bool:
-        """Whether there is a shard to read, for samples of one unit."""
+        """Return whether there is a shard to read for samples of one unit."""
         if not status.any():
             return False
         exists = self._shards.exists(unit)
         if not exists and missing == "raise" and (status == STATUS["ok"]).any():
             raise StoreError(
-                f"rows of unit {unit} are recorded as ok but their shard {self._shards.path(unit)} is gone. "
-                "Run `python -m gradproj verify` to see all damage"
+                f"rows of unit {unit} are recorded as ok but their shard "
+                f"{self._shards.path(unit)} is gone. Run `python -m gradproj verify` to see all "
+                "damage"
             )
         return exists
 
 
 def _range_of(ids: np.ndarray) -> tuple[int, bool]:
-    """The first id, and whether the others follow it one by one."""
+    """Return the first id, and whether the ids are consecutive."""
     if len(ids) < 2:
         return (int(ids[0]), True) if len(ids) else (0, False)
     first, last = int(ids[0]), int(ids[-1])

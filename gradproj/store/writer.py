@@ -29,7 +29,14 @@ from gradproj.files import (
 )
 from gradproj.store.bfloat16 import BFloat16
 from gradproj.store.encoding import decode_rows, encode_rows, nan_rows
-from gradproj.store.layout import COLUMNS, FORMAT_VERSION, LayerSlice, StoreLayout
+from gradproj.store.layout import (
+    COLUMNS,
+    FORMAT_VERSION,
+    LayerSlice,
+    StoreLayout,
+    column_chunk_path,
+    column_shape,
+)
 
 __all__ = [
     "StoreExists",
@@ -192,16 +199,15 @@ def _fill_group(
         dimension_names=("sample", "value"),
     )
     for name, (dtype, fill) in COLUMNS.items():
-        extra = (layout.key_bytes,) if name == "key" else ()
         group.create_array(
             name,
-            shape=(layout.n_samples, *extra),
+            shape=column_shape(name, layout.n_samples, layout.key_bytes),
             dtype=dtype,
-            chunks=(layout.column_rows, *extra),
+            chunks=column_shape(name, layout.column_rows, layout.key_bytes),
             compressors=None,
             fill_value=fill,
             chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
-            dimension_names=("sample", "byte") if extra else ("sample",),
+            dimension_names=("sample", "byte") if name == "key" else ("sample",),
         )
     _add_array(group, "projection_matrices", matrices.astype(np.float32, copy=False))
     _write_files(path, files)
@@ -303,19 +309,16 @@ def write_column_block(
     for name in (name for name in COLUMNS if name in columns):
         values = columns[name]
         dtype, fill = COLUMNS[name]
-        shape = (stop - start, layout.key_bytes) if name == "key" else (stop - start,)
+        shape = column_shape(name, stop - start, layout.key_bytes)
         if values.dtype != dtype or values.shape != shape:
             raise ValueError(
                 f"column {name} of block {block} is {values.dtype} {values.shape}, not {dtype} {shape}"
             )
-        chunk = np.full(
-            (layout.column_rows, *shape[1:]), fill, dtype
-        )  # Zarr keeps edge chunks at full size
+        # Zarr keeps the last chunk at full size.
+        chunk = np.full(column_shape(name, layout.column_rows, layout.key_bytes), fill, dtype)
         chunk[: stop - start] = values
-        chunk_name = f"c.{block}.0" if name == "key" else f"c.{block}"
-        write_and_replace(
-            Path(store_path) / name / chunk_name, [chunk.view(np.uint8).reshape(-1).data], scratch
-        )
+        path = column_chunk_path(Path(store_path), name, block)
+        write_and_replace(path, [chunk.view(np.uint8).reshape(-1).data], scratch)
 
 
 def update_attributes(

@@ -163,7 +163,7 @@ DAMAGES = {
         "columns", 2, "first at sample 37",
     ),
     "a column cut short": (
-        lambda o: cut(o / "projections.zarr" / "key" / "c.0.0"), "columns", 0, "bytes in key/c.0.0",
+        lambda o: cut(o / "projections.zarr" / "key" / "c.0.0"), "columns", 0, "it has 950 bytes, not those of",
     ),
     "a column deleted": (
         lambda o: (o / "projections.zarr" / "loss" / "c.0").unlink(), "columns", 0, "first at sample 0",

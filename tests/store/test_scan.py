@@ -100,7 +100,7 @@ def test_chunks_that_a_writer_left_out_are_nan(tmp_path):
     assert got[:start].tobytes() == full[:start].tobytes()
 
 
-def test_a_shard_cut_short_after_it_was_opened_is_told(tmp_path):
+def test_a_shard_cut_short_after_it_was_opened_is_reported(tmp_path):
     output = Output(tmp_path).fill()
     path = output.path / output.layout.shard_name(1)
     store = ProjectionStore(tmp_path)

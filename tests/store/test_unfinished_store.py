@@ -50,11 +50,11 @@ def test_missing_samples_are_counted_and_named(unfinished):
     assert store.status_counts() == dict.fromkeys(STATUS, 0) | {"missing": 22, "ok": 48}
     with pytest.raises(
         StoreError,
-        match=r"22 of the samples asked for are missing from .*: 32, 33, .*, \.\.\.\. Let",
+        match=r"22 of the requested samples are missing from .*: 32, 33, .*, \.\.\.\. Let",
     ):
         store.rows(range(70))
     with pytest.raises(
-        StoreError, match=r"1 of the samples asked for are missing from .*: 40\. Let the job finish"
+        StoreError, match=r"1 of the requested samples are missing from .*: 40\. Let the job finish"
     ):
         store.rows([0, 40, 1])
 
@@ -221,14 +221,17 @@ def test_what_is_not_a_store_is_told_apart(tmp_path):
         (lambda store: store.rows([3, 70]), "sample 70 is out of range: .* has samples 0 to 69"),
         (lambda store: store.rows([-1]), "sample -1 is out of range"),
         (lambda store: store.rows([0], missing="zero"), "missing is 'zero'; choose"),
-        (lambda store: store.rows([0.5]), "must be a list of whole numbers, got float64"),
-        (lambda store: store.rows([[1]]), "must be a list of whole numbers"),
+        (lambda store: store.rows([0.5]), "must be a list of integers, got float64"),
+        (lambda store: store.rows([[1]]), "must be a list of integers"),
         (
             lambda store: store.rows([0], ["h.9"]),
             r"has no layer 'h\.9'; it has h\.0\.mlp, h\.1\.mlp",
         ),
         (lambda store: store.layer("h.9"), r"has no layer 'h\.9'"),
-        (lambda store: store.samples([0], text=True), r"keeps no texts: open it with .*read_text="),
+        (
+            lambda store: store.samples([0], text=True),
+            r"does not record where its documents are .*read_text=",
+        ),
         (lambda store: list(store.scan(stop=71)), "samples 0 to 71 are out of range"),
         (lambda store: store.array("sums"), "has no array 'sums'"),
     ],
