@@ -1,83 +1,153 @@
-"""The README's section on training: its code runs as it stands there, and its flags exist."""
+"""The READMEs: their Python runs, and the flags, commands, paths and names in them exist.
 
+Tables of flags, scores and faults are compared with the code beside what they describe:
+``tests/job`` and ``tests/analysis``.
+"""
+
+import contextlib
+import importlib
+import io
 import re
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers.models import ragged_batch, small_model
-from helpers.training_runs import config_of, make_data
 from transformers import TrainingArguments
 
-from gradproj import ProjectionStore
-from gradproj.flags import parse
-from gradproj.training import METHODS, TrainConfig, train
+from gradproj.__main__ import COMMANDS, main
+from gradproj.store.layout import STATUS
+from gradproj.training import METHODS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SECTION = README.split("## In a training loop\n")[1].split("\n## ")[0]
-BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+ROOT = Path(__file__).parents[1]
+READMES = sorted(
+    path
+    for path in ROOT.rglob("README.md")
+    if not any(part.startswith(".") or part == "demo" for part in path.relative_to(ROOT).parts[:-1])
+)
+WITH_PYTHON = [path for path in READMES if re.search(r"^```python$", path.read_text(), re.M)]
+
+OTHER_PROGRAMS = {
+    "--array", "--nodes", "--nproc_per_node", "--nnodes", "--standalone", "--no-deps", "--signal",
+    "--shutdown-timeout", "--max-restarts", "--bind", "--oldest", "--ntasks", "--requeue",
+}  # fmt: skip
+"""Flags of sbatch, torchrun, pip and the launch scripts, which READMEs name too."""
 
 
-def code_with(word):
-    """The one block of code with a word in it."""
-    (block,) = [block for block in BLOCKS if word in block]
-    return block
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    """Return the fenced blocks whose fence line is exactly the language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """The working directory, in which the README's code writes."""
+def demo(job, tmp_path, monkeypatch):
+    """A folder with a finished job in ``demo``, as ``launch/demo.sh`` leaves it."""
+    (tmp_path / "demo").mkdir()
+    for name, target in (("out", job.output), ("tars", job.corpus), ("model", job.model)):
+        (tmp_path / "demo" / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_the_ten_lines_for_a_loop_of_ones_own_and_the_lines_that_read_its_store(here):
+def names_for(folder: Path) -> dict:
+    """Names that a README's code takes from its reader's program: model, batches, arguments."""
     model = small_model("gpt2").train()
-    batches = [
-        (*ragged_batch([5, 9, 7], seed=i), [10 * i, 10 * i + 1, 10 * i + 2]) for i in range(4)
-    ]
-    names = {"model": model, "batches": batches, "optimizer": torch.optim.AdamW(model.parameters())}
-    exec(code_with("for step, (ids, labels, sample_ids)"), names)
-    exec(code_with('array("sample_id")'), names)
-    assert names["ids"].tolist() == [10 * i + j for i in range(4) for j in range(3)]
-    assert names["steps"].tolist() == np.repeat([1, 2, 3, 4], 3).tolist()
-    assert names["first"].shape == (3, 8 * 256)
-    assert np.isfinite(names["first"]).all()
-
-
-def test_the_lines_for_a_trainer(here):
     ids, labels = ragged_batch([5, 9, 7, 6])
-    dataset = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
-    arguments = TrainingArguments(
-        output_dir=str(here / "trainer"), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    exec(
-        code_with("Trainer("),
-        {"model": small_model("gpt2"), "dataset": dataset, "arguments": arguments},
-    )
-    with ProjectionStore(here / "watched" / "projections") as store:
-        assert store.array("step").tolist() == [1, 1, 2, 2]
+    return {
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters()),
+        "ids": ids,
+        "labels": labels,
+        "batches": [(*ragged_batch([5, 9, 7], seed=i), [3 * i + j for j in range(3)]) for i in range(4)],
+        "dataset": [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)],
+        "arguments": TrainingArguments(
+            output_dir=str(folder / "trainer"), max_steps=2, per_device_train_batch_size=2,
+            use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        ),
+    }  # fmt: skip
 
 
-def test_a_third_method_by_one_entry_runs_in_the_loop(here, monkeypatch):
-    known = dict(METHODS)
+@pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)
+def test_python_blocks_run_in_order(path, demo):
+    names, methods = names_for(demo), dict(METHODS)
     try:
-        exec(code_with('METHODS["Hardest"]'), {})
-        data = make_data(here / "data")
-        train(config_of(data, here / "run", method="Hardest", max_steps=3))
+        for number, block in enumerate(blocks_of(path.read_text(), "python")):
+            exec(compile(block, f"{name_of(path)}, block {number + 1}", "exec"), names)
     finally:
         METHODS.clear()
-        METHODS.update(known)
-    lines = (here / "run" / "hardest.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["1", "2", "3"]
+        METHODS.update(methods)
 
 
-def test_every_flag_named_there_exists():
-    known = {f"--{name}" for name in TrainConfig.__dataclass_fields__}
-    others = {"--help", "--nproc_per_node", "--output_dir", "--vocab_size", "--model", "--proj_"}
-    assert set(re.findall(r"--[a-z_]+", SECTION)) <= known | others
-    (line,) = re.findall(r"gradproj train (.*?)\n```", SECTION, re.S)
-    (config,) = parse(line.replace("\\\n", " ").split(), "train", TrainConfig)
-    assert config.method == "GradProjLora"
+@cache
+def flags_of(command: str) -> frozenset[str]:
+    """Return the flags that ``gradproj COMMAND --help`` lists."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    flags = frozenset(re.findall(r"--[a-z][a-z0-9_-]*", printed.getvalue()))
+    assert flags, f"{command} --help lists no flag"
+    return flags
+
+
+def command_lines(text: str) -> list[tuple[str, str]]:
+    """Return ``(command, rest of the line)`` for each call of gradproj in a fenced block."""
+    shell = "\n".join(re.findall(r"^```[a-z]*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    called = re.findall(r"(?:-m gradproj[ .]|(?:^|\$ )gradproj )([a-z]+)\b([^\n|#]*)", shell, re.M)
+    return [(command, rest) for command, rest in called if command in COMMANDS]
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_flags_exist(path):
+    text = path.read_text()
+    for command, rest in command_lines(text):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", re.sub(r'"[^"]*"', "", rest)))
+        assert named <= flags_of(command) | OTHER_PROGRAMS, f"{command}{rest}"
+    known = frozenset().union(*map(flags_of, COMMANDS)) | OTHER_PROGRAMS
+    # `--proj_*` names a group of flags. Scripts under tests/bench have flags of their own.
+    text = re.sub(r"`(python tests/bench/)?bench_[^`]*`", "", text)
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]*[a-z0-9](?![\w*-])", text)):
+        assert flag in known, flag
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_commands_exist(path):
+    for name in re.findall(r"`(?:python -m )?gradproj ([a-z]+)", path.read_text()):
+        assert name in COMMANDS, name
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_links_and_paths_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / target).exists(), target
+    for target in re.findall(r"`((?:gradproj|tests|launch|slurm)/[\w./-]+)", text):
+        assert (ROOT / target).exists(), target
+    for target in re.findall(r"`((?:[\w]+/)*(?:test|bench)_\w+\.py)", text):
+        assert any(ROOT.rglob(target)), target
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_dotted_names_exist(path):
+    for dotted in set(re.findall(r"`(gradproj(?:\.[A-Za-z_]\w*)+)", path.read_text())):
+        module, _, attribute = dotted.rpartition(".")
+        try:
+            importlib.import_module(dotted)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), dotted
+
+
+def test_status_codes_of_the_specification_are_the_code_s():
+    text = (ROOT / "gradproj/store/README.md").read_text()
+    table = re.findall(r"^\| (\d) \| `?(\w+)`? \|", text, re.M)
+    assert {name: int(code) for code, name in table} == STATUS
+
+
+def test_readme_fits_its_bounds():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 250
+    assert max(map(len, lines)) <= 100

@@ -19,7 +19,12 @@ def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_
     raw = b"\xef\xbb\xbf" + line_of(input_record("a\u2028\u0085b"), ensure_ascii=False).replace(
         b"\n", b"\r\n"
     )
-    raw += b"\n  \t\r\n" + line_of(input_record("c")) + b"\n" + line_of(input_record("last")).rstrip(b"\n")
+    raw += (
+        b"\n  \t\r\n"
+        + line_of(input_record("c"))
+        + b"\n"
+        + line_of(input_record("last")).rstrip(b"\n")
+    )
     (tmp_path / "in.jsonl").write_bytes(raw)
     report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
     assert [document["text"] for document in packed_documents(tmp_path / "out")] == [
@@ -62,7 +67,10 @@ def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_pa
         text_field="doc.body",
         domain_field="origin.site.name",
     )
-    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["nested", "flat"]
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == [
+        "nested",
+        "flat",
+    ]
     assert report.domains == {"s": 1, "unknown": 1}
 
 
@@ -70,7 +78,9 @@ def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_pa
     ("domain", "want"), [(None, "unknown"), ("", "unknown"), (7, "7"), ("Pile-CC é", "Pile-CC é")]
 )
 def test_a_domain_is_the_fields_value_or_unknown(domain, want, tmp_path):
-    report = run_prepare(write_jsonl(tmp_path / "in.jsonl", [input_record("t", domain)]), tmp_path / "out")
+    report = run_prepare(
+        write_jsonl(tmp_path / "in.jsonl", [input_record("t", domain)]), tmp_path / "out"
+    )
     assert report.domains == {want: 1}
     assert packed_documents(tmp_path / "out")[0]["meta"] == {"pile_set_name": want}
 
@@ -90,7 +100,9 @@ def test_the_records_own_meta_object_is_kept_and_top_level_names_go_beside_it(tm
             "pile_set_name": "old",
         },
     }
-    run_prepare(write_jsonl(tmp_path / "in.jsonl", [value]), tmp_path / "out", domain_field="source")
+    run_prepare(
+        write_jsonl(tmp_path / "in.jsonl", [value]), tmp_path / "out", domain_field="source"
+    )
     (document,) = packed_documents(tmp_path / "out")
     want = {"id": "inner", "url": "u", "big": 10**30, "deep": {"x": [1, None]}, "ratio": None}
     assert document == {"text": "t", "meta": {**want, "pile_set_name": "s"}}
@@ -129,7 +141,9 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
 def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(line, tmp_path):
     path = tmp_path / "in.jsonl"
-    path.write_bytes(line_of(input_record("before")) + line + b"\n" + line_of(input_record("after")))
+    path.write_bytes(
+        line_of(input_record("before")) + line + b"\n" + line_of(input_record("after"))
+    )
     with pytest.raises(CorpusError) as caught:
         run_prepare(str(path), tmp_path / "out")
     assert str(caught.value).startswith(f"{path}, line 2: {BAD_LINES[line]}")
@@ -167,7 +181,10 @@ def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_pa
     ]
     (tmp_path / "in.jsonl").write_bytes(b"".join(lines) + b"y" * 12_288)
     report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
-    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["x" * 10, "end"]
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == [
+        "x" * 10,
+        "end",
+    ]
     assert [example.split("in.jsonl, ")[1].split(":")[0] for example in report.bad_examples] == [
         f"line {n}" for n in (2, 3, 4, 6)
     ]

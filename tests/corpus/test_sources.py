@@ -41,7 +41,9 @@ ODD_TEXTS = [
 @pytest.mark.parametrize("kind", sorted(set(SOURCES) - {"stdlib:"}))
 def test_webdataset_reads_back_every_text_unchanged_and_in_order(kind, tmp_path):
     values = [input_record(text, domain=f"d{i % 3}", n=i) for i, text in enumerate(ODD_TEXTS)]
-    report = run_prepare(write_as(kind, tmp_path / "in", values), tmp_path / "out", samples_per_shard=4)
+    report = run_prepare(
+        write_as(kind, tmp_path / "in", values), tmp_path / "out", samples_per_shard=4
+    )
     assert read_back(tmp_path / "out") == [(f"{i:012d}", value) for i, value in enumerate(values)]
     assert sorted(os.listdir(tmp_path / "out")) == [f"shard-00000{i}.tar" for i in range(3)]
     assert (report.n_samples, report.n_bad, report.n_tars) == (10, 0, 3)
@@ -77,7 +79,8 @@ def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path)
 def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(tmp_path):
     kinds = [".jsonl.zst", ".parquet", ".jsonl"]
     names = [
-        write_as(kind, tmp_path / kind, [input_record(f"{kind} {i}") for i in range(3)]) for kind in kinds
+        write_as(kind, tmp_path / kind, [input_record(f"{kind} {i}") for i in range(3)])
+        for kind in kinds
     ]
     run_prepare(names, tmp_path / "out", samples_per_shard=2)
     want = [f"{kind} {i}" for kind in kinds for i in range(3)]
@@ -86,7 +89,9 @@ def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(
 
 def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(tmp_path):
     report = run_prepare("stdlib:", tmp_path / "out")
-    by_path = {document["meta"]["path"]: document for document in packed_documents(tmp_path / "out")}
+    by_path = {
+        document["meta"]["path"]: document for document in packed_documents(tmp_path / "out")
+    }
     assert list(by_path) == sorted(by_path)
     assert by_path["json/decoder.py"]["text"].encode() == Path(json.decoder.__file__).read_bytes()
     assert by_path["json/decoder.py"]["meta"]["pile_set_name"] == "json"
@@ -99,7 +104,9 @@ def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(
 
 def test_the_standard_library_keeps_its_own_fields_beside_an_input_with_others(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [{"body": "mine", "kind": "k"}])
-    report = run_prepare([name, "stdlib:"], tmp_path / "out", text_field="body", domain_field="kind")
+    report = run_prepare(
+        [name, "stdlib:"], tmp_path / "out", text_field="body", domain_field="kind"
+    )
     assert report.domains["k"] == 1
     assert report.domains["json"] > 1
 
@@ -155,7 +162,10 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_row_with_its_number(tmp_path):
     table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())})
     parquet.write_table(table, tmp_path / "in.parquet")
     report = run_prepare(str(tmp_path / "in.parquet"), tmp_path / "out", on_bad_input="skip")
-    assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["fine", "also fine"]
+    assert [document["text"] for document in packed_documents(tmp_path / "out")] == [
+        "fine",
+        "also fine",
+    ]
     assert "in.parquet, row 2: not UTF-8" in report.bad_examples[0]
 
 

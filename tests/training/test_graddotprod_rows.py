@@ -269,7 +269,9 @@ def test_two_ranks_average_the_training_gradients_and_keep_one_table(tmp_path):
     for rank in range(2):
         for part in range(2):
             train = ragged_batch(LENGTHS, seed=10 * rank + part)
-            for i, dot in enumerate(dot_products_by_autograd(model, *train, validation)[0].sum(1) / 4):
+            for i, dot in enumerate(
+                dot_products_by_autograd(model, *train, validation)[0].sum(1) / 4
+            ):
                 totals[100 * rank + 10 * part + i] = dot.item()
             (loss_of(model, *train) / 4).backward()
     _, rows = columns(tmp_path)
