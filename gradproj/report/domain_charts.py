@@ -126,8 +126,7 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
     """Both matrices; none of fewer than two domains with rows."""
     if facts is None or len(facts.shown) < 2:
         return []
-    largest = set(sorted(facts.shown, key=lambda i: -facts.matrix.n_rows[i])[:MOST_DOMAINS])
-    shown = [i for i in facts.shown if i in largest]
+    shown = facts.largest(MOST_DOMAINS)
     names = [facts.matrix.names[i] for i in shown]
     left_out = len(facts.shown) - len(shown)
     rest = f" {left_out} domains with fewer rows are left out." if left_out else ""

@@ -11,7 +11,6 @@ from gradproj.analysis.row_blocks import chosen_layers
 from gradproj.errors import StoreError
 from gradproj.report.distributions import RowCounts, count_rows
 from gradproj.report.number_format import listed
-from gradproj.report.order import by_similarity
 from gradproj.store import ProjectionStore
 
 KEYS = {
@@ -70,10 +69,40 @@ class DomainFacts:
         """Documents that are recorded to have a gradient, and whose row is not there."""
         return max(0, self.n_rows - self.matrix.n_read)
 
+    def largest(self, most: int) -> list[int]:
+        """Return the domains with the most rows, at most ``most`` of them, in order."""
+        by_size = sorted(self.shown, key=lambda i: -self.matrix.n_rows[i])
+        return sorted(by_size[:most], key=self.order.index)
+
     @property
     def shown(self) -> list[int]:
         """Domains that have a row, in order."""
         return [i for i in self.order if self.matrix.n_rows[i]]
+
+
+def by_similarity(cosine: np.ndarray, sizes: np.ndarray) -> list[int]:
+    """Domains along the direction in which neighbours are most alike; those without a row come last.
+
+    Args:
+        cosine: ``(G, G)``, symmetric; NaN where a domain has no row.
+        sizes: ``(G,)`` rows; the end that has more of them comes first.
+
+    Returns:
+        Every domain's number once. The order is that of the Fiedler vector of the graph whose edges are the cosines,
+        counted from the least of them.
+    """
+    there = np.flatnonzero((sizes > 0) & np.isfinite(np.diagonal(cosine)))
+    absent = [i for i in range(len(sizes)) if i not in set(there.tolist())]
+    if len(there) < 3:
+        return [*sorted(there.tolist(), key=lambda i: (-sizes[i], i)), *absent]
+    edges = cosine[np.ix_(there, there)]
+    edges = edges - edges.min()
+    np.fill_diagonal(edges, 0)
+    _, vectors = np.linalg.eigh(np.diag(edges.sum(axis=1)) - edges)
+    place = vectors[:, 1]
+    if (place * sizes[there]).sum() > 0:
+        place = -place
+    return [*there[np.argsort(place, kind="stable")].tolist(), *absent]
 
 
 def lost_text(n_lost: int, output: str) -> str:

@@ -1,269 +1,445 @@
-"""The page's pictures: throughput, distributions, matrices."""
+"""Draws the figures of the page (SVG) and of ``domains`` (PNG) with matplotlib.
 
+matplotlib is imported on use, since it is slow to import, and only with its Agg and SVG canvases.
+"""
+
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradproj.analysis import MEANINGS, SIGN
+from gradproj.files import explain_os_errors
 from gradproj.formatting import human_seconds, one_line
 from gradproj.report.distributions import Histogram
+from gradproj.report.domain_summary import DomainFacts
 from gradproj.report.number_format import digits, exponent_of, in_cell, minus, power
-from gradproj.report.svg import (
-    Drawing,
-    Scale,
-    colour,
-    colour_limit,
-    is_dark,
-    round_numbers,
-    scale_for,
-)
+from gradproj.report.svg import POINTS_PER_INCH, Drawing, default_settings, drawing_of
 from gradproj.report.throughput import Throughput
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
 WIDTH = 1100.0
 MOST_RANKS = 64
-"""With more, the picture shows the fastest, the median and the slowest at each time."""
+"""With more ranks, the figure shows the fastest, the median and the slowest at each time."""
+MOST_DOMAINS = 40
+"""Domains in the PNG, those with the most rows: more cells cannot be read."""
+MOST_BESIDE = 10
+"""Matrices of more domains stand below each other."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_AXIS: dict[str, Any] = {"stroke": "#8a8f98", "stroke_width": 1}
-_GRID: dict[str, Any] = {"stroke": "#e3e6ea", "stroke_width": 1}
+_INK, _SOFT, _BLUE, _PALE, _GRID = "#1d2330", "#5b6472", "#2f6297", "#b7cde3", "#e3e6ea"
+_NEGATIVE, _POSITIVE = "#e08228", "#215c9e"
+"""Colours of -1 and 1. The blue is darker, so that the sign shows in greyscale too."""
 _NAME = 25
-_INK, _SOFT, _BLUE, _PALE = "#1d2330", "#5b6472", "#2f6297", "#b7cde3"
-_SMALL: dict[str, Any] = {"font_size": 11, "fill": _SOFT}
+_BARS = (
+    ("rows", "documents with a row"),
+    ("loss", "loss, nats per target token"),
+    ("norm", "mean norm of the rows"),
+    ("rank", "effective rank"),
+)
 
 
-# --- throughput ---
+# --- figures in pixels, for the page ---
 
 
-def throughput_chart(found: Throughput, ranks: Sequence[str]) -> Drawing:
-    """Tokens a second of all ranks as a line; below it a strip for each rank, the darker the faster."""
-    strips = [(f"rank {name}", values) for name, values in zip(ranks, found.by_rank, strict=True)]
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    size = (width / POINTS_PER_INCH, height / POINTS_PER_INCH)
+    figure = Figure(figsize=size, dpi=POINTS_PER_INCH)
+    figure.patch.set_visible(False)
+    return figure
+
+
+def _axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
+    """Add axes without frame and ticks at a place in pixels from the upper left."""
+    whole_width, whole_height = figure.get_size_inches() * POINTS_PER_INCH
+    bottom = whole_height - top - height
+    axes = figure.add_axes(
+        (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
+    )
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(bottom=False, left=False, labelsize=11, labelcolor=_SOFT, pad=8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _round_ticks(axis: Any, most: int) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _value_axis(axes: "Axes", low: float, high: float, label: str, log: bool) -> None:
+    """Scale and label the axis of x."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if log:
+        axes.set_xscale("log")
+        subs = (1, 2, 5) if high < 1000 * low else (1,)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.set_xlim(low, high)
+    axes.set_xlabel(label, color=_SOFT, fontsize=11)
+    axes.spines["bottom"].set(visible=True, color="#8a8f98")
+
+
+def _tick(value: float, _: int) -> str:
+    """Format ``0.5``, ``20,000``, ``2e-07``."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:g}"
+
+
+def value_range(least: float, most: float, log: bool) -> tuple[float, float]:
+    """Return the ends of an axis, with some room where all values are equal.
+
+    A logarithmic one ends eight decades below ``most``: a single zero would squeeze the rest.
+    """
+    if not log:
+        return (least, most) if most > least else (least - 0.5, most + 0.5)
+    least = max(least, most * 1e-8)
+    return (least, most) if most > least > 0 else (max(least, 1e-30) / 2, max(most, 1e-30) * 2)
+
+
+def coverage_chart(n_samples: int, missing: Sequence[tuple[int, int]]) -> Drawing:
+    """Draw all sample ids from left to right, white where documents have not been computed."""
+    with default_settings():
+        figure = _figure(WIDTH, 44)
+        axes = _axes(figure, 1, 1, WIDTH - 2, 24)
+        axes.set(xlim=(0, n_samples), ylim=(0, 1))
+        axes.barh(0.5, n_samples, 1, facecolor=_BLUE)
+        # A gap narrower than a pixel would not be seen.
+        least = 0.7 * n_samples / WIDTH
+        gaps = [(start, max(stop - start, least)) for start, stop in _joined(missing, n_samples)]
+        axes.broken_barh(gaps, (0.04, 0.92), facecolor="white")
+        axes.barh(0.5, n_samples, 1, facecolor="none", edgecolor=_INK, linewidth=1)
+        axes.set_yticks([])
+        axes.set_xticks(
+            [0, n_samples // 2 + 0.5, n_samples],
+            [f"{i:,}" for i in (0, n_samples // 2, n_samples - 1)],
+        )
+        for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set(ha=side)
+        axes.tick_params(pad=4)
+        return drawing_of(
+            figure,
+            "Completeness by sample id",
+            "A bar of all sample ids with gaps where rows are missing.",
+        )
+
+
+def _joined(ranges: Sequence[tuple[int, int]], n_samples: int) -> list[tuple[int, int]]:
+    """Join ranges closer than half a pixel: an unfinished store of the Pile has thousands."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and start - joined[-1][1] < n_samples / WIDTH / 2:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
+    """Draw the tokens a second of all ranks, and below a strip for each rank, darker if faster."""
+    strips = [(f"rank {name}", values) for name, values in zip(ranks, speed.by_rank, strict=True)]
     if len(strips) > MOST_RANKS:
-        ordered = np.sort(found.by_rank, axis=0)
-        strips = [
-            ("fastest", ordered[-1]),
-            ("median", ordered[len(ordered) // 2]),
-            ("slowest", ordered[0]),
-        ]
+        ordered = np.sort(speed.by_rank, axis=0)
+        rows = (ordered[-1], ordered[len(ordered) // 2], ordered[0])
+        strips = list(zip(("fastest", "median", "slowest"), rows, strict=True))
     each = 18 if len(strips) <= 16 else 9
     left, top, height = 150.0, 12.0, 190.0
-    below = top + height + 34
-    picture = Drawing(
-        WIDTH,
-        below + each * len(strips) + 30,
-        "Throughput over time",
-        f"Tokens a second of all ranks over the time of the job, and of each of {len(ranks)} ranks.",
-    )
-    most = max(float(found.total.max()), 1e-9)
-    seconds = float(found.edges_s[-1])
-    x, y = Scale(0, seconds, left, WIDTH - 20), Scale(0, 1.05 * most, top + height, top)
-    _throughput_axes(picture, x, y, seconds)
-    points = []
-    for start, stop, value in zip(found.edges_s, found.edges_s[1:], found.total, strict=False):
-        points += [(x(start), y(value)), (x(stop), y(value))]
-    area = [(x(0), y(0)), *points, (x(seconds), y(0))]
-    picture.path(area, fill=_PALE, fill_opacity=0.5, stroke="none")
-    picture.path(points, fill="none", stroke=_BLUE, stroke_width=1.6)
-    fastest = max(float(found.by_rank.max()), 1e-9)
-    for number, (name, values) in enumerate(strips):
-        row = below + each * number
-        if each > 10 or number % 2 == 0:
-            picture.text(
-                left - 8, row + each * 0.75, one_line(name, 22), text_anchor="end", **_SMALL
-            )
-        _strip(picture, x, row, each - 2, found.edges_s, values / fastest)
-    bottom = below + each * len(strips)
-    picture.text(
-        left, bottom + 16, f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", **_SMALL
-    )
-    for place, idle in found.pauses:
-        picture.line(x(place), top, x(place), bottom, stroke=_INK, stroke_dasharray="4 3")
-        picture.text(x(place) + 4, top + 10, f"{human_seconds(idle)} idle", **_SMALL)
-    return picture
-
-
-def _throughput_axes(picture: Drawing, x: Scale, y: Scale, seconds: float) -> None:
-    for value in round_numbers(0, y.high, 5):
-        picture.line(x.first, y(value), x.last, y(value), **_GRID)
-        picture.text(x.first - 8, y(value) + 4, f"{value:,.0f}", text_anchor="end", **_SMALL)
-    unit, size = next(
+    first_strip = top + height + 34
+    seconds = float(speed.edges_s[-1])
+    unit, unit_s = next(
         ((u, s) for u, s in (("d", 86400), ("h", 3600), ("min", 60)) if seconds > 3 * s), ("s", 1)
     )
-    for value in round_numbers(0, seconds / size, 8):
-        at = x(value * size)
-        picture.line(at, y.first, at, y.first + 4, **_AXIS)
-        picture.text(at, y.first + 17, f"{value:g} {unit}", text_anchor="middle", **_SMALL)
-    picture.line(x.first, y.first, x.last, y.first, **_AXIS)
-    middle = (y.first + y.last) / 2
-    picture.text(
-        30,
-        middle,
-        "tokens/s",
-        transform=f"rotate(-90 30 {middle:.0f})",
-        text_anchor="middle",
-        **_SMALL,
-    )
+    fastest = max(float(speed.by_rank.max()), 1e-9)
+    with default_settings():
+        figure = _figure(WIDTH, first_strip + each * len(strips) + 30)
+        axes = _axes(figure, left, top, WIDTH - 20 - left, height)
+        axes.set(xlim=(0, seconds / unit_s), ylim=(0, 1.05 * max(float(speed.total.max()), 1e-9)))
+        axes.stairs(speed.total, speed.edges_s / unit_s, fill=True, color=_PALE, alpha=0.5)
+        axes.stairs(speed.total, speed.edges_s / unit_s, color=_BLUE, linewidth=1.6)
+        _round_ticks(axes.yaxis, 5)
+        _round_ticks(axes.xaxis, 8)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}")
+        axes.grid(axis="y", color=_GRID, linewidth=1)
+        axes.spines["bottom"].set(visible=True, color="#8a8f98")
+        axes.set_ylabel("tokens/s", color=_SOFT)
+        axes.yaxis.set_label_coords(-115 / (WIDTH - 20 - left), 0.5)
+        axes.set_zorder(1)  # lines of pauses go across the strips
+        below = _axes(figure, left, first_strip, WIDTH - 20 - left, each * len(strips))
+        below.set(xlim=axes.get_xlim(), ylim=(len(strips), 0))
+        for row, (_, values) in enumerate(strips):
+            _draw_strip(
+                below, row + 1 / each, 1 - 2 / each, speed.edges_s / unit_s, values / fastest
+            )
+        step = 1 if each > 10 else 2
+        names = [one_line(name, 22) for name, _ in strips]
+        below.set_yticks(np.arange(0.5, len(strips), step), names[::step])
+        below.set_xticks([])
+        below.set_xlabel(
+            f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", color=_SOFT, loc="left"
+        )
+        for place_s, idle_s in speed.pauses:
+            x = place_s / unit_s
+            end = 1 - (first_strip + each * len(strips) - top) / height
+            axes.plot(
+                [x, x], [1, end], transform=axes.get_xaxis_transform(), color=_INK, linewidth=1,
+                dashes=(4, 3), clip_on=False,
+            )  # fmt: skip
+            axes.annotate(
+                f"{human_seconds(idle_s)} idle", (x, 1), xycoords=axes.get_xaxis_transform(),
+                xytext=(4, -10), textcoords="offset points", color=_SOFT,
+            )  # fmt: skip
+        return drawing_of(
+            figure,
+            "Throughput over time",
+            "Tokens a second of all ranks over the time of the job, and of each of "
+            f"{len(ranks)} ranks.",
+        )
 
 
-def _strip(
-    picture: Drawing, x: Scale, top: float, height: float, edges: np.ndarray, shares: np.ndarray
+def _draw_strip(
+    axes: "Axes", top: float, height: float, edges: np.ndarray, shares: np.ndarray
 ) -> None:
-    """A line of cells; neighbours of one colour are one."""
+    """Draw a row of cells; neighbours of one shade are one rectangle."""
+    axes.barh(top + height / 2, edges[-1], height, facecolor="white", edgecolor="#d5d9df", lw=0.5)
     shades = np.round(np.clip(shares, 0, 1) * 20).astype(int)
-    picture.rect(
-        x.first, top, x.last - x.first, height, fill="#ffffff", stroke="#d5d9df", stroke_width=0.5
-    )
     starts = np.flatnonzero(np.diff(shades, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(shades)], strict=True):
-        if shades[start]:
-            a, b = x(edges[start]), x(edges[stop])
-            picture.rect(a, top, b - a, height, fill=colour(shades[start] / 20))
-
-
-# --- distributions ---
+    stops = np.append(starts[1:], len(shades))
+    shown = shades[starts] > 0
+    spans = np.stack([edges[starts], edges[stops] - edges[starts]], axis=1)[shown]
+    colours = diverging_colours()(0.5 + shades[starts][shown] / 40)
+    axes.broken_barh(spans.tolist(), (top, height), facecolors=colours)
 
 
 def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Drawing:
-    """Counts between the 0.1 % and the 99.9 % of the values, with the middle marked."""
+    """Draw counts between the 0.1 % and the 99.9 % quantiles, with the median marked."""
     width, height, left, top = WIDTH / 2 - 20, 200.0, 60.0, 14.0
-    picture = Drawing(
-        width, height, title, f"Histogram of {values.n:,} documents: {title}, {unit}."
-    )
-    x = scale_for(values.quantile(0.001), values.quantile(0.999), left, width - 14, log)
-    at = np.geomspace(x.low, x.high, 51) if log else np.linspace(x.low, x.high, 51)
-    counts = values.between(at)
-    y = Scale(0, max(float(counts.max()), 1.0), height - 44, top)
-    for value in round_numbers(0, y.high, 4):
-        picture.line(left, y(value), width - 14, y(value), **_GRID)
-        picture.text(left - 6, y(value) + 4, f"{value:,.0f}", text_anchor="end", **_SMALL)
-    for start, stop, n in zip(at, at[1:], counts, strict=False):
-        picture.rect(x(start), y(n), x(stop) - x(start) - 0.6, y.first - y(n), fill=_BLUE)
-    _value_axis(picture, x, y.first, f"{title}, {unit}")
-    middle = values.quantile(0.5)
-    picture.line(x(middle), top, x(middle), y.first, stroke=_INK, stroke_dasharray="3 3")
-    side = "end" if x(middle) > width * 0.6 else "start"
-    shift = -5 if side == "end" else 5
-    picture.text(x(middle) + shift, top + 8, f"median {digits(middle)}", text_anchor=side, **_SMALL)
-    return picture
-
-
-def _value_axis(picture: Drawing, x: Scale, y: float, label: str) -> None:
-    picture.line(x.first, y, x.last, y, **_AXIS)
-    for value in x.ticks():
-        picture.line(x(value), y, x(value), y + 4, **_AXIS)
-        picture.text(x(value), y + 17, _tick(value), text_anchor="middle", **_SMALL)
-    picture.text((x.first + x.last) / 2, y + 35, label, text_anchor="middle", **_SMALL)
-
-
-def _tick(value: float) -> str:
-    """``0.5``, ``20,000``, ``2e-07``."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:g}"
+    low, high = value_range(values.quantile(0.001), values.quantile(0.999), log)
+    edges = np.geomspace(low, high, 51) if log else np.linspace(low, high, 51)
+    counts, median = values.between(edges), values.quantile(0.5)
+    with default_settings():
+        figure = _figure(width, height)
+        axes = _axes(figure, left, top, width - 14 - left, height - 44 - top)
+        _value_axis(axes, low, high, f"{title}, {unit}", log)
+        axes.set_ylim(0, 1.12 * max(float(counts.max()), 1.0))  # room for the median's label
+        _round_ticks(axes.yaxis, 4)
+        axes.grid(axis="y", color=_GRID, linewidth=1)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_BLUE, ec="white", lw=0.6)
+        axes.axvline(median, color=_INK, linewidth=1, dashes=(3, 3))
+        on_the_left = (
+            axes.transLimits.transform((median, 0))[0] > 0.6
+            if not log
+            else (np.log(median / low) > 0.6 * np.log(high / low))
+        )
+        axes.annotate(
+            f"median {digits(median)}", (median, 1), xycoords=axes.get_xaxis_transform(),
+            xytext=(-5 if on_the_left else 5, -8), textcoords="offset points",
+            ha="right" if on_the_left else "left", color=_SOFT,
+        )  # fmt: skip
+        return drawing_of(figure, title, f"Histogram of {values.n:,} documents: {title}, {unit}.")
 
 
 def boxes_chart(
     names: Sequence[str], panels: Sequence[tuple[str, bool, Sequence[Histogram]]], description: str
 ) -> Drawing:
-    """A line for each group of documents, with a box of its quantiles in every panel.
+    """Draw a box of quantiles for each group of documents and panel.
 
     Args:
         names: of the groups.
-        panels: ``(what and in which unit, logarithmic, a histogram for each group)``.
-        description: for those who cannot see it.
+        panels: ``(quantity and unit, logarithmic, a histogram for each group)``.
+        description: for screen readers.
     """
     left, gap, each, top = 200.0, 34.0, 22.0, 8.0
     width = (WIDTH - left - 14 - gap * (len(panels) - 1)) / len(panels)
-    bottom = top + each * len(names)
-    picture = Drawing(WIDTH, bottom + 46, "Distributions by domain", description)
-    for number, name in enumerate(names):
-        y = top + each * (number + 0.5)
-        shown = one_line(name, _NAME)
-        picture.text(
-            left - 10,
-            y + 4,
-            shown,
-            hover=one_line(name, 200),
-            text_anchor="end",
-            font_size=12,
-            fill=_INK,
+    with default_settings():
+        figure = _figure(WIDTH, top + each * len(names) + 46)
+        for number, (label, log, groups) in enumerate(panels):
+            axes = _axes(figure, left + number * (width + gap), top, width, each * len(names))
+            rows = [row for row, group in enumerate(groups) if group.n]
+            at = np.array([[groups[row].quantile(q) for q in QUANTILES] for row in rows])
+            low, high = value_range(at.min(initial=np.inf), at.max(initial=-np.inf), log)
+            if not rows:
+                low, high = 0.0, 1.0
+            _value_axis(axes, low, high, label, log)
+            axes.grid(axis="x", color=_GRID, linewidth=1)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_yticks([])
+            if rows:
+                p5, p25, p50, p75, p95 = np.clip(at, low, high).T
+                axes.hlines(rows, p5, p95, color=_BLUE, linewidth=1.2)
+                axes.barh(rows, p75 - p25, 0.55, p25, facecolor=_PALE, edgecolor=_BLUE, zorder=3)
+                ends = np.array(rows)
+                axes.vlines(p50, ends - 0.27, ends + 0.27, color=_INK, linewidth=2, zorder=4)
+        figure.axes[0].set_yticks(range(len(names)), [one_line(name, _NAME) for name in names])
+        figure.axes[0].tick_params(axis="y", labelsize=12, labelcolor=_INK)
+        return drawing_of(figure, "Distributions by domain", description)
+
+
+def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[Drawing, str]:
+    """Draw a matrix of domains.
+
+    Returns:
+        The drawing, and the power of ten that its numbers are in units of.
+    """
+    n = len(names)
+    shown = [one_line(name, 20) for name in names]
+    left, top = 200.0, 20 + 5.2 * max(map(len, shown))
+    cell = min(64.0, (WIDTH - left - 70) / n)
+    height = min(cell, 34.0)
+    with default_settings():
+        figure = _figure(left + cell * n + 70, top + height * n + 6)
+        axes = _axes(figure, left, top, cell * n, height * n)
+        exponent, _ = _draw_matrix(axes, values, names, min(12.0, cell / 3.1))
+        axes.tick_params(labelsize=12, labelcolor=_INK)
+        drawing = drawing_of(
+            figure, title, f"{title}: a matrix of {n} domains; the numbers are in its cells."
         )
-    for place, (label, log, values) in enumerate(panels):
-        first = left + place * (width + gap)
-        ends = [(v.quantile(QUANTILES[0]), v.quantile(QUANTILES[-1])) for v in values if v.n]
-        low, high = min((a for a, _ in ends), default=0.0), max((b for _, b in ends), default=1.0)
-        x = scale_for(low, high, first, first + width, log)
-        for value in x.ticks():
-            picture.line(x(value), top, x(value), bottom, **_GRID)
-        for number, histogram in enumerate(values):
-            if histogram.n:
-                _box(picture, x, top + each * (number + 0.5), histogram, names[number])
-        _value_axis(picture, x, bottom, label)
-    return picture
-
-
-def _box(picture: Drawing, x: Scale, y: float, values: Histogram, name: str) -> None:
-    at = [values.quantile(q) for q in QUANTILES]
-    hover = f"{one_line(name, 60)}: " + ", ".join(
-        f"{q:.0%} {digits(v)}" for q, v in zip(QUANTILES, at, strict=True)
-    )
-    picture.line(x(at[0]), y, x(at[4]), y, stroke=_BLUE, stroke_width=1.2)
-    picture.rect(
-        x(at[1]),
-        y - 6,
-        max(x(at[3]) - x(at[1]), 1),
-        12,
-        hover,
-        fill=_PALE,
-        stroke=_BLUE,
-        stroke_width=1,
-    )
-    picture.line(x(at[2]), y - 6, x(at[2]), y + 6, stroke=_INK, stroke_width=2)
+    return drawing, power(exponent)
 
 
 # --- matrices ---
 
 
-def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[Drawing, str]:
-    """Cells with their numbers, coloured up to the largest off the diagonal; and the power of ten they are in."""
-    n = len(names)
+def diverging_colours() -> Any:
+    """Return the colour map of matrices: orange below 0, white at 0, blue above."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("gradproj", [_NEGATIVE, "white", _POSITIVE])
+
+
+def _draw_matrix(
+    axes: "Axes", values: np.ndarray, names: Sequence[str], font_size: float
+) -> tuple[int, "QuadMesh"]:
+    """Draw cells with their numbers; return the power of ten they are in and the cells."""
     exponent = exponent_of(values.ravel().tolist())
     numbers = values / 10.0**exponent
-    limit = colour_limit(numbers)
-    longest = max(len(one_line(name, 20)) for name in names)
-    left, top = 200.0, 20 + 5.2 * longest
-    cell = min(64.0, (WIDTH - left - 70) / n)
-    height = min(cell, 34.0)
-    picture = Drawing(
-        left + cell * n + 70,
-        top + height * n + 6,
-        title,
-        f"{title}: a matrix of {n} domains; the numbers are in its cells.",
-    )
-    size = min(12.0, cell / 3.1)
-    for i, name in enumerate(names):
-        shown = one_line(name, _NAME)
-        y, x = top + height * (i + 0.5) + 4, left + cell * (i + 0.5)
-        picture.text(
-            left - 10,
-            y,
-            shown,
-            hover=one_line(name, 200),
-            text_anchor="end",
-            font_size=12,
-            fill=_INK,
-        )
-        turn = f"translate({x:.1f} {top - 8:.0f}) rotate(-40)"
-        picture.text(0, 0, one_line(name, 20), transform=turn, font_size=12, fill=_INK)
+    limit, n = colour_limit(numbers), len(names)
+    edges = np.arange(n + 1) - 0.5
+    cells = axes.pcolormesh(
+        edges, edges, numbers, cmap=diverging_colours(), vmin=-limit, vmax=limit,
+        edgecolors="white", linewidth=1,
+    )  # fmt: skip
+    colours = cells.to_rgba(numbers)
     for (i, j), value in np.ndenumerate(numbers):
-        share = value / limit
-        x, y = left + cell * j, top + height * i
-        pair = f"{one_line(names[i], 60)} × {one_line(names[j], 60)}: {digits(float(values[i, j]))}"
-        picture.rect(x, y, cell - 1, height - 1, pair, fill=colour(share))
-        text = minus(in_cell(float(value)))
-        ink = "#ffffff" if is_dark(colour(share)) else _INK
-        picture.text(
-            x + cell / 2 - 0.5,
-            y + height / 2 + size * 0.36,
-            text,
-            text_anchor="middle",
-            font_size=round(size, 1),
-            fill=ink,
-        )
-    return picture, power(exponent)
+        ink = "white" if is_dark(colours[i, j]) else _INK
+        text = axes.text(
+            j, i, minus(in_cell(float(value))), ha="center", va="center", fontsize=font_size,
+            color=ink,
+        )  # fmt: skip
+        # It fits its cell; measuring hundreds of texts takes seconds.
+        text.set_in_layout(False)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.xaxis.tick_top()
+    axes.set_xticks(
+        range(n), [one_line(name, 20) for name in names],
+        rotation=40, ha="left", va="baseline", rotation_mode="anchor",
+    )  # fmt: skip
+    axes.set_yticks(range(n), [one_line(name, _NAME) for name in names])
+    axes.tick_params(top=False, left=False)
+    axes.spines[:].set_visible(False)
+    return exponent, cells
+
+
+def is_dark(colour: np.ndarray) -> bool:
+    """Return whether white text has a higher contrast (WCAG) than black on an RGB colour."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
+
+
+def colour_limit(matrix: np.ndarray) -> float:
+    """Return the value at which the colours end: a little beyond the largest off the diagonal.
+
+    The diagonal is far larger and would leave no colour for the rest. The limit is at least a
+    fifth of the diagonal, so that small numbers do not look like large ones.
+    """
+    largest = float(np.abs(matrix).max(initial=0.0))
+    off = float(np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).max(initial=0.0))
+    return max(1.2 * off, 0.2 * largest) or 1.0
+
+
+# --- the PNG of ``domains`` ---
+
+
+def draw_domains(facts: DomainFacts, path: Path) -> None:
+    """Write a PNG with the facts of each domain and the two matrices."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    shown = facts.largest(MOST_DOMAINS)
+    n, names = len(shown), [facts.matrix.names[i] for i in shown]
+    side, bars = max(2.6, 0.42 * n), 0.28 * n + 1.1
+    beside = n <= MOST_BESIDE
+    width = 2 * side + 6.4 if beside else max(11.0, side + 4.6)
+    heights = [bars, side + 2.0] if beside else [bars, side + 2.0, side + 2.0]
+    left_out = len(facts.matrix.names) - n
+    rest = f" ({left_out} without rows or with fewer are left out)" if left_out else ""
+    about = (
+        "Influence: mean score over all pairs of documents (including each with itself), one "
+        f"domain's as queries. Score {facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. "
+        "Colours end beyond the largest value off the diagonal."
+    )
+    with default_settings():
+        layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
+        figure = Figure(figsize=(width, sum(heights) + 1.6), dpi=110, layout=layout)
+        FigureCanvasAgg(figure)
+        figure.suptitle(f"Domains of {one_line(facts.output, 80)}{rest}", fontsize=12)
+        figure.supxlabel(textwrap.fill(about, int(12.5 * width)), fontsize=8.5)
+        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+        _draw_bars(parts[0], facts, shown)
+        places = parts[1].subfigures(1, 2) if beside else parts[1:]
+        influence = f"Influence between domains ({facts.score})"
+        for place, title, values, unit in (
+            (places[0], "Cosine of the mean gradients", facts.matrix.cosine, "no unit"),
+            (places[1], influence, facts.matrix.influence, "mean score"),
+        ):
+            axes = place.subplots()
+            exponent, cells = _draw_matrix(axes, values[np.ix_(shown, shown)], names, 7)
+            axes.tick_params(labelsize=8)
+            axes.set_aspect("equal")
+            axes.set_title(title, fontsize=10)
+            bar = place.colorbar(cells, ax=axes, extend="both", fraction=0.04, pad=0.02)
+            bar.set_label(unit + (f", in {power(exponent)}" if exponent else ""), fontsize=8)
+            bar.ax.tick_params(labelsize=7)
+        with explain_os_errors(path):
+            figure.savefig(path)
+
+
+def _draw_bars(part: Any, facts: DomainFacts, shown: list[int]) -> None:
+    """Draw a bar for each domain and fact, with its number; domains in the matrices' order."""
+    matrix, rows = facts.matrix, np.arange(len(shown))
+    values = {
+        "rows": matrix.n_rows,
+        "loss": matrix.loss,
+        "norm": matrix.grad_norm,
+        "rank": matrix.effective_rank,
+    }
+    panels = part.subplots(1, len(_BARS), sharey=True)
+    for axes, (key, label) in zip(panels, _BARS, strict=True):
+        chosen = values[key][shown].astype(np.float64)
+        axes.barh(rows, chosen, height=0.7, color="#9fb8d0")
+        for row, value in zip(rows, chosen, strict=True):
+            text = f"{int(value):,}" if key == "rows" else digits(float(value))
+            axes.annotate(
+                text, (0, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
+            )
+        axes.set_title(label, fontsize=9)
+        axes.set_xticks([])
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    names = [one_line(matrix.names[i], _NAME) for i in shown]
+    panels[0].set_yticks(rows, names, fontsize=8)
+    panels[0].set_ylim(len(shown) - 0.4, -0.6)

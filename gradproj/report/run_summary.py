@@ -7,9 +7,9 @@ from gradproj.formatting import count, human_seconds, ranges_text
 from gradproj.maintenance.status import Status
 from gradproj.report.distributions import RowCounts
 from gradproj.report.domain_summary import lost_text
+from gradproj.report.figures import coverage_chart
 from gradproj.report.number_format import digits, when
 from gradproj.report.page import Figure
-from gradproj.report.svg import Drawing
 from gradproj.report.throughput import UnitTimes
 from gradproj.store import STATUS, ProjectionStore
 
@@ -23,8 +23,6 @@ STATUS_MEANINGS = {
     "bad_input": "could not be read; the ranks' logs say why",
     "out_of_memory": "did not fit the device's memory",
 }
-_WIDTH, _LEFT = 1100.0, 0.0
-
 Facts = list[tuple[str, list[tuple[str, str]]]]
 
 
@@ -168,40 +166,7 @@ def missing_text(ranges: list[tuple[int, int]]) -> str:
 
 
 def coverage_figure(n_samples: int, missing: list[tuple[int, int]]) -> Figure:
-    """All ids from left to right; white where documents are still to be computed."""
-    picture = Drawing(
-        _WIDTH,
-        44,
-        "Completeness by sample id",
-        "A bar of all ids with gaps where rows are missing.",
-    )
-    scale = (_WIDTH - 2) / n_samples
-    picture.rect(1, 1, _WIDTH - 2, 24, fill="#2f6297", stroke="#1d2330", stroke_width=1)
-    for start, stop in _joined(missing, n_samples):
-        picture.rect(1 + start * scale, 2, max((stop - start) * scale, 0.7), 22, fill="#ffffff")
-    for value, anchor in ((0, "start"), (n_samples // 2, "middle"), (n_samples - 1, "end")):
-        place = (
-            1 + (value + 0.5) * scale
-            if anchor == "middle"
-            else (0 if anchor == "start" else _WIDTH)
-        )
-        picture.text(place, 40, f"{value:,}", text_anchor=anchor, font_size=11, fill="#5b6472")
+    """Return the bar of all sample ids with its caption."""
     n_missing = sum(stop - start for start, stop in missing)
-    gaps = (
-        f"white: {n_missing:,} documents still to be computed"
-        if n_missing
-        else "nothing is missing"
-    )
-    return Figure(picture, f"Documents by sample id; {gaps}.")
-
-
-def _joined(ranges: list[tuple[int, int]], n_samples: int) -> list[tuple[int, int]]:
-    """Ranges nearer than a pixel are one: an unfinished store of the Pile has thousands."""
-    least = n_samples / _WIDTH / 2
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if joined and start - joined[-1][1] < least:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
+    gaps = f"white: {n_missing:,} documents not computed yet" if n_missing else "nothing is missing"
+    return Figure(coverage_chart(n_samples, missing), f"Documents by sample id; {gaps}.")

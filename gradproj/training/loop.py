@@ -201,12 +201,7 @@ class _Run:
     def finish(self) -> TrainResult:
         """The finished model into the folder, and the curve's picture."""
         if self._world.rank == 0:
-            if self._curve.draw() is None:
-                print(
-                    "no loss.png without matplotlib: pip install 'gradproj[plot]'",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            self._curve.draw()
             for name, text in self.manager.reports(
                 self._documents.domain, self._documents.text
             ).items():

@@ -1,7 +1,6 @@
 """The loss curve of a run: ``loss.csv`` line by line, ``loss.png`` at the end, a line for people every few seconds."""
 
 import csv
-import importlib.util
 import sys
 import time
 from collections import deque
@@ -125,19 +124,16 @@ class LossCurve:
         """For a checkpoint."""
         return [asdict(point) for point in self.points]
 
-    def draw(self) -> Path | None:
-        """Draw ``loss.png`` beside the table; None where matplotlib is not installed."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return None
+    def draw(self) -> None:
+        """Draw ``loss.png`` beside the table."""
         path = self._path.with_suffix(".png")
         with explain_os_errors(path):
             draw_curve(self.points, path)
-        return path
 
 
 def draw_curve(points: list[Point], path: Path) -> None:
     """Training loss, its running mean, and the validation loss, over steps."""
-    # On use: an extra, and slow to import.
+    # On use: slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -22,12 +22,11 @@ from helpers.stores import Output
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import domain_matrix
+from gradproj.cli.domains import table_lines
 from gradproj.formatting import clean, one_line
-from gradproj.report import domain_figure
+from gradproj.report import figures
 from gradproj.report.distributions import count_rows
-from gradproj.report.domain_summary import facts_of
-from gradproj.report.domain_table import table_lines
-from gradproj.report.order import by_similarity
+from gradproj.report.domain_summary import by_similarity, facts_of
 from gradproj.store.layout import StoreConfig
 from gradproj.store.writer import update_attributes
 
@@ -46,10 +45,6 @@ def run(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-def without_matplotlib(monkeypatch):
-    monkeypatch.setattr(domain_figure.importlib.util, "find_spec", lambda name: None)
-
-
 def strictly(text):
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -59,10 +54,7 @@ def strictly(text):
 
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
 @pytest.mark.parametrize("score", ["kfac", "preconditioned", "dot", "cosine"])
-def test_the_json_holds_the_dense_computation_by_hand(
-    made, tmp_path, capsys, monkeypatch, score, layers
-):
-    without_matplotlib(monkeypatch)  # no figure is looked at here
+def test_the_json_holds_the_dense_computation_by_hand(made, tmp_path, capsys, score, layers):
     flags = ["--score", score, "--output_dir", tmp_path, "--format", "json"]
     flags += ["--damping", C] if score in ("kfac", "preconditioned") else []
     flags += ["--layers", *layers] if layers else []
@@ -211,16 +203,16 @@ def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(
 
     names = [f"Domain of a long name {i}" for i in range(n_domains)] + ["nobody's"]
     output = many_domains(tmp_path / "out", names)
-    figures = []
+    saved = []
     monkeypatch.setattr(
         Figure,
         "savefig",
-        lambda self, path: (figures.append(self), plain_save(self, path)),
+        lambda self, path: (saved.append(self), plain_save(self, path)),
     )
     with ProjectionStore(output.path) as store:
-        domain_figure.draw_domains(facts_in(store), tmp_path / "figure.png")
-    (figure,) = figures
-    matrices = [axes for axes in figure.get_axes() if axes.images]
+        figures.draw_domains(facts_in(store), tmp_path / "figure.png")
+    (figure,) = saved
+    matrices = [axes for axes in figure.get_axes() if axes.collections and axes.texts]
     assert len(matrices) == 2
     for axes in matrices:
         numbers = [text for text in axes.texts if text.get_text()]
@@ -231,7 +223,7 @@ def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
         height = axes.get_xticklabels()[0].get_fontsize() * figure.dpi / 72
         assert cell * np.sin(np.pi / 4) > height  # names turned by 45 degrees, one beside the other
-        limits = axes.images[0].get_clim()
+        limits = axes.collections[0].get_clim()
         assert limits[0] == -limits[1] < 0  # white is 0
     shown = " ".join(
         text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))
@@ -255,22 +247,7 @@ def facts_in(store):
     return facts_of(store, domain_matrix(store, **how), how, count_rows(store))
 
 
-def test_without_matplotlib_the_json_is_written_and_one_line_names_the_extra(
-    made, tmp_path, capsys, monkeypatch
-):
-    without_matplotlib(monkeypatch)
-    code, printed, said = run(capsys, made.path, "--output_dir", tmp_path)
-    assert code == 0
-    assert "pip install 'gradproj[plot]'" in said
-    assert len(said.splitlines()) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["domains.json", "mean_rows.npy"]
-    assert "domains.png" not in printed
-
-
-def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(
-    tmp_path, capsys, monkeypatch
-):
-    without_matplotlib(monkeypatch)
+def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(tmp_path, capsys):
     output = many_domains(tmp_path / "out", [f"domain {i}" for i in range(41)])
     _, printed, _ = run(capsys, output.path, "--score", "dot")
     assert "the 8 highest and lowest of 780 pairs (all are in the JSON)" in printed

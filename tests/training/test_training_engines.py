@@ -479,15 +479,6 @@ def test_a_sum_that_nobody_announced_is_refused():
             manager.aggregate_and_log()
 
 
-def test_without_matplotlib_the_picture_is_left_out_and_the_way_to_it_named(
-    data, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    train(config_of(data, tmp_path, max_steps=2))
-    assert "no loss.png without matplotlib: pip install 'gradproj[plot]'" in capsys.readouterr().err
-    assert not (tmp_path / "loss.png").exists()
-
-
 def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):
     changes = {
         "val_shards": str(data / "val"),
