@@ -30,6 +30,7 @@ from gradproj.job.startup import Job, log_to_file, start_job
 from gradproj.job.summary import print_result
 from gradproj.job.unit_projector import ProjectedUnit
 from gradproj.kernels.torch_setup import prepare_torch
+from gradproj.store.zarr_threads import few_zarr_threads
 
 log = logging.getLogger("gradproj.run")  # not __name__, which is __main__ in a job
 
@@ -37,7 +38,8 @@ log = logging.getLogger("gradproj.run")  # not __name__, which is __main__ in a 
 def main(argv: list[str] | None = None, stop: StopRequest | None = None) -> int:
     """Run one rank of the job and return its exit code."""
     argv, stop = sys.argv[1:] if argv is None else argv, stop or StopRequest()
-    return exit_code(lambda: run(argv, stop.attend(launcher_rank(), launcher_died)))
+    with few_zarr_threads():
+        return exit_code(lambda: run(argv, stop.attend(launcher_rank(), launcher_died)))
 
 
 def run(argv: list[str], stop: StopRequest) -> int:

@@ -41,6 +41,7 @@ from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 from gradproj.store.texts import text_of
+from gradproj.store.zarr_threads import few_zarr_threads
 
 _ALONE = Process(0, 1, 0, 1)
 
@@ -63,7 +64,7 @@ def query_command(argv: list[str]) -> None:
         (config,) = parse(
             argv, "gradproj query", QueryConfig, description="Which documents support a query most."
         )
-        with process_group(process), _ended_as_by_ctrl_c(process):
+        with few_zarr_threads(), process_group(process), _ended_as_by_ctrl_c(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradproj.engine.compile import compiled_block
 from gradproj.errors import ModelError
-from gradproj.kernels.cpu_attention import ATTENDS, fits
+from gradproj.kernels.cpu_attention import ATTENDS, fits, register_sdpa, unregister_sdpa
 from gradproj.kernels.onednn import linear, uses_onednn
 
 
@@ -58,6 +58,8 @@ class FrozenModel:
             if form is not None and "forward" not in vars(part):
                 part.forward = form(part)
                 self._swapped.append(part)
+        if self._attending:
+            register_sdpa()
         asked = (
             "gradient_checkpointing" if gradient_checkpointing else "compile" if compiled else ""
         )
@@ -75,6 +77,8 @@ class FrozenModel:
             del part.forward
         for part in self._attending:
             delattr(part, ATTENDS)
+        if self._attending:
+            unregister_sdpa()
         for owner, attribute, value in reversed(self._before):
             setattr(owner, attribute, value)
         self._before, self._swapped, self._attending = [], [], []

@@ -1,12 +1,14 @@
-"""Causal attention in bfloat16 on a CPU, by oneDNN's batched products: two thirds of the time of torch's own kernel.
+"""Causal attention in bfloat16 on a CPU, in two thirds of the time of torch's own kernel.
 
-torch's kernel multiplies what lies above the diagonal too, and turns bfloat16 into float32 on the way. Here a block of
-queries meets the keys up to its end: in float32 where a difference is taken of the products (the logits, and the
-gradients of the weights), in bfloat16 elsewhere. Saved for the way back are the output and the log of each row's sum;
-the weights are computed again, as in FlashAttention (arXiv:2205.14135).
+torch's kernel also multiplies what lies above the diagonal, and converts bfloat16 to float32 on
+the way. Here a block of queries is multiplied, by oneDNN's batched products, with the keys up to
+its end: in float32 where differences of products follow (the logits, and the gradients of the
+weights), else in bfloat16. The backward pass gets the output and the log of each row's sum and
+computes the weights again, as FlashAttention does (arXiv:2205.14135).
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,10 +17,37 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 ATTENDS = "_gradproj_attends"
-"""Attribute of the modules whose attention is ``attend``'s own. (Another name in the model's config would not do: some
-models compare it with "sdpa", and Falcon's attention then sees later tokens.)"""
+"""Attribute of the modules whose attention ``attend`` may compute.
+
+Another name than "sdpa" in the model's config would not do: some models compare it with "sdpa",
+and Falcon's attention then sees later tokens.
+"""
 QUERIES = 64
 """Queries in a block: their weights over 512 keys and a dozen heads stay in a core's cache."""
+
+_NOT_PLAIN = ("position_bias", "cache", "softcap", "s_aux")
+_lock = threading.Lock()
+_n_users = 0
+_replaced: Callable[..., Any] = sdpa_attention_forward
+
+
+def register_sdpa() -> None:
+    """Make ``attend`` transformers' "sdpa", until ``unregister_sdpa`` was called as often."""
+    global _n_users, _replaced
+    with _lock:
+        if _n_users == 0:
+            _replaced = AttentionInterface()["sdpa"]
+            AttentionInterface.register("sdpa", attend)
+        _n_users += 1
+
+
+def unregister_sdpa() -> None:
+    """Undo one ``register_sdpa``; the last one restores the function that was registered."""
+    global _n_users
+    with _lock:
+        _n_users -= 1
+        if _n_users == 0 and AttentionInterface()["sdpa"] is attend:
+            AttentionInterface.register("sdpa", _replaced)
 
 
 def attend(
@@ -29,15 +58,20 @@ def attend(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' ``sdpa``, to which all is left but plain causal bfloat16 attention on a CPU in a frozen model.
+    """Compute plain causal bfloat16 attention on a CPU; leave anything else to transformers.
+
+    Only in modules with the attribute ``ATTENDS``: those of a ``FrozenModel``.
 
     Args:
         module: the layer.
-        query: ``(N, heads, S, D)``; key and value may have fewer heads.
-        key: ``(N, key heads, S, D)``.
-        value: as the key.
-        attention_mask: None where it is causal.
-        settings: transformers' own.
+        query: ``(N, heads, S, D)``.
+        key: ``(N, key heads, S, D)``, with as many heads as the query or fewer.
+        value: like the key.
+        attention_mask: None for causal attention.
+        settings: those of transformers.
+
+    Returns:
+        ``(N, S, heads, D)``, and None for the weights.
     """
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -45,26 +79,22 @@ def attend(
     same_width = query.shape[2:] == key.shape[2:] == value.shape[2:]
     ours = getattr(module, ATTENDS, False)
     if not (ours and causal and plain and same_width and attention_mask is None and fits(query)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return _replaced(module, query, key, value, attention_mask, **settings)
     groups = query.shape[1] // key.shape[1]
     scaling = settings.get("scaling") or query.shape[-1] ** -0.5
     out = _Causal.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scaling)
     return out.transpose(1, 2), None
 
 
-_NOT_PLAIN = ("position_bias", "cache", "softcap", "s_aux")
-AttentionInterface.register("sdpa", attend)
-
-
 def fits(x: Tensor) -> bool:
-    """Whether ``attend`` computes this itself."""
+    """Return whether ``attend`` supports this tensor's device and type."""
     return (
         x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(torch.backends.mkldnn.enabled)
     )
 
 
 class _Causal(torch.autograd.Function):
-    """``(N, heads, S, D)`` each, bfloat16."""
+    """``query, key, value, scaling -> output``; ``(N, heads, S, D)`` bfloat16 each."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -78,12 +108,12 @@ class _Causal(torch.autograd.Function):
         return *_attention_gradients(gradient, *ctx.saved_tensors, ctx.scaling), None
 
 
-# Both are operations of their own, so that torch's compiler does not write out their loops for one length.
+# Custom operations, so that torch.compile does not unroll their loops for one length.
 
 
 @torch.library.custom_op("gradproj::attention", mutates_args=())
 def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The output and the logs of the rows' sums; sample by sample, block of queries by block of queries."""
+    """Return the output, and the log of each row's sum ``(N, heads, S, 1)`` float32."""
     out, sums = _empty_attention(query, key, value, scaling)
     for sample in range(len(query)):
         q, k, v = query[sample], key[sample], value[sample]
@@ -151,14 +181,14 @@ def _empty_gradients(
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that its last query sees."""
+    """Yield blocks of queries, each with the keys that its last query sees."""
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
         yield slice(start, stop), slice(0, stop)
 
 
 def _hide_later(logits: Tensor, by: float) -> None:
-    """Fill what a query must not see: in ``(heads, queries, keys)`` the last square's upper triangle."""
+    """Fill the keys after each query: the upper triangle of the last square of keys."""
     size = logits.shape[1]
     later = torch.ones(size, size, dtype=torch.bool).triu_(1)
     logits[:, :, -size:].masked_fill_(later, by)

@@ -1,51 +1,89 @@
-"""Tells transformers that a batch's rows are not packed, which it would otherwise ask the device in every forward pass.
-
-Where a model gets neither a mask nor a cache, transformers looks for several sequences in one row by reading its
-position ids back, and a GPU then stands still until the host has made the next kernels ready.
-"""
+"""Temporary changes of transformers' global state; each is undone when its context ends."""
 
 import functools
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import masking_utils
+from transformers.utils import logging as transformers_logging
+
+_FIND = "find_packed_sequence_indices"
 
 
-class _Known(threading.local):
-    """Not a context variable: ``torch.compile`` reads this one without a break in its graph."""
+class _ThreadState(threading.local):
+    """Not a context variable: ``torch.compile`` reads this without a graph break."""
 
     one_sequence_a_row = False
 
 
-_KNOWN = _Known()
+_STATE = _ThreadState()
+_lock = threading.Lock()
+_n_contexts = 0
+_replaced: Callable[..., Any] = getattr(masking_utils, _FIND, lambda *_, **__: None)
+
+
+@functools.wraps(_replaced)
+def _find_unless_known(*args: Any, **kwargs: Any) -> Any:
+    return None if _STATE.one_sequence_a_row else _replaced(*args, **kwargs)
 
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """For forward passes without ``position_ids``: the model counts them from 0 itself, so that no row is packed.
+    """Tell transformers that this thread's rows are not packed, in passes without position ids.
 
-    Only for the calling thread: a model that runs packed rows in another is asked as ever.
+    Without a mask or a cache, transformers looks for several sequences in one row: it reads the
+    position ids back to the host in every forward pass, for which a GPU stands still. A model
+    that counts the positions itself cannot have packed rows. Other threads are not affected.
     """
-    before, _KNOWN.one_sequence_a_row = _KNOWN.one_sequence_a_row, True
+    with _find_replaced():
+        before, _STATE.one_sequence_a_row = _STATE.one_sequence_a_row, True
+        try:
+            yield
+        finally:
+            _STATE.one_sequence_a_row = before
+
+
+@contextmanager
+def _find_replaced() -> Iterator[None]:
+    """Replace transformers' function, until the last of all threads' contexts ends."""
+    global _n_contexts, _replaced
+    with _lock:
+        # A release of transformers without this function does not look for packed rows.
+        if _n_contexts == 0 and hasattr(masking_utils, _FIND):
+            _replaced = getattr(masking_utils, _FIND)
+            setattr(masking_utils, _FIND, _find_unless_known)
+        _n_contexts += 1
     try:
         yield
     finally:
-        _KNOWN.one_sequence_a_row = before
+        with _lock:
+            _n_contexts -= 1
+            if _n_contexts == 0 and getattr(masking_utils, _FIND, None) is _find_unless_known:
+                setattr(masking_utils, _FIND, _replaced)
 
 
-def _answer_where_known(name: str) -> None:
-    """Put the answer before transformers' own function; a release without that function asks for nothing."""
-    ask = getattr(masking_utils, name, None)
-    if ask is None:
-        return
-
-    @functools.wraps(ask)
-    def find(*args: Any, **kwargs: Any) -> Any:
-        return None if _KNOWN.one_sequence_a_row else ask(*args, **kwargs)
-
-    setattr(masking_utils, name, find)
-
-
-_answer_where_known("find_packed_sequence_indices")
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars of transformers and huggingface_hub: a job shows its own progress."""
+    hub_was_silent = are_progress_bars_disabled()
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        # The hub warns if HF_HUB_DISABLE_PROGRESS_BARS, which has priority, is set.
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if were_shown:
+                transformers_logging.enable_progress_bar()
+            (disable_progress_bars if hub_was_silent else enable_progress_bars)()

@@ -115,12 +115,16 @@ def _local_files(
         *(["*.bin"] if pickled else []),
     ]
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision or None,
-            allow_patterns=patterns,
-            local_files_only=not may_download,
-        )
+        # On use: it imports transformers.
+        from gradproj.kernels.transformers_patches import no_progress_bars
+
+        with no_progress_bars():
+            folder = huggingface_hub.snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=patterns,
+                local_files_only=not may_download,
+            )
     except LocalEntryNotFoundError as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"

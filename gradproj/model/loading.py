@@ -9,11 +9,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradproj.errors import ModelError
+from gradproj.kernels.transformers_patches import no_progress_bars
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
-
-# The job has one progress bar of its own.
-transformers.utils.logging.disable_progress_bar()
 
 
 def load_model_config(files: ModelFiles) -> Any:
@@ -101,16 +99,17 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
 def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
     config, folder = files.config, files.model_dir
     try:
-        # With output_loading_info it returns a pair, which its annotations do not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=None if config.allow_pickle else True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # only so that they are reported, by name, below
-        )
+        with no_progress_bars():
+            # With output_loading_info it returns a pair, which its annotations do not say.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=None if config.allow_pickle else True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # only so that they are reported, by name, below
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers and safetensors raise many kinds for a bad checkpoint

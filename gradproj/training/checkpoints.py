@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir
+from gradproj.kernels.transformers_patches import no_progress_bars
 from gradproj.training.config import TrainConfig
 
 FOLDER = "checkpoints"
@@ -240,7 +241,8 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     try:
-        model.save_pretrained(folder)
+        with no_progress_bars():
+            model.save_pretrained(folder)
     except SafetensorError as error:
         raise StoreError(
             f"cannot write {folder}: {error}. Free space there, then start again"

@@ -24,6 +24,7 @@ from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
+from gradproj.store.zarr_threads import few_zarr_threads
 from gradproj.training.checkpoints import Checkpoints, alone_in, publish_model, restore_random_state
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import (
@@ -62,7 +63,8 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
         print(warning, file=sys.stderr, flush=True)
     folder = make_folder("--result_dir", config.result_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with process_group(process, backend, TIMEOUT) as world, alone_in(folder, world):
+    group = process_group(process, backend, TIMEOUT)
+    with few_zarr_threads(), group as world, alone_in(folder, world):
         run = _Run(config, folder, device, world)
         stop.drain()
         with run.manager:

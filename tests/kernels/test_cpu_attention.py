@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.models import FAMILIES, ragged_batch, small_model
 from helpers.references import relative_error
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import AttentionInterface, FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gradproj.engine.engine import GradProjLoraEngine
@@ -94,15 +94,28 @@ def test_rows_of_every_family_are_as_near_to_float32_as_with_torchs_attention(fa
     assert relative_error(ours, exact) <= 1.3 * relative_error(torchs, exact) + 1e-3
 
 
-def test_a_frozen_model_takes_it_in_bfloat16_alone_and_gives_it_back():
+def test_frozen_model_uses_it_in_bfloat16_only_and_restores_transformers():
+    registered = AttentionInterface()["sdpa"]
     for dtype, taken in ((torch.bfloat16, True), (torch.float32, False)):
         model = small_model("llama").to(dtype)
         before = [sorted(vars(part)) for part in model.modules()]
         frozen = FrozenModel(model)
+        assert AttentionInterface()["sdpa"] is (attend if taken else registered)
         assert all(getattr(part, ATTENDS, False) == taken for part in model.modules())
         assert model.config._attn_implementation == "sdpa"
         frozen.undo()
+        assert AttentionInterface()["sdpa"] is registered
         assert [sorted(vars(part)) for part in model.modules()] == before
+
+
+def test_sdpa_is_restored_when_the_last_of_two_models_is_unfrozen():
+    registered = AttentionInterface()["sdpa"]
+    first, second = (FrozenModel(small_model("llama").bfloat16()) for _ in range(2))
+    first.undo()
+    first.undo()  # twice does no harm
+    assert AttentionInterface()["sdpa"] is attend
+    second.undo()
+    assert AttentionInterface()["sdpa"] is registered
 
 
 def test_falcon_sees_no_later_token_in_bfloat16():
