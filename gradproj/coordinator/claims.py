@@ -1,34 +1,26 @@
-"""Claims: files that say which process is working on a unit, and the rules by which one is stale.
+"""Claims: files that name the process working on a unit, and the rules by which one is stale.
 
-``claims/00000012.3`` is the third takeover of unit 12's claim. A claim is made by an exclusive link, so of
-several processes one wins; a stale claim is taken over by making the next number, and a claim is given
-back by making a next number that says so. Nothing is deleted before the unit is committed.
-Clocks and file times of different machines are never compared.
+``claims/00000012.3`` is the third successor of unit 12's first claim. A claim is published by an
+exclusive link, so one of several claimants gets it. A stale claim is taken over by publishing the
+next number, and a claim is released by publishing a next number that is marked as a release. No
+claim file is deleted before the unit is committed.
 
-A claim only says who should work on a unit. What keeps an owner that stood still from publishing after its claim
-was taken over is the fence (``scratch``): the new owner takes the old one's unpublished files away before it begins.
+A claim only decides who should work on a unit. ``fencing`` keeps an owner that hung from publishing
+after its claim was taken over: the new owner first deletes the old one's unpublished files.
 """
 
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gradproj.coordinator import fault_points
-from gradproj.coordinator.fencing import fence, make_scratch_again
+from gradproj.coordinator.fencing import fence, recreate_scratch
+from gradproj.coordinator.heartbeats import HeartbeatWatch, Sighting
 from gradproj.coordinator.process_id import Owner
 from gradproj.files import publish_exclusively, write_file_durably
-
-STALE_AFTER_S = 600.0
-"""A foreign owner whose heartbeat has not moved for so long, by our own clock, is taken for dead..."""
-CONFIRM_AFTER_S = 60.0
-"""...if it has not moved so long after that was first noticed either: had this process or the file system stood
-still itself, the others need a moment to show that they live."""
-ALIVE_FOR_S = 60.0
-"""An owner whose heartbeat has moved within this time is at work."""
 
 _CLAIM = re.compile(r"(\d{8,}|merge)\.(\d+)")
 
@@ -40,32 +32,23 @@ class Claim:
     unit: str
     number: int
     owner: Owner | None
-    """None where the claim was given back, or the file cannot be read as a claim."""
+    """None if the claim was released, or if its file cannot be read as a claim."""
     released: bool = False
 
 
 @dataclass
-class _Sighting:
-    """What was last seen of a claim's owner."""
-
-    beat: int | None
-    since: float
-    """Of our clock: when this beat was first seen."""
-    has_moved: bool = False
-    suspected_at: float | None = None
-
-
-@dataclass
 class ClaimBoard:
-    """The claims of one store, as one process sees them. Its threads may use it together.
+    """The claims of one store, as one process sees them. Its threads may share it.
 
     Args:
         folder: ``OUTPUT/claims``.
-        scratch: this process's own folder for files not published yet; those of other processes lie beside it.
+        scratch: this process's scratch directory. Those of other processes lie beside it.
         owner: this process.
-        heartbeat_of: an owner's heartbeat counter, or None where it has no heartbeat.
-        check: asked when the scratch folder has gone; its error says that OUTPUT has, too, or is another one.
-        forget_heartbeat_of: deletes the heartbeat of an owner whose claim was taken over; one that lives writes anew.
+        heartbeat_of: returns a process's heartbeat counter, None if it has no heartbeat.
+        check: called when the scratch directory has disappeared. Raises if the whole output was
+            deleted or replaced.
+        delete_heartbeat_of: deletes the heartbeat of a process whose claim was taken over. A
+            process that still runs writes it again.
     """
 
     folder: Path
@@ -73,24 +56,26 @@ class ClaimBoard:
     owner: Owner
     heartbeat_of: Callable[[Owner], int | None]
     check: Callable[[], None] = lambda: None
-    forget_heartbeat_of: Callable[[Owner], None] = lambda owner: None
-    _seen: dict[tuple[str, int], _Sighting] = field(default_factory=dict)
+    delete_heartbeat_of: Callable[[Owner], None] = lambda owner: None
+    _watch: HeartbeatWatch = field(default_factory=HeartbeatWatch)
     _mine: dict[str, int] = field(default_factory=dict)
 
     def current(self) -> dict[str, int]:
-        """Unit's name -> number of its newest claim."""
+        """Return the number of the newest claim of each claimed unit."""
         newest: dict[str, int] = {}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                match = _CLAIM.fullmatch(entry.name)
-                if match and int(match[2]) >= newest.get(match[1], 0):
-                    newest[match[1]] = int(match[2])
+        for unit, number in self._list():
+            newest[unit] = max(number, newest.get(unit, 0))
         return newest
+
+    def _list(self) -> list[tuple[str, int]]:
+        with os.scandir(self.folder) as entries:
+            matches = [_CLAIM.fullmatch(entry.name) for entry in entries]
+        return [(match[1], int(match[2])) for match in matches if match]
 
     # --- claiming ---
 
     def try_claim(self, unit: str) -> bool:
-        """Claim a unit that nobody has, or whose claim is stale. False: it is somebody's."""
+        """Claim a free or stale unit. Returns False if another process holds it."""
         number = self._newest(unit)
         if number is not None and not self.is_stale(self.read(unit, number)):
             return False
@@ -99,22 +84,23 @@ class ClaimBoard:
             return False
         fault_points.reach("claim published")
         self._fence_older(unit, mine)
-        # Not before: a claim that is given back says that the owners before it are fenced.
+        # Not before the fence: a released claim promises that all owners before it are fenced, and
+        # only claims noted here are released.
         self._mine[unit] = mine
         return True
 
     def _newest(self, unit: str) -> int | None:
         number = None
-        # Takeovers are rare: the numbers are probed one after the other.
+        # Takeovers are rare, so probing the numbers in turn is cheaper than listing the directory.
         while (self.folder / f"{unit}.{0 if number is None else number + 1}").exists():
             number = 0 if number is None else number + 1
         return number
 
     def _fence_older(self, unit: str, mine: int) -> None:
-        """After this, an older owner publishes nothing that it had prepared, dead or asleep.
+        """Fence every earlier owner of a unit, so that none can publish what it has prepared.
 
-        Not only the last one: that one may have died after its takeover and before it fenced the one before. But
-        who gave the unit back has nothing of it prepared any more, and goes on undisturbed with what else it has.
+        Not only the last one: it may have died after its takeover and before it fenced the owner
+        before it. An owner that released the unit has nothing of it prepared and is left alone.
         """
         for number in range(mine - 1, -1, -1):
             claim = self.read(unit, number)
@@ -122,35 +108,32 @@ class ClaimBoard:
                 return
             if claim.owner is not None and claim.owner != self.owner:
                 fence(self.scratch.parent / claim.owner.name, self.scratch, self.owner, self.check)
-                self.forget_heartbeat_of(claim.owner)
+                self.delete_heartbeat_of(claim.owner)
                 fault_points.reach("old owner fenced")
 
     def owns(self, unit: str) -> bool:
-        """Whether this process's claim is still the newest one."""
+        """Return whether this process's claim is still the newest one."""
         return unit in self._mine and self._newest(unit) == self._mine[unit]
 
     # --- letting go ---
 
     def release(self, unit: str) -> None:
-        """Let others have a unit that is not committed, unless it has been taken over meanwhile."""
+        """Release an uncommitted unit, unless another process has taken it over."""
         number = self._mine.pop(unit, None)
         if number is not None and self._newest(unit) == number:
             self._publish(unit, number + 1, {"released": True})
-            fault_points.reach("claim given back")
+            fault_points.reach("claim released")
 
-    def give_back_all(self) -> None:
-        """Give back every claim of this process."""
+    def release_all(self) -> None:
+        """Release every claim of this process."""
         for unit in list(self._mine):
             self.release(unit)
 
     def delete(self, unit: str) -> None:
-        """Delete the claims of something that is done: it speaks for itself from now on."""
+        """Delete all claims of a finished unit; its record now marks it as done."""
         self._mine.pop(unit, None)
-        with os.scandir(self.folder) as entries:
-            matches = [_CLAIM.fullmatch(entry.name) for entry in entries]
-        numbers = sorted(int(match[2]) for match in matches if match and match[1] == unit)
-        # The newest last: as long as it is there, whoever counts up to it finds it taken.
-        for number in numbers:
+        # The newest goes last: while it exists, a process that probes the numbers finds it.
+        for number in sorted(number for name, number in self._list() if name == unit):
             (self.folder / f"{unit}.{number}").unlink(missing_ok=True)
         fault_points.reach("claims removed")
 
@@ -161,15 +144,16 @@ class ClaimBoard:
                 write_file_durably(temporary, [json.dumps(content).encode()])
                 return publish_exclusively(temporary, self.folder / f"{unit}.{number}")
             except FileNotFoundError:
-                # Fenced by another process, which has taken over some unit. Of this one the number decides.
-                make_scratch_again(self.scratch, self.owner, self.check)
+                # Another process has fenced this one because of some unit. Whether this unit is
+                # still free is decided by its number, so try again.
+                recreate_scratch(self.scratch, self.owner, self.check)
                 if not self.folder.is_dir():
                     raise
 
-    # --- others' ---
+    # --- claims of other processes ---
 
     def read(self, unit: str, number: int) -> Claim:
-        """A claim's content."""
+        """Read a claim."""
         try:
             content = json.loads((self.folder / f"{unit}.{number}").read_text())
             if content == {"released": True}:
@@ -179,37 +163,29 @@ class ClaimBoard:
             return Claim(unit, number, None)
 
     def is_stale(self, claim: Claim) -> bool:
-        """By the rules: given back, gone, or with a heartbeat that stood still for ``STALE_AFTER_S`` of our clock."""
+        """Return whether a claim may be taken over.
+
+        It may if it was released, if its owner is known to be gone, or if the owner's heartbeat
+        has stood still for ``STALE_AFTER_S`` and ``CONFIRM_AFTER_S`` of this process's clock.
+        """
         if claim.released:
             return True
         if claim.owner == self.owner:
             return False
         if claim.owner is not None and claim.owner.is_gone(self.owner):
             return True
-        sighting, now = self._look(claim)
-        if now - sighting.since < STALE_AFTER_S:
-            return False
-        if sighting.suspected_at is None:
-            sighting.suspected_at = now
-        return now - sighting.suspected_at >= CONFIRM_AFTER_S
+        return self._look(claim).is_stale()
 
     def is_at_work(self, claim: Claim) -> bool:
-        """Whether the owner's heartbeat has been seen to move, and lately."""
-        sighting, now = self._look(claim)
-        return sighting.has_moved and now - sighting.since < ALIVE_FOR_S
+        """Return whether the owner's heartbeat was seen to move recently."""
+        return self._look(claim).is_moving()
 
     def is_silent(self, claim: Claim, seconds: float) -> bool:
-        """Whether nothing is known of the owner, and its heartbeat has not moved for so long."""
+        """Return whether the owner is not known to run, and its heartbeat has stood still."""
         if claim.released or (claim.owner is not None and claim.owner.is_alive(self.owner)):
             return False
-        sighting, now = self._look(claim)
-        return now - sighting.since >= seconds
+        return self._look(claim).still_s >= seconds
 
-    def _look(self, claim: Claim) -> tuple[_Sighting, float]:
-        beat = None if claim.owner is None else self.heartbeat_of(claim.owner)
-        key, now = (claim.unit, claim.number), time.monotonic()
-        sighting = self._seen.get(key)
-        # One that has gone is no sign of life: it goes with whatever claim of its owner is taken over first.
-        if sighting is None or (beat is not None and sighting.beat != beat):
-            sighting = self._seen[key] = _Sighting(beat, now, has_moved=sighting is not None)
-        return sighting, now
+    def _look(self, claim: Claim) -> Sighting:
+        counter = None if claim.owner is None else self.heartbeat_of(claim.owner)
+        return self._watch.look((claim.unit, claim.number), counter)

@@ -1,4 +1,4 @@
-"""What dead processes left behind, and what committed units no longer need: found and deleted at a job's start."""
+"""Deletes, when a job starts, what dead processes left and what committed units no longer need."""
 
 import json
 import os
@@ -11,28 +11,29 @@ from gradproj.coordinator.fencing import OWNER_FILE, remove_scratch
 from gradproj.coordinator.process_id import Owner
 from gradproj.store.unit_record import list_records
 
-_UNIT_CLAIM = re.compile(r"(\d{8,})\.(\d+)")
+_UNIT_CLAIM = re.compile(r"(\d{8,})\.\d+")
 
 
 def remove_leftovers(output: Path, observer: Owner) -> int:
-    """Delete the unpublished files and heartbeats of processes known to be gone; how many of them there were.
+    """Delete the unpublished files and heartbeats of processes known to be gone.
 
-    Claims and partial rows of committed units go too. Nothing that a living process may still use is touched: of
-    another machine's processes nothing is known.
+    Claims and partial rows of committed units are deleted too. Nothing that a running process may
+    still use is touched, so files of other machines' processes stay.
+
+    Returns:
+        Number of processes whose files were deleted.
     """
-    gone = _sweep_scratch(output / "tmp", observer) | _sweep_heartbeats(
-        output / "heartbeats", observer
-    )
-    _sweep_committed(output)
+    gone = _remove_scratch_dirs(output / "tmp", observer)
+    gone |= _remove_heartbeats(output / "heartbeats", observer)
+    _remove_committed(output)
     return len(gone)
 
 
-def _sweep_scratch(folder: Path, observer: Owner) -> set[str]:
+def _remove_scratch_dirs(folder: Path, observer: Owner) -> set[str]:
     gone = set()
     for scratch in folder.glob("*/"):
-        if (
-            scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists()
-        ):  # nobody's yet, or no more
+        # Hidden or without an owner file: half made, or half deleted.
+        if scratch.name.startswith(".") or not (scratch / OWNER_FILE).exists():
             shutil.rmtree(scratch, ignore_errors=True)
             continue
         with suppress(OSError, ValueError, TypeError):
@@ -43,14 +44,14 @@ def _sweep_scratch(folder: Path, observer: Owner) -> set[str]:
     return gone
 
 
-def _sweep_heartbeats(folder: Path, observer: Owner) -> set[str]:
+def _remove_heartbeats(folder: Path, observer: Owner) -> set[str]:
     gone = set()
     for path in list(folder.iterdir()):
         with suppress(OSError, TypeError, KeyError):
             try:
                 owner = Owner(**json.loads(path.read_text())["owner"])
             except ValueError:
-                # Torn by a crash of its machine, since nothing flushes it. One that lives writes its own anew.
+                # Torn by a power loss: heartbeats are not flushed. A running process writes again.
                 path.unlink()
                 continue
             if owner.is_gone(observer):
@@ -59,15 +60,14 @@ def _sweep_heartbeats(folder: Path, observer: Owner) -> set[str]:
     return gone
 
 
-def _sweep_committed(output: Path) -> None:
+def _remove_committed(output: Path) -> None:
     committed = set(list_records(output / "units").tolist())
     with os.scandir(output / "claims") as entries:
-        claims = [
-            match for match in (_UNIT_CLAIM.fullmatch(entry.name) for entry in entries) if match
-        ]
-    for claim in claims:
-        if int(claim[1]) in committed:
-            (output / "claims" / claim[0]).unlink(missing_ok=True)
+        names = [entry.name for entry in entries]
+    for name in names:
+        match = _UNIT_CLAIM.fullmatch(name)
+        if match and int(match[1]) in committed:
+            (output / "claims" / name).unlink(missing_ok=True)
     for folder in (output / "partial").glob("*/"):
         if folder.name.isdigit() and int(folder.name) in committed:
             shutil.rmtree(folder, ignore_errors=True)

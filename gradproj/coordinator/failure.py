@@ -1,4 +1,4 @@
-"""``failed.json``: the mistake that ended a job, for whoever decides whether to queue it again."""
+"""``failed.json``: the error that ended a job, read by whatever decides on requeueing it."""
 
 import json
 import time
@@ -12,15 +12,16 @@ from gradproj.files import write_and_replace
 from gradproj.store.layout import STORE_NAME
 
 FAILED_NAME = "failed.json"
-"""The last mistake of any job on the store. A Slurm job has a mark of its own beside it, which no other job overwrites
-and a full disk has room for: ``logs/slurm-70_1.failed``. Its batch script asks for that one."""
+"""Last error of any job on the store. A Slurm job also has a mark of its own,
+``logs/slurm-70_1.failed``, which no other job overwrites and a full disk has room for. Its batch
+script reads that one."""
 
 
 def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
-    """Write what a user has to mend; nothing where there is no store (then nothing was begun).
+    """Write ``failed.json``. Without a store nothing is written, since nothing was begun.
 
-    A job that was refused because the store has other settings has nothing to do with it: the store and whoever works
-    on it are well, so only a Slurm job's own mark says that it is not to be queued again.
+    A job that was refused because the store has other settings does not concern the store or the
+    jobs working on it. Then only a Slurm job's own mark is set, so that it is not requeued.
     """
     if not (output / STORE_NAME).is_dir():
         return
@@ -32,10 +33,9 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "owner": asdict(owner),
     }
-    with suppress(
-        OSError, StoreError
-    ):  # the mistake may be a full disk; it is said on standard error as well
-        for mark in _own_mark(output, owner.job_id):
+    # The error may be a full disk. It is printed on standard error as well.
+    with suppress(OSError, StoreError):
+        for mark in _marks(output, owner.job_id):
             mark.touch()
         if isinstance(error, OtherSettingsError):
             return
@@ -43,34 +43,29 @@ def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:
 
 
 def clear_failure(output: Path, job_id: str = "") -> None:
-    """A start of this job went well: what failed before is mended.
+    """Delete the failure notes after a successful start of ``job_id``.
 
-    But not what another element of the same Slurm array has failed of: nobody has mended anything since.
+    The failure of another element of the same Slurm array stays: nobody has fixed its cause yet.
     """
-    for mark in _own_mark(output, job_id):
+    for mark in _marks(output, job_id):
         mark.unlink(missing_ok=True)
     array, failed = job_id.rpartition("_")[0], _failed_job(output)
-    if (
-        job_id.startswith("slurm-")
-        and array
-        and failed != job_id
-        and failed.rpartition("_")[0] == array
-    ):
-        return
-    forget_failure(output)
+    is_other_element = failed != job_id and failed.rpartition("_")[0] == array
+    if not (job_id.startswith("slurm-") and array and is_other_element):
+        delete_failure(output)
 
 
-def forget_failure(output: Path) -> None:
-    """Nothing is left of what failed, whosever it was: the store is complete."""
+def delete_failure(output: Path) -> None:
+    """Delete ``failed.json``, whichever job wrote it."""
     (output / FAILED_NAME).unlink(missing_ok=True)
 
 
-def _own_mark(output: Path, job_id: str) -> list[Path]:
+def _marks(output: Path, job_id: str) -> list[Path]:
     return [output / "logs" / f"{job_id}.failed"] if job_id.startswith("slurm-") else []
 
 
 def _failed_job(output: Path) -> str:
     try:
         return str(json.loads((output / FAILED_NAME).read_text())["job_id"])
-    except (OSError, ValueError, TypeError, KeyError):  # none, or one that nobody can read
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is unreadable
         return ""

@@ -1,13 +1,13 @@
-"""The named steps of the commit protocol. The job says where it is; only tests listen."""
+"""Named steps of the commit protocol, at which tests interrupt the process."""
 
 STEPS = (
-    # the start
+    # start
     "folders made",
     "index published",
     "store published",
-    "merge taken back",
+    "merge undone",
     "metadata published",
-    # a unit, and the merge too has a claim
+    # a unit (the merge has a claim too)
     "claim published",
     "old owner fenced",
     "batch done",
@@ -18,19 +18,19 @@ STEPS = (
     "record published",
     "partial removed",
     "claims removed",
-    # the merge
+    # merge
     "merge reopened",
     "block merged",
     "sums merged",
     "statistics written",
-    "metadata merged",
+    "metadata written",
     "attributes updated",
-    # leaving
-    "claim given back",
+    # exit
+    "claim released",
     "scratch removed",
 )
-"""Every step, by what it is a part of and there in the order in which a job comes to them."""
+"""Every step, by the phase it belongs to and in the order in which a job reaches it."""
 
 
 def reach(step: str) -> None:
-    """Called when a step is done. Does nothing: a test puts another function here, which ends the process."""
+    """Do nothing. Tests replace this function by one that kills the process at a step."""

@@ -1,8 +1,9 @@
-"""A process's own folder for what is not published yet, ``tmp/OWNER``; taking it away fences the process.
+"""Scratch directories of unpublished files, ``tmp/OWNER``; deleting one fences its process.
 
-Every publication starts from a file in it. So whoever takes over from a process that stood still moves its folder
-away first and deletes it: when that process wakes up, nothing that it had prepared can be published any more, not even
-by the operation it was about to make. It makes a new folder then and goes on with what it still owns.
+Every publication starts from a file in the process's scratch directory. A process that takes over
+from one that hung first moves the old directory away and deletes it. When the old process wakes up,
+nothing it had prepared can be published any more, not even by the system call it was about to make.
+It then makes a new directory and goes on with the units it still owns.
 """
 
 import errno
@@ -15,27 +16,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from gradproj.coordinator.process_id import Owner
 from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_file_durably
 
-if TYPE_CHECKING:
-    from gradproj.coordinator.process_id import Owner
-
 OWNER_FILE = "owner.json"
-"""In every scratch folder: whose it is."""
-DELETE_AGAIN_S = (0.1, 0.5, 2.0)
-"""Pauses before what could not be deleted is tried again: its owner may just be writing into it."""
-HELD_OPEN = ".nfs"
-"""How NFS calls a file that was deleted while a process of this machine has it open, until that one closes it."""
+"""File in every scratch directory that names its owner."""
+DELETE_RETRY_S = (0.1, 0.5, 2.0)
+"""Pauses between attempts to delete: the owner may be writing into its directory."""
+NFS_DELETED = ".nfs"
+"""Prefix that NFS gives to a deleted file while a process of this machine has it open."""
 
 
-def make_scratch(folder: Path, owner: "Owner") -> None:
-    """Make a process's folder, with its owner's name in it, or find it there."""
+def make_scratch(folder: Path, owner: Owner) -> None:
+    """Make a process's scratch directory with its owner file, unless it exists."""
     with explain_os_errors(folder):
         while not (folder / OWNER_FILE).exists():
-            # Under a hidden name, which any start may sweep away, until it says whose it is.
+            # Under a hidden name until it names its owner. Any start may delete hidden names, so
+            # this one may disappear at any step: then begin again.
             hidden = temporary_beside(folder)
             folder.parent.mkdir(exist_ok=True)
             with suppress(FileNotFoundError):
@@ -52,11 +51,12 @@ def make_scratch(folder: Path, owner: "Owner") -> None:
                 fsync_dir(folder.parent)
 
 
-def make_scratch_again(folder: Path, owner: "Owner", check: Callable[[], None]) -> None:
-    """Make a process's folder after it was taken away: by a fence, or with the whole OUTPUT, as ``check`` says.
+def recreate_scratch(folder: Path, owner: Owner, check: Callable[[], None]) -> None:
+    """Make a scratch directory again that was deleted by a fence, or with the whole output.
 
-    All that is published starts from this folder. So once it is there and ``check`` has found OUTPUT to be the same,
-    nothing of this process comes into another one.
+    ``check`` raises if the output is gone or is another one. It is called again after the
+    directory exists: every publication starts from there, so nothing of this process can get into
+    an output that replaced its own.
     """
     check()
     make_scratch(folder, owner)
@@ -64,26 +64,31 @@ def make_scratch_again(folder: Path, owner: "Owner", check: Callable[[], None]) 
 
 
 def remove_scratch(folder: Path) -> None:
-    """Delete a process's folder; what a crash leaves of it has a hidden name, and says no more whose it was."""
+    """Delete a scratch directory.
+
+    Renamed to a hidden name first, so a crash leaves an anonymous directory that cleanup removes.
+    """
     hidden = temporary_beside(folder)
-    with suppress(
-        OSError
-    ):  # gone already, or a folder turned read-only, which the commit has met and said
+    # It may be gone already, or read-only, which the commit has raised before.
+    with suppress(OSError):
         os.rename(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
 def fence(
-    folder: Path, mine: Path, owner: "Owner", check: Callable[[], None] = lambda: None
+    folder: Path, mine: Path, owner: Owner, check: Callable[[], None] = lambda: None
 ) -> bool:
-    """Take another process's folder away, into that of ``owner``; False: it has none.
+    """Move another process's scratch directory into that of ``owner`` and delete it.
 
-    On one machine the rename is enough. Over NFS a machine that knew the files goes on knowing them by their handles,
-    whatever they are called now, and could still publish one: there it is the deletion that forbids it. So this
-    returns only when nothing is left of the folder.
+    On one machine the rename alone would do. Over NFS, a machine that has opened the files keeps
+    finding them by their handles, whatever their names, and could still publish one: there the
+    deletion is what fences. So this returns only when nothing of the directory is left.
+
+    Returns:
+        Whether the process had a scratch directory.
 
     Raises:
-        StoreError: it cannot be taken away, or a part of it cannot be deleted.
+        StoreError: it cannot be moved, or a part of it cannot be deleted.
     """
     away = mine / f"fenced-{secrets.token_hex(4)}"
     while True:
@@ -94,30 +99,27 @@ def fence(
         except FileNotFoundError:
             if not folder.exists():
                 return False
-            make_scratch_again(mine, owner, check)  # fenced ourselves
-    _delete(away, folder)
-    return True
-
-
-def _delete(away: Path, folder: Path) -> None:
-    for pause_s in (*DELETE_AGAIN_S, None):
+            recreate_scratch(mine, owner, check)  # this process was fenced itself
+    for pause_s in (*DELETE_RETRY_S, None):
         shutil.rmtree(away, ignore_errors=True)
-        left = _left_of(away)
-        if not left:
-            return
+        remaining = _remaining(away)
+        if not remaining:
+            return True
         if pause_s is not None:
             time.sleep(pause_s)
     raise StoreError(
-        f"cannot delete what a process that was taken over had in {folder} ({', '.join(sorted(left)[:3])}): it could "
-        f"still be published. Delete it by hand below {folder.parent} and start again: what was finished is kept"
+        f"cannot delete the unpublished files in {folder} of a process whose unit was taken over "
+        f"({', '.join(sorted(remaining)[:3])}): they could still be published. Delete them by hand "
+        f"below {folder.parent} and start again: committed units are kept"
     )
 
 
-def _left_of(folder: Path) -> list[str]:
-    """Names of what keeps a folder from being gone."""
-    found = [name for _, folders, names in os.walk(folder) for name in (*folders, *names)]
-    if found and all(name.startswith(HELD_OPEN) for name in found):
-        # The processes of this machine do not find it by its old name any more, and the others know no such file.
+def _remaining(folder: Path) -> list[str]:
+    """Return the names that keep a directory from being deleted."""
+    names = [name for _, folders, files in os.walk(folder) for name in (*folders, *files)]
+    if names and all(name.startswith(NFS_DELETED) for name in names):
+        # Processes of this machine no longer find them by their old names, and other machines
+        # never knew these files.
         return []
-    # Also an empty folder: who knows its handle could make files in it.
-    return found or [folder.name] * folder.exists()
+    # An empty directory counts too: a machine that has its handle could create files in it.
+    return names or [folder.name] * folder.exists()

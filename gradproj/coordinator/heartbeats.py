@@ -1,43 +1,58 @@
-"""Heartbeats: every rank says every few seconds how far it is, for people and for other processes' claims."""
+"""Heartbeats, which every rank writes every few seconds, and the rule by which one has stopped.
+
+Clocks and file times of different machines are never compared. An observer only notes that a
+heartbeat has changed, and times how long it has not by its own monotonic clock.
+"""
 
 import json
 import os
 import threading
 import time
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradproj.coordinator.claims import ALIVE_FOR_S
 from gradproj.coordinator.process_id import Owner
 
 INTERVAL_S = 5.0
-"""Between two heartbeats; less in a rank's first seconds, so that a short job shows its speed too."""
+"""Time between two heartbeats. Shorter in a rank's first seconds, so that a short job has a speed."""
 TICK_S = 1.0
+
+STALE_AFTER_S = 600.0
+"""A process of another machine is suspected dead when its heartbeat has not moved for this long."""
+CONFIRM_AFTER_S = 60.0
+"""A suspected process is given this much longer. If the observer itself, or the file system, hung
+for ten minutes, every other process looks dead and needs a moment to write a heartbeat."""
+ALIVE_FOR_S = 60.0
+"""A process whose heartbeat was seen to move within this time is at work."""
 
 
 @dataclass
 class Progress:
-    """What a rank has done since it started. Written by the loop, read by the heartbeat's thread."""
+    """Work of a rank since it started. Written by the main loop, read by the heartbeat thread."""
 
     batches: int = 0
-    """The counter that others watch: it moves as long as the rank works, on batches or on a merge."""
+    """The counter that other processes watch. It moves with every batch and every merge step."""
     samples: int = 0
     n_tokens: int = 0
     units: int = 0
     unit: int = -1
     """The unit being computed, -1 = none."""
     unit_samples: int = 0
-    """How many of its samples are done."""
+    """Samples of that unit that are computed."""
     seconds: float = 0.0
     """Time since the loop began."""
 
 
+# --- writing ---
+
+
 @dataclass
 class Heartbeat:
-    """Writes ``heartbeats/NAME.json`` from a thread of its own, and removes it on leaving.
+    """Writes ``heartbeats/NAME.json`` from its own thread, and deletes it on exit.
 
     Args:
         folder: ``OUTPUT/heartbeats``.
@@ -63,12 +78,7 @@ class Heartbeat:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(OSError):  # a folder turned read-only, which the commit has met and said
-            self._path.unlink(missing_ok=True)
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self.owner.name}.json"
+        delete_heartbeat(self.folder, self.owner)
 
     def _run(self) -> None:
         waited, alive_s = 0.0, 0.0
@@ -79,93 +89,48 @@ class Heartbeat:
                 waited = 0.0
 
     def write(self) -> None:
-        """Say now how far this rank is."""
-        temporary = self._path.with_suffix(".tmp")
+        """Write the heartbeat now."""
+        path = self.folder / f"{self.owner.name}.json"
+        temporary = path.with_suffix(".tmp")
         try:
             temporary.write_text(
                 json.dumps({"owner": asdict(self.owner), "progress": asdict(self.progress)})
             )
-            os.replace(temporary, self._path)
+            os.replace(temporary, path)
         except OSError:
-            # A full disk must not end the rank from here: the commit meets it and says so.
+            # A full disk must not end the rank from this thread: the commit will raise it.
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
-    """All heartbeats there are, of living ranks and of dead ones."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        beat = _read(path)
-        if beat is not None:
-            found.append(beat)
-    return found
-
-
-def heartbeat_stamps(folder: Path) -> dict[Owner, tuple[int, int]]:
-    """For every owner something that changes as long as its process writes; to be compared with itself only."""
-    return {owner: stamp for owner, _, stamp in _read_stamped(folder)}
-
-
-def _read_stamped(folder: Path) -> list[tuple[Owner, Progress, tuple[int, int]]]:
-    # A file's own time is compared with no other clock: whatever clock it is of, a change says that somebody wrote.
-    found = []
-    for owner, beat in read_heartbeats(folder):
-        with suppress(FileNotFoundError):  # its process has just ended
-            found.append(
-                (owner, beat, (beat.batches, (folder / f"{owner.name}.json").stat().st_mtime_ns))
-            )
-    return found
-
-
-@dataclass
-class _Sign:
-    """What was last seen of a heartbeat."""
-
-    stamp: tuple[int, int]
-    since: float
-    """Of our clock: when it was first seen like this."""
-    has_moved: bool = False
-
-
-class RanksAtWork:
-    """The heartbeats of ranks that are known to live, as one process sees them from look to look.
-
-    One of another machine is left behind by a rank that died, until it is seen to move; and again once it has stood
-    still for ``ALIVE_FOR_S``.
-
-    Args:
-        folder: ``OUTPUT/heartbeats``.
-        observer: this process.
-    """
-
-    def __init__(self, folder: Path, observer: Owner) -> None:
-        self._folder, self._observer = folder, observer
-        self._signs: dict[Owner, _Sign] = {}
-
-    def look(self) -> list[tuple[Owner, Progress]]:
-        """The heartbeats as they are now of those that live."""
-        now, known, alive = time.monotonic(), self._signs, []
-        self._signs = {}
-        for owner, beat, stamp in _read_stamped(self._folder):
-            sign = known.get(owner)
-            if sign is None or sign.stamp != stamp:
-                sign = _Sign(stamp, now, has_moved=sign is not None)
-            self._signs[owner] = sign
-            moves = sign.has_moved and now - sign.since < ALIVE_FOR_S
-            if owner.is_alive(self._observer) or (moves and not owner.is_gone(self._observer)):
-                alive.append((owner, beat))
-        return alive
-
-
-def forget_heartbeat(folder: Path, owner: Owner) -> None:
-    """Delete an owner's heartbeat; one that lives writes its own again within seconds."""
-    with suppress(OSError):  # a folder turned read-only: it is one file more
+def delete_heartbeat(folder: Path, owner: Owner) -> None:
+    """Delete a process's heartbeat. A process that still runs writes it again within seconds."""
+    with suppress(OSError):  # the directory is read-only: one stray file
         (folder / f"{owner.name}.json").unlink(missing_ok=True)
 
 
+# --- reading ---
+
+
+def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
+    """Return all heartbeats in ``folder``, those of dead processes included."""
+    beats = (_read(path) for path in sorted(folder.glob("*.json")))
+    return [beat for beat in beats if beat is not None]
+
+
+def read_stamped_heartbeats(folder: Path) -> list[tuple[Owner, Progress, tuple[int, int]]]:
+    """Return all heartbeats, each with a stamp that changes whenever its process writes."""
+    stamped = []
+    for owner, beat in read_heartbeats(folder):
+        with suppress(FileNotFoundError):  # its process has just ended
+            # The file's time is compared with itself only, so it does not matter whose clock set it.
+            mtime_ns = (folder / f"{owner.name}.json").stat().st_mtime_ns
+            stamped.append((owner, beat, (beat.batches, mtime_ns)))
+    return stamped
+
+
 def heartbeat_counter(folder: Path, owner: Owner) -> int | None:
-    """An owner's counter of batches, or None where it has no heartbeat."""
+    """Return a process's batch counter; None if it has no readable heartbeat."""
     beat = _read(folder / f"{owner.name}.json")
     return None if beat is None else beat[1].batches
 
@@ -176,3 +141,87 @@ def _read(path: Path) -> tuple[Owner, Progress] | None:
         return Owner(**content["owner"]), Progress(**content["progress"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+# --- has it moved? ---
+
+
+@dataclass
+class Sighting:
+    """State of one heartbeat at the observer's last look. Times are of the observer's clock."""
+
+    beat: object
+    since: float
+    """When this beat was first seen."""
+    seen_at: float
+    """When the observer last looked."""
+    has_moved: bool = False
+    """An earlier beat was seen before this one."""
+    suspected_at: float | None = None
+
+    @property
+    def still_s(self) -> float:
+        """How long the heartbeat has been seen not to move."""
+        return self.seen_at - self.since
+
+    def is_moving(self) -> bool:
+        """Return whether the heartbeat was seen to move within ``ALIVE_FOR_S``."""
+        return self.has_moved and self.still_s < ALIVE_FOR_S
+
+    def is_stale(self) -> bool:
+        """Return whether the process counts as dead: suspected, and suspected again later."""
+        if self.still_s < STALE_AFTER_S:
+            return False
+        if self.suspected_at is None:
+            self.suspected_at = self.seen_at
+        return self.seen_at - self.suspected_at >= CONFIRM_AFTER_S
+
+
+class HeartbeatWatch:
+    """Notes when heartbeats move, as one observer sees them from look to look."""
+
+    def __init__(self) -> None:
+        self._sightings: dict[Hashable, Sighting] = {}
+
+    def look(self, key: Hashable, beat: object | None) -> Sighting:
+        """Note a heartbeat's current value; None if it does not exist.
+
+        A heartbeat seen for the first time counts from now, and has not moved yet. One that has
+        disappeared is no sign of life: whoever takes over a claim of its process deletes it.
+        """
+        now, sighting = time.monotonic(), self._sightings.get(key)
+        if sighting is None or (beat is not None and sighting.beat != beat):
+            sighting = Sighting(beat, since=now, seen_at=now, has_moved=sighting is not None)
+            self._sightings[key] = sighting
+        sighting.seen_at = now
+        return sighting
+
+    def last(self, key: Hashable) -> Sighting | None:
+        """Return what the last look found; None if there was none."""
+        return self._sightings.get(key)
+
+
+class LiveRanks:
+    """Reads the heartbeats of processes that are known to live.
+
+    A heartbeat of another machine may be left by a dead process. It counts once it was seen to
+    move, until it has stood still for ``ALIVE_FOR_S``.
+
+    Args:
+        folder: ``OUTPUT/heartbeats``.
+        observer: this process.
+    """
+
+    def __init__(self, folder: Path, observer: Owner) -> None:
+        self._folder, self._observer = folder, observer
+        self._watch = HeartbeatWatch()
+
+    def read(self) -> list[tuple[Owner, Progress]]:
+        """Return the current heartbeats of live processes."""
+        alive = []
+        for owner, beat, stamp in read_stamped_heartbeats(self._folder):
+            sighting = self._watch.look(owner, stamp)
+            moving = sighting.is_moving() and not owner.is_gone(self._observer)
+            if owner.is_alive(self._observer) or moving:
+                alive.append((owner, beat))
+        return alive

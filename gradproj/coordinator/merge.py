@@ -1,7 +1,8 @@
-"""The merge: what the units' records say becomes the store's columns, sums and statistics.
+"""The merge: makes the store's columns, sums and statistics from the units' records.
 
-It is idempotent, its only input are the records, and every sum runs in unit order: so the result is the same
-bits whoever computed which unit. One process at a time merges, held by a claim of its own.
+It is idempotent, reads nothing but the records, and sums in unit order, so its result does not
+depend on which process computed which unit, to the bit. One process at a time merges, under a claim
+of its own.
 """
 
 import json
@@ -14,8 +15,8 @@ import numpy as np
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.failure import forget_failure
-from gradproj.coordinator.heartbeats import Progress, forget_heartbeat, read_heartbeats
+from gradproj.coordinator.failure import delete_failure
+from gradproj.coordinator.heartbeats import Progress, delete_heartbeat, read_heartbeats
 from gradproj.coordinator.units import read_unit
 from gradproj.files import write_and_replace
 from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
@@ -26,12 +27,12 @@ from gradproj.store.writer import update_attributes, write_array, write_column_b
 
 MERGE_CLAIM = "merge"
 WAIT_S = 0.5
-"""Between two looks whether another process's merge is done."""
+"""Time between two checks whether another process's merge is done."""
 COVARIANCE_ARRAYS = {"a": "token_covariance_a", "s": "token_covariance_s"}
 
 
 def ranges_of(units: np.ndarray) -> list[list[int]]:
-    """Sorted units as ``[first, last + 1]`` ranges."""
+    """Return sorted units as ``[first, last + 1]`` ranges."""
     if not len(units):
         return []
     starts = np.flatnonzero(np.diff(units, prepend=units[0] - 2) != 1)
@@ -40,30 +41,30 @@ def ranges_of(units: np.ndarray) -> list[list[int]]:
 
 
 def units_in(ranges: list[list[int]]) -> np.ndarray:
-    """The units of ``[first, last + 1]`` ranges, sorted."""
+    """Return the units of ``[first, last + 1]`` ranges, sorted."""
     return np.concatenate(
         [np.empty(0, np.int64), *(np.arange(a, b, dtype=np.int64) for a, b in ranges)]
     )
 
 
 def wanted_units(attributes: dict[str, Any]) -> np.ndarray:
-    """The units that the store's job computes, sorted."""
+    """Return the units that the store's job computes, sorted."""
     return units_in(attributes["wanted_units"])
 
 
 def is_complete(output: Path) -> bool:
-    """Whether every wanted unit has its record."""
+    """Return whether every wanted unit has its record."""
     attributes = read_attributes(output / STORE_NAME)
     return not len(np.setdiff1d(wanted_units(attributes), list_records(output / "units")))
 
 
 def is_merged(output: Path) -> bool:
-    """Whether the final merge has run."""
+    """Return whether the final merge has run."""
     return bool(read_attributes(output / STORE_NAME).get("complete"))
 
 
-class MergeEnded(Exception):
-    """This process is to stop, or another has taken its merge over; whoever merges next begins anew."""
+class MergeInterrupted(Exception):
+    """The merge was interrupted (stop request or lost claim). The next merge starts from scratch."""
 
 
 def finish(
@@ -74,24 +75,25 @@ def finish(
     stopping: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> bool:
-    """Run the final merge if every unit is recorded and no other process does.
+    """Run the final merge, if every unit is recorded and no other process runs it.
 
     Args:
-        output: OUTPUT.
+        output: output directory.
         claims: of this process.
-        wait: stay until the merge is done, by whomever.
-        stopping: true once the job is to end early; a merge that was begun is left as it is.
-        progress: its counter moves with the merge, so that others see that this process lives.
+        wait: if another process runs the merge, wait until it is done.
+        stopping: returns whether the job was asked to stop. Interrupts the merge.
+        progress: its counter moves with the merge, so that other processes see this one at work.
 
     Returns:
-        Whether the store is complete and merged now.
+        Whether the store is now complete and merged.
     """
     while is_complete(output) and not is_merged(output) and not stopping():
         if claims.try_claim(MERGE_CLAIM):
             try:
-                if not is_merged(output):  # by another process, between our look and the claim
+                # Another process may have merged between the check above and the claim.
+                if not is_merged(output):
                     merge(output, claims, stopping, progress)
-            except MergeEnded:
+            except MergeInterrupted:
                 continue
             finally:
                 release_merge(output, claims)
@@ -103,7 +105,7 @@ def finish(
 
 
 def release_merge(output: Path, claims: ClaimBoard) -> None:
-    """Let go of the merge's claim. Once the store is complete, none is needed."""
+    """Release the merge's claim, or delete its claims once the store is complete."""
     if is_complete(output) and is_merged(output):
         claims.delete(MERGE_CLAIM)
     else:
@@ -116,19 +118,19 @@ def merge(
     stopping: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Merge the records there are; the columns of missing units stay unknown.
+    """Merge the existing records. Rows of units without a record keep the fill values.
 
     Args:
-        output: OUTPUT.
-        claims: of this process, which holds the merge's; asked on the way whether it still does.
-        stopping: true once the merge is to be left as it is.
+        output: output directory.
+        claims: of this process, which holds the merge's claim. None if no other process exists.
+        stopping: returns whether the merge was asked to stop.
         progress: its counter moves with the merge.
 
     Returns:
-        The statistics that ``projection_stats.json`` holds.
+        The statistics, as in ``projection_stats.json``.
 
     Raises:
-        MergeEnded: it was not finished.
+        MergeInterrupted: a stop was requested, or the claim was taken over.
         StoreError: a record is damaged, or the disk is full or read-only.
     """
     try:
@@ -136,11 +138,11 @@ def merge(
     except FileNotFoundError as error:
         if claims is None or (claims.scratch.is_dir() and claims.owns(MERGE_CLAIM)):
             raise
-        raise MergeEnded from error  # fenced: what was about to be put in place has been taken away
+        raise MergeInterrupted from error  # fenced: the files about to be published are deleted
 
 
 class _Merge:
-    """One pass over the records. Everything is written in the scratch folder first and then put in place."""
+    """One pass over the records. Files are written in the scratch directory, then renamed."""
 
     def __init__(
         self,
@@ -155,14 +157,14 @@ class _Merge:
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / "units")
         self._wanted = wanted_units(self._attributes)
-        self._sums, self._timing = _Covariances(), _Timing()
+        self._sums, self._timing = CovarianceSums(), _Timing()
 
     def run(self) -> dict[str, Any]:
         scratch = self._scratch
         for block in range(self._layout.n_column_blocks):
             self._merge_block(block)
             fault_points.reach("block merged")
-        self._go_on()
+        self._continue()
         for name, array in COVARIANCE_ARRAYS.items():
             if name in self._sums.values:
                 write_array(self._store, array, self._sums.values[name], scratch)
@@ -170,7 +172,7 @@ class _Merge:
         complete = not len(np.setdiff1d(self._wanted, self._recorded))
         statistics = column_statistics(self._output)
         stats = {"complete": complete, **statistics, "timing": self._timing.summary()}
-        self._go_on()
+        self._continue()
         _write_json(self._output / "projection_stats.json", stats, scratch)
         fault_points.reach("statistics written")
         changes = {
@@ -180,28 +182,28 @@ class _Merge:
         }
         attributes = {**read_attributes(self._store), **changes}
         _write_json(self._output / "metadata.json", attributes, scratch)
-        fault_points.reach("metadata merged")
+        fault_points.reach("metadata written")
         if complete:
-            forget_failure(self._output)
-            self._forget_heartbeats()
-        # The last word: with it the store is complete, and everything else is in its place.
-        self._go_on()
+            delete_failure(self._output)
+            self._delete_heartbeats()
+        # Last of all: this write marks the store as complete.
+        self._continue()
         update_attributes(self._store, changes, scratch)
         fault_points.reach("attributes updated")
         return stats
 
-    def _forget_heartbeats(self) -> None:
-        """Of ranks that died: those that live, to wait for this merge or to end, write theirs again within seconds."""
+    def _delete_heartbeats(self) -> None:
+        """Delete the heartbeats that dead ranks left. Live ranks write theirs again in seconds."""
         mine = None if self._claims is None else self._claims.owner
         for owner, _ in read_heartbeats(self._output / "heartbeats"):
             if owner != mine:
-                forget_heartbeat(self._output / "heartbeats", owner)
+                delete_heartbeat(self._output / "heartbeats", owner)
 
-    def _go_on(self) -> None:
-        """Ask, before anything is written, whether to go on; and show that this process lives."""
+    def _continue(self) -> None:
+        """Show that this process is alive, and check before a write that it may go on."""
         self._progress.batches += 1
         if self._stopping() or (self._claims is not None and not self._claims.owns(MERGE_CLAIM)):
-            raise MergeEnded
+            raise MergeInterrupted
 
     def _merge_block(self, block: int) -> None:
         layout = self._layout
@@ -215,24 +217,24 @@ class _Merge:
                 a, b = layout.unit_range(unit)
                 columns["status"][a - start : b - start] = STATUS["missing"]
         for unit in recorded.tolist():
-            self._go_on()
+            self._continue()
             record = read_unit(self._output, unit, self._attributes["identity_hash"])
             a, b = layout.unit_range(unit)
             for name, values in record.columns.items():
                 columns[name][a - start : b - start] = values
             self._sums.add(record.token_covariances, record.stats["covariance_tokens"])
             self._timing.add(record.stats)
-        self._go_on()
+        self._continue()
         if self._attributes.get("complete"):
-            # What is written from here on is a whole again only at the end.
+            # From the first write on, the columns are a mix of two merges until the end.
             update_attributes(self._store, {"complete": False}, self._scratch)
             self._attributes["complete"] = False
             fault_points.reach("merge reopened")
         write_column_block(self._store, layout, block, columns, self._scratch)
 
 
-class _Covariances:
-    """Sums of the records' token covariances, in float64 and in the order they come."""
+class CovarianceSums:
+    """Float64 sums of the records' token covariances. Records must be added in unit order."""
 
     def __init__(self) -> None:
         self.values: dict[str, np.ndarray] = {}
@@ -248,7 +250,7 @@ class _Covariances:
 
 
 class _Timing:
-    """What the units took. Not a part of what is the same for any number of ranks."""
+    """Time that the units took. Differs with the number of ranks, unlike all other statistics."""
 
     def __init__(self) -> None:
         self.rank_seconds, self.n_tokens, self.units = 0.0, 0, 0
@@ -274,7 +276,10 @@ class _Timing:
 
 
 def column_statistics(output: Path) -> dict[str, Any]:
-    """Counts, mean loss and mean norm of the rows, in all and by domain; from the columns alone."""
+    """Return counts, mean loss and mean norm of the rows, in total and by domain.
+
+    Reads the columns only.
+    """
     with ProjectionStore(output) as store:
         domains = store.domains
         totals = np.zeros((len(domains) + 1, 4))
@@ -299,7 +304,10 @@ _STATISTICS_OF = ("status", "domain", "loss", "n_tokens", "grad_norm")
 
 
 def _block_totals(columns: dict[str, np.ndarray], n_domains: int) -> np.ndarray:
-    """``(n_domains + 1, 4)`` float64: ok rows, target tokens, summed loss (nats), summed norm; last = no domain."""
+    """Return ``(n_domains + 1, 4)`` float64; the last row is for documents without a domain.
+
+    Its columns: ok rows, target tokens, summed loss (nats), summed norm.
+    """
     ok = columns["status"] == STATUS["ok"]
     domain = np.where(columns["domain"] < 0, n_domains, columns["domain"])[ok].astype(np.int64)
     tokens = columns["n_tokens"][ok].astype(np.float64)
@@ -321,7 +329,7 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
 
 
 def write_metadata(output: Path, scratch: Path | None = None) -> None:
-    """``metadata.json``: a copy of the Zarr group's attributes."""
+    """Write ``metadata.json``, a copy of the Zarr group's attributes."""
     _write_json(output / "metadata.json", read_attributes(output / STORE_NAME), scratch)
 
 

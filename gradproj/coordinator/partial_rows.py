@@ -1,7 +1,8 @@
-"""Rows of an unfinished unit on disk, so that a stopped or killed rank's work on it is not lost.
+"""Saved rows of unfinished units, so that a stopped or killed rank's work is not lost.
 
-``partial/00000012/000003-000007.9ab3....safetensors`` holds the rows that batches 3 to 6 of unit 12 touched;
-the hex is the file's crc32c. Files are only ever added. What they hold is valid for the same settings and batches only.
+``partial/00000012/000003-000007.9ab3....safetensors`` holds the rows that batches 3 to 6 of unit 12
+touched; the hex digits are the file's crc32c. Files are only ever added. They are valid only for
+the same settings and batches, which ``key`` identifies.
 """
 
 import re
@@ -28,7 +29,7 @@ _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 
 @dataclass
 class PartialRows:
-    """The sums, as of some batch, of the rows that were touched since the file before."""
+    """Row sums after some batch, of the rows touched since the previous file."""
 
     touched: np.ndarray
     """``(n,)`` int64 positions in the unit."""
@@ -37,13 +38,13 @@ class PartialRows:
     losses: np.ndarray
     """``(n,)`` float32, summed nats."""
     failed: np.ndarray
-    """``(m,)`` int64 positions of the documents, since the unit's first batch, that did not fit the memory."""
+    """``(m,)`` int64 positions of documents that ran out of memory, since the first batch."""
     covariances: dict[str, np.ndarray]
-    """Sums since the unit's first batch: ``a``, ``g`` float64, ``n_tokens`` int64."""
+    """Sums since the first batch: ``a``, ``g`` float64, ``n_tokens`` int64."""
 
 
 def partial_folder(output: Path, unit: int) -> Path:
-    """Where a unit's partial rows lie."""
+    """Return the directory of a unit's partial rows."""
     return output / "partial" / f"{unit:08d}"
 
 
@@ -53,10 +54,10 @@ class PartialLog:
 
     Args:
         folder: ``OUTPUT/partial/UNIT``.
-        scratch: this process's own folder, where files are written before they are published.
+        scratch: this process's scratch directory.
         key: hash of the settings and of the unit's batches.
-        owner: this process; given, it makes its folder again should another process have taken it away.
-        check: asked before anything is written; its error says that OUTPUT is gone, or another one.
+        owner: this process. If given, a fenced scratch directory is made again.
+        check: called before anything is written. Raises if the output was deleted or replaced.
     """
 
     folder: Path
@@ -66,24 +67,26 @@ class PartialLog:
     check: Callable[[], None] = lambda: None
 
     def read(self) -> tuple[int, list[PartialRows]]:
-        """``(batches done, their rows)``: as far as whole files of this key follow each other."""
-        done, found = 0, []
-        names = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        for path in names:
+        """Return ``(number of batches, their rows)``.
+
+        Reads on as long as intact files of this key continue where the previous one ended.
+        """
+        done, parts = 0, []
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             match = _NAME.fullmatch(path.name)
             if match is None or int(match[1]) != done:
                 continue
             part = self._decode(path.read_bytes(), match[3])
             if part is not None:
                 done = int(match[2])
-                found.append(part)
-        return done, found
+                parts.append(part)
+        return done, parts
 
     def append(self, first: int, last: int, part: PartialRows) -> None:
-        """Put what batches ``[first, last)`` gave on disk.
+        """Save the rows of batches ``[first, last)``.
 
         Raises:
-            StoreError: the disk is full, read-only, or not ours.
+            StoreError: the disk is full or read-only, or permission is denied.
         """
         tensors = {
             "touched": part.touched,
@@ -98,7 +101,8 @@ class PartialLog:
         name = f"{first:06d}-{last:06d}.{crc32c(data):08x}.safetensors"
         temporary = self.scratch / f"partial-{name}"
         while True:
-            # Either folder may go at any moment: whoever commits the unit removes the one, a fence the other.
+            # Either directory may disappear at any moment: a process that commits the unit deletes
+            # the first, a fence the second.
             self.check()
             try:
                 with explain_os_errors(self.folder):
@@ -115,7 +119,7 @@ class PartialLog:
         fault_points.reach("partial published")
 
     def _decode(self, data: bytes, checksum: str) -> PartialRows | None:
-        """None for a damaged file or another key: those batches are computed again."""
+        """Decode a file; None if it is damaged or of another key, and has to be computed again."""
         header_bytes = int.from_bytes(data[:8], "little")
         if f"{crc32c(data):08x}" != checksum or self.key.encode() not in data[8 : 8 + header_bytes]:
             return None

@@ -18,91 +18,95 @@ class Owner:
     boot_id: str
     pid: int
     pid_start: int
-    """Start time of the process in the kernel's ticks: a reused pid has another."""
+    """Start time of the process in kernel ticks. It differs when a pid is reused."""
     machine: str = ""
-    """The operating system's name for the machine: machines may share a host name."""
+    """``/etc/machine-id``. Two machines may share a host name."""
     pid_space: str = ""
-    """The namespace in which ``pid`` counts: containers of one machine have their own."""
+    """PID namespace in which ``pid`` is valid. Each container of a machine has its own."""
 
     @classmethod
     def this_process(cls, job_id: str, generation: int, rank: int) -> "Owner":
-        pid, host = os.getpid(), socket.gethostname()
-        start = process_start(pid) or 0
-        return cls(job_id, generation, rank, host, boot_id(), pid, start, machine_id(), pid_space())
+        pid = os.getpid()
+        return cls(
+            job_id,
+            generation,
+            rank,
+            socket.gethostname(),
+            _read_text("/proc/sys/kernel/random/boot_id"),
+            pid,
+            process_start(pid) or 0,
+            _read_text("/etc/machine-id"),
+            _pid_namespace(),
+        )
 
     @property
     def name(self) -> str:
-        """The heartbeat's file name without its ending."""
+        """File name stem of the process's heartbeat, and name of its scratch directory."""
         safe = re.sub(r"[^\w.-]", "_", f"{self.job_id}-{self.host}")
         return f"{safe}-{self.rank:05d}-{self.pid}-{self.pid_start}"
 
     def is_gone(self, observer: "Owner") -> bool:
-        """Whether ``observer`` knows at once, without waiting, that this process has ended."""
+        """Return whether ``observer`` can tell at once that this process has ended.
+
+        True for an earlier start of the observer's own job, wherever it ran, and for a process of
+        the observer's machine that no longer runs. False whenever there is doubt.
+        """
         if self.job_id == observer.job_id and self.generation < observer.generation:
             return True
         if (self.host, self.machine) != (observer.host, observer.machine):
             return False
         if self.boot_id != observer.boot_id:
-            # This machine has restarted since. Without a name of its own it may be another of the same host name.
+            # The machine has rebooted since. Without a machine id, it may instead be another
+            # machine of the same host name.
             return "" not in (self.machine, self.boot_id, observer.boot_id)
         if self.pid_space != observer.pid_space or not self.pid_start:
             return False
         return process_start(self.pid) != self.pid_start and not _is_hidden(self.pid)
 
     def is_alive(self, observer: "Owner") -> bool:
-        """Whether ``observer`` knows at once that this process lives: on its own machine."""
+        """Return whether ``observer`` sees this process running, on the observer's own machine."""
         places = [(o.host, o.machine, o.boot_id, o.pid_space) for o in (self, observer)]
         return places[0] == places[1] and process_start(self.pid) == self.pid_start
 
 
-def machine_id() -> str:
-    """The machine's name for itself, which outlives a restart; empty where there is none."""
-    return _first_line("/etc/machine-id")
+def process_start(pid: int) -> int | None:
+    """Return when a running process started, in ticks since boot.
+
+    None if the process is not visible, or is a zombie.
+    """
+    fields = _stat_fields(pid)
+    return None if not fields or fields[0] in ("Z", "X") else int(fields[19])
 
 
-def boot_id() -> str:
-    """The kernel's name for this boot of this machine; empty where there is none."""
-    return _first_line("/proc/sys/kernel/random/boot_id")
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of ``/proc/PID/stat`` from the state on; empty if it is not visible."""
+    # The command's name stands in parentheses and may hold spaces and parentheses: fields are
+    # counted from the last closing one.
+    return _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
-def pid_space() -> str:
-    """The kernel's name for the namespace of this process's pid; empty where there is none."""
+def _is_hidden(pid: int) -> bool:
+    """Return whether a process of this pid runs though /proc does not show it (``hidepid``)."""
+    if _stat_fields(pid):
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):  # no such process, or no possible pid
+        return False
+    except PermissionError:  # another user's process
+        return True
+    return True
+
+
+def _pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
 
-def _first_line(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text().strip()
     except OSError:
         return ""
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a living process in ticks since boot; None if it is not to be seen, or a zombie."""
-    fields = _status_of(pid)
-    return None if not fields or fields[0] in ("Z", "X") else int(fields[19])
-
-
-def _status_of(pid: int) -> list[str]:
-    """The kernel's word on a process, from its state on; empty where it is not to be seen."""
-    try:
-        # The command's name stands in parentheses and may hold spaces: fields are counted from behind it.
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return []
-
-
-def _is_hidden(pid: int) -> bool:
-    """Whether this pid is somebody's though /proc does not show it, as where users see only their own processes."""
-    if _status_of(pid):
-        return False
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):  # nobody's, or a number that no pid can have
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

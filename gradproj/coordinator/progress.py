@@ -1,9 +1,11 @@
-"""One progress display for the whole job, from the records and the ranks' heartbeats."""
+"""The job's progress display, from the records and heartbeats of all its ranks."""
 
 import statistics
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,32 +13,42 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from gradproj.coordinator.heartbeats import Progress, RanksAtWork, read_heartbeats
+from gradproj.coordinator.claims import Claim, ClaimBoard
+from gradproj.coordinator.heartbeats import (
+    CONFIRM_AFTER_S,
+    STALE_AFTER_S,
+    LiveRanks,
+    Progress,
+    read_heartbeats,
+)
 from gradproj.coordinator.process_id import Owner
-from gradproj.formatting import human_seconds
+from gradproj.formatting import count, human_seconds
 from gradproj.store.layout import StoreLayout
 from gradproj.store.unit_record import list_records
 
 LINE_EVERY_S = 10.0
-LOOK_EVERY_S = 1.0
-MOST_UNITS_LOOKED_AT_OFTEN = 2000
-"""With more units, looking at their records takes long enough to be done seldom."""
+REFRESH_EVERY_S = 1.0
+MOST_UNITS_REFRESHED = 2000
+"""Above this many units, listing the records takes too long to refresh every second."""
 MOST_RANKS_LISTED = 16
+NAMED_AFTER_S = 30.0
+"""A process that finishes no batch for this long is named while others wait for its units. Most
+ranks that are waited for finish their last unit sooner."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far a store is at one moment."""
+    """Progress of a store at one moment."""
 
     done: int
-    """Documents of committed units and of batches finished in running ones."""
+    """Documents of committed units, and of finished batches in running ones."""
     total: int
     n_tokens: int
-    """Tokens computed by the ranks that count, since they started."""
+    """Tokens computed by the counted ranks since they started."""
     seconds: float
-    """The longest time that one of them has been computing."""
+    """The longest time that a counted rank has been computing."""
     tokens_per_second: float
-    """Summed over them."""
+    """Sum over the counted ranks."""
     rates: tuple[float, ...]
     """Tokens per second of each, in rank order."""
 
@@ -50,50 +62,44 @@ def take_snapshot(
     layout: StoreLayout,
     wanted: np.ndarray,
     observer: Owner | None = None,
-    ranks: RanksAtWork | None = None,
+    ranks: LiveRanks | None = None,
 ) -> Snapshot:
-    """Look at the records and heartbeats; those of processes known to be gone do not count.
+    """Read the records and heartbeats.
 
-    With ``ranks``, only those that are known to live do.
+    With ``ranks``, only ranks known to live count. Without, all count except those that
+    ``observer`` knows to be gone.
     """
     recorded = np.intersect1d(list_records(output / "units"), wanted, assume_unique=True)
     if ranks is not None:
-        alive = ranks.look()
+        alive = ranks.read()
     else:
         beats = read_heartbeats(output / "heartbeats")
         alive = [b for b in beats if observer is None or not b[0].is_gone(observer)]
     running = {p.unit: p.unit_samples for _, p in alive if p.unit >= 0}
     open_units = np.setdiff1d(np.fromiter(running, np.int64, len(running)), recorded)
-    done = _rows_in(recorded, layout) + sum(running[unit] for unit in open_units.tolist())
-    rates = tuple(_rate(p) for _, p in sorted(alive, key=lambda b: b[0].rank))
-    seconds = max((p.seconds for _, p in alive), default=0.0)
-    total = _rows_in(wanted, layout)
+    done = layout.n_samples_in(recorded) + sum(running[unit] for unit in open_units.tolist())
+    total = layout.n_samples_in(wanted)
+    in_rank_order = [p for _, p in sorted(alive, key=lambda beat: beat[0].rank)]
+    rates = tuple(p.n_tokens / p.seconds if p.seconds > 0 else 0.0 for p in in_rank_order)
     return Snapshot(
-        min(done, total), total, sum(p.n_tokens for _, p in alive), seconds, sum(rates), rates
+        done=min(done, total),
+        total=total,
+        n_tokens=sum(p.n_tokens for _, p in alive),
+        seconds=max((p.seconds for _, p in alive), default=0.0),
+        tokens_per_second=sum(rates),
+        rates=rates,
     )
 
 
-def _rate(progress: Progress) -> float:
-    return progress.n_tokens / progress.seconds if progress.seconds > 0 else 0.0
-
-
-def _rows_in(units: np.ndarray, layout: StoreLayout) -> int:
-    rows = len(units) * layout.rows_per_shard
-    last = layout.n_units - 1
-    if len(units) and units[-1] == last:
-        rows -= layout.n_units * layout.rows_per_shard - layout.n_samples
-    return rows
-
-
 class ProgressDisplay:
-    """A bar on a terminal, a line every few seconds elsewhere, on standard error.
+    """A progress bar on a terminal, else a line every few seconds, on standard error.
 
     Args:
-        output: OUTPUT.
+        output: output directory.
         layout: of the store.
         wanted: units to be computed.
         observer: this process.
-        visible: False on ranks that are to show nothing.
+        visible: False on ranks that show nothing.
     """
 
     def __init__(
@@ -110,17 +116,15 @@ class ProgressDisplay:
         self._where = (output, layout, wanted, observer)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        # Where it begins, all count that may live: what they have computed is no progress since.
+        # The baseline counts every rank that may live: what those have computed so far was not
+        # computed since this start, and must not shorten the estimate of the time left.
         first = take_snapshot(*self._where)
-        self._ranks = RanksAtWork(output / "heartbeats", observer)
-        self._ranks.look()
+        self._ranks = LiveRanks(output / "heartbeats", observer)
+        self._ranks.read()
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
-        self._every_s = (
-            LINE_EVERY_S
-            if not on_terminal or len(wanted) > MOST_UNITS_LOOKED_AT_OFTEN
-            else LOOK_EVERY_S
-        )
+        refresh_often = on_terminal and len(wanted) <= MOST_UNITS_REFRESHED
+        self._every_s = REFRESH_EVERY_S if refresh_often else LINE_EVERY_S
         self._bar = tqdm(
             total=first.total,
             initial=first.done,
@@ -144,7 +148,7 @@ class ProgressDisplay:
             self._bar.close()
 
     def _run(self) -> None:
-        # The first look comes early, so that a person sees that it works.
+        # The first line comes early, so that a user sees that the job works.
         pause = min(2.0, self._every_s)
         while not self._ended.wait(pause):
             self._show()
@@ -152,21 +156,18 @@ class ProgressDisplay:
 
     def _show(self, last: bool = False) -> None:
         now = take_snapshot(*self._where, self._ranks)
-        speed = f"{now.tokens_per_second:,.0f} tokens/s, {now.n_ranks} rank{'s' * (now.n_ranks != 1)}{_spread(now)}"
+        ranks = count(now.n_ranks, "rank")
+        speed = f"{now.tokens_per_second:,.0f} tokens/s, {ranks}{_spread(now)}"
         if not self._bar.disable:
             self._bar.set_postfix_str(speed, refresh=False)
             self._bar.n = now.done
             self._bar.refresh()
             return
-        share = (
-            f"{now.done:,} of {now.total:,} documents ({100 * now.done / max(now.total, 1):.1f} %)"
-        )
-        # At the end the other ranks have gone, and the speed of those that are left says nothing.
-        print(
-            share if last else f"{share}, {speed}, {self._time_left(now)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        percent = 100 * now.done / max(now.total, 1)
+        line = f"{now.done:,} of {now.total:,} documents ({percent:.1f} %)"
+        # No speed at the end: other ranks have left, and the rest does not represent the job.
+        line = line if last else f"{line}, {speed}, {self._time_left(now)}"
+        print(line, file=sys.stderr, flush=True)
 
     def _time_left(self, now: Snapshot) -> str:
         elapsed, done = time.monotonic() - self._started, now.done - self._done_at_start
@@ -176,9 +177,43 @@ class ProgressDisplay:
 
 
 def _spread(now: Snapshot) -> str:
-    """Above a few ranks, the least, median and most of them, and which is slowest."""
+    """Name the least, median and greatest rate and the slowest rank, above a few ranks."""
     if now.n_ranks <= MOST_RANKS_LISTED:
         return ""
     slowest = now.rates.index(min(now.rates))
     low, middle, high = min(now.rates), statistics.median(now.rates), max(now.rates)
     return f" ({low:,.0f} / {middle:,.0f} / {high:,.0f} a rank, rank {slowest} slowest)"
+
+
+class WaitNotice:
+    """Names hosts whose units a rank waits for, one line on standard error each, at most once.
+
+    Args:
+        claims: of this process.
+    """
+
+    def __init__(self, claims: ClaimBoard) -> None:
+        self._claims = claims
+        self._named: set[str] = set()
+
+    def show(self, units: Iterable[str]) -> None:
+        """Name the hosts that hold some of ``units`` and show no sign of life."""
+        newest = self._claims.current()
+        held = [self._claims.read(unit, newest[unit]) for unit in units if unit in newest]
+        silent = {_host(claim) for claim in held if self._claims.is_silent(claim, NAMED_AFTER_S)}
+        # A silent host's other claims count too, also those first seen a moment ago.
+        lost = [c for c in held if self._claims.is_silent(c, 0) and not self._claims.is_at_work(c)]
+        hosts = Counter(_host(claim) for claim in lost if _host(claim) in silent)
+        for host, n in sorted(hosts.items()):
+            if host not in self._named:
+                self._named.add(host)
+                # tqdm.write puts the line above the job's progress bar.
+                tqdm.write(
+                    f"waiting for {count(n, 'unit')} of {host}, taken over after "
+                    f"{(STALE_AFTER_S + CONFIRM_AFTER_S) / 60:.0f} minutes without a sign of life",
+                    file=sys.stderr,
+                )
+
+
+def _host(claim: Claim) -> str:
+    return "an unreadable claim" if claim.owner is None else claim.owner.host

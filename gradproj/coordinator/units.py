@@ -1,9 +1,9 @@
-"""Units: which are left, which this process works on, and how one is committed.
+"""Units of work: which are left, which this process claims, and how one is committed.
 
-A unit is committed by two exclusive publications, the shard first and the record after it. The record is the
-commit; everything before it can be lost without harm. Both files lie finished in the owner's scratch folder before
-it asks for the last time whether the unit is still its own: from then on, a process that takes the unit over takes
-the files away.
+A unit is committed by two exclusive publications, the shard first and its record second. The record
+is the commit; everything before it can be lost without harm. Both files are complete in the owner's
+scratch directory before the owner checks for the last time that it still holds the claim. From then
+on, a process that takes the unit over deletes the files, so a late publication fails.
 """
 
 import logging
@@ -19,12 +19,12 @@ import numpy as np
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.fencing import make_scratch, make_scratch_again, remove_scratch
-from gradproj.coordinator.heartbeats import forget_heartbeat, heartbeat_counter
+from gradproj.coordinator.fencing import make_scratch, recreate_scratch, remove_scratch
+from gradproj.coordinator.heartbeats import delete_heartbeat, heartbeat_counter
 from gradproj.coordinator.partial_rows import PartialLog, partial_folder
 from gradproj.coordinator.process_id import Owner
+from gradproj.coordinator.progress import WaitNotice
 from gradproj.coordinator.store_guard import StoreGuard
-from gradproj.coordinator.waiting import WaitNotice
 from gradproj.errors import StoreError
 from gradproj.files import (
     file_sum,
@@ -46,33 +46,33 @@ from gradproj.store.writer import shard_chunks
 log = logging.getLogger(__name__)
 
 FOLDERS = ("units", "claims", "heartbeats", "partial", "tmp", "logs")
-"""What the job keeps in OUTPUT beside the store."""
+"""Directories of the job in the output, beside the store."""
 
 WAIT_S = (0.1, 5.0)
-"""First and longest pause between two looks at the claims of others, once nothing is left to claim."""
-STOP_LOOK_S = 0.2
-"""Between two looks during a pause whether the job is to stop."""
+"""First and longest pause between two checks of other processes' claims, once no unit is free."""
+STOP_CHECK_S = 0.2
+"""Time between two checks for a stop request during a pause."""
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """A finished unit on the host, ready to be committed."""
+    """A computed unit in host memory, ready to be committed."""
 
     record: UnitRecord
     stored: np.ndarray | None
-    """``(n, D)`` encoded rows, or None where no row of the unit is stored."""
+    """``(n, D)`` encoded rows; None if no row of the unit is stored."""
 
 
 class UnitQueue:
-    """The units of one store as one process works through them.
+    """The units of one store, as one process works through them.
 
     Args:
-        output: OUTPUT; its folders exist.
+        output: output directory. Its ``FOLDERS`` exist.
         layout: of the store.
         identity: hash of the settings that rows depend on.
         wanted: units to be computed, sorted.
         owner: this process.
-        stopping: asked between units; true once the job is to end early.
+        stopping: called between units. Returns whether the job was asked to stop.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class UnitQueue:
         self.output, self.layout, self.identity, self.owner = output, layout, identity, owner
         self.wanted = np.asarray(wanted, dtype=np.int64)
         self._stopping = stopping
-        self.scratch = scratch_of(output, owner)
+        self.scratch = output / "tmp" / owner.name
         self.guard = StoreGuard(output, identity)
         make_scratch(self.scratch, owner)
         self.claims = ClaimBoard(
@@ -96,26 +96,26 @@ class UnitQueue:
             owner,
             lambda other: heartbeat_counter(output / "heartbeats", other),
             self.guard.check_folders,
-            lambda other: forget_heartbeat(output / "heartbeats", other),
+            lambda other: delete_heartbeat(output / "heartbeats", other),
         )
         self._notice = WaitNotice(self.claims)
 
     # --- which ---
 
     def is_recorded(self, unit: int) -> bool:
-        """Whether the unit is committed."""
+        """Return whether the unit is committed."""
         return (self.output / record_name(unit)).exists()
 
     def pending(self) -> np.ndarray:
-        """Wanted units without a record, sorted."""
+        """Return the wanted units without a record, sorted."""
         return np.setdiff1d(self.wanted, list_records(self.output / "units"), assume_unique=True)
 
     def take(self) -> Iterator[int]:
-        """Claim one unit after the other until nothing is left for this process to do.
+        """Claim one unit after the other until none is left for this process.
 
-        Each process walks in an order of its own, so that they seldom meet. Once all units are recorded or
-        claimed, it stays until its own job's claims are recorded and no stale claim is left: a rank that dies
-        late leaves its unit to those that are still here.
+        Each process tries the units in an order of its own, so that they seldom compete. Once all
+        units are recorded or claimed, it waits until its own job's claims are recorded and no stale
+        claim is left: if a rank dies late, another one is still there to compute its unit.
         """
         seed = np.frombuffer(self.owner.name.encode(), dtype=np.uint8)
         order, wait_s = np.random.default_rng(seed), WAIT_S[0]
@@ -132,8 +132,8 @@ class UnitQueue:
             if taken:
                 wait_s = WAIT_S[0]
             elif self._waits_for_others():
-                if self.owner.rank == 0:  # one of each job will do
-                    self._notice.say(unit_claim(unit) for unit in pending.tolist())
+                if self.owner.rank == 0:  # once per job
+                    self._notice.show(unit_claim(unit) for unit in pending.tolist())
                 self._pause(wait_s)
                 wait_s = min(2 * wait_s, WAIT_S[1])
             else:
@@ -146,7 +146,7 @@ class UnitQueue:
         if not self.claims.try_claim(unit_claim(unit)):
             return False
         if self.is_recorded(unit):
-            # Committed between the two questions; the claim that spoke for it is gone.
+            # Committed between the two checks, and its claim deleted.
             self.claims.delete(unit_claim(unit))
             return False
         return True
@@ -154,12 +154,13 @@ class UnitQueue:
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._stopping() and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, STOP_LOOK_S))
+            time.sleep(min(left, STOP_CHECK_S))
 
     def _waits_for_others(self) -> bool:
-        """Whether a unit may still come back to this process.
+        """Return whether this process may still have to compute a pending unit.
 
-        Not where another job is seen at work on it. One that is not may be dead: that shows after a while.
+        Not while another job is seen at work on each of them. A job that is not may be dead, which
+        shows only after some time.
         """
         newest = self.claims.current()
         for unit in self.pending().tolist():
@@ -173,7 +174,7 @@ class UnitQueue:
         return False
 
     def partial_log(self, unit: int, key: str) -> PartialLog:
-        """The saved rows of a unit that was not finished."""
+        """Return the saved rows of an unfinished unit."""
         return PartialLog(
             partial_folder(self.output, unit),
             self.scratch,
@@ -185,11 +186,15 @@ class UnitQueue:
     # --- commit ---
 
     def commit(self, rows: UnitRows) -> bool:
-        """Put a unit on disk. False: another process has committed it, or has taken the claim over.
+        """Write a unit to disk.
+
+        Returns:
+            Whether this process committed it. False if another process has committed it, or has
+            taken the claim over.
 
         Raises:
-            StoreError: the disk is full, read-only, or not ours; nothing committed is lost. Or what lay on it was
-                deleted, or replaced by another store.
+            StoreError: the disk is full or read-only, or permission is denied; or the output was
+                deleted, or replaced by another store. Nothing committed is lost.
         """
         unit = rows.record.unit
         while True:
@@ -197,8 +202,9 @@ class UnitQueue:
                 committed = self._commit(rows)
                 break
             except FileNotFoundError:
-                # Fenced: another process held this one for dead. Perhaps not because of this unit, so ask again.
-                make_scratch_again(self.scratch, self.owner, self.guard.check_folders)
+                # Fenced: another process considered this one dead. Perhaps it took over another
+                # unit only, so try again and check this claim.
+                recreate_scratch(self.scratch, self.owner, self.guard.check_folders)
         if self.is_recorded(unit):
             shutil.rmtree(partial_folder(self.output, unit), ignore_errors=True)
             fault_points.reach("partial removed")
@@ -228,8 +234,8 @@ class UnitQueue:
     def _publish_shard(self, unit: int, temporary: Path) -> bool:
         final = self.output / self.layout.shard_name(unit)
         if final.exists():
-            # Left by an owner that died between shard and record, or by a damaged unit whose record was deleted.
-            # Without a record it counts for nothing, and every older owner is fenced.
+            # Left by an owner that died between shard and record, or by a damaged unit whose record
+            # was deleted. Without a record it has no meaning, and every older owner is fenced.
             replace_atomically(temporary, final)
             published = True
         else:
@@ -246,7 +252,8 @@ class UnitQueue:
         fault_points.reach("record published")
         published = self.output / self.layout.shard_name(record.unit)
         if shard is not None and _stamp(published) != shard and file_sum(published) != record.shard:
-            # The fence and the exclusive names forbid it; a file system that keeps neither is still found out.
+            # Fencing and exclusive names rule this out. This check is for file systems that
+            # guarantee neither.
             final.unlink()
             fsync_dir(final.parent)
             return False
@@ -254,7 +261,7 @@ class UnitQueue:
 
     @contextmanager
     def deletions_explained(self) -> Iterator[None]:
-        """What is not found because a part of OUTPUT has been deleted comes out as a ``StoreError`` that names it."""
+        """Raise a ``StoreError`` instead if a file is missing because its directory was deleted."""
         try:
             yield
         except FileNotFoundError:
@@ -262,44 +269,41 @@ class UnitQueue:
             raise
 
     def release(self) -> None:
-        """Release what is claimed and not committed, and take this process's own files away."""
+        """Release the claims of uncommitted units and delete this process's unpublished files."""
         try:
-            self.guard.check()  # what this process has claimed may be another's in another store
-            self.claims.give_back_all()
+            # In another store, the same claim names may be another process's.
+            self.guard.check()
+            self.claims.release_all()
         except StoreError as error:
-            # Which the commit has met and said; a dead owner's claims are free as well.
+            # The commit has raised it already, and claims of a dead process become free as well.
             log.warning("claims stay until they are found stale: %s", error)
         remove_scratch(self.scratch)
         fault_points.reach("scratch removed")
 
 
 def unit_claim(unit: int) -> str:
-    """A unit's name among the claims."""
+    """Return the name of a unit's claims."""
     return f"{unit:08d}"
 
 
-def scratch_of(output: Path, owner: Owner) -> Path:
-    """Where a process keeps what it has not published yet."""
-    return output / "tmp" / owner.name
-
-
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Tells one file from another without reading it: device, inode, size."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino, found.st_size
+    """Identify a file without reading it: device, inode, size."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size
 
 
 def read_unit(output: Path, unit: int, identity: str) -> UnitRecord:
-    """A unit's record, checked to belong to this store.
+    """Read a unit's record and check that it belongs to this store.
 
     Raises:
-        StoreError: damaged, or made with other settings.
+        StoreError: it is damaged, or was made with other settings.
     """
     path = output / record_name(unit)
     record = read_record(path)
     if record.identity != identity or record.unit != unit:
         raise StoreError(
-            f"{path} belongs to another store (unit {record.unit}, settings {record.identity}). `python -m gradproj "
-            f"verify {output} --repair` turns it into a missing unit, which the job computes again"
+            f"{path} belongs to another store (unit {record.unit}, settings {record.identity}). "
+            f"`python -m gradproj verify {output} --repair` deletes it, and the job's next run "
+            "computes the unit again"
         )
     return record

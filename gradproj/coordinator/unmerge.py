@@ -1,8 +1,8 @@
-"""What the merged columns say of units whose record has gone is taken back, before the job computes them again.
+"""Unmerges units whose record was deleted, before the job computes them again.
 
-Records are the truth, as long as what they speak of is there: a job does not start on records without their store or
-their shards. A damaged unit becomes a missing one by the loss of its record (``verify --repair`` deletes it); then the
-store is not complete any more, and no reader may go on seeing the unit's rows as merged.
+Records are authoritative as long as their store and shards exist; a job refuses to start on records
+without them. ``verify --repair`` deletes the record of a damaged unit, which makes it a missing
+unit. Then the store is not complete any more, and no reader may still see the unit's rows as merged.
 """
 
 import json
@@ -35,45 +35,47 @@ from gradproj.store.writer import update_attributes, write_column_block
 
 
 def check_records_have_store(output: Path) -> None:
-    """Refuse records beside which there is no store: it was deleted, and their shards with it.
+    """Check that an output with records has a store.
 
     Raises:
-        StoreError: with the way out.
+        StoreError: the store was deleted, and with it the shards.
     """
-    # In this order: a store is there, and flushed, before anything is recorded.
+    # In this order: the store is on disk before anything is recorded.
     recorded = list_records(output / "units")
     if len(recorded) and not (output / STORE_NAME).exists():
         raise StoreError(
-            f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: their rows are "
-            "gone. Put that folder back and start again; if it is lost, delete the whole output to begin anew"
+            f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: "
+            "their rows are gone. Restore that folder and start again; if it is lost, delete the "
+            "whole output to begin anew"
         )
 
 
 def check_records_have_shards(output: Path) -> None:
-    """Refuse a store that calls units done whose shards have been deleted; two listings, whatever its size.
+    """Check that the shards of committed units exist. Lists two directories, whatever their size.
 
     Raises:
-        StoreError: with these units and the way out; or a record beside which there is no shard is torn.
+        StoreError: some shards were deleted, or the record of a unit without a shard is torn.
     """
     lost = _units_without_shard(output)
     if lost:
-        # A listing that another machine's commits have not come to yet, as NFS remembers them for a minute. A folder
-        # that was changed from here is asked for again.
+        # NFS caches listings for up to a minute, so this one may lack another machine's commits.
+        # Changing the directory from this machine makes NFS list it again.
         os.utime(output / STORE_NAME / "projections")
         lost = _units_without_shard(output)
     if lost:
         units = ranges_text(ranges_of(np.array(lost, np.int64)))
         raise StoreError(
-            f"{output}: {count(len(lost), 'committed unit')} without a shard in {STORE_NAME}/projections: {units}. "
-            f"Put the files back, or give these units up by `python -m gradproj verify {output} --repair`: this "
-            "command then computes them again, and nothing else"
+            f"{output}: {count(len(lost), 'committed unit')} without a shard in "
+            f"{STORE_NAME}/projections: {units}. Restore the files, or give these units up with "
+            f"`python -m gradproj verify {output} --repair`: this command then computes them "
+            "again, and nothing else"
         )
 
 
 def _units_without_shard(output: Path) -> list[int]:
-    """Committed units that have rows and no shard."""
+    """Return committed units that have rows and no shard."""
     store = output / STORE_NAME
-    # The records first: a unit that is committed meanwhile has its shard before them.
+    # Records first: a unit committed meanwhile publishes its shard before its record.
     recorded = np.intersect1d(list_records(output / "units"), wanted_units(read_attributes(store)))
     suspects = np.setdiff1d(recorded, list_shards(store / "projections")).tolist()
     return [unit for unit in suspects if _has_rows(output / record_name(unit))]
@@ -89,23 +91,22 @@ def _has_rows(record: Path) -> bool:
 def unmerge_missing_units(output: Path, claims: ClaimBoard) -> None:
     """Mark a store with missing units as not complete, and those units' merged rows as missing.
 
-    Also writes ``metadata.json`` where it is not a copy of the attributes. Waits for a merge that is running.
+    Also writes ``metadata.json`` if it is not a copy of the attributes. Waits for a running merge.
     """
-    while _is_overtaken(output):
+    while _is_outdated(output):
         if not claims.try_claim(MERGE_CLAIM):
             time.sleep(WAIT_S)
             continue
         try:
-            _take_back(output, claims.scratch)
+            _unmerge(output, claims.scratch)
         finally:
             release_merge(output, claims)
+    # A process may have died between marking the store as complete and deleting its merge claim.
     if is_merged(output) and MERGE_CLAIM in claims.current() and claims.try_claim(MERGE_CLAIM):
-        release_merge(
-            output, claims
-        )  # of a process that died between the merge's last word and this
+        release_merge(output, claims)
 
 
-def _is_overtaken(output: Path) -> bool:
+def _is_outdated(output: Path) -> bool:
     return (
         (is_merged(output) and not is_complete(output))
         or next(_blocks_with_lost_units(output), None) is not None
@@ -113,9 +114,9 @@ def _is_overtaken(output: Path) -> bool:
     )
 
 
-def _take_back(output: Path, scratch: Path) -> None:
+def _unmerge(output: Path, scratch: Path) -> None:
     store = output / STORE_NAME
-    # First of all: whatever happens after this, the next merge writes every column again.
+    # First of all: whatever happens next, the next merge now writes every column again.
     if is_merged(output) and not is_complete(output):
         n_records = len(list_records(output / "units"))
         update_attributes(store, {"complete": False, "units_recorded": n_records}, scratch)
@@ -123,11 +124,11 @@ def _take_back(output: Path, scratch: Path) -> None:
     for block, status in list(_blocks_with_lost_units(output)):
         write_column_block(store, layout, block, {"status": status}, scratch)
     write_metadata(output, scratch)
-    fault_points.reach("merge taken back")
+    fault_points.reach("merge undone")
 
 
 def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks whose status column knows units without a record, each with the column as it has to be."""
+    """Yield blocks whose status column contains units without a record, and the corrected column."""
     store = output / STORE_NAME
     layout = read_layout(store)
     missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / "units"))

@@ -143,6 +143,12 @@ class StoreLayout:
         start = unit * self.rows_per_shard
         return start, min(start + self.rows_per_shard, self.n_samples)
 
+    def n_samples_in(self, units: np.ndarray) -> int:
+        """Return the number of samples of sorted units; the store's last unit may be short."""
+        has_last = len(units) > 0 and units[-1] == self.n_units - 1
+        short = self.n_units * self.rows_per_shard - self.n_samples
+        return len(units) * self.rows_per_shard - short * has_last
+
     def column_block_range(self, block: int) -> tuple[int, int]:
         """Return the first sample id of a block of column rows and the one after its last."""
         if not 0 <= block < self.n_column_blocks:
