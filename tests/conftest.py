@@ -43,10 +43,10 @@ def process():
 @pytest.fixture
 def nobody_is_waited_for(monkeypatch):
     """A foreign owner is taken for dead at the first look."""
-    from gradproj.coordinator import claims as claims_module
+    from gradproj.coordinator import heartbeats as heartbeats_module
 
-    monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.0)
-    monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
+    monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.0)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def merge_command(argv: list[str]) -> None:
     print(f"merged        {len(after.committed):,} of {count(len(after.wanted), 'unit')}")
     print("\n".join(stats_lines(stats)))
     if len(after.missing):
-        documents = count(after.n_samples_in(after.missing), "document")
+        documents = count(after.layout.n_samples_in(after.missing), "document")
         print(
             f"missing       {count(len(after.missing), 'unit')}, {documents}: ids "
             f"{ranges_text(after.id_ranges(after.missing))}; run the job's command again to compute them"

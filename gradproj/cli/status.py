@@ -5,8 +5,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from gradproj.coordinator.claims import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.failure import FAILED_NAME
+from gradproj.coordinator.heartbeats import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.process_id import Owner
 from gradproj.flags import parse
 from gradproj.formatting import count, human_seconds, ranges_text

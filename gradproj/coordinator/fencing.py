@@ -75,9 +75,7 @@ def remove_scratch(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def fence(
-    folder: Path, mine: Path, owner: Owner, check: Callable[[], None] = lambda: None
-) -> bool:
+def fence(folder: Path, mine: Path, owner: Owner, check: Callable[[], None] = lambda: None) -> bool:
     """Move another process's scratch directory into that of ``owner`` and delete it.
 
     On one machine the rename alone would do. Over NFS, a machine that has opened the files keeps

@@ -157,7 +157,7 @@ class _Merge:
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / "units")
         self._wanted = wanted_units(self._attributes)
-        self._sums, self._timing = CovarianceSums(), _Timing()
+        self._sums, self._timing, self._covariance_tokens = CovarianceSums(), _Timing(), 0
 
     def run(self) -> dict[str, Any]:
         scratch = self._scratch
@@ -177,7 +177,7 @@ class _Merge:
         fault_points.reach("statistics written")
         changes = {
             "complete": complete,
-            "covariance_tokens": self._sums.n_tokens,
+            "covariance_tokens": self._covariance_tokens,
             "units_recorded": len(self._recorded),
         }
         attributes = {**read_attributes(self._store), **changes}
@@ -222,7 +222,8 @@ class _Merge:
             a, b = layout.unit_range(unit)
             for name, values in record.columns.items():
                 columns[name][a - start : b - start] = values
-            self._sums.add(record.token_covariances, record.stats["covariance_tokens"])
+            self._sums.add(record.token_covariances)
+            self._covariance_tokens += record.stats["covariance_tokens"]
             self._timing.add(record.stats)
         self._continue()
         if self._attributes.get("complete"):
@@ -238,15 +239,13 @@ class CovarianceSums:
 
     def __init__(self) -> None:
         self.values: dict[str, np.ndarray] = {}
-        self.n_tokens = 0
 
-    def add(self, covariances: dict[str, np.ndarray], n_tokens: int) -> None:
+    def add(self, covariances: dict[str, np.ndarray]) -> None:
         for name, value in covariances.items():
             if name in self.values:
                 self.values[name] += value
             else:
                 self.values[name] = value.astype(np.float64)
-        self.n_tokens += n_tokens
 
 
 class _Timing:

@@ -1,4 +1,4 @@
-"""OUTPUT as a person's commands find it on disk: what its store is, which units are wanted, which are committed."""
+"""An output directory as commands see it on disk: its store, its wanted and its committed units."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from gradproj.store.unit_record import list_records
 
 @dataclass(frozen=True)
 class Output:
-    """A job's output folder at one moment. Reading it writes nothing and needs no model."""
+    """A job's output directory at one moment. Reading it writes nothing and needs no model."""
 
     path: Path
     store: Path
@@ -29,7 +29,7 @@ class Output:
 
     @property
     def identity_hash(self) -> str:
-        """What every record of this output carries."""
+        """Hash of the settings, which every record of this output carries."""
         return self.attributes["identity_hash"]
 
     @property
@@ -47,45 +47,42 @@ class Output:
         """Whether the columns and sums were made from the records of every wanted unit."""
         return bool(self.attributes.get("complete"))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every wanted unit is committed and merged."""
+        return not len(self.missing) and self.is_merged
+
     def wants(self, unit: int) -> bool:
-        """Whether a unit is one of those that the job computes."""
+        """Return whether the job computes a unit."""
         at = int(np.searchsorted(self.wanted, unit))
         return at < len(self.wanted) and int(self.wanted[at]) == unit
 
-    def n_samples_in(self, units: np.ndarray) -> int:
-        """Documents of sorted units; the last unit may be short."""
-        layout = self.layout
-        short = layout.n_units * layout.rows_per_shard - layout.n_samples
-        return len(units) * layout.rows_per_shard - short * bool(
-            len(units) and units[-1] == layout.n_units - 1
-        )
-
     def n_documents(self, unit: int) -> int:
-        """Documents of one unit that the job wants; 0 of any other."""
-        return self.n_samples_in(np.array([unit], np.int64)) if self.wants(unit) else 0
+        """Return the number of documents of a wanted unit; 0 for any other unit."""
+        return self.layout.n_samples_in(np.array([unit], np.int64)) if self.wants(unit) else 0
 
     def id_ranges(self, units: np.ndarray) -> list[list[int]]:
-        """Sorted units as ``[start, stop)`` ranges of sample ids."""
+        """Return sorted units as ``[start, stop)`` ranges of sample ids."""
         height, last = self.layout.rows_per_shard, self.layout.n_samples
         return [[first * height, min(stop * height, last)] for first, stop in ranges_of(units)]
 
 
 def read_output(path: str | Path) -> Output:
-    """Look at OUTPUT (or the ``projections.zarr`` in it).
+    """Read an output directory (or the ``projections.zarr`` in it).
 
     Raises:
-        StoreError: there is no store, a newer gradproj made it, or it is not a job's.
+        StoreError: there is no store, a newer gradproj made it, or no job did.
     """
     store = find_store(path)
     attributes, layout = read_attributes(store), read_layout(store)
     if "wanted_units" not in attributes or "identity_hash" not in attributes:
         if (store / "sample_id").is_dir():
             raise StoreError(
-                f"{store} is a training run's store: it has rows in the order seen and no units to follow. Read it "
-                "with gradproj.ProjectionStore; how far the run is says its loss.csv"
+                f"{store} is a training run's store: its rows are in the order seen, and it has no "
+                "units. Read it with gradproj.ProjectionStore; loss.csv shows the run's progress"
             )
         raise StoreError(
-            f"{store} is a store but not a job's output: it does not say which units it wants. "
+            f"{store} is a store but not a job's output: it does not list the units to compute. "
             "Give the --output_dir of `python -m gradproj.run`"
         )
     wanted = wanted_units(attributes)

@@ -1,4 +1,4 @@
-"""``python -m gradproj merge``: the job's final merge, at any time and under the same claim."""
+"""Runs the job's final merge from a command, under the merge's own claim."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ from typing import Any
 
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.heartbeats import Heartbeat, Progress
-from gradproj.coordinator.merge import MERGE_CLAIM, MergeEnded, merge, release_merge
+from gradproj.coordinator.merge import MERGE_CLAIM, MergeInterrupted, merge, release_merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError
@@ -21,50 +21,52 @@ from gradproj.maintenance.job_output import Output
 
 
 def merge_now(output: Output) -> dict[str, Any]:
-    """Merge the records there are; never beside another process that merges.
+    """Merge the existing records, unless another process is merging.
 
     Returns:
-        The statistics that ``projection_stats.json`` holds.
+        The statistics, as in ``projection_stats.json``.
 
     Raises:
-        StoreError: another process is merging, a record is damaged, or records that an earlier merge used have gone.
+        StoreError: another process is merging, a record is damaged, or fewer records exist than
+            the last merge used.
     """
     earlier = output.attributes.get("units_recorded", 0)
     if len(output.recorded) < earlier:
         raise StoreError(
-            f"{output.path / 'units'} holds {count(len(output.recorded), 'record')}, but the last merge used "
-            f"{earlier:,}: merging now would empty columns. Put the records back, or run the job's command again "
-            "to compute their units once more"
+            f"{output.path / 'units'} holds {count(len(output.recorded), 'record')}, but the last "
+            f"merge used {earlier:,}: merging now would empty columns. Restore the records, or run "
+            "the job's command again to recompute their units"
         )
-    with merge_lock(output, "merge") as held:
-        return held.merge()
+    with merge_lock(output, "merge") as lock:
+        return lock.merge()
 
 
 @dataclass(frozen=True)
-class HeldMerge:
-    """The claim of the merge in a command's hand. While it lasts, a heartbeat says that the command lives."""
+class MergeLock:
+    """The merge's claim, held by a command. Its heartbeat shows that the command runs."""
 
     output: Path
     queue: UnitQueue
-    """Of this process; it may claim units besides."""
+    """Of this process, which may claim units too."""
     progress: Progress
-    """Its counter is to move as long as the command works."""
+    """The command must move its counter as long as it works."""
 
     def merge(self) -> dict[str, Any]:
-        """Merge the records there are; the statistics."""
+        """Merge the existing records and return the statistics."""
         return merge(self.output, self.queue.claims, progress=self.progress)
 
 
 @contextmanager
-def merge_lock(output: Output, command: str) -> Iterator[HeldMerge]:
-    """Hold the claim of the merge, as a command of this name.
+def merge_lock(output: Output, command: str) -> Iterator[MergeLock]:
+    """Hold the merge's claim, as a process named after ``command``.
 
     Raises:
-        StoreError: another process holds it, or took it over from this one because that stood still for so long.
+        StoreError: another process holds it, or took it over because this one hung.
     """
     with explain_os_errors(output.path / "claims"):
         (output.path / "claims").mkdir(exist_ok=True)
-    # A name of its own for each call: who takes over what one has given back may take its files away.
+    # Each call has a name, and so a scratch directory, of its own: a process that takes over a unit
+    # released by one call may fence that call's name.
     name = f"{command}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     owner, progress = Owner.this_process(name, 0, 0), Progress()
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
@@ -75,12 +77,13 @@ def merge_lock(output: Output, command: str) -> Iterator[HeldMerge]:
             )
         try:
             with Heartbeat(output.path / "heartbeats", owner, progress):
-                yield HeldMerge(output.path, queue, progress)
-        except (MergeEnded, FileNotFoundError) as error:
+                yield MergeLock(output.path, queue, progress)
+        except (MergeInterrupted, FileNotFoundError) as error:
             if isinstance(error, FileNotFoundError) and queue.scratch.is_dir():
                 raise
             raise StoreError(
-                f"{output.path}: another process has taken the merge over from this one; ask for its status"
+                f"{output.path}: another process has taken the merge over from this one. Run "
+                f"`python -m gradproj status {output.path}`"
             ) from error
         finally:
             release_merge(output.path, queue.claims)
@@ -89,12 +92,12 @@ def merge_lock(output: Output, command: str) -> Iterator[HeldMerge]:
 
 
 def claim_holder(claims: ClaimBoard, name: str) -> str:
-    """Who has claimed something, and what to do about it."""
+    """Describe the process that holds a claim, and what to do about it."""
     number = claims.current().get(name)
     owner = None if number is None else claims.read(name, number).owner
     if owner is None:
-        return "another process, just now; ask for its status"
+        return "another process, which has just claimed it or just finished; run `gradproj status`"
     return (
-        f"rank {owner.rank} on {owner.host} (pid {owner.pid}, job {owner.job_id}); wait for it. If that process is "
-        f"known to be gone, delete {claims.folder / f'{name}.{number}'}"
+        f"rank {owner.rank} on {owner.host} (pid {owner.pid}, job {owner.job_id}); wait for it. If "
+        f"that process is known to be gone, delete {claims.folder / f'{name}.{number}'}"
     )

@@ -1,8 +1,9 @@
-"""``verify --repair``: damaged units become missing ones, and columns and sums are merged again from sound records.
+"""Repairs a damaged output: deletes damaged units and merges the rest again.
 
-The order survives a kill at any point, and a second repair goes on from there: the store is marked not complete,
-the records go, the columns are merged without them, the shards go last. Until its shard goes a unit's claim is held,
-so that no job commits it in between.
+The order of steps survives a kill at any point, and a second repair continues from there: the store
+is marked as not complete, the records are deleted, the columns are merged without them, and the
+shards are deleted last. A unit's claim is held until its shard is deleted, so that no job commits
+the unit in between.
 """
 
 from collections.abc import Iterable
@@ -10,139 +11,129 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.merge import write_metadata
 from gradproj.coordinator.units import unit_claim
 from gradproj.files import explain_os_errors, fsync_dir
-from gradproj.maintenance.checks import MergedColumns, check_unit
+from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
-from gradproj.maintenance.merge import HeldMerge, claim_holder, merge_lock
-from gradproj.maintenance.verify import (
-    DAMAGED,
-    INCOMPLETE,
-    SOUND,
-    Damage,
-    Verification,
-)
+from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
+from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
 
 
 @dataclass
 class Repair:
-    """What was done about the damage that was found. ``asdict`` of it is a part of ``--json``."""
+    """Result of a repair. ``asdict`` of it is a part of ``--json``."""
 
     output: str
     units: list[int] = field(default_factory=list)
-    """Units without a record and a shard now, for the job to compute again."""
+    """Units whose record and shard were deleted, for the job to compute again."""
     n_samples: int = 0
-    """Documents of those units that the job wants: all that was lost."""
+    """Documents of those units that the job wants; nothing else is lost."""
     merged: bool = False
     """Columns, sums, statistics and metadata were made again."""
     recovered: list[int] = field(default_factory=list)
-    """Units that another process has put right since they were found damaged."""
+    """Units that another process has committed again since they were found damaged."""
     held: dict[int, str] = field(default_factory=dict)
-    """Units left as they are -> the process that works on them, or may."""
+    """Units left as they are -> the process that holds their claim."""
     left: list[Damage] = field(default_factory=list)
-    """Damage that is still there."""
+    """Damage that remains."""
     complete: bool = False
-    """The store is whole as it is now."""
+    """Every wanted unit is committed and merged."""
 
     @property
     def exit_code(self) -> int:
-        """1 where damage is left, 3 where the job has units to compute, 0 where all is sound and complete."""
+        """1 if damage remains, 3 if units are missing or not merged, 0 if sound and complete."""
         if self.left:
             return DAMAGED
         return SOUND if self.complete else INCOMPLETE
 
 
-def repair(found: Verification) -> Repair:
-    """Take away what is damaged, so that the job's next start computes exactly that and nothing else.
+def repair(verification: Verification) -> Repair:
+    """Delete damaged units, so that the job's next start computes exactly those again.
 
-    A unit that a living process has claimed, or a process of another host of which nothing is known, is left.
+    A unit is left alone if a running process has claimed it, or a process of another host that may
+    be running.
 
     Args:
-        found: of ``verify``. Each unit is checked again under its claim before anything of it is removed; but not for
-            rows that are wrong under right checksums, whose units are named in it.
+        verification: of the output. A unit is checked again under its claim before anything of it
+            is deleted, except for wrong rows under right checksums.
 
     Raises:
-        StoreError: another process is merging, or OUTPUT cannot be written.
+        StoreError: another process is merging, or the output cannot be written.
     """
-    output = read_output(found.output)
-    done = Repair(found.output)
-    damaged = sorted(found.damaged_units | found.wrong_units)
-    columns = any(d.kind == "columns" for d in found.damage)
-    metadata = any(d.path == str(output.path / "metadata.json") for d in found.damage)
-    if damaged or columns or metadata:
-        with merge_lock(output, "repair") as held:
-            _remove_damaged(output, held, damaged, found.wrong_units, columns, done)
-    done.left = [d for d in found.damage if not _is_gone(d, done, output)]
-    after = read_output(found.output)
-    done.complete = not len(after.missing) and after.is_merged
-    return done
+    output = read_output(verification.output)
+    result = Repair(verification.output)
+    damaged = sorted(verification.damaged_units | verification.wrong_units)
+    columns = any(d.kind == "columns" for d in verification.damage)
+    metadata = str(output.path / "metadata.json")
+    if damaged or columns or any(d.path == metadata for d in verification.damage):
+        with merge_lock(output, "repair") as lock:
+            _repair(output, lock, damaged, verification.wrong_units, columns, result)
+    repaired = {*result.units, *result.recovered}
+    for damage in verification.damage:
+        if damage.kind in ("unit", "rows"):
+            is_repaired = damage.unit in repaired
+        elif damage.kind == "columns":
+            is_repaired = result.merged
+        else:
+            is_repaired = damage.path == metadata
+        if not is_repaired:
+            result.left.append(damage)
+    result.complete = read_output(verification.output).is_complete
+    return result
 
 
-def _remove_damaged(
+def _repair(
     output: Output,
-    held: HeldMerge,
+    lock: MergeLock,
     damaged: list[int],
     wrong: set[int],
     columns: bool,
-    done: Repair,
+    result: Repair,
 ) -> None:
-    merged, claims = MergedColumns(output), held.queue.claims
+    merged, claims = MergedColumns(output), lock.queue.claims
     for unit in damaged:
-        held.progress.batches += 1
+        lock.progress.batches += 1
         if not claims.try_claim(unit_claim(unit)):
-            done.held[unit] = claim_holder(claims, unit_claim(unit))
+            result.held[unit] = claim_holder(claims, unit_claim(unit))
         elif unit in wrong or any(
             d.kind == "unit" for d in check_unit(output, unit, merged).damage
         ):
-            done.units.append(unit)
+            result.units.append(unit)
         else:
-            done.recovered.append(unit)
-    done.n_samples = sum(output.n_documents(unit) for unit in done.units)
-    if done.units or columns:
-        _merge_again(output, held, columns, merged, done)
+            result.recovered.append(unit)
+    result.n_samples = sum(output.n_documents(unit) for unit in result.units)
+    if result.units or columns:
+        _remove_and_merge(output, lock, columns, merged, result)
     else:
-        write_metadata(output.path, held.queue.scratch)
+        write_metadata(output.path, lock.queue.scratch)
 
 
-def _merge_again(
-    output: Output, held: HeldMerge, columns: bool, merged: MergedColumns, done: Repair
+def _remove_and_merge(
+    output: Output, lock: MergeLock, columns: bool, merged: MergedColumns, result: Repair
 ) -> None:
-    scratch, claims = held.queue.scratch, held.queue.claims
-    # Before anything goes: from here on a job that finds every unit recorded merges again.
+    scratch, claims = lock.queue.scratch, lock.queue.claims
+    # Before anything is deleted: from now on a job that finds every unit recorded merges again.
     update_attributes(output.store, {"complete": False}, scratch)
     write_metadata(output.path, scratch)
-    known = any(merged.knows(unit) for unit in done.units)
-    _remove((output.path / record_name(unit) for unit in done.units), output.path / "units")
-    # A merge reads all records, so it has to wait where a damaged one must be left.
-    if (columns or known or output.is_merged) and not done.held:
-        held.merge()
-        done.merged = True
+    were_merged = any(merged.has(unit) for unit in result.units)
+    _remove((output.path / record_name(unit) for unit in result.units), output.path / "units")
+    # A merge reads all records, so it cannot run while a damaged one of another process remains.
+    if (columns or were_merged or output.is_merged) and not result.held:
+        lock.merge()
+        result.merged = True
     shards = output.store / "projections"
-    owned = (unit for unit in done.units if _still_ours(claims, unit))
-    _remove((output.path / output.layout.shard_name(unit) for unit in owned), shards)
-
-
-def _still_ours(claims: ClaimBoard, unit: int) -> bool:
-    # A merge can take so long that a job of another host takes the claim over, and commits.
-    return claims.owns(unit_claim(unit))
+    # The merge may take so long that a job of another host takes a claim over and commits.
+    ours = (unit for unit in result.units if claims.owns(unit_claim(unit)))
+    _remove((output.path / output.layout.shard_name(unit) for unit in ours), shards)
 
 
 def _remove(paths: Iterable[Path], folder: Path) -> None:
-    """Remove files, those that are there, and flush their folder."""
+    """Delete those files that exist, and flush their directory."""
     with explain_os_errors(folder):
         for path in paths:
             path.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             fsync_dir(folder)
-
-
-def _is_gone(damage: Damage, done: Repair, output: Output) -> bool:
-    if damage.kind in ("unit", "rows"):
-        return damage.unit in done.units or damage.unit in done.recovered
-    if damage.kind == "columns":
-        return done.merged
-    return damage.path == str(output.path / "metadata.json")

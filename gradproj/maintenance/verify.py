@@ -1,7 +1,5 @@
-"""``python -m gradproj verify``: every checksum of a store again, records against shards, columns against records."""
+"""Verifies every checksum of a store, records against shards, and columns against records."""
 
-import os
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,30 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
+from gradproj.coordinator.merge import CovarianceSums
 from gradproj.errors import ConfigError, StoreError
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.checks import (
-    CovarianceSums,
     Damage,
     MergedColumns,
     UnitFindings,
     check_group,
+    check_sums,
     check_unit,
 )
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store.layout import STATUS_NAMES
-from gradproj.store.unit_record import record_name
+from gradproj.store.unit_record import list_shards, record_name
 
 SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
-"""Exit codes; 2 is a user's mistake, as everywhere."""
+"""Exit codes. 2 is a user's error, as for every command."""
 
 MOST_RANGES_KEPT = 1000
 READERS = 4
-"""Units checked at once: one stream alone does not fill a network file system."""
-
-
-_SHARD_NAME = re.compile(r"c\.(\d+)\.0")
+"""Units checked at once: a single stream does not saturate a network file system."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +70,14 @@ class VerifyConfig(RecordedRunArgs):
 
 @dataclass
 class BoundedRanges:
-    """Sample ids as ranges: the first thousand of them, and how many ids there are in all."""
+    """Ranges of sample ids, the first thousand of them, and the number of all ids."""
 
     n_ids: int = 0
     ranges: list[list[int]] = field(default_factory=list)
     """``[start, stop)``, in order."""
 
     def add(self, start: int, stop: int) -> None:
-        """Add ids after all that were added before."""
+        """Add ids that follow all ids added before."""
         self.n_ids += stop - start
         if self.ranges and self.ranges[-1][1] == start:
             self.ranges[-1][1] = stop
@@ -91,7 +87,7 @@ class BoundedRanges:
 
 @dataclass
 class Verification:
-    """What was found. ``asdict`` of it is what ``--json`` prints."""
+    """Result of ``verify``. ``asdict`` of it is what ``--json`` prints."""
 
     output: str
     complete: bool
@@ -108,7 +104,7 @@ class Verification:
     """Documents of wanted units without a record."""
     non_finite: BoundedRanges = field(default_factory=BoundedRanges)
     shards_without_record: list[int] = field(default_factory=list)
-    """Units being committed, or left by a killed process; they count for nothing."""
+    """Units being committed, or left by a killed process. Readers ignore them."""
     damage: list[Damage] = field(default_factory=list)
 
     @property
@@ -118,7 +114,7 @@ class Verification:
 
     @property
     def wrong_units(self) -> set[int]:
-        """Units with rows that came out otherwise when they were computed again, under right checksums."""
+        """Units with intact checksums and rows that differ from recomputed ones."""
         return self._units_of("rows")
 
     def _units_of(self, kind: str) -> set[int]:
@@ -126,91 +122,79 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 sound and complete, 3 sound and incomplete, 1 damaged."""
+        """0 if sound and complete, 3 if sound and incomplete, 1 if damaged."""
         if self.damage:
             return DAMAGED
         return SOUND if self.complete else INCOMPLETE
 
 
 def verify(path: str | Path, *, checksums: bool = True) -> Verification:
-    """Check everything in OUTPUT that was committed; writes nothing. Memory holds a few units.
+    """Check everything that was committed; writes nothing. Holds a few units in memory.
 
     Args:
-        path: OUTPUT.
+        path: output directory.
         checksums: False only counts what is committed and what is missing.
 
     Raises:
-        StoreError: there is no job's output there. Damage inside it is not raised but returned.
+        StoreError: the directory is no job's output. Damage inside it is returned, not raised.
     """
     started = time.monotonic()
     output = read_output(path)
-    found = Verification(
+    result = Verification(
         output=str(output.path),
-        complete=not len(output.missing) and output.is_merged,
+        complete=output.is_complete,
         n_units=len(output.wanted),
         n_records=len(output.recorded),
     )
-    found.missing = _bounded(output.id_ranges(output.missing))
+    for start, stop in output.id_ranges(output.missing):
+        result.missing.add(start, stop)
     if not checksums:
-        return found
-    merged = MergedColumns(output)
-    covariances = CovarianceSums()
+        return result
+    merged, sums = MergedColumns(output), CovarianceSums()
     statuses = np.zeros(256, np.int64)
     for unit in _checked_units(output, merged):
-        found.damage += unit.damage
-        found.n_bytes += unit.n_bytes
-        found.n_shards += unit.has_shard
+        result.damage += unit.damage
+        result.n_bytes += unit.n_bytes
+        result.n_shards += unit.has_shard
         statuses += unit.statuses
         for start, stop in unit.non_finite:
-            found.non_finite.add(start, stop)
-        covariances.add(unit.record)
-    found.by_status = {
+            result.non_finite.add(start, stop)
+        if unit.record is not None:
+            sums.add(unit.record.token_covariances)
+    result.by_status = {
         STATUS_NAMES.get(code, str(code)): int(n) for code, n in enumerate(statuses) if n
     }
-    found.shards_without_record = _shards_without_record(output)
-    found.damage += _merged_without_record(output, merged)
-    if found.complete and not found.damage:
-        found.damage += covariances.compare(output)
-    found.damage += check_group(output)
-    found.seconds = round(time.monotonic() - started, 3)
-    return found
+    shards = list_shards(output.store / "projections")
+    result.shards_without_record = np.setdiff1d(shards, output.recorded).tolist()
+    result.damage += _merged_without_record(output, merged)
+    if result.complete and not result.damage:
+        result.damage += check_sums(output, sums)
+    result.damage += check_group(output)
+    result.seconds = round(time.monotonic() - started, 3)
+    return result
 
 
-def _checked_units(output: Output, merged: "MergedColumns") -> Iterator[UnitFindings]:
-    """The findings of every recorded unit, in unit order; several units are read at once."""
+def _checked_units(output: Output, merged: MergedColumns) -> Iterator[UnitFindings]:
+    """Yield the findings of every recorded unit in unit order; reads several units at once."""
     units = output.recorded.tolist()
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="verify")
     try:
-        found = pool.map(lambda unit: check_unit(output, unit, merged), units)
-        yield from shown(found, len(units), "verify", "units")
+        findings = pool.map(lambda unit: check_unit(output, unit, merged), units)
+        yield from shown(findings, len(units), "verify", "units")
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _merged_without_record(output: Output, merged: MergedColumns) -> list[Damage]:
-    """Units whose rows the columns know and whose record has gone."""
+    """Find units that were merged and whose record is missing now."""
     damage = []
     for unit in output.missing.tolist():
         try:
-            lost = merged.status(unit) is not None
+            was_merged = merged.status(unit) is not None
         except StoreError as error:
             damage.append(Damage("columns", unit, str(output.store), str(error)))
             continue
-        if lost:
+        if was_merged:
             path = str(output.path / record_name(unit))
             damage.append(Damage("unit", unit, path, "is gone, though its unit was merged"))
     return damage
-
-
-def _shards_without_record(output: Output) -> list[int]:
-    with os.scandir(output.store / "projections") as entries:
-        matches = (_SHARD_NAME.fullmatch(entry.name) for entry in entries)
-        units = np.sort(np.array([int(match[1]) for match in matches if match], np.int64))
-    return np.setdiff1d(units, output.recorded).tolist()
-
-
-def _bounded(ranges: list[list[int]]) -> BoundedRanges:
-    bounded = BoundedRanges()
-    for start, stop in ranges:
-        bounded.add(start, stop)
-    return bounded

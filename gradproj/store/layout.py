@@ -145,7 +145,7 @@ class StoreLayout:
 
     def n_samples_in(self, units: np.ndarray) -> int:
         """Return the number of samples of sorted units; the store's last unit may be short."""
-        has_last = len(units) > 0 and units[-1] == self.n_units - 1
+        has_last = bool(len(units) and units[-1] == self.n_units - 1)
         short = self.n_units * self.rows_per_shard - self.n_samples
         return len(units) * self.rows_per_shard - short * has_last
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.faults import disagreements, fill, gone_owner, make_store
 
-from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.fencing import make_scratch
@@ -99,7 +99,7 @@ def test_a_unit_given_back_is_free_again(tmp_path):
     )
     for _ in range(3):
         assert first.try_claim("00000003")
-        first.give_back_all()
+        first.release_all()
         assert second.try_claim("00000003")
         second.release("00000003")
 
@@ -155,34 +155,34 @@ def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_
     tmp_path, monkeypatch
 ):
     now = [1000.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
     other = owner_like_me(job_id="other", host="elsewhere", boot_id="other")
     beats = {other.name: 1}
     assert board(tmp_path, other).try_claim("00000003")
     mine = board(tmp_path, owner_like_me(), beats)
     assert not mine.try_claim("00000003")
-    now[0] += claims_module.STALE_AFTER_S - 1
+    now[0] += heartbeats_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000003")
     beats[other.name] = 2  # it moved: the wait starts anew
     now[0] += 2
     assert not mine.try_claim("00000003")
-    now[0] += claims_module.STALE_AFTER_S - 1
+    now[0] += heartbeats_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000003")
     now[0] += 1
     assert not mine.try_claim("00000003")  # suspected, and given a moment to show life
-    now[0] += claims_module.CONFIRM_AFTER_S
+    now[0] += heartbeats_module.CONFIRM_AFTER_S
     assert mine.try_claim("00000003")
 
 
 def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
     mine = board(tmp_path, owner_like_me())
     (tmp_path / "claims" / "00000003.0").write_text('{"job_')
     assert not mine.try_claim("00000003")
-    now[0] += claims_module.STALE_AFTER_S
+    now[0] += heartbeats_module.STALE_AFTER_S
     assert not mine.try_claim("00000003")
-    now[0] += claims_module.CONFIRM_AFTER_S
+    now[0] += heartbeats_module.CONFIRM_AFTER_S
     assert mine.try_claim("00000003")
 
 
@@ -298,8 +298,8 @@ def test_units_of_another_living_job_are_not_waited_for(tmp_path):
 
 def test_a_unit_whose_owner_shows_no_life_is_waited_for_and_then_computed(tmp_path, monkeypatch):
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
-    monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.3)
-    monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.3)
+    monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.3)
+    monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.3)
     mine, started = queue(tmp_path, owner_like_me(), wanted=[0]), time.monotonic()
     assert next(mine.take()) == 0
     assert time.monotonic() - started > 0.5

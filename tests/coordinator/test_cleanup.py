@@ -62,7 +62,7 @@ def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_pat
     check_records_have_shards(tmp_path)
     for unit in lost:
         (tmp_path / layout.shard_name(unit)).unlink()
-    way_out = rf"Put the files back, or give these units up by `python -m gradproj verify {tmp_path} --repair`"
+    way_out = rf"Restore the files, or .*`python -m gradproj verify {tmp_path} --repair`"
     with pytest.raises(
         StoreError, match=rf"{named}\. {way_out}: this command then computes them again"
     ):
@@ -108,7 +108,7 @@ def test_records_without_their_store_are_refused(tmp_path):
     check_records_have_store(tmp_path)
     shutil.rmtree(tmp_path / "projections.zarr")
     with pytest.raises(
-        StoreError, match=r"records of 3 units but no projections\.zarr.*Put that folder back"
+        StoreError, match=r"records of 3 units but no projections\.zarr.*Restore that folder"
     ):
         check_records_have_store(tmp_path)
 

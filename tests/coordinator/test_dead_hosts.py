@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.faults import IDENTITY, fake_owner, make_store
 
-from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.heartbeats import Heartbeat, Progress, read_heartbeats
 from gradproj.coordinator.process_id import Owner
@@ -29,7 +29,7 @@ def now(monkeypatch):
     """Our clock, which stands still until it is set."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
-    monkeypatch.setattr(claims_module, "time", clock)
+    monkeypatch.setattr(heartbeats_module, "time", clock)
     monkeypatch.setattr(units_module, "time", clock)
     return now
 
@@ -40,8 +40,8 @@ def test_a_heartbeat_goes_with_its_owner_s_claim(tmp_path, queue_of, monkeypatch
         left = Heartbeat(tmp_path / "heartbeats", old.owner, Progress(batches=3))
         left.write()
         assert next(old.take()) == 0
-        monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.0)
-        monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
+        monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)
+        monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.0)
         assert next(mine.take()) == 0
         assert [owner for owner, _ in read_heartbeats(tmp_path / "heartbeats")] == [mine.owner]
         left.write()  # it had only stood still
@@ -56,13 +56,13 @@ def test_a_heartbeat_that_is_taken_away_is_no_sign_of_life(queue_of, now):
     beats[far.owner.name] = 7
     claim = mine.read("00000000", 0)
     assert not mine.is_stale(claim)
-    now[0] = claims_module.STALE_AFTER_S - 1
+    now[0] = heartbeats_module.STALE_AFTER_S - 1
     beats.clear()  # by whoever took another of its claims over
     assert not mine.is_stale(claim)
     assert not mine.is_at_work(claim)
     now[0] += 2
     assert not mine.is_stale(claim)
-    now[0] += claims_module.CONFIRM_AFTER_S
+    now[0] += heartbeats_module.CONFIRM_AFTER_S
     assert mine.is_stale(claim)
     beats[far.owner.name] = 8  # it lives after all
     assert not mine.is_stale(claim)

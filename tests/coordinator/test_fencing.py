@@ -6,7 +6,7 @@ import os
 import pytest
 from helpers.faults import IDENTITY, fake_owner, fake_rows, make_store
 
-from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import fencing as scratch_module
 from gradproj.coordinator.fencing import fence, make_scratch
 from gradproj.coordinator.units import UnitQueue
@@ -15,9 +15,9 @@ from gradproj.errors import StoreError
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(scratch_module, "DELETE_AGAIN_S", (0.0, 0.0))
-    monkeypatch.setattr(claims_module, "STALE_AFTER_S", 0.0)
-    monkeypatch.setattr(claims_module, "CONFIRM_AFTER_S", 0.0)
+    monkeypatch.setattr(scratch_module, "DELETE_RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)
+    monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.0)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(
     theirs, mine = folders
     refuse(monkeypatch, name, of, times=1000)
     with pytest.raises(
-        StoreError, match=rf"had in {theirs} \({left}\): it could still be published\. Delete it by"
+        StoreError, match=rf"files in {theirs} .*\({left}\): they could still be published\. Delete"
     ):
         fence(theirs, mine, fake_owner(1))
 

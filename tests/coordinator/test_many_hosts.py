@@ -21,7 +21,7 @@ from helpers.faults import (
     make_store,
 )
 
-from gradproj.coordinator import claims as claims_module
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import fault_points
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
@@ -163,7 +163,7 @@ def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_t
     tmp_path, monkeypatch
 ):
     now = [0.0]
-    monkeypatch.setattr(claims_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
     layout, _ = one_unit(tmp_path)
     beats = [5]
     mine = UnitQueue(tmp_path / "out", layout, IDENTITY, [0], fake_owner(1)).claims
@@ -173,7 +173,7 @@ def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_t
     assert not mine.try_claim("00000000")
     beats[0], now[0] = 6, now[0] + 5
     assert not mine.try_claim("00000000")
-    now[0] += claims_module.STALE_AFTER_S - 1
+    now[0] += heartbeats_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000000")
 
 
@@ -229,10 +229,10 @@ def here(monkeypatch):
     def clock():
         return here.host.monotonic() if hasattr(here, "host") else time.perf_counter()
 
-    for module in (claims_module, units_module):
+    for module in (heartbeats_module, units_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     for name, seconds in (("STALE_AFTER_S", 0.15), ("CONFIRM_AFTER_S", 0.05), ("ALIVE_FOR_S", 0.1)):
-        monkeypatch.setattr(claims_module, name, seconds)
+        monkeypatch.setattr(heartbeats_module, name, seconds)
     monkeypatch.setattr(units_module, "WAIT_S", (0.02, 0.1))
     return here
 

@@ -6,7 +6,7 @@ import pytest
 from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, fill, make_store
 
 from gradproj.coordinator.heartbeats import Progress
-from gradproj.coordinator.merge import MergeEnded, finish, is_merged, merge
+from gradproj.coordinator.merge import MergeInterrupted, finish, is_merged, merge
 from gradproj.coordinator.units import UnitQueue
 
 
@@ -46,7 +46,7 @@ def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_
         with at_change(paused_at, others_finish):
             try:
                 merge(output, old.claims)
-            except MergeEnded:
+            except MergeInterrupted:
                 ended += 1
         assert files_of_the_store(output) == whole, paused_at
         assert is_merged(output)

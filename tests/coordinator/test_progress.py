@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gradproj.coordinator.heartbeats import Progress, RanksAtWork
+from gradproj.coordinator.heartbeats import Progress, LiveRanks
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import ProgressDisplay, take_snapshot
 from gradproj.formatting import human_seconds
@@ -73,7 +73,7 @@ def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_move
     here = Owner.this_process("job", 0, 0)
     content = {"owner": asdict(here), "progress": asdict(Progress(n_tokens=50, seconds=1.0))}
     (output / "heartbeats" / f"{here.name}.json").write_text(json.dumps(content))
-    ranks = RanksAtWork(output / "heartbeats", here)
+    ranks = LiveRanks(output / "heartbeats", here)
     for at, batches in ((0, 7), (5, 7), (10, 8), (60, 8), (71, 8), (75, 9)):
         now[0] = at
         beat(output, 1, unit=2, unit_samples=5, n_tokens=300, seconds=3.0, batches=batches)
@@ -90,11 +90,11 @@ def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_move
 def test_a_heartbeat_that_is_written_again_moves_though_no_batch_has_ended(output):
     beat(output, 1, batches=7)
     (path,) = (output / "heartbeats").iterdir()
-    ranks = RanksAtWork(output / "heartbeats", Owner.this_process("job", 0, 0))
+    ranks = LiveRanks(output / "heartbeats", Owner.this_process("job", 0, 0))
     os.utime(path, (1, 1))
-    assert ranks.look() == []
+    assert ranks.read() == []
     os.utime(path, (2, 2))
-    assert [owner.rank for owner, _ in ranks.look()] == [1]
+    assert [owner.rank for owner, _ in ranks.read()] == [1]
 
 
 def test_the_display_does_not_count_a_dead_host(output, capsys):

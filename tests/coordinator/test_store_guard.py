@@ -21,7 +21,7 @@ from gradproj.store.unit_record import encode_record, record_name
 PART = PartialRows(
     np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {}
 )
-MADE = {"of other settings": "other", "of the same settings": IDENTITY}
+MADE = {"with other settings": "other", "with the same settings": IDENTITY}
 
 
 def working(output, **how):
@@ -76,7 +76,7 @@ def test_a_process_notices_another_store_before_it_claims_computes_saves_or_comm
         lambda: queue.commit(fake_rows(layout, 0)),
     ):
         with pytest.raises(
-            StoreReplaced, match=rf"another|new store {made}.*Nothing of this job was written"
+            StoreReplaced, match=rf"now holds a (new )?store {made}.*This job wrote nothing into it"
         ):
             act()
     queue.release()
@@ -90,7 +90,7 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
     for name in ("units", "claims", "projections.zarr"):
         shutil.rmtree(tmp_path / name)
     make_store(tmp_path, n_samples=32)
-    with pytest.raises(StoreReplaced, match="a new store of the same settings"):
+    with pytest.raises(StoreReplaced, match="a new store with the same settings"):
         queue.commit(fake_rows(layout, 0))
     for folder in ("units", "claims", "projections.zarr/projections"):
         assert [
@@ -100,7 +100,7 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
 
 def test_a_job_whose_store_was_replaced_since_its_start_begins_nothing(tmp_path):
     layout = make_store(tmp_path, identity="other")
-    with pytest.raises(StoreReplaced, match="another store, of other settings"):
+    with pytest.raises(StoreReplaced, match="a store with other settings"):
         UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(0))
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -155,11 +155,11 @@ def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
     ("deleted", "named", "way_out"),
     [
         ("", "", "if it is lost, start again to begin anew"),
-        ("projections.zarr", "projections.zarr", "if it is lost, delete the folder and begin anew"),
+        ("projections.zarr", "projections.zarr", "if it is lost, delete the output to begin anew"),
         (
             "projections.zarr/projections",
             "projections.zarr/projections",
-            "Put it back and start again",
+            "Restore it and start again",
         ),
         ("units", "units", "without it, every unit is computed again"),
         ("claims", "claims", "what was committed is kept"),

@@ -149,7 +149,7 @@ def test_a_job_that_dies_at_any_step_goes_on_to_the_same_bits(
     assert_as_if_nothing_had_happened(launch.output, undisturbed, launch.ranks)
 
 
-@pytest.mark.parametrize("step", ["partial published", "claim given back", "scratch removed"])
+@pytest.mark.parametrize("step", ["partial published", "claim released", "scratch removed"])
 def test_a_drain_that_dies_at_any_step_goes_on_to_the_same_bits(launch, undisturbed, step):
     launch.die_at(step, 1, stop_at="batch done")
     launch.finish(2)
@@ -157,7 +157,7 @@ def test_a_drain_that_dies_at_any_step_goes_on_to_the_same_bits(launch, undistur
 
 
 @pytest.mark.parametrize(
-    "step", ["merge taken back", "claim given back", "shard published", "block merged"]
+    "step", ["merge undone", "claim released", "shard published", "block merged"]
 )
 def test_a_job_that_computes_a_lost_unit_again_and_dies_goes_on_to_the_same_bits(
     launch, undisturbed, step

@@ -86,7 +86,7 @@ def test_a_job_does_not_call_done_what_was_deleted_behind_its_back(tmp_path, mod
         code, lines, said = start()
         assert (code, len(lines)) == (2, 1), said
         assert (
-            "1 committed unit without a shard in projections.zarr/projections: 1. Put the files back"
+            "1 committed unit without a shard in projections.zarr/projections: 1. Restore the files"
             in lines[0]
         )
         assert (

@@ -91,7 +91,7 @@ def test_a_job_that_stood_still_while_another_store_was_begun_leaves_that_one_al
     code, lines, errors = jobs.go_on(old)
     assert (code, len(lines)) == (2, 1), errors
     assert (
-        f"{output} was replaced while this job ran: it holds another store, of other settings now"
+        f"{output} was replaced while this job ran: it now holds a store with other settings"
         in lines[0]
     )
     assert lasting(output) == there

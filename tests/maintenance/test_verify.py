@@ -143,7 +143,7 @@ def test_id_ranges_join_and_are_bounded(monkeypatch):
 
 def test_samples_of_units_are_counted_with_a_short_last_one(output):
     found = read_output(output)
-    assert [found.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])] == [
+    assert [found.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])] == [
         0,
         16,
         6,
