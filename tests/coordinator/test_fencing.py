@@ -6,8 +6,8 @@ import os
 import pytest
 from helpers.faults import IDENTITY, fake_owner, fake_rows, make_store
 
-from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import fencing as scratch_module
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator.fencing import fence, make_scratch
 from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError

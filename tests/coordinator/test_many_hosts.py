@@ -21,8 +21,8 @@ from helpers.faults import (
     make_store,
 )
 
-from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import fault_points
+from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.heartbeats import Heartbeat, Progress

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gradproj.coordinator.heartbeats import Progress, LiveRanks
+from gradproj.coordinator.heartbeats import LiveRanks, Progress
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import ProgressDisplay, take_snapshot
 from gradproj.formatting import human_seconds
