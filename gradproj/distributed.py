@@ -1,7 +1,8 @@
-"""Who this process is: rank, world size, device, job. The only reader of the launcher's environment.
+"""This process's place: rank, world size, device, job. The only reader of the launcher's
+environment.
 
-The ranks meet at the start only (rank 0 checks while the others wait): nothing in the job's loop is collective, so
-an uneven rank can never make another time out.
+The job's ranks meet at its start only, where rank 0 checks while the others wait. Its loop has no
+collective, so an uneven rank cannot make another time out.
 """
 
 import contextlib
@@ -23,24 +24,23 @@ from gradproj.formatting import clean_lines
 if TYPE_CHECKING:
     import torch
 
-# torch is imported where it is used: who started this process must be known before the seconds that it takes.
+# torch is imported where it is used: signals must be handled before the seconds that it takes.
 
-DEVICES = ("auto", "cpu", "cuda")
 START_TIMEOUT = timedelta(hours=6)
-"""Rank 0 may come to the store late, where it holds it itself."""
+"""Rank 0 holds the rendezvous store itself under some launchers, and may be late."""
 LET_RANK_0_SPEAK_S = 10.0
 LOOK_S = (0.01, 0.5)
-"""First and longest pause between two looks at what another rank has to do."""
+"""First and longest pause between two checks of another rank's state."""
 
 
 def launcher_rank() -> int | None:
-    """The rank that a launcher gave this process; None where none did."""
+    """Return the rank that a launcher gave this process. None without a launcher."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isdigit() else None
 
 
 def launcher_died() -> bool:
-    """Whether torchrun, which holds the store that its ranks meet at, does not answer there any more."""
+    """Return whether torchrun's rendezvous store, held by its agent, refuses connections."""
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False
@@ -49,7 +49,7 @@ def launcher_died() -> bool:
     except ConnectionRefusedError:
         return True
     except OSError:
-        return False  # of a network that does not work nothing is known
+        return False  # the network failed, not the agent
     return False
 
 
@@ -62,11 +62,11 @@ class Process:
     local_rank: int
     local_world_size: int
     launched: bool = False
-    """Started by torchrun or the like, whose end is this process's end too."""
+    """Started by torchrun or the like, which ends all ranks if one fails."""
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """From torchrun's variables; a process without them is rank 0 of 1.
+        """Read torchrun's variables. A process without them is rank 0 of 1.
 
         Raises:
             ConfigError: some of the variables are set and others are not.
@@ -78,7 +78,8 @@ class Process:
         missing = [name for name, value in zip(names, values, strict=True) if value is None]
         if missing:
             raise ConfigError(
-                f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job by torchrun"
+                f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job "
+                "with torchrun"
             )
         rank, world_size, local_rank, local_world_size = (
             int(value) for value in values if value is not None
@@ -158,15 +159,15 @@ class World:
 
 @dataclass(frozen=True)
 class JobName:
-    """Which job this is and which start of it: the same on all ranks."""
+    """The job and its start, the same on all ranks."""
 
     job_id: str
     generation: int
-    """How often the job has been started before, by torchrun or by Slurm."""
+    """Number of earlier starts, by torchrun or Slurm."""
 
     @classmethod
     def from_environment(cls) -> "JobName":
-        """Slurm's job id (an array's element has its own), else a name of this start's own."""
+        """Return Slurm's job id (an array's element has its own), or a name unique to this start."""
         env = os.environ
         restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
             env.get("SLURM_RESTART_COUNT", 0)
@@ -177,30 +178,27 @@ class JobName:
             )
         if "SLURM_JOB_ID" in env:
             return cls(f"slurm-{env['SLURM_JOB_ID']}", restarts)
-        # torchrun's run id is "none" unless it was chosen, so the launcher's process tells jobs apart.
+        # torchrun's run id is "none" unless one was chosen, so the launcher's pid tells jobs apart.
         return cls(f"local-{socket.gethostname()}-{os.getppid()}-{uuid.uuid4().hex[:6]}", restarts)
 
 
 def visible_gpu_hint() -> str | None:
-    """Why one would expect a GPU here, or None; asked only where torch sees none."""
+    """Return a reason to expect a GPU here, or None. Call it only if torch sees none."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return "this machine has an NVIDIA device"
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"):
-        if os.environ.get(name) not in (
-            None,
-            "",
-            "-1",
-            "0" if name == "SLURM_GPUS_ON_NODE" else "",
-        ):
+        # A count of 0 means no GPU, but in a list of devices 0 is the first one.
+        none = ("", "-1", "0") if name == "SLURM_GPUS_ON_NODE" else ("", "-1")
+        if os.environ.get(name, "") not in none:
             return f"{name} is set to {os.environ[name]!r}"
     return None
 
 
 def choose_device(name: str, local_rank: int) -> "tuple[torch.device, str | None]":
-    """The device of this rank, and a warning where ``auto`` had to take the CPU beside a GPU.
+    """Return this rank's device, and a warning if ``auto`` chose the CPU although there is a GPU.
 
     Raises:
-        ConfigError: CUDA was asked for and is not there, or a node has fewer GPUs than ranks.
+        ConfigError: ``cuda`` is not available, or a node has fewer GPUs than ranks.
     """
     import torch
 
@@ -221,21 +219,21 @@ def choose_device(name: str, local_rank: int) -> "tuple[torch.device, str | None
         )
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-            f"start at most so many ranks a node (--nproc_per_node {torch.cuda.device_count()})"
+            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start "
+            f"at most that many ranks a node (--nproc_per_node {torch.cuda.device_count()})"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank), None
 
 
 class Rendezvous:
-    """Where the ranks of one start exchange values: the store that torchrun, or rank 0, holds.
+    """Exchanges values between the ranks of one start, through the store of torchrun or of rank 0.
 
-    No process group: nothing here is a sum over tensors, and a rank inside of gloo minds no signal while it waits for
-    one that has died. These waits are Python's.
+    There is no process group: no tensors are summed here, and a rank inside gloo handles no signal
+    while it waits for a dead one. These waits are Python's.
 
-    The store outlives a restart of the ranks, with all that those before had written. So rank 0 chooses a part of it
-    that nobody has used, and tells it to each rank that shows a name of its own.
+    The store outlives a restart of the ranks, with everything the earlier ones wrote. So rank 0
+    chooses an unused prefix, and sends it to each rank under the name that rank announces.
     """
 
     def __init__(self, process: Process) -> None:
@@ -263,7 +261,7 @@ class Rendezvous:
                 if store.check([f"{name}/here/{other}"]):
                     missing.discard(other)
                 elif store.check([f"here/{other}"]):
-                    # Perhaps one that has died; then its successor shows another name.
+                    # It may have died; its successor then announces another name.
                     store.set(f"welcome/{store.get(f'here/{other}').decode()}", name)
             return not missing
 
@@ -271,7 +269,9 @@ class Rendezvous:
         return name
 
     def from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value, once it has one: a pickle, as in torch.distributed's own object collectives."""
+        """Return rank 0's value once it is set; pickled, as in torch.distributed's object
+        collectives.
+        """
         key, self._n_values = f"value/{self._n_values}", self._n_values + 1
         if self._process.rank == 0:
             self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
@@ -280,12 +280,12 @@ class Rendezvous:
         return pickle.loads(self._store.get(key))
 
     def wait_for_all(self, place: str) -> None:
-        """Return when every rank has come to this place."""
+        """Return when every rank has reached this place."""
         self._store.add(place, 1)
         self._until(lambda: self._store.add(place, 0) >= self._process.world_size)
 
     def leave(self) -> None:
-        """Rank 0 leaves last: the store may be its own."""
+        """Leave; rank 0 leaves last, since it may hold the store."""
         self._store.add("left", 1)
         if self._process.rank == 0:
             self._until(lambda: self._store.add("left", 0) >= self._process.world_size)
@@ -297,39 +297,39 @@ class Rendezvous:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LOOK_S[1])
         except RuntimeError as error:
-            # Who held the store has left, and has said why if there was something to say.
+            # The process that held the store has left, and has reported why.
             raise ReportedError from error
 
 
-_meeting: Rendezvous | None = None
+_rendezvous: Rendezvous | None = None
 
 
 @contextlib.contextmanager
 def start_group(process: Process) -> Iterator[None]:
-    """The ranks' meeting for the job's start; a single process has none."""
-    global _meeting
+    """Open the ranks' rendezvous for the job's start. A single process has none."""
+    global _rendezvous
     if process.world_size > 1:
-        _meeting = Rendezvous(process)
+        _rendezvous = Rendezvous(process)
     yield
-    if _meeting is not None:
-        _meeting.leave()
-        _meeting = None
+    if _rendezvous is not None:
+        _rendezvous.leave()
+        _rendezvous = None
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    return value if _meeting is None else _meeting.from_rank_0(value)
+    """Return rank 0's value on every rank."""
+    return value if _rendezvous is None else _rendezvous.from_rank_0(value)
 
 
 def wait_for_all(place: str) -> None:
-    """Return when every rank has come here."""
-    if _meeting is not None:
-        _meeting.wait_for_all(place)
+    """Return when every rank has called it for this place."""
+    if _rendezvous is not None:
+        _rendezvous.wait_for_all(place)
 
 
 @contextlib.contextmanager
 def report_errors_from_rank_0(rank: int) -> Iterator[None]:
-    """A mistake that every rank sees is said by rank 0 alone."""
+    """Report an error that is common to all ranks once, from rank 0."""
     try:
         yield
     except ReportedError:
@@ -337,8 +337,8 @@ def report_errors_from_rank_0(rank: int) -> Iterator[None]:
     except GradprojError as error:
         if rank == 0:
             raise
-        # A rank that left before rank 0 had spoken would have the launcher end it unheard; when rank 0 leaves, the
-        # launcher ends this sleep. A mistake of this rank alone is said after it.
+        # The launcher kills rank 0 as soon as another rank exits, and kills this sleep when rank 0
+        # exits. An error of this rank alone is reported after the sleep.
         time.sleep(LET_RANK_0_SPEAK_S)
         print(f"gradproj: rank {rank}: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         raise ReportedError from error
@@ -348,11 +348,7 @@ def report_errors_from_rank_0(rank: int) -> Iterator[None]:
 def process_group(
     process: Process, backend: str = "gloo", timeout: timedelta = START_TIMEOUT
 ) -> Iterator[World]:
-    """Join the ranks that a launcher started in a ``torch.distributed`` group; one process needs none.
-
-    Raises:
-        ReportedError: another rank has left while this one waited for it.
-    """
+    """Initialise ``torch.distributed`` (gloo) among the ranks that a launcher started."""
     import torch.distributed as torch_dist
 
     if process.world_size == 1:
@@ -364,7 +360,7 @@ def process_group(
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise
-        # A rank that this one waited for has left, and has said why.
+        # A rank that this one waited for has exited, and has reported why.
         raise ReportedError from error
-    # Not after an error: the other ranks may wait in an exchange that this one would wait for in turn.
+    # Not after an error: the other ranks may be in a collective that this call would wait for.
     torch_dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The job: ``torchrun --nproc_per_node=8 -m gradproj.run --shards ... --output_dir ... --model ...``.
+"""The job: ``torchrun --nproc_per_node=8 -m gradproj.run --shards S --output_dir O --model M``.
 
 Each rank claims a unit, reads it, projects it and commits it. Nothing in this loop is collective.
 """
@@ -63,7 +63,7 @@ def run(argv: list[str], stop: StopRequest) -> int:
 
 
 def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
-    """Compute this rank's units, then merge if all are done. Returns whether the store is complete."""
+    """Compute units, then merge if all are done. Returns whether the store is complete."""
     plan, progress = job.plan, Progress()
     queue = UnitQueue(
         plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop
@@ -97,7 +97,7 @@ def compute(
         claimed = queue.take()
         # A thread claims and reads the next unit while the device computes this one.
         read_ahead = Background(map(rank.reader.read, claimed), check=writer.check)
-        with read_ahead as units, stop.asked_on_error():
+        with read_ahead as units, stop.requested_on_error():
             for unit in units:
                 projected = rank.project(unit) if unit is not None else None
                 if projected is None:  # a stop was requested

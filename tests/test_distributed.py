@@ -52,7 +52,7 @@ def test_torchruns_variables_are_read(monkeypatch):
 
 def test_half_a_launchers_variables_are_an_error(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="start the job by torchrun"):
+    with pytest.raises(ConfigError, match="start the job with torchrun"):
         Process.from_environment()
 
 
@@ -116,7 +116,7 @@ def test_cuda_without_a_gpu_is_an_error(monkeypatch):
 def test_more_ranks_than_gpus_on_a_node_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own: this node shows 2"):
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU: this node has 2"):
         choose_device("auto", 2)
 
 

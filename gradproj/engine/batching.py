@@ -1,7 +1,7 @@
-"""A unit's documents to token batches under a budget, sorted by length.
+"""Splits a unit's documents into token batches under a budget, sorted by length.
 
-Batches are formed inside a unit and depend on nothing but the unit and the batch settings: so the rows
-are the same bits for any number of ranks.
+Batches are formed within a unit and depend only on the unit and the batch settings, so the rows
+have the same bits for any number of ranks.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,12 @@ AUTO = 0
 
 
 MOST_PADDING = 0.05
-"""Share of a batch's tokens that may be padding."""
+"""Fraction of a batch's tokens that may be padding."""
 
 FEW_TOKENS = 256
-"""Batches up to this size may be padded more: below it the start of a batch costs more than its tokens."""
+"""Batches up to this size may have more padding: below it, starting a batch costs more than its
+tokens.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +91,16 @@ class Batch:
     positions: Tensor
     """``(T,)`` int64 flat positions in ``(N * S)`` that predict a target."""
     targets: Tensor
-    """``(T,)`` int64 tokens predicted there."""
+    """``(T,)`` int64 target tokens at these positions."""
     token_mask: Tensor
     """``(N, S)`` bool: the positions that predict a target."""
     sequences: np.ndarray
-    """``(N,)`` int64: which sequences of the unit these are."""
+    """``(N,)`` int64 positions in the unit's list of sequences."""
     n_tokens: int
     """Real tokens, without padding."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The tensors on ``device``, copied without waiting."""
+        """Return the batch on ``device``, copied without waiting."""
         tensors = (self.input_ids, self.positions, self.targets, self.token_mask)
         ids, positions, targets, mask = (send(tensor, device) for tensor in tensors)
         return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
@@ -107,9 +109,9 @@ class Batch:
 def split_long(
     tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str
 ) -> list[np.ndarray]:
-    """A document's sequences of at most ``max_length`` tokens; none where there is no target.
+    """Return a document's sequences of at most ``max_length`` tokens; none if it has no target.
 
-    Windows overlap by one token: each starts with the last token of the one before, so that every
+    Windows overlap by one token: each starts with the last token of the previous one, so that every
     token but the first is a target exactly once.
     """
     tokens = np.asarray(tokens, dtype=np.int64)
@@ -123,11 +125,11 @@ def split_long(
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
-    """Which sequences go together: sorted by length, longest first, under both budgets and with little padding.
+    """Group sequences into batches: longest first, within both budgets and with little padding.
 
-    The longest come first so that a batch too large for the device shows at once. A sequence longer than
-    ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would bring its padding over
-    ``MOST_PADDING``, unless it has ``FEW_TOKENS``.
+    With the longest first, a batch that is too large for the device shows at once. A sequence
+    longer than ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would
+    bring its padding above ``MOST_PADDING``, unless it has at most ``FEW_TOKENS``.
 
     Returns:
         Arrays of positions in ``lengths``; every position once.
@@ -152,7 +154,7 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Ba
     Args:
         sequences: all sequences of the unit.
         chosen: positions of this batch's sequences, ``(N,)``.
-        pad: a valid token id; what it is makes no difference to any row.
+        pad: a valid token id; its value does not change any row.
     """
     parts = [sequences[i] for i in chosen]
     width = max(len(part) for part in parts)
@@ -162,7 +164,7 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Ba
         ids[n, : len(part)] = part
         mask[n, : len(part) - 1] = True
     positions = np.flatnonzero(mask)
-    # The target of a position is the next token of its sequence, which is the next place in the row.
+    # The target of a position is the next token of its sequence, the next element of the row.
     targets = ids.reshape(-1)[positions + 1]
     return Batch(
         torch.from_numpy(ids),

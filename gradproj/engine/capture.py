@@ -1,4 +1,4 @@
-"""What one batch leaves behind in the target layers: projected inputs, projected gradients, their sums."""
+"""State that one batch leaves in the target layers: projected inputs, projected gradients, sums."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -37,11 +37,10 @@ class TokenCovariances:
     s: Tensor
     """Flat float64, layer by layer ``k_o * k_o`` values, row-major; of the summed loss (nats)."""
     n_tokens: Tensor
-    """int64 scalar: how many tokens were summed."""
+    """int64 scalar: number of tokens summed."""
 
     @classmethod
     def zeros(cls, layers: "list[PlacedLayer]") -> "TokenCovariances":
-        """No tokens yet."""
         device = layers[0].p_i.device
         a, g = (
             torch.zeros(sum(len(p) ** 2 for p in side), dtype=torch.float64, device=device)
@@ -50,7 +49,6 @@ class TokenCovariances:
         return cls(a, g, torch.zeros((), dtype=torch.int64, device=device))
 
     def add(self, other: "TokenCovariances") -> None:
-        """Add another batch's sums in place."""
         self.a += other.a
         self.s += other.s
         self.n_tokens += other.n_tokens
@@ -58,7 +56,7 @@ class TokenCovariances:
 
 @dataclass
 class PlacedLayer:
-    """A target layer, its matrices and its place in the row."""
+    """A target layer with its matrices and its columns of the row."""
 
     target: TargetLayer
     p_i: Tensor
@@ -92,7 +90,7 @@ def _on_device(matrix: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
-    """Projections are computed in float32 whatever a training loop's autocast says."""
+    """Switch autocast off: projections are float32 also in a training loop that uses it."""
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -103,14 +101,16 @@ def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def batch_shape(inputs: Any) -> tuple[int, int] | None:
-    """``(samples, positions)`` of token ids or of embedded tokens; None for a model that takes neither."""
+    """Return ``(samples, positions)`` of token ids or embedded tokens. None for any other input."""
     if isinstance(inputs, Tensor) and inputs.dim() == (3 if inputs.is_floating_point() else 2):
         return inputs.shape[0], inputs.shape[1]
     return None
 
 
 def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
-    """``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``; None where the samples cannot be told apart."""
+    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None if samples cannot be told
+    apart.
+    """
     if x.dim() >= 3 and x.shape[0] == n:
         return x.flatten(1, -2)
     if x.dim() == 2 and x.shape[0] == n * s:
@@ -118,12 +118,12 @@ def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
     return None
 
 
-def not_told_apart(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -> ModelError:
-    """What to say of a layer that works on positions of which nobody knows the sample."""
+def mixed_samples_error(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -> ModelError:
+    """Return the error for a layer whose positions belong to no known sample."""
     return ModelError(
-        f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of {shape[0]} samples of "
-        f"{shape[1]} tokens, so its samples cannot be told apart (an expert, or an input shared by the batch); "
-        "leave it out of --proj_layers"
+        f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of "
+        f"{shape[0]} samples of {shape[1]} tokens, so its samples cannot be told apart (an expert, "
+        "or an input shared by the batch); leave it out of --proj_layers"
     )
 
 
@@ -144,31 +144,31 @@ class BatchCapture:
         self.forget()
 
     def begin(self, shape: tuple[int, int] | None) -> None:
-        """A new batch runs forward; ``shape`` is its (samples, positions) where they are known.
+        """Start a batch of ``shape`` (samples, positions), None if unknown.
 
         Raises:
-            ModelError: the batch before ran backward and was not collected.
+            ModelError: the previous batch ran backward and was not collected.
         """
         if self.parts:
             raise ModelError(
-                "the batch before ran backward and was not collected: call collect_batch() after each backward "
-                "pass, or clear_gradients() to drop its rows"
+                "the previous batch ran backward and was not collected: call collect_batch() after "
+                "each backward pass, or clear_gradients() to drop its rows"
             )
         self.forget()
         self.shape = shape
 
     def forget(self) -> None:
-        """Drop whatever a batch has left."""
+        """Drop the state of the current batch."""
         self.serial += 1
         self.shape = None
         self.parts: dict[int, Tensor] = {}
         self.called: set[int] = set()
-        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
+        self._covariances: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     @_in_full_precision
     def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
-        """``(N, S, k_i)`` float32: all that is kept of a layer's input."""
+        """Return ``(N, S, k_i)`` float32, all that is kept of a layer's input."""
         layer = self._layers[index]
         self.called.add(index)
         return self._by_sample(
@@ -178,49 +178,54 @@ class BatchCapture:
     @torch.no_grad()
     @_in_full_precision
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
-        """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's tokens."""
+        """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's
+        tokens.
+        """
         if serial != self.serial:
             raise ModelError(
-                "a backward pass runs through a batch before the last one: run each batch backward and collect "
-                "it before the next runs forward"
+                "a backward pass runs through a batch before the last one: run each batch "
+                "backward and collect it before the next runs forward"
             )
         layer = self._layers[index]
         g_p = self._by_sample(layer, project(g, layer.p_o))
         part = project_tokens(a_p, g_p)
-        # A layer called twice (shared weights) has the sum of both calls as its gradient.
+        # The gradient of a layer that is called twice (shared weights) is the sum of both calls.
         self.parts[index] = self.parts[index] + part if index in self.parts else part
         if self._sum_covariances:
             if self.token_mask is not None:
                 a_p = a_p * self.token_mask.unsqueeze(-1)
             covariances = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
-            before = self._squares.get(index)
-            self._squares[index] = (
+            before = self._covariances.get(index)
+            self._covariances[index] = (
                 covariances
                 if before is None
                 else (before[0] + covariances[0], before[1] + covariances[1])
             )
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
-        """``(N, S, k)``, from whatever shape the layer works on; anything else is an error."""
+        """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""
         if self.shape is None:
             return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-        found = by_sample(x, *self.shape)
-        if found is None:
-            raise not_told_apart(layer, x, self.shape)
-        return found
+        separated = by_sample(x, *self.shape)
+        if separated is None:
+            raise mixed_samples_error(layer, x, self.shape)
+        return separated
 
     def rows(self) -> Tensor:
-        """``(N, D)`` float32, the gradient of the loss as it was weighted."""
+        """Return ``(N, D)`` float32, the gradient of the loss as it was weighted."""
         self._check_complete()
         return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
-        """The batch's sums; ``weights`` (scalar or ``(N, 1)``) undo the loss's weighting of each sample."""
-        # One bad sample must not spoil a unit's sums; no value is asked of the device for it.
+        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo each sample's loss
+        weight.
+        """
+        # One bad sample must not spoil a unit's sums. The mask stays on the device, so nothing
+        # waits.
         good = torch.isfinite(rows).all(dim=1)
-        covariances = [self._squares[i] for i in range(len(self._layers))]
-        a = torch.cat([square[0].flatten(1) for square in covariances], dim=1)
-        g = torch.cat([square[1].flatten(1) for square in covariances], dim=1) / weights**2
+        pairs = [self._covariances[i] for i in range(len(self._layers))]
+        a = torch.cat([pair[0].flatten(1) for pair in pairs], dim=1)
+        g = torch.cat([pair[1].flatten(1) for pair in pairs], dim=1) / weights**2
         a, g = (
             torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g)
         )
@@ -234,14 +239,15 @@ class BatchCapture:
         names = [layer.target.name for layer in self._layers]
         if not self.parts:
             raise ModelError(
-                "no backward pass has run through the target layers since the last batch: attach() the engine "
-                "before the forward pass, and call backward() before collect_batch()"
+                "no backward pass has run through the target layers since the last batch: attach() "
+                "the engine before the forward pass, and call backward() before collect_batch()"
             )
-        lost = [name for i, name in enumerate(names) if i not in self.parts]
-        if lost:
-            never = [name for i, name in enumerate(names) if i not in self.called]
-            what = "were never called" if never else "got no gradient of the loss"
+        missing = [name for i, name in enumerate(names) if i not in self.parts]
+        if missing:
+            uncalled = [name for i, name in enumerate(names) if i not in self.called]
+            reason = "were never called" if uncalled else "got no gradient of the loss"
+            shown = uncalled or missing
             raise ModelError(
-                f"{len(never or lost)} of {len(names)} target layers {what}: {', '.join((never or lost)[:5])}; "
+                f"{len(shown)} of {len(names)} target layers {reason}: {', '.join(shown[:5])}; "
                 "leave them out of --proj_layers"
             )

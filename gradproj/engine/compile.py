@@ -1,4 +1,4 @@
-"""torch's compiler: whether the machine has what it needs, a model's block through it, its failures in one line."""
+"""torch.compile for a model's blocks: what the machine needs for it, and its errors in one line."""
 
 import importlib
 import sys
@@ -13,11 +13,11 @@ from torch import nn
 
 from gradproj.errors import ConfigError, ModelError
 
-WAY_OUT = "or leave --compile out: the rows are the same to rounding"
+WAY_OUT = "or leave --compile out: the rows are the same up to rounding"
 
 
 def check_compiler(device_type: str) -> None:
-    """Refuse a machine on which nothing can be compiled; nothing is compiled for it.
+    """Refuse a machine that lacks what torch.compile needs. Compiles nothing.
 
     Raises:
         ConfigError: what is missing, and the way out.
@@ -31,13 +31,14 @@ def check_compiler(device_type: str) -> None:
         missing.append("triton for this GPU")
     if missing:
         raise ConfigError(
-            f"--compile: this machine lacks {' and '.join(missing)}, which torch.compile needs. Install them "
-            f"(Debian, Ubuntu: apt-get install g++ python3-dev; pip install triton), {WAY_OUT}"
+            f"--compile: this machine lacks {' and '.join(missing)}, which torch.compile needs. "
+            "Install them (Debian, Ubuntu: apt-get install g++ python3-dev; pip install triton), "
+            f"{WAY_OUT}"
         )
 
 
 def _has_cpp_compiler() -> bool:
-    # Not imported above: it takes seconds, and only --compile needs it.
+    # Imported here because it takes seconds and only --compile needs it.
     builder = importlib.import_module("torch._inductor.cpp_builder")
     missing = importlib.import_module("torch._inductor.exc").InvalidCxxCompiler
     try:
@@ -48,9 +49,10 @@ def _has_cpp_compiler() -> bool:
 
 
 def compiled_block(block: nn.Module) -> Callable[..., Any]:
-    """The block's forward, compiled at its first call: once for all blocks of its kind and all lengths.
+    """Return the block's forward, compiled at its first call for all blocks of its kind and all
+    lengths.
 
-    Without gradients (an evaluation) the block runs as it is: that happens once or twice a job.
+    Without gradients (an evaluation, once or twice a job) the block runs uncompiled.
     """
     plain = block.forward
     compiled = torch.compile(plain, dynamic=True)
@@ -59,7 +61,8 @@ def compiled_block(block: nn.Module) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        # Otherwise all that a Linear's hook holds counts as weights, and each number of samples is compiled anew.
+        # By default torch treats everything a Linear's hook holds as weights with fixed shapes, and
+        # would compile again for each number of samples.
         with settings.patch(force_nn_module_property_static_shapes=False):
             return compiled(*args, **kwargs)
 
@@ -68,10 +71,9 @@ def compiled_block(block: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def nothing_compiled() -> Iterator[None]:
-    """Compiled blocks run as they are: for a few batches in another precision no graphs are worth making."""
-    if (
-        "torch._dynamo" not in sys.modules
-    ):  # nothing is compiled, and an import here would take seconds
+    """Run compiled blocks uncompiled: a few batches in another precision are not worth a graph."""
+    if "torch._dynamo" not in sys.modules:
+        # Nothing is compiled, and importing it takes seconds.
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -80,26 +82,26 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextmanager
 def compiler_errors_explained() -> Iterator[None]:
-    """Around everything that may compile.
+    """Turn errors of torch's compiler into one line.
 
     Raises:
-        ModelError: the compiler failed; one line of why.
+        ModelError: the compiler failed, and why.
     """
     try:
         yield
     except RuntimeError as error:
-        # The module is there only once something has been compiled, and an import here would take seconds.
+        # Imported here because it takes seconds, and is loaded once something was compiled.
         kinds = importlib.import_module("torch._dynamo.exc").TorchDynamoException
         cause = getattr(error, "inner_exception", error)
         if not isinstance(error, kinds) or isinstance(cause, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"--compile: torch's compiler failed on this model: {type(cause).__name__}: {_telling_line(cause)}. "
-            f"Mend that, {WAY_OUT}"
+            f"--compile: torch's compiler failed on this model: {type(cause).__name__}: "
+            f"{_telling_line(cause)}. Fix that, {WAY_OUT}"
         ) from error
 
 
 def _telling_line(error: BaseException) -> str:
-    """The line that says most: a compiler's own error where there is one, else the first."""
+    """Return the line that says most: the first with 'error:' in it, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return next((line for line in lines if "error:" in line), lines[0])[:300]

@@ -1,7 +1,8 @@
-"""The engine's hooks in a form that torch's compiler takes into a block's graph: tensors in, tensors out.
+"""Engine hooks that torch.compile can trace into a block's graph: tensors in, tensors out.
 
-Every layer has slots, leaf tensors whose gradients are the layer's part of the rows and its token covariances. The
-compiled backward pass hands them out as it hands out any gradient, so a block is one graph with its projections in it.
+Every layer has gradient buffers: leaf tensors whose "gradients" are the layer's part of the rows
+and its token covariances. The compiled backward pass returns them like any other gradient, so a
+block and its projections are one graph.
 """
 
 from typing import Any
@@ -9,84 +10,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.capture import BatchCapture, PlacedLayer, by_sample, not_told_apart
+from gradproj.engine.capture import BatchCapture, PlacedLayer, by_sample, mixed_samples_error
 from gradproj.engine.layers import project_tokens
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cached_bfloat16, project_with
 
 
 class CompiledCapture(BatchCapture):
-    """A ``BatchCapture`` whose layers are tapped. ``taps`` are the layers' forward hooks, in their order."""
+    """A ``BatchCapture`` filled by ``hooks``, the layers' forward hooks in model order."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
-        self._batch = _BatchOnTap()
-        self.taps = [CompiledHook(layer, self._batch) for layer in layers]
+        self._batch = _SharedBatch()
+        self.hooks = [CompiledHook(layer, self._batch) for layer in layers]
         super().__init__(layers, sum_covariances)
         self.called = set(range(len(layers)))
 
     def begin(self, shape: tuple[int, int] | None) -> None:
-        """As ``BatchCapture``."""
         self._fetch()
         super().begin(shape)
         if shape is not None:
             p_i = self._layers[0].p_i
-            # Always a tensor of one kind: graphs with and without a mask would be two.
+            # Always a mask: batches with and without one would be two graphs.
             self._batch.mask = (
                 p_i.new_ones(shape) if self.token_mask is None else self.token_mask.to(p_i.dtype)
             )
-            for tap in self.taps:
-                tap.make_slots(shape[0], self._sum_covariances)
+            for hook in self.hooks:
+                hook.make_grad_buffers(shape[0], self._sum_covariances)
 
     def forget(self) -> None:
-        """As ``BatchCapture``."""
         super().forget()
         self._batch.mask = None
-        for tap in self.taps:
-            tap.slots = None
+        for hook in self.hooks:
+            hook.grad_buffers = None
 
     def rows(self) -> Tensor:
-        """As ``BatchCapture``."""
         self._fetch()
         return super().rows()
 
     def _fetch(self) -> None:
-        """Take what the backward pass has left in the slots."""
-        for index, tap in enumerate(self.taps):
-            found = [slot.grad for slot in tap.slots or () if slot.grad is not None]
-            if found:
-                self.parts[index] = found[0]
-            if len(found) > 1:
-                self._squares[index] = (found[1], found[2])
+        """Take the backward pass's results from the buffers."""
+        for index, hook in enumerate(self.hooks):
+            grads = [buffer.grad for buffer in hook.grad_buffers or () if buffer.grad is not None]
+            if grads:
+                self.parts[index] = grads[0]
+            if len(grads) > 1:
+                self._covariances[index] = (grads[1], grads[2])
 
 
-class _BatchOnTap:
-    """What the taps of one engine share."""
+class _SharedBatch:
+    """State that all hooks of one engine share."""
 
     mask: Tensor | None = None
-    """``(N, S)`` float32: the token mask, and by its shape the batch's."""
+    """``(N, S)`` float32 token mask. Its shape is the batch's."""
 
 
 class CompiledHook:
-    """A layer's forward hook (``with_kwargs``): hands the output on, with its gradient tapped on the way back.
+    """A layer's forward hook (``with_kwargs``) that returns the output, its gradient to be
+    projected.
 
-    All that is read here is a tensor or the same in every layer: whatever differs would be compiled once a layer.
+    Everything read here is a tensor, or equal in every layer: torch.compile would otherwise compile
+    one graph per layer.
     """
 
-    slots: tuple[Tensor, ...] | None = None
-    """The batch's: ``(N, k_o, k_i)``, and with covariances ``(N, k_i, k_i)`` and ``(N, k_o, k_o)``."""
+    grad_buffers: tuple[Tensor, ...] | None = None
+    """This batch's ``(N, k_o, k_i)``, and with covariances ``(N, k_i, k_i)`` and ``(N, k_o, k_o)``.
+    """
 
-    def __init__(self, layer: PlacedLayer, batch: _BatchOnTap) -> None:
+    def __init__(self, layer: PlacedLayer, batch: _SharedBatch) -> None:
         self._layer, self._batch = layer, batch
         self._p_i, self._p_o = layer.p_i, layer.p_o
         self._low_i, self._low_o = cached_bfloat16(layer.p_i), cached_bfloat16(layer.p_o)
         rule = layer.target.rule
         self._lookup = rule.project_input if rule.type_name == "Embedding" else None
 
-    def make_slots(self, n: int, with_covariances: bool) -> None:
-        """New ones for a batch of ``n`` samples; what they hold is never read."""
+    def make_grad_buffers(self, n: int, with_covariances: bool) -> None:
+        """Make buffers for a batch of ``n`` samples. Their values are never read."""
         k_i, k_o = len(self._p_i), len(self._p_o)
         sides = [(k_o, k_i), (k_i, k_i), (k_o, k_o)][: 3 if with_covariances else 1]
-        self.slots = tuple(self._p_i.new_empty(n, *side).requires_grad_() for side in sides)
+        self.grad_buffers = tuple(self._p_i.new_empty(n, *side).requires_grad_() for side in sides)
 
     def __call__(
         self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
@@ -101,26 +102,29 @@ class CompiledHook:
             else:
                 a_p = project_with(a.detach(), self._p_i, self._low_i)
             a_p = self._by_sample(a_p)
-        return _Tapped.apply(output, a_p, self._p_o, self._low_o, self._batch.mask, *self._slots())
+        return _ProjectGradient.apply(
+            output, a_p, self._p_o, self._low_o, self._batch.mask, *self._grad_buffers()
+        )
 
     def _by_sample(self, x: Tensor) -> Tensor:
         mask = self._batch.mask
         if mask is None:
             raise ModelError(
-                "a compiled model takes (N, S) input_ids or (N, S, H) inputs_embeds, and got neither"
+                "a compiled model takes (N, S) input_ids or (N, S, H) inputs_embeds, and got "
+                "neither"
             )
-        found = by_sample(x, mask.shape[0], mask.shape[1])
-        if found is None:
-            raise not_told_apart(self._layer, x, (mask.shape[0], mask.shape[1]))
-        return found
+        separated = by_sample(x, mask.shape[0], mask.shape[1])
+        if separated is None:
+            raise mixed_samples_error(self._layer, x, (mask.shape[0], mask.shape[1]))
+        return separated
 
-    def _slots(self) -> tuple[Tensor, ...]:
-        assert self.slots is not None  # made together with ``mask``
-        return self.slots
+    def _grad_buffers(self) -> tuple[Tensor, ...]:
+        assert self.grad_buffers is not None  # set together with ``mask``
+        return self.grad_buffers
 
 
-class _Tapped(torch.autograd.Function):
-    """Passes a layer's output through; the gradients of the slots are what its own gradient projects to."""
+class _ProjectGradient(torch.autograd.Function):
+    """Identity on a layer's output; its backward fills the buffers from the output's gradient."""
 
     @staticmethod
     def forward(
@@ -130,10 +134,10 @@ class _Tapped(torch.autograd.Function):
         p_o: Tensor,
         low_o: Tensor | None,
         mask: Tensor,
-        *slots: Tensor,
+        *grad_buffers: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(a_p, p_o, low_o, mask)
-        ctx.with_covariances = len(slots) > 1
+        ctx.with_covariances = len(grad_buffers) > 1
         return output.view_as(output)
 
     @staticmethod
@@ -142,8 +146,8 @@ class _Tapped(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             g_p = project_with(g, p_o, low_o)
             g_p = g_p.view(a_p.shape[0], -1, g_p.shape[-1])
-            found: tuple[Tensor, ...] = (project_tokens(a_p, g_p),)
+            grads: tuple[Tensor, ...] = (project_tokens(a_p, g_p),)
             if ctx.with_covariances:
                 real = a_p * mask.unsqueeze(-1)
-                found = (*found, project_tokens(real, real), project_tokens(g_p, g_p))
-        return g, None, None, None, None, *found
+                grads = (*grads, project_tokens(real, real), project_tokens(g_p, g_p))
+        return g, None, None, None, None, *grads

@@ -1,9 +1,9 @@
-"""``GradProjLoraEngine``: hooks on a model's layers, every sample's projected gradient out.
+"""``GradProjLoraEngine``: hooks on a model's layers that yield every sample's projected gradient.
 
-While the model runs forward, each target layer's input is projected at once and only that (``k_i`` wide)
-is kept; while it runs backward, the gradient at the layer's output is projected and summed with it over
-the sample's tokens. No weight gradient and no full-width activation exists. With frozen weights the
-graph starts at the first target layer: nothing below it is differentiated.
+The forward hook of a target layer projects its input at once and keeps only that (``k_i`` wide).
+During the backward pass the gradient at the layer's output is projected and summed with it over the
+sample's tokens. No weight gradient and no full-width activation exists. With frozen weights the
+graph starts at the first target layer, so nothing below it is differentiated.
 
 Source of the maths: LoGra, arXiv:2405.13954.
 """
@@ -35,34 +35,40 @@ from gradproj.errors import ConfigError, GradprojError, ModelError
 class GradProjLoraEngine:
     """Per-sample projected gradients ``P_o (sum_t g_t a_t^T) P_i^T`` of a model's layers.
 
-    Use it as a context manager, or call ``attach`` and ``detach``; the model, its ``requires_grad`` flags,
-    its training mode and the global random state are left as they were found::
+    Use it as a context manager, or call ``attach`` and ``detach``. Both leave the model, its
+    ``requires_grad`` flags, its training mode and the global random state as they were::
 
         with GradProjLoraEngine(model, freeze_weights=True) as engine:
             per_sample_loss(model, batch).sum().backward()
             rows = engine.collect_batch()          # (B, D)
 
-    A row is the gradient of the sample's own summed loss. ``per_sample_loss`` says how the losses were
-    weighted; with a loss of your own, say so with ``attach_train_batch(..., labels, loss_reduction=)``.
+    A row is the gradient of the sample's own summed loss. ``per_sample_loss`` reports how the
+    losses were weighted; with another loss, pass the weighting to ``attach_train_batch(..., labels,
+    loss_reduction=)``.
 
     Args:
         module: the model, on its device.
-        proj_layers: comma-separated parts of layers' dotted names; ``mlp`` and ``attn`` fit every family.
+        proj_layers: comma-separated parts of layers' dotted names; ``mlp`` and ``attn`` fit every
+            family.
         proj_rank_total: most values kept per layer.
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
-        proj_dtype: dtype of the rows that come out (``"float32"`` or a torch dtype).
+        proj_dtype: dtype of the returned rows (``"float32"`` or a torch dtype).
         proj_dir: where ``collect_batch`` and ``save_projections`` write the original ``.pt`` files.
         proj_kind: rademacher, gaussian or orthonormal.
-        include_embeddings: project the token embedding's gradient too (with a tied head: the lookup's share).
-        proj_save_interval: with ``proj_dir``, write after so many batches, all rows since the last write.
-        freeze_weights: no gradient for any weight and eval mode while attached: the fast way where no
-            training goes on.
+        include_embeddings: project the token embedding's gradient too (with a tied head: the
+            lookup's share).
+        proj_save_interval: with ``proj_dir``, write after this many batches all rows since the last
+            write.
+        freeze_weights: while attached, no weight has a gradient and the model is in eval mode. This
+            is fast, but rules out training.
         matrices: layer -> ``(P_i, P_o)``, tensors or arrays, to use instead of drawing them.
         token_covariances: sum ``TokenCovariances`` as well.
-        gradient_checkpointing: with ``freeze_weights``: keep the inputs of the model's blocks only and run each
-            forward once more on the way back; the same rows in less memory.
-        compiled: with ``freeze_weights``: the model's blocks go through ``torch.compile``, projections and all.
+        gradient_checkpointing: with ``freeze_weights``: keep only the inputs of the model's blocks
+            and run each block forward again during the backward pass. The rows are the same and
+            need less memory.
+        compiled: with ``freeze_weights``: run the model's blocks, projections included, through
+            ``torch.compile``.
 
     Raises:
         ModelError: no such layer, or one of an unsupported type.
@@ -90,9 +96,13 @@ class GradProjLoraEngine:
     ) -> None:
         names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
         config = ProjectionConfig(
-            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min, seed=proj_seed, kind=proj_kind,
+            layers=names,
+            rank_total=proj_rank_total,
+            rank_min=proj_rank_min,
+            seed=proj_seed,
+            kind=proj_kind,
             include_embeddings=include_embeddings,
-        )  # fmt: skip
+        )
         self.module = module
         self.proj_dtype = _dtype(proj_dtype)
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
@@ -101,11 +111,8 @@ class GradProjLoraEngine:
             raise ConfigError(
                 "compiled=True needs freeze_weights=True: training compiles the model itself"
             )
-        self._freeze, self._checkpoint, self._compiled = (
-            freeze_weights,
-            gradient_checkpointing,
-            compiled,
-        )
+        self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
+        self._compiled = compiled
         self._layers = place_layers(module, config, matrices)
         self._capture = (CompiledCapture if compiled else BatchCapture)(
             self._layers, token_covariances
@@ -115,7 +122,7 @@ class GradProjLoraEngine:
         self._handles: list[Any] = []
         self._frozen: FrozenModel | None = None
         self._unsaved = RowBuffer()
-        self._own_loss: Tensor | float | None = None
+        self._loss_factor: Tensor | float | None = None
         self._batch_ids: Any = None
 
     @classmethod
@@ -127,14 +134,23 @@ class GradProjLoraEngine:
         gradient_checkpointing: bool = False,
         compiled: bool = False,
     ) -> "GradProjLoraEngine":
-        """An engine for the job: weights frozen, token covariances summed."""
+        """Return an engine for the job: weights frozen, token covariances summed."""
         return cls(
-            module, config.layers, config.rank_total, config.rank_min, config.seed, proj_kind=config.kind,
-            include_embeddings=config.include_embeddings, matrices=matrices, freeze_weights=True,
-            token_covariances=True, gradient_checkpointing=gradient_checkpointing, compiled=compiled,
-        )  # fmt: skip
+            module,
+            config.layers,
+            config.rank_total,
+            config.rank_min,
+            config.seed,
+            proj_kind=config.kind,
+            include_embeddings=config.include_embeddings,
+            matrices=matrices,
+            freeze_weights=True,
+            token_covariances=True,
+            gradient_checkpointing=gradient_checkpointing,
+            compiled=compiled,
+        )
 
-    # --- what the engine is ---
+    # --- layers and matrices ---
 
     @property
     def projection_matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -162,10 +178,10 @@ class GradProjLoraEngine:
     def is_attached(self) -> bool:
         return bool(self._handles)
 
-    # --- on and off ---
+    # --- attach and detach ---
 
     def attach(self) -> "GradProjLoraEngine":
-        """Put the hooks on (once; a second call does nothing)."""
+        """Register the hooks. A second call does nothing."""
         if self._handles:
             return self
         if self._freeze:
@@ -182,7 +198,7 @@ class GradProjLoraEngine:
         return self
 
     def detach(self) -> None:
-        """Take the hooks off and leave the model as it was found."""
+        """Remove the hooks and restore the model."""
         for handle in self._handles:
             handle.remove()
         if self._frozen is not None:
@@ -201,7 +217,9 @@ class GradProjLoraEngine:
     # --- hooks ---
 
     def _on_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note the batch's shape: it tells samples from tokens where a layer gets them flattened."""
+        """Note the batch's shape, which tells samples from tokens in layers that get them
+        flattened.
+        """
         if not torch.is_grad_enabled():
             return
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -212,10 +230,10 @@ class GradProjLoraEngine:
     def _forward_hook(self, index: int) -> Any:
         capture = self._capture
         if isinstance(capture, CompiledCapture):
-            return capture.taps[index]
+            return capture.hooks[index]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            # An evaluation, or the first pass of a checkpointed block, makes no gradient.
+            # An evaluation and the first pass of a checkpointed block make no gradient.
             if not torch.is_grad_enabled():
                 return
             a_p = capture.project_input(
@@ -228,27 +246,31 @@ class GradProjLoraEngine:
 
         return hook
 
-    # --- rows out ---
+    # --- rows ---
 
     def set_token_mask(self, mask: Tensor | None) -> None:
-        """Before the forward pass: ``(N, S)``, 1 at real tokens with a target, which ``TokenCovariances.a`` sums."""
+        """Set the ``(N, S)`` mask of the next batch: 1 at real tokens with a target, which
+        ``TokenCovariances.a`` sums.
+        """
         self._capture.token_mask = mask
 
     def collect_batch(self, batch_indices: Any = None) -> Tensor:
-        """The rows of the batch whose backward pass has just run.
+        """Return the rows of the batch whose backward pass has just run.
 
         Args:
-            batch_indices: the samples' ids, which go into the files where there is a ``proj_dir``.
+            batch_indices: the samples' ids, written to the files if there is a ``proj_dir``.
 
         Returns:
             ``(B, D)`` in ``proj_dtype``, on the model's device; computed in float32.
 
         Raises:
-            ModelError: no backward pass ran, a layer took no part, or the loss's weighting is not known.
+            ModelError: no backward pass ran, a layer took no part, or the loss's weighting is
+                unknown.
         """
         weighted = self._capture.rows()
         weights = self._loss_weights(weighted)
-        # All memory is taken before anything is summed: a batch that does not fit is tried again in halves.
+        # Allocate everything before the sums change: a batch that does not fit is retried in
+        # halves.
         rows = (weighted / weights).to(self.proj_dtype)
         sums = (
             self._capture.covariances(weighted, weights) if self._covariances is not None else None
@@ -263,7 +285,7 @@ class GradProjLoraEngine:
         return rows
 
     def take_token_covariances(self) -> TokenCovariances:
-        """The sums since the last call, which start anew.
+        """Return the sums since the last call and start from zero.
 
         Raises:
             ConfigError: the engine was made without ``token_covariances=True``.
@@ -276,18 +298,18 @@ class GradProjLoraEngine:
         return taken
 
     def _loss_weights(self, rows: Tensor) -> Tensor:
-        """``(B, 1)`` or scalar: what each sample's summed loss was multiplied by before backward."""
+        """Return ``(B, 1)`` or a scalar: the factor on each sample's loss before backward."""
         announced = LOSS_WEIGHTS.pop(self._loss_key, None)
         if announced is not None:
             return announced.to(rows).unsqueeze(1)
-        if self._own_loss is None:
+        if self._loss_factor is None:
             raise ModelError(
                 "the engine does not know how the loss was reduced over the batch: use "
-                "per_sample_loss(model, batch).sum(), or say it with "
+                "per_sample_loss(model, batch).sum(), or pass it by "
                 "attach_train_batch(X, Y, iter_num, labels=labels, loss_reduction='mean' or 'sum')"
             )
-        weight, self._own_loss = self._own_loss, None
-        # A number is made on the device, not copied to it.
+        weight, self._loss_factor = self._loss_factor, None
+        # new_full makes the number on the device; a copy from the host would wait.
         return weight.to(rows) if isinstance(weight, Tensor) else rows.new_full((), weight)
 
     # --- the original system's methods ---
@@ -302,24 +324,25 @@ class GradProjLoraEngine:
         labels: Tensor | None = None,
         loss_reduction: str | None = None,
     ) -> None:
-        """Say what is about to be trained on, and how the user's own loss reduces over the batch.
+        """Announce the next training batch and how the user's own loss reduces over it.
 
         Args:
             X_train: the inputs; unused, as in the original.
-            Y_train: stands in for ``labels`` where a ``loss_reduction`` is given.
-            iter_num: the step, unused.
+            Y_train: stands in for ``labels`` if a ``loss_reduction`` is given.
+            iter_num: the step; unused.
             batch_idx: the samples' ids, for ``aggregate_and_log``.
-            labels: ``(N, S)``, not shifted, -100 = no target: their count undoes a mean.
-            loss_reduction: ``"mean"`` (over all target tokens of the batch, as transformers does) or ``"sum"``.
+            labels: ``(N, S)``, not shifted, -100 = no target. Their count undoes a mean.
+            loss_reduction: ``"mean"`` (over all target tokens of the batch, as in transformers) or
+                ``"sum"``.
         """
         self._batch_ids = batch_idx
         labels = Y_train if labels is None else labels
         if loss_reduction is None:
-            self._own_loss = None
+            self._loss_factor = None
         elif loss_reduction == "sum":
-            self._own_loss = 1.0
+            self._loss_factor = 1.0
         elif loss_reduction == "mean" and isinstance(labels, Tensor):
-            self._own_loss = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
+            self._loss_factor = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
         else:
             raise ConfigError(
                 f"attach_train_batch: loss_reduction is {loss_reduction!r} with labels "
@@ -327,32 +350,34 @@ class GradProjLoraEngine:
             )
 
     def attach_with_optimizer(self, optimizer: Any = None) -> None:
-        """As ``attach``: the optimizer is not needed."""
+        """Call ``attach``; the optimizer is not needed."""
         self.attach()
 
     def prepare_gradients(self) -> None:
-        """Nothing is left to do after a backward pass: the hooks did it. ``param.grad`` is untouched."""
+        """Do nothing: the hooks did the work in the backward pass. ``param.grad`` is untouched."""
 
     def aggregate_and_log(self) -> Tensor:
-        """``collect_batch`` with the ids that ``attach_train_batch`` was given."""
+        """Call ``collect_batch`` with the ids given to ``attach_train_batch``."""
         ids, self._batch_ids = self._batch_ids, None
         return self.collect_batch(ids)
 
     def clear_gradients(self) -> None:
-        """Forget a batch that was not collected."""
+        """Drop a batch that was not collected."""
         self._capture.forget()
         self._capture.token_mask = None
 
     def detach_for_evaluation(self) -> None:
-        """As ``detach``; rows not saved yet are kept."""
+        """Call ``detach``; unsaved rows are kept."""
         self.detach()
 
     def reattach_after_evaluation(self) -> None:
-        """As ``attach``."""
+        """Call ``attach``."""
         self.attach()
 
     def save_projections(self, iter_num: int | None = None) -> Path | None:
-        """Write all rows kept since the last write as one ``proj_iter_*.pt`` file; None if there are none."""
+        """Write all rows since the last write as one ``proj_iter_*.pt`` file. None if there are
+        none.
+        """
         if self._unsaved and self.proj_dir is None:
             raise GradprojError(
                 "save_projections: the engine was made without proj_dir, so it has nowhere to write"
@@ -360,14 +385,14 @@ class GradProjLoraEngine:
         return self._unsaved.write(self.proj_dir, iter_num) if self.proj_dir is not None else None
 
     def cleanup(self) -> None:
-        """Write what is left (with ``proj_dir``) and detach."""
+        """Write the remaining rows (with ``proj_dir``) and detach."""
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float16, torch.bfloat16, torch.float32):
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float16, torch.bfloat16, torch.float32):
         raise ConfigError(f"--proj_dtype is {dtype!r}; choose float16, bfloat16 or float32")
-    return found
+    return chosen

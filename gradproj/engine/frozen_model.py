@@ -1,6 +1,8 @@
-"""A model whose weights are frozen for a while: no gradient for any weight, eval mode, and faster forms of its modules.
+"""Freezes a model temporarily: no weight has a gradient, eval mode, and faster forwards of some
+modules.
 
-The forms compute what the modules compute, to rounding. All is undone at the end: flags, modes, methods.
+The faster forwards compute what the modules compute, up to rounding. ``undo`` restores flags, modes
+and methods.
 """
 
 import functools
@@ -22,17 +24,18 @@ from gradproj.kernels.onednn import linear, uses_onednn
 
 
 class FrozenModel:
-    """Freezes a model when made; ``undo`` leaves it as it was found.
+    """Freezes a model when made; ``undo`` restores it.
 
     Args:
         module: the model.
-        gradient_checkpointing: keep the inputs of the model's blocks only, and run each block forward again on the
-            way back: less memory for a third more time. (transformers' own does it in training mode alone.)
-
-        compiled: run each block through torch's compiler.
+        gradient_checkpointing: keep only the inputs of the model's blocks and run each block
+            forward again in the backward pass: less memory for a third more time. (transformers'
+            own checkpointing works in training mode only.)
+        compiled: run each block through ``torch.compile``.
 
     Raises:
-        ModelError: checkpointing or compiling was asked for, and transformers marks no block of the model.
+        ModelError: checkpointing or compiling was requested, and transformers marks no block of the
+            model for it.
     """
 
     def __init__(
@@ -54,25 +57,23 @@ class FrozenModel:
                 gradient_checkpointing or compiled
             ):
                 form = functools.partial(_block, gradient_checkpointing, compiled)
-            # A forward of the module's own (a quantizer's, an offloader's) does something that no form knows.
+            # Leave a module that already has its own forward (a quantizer's, an offloader's).
             if form is not None and "forward" not in vars(part):
                 part.forward = form(part)
                 self._swapped.append(part)
         if self._attending:
             register_sdpa()
-        asked = (
-            "gradient_checkpointing" if gradient_checkpointing else "compile" if compiled else ""
-        )
-        if asked and not any(
-            isinstance(part, GradientCheckpointingLayer) for part in self._swapped
-        ):
+        flag = "gradient_checkpointing" if gradient_checkpointing else "compile"
+        has_blocks = any(isinstance(part, GradientCheckpointingLayer) for part in self._swapped)
+        if (gradient_checkpointing or compiled) and not has_blocks:
             self.undo()
             raise ModelError(
-                f"--{asked}: transformers marks no block of {type(module).__name__} for it; leave it out"
+                f"--{flag}: transformers marks no block of {type(module).__name__} for it; "
+                "leave it out"
             )
 
     def undo(self) -> None:
-        """Give the model back its flags, modes and methods."""
+        """Restore the model's flags, modes and methods."""
         for part in self._swapped:
             del part.forward
         for part in self._attending:
@@ -89,7 +90,7 @@ class FrozenModel:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """A linear layer of which only the input has a gradient, both ways by ``products.linear``."""
+    """A linear layer that gives only its input a gradient; both passes use ``onednn.linear``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +123,7 @@ def _conv1d(module: Conv1D) -> Callable[[Tensor], Tensor]:
 
 
 def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
-    # The same formula in one kernel: transformers' keeps four tensors for the backward pass, this one.
+    # One kernel, which saves one tensor for the backward pass; transformers' version saves four.
     return lambda x: F.gelu(x, approximate="tanh")
 
 
@@ -140,4 +141,6 @@ _FORMS: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
     Conv1D: _conv1d,
     NewGELUActivation: _new_gelu,
 }
-"""Type -> ``module -> its forward while frozen``. Subclasses may compute something else and are left alone."""
+"""Type -> ``module -> its forward while frozen``. Exact types only: a subclass may compute
+something else.
+"""

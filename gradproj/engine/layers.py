@@ -1,7 +1,7 @@
-"""One rule per layer type: its widths, and how its input meets the input-side projection.
+"""One rule per layer type: its widths, and how its input is projected.
 
-For every type the row is that of ``P_o G P_i^T`` with ``G`` the gradient as an ``(out, in)`` matrix,
-whichever way round the type keeps its weight.
+For every type the row is that of ``P_o G P_i^T`` with ``G`` the gradient as an ``(out, in)``
+matrix, whichever way round the type stores its weight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +20,12 @@ ALIASES = {
     # OPT has no module around its two feed-forward layers.
     "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
 }
-"""Pattern -> the components it stands for, so that one flag fits all model families."""
+"""Pattern -> the components it matches, so that one flag fits all model families."""
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What the engine must know of a layer type."""
+    """How the engine handles a layer type."""
 
     type_name: str
     """Recorded in the store."""
@@ -40,13 +40,13 @@ def _project_dense(module: Any, a: Tensor, p_i: Tensor) -> Tensor:
 
 
 def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
-    """A token's one-hot vector times ``P_i^T`` is a row of it: gathered, never multiplied."""
+    """Gather rows of ``P_i^T``: a token's one-hot vector times ``P_i^T`` is one of them."""
     rows = p_i.t()[ids]
     if getattr(module, "padding_idx", None) is not None:
-        # torch gives the padding token's row no gradient.
+        # torch gives the padding token's embedding no gradient.
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)
     scale = getattr(module, "embed_scale", None)
-    # The model multiplies by the scale as its own dtype has it.
+    # The model rounds the scale to its own dtype before it multiplies.
     if scale is None:
         return rows
     if not isinstance(scale, Tensor):
@@ -61,20 +61,20 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
         "Embedding", lambda m: (m.num_embeddings, m.embedding_dim), _project_lookup
     ),
 }
-"""Type -> rule. A rule without a case in the tests fails there."""
+"""Type -> rule. The tests need a case for each."""
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
-    """The rule of a layer, or None where the type computes something that no rule describes.
+    """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base only if it runs the base's own ``forward``: a quantized or
+    A subclass counts as its base only if it runs the base's own ``forward``, which a quantized or
     sparse layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count.
     """
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind):
-            same = type(module).forward is kind.forward
+            same_forward = type(module).forward is kind.forward
             scaled = kind is nn.Embedding and hasattr(module, "embed_scale")
-            return rule if same or scaled else None
+            return rule if same_forward or scaled else None
     return None
 
 
@@ -94,7 +94,7 @@ class TargetLayer:
 
 
 def without_wrappers(model: Any) -> Any:
-    """The module inside DistributedDataParallel and ``torch.compile``.
+    """Return the module inside DistributedDataParallel and ``torch.compile``.
 
     A layer's name, and with it its matrices, must not depend on them.
     """
@@ -110,19 +110,20 @@ def without_wrappers(model: Any) -> Any:
 def find_layers(
     model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
 ) -> list[TargetLayer]:
-    """The layers that the patterns name, in model order, each once.
+    """Return the layers that the patterns match, in model order, each once.
 
-    A pattern matches whole dotted components (``h.1`` is not ``h.10``); ``mlp`` and ``attn`` stand for
-    each family's own words. The token embedding comes in by ``include_embeddings`` or by its name.
+    A pattern matches whole dotted components (``h.1`` is not ``h.10``). ``mlp`` and ``attn`` stand
+    for each family's own names (``ALIASES``). The token embedding is included by
+    ``include_embeddings`` or by its name.
 
     Raises:
-        ModelError: a pattern matches nothing (the message lists what there is), or matches weights
+        ModelError: a pattern matches nothing (the message lists the layers), or matches weights
             that no rule describes (fused experts, quantized layers).
     """
     model = without_wrappers(model)
     embedding = _token_embedding(model) if include_embeddings else None
     used: set[str] = set()
-    found: list[TargetLayer] = []
+    targets: list[TargetLayer] = []
     unsupported: list[str] = []
     for name, module in model.named_modules():
         hits = {p for p in patterns if _matches(p, name)}
@@ -131,7 +132,7 @@ def find_layers(
         rule = rule_for(module)
         if rule is not None:
             used |= hits
-            found.append(TargetLayer(name, module, rule))
+            targets.append(TargetLayer(name, module, rule))
         elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             unsupported.append(f"{name} ({type(module).__name__})")
     if unsupported:
@@ -142,7 +143,7 @@ def find_layers(
             f"--proj_layers: no layer of the model matches {', '.join(map(repr, unmatched))}. "
             f"Its layers are: {', '.join(_summary(model))}"
         )
-    return found
+    return targets
 
 
 def _token_embedding(model: nn.Module) -> nn.Module:
@@ -150,7 +151,8 @@ def _token_embedding(model: nn.Module) -> nn.Module:
     embedding = getter() if getter else None
     if embedding is None or rule_for(embedding) is None:
         raise ModelError(
-            f"--include_embeddings: {type(model).__name__} has no token embedding that gradproj knows"
+            f"--include_embeddings: {type(model).__name__} has no token embedding that gradproj "
+            "supports"
         )
     return embedding
 
@@ -165,15 +167,18 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _unsupported_message(names: list[str]) -> str:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    known = ", ".join(rule.type_name for rule in LAYER_RULES.values())
+    supported = ", ".join(rule.type_name for rule in LAYER_RULES.values())
     return (
-        f"--proj_layers matches weights that gradproj cannot project: {shown}. It knows {known}; fused "
-        "expert weights and quantized layers are not supported. Name other layers, for example --proj_layers attn"
+        f"--proj_layers matches weights that gradproj cannot project: {shown}. It supports "
+        f"{supported}; fused expert weights and quantized layers are not supported. Name other "
+        "layers, for example --proj_layers attn"
     )
 
 
 def _summary(model: nn.Module) -> Iterator[str]:
-    """Names of the supported layers with numbers folded: ``h.*.mlp.c_fc`` once, not twelve times."""
+    """Yield the supported layers' names with numbers folded: ``h.*.mlp.c_fc`` once, not twelve
+    times.
+    """
     seen: dict[str, None] = {}
     for name, module in model.named_modules():
         if rule_for(module) is not None:

@@ -1,7 +1,7 @@
 """Per-sample summed token loss without the full logits.
 
-The vocabulary is walked slice by slice (``vocabulary.py``) where that gives the model's own loss, so that neither
-``(N, S, V)`` logits nor a fp32 copy of them ever exist.
+The loss is computed in slices of the vocabulary (``kernels/chunked_cross_entropy.py``) if that
+agrees with the model's own logits, so that neither ``(N, S, V)`` logits nor their fp32 copy exist.
 """
 
 from dataclasses import dataclass
@@ -18,38 +18,43 @@ from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
 
 PROBE_TOKENS = 24
-"""Of the batch that shows whether the vocabulary may be walked slice by slice."""
+"""Length of the batch that decides whether the chunked loss is used."""
 
 IGNORE = -100
 """The label of a position without a target (torch's and transformers' convention)."""
 
 LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
-"""``loss_key`` of a model -> ``(N,)`` weights that the last backward pass gave to each sample's loss.
+"""``loss_key`` of a model -> ``(N,)`` factors of the samples' losses in the last backward pass.
 
-Written when a backward pass leaves ``per_sample_loss``, read by the engine: so ``losses.sum()`` and
-``losses.mean()`` both give the rows of the summed loss.
+A backward pass writes it where it leaves ``per_sample_loss``, and the engine reads it. So
+``losses.sum()`` and ``losses.mean()`` both give rows of the summed loss. See "Loss weights" in
+README.md.
 """
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Where a batch's targets are, as flat indices: known on the host, so that no device has to be asked."""
+    """A batch's targets as flat indices, made on the host so that no device is read for them."""
 
     positions: Tensor
-    """``(T,)`` int64: index into the flattened ``(N * S)`` positions whose output predicts a target."""
+    """``(T,)`` int64 indices into the flattened ``(N * S)`` positions whose output predicts a
+    target.
+    """
     tokens: Tensor
-    """``(T,)`` int64: the token to be predicted there."""
+    """``(T,)`` int64: the target token at each position."""
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "Targets":
-        """From ``(N, S)`` labels that are *not* shifted: position ``s`` predicts label ``s + 1``."""
+        """Make them from ``(N, S)`` labels that are *not* shifted: position ``s`` predicts label
+        ``s + 1``.
+        """
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
         positions = (shifted != IGNORE).nonzero().squeeze(1)
         return cls(positions, shifted[positions])
 
 
 class _Announce(torch.autograd.Function):
-    """Passes losses through; on the way back it tells the engine how each sample's loss was weighted."""
+    """Identity on the losses. Its backward stores each sample's weight in ``LOSS_WEIGHTS``."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, key: nn.Module) -> Tensor:
@@ -63,7 +68,7 @@ class _Announce(torch.autograd.Function):
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside DistributedDataParallel, ``torch.compile`` or PEFT wrappers."""
+    """Return the transformers model inside wrappers of DDP, ``torch.compile`` or PEFT."""
     while True:
         inner = without_wrappers(model)
         if hasattr(inner, "get_base_model"):
@@ -74,20 +79,20 @@ def unwrap(model: Any) -> Any:
 
 
 def loss_key(model: nn.Module) -> nn.Module:
-    """What stands for a model in ``LOSS_WEIGHTS``: the same module however the model is wrapped."""
+    """Return a model's key in ``LOSS_WEIGHTS``: one module, however the model is wrapped."""
     inner = unwrap(model)
     return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner
 
 
 def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None) -> Tensor:
-    """Every sample's cross-entropy, summed over its target tokens.
+    """Return every sample's cross-entropy, summed over its target tokens.
 
     Args:
-        model: a causal language model of transformers, wrapped by PEFT or DDP or not.
+        model: a causal language model of transformers, also wrapped by PEFT or DDP.
         batch: ``input_ids (N, S)`` int64, or a mapping with ``input_ids`` and optionally ``labels``
-            (``(N, S)``, not shifted, -100 = no target), ``attention_mask`` (padding carries no target)
-            or ``targets`` (a ``Targets``, in place of labels).
-        chunked: whether to make the logits in chunks; None asks ``can_chunk`` once per model.
+            (``(N, S)``, not shifted, -100 = no target), ``attention_mask`` (padding carries no
+            target) or ``targets`` (a ``Targets``, in place of labels).
+        chunked: whether to make the logits in chunks; None takes the answer of ``can_chunk``.
 
     Returns:
         ``(N,)`` float32, nats. A sample without a target has 0.
@@ -112,7 +117,7 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
 
 
 def _head_is_bystander(head: nn.Module) -> bool:
-    """Whether the head needs no gradient of its own: not trained, and not hooked as a target layer."""
+    """Return whether the head needs no gradient: neither trained nor hooked as a target layer."""
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
@@ -123,11 +128,10 @@ def _labels(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Te
 
 
 def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """``(N, S, H)``: what the vocabulary head reads."""
+    """Return ``(N, S, H)``, the input of the vocabulary head."""
     with one_sequence_a_row():
-        return unwrap(model).base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)[
-            0
-        ]
+        body = unwrap(model).base_model
+        return body(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
 
 
 def _chunked_losses(
@@ -146,15 +150,16 @@ _CHUNKABLE: "WeakKeyDictionary[nn.Module, tuple[bool, str]]" = WeakKeyDictionary
 
 
 def can_chunk(model: nn.Module) -> bool:
-    """Whether the chunked loss agrees with the model's own logits; tried once per model.
+    """Return whether the chunked loss agrees with the model's own logits; tried once per model.
 
-    Logit scales, extra heads and such differ by model: one short batch decides, not a list of names.
+    Models differ in logit scales, extra heads and the like. One short batch decides, not a list of
+    names.
     """
     return chunk_verdict(model)[0]
 
 
 def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
-    """As ``can_chunk``, with the reason in words."""
+    """Return ``can_chunk`` and the reason in words."""
     inner = unwrap(model)
     if inner.training:
         return False, "the model is in training mode"
@@ -173,14 +178,16 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
     n_tokens = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
     ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
-    own = model(input_ids=ids, use_cache=False).logits.float()
+    expected = model(input_ids=ids, use_cache=False).logits.float()
     hidden = _hidden_states(model, ids, None)
-    ours = head(hidden).float()
+    logits = head(hidden).float()
     cap = _softcap(model)
     if cap is not None:
-        ours = torch.tanh(ours / cap) * cap
-    tolerance = 1e-5 if own.dtype == head.weight.dtype else 4 * torch.finfo(head.weight.dtype).eps
-    error = ((ours - own).abs().max() / own.abs().max().clamp_min(1e-30)).item()
+        logits = torch.tanh(logits / cap) * cap
+    tolerance = (
+        1e-5 if expected.dtype == head.weight.dtype else 4 * torch.finfo(head.weight.dtype).eps
+    )
+    error = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     if not error <= tolerance:
         return False, f"logits from the hidden states differ from the model's own by {error:.1e}"
     return True, f"logits in chunks agree with the model's own to {error:.1e}"

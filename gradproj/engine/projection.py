@@ -1,7 +1,8 @@
-"""How a layer's gradient is compressed: the widths kept per side and the seeded matrices.
+"""How a layer's gradient is compressed: the projected widths and the seeded matrices.
 
 A layer's gradient ``G`` (O x I) becomes ``P_o G P_i^T`` (k_o x k_i). Every kind is scaled so that
-``E[P^T P] = I``: an inner product of two projected gradients is an unbiased estimate of the full one.
+``E[P^T P] = I``: an inner product of two projected gradients is an unbiased estimate of the full
+one.
 
 Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 """
@@ -19,11 +20,11 @@ from gradproj.errors import ConfigError
 from gradproj.store.layout import LayerSlice
 
 PROJECTION_VERSION = 1
-"""Goes into every matrix's key; raised when a change would give other numbers for the same seed."""
+"""Part of every matrix's key. Raise it if a change gives other numbers for the same seed."""
 
 
 def _words(key: str, count: int) -> np.ndarray:
-    """``count`` uint64 words of a counter-based generator (Philox 4x64) keyed by the text ``key``.
+    """Return ``count`` uint64 words of a counter-based generator (Philox 4x64) keyed by ``key``.
 
     Only the raw stream is used: numpy guarantees it across versions, unlike its distributions.
     """
@@ -33,12 +34,12 @@ def _words(key: str, count: int) -> np.ndarray:
 
 
 def _uniform(key: str, count: int) -> np.ndarray:
-    """``count`` float64 values in (0, 1], never 0, so that their logarithm is finite."""
+    """Return ``count`` float64 values in (0, 1]. Never 0, whose logarithm is infinite."""
     return ((_words(key, count) >> np.uint64(11)) + 1).astype(np.float64) * 2.0**-53
 
 
 def _normal(key: str, k: int, n: int) -> np.ndarray:
-    """``(k, n)`` float64 standard normals by Box and Muller's transform."""
+    """Return ``(k, n)`` float64 standard normals by the Box-Muller transform."""
     half = (k * n + 1) // 2
     radius, angle = _uniform(key, 2 * half).reshape(2, half)
     radius = np.sqrt(-2.0 * np.log(radius))
@@ -58,7 +59,7 @@ def _gaussian(key: str, k: int, n: int) -> np.ndarray:
 
 def _orthonormal(key: str, k: int, n: int) -> np.ndarray:
     q, r = np.linalg.qr(_normal(key, k, n).T)
-    # QR fixes a column only up to its sign; the sign of r's diagonal makes the law uniform (Haar).
+    # QR fixes a column only up to its sign. The sign of r's diagonal makes the law uniform (Haar).
     return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T * np.sqrt(n / k)
 
 
@@ -67,7 +68,7 @@ PROJECTIONS: dict[str, Callable[[str, int, int], np.ndarray]] = {
     "gaussian": _gaussian,
     "orthonormal": _orthonormal,
 }
-"""Kind -> ``(key, k, n) -> (k, n)`` with ``E[P^T P] = I``. The laws in the tests run for every entry."""
+"""Kind -> ``(key, k, n) -> (k, n)`` with ``E[P^T P] = I``. The tests run for every entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +135,9 @@ class ProjectionConfig:
 def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -> tuple[int, int]:
     """Split a layer's budget of ``rank_total`` values between its two sides.
 
-    Of all ``(k_i, k_o)`` with ``k_i * k_o <= rank_total``, the one with the least
-    ``(1 + 2/k_i)(1 + 2/k_o)``, which is the relative second moment of an inner product's estimate
-    under two-sided projection; ties go to the least arithmetic, ``k_i n_i + k_o n_o``.
+    Of all ``(k_i, k_o)`` with ``k_i * k_o <= rank_total``, choose the pair with the least ``(1 +
+    2/k_i)(1 + 2/k_o)``, which is the relative second moment of an inner product's estimate under
+    two-sided projection. Ties go to the least arithmetic, ``k_i n_i + k_o n_o``.
 
     Args:
         n_i: the layer's input width.
@@ -162,8 +163,8 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
     if least_i * least_o > rank_total:
         raise ConfigError(
             f"--proj_rank_total {rank_total} cannot hold {least_i} x {least_o} values of a layer "
-            f"{n_i} -> {n_o} with --proj_rank_min {rank_min}: give at least --proj_rank_total {least_i * least_o}, "
-            f"or at most --proj_rank_min {int(rank_total**0.5)}"
+            f"{n_i} -> {n_o} with --proj_rank_min {rank_min}: give at least --proj_rank_total "
+            f"{least_i * least_o}, or at most --proj_rank_min {int(rank_total**0.5)}"
         )
     candidates = [
         (k_i, min(n_o, rank_total // k_i))
@@ -173,9 +174,10 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
 
 
 def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: int) -> Tensor:
-    """The matrix of one side of one layer, ``(k, n)`` float32 on the CPU.
+    """Return the matrix of one side of one layer, ``(k, n)`` float32 on the CPU.
 
-    It is a function of its arguments alone: other layers, ranks and torch's generators play no part.
+    It is a function of its arguments alone: other layers, ranks and torch's generators play no
+    part.
 
     Args:
         kind: a key of ``PROJECTIONS``.
@@ -190,7 +192,7 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
 
 
 def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
-    """Every target layer in model order. Needs no weights: a model on the meta device will do."""
+    """Return every target layer in model order. A model on the meta device is enough."""
     placed, start = [], 0
     for target in find_layers(module, config.patterns, config.include_embeddings):
         n_i, n_o = target.widths
@@ -204,7 +206,7 @@ def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice
 
 
 def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
-    """``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
+    """Return ``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
     sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
     p_i, p_o = (
         projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides

@@ -15,8 +15,8 @@ def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor |
     Args:
         folder: made if it is missing.
         number: from 1; also the file's ``iter``.
-        rows: ``(B, D)``, any float dtype; stored as it is, on the CPU.
-        ids: ``(B,)`` int64 sample ids, or None where they are not known.
+        rows: ``(B, D)``, any float dtype; stored unchanged, on the CPU.
+        ids: ``(B,)`` int64 sample ids, or None if they are unknown.
 
     Returns:
         The file's path. It appears whole or not at all.
@@ -41,22 +41,24 @@ class RowBuffer:
         self._files = 0
 
     def __len__(self) -> int:
-        """How many batches it holds."""
+        """Return the number of batches held."""
         return len(self._rows)
 
     def add(self, rows: Tensor, ids: Any = None) -> None:
-        """Keep a batch's ``(B, D)`` rows, on the CPU, and the samples' ids where they are known."""
+        """Keep a batch's ``(B, D)`` rows on the CPU, and the samples' ids if they are known."""
         self._rows.append(rows.detach().cpu())
         self._ids.append(
             None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64)
         )
 
     def write(self, folder: Path, number: int | None = None) -> Path | None:
-        """Write all rows as one file, numbered on from the last unless said otherwise; None if there are none."""
+        """Write all rows as one file, numbered after the last one by default. None if there are
+        none.
+        """
         if not self._rows:
             return None
         if self._files == 0 and number is None and folder.is_dir():
-            # A run before this one may have written there: its files are not to be replaced.
+            # Do not overwrite the files of an earlier run.
             taken = [
                 int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")
             ]

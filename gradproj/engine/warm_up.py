@@ -1,4 +1,4 @@
-"""Compiles the engine ahead of the first unit, and makes the random batches that trials use."""
+"""Compiles the engine before the first unit, and makes random batches for trials."""
 
 import time
 
@@ -9,16 +9,16 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 
 COMPILED_TOKENS = 256
-"""Length of the sequences by which ``--compile`` compiles."""
+"""Length of the sequences that ``--compile`` compiles with."""
 
 
 def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -> float:
-    """Have a compiled engine compile, by two small batches of the same shapes in every rank; the seconds that it took.
+    """Compile a compiled engine by two small batches, and return the seconds it took.
 
-    A graph holds for any length and any number of samples but one, which torch's compiler takes for a case of its own.
-    (A model with sliding windows has other masks above the window: its first longer batches compile once more.)
-
-    What the compiler decides by a batch's size is then the same everywhere, and it fails before the first unit.
+    The shapes are equal in every rank, so that the compiler's decisions by batch size are too, and
+    a failure shows before the first unit. A graph holds for any length and any number of samples
+    but one, which torch.compile specialises. (A model with sliding windows has other masks above
+    the window, so its first longer batches compile once more.)
     """
     device, started = next(model.parameters()).device, time.perf_counter()
     for n_sequences in (2, 1):

@@ -1,7 +1,8 @@
-"""``--batch_tokens auto``: the budget that the device runs fastest, measured once and kept in ``OUTPUT/batch.json``.
+"""``--batch_tokens auto``: the batch size that the device runs fastest, kept in ``batch.json``.
 
-Rank 0 measures before its first unit, the others wait for the file; every later start of any job on the output takes
-the number from it, so that a unit has the same batches, and with them the same bits, whoever computes it.
+Rank 0 measures it before its first unit while the others wait for the file. Every later start of
+any job on the output directory reads the file, so that a unit has the same batches, and its rows
+the same bits, in whichever process.
 """
 
 import json
@@ -28,14 +29,13 @@ from gradproj.job.unit_reader import UnitSettings
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 
 MOST_TOKENS = 2**18
-"""No larger batch is tried."""
+"""Largest batch tried."""
 
 LONGEST_TRIAL_S = 20.0
-"""After a batch that took so long no larger one is tried."""
+"""No larger batch is tried after one that took this long."""
 
 NEAR_THE_BEST = 0.97
-"""Share of the best rate that a smaller batch needs to be taken before larger ones."""
-
+"""A batch with this fraction of the best rate is preferred to a larger one."""
 
 WAIT_FOR_RANK_0_S = 1800.0
 
@@ -44,13 +44,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """One size of batch on the device."""
+    """One batch size on the device."""
 
     tokens: int
     seconds: float
     """The shorter of two runs: forward, backward, rows out."""
     bytes: int
-    """The most memory it took, as far as that can be seen."""
+    """Peak memory, as far as it can be measured."""
 
     @property
     def rate(self) -> float:
@@ -59,10 +59,10 @@ class Trial:
 
 
 def recorded_batch_tokens(output: Path) -> int | None:
-    """The number that was measured for this output, or None.
+    """Return the number measured for this output directory, or None.
 
     Raises:
-        StoreError: the file is there and says something else.
+        StoreError: the file is damaged.
     """
     path = output / BATCH_FILE
     try:
@@ -76,7 +76,7 @@ def recorded_batch_tokens(output: Path) -> int | None:
     except (ValueError, KeyError, TypeError):
         pass
     raise StoreError(
-        f"{path} does not say a number of batch_tokens; delete it, or give --batch_tokens a number"
+        f"{path} holds no number of batch_tokens; delete it, or give --batch_tokens a number"
     )
 
 
@@ -87,40 +87,41 @@ def resolve_batch_tokens(
     engine: GradProjLoraEngine,
     stopping: Callable[[], bool],
 ) -> UnitSettings:
-    """The run's settings with a number in place of ``auto``.
+    """Return the run's settings with a number in place of ``auto``.
 
-    Rank 0 measures, the others wait for it. Whoever publishes first decides, for all ranks of all jobs.
+    Rank 0 measures while the others wait. The first file published holds for all ranks of all jobs.
 
     Args:
         job: this rank's.
-        queue: its units; with none left there is nothing to wait for.
+        queue: its units; if none is left there is nothing to wait for.
         model: on its device.
         engine: attached to it.
-        stopping: asked now and then while waiting.
+        stopping: called while waiting; True ends the wait.
     """
     plan, settings = job.plan, job.plan.unit_settings
     if settings.batch.batch_tokens != AUTO:
         return settings
     deadline = time.monotonic() + (0.0 if job.owner.rank == 0 else WAIT_FOR_RANK_0_S)
     while (
-        (known := recorded_batch_tokens(plan.output)) is None
+        (tokens := recorded_batch_tokens(plan.output)) is None
         and not stopping()
         and len(queue.pending())
     ):
         if time.monotonic() < deadline:
             time.sleep(0.2)
             continue
-        # A unit's sums are on the device up to three times: those that grow, those of the unit before, a copy.
+        # A unit's sums are on the device up to three times: the growing ones, the previous unit's,
+        # a copy.
         reserved = 3 * 4 * plan.layout.rows_per_shard * plan.layout.dim
         trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
         _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
-    if known is not None and job.owner.rank == 0:
+    if tokens is not None and job.owner.rank == 0:
         print(
-            f"batches       {known:,} tokens, measured on this kind of device ({BATCH_FILE})",
+            f"batches       {tokens:,} tokens, measured on this kind of device ({BATCH_FILE})",
             flush=True,
         )
     return replace(
-        settings, batch=replace(settings.batch, batch_tokens=known or settings.batch.max_length)
+        settings, batch=replace(settings.batch, batch_tokens=tokens or settings.batch.max_length)
     )
 
 
@@ -135,7 +136,7 @@ def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) 
 
 
 def choose(trials: list[Trial], max_length: int) -> int:
-    """The smallest batch that comes near the best rate; without any that fits, one sequence."""
+    """Return the smallest batch near the best rate, or one sequence if no trial fit."""
     best = max((trial.rate for trial in trials), default=0.0)
     return next(
         (trial.tokens for trial in trials if trial.rate >= NEAR_THE_BEST * best), max_length
@@ -149,13 +150,15 @@ def try_batches(
     reserved_bytes: int,
     n_neighbours: int,
 ) -> list[Trial]:
-    """Run batches of ever more sequences of ``max_length`` random tokens, until more brings nothing or does not fit.
+    """Run batches of 1, 2, 4, ... sequences of random tokens until more gains nothing or does not
+    fit.
 
     Args:
         model: on its device.
-        engine: attached to it; what it summed is dropped.
-        max_length: the longest sequence comes first: where it fits, every batch of its size does.
-        reserved_bytes: of the device's memory, for what lies beside a batch.
+        engine: attached to it; its sums are dropped.
+        max_length: length of the sequences. Any batch of the same size fits if that of the longest
+            does.
+        reserved_bytes: device memory to leave for everything but the batch.
         n_neighbours: processes that share the host's memory.
     """
     device = next(model.parameters()).device
@@ -193,7 +196,7 @@ def _doubling(max_length: int) -> Iterator[int]:
 
 
 def _has_levelled_off(trials: list[Trial]) -> bool:
-    """Two doublings in a row that brought next to nothing."""
+    """Return whether the last two doublings gained next to nothing."""
     return len(trials) > 2 and max(t.rate for t in trials[-2:]) < trials[-3].rate / NEAR_THE_BEST
 
 
@@ -204,7 +207,7 @@ def _try(
     ids = random_ids(model, n_sequences, length)
     memory.start()
     seconds = []
-    for _ in range(2):  # the first run pays for what libraries set up once a shape
+    for _ in range(2):  # in the first, libraries set up what they need for a new shape
         started = time.perf_counter()
         per_sample_loss(model, ids).sum().backward()
         engine.collect_batch()

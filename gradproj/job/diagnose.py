@@ -1,7 +1,9 @@
-"""``python -m gradproj diagnose`` with the job's flags: whether a row depends on its batch, its padding, its precision.
+"""Compares rows alone, batched and padded, in float32 and bfloat16: ``python -m gradproj
+diagnose``.
 
-Some documents of the corpus go through the engine alone, in the job's batches and beside padding, in float32 and in
-bfloat16; every row is held against the document's own in float32 alone. Nothing is written.
+Some documents of the corpus run through the engine alone, in the job's batches and beside padding,
+in each precision. Every row is compared with the document's own in float32 alone. Nothing is
+written.
 """
 
 from collections.abc import Iterator
@@ -36,12 +38,12 @@ from gradproj.store.layout import STATUS
 
 SOUND, BEYOND = 0, 1
 _TRIES = 8
-"""Documents looked at for each one wanted: some are empty, or of other domains."""
+"""Documents tried for each one wanted: some are empty, or of other domains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig:
-    """What ``diagnose`` takes beside the job's flags."""
+    """Flags of ``diagnose`` besides the job's."""
 
     n_documents: int = field(default=16, metadata={"help": "documents of the corpus to compare"})
     as_json: bool = field(
@@ -55,7 +57,7 @@ class DiagnoseConfig:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows made in one way, against the same documents' in float32 alone."""
+    """Rows made in one way, compared with the same documents' in float32 alone."""
 
     dtype: str
     way: str
@@ -73,7 +75,7 @@ class LayerComparison:
 
 @dataclass
 class Diagnosis:
-    """What was found. ``asdict`` of it is what ``--json`` prints."""
+    """The result. ``--json`` prints its ``asdict``."""
 
     device: str
     model_dtype: str
@@ -91,27 +93,27 @@ def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
     """Run the documents through the engine in every way and compare.
 
     Raises:
-        GradprojError: what the job itself would refuse, or no document that makes a row.
-        ModelError: the device has no memory for a batch or for the model in float32.
+        GradprojError: an error of the job's own checks, or no document that makes a row.
+        ModelError: the device has no memory for a batch, or for the model in float32.
     """
     prepare_torch(config.job.threads, config.job.deterministic)
     device, _ = choose_device(config.job.device, 0)
     plan = make_plan(config)
     ids, documents = _choose(plan, n_documents)
-    found = Diagnosis(str(device), config.model.model_dtype, ids, documents.n_tokens)
+    diagnosis = Diagnosis(str(device), config.model.model_dtype, ids, documents.n_tokens)
     reference: Tensor | None = None
     for dtype in MODEL_DTYPES:
         for way, rows in _rows_in(dtype, plan, documents, device):
             reference = rows if reference is None else reference
-            found.comparisons.append(Comparison(dtype, way, Agreement.of(rows, reference)))
+            diagnosis.comparisons.append(Comparison(dtype, way, Agreement.of(rows, reference)))
             if way == "batched":
-                found.layers += _by_layer(plan, dtype, rows, reference)
-    _judge(found)
-    return found
+                diagnosis.layers += _by_layer(plan, dtype, rows, reference)
+    _judge(diagnosis)
+    return diagnosis
 
 
 def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
-    """Documents that make rows, from all over what the job will compute; the same ones every time."""
+    """Choose documents that make rows, from all wanted units; the same ones every time."""
     reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
     rows = plan.layout.rows_per_shard
     wanted = len(plan.wanted) * rows
@@ -139,7 +141,8 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
             break
     if not ids:
         raise CorpusError(
-            f"none of {len(places):,} documents looked at makes a row: they are empty, too short, or not of --domains"
+            f"none of {len(places):,} documents looked at makes a row: they are empty, too short, "
+            "or not of --domains"
         )
     return ids, Documents(sequences, np.array(document_of, dtype=np.int64), len(ids))
 
@@ -147,76 +150,79 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
 def _rows_in(
     dtype: str, plan: Plan, documents: Documents, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """``(way, rows)`` with the model in one precision; one model is in memory at a time."""
+    """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time."""
     files = replace(plan.files, config=replace(plan.files.config, model_dtype=dtype))
     projection = plan.config.projection
     try:
         model = load_model(files, device)
         matrices = {w.name: draw_matrices(projection, w) for w in place_widths(model, projection)}
-        own, batch = plan.config.job, plan.config.batch
+        options, batch = plan.config.job, plan.config.batch
         if not batch.batch_tokens:  # --batch_tokens auto, which the job has yet to measure
             batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
         engine = GradProjLoraEngine.from_config(
-            model, projection, matrices, own.gradient_checkpointing, own.compile
+            model, projection, matrices, options.gradient_checkpointing, options.compile
         )
         with compiler_errors_explained(), engine:
             for way in WAYS:
                 yield way, rows_of(model, engine, documents, way, batch)
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"the device has no memory for the comparison in {dtype}: give a smaller --batch_tokens, or --device cpu"
+            f"the device has no memory for the comparison in {dtype}: give a smaller "
+            "--batch_tokens, or --device cpu"
         ) from error
 
 
 def _by_layer(plan: Plan, dtype: str, rows: Tensor, reference: Tensor) -> list[LayerComparison]:
-    found = []
+    diagnosis = []
     for layer in plan.layers:
         columns = slice(layer.slice_start, layer.slice_end)
-        found.append(
+        diagnosis.append(
             LayerComparison(
                 dtype, layer.name, Agreement.of(rows[:, columns], reference[:, columns])
             )
         )
-    return sorted(found, key=lambda each: each.agreement.least_cosine)
+    return sorted(diagnosis, key=lambda each: each.agreement.least_cosine)
 
 
-def _judge(found: Diagnosis) -> None:
-    """The verdicts in words, and the exit code."""
-    own = [c.agreement for c in found.comparisons if c.dtype == "float32"]
-    most = max(agreement.most_error for agreement in own)
+def _judge(diagnosis: Diagnosis) -> None:
+    """Set the verdicts in words and the exit code."""
+    agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == "float32"]
+    most = max(agreement.most_error for agreement in agreements)
     if most <= MOST_ERROR:
-        found.verdicts.append(
+        diagnosis.verdicts.append(
             f"float32: batching and padding move no row by more than {most:.1e} of its length"
         )
     else:
-        found.exit_code = BEYOND
-        found.verdicts.append(
-            f"float32: a row in a batch or beside padding is {most:.1e} of its length away from itself alone; rounding "
-            f"explains {MOST_ERROR:.0e}. The model mixes the documents of a batch, or sees its padding: do not use "
-            "these rows"
+        diagnosis.exit_code = BEYOND
+        diagnosis.verdicts.append(
+            f"float32: a row in a batch or beside padding is {most:.1e} of its length away from "
+            f"itself alone; rounding explains {MOST_ERROR:.0e}. The model mixes the documents of a "
+            "batch, or sees its padding: do not use these rows"
         )
     for dtype in MODEL_DTYPES:
         if dtype != "float32":
-            _judge_precision(found, dtype)
+            _judge_precision(diagnosis, dtype)
 
 
-def _judge_precision(found: Diagnosis, dtype: str) -> None:
-    agreements = [c.agreement for c in found.comparisons if c.dtype == dtype]
+def _judge_precision(diagnosis: Diagnosis, dtype: str) -> None:
+    agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == dtype]
     worst = min(agreements, key=lambda a: a.least_cosine)
-    lost, chosen = max(a.n_not_finite for a in agreements), dtype == found.model_dtype
+    not_finite = max(a.n_not_finite for a in agreements)
+    chosen = dtype == diagnosis.model_dtype
     usual = min(a.median_cosine for a in agreements)
     figure = (
-        f"{dtype}: cosine with float32 {usual:.5f} in the middle, {worst.least_cosine:.5f} at least"
+        f"{dtype}: cosine with float32 {usual:.5f} in the median, {worst.least_cosine:.5f} at least"
     )
     if all(a.holds for a in agreements):
-        found.verdicts.append(f"{figure}: its rows stand for float32's")
+        diagnosis.verdicts.append(f"{figure}: its rows can replace float32's")
         return
-    if lost:
-        figure = f"{dtype}: {lost} of {len(found.sample_ids)} rows are not finite"
-    layer = next(each.layer for each in found.layers if each.dtype == dtype)
-    found.verdicts.append(
-        f"{figure}; {USUAL_COSINE} in the middle and {LEAST_COSINE} at least are wanted. Worst: sample "
-        f"{found.sample_ids[worst.worst]}, layer {layer}. {'Give' if chosen else 'Keep'} --model_dtype float32"
+    if not_finite:
+        figure = f"{dtype}: {not_finite} of {len(diagnosis.sample_ids)} rows are not finite"
+    layer = next(each.layer for each in diagnosis.layers if each.dtype == dtype)
+    diagnosis.verdicts.append(
+        f"{figure}; a median of {USUAL_COSINE} and a least of {LEAST_COSINE} are required. Worst: "
+        f"sample {diagnosis.sample_ids[worst.worst]}, layer {layer}. "
+        f"{'Give' if chosen else 'Keep'} --model_dtype float32"
     )
     if chosen:
-        found.exit_code = BEYOND
+        diagnosis.exit_code = BEYOND

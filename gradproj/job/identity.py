@@ -1,4 +1,4 @@
-"""What a row depends on: recorded in the store, and held against every run that wants to add to it."""
+"""The identity of a run: every setting that a row depends on, recorded in the store."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from gradproj.store.metadata import read_attributes
 
 
 def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
-    """The flags that a row depends on, as they are after defaults are filled in."""
+    """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
     return {
         "--revision": model.revision,
@@ -38,15 +38,15 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
 
 
 def identity_hash(identity: dict[str, Any]) -> str:
-    """A short name for an identity."""
+    """Return a 32-character digest of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check_identity(store: Path, ours: dict[str, Any]) -> None:
-    """Refuse to add to a store made with other settings, with every difference listed.
+    """Refuse to add to a store made with other settings.
 
     Raises:
-        OtherSettingsError: at least one setting differs.
+        OtherSettingsError: lists every setting that differs.
     """
     if not store.exists():
         return

@@ -1,4 +1,4 @@
-"""Everything that can be known and checked before a model is loaded: what ``plan`` prints and the job starts from."""
+"""Everything that can be checked before a model is loaded: printed by ``plan``, used by the job."""
 
 import importlib.metadata
 import shutil
@@ -34,7 +34,7 @@ from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLa
 from gradproj.store.unit_record import list_records
 
 MOST_TARS_TO_INDEX = 1000
-"""Above so many, the index is worth a job of its own."""
+"""With more tars, build the index in a job of its own."""
 
 DEFAULT_MAX_LENGTH = 1024
 INDEX_NAME = "corpus.json"
@@ -52,7 +52,7 @@ OUR_FILES = {
 }
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1
-"""``--domains`` that waste more than both of these ask for ``--allow_sparse``."""
+"""``--domains`` that waste more than either limit needs ``--allow_sparse``."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ class Plan:
     layout: StoreLayout
     vocabulary: int
     wanted: np.ndarray
-    """Units to be computed, sorted."""
+    """Units to compute, sorted."""
     n_selected: int
-    """Documents of the chosen domains among the first ``n_samples``, as far as the index knows (an upper bound)."""
+    """Upper bound of the chosen domains' documents among the first ``n_samples``, from the index.
+    """
     n_weights: int
     identity: dict[str, Any]
-    """Flag -> value of everything that a row depends on."""
+    """Flag -> value of every setting that a row depends on."""
 
     @property
     def output(self) -> Path:
@@ -80,17 +81,23 @@ class Plan:
 
     @property
     def identity_hash(self) -> str:
-        """What every record carries."""
+        """Digest of ``identity``, carried by every record."""
         return identity_hash(self.identity)
 
     @property
     def unit_settings(self) -> UnitSettings:
-        """What turns documents into rows."""
+        """Settings that turn documents into rows."""
         config = self.config
         return UnitSettings(
-            self.layout, self.identity_hash, config.batch, config.model.special_tokens, self.vocabulary,
-            self.index.domains, config.corpus.chosen_domains, config.limits,
-        )  # fmt: skip
+            self.layout,
+            self.identity_hash,
+            config.batch,
+            config.model.special_tokens,
+            self.vocabulary,
+            self.index.domains,
+            config.corpus.chosen_domains,
+            config.limits,
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -98,7 +105,7 @@ class Plan:
         return self.layout.dim * STORED_DTYPES[self.layout.proj_dtype].itemsize
 
     def store_bytes(self) -> int:
-        """Bytes of the finished store, uncompressed: rows, columns, records."""
+        """Return the bytes of the finished store, uncompressed: rows, columns, records."""
         columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
         covariances = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
         rows = len(self.wanted) * self.layout.rows_per_shard
@@ -111,17 +118,17 @@ class Plan:
         )
 
     def wasted_bytes(self) -> int:
-        """Bytes of rows in wanted units that no chosen document fills."""
+        """Return the bytes of rows in wanted units that no chosen document fills."""
         return (
             max(0, len(self.wanted) * self.layout.rows_per_shard - self.n_selected) * self.row_bytes
         )
 
     def n_files(self) -> int:
-        """Files of the finished output: a shard and a record a unit, columns, metadata."""
+        """Return the number of files of the finished output: two a unit, columns, metadata."""
         return 2 * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
 
     def host_bytes(self, model_bytes: int) -> int:
-        """Host memory of a rank, by arithmetic: the model on its way, three units of rows, two of tokens."""
+        """Estimate a rank's host memory: model in transit, three units of rows, two of tokens."""
         rows = self.layout.rows_per_shard * self.layout.dim * 4
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
         return 600 * 2**20 + model_bytes + 3 * rows + 2 * tokens + 14_000 * len(self.index.tars)
@@ -168,10 +175,10 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that is not ours.
+    """Refuse a directory that is not an output of gradproj.
 
     Raises:
-        StoreError: a file, or a folder with other things in it.
+        StoreError: a file, or a directory with other things in it.
     """
     if not output.exists():
         return
@@ -183,12 +190,13 @@ def check_output(output: Path) -> None:
     if foreign and not (output / STORE_NAME).exists():
         raise StoreError(
             f"--output_dir {output} is not a gradproj output: it holds {', '.join(foreign[:4])}"
-            f"{' and more' if len(foreign) > 4 else ''}. Give a new folder, or an output to be continued"
+            f"{' and more' if len(foreign) > 4 else ''}. Give a new directory, or an output to "
+            "continue"
         )
 
 
 def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
-    """The corpus index: the output's own, the one given, the one beside the tars, or a new one.
+    """Return the corpus index: the output's own, the given, the one beside the tars, or a new one.
 
     Raises:
         CorpusError: more tars than the job indexes itself, a changed tar, an unknown domain.
@@ -207,8 +215,8 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
         raise CorpusError(f"--shards {shards}: its {len(index.tars)} tars hold no document")
     if index.domain_field != config.corpus.domain_field:
         raise CorpusError(
-            f"--domain_field {config.corpus.domain_field}: the corpus index was built with {index.domain_field}; "
-            "give that, or build the index again"
+            f"--domain_field {config.corpus.domain_field}: the corpus index was built with "
+            f"{index.domain_field}; give that, or build the index again"
         )
     unknown = [name for name in config.corpus.chosen_domains if name not in index.domains]
     if unknown:
@@ -229,22 +237,18 @@ def _max_length(config: RunConfig, model_config: Any) -> int:
 def _wanted_units(
     config: RunConfig, index: CorpusIndex, layout: StoreLayout
 ) -> tuple[np.ndarray, int]:
-    """Units that can hold a document of the chosen domains, and how many such documents there are at most."""
+    """Return the units that can hold a chosen document, and an upper bound of such documents."""
     chosen = config.corpus.chosen_domains
     if not chosen:
         return np.arange(layout.n_units, dtype=np.int64), layout.n_samples
     wanted: set[int] = set()
-    n_selected = 0
+    n_selected, height = 0, layout.rows_per_shard
     for tar in index.tars:
         count = sum(tar.domain_counts.get(name, 0) for name in chosen)
         stop = min(tar.start_id + tar.n_samples, layout.n_samples)
         if count and tar.start_id < stop:
             n_selected += min(count, stop - tar.start_id)
-            wanted.update(
-                range(
-                    tar.start_id // layout.rows_per_shard, (stop - 1) // layout.rows_per_shard + 1
-                )
-            )
+            wanted.update(range(tar.start_id // height, (stop - 1) // height + 1))
     if not wanted:
         raise CorpusError(
             f"--domains: none of the first {layout.n_samples:,} documents is of {', '.join(chosen)}"
@@ -253,22 +257,17 @@ def _wanted_units(
 
 
 def _check_sparse(plan: Plan) -> None:
-    wasted, total = (
-        plan.wasted_bytes(),
-        max(1, len(plan.wanted) * plan.layout.rows_per_shard * plan.row_bytes),
-    )
+    domains = plan.config.corpus.chosen_domains
+    unit_bytes = plan.layout.rows_per_shard * plan.row_bytes
+    wasted, total = plan.wasted_bytes(), max(1, len(plan.wanted) * unit_bytes)
     too_much = wasted > SPARSE_BYTES or wasted / total > SPARSE_SHARE
-    # A last unit that is not full, or one at the edge of a domain, is not what this is about.
-    edges = 2 * len(plan.config.corpus.chosen_domains) * plan.layout.rows_per_shard * plan.row_bytes
-    if (
-        plan.config.corpus.chosen_domains
-        and too_much
-        and wasted > edges
-        and not plan.config.corpus.allow_sparse
-    ):
+    # Empty rows of a partial last unit or at the edges of a domain are unavoidable.
+    edges = 2 * len(domains) * unit_bytes
+    if domains and too_much and wasted > edges and not plan.config.corpus.allow_sparse:
         raise StoreError(
-            f"--domains: the corpus is not grouped by domain, so {human_bytes(wasted)} of {human_bytes(total)} would "
-            "be empty rows. Group it (python -m gradproj prepare ... --group_by_domain), or give --allow_sparse"
+            f"--domains: the corpus is not grouped by domain, so {human_bytes(wasted)} of "
+            f"{human_bytes(total)} would be empty rows. Group it (python -m gradproj prepare ... "
+            "--group_by_domain), or give --allow_sparse"
         )
 
 
@@ -278,18 +277,19 @@ def _check_space(plan: Plan) -> None:
     free = free_bytes(plan.output)
     if left > free:
         raise StoreError(
-            f"--output_dir {plan.output}: {human_bytes(left)} are still needed and {human_bytes(free)} are free. "
-            "Free space, choose another folder, or a smaller --proj_rank_total"
+            f"--output_dir {plan.output}: {human_bytes(left)} are still needed and "
+            f"{human_bytes(free)} are free. Free some space, choose another directory, or give a "
+            "smaller --proj_rank_total"
         )
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes where ``path`` is or will be."""
+    """Return the free bytes of the file system that ``path`` is or will be on."""
     return shutil.disk_usage(existing_ancestor(path)).free
 
 
 def attributes_of(plan: Plan) -> dict[str, Any]:
-    """What the store's group says of itself."""
+    """Return the attributes of the store's group."""
     projection, model = plan.config.projection, plan.config.model
     return {
         "layers": [asdict(layer) for layer in plan.layers],
@@ -319,6 +319,6 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the rows were computed with."""
+    """Return the versions of the packages that rows are computed with."""
     names = ("gradproj", "torch", "transformers", "tokenizers", "webdataset", "zarr", "numpy")
     return {name: importlib.metadata.version(name) for name in names}

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, with a bounded queue and with its errors passed on."""
+"""Threads beside the device: a bounded prefetch queue, and a writer. Errors reach the caller."""
 
 import queue
 import threading
@@ -13,15 +13,15 @@ CHECK_EVERY_S = 0.2
 
 
 class Background(Generic[T]):
-    """Iterate over ``items`` that a thread makes ahead of time.
+    """Iterates over ``items`` made by a thread ahead of time.
 
-    An error in the thread is raised where the items are taken. As a context manager it ends the thread
-    on leaving, also in the middle, once the item in the making is done.
+    An error in the thread is raised in the loop. As a context manager it ends the thread on exit,
+    also in mid-iteration, after the item being made.
 
     Args:
         items: iterated in the thread.
-        ahead: most items made and not taken yet, besides the one being made.
-        check: called now and then while an item is waited for; its error ends the iteration.
+        ahead: most items waiting in the queue, besides the one being made.
+        check: called while waiting for an item; its error ends the iteration.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Background(Generic[T]):
                 if not self._put(("item", item)):
                     return
             self._put(("end", None))
-        except BaseException as error:  # whatever it is belongs to the thread that takes the items
+        except BaseException as error:  # raised again in the thread that takes the items
             self._put(("error", error))
 
     def _put(self, message: tuple[str, T | BaseException | None]) -> bool:
@@ -77,24 +77,24 @@ class Background(Generic[T]):
 
 
 class Writer:
-    """Runs one action at a time in a thread, while the caller goes on; the next waits for the one before."""
+    """Runs one action at a time in a thread; the next ``submit`` waits for it."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._running: Future | None = None
 
     def submit(self, action: Callable[[], object]) -> None:
-        """Start an action when the one before has ended; an error of that one is raised here."""
+        """Start an action after the previous one has ended, whose error is raised here."""
         self.wait()
         self._running = self._pool.submit(action)
 
     def check(self) -> None:
-        """Raise the error of an action that has failed."""
+        """Raise the error of a failed action."""
         if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the running action; its error is raised here."""
+        """Wait for the running action and raise its error."""
         running, self._running = self._running, None
         if running is not None:
             running.result()

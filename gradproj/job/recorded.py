@@ -1,7 +1,7 @@
-"""What a store's job recorded, loaded again: its settings, corpus, model and engine.
+"""Reloads a job from its output directory: settings, corpus, model and engine.
 
-Rows made with these are the job's own, within rounding. A store may come from anybody: that its job was allowed
-to run a checkpoint's code says nothing of what is allowed here.
+Rows made with these are the job's own, up to rounding. A store may come from anybody: that its job
+was allowed to run a checkpoint's code does not allow it here.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ from gradproj.store import ProjectionStore
 
 RUN_CONFIG_NAME = "run_config.json"
 
-_ASKED_AGAIN = {
+_NEEDS_CONSENT = {
     "trust_remote_code": "runs code that the checkpoint brings along",
     "allow_pickle": "loads pickled weights, which can run code",
 }
 
 
 def recorded_config(output: Path) -> RunConfig:
-    """The settings of the job that made ``output``, from its ``run_config.json``, without what may run code.
+    """Return the settings in ``run_config.json``, without permission to run the checkpoint's code.
 
     Raises:
-        StoreError: it is not there or not readable.
+        StoreError: the file is missing or unreadable.
     """
     run = _as_recorded(output)
     return replace(run, model=replace(run.model, trust_remote_code=False, allow_pickle=False))
@@ -62,26 +62,27 @@ def _as_recorded(output: Path) -> RunConfig:
     try:
         for section in dataclasses.fields(RunConfig):
             kind = typing.cast(Any, section.type)
-            known = [f for f in dataclasses.fields(kind) if flag_of(f) in flags]
-            sections[section.name] = kind(**{f.name: flags[flag_of(f)] for f in known})
+            fields = [f for f in dataclasses.fields(kind) if flag_of(f) in flags]
+            sections[section.name] = kind(**{f.name: flags[flag_of(f)] for f in fields})
     except (TypeError, AttributeError, ConfigError) as error:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
     return RunConfig(**sections)
 
 
 def config_from(inputs: RecordedRunArgs) -> RunConfig:
-    """The recorded settings, with the places and the trust of the person who asks now.
+    """Return the recorded settings with the given paths and permissions.
 
     Raises:
-        StoreError: nothing readable was recorded.
-        ModelError: the job's checkpoint could run code, and nobody has allowed that here.
+        StoreError: no readable settings were recorded.
+        ModelError: the job's checkpoint could run code, which ``inputs`` does not allow.
     """
     run = _as_recorded(Path(inputs.output))
-    for name, what in _ASKED_AGAIN.items():
+    for name, effect in _NEEDS_CONSENT.items():
         if getattr(run.model, name) and not getattr(inputs, name):
             raise ModelError(
-                f"the job of {inputs.output} was started with --{name}, which {what}: give --{name} "
-                f"here too if you trust {inputs.model or run.model.model or run.model.architecture}"
+                f"the job of {inputs.output} was started with --{name}, which {effect}: give "
+                f"--{name} here too if you trust "
+                f"{inputs.model or run.model.model or run.model.architecture}"
             )
     model = replace(
         run.model, trust_remote_code=inputs.trust_remote_code, allow_pickle=inputs.allow_pickle
@@ -95,13 +96,13 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
 
 
 def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
-    """The output's own index, with the tars where the job read them, or where ``--shards`` finds them now.
+    """Return the output's own index, with the tars where the job or ``--shards`` finds them.
 
     Raises:
-        CorpusError: the tars are not there, or have changed.
+        CorpusError: the tars are missing or have changed.
     """
     index, shards = load_index(output / INDEX_NAME), run.corpus.shards
-    # The index knows absolute paths; the job's --shards may be relative to another folder.
+    # The index holds absolute paths; the job's --shards may be relative to another folder.
     as_recorded = shards == recorded_config(output).corpus.shards
     if shards.endswith(".json") or (as_recorded and all(tar.path.is_file() for tar in index.tars)):
         return index
@@ -114,18 +115,18 @@ class RecordedEngine:
 
     tokenizer: Any
     vocabulary: int
-    """Token ids the model knows."""
+    """Number of token ids the model has."""
     model: nn.Module
     engine: GradProjLoraEngine
     device: torch.device
 
 
 def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
-    """Load the model that a store was made with, and attach an engine with the store's own matrices.
+    """Load a store's model and make an engine with the store's own matrices.
 
     Raises:
-        ModelError: gone, or changed since; lists what differs.
-        ConfigError: the device is not there.
+        ModelError: missing or changed; lists the differences.
+        ConfigError: the device is missing.
     """
     files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
@@ -138,56 +139,58 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
-    """``(files, tokenizer)`` of the store's model, once they are known to be the same as then.
+    """Return ``(files, tokenizer)`` of the store's model, after checking that neither has changed.
 
     Raises:
-        ModelError: gone, or changed since; lists what differs.
+        ModelError: missing or changed; lists the differences.
     """
     commit, identity = _recorded_model_of(store)
     name = run.model.model
     is_local = Path(name).is_dir() if name else False
     if name and not commit and not is_local:  # only a hub's model has a commit
-        was = recorded_config(store.path.parent).model.model
-        if name != was:
+        recorded = recorded_config(store.path.parent).model.model
+        if name != recorded:
             raise ModelError(
-                f"--model {name} is no directory here; give one that holds the job's model, {was}"
+                f"--model {name} is no directory here; give one that holds the job's model, "
+                f"{recorded}"
             )
         raise ModelError(
-            f"--model {name}, as the job recorded it, is no directory here: go to the folder in which the job "
-            "was started, or give --model DIR where it lies now"
+            f"--model {name}, as the job recorded it, is no directory here: change to the folder "
+            "in which the job was started, or give --model DIR with its present place"
         )
     files = fetch(replace(run.model, revision="" if is_local else commit))
     tokenizer = load_tokenizer(files)
-    found = model_identity(files, tokenizer)
-    changed = [name for name, value in found.items() if identity.get(name) != value]
+    present = model_identity(files, tokenizer)
+    changed = [name for name, value in present.items() if identity.get(name) != value]
     if changed:
-        # A tokenizer in a folder of its own is to blame alone.
+        # If only the tokenizer changed, name its folder.
         of_tokenizer = changed == ["--tokenizer"]
         place = files.tokenizer_dir if of_tokenizer else files.model_dir or run.model.architecture
         raise ModelError(
-            f"{place} is not what {store.path} was made with; its {' and '.join(changed)} changed since. "
-            f"Put back what it was, give {'--tokenizer' if of_tokenizer else '--model'} DIR where that lies now, or "
-            "make a new store"
+            f"{place} is not what {store.path} was made with; its {' and '.join(changed)} changed "
+            f"since. Restore it, give {'--tokenizer' if of_tokenizer else '--model'} DIR with the "
+            "original, or make a new store"
         )
     return files, tokenizer
 
 
 def _recorded_model_of(store: ProjectionStore) -> tuple[str, dict[str, Any]]:
-    """Its commit on a hub, if any, and the identity of everything that rows depend on."""
+    """Return its commit on a hub (empty if none) and the store's identity."""
     model, identity = (store.attributes.get(key) for key in ("model", "identity"))
     if not isinstance(model, dict) or not isinstance(identity, dict):
         raise StoreError(
-            f"{store.path} does not say which model its rows were made with: it is no job's store, or its attributes "
-            "are damaged (gradproj.analysis asks it with rows of your own)"
+            f"{store.path} does not record the model of its rows: it was not written by the job, "
+            "or its attributes are damaged (gradproj.analysis takes rows of your own)"
         )
     return str(model.get("revision") or ""), identity
 
 
 def job_command(output: Path) -> str:
-    """The command that goes on with ``output``, as its job was told: one rank; the same flags do for several.
+    """Return the command of one rank that continues the job in ``output``. More ranks take the same
+    flags.
 
     Raises:
-        StoreError: nothing readable was recorded.
+        StoreError: no readable settings were recorded.
     """
     run = _as_recorded(output)
     defaults = {

@@ -1,4 +1,4 @@
-"""Ending early and in order: signals ask the loop to stop, a second one ends the process at once."""
+"""Ending early and in order: a signal requests a stop, a second one ends the process at once."""
 
 import logging
 import os
@@ -15,60 +15,64 @@ from gradproj.errors import GradprojError, ReportedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_AFTER_S = 3.0
-"""torchrun passes a signal on twice; only one that comes later than this is meant as a second."""
+"""torchrun forwards a signal twice; only one that comes later than this counts as a second."""
 WATCH_INTERVAL_S = 0.5
 ORPHAN_GRACE_S = 3.0
-"""What a batch in flight still has once the launcher has died."""
+"""Time for the batch in flight after the launcher has died."""
 
 PARENT_AT_IMPORT = os.getppid()
 
 
 class Stopped(GradprojError):
-    """A signal came before there was anything to save."""
+    """A signal arrived before there was anything to save."""
 
     def __init__(self, number: int) -> None:
         super().__init__(
-            f"stopped by {signal.Signals(number).name} before the first unit; run the same command to go on"
+            f"stopped by {signal.Signals(number).name} before the first unit; run the same command "
+            "to continue"
         )
         self.exit_code = 128 + number
 
 
-def _quietly(number: int) -> ReportedError:
+def _reported(number: int) -> ReportedError:
     error = ReportedError()
     error.exit_code = 128 + number
     return error
 
 
 class StopRequest:
-    """False until somebody wants the job to stop. Call it to ask.
+    """Stop flag set by signals. Calling it returns whether a stop was requested.
 
-    Until ``begin`` is called a signal ends the process at once: it is still importing. Until ``drain`` is called a
-    signal raises ``Stopped`` in the main thread: there is nothing to save yet. From then on it only asks, and the
-    loop saves what it has.
+    Until ``begin``, a signal ends the process at once, since it is still importing. Until
+    ``drain``, a signal raises ``Stopped`` in the main thread, since there is nothing to save. After
+    that it only sets the flag, and the loop saves its rows.
     """
 
     def __init__(self) -> None:
-        self._asked_at: float | None = None
+        self._requested_at: float | None = None
         self._attending = self._begun = self._draining = False
-        self._speaks = False
+        self._announces = False
         self.reason = ""
         self.exit_code = 0
-        """128 + the signal's number, as a shell has it."""
+        """128 + the signal's number, as in a shell."""
 
     def __call__(self) -> bool:
-        return self._asked_at is not None
+        return self._requested_at is not None
 
     def attend(
         self, rank: int | None, launcher_died: Callable[[], bool] = lambda: False
     ) -> "StopRequest":
-        """Take the signals of ``SIGNALS`` from now on, and leave with the launcher (main thread only; once is enough).
+        """Handle ``SIGNALS`` from now on, and exit when the launcher dies. Main thread only; once
+        is enough.
 
         Args:
-            rank: as the launcher set it, None without a launcher. Rank 0 says on standard error that it stops.
-            launcher_died: asked once: it may have died before this process could note who it was.
+            rank: set by the launcher, None without one. Only rank 0 announces the stop on standard
+                error.
+            launcher_died: called once: the launcher may have died before this process noted its
+                pid.
         """
         if not self._attending:
-            self._attending, self._speaks = True, not rank
+            self._attending, self._announces = True, not rank
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
             if rank is not None:
@@ -76,43 +80,43 @@ class StopRequest:
         return self
 
     def begin(self) -> None:
-        """From now on a signal unwinds what was begun."""
+        """From now on, let a signal raise an exception."""
         self._begun = True
 
     def drain(self) -> None:
-        """From now on there is something to save."""
+        """From now on, let a signal only set the flag: there is something to save."""
         self._draining = True
 
-    def ask(self, reason: str) -> None:
-        """Ask the loop to stop after the batch in flight."""
-        if self._asked_at is None:
-            self._asked_at, self.reason = time.monotonic(), reason
+    def request(self, reason: str) -> None:
+        """Request a stop after the batch in flight."""
+        if self._requested_at is None:
+            self._requested_at, self.reason = time.monotonic(), reason
 
     @contextmanager
-    def asked_on_error(self) -> Iterator[None]:
-        """An error in the loop asks the threads beside it to stop too."""
+    def requested_on_error(self) -> Iterator[None]:
+        """Request a stop if the body raises, so that the threads beside it stop too."""
         try:
             yield
         except BaseException as error:
-            self.ask(type(error).__name__)
+            self.request(type(error).__name__)
             raise
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_at is not None:
-            if time.monotonic() - self._asked_at > SECOND_AFTER_S:
+        if self._requested_at is not None:
+            if time.monotonic() - self._requested_at > SECOND_AFTER_S:
                 os._exit(128 + number)
             return
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)
         self.exit_code = 128 + number
         if not self._begun:
-            # An exception would come out of the middle of an import.
-            if self._speaks:
+            # An exception would be raised in the middle of an import.
+            if self._announces:
                 os.write(2, f"gradproj: {Stopped(number)}\n".encode())
             os._exit(self.exit_code)
         if not self._draining:
-            raise Stopped(number) if self._speaks else _quietly(number)
-        if self._speaks:
-            # Not by print: the signal may have come in the middle of one.
+            raise Stopped(number) if self._announces else _reported(number)
+        if self._announces:
+            # os.write, since the signal may have interrupted a print.
             os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())
 
     def watch_launcher(
@@ -121,9 +125,9 @@ class StopRequest:
         parent_now: Callable[[], int] = os.getppid,
         died_before: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Leave within 5 s when the process that started this one has died, even if a batch takes longer.
+        """Exit within 5 s after the parent process has died, even if a batch takes longer.
 
-        A worker whose launcher was killed by -9 hears of it in no other way.
+        A worker whose launcher was killed with SIGKILL gets no signal.
         """
 
         def watch() -> None:
@@ -131,7 +135,7 @@ class StopRequest:
             while lives and parent_now() == parent:
                 time.sleep(WATCH_INTERVAL_S)
             if self._draining:
-                self.ask("the launcher has died")
+                self.request("the launcher has died")
                 time.sleep(ORPHAN_GRACE_S)
             os._exit(1)
 
@@ -141,11 +145,12 @@ class StopRequest:
 def leave(code: int) -> NoReturn:
     """End this process now.
 
-    Python's own way out takes a second or more with torch in it, and minds nothing on it: no second signal (the
-    process dies of it, and torchrun takes a rank that has saved all for one that was killed), and no launcher's death.
+    Python's own exit takes a second or more with torch loaded, and in that time handles neither a
+    second signal (the process dies of it, and torchrun takes a rank that has saved everything for a
+    killed one) nor the launcher's death.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # the reader is gone
             stream.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The job's start: rank 0 checks everything and makes the store while the others wait."""
+"""The job's start: rank 0 checks everything and makes the store while the other ranks wait."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank knows once the job has started."""
+    """The started job, as each rank has it."""
 
     plan: Plan
     owner: Owner
@@ -47,10 +47,10 @@ class Job:
 
 
 def start_job(config: RunConfig, process: Process) -> Job:
-    """Check, make or open the store, and agree on it with all ranks.
+    """Check the settings, make or open the store, and share the plan with all ranks.
 
     Raises:
-        GradprojError: on rank 0, what a user can mend; printed there, once.
+        GradprojError: on rank 0, a user error; printed there, once.
         ReportedError: on the other ranks, for the same reason.
     """
     failure: GradprojError | None = None
@@ -58,10 +58,11 @@ def start_job(config: RunConfig, process: Process) -> Job:
     if process.rank == 0:
         name = JobName.from_environment()
         try:
-            # The index can be large, and lies in the output then: the others read it there.
+            # The index can be large. The other ranks read it from the output directory.
             shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
-            # Before the others learn of it: torchrun ends rank 0 as soon as one of them has left.
+            # Print before the others learn of it: torchrun ends rank 0 as soon as one of them has
+            # left.
             print(f"gradproj: {error}", file=sys.stderr, flush=True)
             failure = error
     shared = from_rank_0(shared)
@@ -75,13 +76,14 @@ def start_job(config: RunConfig, process: Process) -> Job:
     )
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
-        # What is left of dead processes can be told from what is in use only on their own machine.
+        # Only on the same machine can leftovers of dead processes be told from live ones'.
         remove_leftovers(plan.output, owner)
     return Job(plan, owner, process.local_world_size)
 
 
 def _start(config: RunConfig, name: JobName) -> Plan:
-    """Rank 0's checks, and the output as they want it. A mistake that ends them is noted in ``failed.json``."""
+    """Run rank 0's checks and prepare the output directory. Failures are noted in ``failed.json``.
+    """
     owner = Owner.this_process(name.job_id, name.generation, 0)
     try:
         plan = make_plan(config)
@@ -95,14 +97,14 @@ def _start(config: RunConfig, name: JobName) -> Plan:
 
 
 def _files_of_this_node(plan: Plan, process: Process) -> Any:
-    """One rank of a node downloads, the others find it done."""
+    """Return the model's files; one rank of a node downloads them for the others."""
     files = fetch(plan.config.model) if process.local_rank == 0 else None
     wait_for_all("the checkpoint is here")
     return files or fetch(plan.config.model, may_download=False)
 
 
 def make_output(plan: Plan, owner: Owner) -> None:
-    """Make OUTPUT, its folders, the frozen index and the empty store, or find them there."""
+    """Make the output directory, its folders, the frozen index and the empty store if missing."""
     output = plan.output
     check_records_have_store(output)
     with explain_os_errors(output):
@@ -118,7 +120,8 @@ def make_output(plan: Plan, owner: Owner) -> None:
     elif not (output / INDEX_NAME).exists():
         _publish_index(plan, queue.scratch)
     elif load_index(output / INDEX_NAME).tars != plan.index.tars:
-        # The same corpus (the identity says so), touched or found elsewhere: its places and times as they are now.
+        # The same corpus (its fingerprint is part of the identity), moved or touched: record the
+        # tars' paths and times as they are now.
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
     check_records_have_shards(output)
     unmerge_missing_units(output, queue.claims)
@@ -133,19 +136,20 @@ def make_output(plan: Plan, owner: Owner) -> None:
 
 
 def _publish_index(plan: Plan, scratch: Path) -> None:
-    """Freeze the index; another that is there already must be of the same corpus.
+    """Freeze the index; an existing one must be of the same corpus.
 
-    Before the store: its identity holds the index's fingerprint, so none is ever made beside another index.
+    This precedes the store, whose identity holds the index's fingerprint, so that no store is made
+    beside another index.
     """
     save_index(plan.index, scratch / INDEX_NAME, replace_existing=True)
     if not publish_exclusively(scratch / INDEX_NAME, plan.output / INDEX_NAME):
-        save_index(plan.index, plan.output / INDEX_NAME)  # compares them, and says what differs
+        save_index(plan.index, plan.output / INDEX_NAME)  # raises if they differ
     fault_points.reach("index published")
 
 
 def _publish_store(plan: Plan, scratch: Path) -> None:
-    """Make the empty store; one that another job was faster to make must be the one we want."""
-    # The matrices depend on names and shapes alone, so no weights are needed for them.
+    """Make the empty store. If another job was faster, its store must have our identity."""
+    # The matrices depend on names and shapes alone, so no weights are loaded.
     config = plan.config.projection
     drawn = {
         w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)
@@ -161,15 +165,16 @@ def _publish_store(plan: Plan, scratch: Path) -> None:
 
 
 def new_store_id() -> str:
-    """Tells a store from every other one, also of the same settings."""
+    """Return an id that no other store has, not even one of the same settings."""
     return secrets.token_hex(16)
 
 
 def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
-    """This rank's log: ``logs/rank-00000.log``, appended to by every start.
+    """Append this rank's log to ``logs/rank-00000.log``.
 
-    Under Slurm a job's name is in it, ``logs/rank-00000-slurm-70_1.log``: the jobs of an array run on machines of their
-    own, which would overwrite each other's lines, and the batch script looks there for what its own job has done.
+    Under Slurm the job's id is part of the name (``logs/rank-00000-slurm-70_1.log``): jobs of an
+    array run on different machines and would overwrite each other's lines, and the batch script
+    looks there for what its own job has done.
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
     handler = logging.FileHandler(

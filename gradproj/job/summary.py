@@ -1,4 +1,4 @@
-"""What the job and ``plan`` tell a person: before the run, and after it."""
+"""Text for a person before and after a run: the plan, the checks, the result."""
 
 import json
 import math
@@ -14,22 +14,19 @@ from gradproj.store.unit_record import list_records, read_record, record_name
 
 
 def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
-    """The plan as lines of text: what will be computed, and what it takes."""
+    """Return the plan as lines of text: the work ahead and what it takes."""
     layout, batch = plan.layout, plan.config.batch
-    widths = sorted({layer.slice_end - layer.slice_start for layer in plan.layers})
-    each = (
-        f"{len(plan.layers)} layers x {widths[0]}"
-        if len(widths) == 1
-        else f"{len(plan.layers)} layers"
+    widths = {layer.slice_end - layer.slice_start for layer in plan.layers}
+    each = f" x {widths.pop()}" if len(widths) == 1 else ""
+    selected = (
+        f", at most {plan.n_selected:,} of the chosen domains"
+        if plan.config.corpus.chosen_domains
+        else ""
     )
     lines = [
-        f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars"
-        + (
-            f", at most {plan.n_selected:,} of the chosen domains"
-            if plan.config.corpus.chosen_domains
-            else ""
-        ),
-        f"row           D = {each} = {layout.dim:,} values, {layout.proj_dtype}, {human_bytes(plan.row_bytes)}",
+        f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
+        f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
+        f"{layout.proj_dtype}, {human_bytes(plan.row_bytes)}",
         f"sequences     at most {batch.max_length} tokens ({batch.long_documents}); "
         f"batches of {batch.batch_size} sequences, {batch.batch_tokens or 'auto'} tokens",
         f"units         {len(plan.wanted):,} of {layout.rows_per_shard:,} rows"
@@ -42,17 +39,19 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     if seconds is not None:
         left = (len(plan.wanted) - n_recorded) * seconds
         lines.append(
-            f"time          {human_seconds(seconds)} a unit so far; {human_seconds(left)} left for one rank"
+            f"time          {human_seconds(seconds)} a unit so far; "
+            f"{human_seconds(left)} left for one rank"
         )
     if plan.config.corpus.chosen_domains:
         lines.append(
-            f"wasted        {human_bytes(plan.wasted_bytes())} of rows that no chosen document fills"
+            f"wasted        {human_bytes(plan.wasted_bytes())} of rows that no chosen document "
+            "fills"
         )
     return lines
 
 
 def seconds_per_unit(plan: Plan) -> float | None:
-    """Mean seconds of up to 32 committed units, or None before the first."""
+    """Return the mean seconds of up to 32 committed units, or None before the first."""
     recorded = list_records(plan.output / "units")
     if not len(recorded):
         return None
@@ -64,12 +63,12 @@ def seconds_per_unit(plan: Plan) -> float | None:
 
 
 def model_bytes(plan: Plan) -> int:
-    """Bytes of the model's weights in ``--model_dtype``."""
+    """Return the bytes of the model's weights in ``--model_dtype``."""
     return plan.n_weights * (2 if plan.config.model.model_dtype == "bfloat16" else 4)
 
 
 def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:
-    """What is about to run, once for the whole job."""
+    """Print the plan, the device and the loss."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     for line in plan_lines(plan, len(list_records(plan.output / "units"))):
         print(line)
@@ -81,12 +80,11 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
 
 
 def print_compiled(seconds: float) -> None:
-    """Print how long the compiler took."""
     print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
 
 
 def print_precision(figure: str, warning: bool) -> None:
-    """What a check of the model's precision found, once for the whole job."""
+    """Print the result of the check of the model's precision."""
     if warning:
         print(f"WARNING: {figure}", file=sys.stderr, flush=True)
     else:
@@ -94,14 +92,14 @@ def print_precision(figure: str, warning: bool) -> None:
 
 
 def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
-    """What came of it, and the way on."""
+    """Print what the run achieved and how to continue."""
     if not complete:
         done = len(list_records(plan.output / "units"))
         why = f"Stopped ({stopped_by})" if stopped_by else "Ended"
         rest = (
             "other jobs are working on the rest"
             if not stopped_by
-            else "run the same command to go on"
+            else "run the same command to continue"
         )
         if is_complete(plan.output):
             rest = "all units are done; `python -m gradproj merge` ends it"
@@ -114,13 +112,13 @@ def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
 
 
 def stats_lines(stats: dict[str, Any]) -> list[str]:
-    """``projection_stats.json`` as lines of text."""
+    """Return ``projection_stats.json`` as lines of text."""
     timing = stats["timing"]
     by_status = ", ".join(f"{n:,} {name}" for name, n in stats["by_status"].items())
     lines = [
         f"rows          {stats['n_samples']:,}: {by_status}",
-        f"computed      {timing['tokens']:,} tokens in {human_seconds(timing['rank_seconds'])} of ranks' time, "
-        f"{timing['tokens_per_rank_second']:,.0f} tokens/s a rank",
+        f"computed      {timing['tokens']:,} tokens in {human_seconds(timing['rank_seconds'])} of "
+        f"ranks' time, {timing['tokens_per_rank_second']:,.0f} tokens/s a rank",
     ]
     if stats["by_status"].get("bad_input"):
         lines.append("bad input     why, document by document: in logs/rank-*.log")

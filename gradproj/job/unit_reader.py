@@ -1,4 +1,4 @@
-"""One unit on the host: its documents read, tokenized and batched, ready for the engine."""
+"""Reads a unit: its documents read, tokenized and batched on the host, ready for the engine."""
 
 import hashlib
 import logging
@@ -21,12 +21,12 @@ _TOKENIZED_AT_ONCE = 256
 """Documents handed to the tokenizer in one call."""
 
 _CHARACTERS_AT_ONCE = 4_000_000
-"""About as many characters of them: an encoding takes some 40 bytes for each."""
+"""Characters handed to the tokenizer in one call; an encoding takes some 40 bytes for each."""
 
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """What turns documents into rows, the same in every rank."""
+    """The settings that turn documents into rows, equal in every rank."""
 
     layout: StoreLayout
     identity: str
@@ -34,7 +34,7 @@ class UnitSettings:
     """With ``max_length`` resolved."""
     special_tokens: str
     vocabulary: int
-    """Token ids the model knows."""
+    """Number of token ids the model has."""
     domains: tuple[str, ...]
     """All domain names, in the order of their codes."""
     chosen_domains: tuple[str, ...]
@@ -56,7 +56,7 @@ class PreparedUnit:
     """Positions in ``sequences``."""
 
     def key(self, settings: UnitSettings) -> str:
-        """What partial rows of this unit depend on."""
+        """Return a digest of everything that partial rows of this unit depend on."""
         digest = hashlib.sha256(settings.identity.encode())
         for chosen in self.batches:
             digest.update(chosen.tobytes() + b"|")
@@ -66,17 +66,17 @@ class PreparedUnit:
 
 
 class _Interrupted(Exception):
-    """The reader was told to stop."""
+    """A stop was requested."""
 
 
 class UnitReader:
-    """Reads, tokenizes and batches units; runs ahead of the engine in a thread of its own.
+    """Reads, tokenizes and batches units. The job runs it in a thread, ahead of the engine.
 
     Args:
-        index: of the corpus.
+        index: the corpus index.
         tokenizer: the model's.
         settings: the run's.
-        stopping: asked every few hundred documents; true = the unit is not wanted any more.
+        stopping: called every few hundred documents; True abandons the unit.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class UnitReader:
         self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
 
     def read(self, unit: int) -> PreparedUnit | None:
-        """Read a unit's documents and make its batches; None if told to stop on the way."""
+        """Return the prepared unit, or None if a stop was requested meanwhile."""
         try:
             return self.read_samples(unit, *self.settings.layout.unit_range(unit))
         except _Interrupted:
             return None
 
     def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
-        """The same of a part of a unit: samples ``start`` to ``stop`` (not included)."""
+        """Prepare samples ``[start, stop)`` of a unit."""
         settings, layout = self.settings, self.settings.layout
         columns = empty_columns(stop - start, layout.key_bytes)
         sequences: list[np.ndarray] = []
@@ -144,7 +144,7 @@ class UnitReader:
         )
 
     def _status_of(self, document: Document) -> str:
-        """The status as far as the document alone decides it."""
+        """Return the status as far as the document alone decides it."""
         chosen = self.settings.chosen_domains
         if chosen and document.domain not in chosen:
             return "not_selected"
@@ -154,19 +154,22 @@ class UnitReader:
             )
             return "bad_input"
         ids = document.input_ids
-        # Token ids stand in for the text wherever there are any, an empty list of them too.
+        # Token ids take precedence over the text, also an empty list of them.
         if not (document.text if ids is None else ids):
             return "empty"
         if ids is not None and max(ids) >= self.settings.vocabulary:
             log.warning(
-                "sample %d (%s): bad input: token id %d, the model knows %d",
-                document.sample_id, document.key, max(ids), self.settings.vocabulary,
-            )  # fmt: skip
+                "sample %d (%s): bad input: token id %d, the model has %d",
+                document.sample_id,
+                document.key,
+                max(ids),
+                self.settings.vocabulary,
+            )
             return "bad_input"
         return "ok"
 
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        """Token ids of every document; a pre-tokenized one is taken as it is."""
+        """Return every document's token ids. A pre-tokenized document keeps its own."""
         texts = [d.text for d in documents if d.text is not None and d.input_ids is None]
         tokenized = iter(self._tokenizing.ids(texts))
         return [

@@ -36,14 +36,18 @@ class HostMemory:
         self._before = _status_bytes("VmRSS")
 
     def free(self) -> int:
-        available = 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-        return int(HOST_SHARE * available / self._n_neighbours) if available else 2**62
+        return int(HOST_SHARE * available_host_bytes() / self._n_neighbours)
 
     def start(self) -> None:
         """The peak only ever grows, and so do the trials."""
 
     def peak(self) -> int:
         return max(0, _status_bytes("VmHWM") - self._before)
+
+
+def available_host_bytes() -> int:
+    """Return the bytes that Linux can give without swapping; a huge number elsewhere."""
+    return 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable") or 2**62
 
 
 def _status_bytes(field: str) -> int:

@@ -1,6 +1,7 @@
 """Queries to rows, by the engine, model, settings and matrices of a store's job, in batches under its budget."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches, split_long
+from gradproj.engine.halving import run_in_halves
 from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded import config_from, recorded_engine
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.kernels.memory import is_out_of_memory
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 from gradproj.store import ProjectionStore
@@ -117,9 +118,16 @@ class QueryProjector:
         lengths = [len(sequence) for sequence in sequences.tokens]
         # A budget that the job measured is its own device's, which need not be this one's.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
+        run = functools.partial(self._forward_backward, sequences)
         with self._engine:
             for chosen in plan_batches(lengths, self._batch.batch_size, budget):
-                for part, part_rows, part_loss in self._run(sequences, chosen, queries):
+                for part, result in run_in_halves(self._engine, chosen, run):
+                    if result is None:
+                        raise ConfigError(
+                            f"{queries[sequences.query[part[0]]].place}: does not fit the memory "
+                            f"of {self._device}; try --device cpu"
+                        )
+                    part_rows, part_loss = result
                     owners = [sequences.query[i] for i in part]
                     np.add.at(rows, owners, part_rows.cpu().numpy())
                     np.add.at(loss, owners, part_loss.double().cpu().numpy())
@@ -191,31 +199,6 @@ class QueryProjector:
 
     # -- the engine --
 
-    def _run(
-        self, sequences: _Sequences, chosen: np.ndarray, queries: Sequence[Query]
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """``(sequences, rows (n, D), summed losses (n,))`` of a batch; in halves where it does not fit the memory."""
-        done = None
-        try:
-            done = self._forward_backward(sequences, chosen)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        self._engine.take_token_covariances()
-        if done is not None:
-            yield chosen, *done
-            return
-        self._engine.clear_gradients()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        if len(chosen) == 1:
-            query = queries[sequences.query[chosen[0]]]
-            raise ConfigError(
-                f"{query.place}: does not fit the memory of {self._device}; try --device cpu"
-            )
-        for half in np.array_split(chosen, 2):
-            yield from self._run(sequences, half, queries)
-
     def _forward_backward(self, sequences: _Sequences, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = collate(sequences.tokens, chosen, pad=0)
         batch = _only_targets_from(batch, [sequences.first[i] for i in chosen]).to(self._device)
@@ -223,7 +206,9 @@ class QueryProjector:
         targets = Targets(batch.positions, batch.targets)
         losses = per_sample_loss(self._model, {"input_ids": batch.input_ids, "targets": targets})
         losses.sum().backward()
-        return self._engine.collect_batch(), losses.detach()
+        rows = self._engine.collect_batch()
+        self._engine.take_token_covariances()  # a query needs none
+        return rows, losses.detach()
 
     # -- for people --
 

@@ -13,6 +13,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.engine.projection import place_widths
+from gradproj.engine.row_columns import finish_rows
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.append_store import (
     AppendStore,
@@ -175,15 +176,13 @@ class GradProjLoraTraining(TrainingEngine):
                 [_of_batch(batch.ids, len(batch.rows), -1) for batch in waiting]
             ).astype(np.int64),
         }
-        targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)
-        if self.context.settings.loss_reduction == "mean":
-            rows /= targets[:, None]
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
         known = np.array([batch.n_tokens is not None for batch in waiting for _ in batch.rows])
-        status = np.where(known & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"])
-        columns["status"] = np.where(np.isfinite(norms), status, STATUS["non_finite"])
-        columns["grad_norm"] = np.where(np.isfinite(norms), norms, np.nan)
-        columns["loss"] = columns["loss"] / targets
+        columns["status"] = np.where(
+            known & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"]
+        )
+        columns["loss"], columns["grad_norm"] = finish_rows(
+            rows, columns["loss"], columns, self.context.settings.loss_reduction
+        )
         self._store.add(rows, columns)
 
     def _open_store(self) -> AppendStore:

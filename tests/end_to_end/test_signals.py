@@ -129,7 +129,7 @@ def test_ctrl_c_during_the_imports_ends_all_with_one_line(start, slow_imports):
     said = job.log.read_text()
     assert (
         said.count(
-            "gradproj: stopped by SIGINT before the first unit; run the same command to go on\n"
+            "gradproj: stopped by SIGINT before the first unit; run the same command to continue\n"
         )
         == 1
     )
@@ -172,7 +172,7 @@ def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(
     said = job.log.read_text()
     assert said.count("gradproj: SIGINT: stopping after the batch in flight") == 1
     assert re.search(
-        r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to go on", said
+        r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to continue", said
     )
     assert "gradproj/run.py" not in said, "a traceback"
     assert_drained(output, ranks=2)
@@ -212,7 +212,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_signal(start_alone, slow, tmp_
         time.sleep(0.1)
     said, _ = rank.communicate(timeout=DRAIN_S)
     assert rank.returncode == 128 + signal.SIGUSR1
-    assert "Stopped (SIGUSR1): 0 of 4 units are committed; run the same command to go on" in said
+    assert "Stopped (SIGUSR1): 0 of 4 units are committed; run the same command to continue" in said
     assert_drained(tmp_path / "out", ranks=1)
 
 

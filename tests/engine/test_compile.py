@@ -12,12 +12,12 @@ from helpers.models import make_model, ragged_batch, small_model
 from torch import nn
 
 from gradproj.engine import compile as compiler
+from gradproj.engine import warm_up
 from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ConfigError, ModelError
-from gradproj.job import batch_size as probe
 
 
 def why_not() -> str:
@@ -123,7 +123,7 @@ def test_samples_that_cannot_be_told_apart_are_an_error(uncompiled):
     ids, _ = ragged_batch([9, 9])
     with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
         per_sample_loss(uncompiled, ids)
-        tap = engine._capture.taps[0]
+        tap = engine._capture.hooks[0]
         with pytest.raises(ModelError, match="cannot be told apart"):
             tap(nn.Identity(), (torch.ones(7, tap._p_i.shape[1]),), {}, torch.ones(7, 3))
         engine.clear_gradients()
@@ -138,7 +138,7 @@ def test_all_is_compiled_before_the_first_unit_and_nothing_of_it_is_kept(uncompi
         shapes.append(tuple(ids.shape))
         return per_sample_loss(model, ids)
 
-    monkeypatch.setattr(probe, "per_sample_loss", loss)
+    monkeypatch.setattr(warm_up, "per_sample_loss", loss)
     with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
         assert compile_now(uncompiled, engine, 24) > 0
         assert shapes == [(2, 24), (1, 24)]

@@ -106,7 +106,7 @@ def test_a_precision_that_breaks_down_counts_where_the_job_takes_it(
     model = make_model(tmp_path / "sharp", initializer_range=1.0)
     assert main(command(job, tmp_path, model=model, model_dtype=dtype)) == code
     said = capsys.readouterr().out
-    assert "0.999 in the middle and 0.9 at least are wanted. Worst: sample " in said
+    assert "a median of 0.999 and a least of 0.9 are required. Worst: sample " in said
     assert f"{way_out} --model_dtype float32" in said
     assert ("BEYOND ROUNDING" in said) == (code == 1)
 

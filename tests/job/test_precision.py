@@ -88,7 +88,7 @@ def test_the_model_has_the_same_bits_afterwards():
 
 
 def test_without_memory_for_float32_the_line_says_who_checks_it(monkeypatch):
-    monkeypatch.setattr(module, "_free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(module, "available_host_bytes", lambda: 1000)
     line, warning = checked(calm_model(), unit_of([20]))
     assert (line, warning) == (
         "bfloat16 is not checked: no memory for float32 weights; python -m gradproj diagnose does it",

@@ -16,6 +16,7 @@ from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.unit_projector import UnitProjector
 from gradproj.job.unit_reader import UnitReader
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.layout import STATUS
 
@@ -147,7 +148,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkey
     ],
 )
 def test_a_lack_of_memory_is_known_by_what_each_library_says(error, want):
-    assert projector_module.is_out_of_memory(error) is want
+    assert is_out_of_memory(error) is want
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -145,7 +145,7 @@ def test_a_place_without_a_model_is_named_as_it_was_given(job, ask):
 @pytest.mark.parametrize("changes", [{"model": None}, {"model": "a"}, {"identity": 3}])
 def test_a_store_that_names_no_model_is_refused(output, ask, changes):
     update_attributes(output / "projections.zarr", changes)
-    assert "does not say which model its rows were made with" in ask.mistake(output, *ASKED)
+    assert "does not record the model of its rows" in ask.mistake(output, *ASKED)
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
