@@ -2,17 +2,23 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 import threading
+import time
+import uuid
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.corpora import plain_members, slow_domain, slow_samples, write_tar
+from helpers.jobs import processes_with
 
 from gradproj.corpus.index import build_index, check_unchanged
 from gradproj.corpus.index_file import load_index, save_index
-from gradproj.corpus.tar import scan_pool as scanpool
+from gradproj.corpus.tar import scan_pool
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
 
@@ -141,12 +147,49 @@ def test_damage_found_in_another_process_is_told(tars):
         index_of(*tars, processes=2)
 
 
-def test_a_scanning_process_that_dies_is_told_with_its_tar(tars, monkeypatch):
-    monkeypatch.setattr(scanpool, "_WORKER", "import sys; sys.stdin.readline(); sys.exit(3)")
+def test_dead_scan_worker_is_an_error_with_tar_and_exit_code(tars, monkeypatch):
+    monkeypatch.setattr(scan_pool, "_WORKER", "import sys; sys.stdin.read(); sys.exit(3)")
     with pytest.raises(
         CorpusError, match=r"0\.tar: the process that scanned it ended \(exit code 3\)"
     ):
         index_of(*tars, processes=2)
+
+
+BUILD = """
+    import os, sys
+    from pathlib import Path
+    from gradproj.corpus.index import build_index
+    from gradproj.corpus.tar import scan_pool
+    {before}
+    index = build_index([Path(path) for path in sys.argv[1:]], processes=2, progress=False)
+    print(index.fingerprint)
+"""
+
+
+@pytest.mark.parametrize("main", ["script", "-c", "-"])
+def test_scan_workers_do_not_import_the_main_module(main, tars, tmp_path):
+    # A script without `if __name__ == "__main__"`, a command string, and standard input.
+    code = textwrap.dedent(BUILD).format(before="print('main')")
+    (tmp_path / "script.py").write_text(code)
+    program = {"script": [str(tmp_path / "script.py")], "-c": ["-c", code], "-": ["-"]}[main]
+    done = subprocess.run(
+        [sys.executable, *program, *map(str, tars)], input=code, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["main", index_of(*tars).fingerprint], done.stderr
+
+
+def test_scan_workers_end_with_a_parent_that_is_killed(tars):
+    # The parent kills itself at the first result.
+    kill = "scan_pool.TarFacts = lambda **_: os.kill(os.getpid(), 9)"
+    code, mark = textwrap.dedent(BUILD).format(before=kill), uuid.uuid4().hex
+    parent = subprocess.run(
+        [sys.executable, "-c", code, *map(str, tars)], env={**os.environ, "MARK": mark}
+    )
+    assert parent.returncode == -9
+    deadline = time.monotonic() + 10
+    while processes_with(mark):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_number_of_processes_below_one_is_refused(tars):
@@ -317,7 +360,7 @@ def test_a_tar_touched_in_its_place_is_still_noticed_after_relocation(tars):
 
 def test_a_tar_that_changes_while_it_is_indexed_is_refused(tars, monkeypatch):
     def scan_and_touch(paths, *options):
-        facts = scanpool.scan_tars(paths, *options)
+        facts = scan_pool.scan_tars(paths, *options)
         os.utime(paths[3], ns=(0, 1))
         return facts
 

@@ -6,21 +6,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
 
 from tqdm import tqdm
 
 from gradproj.corpus.tar.scan import TarFacts, scan_tar
 from gradproj.errors import CorpusError
 
-_MOST_ERRORS = 20
+_MAX_ERRORS = 20
 # Starting a process takes as long as scanning this much.
 _SMALL_BYTES = 256 * 2**20
-_WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gradproj.corpus.tar.scan_pool import work; work()"
+_WORKER = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from gradproj.corpus.tar.scan_pool import work; work()"
+)
 
 
 def scan_tars(
@@ -32,8 +33,15 @@ def scan_tars(
 ) -> list[TarFacts]:
     """Scan every tar; the facts are in the order of ``paths``, whatever the number of processes.
 
+    Args:
+        paths: the tars.
+        sizes: their sizes in bytes.
+        domain_field: dotted path of the field that names a sample's domain.
+        processes: worker processes; None for one per CPU, or none if there is little to read.
+        progress: show a progress bar on standard error.
+
     Raises:
-        CorpusError: names every damaged tar, up to 20.
+        CorpusError: tars are damaged (lists up to 20), or a worker process died.
     """
     if processes is None:
         processes = 1 if sum(sizes) < _SMALL_BYTES else len(os.sched_getaffinity(0))
@@ -47,14 +55,15 @@ def scan_tars(
         if processes == 1 or len(paths) == 1:
             results = (_scan(path, domain_field) for path in paths)
         else:
-            results = _in_processes(paths, domain_field, min(processes, len(paths)), stack)
-        for size, result in zip(sizes, results, strict=True):
+            results = _in_processes(paths, sizes, domain_field, min(processes, len(paths)), stack)
+        # Results end early only behind an error, when a worker has died.
+        for size, result in zip(sizes, results, strict=False):
             bar.update(size)
             if isinstance(result, TarFacts):
                 facts.append(result)
                 continue
             errors.append(result)
-            if len(errors) == _MOST_ERRORS:
+            if len(errors) == _MAX_ERRORS:
                 errors.append("... and perhaps more: stopped here")
                 break
     if errors:
@@ -63,16 +72,20 @@ def scan_tars(
 
 
 def work() -> None:
-    """A worker's life: a tar's path on each line of its input, what was found on each line of its output."""
+    """Run a worker: read all its tars' paths from standard input, print one JSON line per tar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    for line in sys.stdin.buffer:
-        path, domain_field = json.loads(line)
-        found = _scan(Path(path), domain_field)
-        print(json.dumps(asdict(found) if isinstance(found, TarFacts) else found), flush=True)
+    domain_field, *paths = json.load(sys.stdin.buffer)
+    for path in paths:
+        result = _scan(Path(path), domain_field)
+        line = json.dumps(asdict(result) if isinstance(result, TarFacts) else result)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone, however it ended
 
 
 def _scan(path: Path, domain_field: str) -> TarFacts | str:
-    """The facts, or in words why there are none."""
+    """Return the facts, or the error message of a damaged tar."""
     try:
         return scan_tar(path, domain_field)
     except CorpusError as error:
@@ -80,53 +93,55 @@ def _scan(path: Path, domain_field: str) -> TarFacts | str:
 
 
 def _in_processes(
-    paths: Sequence[Path], domain_field: str, processes: int, stack: ExitStack
+    paths: Sequence[Path],
+    sizes: Sequence[int],
+    domain_field: str,
+    n_processes: int,
+    stack: ExitStack,
 ) -> Iterator[TarFacts | str]:
-    """The same in worker processes, each fed by a thread of this one.
+    """Scan in worker processes that ``stack`` ends.
 
-    They are programs of their own, not multiprocessing's: a fork would copy the threads of torch or zarr, and a spawned
-    process imports the main program again, which takes seconds where that is the job. Their input ends with this
-    process, however it ends, and so do they.
+    Each tar goes to the worker with the fewest bytes so far. Results are read in the order of
+    ``paths``; a worker that is ahead waits at its full pipe, so memory stays bounded.
     """
+    # Not concurrent.futures.ProcessPoolExecutor, neither with fork nor with spawn or forkserver:
+    # - a fork copies locks that threads of torch or zarr hold at that moment;
+    # - the other two import the caller's main module in every worker: seconds where that is the
+    #   job, and an error for a script without `if __name__ == "__main__"`;
+    # - its workers outlive a parent that is killed, since each holds both ends of the task queue;
+    # - BrokenProcessPool names neither the tar nor the exit code of the worker that died.
     command = [sys.executable, "-c", _WORKER, json.dumps(sys.path)]
-    idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-    for _ in range(processes):
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        stack.callback(_end, worker)
-        idle.put(worker)
-
-    def ask(path: Path) -> TarFacts | str:
-        worker = idle.get()
-        try:
-            return _ask(worker, path, domain_field)
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(processes)
-    stack.callback(threads.shutdown, cancel_futures=True)
-    return threads.map(ask, paths)
-
-
-def _ask(worker: subprocess.Popen[bytes], path: Path, domain_field: str) -> TarFacts | str:
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    answer = b""
-    try:
-        worker.stdin.write(json.dumps([str(path), domain_field]).encode() + b"\n")
-        worker.stdin.flush()
-        answer = worker.stdout.readline()
-    except BrokenPipeError:
-        pass
-    if not answer.endswith(b"\n"):
-        return f"{path}: the process that scanned it ended (exit code {worker.wait()}); was it out of memory?"
-    found = json.loads(answer)
-    return TarFacts(**found) if isinstance(found, dict) else str(found)
+    workers = []
+    for _ in range(n_processes):
+        workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        stack.callback(_end, workers[-1])
+    n_bytes = [0] * n_processes
+    worker_of = []
+    for size in sizes:
+        worker_of.append(n_bytes.index(min(n_bytes)))
+        n_bytes[worker_of[-1]] += size
+    for number, worker in enumerate(workers):
+        assert worker.stdin is not None
+        tars = [str(path) for path, at in zip(paths, worker_of, strict=True) if at == number]
+        with suppress(BrokenPipeError), worker.stdin as stdin:
+            stdin.write(json.dumps([domain_field, *tars]).encode())
+    for path, number in zip(paths, worker_of, strict=True):
+        stdout = workers[number].stdout
+        assert stdout is not None
+        line = stdout.readline()
+        if not line.endswith(b"\n"):
+            yield (
+                f"{path}: the process that scanned it ended "
+                f"(exit code {workers[number].wait()}); was it out of memory?"
+            )
+            return
+        result = json.loads(line)
+        yield TarFacts(**result) if isinstance(result, dict) else str(result)
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
     worker.terminate()
-    # Closes its pipes and waits; what was not yet sent to one that is gone cannot be sent now.
-    with suppress(BrokenPipeError), worker:
+    with worker:  # closes its pipes and waits
         pass
 
 
