@@ -1,31 +1,36 @@
 """Files that survive a crash: written, flushed to disk, then published by one link or rename.
 
-Every error a user can act on (full disk, quota, read-only, no permission) comes out as a ``StoreError``.
+Every error that a user can act on (full disk, quota, read-only, no permission) is a StoreError.
 """
 
 import ctypes
 import errno
+import fcntl
+import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import google_crc32c
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 
 _WAYS_OUT = {
     errno.ENOSPC: "Free space there, then start again: what was finished is kept.",
-    errno.EDQUOT: "Your quota there is used up: free some of it, then start again: what was finished is kept.",
-    errno.EFBIG: "Raise the file size limit (ulimit -f) or take fewer --rows_per_shard.",
-    errno.EROFS: "Make it writable and start again: what was finished is kept; or begin anew in another --output_dir.",
-    errno.EACCES: "Mend the permissions and start again: what was finished is kept; or begin anew in another "
-    "--output_dir.",
+    errno.EDQUOT: "Your quota there is used up: free some of it, then start again: what was "
+    "finished is kept.",
+    errno.EFBIG: "Raise the file size limit (ulimit -f) or lower --rows_per_shard.",
+    errno.EROFS: "Make it writable and start again: what was finished is kept. Or start over in "
+    "another --output_dir.",
+    errno.EACCES: "Fix the permissions and start again: what was finished is kept. Or start over "
+    "in another --output_dir.",
 }
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _READ_BYTES = 2**22
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -33,7 +38,7 @@ _RENAME_NOREPLACE = 1
 
 @contextmanager
 def explain_os_errors(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into a ``StoreError`` with ``path`` and the way out."""
+    """Turn the system's refusals to write into a StoreError with ``path`` and the way out."""
     try:
         yield
     except OSError as error:
@@ -44,13 +49,16 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+# --- checksums ---
+
+
 def crc32c(data: Any, value: int = 0) -> int:
-    """crc32c of any contiguous buffer, continued from ``value``."""
+    """Return the crc32c of any contiguous buffer, continued from ``value``."""
     return google_crc32c.extend(value, np.frombuffer(data, np.uint8))
 
 
 def file_sum(path: str | Path) -> dict[str, int]:
-    """``{"bytes": size, "crc32c": checksum}`` of a file's content as it is now."""
+    """Return ``{"bytes": size, "crc32c": checksum}`` of a file's present content."""
     total, checksum = 0, 0
     with open(path, "rb") as file:
         while data := file.read(_READ_BYTES):
@@ -59,26 +67,38 @@ def file_sum(path: str | Path) -> dict[str, int]:
     return {"bytes": total, "crc32c": checksum}
 
 
+# --- writing and publishing ---
+
+
 def temporary_beside(path: str | Path, folder: Path | None = None) -> Path:
-    """A hidden name that no other process uses, in the same folder or in another of the same file system."""
+    """Return a hidden, unused name in the same folder or in another of the same file system."""
     path = Path(path)
     return (folder or path.parent) / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
-def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str, int]:
-    """Write buffers to a file and flush it to disk; on any error the file is removed.
+def write_file_durably(
+    tmp_path: str | Path, chunks: Iterable[Any], mode: int | None = None
+) -> dict[str, int]:
+    """Write buffers to a file and flush it to disk. On any error the file is removed.
+
+    Args:
+        tmp_path: the file, which others do not look at.
+        chunks: its content.
+        mode: permission bits. Default: those of the umask.
 
     Returns:
-        ``{"bytes": size, "crc32c": checksum}``, as a unit's record keeps it of its shard.
+        ``{"bytes": size, "crc32c": checksum}``, as a unit's record has it of its shard.
 
     Raises:
         StoreError: the disk is full, read-only or not the user's.
-        FileNotFoundError: its folder is gone, or was deleted meanwhile with the file.
+        FileNotFoundError: the folder does not exist, or was deleted together with the file.
     """
     total, checksum = 0, 0
     with explain_os_errors(tmp_path):
         try:
             with open(tmp_path, "wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 for data in chunks:
                     file.write(data)
                     total += memoryview(data).nbytes
@@ -88,7 +108,7 @@ def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str,
         except BaseException as error:
             Path(tmp_path).unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ESTALE:
-                # How NFS says that another machine has deleted the file: as here, it is not found.
+                # NFS reports a file that another machine deleted as stale, not as missing.
                 raise FileNotFoundError(
                     errno.ENOENT, os.strerror(errno.ENOENT), str(tmp_path)
                 ) from error
@@ -97,16 +117,16 @@ def write_file_durably(tmp_path: str | Path, chunks: Iterable[Any]) -> dict[str,
 
 
 def publish_exclusively(tmp_path: str | Path, final_path: str | Path) -> bool:
-    """Give a finished file its final name unless that name is taken; the temporary name is gone either way.
+    """Give a finished file its final name unless that is taken. The temporary name is removed.
 
     Returns:
-        Whether this file is now the one under that name (False: another process was first).
+        Whether this file now has that name. False: another process was first.
     """
     with explain_os_errors(final_path):
         try:
             os.link(tmp_path, final_path)
         except FileExistsError:
-            # Over NFS a link can be made and its answer lost: then the name is taken by this very file.
+            # NFS may make a link and lose the reply; then the name is taken by this very file.
             published = os.path.samefile(tmp_path, final_path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -120,7 +140,7 @@ def publish_exclusively(tmp_path: str | Path, final_path: str | Path) -> bool:
 
 
 def replace_atomically(tmp_path: str | Path, final_path: str | Path) -> None:
-    """Give a finished file its final name, in place of what is there, and flush the folder."""
+    """Give a finished file its final name, replacing what is there, and flush the folder."""
     with explain_os_errors(final_path):
         os.replace(tmp_path, final_path)
         fsync_dir(Path(final_path).parent)
@@ -129,18 +149,10 @@ def replace_atomically(tmp_path: str | Path, final_path: str | Path) -> None:
 def write_and_replace(
     final_path: str | Path, chunks: Iterable[Any], scratch: Path | None = None
 ) -> None:
-    """Durably write a file under a temporary name (in ``scratch``) and put it in place of ``final_path``."""
+    """Durably write a file under a temporary name (in ``scratch``), then replace ``final_path``."""
     tmp_path = temporary_beside(final_path, scratch)
     write_file_durably(tmp_path, chunks)
     replace_atomically(tmp_path, final_path)
-
-
-def existing_ancestor(path: Path) -> Path:
-    """Return ``path`` if it exists, otherwise its nearest ancestor that does."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def fsync_dir(path: str | Path) -> None:
@@ -149,16 +161,29 @@ def fsync_dir(path: str | Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno != errno.EINVAL
-        ):  # some network file systems have no such operation, and need none
+        # Some network file systems have no such operation and need none.
+        if error.errno != errno.EINVAL:
             raise
     finally:
         os.close(descriptor)
 
 
+def fsync_file(path: str | Path) -> None:
+    """Flush a file that was written and closed."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_tree(folder: str | Path) -> None:
+    """Flush all files and folders of a tree, before it is published by a rename."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_file(os.path.join(parent, name))
+        fsync_dir(parent)
+
+
 def _rename_unless_taken(tmp_path: str | Path, final_path: str | Path) -> bool:
-    """For file systems without hard links."""
+    """Publish on file systems without hard links."""
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         names = (os.fsencode(tmp_path), os.fsencode(final_path))
@@ -169,9 +194,101 @@ def _rename_unless_taken(tmp_path: str | Path, final_path: str | Path) -> bool:
             return False
         if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise OSError(code, os.strerror(code), os.fspath(final_path))
-    # Neither links nor an exclusive rename: two writers can pass this test together, and the later one wins.
-    # Whoever commits a unit checks afterwards that the published file is its own.
+    # Neither links nor an exclusive rename: two writers may both pass this test, and the later one
+    # wins. A process that commits a unit therefore checks that the published file is its own.
     if os.path.lexists(final_path):
         return False
     os.rename(tmp_path, final_path)
+    return True
+
+
+def existing_ancestor(path: Path) -> Path:
+    """Return ``path`` if it exists, otherwise its nearest ancestor that does."""
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+# --- a command's results ---
+
+
+def make_folder(flag: str, folder: str | Path) -> Path:
+    """Make the folder that a flag names, with its parents, before any work is done for it.
+
+    Raises:
+        ConfigError: a part of the path is a file, or the system makes no folder there.
+        StoreError: it cannot be written.
+    """
+    try:
+        with explain_os_errors(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{flag} {folder}: it, or a folder above it, is a file; give another path"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {folder}: cannot make this folder ({error.strerror}); give another path"
+        ) from error
+    return Path(folder)
+
+
+def write_result(flag: str, path: Path, chunks: Iterable[Any]) -> None:
+    """Write the file that a flag names, whole or not at all.
+
+    Raises:
+        ConfigError: the system makes no file there.
+        StoreError: it cannot be written.
+    """
+    try:
+        write_and_replace(path, chunks)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {path}: cannot write this file ({error.strerror}); give another path"
+        ) from error
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_and_replace(path, [buffer.getbuffer()])
+
+
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write an ``.npz`` file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_and_replace(path, [buffer.getbuffer()])
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Read a ``.npy`` file that a command keeps to continue from.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}). Delete it, and the same command makes it again"
+        ) from error
+
+
+def try_lock(file: IO[str]) -> bool | None:
+    """Lock an open file; the lock ends when the file is closed or the process ends.
+
+    Returns:
+        False if another process holds the lock, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
     return True

@@ -70,11 +70,11 @@ def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(
         (errno.EDQUOT, "Your quota there is used up"),
         (
             errno.EROFS,
-            "Make it writable and start again: what was finished is kept; or begin anew in another --out",
+            "Make it writable and start again: what was finished is kept. Or start over in another --out",
         ),
         (
             errno.EACCES,
-            "Mend the permissions and start again: what was finished is kept; or begin anew in another",
+            "Fix the permissions and start again: what was finished is kept. Or start over in another",
         ),
         (errno.EFBIG, "ulimit -f"),
     ],

@@ -14,11 +14,11 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SIGN
 from gradproj.cli.score_config import ScoreConfig
 from gradproj.errors import ConfigError, StoreError
+from gradproj.files import make_folder, write_result
 from gradproj.flags import parse
 from gradproj.formatting import one_line
 from gradproj.report.domain_summary import DomainFacts, as_json, find_facts, lost_text
 from gradproj.report.figures import draw_domains
-from gradproj.report.folders import make_folder, write_answer
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS, ProjectionStore
 
@@ -92,10 +92,10 @@ def _write(folder: Path, content: dict[str, Any], facts: DomainFacts) -> list[st
     """The names of the files."""
     means = io.BytesIO()
     np.save(means, facts.matrix.mean.astype(np.float32))
-    make_folder(folder, "--output_dir")
-    write_answer(folder / MEANS_NAME, [means.getvalue()], "--output_dir")
+    make_folder("--output_dir", folder)
+    write_result("--output_dir", folder / MEANS_NAME, [means.getvalue()])
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_answer(folder / JSON_NAME, [text.encode()], "--output_dir")
+    write_result("--output_dir", folder / JSON_NAME, [text.encode()])
     draw_domains(facts, folder / FIGURE_NAME)
     return [JSON_NAME, MEANS_NAME, FIGURE_NAME]
 

@@ -11,6 +11,7 @@ import numpy as np
 from gradproj.analysis import top_and_bottom
 from gradproj.cli.score_config import ScoreConfig
 from gradproj.errors import ConfigError, GradprojError
+from gradproj.files import make_folder, write_result
 from gradproj.flags import parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
@@ -23,7 +24,6 @@ from gradproj.report.document_tables import (
     documents_of,
     scaled_values,
 )
-from gradproj.report.folders import make_folder, write_answer
 from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
 from gradproj.store import ProjectionStore
@@ -100,8 +100,8 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
         if rows is not None:
             answers = functools.partial(answers_of, store, rows, how_queries, config.top_k, texts)
         page = make_page(store, how, texts, min(config.top_k, len(store)), answers)
-    make_folder(path.parent, "--output")
-    write_answer(path, [render(page)], "--output")
+    make_folder("--output", path.parent)
+    write_result("--output", path, [render(page)])
     return path
 
 

@@ -1,7 +1,6 @@
 """Publish a file whole or not at all, and only once."""
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
@@ -14,61 +13,37 @@ import msgspec
 from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
+from gradproj.files import (
+    publish_exclusively,
+    replace_atomically,
+    temporary_beside,
+    write_file_durably,
+)
 
 
 def publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
-    """Write a file so that nobody ever sees a part of it; False if one was there already and stays.
+    """Publish the index file, whole or not at all.
+
+    Returns:
+        Whether ``content`` is now at ``path``. False: an index was there already and stays.
 
     Raises:
-        CorpusError: the folder cannot be written.
+        CorpusError: no file can be written there.
+        StoreError: the disk is full, read-only or not the user's.
     """
-    temporary = None
+    temporary = temporary_beside(path)
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-        )
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(content)
-            # mkstemp makes it private; other users' jobs read the index too.
-            os.fchmod(handle, 0o644)
-            file.flush()
-            os.fsync(handle)
-        if replace_existing:
-            os.replace(temporary, path)
-            temporary = None
-        elif not _link(temporary, path):
-            return False
-        _sync_folder(path.parent)
+        # Readable whatever the umask: other users' jobs read the index too.
+        write_file_durably(temporary, content, mode=0o644)
+        if not replace_existing:
+            return publish_exclusively(temporary, path)
+        replace_atomically(temporary, path)
+        return True
     except OSError as error:
         raise CorpusError(
-            f"{path}: the corpus index cannot be written: {error.strerror or error}; name another path for it"
+            f"{path}: the corpus index cannot be written: {error.strerror or error}; name another "
+            "path for it"
         ) from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-    return True
-
-
-def _link(temporary: str, path: Path) -> bool:
-    """Give the finished file its name unless it is taken."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # No hard links on this file system: a rename is still whole, but the last of two builders wins.
-        if path.exists():
-            return False
-        os.rename(temporary, path)
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checksum_of(parts: Iterable[bytes | memoryview]) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
-from gradproj.evaluation.array_files import keep_arrays
 from gradproj.evaluation.config import LdsConfig
+from gradproj.files import save_arrays
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
@@ -69,7 +69,7 @@ def make_experiment(config: LdsConfig) -> Experiment:
         for name, windows in (("documents", documents), ("queries", queries), ("pretrain", before)):
             if windows and not (folder / name).is_dir():
                 write_tars(folder / name, [_payload(window, tokenizer) for window in windows])
-        keep_arrays(
+        save_arrays(
             folder / "tokens.npz",
             documents=np.stack([window.ids for window in documents]),
             queries=np.stack([window.ids for window in queries]),

@@ -1,6 +1,5 @@
 """``python -m gradproj lds``: documents, trainings, scores, and how well the scores foretell the trainings."""
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -18,15 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from gradproj.errors import OtherSettingsError, StoreError, settings_mismatch
-from gradproj.evaluation.array_files import keep_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
 from gradproj.evaluation.leave_out import LeaveOut, leave_out
 from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, judge
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
-from gradproj.files import write_and_replace
-from gradproj.training.data import make_folder
+from gradproj.files import make_folder, save_array, try_lock, write_and_replace
 
 
 def evaluate(config: LdsConfig) -> Results:
@@ -116,12 +113,10 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """One command at a time in a folder; the lock goes with the process."""
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if try_lock(file) is False:
             raise StoreError(
                 f"another lds works in {folder}; wait for it, or give --output_dir a new path"
-            ) from error
+            )
         yield
 
 
@@ -129,8 +124,8 @@ def keep(
     folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray
 ) -> None:
     """``lds.json``, ``subsets.npy`` and ``losses.npy``."""
-    keep_array(folder / "subsets.npy", subsets)
-    keep_array(folder / "losses.npy", losses)
+    save_array(folder / "subsets.npy", subsets)
+    save_array(folder / "losses.npy", losses)
     told = {"settings": asdict(config), **asdict(results), "versions": versions()}
     write_and_replace(
         folder / "lds.json", [json.dumps(as_json(told), indent=1, allow_nan=False).encode()]

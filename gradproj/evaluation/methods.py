@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import ConfigError, StoreError
-from gradproj.evaluation.array_files import keep_array, kept_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
@@ -14,6 +13,7 @@ from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scor
 from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.model_methods import hidden_cosine
 from gradproj.evaluation.text_methods import bm25, ngram_overlap
+from gradproj.files import load_array, save_array
 
 MEANINGS = {
     "random": "random numbers",
@@ -66,8 +66,8 @@ class Methods:
             found = self._compute(name).astype(np.float32)
             if not np.isfinite(found).all():
                 raise StoreError(f"method {name} gives scores that are not finite")
-            keep_array(path, found)
-        return kept_array(path)
+            save_array(path, found)
+        return load_array(path)
 
     def _compute(self, name: str) -> np.ndarray:
         config, experiment = self._config, self._experiment

@@ -23,9 +23,9 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import choose_device
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
-from gradproj.evaluation.array_files import keep_array, kept_array
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
+from gradproj.files import load_array, save_array
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model
@@ -66,7 +66,7 @@ def losses_of(
             )
             for training in done:
                 _finished(training, config)
-    return np.stack([kept_array(_file(folder, task)) for task in wanted])
+    return np.stack([load_array(_file(folder, task)) for task in wanted])
 
 
 def _finished(training: Future, config: LdsConfig) -> None:
@@ -145,7 +145,7 @@ def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: 
     write_subset(work / "tars", experiment.documents[task.chosen])
     _train(config, experiment, work / "tars", work / "model", task.seed)
     losses = query_losses(load(work / "model", config.device), experiment.queries)
-    keep_array(path, losses)
+    save_array(path, losses)
     shutil.rmtree(work)
 
 

@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from gradproj.errors import StoreError, settings_mismatch
-from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
+from gradproj.files import (
+    explain_os_errors,
+    fsync_dir,
+    fsync_file,
+    temporary_beside,
+    write_and_replace,
+)
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import (
@@ -160,8 +166,7 @@ class AppendStore:
         self.flush()
         with explain_os_errors(self._store):
             for path in self._unsafe:
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                fsync_file(path)
             for folder in {path.parent for path in self._unsafe}:
                 fsync_dir(folder)
         self._unsafe.clear()

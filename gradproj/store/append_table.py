@@ -6,7 +6,6 @@ in memory: zarr-python would change files in place, and a crash tear them.
 """
 
 import json
-import os
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,13 @@ import numpy as np
 import zarr
 
 from gradproj.errors import StoreError, settings_mismatch
-from gradproj.files import explain_os_errors, fsync_dir, temporary_beside, write_and_replace
+from gradproj.files import (
+    explain_os_errors,
+    fsync_dir,
+    fsync_tree,
+    temporary_beside,
+    write_and_replace,
+)
 
 ROWS_PER_CHUNK = 1024
 
@@ -119,10 +124,7 @@ class AppendTable:
                 name, shape=shape, chunks=chunks, dtype=dtype, fill_value=np.nan if dtype.kind == "f" else -1,
                 compressors=None, filters=None, chunk_key_encoding={"name": "default", "separator": "."},
             )  # fmt: skip
-        for path in [*unfinished.rglob("zarr.json")]:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            fsync_dir(path.parent)
+        fsync_tree(unfinished)
         unfinished.replace(self.path)
         fsync_dir(self.path.parent)
 

@@ -24,6 +24,7 @@ from gradproj.files import (
     crc32c,
     explain_os_errors,
     fsync_dir,
+    fsync_tree,
     temporary_beside,
     write_and_replace,
 )
@@ -168,7 +169,7 @@ def create_store(
         with explain_os_errors(path):
             tmp_path.mkdir()
             _fill_group(tmp_path, layout, attributes, matrices)
-            _fsync_tree(tmp_path)
+            fsync_tree(tmp_path)
             try:
                 os.rename(tmp_path, path)
             except OSError as error:
@@ -260,7 +261,7 @@ def write_array(
             files: dict[str, Any] = {}
             _add_array(zarr.create_group(MemoryStore(files)), name, values)
             _write_files(tmp_path, files)
-            _fsync_tree(tmp_path)
+            fsync_tree(tmp_path)
             if final_path.exists():
                 os.rename(final_path, old_path)
             os.rename(tmp_path / name, final_path)
@@ -332,14 +333,3 @@ def update_attributes(
     metadata = json.loads(path.read_text())
     metadata["attributes"] = metadata.get("attributes", {}) | dict(changes)
     write_and_replace(path, [json.dumps(metadata, indent=2, allow_nan=False).encode()], scratch)
-
-
-def _fsync_tree(path: Path) -> None:
-    for folder, _, names in os.walk(path):
-        for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        fsync_dir(folder)

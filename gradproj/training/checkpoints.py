@@ -1,7 +1,5 @@
 """Checkpoints of a training run: a Hugging Face folder with what training needs to go on, published by one rename."""
 
-import errno
-import fcntl
 import os
 import re
 import shutil
@@ -10,14 +8,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError, settings_mismatch
-from gradproj.files import explain_os_errors, fsync_dir
+from gradproj.files import explain_os_errors, fsync_dir, fsync_tree, try_lock
 from gradproj.kernels.transformers_patches import no_progress_bars
 from gradproj.training.config import TrainConfig
 
@@ -45,28 +43,14 @@ def alone_in(result_dir: Path, world: World) -> Iterator[None]:
     with lock:
         # Ranks whose launcher was killed need a moment to notice.
         until = time.monotonic() + LOCK_PATIENCE_S
-        while not _locked(lock):
+        # A file system without locks cannot keep other runs out.
+        while try_lock(lock) is False:
             if time.monotonic() > until:
                 raise StoreError(
                     f"another run is training into --result_dir {result_dir}: wait for its end, or give another folder"
                 )
             time.sleep(0.2)
         yield
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOLCK,
-            errno.ENOSYS,
-            errno.EOPNOTSUPP,
-        ):  # a file system without locks
-            raise
-    return True
 
 
 def rank_file(rank: int) -> str:
@@ -199,10 +183,7 @@ class Checkpoints:
         return final
 
     def _publish(self, work: Path, final: Path) -> None:
-        for path in work.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_dir(work)
+        fsync_tree(work)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
         fsync_dir(self._folder)

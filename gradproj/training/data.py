@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,7 @@ from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
 from gradproj.distributed import World
 from gradproj.engine.batching import collate
 from gradproj.engine.loss import IGNORE
-from gradproj.errors import CorpusError, StoreError
-from gradproj.files import explain_os_errors
+from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
@@ -71,16 +69,6 @@ class TrainBatch:
     @property
     def n_targets(self) -> int:
         return self.n_tokens - len(self.sample_ids)
-
-
-def make_folder(flag: str, path: str) -> Path:
-    """The folder for results, made before any work is done for it; ``StoreError`` where it cannot be."""
-    try:
-        with explain_os_errors(path):
-            Path(path).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StoreError(f"{flag} {path}: {error.filename} is a file; give a folder") from error
-    return Path(path)
 
 
 def batches_of(

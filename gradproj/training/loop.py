@@ -19,7 +19,7 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.distributed import Process, World, choose_device, process_group
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import ModelError
-from gradproj.files import explain_os_errors
+from gradproj.files import explain_os_errors, make_folder
 from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
@@ -32,7 +32,6 @@ from gradproj.training.data import (
     TrainBatch,
     TrainedDocuments,
     batches_of,
-    make_folder,
 )
 from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
 from gradproj.training.engine_manager import GhostEngineManager, check_method

@@ -12,8 +12,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError
-from gradproj.files import explain_os_errors
-from gradproj.training.data import make_folder
+from gradproj.files import explain_os_errors, make_folder
 
 END_OF_TEXT = "<|endoftext|>"
 PROGRESS_EVERY_S = 5.0

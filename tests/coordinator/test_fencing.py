@@ -76,7 +76,7 @@ def test_a_folder_that_may_not_be_taken_away_is_an_error_with_the_way_out(folder
     theirs, mine = folders
     refuse(monkeypatch, "rename", os.fspath(theirs), times=1, code=errno.EACCES)
     with pytest.raises(
-        StoreError, match=rf"cannot write {theirs}: Permission denied\. Mend the permissions"
+        StoreError, match=rf"cannot write {theirs}: Permission denied\. Fix the permissions"
     ):
         fence(theirs, mine, fake_owner(1))
 

@@ -248,7 +248,7 @@ def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_work
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(writer.fcntl, "flock", no_locks)
+    monkeypatch.setattr("gradproj.files.fcntl.flock", no_locks)
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     run_prepare(name, tmp_path / "out")
     assert packed_documents(tmp_path / "out") == [input_record("a")]

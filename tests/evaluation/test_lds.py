@@ -311,7 +311,7 @@ def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_proces
     (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
     with pytest.raises(
         StoreError,
-        match=r"subset-0001-seed-2.npy cannot be read .*: remove it, and the same command",
+        match=r"subset-0001-seed-2.npy cannot be read .*Delete it, and the same command",
     ):
         evaluate(config)
     (tmp_path / "settings.json").write_bytes(b"{")

@@ -291,7 +291,7 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
         (["--score", "euclid"], "--score is 'euclid'; choose one of"),
         (["--layers", "h.9"], "has no layer 'h.9'; it has"),
         (["--output", "{folder}"], "is a folder; name a file, such as"),
-        (["--output", "{file}/page.html"], "or a folder it lies in, is a file; give another path"),
+        (["--output", "{file}/page.html"], "or a folder above it, is a file; give another path"),
         (["--query", "x"], "unknown flag '--query'; did you mean --queries?"),
     ],
 )

@@ -242,9 +242,11 @@ def test_a_wrong_tokenizer_flag_is_named(made, flags, message):
 
 def test_a_result_folder_that_cannot_be_is_refused_before_any_step(made, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"--result_dir .*file: .*file is a file; give a folder"):
+    with pytest.raises(
+        ConfigError, match=r"--result_dir .*file: .*file is a file; give another path"
+    ):
         train(config_of(made, tmp_path / "file"))
-    with pytest.raises(StoreError, match="is a file; give a folder"):
+    with pytest.raises(ConfigError, match="is a file; give another path"):
         train(config_of(made, tmp_path / "file" / "below"))
 
 

@@ -4,7 +4,6 @@ Work goes on in ``OUTPUT_DIR.preparing`` beside the output folder; one rename th
 nobody ever takes half a corpus for a whole one.
 """
 
-import fcntl
 import os
 import shutil
 import tarfile
@@ -12,10 +11,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from gradproj.corpus.packing import PackedDocument
 from gradproj.errors import StoreError
+from gradproj.files import fsync_dir, try_lock
 
 MAX_OPEN_SPOOLS = 64
 WRITE_BYTES = 1 << 20
@@ -133,9 +133,9 @@ def published(output_dir: str) -> Iterator[Path]:
                         shutil.rmtree(work / name)  # left by a prepare that was killed
                     (work / name).mkdir()
                 yield work
-                _sync_folder(work / "tars")
+                fsync_dir(work / "tars")
                 os.rename(work / "tars", output)
-                _sync_folder(output.parent)
+                fsync_dir(output.parent)
             finally:
                 shutil.rmtree(work)
     except OSError as error:
@@ -178,28 +178,22 @@ def _locked(work: Path) -> Iterator[None]:
             f"{work} is not prepare's own (it has {strangers[0]}); give --output_dir a new path"
         )
     with open(work / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(lock.fileno()), os.stat(work / "lock"))
-        except (BlockingIOError, FileNotFoundError):
-            same = False
-        except OSError as error:  # a file system without locks: only mkdir says who came first
-            if not fresh:
-                raise StoreError(
-                    f"{work} was left by a prepare that was killed, or one still runs (this file system has no "
-                    "locks to tell): remove it if none runs, or give --output_dir a new path"
-                ) from error
-            same = True
-        if not same:
+        locked = try_lock(lock)
+        if locked is None and not fresh:  # without locks only mkdir tells who came first
+            raise StoreError(
+                f"{work} was left by a prepare that was killed, or one still runs (this file system "
+                "has no locks to tell): remove it if none runs, or give --output_dir a new path"
+            )
+        # The folder may have been deleted and made again since the lock was opened.
+        if locked is False or not _is_at(lock, work / "lock"):
             raise StoreError(
                 f"another prepare is writing to {work}; wait for it, or give --output_dir a new path"
             )
         yield
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _is_at(file: IO[str], path: Path) -> bool:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
