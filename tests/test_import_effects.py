@@ -29,7 +29,7 @@ def torch_settings():
         ),
         "cudnn": (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic),
         "mkldnn": (torch.backends.mkldnn.enabled, torch.backends.mkldnn.deterministic),
-        "sdp": (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        "sdp": (cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()),
         "random": torch.get_rng_state().sum().item(),
     }
 

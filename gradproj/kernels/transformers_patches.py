@@ -1,19 +1,12 @@
-"""Temporary changes of transformers' global state; each is undone when its context ends."""
+"""A temporary change of a function of transformers, undone when its context ends."""
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from transformers import masking_utils
-from transformers.utils import logging as transformers_logging
 
 _FIND = "find_packed_sequence_indices"
 
@@ -68,22 +61,3 @@ def _find_replaced() -> Iterator[None]:
             _n_contexts -= 1
             if _n_contexts == 0 and getattr(masking_utils, _FIND, None) is _find_unless_known:
                 setattr(masking_utils, _FIND, _replaced)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hide the bars of transformers and huggingface_hub: a job shows its own progress."""
-    hub_was_silent = are_progress_bars_disabled()
-    were_shown = transformers_logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        # The hub warns if HF_HUB_DISABLE_PROGRESS_BARS, which has priority, is set.
-        warnings.simplefilter("ignore")
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if were_shown:
-                transformers_logging.enable_progress_bar()
-            (disable_progress_bars if hub_was_silent else enable_progress_bars)()

@@ -2,11 +2,19 @@
 
 import importlib.util
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors import SafetensorError, safe_open
 
 from gradproj.errors import ModelError
@@ -115,9 +123,6 @@ def _local_files(
         *(["*.bin"] if pickled else []),
     ]
     try:
-        # On use: it imports transformers.
-        from gradproj.kernels.transformers_patches import no_progress_bars
-
         with no_progress_bars():
             folder = huggingface_hub.snapshot_download(
                 name,
@@ -176,3 +181,25 @@ def _indexed_files(index: Path) -> list[Path]:
             f"{index.parent} lacks {', '.join(missing[:4])} ({len(missing)} of {len(names)} weight files)"
         )
     return [index.parent / name for name in names]
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars of transformers and huggingface_hub: a job shows its own progress."""
+    # On use: a plan that downloads nothing does not wait for it.
+    from transformers.utils import logging as transformers_logging
+
+    hub_was_silent = are_progress_bars_disabled()
+    were_shown = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        # The hub warns if HF_HUB_DISABLE_PROGRESS_BARS, which has priority, is set.
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if were_shown:
+                transformers_logging.enable_progress_bar()
+            (disable_progress_bars if hub_was_silent else enable_progress_bars)()

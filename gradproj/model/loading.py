@@ -9,8 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradproj.errors import ModelError
-from gradproj.kernels.transformers_patches import no_progress_bars
-from gradproj.model.checkpoint import ModelFiles
+from gradproj.model.checkpoint import ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, fsync_tree, try_lock
-from gradproj.kernels.transformers_patches import no_progress_bars
+from gradproj.model.checkpoint import no_progress_bars
 from gradproj.training.config import TrainConfig
 
 FOLDER = "checkpoints"
