@@ -1,9 +1,8 @@
-"""Questions to a store: scores, the best and worst documents, preconditioners. Store in, numbers out; no model."""
+"""Scores and rankings of a store's documents, and preconditioners. Needs no model."""
 
-from gradproj.analysis.domains import DomainMatrix, domain_matrix
-from gradproj.analysis.overview import Overview, overview
+from gradproj.analysis.domains import DomainMatrix, Overview, domain_matrix, overview
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.scan import DEFAULT_SCORE, MEANINGS, SIGN
+from gradproj.analysis.score_types import DEFAULT_SCORE, MEANINGS, SCORES, SIGN, ScoreType
 from gradproj.analysis.scores import (
     TopDocuments,
     bottom_k,
@@ -17,10 +16,12 @@ from gradproj.analysis.scores import (
 __all__ = [
     "DEFAULT_SCORE",
     "MEANINGS",
+    "SCORES",
     "SIGN",
     "DomainMatrix",
     "Overview",
     "Preconditioner",
+    "ScoreType",
     "TopDocuments",
     "bottom_k",
     "domain_matrix",

@@ -1,4 +1,4 @@
-"""What a store's domains have to do with each other: mean gradients, their cosines and influences, facts of each."""
+"""Mean gradients of a store's domains, their cosines and influences, and outlier documents."""
 
 from dataclasses import dataclass
 from typing import Unpack
@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.row_blocks import Block
-from gradproj.analysis.scan import SELF_SCORES, Scan, ScanOptions
+from gradproj.analysis.scan import Scan, ScanOptions, self_products
+from gradproj.analysis.score_types import DOMAIN_SCORES, SCORES
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 RANK_ROWS = 256
-"""Rows of a domain, drawn at random, whose effective rank is taken; fewer where they would not fit ``DRAWN_BYTES``."""
-DRAWN_BYTES = 2**29
-LEAST_RANK_ROWS = 16
+"""Most rows of a domain in the estimate of its effective rank; fewer to fit ``RANK_BYTES``."""
+RANK_BYTES = 2**29
+MIN_RANK_ROWS = 16
 _CACHED_ROWS = 32
 _NO_HASH = np.uint64(2**64 - 1)
-DOMAIN_SCORES = (*SELF_SCORES, "cosine")
-"""Scores whose mean over pairs of documents comes from one vector per domain."""
 
 
 @dataclass(frozen=True)
 class DomainMatrix:
-    """Domains of a store, in its order; NaN where a domain has no row. G domains, W values of the layers asked for."""
+    """Statistics of G domains in store order; NaN for a domain without rows.
+
+    W is the number of values of the chosen layers.
+    """
 
     names: list[str]
     n_rows: np.ndarray
@@ -36,70 +38,123 @@ class DomainMatrix:
     grad_norm: np.ndarray
     """``(G,)``: mean norm of the rows."""
     effective_rank: np.ndarray
-    """``(G,)``: exponential of the entropy of the spectrum of at most ``RANK_ROWS`` rows, drawn at random and scaled to
-    length 1: between 1 (all alike) and their number."""
+    """``(G,)``: exponential of the entropy of the spectrum of a random sample of rows, each scaled
+    to length 1; between 1 (all alike) and the number of rows in the sample."""
     n_drawn: np.ndarray
-    """``(G,)`` int64: how many rows those are."""
+    """``(G,)`` int64: rows drawn for that sample, at most ``RANK_ROWS``."""
     mean: np.ndarray
     """``(G, W)``: mean row."""
     cosine: np.ndarray
-    """``(G, G)``: of the mean rows."""
+    """``(G, G)``: cosines of the mean rows."""
     influence: np.ndarray
-    """``(G, G)``: mean score of the documents of the column's domain for those of the row's domain as queries, over all
-    pairs; symmetric, in the unit of the score that was asked for."""
+    """``(G, G)``: mean score over all pairs of a query from the row's domain and a document from
+    the column's; symmetric, in the unit of the score."""
     score: str
-    """What ``influence`` is a mean of."""
+    """The score that ``influence`` averages."""
     n_read: int
-    """Rows that were read, those of documents without a domain too; fewer than status ok says where shards are gone."""
+    """Rows that were read, including documents without a domain. Fewer than the documents of
+    status ok if shards are gone."""
 
 
-def domain_matrix(store: ProjectionStore, **how: Unpack[ScanOptions]) -> DomainMatrix:
-    """Means of every domain in one scan, in ``G W`` float64 values (2 G W for cosine) and the rows drawn for the ranks.
+def domain_matrix(store: ProjectionStore, **options: Unpack[ScanOptions]) -> DomainMatrix:
+    """Compute the statistics of every domain in one scan.
+
+    Memory: ``G W`` float64 values (twice that for cosine), and the rows sampled for ranks.
 
     Args:
-        store: finished or not; documents without a domain or a row take no part.
-        **how: see ``ScanOptions``; the score is kfac, preconditioned, dot or cosine.
+        store: finished or not; documents without a domain or a row are left out.
+        **options: see ``ScanOptions``; the score is kfac, preconditioned, dot or cosine.
 
     Raises:
-        ConfigError: another score, or a store that has no domains.
-        StoreError: a store without what the score needs, or with documents of domains that it does not name.
+        ConfigError: another score, or a store without domains.
+        StoreError: a store without what the score needs, or with domain numbers it does not name.
     """
-    asked = Scan.alone(store, how, "domain_matrix", DOMAIN_SCORES)
-    sums = DomainSums(asked)
-    for block in asked.blocks():
+    scan = Scan.alone(store, options, "domain_matrix", DOMAIN_SCORES)
+    sums = DomainSums(scan)
+    for block in scan.blocks():
         sums.add(block)
     return sums.matrix()
 
 
-class DomainSums:
-    """Everything that is summed by domain while blocks of rows stream by.
+@dataclass(frozen=True)
+class Overview:
+    """A store's domains and its documents with the largest self-influence."""
+
+    domains: DomainMatrix | None
+    """None for a store without domains."""
+    ids: np.ndarray
+    """``(k,)`` int64: documents in descending order of self-influence; empty for cosine, by which
+    every document scores 1 with itself."""
+    self_influence: np.ndarray
+    """``(k,)`` float32: their self-influence."""
+    n_read: int
+    """Rows that were read. Fewer than the documents of status ok if shards are gone."""
+
+
+def overview(store: ProjectionStore, k: int = 20, **options: Unpack[ScanOptions]) -> Overview:
+    """Compute domain statistics and outliers in one scan and in bounded memory.
 
     Args:
-        asked: the scan, whose blocks are given to ``add`` one after the other.
+        store: finished or not.
+        k: outliers wanted; fewer are returned if fewer documents have a row.
+        **options: see ``ScanOptions``; the score is kfac, preconditioned, dot or cosine.
+
+    Raises:
+        ConfigError: another score.
+        StoreError: a store without what the score needs.
+    """
+    scan = Scan.alone(store, options, "overview", DOMAIN_SCORES)
+    sums = DomainSums(scan) if store.domains else None
+    preconditioner = scan.row_preconditioner()
+    ids, values, n_read = np.empty(0, np.int64), np.empty(0, np.float32), 0
+    for block in scan.blocks():
+        if sums is not None:
+            sums.add(block)
+        else:
+            norms = torch.linalg.vector_norm(block.ok_rows(), dim=1, dtype=torch.float64)
+            n_read += int(torch.isfinite(norms).sum())
+        if SCORES[scan.score].is_inner_product:
+            products = self_products(block.ok_rows(), preconditioner)
+            # Rows recorded as ok read as NaN if their shard is gone.
+            finite = torch.isfinite(products).cpu().numpy()
+            ids = np.concatenate([ids, block.ids()[finite]])
+            values = np.concatenate([values, products.cpu().numpy()[finite]])
+            order = np.argsort(-values, kind="stable")[:k]
+            ids, values = ids[order], values[order]
+    domains = None if sums is None else sums.matrix()
+    return Overview(domains, ids, values, n_read if domains is None else domains.n_read)
+
+
+class DomainSums:
+    """Sums by domain over the blocks of a scan.
+
+    Args:
+        scan: the scan whose blocks ``add`` receives, in order.
 
     Raises:
         ConfigError: the store has no domains.
     """
 
-    def __init__(self, asked: Scan) -> None:
-        store, width = asked.store, asked.width
+    def __init__(self, scan: Scan) -> None:
+        store, width = scan.store, scan.width
         if not store.domains:
             raise ConfigError(f"{store.path} has no domains: its documents name none")
-        self._asked, self._store = asked, store
+        self._scan, self._store = scan, store
         n = len(store.domains)
         self._count = np.zeros(n, np.int64)
-        self._rows = torch.zeros(n, width, dtype=torch.float64, device=asked.device)
-        # A mean cosine over pairs is the inner product of the mean directions.
-        self._directions = torch.zeros_like(self._rows) if asked.score == "cosine" else None
+        self._rows = torch.zeros(n, width, dtype=torch.float64, device=scan.device)
+        # The mean cosine over all pairs is the inner product of the mean directions.
+        by_direction = SCORES[scan.score].divisor == "norms"
+        self._directions = torch.zeros_like(self._rows) if by_direction else None
         self._norm, self._loss = np.zeros(n), np.zeros(n)
         self._n_tokens = np.zeros(n, np.int64)
-        most = max(LEAST_RANK_ROWS, min(RANK_ROWS, DRAWN_BYTES // (4 * width * n)))
-        self._drawn = [_Drawn(width, min(most, RANK_ROWS)) for _ in range(n)]
-        self._limits = np.full(n, _NO_HASH)
+        n_rank_rows = max(MIN_RANK_ROWS, min(RANK_ROWS, RANK_BYTES // (4 * width * n)))
+        self._rank_rows = [_RowSample(width, min(n_rank_rows, RANK_ROWS)) for _ in range(n)]
+        self._hash_limits = np.full(n, _NO_HASH)
         self._n_read = 0
 
     def add(self, block: Block) -> None:
-        """The next block of the scan."""
+        """Add the next block of the scan."""
         first, last = block.first, block.first + len(block.ok)
         columns = {
             name: self._store.column(name, first, last)[block.ok]
@@ -111,47 +166,47 @@ class DomainSums:
         self._n_read += int(np.isfinite(norms).sum())
         keep = np.isfinite(norms) & (domain >= 0)
         tokens, loss = columns["n_tokens"][keep], columns["loss"][keep].astype(np.float64)
-        n_domains = len(self._drawn)
+        n_domains = len(self._rank_rows)
         self._norm += np.bincount(domain[keep], norms[keep], n_domains)
         self._loss += np.bincount(domain[keep], loss * tokens, n_domains)
         self._n_tokens += np.bincount(domain[keep], tokens, n_domains).astype(np.int64)
         self._count += np.bincount(domain[keep], minlength=n_domains)
         hashes = _hash(ids)
-        drawn = np.flatnonzero(keep & (hashes < self._limits[domain]))
-        for number in np.unique(domain[drawn]).tolist():
-            here = drawn[domain[drawn] == number]
-            self._limits[number] = self._drawn[number].add(hashes[here], rows, here)
+        sampled = np.flatnonzero(keep & (hashes < self._hash_limits[domain]))
+        for number in np.unique(domain[sampled]).tolist():
+            chosen = sampled[domain[sampled] == number]
+            self._hash_limits[number] = self._rank_rows[number].add(hashes[chosen], rows, chosen)
 
     def _add_rows(self, rows: Tensor, domain: np.ndarray) -> Tensor:
-        """Sum the rows that are finite and of a domain; the norms of all, ``(n,)`` float64."""
-        # A few at a time on a processor, whose cache then holds them from the first step to the last.
+        """Sum the finite rows that have a domain; return the norms of all, ``(n,)`` float64."""
+        # Few rows at a time on a CPU, so that its cache holds them through all steps.
         size = _CACHED_ROWS if rows.device.type == "cpu" else max(len(rows), 1)
         norms = []
         for first in range(0, len(rows), size):
             exact = rows[first : first + size].double()
-            norm, of_these = torch.linalg.vector_norm(exact, dim=1), domain[first : first + size]
+            norm, numbers = torch.linalg.vector_norm(exact, dim=1), domain[first : first + size]
             norms.append(norm)
-            # A shard may be gone whose rows are recorded as ok.
-            keep = torch.isfinite(norm).cpu().numpy() & (of_these >= 0)
+            # Rows recorded as ok read as NaN if their shard is gone.
+            keep = torch.isfinite(norm).cpu().numpy() & (numbers >= 0)
             if not keep.all():
                 chosen = torch.from_numpy(np.flatnonzero(keep)).to(rows.device)
-                exact, norm, of_these = exact[chosen], norm[chosen], of_these[keep]
-            where = torch.from_numpy(of_these).to(rows.device)
-            self._rows.index_add_(0, where, exact)
+                exact, norm, numbers = exact[chosen], norm[chosen], numbers[keep]
+            index = torch.from_numpy(numbers).to(rows.device)
+            self._rows.index_add_(0, index, exact)
             if self._directions is not None:
                 exact /= torch.where(norm > 0, norm, 1.0)[:, None]
-                self._directions.index_add_(0, where, exact)
+                self._directions.index_add_(0, index, exact)
         return torch.cat(norms) if norms else rows.new_zeros(0, dtype=torch.float64)
 
     def matrix(self) -> DomainMatrix:
-        """What the blocks so far come to."""
-        asked, count = self._asked, torch.from_numpy(self._count)[:, None]
+        """Return the statistics of the blocks added so far."""
+        scan, count = self._scan, torch.from_numpy(self._count)[:, None]
         mean = torch.where(count > 0, self._rows.cpu() / count, torch.nan)
         left = right = mean
         if self._directions is not None:
             left = right = torch.where(count > 0, self._directions.cpu() / count, torch.nan)
-        elif asked.preconditioner is not None:
-            left = asked.preconditioner.solve(mean)
+        elif scan.preconditioner is not None:
+            left = scan.preconditioner.solve(mean)
         unit = mean / mean.norm(dim=1, keepdim=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             loss, grad_norm = self._loss / self._n_tokens, self._norm / self._count
@@ -161,56 +216,60 @@ class DomainSums:
             n_tokens=self._n_tokens,
             loss=loss,
             grad_norm=grad_norm,
-            effective_rank=np.array([drawn.effective_rank() for drawn in self._drawn]),
-            n_drawn=np.array([len(drawn) for drawn in self._drawn], np.int64),
+            effective_rank=np.array([sample.effective_rank() for sample in self._rank_rows]),
+            n_drawn=np.array([len(sample) for sample in self._rank_rows], np.int64),
             mean=mean.numpy(),
             cosine=(unit @ unit.T).numpy(),
             influence=(left @ right.T).numpy(),
-            score=asked.score,
+            score=scan.score,
             n_read=self._n_read,
         )
 
 
-class _Drawn:
-    """Rows drawn at random from a stream of unknown length: those whose ids have the smallest hashes."""
+class _RowSample:
+    """Random sample from a stream of unknown length: the rows whose ids have the lowest hashes."""
 
-    def __init__(self, width: int, most: int) -> None:
+    def __init__(self, width: int, size: int) -> None:
         self._width = width
-        self._hashes = np.full(most, _NO_HASH)
-        self._kept: Tensor | None = None
+        self._hashes = np.full(size, _NO_HASH)
+        self._rows: Tensor | None = None
 
     def __len__(self) -> int:
         return int((self._hashes != _NO_HASH).sum())
 
-    def add(self, hashes: np.ndarray, rows: Tensor, here: np.ndarray) -> np.uint64:
-        """Samples with these hashes, whose rows are ``rows[here]``; the hash above which none is drawn any more."""
-        most = len(self._hashes)
-        smallest = np.argsort(np.concatenate([self._hashes, hashes]), kind="stable")[:most]
-        new = smallest[smallest >= most] - most
-        is_free = np.ones(most, bool)
-        is_free[smallest[smallest < most]] = False
+    def add(self, hashes: np.ndarray, rows: Tensor, chosen: np.ndarray) -> np.uint64:
+        """Offer the rows ``rows[chosen]`` with these hashes.
+
+        Returns the hash from which on no row can enter the sample any more.
+        """
+        size = len(self._hashes)
+        smallest = np.argsort(np.concatenate([self._hashes, hashes]), kind="stable")[:size]
+        new = smallest[smallest >= size] - size
+        is_free = np.ones(size, bool)
+        is_free[smallest[smallest < size]] = False
         free = np.flatnonzero(is_free)[: len(new)]
-        if self._kept is None:
-            self._kept = torch.zeros(most, self._width)
-        self._kept[torch.from_numpy(free)] = rows[torch.from_numpy(here[new]).to(rows.device)].cpu()
+        if self._rows is None:
+            self._rows = torch.zeros(size, self._width)
+        source = torch.from_numpy(chosen[new]).to(rows.device)
+        self._rows[torch.from_numpy(free)] = rows[source].cpu()
         self._hashes[free] = hashes[new]
         return self._hashes.max()
 
     def effective_rank(self) -> float:
-        if self._kept is None:
+        if self._rows is None:
             return float("nan")
-        rows = self._kept.double()  # a place that nobody has taken is zero
-        rows = rows[rows.norm(dim=1) > 0]
+        rows = self._rows.double()
+        rows = rows[rows.norm(dim=1) > 0]  # unused places are zero
         if not len(rows):
             return float("nan")
         unit = rows / rows.norm(dim=1, keepdim=True)
-        shares = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=0)
-        shares = shares[shares > 0] / shares.sum()
-        return float(torch.exp(-(shares * shares.log()).sum()))
+        weights = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=0)
+        weights = weights[weights > 0] / weights.sum()
+        return float(torch.exp(-(weights * weights.log()).sum()))
 
 
 def _hash(ids: np.ndarray) -> np.ndarray:
-    """splitmix64: a fixed shuffle of the 64-bit numbers, so that the draw depends on no block size and no seed."""
+    """Return splitmix64 of the ids: a fixed shuffle, so the sample needs no seed or block size."""
     x = ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

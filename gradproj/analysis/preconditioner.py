@@ -1,4 +1,4 @@
-"""``Preconditioner``: a store's inverse curvature by layer; fitted in at most one scan, kept beside the store."""
+"""Inverse curvature of a store's rows, layer by layer, fitted in at most one scan."""
 
 import copy
 from collections.abc import Sequence
@@ -8,39 +8,39 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.curvature import Curvature, DenseSum, Inverse, Kronecker, TruncatedSum
+from gradproj.analysis.curvature import Curvature, Inverse
 from gradproj.analysis.preconditioner_file import (
+    folder_of,
     identity_of,
     read_curvature,
     refuse_other_store,
     write_curvature,
 )
-from gradproj.analysis.row_blocks import chosen_layers, rank_range, scan_blocks, scan_world
-from gradproj.distributed import World
-from gradproj.errors import ConfigError, StoreError
+from gradproj.analysis.row_blocks import chosen_layers, scan_world
+from gradproj.analysis.second_moment import DenseSum, TruncatedSum, sum_second_moments
+from gradproj.analysis.token_covariances import read_kronecker_factors
+from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 KINDS = ("kfac", "second_moment")
 LARGEST_WIDTH = 2048
-"""Values of a layer whose second moment is kept whole: 32 MB, and seconds for its factorization."""
+"""Widest layer whose second moment is stored whole: 32 MB, and seconds to factorize."""
 DIRECTIONS = 256
-"""Directions kept of a wider one."""
+"""Directions stored of a wider one."""
 JOINT = "all layers"
-_ROUNDING = 0.01
-"""Of sums that a device made in few bits, relative."""
 _KFAC_DAMPING = 0.03
 _NARROW_DAMPING, _WIDE_DAMPING, _WIDE = 0.1, 1.0, 1024
 
 
 def auto_damping(kind: str, width: int) -> float:
-    """The damping that ``auto`` stands for, in units of the mean diagonal.
+    """Return the damping that ``auto`` stands for, in units of the mean diagonal.
 
-    kfac: 0.03, in the middle of the 0.01 to 0.1 that measured best. second_moment: 0.1 for layers of fewer than 1,024
-    values (16 x 16), 1 from there on (32 x 32 and above), whose inverse is estimated from fewer rows per direction.
+    kfac: 0.03, in the middle of the range 0.01 to 0.1 that measured best. second_moment: 0.1 for
+    layers of fewer than 1,024 values (16 x 16), 1 for wider ones (32 x 32 and above), whose second
+    moment is estimated from fewer rows per direction.
     """
     if kind == "kfac":
         return _KFAC_DAMPING
@@ -49,7 +49,7 @@ def auto_damping(kind: str, width: int) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """A layer's curvature, or that of all of them jointly, and where its values lie in a row."""
+    """Curvature of one layer, or of all layers jointly, and its number of values in a row."""
 
     name: str
     width: int
@@ -57,9 +57,9 @@ class _Part:
 
 
 class Preconditioner:
-    """``C^-1`` of a store's rows, block diagonal by layer: what turns inner products into influences.
+    """``C^-1`` of a store's rows, block diagonal by layer; turns inner products into influences.
 
-    Made by ``fit`` or ``load``. Its layers' values stand one after the other, in the order of ``layers``.
+    Made by ``fit`` or ``load``. Rows hold the values of ``layers``, in that order.
     """
 
     def __init__(self, settings: dict[str, Any], parts: Sequence[_Part]) -> None:
@@ -68,11 +68,11 @@ class Preconditioner:
         self.damping: float | str = settings["damping"]
         self.layers: list[str] = list(settings["layers"])
         self.n_rows: int = settings["n_rows"]
-        """Rows that were summed; of kfac, tokens."""
+        """Rows that were summed; for kfac, tokens."""
 
     @cached_property
     def _inverses(self) -> list[Inverse]:
-        """Factorized when they are wanted: another damping or fewer layers need others."""
+        # Factorized on first use: callers often change the damping or the layers first.
         return [part.curvature.damped(self._damping_of(part), part.name) for part in self._parts]
 
     @classmethod
@@ -92,25 +92,27 @@ class Preconditioner:
     ) -> "Preconditioner":
         """Measure a store's curvature.
 
-        ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job summed; no row is
-        read. ``second_moment`` is ``(M + d)^-1`` with M the mean of ``row^T row`` over the documents that have a
-        row, in one scan. Sums and factorizations are float64.
+        ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job
+        summed; it reads no row. ``second_moment`` is ``(M + d)^-1`` with M the mean of
+        ``row^T row`` over the documents that have a row, in one scan. Sums and factorizations are
+        float64.
 
         Args:
-            store: for kfac, its units have to be merged.
+            store: finished or not; for kfac, its units must be merged.
             kind: kfac or second_moment.
-            damping: c in ``d = c mean(diagonal)``, of each matrix for itself; ``auto``: see ``auto_damping``.
-            layers: names; None: all.
-            joint: one second moment over all layers, not one for each.
-            largest_width: a second moment of more values a side is kept in its largest directions only.
-            directions: as many.
-            together: every rank of ``torch.distributed`` calls this, scans its share of the units, and gets the whole.
-            device: where the sums are made.
-            progress: show a bar.
+            damping: c in ``d = c mean(diagonal)`` of each matrix; for auto see ``auto_damping``.
+            layers: names; None for all.
+            joint: fit one second moment over all layers instead of one per layer.
+            largest_width: truncate a second moment with more values per side than this.
+            directions: number of directions of a truncated second moment.
+            together: True if every rank of ``torch.distributed`` makes this call; each scans its
+                share of the units and returns the whole.
+            device: where the sums are computed.
+            progress: show a progress bar.
 
         Raises:
-            ConfigError: an unknown kind, layer or damping, or a matrix that has no inverse with a damping given as
-                a number (with ``auto`` that is said where it is used first, or by ``ready``).
+            ConfigError: an unknown kind, layer or damping, or a matrix that has no inverse with
+                a numeric damping. With ``auto``, ``ready`` or the first use raises that.
             StoreError: the store holds no covariances, or no row.
         """
         if kind not in KINDS:
@@ -119,97 +121,109 @@ class Preconditioner:
             )
         if joint and kind == "kfac":
             raise ConfigError(
-                "joint is for kind second_moment: Kronecker factors are of one layer each"
+                "joint requires kind second_moment: Kronecker factors belong to one layer each"
             )
         if largest_width < 1 or directions < 1:
             raise ConfigError(
-                f"largest_width and directions must be at least 1, got {largest_width} and {directions}"
+                f"largest_width and directions must be at least 1, got {largest_width} and "
+                f"{directions}"
             )
-        _checked_damping(damping)
+        _check_damping(damping)
         names = chosen_layers(store, layers)
+        widths = _widths(store, names, joint)
+        curvatures: dict[str, Curvature] = {}
         if kind == "kfac":
-            parts, n_rows = _token_factors(store, names)
+            factors, n_rows = read_kronecker_factors(store)
+            curvatures.update(factors)
         else:
-            widths = _widths(store, names, joint)
-            sums = _sums(widths, largest_width, directions, torch.device(device))
-            n_rows = _sum_rows(
-                store, names, sums, scan_world(together), torch.device(device), progress
-            )
-            parts = [
-                _Part(name, widths[name], part.curvature(n_rows)) for name, part in sums.items()
-            ]
+            device = torch.device(device)
+            sums = {
+                name: DenseSum(width, device)
+                if width <= largest_width
+                else TruncatedSum(width, directions, device)
+                for name, width in widths.items()
+            }
+            world = scan_world(together)
+            n_rows = sum_second_moments(store, names, list(sums.values()), world, device, progress)
+            curvatures.update({name: part.curvature(n_rows) for name, part in sums.items()})
         settings = {
             "kind": kind,
             "damping": damping,
             "layers": names,
             "n_rows": n_rows,
             "joint": joint,
+            "store": identity_of(store),
         }
-        fitted = cls({**settings, "store": identity_of(store)}, parts)
+        parts = [_Part(name, width, curvatures[name]) for name, width in widths.items()]
+        fitted = cls(settings, parts)
         return fitted if damping == "auto" else fitted.ready()
 
     def ready(self) -> "Preconditioner":
-        """Itself, factorized now; ``ConfigError`` where a matrix has no inverse with this damping."""
+        """Factorize now and return self; ``ConfigError`` if a matrix has no inverse."""
         _ = self._inverses
         return self
 
     def with_damping(self, damping: float | str) -> "Preconditioner":
-        """The same curvature, damped otherwise: no scan."""
-        _checked_damping(damping)
+        """Return the same curvature with another damping, without a scan."""
+        _check_damping(damping)
         if damping == self.damping:
             return self
         return Preconditioner({**self._settings, "damping": damping}, self._parts)
 
     def for_layers(self, layers: Sequence[str]) -> "Preconditioner":
-        """The part of some layers, in that order; ``ConfigError`` where it holds no such part."""
+        """Return the part of some layers, in that order; ``ConfigError`` if it has no such part."""
         if list(layers) == self.layers:
             return self
         parts = {part.name: part for part in self._parts}
-        lost = [name for name in layers if name not in parts]
-        if lost:
-            what = (
+        missing = [name for name in layers if name not in parts]
+        if missing:
+            problem = (
                 "one matrix over all its layers"
                 if self._settings["joint"]
-                else f"no layer {lost[0]!r}"
+                else f"no layer {missing[0]!r}"
             )
             raise ConfigError(
-                f"this preconditioner has {what}; its layers are {', '.join(self.layers)}. Fit one for the layers asked"
+                f"this preconditioner has {problem}; its layers are {', '.join(self.layers)}. "
+                "Fit one for the chosen layers"
             )
         return Preconditioner(
             {**self._settings, "layers": list(layers)}, [parts[name] for name in layers]
         )
 
     def solve(self, rows: Tensor) -> Tensor:
-        """``rows C^-1``: ``(n, W)`` -> ``(n, W)``, in the rows' precision and on their device."""
+        """Return ``rows C^-1``, ``(n, W)``, in the rows' precision and on their device."""
         solved = [i.solve(x) for i, x in zip(self._inverses, self._split(rows), strict=True)]
         return torch.cat(solved, dim=1)
 
     def self_products(self, rows: Tensor) -> Tensor:
-        """``row C^-1 row^T``: ``(n, W)`` -> ``(n,)``; never negative."""
+        """Return ``row C^-1 row^T``: ``(n, W)`` -> ``(n,)``; never negative."""
         products = [
             i.self_products(x) for i, x in zip(self._inverses, self._split(rows), strict=True)
         ]
         return torch.stack(products).sum(0)
 
     def by_part(self) -> list[tuple[int, int, Inverse]]:
-        """Where in a row each independent part lies, ``[start, stop)``, and its inverse."""
+        """Return ``(start, stop, inverse)`` of each independent part of a row."""
         stops = list(accumulate(part.width for part in self._parts))
         return list(zip([0, *stops[:-1]], stops, self._inverses, strict=True))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Preconditioner":
-        """The same, ready for many rows of one device and precision; other rows are served as well."""
+        """Return a copy that is fast for many rows of this device and precision."""
         moved = copy.copy(self)
         moved._inverses = [inverse.to(device, dtype) for inverse in self._inverses]
         return moved
 
     def check_store(self, store: ProjectionStore) -> None:
-        """Refuse another store than the one it was fitted on (``StoreError``)."""
+        """Raise ``StoreError`` unless it was fitted on this store."""
         refuse_other_store(self._settings["store"], store, "this preconditioner")
 
     def save(self, store: ProjectionStore, path: str | Path | None = None) -> Path:
-        """Keep the curvature and its settings in a file, by default ``OUTPUT/preconditioners/KIND.safetensors``."""
+        """Write curvature and settings to a file and return its path.
+
+        The default is ``preconditioners/KIND.safetensors`` in the output directory.
+        """
         self.check_store(store)
-        path = _path_of(store, self.kind) if path is None else Path(path)
+        path = _default_path(store, self.kind) if path is None else Path(path)
         write_curvature(path, self._settings, {part.name: part.curvature for part in self._parts})
         return path
 
@@ -217,12 +231,12 @@ class Preconditioner:
     def load(
         cls, store: ProjectionStore, kind: str = "kfac", path: str | Path | None = None
     ) -> "Preconditioner":
-        """What ``save`` kept, for the same store.
+        """Read what ``save`` wrote for the same store.
 
         Raises:
-            StoreError: no such file, a damaged one, or one of another store.
+            StoreError: no file, a damaged one, or one of another store.
         """
-        path = _path_of(store, kind) if path is None else Path(path)
+        path = _default_path(store, kind) if path is None else Path(path)
         settings, curvatures = read_curvature(path)
         refuse_other_store(settings["store"], store, str(path))
         widths = _widths(store, settings["layers"], settings["joint"])
@@ -244,132 +258,21 @@ class Preconditioner:
         return rows.split(widths, dim=1)
 
 
-def _checked_damping(damping: float | str) -> None:
-    known = damping == "auto" if isinstance(damping, str) else 0 <= damping < float("inf")
-    if not known:
+def _check_damping(damping: float | str) -> None:
+    is_valid = damping == "auto" if isinstance(damping, str) else 0 <= damping < float("inf")
+    if not is_valid:
         raise ConfigError(
             f"damping is {damping!r}; give auto or a number, 0 or more (0.01 to 1 are usual)"
         )
 
 
-def _path_of(store: ProjectionStore, kind: str) -> Path:
-    return store.path.parent / "preconditioners" / f"{kind}.safetensors"
+def _default_path(store: ProjectionStore, kind: str) -> Path:
+    return folder_of(store) / f"{kind}.safetensors"
 
 
 def _widths(store: ProjectionStore, layers: Sequence[str], joint: bool) -> dict[str, int]:
-    """Values of every matrix's rows, in the order in which they stand in a row."""
+    """Return the number of values of each part, in the order of a row."""
     widths = {layer.name: layer.slice_end - layer.slice_start for layer in store.layers}
     if joint:
         return {JOINT: sum(widths[name] for name in layers)}
     return {name: widths[name] for name in layers}
-
-
-# --- kfac ---
-
-
-def _token_factors(store: ProjectionStore, layers: Sequence[str]) -> tuple[list[_Part], int]:
-    """Each layer's mean token covariances, and the number of tokens."""
-    n_tokens = store.attributes.get("covariance_tokens") or 0
-    if not isinstance(n_tokens, int) or n_tokens < 0:
-        raise _damaged(
-            store, f"its attribute covariance_tokens is {n_tokens!r}, no number of tokens"
-        )
-    if not n_tokens:
-        raise StoreError(
-            f"{store.path} has no token covariances, which kfac is made of: they are written when its units are "
-            f"merged. Run `python -m gradproj merge {store.path.parent}`, or take the second moment of its rows "
-            "(--score preconditioned) or no preconditioner (dot, cosine)"
-        )
-    s = _squares(store, "token_covariance_s", [layer.k_o for layer in store.layers])
-    a = _squares(store, "token_covariance_a", [layer.k_i for layer in store.layers])
-    factors = {
-        layer.name: Kronecker(s[n] / n_tokens, a[n] / n_tokens)
-        for n, layer in enumerate(store.layers)
-    }
-    widths = _widths(store, layers, joint=False)
-    return [_Part(name, width, factors[name]) for name, width in widths.items()], n_tokens
-
-
-def _squares(store: ProjectionStore, array: str, sides: Sequence[int]) -> list[Tensor]:
-    """The matrices of an array that holds them flat, one after the other; symmetric, which their sums are but for
-    rounding.
-
-    Raises:
-        StoreError: it is gone or damaged: no sum of squares is such a matrix.
-    """
-    flat = store.array(array).astype(np.float64)
-    if (
-        flat.shape != (sum(side**2 for side in sides),)
-        or not np.isfinite(flat).all()
-        or not flat.any()
-    ):
-        raise _damaged(store, f"{array} does not hold the layers' finite sums")
-    parts = np.split(flat, np.cumsum([side**2 for side in sides])[:-1])
-    matrices = [
-        torch.from_numpy(part.reshape(side, side)) for part, side in zip(parts, sides, strict=True)
-    ]
-    for layer, matrix in zip(store.layers, matrices, strict=True):
-        if not _may_be_sum_of_squares(matrix):
-            raise _damaged(store, f"{array} holds no token covariance of {layer.name}")
-    return [(matrix + matrix.T) / 2 for matrix in matrices]
-
-
-def _may_be_sum_of_squares(matrix: Tensor) -> bool:
-    """Whether it is, to rounding, symmetric and keeps to Cauchy and Schwarz; a flipped bit breaks that mostly."""
-    diagonal = matrix.diagonal()
-    rounding = _ROUNDING * diagonal.max()
-    most = (diagonal.clamp(min=0)[:, None] * diagonal.clamp(min=0)).sqrt() * (
-        1 + _ROUNDING
-    ) + rounding
-    is_bounded = bool((matrix.abs() <= most).all()) and bool((diagonal >= -rounding).all())
-    return is_bounded and bool(((matrix - matrix.T).abs() <= _ROUNDING * most + rounding).all())
-
-
-def _damaged(store: ProjectionStore, what: str) -> StoreError:
-    return StoreError(
-        f"{store.path} is damaged: {what}. Run `python -m gradproj verify {store.path.parent}` to see all damage"
-    )
-
-
-# --- second moments ---
-
-
-def _sums(
-    widths: dict[str, int], largest_width: int, directions: int, device: torch.device
-) -> dict[str, DenseSum | TruncatedSum]:
-    return {
-        name: DenseSum(width, device)
-        if width <= largest_width
-        else TruncatedSum(width, directions, device)
-        for name, width in widths.items()
-    }
-
-
-def _sum_rows(
-    store: ProjectionStore,
-    layers: Sequence[str],
-    sums: dict[str, DenseSum | TruncatedSum],
-    world: World,
-    device: torch.device,
-    progress: bool,
-) -> int:
-    """Add every document's row to the sums; the number of documents that have one."""
-    start, stop = rank_range(store, world)
-    label = "second moments" if progress and world.rank == 0 else None
-    n_rows = 0
-    for block in scan_blocks(store, layers, None, device, label, start=start, stop=stop):
-        rows = block.ok_rows()
-        rows = rows[torch.isfinite(rows).all(dim=1)].double()
-        at = 0
-        for part in sums.values():
-            part.add(rows[:, at : at + part.width])
-            at += part.width
-        n_rows += len(rows)
-    n_rows = int(world.sum(torch.tensor(n_rows)))
-    if not n_rows:
-        raise StoreError(
-            f"{store.path} has no row to take a second moment of; let the job compute some first"
-        )
-    for part in sums.values():
-        part.join(world)
-    return n_rows

@@ -1,4 +1,4 @@
-"""A preconditioner's file beside its store: the curvature, the settings, and which store they are of."""
+"""File format of a preconditioner: curvature, settings, and the identity of its store."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from gradproj.files import crc32c, explain_os_errors, write_and_replace
 from gradproj.store import ProjectionStore
 
 FORMAT_VERSION = 2
-"""2: with a checksum."""
+"""2 added the checksum."""
 _TYPES: dict[frozenset[str], type] = {
     frozenset({"s", "a"}): Kronecker,
     frozenset({"moment"}): Dense,
@@ -25,8 +25,13 @@ _TYPES: dict[frozenset[str], type] = {
 }
 
 
+def folder_of(store: ProjectionStore) -> Path:
+    """Return the directory of a store's preconditioner files, in its output directory."""
+    return store.path.parent / "preconditioners"
+
+
 def identity_of(store: ProjectionStore) -> dict[str, Any]:
-    """What tells a store from another: two of one size made with other settings, or one made anew."""
+    """Return what distinguishes a store from others of its size and from one written again."""
     return {
         "store_id": store.attributes.get("store_id"),
         "identity_hash": store.attributes.get("identity_hash"),
@@ -39,45 +44,45 @@ def identity_of(store: ProjectionStore) -> dict[str, Any]:
 def refuse_other_store(recorded: Mapping[str, Any], store: ProjectionStore, what: str) -> None:
     """Raise ``StoreError`` with every difference unless ``recorded`` is this store's identity."""
     mismatch = settings_mismatch(
-        f"{what} is not of {store.path}: it was fitted on another store",
+        f"{what} does not belong to {store.path}: it was fitted on another store",
         recorded,
         identity_of(store),
         "Fit one on this store.",
         labels=("fitted on", "this store"),
-        show=_short,
+        show=_show,
     )
     if mismatch:
         raise StoreError(mismatch)
 
 
-def _short(value: Any) -> str:
-    return (
-        f"{len(value)} layers ({value[0]['name']}, ...)" if isinstance(value, list) else repr(value)
-    )
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} layers ({value[0]['name']}, ...)"
+    return repr(value)
 
 
 def write_curvature(
     path: Path, settings: dict[str, Any], curvatures: Mapping[str, Curvature]
 ) -> None:
-    """Publish the file whole or not at all."""
+    """Write the file atomically."""
     tensors = {
         f"{part}/{name}": tensor.contiguous()
         for part, curvature in curvatures.items()
         for name, tensor in curvature.tensors().items()
     }
-    said = json.dumps(settings)
-    about = {
+    text = json.dumps(settings)
+    metadata = {
         "format_version": str(FORMAT_VERSION),
-        "settings": said,
-        "crc32c": _checksum(said, tensors),
+        "settings": text,
+        "crc32c": _checksum(text, tensors),
     }
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_and_replace(path, [save(tensors, about)])
+    write_and_replace(path, [save(tensors, metadata)])
 
 
 def _checksum(settings: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the settings and of every tensor with its name."""
+    """Return the checksum of the settings and of every tensor with its name."""
     value = crc32c(settings.encode())
     for name in sorted(tensors):
         values = tensors[name].contiguous().cpu().numpy().reshape(-1)
@@ -86,32 +91,31 @@ def _checksum(settings: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_curvature(path: Path) -> tuple[dict[str, Any], dict[str, Curvature]]:
-    """The settings and each part's curvature.
+    """Return the settings and each part's curvature.
 
     Raises:
-        StoreError: no file there, a damaged one, or one of a newer gradproj.
+        StoreError: no file, a damaged one, or one of another format version.
     """
     if not path.is_file():
         raise StoreError(f"there is no preconditioner at {path}; fit one and save it")
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            version = about.get("format_version")
+            metadata = file.metadata() or {}
+            version = metadata.get("format_version")
             if version != str(FORMAT_VERSION):
                 raise StoreError(
-                    f"{path} has format {version}, this gradproj reads {FORMAT_VERSION}: fit it again"
+                    f"{path} has format {version}, this gradproj reads {FORMAT_VERSION}: fit it "
+                    "again"
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        if _checksum(about["settings"], tensors) != about["crc32c"]:
+        if _checksum(metadata["settings"], tensors) != metadata["crc32c"]:
             raise ValueError("its checksum does not match")
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             part, _, name = key.rpartition("/")
             parts.setdefault(part, {})[name] = tensor
-        settings = json.loads(about["settings"])
-        return settings, {
-            part: _TYPES[frozenset(tensors)](**tensors) for part, tensors in parts.items()
-        }
+        curvatures = {part: _TYPES[frozenset(of)](**of) for part, of in parts.items()}
+        return json.loads(metadata["settings"]), curvatures
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged ({error}): delete it and fit the preconditioner again"

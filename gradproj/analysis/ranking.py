@@ -1,4 +1,4 @@
-"""The documents with the highest and the lowest scores, for one damping or several."""
+"""Highest- and lowest-scoring documents, for one damping or several."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gradproj.analysis import Preconditioner, TopDocuments, top_and_bottom
+from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
+from gradproj.analysis.score_types import SCORES
+from gradproj.analysis.scores import TopDocuments, top_and_bottom
 from gradproj.analysis.top_k import TopK
 from gradproj.store import ProjectionStore
 
-_QUERIES_AT_ONCE_BYTES = 2**30
-"""Of queries in float64; more are asked in several scans."""
+_QUERY_BYTES_PER_SCAN = 2**30
+"""Most bytes of queries in float64; more queries take several scans."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Ranking:
     """Both ends of the scores of all queries, by one damping."""
 
     damping: float | str | None
-    """As it was asked for; None where the score has none."""
+    """The value requested; None for a score without damping."""
     top: TopDocuments
     bottom: TopDocuments
 
@@ -34,56 +36,59 @@ def rank_documents(
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: ScanOptions,
-    curvature: Preconditioner | None,
+    options: ScanOptions,
+    preconditioner: Preconditioner | None,
     dampings: Sequence[float | str],
 ) -> list[Ranking]:
-    """Scan the store, once for all dampings; for each where the documents' own norms depend on it, as relatif's do.
+    """Rank the documents in one scan for all dampings, or one scan each for relatif.
 
     Args:
         rows: ``(Q, D)``.
-        store: whose documents are scored.
+        store: documents to score.
         n_top: documents at the upper end, for each query.
-        n_bottom: at the lower.
-        how: score, layers, domains, device, progress, together.
-        curvature: what the score needs; None: a score without damping.
-        dampings: as many answers.
+        n_bottom: documents at the lower end.
+        options: score, layers, domains, device, progress, together.
+        preconditioner: what the score needs; None for a score without damping.
+        dampings: one ranking is returned for each.
     """
-    if curvature is None:
-        return [Ranking(None, *_in_parts(rows, store, n_top, n_bottom, how))]
-    if len(dampings) > 1 and how["score"] != "relatif":
-        return _all_at_once(rows, store, n_top, n_bottom, how, curvature, dampings)
-    found = []
+    if preconditioner is None:
+        return [Ranking(None, *_scan_in_parts(rows, store, n_top, n_bottom, options))]
+    if len(dampings) > 1 and SCORES[options["score"]].is_inner_product:
+        return _rank_in_one_scan(rows, store, n_top, n_bottom, options, preconditioner, dampings)
+    # Each damping changes the documents' own norms, so that nothing can be shared between scans.
+    rankings = []
     for damping in dampings:
-        damped: ScanOptions = {**how, "preconditioner": curvature, "damping": damping}
-        found.append(Ranking(damping, *_in_parts(rows, store, n_top, n_bottom, damped)))
-    return found
+        damped: ScanOptions = {**options, "preconditioner": preconditioner, "damping": damping}
+        rankings.append(Ranking(damping, *_scan_in_parts(rows, store, n_top, n_bottom, damped)))
+    return rankings
 
 
-def _all_at_once(
+def _rank_in_one_scan(
     rows: np.ndarray,
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: ScanOptions,
-    curvature: Preconditioner,
+    options: ScanOptions,
+    preconditioner: Preconditioner,
     dampings: Sequence[float | str],
 ) -> list[Ranking]:
-    """Each damping makes queries of its own, ``q C^-1``, whose scores are inner products."""
-    chosen = curvature.for_layers(how["layers"] or curvature.layers)
+    """Score ``q C^-1`` of every damping by inner products, as if they were further queries."""
+    chosen = preconditioner.for_layers(options["layers"] or preconditioner.layers)
     spans = {layer.name: slice(layer.slice_start, layer.slice_end) for layer in store.layers}
-    found: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
-    for part in parts_of(rows, len(dampings)):
+    parts: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
+    for part in query_parts(rows, len(dampings)):
         values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
         queries = torch.from_numpy(values).double()
-        turned = np.concatenate([chosen.with_damping(d).solve(queries).numpy() for d in dampings])
-        ends = _in_parts(turned, store, n_top, n_bottom, {**how, "score": "dot"})
-        for number, of_one in enumerate(found):
-            own = slice(number * len(queries), (number + 1) * len(queries))
-            of_one.append(tuple(TopDocuments(e.ids[own], e.scores[own], e.n_scored) for e in ends))
+        solved = np.concatenate([chosen.with_damping(d).solve(queries).numpy() for d in dampings])
+        ends = _scan_in_parts(solved, store, n_top, n_bottom, {**options, "score": "dot"})
+        for number, ends_of_damping in enumerate(parts):
+            span = slice(number * len(queries), (number + 1) * len(queries))
+            ends_of_damping.append(
+                tuple(TopDocuments(end.ids[span], end.scores[span], end.n_scored) for end in ends)
+            )
     return [
-        Ranking(damping, *(_joined(end) for end in zip(*of_one, strict=True)))
-        for damping, of_one in zip(dampings, found, strict=True)
+        Ranking(damping, *(_concatenate(end) for end in zip(*ends, strict=True)))
+        for damping, ends in zip(dampings, parts, strict=True)
     ]
 
 
@@ -92,85 +97,90 @@ def rank_and_save_scores(
     store: ProjectionStore,
     n_top: int,
     n_bottom: int,
-    how: ScanOptions,
-    curvature: Preconditioner | None,
+    options: ScanOptions,
+    preconditioner: Preconditioner | None,
     damping: float | str,
     path: Path,
 ) -> Ranking:
-    """As ``rank_documents`` for one damping, with every score in a file; the ends are then taken from there.
+    """Write every score to a file and rank the documents from there, for one damping.
+
+    Args: see ``rank_documents``.
 
     Raises:
-        StoreError: there is no room for the file, or it cannot be made.
+        StoreError: there is no room for the file, or it cannot be created.
     """
-    if curvature is not None:
-        how = {**how, "preconditioner": curvature, "damping": damping}
-    world, shape = scan_world(how.get("together", False)), (len(rows), len(store))
+    if preconditioner is not None:
+        options = {**options, "preconditioner": preconditioner, "damping": damping}
+    world, shape = scan_world(options.get("together", False)), (len(rows), len(store))
     unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
     with ScoresFile(path, unfinished, shape) as file:
-        for part in parts_of(rows):
-            asked = Scan.of(store, how)
-            for block in score_blocks(asked, asked.question(rows[part])):
+        for part in query_parts(rows):
+            scan = Scan.of(store, options)
+            for block in score_blocks(scan, scan.prepare_queries(rows[part])):
                 file.write(part.start, block.first, block.values.cpu().numpy())
         file.finish()
-        world.barrier()  # every rank has written its part
+        world.barrier()  # rank 0 reads what every rank has written
         ends = _ends_of(file, shape, n_top, n_bottom) if world.rank == 0 else None
         if world.rank == 0:
             file.publish()
-    return Ranking(None if curvature is None else damping, *world.broadcast(ends))
+    return Ranking(None if preconditioner is None else damping, *world.broadcast(ends))
 
 
 def _ends_of(
     file: ScoresFile, shape: tuple[int, int], n_top: int, n_bottom: int
 ) -> tuple[TopDocuments, TopDocuments]:
-    best = {
-        sign: TopK(shape[0], k, torch.device("cpu")) for sign, k in ((1, n_top), (-1, n_bottom))
-    }
+    cpu = torch.device("cpu")
+    top, bottom = TopK(shape[0], n_top, cpu), TopK(shape[0], n_bottom, cpu)
     n_scored = 0
     for first, values in file.blocks():
         n_scored += int((~np.isnan(values).any(axis=0)).sum())
-        for sign, found in best.items():
-            found.add(first, torch.from_numpy(sign * values))
+        top.add(first, torch.from_numpy(values))
+        bottom.add(first, torch.from_numpy(-values))
 
-    def result(sign: int, wanted: int) -> TopDocuments:
-        ids, values = (end[:, : min(wanted, n_scored)].numpy() for end in best[sign].found())
+    def result(best: TopK, sign: int) -> TopDocuments:
+        ids, values = (x[:, : min(best.k, n_scored)].numpy() for x in best.result())
         return TopDocuments(ids, sign * values, n_scored)
 
-    return result(1, n_top), result(-1, n_bottom)
+    return result(top, 1), result(bottom, -1)
 
 
-def parts_of(rows: np.ndarray, times: int = 1) -> Iterator[slice]:
-    """As many queries at a time as one scan takes, where each is asked so many times over."""
-    step = max(1, _QUERIES_AT_ONCE_BYTES // (8 * times * rows.shape[1]))
+def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
+    """Yield the spans of queries that one scan takes if each stands for ``copies`` queries."""
+    step = max(1, _QUERY_BYTES_PER_SCAN // (8 * copies * rows.shape[1]))
     for first in range(0, len(rows), step):
         yield slice(first, min(first + step, len(rows)))
 
 
-def _in_parts(
-    rows: np.ndarray, store: ProjectionStore, n_top: int, n_bottom: int, how: ScanOptions
+def _scan_in_parts(
+    rows: np.ndarray, store: ProjectionStore, n_top: int, n_bottom: int, options: ScanOptions
 ) -> tuple[TopDocuments, TopDocuments]:
-    found = [top_and_bottom(rows[part], store, n_top, n_bottom, **how) for part in parts_of(rows)]
-    top, bottom = (_joined(end) for end in zip(*found, strict=True))
+    ends = [
+        top_and_bottom(rows[part], store, n_top, n_bottom, **options) for part in query_parts(rows)
+    ]
+    top, bottom = (_concatenate(end) for end in zip(*ends, strict=True))
     return top, bottom
 
 
-def _joined(parts: Sequence[TopDocuments]) -> TopDocuments:
+def _concatenate(parts: Sequence[TopDocuments]) -> TopDocuments:
     ids, scores = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "scores")
     )
     return TopDocuments(ids, scores, parts[0].n_scored)
 
 
-def in_common(answers: Sequence[Ranking]) -> np.ndarray:
-    """``(n, n)``: which share of the documents at the upper end two answers have in common, mean over the queries.
+def overlap(rankings: Sequence[Ranking]) -> np.ndarray:
+    """Return the fraction of documents that two rankings share, ``(n, n)``, mean over queries.
 
-    Of the lower end where no upper one was asked for.
+    Compares the upper ends, or the lower ones if no upper end was requested.
     """
-    lists = [(a.top if a.top.ids.shape[1] else a.bottom).ids for a in answers]
-    shares = np.ones((len(lists), len(lists)))
+    lists = [(r.top if r.top.ids.shape[1] else r.bottom).ids for r in rankings]
+    fractions = np.ones((len(lists), len(lists)))
     for i, one in enumerate(lists):
         for j, other in enumerate(lists):
-            both = [
-                len(np.intersect1d(a, b)) / max(len(a), 1) for a, b in zip(one, other, strict=True)
-            ]
-            shares[i, j] = np.mean(both)
-    return shares
+            fractions[i, j] = np.mean(
+                [
+                    len(np.intersect1d(a, b)) / max(len(a), 1)
+                    for a, b in zip(one, other, strict=True)
+                ]
+            )
+    return fractions

@@ -1,4 +1,4 @@
-"""Scores of a store's documents, a block at a time: what every answer to a question is made of."""
+"""Stream score blocks over a store; the basis of ``score``, ``top_k`` and rankings."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from gradproj.kernels.onednn import linear
 from gradproj.store import Band
 
 _TILE_VALUES = 2**17
-"""Decoded at a time: half a megabyte, which stays in a core's own cache until it is multiplied."""
+"""Values decoded at a time: half a megabyte, which stays in a core's cache until multiplied."""
 _BLOCK_SCORES = 2**12
 _ONEDNN_QUERIES = 6
-"""From as many on its products are worth what calling them costs."""
+"""Fewest queries for which oneDNN's products outweigh the cost of calling it."""
 
 
 @dataclass(frozen=True)
@@ -25,84 +25,77 @@ class ScoreBlock:
     """Consecutive samples of a store with their scores."""
 
     first: int
-    """The first sample's id."""
+    """Id of the first sample."""
     values: Tensor
-    """``(Q, n)`` float32 on the device; NaN for samples that take no part or have no row."""
+    """``(Q, n)`` float32 on the device; NaN for samples without a row or of other domains."""
 
 
-def score_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
-    """This process's share of the samples in order, each byte of a row read once."""
-    # Tiles are for a processor's caches; a GPU wants long blocks.
-    by_tiles = asked.device.type == "cpu" and _parts_fit_tiles(asked, question)
-    return _by_tiles(asked, question) if by_tiles else _by_blocks(asked, question)
+def score_blocks(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+    """Yield this process's share of the samples in order, reading each byte of a row once."""
+    # Tiles suit the caches of a CPU; a GPU needs long blocks.
+    if scan.device.type == "cpu" and _parts_fit_tiles(scan, queries):
+        return _score_tiles(scan, queries)
+    return _score_rows(scan, queries)
 
 
 def on_host(
     blocks: Iterable[tuple[int, Tensor]], device: torch.device
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The same blocks ``(first id, values)`` on the host, each after the next was given to the device.
+    """Copy blocks ``(first id, values)`` to the host, each after the next one was launched.
 
-    So a GPU has always something to do while the host waits for what it has done.
+    So a GPU has work while the host waits for a result.
     """
     before: tuple[int, Tensor, torch.cuda.Event | None] | None = None
     for first, values in blocks:
-        now = first, values, record_event(device)
+        current = first, values, record_event(device)
         if before is not None:
             yield before[0], fetch([before[1]], before[2])[0].numpy()
-        before = now
+        before = current
     if before is not None:
         yield before[0], fetch([before[1]], before[2])[0].numpy()
 
 
-def _parts_fit_tiles(asked: Scan, question: PreparedQueries) -> bool:
-    """Whether each tile holds whole parts of the preconditioner, where a norm needs those."""
-    if question.divisor is None:
+def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:
+    """Return whether each tile holds whole parts of the preconditioner that norms need."""
+    if queries.preconditioner is None:
         return True
-    parts, width = question.divisor.by_part(), asked.store.layout.chunk_width
-    return width == asked.store.dim or all(stop - start == width for start, stop, _ in parts)
+    parts, width = queries.preconditioner.by_part(), scan.store.layout.chunk_width
+    return width == scan.store.dim or all(stop - start == width for start, stop, _ in parts)
 
 
-def _by_blocks(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
-    for block in asked.blocks():
-        values = question.of_rows(block.rows)
+def _score_rows(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+    for block in scan.blocks():
+        values = queries.scores_of(block.rows)
         if not block.ok.all():
-            values = torch.where(send(torch.from_numpy(block.ok), asked.device), values, torch.nan)
+            values = torch.where(send(torch.from_numpy(block.ok), scan.device), values, torch.nan)
         yield ScoreBlock(block.first, values)
 
 
-def _by_tiles(asked: Scan, question: PreparedQueries) -> Iterator[ScoreBlock]:
-    store, (start, stop) = asked.store, rank_range(asked.store, asked.world)
-    takes_part = SampleFilter(store, asked.how.get("domains"))
-    products = TileProducts(question, store.layout.proj_dtype)
-    height = asked.how.get("rows_per_block")
-    # A band's own scores are few where queries are few; what is done with them is done for several bands at once.
-    most = height or max(1, _BLOCK_SCORES // len(question.weights))
-    with progress_bar(store, asked.label, start, stop) as bar:
-        parts: list[_Part] = []
+def _score_tiles(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+    store, (start, stop) = scan.store, rank_range(scan.store, scan.world)
+    sample_filter = SampleFilter(store, scan.options.get("domains"))
+    products = TileProducts(queries, store.layout.proj_dtype)
+    height = scan.options.get("rows_per_block")
+    # One band has few scores if there are few queries, so that several bands make up a block.
+    most = height or max(1, _BLOCK_SCORES // len(queries.weights))
+    with progress_bar(store, scan.progress_label, start, stop) as bar:
+        bands: list[_ScoredBand] = []
         n_rows = 0
-        for band in store.scan_bands(height, asked.scanned_layers, start, stop):
-            ok = takes_part(band.first, band.status) & band.has_rows
-            parts.append(
-                _Part(
-                    band.first,
-                    ok,
-                    torch.from_numpy(band.row_scale),
-                    *products.of(band, bool(ok.any())),
-                )
-            )
+        for band in store.scan_bands(height, scan.scanned_layers, start, stop):
+            ok = sample_filter(band.first, band.status) & band.has_rows
+            scale = torch.from_numpy(band.row_scale)
+            bands.append(_ScoredBand(band.first, ok, scale, *products.of(band, bool(ok.any()))))
             n_rows += len(ok)
             bar.update(len(ok))
             if n_rows >= most:
-                yield _joined(question, parts)
-                parts, n_rows = [], 0
-        if parts:
-            yield _joined(question, parts)
+                yield _merge_bands(queries, bands)
+                bands, n_rows = [], 0
+        if bands:
+            yield _merge_bands(queries, bands)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What is known of a band after its tiles: which samples take part, their scales, products and squared norms."""
-
+class _ScoredBand:
     first: int
     ok: np.ndarray
     row_scale: Tensor
@@ -110,96 +103,95 @@ class _Part:
     squares: Tensor
 
 
-def _joined(question: PreparedQueries, parts: list[_Part]) -> ScoreBlock:
-    products = torch.cat([part.products for part in parts]).T
-    if question.has_norms:
-        values = question.finished(products, torch.cat([part.squares for part in parts]).sqrt())
+def _merge_bands(queries: PreparedQueries, bands: list[_ScoredBand]) -> ScoreBlock:
+    products = torch.cat([band.products for band in bands]).T
+    if queries.has_norms:
+        values = queries.finish(products, torch.cat([band.squares for band in bands]).sqrt())
     else:
-        values = question.finished(products, scale=torch.cat([part.row_scale for part in parts]))
-    absent = ~np.concatenate([part.ok for part in parts])
+        row_scale = torch.cat([band.row_scale for band in bands])
+        values = queries.finish(products, row_scale=row_scale)
+    absent = ~np.concatenate([band.ok for band in bands])
     if absent.any():
         values[:, torch.from_numpy(absent)] = torch.nan
-    return ScoreBlock(parts[0].first, values)
+    return ScoreBlock(bands[0].first, values)
 
 
 class TileProducts:
-    """Multiplies queries with stored rows on a processor: a tile is decoded into the cache and used there.
+    """Multiply queries with stored rows on a CPU, decoding one tile at a time into its cache.
 
-    Rows' scales are applied to the scores, not to the values, but where these are multiplied with one another.
+    Rows' scales are applied to the scores rather than to the values, except where products of the
+    values with each other are needed.
     """
 
-    def __init__(self, question: PreparedQueries, proj_dtype: str) -> None:
-        self._question, self._proj_dtype = question, proj_dtype
-        self._n_queries = len(question.weights)
-        # float16 rows have been brought to one size when they were stored. Of the others small values' squares would
-        # be lost in float32.
+    def __init__(self, queries: PreparedQueries, proj_dtype: str) -> None:
+        self._queries, self._proj_dtype = queries, proj_dtype
+        self._n_queries = len(queries.weights)
+        # float16 rows were scaled to one size when stored. For the other dtypes, the squares of
+        # small values would underflow in float32.
         self._norm_dtype = torch.float32 if proj_dtype == "float16" else torch.float64
-        self._inverses = {}
-        if question.divisor is not None:
-            self._inverses = {
-                (start, stop): inverse for start, stop, inverse in question.divisor.by_part()
-            }
+        parts = [] if queries.preconditioner is None else queries.preconditioner.by_part()
+        self._inverses = {(start, stop): inverse for start, stop, inverse in parts}
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
     def of(self, band: Band, wanted: bool) -> tuple[Tensor, Tensor]:
-        """``(n, Q)`` products and, where scores are divided by norms, their squares ``(n,)`` float64; if wanted."""
+        """Return products ``(n, Q)`` and squared norms ``(n,)`` float64.
+
+        Both are zero unless ``wanted``; the norms also if the scores need none.
+        """
         n, scale = len(band.status), torch.from_numpy(band.row_scale)[:, None]
         products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
         if not wanted:
             return products, squares
-        source, cuts, has_norms = None, [], self._question.has_norms
-        for at, stored in band.tiles:
-            if stored is not source:  # the next tile comes mostly in the same array
-                source, cuts = stored, self._cut(stored, at)
+        source, cuts, has_norms = None, [], self._queries.has_norms
+        for column, stored in band.tiles:
+            if stored is not source:  # most tiles come in the same array as the one before
+                source, cuts = stored, self._cut(stored, column)
             for first, last, values, tile in cuts:
                 if tile is not values:
                     tile.copy_(values)
-                if (
-                    self._inverses
-                ):  # of rows as they are stored their products may be out of float32's reach
+                if self._inverses:
+                    # Products of unscaled values may be out of float32's range.
                     tile *= scale
-                self._multiply(tile, at + first, at + last, products)
+                self._multiply(tile, column + first, column + last, products)
                 if has_norms:
-                    squares += self._squares(tile, at + first, at + last)
+                    squares += self._squares(tile, column + first, column + last)
         return products, squares
 
-    def _cut(self, stored: np.ndarray, at: int) -> list[tuple[int, int, Tensor, Tensor]]:
-        """Where each part of a tile begins and ends, its stored values, and where they are decoded."""
+    def _cut(self, stored: np.ndarray, column: int) -> list[tuple[int, int, Tensor, Tensor]]:
+        """Return ``(start, stop, stored values, decoded values)`` of each part of a tile."""
         n, width = stored.shape
         step = max(1, _TILE_VALUES // n)
-        ends = [(first, min(first + step, width)) for first in range(0, width, step)]
+        spans = [(first, min(first + step, width)) for first in range(0, width, step)]
         if self._inverses:
-            ends = [(a - at, b - at) for a, b in self._inverses if at <= a and b <= at + width]
-        most = n * max(last - first for first, last in ends)
-        if self._proj_dtype != "float32" and len(self._buffer) < most:
-            self._buffer = torch.empty(most)
+            spans = [
+                (start - column, stop - column)
+                for start, stop in self._inverses
+                if column <= start and stop <= column + width
+            ]
+        largest = n * max(last - first for first, last in spans)
+        if self._proj_dtype != "float32" and len(self._buffer) < largest:
+            self._buffer = torch.empty(largest)
         cuts = []
-        for first, last in ends:
-            values = as_tensor(stored[:, first:last], self._proj_dtype)
-            decoded = values.dtype == torch.float32
-            cuts.append(
-                (
-                    first,
-                    last,
-                    values,
-                    values if decoded else self._buffer[: values.numel()].view(values.shape),
-                )
-            )
+        for first, last in spans:
+            values = decoded = as_tensor(stored[:, first:last], self._proj_dtype)
+            if values.dtype != torch.float32:
+                decoded = self._buffer[: values.numel()].view(values.shape)
+            cuts.append((first, last, values, decoded))
         return cuts
 
     def _squares(self, tile: Tensor, first: int, last: int) -> Tensor:
-        """``(n,)`` float64: what the values ``[first, last)`` add to the rows' squared norms."""
+        """Return the part ``(n,)`` float64 of the squared norms from the values of a tile."""
         if self._inverses:
             return self._inverses[first, last].self_products(tile).double()
         return torch.linalg.vector_norm(tile, dim=1, dtype=self._norm_dtype).double().square()
 
     def _multiply(self, tile: Tensor, first: int, last: int, products: Tensor) -> None:
-        """Add ``tile (n, w)`` times the queries' values ``[first, last)`` to ``products (n, Q)``."""
+        """Add ``tile (n, w)`` times the queries' values ``[first, last)`` to ``products``."""
         few = self._n_queries < _ONEDNN_QUERIES
         weights = self._weights.get((first, last))
         if weights is None:
-            weights = self._question.weights[:, first:last]
+            weights = self._queries.weights[:, first:last]
             weights = self._weights[first, last] = (weights.T if few else weights).contiguous()
         if few:
             products.addmm_(tile, weights)

@@ -1,6 +1,7 @@
-"""Scores of a store's documents for queries: all of them, the best and worst, and each document's with itself.
+"""Scores of a store's documents: all of them, the highest and lowest, and self-influence.
 
-Every scan streams: memory is bounded whatever the store's size, but for ``score``, whose answer is ``(Q, N)``.
+Every scan streams, so memory does not grow with the store, except for the ``(Q, N)`` result of
+``score``.
 """
 
 from collections.abc import Iterator
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.scan import (
-    SELF_SCORES,
     PreparedQueries,
     Rows,
     Scan,
     ScanOptions,
-    queries_of,
+    query_tensor,
     self_products,
 )
 from gradproj.analysis.score_blocks import on_host, score_blocks
+from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
 from gradproj.errors import ConfigError
 from gradproj.kernels.device_copy import send
@@ -29,72 +30,71 @@ from gradproj.store import ProjectionStore
 
 @dataclass(frozen=True)
 class TopDocuments:
-    """The documents at one end of the scores, the outermost first; equal scores by sample id."""
+    """Documents at one end of the scores, the outermost first; ties in order of sample ids."""
 
     ids: Rows
     """``(Q, k)`` int64 sample ids."""
     scores: Rows
     """``(Q, k)`` float32."""
     n_scored: int
-    """Documents that have a score; where they are fewer than were asked for, so is k."""
+    """Documents with a score. If they are fewer than requested, k equals ``n_scored``."""
 
 
 def score(
     query_rows: Rows,
     store: ProjectionStore,
     out: np.ndarray | None = None,
-    **how: Unpack[ScanOptions],
+    **options: Unpack[ScanOptions],
 ) -> Rows:
-    """Every document's score for every query; ``MEANINGS`` and ``SIGN`` say what a score is.
+    """Score every document for every query. ``MEANINGS`` and ``SIGN`` describe the scores.
 
     Args:
-        query_rows: ``(Q, D)`` or ``(D,)``, of the store's row layout, or as wide as the chosen layers.
+        query_rows: ``(Q, D)`` or ``(D,)``, with the store's row layout, or only the chosen layers.
         store: finished or not.
-        out: ``(Q, N)`` float32 to write into (a memory map, say), which is then given back.
-        **how: see ``ScanOptions``.
+        out: ``(Q, N)`` float32 to write into and return, such as a memory map.
+        **options: see ``ScanOptions``.
 
     Returns:
-        ``(Q, N)`` float32, NaN for documents without a row (missing, empty, failed, of another domain); a tensor on
-        the queries' device where the queries are one.
+        ``(Q, N)`` float32, NaN for documents without a row (missing, empty, failed, of another
+        domain); a tensor on the queries' device if the queries are a tensor.
 
     Raises:
         ConfigError: an unknown score, layer or domain, or rows of another width.
         StoreError: a preconditioner of another store, or a store without what the score needs.
     """
-    queries = queries_of(query_rows)
+    queries = query_tensor(query_rows)
     shape = (len(queries), len(store))
     scores = np.empty(shape, np.float32) if out is None else out
     if scores.shape != shape or scores.dtype != np.float32:
         raise ConfigError(f"out is {scores.dtype} {scores.shape}; these scores are float32 {shape}")
-    for ids, values in iter_scores(queries, store, **how):
+    for ids, values in iter_scores(queries, store, **options):
         scores[:, int(ids[0]) : int(ids[-1]) + 1] = values
     return _like(scores, query_rows) if out is None else out
 
 
 def iter_scores(
-    query_rows: Rows, store: ProjectionStore, **how: Unpack[ScanOptions]
+    query_rows: Rows, store: ProjectionStore, **options: Unpack[ScanOptions]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``score`` a block of documents at a time: ``(ids (n,) int64, scores (Q, n) float32)``, in order of ids."""
-    asked = Scan.alone(store, how, "score")
-    blocks = (
-        (block.first, block.values) for block in score_blocks(asked, asked.question(query_rows))
-    )
-    for first, values in on_host(blocks, asked.device):
+    """Yield ``score`` block by block: ``(ids (n,) int64, scores (Q, n) float32)`` in id order."""
+    scan = Scan.alone(store, options, "score")
+    blocks = score_blocks(scan, scan.prepare_queries(query_rows))
+    pairs = ((block.first, block.values) for block in blocks)
+    for first, values in on_host(pairs, scan.device):
         yield np.arange(first, first + values.shape[1], dtype=np.int64), values
 
 
 def top_k(
-    query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]
+    query_rows: Rows, store: ProjectionStore, k: int = 20, **options: Unpack[ScanOptions]
 ) -> TopDocuments:
-    """The ``k`` documents with the highest scores for each query, the highest first; arguments as ``score``'s."""
-    return top_and_bottom(query_rows, store, k, 0, **how)[0]
+    """Return the ``k`` highest-scoring documents of each query. Arguments: see ``score``."""
+    return top_and_bottom(query_rows, store, k, 0, **options)[0]
 
 
 def bottom_k(
-    query_rows: Rows, store: ProjectionStore, k: int = 20, **how: Unpack[ScanOptions]
+    query_rows: Rows, store: ProjectionStore, k: int = 20, **options: Unpack[ScanOptions]
 ) -> TopDocuments:
-    """The ``k`` documents with the lowest scores for each query, the lowest first; arguments as ``score``'s."""
-    return top_and_bottom(query_rows, store, 0, k, **how)[1]
+    """Return the ``k`` lowest-scoring documents of each query. Arguments: see ``score``."""
+    return top_and_bottom(query_rows, store, 0, k, **options)[1]
 
 
 def top_and_bottom(
@@ -102,36 +102,38 @@ def top_and_bottom(
     store: ProjectionStore,
     n_top: int = 20,
     n_bottom: int = 20,
-    **how: Unpack[ScanOptions],
+    **options: Unpack[ScanOptions],
 ) -> tuple[TopDocuments, TopDocuments]:
-    """Both ends of the scores in one scan.
+    """Return both ends of the scores from one scan.
 
     Raises:
-        ConfigError: more documents wanted than the store has samples, or as ``score`` does.
+        ConfigError: more documents requested than the store has samples, or as for ``score``.
     """
-    for wanted in (n_top, n_bottom):
-        if not 0 <= wanted <= len(store):
-            raise ConfigError(
-                f"{wanted:,} documents are asked for; {store.path} has {len(store):,}"
-            )
-    asked = Scan.of(store, how)
-    question = asked.question(query_rows)
-    n_queries = len(question.weights)
-    top, bottom = TopK(n_queries, n_top, asked.device), TopK(n_queries, n_bottom, asked.device)
-    total = int(asked.world.sum(_add_all(asked, question, top, bottom)))
+    for k in (n_top, n_bottom):
+        if not 0 <= k <= len(store):
+            raise ConfigError(f"{k:,} documents requested; {store.path} has {len(store):,}")
+    scan = Scan.of(store, options)
+    queries = scan.prepare_queries(query_rows)
+    n_queries = len(queries.weights)
+    top, bottom = TopK(n_queries, n_top, scan.device), TopK(n_queries, n_bottom, scan.device)
+    total = int(scan.world.sum(_add_all(scan, queries, top, bottom)))
 
-    def result(best: TopK, sign: int, wanted: int) -> TopDocuments:
-        ids, values = (found[:, : min(wanted, total)] for found in best.joined(asked.world).found())
+    def result(best: TopK, sign: int) -> TopDocuments:
+        ids, values = (x[:, : min(best.k, total)] for x in best.merged(scan.world).result())
         return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
 
-    return result(top, 1, n_top), result(bottom, -1, n_bottom)
+    return result(top, 1), result(bottom, -1)
 
 
-def _add_all(asked: Scan, question: PreparedQueries, top: TopK, bottom: TopK) -> Tensor:
-    """Scan this process's share; the number of documents that have a score. A device is asked for nothing here."""
-    n_scored = torch.zeros((), dtype=torch.int64, device=asked.device)
-    for block in score_blocks(asked, question):
-        # NaN for one query only (an infinite row) is none for the others either: so all have as many.
+def _add_all(scan: Scan, queries: PreparedQueries, top: TopK, bottom: TopK) -> Tensor:
+    """Scan this process's share and return the number of documents with a score.
+
+    Never waits for the device, so the result is a tensor there.
+    """
+    n_scored = torch.zeros((), dtype=torch.int64, device=scan.device)
+    for block in score_blocks(scan, queries):
+        # A NaN for one query only (an infinite row) removes the document for all queries, so that
+        # all have equally many.
         no_score = block.values.isnan().any(dim=0)
         values = block.values.masked_fill_(no_score, torch.nan)
         n_scored += no_score.logical_not().sum()
@@ -142,14 +144,14 @@ def _add_all(asked: Scan, question: PreparedQueries, top: TopK, bottom: TopK) ->
 
 
 def self_influence(
-    store: ProjectionStore, out: np.ndarray | None = None, **how: Unpack[ScanOptions]
+    store: ProjectionStore, out: np.ndarray | None = None, **options: Unpack[ScanOptions]
 ) -> np.ndarray:
-    """Each document's score with itself: how much its own loss falls when it is trained on more.
+    """Score each document with itself: how far training more on it lowers its own loss.
 
     Args:
         store: finished or not.
-        out: ``(N,)`` float32 to write into (a memory map, say).
-        **how: see ``ScanOptions``; the score is kfac, preconditioned or dot (the squared norm).
+        out: ``(N,)`` float32 to write into and return, such as a memory map.
+        **options: see ``ScanOptions``; the score is kfac, preconditioned or dot (squared norm).
 
     Returns:
         ``(N,)`` float32, 0 or more; NaN for documents without a row.
@@ -157,24 +159,23 @@ def self_influence(
     values = np.empty(len(store), np.float32) if out is None else out
     if values.shape != (len(store),) or values.dtype != np.float32:
         raise ConfigError(
-            f"out is {values.dtype} {values.shape}; the answer is float32 {(len(store),)}"
+            f"out is {values.dtype} {values.shape}; the result is float32 {(len(store),)}"
         )
-    asked = Scan.alone(store, how, "self_influence", SELF_SCORES)
-    for first, found in on_host(_own(asked), asked.device):
-        values[first : first + len(found)] = found
+    scan = Scan.alone(store, options, "self_influence", SELF_SCORES)
+    for first, block in on_host(_self_scores(scan), scan.device):
+        values[first : first + len(block)] = block
     return values
 
 
-def _own(asked: Scan) -> Iterator[tuple[int, Tensor]]:
-    """``(first id, (n,) self products)`` of every block, NaN for those that take no part."""
-    preconditioner = asked.for_rows()
-    for block in asked.blocks():
-        ok = send(torch.from_numpy(block.ok), asked.device)
+def _self_scores(scan: Scan) -> Iterator[tuple[int, Tensor]]:
+    preconditioner = scan.row_preconditioner()
+    for block in scan.blocks():
+        ok = send(torch.from_numpy(block.ok), scan.device)
         yield block.first, torch.where(ok, self_products(block.rows, preconditioner), torch.nan)
 
 
 def _like(values: np.ndarray | Tensor, example: Rows) -> Rows:
-    """A tensor on the example's device where that is one, else numpy."""
+    """Return a tensor on the example's device if that is a tensor, else a numpy array."""
     if isinstance(example, Tensor):
         return torch.as_tensor(values).to(example.device)
     return values.cpu().numpy() if isinstance(values, Tensor) else values

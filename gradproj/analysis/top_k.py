@@ -1,4 +1,4 @@
-"""The highest scores of a stream of scores, and whose they are, in memory for a few times as many."""
+"""Running top-k over a stream of scores, in memory for a few times k scores."""
 
 import torch
 from torch import Tensor
@@ -6,69 +6,72 @@ from torch import Tensor
 from gradproj.distributed import World
 
 _LOWEST = torch.finfo(torch.float32).min
-_LEAST_WAITING = 1024
+_MIN_PENDING = 1024
 
 
 class TopK:
-    """The ``k`` highest scores of each query so far; equal ones by sample id.
+    """The ``k`` highest scores of each query so far; ties in order of sample ids.
 
-    Most blocks of a long scan hold nothing better than what is known. So a processor only looks which scores are above
-    the last that counts, and lets these few wait until there are enough to sort. A GPU, which would have to wait for
-    the number of these few, sorts every block instead.
+    Most blocks of a long scan hold no score above the current k-th. On a CPU only the scores above
+    it are selected, and sorted once there are enough of them. Selecting would make a GPU wait for
+    their number, so there every block is sorted.
     """
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
         self.k = k
         self._ids = torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
         self._values = torch.full((n_queries, k), -torch.inf, device=device)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._n_waiting = 0
-        self._last = -torch.inf
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._n_pending = 0
+        self._lowest_kth = -torch.inf
 
     def add(self, first: int, values: Tensor) -> None:
-        """Scores ``(Q, n)`` of the samples ``first, first + 1, ...``, which follow those before; NaN is no score."""
+        """Add scores ``(Q, n)`` of the samples ``first, first + 1, ...``; NaN means no score.
+
+        Blocks come in the order of their samples.
+        """
         if not self.k:
             return
         if values.device.type == "cpu":
-            self._add_better(first, values)
+            self._add_selected(first, values)
         else:
             self.add_sorting(first, values)
 
-    def _add_better(self, first: int, values: Tensor) -> None:
-        full = self._last > -torch.inf
-        if full:
-            better = values > self._values[:, -1:]
-            if not better.any():
+    def _add_selected(self, first: int, values: Tensor) -> None:
+        is_full = self._lowest_kth > -torch.inf
+        if is_full:
+            selected = values > self._values[:, -1:]
+            if not selected.any():
                 return
         else:
-            # Nothing is known to be too low yet. What is below the k-th of this block alone is.
+            # There is no k-th score yet, but scores below the k-th of this block cannot count.
             values = values.clamp(min=_LOWEST).masked_fill(values.isnan(), -torch.inf)
             kth = values.topk(min(self.k, values.shape[1]), sorted=False).values.amin(
                 1, keepdim=True
             )
-            better = values >= kth.clamp(min=_LOWEST)
-        query, column = better.nonzero(as_tuple=True)
-        self._waiting.append((query, column + first, values[query, column]))
-        self._n_waiting += len(query)
-        if not full or self._n_waiting >= max(4 * self._values.numel(), _LEAST_WAITING):
-            self._settle()
+            selected = values >= kth.clamp(min=_LOWEST)
+        query, column = selected.nonzero(as_tuple=True)
+        self._pending.append((query, column + first, values[query, column]))
+        self._n_pending += len(query)
+        if not is_full or self._n_pending >= max(4 * self._values.numel(), _MIN_PENDING):
+            self._sort_pending()
 
     def add_sorting(self, first: int, values: Tensor) -> None:
-        """As ``add``, without asking the device for anything: the way of a GPU."""
+        """Add like ``add``, without waiting for the device: the variant for a GPU."""
         ids = torch.arange(first, first + values.shape[1], device=values.device)
         absent = values.isnan()
         self._merge(
             torch.where(absent, -1, ids), values.clamp(min=_LOWEST).masked_fill(absent, -torch.inf)
         )
 
-    def found(self) -> tuple[Tensor, Tensor]:
-        """``(ids, values)``, each ``(Q, k)``, the highest first; -1 where there were fewer scores."""
-        self._settle()
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return ``(ids, values)``, each ``(Q, k)``, in descending order; id -1 for no score."""
+        self._sort_pending()
         return self._ids, self._values
 
-    def joined(self, world: World) -> "TopK":
-        """The best of all ranks."""
-        ids, values = self.found()
+    def merged(self, world: World) -> "TopK":
+        """Return the top k of all ranks' streams."""
+        ids, values = self.result()
         if world.size == 1:
             return self
         whole = TopK(len(values), self.k, values.device)
@@ -77,28 +80,29 @@ class TopK:
         return whole
 
     def _merge(self, ids: Tensor, values: Tensor) -> None:
-        """Scores of every query, ``(Q, n)``."""
+        """Merge scores of every query, ``(Q, n)``, whose ids are above all earlier ones."""
         values, order = torch.cat([self._values, values], dim=1).sort(
             dim=1, descending=True, stable=True
         )
         self._values = values[:, : self.k]
         self._ids = torch.cat([self._ids, ids], dim=1).gather(1, order[:, : self.k])
 
-    def _settle(self) -> None:
-        """Sort what waits: by query, then by score, then by age, which is the order of ids."""
-        if not self._waiting:
+    def _sort_pending(self) -> None:
+        """Sort by query, then score; a stable sort leaves ties in order of ids."""
+        if not self._pending:
             return
         n_queries = len(self._values)
-        known = (
+        current = (
             torch.arange(n_queries).repeat_interleave(self.k),
             self._ids.flatten(),
             self._values.flatten(),
         )
-        query, ids, values = (torch.cat(parts) for parts in zip(known, *self._waiting, strict=True))
+        parts = zip(current, *self._pending, strict=True)
+        query, ids, values = (torch.cat(part) for part in parts)
         order = values.argsort(descending=True, stable=True)
         order = order[query[order].argsort(stable=True)]
         count = query.bincount(minlength=n_queries)
-        kept = order[(count.cumsum(0) - count)[:, None] + torch.arange(self.k)]
-        self._ids, self._values = ids[kept], values[kept]
-        self._last = float(self._values[:, -1].min())
-        self._waiting, self._n_waiting = [], 0
+        best = order[(count.cumsum(0) - count)[:, None] + torch.arange(self.k)]
+        self._ids, self._values = ids[best], values[best]
+        self._lowest_kth = float(self._values[:, -1].min())
+        self._pending, self._n_pending = [], 0

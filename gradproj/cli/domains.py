@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
-from gradproj.cli.score_config import ScoreConfig
+from gradproj.analysis.score_types import DOMAIN_SCORES
+from gradproj.cli.score_args import ScoreArgs
+from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import make_folder, write_result
 from gradproj.flags import parse
@@ -32,7 +34,7 @@ JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.p
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainsConfig:
+class DomainsConfig(ScoreArgs):
     """Which store, and where the answer goes."""
 
     output: str = field(
@@ -42,8 +44,13 @@ class DomainsConfig:
         default="", metadata={"help": "folder of the answer; default OUTPUT/domains"}
     )
     format: str = field(default="table", metadata={"help": "what is printed", "choices": FORMATS})
+    device: str = field(
+        default="auto",
+        metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")},
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.format not in FORMATS:
             raise ConfigError(f"--format is {self.format!r}; choose one of {', '.join(FORMATS)}")
 
@@ -54,18 +61,17 @@ class DomainsConfig:
 
 def domains_command(argv: list[str]) -> None:
     """``python -m gradproj domains OUTPUT``"""
-    config, asked = parse(
+    (config,) = parse(
         argv,
         "gradproj domains",
         DomainsConfig,
-        ScoreConfig,
         description="Mean gradients, cosines and influences of a store's domains.",
     )
-    for line in domains(config, asked):
+    for line in domains(config):
         print(line)
 
 
-def domains(config: DomainsConfig, asked: ScoreConfig) -> list[str]:
+def domains(config: DomainsConfig) -> list[str]:
     """Compare the domains and write the files; what is to be printed.
 
     Raises:
@@ -73,8 +79,8 @@ def domains(config: DomainsConfig, asked: ScoreConfig) -> list[str]:
         StoreError: no store there, none of its rows is there yet, or the folder cannot be written.
     """
     with ProjectionStore(config.output) as store:
-        how = {**asked.how_by_domain(store), "progress": sys.stderr.isatty()}
-        facts = find_facts(store, asked.kept(store, how))
+        device, _ = choose_device(config.device, 0)
+        facts = find_facts(store, config.scan_options(store, device, DOMAIN_SCORES))
         if not facts.shown:
             raise StoreError(
                 f"{store.path} has no row of any domain yet ({facts.counts.total('missing'):,} of {len(store):,} "

@@ -1,7 +1,8 @@
-"""``python -m gradproj query``: which documents of a store support a text, a file of queries or another output most.
+"""``python -m gradproj query``: rank a store's documents by a text, a query file or another store.
 
-Queries go through the engine with the settings, weights and matrices that the store recorded; then the store is
-scanned once. Under torchrun the ranks share the scan, and rank 0 makes the queries' rows and speaks.
+Queries pass through the engine with the settings, weights and matrices that the store recorded;
+then the store is scanned once. Under torchrun the ranks share the scan; rank 0 projects the
+queries and prints.
 """
 
 import functools
@@ -13,30 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradproj.analysis import Preconditioner
+from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.ranking import Ranking, rank_and_save_scores, rank_documents
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
+from gradproj.analysis.score_types import SCORES
+from gradproj.cli.query_config import MAX_JOINT_WIDTH, QueryConfig
+from gradproj.cli.query_text import Summary, describe, json_lines, overlap_lines, table_lines
+from gradproj.cli.score_args import is_job_store, matching_layers, print_note
 from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
-from gradproj.formatting import clean_lines, human_bytes
+from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
-from gradproj.query.answer_text import About, describe, json_lines, overlap_lines, table_lines
-from gradproj.query.config import (
-    MOST_JOINT_VALUES,
-    QueryConfig,
-    check_joint,
-    is_job_store,
-    wanted_domains,
-    wanted_k,
-    wanted_kind,
-    wanted_layers,
-    wanted_score,
-)
-from gradproj.query.curvature import curvature_for
 from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
@@ -48,13 +41,14 @@ _ALONE = Process(0, 1, 0, 1)
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it; the samples are known to rank 0 only."""
+    """Rankings of all queries."""
 
-    about: About
-    asked: QueryRows
-    ends: list[Ranking]
-    """One for each damping."""
+    summary: Summary
+    queries: QueryRows
+    rankings: list[Ranking]
+    """One per damping."""
     samples: dict[int, Sample]
+    """The ranked documents; empty on ranks other than 0."""
 
 
 def query_command(argv: list[str]) -> None:
@@ -62,9 +56,12 @@ def query_command(argv: list[str]) -> None:
     process = Process.from_environment()
     with report_errors_from_rank_0(process.rank):
         (config,) = parse(
-            argv, "gradproj query", QueryConfig, description="Which documents support a query most."
+            argv,
+            "gradproj query",
+            QueryConfig,
+            description="Rank the documents of a store by their scores for queries.",
         )
-        with few_zarr_threads(), process_group(process), _ended_as_by_ctrl_c(process):
+        with few_zarr_threads(), process_group(process), _sigterm_as_interrupt(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):
@@ -72,8 +69,11 @@ def query_command(argv: list[str]) -> None:
 
 
 @contextmanager
-def _ended_as_by_ctrl_c(process: Process) -> Iterator[None]:
-    """SIGTERM too leaves no unfinished file. Not among ranks: one that waits for another would not mind it any more."""
+def _sigterm_as_interrupt(process: Process) -> Iterator[None]:
+    """Make SIGTERM raise, so that an unfinished score file is deleted.
+
+    Not under torchrun: a rank that waits in a collective would then ignore SIGTERM.
+    """
     if process.world_size > 1:
         yield
         return
@@ -85,173 +85,160 @@ def _ended_as_by_ctrl_c(process: Process) -> Iterator[None]:
 
 
 def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
-    """Score every document of a store, in one scan and in bounded memory.
+    """Score every document of a store in one scan and in bounded memory.
 
     Raises:
-        StoreError: no store there, a damaged one, or none of its rows is there yet.
-        ModelError: the model or the tokenizer is not the one the store was made with.
+        StoreError: no store, a damaged one, or one without rows.
+        ModelError: the model or the tokenizer differs from the store's.
         ConfigError: a flag or a query that cannot be answered.
-        CorpusError: texts are wanted, and the tars are not where the job found them.
+        CorpusError: ``--show_text``, and the tars are not where the job found them.
     """
     if config.save_scores:
         check_scores_path(config.save_scores)
-    world, tell = scan_world(process.world_size > 1), functools.partial(note, process)
+    world, note = scan_world(process.world_size > 1), functools.partial(_note, process)
     with ProjectionStore(config.output) as store:
-        _check_rows_can_be_made(config, store)
-        counts, n_top, n_bottom = (
-            _rows_there(store),
-            wanted_k(config, store, "top_k"),
-            wanted_k(config, store, "bottom_k"),
-        )
-        read_text = document_texts(config.output, _texts_from(config)) if config.show_text else None
-        how = _how(config, store, process, tell)
-        if config.joint:
-            check_joint(how["layers"], store)
-        kind = wanted_kind(config, how["score"])
-        curvature = functools.partial(_curvature, config, store, how, counts["ok"], tell)
-        # Whether sums are there is known at once; a scan waits until the queries are known to be good.
-        known = curvature() if kind == "kfac" else None
-        asked = world.broadcast(_asked(config, store) if process.rank == 0 else None)
-        ends = _ends(config, store, asked, (n_top, n_bottom), how, known or curvature(), tell)
-        if not ends[0].top.n_scored and not how["domains"]:
+        if not config.query_store and not is_job_store(store):
             raise StoreError(
-                f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them can be read. "
-                f"Run `python -m gradproj verify {store.path.parent}` to see all damage"
+                f"{store.path} was not written by the job and records no model, so text queries "
+                "cannot be projected. Give --query_store, or use gradproj.analysis"
             )
-        n_scored = ends[0].top.n_scored
-        about = About(
-            store, how["score"], kind, how["layers"], how["domains"], counts, n_scored, config.joint
-        )
-        samples = describe(store, ends, read_text) if process.rank == 0 else {}
-        return Answer(about, asked, ends, samples)
-
-
-def _curvature(
-    config: QueryConfig,
-    store: ProjectionStore,
-    how: ScanOptions,
-    n_ok: int,
-    tell: Callable[[str], None],
-) -> Preconditioner | None:
-    together, device, progress = how["together"], how["device"], how["progress"]
-    if config.joint:
-        return Preconditioner.fit(
+        counts = store.status_counts()
+        if not counts["ok"]:
+            raise StoreError(
+                f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents "
+                "are still to be computed); start the job again on it"
+            )
+        k = config.k("top_k", store), config.k("bottom_k", store)
+        read_text = None
+        if config.show_text:
+            read_text = document_texts(config.output, _run_with_shards(config))
+        options = _scan_options(config, store, process, note)
+        config.check_joint(options["layers"], store)
+        kind = config.curvature or SCORES[options["score"]].curvature
+        fit = functools.partial(_preconditioner, config, kind, store, options, note)
+        # Missing token covariances show at once; a scan must wait until the queries are valid.
+        fitted = fit() if kind == "kfac" else None
+        queries = world.broadcast(_query_rows(config, store) if process.rank == 0 else None)
+        rankings = _rank(config, store, queries, k, options, fitted or fit(), note)
+        n_scored = rankings[0].top.n_scored
+        if not n_scored and not options["domains"]:
+            raise StoreError(
+                f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them "
+                f"can be read. Run `python -m gradproj verify {store.path.parent}` to see all "
+                "damage"
+            )
+        summary = Summary(
             store,
-            "second_moment",
-            layers=how["layers"],
-            joint=True,
-            largest_width=MOST_JOINT_VALUES,
-            together=together,
-            device=device,
-            progress=progress,
+            options["score"],
+            kind,
+            options["layers"],
+            options["domains"],
+            counts,
+            n_scored,
+            config.joint,
         )
-    kind = wanted_kind(config, how["score"])
-    return curvature_for(
-        kind, store, n_ok, together=together, device=device, progress=progress, say=tell
-    )
+        samples = describe(store, rankings, read_text) if process.rank == 0 else {}
+        return Answer(summary, queries, rankings, samples)
 
 
-def _ends(
-    config: QueryConfig,
-    store: ProjectionStore,
-    asked: QueryRows,
-    k: tuple[int, int],
-    how: ScanOptions,
-    curvature: Preconditioner | None,
-    tell: Callable[[str], None],
-) -> list[Ranking]:
-    if not config.save_scores:
-        return rank_documents(asked.rows, store, *k, how, curvature, config.dampings)
-    path, shape, (damping,) = (
-        Path(config.save_scores),
-        (len(asked.rows), len(store)),
-        config.dampings,
-    )
-    tell(
-        f"{path} will hold {shape[0]:,} x {shape[1]:,} scores, {human_bytes(4 * shape[0] * shape[1])}"
-    )
-    return [rank_and_save_scores(asked.rows, store, *k, how, curvature, damping, path)]
-
-
-def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
-    """What is printed; of jsonl, what is said about it goes to standard error."""
-    if config.format == "table":
-        yield from table_lines(answer.about, answer.asked, answer.ends, answer.samples)
-        return
-    about = answer.about.lines([a.damping for a in answer.ends])
-    if len(answer.ends) > 1:
-        about += ["", *overlap_lines(answer.ends)]
-    print("\n".join(about), file=sys.stderr)
-    yield from json_lines(answer.asked, answer.ends, answer.samples)
-
-
-def note(process: Process, line: str) -> None:
-    """Said once, beside the answer."""
-    if process.rank == 0:
-        print(f"gradproj: {clean_lines(line)}", file=sys.stderr, flush=True)
-
-
-# ---- The flags and the store
-
-
-def _check_rows_can_be_made(config: QueryConfig, store: ProjectionStore) -> None:
-    if not config.query_store and not is_job_store(store):
-        raise StoreError(
-            f"{store.path} is no job's: no model is recorded whose gradients its rows were, so a text cannot become "
-            "such a row. Give --query_store, or rows of your own to gradproj.analysis"
-        )
-
-
-def _rows_there(store: ProjectionStore) -> dict[str, int]:
-    counts = store.status_counts()
-    if not counts["ok"]:
-        raise StoreError(
-            f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents are still to be "
-            "computed); start the job again on it"
-        )
-    return counts
-
-
-def _how(
-    config: QueryConfig, store: ProjectionStore, process: Process, tell: Callable[[str], None]
+def _scan_options(
+    config: QueryConfig, store: ProjectionStore, process: Process, note: Callable[[str], None]
 ) -> ScanOptions:
-    """The scans' settings, all of them set."""
+    """Return options without a preconditioner, which is fitted after the queries are checked."""
     device, warning = choose_device(config.device, process.local_rank)
     if warning:
-        tell(warning)
+        note(warning)
     return {
-        "score": wanted_score(config, store, tell),
-        "layers": wanted_layers(config.layers, store),
-        "domains": wanted_domains(config, store),
+        "score": config.score_for(store, note),
+        "layers": matching_layers(config.layers, store),
+        "domains": config.domains_of(store),
         "device": device,
         "progress": sys.stderr.isatty(),
         "together": process.world_size > 1,
     }
 
 
-# ---- The queries and the documents
+def _preconditioner(
+    config: QueryConfig,
+    kind: str | None,
+    store: ProjectionStore,
+    options: ScanOptions,
+    note: Callable[[str], None],
+) -> Preconditioner | None:
+    if kind is None:
+        return None
+    together, device, progress = options["together"], options["device"], options["progress"]
+    if config.joint:
+        return Preconditioner.fit(
+            store,
+            kind,
+            layers=options["layers"],
+            joint=True,
+            largest_width=MAX_JOINT_WIDTH,
+            together=together,
+            device=device,
+            progress=progress,
+        )
+    return fit_cached(store, kind, together=together, device=device, progress=progress, note=note)
 
 
-def _asked(config: QueryConfig, store: ProjectionStore) -> QueryRows:
+def _rank(
+    config: QueryConfig,
+    store: ProjectionStore,
+    queries: QueryRows,
+    k: tuple[int, int],
+    options: ScanOptions,
+    preconditioner: Preconditioner | None,
+    note: Callable[[str], None],
+) -> list[Ranking]:
+    if not config.save_scores:
+        return rank_documents(queries.rows, store, *k, options, preconditioner, config.dampings)
+    path, n_queries, n_samples = Path(config.save_scores), len(queries.rows), len(store)
+    n_bytes = human_bytes(4 * n_queries * n_samples)
+    note(f"{path} will hold {n_queries:,} x {n_samples:,} scores, {n_bytes}")
+    (damping,) = config.dampings
+    return [rank_and_save_scores(queries.rows, store, *k, options, preconditioner, damping, path)]
+
+
+def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
+    """Yield the lines for standard output; for jsonl, print the summary to standard error."""
+    if config.format == "table":
+        yield from table_lines(answer.summary, answer.queries, answer.rankings, answer.samples)
+        return
+    lines = answer.summary.lines([ranking.damping for ranking in answer.rankings])
+    if len(answer.rankings) > 1:
+        lines += ["", *overlap_lines(answer.rankings)]
+    print("\n".join(lines), file=sys.stderr)
+    yield from json_lines(answer.queries, answer.rankings, answer.samples)
+
+
+def _note(process: Process, line: str) -> None:
+    if process.rank == 0:
+        print_note(line)
+
+
+def _query_rows(config: QueryConfig, store: ProjectionStore) -> QueryRows:
     if config.query_store:
         with ProjectionStore(config.query_store) as other:
             return rows_of_query_store(other, store)
-    text = Query(name="text", text=config.text, where="--text") if config.text else None
-    queries = [text] if text else read_queries(config.queries)
+    if config.text:
+        queries = [Query(name="text", text=config.text, where="--text")]
+    else:
+        queries = read_queries(config.queries)
     check_rows_fit(
-        f"--queries {config.queries}", len(queries), store.dim, "Give its lines in several files"
+        f"--queries {config.queries}", len(queries), store.dim, "Split the file into several"
     )
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
 
-def _texts_from(config: QueryConfig) -> RunConfig:
-    """The recorded settings with the tars where they lie now; no checkpoint is asked for."""
+def _run_with_shards(config: QueryConfig) -> RunConfig:
+    """Return the recorded settings with the tars at ``--shards``; no checkpoint is opened."""
     run = recorded_config(Path(config.output))
     return replace(run, corpus=replace(run.corpus, shards=config.shards or run.corpus.shards))
 
 
 def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
-    """A function from a sample id to its document's text, read from the tars.
+    """Return a function from a sample id to its document's text, read from the tars.
 
     Raises:
         CorpusError: the tars are not where the job found them, or have changed.

@@ -1,15 +1,16 @@
 """``python -m gradproj report``: one self-contained HTML page on a store: run, domains, outliers, queries' answers."""
 
 import functools
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gradproj.analysis import top_and_bottom
-from gradproj.cli.score_config import ScoreConfig
+from gradproj.analysis.scan import ScanOptions
+from gradproj.analysis.score_types import DOMAIN_SCORES
+from gradproj.cli.score_args import ScoreArgs
+from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.files import make_folder, write_result
 from gradproj.flags import parse
@@ -35,7 +36,7 @@ QUERY_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(RecordedRunArgs):
+class ReportConfig(ScoreArgs, RecordedRunArgs):
     """Which store, what is asked of it, and where the page goes."""
 
     queries: str = field(
@@ -47,7 +48,8 @@ class ReportConfig(RecordedRunArgs):
     top_k: int = field(default=10, metadata={"help": "documents in a table"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ScoreArgs.__post_init__(self)
+        RecordedRunArgs.__post_init__(self)
         if not 1 <= self.top_k <= MOST_TOP_K:
             raise ConfigError(
                 f"--top_k must be from 1 to {MOST_TOP_K}, got {self.top_k}: a page is for reading"
@@ -60,20 +62,19 @@ class ReportConfig(RecordedRunArgs):
 
 def report_command(argv: list[str]) -> None:
     """``python -m gradproj report OUTPUT``"""
-    config, asked = parse(
+    (config,) = parse(
         argv,
         "gradproj report",
         ReportConfig,
-        ScoreConfig,
         description="One HTML page on a store: run, domains, outliers, answers to queries.",
     )
-    path = report(config, asked)
+    path = report(config)
     print(
         f"{path} written, {human_bytes(path.stat().st_size)}; any browser shows it, and it needs nothing else"
     )
 
 
-def report(config: ReportConfig, asked: ScoreConfig) -> Path:
+def report(config: ReportConfig) -> Path:
     """Write the page; its path.
 
     Raises:
@@ -91,15 +92,16 @@ def report(config: ReportConfig, asked: ScoreConfig) -> Path:
                 f"--output {path} is a folder; name a file, such as {path / 'report.html'}"
             )
         rows = query_rows(store, config)  # first: most mistakes are in the queries
-        how = asked.kept(store, {**asked.how_by_domain(store), "progress": sys.stderr.isatty()})
-        how_queries = {**asked.how(store), "progress": sys.stderr.isatty()}
-        if how["score"] == "preconditioned":  # its scan is as long as the page's own
-            how_queries = how
+        device, _ = choose_device(config.device, 0)
+        options = config.scan_options(store, device, DOMAIN_SCORES)
+        query_options = options
+        if config.score not in ("", options["score"]):
+            query_options = config.scan_options(store, device)
         texts = excerpts_of(config)
         answers = None
         if rows is not None:
-            answers = functools.partial(answers_of, store, rows, how_queries, config.top_k, texts)
-        page = make_page(store, how, texts, min(config.top_k, len(store)), answers)
+            answers = functools.partial(answers_of, store, rows, query_options, config.top_k, texts)
+        page = make_page(store, options, texts, min(config.top_k, len(store)), answers)
     make_folder("--output", path.parent)
     write_result("--output", path, [render(page)])
     return path
@@ -146,11 +148,11 @@ def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None
 
 
 def answers_of(
-    store: ProjectionStore, rows: QueryRows, how: dict[str, Any], top_k: int, texts: TextExcerpts
+    store: ProjectionStore, rows: QueryRows, options: ScanOptions, top_k: int, texts: TextExcerpts
 ) -> tuple[list[QueryAnswer], str, str]:
     """Both ends of the scores for each query, the score's name, and how many documents have one."""
     k = min(top_k, len(store))
-    top, bottom = top_and_bottom(rows.rows, store, k, k, **how)
+    top, bottom = top_and_bottom(rows.rows, store, k, k, **options)
     answers = []
     for q, name in enumerate(rows.names):
         ids = [np.asarray(end.ids[q]) for end in (top, bottom)]
@@ -172,4 +174,4 @@ def answers_of(
             )
         )
     note = f"{top.n_scored:,} of {len(store):,} documents have a score."
-    return answers, how["score"], note
+    return answers, options["score"], note

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.analysis import MEANINGS, Preconditioner, score
+from gradproj.analysis import SCORES, Preconditioner, score
 from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.store import STATUS, ProjectionStore
 
 FULL = "full"
-KIND_OF = {"kfac": "kfac", "relatif": "kfac", "preconditioned": "second_moment"}
-"""Score -> its preconditioner; dot and cosine have none."""
 _SPECIFIED = re.compile(r"(?P<score>\w+)@(?P<k>\d+|full)(:(?P<damping>[\d.e-]+|auto))?")
 
 
@@ -36,11 +34,11 @@ class GradientMethod:
         if found is None:
             return None
         kind, damping = found["score"], found["damping"]
-        if kind not in MEANINGS:
+        if kind not in SCORES:
             raise ConfigError(
-                f"--methods: {name}: there is no score {kind!r}; choose one of {', '.join(MEANINGS)}"
+                f"--methods: {name}: there is no score {kind!r}; choose one of {', '.join(SCORES)}"
             )
-        if damping is not None and kind not in KIND_OF:
+        if damping is not None and SCORES[kind].curvature is None:
             raise ConfigError(
                 f"--methods: {name}: {kind} has no damping; write {kind}@{found['k']}"
             )
@@ -66,7 +64,7 @@ class GradientStores:
             self._open("queries", method.k) as queries,
         ):
             asked = queries.rows(np.arange(len(queries)))
-            kind = KIND_OF.get(method.score)
+            kind = SCORES[method.score].curvature
             if kind is None:
                 found = score(asked, documents, score=method.score)
             else:

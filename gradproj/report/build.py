@@ -3,9 +3,9 @@
 import importlib.metadata
 import time
 from collections.abc import Callable
-from typing import Any
 
 from gradproj.analysis import MEANINGS, SIGN, overview
+from gradproj.analysis.scan import ScanOptions
 from gradproj.formatting import one_line
 from gradproj.maintenance.status import Status, read_status
 from gradproj.report.distributions import count_rows
@@ -37,7 +37,7 @@ from gradproj.store import ProjectionStore
 
 def make_page(
     store: ProjectionStore,
-    how: dict[str, Any],
+    how: ScanOptions,
     excerpts: TextExcerpts,
     top_k: int,
     answers: Callable[[], tuple[list[QueryAnswer], str, str]] | None = None,

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN, DomainMatrix, domain_matrix
 from gradproj.analysis.row_blocks import chosen_layers
+from gradproj.analysis.scan import ScanOptions
 from gradproj.errors import StoreError
 from gradproj.report.distributions import RowCounts, count_rows
 from gradproj.report.number_format import listed
@@ -45,7 +46,7 @@ class DomainFacts:
     counts: RowCounts
     order: list[int]
     """Domains along which neighbours are alike."""
-    how: dict[str, Any]
+    how: ScanOptions
     """What the scan was told."""
     layers: list[str]
     missing_ranges: list[tuple[int, int]]
@@ -120,7 +121,7 @@ def refuse_nothing(n_read: int, counts: RowCounts, store: ProjectionStore) -> No
         )
 
 
-def find_facts(store: ProjectionStore, how: dict[str, Any]) -> DomainFacts:
+def find_facts(store: ProjectionStore, how: ScanOptions) -> DomainFacts:
     """One scan of the rows and one of the columns.
 
     Raises:
@@ -132,7 +133,7 @@ def find_facts(store: ProjectionStore, how: dict[str, Any]) -> DomainFacts:
 
 
 def facts_of(
-    store: ProjectionStore, matrix: DomainMatrix, how: dict[str, Any], counts: RowCounts
+    store: ProjectionStore, matrix: DomainMatrix, how: ScanOptions, counts: RowCounts
 ) -> DomainFacts:
     """What goes with a matrix that is there already."""
     refuse_nothing(matrix.n_read, counts, store)

@@ -85,7 +85,7 @@ def test_ranks_that_nothing_joins_are_told_how(tmp_path):
     output = make_store(tmp_path / "out")
     with ProjectionStore(output.path) as store:
         with pytest.raises(
-            ConfigError, match=r"together=True needs ranks that torch\.distributed joins"
+            ConfigError, match=r"together=True needs an initialised torch\.distributed"
         ):
             Preconditioner.fit(store, "second_moment", together=True)
         for answer, settings in (
@@ -94,6 +94,6 @@ def test_ranks_that_nothing_joins_are_told_how(tmp_path):
             (domain_matrix, (store,)),
         ):
             with pytest.raises(
-                ConfigError, match="has no together; top_k, bottom_k and top_and_bottom have"
+                ConfigError, match="does not take together; top_k, bottom_k and top_and_bottom do"
             ):
                 answer(*settings, together=True)

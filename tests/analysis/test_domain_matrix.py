@@ -93,8 +93,8 @@ def count_calls(function):
 
 
 def test_where_memory_is_short_fewer_rows_are_drawn_and_their_number_is_told(output, monkeypatch):
-    monkeypatch.setattr(domains, "DRAWN_BYTES", 1)
-    monkeypatch.setattr(domains, "LEAST_RANK_ROWS", 9)
+    monkeypatch.setattr(domains, "RANK_BYTES", 1)
+    monkeypatch.setattr(domains, "MIN_RANK_ROWS", 9)
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store)
     assert got.n_drawn.tolist() == [9, 9]
@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(
             ConfigError,
-            match="domain_matrix is not made of score 'relatif'; take one of kfac, preco",
+            match="domain_matrix does not support score 'relatif'; choose one of kfac, preco",
         ):
             domain_matrix(store, score="relatif")
         store.domains = []

@@ -15,8 +15,8 @@ from helpers.analysis_stores import (
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, curvature
-from gradproj.analysis.curvature import DenseSum, TruncatedSum
 from gradproj.analysis.preconditioner import _Part, auto_damping
+from gradproj.analysis.second_moment import DenseSum, TruncatedSum
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.writer import update_attributes
 
@@ -307,7 +307,7 @@ def test_a_store_without_sums_or_rows_is_refused(tmp_path):
         (output.path / output.layout.shard_name(unit)).unlink()
     with (
         ProjectionStore(output.path) as store,
-        pytest.raises(StoreError, match="has no row to take a second moment of"),
+        pytest.raises(StoreError, match="has no row to compute a second moment from"),
     ):
         Preconditioner.fit(store, "second_moment")
 
@@ -332,7 +332,7 @@ def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
     ("wrong", "message"),
     [
         ({"kind": "ekfac"}, "kind is 'ekfac'; choose one of kfac, second_moment"),
-        ({"joint": True}, "joint is for kind second_moment"),
+        ({"joint": True}, "joint requires kind second_moment"),
         ({"directions": 0}, "largest_width and directions must be at least 1"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"layers": ["mlp"]}, "has no layer 'mlp'"),

@@ -274,7 +274,7 @@ def test_what_a_score_means_says_sign_and_unit():
         ({"layers": NAMES[0]}, "give a list of names"),
         ({"layers": [NAMES[0], NAMES[0]]}, r"names 'h\.0\.mlp' more than once"),
         ({"domains": ["Wiki"]}, "has no domain 'Wiki'; it has ArXiv, Github"),
-        ({"domains": []}, "is asked about no domain at all"),
+        ({"domains": []}, "domains is empty; .* has ArXiv, Github"),
         ({"damping": -1.0}, "damping is -1.0; give auto or a number"),
         ({"damping": "none"}, "damping is 'none'"),
     ],
@@ -290,19 +290,19 @@ def test_wrong_queries_are_refused(output):
         with pytest.raises(ConfigError, match=r"query rows have 5 values, those of .* 23"):
             score(np.ones(5), store)
         with pytest.raises(
-            ConfigError, match=r"have 5 values, those of .* 23 \(or 8 for the layers asked\)"
+            ConfigError, match=r"have 5 values, those of .* 23 \(or 8 for the chosen layers\)"
         ):
             score(np.ones(5), store, layers=[NAMES[1]])
         with pytest.raises(ConfigError, match="not finite: its text has no gradient"):
             score(np.full(dim, np.nan), store)
         with pytest.raises(ConfigError, match="with at least one query"):
             score(np.empty((0, dim)), store)
-        with pytest.raises(ConfigError, match=r"71 documents are asked for; .* has 70"):
+        with pytest.raises(ConfigError, match=r"71 documents requested; .* has 70"):
             top_k(np.ones(dim), store, 71)
         with pytest.raises(ConfigError, match="out is float64"):
             score(np.ones(dim), store, out=np.empty((1, N_SAMPLES)))
         with pytest.raises(
-            ConfigError, match="self_influence is not made of score 'cosine'; take one of kfac"
+            ConfigError, match="self_influence does not support score 'cosine'; choose one of kfac"
         ):
             self_influence(store, score="cosine")
         fitted = Preconditioner.fit(store)

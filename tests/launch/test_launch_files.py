@@ -10,7 +10,7 @@ from torch.distributed.run import get_args_parser
 
 from gradproj.cli.index import IndexConfig
 from gradproj.cli.prepare import PrepareFlags
-from gradproj.cli.query import QueryConfig
+from gradproj.cli.query_config import QueryConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config
 from gradproj.maintenance.status import StatusConfig

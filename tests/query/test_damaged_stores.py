@@ -209,8 +209,10 @@ def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_cha
     output, ask, monkeypatch
 ):
     flags = ("--score", "preconditioned")
-    fits, real = [], preconditioner._sum_rows
-    monkeypatch.setattr(preconditioner, "_sum_rows", lambda *given: fits.append(1) or real(*given))
+    fits, real = [], preconditioner.sum_second_moments
+    monkeypatch.setattr(
+        preconditioner, "sum_second_moments", lambda *given: fits.append(1) or real(*given)
+    )
     first = ask("query", *flags)
     for command in ("domains", "report"):
         assert ask(command, *flags)[0] == 0
@@ -221,7 +223,7 @@ def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_cha
     code, printed, said = ask("query", *flags)
     assert code == 0
     assert "is damaged (its checksum does not match)" in said
-    assert "It is fitted anew" in said
+    assert "Fitting it again" in said
     assert (printed, len(fits)) == (first[1], 2)
     assert ask("domains", *flags)[2] == ""
 

@@ -90,7 +90,7 @@ def test_pandas_reads_the_json_lines_and_what_is_said_of_them_goes_elsewhere(job
 
 
 def test_the_table_says_score_sign_unit_damping_and_what_was_compared(job, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.query.config.DEFAULT_SCORE", "kfac")
+    monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
     lines, said = ask(job.output, "--text", TEXT, "--top_k", 3, "--bottom_k", 2, "--show_text")
     text = " ".join(" ".join(lines).split())
     assert f"score kfac: {MEANINGS['kfac']} {SIGN}" in text
@@ -250,7 +250,7 @@ def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path,
         lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k),
     )
     with ProjectionStore(output) as store:
-        monkeypatch.setattr(ends_module, "_QUERIES_AT_ONCE_BYTES", 5 * 8 * store.dim)
+        monkeypatch.setattr(ends_module, "_QUERY_BYTES_PER_SCAN", 5 * 8 * store.dim)
     got = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
     assert sizes == [4, 2]  # of two dampings each
     for x, y in zip(got, want, strict=True):
@@ -299,7 +299,7 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
     }
     run_job(shards=job.corpus, model=job.model, output_dir=output, proj_dtype="float32", **settings)
     asked = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
-    top = query(asked).ends[0].top
+    top = query(asked).rankings[0].top
     texts = [d["text"] for d in mixed_documents(12)]
     rate = 1e-4
     assert len(top.ids[0]) == 11

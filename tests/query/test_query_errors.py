@@ -29,8 +29,8 @@ ASKED = ("--text", TEXT)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), 'nothing to ask about; give --text "...", --queries FILE.jsonl or --query_store DIR'),
-        (("--text", ""), "nothing to ask about; give --text"),
+        ((), 'there is no query; give --text "...", --queries FILE.jsonl or --query_store DIR'),
+        (("--text", ""), "there is no query; give --text"),
         (("--text", " \n"), "--text is empty; give --text"),
         ((*ASKED, "--queries", "q.jsonl"), "--text and --queries are given: give one of them"),
         (("--text", "a"), "--text: a single token: no target to take a gradient of"),
@@ -44,7 +44,7 @@ ASKED = ("--text", TEXT)
         ((*ASKED, "--top_k", "-1"), "--top_k must be at least 0, got -1"),
         ((*ASKED, "--top_k", "0", "--bottom_k", "0"), "nothing to answer"),
         ((*ASKED, "--top_k", N_SAMPLES + 1), "--top_k is 71, and "),
-        ((*ASKED, "--bottom_k", 1000), "has 70 documents: give at most that"),
+        ((*ASKED, "--bottom_k", 1000), "has 70 documents: give at most that many"),
         ((*ASKED, "--damping", "much"), "--damping is 'much'; give auto or a number, 0 or more"),
         ((*ASKED, "--damping", "-1"), "--damping is '-1'; give auto or a number, 0 or more"),
         ((*ASKED, "--damping", "0.1,,1"), "--damping is '0.1,,1'; give auto or a number"),
@@ -56,11 +56,11 @@ ASKED = ("--text", TEXT)
         ),
         (
             (*ASKED, "--damping", "1,2", "--save_scores", "s.npy"),
-            "--save_scores holds the scores of one --damping",
+            "--save_scores takes one --damping",
         ),
         (
             (*ASKED, "--curvature", "kfac"),
-            "--curvature kfac: it is kfac or second_moment, and of --score relatif only",
+            "--curvature kfac: it is kfac or second_moment, and requires --score relatif",
         ),
         (
             (*ASKED, "--layers", "nothing"),
@@ -70,7 +70,7 @@ ASKED = ("--text", TEXT)
             (*ASKED, "--domains", "Github,Fiction"),
             "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC",
         ),
-        ((*ASKED, "--joint"), "--joint is of --score preconditioned only"),
+        ((*ASKED, "--joint"), "--joint requires --score preconditioned"),
         (
             (*ASKED, "--layers", ""),
             "--layers is empty; name some of the store's, or leave it out for all",
@@ -242,7 +242,7 @@ def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
         )
     message = ask.mistake(output, "--queries", path)
     assert f"--queries {path} asks 3 queries, {size}" in message
-    assert "2 queries, is the most at once. Give its lines in several files" in message
+    assert "2 queries, is the most at once. Split the file into several" in message
     message = ask.mistake(output, "--query_store", job.output)
     assert f"asks {N_SAMPLES - 2} queries, whose rows" in message
     assert (
@@ -252,20 +252,20 @@ def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
 
 
 def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.query.config.MOST_JOINT_VALUES", 10)
+    monkeypatch.setattr("gradproj.cli.query_config.MAX_JOINT_WIDTH", 10)
     flags = (*ASKED, "--score", "preconditioned", "--joint")
     with ProjectionStore(job.output) as store:
         width = store.dim
     message = ask.mistake(job.output, *flags)
     assert (
-        f"has rows of {width:,} values, and one second moment is made of at most 10: name fewer"
+        f"has rows of {width:,} values, and one second moment covers at most 10: name fewer"
         in message
     )
     assert "--joint: these layers have " in ask.mistake(job.output, *flags, "--layers", "mlp")
 
 
 def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.query.config.DEFAULT_SCORE", "kfac")
+    monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
     uncommit(output, 0, 2)
     update_attributes(output / "projections.zarr", {"covariance_tokens": 0})
     lines, said = ask(output, *ASKED, "--top_k", N_SAMPLES)
@@ -276,7 +276,7 @@ def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask
     assert "(ids 0 to 15, 32 to 47)" in text
     assert "score cosine: cosine of the two projected gradients" in text
     assert (
-        "score cosine: kfac needs token covariances, which the store has not yet: python -m gradproj merge"
+        "score cosine: kfac needs token covariances, which the store does not have yet: python -m gradproj merge"
         in said
     )
     ids = {int(line.split()[2]) for line in lines if line[:5].strip().isdigit()}
@@ -338,7 +338,7 @@ def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
 
 
 def test_a_training_run_s_store_takes_rows_and_no_text(tmp_path, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.query.config.DEFAULT_SCORE", "kfac")
+    monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
     from test_training_engines import by_hand, one_step
 
     model, optimizer, manager = by_hand(tmp_path)
@@ -346,9 +346,9 @@ def test_a_training_run_s_store_takes_rows_and_no_text(tmp_path, ask, monkeypatc
         for step in (1, 2, 3):
             one_step(model, optimizer, manager, step)
     output = tmp_path / "projections"
-    assert "is no job's: no model is recorded" in ask.mistake(output, *ASKED)
+    assert "was not written by the job and records no model" in ask.mistake(output, *ASKED)
     lines, said = ask(output, "--query_store", output, "--top_k", 2)
-    assert "kfac needs token covariances, which the store has not" in said
+    assert "kfac needs token covariances, which the store does not have" in said
     assert "merge" not in said
     first = [line.split() for line in lines if line.startswith("    1 ")]
     assert first[0][1] == "+1.0000"

@@ -74,7 +74,7 @@ def test_it_is_written_in_small_parts_and_for_few_queries_at_a_time(
     flags = ("--queries", queries, "--top_k", 7, "--save_scores")
     lines = ask(job.output, *flags, want)[0]
     with ProjectionStore(job.output) as store:
-        monkeypatch.setattr(ends_module, "_QUERIES_AT_ONCE_BYTES", 2 * 8 * store.dim)
+        monkeypatch.setattr(ends_module, "_QUERY_BYTES_PER_SCAN", 2 * 8 * store.dim)
     monkeypatch.setattr(saved, "_BYTES_AT_ONCE", 100)
     assert ask(job.output, *flags, got)[0] == lines
     np.testing.assert_allclose(np.load(got), np.load(want), rtol=1e-5, atol=1e-6)
@@ -267,7 +267,7 @@ def test_a_kept_file_that_is_damaged_is_replaced(output, ask, fits):
         output, "--text", TEXT, "--score", "preconditioned", "--top_k", 5, "--format", "jsonl"
     )
     assert "is damaged" in said
-    assert "It is fitted anew" in said
+    assert "Fitting it again" in said
     assert fits == ["second_moment"] * 2
     assert asked(ask, output) == first
     assert len(fits) == 2
@@ -283,5 +283,5 @@ def test_an_output_that_cannot_be_written_is_asked_all_the_same(output, ask, mon
     lines, said = ask(
         output, "--text", TEXT, "--score", "preconditioned", "--format", "jsonl", "--top_k", 5
     )
-    assert "the second moment is not kept for the next query: cannot write " in said
+    assert "the second moment could not be cached for the next query: cannot write " in said
     assert len(lines) == len(want)

@@ -1,0 +1,85 @@
+"""Cache of fitted second moments beside the store, replaced when the store's rows change."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.preconditioner_file import folder_of
+from gradproj.analysis.row_blocks import scan_world
+from gradproj.errors import StoreError
+from gradproj.store import ProjectionStore
+
+_KIND = "second_moment"
+
+
+def fit_cached(
+    store: ProjectionStore,
+    kind: str,
+    *,
+    together: bool = False,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Preconditioner:
+    """Fit a preconditioner over all layers, or load the one that an earlier call saved.
+
+    Only a second moment is cached. kfac is fitted from sums that the store itself holds.
+
+    Args:
+        store: finished or not.
+        kind: kfac or second_moment.
+        together: True if every rank of ``torch.distributed`` makes this call.
+        device: where sums are computed.
+        progress: show a progress bar.
+        note: called with a line for the user if the cache cannot be read or written.
+
+    Raises:
+        StoreError: the store holds no token covariances, or no row.
+    """
+    if kind != _KIND:
+        return Preconditioner.fit(store, kind)
+    path, world = _path(store), scan_world(together)
+    cached = _load(store, path, note)
+    # All ranks or none: fitting is collective, so a rank must not fit while another has a file.
+    every_rank_has_it = all(world.gather(cached is not None))
+    if cached is not None and every_rank_has_it:
+        return cached
+    fitted = Preconditioner.fit(store, _KIND, together=together, device=device, progress=progress)
+    if world.rank == 0:
+        _save(fitted, store, path, note)
+    return fitted
+
+
+def _path(store: ProjectionStore) -> Path:
+    # Publishing, repairing or removing a shard changes the mtime of the shards' directory; a
+    # unit's rows count once its record is there, which changes the number of ok rows.
+    mtime_ns = (store.path / "projections").stat().st_mtime_ns
+    n_ok = store.status_counts()["ok"]
+    stamp = hashlib.sha256(f"{mtime_ns} {n_ok}".encode()).hexdigest()[:12]
+    return folder_of(store) / f"{_KIND}-{stamp}.safetensors"
+
+
+def _load(store: ProjectionStore, path: Path, note: Callable[[str], None]) -> Preconditioner | None:
+    if not path.exists():
+        return None
+    try:
+        return Preconditioner.load(store, _KIND, path)
+    except StoreError as error:
+        note(f"{error}. Fitting it again")
+        return None
+
+
+def _save(
+    fitted: Preconditioner, store: ProjectionStore, path: Path, note: Callable[[str], None]
+) -> None:
+    """Save the file and delete those of earlier states of the store."""
+    try:
+        fitted.save(store, path)
+        for old in path.parent.glob(f"{_KIND}-*.safetensors"):
+            if old != path:
+                old.unlink(missing_ok=True)
+    except (StoreError, OSError) as error:
+        note(f"the second moment could not be cached for the next query: {error}")

@@ -1,0 +1,218 @@
+"""Rankings as a table and as JSON lines, with the same facts in both."""
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gradproj.analysis import MEANINGS, SCORES, SIGN, TopDocuments
+from gradproj.analysis.preconditioner import auto_damping
+from gradproj.analysis.ranking import Ranking, overlap
+from gradproj.formatting import clean_lines, listed, one_line
+from gradproj.query import QueryRows
+from gradproj.store import ProjectionStore
+from gradproj.store.layer_view import Sample
+
+JSON_TEXT_CHARACTERS = 1000
+"""Longest text in the JSON lines; the table has one line of it."""
+_WIDTH = 118
+_NAME = 200
+"""Longest name of a query, key or domain in the table."""
+_RANGES_SHOWN, _LAYERS_SHOWN = 4, 8
+_LABEL = 9
+_STATUS_WORDS = {"missing": "not computed yet", "no_target": "with no target token"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Facts about an answer that hold for all its queries."""
+
+    store: ProjectionStore
+    score: str
+    kind: str | None
+    """Kind of the score's preconditioner."""
+    layers: Sequence[str] | None
+    """None for all."""
+    domains: Sequence[str] | None
+    """None for all."""
+    counts: Mapping[str, int]
+    """Samples of the store by status."""
+    n_scored: int
+    joint: bool = False
+    """One second moment over all layers."""
+
+    def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
+        """Describe the rows compared and the score's meaning, sign, unit and damping."""
+        lines = [_labelled("store", str(self.store.path)), _labelled("rows", self._rows())]
+        if self.layers is not None:
+            names = list(self.layers[:_LAYERS_SHOWN])
+            if len(self.layers) > _LAYERS_SHOWN:
+                names.append(f"and {len(self.layers) - _LAYERS_SHOWN} more")
+            lines.append(_labelled("layers", ", ".join(names)))
+        variant = f" by {self.kind}" if SCORES[self.score].any_curvature else ""
+        variant += ", all layers jointly" if self.joint else ""
+        lines.append(_labelled("score", f"{self.score}{variant}: {MEANINGS[self.score]}"))
+        lines.append(_labelled("", SIGN))
+        if dampings != [None]:
+            lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
+        return [line for labelled in lines for line in labelled.splitlines()]
+
+    def _rows(self) -> str:
+        of_domains = f" of {listed(self.domains)}" if self.domains else ""
+        text = f"{self.n_scored:,} documents{of_domains} compared"
+        absent = [
+            f"{n:,} {_STATUS_WORDS.get(status, status)}"
+            for status, n in self.counts.items()
+            if n and status != "ok"
+        ]
+        if absent:
+            text += f"; without a row: {', '.join(absent)}"
+        n_lost = self.counts["ok"] - self.n_scored
+        if n_lost > 0 and not self.domains:
+            verify = f"python -m gradproj verify {self.store.path.parent}"
+            text += f"; {n_lost:,} are recorded and their shard is gone: {verify}"
+        ranges = self.store.missing_ranges() if self.counts["missing"] else []
+        if ranges:
+            spans = ", ".join(
+                f"{a:,} to {b - 1:,}" if b - a > 1 else f"{a:,}" for a, b in ranges[:_RANGES_SHOWN]
+            )
+            text += f" (ids {spans}{', ...' if len(ranges) > _RANGES_SHOWN else ''})"
+        return text
+
+    def _damping(self, damping: float | str | None) -> str:
+        if damping != "auto":
+            return f"{damping:g} times each matrix's mean diagonal"
+        chosen = [x for x in self.store.layers if self.layers is None or x.name in self.layers]
+        widths = [x.slice_end - x.slice_start for x in chosen]
+        widths = [sum(widths)] if self.joint else widths
+        values = sorted({auto_damping(self.kind or "", width) for width in widths})
+        by_width = " or ".join(f"{value:g}" for value in values)
+        note = f"auto{', by width' if len(values) > 1 else ''}"
+        return f"{by_width} times each matrix's mean diagonal ({note})"
+
+
+def describe(
+    store: ProjectionStore, rankings: Sequence[Ranking], read_text: Callable[[int], str] | None
+) -> dict[int, Sample]:
+    """Return the columns of every ranked document, with the beginning of its text if wanted."""
+    ends = [end for ranking in rankings for end in (ranking.top, ranking.bottom)]
+    ids = sorted({int(i) for end in ends for i in np.asarray(end.ids).flat})
+    samples = {sample.sample_id: sample for sample in store.samples(ids)}
+    if read_text is None:
+        return samples
+    return {i: replace(s, text=read_text(i)[:JSON_TEXT_CHARACTERS]) for i, s in samples.items()}
+
+
+# --- table ---
+
+
+def table_lines(
+    summary: Summary,
+    queries: QueryRows,
+    rankings: Sequence[Ranking],
+    samples: Mapping[int, Sample],
+) -> Iterator[str]:
+    """Yield the lines of the table, with control characters of texts and keys replaced."""
+    yield from summary.lines([ranking.damping for ranking in rankings])
+    for ranking in rankings:
+        for number in range(len(queries.names)):
+            yield ""
+            yield from _query_lines(queries, number, ranking.damping if len(rankings) > 1 else None)
+            for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
+                if end.ids.shape[1]:
+                    yield from _end_lines(name, end, number, samples, summary.score)
+    if len(rankings) > 1:
+        yield ""
+        yield from overlap_lines(rankings)
+
+
+def overlap_lines(rankings: Sequence[Ranking]) -> Iterator[str]:
+    """Yield a table of how far the rankings by several dampings agree."""
+    names = [_damping_name(ranking.damping) for ranking in rankings]
+    k = max(ranking.top.ids.shape[1] or ranking.bottom.ids.shape[1] for ranking in rankings)
+    end = "top" if rankings[0].top.ids.shape[1] else "bottom"
+    yield f"share of the {end} {k} in common, by damping, mean over the queries"
+    yield " " * 10 + "".join(f"{name:>8}" for name in names)
+    for name, fractions in zip(names, overlap(rankings), strict=True):
+        yield f"{name:>10}" + "".join(f"{fraction:>8.2f}" for fraction in fractions)
+
+
+def _query_lines(queries: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
+    n_tokens, loss = queries.n_tokens[number], queries.loss[number]
+    text = f"{one_line(queries.names[number], _NAME)}: {n_tokens:,} target tokens"
+    text += f", loss {loss:.3f} nats per token"
+    text += "" if damping is None else f"; damping {_damping_name(damping)}"
+    yield from _labelled("query", text).splitlines()
+    if queries.excerpts[number]:
+        yield from _labelled("", queries.excerpts[number]).splitlines()
+
+
+def _end_lines(
+    name: str, end: TopDocuments, number: int, samples: Mapping[int, Sample], score: str
+) -> Iterator[str]:
+    yield f"{name:<6}{'score':>11}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
+    ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
+    for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
+        sample = samples[sample_id]
+        text = f"{value:+.3e}" if SCORES[score].unit else f"{value:+.4f}"
+        domain, key = one_line(sample.domain or "-", _NAME), one_line(sample.key, _NAME)
+        yield f"{place:>5} {text:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
+        if sample.text is not None:
+            yield f"      {one_line(sample.text, _WIDTH - 6)}"
+
+
+def _labelled(label: str, text: str) -> str:
+    return textwrap.fill(
+        clean_lines(text),
+        _WIDTH,
+        initial_indent=f"{label:<{_LABEL}}",
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+    )
+
+
+def _damping_name(damping: float | str | None) -> str:
+    return damping if isinstance(damping, str) else f"{damping:g}"
+
+
+# --- JSON lines ---
+
+
+def json_lines(
+    queries: QueryRows, rankings: Sequence[Ranking], samples: Mapping[int, Sample]
+) -> Iterator[str]:
+    """Yield one object per ranked document, all with the same keys.
+
+    ``pandas.read_json(lines=True)`` reads them.
+    """
+    with_text = any(sample.text is not None for sample in samples.values())
+    for ranking in rankings:
+        for number, name in enumerate(queries.names):
+            for end_name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
+                ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
+                for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
+                    sample = samples[sample_id]
+                    fields = {
+                        "query": name,
+                        "end": end_name,
+                        "rank": place,
+                        "score": _finite(value),
+                        "id": sample_id,
+                        "key": sample.key,
+                        "domain": sample.domain,
+                        "loss": _finite(sample.loss),
+                        "n_tokens": sample.n_tokens,
+                        "query_loss": _finite(float(queries.loss[number])),
+                        "query_n_tokens": int(queries.n_tokens[number]),
+                        "damping": ranking.damping,
+                    }
+                    if with_text:
+                        fields["text"] = sample.text
+                    yield json.dumps(fields, allow_nan=False)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,175 @@
+"""Flags that choose score, damping and layers, shared by ``query``, ``domains`` and ``report``."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gradproj.analysis.preconditioner_cache import fit_cached
+from gradproj.analysis.scan import ScanOptions
+from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
+from gradproj.errors import ConfigError
+from gradproj.formatting import clean_lines, listed
+from gradproj.store import ProjectionStore
+
+WITH_DAMPING = [name for name, score in SCORES.items() if score.curvature]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreArgs:
+    """Which score to compute, and from which layers."""
+
+    score: str = field(
+        default="",
+        metadata={
+            "help": f"score of a document (default: {DEFAULT_SCORE}, or {FALLBACK_SCORE} for a "
+            "store that has not been merged yet)",
+            "choices": tuple(SCORES),
+        },
+    )
+    damping: str = field(
+        default="auto",
+        metadata={
+            "help": f"damping of {', '.join(WITH_DAMPING)}: auto, or a multiple of the mean "
+            "diagonal. query accepts several, separated by commas, and compares the answers"
+        },
+    )
+    layers: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "only these layers, by name or by whole components of it: h.3 mlp"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.score and self.score not in SCORES:
+            raise ConfigError(f"--score is {self.score!r}; choose one of {', '.join(SCORES)}")
+        _ = self.dampings
+        if self.score and self.score not in WITH_DAMPING and self.damping != "auto":
+            raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
+
+    @property
+    def dampings(self) -> list[float | str]:
+        """The distinct values of ``--damping`` in the order given."""
+        values: list[float | str] = []
+        for word in self.damping.split(","):
+            try:
+                value: float | str = "auto" if word.strip() == "auto" else float(word)
+            except ValueError:
+                value = math.nan
+            if value != "auto" and not 0 <= float(value) < math.inf:
+                raise ConfigError(
+                    f"--damping is {self.damping!r}; give auto or a number, 0 or more (0.01 to 1 "
+                    "are usual); query also accepts several, separated by commas: 0.01,0.1,1"
+                )
+            if value not in values:
+                values.append(value)
+        return values
+
+    def score_for(
+        self, store: ProjectionStore, note: Callable[[str], None] = lambda line: None
+    ) -> str:
+        """Return ``--score``, or the default that this store supports.
+
+        Args:
+            store: finished or not.
+            note: called with a line for the user if the store cannot give the usual default.
+        """
+        if self.score:
+            return self.score
+        # Only the attribute decides: if it is set and the arrays are gone, the scan reports damage.
+        needs_sums = SCORES[DEFAULT_SCORE].curvature == "kfac"
+        if not needs_sums or store.attributes.get("covariance_tokens"):
+            return DEFAULT_SCORE
+        if self.damping != "auto":
+            raise ConfigError(
+                f"--damping applies to {', '.join(WITH_DAMPING)}: name one by --score"
+            )
+        merge = f" yet: python -m gradproj merge {store.path.parent} writes them"
+        note(
+            f"score {FALLBACK_SCORE}: {DEFAULT_SCORE} needs token covariances, which the store "
+            f"does not have{merge if is_job_store(store) else ''}"
+        )
+        return FALLBACK_SCORE
+
+    def scan_options(
+        self, store: ProjectionStore, device: torch.device, scores: Sequence[str] = tuple(SCORES)
+    ) -> ScanOptions:
+        """Return the arguments of a scan with one damping, including a cached second moment.
+
+        Args:
+            store: finished or not.
+            device: where the scan computes.
+            scores: scores that the scan supports. Another one is replaced by the inner product
+                with the same curvature: relatif by kfac.
+
+        Raises:
+            StoreError: the score needs a second moment, and the store has no row.
+        """
+        score = self.score_for(store)
+        if score not in scores:
+            curvature = SCORES[score].curvature
+            score = next(name for name in scores if SCORES[name].curvature == curvature)
+        options: ScanOptions = {
+            "score": score,
+            "device": device,
+            "layers": matching_layers(self.layers, store),
+            "progress": sys.stderr.isatty(),
+        }
+        if score in WITH_DAMPING:
+            if len(self.dampings) > 1:
+                raise ConfigError(f"--damping is {self.damping!r}; this command takes one value")
+            (options["damping"],) = self.dampings
+        if SCORES[score].curvature == "second_moment":
+            options["preconditioner"] = fit_cached(
+                store,
+                "second_moment",
+                device=device,
+                progress=options["progress"],
+                note=print_note,
+            )
+        return options
+
+
+def print_note(line: str) -> None:
+    """Print a line about the answer to standard error."""
+    print(f"gradproj: {clean_lines(line)}", file=sys.stderr, flush=True)
+
+
+def is_job_store(store: ProjectionStore) -> bool:
+    """Return True for stores written by the job; training stores mix rows of different weights."""
+    return "wanted_units" in store.attributes
+
+
+def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] | None:
+    """Return the names of the layers that match ``--layers``, in store order; None for all."""
+    names = [layer.name for layer in store.layers]
+    wanted = split_names("layers", words, names)
+    for word in wanted:
+        if not any(_is_part(word, name) for name in names):
+            patterns = dict.fromkeys(
+                ".".join("*" if part.isdigit() else part for part in name.split("."))
+                for name in names
+            )
+            raise ConfigError(
+                f"--layers: {store.path} has no layer {word!r}; it has {listed(patterns)} "
+                "(* is a number)"
+            )
+    chosen = [name for name in names if any(_is_part(word, name) for word in wanted)]
+    return chosen if 0 < len(chosen) < len(names) else None
+
+
+def _is_part(word: str, name: str) -> bool:
+    """Match whole components of a dotted name only, so that h.1 does not match h.10."""
+    return f".{word}." in f".{name}."
+
+
+def split_names(flag: str, words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Split values at commas, except for a value that is itself one of ``names``."""
+    parts = ([word] if word in names else map(str.strip, word.split(",")) for word in words)
+    chosen = list(dict.fromkeys(name for part in parts for name in part if name))
+    if words and not chosen:
+        raise ConfigError(
+            f"--{flag} is empty; name some of the store's, or leave it out for all of them"
+        )
+    return chosen
