@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
