@@ -1,4 +1,4 @@
-"""Training a causal language model on a corpus of tars, with an engine inside of the loop, ours or another's."""
+"""Trains causal language models with an engine inside the loop, this package's or another's."""
 
 from gradproj.training.config import EngineConfig, TrainConfig
 from gradproj.training.engine_base import EngineContext, TrainingEngine

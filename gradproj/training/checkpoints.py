@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: a Hugging Face folder with what training needs to go on, published by one rename."""
+"""Checkpoints: a Hugging Face directory plus the training's state, published by one rename."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from gradproj.model.checkpoint import no_progress_bars
 from gradproj.training.config import TrainConfig
 
 FOLDER = "checkpoints"
-"""Below ``result_dir``."""
+"""In ``result_dir``."""
 STATE = "training_state.pt"
 WEIGHTS = ".safetensors"
 LOCK_PATIENCE_S = 15.0
@@ -29,11 +29,11 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 @contextmanager
-def alone_in(result_dir: Path, world: World) -> Iterator[None]:
-    """Keep other runs out of a folder while this context lasts; the first rank does it for all.
+def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
+    """Lock a folder against other runs; rank 0 holds the lock for all ranks.
 
     Raises:
-        StoreError: another run trains into it.
+        StoreError: another run holds the lock.
     """
     if world.rank:
         yield
@@ -41,31 +41,33 @@ def alone_in(result_dir: Path, world: World) -> Iterator[None]:
     with explain_os_errors(result_dir):
         lock = (result_dir / ".lock").open("w")
     with lock:
-        # Ranks whose launcher was killed need a moment to notice.
+        # Ranks of a killed launcher hold the lock until they notice its end.
         until = time.monotonic() + LOCK_PATIENCE_S
         # A file system without locks cannot keep other runs out.
         while try_lock(lock) is False:
             if time.monotonic() > until:
                 raise StoreError(
-                    f"another run is training into --result_dir {result_dir}: wait for its end, or give another folder"
+                    f"another run is training into --result_dir {result_dir}: wait for its end, or "
+                    "give another folder"
                 )
             time.sleep(0.2)
         yield
 
 
 def rank_file(rank: int) -> str:
-    """A rank's own state in a checkpoint."""
+    """Return the name of the file with a rank's state."""
     return f"rank-{rank:05d}.pt"
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which the newest is kept.
+    """The checkpoints of one run; only the newest is kept.
 
     Args:
-        result_dir: they are in a folder of it.
-        config: the run.
+        result_dir: the folder that holds their folder.
+        config: the run's settings.
         world: the ranks that train.
-        corpora: ``shards`` and ``val_shards`` -> the corpus's fingerprint, which must stay wherever the tars lie.
+        corpora: ``shards`` and ``val_shards`` -> fingerprint of the corpus. It replaces the path in
+            the recorded settings, so that the tars may be moved.
     """
 
     def __init__(
@@ -76,55 +78,55 @@ class Checkpoints:
         self._settings = {**config.settings_of_the_run(), **corpora, "ranks": world.size}
 
     def newest(self) -> Path | None:
-        """The folder of the newest whole checkpoint, or None."""
+        """Return the folder of the newest complete checkpoint, or None."""
         if not self._folder.is_dir():
             return None
-        found = sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
-        return found[-1] if found else None
+        return max((p for p in self._folder.iterdir() if _NAME.fullmatch(p.name)), default=None)
 
     def to_resume(self) -> Path | None:
-        """The checkpoint to go on from; None to begin.
+        """Return the checkpoint to continue from; None to start from the beginning.
 
         Raises:
-            StoreError: there is one, and ``--resume`` was not given; or none, and what another run left there would go.
+            StoreError: there is one and ``--resume`` is not given; or there is none, and a start
+                would overwrite results of another run.
         """
         newest = self.newest()
         if newest is None:
-            self._refuse_to_begin_anew()
+            self._check_start_loses_nothing()
         if newest is not None and not self._config.resume:
             raise StoreError(
                 f"--result_dir {self._result_dir} holds a run's checkpoint ({newest.name}): "
-                "go on from it with --resume, or give a new folder"
+                "continue from it with --resume, or give a new folder"
             )
         return newest
 
-    def _refuse_to_begin_anew(self) -> None:
-        """Where that would take something away."""
+    def _check_start_loses_nothing(self) -> None:
         folder, interval = self._result_dir, self._config.checkpoint_interval
         models = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
         if models:
             raise StoreError(
-                f"--result_dir {folder} holds a model ({models[0]}) and no checkpoint to go on from: it would be "
-                "overwritten. Give a new folder"
+                f"--result_dir {folder} holds a model ({models[0]}) and no checkpoint to continue "
+                "from: it would be overwritten. Give a new folder"
             )
         n_steps = steps_in(folder)
         if self._config.resume and interval and n_steps > interval:
             raise StoreError(
-                f"--result_dir {folder} holds {n_steps} steps of a run and no checkpoint, though one is made every "
-                f"{interval} steps: put {FOLDER}/ back, or give a new folder"
+                f"--result_dir {folder} holds {n_steps} steps of a run and no checkpoint, though "
+                f"one is made every {interval} steps: restore {FOLDER}/, or give a new folder"
             )
         if self._config.resume and n_steps and self._world.rank == 0:
             print(
-                f"no checkpoint in {folder} yet: beginning anew, the {n_steps} steps there are made again",
+                f"no checkpoint in {folder} yet: starting from the beginning; the {n_steps} steps "
+                "there are repeated",
                 file=sys.stderr,
                 flush=True,
             )
 
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """``(what all ranks share, this rank's own)`` of a checkpoint.
+        """Return ``(shared state, this rank's state)`` of a checkpoint.
 
         Raises:
-            ConfigError: the run was made with other settings, documents or another number of ranks.
+            ConfigError: it has other settings, documents or another number of ranks.
             StoreError: it is damaged.
         """
         shared = _load(path, STATE)
@@ -150,17 +152,17 @@ class Checkpoints:
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
         curve: list[dict[str, Any]],
-        own: dict[str, Any],
+        rank_state: dict[str, Any],
     ) -> Path:
-        """Write a checkpoint under another name, publish it, and take those before it away.
+        """Write a checkpoint under a temporary name, publish it, and delete older ones.
 
         Args:
             step: steps done.
-            model: of transformers, not wrapped.
+            model: transformers' model without its wrapper.
             tokenizer: the model's.
-            optimizer: its state is the same in all ranks.
+            optimizer: its state is equal in all ranks.
             curve: the loss curve's points.
-            own: this rank's: position in the data, the engine's state.
+            rank_state: this rank's position in the data and engine state.
         """
         final = self._folder / f"step-{step:08d}"
         work = self._folder / f".saving-{final.name}"
@@ -172,10 +174,13 @@ class Checkpoints:
             if self._world.rank == 0:
                 _save_model(work, model, tokenizer)
                 shared = {
-                    "step": step, "settings": self._settings, "optimizer": optimizer.state_dict(), "curve": curve,
-                }  # fmt: skip
+                    "step": step,
+                    "settings": self._settings,
+                    "optimizer": optimizer.state_dict(),
+                    "curve": curve,
+                }
                 _save(shared, work / STATE)
-            _save({**own, "random": random_state()}, work / rank_file(self._world.rank))
+            _save({**rank_state, "random": random_state()}, work / rank_file(self._world.rank))
             self._world.barrier()
             if self._world.rank == 0:
                 self._publish(work, final)
@@ -193,7 +198,7 @@ class Checkpoints:
 
 
 def publish_model(result_dir: Path, model: Any, tokenizer: Any) -> None:
-    """Put model and tokenizer into ``result_dir``, its weights last: they say that the run is finished."""
+    """Put model and tokenizer into ``result_dir``, the weights last: they mark a finished run."""
     work = result_dir / f".saving-{os.getpid()}"
     with explain_os_errors(result_dir):
         work.mkdir(parents=True)
@@ -206,7 +211,7 @@ def publish_model(result_dir: Path, model: Any, tokenizer: Any) -> None:
 
 
 def steps_in(result_dir: Path) -> int:
-    """Steps that a run's ``loss.csv`` tells of."""
+    """Return the number of steps in a run's ``loss.csv``."""
     path = result_dir / "loss.csv"
     return max(0, len(path.read_text().splitlines()) - 1) if path.is_file() else 0
 
@@ -214,7 +219,7 @@ def steps_in(result_dir: Path) -> int:
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError as error:  # what torch's writer makes of a full disk
+    except RuntimeError as error:  # torch's writer raises it for a full disk
         raise StoreError(
             f"cannot write {path}: {_reason(error)}. Free space there, then start again"
         ) from error
@@ -234,10 +239,10 @@ def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 def _load(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         return torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a torn archive makes of torch's reader
+    except Exception as error:  # torch's reader raises many kinds for a torn archive
         raise StoreError(
-            f"the checkpoint {checkpoint} is damaged ({name}: {_reason(error)}): train without --resume into a new "
-            "--result_dir"
+            f"the checkpoint {checkpoint} is damaged ({name}: {_reason(error)}): train without "
+            "--resume into a new --result_dir"
         ) from error
 
 
@@ -246,13 +251,13 @@ def _reason(error: Exception) -> str:
 
 
 def random_state() -> dict[str, Any]:
-    """Of torch's generators, from which dropout draws."""
+    """Return the state of torch's generators, which dropout draws from."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what ``random_state`` gave."""
+    """Set torch's generators to a ``random_state``."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

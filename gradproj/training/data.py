@@ -1,4 +1,4 @@
-"""Documents to training batches, in an order that depends on the seed alone, and from any place in it."""
+"""Documents to training batches, in a seeded order and from any position in it."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,23 +20,22 @@ from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
-"""Blocks of documents that are read and shuffled together; the blocks themselves come in a shuffled order."""
+"""Blocks of documents read and shuffled together. The blocks too are in a shuffled order."""
 CHARACTERS_PER_TOKEN = 40
-"""Of a long document only so many per wanted token are tokenized, since the rest is cut off anyway."""
+"""Characters of a document that are tokenized per wanted token; the rest would be cut off."""
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How far a rank has read: the next document of its share, and tokens that fill no sequence yet."""
+    """A rank's position: its next document, and tokens that do not fill a sequence yet."""
 
     epoch: int = 0
     document: int = 0
-    """Documents of the epoch's share that were read."""
+    """Documents of this epoch that the rank has read."""
     left: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.int64))
-    """``(2, n)``: tokens left over by ``--pack``, and the sample each is of."""
+    """``(2, n)``: tokens left over by ``--pack``, and their sample ids."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {
             "epoch": self.epoch,
             "document": self.document,
@@ -45,7 +44,6 @@ class DataPosition:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "DataPosition":
-        """From a checkpoint."""
         return cls(state["epoch"], state["document"], state["left"].numpy())
 
 
@@ -58,13 +56,13 @@ class TrainBatch:
     labels: Tensor
     """``(N, S)`` int64, not shifted; -100 at padding."""
     sample_ids: np.ndarray
-    """``(N,)`` int64: the document, or with ``--pack`` that of the first token."""
+    """``(N,)`` int64: the document; with ``--pack`` that of the first token."""
     domains: tuple[str, ...]
-    """Of these documents."""
+    """Domains of these documents."""
     n_tokens: int
     """Without padding."""
     position: DataPosition
-    """After this batch."""
+    """Position after this batch."""
 
     @property
     def n_targets(self) -> int:
@@ -78,13 +76,14 @@ def batches_of(
     world: World = World(),  # noqa: B008 - frozen
     position: DataPosition | None = None,
 ) -> Iterator[TrainBatch]:
-    """A rank's batches without end, the same for the same seed, from a position on.
+    """Yield a rank's batches without end, from a position on; equal seeds give equal batches.
 
-    Of every epoch's documents in their shuffled order, rank r of W takes those at r, W + r, 2 W + r and so on.
+    Of an epoch's documents in shuffled order, rank r of W takes those at r, W + r, 2 W + r, ...
     """
     if index.n_samples < world.size:
         raise CorpusError(
-            f"--shards {config.shards}: {index.n_samples} document(s) for {world.size} ranks; start fewer"
+            f"--shards {config.shards}: {index.n_samples} document(s) for {world.size} ranks; "
+            "start fewer"
         )
     sequences = _sequences(config, index, tokenizer, world, position or DataPosition())
     for chunk in iter(lambda: list(itertools.islice(sequences, config.batch_size)), []):
@@ -93,17 +92,17 @@ def batches_of(
 
 @dataclass(frozen=True)
 class Sequence:
-    """What a row of a batch is made of."""
+    """Tokens of one row of a batch."""
 
     tokens: np.ndarray
     sample_id: int
     domain: str
     position: DataPosition
-    """After it."""
+    """Position after it."""
 
 
 def make_batch(sequences: list[Sequence]) -> TrainBatch:
-    """Pad sequences into one batch."""
+    """Pad sequences on the right into one batch."""
     tokens = [sequence.tokens for sequence in sequences]
     batch = collate(tokens, np.arange(len(tokens)), pad=0)
     lengths = torch.tensor([len(ids) for ids in tokens])
@@ -117,11 +116,11 @@ def make_batch(sequences: list[Sequence]) -> TrainBatch:
 def _sequences(
     config: TrainConfig, index: CorpusIndex, tokenizer: Any, world: World, position: DataPosition
 ) -> Iterator[Sequence]:
-    """Sequences with at least one target."""
+    """Yield sequences with at least one target."""
     left = position.left
     for epoch in itertools.count(position.epoch):
         done = position.document if epoch == position.epoch else 0
-        found = done > 0
+        has_sequence = done > 0
         first = done * world.size + world.rank
         documents = itertools.islice(
             shuffled_documents(index, config.seed, epoch, first), 0, None, world.size
@@ -132,35 +131,38 @@ def _sequences(
             if config.pack and len(tokens):
                 end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
                 tokens = np.array([*tokens, *end], np.int64)
-                owned = np.stack([tokens, np.full(len(tokens), document.sample_id)])
-                left = np.concatenate([left, owned], axis=1)
+                pairs = np.stack([tokens, np.full(len(tokens), document.sample_id)])
+                left = np.concatenate([left, pairs], axis=1)
                 while left.shape[1] >= config.max_length:
                     (ids, owners), left = left[:, : config.max_length], left[:, config.max_length :]
                     yield Sequence(
                         ids, int(owners[0]), document.domain, DataPosition(epoch, done, left)
                     )
-                    found = True
+                    has_sequence = True
             elif len(tokens) > 1:
                 yield Sequence(
                     tokens, document.sample_id, document.domain, DataPosition(epoch, done, left)
                 )
-                found = True
-        if not found and left.shape[1] < 2:
+                has_sequence = True
+        if not has_sequence and left.shape[1] < 2:
             raise CorpusError(
-                f"--shards {config.shards}: no document has two tokens, so there is nothing to learn"
+                f"--shards {config.shards}: no document has two tokens, so there is nothing to "
+                "learn"
             )
 
 
 def shuffled_documents(
     index: CorpusIndex, seed: int, epoch: int, first: int = 0
 ) -> Iterator[Document]:
-    """Every document once, in an order that depends on the seed and the epoch; memory holds 4,096 of them.
+    """Yield every document once, in an order that seed and epoch define.
+
+    At most 4,096 documents are in memory.
 
     Args:
-        index: of the corpus.
+        index: the corpus.
         seed: of the order.
-        epoch: which has an order of its own.
-        first: leave out so many; whole groups are not read then.
+        epoch: each has its own order.
+        first: documents to skip; groups that are skipped whole are not read.
     """
     order = np.random.default_rng([seed, epoch])
     n_samples = index.n_samples
@@ -183,7 +185,7 @@ def shuffled_documents(
 
 
 def tokens_of(document: Document, tokenizer: Any, most: int | None) -> np.ndarray:
-    """A document's token ids, the first ``most`` of them; none of one that is bad input."""
+    """Return a document's first ``most`` token ids (None: all); none for bad input."""
     ids = document.input_ids
     if ids is None:
         text = (document.text or "")[: None if most is None else most * CHARACTERS_PER_TOKEN]
@@ -192,21 +194,21 @@ def tokens_of(document: Document, tokenizer: Any, most: int | None) -> np.ndarra
 
 
 class TrainedDocuments:
-    """Domain and text of what was trained on, by sample id."""
+    """Domains and texts of the documents trained on, by sample id."""
 
     def __init__(self, index: CorpusIndex) -> None:
         self._index = index
         self._domains: dict[int, str] = {}
 
     def add(self, batches: list[TrainBatch]) -> None:
-        """Note a step's documents."""
+        """Remember the domains of a step's documents."""
         for batch in batches:
             self._domains.update(zip(batch.sample_ids.tolist(), batch.domains, strict=True))
 
     def domain(self, sample_id: int) -> str:
-        """A document's domain; read from its tar where another rank or an earlier start trained on it."""
+        """Return a document's domain, read from its tar if another process trained on it."""
         if sample_id not in self._domains:
-            # With its neighbours, since a tar is read from the beginning of a block anyway.
+            # Read the whole block: a tar is read from the start of a block anyway.
             first = sample_id - sample_id % SAMPLES_PER_BLOCK
             last = min(first + SAMPLES_PER_BLOCK, self._index.n_samples)
             self._domains.update(
@@ -215,8 +217,5 @@ class TrainedDocuments:
         return self._domains[sample_id]
 
     def text(self, sample_id: int) -> str:
-        """A document's text; empty where it has token ids only."""
-        return self._read(sample_id).text or ""
-
-    def _read(self, sample_id: int) -> Document:
-        return next(iter(read_documents(self._index, sample_id, sample_id + 1)))
+        """Return a document's text; empty if it has token ids only."""
+        return next(iter(read_documents(self._index, sample_id, sample_id + 1))).text or ""

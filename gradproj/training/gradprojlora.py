@@ -1,4 +1,4 @@
-"""GradProjLora in a training loop: every sample's projected gradient, at the weights of its step, to a store."""
+"""GradProjLora in a training loop: projected gradients of every sample, in a store."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -28,15 +28,15 @@ from gradproj.store.writer import pack_matrices
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 
 FOLDER = "projections"
-"""Below ``result_dir``."""
+"""In ``result_dir``."""
 
 MOST_WAITING_BYTES = 64 * 2**20
-"""Of rows on the device; then they go to the host, before they are due to be written."""
+"""Rows on the device above which they move to the host before they are due to be written."""
 
 
 @dataclass
 class _Waiting:
-    """A batch whose rows are still on the device."""
+    """One batch with its rows still on the device."""
 
     rows: Tensor
     n_tokens: Tensor | None
@@ -46,18 +46,18 @@ class _Waiting:
 
 
 class GradProjLoraTraining(TrainingEngine):
-    """Keeps the rows of every batch, and writes them to ``result_dir/projections``.
+    """Writes the rows of every batch to ``result_dir/projections``, each at its step's weights.
 
-    Training is left as it is: no weight, no gradient and no random number differs from a run without.
+    No weight, gradient or random number differs from a run without it.
 
     Args:
-        context: its ``settings.result_dir`` is where the store is made. One with rows is gone on with only where there
-            is a ``resume_step``: then call ``load_state_dict`` before the first batch.
+        context: ``settings.result_dir`` holds the store. A store with rows is continued only with a
+            ``resume_step``: then call ``load_state_dict`` before the first batch.
 
     Raises:
         ConfigError: no ``result_dir``, or impossible widths.
-        ModelError: the model has no such layer.
-        StoreError: there are rows already, or they were made with other settings.
+        ModelError: the model has no matching layer.
+        StoreError: there are rows already, or they have other settings.
     """
 
     def __init__(self, context: EngineContext) -> None:
@@ -69,8 +69,9 @@ class GradProjLoraTraining(TrainingEngine):
             )
         self._folder = Path(settings.result_dir) / FOLDER
         self._engine = GradProjLoraEngine(
-            context.model, settings.proj_layers, settings.proj_rank_total, settings.proj_rank_min,
-            settings.proj_seed, proj_kind=settings.proj_kind, include_embeddings=settings.include_embeddings,
+            context.model, settings.proj_layers, settings.proj_rank_total,
+            settings.proj_rank_min, settings.proj_seed, proj_kind=settings.proj_kind,
+            include_embeddings=settings.include_embeddings,
         )  # fmt: skip
         self._layers = place_widths(without_wrappers(context.model), settings.projection)
         self._waiting: list[_Waiting] = []
@@ -87,29 +88,29 @@ class GradProjLoraTraining(TrainingEngine):
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
     ) -> None:
-        """Note step, ids and labels, whose targets are counted; without a step it is the next."""
+        """Remember step, ids and labels. Without a step it is the next one."""
         self._step = self._step + 1 if iter_num is None else int(iter_num)
         self._ids, self._labels = None if batch_idx is None else _of_batch(batch_idx, len(X), 0), Y
         if Y is None:
             self._engine.attach_train_batch(X)
         else:
-            # For a loss that is not per_sample_loss's, which says itself how it was weighted.
+            # For a loss of the loop's own. per_sample_loss reports its weights itself.
             self._engine.attach_train_batch(X, labels=Y, loss_reduction="mean")
 
     def aggregate_and_log(self, losses: Tensor | None = None) -> None:
-        """Take the rows of the batch that has just run backward; they stay on the device until they are due."""
+        """Collect the last backward pass's rows; they stay on the device until they are due."""
         labels, ids = self._labels, self._ids
         self._labels = self._ids = None
-        told = loss_key(self.context.model) in LOSS_WEIGHTS
+        has_weights = loss_key(self.context.model) in LOSS_WEIGHTS
         rows = self._engine.collect_batch()
-        if not told:
-            # A mean over the batch, which a loop that accumulates divides by the number of batches.
+        if not has_weights:
+            # The loss is a mean over the batch, divided by the number of accumulated batches.
             rows = rows * self.context.settings.grad_accumulation
         n_tokens = None if labels is None else (labels[:, 1:] != IGNORE).sum(dim=1)
         if n_tokens is None and self.context.settings.loss_reduction == "mean":
             raise ConfigError(
-                "--loss_reduction mean divides a row by its number of targets: give attach_train_batch the labels, "
-                "or take --loss_reduction sum"
+                "--loss_reduction mean divides a row by its number of targets: give "
+                "attach_train_batch the labels, or use --loss_reduction sum"
             )
         self._waiting.append(_Waiting(rows, n_tokens, losses, self._step, ids))
         self._unwritten_steps.add(self._step)
@@ -150,14 +151,14 @@ class GradProjLoraTraining(TrainingEngine):
         return {"n_rows": self._store.n_rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # A loop whose checkpoints know nothing of rows can name its step.
+        # Checkpoints that keep no state_dict give the step instead.
         n_rows = self._store.n_rows_to(state["step"]) if "step" in state else state.get("n_rows", 0)
         self._store.cut(n_rows)
         self.context.world.barrier()
         self._store.extend()
 
     def _to_host(self) -> None:
-        """Every waiting batch's rows and columns, in their order."""
+        """Append every waiting batch's rows and columns to the store, in order."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -187,13 +188,14 @@ class GradProjLoraTraining(TrainingEngine):
 
     def _open_store(self) -> AppendStore:
         world, attributes, folder = self.context.world, self._attributes(), self._folder
-        # All ranks look before one of them makes it.
+        # All ranks look before rank 0 creates it.
         exists, empty = (folder / STORE_NAME).exists(), not holds_rows(folder)
         world.barrier()
         if exists and not empty:
             if self.context.resume_step is None:
                 raise StoreError(
-                    f"{folder} holds rows of another run: go on with it (--resume), or give a new result_dir"
+                    f"{folder} holds rows of another run: continue it (--resume), or give a new "
+                    "result_dir"
                 )
             check_same(folder, attributes)
         elif world.rank == 0:
@@ -216,7 +218,7 @@ class GradProjLoraTraining(TrainingEngine):
         )
         store = replace(settings.store, rows_per_shard=height)
         layout = plan_layout(height * world.size, widths, 1, store)
-        # Every unit's columns are files of its own.
+        # One chunk of each column per unit, so that a unit's files belong to one rank.
         return replace(layout, column_rows=height)
 
     def _attributes(self) -> dict[str, Any]:
@@ -226,7 +228,8 @@ class GradProjLoraTraining(TrainingEngine):
             "layers": layers_as_json(self._layers),
             "domains": [],
             "projection": {**vars(projection)},
-            "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at step[i]; status 1 = ok",
+            "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
+            "step[i]; status 1 = ok",
             "identity": {
                 **{
                     f"--proj_{name}": value
@@ -244,7 +247,7 @@ class GradProjLoraTraining(TrainingEngine):
 
 
 def _of_batch(values: Any, n: int, unknown: float) -> np.ndarray:
-    """``(n,)`` values of a batch's samples."""
+    """Return ``(n,)`` values of a batch's samples on the host; ``unknown`` for None."""
     if values is None:
         return np.full(n, unknown)
     if isinstance(values, Tensor):

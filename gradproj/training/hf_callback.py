@@ -1,4 +1,4 @@
-"""GradProjLora inside of transformers' ``Trainer``: a callback that keeps every sample's projected gradient."""
+"""GradProjLora inside transformers' ``Trainer``, as a callback."""
 
 from types import TracebackType
 from typing import Any
@@ -13,28 +13,30 @@ from gradproj.training.engine_manager import GhostEngineManager
 
 
 class GradProjCallback(TrainerCallback):
-    """Rows of every batch that a ``Trainer`` trains on, at the weights of its step, to ``result_dir/projections``::
+    """Writes the rows of every batch of a ``Trainer`` to ``result_dir/projections``::
 
         with GradProjCallback(result_dir="out", proj_rank_total=256) as watching:
             Trainer(model=model, args=args, train_dataset=dataset, callbacks=[watching]).train()
 
-    Training is left as it is. Accumulation, mixed precision, data parallelism and ``resume_from_checkpoint`` (which
-    cuts what is beyond the checkpoint) work; evaluations leave no rows. A dataset's column ``sample_id`` becomes the
-    rows' (with ``remove_unused_columns=False``). The loss must be the model's own: labels go to the model.
+    Each row is made at the weights of its step. Training is not changed. Accumulation, mixed
+    precision, data parallelism and ``resume_from_checkpoint`` work; resuming cuts the rows after
+    the checkpoint. Evaluations leave no rows. A dataset column ``sample_id`` becomes the rows' ids
+    (with ``remove_unused_columns=False``). The loss must be the model's own, from its labels.
 
     Args:
-        settings: names of ``EngineConfig``, without ``method``.
+        settings: fields of ``EngineConfig`` without ``method``.
 
     Raises:
         ConfigError: an unknown name, or a value that cannot be used.
     """
 
     def __init__(self, **settings: Any) -> None:
-        known = set(EngineConfig.__dataclass_fields__) - {"method"}
-        unknown = sorted(set(settings) - known)
+        fields = set(EngineConfig.__dataclass_fields__) - {"method"}
+        unknown = sorted(set(settings) - fields)
         if unknown:
             raise ConfigError(
-                f"GradProjCallback: unknown {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+                f"GradProjCallback: unknown {', '.join(unknown)}; it takes "
+                f"{', '.join(sorted(fields))}"
             )
         self._settings = EngineConfig.of({**settings, "method": "GradProjLora"})
         if not self._settings.result_dir:
@@ -43,14 +45,14 @@ class GradProjCallback(TrainerCallback):
         self._handles: list[Any] = []
         self._key: Any = None
         self._step = 0
-        self._waits = False
+        self._has_batch = False
 
     # --- the Trainer's events ---
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the engine; where training is resumed, cut the rows of later steps."""
+        """Make the engine; if training is resumed, cut the rows of later steps."""
         model = kwargs["model"]
         sizes = {
             "batch_size": args.per_device_train_batch_size,
@@ -75,49 +77,45 @@ class GradProjCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step's first batch comes."""
         self._step = state.global_step + 1
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A batch ran backward that is not the step's last."""
+        """Collect a batch that is not the step's last."""
         self._collect()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step's last batch ran backward."""
+        """Collect the step's last batch."""
         self._collect()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write where it is due."""
-        self._secure_before_checkpoint(args, control)
+        """Write rows if they are due."""
+        self._save_before_checkpoint(args, control)
         if self._manager is not None and self._manager.should_save_metrics(self._step):
             self._manager.save_metrics(self._step)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint may come."""
-        self._secure_before_checkpoint(args, control)
+        self._save_before_checkpoint(args, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A checkpoint may come."""
-        self._secure_before_checkpoint(args, control)
+        self._save_before_checkpoint(args, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what is left."""
         self.cleanup()
 
     def cleanup(self) -> None:
-        """Write what is left and take all hooks off: what leaving the context does, also after an exception."""
+        """Write what is left and remove all hooks; leaving the context does this too."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -133,19 +131,19 @@ class GradProjCallback(TrainerCallback):
     ) -> None:
         self.cleanup()
 
-    def _secure_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:
-        """A checkpoint counts on the rows up to it: a process that dies in between must leave them."""
-        # Whether an evaluation was the best so far is decided after the last callback.
+    def _save_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Write the rows that a checkpoint counts on, in case the process dies after it."""
+        # With "best", the Trainer decides after the last callback whether to save.
         if self._manager is not None and (control.should_save or args.save_strategy == "best"):
             self._manager.state_dict()
 
     # --- a batch ---
 
     def _collect(self) -> None:
-        if self._manager is not None and self._waits:
+        if self._manager is not None and self._has_batch:
             self._manager.aggregate_and_log()
             self._manager.clear_gradients()
-            self._waits = False
+            self._has_batch = False
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         ids = kwargs.pop("sample_id", None)
@@ -153,8 +151,8 @@ class GradProjCallback(TrainerCallback):
             labels = kwargs.get("labels")
             if labels is None:
                 raise ModelError(
-                    "GradProjCallback needs the model's own loss: give the model labels, and the Trainer neither "
-                    "label_smoothing_factor nor compute_loss_func"
+                    "GradProjCallback needs the model's own loss: give the model labels, and the "
+                    "Trainer neither label_smoothing_factor nor compute_loss_func"
                 )
             inputs = kwargs.get("input_ids", labels)
             ids = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
@@ -162,7 +160,7 @@ class GradProjCallback(TrainerCallback):
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Have the engine told how a token's loss was weighted; what the Trainer does later is in the gradient."""
+        """Give the engine the loss's weights; the Trainer's later factors are in the gradient."""
         loss, labels = getattr(output, "loss", None), kwargs.get("labels")
         if not module.training or loss is None or labels is None or not loss.requires_grad:
             return
@@ -174,4 +172,4 @@ class GradProjCallback(TrainerCallback):
             LOSS_WEIGHTS[self._key] = (gradient / n_items).expand(len(labels))
 
         loss.register_hook(announce)
-        self._waits = True
+        self._has_batch = True

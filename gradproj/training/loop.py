@@ -1,12 +1,11 @@
-"""A plain causal-LM training loop: documents in a seeded order, torch's optimizers, checkpoints that the job takes.
+"""The training loop of ``gradproj train``: seeded data, torch's optimizers, checkpoints.
 
-It does not know which engine runs inside of it: ``GhostEngineManager`` does.
+It does not know which engine runs inside it; ``GhostEngineManager`` does.
 """
 
 import itertools
 import math
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,12 @@ from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
 from gradproj.store.zarr_threads import few_zarr_threads
-from gradproj.training.checkpoints import Checkpoints, alone_in, publish_model, restore_random_state
+from gradproj.training.checkpoints import (
+    Checkpoints,
+    lock_result_dir,
+    publish_model,
+    restore_random_state,
+)
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import (
     DataPosition,
@@ -42,18 +46,21 @@ from gradproj.training.validation import Validation
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that waits for another gives up."""
 RANK_SEED = 1_000_003
-"""Ranks differ in what dropout draws, and in nothing else."""
+"""Distance of the ranks' seeds. Ranks differ in what dropout draws, and in nothing else."""
 
 
 def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
-    """Train; results go to ``--result_dir``. Equal settings, ranks, threads and device give bitwise equal weights.
+    """Train a model; results go to ``--result_dir``.
+
+    Equal settings, ranks, threads and device give bitwise equal weights.
 
     Args:
-        config: the run.
-        stop: asked after every step; where any rank's is true all save a checkpoint and return, unfinished.
+        config: the run's settings.
+        stop: called after every step; if any rank's returns True, all ranks save a checkpoint and
+            return early.
 
     Raises:
-        GradprojError: the model, the tokenizer, the corpus or the folder cannot be used.
+        GradprojError: the method, model, tokenizer, corpus or folder cannot be used.
     """
     check_method(config.method)
     process, stop = Process.from_environment(), stop or StopRequest()
@@ -63,7 +70,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     folder = make_folder("--result_dir", config.result_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group = process_group(process, backend, TIMEOUT)
-    with few_zarr_threads(), group as world, alone_in(folder, world):
+    with few_zarr_threads(), group as world, lock_result_dir(folder, world):
         run = _Run(config, folder, device, world)
         stop.drain()
         with run.manager:
@@ -77,7 +84,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
 
 
 class _Run:
-    """One run's model, data and results, ready for the next step."""
+    """Model, data and results of one run, ready for the next step."""
 
     def __init__(
         self, config: TrainConfig, folder: Path, device: torch.device, world: World
@@ -89,14 +96,14 @@ class _Run:
             corpora["val_shards"] = open_corpus(config.val_shards, flag="--val_shards").fingerprint
         self._checkpoints = Checkpoints(folder, config, world, corpora)
         saved = self._checkpoints.to_resume()
-        shared, own = self._checkpoints.load(saved) if saved else ({}, {})
+        shared, rank_state = self._checkpoints.load(saved) if saved else ({}, {})
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
         set_dropout(self._model, config.dropout)
         self._model.to(device).requires_grad_(True).train()
         if config.gradient_checkpointing:
-            # Its new name; older releases of transformers 5 know the other.
+            # The new name; older releases of transformers 5 have only the other one.
             name = "activation_checkpointing_enable"
             enable = getattr(self._model, name, self._model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -110,19 +117,19 @@ class _Run:
         )  # fmt: skip
         self._curve = LossCurve(folder, config.max_steps, visible=world.rank == 0)
         self._curve.start(shared.get("curve", []))
-        self._position = DataPosition.from_dict(own["data"]) if saved else DataPosition()
+        self._position = DataPosition.from_dict(rank_state["data"]) if saved else DataPosition()
         self._batches = batches_of(config, index, self._tokenizer, world, self._position)
         self._documents = TrainedDocuments(index)
         if world.rank:
             torch.manual_seed(config.seed + RANK_SEED * world.rank)
         if config.resume:
-            self.manager.load_state_dict(own.get("engine", {}))
+            self.manager.load_state_dict(rank_state.get("engine", {}))
         if saved:
             self._optimizer.load_state_dict(shared["optimizer"])
-            restore_random_state(own["random"])
+            restore_random_state(rank_state["random"])
 
     def step(self, step: int) -> None:
-        """Forward and backward over the step's batches, one step of the optimizer, and whatever is due after it."""
+        """Run the step's batches and the optimizer, and record the loss."""
         config, manager = self._config, self.manager
         batches = list(itertools.islice(self._batches, config.grad_accumulation))
         targets, n_tokens = totals(
@@ -131,11 +138,11 @@ class _Run:
         rate = config.learning_rate * rate_at(step - 1, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        # The ranks' gradients are averaged, so each one's share of the mean is taken W times.
+        # Gradients are averaged over the W ranks, so each rank divides by a W-th of all targets.
         per_rank = targets / self._world.size
         sums = [
-            self._forward_backward(step, batch, per_rank, last)
-            for batch, last in _with_last(batches)
+            self._forward_backward(step, batch, per_rank, last=number == len(batches))
+            for number, batch in enumerate(batches, 1)
         ]
         norm = self._clip(step)
         self._optimizer.step()
@@ -150,7 +157,7 @@ class _Run:
     def _forward_backward(
         self, step: int, batch: TrainBatch, n_targets: float, last: bool
     ) -> torch.Tensor:
-        """One batch; the sum of its losses (nats), detached."""
+        """Run one batch; return the detached sum of its samples' losses (nats)."""
         manager = self.manager
         X, Y = batch.input_ids.to(self._device), batch.labels.to(self._device)
         with sync_if_last(self._shared_model, last):
@@ -162,14 +169,14 @@ class _Run:
                     self._shared_model, {"input_ids": inputs, "labels": labels}, chunked=False
                 )
             (losses.sum() / n_targets).backward()
-        own = losses.detach()[: len(X)]
+        train_losses = losses.detach()[: len(X)]  # engines put rows of their own after these
         manager.prepare_gradients()
-        manager.aggregate_and_log(own)
+        manager.aggregate_and_log(train_losses)
         manager.clear_gradients()
-        return own.sum()
+        return train_losses.sum()
 
     def _clip(self, step: int) -> float:
-        """Clip the gradient; its norm before that."""
+        """Clip the gradient; return its norm before clipping."""
         parameters = self._model.parameters()
         norm = nn.utils.clip_grad_norm_(parameters, self._config.clip or math.inf).item()
         if not math.isfinite(norm):
@@ -180,7 +187,7 @@ class _Run:
         return norm
 
     def _evaluate(self, step: int) -> float | None:
-        """The validation loss where it is due."""
+        """Return the validation loss if an evaluation is due."""
         interval = self._config.eval_interval
         due = step == self._config.max_steps or (interval and step % interval == 0)
         if not due or not self._validation.batches:
@@ -191,16 +198,21 @@ class _Run:
         return loss
 
     def save(self, step: int, at_once: bool) -> None:
-        """A checkpoint where it is due: every so many steps, at the end, and where nothing may follow."""
+        """Save a checkpoint if one is due: by interval, at the end, or before a stop."""
         interval = self._config.checkpoint_interval
         if at_once or (interval and (step % interval == 0 or step == self._config.max_steps)):
-            own = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
+            rank_state = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
             self._checkpoints.save(
-                step, self._model, self._tokenizer, self._optimizer, self._curve.as_list(), own
+                step,
+                self._model,
+                self._tokenizer,
+                self._optimizer,
+                self._curve.as_list(),
+                rank_state,
             )
 
     def finish(self) -> TrainResult:
-        """The finished model into the folder, and the curve's picture."""
+        """Write the finished model, the curve's picture and the engine's reports."""
         if self._world.rank == 0:
             self._curve.draw()
             for name, text in self.manager.reports(
@@ -213,16 +225,15 @@ class _Run:
         return self.result()
 
     def result(self) -> TrainResult:
-        """What the run has come to."""
         return self._curve.result()
 
 
-def _with_last(batches: list[TrainBatch]) -> Iterator[tuple[TrainBatch, bool]]:
-    return ((batch, number == len(batches)) for number, batch in enumerate(batches, 1))
-
-
 def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[Any, nn.Module]:
-    """``(tokenizer, model)``: a run's checkpoint, another one, an architecture, or a new GPT-2 of the given shape."""
+    """Return ``(tokenizer, model)``.
+
+    The model is that of a run's checkpoint (``saved``), of ``--model``, of ``--architecture``, or a
+    new GPT-2 of the configured shape.
+    """
     if saved is not None:
         files = fetch(ModelConfig(model=str(saved)))
         return load_tokenizer(files), load_model(files, torch.device("cpu"))
@@ -236,27 +247,28 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
                 f"--max_length {config.max_length} is more than the model's {positions} positions"
             )
         return tokenizer, model
-    # Any model's name will do: only the tokenizer's files are looked at.
+    # Any architecture works here: only the tokenizer's files are used.
     tokenizer = load_tokenizer(
         fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=config.tokenizer))
     )
     shape = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=config.max_length, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        vocab_size=len(tokenizer), n_positions=config.max_length,
+        n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return tokenizer, GPT2LMHeadModel(shape)
 
 
-def set_dropout(model: Any, share: float) -> None:
-    """Give a model one dropout everywhere, and write it into its config: a checkpoint may bring another along."""
+def set_dropout(model: Any, rate: float) -> None:
+    """Set one dropout everywhere in a model and its config, where a checkpoint may have others."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = share
+            module.p = rate
         for name, value in vars(module).items():
-            # Attention and some families' layers drop by a function, not by a module.
+            # Attention and some families' layers call a dropout function with their own rate.
             if "dropout" in name and isinstance(value, float):
-                setattr(module, name, share)
+                setattr(module, name, rate)
     for name, value in vars(model.config).items():
         if name.endswith(("pdrop", "dropout")) and not name.startswith(("summary", "classifier")):
-            setattr(model.config, name, share if isinstance(value, int | float) else value)
+            setattr(model.config, name, rate if isinstance(value, int | float) else value)

@@ -1,4 +1,4 @@
-"""The loss curve of a run: ``loss.csv`` line by line, ``loss.png`` at the end, a line for people every few seconds."""
+"""The loss curve of a run: ``loss.csv``, ``loss.png`` and progress lines."""
 
 import csv
 import sys
@@ -17,14 +17,14 @@ SHOWN_STEPS = 20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """Result of a run."""
 
     loss: float
     """Mean nats per target token over the last 20 steps."""
     n_tokens: int
     seconds: float
     n_steps: int
-    """Of ``max_steps``; fewer where it was told to stop."""
+    """Fewer than ``max_steps`` if a stop was requested."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Point:
 
     step: int
     tokens: int
-    """Up to and with this step, of all ranks."""
+    """Tokens of all ranks up to and including this step."""
     loss: float
     """Mean nats per target token of the step's batches."""
     learning_rate: float
@@ -41,10 +41,10 @@ class Point:
     """Before clipping."""
     val_loss: float | None
     seconds: float
-    """Since the run's start, less the time between a stop and its resumption."""
+    """Since the run's start, without the time between a stop and its resumption."""
 
     def as_text(self) -> list[str]:
-        """As ``loss.csv`` has it."""
+        """Return the cells of a line of ``loss.csv``."""
         return [
             "" if v is None else f"{v:.8g}" if isinstance(v, float) else str(v)
             for v in astuple(self)
@@ -55,12 +55,12 @@ COLUMNS = [f.name for f in fields(Point)]
 
 
 class LossCurve:
-    """Every step's loss. Only the first rank writes and speaks.
+    """The loss of each step. Only rank 0 writes and prints.
 
     Args:
-        folder: where ``loss.csv`` goes.
+        folder: the folder of ``loss.csv``.
         max_steps: of the run.
-        visible: whether this is the first rank.
+        visible: whether to write and print.
     """
 
     def __init__(self, folder: Path, max_steps: int, visible: bool = True) -> None:
@@ -72,7 +72,7 @@ class LossCurve:
         self._steps_before = 0
 
     def start(self, points: list[dict[str, Any]]) -> None:
-        """Begin with the steps of a checkpoint, or with none."""
+        """Begin with the points of a checkpoint, or with none."""
         self.points = [Point(**point) for point in points]
         self._recent.extend(point.loss for point in self.points[-SHOWN_STEPS:])
         self._before_s = self.points[-1].seconds if self.points else 0.0
@@ -85,7 +85,7 @@ class LossCurve:
     def add(
         self, loss: float, rate: float, norm: float, n_tokens: int, val_loss: float | None = None
     ) -> None:
-        """Note a step."""
+        """Append a step to ``loss.csv``, and print it now and then."""
         now_s = time.monotonic()
         total = n_tokens + (self.points[-1].tokens if self.points else 0)
         seconds = round(self._before_s + now_s - self._started_s, 2)
@@ -104,36 +104,35 @@ class LossCurve:
     def _show(self, point: Point, seconds: float) -> None:
         done = max(1, point.step - self._steps_before)
         left = seconds / done * (self._max_steps - point.step)
-        known = self.points[self._steps_before - 1].tokens if self._steps_before else 0
+        before = self.points[self._steps_before - 1].tokens if self._steps_before else 0
+        rate = (point.tokens - before) / max(seconds, 1e-9)
         evaluated = "" if point.val_loss is None else f", validation {point.val_loss:.3f}"
         print(
-            f"step {point.step:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per token{evaluated}, "
-            f"{(point.tokens - known) / max(seconds, 1e-9):,.0f} tokens/s, about {human_seconds(left)} left",
+            f"step {point.step:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per "
+            f"token{evaluated}, {rate:,.0f} tokens/s, about {human_seconds(left)} left",
             file=sys.stderr,
             flush=True,
         )
 
     def result(self) -> TrainResult:
-        """The run so far."""
         mean = sum(self._recent) / max(1, len(self._recent))
         last = self.points[-1] if self.points else None
         tokens, seconds = (last.tokens, last.seconds) if last else (0, 0.0)
         return TrainResult(mean, tokens, seconds, len(self.points))
 
     def as_list(self) -> list[dict[str, Any]]:
-        """For a checkpoint."""
         return [asdict(point) for point in self.points]
 
     def draw(self) -> None:
-        """Draw ``loss.png`` beside the table."""
+        """Draw ``loss.png`` beside ``loss.csv``."""
         path = self._path.with_suffix(".png")
         with explain_os_errors(path):
             draw_curve(self.points, path)
 
 
 def draw_curve(points: list[Point], path: Path) -> None:
-    """Training loss, its running mean, and the validation loss, over steps."""
-    # On use: slow to import.
+    """Draw training loss, its running mean and validation loss over steps."""
+    # Imported here, since it is slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -147,18 +146,12 @@ def draw_curve(points: list[Point], path: Path) -> None:
     parts = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
     means = [sum(part) / len(part) for part in parts]
     if half:
-        axes.plot(
-            steps,
-            means,
-            color="#08519c",
-            linewidth=1.8,
-            label=f"training, mean of {2 * half + 1} steps",
-        )
-    checked = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
-    if checked:
-        axes.plot(
-            *zip(*checked, strict=True), "o-", color="#d94801", markersize=4, label="validation"
-        )
+        label = f"training, mean of {2 * half + 1} steps"
+        axes.plot(steps, means, color="#08519c", linewidth=1.8, label=label)
+    validated = [(p.step, p.val_loss) for p in points if p.val_loss is not None]
+    if validated:
+        pairs = zip(*validated, strict=True)
+        axes.plot(*pairs, "o-", color="#d94801", markersize=4, label="validation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per target token)")

@@ -1,4 +1,4 @@
-"""The optimizer of a training run, and its learning rate at every step."""
+"""The optimizer of a training run, and its learning rate at each step."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from gradproj.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """``--optimizer`` over all parameters of a model."""
+    """Return ``--optimizer`` over all parameters of a model."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.learning_rate, momentum=config.momentum)
@@ -18,7 +18,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are not decayed."""
+    """Return two groups: matrices with weight decay, biases and norms without."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -27,7 +27,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
-    """The share of the highest learning rate at a step (from 0): up linearly, then as the schedule says."""
+    """Return the learning rate at a step (from 0) as a fraction of the highest.
+
+    It rises linearly over the warm-up steps and then follows the schedule.
+    """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))

@@ -1,4 +1,4 @@
-"""A byte-level BPE trained on a corpus, with the ``tokenizers`` library."""
+"""Trains a byte-level BPE on a corpus, with the ``tokenizers`` library."""
 
 import sys
 import time
@@ -47,12 +47,12 @@ class TokenizerConfig:
 
 
 def train_tokenizer(config: TokenizerConfig) -> int:
-    """Train the tokenizer and write it where ``--tokenizer`` and ``--model`` find it.
+    """Train a tokenizer and write it as a directory for ``--tokenizer`` and ``--model``.
 
     It adds no token around a text; ``<|endoftext|>`` is its bos, eos and unknown token.
 
     Returns:
-        How many tokens it has (fewer than asked for where the corpus has fewer).
+        The number of tokens: fewer than requested if the corpus has fewer.
 
     Raises:
         CorpusError: no document has a text.

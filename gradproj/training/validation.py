@@ -1,4 +1,4 @@
-"""Validation documents: a fixed few batches, to evaluate on and to compare gradients with."""
+"""A fixed set of validation batches, for evaluations and for GradDotProd."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from gradproj.training.data_parallel import totals
 
 
 class Validation:
-    """The first ``val_batches`` batches of ``--val_shards``.
+    """The first ``--val_batches`` batches of ``--val_shards``.
 
     Raises:
         CorpusError: no document there has two tokens.
@@ -31,14 +31,17 @@ class Validation:
 
     @property
     def pair(self) -> tuple[Tensor, Tensor] | None:
-        """``(input_ids, labels)`` of the first batch, on the device."""
+        """``(input_ids, labels)`` of the first batch, on the device; None without batches."""
         if not self.batches:
             return None
         return self.batches[0].input_ids.to(self._device), self.batches[0].labels.to(self._device)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
-        """Mean nats per target token over all batches; each rank takes a share. The model is left as it was."""
+        """Return the mean loss of all batches, in nats per target token.
+
+        Collective: each rank takes its part of the batches.
+        """
         training = model.training
         model.eval()
         total, n_targets = 0.0, 0
@@ -57,14 +60,14 @@ class Validation:
 
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
     index = open_corpus(config.val_shards, flag="--val_shards")
-    found: list[Sequence] = []
+    sequences: list[Sequence] = []
     for document in read_documents(index, 0, index.n_samples):
-        if len(found) == config.val_batches * config.val_batch_size:
+        if len(sequences) == config.val_batches * config.val_batch_size:
             break
         tokens = tokens_of(document, tokenizer, config.max_length)
         if len(tokens) > 1:
-            found.append(Sequence(tokens, document.sample_id, document.domain, DataPosition()))
-    if not found:
+            sequences.append(Sequence(tokens, document.sample_id, document.domain, DataPosition()))
+    if not sequences:
         raise CorpusError(f"--val_shards {config.val_shards}: no document has two tokens")
     size = config.val_batch_size
-    return [make_batch(found[i : i + size]) for i in range(0, len(found), size)]
+    return [make_batch(sequences[i : i + size]) for i in range(0, len(sequences), size)]

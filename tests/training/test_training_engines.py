@@ -413,7 +413,7 @@ def test_rows_of_another_run_are_neither_mixed_in_nor_replaced(tmp_path):
     model, optimizer, manager = by_hand(tmp_path)
     one_step(model, optimizer, manager, 0)
     manager.cleanup()
-    with pytest.raises(StoreError, match="holds rows of another run: go on with it"):
+    with pytest.raises(StoreError, match="holds rows of another run: continue it"):
         by_hand(tmp_path)
     with pytest.raises(
         StoreError, match=r"--proj_seed: store 42, this run 1\n.*--proj_dtype: store 'float16'"

@@ -51,7 +51,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(data, tmp_path, meth
     shutil.rmtree(tmp_path / "checkpoints")
     before = steps_in(tmp_path, method)
     with pytest.raises(
-        StoreError, match=r"holds a model .model.safetensors. and no checkpoint to go on from"
+        StoreError, match=r"holds a model .model.safetensors. and no checkpoint to continue from"
     ):
         train(config_of(data, tmp_path, resume=True, **changes))
     (tmp_path / "model.safetensors").unlink()
@@ -65,7 +65,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(data, tmp_path, meth
 def test_a_run_ended_before_its_first_checkpoint_says_that_it_begins_anew(data, tmp_path, capsys):
     (tmp_path / "loss.csv").write_text("step,loss\n1,5\n2,5\n")
     train(config_of(data, tmp_path, resume=True, checkpoint_interval=3))
-    assert "beginning anew, the 2 steps there are made again" in capsys.readouterr().err
+    assert "starting from the beginning; the 2 steps there are repeated" in capsys.readouterr().err
 
 
 def test_another_model_in_the_folder_is_left_alone(data, tmp_path):

@@ -170,7 +170,7 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
 def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     with pytest.raises(
-        StoreError, match=r"holds a run.s checkpoint .step-00000006.: go on from it with --resume"
+        StoreError, match=r"holds a run.s checkpoint .step-00000006.: continue from it with --resume"
     ):
         train(config_of(data, tmp_path))
     other = config_of(data, tmp_path, resume=True, seed=3, learning_rate=0.5)

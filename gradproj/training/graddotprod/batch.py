@@ -1,4 +1,4 @@
-"""One joined batch on its way through the model: what its layers leave behind in the backward pass."""
+"""One joint batch on its way through the model: what its layers record in the backward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,10 @@ class DotBatch:
     Args:
         n_train: training samples.
         shape: ``(n_samples, n_positions)`` of the whole batch.
-        scale: makes the joined loss's gradient at training samples that of the training batch's own loss.
-        deliver: is given every parameter's gradient over the training samples, once, when it is whole.
+        scale: factor from the joint loss's gradient at the training samples to that of the training
+            batch's own loss.
+        deliver: called once for each parameter, with its complete gradient over the training
+            samples.
     """
 
     def __init__(
@@ -34,17 +36,17 @@ class DotBatch:
         self._over = False
 
     def tap(self, layer: DotLayer, a: Tensor, output: Tensor, root: Tensor, again: bool) -> Tensor:
-        """The layer's output, from which the way back leads through ``take``.
+        """Return the layer's output, whose backward pass calls ``take``.
 
         Args:
             layer: the layer.
             a: its input.
-            output: what it made of it.
-            root: any tensor that requires a gradient; makes the graph start here where it has not yet.
-            again: a checkpointed block runs again in the backward pass; its first run has been noted.
+            output: its output.
+            root: any tensor that requires a gradient; the graph starts here if it has not yet.
+            again: a checkpointed block runs again in the backward pass; its first run was counted.
         """
         if self._is_shared(a.shape if layer.is_lookup else a.shape[:-1]):
-            # Positions, looked up once for all samples; expanded, each sample gets its own gradient.
+            # Positions are looked up once for all samples. Expand them: one gradient per sample.
             a = self._for_each_sample(a, a.dim() - (not layer.is_lookup))
             output = self._for_each_sample(output, output.dim() - 1)
         self._check(layer, output.shape[:-1])
@@ -53,16 +55,17 @@ class DotBatch:
             for key, kind in layer.kinds.items():
                 self._of(getattr(layer.module, key)).expect(kind, ids)
         if a.dtype != output.dtype and ids is None and Dense in layer.kinds.values():
-            a = a.to(output.dtype)  # under autocast, as the product itself has it
+            a = a.to(output.dtype)  # under autocast the product has its input in this type
         in_place = not (output.is_leaf and output.requires_grad)
         return _Tap.apply(output, None if ids is not None else a, root, self, layer, ids, in_place)
 
     def take(self, layer: DotLayer, a: Tensor, g: Tensor) -> None:
-        """Note a layer's input (or ids) and the gradient at its output."""
+        """Record a layer's input (or ids) and the gradient at its output."""
         if self._over:
             raise ModelError(
-                "a backward pass runs through a batch before the last one: run each batch backward, and call "
-                "prepare_gradients() and aggregate_and_log(), before the next runs forward"
+                "a backward pass runs through a batch before the last one: run each batch "
+                "backward, and call prepare_gradients() and aggregate_and_log(), before the next "
+                "runs forward"
             )
         self.n_taken += 1
         if not layer.is_lookup:
@@ -74,17 +77,20 @@ class DotBatch:
                 self._deliver_whole(parameter)
 
     def finish(self) -> None:
-        """The backward pass is over: parameters of which some call had no part in the loss are whole too."""
+        """End the backward pass: calls without a part in the loss are no longer waited for."""
         self._over = True
         for parameter, sums in self._sums.items():
             sums.close_all()
             self._deliver_whole(parameter)
 
     def dots(self, parameters: list[nn.Parameter]) -> Tensor:
-        """``(n_train, n_parameters)`` inner products of the joined loss's gradients; 0 for a parameter without any."""
-        none = torch.zeros(self.n_train, device=parameters[0].device)
-        found = (self._sums[p].dots if p in self._sums else None for p in parameters)
-        return torch.stack([none if dots is None else dots.to(none) for dots in found], dim=1)
+        """Return ``(n_train, n_parameters)`` inner products of the joint loss's gradients.
+
+        A parameter without a gradient has 0.
+        """
+        zeros = torch.zeros(self.n_train, device=parameters[0].device)
+        columns = (self._sums[p].dots if p in self._sums else None for p in parameters)
+        return torch.stack([zeros if dots is None else dots.to(zeros) for dots in columns], dim=1)
 
     def _of(self, parameter: nn.Parameter) -> "_ParameterSums":
         if parameter not in self._sums:
@@ -97,33 +103,33 @@ class DotBatch:
             self._deliver(parameter, gradient)
 
     def _is_shared(self, places: torch.Size) -> bool:
-        """Whether a layer works on positions that belong to no sample: ``(1, S)`` or ``(S,)``."""
+        """Return whether a layer's positions belong to no sample: ``(1, S)`` or ``(S,)``."""
         return places[0] == 1 < self.n_samples or tuple(places) == (self._n_positions,)
 
     def _for_each_sample(self, x: Tensor, n_dims: int) -> Tensor:
-        """``(1, S, ...)`` or ``(S, ...)``, of which ``n_dims`` count places, for every sample."""
+        """Expand ``(1, S, ...)`` or ``(S, ...)`` of ``n_dims`` place dimensions to all samples."""
         x = x.unsqueeze(0) if n_dims == 1 else x
         return x.expand(self.n_samples, *x.shape[1:]).contiguous()
 
     def _check(self, layer: DotLayer, places: torch.Size) -> None:
-        """Refuse a layer of whose ``(N, ...)`` or ``(N * S,)`` places the samples are not known."""
+        """Raise ``ModelError`` unless the places are ``(N, ...)`` or ``(N * S,)``."""
         n = self.n_samples
         if places[0] != n and tuple(places) != (n * self._n_positions,):
             raise ModelError(
-                f"GradDotProd: a {type(layer.module).__name__} works on {tuple(places)} positions in a batch of {n} "
-                f"samples of {self._n_positions} tokens, so its samples cannot be told apart; freeze it with "
-                "requires_grad_(False)"
+                f"GradDotProd: a {type(layer.module).__name__} works on {tuple(places)} positions "
+                f"in a batch of {n} samples of {self._n_positions} tokens, so its samples cannot "
+                "be told apart; freeze it with requires_grad_(False)"
             )
 
     def _by_sample(self, x: Tensor) -> Tensor:
-        """``(N, S, H)`` from ``(N, ..., H)`` or ``(N * S, H)``."""
+        """Reshape ``(N, ..., H)`` or ``(N * S, H)`` to ``(N, S, H)``."""
         return x.reshape(self.n_samples, -1, x.shape[-1])
 
 
 class _Tap(torch.autograd.Function):
-    """Passes a layer's output through; on the way back it hands the gradient and the layer's input to the batch.
+    """Identity on a layer's output; its backward hands gradient and layer input to the batch.
 
-    The input is saved as autograd saves things, so that checkpointing drops it and makes it again.
+    The input is saved through autograd, so that checkpointing drops and recomputes it.
     """
 
     @staticmethod
@@ -141,7 +147,7 @@ class _Tap(torch.autograd.Function):
         ctx.batch, ctx.layer, ctx.ids = batch, layer, ids
         if not in_place:
             return output.view_as(output)
-        # The output itself and no view of it: some models add to a layer's output in place.
+        # Return the output itself and no view: some models add to a layer's output in place.
         ctx.mark_dirty(output)
         return output
 
@@ -154,7 +160,10 @@ class _Tap(torch.autograd.Function):
 
 
 class _ParameterSums:
-    """A parameter's gradient and inner products; it may be used by several calls, and as table and as matrix."""
+    """Gradient and inner products of a parameter, which several calls may use.
+
+    A tied weight is used as a table and as a matrix.
+    """
 
     def __init__(self, n_train: int, scale: float) -> None:
         self.dots: Tensor | None = None
@@ -167,27 +176,27 @@ class _ParameterSums:
         self._lookup: Lookup | None = None
 
     def expect(self, kind: type, ids: Tensor | None) -> None:
-        """A call in the forward pass."""
+        """Count a call in the forward pass."""
         self._expected[kind] = self._expected.get(kind, 0) + 1
         if ids is not None:
             self._ids.append(ids)
 
     def add(self, share: Share) -> None:
-        """A call in the backward pass. Once all of a kind are there, they are summed and let go."""
+        """Add a call in the backward pass. The last one of a kind sums and frees all of them."""
         kind = type(share)
         self._shares.setdefault(kind, []).append(share)
         if len(self._shares[kind]) == self._expected[kind]:
             self._close(kind)
 
     def close_all(self) -> None:
-        """No more calls will come."""
+        """Sum what is there; no more calls will come."""
         for kind in list(self._shares):
             self._close(kind)
         self._expected = {}
         self._at_rows = self._lookup = None
 
     def take_gradient(self) -> Tensor | None:
-        """The gradient, once, when no call is missing."""
+        """Return the complete gradient once; None while a call is missing."""
         if self._expected:
             return None
         gradient, self._gradient = self._gradient, None
@@ -204,7 +213,7 @@ class _ParameterSums:
         elif isinstance(share, Lookup):
             self._lookup = share
         if self._at_rows is not None and self._lookup is not None:
-            # A tied weight's gradient is the sum of both, so each side of the product meets the other.
+            # A tied weight's gradient is the sum of both uses, so their cross products count too.
             self._add_dots(self._at_rows.cross(self._lookup, self._n_train))
             self._at_rows = None
 

@@ -82,8 +82,8 @@ class ModelHooks:
         n_joined = self.batch.n_samples if self.batch else 0
         if n_samples != n_joined:
             raise ModelError(
-                f"the model got {n_samples} samples and GradDotProd joined {n_joined}: give it what "
-                "prepare_forward_input returned; evaluate under torch.no_grad(), or after "
+                f"the model got {n_samples} samples and GradDotProd joined {n_joined}: give it "
+                "what prepare_forward_input returned; evaluate under torch.no_grad(), or after "
                 "detach_for_evaluation()"
             )
         self._in_forward = True

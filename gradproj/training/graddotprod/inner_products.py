@@ -1,9 +1,10 @@
-"""A parameter's gradient over the training samples, and every sample's inner product with the validation gradient.
+"""A parameter's training gradient, and each sample's inner product with the validation gradient.
 
-A batch is training samples first, then validation samples. What a parameter's gradient is made of comes in three kinds
-of shares: outer products over tokens (``Dense``), rows of a table (``Lookup``), and sums over tokens (``Vector``). No
-per-sample gradient is kept: at most one tile of one sample's exists at a time, or none at all where inner products of
-tokens take its place ("ghost": arXiv:2009.03106 for norms, arXiv:2406.11011 for inner products).
+A batch has training samples first, then validation samples. A parameter's gradient consists of
+shares of three kinds: outer products over tokens (``Dense``), rows of a table (``Lookup``), and
+sums over tokens (``Vector``). No per-sample gradient is kept: at most one tile of one sample's
+gradient exists at a time, or none if inner products of tokens replace it ("ghost":
+arXiv:2009.03106 for norms, arXiv:2406.11011 for inner products).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,22 +16,23 @@ from torch import Tensor
 from gradproj.kernels.onednn import linear
 
 TILE_VALUES = {"cpu": 2**20, "cuda": 2**22}
-"""Values of a weight's gradient worked on at once: what fits a CPU's and a GPU's last cache, three times."""
+"""Values of a gradient tile: three tiles fit the last-level cache of a CPU and of a GPU."""
 
 ELEMENTWISE_FLOPS = {"cpu": 60, "cuda": 800}
-"""What reading a tile again for its inner product and its sum costs, a value, in FLOPs of a product beside it: measured
-on a CPU; for a GPU reckoned from an H100's bandwidths."""
+"""Cost per value of reading a tile again for its inner product and its sum, in FLOPs of a product.
+
+Measured on a CPU; computed from an H100's bandwidths for a GPU."""
 
 START_FLOPS = 1e6
-"""What starting a product costs, likewise."""
+"""Cost of starting a product, in FLOPs."""
 
 LEAST_ONEDNN_FLOPS = 2**26
-"""oneDNN makes a kernel for each new shape (1 to 2 ms), which a small product never earns back."""
+"""oneDNN compiles a kernel for each new shape (1 to 2 ms), which a small product never repays."""
 
 
 @dataclass
 class Dense:
-    """``sum over tokens of left right^T``: the weight of a Linear (left = g, right = a) or of a Conv1D (a and g)."""
+    """``sum over tokens of left right^T``: weight of a Linear (g and a) or a Conv1D (a and g)."""
 
     left: Tensor
     """``(N, S, L)``."""
@@ -39,7 +41,7 @@ class Dense:
 
     @staticmethod
     def joined(shares: "Sequence[Dense]") -> "Dense":
-        """Several calls' shares as one: a sample's tokens are those of all calls."""
+        """Join several calls' shares: a sample's tokens are those of all calls."""
         if len(shares) == 1:
             return shares[0]
         return Dense(
@@ -47,7 +49,7 @@ class Dense:
         )
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
-        """As ``Vector.sums``: the gradient is ``(L, R)``."""
+        """Return gradient ``(L, R)`` and inner products; see ``Vector.sums``."""
         train, validation = (self.left[:n_train], self.right[:n_train]), self._validation(n_train)
         way = self.way(n_train)
         if way == "samples":
@@ -56,25 +58,27 @@ class Dense:
         if way == "pairs":
             dots = token_pairs(_pairs(left, validation[0]), (right, validation[1]), n_train)
         else:
-            wanted = _product(*validation).to(left.dtype)
-            dots = _pairs(left, wanted.t()).mul_(right).view(n_train, -1).sum(1)
+            validation_gradient = _product(*validation).to(left.dtype)
+            dots = _pairs(left, validation_gradient.t()).mul_(right).view(n_train, -1).sum(1)
         if len(left) < left.shape[1] and right.dtype == _wide_dtype(right):
-            return _product(left, right * scale), dots  # the smaller of the two is multiplied
+            # Scale the operand when it is smaller than the product.
+            return _product(left, right * scale), dots
         return _product(left, right).mul_(scale), dots
 
     def way(self, n_train: int) -> str:
-        """The cheapest way to the inner products, by counting FLOPs.
+        """Return the cheapest way to the inner products, by FLOPs.
 
-        ``samples``: a tile of one sample's gradient after the other; ``pairs``: inner products of all training with all
-        validation tokens; ``product``: the training tokens times the validation gradient, one product more.
+        ``samples``: each sample's gradient, tile by tile. ``pairs``: inner products of all training
+        with all validation tokens. ``product``: training tokens times the validation gradient,
+        which takes one more product.
         """
         n, length, left = self.left.shape
         right = self.right.shape[-1]
         tokens, validation = n_train * length, (n - n_train) * length
         n_tiles = max(1, left * right // _on_device(TILE_VALUES, self.left))
-        looks = n_train * _on_device(ELEMENTWISE_FLOPS, self.left)
+        reads = n_train * _on_device(ELEMENTWISE_FLOPS, self.left)
         costs = {
-            "samples": left * right * (2 * validation + looks)
+            "samples": left * right * (2 * validation + reads)
             + 3 * n_train * n_tiles * START_FLOPS,
             "pairs": 2 * tokens * validation * (left + right) + 4 * START_FLOPS,
             "product": left * right * 2 * (validation + tokens) + 4 * START_FLOPS,
@@ -98,7 +102,7 @@ class Lookup:
 
     @staticmethod
     def joined(shares: "Sequence[Lookup]") -> "Lookup":
-        """As ``Dense.joined``."""
+        """Join several calls' shares; see ``Dense.joined``."""
         if len(shares) == 1:
             return shares[0]
         ids, values = (
@@ -107,17 +111,17 @@ class Lookup:
         return Lookup(ids, values, shares[0].n_rows)
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
-        """As ``Vector.sums``: the gradient is ``(L, R)``."""
+        """Return gradient ``(L, R)`` and inner products; see ``Vector.sums``."""
         ids, values = self.ids[:n_train].flatten(), self.values[:n_train].flatten(0, 1)
         gradient = torch.ops.aten.embedding_dense_backward(
             values * scale, ids, self.n_rows, -1, False
         )
-        # Of the validation table only the rows that are not zero are made.
+        # Only the rows of the validation table that are not zero are computed.
         rows, place = self.ids[n_train:].flatten().unique(return_inverse=True)
         validation = _wide(values.new_zeros(len(rows), values.shape[-1]))
         validation.index_add_(0, place, self.values[n_train:].flatten(0, 1).to(validation.dtype))
-        found = torch.searchsorted(rows, ids).clamp_max_(len(rows) - 1)
-        dots = (values * validation[found]).sum(-1) * (rows[found] == ids)
+        nearest = torch.searchsorted(rows, ids).clamp_max_(len(rows) - 1)
+        dots = (values * validation[nearest]).sum(-1) * (rows[nearest] == ids)
         return gradient, dots.view(n_train, -1).sum(1)
 
 
@@ -130,7 +134,7 @@ class Vector:
 
     @staticmethod
     def joined(shares: "Sequence[Vector]") -> "Vector":
-        """As ``Dense.joined``."""
+        """Join several calls' shares; see ``Dense.joined``."""
         return (
             shares[0]
             if len(shares) == 1
@@ -138,11 +142,11 @@ class Vector:
         )
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
-        """The parameter's gradient over the training samples, and each one's inner product with the validation's.
+        """Return the training gradient, and each training sample's inner product.
 
         Args:
-            n_train: so many samples are training samples; the others are for validation.
-            scale: what the gradient is multiplied by; the inner products are not.
+            n_train: number of training samples; the others are validation samples.
+            scale: factor for the gradient, not for the inner products.
 
         Returns:
             The gradient, float32 (or float64), and ``(n_train,)`` inner products.
@@ -158,28 +162,28 @@ Share = Dense | Lookup | Vector
 
 @dataclass
 class DenseAtRows:
-    """Of a ``Dense`` share, what its inner product with a lookup of the same (tied) weight needs.
+    """Parts of a ``Dense`` share for its inner product with a lookup of the same (tied) weight.
 
-    The left sides are as wide as a vocabulary; only the columns of looked-up tokens are kept.
+    The left sides are as wide as the vocabulary; only the columns of looked-up tokens are kept.
     """
 
     train_left: Tensor
-    """``(n_train * S, T_v)``: the training tokens' left side at the rows that validation tokens look up."""
+    """``(n_train * S, T_v)``: training tokens' left side at the rows validation tokens look up."""
     validation_left: Tensor
-    """``(V * S, T)``: likewise the other way round."""
+    """``(V * S, T)``: validation tokens' left side at the rows training tokens look up."""
     right: Tensor
     """``(N, S, R)``."""
 
     @classmethod
     def of(cls, share: Dense, ids: Tensor, n_train: int) -> "DenseAtRows":
-        """``ids``: ``(N, S)`` of the lookup."""
+        """Select the columns of the looked-up ``ids``, ``(N, S)``."""
         train, validation = share.left[:n_train].flatten(0, 1), share.left[n_train:].flatten(0, 1)
         return cls(
             train[:, ids[n_train:].flatten()], validation[:, ids[:n_train].flatten()], share.right
         )
 
     def cross(self, lookup: Lookup, n_train: int) -> Tensor:
-        """``(n_train,)``: this share's training side with the lookup's validation side, and the other way round."""
+        """Return ``(n_train,)`` cross products of the two uses, each use's training side once."""
         train, validation = (self.right[part].flatten(0, 1) for part in _sides(n_train))
         train_rows, validation_rows = (
             lookup.values[part].flatten(0, 1) for part in _sides(n_train)
@@ -189,7 +193,7 @@ class DenseAtRows:
 
 
 def token_pairs(left_products: Tensor, right: tuple[Tensor, Tensor], n: int) -> Tensor:
-    """``<sum_s l_s r_s^T, sum_v l_v r_v^T> = sum_{s, v} <l_s, l_v> <r_s, r_v>`` of each of n samples.
+    """Return ``<sum_s l_s r_s^T, sum_v l_v r_v^T> = sum_{s, v} <l_s, l_v> <r_s, r_v>`` per sample.
 
     Args:
         left_products: ``(T, T_v)`` of ``<l_s, l_v>``, training tokens by validation tokens.
@@ -205,34 +209,32 @@ def token_pairs(left_products: Tensor, right: tuple[Tensor, Tensor], n: int) -> 
 def _sample_by_sample(
     left: Tensor, right: Tensor, validation_left: Tensor, validation_right: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """A tile of one sample's gradient after the other: the arithmetic of the whole product, and one look at each."""
+    """Compute gradient and inner products tile by tile, with each tile read once."""
     width, height = right.shape[-1], left.shape[-1]
     rows = max(1, min(height, _on_device(TILE_VALUES, left) // width))
     gradient = torch.empty(height, width, dtype=_wide_dtype(left), device=left.device)
     dots = []
     for start in range(0, height, rows):
         part = slice(start, start + rows)
-        wanted, total = (
-            _product(validation_left[:, part], validation_right).flatten(),
-            gradient[part],
-        )
+        validation = _product(validation_left[:, part], validation_right).flatten()
+        total = gradient[part]
         for n in range(len(left)):
-            own = _product(left[n, :, part], right[n])
-            dots.append(torch.dot(own.flatten(), wanted))
+            tile = _product(left[n, :, part], right[n])
+            dots.append(torch.dot(tile.flatten(), validation))
             if n:
-                total.add_(own, alpha=scale)
+                total.add_(tile, alpha=scale)
             else:
-                torch.mul(own, scale, out=total)
+                torch.mul(tile, scale, out=total)
     return gradient, torch.stack(dots).view(-1, len(left)).sum(0)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right`` of ``(S, L)`` and ``(S, R)``, float32 (or float64)."""
+    """Return ``left^T right`` of ``(S, L)`` and ``(S, R)``, float32 (or float64)."""
     return _pairs(left.t(), right.t())
 
 
 def _pairs(x: Tensor, y: Tensor) -> Tensor:
-    """``x y^T`` of ``(X, K)`` and ``(Y, K)``, float32 (or float64)."""
+    """Return ``x y^T`` of ``(X, K)`` and ``(Y, K)``, float32 (or float64)."""
     y = y.to(x.dtype)
     small = 2 * x.numel() * len(y) < LEAST_ONEDNN_FLOPS
     return _wide(x @ y.t() if small else linear(x, y))

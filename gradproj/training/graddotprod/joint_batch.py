@@ -23,7 +23,7 @@ class JointBatch:
     n_train: int
     """B."""
     train_scale: float
-    """Factor from the joint loss's gradient at the training rows to that of the training batch's loss."""
+    """Factor from the joint loss's gradient at the training rows to that of their own loss."""
     validation_scale: float
     """Likewise at the validation rows, to that of their mean loss per target token."""
 
@@ -95,7 +95,7 @@ def loss_divisor(model: nn.Module) -> float:
     if weights is None:
         raise ModelError(
             'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
-            "with the mean of transformers' own loss leave loss=\"sum\" out"
+            'with the mean of transformers\' own loss leave loss="sum" out'
         )
     return 1 / float(weights[0])
 

@@ -1,4 +1,4 @@
-"""Which layers GradDotProd knows, and what each one's parameters get as gradient from a token."""
+"""Layer types that GradDotProd supports, and the gradient shares of their parameters."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from gradproj.errors import ModelError
 from gradproj.training.graddotprod.inner_products import Dense, Lookup, Share, Vector
 
 SharesOf = Callable[[Any, Tensor, Tensor], Iterator[tuple[str, Share]]]
-"""``(layer, its input, the gradient at its output (N, S, O)) -> (its parameter's own name, share)``."""
+"""``(layer, its input, the gradient at its output (N, S, O)) -> (parameter name, share)``."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class DotLayer:
 
     module: nn.Module
     kinds: dict[str, type]
-    """Own name of each trainable parameter -> kind of share."""
+    """Name in the layer of each trainable parameter -> kind of share."""
     shares: SharesOf
 
     @property
@@ -31,10 +31,10 @@ class DotLayer:
 
 
 def find_dot_layers(model: nn.Module) -> list[DotLayer]:
-    """Every layer that has trainable parameters of its own.
+    """Return every layer that has trainable parameters itself, not only in its children.
 
     Raises:
-        ModelError: some trainable parameter lies in a layer of a type that is not known, or is shared out over ranks.
+        ModelError: a trainable parameter is in a layer of unknown type, or sharded over ranks.
     """
     # FSDP's and tensor parallelism's parameters are DTensors, which have a mesh.
     if any(hasattr(p, "device_mesh") or hasattr(p, "_local_shard") for p in model.parameters()):
@@ -43,35 +43,35 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
             "DistributedDataParallel instead of FSDP or tensor parallelism, or "
             "method GradProjLora, which looks at no weight"
         )
-    found, unknown = [], []
+    layers, unknown = [], []
     for name, module in without_wrappers(model).named_modules():
-        own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if not own:
+        keys = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if not keys:
             continue
         shares = _rule(module)
         if shares is None:
-            unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in own]
+            unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in keys]
             continue
         first = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}.get(
             _type_name(module), Vector
         )
-        found.append(
-            DotLayer(module, {key: first if key == "weight" else Vector for key in own}, shares)
+        layers.append(
+            DotLayer(module, {key: first if key == "weight" else Vector for key in keys}, shares)
         )
     if unknown:
-        shown = ", ".join(unknown[:6]) + (
-            f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
-        )
+        more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+        shown = ", ".join(unknown[:6]) + more
         raise ModelError(
-            f"GradDotProd cannot take the gradient of {shown} sample by sample: it knows Linear, Conv1D, Embedding, "
-            "layer norm and RMS norm. Freeze these parameters with requires_grad_(False), or use another method"
+            f"GradDotProd cannot take the gradient of {shown} sample by sample: it supports "
+            "Linear, Conv1D, Embedding, layer norm and RMS norm. Freeze these parameters with "
+            "requires_grad_(False), or use another method"
         )
-    if not found:
+    if not layers:
         raise ModelError(
             f"GradDotProd: {type(without_wrappers(model)).__name__} has no trainable parameter; "
             "call requires_grad_(True) on what is to be trained"
         )
-    return found
+    return layers
 
 
 def _type_name(module: nn.Module) -> str:
@@ -108,18 +108,20 @@ def _lookup(module: Any, ids: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
 
 
 def _norm(module: nn.Module) -> SharesOf | None:
-    """The rule of a layer norm or an RMS norm of whatever class, found by trying; None of anything else."""
-    own = dict(module.named_parameters(recurse=False))
-    if not own.keys() <= {"weight", "bias"} or any(p.dim() != 1 for p in own.values()):
+    """Return the rule of a layer norm or RMS norm of any class, found by trying both; else None."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if not parameters.keys() <= {"weight", "bias"}:
+        return None
+    if any(p.dim() != 1 for p in parameters.values()):
         return None
     for normalise in (_centred, _uncentred):
         if _agrees(module, normalise):
 
             def shares(
-                module: Any, a: Tensor, g: Tensor, how: Any = normalise
+                module: Any, a: Tensor, g: Tensor, norm: Any = normalise
             ) -> Iterator[tuple[str, Share]]:
-                if "weight" in own:
-                    yield "weight", Vector(g * how(module, _wide(a)))
+                if "weight" in parameters:
+                    yield "weight", Vector(g * norm(module, _wide(a)))
                 yield "bias", Vector(g)
 
             return shares
@@ -136,10 +138,10 @@ def _uncentred(module: Any, x: Tensor) -> Tensor:
 
 def _epsilon(module: Any, x: Tensor) -> float:
     for name in ("eps", "variance_epsilon", "epsilon"):
-        found = getattr(module, name, None)
-        if isinstance(found, float):
-            return found
-    return torch.finfo(x.dtype).eps  # nn.RMSNorm's own default
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return torch.finfo(x.dtype).eps  # nn.RMSNorm's default
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -148,10 +150,10 @@ def _wide(x: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def _agrees(module: nn.Module, normalise: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether autograd gives this layer's parameters, on a few random tokens, what the rule says."""
+    """Return whether the rule gives autograd's gradients on a few random tokens."""
     trial = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
-    own = dict(trial.named_parameters(recurse=False))
-    width = len(next(iter(own.values())))
+    parameters = dict(trial.named_parameters(recurse=False))
+    width = len(next(iter(parameters.values())))
     random = torch.Generator().manual_seed(0)
     x, g = torch.randn(2, 2, 3, width, generator=random)
     x = 0.1 * x + 0.05
@@ -159,11 +161,11 @@ def _agrees(module: nn.Module, normalise: Callable[[Any, Tensor], Tensor]) -> bo
         out = trial(x)
         if not isinstance(out, Tensor) or out.shape != x.shape:
             return False
-        got = torch.autograd.grad(out, list(own.values()), g, allow_unused=True)
+        gradients = torch.autograd.grad(out, list(parameters.values()), g, allow_unused=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-        return False  # it takes something else than hidden states
+        return False  # its input is not hidden states
     rule = {"weight": (g * normalise(module, x)).sum((0, 1)), "bias": g.sum((0, 1))}
     return all(
-        found is not None and torch.allclose(found, rule[name], rtol=1e-3, atol=1e-4)
-        for name, found in zip(own, got, strict=True)
+        gradient is not None and torch.allclose(gradient, rule[name], rtol=1e-3, atol=1e-4)
+        for name, gradient in zip(parameters, gradients, strict=True)
     )

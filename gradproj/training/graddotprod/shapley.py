@@ -1,9 +1,10 @@
-"""What each document was worth to a training run: first-order in-run data Shapley values, and a table of them.
+"""First-order in-run data Shapley values of a training run, and a table of them.
 
-A step of size ``lr`` along a sample's gradient lowers the validation loss by ``lr <g_sample, g_validation>`` to first
-order, and to first order that is the sample's Shapley value among those of its batch (In-Run Data Shapley,
-arXiv:2406.11011). Summed over the run it says in nats how much of the loss's fall the document brought: positive
-helped, negative hurt. It speaks of plain gradient steps; under Adam it is a guide and not an account.
+A step of size ``lr`` along a sample's gradient lowers the validation loss by
+``lr <g_sample, g_validation>`` to first order. To first order this is the sample's Shapley value
+among those of its batch (In-Run Data Shapley, arXiv:2406.11011). Summed over the run, it is the
+part of the loss's fall, in nats, that the document contributed: positive helped, negative hurt. It
+describes plain gradient steps; for Adam it is a guide only.
 """
 
 from collections import defaultdict
@@ -18,11 +19,11 @@ EXCERPT_CHARACTERS = 60
 
 
 def learning_rates(source: Any, parameters: list[nn.Parameter]) -> Tensor:
-    """Each parameter's learning rate at this moment, float64.
+    """Return each parameter's current learning rate, float64.
 
     Args:
-        source: a number, a function that returns one, or an optimizer; NaN comes of None.
-        parameters: those that the optimizer does not have get 0.
+        source: a number, a function that returns one, or an optimizer; None gives NaN.
+        parameters: those that are not in the optimizer get 0.
     """
     if isinstance(source, torch.optim.Optimizer):
         rates = {p: float(group["lr"]) for group in source.param_groups for p in group["params"]}
@@ -40,13 +41,13 @@ class RunValues:
         self._sums: dict[int, float] = {}
 
     def add(self, sample_ids: np.ndarray, values: np.ndarray) -> None:
-        """Add a batch's; samples without an id (-1) and values that are not finite are left out."""
+        """Add a batch's values; skip samples without an id (-1) and values that are not finite."""
         for sample_id, value in zip(sample_ids.tolist(), values.tolist(), strict=True):
             if sample_id >= 0 and np.isfinite(value):
                 self._sums[sample_id] = self._sums.get(sample_id, 0.0) + value
 
     def as_dict(self) -> dict[int, float]:
-        """Sample id -> nats."""
+        """Return sample id -> nats."""
         return dict(self._sums)
 
 
@@ -56,16 +57,16 @@ def value_table(
     excerpt_of: Callable[[int], str],
     n_shown: int = 5,
 ) -> str:
-    """The most and least valuable documents of every domain, as Markdown.
+    """Return the most and least valuable documents of every domain, as Markdown.
 
     Args:
-        values: sample id -> nats, as ``GradDotProdEngine.shapley_values`` gives them.
+        values: sample id -> nats, from ``GradDotProdEngine.shapley_values``.
         domain_of: sample id -> its domain's name.
-        excerpt_of: sample id -> its text or the beginning of it.
-        n_shown: most documents shown at either end; one document is never at both.
+        excerpt_of: sample id -> the beginning of its text.
+        n_shown: most documents at either end; no document is at both.
 
     Returns:
-        A table of the domains by mean value, then one of documents for each domain in the same order.
+        A table of the domains by mean value, then one of documents for each domain, in that order.
     """
     domains: dict[str, list[int]] = defaultdict(list)
     for sample_id in values:

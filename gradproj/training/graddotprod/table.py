@@ -1,4 +1,4 @@
-"""Rows of inner products on their way to disk, and the values summed from them."""
+"""The table of inner products, and the Shapley values summed from it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +15,16 @@ Row = Mapping[str, np.ndarray]
 
 
 class DotRows:
-    """Rows since the last write, the table they go to, and the run's values.
+    """Rows since the last write, their table, and the run's values.
 
     Args:
         folder: of the table; None keeps no rows.
         parameter_names: the columns of ``per_parameter``.
-        save_interval: steps between two writes; 0 = when told only.
-        resume_step: the last step that stays; None for a run from its start.
+        save_interval: steps between two writes; 0 = never due.
+        resume_step: the last step to keep; None for a new run.
 
     Raises:
-        StoreError: the table has rows and no step to resume from was given, or is of another model.
+        StoreError: the table has rows and ``resume_step`` is None, or it is of another model.
     """
 
     def __init__(
@@ -51,12 +51,13 @@ class DotRows:
                 },
                 {"method": "GradDotProd", "parameters": parameter_names},
             )
-            self._go_on(self._table, resume_step)
+            self._resume(self._table, resume_step)
 
-    def _go_on(self, table: AppendTable, resume_step: int | None) -> None:
+    def _resume(self, table: AppendTable, resume_step: int | None) -> None:
         if table.n_rows and resume_step is None:
             raise StoreError(
-                f"{table.path} has {table.n_rows} rows of another run: resume that run, or give another result_dir"
+                f"{table.path} has {table.n_rows} rows of another run: resume that run, or give "
+                "another result_dir"
             )
         if resume_step is not None:
             steps = table.read("step")
@@ -66,7 +67,7 @@ class DotRows:
             self.values.add(table.read("sample_id"), table.read("value"))
 
     def add(self, of_ranks: list[Row]) -> None:
-        """A batch's rows, of every rank."""
+        """Add a batch's rows, one entry for each rank."""
         for row in of_ranks:
             self.values.add(row["sample_id"], row["value"])
             if self._table is not None:
@@ -77,7 +78,7 @@ class DotRows:
         return bool(self._interval) and len(self._steps) >= self._interval
 
     def write(self) -> Path | None:
-        """Append the rows that wait; None if there are none, or no table."""
+        """Append the waiting rows; return the table's folder, None if nothing was written."""
         self._steps = set()
         if self._table is None or not self._waiting:
             return None
