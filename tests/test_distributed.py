@@ -1,4 +1,4 @@
-"""Who a process is, and which device it takes."""
+"""A process's rank, job and device, and the ranks' rendezvous."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -40,23 +40,23 @@ def plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_launcher_there_is_one_rank():
+def test_process_without_a_launcher_is_rank_0_of_1():
     assert Process.from_environment() == Process(0, 1, 0, 1)
 
 
-def test_torchruns_variables_are_read(monkeypatch):
+def test_torchrun_variables_are_read(monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     assert Process.from_environment() == Process(5, 8, 1, 4, launched=True)
 
 
-def test_half_a_launchers_variables_are_an_error(monkeypatch):
+def test_incomplete_launcher_variables_are_an_error(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="start the job with torchrun"):
         Process.from_environment()
 
 
-def test_a_restarted_slurm_job_is_the_same_job_in_a_later_generation(monkeypatch):
+def test_restarted_slurm_job_keeps_its_id_with_a_later_generation(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     first = JobName.from_environment()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -67,7 +67,7 @@ def test_a_restarted_slurm_job_is_the_same_job_in_a_later_generation(monkeypatch
     assert first.generation < second.generation < third.generation
 
 
-def test_elements_of_an_array_are_jobs_of_their_own(monkeypatch):
+def test_array_elements_are_separate_jobs(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     names = []
@@ -84,7 +84,7 @@ def test_elements_of_an_array_are_jobs_of_their_own(monkeypatch):
     assert first.generation < second.generation
 
 
-def test_two_starts_by_hand_are_two_jobs():
+def test_two_manual_starts_are_two_jobs():
     assert JobName.from_environment().job_id != JobName.from_environment().job_id
 
 
@@ -93,7 +93,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(dist.Path, "glob", lambda self, pattern: iter(()))
 
 
-def test_auto_beside_a_visible_gpu_says_loudly_that_it_takes_the_cpu(monkeypatch):
+def test_auto_warns_when_it_chooses_the_cpu_beside_a_gpu(monkeypatch):
     no_gpu(monkeypatch)
     assert choose_device("auto", 0) == (torch.device("cpu"), None)
     for hidden in ("", "-1"):
@@ -120,13 +120,13 @@ def test_more_ranks_than_gpus_on_a_node_is_an_error(monkeypatch):
         choose_device("auto", 2)
 
 
-def test_a_rank_is_what_a_launcher_set(monkeypatch):
+def test_launcher_rank_reads_the_launchers_variable(monkeypatch):
     assert launcher_rank() is None
     monkeypatch.setenv("RANK", "3")
     assert launcher_rank() == 3
 
 
-def test_torchrun_is_dead_where_nobody_listens_at_its_store(monkeypatch):
+def test_launcher_died_if_nothing_listens_at_its_store(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as store:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(store.getsockname()[1]))
@@ -139,7 +139,7 @@ def test_torchrun_is_dead_where_nobody_listens_at_its_store(monkeypatch):
 
 @pytest.fixture
 def store(monkeypatch):
-    """The store that torchrun holds for its ranks, from one start of them to the next."""
+    """torchrun's store for its ranks, kept from one start of them to the next."""
     server = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
@@ -148,7 +148,7 @@ def store(monkeypatch):
 
 
 def on_all_ranks(world_size, action):
-    """What ``action`` gives on each rank, in threads."""
+    """Return the result of ``action`` on each rank, run in threads."""
     with ThreadPoolExecutor(world_size) as pool:
         ranks = [
             Process(rank, world_size, rank, world_size, launched=True) for rank in range(world_size)
@@ -156,30 +156,30 @@ def on_all_ranks(world_size, action):
         return list(pool.map(action, ranks))
 
 
-def test_every_rank_gets_rank_0s_values_in_their_order(store):
+def test_every_rank_gets_rank_0s_values_in_order(store):
     def start(process):
-        meeting = Rendezvous(process)
-        values = [meeting.from_rank_0((i, process.rank)) for i in range(2)]
-        meeting.wait_for_all("a place")
-        meeting.leave()
+        rendezvous = Rendezvous(process)
+        values = [rendezvous.from_rank_0((i, process.rank)) for i in range(2)]
+        rendezvous.wait_for_all("a place")
+        rendezvous.leave()
         return values
 
     assert on_all_ranks(3, start) == [[(0, 0), (1, 0)]] * 3
 
 
-def test_ranks_that_are_started_again_meet_each_other_and_not_what_the_dead_had_written(store):
+def test_restarted_ranks_ignore_values_of_dead_ranks(store):
     for generation in range(3):
 
         def start(process, generation=generation):
-            meeting = Rendezvous(process)
-            return meeting.from_rank_0(generation)  # and dies
+            rendezvous = Rendezvous(process)
+            return rendezvous.from_rank_0(generation)  # and dies
 
         assert on_all_ranks(3, start) == [generation] * 3
 
 
-def test_a_rank_whose_rank_0_never_comes_keeps_waiting_in_python(store, monkeypatch):
+def test_rank_waits_in_python_while_rank_0_is_missing(store, monkeypatch):
     class Interrupted(Exception):
-        """What a signal's handler raises."""
+        """Raised by a signal's handler."""
 
     def interrupt(seconds):
         raise Interrupted
@@ -189,11 +189,11 @@ def test_a_rank_whose_rank_0_never_comes_keeps_waiting_in_python(store, monkeypa
         Rendezvous(Process(1, 2, 1, 2, launched=True))
 
 
-def test_a_store_that_has_gone_ends_a_rank_without_a_word(store):
-    meeting = Rendezvous(Process(0, 1, 0, 1, launched=True))
+def test_lost_rendezvous_store_ends_a_rank_silently(store):
+    rendezvous = Rendezvous(Process(0, 1, 0, 1, launched=True))
 
     def look():
         raise torch_dist.DistNetworkError("connection reset by peer")
 
     with pytest.raises(ReportedError):
-        meeting._until(look)
+        rendezvous._until(look)

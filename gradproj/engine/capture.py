@@ -108,8 +108,8 @@ def batch_shape(inputs: Any) -> tuple[int, int] | None:
 
 
 def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
-    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None if samples cannot be told
-    apart.
+    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None if samples cannot be
+    separated.
     """
     if x.dim() >= 3 and x.shape[0] == n:
         return x.flatten(1, -2)
@@ -122,7 +122,7 @@ def mixed_samples_error(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -
     """Return the error for a layer whose positions belong to no known sample."""
     return ModelError(
         f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of "
-        f"{shape[0]} samples of {shape[1]} tokens, so its samples cannot be told apart (an expert, "
+        f"{shape[0]} samples of {shape[1]} tokens, so its samples cannot be separated (an expert, "
         "or an input shared by the batch); leave it out of --proj_layers"
     )
 

@@ -25,7 +25,7 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How the engine handles a layer type."""
+    """Widths and input projection of a layer type."""
 
     type_name: str
     """Recorded in the store."""

@@ -1,4 +1,4 @@
-"""How a layer's gradient is compressed: the projected widths and the seeded matrices.
+"""Compression of a layer's gradient: the projected widths and the seeded matrices.
 
 A layer's gradient ``G`` (O x I) becomes ``P_o G P_i^T`` (k_o x k_i). Every kind is scaled so that
 ``E[P^T P] = I``: an inner product of two projected gradients is an unbiased estimate of the full

@@ -76,7 +76,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
     )
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
-        # Only on the same machine can leftovers of dead processes be told from live ones'.
+        # Leftovers of dead processes can only be recognised on their own machine.
         remove_leftovers(plan.output, owner)
     return Job(plan, owner, process.local_world_size)
 

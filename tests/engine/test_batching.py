@@ -1,4 +1,4 @@
-"""Laws of sequences and batches."""
+"""Windows and batches."""
 
 from itertools import pairwise
 
@@ -46,7 +46,7 @@ def real_share(lengths, batch):
 
 
 @pytest.mark.parametrize("few", [0, 1000])
-def test_no_batch_could_have_taken_the_next_sequence(few, monkeypatch):
+def test_batch_takes_sequences_until_one_does_not_fit(few, monkeypatch):
     monkeypatch.setattr("gradproj.engine.batching.FEW_TOKENS", few)
     batches = plan_batches(LENGTHS, 1000, 2000)
     for batch, following in pairwise(batches):
@@ -73,11 +73,11 @@ def test_at_least_95_percent_of_the_computed_tokens_are_real(kind, budget, n):
     assert sum(lengths) / computed >= 0.95
 
 
-def test_no_sequence_makes_no_batch():
+def test_no_sequences_make_no_batch():
     assert plan_batches([], 8, 100) == []
 
 
-def test_a_batchs_targets_are_those_of_its_labels():
+def test_batch_targets_equal_those_of_its_labels():
     sequences = [np.arange(10, 15), np.arange(20, 22), np.arange(30, 33)]
     batch = collate(sequences, np.array([2, 0, 1]), pad=7)
     assert batch.input_ids.tolist() == [[30, 31, 32, 7, 7], [10, 11, 12, 13, 14], [20, 21, 7, 7, 7]]
@@ -90,6 +90,6 @@ def test_a_batchs_targets_are_those_of_its_labels():
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_tokens", -1)])
-def test_a_budget_of_nothing_is_refused(name, value):
+def test_zero_budget_is_rejected(name, value):
     with pytest.raises(ConfigError, match=f"--{name} must be at least 1.*, got {value}"):
         BatchConfig(**{name: value})

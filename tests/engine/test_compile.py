@@ -1,4 +1,4 @@
-"""``--compile``: the same rows to rounding, the model as it was found, and clear words where there is no compiler."""
+"""``--compile``: equal rows up to rounding, a restored model, and clear errors without a compiler."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def relative_errors(got, want):
 
 
 @needs_compiler
-def test_compiled_blocks_give_the_same_rows_of_every_length_and_leave_the_model_as_it_was():
+def test_compiled_blocks_give_equal_rows_for_all_lengths_and_restore_the_model():
     torch.compiler.reset()
     model = small_model("llama")
     batches = [ragged_batch(lengths) for lengths in ([40, 30], [23, 22, 11], [50, 40, 30, 20])]
@@ -84,7 +84,7 @@ def test_compiled_blocks_give_the_same_rows_of_every_length_and_leave_the_model_
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tapped_layers_give_the_rows_of_hooked_ones(family, dtype, monkeypatch):
+def test_compiled_capture_gives_the_rows_of_hooks(family, dtype, monkeypatch):
     """The very hooks that are compiled, without the compiler."""
     monkeypatch.setattr("gradproj.engine.frozen_model.compiled_block", lambda block: block.forward)
     model, batches = (
@@ -106,7 +106,7 @@ def uncompiled(monkeypatch):
     return small_model("llama")
 
 
-def test_a_batch_that_was_not_collected_is_an_error_and_can_be_dropped(uncompiled):
+def test_uncollected_batch_is_an_error_and_can_be_dropped(uncompiled):
     ids, _ = ragged_batch([9, 9])
     with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
         with pytest.raises(ModelError, match="no backward pass"):
@@ -119,19 +119,19 @@ def test_a_batch_that_was_not_collected_is_an_error_and_can_be_dropped(uncompile
         assert engine.collect_batch().shape == (2, engine.total_proj_dim)
 
 
-def test_samples_that_cannot_be_told_apart_are_an_error(uncompiled):
+def test_inseparable_samples_are_an_error(uncompiled):
     ids, _ = ragged_batch([9, 9])
     with GradProjLoraEngine(uncompiled, **SETTINGS, compiled=True) as engine:
         per_sample_loss(uncompiled, ids)
         tap = engine._capture.hooks[0]
-        with pytest.raises(ModelError, match="cannot be told apart"):
+        with pytest.raises(ModelError, match="cannot be separated"):
             tap(nn.Identity(), (torch.ones(7, tap._p_i.shape[1]),), {}, torch.ones(7, 3))
         engine.clear_gradients()
         with pytest.raises(ModelError, match="got neither"):
             tap(nn.Identity(), (torch.ones(2, 9, tap._p_i.shape[1]),), {}, torch.ones(2, 9, 3))
 
 
-def test_all_is_compiled_before_the_first_unit_and_nothing_of_it_is_kept(uncompiled, monkeypatch):
+def test_compile_now_compiles_both_shapes_and_keeps_no_sums(uncompiled, monkeypatch):
     shapes = []
 
     def loss(model, ids):
@@ -145,12 +145,12 @@ def test_all_is_compiled_before_the_first_unit_and_nothing_of_it_is_kept(uncompi
         assert engine.take_token_covariances().n_tokens == 0
 
 
-def test_compiling_is_for_frozen_weights():
+def test_compiled_engine_requires_frozen_weights():
     with pytest.raises(ConfigError, match="freeze_weights=True"):
         GradProjLoraEngine(small_model("gpt2"), compiled=True)
 
 
-def test_a_model_without_marked_blocks_is_an_error():
+def test_compiling_a_model_without_marked_blocks_is_rejected():
     model = nn.Sequential(nn.Linear(8, 8))
     engine = GradProjLoraEngine(model, "0", 4, 2, freeze_weights=True, compiled=True)
     with pytest.raises(ModelError, match="--compile: transformers marks no block of Sequential"):
@@ -158,7 +158,7 @@ def test_a_model_without_marked_blocks_is_an_error():
     assert "forward" not in vars(model[0])
 
 
-def test_a_failure_inside_the_compiler_is_one_line_with_the_way_out():
+def test_compiler_failure_is_one_line_with_the_way_out():
     def broken(graph, inputs):
         raise ValueError("first line\nsecond line")
 
@@ -171,14 +171,14 @@ def test_a_failure_inside_the_compiler_is_one_line_with_the_way_out():
     assert "leave --compile out" in str(caught.value)
 
 
-def test_other_failures_are_left_alone():
+def test_other_failures_pass_through_unchanged():
     with pytest.raises(RuntimeError, match="mine"), compiler_errors_explained():
         raise RuntimeError("mine")
     with pytest.raises(torch.OutOfMemoryError), compiler_errors_explained():
         raise torch.OutOfMemoryError("full")
 
 
-def test_everything_that_is_missing_is_named(monkeypatch, tmp_path):
+def test_compiler_check_names_everything_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "_has_cpp_compiler", lambda: False)
     monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_everything_that_is_missing_is_named(monkeypatch, tmp_path):
         check_compiler("cpu")
 
 
-def test_plan_says_that_there_is_no_compiler_and_exits_with_2(tmp_path):
+def test_plan_exits_with_2_without_a_compiler(tmp_path):
     make_corpus(tmp_path / "tars", mixed_documents(4))
     settings = {
         "shards": tmp_path / "tars",
@@ -207,7 +207,7 @@ def test_plan_says_that_there_is_no_compiler_and_exits_with_2(tmp_path):
     assert not os.path.exists(tmp_path / "out")
 
 
-def test_what_is_compiled_runs_as_it_is_where_no_graphs_are_worth_making():
+def test_compiled_blocks_run_uncompiled_inside_nothing_compiled():
     seen = []
 
     def backend(graph, inputs):

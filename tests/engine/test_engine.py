@@ -1,4 +1,4 @@
-"""The engine's laws: a row is the projected gradient of its own sample, whatever is beside it."""
+"""A row is the projected gradient of its own sample, whatever else is in the batch."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def rows_of(model, ids, labels, **options):
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("kind", ["rademacher", "orthonormal"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_the_projected_gradient_of_its_sample_alone(family, kind, freeze):
+def test_row_is_the_projected_gradient_of_its_sample_alone(family, kind, freeze):
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, proj_kind=kind, freeze_weights=freeze)
@@ -37,7 +37,7 @@ def test_a_row_is_the_projected_gradient_of_its_sample_alone(family, kind, freez
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_the_same_alone_in_a_batch_beside_longer_samples_and_in_another_order(family):
+def test_row_does_not_depend_on_its_batch_or_order(family):
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
     rows, _ = rows_of(model, ids, labels, freeze_weights=True)
@@ -52,7 +52,7 @@ def test_a_row_is_the_same_alone_in_a_batch_beside_longer_samples_and_in_another
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
+def test_chunked_loss_is_used_and_equals_the_models_own(family):
     model = small_model(family)
     assert chunk_verdict(model)[0], chunk_verdict(model)[1]
     ids, labels = ragged_batch(LENGTHS)
@@ -63,12 +63,12 @@ def test_the_chunked_loss_is_used_and_equals_the_models_own(family):
         )
 
 
-def test_a_model_of_few_positions_is_tried_with_no_more():
+def test_chunk_probe_respects_the_models_positions():
     assert chunk_verdict(small_model("gpt2", n_positions=9))[0]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_many_small_slices_of_the_vocabulary_give_the_rows_of_one(family, monkeypatch):
+def test_many_small_vocabulary_slices_give_the_rows_of_one(family, monkeypatch):
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
     whole, _ = rows_of(model, ids, labels, freeze_weights=True)
@@ -78,7 +78,7 @@ def test_many_small_slices_of_the_vocabulary_give_the_rows_of_one(family, monkey
     assert relative_error(parts, whole) < 1e-6
 
 
-def test_a_head_that_does_more_than_multiply_falls_back_to_the_models_own_logits():
+def test_unusual_head_falls_back_to_the_models_own_logits():
     class Doubled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -95,7 +95,7 @@ def test_a_head_that_does_more_than_multiply_falls_back_to_the_models_own_logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_embeddings_and_the_head_are_targets_like_any_other(family):
+def test_embeddings_and_head_can_be_target_layers(family):
     model = small_model(family, tie_word_embeddings=False)
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     ids, labels = ragged_batch(LENGTHS, pad=5)
@@ -108,7 +108,7 @@ def test_embeddings_and_the_head_are_targets_like_any_other(family):
         assert relative_error(rows[n], want) < 1e-5
 
 
-def test_with_a_tied_head_the_embedding_row_is_the_lookups_share_only():
+def test_tied_embedding_row_is_the_lookups_share_only():
     model = small_model("gpt2")
     untied = small_model("gpt2", tie_word_embeddings=False)
     untied.load_state_dict(model.state_dict(), strict=False)
@@ -120,7 +120,7 @@ def test_with_a_tied_head_the_embedding_row_is_the_lookups_share_only():
     assert relative_error(rows[1], projected_gradient_by_autograd(untied, engine, ids[1])) < 1e-5
 
 
-def test_a_shared_layer_has_the_sum_of_its_calls():
+def test_shared_layer_has_the_sum_of_its_calls():
     model = small_model("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
     ids, labels = ragged_batch(LENGTHS)
@@ -142,7 +142,7 @@ def test_peft_models_work(pattern):
         assert relative_error(rows[n], want) < 1e-5
 
 
-def test_gradient_checkpointing_leaves_the_rows_as_they_are():
+def test_gradient_checkpointing_of_transformers_does_not_change_rows():
     model = small_model("llama")
     ids, labels = ragged_batch(LENGTHS)
     rows, _ = rows_of(model, ids, labels)
@@ -156,7 +156,7 @@ def test_gradient_checkpointing_leaves_the_rows_as_they_are():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_engines_own_checkpointing_leaves_the_rows_as_they_are(family):
+def test_gradient_checkpointing_of_the_engine_does_not_change_rows(family):
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
     rows, engine = rows_of(model, ids, labels, freeze_weights=True)
@@ -167,7 +167,7 @@ def test_the_engines_own_checkpointing_leaves_the_rows_as_they_are(family):
     assert torch.equal(again, rows)
 
 
-def test_checkpointing_a_model_without_blocks_for_it_is_refused():
+def test_checkpointing_a_model_without_marked_blocks_is_rejected():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     engine = GradProjLoraEngine(model, "0", 4, 2, freeze_weights=True, gradient_checkpointing=True)
     with pytest.raises(ModelError, match="transformers marks no block of Sequential"):
@@ -176,7 +176,7 @@ def test_checkpointing_a_model_without_blocks_for_it_is_refused():
 
 
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean])
-def test_the_batchs_reduction_of_per_sample_losses_is_undone(reduce):
+def test_reduction_of_per_sample_losses_is_undone(reduce):
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     want, _ = rows_of(model, ids, labels)
@@ -186,7 +186,7 @@ def test_the_batchs_reduction_of_per_sample_losses_is_undone(reduce):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_reduction_of_a_loss_of_the_users_own_is_undone_when_said(reduction):
+def test_reduction_of_a_custom_loss_is_undone_when_given(reduction):
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     want, _ = rows_of(model, ids, labels)
@@ -197,7 +197,7 @@ def test_the_reduction_of_a_loss_of_the_users_own_is_undone_when_said(reduction)
         assert relative_error(engine.collect_batch(), want) < 1e-5
 
 
-def test_an_unsaid_reduction_is_an_error():
+def test_missing_reduction_of_a_custom_loss_is_an_error():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     with GradProjLoraEngine(model, **ENGINE) as engine:
@@ -209,7 +209,7 @@ def test_an_unsaid_reduction_is_an_error():
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
-def test_a_wrapped_models_rows_are_the_plain_models(wrap, tmp_path):
+def test_wrapped_model_gives_the_rows_of_the_plain_model(wrap, tmp_path):
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     want, plain = rows_of(model, ids, labels)
@@ -229,7 +229,7 @@ def test_a_wrapped_models_rows_are_the_plain_models(wrap, tmp_path):
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_autocast_of_a_training_loop_leaves_projections_in_float32(freeze):
+def test_projections_stay_float32_under_autocast(freeze):
     model = small_model("llama")
     ids, labels = ragged_batch(LENGTHS)
     want, _ = rows_of(model, ids, labels)
@@ -242,7 +242,7 @@ def test_autocast_of_a_training_loop_leaves_projections_in_float32(freeze):
     assert 1e-5 < relative_error(rows, want) < 0.1
 
 
-def test_in_bfloat16_the_batchs_mean_is_undone_as_well():
+def test_mean_is_undone_in_bfloat16_too():
     model = small_model("gpt2").to(torch.bfloat16).requires_grad_(False)
     ids, labels = ragged_batch(LENGTHS[:3])
     want, _ = rows_of(model, ids, labels)
@@ -253,7 +253,7 @@ def test_in_bfloat16_the_batchs_mean_is_undone_as_well():
     torch.testing.assert_close(ratio, torch.ones(3), atol=2e-3, rtol=0)
 
 
-def test_bfloat16_rows_are_those_of_float32_within_its_rounding():
+def test_bfloat16_rows_equal_float32_rows_within_rounding():
     model = small_model("llama")
     ids, labels = ragged_batch(LENGTHS)
     want, _ = rows_of(model, ids, labels)
@@ -261,7 +261,7 @@ def test_bfloat16_rows_are_those_of_float32_within_its_rounding():
     assert torch.cosine_similarity(rows, want).min() > 0.99
 
 
-def test_a_batch_that_does_not_fit_when_it_is_collected_adds_nothing_to_the_sums(monkeypatch):
+def test_batch_that_fails_in_collect_adds_nothing_to_the_sums(monkeypatch):
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     with GradProjLoraEngine(model, **ENGINE, freeze_weights=True, token_covariances=True) as engine:
@@ -274,7 +274,7 @@ def test_a_batch_that_does_not_fit_when_it_is_collected_adds_nothing_to_the_sums
         assert engine.take_token_covariances().n_tokens == 0
 
 
-def test_samples_without_a_target_have_rows_of_zeros():
+def test_samples_without_a_target_have_zero_rows():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     rows, _ = rows_of(model, ids, torch.full_like(labels, -100), freeze_weights=True)
@@ -282,7 +282,7 @@ def test_samples_without_a_target_have_rows_of_zeros():
     assert not rows.any()
 
 
-def test_attaching_leaves_no_trace():
+def test_attach_and_detach_leave_no_trace():
     model = small_model("gpt2").train()
     model.transformer.h[0].eval()
     model.transformer.wpe.weight.requires_grad_(False)
@@ -305,7 +305,7 @@ def test_attaching_leaves_no_trace():
     assert all(torch.equal(v, before[3][k]) for k, v in model.state_dict().items())
 
 
-def test_selecting_other_layers_changes_no_other_layers_values():
+def test_layer_selection_does_not_change_other_layers_values():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     both, engine = rows_of(model, ids, labels)
@@ -315,7 +315,7 @@ def test_selecting_other_layers_changes_no_other_layers_values():
         torch.testing.assert_close(only[:, start:stop], both[:, there[0] : there[1]])
 
 
-def test_token_covariances_are_the_sums_over_real_tokens_of_each_sample_alone():
+def test_token_covariances_are_sums_over_real_tokens_of_single_samples():
     model = small_model("llama")
     ids, labels = ragged_batch(LENGTHS)
     mask = (labels != -100).int()
@@ -367,7 +367,7 @@ def covariances_the_slow_way(model, engine, samples):
     return torch.cat(flat_a), torch.cat(flat_g)
 
 
-def test_a_sample_with_a_gradient_that_is_not_finite_spoils_no_other():
+def test_sample_with_non_finite_gradient_affects_no_other():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     good, _ = rows_of(model, ids, labels)
@@ -382,7 +382,7 @@ def test_a_sample_with_a_gradient_that_is_not_finite_spoils_no_other():
     assert covariances.s.isfinite().all()
 
 
-def test_every_layer_rule_has_a_case_above():
+def test_every_layer_rule_is_covered_by_a_family():
     covered = {
         t.rule.type_name
         for family in FAMILIES
@@ -392,7 +392,7 @@ def test_every_layer_rule_has_a_case_above():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mlp_and_attn_name_every_dense_layer_of_every_block(family):
+def test_mlp_and_attn_match_every_dense_layer_of_every_block(family):
     model = small_model(family)
     found = [t.name for t in find_layers(model, ["mlp", "attn"])]
     inner = [
@@ -411,7 +411,7 @@ def test_patterns_match_whole_components():
     assert all(name.startswith("transformer.h.1.") for name in names)
 
 
-def test_a_pattern_without_a_layer_lists_what_there_is():
+def test_unmatched_pattern_lists_the_models_layers():
     with pytest.raises(
         ModelError, match=r"no layer of the model matches 'nope'.*transformer\.h\.\*\.mlp\.c_fc"
     ):
@@ -431,7 +431,7 @@ def test_fused_expert_weights_are_named():
     assert GradProjLoraEngine(model, "attn").total_proj_dim > 0
 
 
-def test_a_layer_that_runs_another_forward_than_its_base_is_not_taken_for_it():
+def test_subclass_with_its_own_forward_is_not_treated_as_its_base():
     class Quantized(nn.Linear):
         def forward(self, x):
             return super().forward(x).round()
@@ -442,7 +442,7 @@ def test_a_layer_that_runs_another_forward_than_its_base_is_not_taken_for_it():
         GradProjLoraEngine(model, "mlp")
 
 
-def test_a_layer_that_takes_no_part_is_an_error_and_not_a_row_of_zeros():
+def test_unused_layer_is_an_error_not_a_zero_row():
     model = small_model("llama")
     model.model.layers[0].mlp.spare = nn.Linear(4, 4)
     ids, labels = ragged_batch(LENGTHS)
@@ -452,7 +452,7 @@ def test_a_layer_that_takes_no_part_is_an_error_and_not_a_row_of_zeros():
         rows_of(model, ids, labels)
 
 
-def test_collecting_without_a_backward_pass_is_an_error():
+def test_collect_without_a_backward_pass_is_an_error():
     model = small_model("gpt2")
     with (
         GradProjLoraEngine(model, **ENGINE) as engine,
@@ -461,7 +461,7 @@ def test_collecting_without_a_backward_pass_is_an_error():
         engine.collect_batch()
 
 
-def test_a_batch_that_was_not_collected_is_an_error_and_not_lost():
+def test_uncollected_batch_is_an_error_not_lost():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     batch = {"input_ids": ids, "labels": labels}
@@ -478,16 +478,16 @@ def test_a_batch_that_was_not_collected_is_an_error_and_not_lost():
         assert relative_error(engine.collect_batch(), rows_of(model, ids, labels)[0]) < 1e-5
 
 
-def test_a_position_table_shared_by_the_batch_is_an_error():
+def test_position_table_shared_by_the_batch_is_an_error():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     with pytest.raises(
-        ModelError, match=r"transformer\.wpe works on \(1, 21\).*samples cannot be told apart"
+        ModelError, match=r"transformer\.wpe works on \(1, 21\).*samples cannot be separated"
     ):
         rows_of(model, ids, labels, proj_layers="wpe")
 
 
-def test_evaluation_between_batches_leaves_no_trace_in_the_rows():
+def test_evaluation_between_batches_does_not_change_rows():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     want, _ = rows_of(model, ids, labels)
@@ -502,7 +502,7 @@ def test_evaluation_between_batches_leaves_no_trace_in_the_rows():
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_the_originals_methods_write_every_row_once(tmp_path, interval):
+def test_original_interface_writes_every_row_once(tmp_path, interval):
     model = small_model("gpt2")
     with GradProjLoraEngine(
         model, **ENGINE, proj_dir=tmp_path, proj_save_interval=interval
@@ -521,7 +521,7 @@ def test_the_originals_methods_write_every_row_once(tmp_path, interval):
     assert torch.cat([f["batch_idx"] for f in files]).tolist() == list(range(16))
 
 
-def test_a_second_run_goes_on_numbering_and_replaces_no_file(tmp_path):
+def test_second_run_continues_numbering_and_replaces_no_file(tmp_path):
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     for _ in range(2):
@@ -535,6 +535,6 @@ def test_a_second_run_goes_on_numbering_and_replaces_no_file(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float99"])
-def test_a_wrong_row_dtype_is_named(dtype):
+def test_wrong_row_dtype_is_rejected(dtype):
     with pytest.raises(ConfigError, match=f"--proj_dtype is '{dtype}'"):
         GradProjLoraEngine(small_model("gpt2"), proj_dtype=dtype)

@@ -1,4 +1,4 @@
-"""A frozen model computes what it computed, with faster modules, and is given back as it was."""
+"""A frozen model computes the same with faster modules, and is restored."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def input_gradient(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_frozen_model_has_the_outputs_and_input_gradients_it_had(family):
+def test_frozen_model_keeps_outputs_and_input_gradients(family):
     model = small_model(family)
     want_logits, want_gradient = input_gradient(model)
     frozen = FrozenModel(model)
@@ -35,7 +35,7 @@ def test_a_frozen_model_has_the_outputs_and_input_gradients_it_had(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_undo_leaves_flags_modes_and_methods_as_they_were(family):
+def test_undo_restores_flags_modes_and_methods(family):
     model = small_model(family).train()
     next(model.parameters()).requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
@@ -62,7 +62,7 @@ def want_and_own_gradient(model):
     return gradients
 
 
-def test_a_module_with_a_forward_of_its_own_keeps_it():
+def test_module_with_its_own_forward_keeps_it():
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].forward = lambda x: 2 * x
     frozen = FrozenModel(model)
@@ -74,7 +74,7 @@ def test_a_module_with_a_forward_of_its_own_keeps_it():
 @pytest.mark.parametrize("shape", [(3, 5, 24), (7, 24), (0, 24)])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_torchs_linear(shape, transposed, bias):
+def test_linear_equals_torch_linear(shape, transposed, bias):
     torch.manual_seed(0)
     x, b = torch.randn(shape), torch.randn(10) if bias else None
     weight = torch.randn(24, 10).t() if transposed else torch.randn(10, 24)

@@ -1,4 +1,4 @@
-"""Laws of the projection widths and matrices."""
+"""Projected widths and projection matrices."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def best_split_by_trying_all(n_i, n_o, total, least):
 @pytest.mark.parametrize("n_i", [1, 3, 5, 16, 30])
 @pytest.mark.parametrize("n_o", [1, 4, 17, 40])
 @pytest.mark.parametrize(("total", "least"), [(256, 8), (64, 8), (100, 3), (1, 1), (37, 2)])
-def test_the_split_has_the_least_variance_of_all_that_fit(n_i, n_o, total, least):
+def test_choose_ki_ko_minimises_the_variance_within_the_budget(n_i, n_o, total, least):
     if min(least, n_i) * min(least, n_o) > total:
         pytest.skip("no split fits; the error has its own test")
     assert choose_ki_ko(n_i, n_o, total, least) == best_split_by_trying_all(n_i, n_o, total, least)
@@ -39,7 +39,7 @@ def test_wide_layers_get_a_square_split_of_the_whole_budget():
     assert choose_ki_ko(768, 3072, 4096, 8) == (64, 64)
 
 
-def test_a_budget_below_the_least_widths_says_what_is_possible():
+def test_too_small_budget_names_possible_settings():
     with pytest.raises(
         ConfigError, match=r"at least --proj_rank_total 64, or at most --proj_rank_min 7"
     ):
@@ -49,13 +49,13 @@ def test_a_budget_below_the_least_widths_says_what_is_possible():
 @pytest.mark.parametrize(
     "wrong", [(0, 5, 256, 8), (5, 0, 256, 8), (64, 64, 0, 8), (64, 64, 256, 0)]
 )
-def test_a_width_or_budget_of_nothing_is_named(wrong):
+def test_zero_width_or_budget_is_rejected(wrong):
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):
         choose_ki_ko(*wrong)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_of_p_transposed_p_is_the_identity(kind):
+def test_mean_of_p_transposed_p_is_the_identity(kind):
     total = torch.zeros(12, 12)
     for seed in range(3000):
         p = projection_matrix(kind, seed, "h.0.mlp", "i", 4, 12)
@@ -72,7 +72,7 @@ def test_orthonormal_rows_are_orthogonal_and_square_ones_lose_nothing():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_matrix_depends_on_each_part_of_its_key_and_on_nothing_else(kind):
+def test_matrix_depends_on_each_part_of_its_key_alone(kind):
     p = projection_matrix(kind, 1, "h.0.mlp", "i", 4, 10)
     torch.manual_seed(5)
     np.random.seed(5)
@@ -85,7 +85,7 @@ def test_a_matrix_depends_on_each_part_of_its_key_and_on_nothing_else(kind):
     assert not torch.equal(p[:, :10], projection_matrix(kind, 1, "h.0.mlp", "i", 4, 11)[:, :10])
 
 
-def test_the_matrices_of_version_1_stay_what_they_were():
+def test_matrices_of_version_1_do_not_change():
     # A store made last year must be continued with the same matrices: these signs are the format.
     p = projection_matrix("rademacher", 42, "transformer.h.0.mlp.c_fc", "i", 2, 8)
     assert (p * 2**0.5).round().int().tolist() == EXPECTED_SIGNS
@@ -103,6 +103,6 @@ EXPECTED_SIGNS = [[-1, 1, 1, -1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, -1, -1]]
         ({"layers": " , "}, "--proj_layers is empty"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_flag(wrong, message):
+def test_wrong_setting_names_its_flag(wrong, message):
     with pytest.raises(ConfigError, match=message):
         ProjectionConfig(**wrong)

@@ -54,5 +54,5 @@ def growth(*arguments):
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="/proc tells a process's memory on Linux only"
 )
-def test_batches_of_ever_other_shapes_do_not_make_a_rank_grow():
+def test_memory_does_not_grow_with_new_batch_shapes():
     assert growth("as the job") < 40e6

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: ``pytest -m gpu``. Without one each is skipped, and says so."""
+"""Tests that need a CUDA device: ``pytest -m gpu``. Without one, each is skipped."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu():
-    """The first GPU, with products as the job has them: no TF32."""
+    """The first GPU, with the job's precision: no TF32."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU here")
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -23,7 +23,7 @@ def two_gpus(gpu):
 
 @pytest.fixture
 def memory(gpu):
-    """The GPU's allocator, which may be limited and is free again afterwards."""
+    """The GPU's allocator, which a test may limit; the limit is removed afterwards."""
     torch.cuda.empty_cache()
     yield GpuMemory(gpu)
     torch.cuda.set_per_process_memory_fraction(1.0, gpu)
@@ -31,7 +31,7 @@ def memory(gpu):
 
 
 class GpuMemory:
-    """What torch's allocator took from the GPU."""
+    """Bytes that torch's allocator took from the GPU."""
 
     def __init__(self, device):
         self._device = device

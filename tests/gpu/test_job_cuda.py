@@ -51,7 +51,7 @@ def rows_and_columns(output):
         return store.rows(ids), store.columns_at(("status", "loss", "n_tokens"), ids)
 
 
-def test_a_job_on_one_gpu_has_the_rows_of_one_on_the_cpu(inputs, tmp_path):
+def test_job_on_a_gpu_has_the_rows_of_the_cpu(inputs, tmp_path):
     torchrun(1, **inputs, output_dir=tmp_path / "gpu")
     run_job(1, **inputs, output_dir=tmp_path / "cpu")
     got, columns = rows_and_columns(tmp_path / "gpu")
@@ -63,13 +63,13 @@ def test_a_job_on_one_gpu_has_the_rows_of_one_on_the_cpu(inputs, tmp_path):
     np.testing.assert_allclose(columns["loss"], wanted_columns["loss"], rtol=1e-4)
 
 
-def test_a_deterministic_job_leaves_the_same_bits_twice(inputs, tmp_path):
+def test_deterministic_job_gives_the_same_bits_twice(inputs, tmp_path):
     for name in ("first", "second"):
         torchrun(1, **inputs, output_dir=tmp_path / name, deterministic=True)
     assert_same_bits(tmp_path / "first", tmp_path / "second")
 
 
-def test_two_ranks_on_two_gpus_leave_the_bits_of_one(inputs, tmp_path, two_gpus):
+def test_two_gpus_give_the_bits_of_one(inputs, tmp_path, two_gpus):
     for ranks in (1, 2):
         torchrun(ranks, **inputs, output_dir=tmp_path / str(ranks), deterministic=True)
     assert_same_bits(tmp_path / "1", tmp_path / "2")

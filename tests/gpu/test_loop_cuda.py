@@ -1,4 +1,4 @@
-"""The job's loop on a GPU: it never waits for it, and a batch that does not fit is halved."""
+"""The job's loop on a GPU: it never waits, and a batch that does not fit is halved."""
 
 import contextlib
 import logging
@@ -66,7 +66,7 @@ def test_no_batch_waits_for_the_gpu(gpu, tmp_path, family, dtype):
         assert worst_error(got, want) <= 1e-4
 
 
-def test_a_wait_that_somebody_adds_to_the_loop_is_an_error(gpu, tmp_path, monkeypatch):
+def test_added_wait_in_the_loop_is_an_error(gpu, tmp_path, monkeypatch):
     model, add = small_model("llama").to(gpu), UnitSums.add
 
     def add_and_wait(self, sequences, rows, losses):
@@ -80,7 +80,7 @@ def test_a_wait_that_somebody_adds_to_the_loop_is_an_error(gpu, tmp_path, monkey
             project_unit(model, engine, several_batches(), tmp_path)
 
 
-def test_a_unit_s_seconds_are_the_gpu_s_and_not_those_of_giving_it_work(gpu, tmp_path, monkeypatch):
+def test_unit_seconds_are_gpu_time_not_submission_time(gpu, tmp_path, monkeypatch):
     model, add = small_model("llama").to(gpu), UnitSums.add
     slow = torch.ones(2**13, 2**13, device=gpu)
 
@@ -117,9 +117,7 @@ def larger(gpu):
         yield model, engine
 
 
-def test_a_batch_that_does_not_fit_the_gpu_is_halved_until_it_does(
-    larger, memory, tmp_path, caplog
-):
+def test_batch_is_halved_until_it_fits_the_gpu(larger, memory, tmp_path, caplog):
     model, engine = larger
     lengths = [1024] * 31
     small, large = (unit_of(lengths, 8192, n, 1024 * n) for n in (4, 32))
@@ -136,7 +134,7 @@ def test_a_batch_that_does_not_fit_the_gpu_is_halved_until_it_does(
     assert got.record.stats["covariance_tokens"] == 32 * 1023
 
 
-def test_a_document_that_does_not_fit_alone_has_its_status_and_the_others_their_rows(
+def test_document_that_does_not_fit_alone_gets_status_7_and_others_their_rows(
     larger, memory, tmp_path
 ):
     model, engine = larger
@@ -153,7 +151,7 @@ def test_a_document_that_does_not_fit_alone_has_its_status_and_the_others_their_
     assert worst_error(got.stored[1:], want[1:]) <= 1e-4
 
 
-def test_the_probe_of_batch_sizes_ends_where_the_memory_does(gpu, larger, memory):
+def test_batch_size_trials_end_at_the_memory_limit(gpu, larger, memory):
     model, engine = larger
     held = torch.cuda.memory_allocated(gpu)
     memory.limit(held + 2**30)

@@ -1,4 +1,4 @@
-"""Rows, matrices and peak memory on a GPU, beside a CPU's."""
+"""Rows, matrices and peak memory on a GPU, compared with the CPU."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def worst_error(got, want):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_rows_are_those_of_a_cpu(gpu, family):
+def test_rows_equal_those_of_the_cpu(gpu, family):
     settings = {"include_embeddings": family != "opt"}
     rows, sums = rows_on(gpu, small_model(family), **settings)
     wanted, wanted_sums = rows_on("cpu", small_model(family), **settings)
@@ -59,14 +59,14 @@ def usual_model(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_rows_in_bfloat16_are_near_those_in_float32(gpu, family):
+def test_bfloat16_rows_are_near_float32_rows(gpu, family):
     rows, _ = rows_on(gpu, usual_model(family).to(torch.bfloat16))
     wanted, _ = rows_on("cpu", usual_model(family))
     assert worst_error(rows, wanted) <= BFLOAT16_ERROR
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_compiled_rows_are_those_of_a_cpu(gpu, family):
+def test_compiled_rows_equal_those_of_the_cpu(gpu, family):
     try:
         check_compiler("cuda")
     except ConfigError as error:
@@ -80,7 +80,7 @@ def test_compiled_rows_are_those_of_a_cpu(gpu, family):
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "orthonormal"])
-def test_matrices_are_the_same_bits_as_on_a_cpu(gpu, kind):
+def test_matrices_have_the_bits_of_the_cpu(gpu, kind):
     there = GradProjLoraEngine(small_model("llama").to(gpu), proj_kind=kind).projection_matrices
     here = GradProjLoraEngine(small_model("llama"), proj_kind=kind).projection_matrices
     assert list(there) == list(here)

@@ -1,4 +1,4 @@
-"""``--batch_tokens auto``: what is measured, who decides, and that it is kept."""
+"""``--batch_tokens auto``: what is measured, which measurement wins, and that it is kept."""
 
 import json
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def trials_of(*rates):
         ((), 24),  # not even one sequence fits: it is tried, and its document gets its status
     ],
 )
-def test_the_smallest_batch_that_comes_near_the_best_rate_is_chosen(rates, want):
+def test_smallest_batch_near_the_best_rate_is_chosen(rates, want):
     assert choose(trials_of(*rates), 24) == want
 
 
@@ -67,13 +67,13 @@ def sizes_tried(monkeypatch, engine, most=64, reserved=0):
     return try_batches(engine.module, engine, 24, reserved, 1), tried
 
 
-def test_the_longest_sequences_are_tried_in_ever_larger_batches(engine, monkeypatch):
+def test_trials_double_batches_of_the_longest_sequences(engine, monkeypatch):
     trials, tried = sizes_tried(monkeypatch, engine)
     assert tried == [(n, 24) for n in (1, 2, 4, 8) for _ in range(2)]
     assert [trial.tokens for trial in trials] == [24, 48, 96, 192]
 
 
-def test_a_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(engine, monkeypatch):
+def test_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(engine, monkeypatch):
     trials, tried = sizes_tried(monkeypatch, engine, most=3)
     assert [trial.tokens for trial in trials] == [24, 48]
     assert tried[-1] == (4, 24)
@@ -84,7 +84,7 @@ def test_a_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(eng
     assert len(engine.collect_batch()) == 1
 
 
-def test_no_batch_is_tried_that_the_memory_cannot_hold(engine, monkeypatch):
+def test_trials_stop_before_the_memory_limit(engine, monkeypatch):
     monkeypatch.setattr(probe.HostMemory, "free", lambda self: 3 * 2**20)
     monkeypatch.setattr(probe.HostMemory, "peak", lambda self: 2**20)
     trials, _ = sizes_tried(monkeypatch, engine, reserved=2**20 + 1)
@@ -92,11 +92,9 @@ def test_no_batch_is_tried_that_the_memory_cannot_hold(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"batch_tokens": "8"}', '{"batch_tokens": 0}'])
-def test_a_file_that_says_no_number_is_named(tmp_path, text):
+def test_damaged_batch_file_is_named(tmp_path, text):
     (tmp_path / BATCH_FILE).write_text(text)
-    with pytest.raises(
-        StoreError, match=r"batch\.json does not say a number of batch_tokens; delete it"
-    ):
+    with pytest.raises(StoreError, match=r"batch\.json holds no number of batch_tokens; delete it"):
         recorded_batch_tokens(tmp_path)
 
 
@@ -116,7 +114,7 @@ class Settings:
 
 
 def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
-    """What ``resolve_batch_tokens`` needs of a rank."""
+    """A rank as ``resolve_batch_tokens`` needs it."""
     config = run_config(flags(**inputs, output_dir=tmp_path, batch_tokens="auto"), "test")
     settings = Settings(config.batch)
     layout = SimpleNamespace(rows_per_shard=16, dim=16)
@@ -131,9 +129,7 @@ def settle(monkeypatch, job, queue, measured, stopping=lambda: False):
     return resolve_batch_tokens(job, queue, None, None, stopping).batch.batch_tokens
 
 
-def test_rank_0_measures_once_and_every_later_start_takes_its_number(
-    inputs, tmp_path, monkeypatch, capsys
-):
+def test_rank_0_measures_once_and_later_starts_reuse_it(inputs, tmp_path, monkeypatch, capsys):
     measured = [trials_of(100, 200)]
     for rank in (0, 0, 1):
         assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, rank), measured) == 48
@@ -142,7 +138,7 @@ def test_rank_0_measures_once_and_every_later_start_takes_its_number(
     assert json.loads((tmp_path / BATCH_FILE).read_text())["trials"][1]["tokens"] == 48
 
 
-def test_of_two_that_measure_the_first_to_publish_decides(inputs, tmp_path, monkeypatch):
+def test_first_published_measurement_wins(inputs, tmp_path, monkeypatch):
     def slower(*args):
         (tmp_path / BATCH_FILE).write_text('{"batch_tokens": 777}')
         return trials_of(100)
@@ -152,7 +148,7 @@ def test_of_two_that_measure_the_first_to_publish_decides(inputs, tmp_path, monk
     assert resolve_batch_tokens(job, queue, None, None, lambda: False).batch.batch_tokens == 777
 
 
-def test_another_rank_does_not_wait_for_what_will_not_come(inputs, tmp_path, monkeypatch):
+def test_other_ranks_stop_waiting_when_stopped_or_without_units(inputs, tmp_path, monkeypatch):
     nothing_left = waiting_rank(inputs, tmp_path, 1, pending=())
     assert settle(monkeypatch, *nothing_left, []) == 24
     assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [], stopping=lambda: True) == 24
@@ -160,7 +156,7 @@ def test_another_rank_does_not_wait_for_what_will_not_come(inputs, tmp_path, mon
     assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [trials_of(100, 200)]) == 48
 
 
-def test_a_job_with_auto_gives_the_bits_of_a_job_told_the_measured_number(inputs, tmp_path):
+def test_auto_gives_the_bits_of_a_job_with_the_measured_number(inputs, tmp_path):
     run_job(2, **inputs, output_dir=tmp_path / "auto", batch_tokens="auto")
     number = recorded_batch_tokens(tmp_path / "auto")
     assert json.loads((tmp_path / "auto/run_config.json").read_text())["batch_tokens"] == "auto"

@@ -1,4 +1,4 @@
-"""The job's loop never waits for its device: on one that cannot be asked, and without a GPU."""
+"""The job's loop never waits for its device: run on one whose values cannot be read, without a GPU."""
 
 import threading
 from contextlib import nullcontext
@@ -33,19 +33,19 @@ from gradproj.model.loading import load_model
 
 
 def remember(p):
-    """As ``cache_bfloat16`` of a matrix that is exact in it: asked of the device once, before the first unit."""
+    """Replace ``cache_bfloat16``, whose one comparison reads the device before the first unit."""
     products._IN_BFLOAT16[p] = p.to(torch.bfloat16)
 
 
 def some_unit():
-    """In several batches."""
+    """A unit of several batches."""
     lengths = np.random.default_rng(0).integers(2, 30, 12)
     return unit_of(lengths, VOCAB, batch_size=4, batch_tokens=64)
 
 
 @pytest.fixture
 def waits_of_a_unit(tmp_path, monkeypatch):
-    """``(model, chunked, **engine's) -> what in the loop over a unit's batches would wait``."""
+    """``(model, chunked, **engine's) -> waits in the loop over a unit's batches``."""
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
 
     def run(model, chunked=True, **settings):
@@ -114,13 +114,13 @@ def biogpt():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_a_lookup_scaled_by_a_number_does_not_wait(waits_of_a_unit):
+def test_lookup_scaled_by_a_number_does_not_wait(waits_of_a_unit):
     model = small_model("llama")
     model.get_input_embeddings().embed_scale = 5.0
     assert waits_of_a_unit(model, include_embeddings=True) == []
 
 
-def test_a_lookup_scaled_by_a_number_is_exact():
+def test_lookup_scaled_by_a_number_is_exact():
     model, ids = biogpt(), torch.arange(5, 17)
     with GradProjLoraEngine(model, "embed_tokens", freeze_weights=True) as engine:
         per_sample_loss(model, ids[None]).sum().backward()
@@ -165,7 +165,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("name", sorted(WAITS))
-def test_a_wait_that_somebody_adds_to_the_loop_is_seen(name, waits_of_a_unit, monkeypatch):
+def test_added_wait_in_the_loop_is_detected(name, waits_of_a_unit, monkeypatch):
     add = UnitSums.add
 
     def add_and_wait(self, sequences, rows, losses):
@@ -176,19 +176,19 @@ def test_a_wait_that_somebody_adds_to_the_loop_is_seen(name, waits_of_a_unit, mo
     assert waits_of_a_unit(small_model("llama"))
 
 
-def test_a_wait_inside_the_model_is_seen(waits_of_a_unit, monkeypatch):
+def test_wait_inside_the_model_is_detected(waits_of_a_unit, monkeypatch):
     monkeypatch.setattr(loss, "one_sequence_a_row", nullcontext)
     assert waits_of_a_unit(small_model("llama"))
 
 
-def test_a_copy_of_page_locked_memory_that_does_not_block_is_no_wait():
+def test_non_blocking_copy_of_pinned_memory_is_no_wait():
     assert waits_of(lambda: torch.zeros(3).pin_memory().to(MUTE, non_blocking=True)) == []
 
 
 # --- the job itself ---
 
 
-def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_path, monkeypatch):
+def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, monkeypatch):
     settings = {
         "shards": make_corpus(tmp_path / "tars", mixed_documents(48)), "model": make_model(tmp_path / "model"),
         "output_dir": tmp_path / "out", "rows_per_shard": 16, "batch_size": 4, "max_length": 24, "device": "cpu",
@@ -223,12 +223,12 @@ def test_a_job_waits_for_its_device_once_a_unit_and_only_where_it_writes(tmp_pat
     assert {name.partition("_")[0] for name in fetched_by} == {"writer"}
 
 
-# --- what transformers is told ---
+# --- packed rows in transformers ---
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("chunked", [True, False])
-def test_rows_are_the_same_bits_as_where_transformers_looks_itself(family, chunked, monkeypatch):
+def test_rows_have_the_bits_of_transformers_own_packing_check(family, chunked, monkeypatch):
     model, (ids, labels) = small_model(family), ragged_batch([9, 14, 3])
 
     def rows():
@@ -243,7 +243,7 @@ def test_rows_are_the_same_bits_as_where_transformers_looks_itself(family, chunk
     assert torch.equal(told, rows())
 
 
-def test_a_model_that_runs_packed_rows_is_asked_as_ever():
+def test_packing_is_still_detected_in_other_threads_and_calls():
     packed, seen = torch.tensor([[0, 1, 0, 1, 2]]), []
 
     def find():

@@ -1,4 +1,4 @@
-"""``diagnose``: rows alone, batched, padded, in two precisions; what differs by more than rounding is said."""
+"""``diagnose``: rows alone, batched and padded, in two precisions."""
 
 import json
 from functools import partial
@@ -27,7 +27,7 @@ def command(job, tmp_path, **settings):
     return ["diagnose", *flags(output_dir=tmp_path / "new", **given)]
 
 
-def test_rows_of_a_sound_model_differ_by_rounding_in_every_way(job, tmp_path, capsys):
+def test_sound_model_differs_by_rounding_only(job, tmp_path, capsys):
     before = tree_of(job.corpus)
     assert main([*command(job, tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -44,7 +44,7 @@ def test_rows_of_a_sound_model_differ_by_rounding_in_every_way(job, tmp_path, ca
     assert tree_of(job.corpus) == before
 
 
-def test_the_table_names_every_way_and_the_worst_layers(job, tmp_path, capsys):
+def test_table_has_every_way_and_the_worst_layers(job, tmp_path, capsys):
     assert main(command(job, tmp_path)) == 0
     said = capsys.readouterr().out
     for way in WAYS:
@@ -81,7 +81,7 @@ def see_the_padding(model):
     [(mix_the_batch, "batched"), (see_the_padding, "beside padding")],
     ids=["batch", "padding"],
 )
-def test_a_model_that_mixes_documents_or_sees_padding_is_named(
+def test_model_that_mixes_documents_or_sees_padding_is_reported(
     change, way, job, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(module, "load_model", partial(wrapped_load, change))
@@ -99,7 +99,7 @@ def test_a_model_that_mixes_documents_or_sees_padding_is_named(
 @pytest.mark.parametrize(
     ("dtype", "code", "way_out"), [("bfloat16", 1, "Give"), ("float32", 0, "Keep")]
 )
-def test_a_precision_that_breaks_down_counts_where_the_job_takes_it(
+def test_failing_precision_sets_the_exit_code_only_if_the_job_uses_it(
     dtype, code, way_out, job, tmp_path, capsys
 ):
     # Attention logits so large that bfloat16's rounding of them turns one token's attention into another's.
@@ -118,20 +118,20 @@ def test_windows_of_a_document_are_one_row(job, tmp_path, capsys):
     assert found["n_tokens"] > 6 * 8
 
 
-def test_a_corpus_without_any_row_is_a_clear_error(job, tmp_path, capsys):
+def test_corpus_without_rows_is_an_error(job, tmp_path, capsys):
     corpus = make_corpus(tmp_path / "empty", [{"text": ""} for _ in range(20)])
     assert main(command(job, tmp_path, shards=corpus)) == 2
     assert "documents looked at makes a row: they are empty" in capsys.readouterr().err
 
 
-def test_mistakes_in_the_flags_are_those_of_the_job_and_its_own(job, tmp_path, capsys):
+def test_diagnose_rejects_the_jobs_mistakes_and_its_own(job, tmp_path, capsys):
     assert main(command(job, tmp_path, n_documents=0)) == 2
     assert "--n_documents must be at least 1, got 0" in capsys.readouterr().err
     assert main(command(job, tmp_path, model=tmp_path / "nowhere")) == 2
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
-def test_agreement_is_what_numbers_say():
+def test_agreement_matches_values_computed_by_hand():
     reference = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1e-9, 0.0]])
     rows = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 1e-9]])
     found = Agreement.of(rows, reference)

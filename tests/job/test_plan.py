@@ -1,4 +1,6 @@
-"""What ``plan`` and the job's start refuse, each with one clear line; and what they say of a good run."""
+"""``plan`` and the job's start: each user error is one clear line; a good plan prints what it
+takes.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ from gradproj.job.summary import plan_lines
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A corpus and a model that nothing is wrong with."""
+    """A valid corpus and model."""
     root = tmp_path_factory.mktemp("good")
     corpus = make_corpus(root / "tars", mixed_documents(200))
     return SimpleNamespace(corpus=corpus, model=make_model(root / "model"), root=root)
@@ -42,7 +44,7 @@ def plan_of(files, tmp_path, **changes):
 
 @pytest.fixture
 def refused(files, tmp_path, capsys):
-    """Make a plan that must be refused; gives the message, which is all there is on standard error."""
+    """Make a plan that must be rejected; return the message, all of standard error."""
 
     def refuse(**changes):
         capsys.readouterr()
@@ -107,13 +109,13 @@ WRONG_VALUES = [
     WRONG_VALUES,
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
-def test_a_wrong_value_is_one_line_with_the_flag(refused, changes, message):
+def test_wrong_value_is_one_line_with_the_flag(refused, changes, message):
     text = refused(**changes)
     assert message in text
     assert "\n" not in text
 
 
-def test_a_config_file_has_the_flags_names_and_flags_win(files, tmp_path):
+def test_config_file_uses_flag_names_and_flags_win(files, tmp_path):
     (tmp_path / "run.toml").write_text(
         f'shards = "{files.corpus}"\nmodel = "{files.model}"\n'
         "proj_rank_total = 100\nproj_seed = 3\ndeterministic = true\n"
@@ -138,23 +140,23 @@ def test_a_config_file_has_the_flags_names_and_flags_win(files, tmp_path):
         ("proj_seed = ", "cannot be read"),
     ],
 )
-def test_a_wrong_line_of_the_config_file_is_named(refused, tmp_path, line, message):
+def test_wrong_line_of_the_config_file_is_named(refused, tmp_path, line, message):
     (tmp_path / "run.toml").write_text(line)
     assert message in refused(config=tmp_path / "run.toml")
 
 
-def test_a_missing_config_file_is_named(refused, tmp_path):
+def test_missing_config_file_is_named(refused, tmp_path):
     assert "run.toml cannot be read" in refused(config=tmp_path / "run.toml")
 
 
-def test_a_missing_tar_is_named(refused, files, tmp_path):
+def test_missing_tar_is_named(refused, files, tmp_path):
     (tmp_path / "list.txt").write_text(
         f"{files.corpus}/shard-000000.tar\n{files.corpus}/shard-000009.tar\n"
     )
     assert "shard-000009.tar" in refused(shards=tmp_path / "list.txt")
 
 
-def test_a_damaged_tar_is_named(refused, files, tmp_path):
+def test_damaged_tar_is_named(refused, files, tmp_path):
     shutil.copytree(files.corpus, tmp_path / "tars")
     tar = tmp_path / "tars" / "shard-000002.tar"
     tar.write_bytes(tar.read_bytes()[:20_000])
@@ -162,9 +164,7 @@ def test_a_damaged_tar_is_named(refused, files, tmp_path):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_tar_changed_since_it_was_indexed_is_named(
-    refused, files, tmp_path, monkeypatch, relative
-):
+def test_tar_changed_since_indexing_is_named(refused, files, tmp_path, monkeypatch, relative):
     shutil.copytree(files.corpus, tmp_path / "tars")
     save_index(
         build_index(list_tars(str(tmp_path / "tars")), progress=False),
@@ -176,7 +176,7 @@ def test_a_tar_changed_since_it_was_indexed_is_named(
     assert "shard-000003.tar" in message
 
 
-def test_an_output_goes_on_with_touched_tars_once_they_are_indexed_again(refused, files, tmp_path):
+def test_output_continues_with_touched_tars_after_reindexing(refused, files, tmp_path):
     tars = shutil.copytree(files.corpus, tmp_path / "tars")
     make_output(plan_of(files, tmp_path, shards=tars), Owner.this_process("test", 0, 0))
     os.utime(tars / "shard-000003.tar", (1, 1))
@@ -185,30 +185,30 @@ def test_an_output_goes_on_with_touched_tars_once_they_are_indexed_again(refused
     plan_of(files, tmp_path, shards=tars)
 
 
-def test_above_a_thousand_tars_the_index_is_a_job_of_its_own(refused, files, monkeypatch):
+def test_more_than_a_thousand_tars_need_an_index_first(refused, files, monkeypatch):
     monkeypatch.setattr("gradproj.job.plan.MOST_TARS_TO_INDEX", 4)
     assert f"python -m gradproj index '{files.corpus}'" in refused()
 
 
-def test_a_corpus_without_a_document_is_refused(refused, tmp_path):
+def test_empty_corpus_is_rejected(refused, tmp_path):
     make_corpus(tmp_path / "tars", [])
     (tmp_path / "tars" / "x.tar").write_bytes(bytes(10240))
     assert "hold no document" in refused(shards=tmp_path / "tars")
 
 
-def test_a_model_without_weights_is_refused(refused, files, tmp_path):
+def test_model_without_weights_is_rejected(refused, files, tmp_path):
     shutil.copytree(files.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     assert "holds no weights" in refused(model=tmp_path / "model")
 
 
-def test_pickled_weights_are_refused_unless_allowed(refused, files, tmp_path):
+def test_pickled_weights_are_rejected_unless_allowed(refused, files, tmp_path):
     shutil.copytree(files.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
     assert "--allow_pickle" in refused(model=tmp_path / "model")
 
 
-def test_a_missing_part_of_the_weights_is_named(refused, files, tmp_path):
+def test_missing_weight_file_is_named(refused, files, tmp_path):
     shutil.copytree(files.model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     index = {
@@ -222,19 +222,19 @@ def test_a_missing_part_of_the_weights_is_named(refused, files, tmp_path):
     assert "lacks model-00002-of-00002.safetensors" in refused(model=tmp_path / "model")
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(refused, tmp_path):
+def test_tokenizer_larger_than_the_vocabulary_is_rejected(refused, tmp_path):
     make_tokenizer(tmp_path / "larger", vocab_size=340)
     message = refused(tokenizer=tmp_path / "larger")
     assert "the tokenizer has" in message
     assert "the model's vocabulary only" in message
 
 
-def test_a_folder_without_a_tokenizer_is_refused(refused, tmp_path):
+def test_folder_without_a_tokenizer_is_rejected(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no tokenizer that loads" in refused(tokenizer=tmp_path / "empty")
 
 
-def test_a_tokenizer_without_the_special_token_asked_for_is_refused(refused, tmp_path):
+def test_tokenizer_without_the_requested_special_token_is_rejected(refused, tmp_path):
     make_tokenizer(tmp_path / "plain")
     settings = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
     del settings["bos_token"]
@@ -245,25 +245,25 @@ def test_a_tokenizer_without_the_special_token_asked_for_is_refused(refused, tmp
     )
 
 
-def test_a_folder_that_is_not_ours_is_refused_and_left_alone(refused, tmp_path):
+def test_foreign_folder_is_rejected_and_unchanged(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     assert "is not a gradproj output: it holds thesis.tex" in refused()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_as_output_is_refused(refused, tmp_path):
+def test_file_as_output_is_rejected(refused, tmp_path):
     (tmp_path / "out").write_text("x")
     assert "is a file; give a folder" in refused()
 
 
-def test_a_full_disk_is_refused_before_anything_is_written(refused, tmp_path, monkeypatch):
+def test_full_disk_is_rejected_before_anything_is_written(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("gradproj.job.plan.free_bytes", lambda path: 1000)
     assert "are still needed and 1.0 kB are free" in refused()
     assert not (tmp_path / "out").exists()
 
 
-def test_domains_of_a_mixed_corpus_ask_for_allow_sparse(refused, files, tmp_path):
+def test_domains_of_a_mixed_corpus_require_allow_sparse(refused, files, tmp_path):
     message = refused(domains="Github")
     assert "not grouped by domain" in message
     assert "--allow_sparse" in message
@@ -272,7 +272,7 @@ def test_domains_of_a_mixed_corpus_ask_for_allow_sparse(refused, files, tmp_path
     assert any("wasted" in line for line in plan_lines(plan, 0))
 
 
-def test_a_plan_writes_nothing_and_says_what_the_run_will_take(files, tmp_path):
+def test_plan_writes_nothing_and_prints_what_the_run_takes(files, tmp_path):
     plan = plan_of(files, tmp_path, proj_rank_total=24, proj_rank_min=3)
     assert not (tmp_path / "out").exists()
     text = "\n".join(plan_lines(plan, 0))
@@ -281,7 +281,7 @@ def test_a_plan_writes_nothing_and_says_what_the_run_will_take(files, tmp_path):
     assert "13 of 16 rows" in text
 
 
-def test_the_bytes_planned_are_about_those_of_the_store(files, tmp_path):
+def test_planned_bytes_are_near_the_stores(files, tmp_path):
     from helpers.jobs import run_job
 
     plan = plan_of(files, tmp_path)
@@ -291,7 +291,7 @@ def test_the_bytes_planned_are_about_those_of_the_store(files, tmp_path):
     assert 0.7 < plan.n_files() / len(written) < 1.5
 
 
-def test_another_identity_lists_every_difference(refused, files, tmp_path):
+def test_other_identity_lists_every_difference(refused, files, tmp_path):
     plan = plan_of(files, tmp_path)
     make_output(plan, Owner.this_process("test", 0, 0))
     message = refused(

@@ -1,4 +1,4 @@
-"""The job says how far its precision is from float32, and warns where it breaks down."""
+"""The job reports how far its precision is from float32, and warns if it breaks down."""
 
 import numpy as np
 import pytest
@@ -50,14 +50,14 @@ def sharp_model():
     return model
 
 
-def test_a_sound_model_has_one_line_with_the_figure_and_no_warning():
+def test_sound_model_has_one_line_and_no_warning():
     line, warning = checked(calm_model(), unit_of([20, 30, 9, 40, 50]))
     assert not warning
     assert float(line.split()[6]) > 0.999
     assert line.endswith("of 4 documents")
 
 
-def test_a_model_that_breaks_down_is_a_warning_with_the_figure_and_the_way_out():
+def test_failing_model_is_a_warning_with_figure_and_way_out():
     line, warning = checked(sharp_model(), unit_of([20, 30, 9, 40, 50]))
     assert warning
     assert line.startswith("bfloat16 rows have a cosine of 0.")
@@ -65,7 +65,7 @@ def test_a_model_that_breaks_down_is_a_warning_with_the_figure_and_the_way_out()
     assert line.endswith("or give --model_dtype float32")
 
 
-def test_rows_that_are_not_finite_in_bfloat16_alone_are_a_warning():
+def test_rows_not_finite_in_bfloat16_only_are_a_warning():
     model = calm_model()
     inner = model.model.norm.forward
     model.model.norm.forward = lambda x: (
@@ -78,7 +78,7 @@ def test_rows_that_are_not_finite_in_bfloat16_alone_are_a_warning():
     )
 
 
-def test_the_model_has_the_same_bits_afterwards():
+def test_precision_check_restores_the_models_bits():
     model = sharp_model().bfloat16()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     checked(model, unit_of([20]))
@@ -87,7 +87,7 @@ def test_the_model_has_the_same_bits_afterwards():
         assert torch.equal(value, before[name])
 
 
-def test_without_memory_for_float32_the_line_says_who_checks_it(monkeypatch):
+def test_precision_check_names_diagnose_when_float32_does_not_fit(monkeypatch):
     monkeypatch.setattr(module, "available_host_bytes", lambda: 1000)
     line, warning = checked(calm_model(), unit_of([20]))
     assert (line, warning) == (
@@ -96,7 +96,7 @@ def test_without_memory_for_float32_the_line_says_who_checks_it(monkeypatch):
     )
 
 
-def test_documents_without_any_row_are_not_checked():
+def test_documents_without_rows_are_not_checked():
     assert checked(calm_model(), unit_of([])) == (
         "bfloat16 is not checked: the first documents make no row",
         False,
@@ -104,7 +104,7 @@ def test_documents_without_any_row_are_not_checked():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_job_says_it_once_and_only_of_a_lower_precision(dtype, job, tmp_path):
+def test_job_reports_precision_once_and_only_for_a_lower_one(dtype, job, tmp_path):
     model = make_model(tmp_path / "sharp", initializer_range=1.0)
     settings = {**SETTINGS, "shards": job.corpus, "model": model, "model_dtype": dtype}
     done = run_job(1, output_dir=tmp_path / "out", **settings)

@@ -48,7 +48,9 @@ def project(parts, tmp_path):
 
 
 def loss_that_fails(most, after_backward=False, message="out of memory"):
-    """``per_sample_loss`` on a device that holds so many sequences (or, below 1, sequences up to that length)."""
+    """``per_sample_loss`` on a device that holds ``most`` sequences (or, below 1, sequences up to
+    that length).
+    """
 
     def loss(model, batch):
         ids = batch["input_ids"]
@@ -63,9 +65,7 @@ def loss_that_fails(most, after_backward=False, message="out of memory"):
 
 @pytest.mark.parametrize("after_backward", [False, True])
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(
-    parts, tmp_path, monkeypatch, most, after_backward
-):
+def test_batch_is_halved_until_it_fits(parts, tmp_path, monkeypatch, most, after_backward):
     want = project(parts, tmp_path)
     monkeypatch.setattr(projector_module, "per_sample_loss", loss_that_fails(most, after_backward))
     got = project(parts, tmp_path)
@@ -81,7 +81,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
         )
 
 
-def test_rows_that_collecting_has_no_memory_for_are_summed_once(parts, tmp_path, monkeypatch):
+def test_rows_are_summed_once_when_collecting_runs_out_of_memory(parts, tmp_path, monkeypatch):
     want = project(parts, tmp_path)
     collect, failed = GradProjLoraEngine.collect_batch, []
 
@@ -99,7 +99,7 @@ def test_rows_that_collecting_has_no_memory_for_are_summed_once(parts, tmp_path,
     np.testing.assert_allclose(got.stored, want.stored, rtol=1e-3, atol=1e-5)
 
 
-def test_a_document_that_does_not_fit_alone_has_its_status_and_the_others_their_rows(
+def test_document_that_does_not_fit_alone_gets_status_7_and_others_their_rows(
     parts, tmp_path, monkeypatch
 ):
     want = project(parts, tmp_path)
@@ -118,7 +118,7 @@ def test_a_document_that_does_not_fit_alone_has_its_status_and_the_others_their_
     np.testing.assert_allclose(got.stored[~failed], want.stored[~failed], rtol=1e-3, atol=1e-5)
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkeypatch):
+def test_other_errors_are_not_treated_as_out_of_memory(parts, tmp_path, monkeypatch):
     def loss(model, batch):
         raise RuntimeError("shapes differ")
 
@@ -147,14 +147,12 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(parts, tmp_path, monkey
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
-def test_a_lack_of_memory_is_known_by_what_each_library_says(error, want):
+def test_out_of_memory_is_recognised_for_each_library(error, want):
     assert is_out_of_memory(error) is want
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_a_row_of_nan_with_its_status(
-    parts, tmp_path, monkeypatch, bad
-):
+def test_non_finite_gradient_gives_a_nan_row_with_status_5(parts, tmp_path, monkeypatch, bad):
     want = project(parts, tmp_path)
 
     def loss(model, batch):
