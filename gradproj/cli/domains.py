@@ -1,4 +1,4 @@
-"""``python -m gradproj domains``: what a store's domains have to do with each other, as a table, JSON and a figure."""
+"""The command ``domains``: compares a store's domains as a table, JSON and a figure."""
 
 import io
 import json
@@ -18,18 +18,17 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.files import make_folder, write_result
 from gradproj.flags import parse
 from gradproj.formatting import one_line
-from gradproj.report.domain_summary import DomainFacts, as_json, find_facts, lost_text
+from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
 from gradproj.report.figures import draw_domains
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS, ProjectionStore
 
-MOST_IN_A_MATRIX = 24
-"""A matrix of more columns is wider than a terminal."""
-PAIRS = 8
-_NAME = 26
-
 FORMATS = ("table", "json")
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
+MOST_IN_A_MATRIX = 24
+"""Domains in a printed matrix: more columns are wider than a terminal."""
+PAIRS = 8
+_NAME = 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +70,21 @@ def domains_command(argv: list[str]) -> None:
 
 
 def domains(config: DomainsConfig) -> list[str]:
-    """Compare the domains and write the files; what is to be printed.
+    """Compare the domains and write the files; return the lines to print.
 
     Raises:
-        ConfigError: the store has no domains, or an unknown layer, or the score is no mean over pairs.
-        StoreError: no store there, none of its rows is there yet, or the folder cannot be written.
+        ConfigError: the store has no domains, an unknown layer, or a score that is no mean over
+            pairs of documents.
+        StoreError: no store, no row yet, or an output directory that cannot be written.
     """
     with ProjectionStore(config.output) as store:
         device, _ = choose_device(config.device, 0)
-        facts = find_facts(store, config.scan_options(store, device, DOMAIN_SCORES))
+        facts = domain_facts(store, config.scan_options(store, device, DOMAIN_SCORES))
         if not facts.shown:
             raise StoreError(
-                f"{store.path} has no row of any domain yet ({facts.counts.total('missing'):,} of {len(store):,} "
-                "documents are still to be computed); start the job again on it"
+                f"{store.path} has no row of any domain yet "
+                f"({facts.counts.total('missing'):,} of {len(store):,} documents are not computed "
+                "yet); start the job again on it"
             )
         content = as_json(facts, store, MEANS_NAME)
         folder = config.folder(store)
@@ -94,7 +95,7 @@ def domains(config: DomainsConfig) -> list[str]:
 
 
 def _write(folder: Path, content: dict[str, Any], facts: DomainFacts) -> list[str]:
-    """The names of the files."""
+    """Write the files; return their names."""
     means = io.BytesIO()
     np.save(means, facts.matrix.mean.astype(np.float32))
     make_folder("--output_dir", folder)
@@ -109,7 +110,7 @@ def _write(folder: Path, content: dict[str, Any], facts: DomainFacts) -> list[st
 
 
 def table_lines(facts: DomainFacts) -> list[str]:
-    """What was compared and what the numbers mean, a line for each domain, and the two matrices."""
+    """Return counts, the score's meaning, a line for each domain, and the two matrices."""
     matrix, counts = facts.matrix, facts.counts
     rest = [
         f"{counts.total(name):,} {'not computed yet' if name == 'missing' else name}"
@@ -117,8 +118,9 @@ def table_lines(facts: DomainFacts) -> list[str]:
         if name != "ok" and counts.total(name)
     ]
     lost = lost_text(facts.n_lost, facts.output)
+    unread = f"{': ' if rest else ''}{', '.join(rest)}"
     lines = [
-        f"rows       {facts.n_rows:,} of {facts.n_samples:,} documents{': ' if rest else ''}{', '.join(rest)}",
+        f"rows       {facts.n_rows:,} of {facts.n_samples:,} documents{unread}",
         *([f"damaged    {lost}"] if lost else []),
         *textwrap.wrap(
             f"{facts.score}: {MEANINGS[facts.score]}",
@@ -128,8 +130,8 @@ def table_lines(facts: DomainFacts) -> list[str]:
         ),
         f"           {SIGN}",
         "",
-        f"{'no':>3}  {'domain':<{_NAME}} {'documents':>11} {'rows':>11} {'missing':>9} {'tokens':>13} "
-        f"{'loss':>7} {'norm':>8} {'of mean':>8} {'eff. rank':>10}",
+        f"{'no':>3}  {'domain':<{_NAME}} {'documents':>11} {'rows':>11} {'missing':>9} "
+        f"{'tokens':>13} {'loss':>7} {'norm':>8} {'of mean':>8} {'eff. rank':>10}",
     ]
     places = {domain: number for number, domain in enumerate(facts.order, start=1)}
     of_mean = facts.norm_of_mean
@@ -138,8 +140,9 @@ def table_lines(facts: DomainFacts) -> list[str]:
         if matrix.n_drawn[domain]:
             rank = f"{matrix.effective_rank[domain]:.0f} of {matrix.n_drawn[domain]}"
         lines.append(
-            f"{number:>3}  {one_line(matrix.names[domain], _NAME):<{_NAME}} {whole(counts.n_documents[domain]):>11} "
-            f"{matrix.n_rows[domain]:>11,} {whole(counts.n_missing(domain)):>9} {matrix.n_tokens[domain]:>13,} "
+            f"{number:>3}  {one_line(matrix.names[domain], _NAME):<{_NAME}} "
+            f"{whole(counts.n_documents[domain]):>11} {matrix.n_rows[domain]:>11,} "
+            f"{whole(counts.n_missing(domain)):>9} {matrix.n_tokens[domain]:>13,} "
             f"{digits(matrix.loss[domain], 4):>7} {digits(matrix.grad_norm[domain]):>8} "
             f"{digits(of_mean[domain]):>8} {rank:>10}"
         )
@@ -156,15 +159,14 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
     shown = facts.shown
     if len(shown) < 2:
         return []
-    influence = "influence: mean score over all pairs of documents (also with themselves), one domain's as queries"
-    if len(shown) > MOST_IN_A_MATRIX:
-        return [
-            *_pairs("cosine of the mean gradients", facts.matrix.cosine, facts, places),
-            *_pairs(influence, facts.matrix.influence, facts, places),
-        ]
+    influence = (
+        "influence: mean score over all pairs of documents (including each with itself), one "
+        "domain's as queries"
+    )
+    lines_of = _pairs if len(shown) > MOST_IN_A_MATRIX else _matrix
     return [
-        *_matrix("cosine of the mean gradients", facts.matrix.cosine, facts, places),
-        *_matrix(influence, facts.matrix.influence, facts, places),
+        *lines_of("cosine of the mean gradients", facts.matrix.cosine, facts, places),
+        *lines_of(influence, facts.matrix.influence, facts, places),
     ]
 
 
@@ -182,7 +184,7 @@ def _matrix(
 
 
 def _pairs(title: str, values: np.ndarray, facts: DomainFacts, places: dict[int, int]) -> list[str]:
-    """The extremes off the diagonal, where there are too many domains for a matrix."""
+    """Return the extremes off the diagonal, for too many domains to print a matrix."""
     shown = facts.shown
     pairs = sorted(
         (
@@ -197,7 +199,8 @@ def _pairs(title: str, values: np.ndarray, facts: DomainFacts, places: dict[int,
     unit = f", in 1e{exponent:+03d}" if exponent else ""
     lines = [
         "",
-        f"{title}{unit}: the {PAIRS} highest and lowest of {len(pairs):,} pairs (all are in the JSON)",
+        f"{title}{unit}: the {PAIRS} highest and lowest of {len(pairs):,} pairs "
+        "(all are in the JSON)",
     ]
     for value, i, j in [*pairs[:PAIRS], *pairs[-PAIRS:]]:
         first, second = (f"{one_line(facts.matrix.names[k], _NAME)} ({places[k]})" for k in (i, j))

@@ -1,4 +1,4 @@
-"""``python -m gradproj report``: one self-contained HTML page on a store: run, domains, outliers, queries' answers."""
+"""The command ``report``: one HTML page on a store: run, domains, outliers, answers to queries."""
 
 import functools
 from dataclasses import dataclass, field, replace
@@ -70,28 +70,28 @@ def report_command(argv: list[str]) -> None:
     )
     path = report(config)
     print(
-        f"{path} written, {human_bytes(path.stat().st_size)}; any browser shows it, and it needs nothing else"
+        f"{path} written, {human_bytes(path.stat().st_size)}; open it in any browser, it needs no "
+        "other file"
     )
 
 
 def report(config: ReportConfig) -> Path:
-    """Write the page; its path.
+    """Write the page; return its path.
 
     Raises:
-        ConfigError: an unknown layer, a query that cannot be asked, a damping without an inverse.
-        ModelError: queries, and the model is not the one that the store was made with.
-        StoreError: no store there, or the page cannot be written.
+        ConfigError: unknown layer, invalid query, or singular curvature.
+        ModelError: there are queries, and the model is not the one of the store.
+        StoreError: no store, or a page that cannot be written.
     """
     with ProjectionStore(config.output) as store:
-        config = replace(
-            config, output=str(store.path.parent)
-        )  # may have been the store's own folder
+        # --output may name the store's own directory.
+        config = replace(config, output=str(store.path.parent))
         path = config.page_of(store)
         if path.is_dir():
             raise ConfigError(
                 f"--output {path} is a folder; name a file, such as {path / 'report.html'}"
             )
-        rows = query_rows(store, config)  # first: most mistakes are in the queries
+        rows = query_rows(store, config)  # first: most user errors are in the queries
         device, _ = choose_device(config.device, 0)
         options = config.scan_options(store, device, DOMAIN_SCORES)
         query_options = options
@@ -108,10 +108,10 @@ def report(config: ReportConfig) -> Path:
 
 
 def excerpts_of(config: ReportConfig) -> TextExcerpts:
-    """The documents' texts from the tars, or why they are not to be had.
+    """Return a reader of the documents' texts, or the reason why there is none.
 
     Raises:
-        CorpusError: ``--shards`` was given, and they are not there either.
+        CorpusError: ``--shards`` was given and has no tars of the corpus.
     """
     try:
         run = recorded_config(Path(config.output))
@@ -121,7 +121,7 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
     except GradprojError as error:
         if config.shards:
             raise
-        way = " Give --shards where the tars lie now." if "not a job's" not in str(error) else ""
+        way = "" if "not a job's" in str(error) else " Give --shards where the tars are now."
         return TextExcerpts(None, f"The documents' texts are not shown: {error}.{way}")
     return TextExcerpts(functools.partial(text_of, index))
 
@@ -130,19 +130,19 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
 
 
 def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None:
-    """Rows of the queries by the recorded model; None where none was asked.
+    """Project the queries with the recorded model; None without ``--queries``.
 
     Raises:
-        ConfigError: what is wrong with which query, or more than a page is for.
-        ModelError: the model or the tokenizer is not the one the store was made with.
+        ConfigError: invalid query, or too many queries for a page.
+        ModelError: the model or the tokenizer is not the one of the store.
     """
     if not config.queries:
         return None
     queries: list[Query] = read_queries(config.queries)
     if len(queries) > MOST_QUERIES:
         raise ConfigError(
-            f"--queries {config.queries} holds {len(queries):,} queries, and a page shows at most {MOST_QUERIES}: take "
-            "some of them, or `query --queries ... --format jsonl`"
+            f"--queries {config.queries} holds {len(queries):,} queries, and a page shows at most "
+            f"{MOST_QUERIES}: take fewer, or use `query --queries ... --format jsonl`"
         )
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
@@ -150,18 +150,18 @@ def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None
 def answers_of(
     store: ProjectionStore, rows: QueryRows, options: ScanOptions, top_k: int, texts: TextExcerpts
 ) -> tuple[list[QueryAnswer], str, str]:
-    """Both ends of the scores for each query, the score's name, and how many documents have one."""
+    """Return the top and bottom documents of each query, the score's name, and a note."""
     k = min(top_k, len(store))
     top, bottom = top_and_bottom(rows.rows, store, k, k, **options)
     answers = []
     for q, name in enumerate(rows.names):
-        ids = [np.asarray(end.ids[q]) for end in (top, bottom)]
+        ids = [np.asarray(ranked.ids[q]) for ranked in (top, bottom)]
         scores, unit = scaled_values(
-            *(np.asarray(end.scores[q]) for end in (top, bottom)), sign=True
+            *(np.asarray(ranked.scores[q]) for ranked in (top, bottom)), sign=True
         )
         high, low = (
-            documents_of(store, of_end, values, texts, BESIDE_CHARACTERS)
-            for of_end, values in zip(ids, scores, strict=True)
+            documents_of(store, sample_ids, values, texts, BESIDE_CHARACTERS)
+            for sample_ids, values in zip(ids, scores, strict=True)
         )
         answers.append(
             QueryAnswer(

@@ -1,1 +1,1 @@
-"""What ``domains`` and ``report`` show people of a store's columns, units and domains: text, figure and page."""
+"""Facts, figures and the HTML page of a store, for the commands ``domains`` and ``report``."""

@@ -1,4 +1,4 @@
-"""From a store to the page's data: everything but queries, which need the model."""
+"""Builds the page from a store. Queries need the model, so the caller answers them."""
 
 import importlib.metadata
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gradproj.analysis import MEANINGS, SIGN, overview
 from gradproj.analysis.scan import ScanOptions
-from gradproj.formatting import one_line
+from gradproj.formatting import count, one_line
 from gradproj.maintenance.status import Status, read_status
 from gradproj.report.distributions import count_rows
 from gradproj.report.document_tables import TextExcerpts, outlier_tables
@@ -19,7 +19,7 @@ from gradproj.report.domain_charts import (
     spread_of,
     why_no_matrix,
 )
-from gradproj.report.domain_summary import facts_of, refuse_nothing
+from gradproj.report.domain_summary import check_any_row_is_readable, facts_from_matrix
 from gradproj.report.figures import MOST_RANKS, throughput_chart
 from gradproj.report.number_format import when
 from gradproj.report.page import Figure, Page, QueryAnswer
@@ -42,30 +42,30 @@ def make_page(
     top_k: int,
     answers: Callable[[], tuple[list[QueryAnswer], str, str]] | None = None,
 ) -> Page:
-    """Everything on the page.
+    """Return the content of the page.
 
     Args:
         store: finished or not.
-        how: of the scan for matrices and outliers.
-        excerpts: where texts come from.
+        how: arguments of the scan for matrices and outliers.
+        excerpts: texts of the documents.
         top_k: documents in a table.
-        answers: gives the queries' answers, their score and a note on them.
+        answers: returns the queries' answers, their score and a note.
 
     Raises:
-        ConfigError: an unknown layer, a damping without an inverse.
-        StoreError: what the score needs is not there, or a record is damaged.
+        ConfigError: unknown layer; singular curvature.
+        StoreError: data that the score needs is missing, or a record is damaged.
     """
     counts, status = count_rows(store), _status_of(store)
     times = unit_times(store.path.parent) if status is not None else None
     seen = overview(store, top_k, **how)
-    refuse_nothing(seen.n_read, counts, store)
-    found = None if seen.domains is None else facts_of(store, seen.domains, how, counts)
+    check_any_row_is_readable(seen.n_read, counts, store)
+    facts = None if seen.domains is None else facts_from_matrix(store, seen.domains, how, counts)
     missing = store.missing_ranges() if counts.total("missing") else []
     is_complete, verdict = verdict_of(store, counts, status, seen.n_read)
     spread, groups = spread_of(store, counts, top_k)
     outliers = outlier_tables(store, seen, spread, how["score"], excerpts)
     queries, score, note = answers() if answers is not None else ([], how["score"], "")
-    picture, throughput_note = _throughput(times)
+    speed, speed_note = throughput_figure(times)
     return Page(
         title=f"gradproj report: {one_line(str(store.path.parent), 200)}",
         made=when(time.time()),
@@ -77,19 +77,19 @@ def make_page(
         coverage=coverage_figure(len(store), missing),
         missing=missing_text(missing),
         statuses=statuses_of(counts),
-        throughput=picture,
-        throughput_note=throughput_note,
+        throughput=speed,
+        throughput_note=speed_note,
         histograms=histograms_of(groups),
         boxes=boxes_of(groups),
         domain_columns=DOMAIN_COLUMNS,
-        domain_lines=domain_lines(found, groups),
+        domain_lines=domain_lines(facts, groups),
         score=score,
         meaning=MEANINGS[score],
         sign=SIGN[0].upper() + SIGN[1:],
         matrix_score=how["score"],
         matrix_meaning=MEANINGS[how["score"]],
-        matrices=matrices_of(found),
-        no_matrix=why_no_matrix(found),
+        matrices=matrices_of(facts),
+        no_matrix=why_no_matrix(facts),
         outliers=outliers,
         queries=queries,
         query_note=note,
@@ -99,36 +99,33 @@ def make_page(
 
 
 def _status_of(store: ProjectionStore) -> Status | None:
-    """None for a store that no job made, such as a training run's."""
+    """Return the job's status; None for other stores, such as a training run's."""
     if "wanted_units" not in store.attributes or "identity_hash" not in store.attributes:
         return None
     return read_status(store.path, rows=False)
 
 
-# --- throughput ---
-
-
-def _throughput(times: UnitTimes | None) -> tuple[Figure | None, str]:
-    found = None if times is None else throughput(times)
-    if times is None or found is None:
-        return None, "No unit's record says when it was computed."
-    cut = (
-        f" Dashed lines: time in which no rank worked, cut out ({len(found.pauses)} times)."
-        if found.pauses
-        else ""
-    )
+def throughput_figure(times: UnitTimes | None) -> tuple[Figure | None, str]:
+    """Return the figure of tokens a second, if any unit is timed, and a note on missing data."""
+    speed = None if times is None else throughput(times)
+    if times is None or speed is None:
+        return None, "No unit's record has the time when it was computed."
+    cut = ""
+    if speed.pauses:
+        n_pauses = count(len(speed.pauses), "pause")
+        cut = f" Dashed lines: {n_pauses} in which no rank worked, cut out."
     many = (
-        f" Of {len(times.ranks):,} ranks, the fastest, median and slowest at each time."
+        f" Of {len(times.ranks):,} ranks, the fastest, median and slowest at each time are shown."
         if len(times.ranks) > MOST_RANKS
         else ""
     )
     caption = (
-        f"Tokens of documents, without padding, a second, from {when(found.from_s)} to {when(found.to_s)} by the "
-        f"hosts' own clocks; a unit's tokens are spread evenly over the time it took.{many}{cut}"
+        f"Tokens a second, without padding, from {when(speed.from_s)} to {when(speed.to_s)} by the "
+        f"hosts' own clocks. A unit's tokens are spread evenly over its time.{many}{cut}"
     )
     notes = []
     if times.n_untimed:
-        notes.append(f"{times.n_untimed:,} units' records do not say when they were computed.")
+        notes.append(f"{times.n_untimed:,} units' records have no times.")
     if UNKNOWN_RANK in times.ranks:
-        notes.append("Which rank computed a unit stands in logs/, which lacks some or all of them.")
-    return Figure(throughput_chart(found, times.ranks), caption), " ".join(notes)
+        notes.append("The rank of some units is unknown: logs/ does not have it.")
+    return Figure(throughput_chart(speed, times.ranks), caption), " ".join(notes)

@@ -1,7 +1,7 @@
-"""A store's columns at a glance: rows by domain and status, distributions of losses and norms, the largest norms.
+"""Summarises a store's columns: counts by domain and status, histograms, the largest norms.
 
-Columns are read in blocks, and a distribution is kept as counts by a float's leading bits: memory does not grow with
-the number of documents, and a quantile is right to 0.4 %.
+Columns are read in blocks and a histogram counts values by a float's leading bits. Memory does not
+grow with the number of documents, and a quantile is right to 0.4 %.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,41 +16,41 @@ from gradproj.store import STATUS, ProjectionStore
 
 _BLOCK_ROWS = 2**18
 _UNMERGED_UNITS = 32
-"""Of units that are not merged the records are read, and the reader keeps 64 of them."""
+"""Units a block, while columns come from records: the reader caches 64 of them."""
 _DROPPED_BITS = 15
 _N_BINS = (0x7F800000 >> _DROPPED_BITS) + 1
-DISTRIBUTED = ("loss", "grad_norm")
+HISTOGRAM_COLUMNS = ("loss", "grad_norm")
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Documents of a store by domain and status. G domains."""
+    """Counts of a store's documents by domain and status, for G domains."""
 
     by_status: np.ndarray
-    """``(G + 1, 8)`` int64 by status code; the last line is of documents whose domain is not recorded."""
+    """``(G + 1, 8)`` int64 by status code; the last row counts documents without a domain."""
     n_documents: list[int | None]
-    """Of each domain in the part of the corpus that the store is of; None where that is not known."""
+    """Documents of each domain in the corpus of the store; None if unknown."""
     is_wanted: list[bool]
-    """Whether the job was to compute a domain."""
+    """One flag a domain: False if ``--domains`` left it out."""
 
     @property
     def n_rows(self) -> np.ndarray:
-        """``(G,)``: documents that have a row with a gradient."""
+        """``(G,)``: documents that have a gradient."""
         return self.by_status[:-1, STATUS["ok"]]
 
     def total(self, status: str) -> int:
-        """Documents of a status, of all domains."""
+        """Return the number of documents of a status over all domains."""
         return int(self.by_status[:, STATUS[status]].sum())
 
     def n_missing(self, domain: int) -> int | None:
-        """Documents of a domain that are still to be computed; None where that is not known."""
+        """Return the number of a domain's documents not computed yet; None if unknown."""
         if not self.total("missing") or not self.is_wanted[domain]:
             return 0
         n_documents = self.n_documents[domain]
         return None if n_documents is None else n_documents - int(self.by_status[domain, 1:].sum())
 
     def without_row(self, domain: int) -> dict[str, int]:
-        """Documents of a domain that were seen and have no gradient, by their status."""
+        """Return the number of a domain's processed documents without a gradient, by status."""
         counts = self.by_status[domain]
         return {
             name: int(counts[code])
@@ -60,10 +60,10 @@ class RowCounts:
 
 
 def count_rows(store: ProjectionStore) -> RowCounts:
-    """Every document once, by domain and status.
+    """Count every document by domain and status.
 
     Raises:
-        StoreError: documents are of domains that the store does not name.
+        StoreError: a document's domain code is not in the store's list of domains.
     """
     n_domains, n_status = len(store.domains), len(STATUS)
     counts = np.zeros((n_domains + 1) * n_status, np.int64)
@@ -76,16 +76,16 @@ def count_rows(store: ProjectionStore) -> RowCounts:
         store.check_domains(domain)
         domain[domain < 0] = n_domains
         counts += np.bincount(domain * n_status + status, minlength=len(counts))
-    chosen = store.attributes.get("identity", {}).get("--domains") or store.domains
+    selected = store.attributes.get("identity", {}).get("--domains") or store.domains
     return RowCounts(
         counts.reshape(n_domains + 1, n_status),
         _documents_of(store),
-        [name in chosen for name in store.domains],
+        [name in selected for name in store.domains],
     )
 
 
 def _wanted_rows(store: ProjectionStore) -> np.ndarray | None:
-    """``(n_units,)`` bool, where the job leaves units out."""
+    """Return ``(n_units,)`` bool; None if the job computes every unit."""
     if "wanted_units" not in store.attributes:
         return None
     is_wanted = np.zeros(store.layout.n_units, bool)
@@ -94,12 +94,12 @@ def _wanted_rows(store: ProjectionStore) -> np.ndarray | None:
 
 
 def _documents_of(store: ProjectionStore) -> list[int | None]:
-    """Documents per domain by the output's own corpus index."""
+    """Count documents by domain from the output's corpus index; None each if unknown."""
     unknown: list[int | None] = [None] * len(store.domains)
     try:
         index = load_index(store.path.parent / "corpus.json")
     except (CorpusError, OSError):
-        return unknown  # a store without an index is none of a job's, and can be shown all the same
+        return unknown  # not the job's store, which has an index
     tars = [tar for tar in index.tars if tar.start_id < len(store)]
     if sum(tar.n_samples for tar in tars) != len(store):
         return unknown  # --max_samples ends within a tar
@@ -112,7 +112,7 @@ def _documents_of(store: ProjectionStore) -> list[int | None]:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Numbers of 0 and more, counted by their leading bits."""
+    """Counts of non-negative numbers by their leading bits."""
 
     counts: np.ndarray
     """``(_N_BINS,)`` int64."""
@@ -122,7 +122,7 @@ class Histogram:
         return int(self.counts.sum())
 
     def quantile(self, q: float) -> float:
-        """The value below which a share ``q`` of the numbers lies, to 0.4 %; NaN of none."""
+        """Return the ``q`` quantile to 0.4 %; NaN if empty."""
         if not self.n:
             return float("nan")
         upto = np.cumsum(self.counts)
@@ -133,44 +133,44 @@ class Histogram:
         return float(low + (high - low) * (q * self.n - before) / self.counts[at])
 
     def between(self, edges: np.ndarray) -> np.ndarray:
-        """``(len(edges) - 1,)`` counts; numbers outside are left out. Narrow bins share a count evenly."""
+        """Return ``(len(edges) - 1,)`` counts; values are taken to be uniform within a bin."""
         upto = np.concatenate([[0], np.cumsum(self.counts)])
         at = np.interp(edges, _edges(np.arange(_N_BINS + 1)), upto)
         return np.diff(at)
 
 
 def _edges(bins: np.ndarray) -> np.ndarray:
-    """The least value of each bin."""
+    """Return the lower edge of each bin."""
     clipped = np.minimum(bins.astype(np.int64) << _DROPPED_BITS, 0x7F7FFFFF)
     return clipped.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """Losses and norms of the documents that have a row."""
+    """Losses and norms of the documents that have a gradient."""
 
     groups: dict[str, list[Histogram]]
-    """Column -> one histogram for each group of domains that was asked for."""
+    """Column -> a histogram for each requested group of domains."""
     largest_ids: np.ndarray
-    """``(k,)`` int64: documents with the largest norms, the largest first."""
+    """``(k,)`` int64 sample ids of the largest norms, largest first."""
     largest_norms: np.ndarray
     """``(k,)`` float32."""
 
 
 def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: int) -> Distributions:
-    """One pass over the columns.
+    """Read the columns once.
 
     Args:
         store: finished or not.
-        groups: domain codes whose documents make one histogram; -1 is no domain. A code is in one group at most.
-        k: documents with the largest norms that are wanted.
+        groups: domain codes of each histogram; -1 is no domain. A code is in at most one group.
+        k: number of documents with the largest norms.
     """
     group_of = np.full(len(store.domains) + 1, len(groups), np.int64)  # -1 is the last
     for number, codes in enumerate(groups):
         group_of[list(codes)] = number
-    counts = {name: np.zeros((len(groups) + 1) * _N_BINS, np.int64) for name in DISTRIBUTED}
+    counts = {name: np.zeros((len(groups) + 1) * _N_BINS, np.int64) for name in HISTOGRAM_COLUMNS}
     ids, norms = np.empty(0, np.int64), np.empty(0, np.float32)
-    for first, _, values in _blocks(store, ("domain", *DISTRIBUTED)):
+    for first, _, values in _blocks(store, ("domain", *HISTOGRAM_COLUMNS)):
         ok = values["status"] == STATUS["ok"]
         group = group_of[values["domain"][ok]]
         for name, total in counts.items():
@@ -180,8 +180,8 @@ def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: in
                 np.maximum(column[finite], np.float32(0)).view(np.uint32) & 0x7FFFFFFF
             )  # -0.0 is 0
             bins = (bits >> _DROPPED_BITS).astype(np.int64)
-            places, found = np.unique(group[finite] * _N_BINS + bins, return_counts=True)
-            total[places] += found
+            places, n_values = np.unique(group[finite] * _N_BINS + bins, return_counts=True)
+            total[places] += n_values
         norm = np.where(np.isfinite(values["grad_norm"]), values["grad_norm"], -1)[ok]
         ids = np.concatenate([ids, first + np.flatnonzero(ok)])
         norms = np.concatenate([norms, norm])
@@ -197,7 +197,7 @@ def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: in
 def _blocks(
     store: ProjectionStore, names: Sequence[str]
 ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """``(first id, the one after the last, {column: values})``, always with the status."""
+    """Yield ``(start, stop, {column: values})``; the status is always among the columns."""
     merged = bool(store.attributes.get("complete"))
     height = (
         _BLOCK_ROWS if merged else min(_BLOCK_ROWS, _UNMERGED_UNITS * store.layout.rows_per_shard)

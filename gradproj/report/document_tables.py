@@ -1,4 +1,4 @@
-"""Documents as the page's tables show them: with their beginnings, and those that stand out."""
+"""Tables of documents with their excerpts, and the tables of outliers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from gradproj.store import ProjectionStore
 
 EXCERPT_CHARACTERS = 320
 BESIDE_CHARACTERS = 200
-"""Of documents that stand side by side."""
+"""Length of an excerpt in a table with two documents a row."""
 
 
 @dataclass
 class TextExcerpts:
-    """Beginnings of documents, as far as they are to be had."""
+    """Beginnings of documents, where their text can be read."""
 
     read: Callable[[int], str] | None
-    """From a sample id to its text."""
+    """Returns the text of a sample id; None if no text can be read."""
     problem: str = ""
-    """Why there are none, or not all."""
+    """The first reason why a text is not shown."""
 
     def of(self, sample_id: int, most: int = EXCERPT_CHARACTERS) -> str | None:
-        """One line of at most ``most`` characters; None where the text is not to be had."""
+        """Return one line of at most ``most`` characters; None if the text cannot be read."""
         if self.read is None:
             return None
         try:
-            return one_line(self.read(sample_id), most) or "(nothing to be seen)"
+            return one_line(self.read(sample_id), most) or "(no visible text)"
         except (GradprojError, OSError) as error:
             self.problem = self.problem or f"Some texts are not shown: {error}"
             return None
@@ -45,7 +45,7 @@ def documents_of(
     excerpts: TextExcerpts,
     most: int = EXCERPT_CHARACTERS,
 ) -> list[Document]:
-    """Documents as a table shows them."""
+    """Return documents ready for a table."""
     return [
         Document(
             value=value,
@@ -60,13 +60,13 @@ def documents_of(
     ]
 
 
-def scaled_values(*ends: np.ndarray, sign: bool = False) -> tuple[list[list[str]], str]:
-    """Columns of numbers, all in units of one power of ten and with as many decimals, and that power."""
-    numbers = [value for values in ends for value in values.ravel().tolist()]
+def scaled_values(*arrays: np.ndarray, sign: bool = False) -> tuple[list[list[str]], str]:
+    """Format columns of numbers in units of one power of ten; return them and that power."""
+    numbers = [value for values in arrays for value in values.ravel().tolist()]
     exponent = exponent_of(numbers)
     places = places_for(numbers, exponent)
     columns = [
-        [minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in ends
+        [minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in arrays
     ]
     return columns, power(exponent)
 
@@ -78,23 +78,25 @@ def outlier_tables(
     score: str,
     excerpts: TextExcerpts,
 ) -> list[Table]:
+    """Return the documents with the largest norms, and those with the largest self-influence."""
     (norms,), unit = scaled_values(spread.largest_norms)
     tables = [
         Table(
             "Largest gradients",
-            "Documents with the largest norms of their rows. They weigh most in every score that is not normalised; "
-            "often they are short, broken or in another language.",
+            "Documents with the largest norms of their rows. They weigh most in every score that "
+            "is not normalised; often they are short, broken or in another language.",
             f"norm, {unit}" if unit else "norm",
             documents_of(store, spread.largest_ids, norms, excerpts),
         )
     ]
     if score in ("dot", "cosine"):
         return tables  # a document's score with itself is the norm's square, or 1
-    (own,), unit = scaled_values(seen.self_influence)
+    (values,), unit = scaled_values(seen.self_influence)
     if len(seen.ids):
         about = (
-            f"Documents with the largest {score} score with themselves: how much training on one would lower its own "
-            "loss. High where a document is unlike the rest of the corpus, such as noise, tables, or rare formats."
+            f"Documents with the largest {score} score with themselves: how much training on one "
+            "would lower its own loss. It is high for documents unlike the rest of the corpus, such as "
+            "noise, tables, or rare formats."
         )
         column = f"self-influence, {unit}" if unit else "self-influence"
         tables.append(
@@ -102,7 +104,7 @@ def outlier_tables(
                 "Largest self-influence",
                 about,
                 column,
-                documents_of(store, seen.ids, own, excerpts),
+                documents_of(store, seen.ids, values, excerpts),
             )
         )
     return tables

@@ -1,4 +1,4 @@
-"""Distributions and matrices by domain, as the page shows them."""
+"""The page's figures and table of domains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from gradproj.formatting import one_line
 from gradproj.report.distributions import (
-    DISTRIBUTED,
+    HISTOGRAM_COLUMNS,
     Distributions,
     Histogram,
     RowCounts,
@@ -21,10 +21,10 @@ from gradproj.report.svg import Drawing
 from gradproj.store import ProjectionStore
 
 MOST_DOMAINS = 30
-"""Domains with a line of their own in pictures; the others, those with the fewest rows, are put together."""
+"""Domains shown one by one, those with the most rows; the others are grouped."""
 BOX_CAPTION = (
-    "Line: from the 5 % to the 95 % of the documents; box: the middle half; heavy mark: the median. Documents without "
-    "a row are left out."
+    "Line: 5 % to 95 % quantile of the documents; box: the middle half; heavy mark: the median. "
+    "Documents without a row are left out."
 )
 DOMAIN_COLUMNS = [
     "domain",
@@ -42,11 +42,11 @@ DOMAIN_COLUMNS = [
 
 @dataclass(frozen=True)
 class Group:
-    """Documents that make one line of a picture: a domain's, or those of several."""
+    """Documents of one row of a figure: of one domain, or of several."""
 
     label: str
     domains: list[int]
-    """Their numbers; -1 is no domain."""
+    """Codes of the domains; -1 is no domain."""
     loss: Histogram
     grad_norm: Histogram
 
@@ -54,22 +54,22 @@ class Group:
 def spread_of(
     store: ProjectionStore, counts: RowCounts, top_k: int
 ) -> tuple[Distributions, list[Group]]:
-    """Losses and norms of the largest domains each, of the others together, and of documents without a domain."""
+    """Return losses and norms of each large domain, of the others, and of no domain."""
     largest = sorted(np.flatnonzero(counts.n_rows).tolist(), key=lambda i: -counts.n_rows[i])
     shown, rest = largest[:MOST_DOMAINS], largest[MOST_DOMAINS:]
     wanted = [(store.domains[i], [i]) for i in shown]
     wanted += [(f"{len(rest)} other domains", rest)] if rest else []
     wanted += [("no domain", [-1])]
-    found = distributions(store, [domains for _, domains in wanted], top_k)
+    spread = distributions(store, [domains for _, domains in wanted], top_k)
     groups = [
-        Group(label, domains, *(found.groups[column][number] for column in DISTRIBUTED))
+        Group(label, domains, *(spread.groups[column][number] for column in HISTOGRAM_COLUMNS))
         for number, (label, domains) in enumerate(wanted)
     ]
-    return found, [group for group in groups if group.loss.n or group.grad_norm.n]
+    return spread, [group for group in groups if group.loss.n or group.grad_norm.n]
 
 
 def histograms_of(groups: Sequence[Group]) -> list[Drawing]:
-    """Losses and norms of all documents."""
+    """Return the histograms of losses and norms of all documents."""
     if not groups:
         return []
     losses = Histogram(np.sum([group.loss.counts for group in groups], axis=0))
@@ -81,7 +81,7 @@ def histograms_of(groups: Sequence[Group]) -> list[Drawing]:
 
 
 def boxes_of(groups: Sequence[Group]) -> Figure | None:
-    """A line for each group; nothing where there is but one."""
+    """Return the quantiles of each group; None for fewer than two groups."""
     if len(groups) < 2:
         return None
     panels = [
@@ -95,7 +95,7 @@ def boxes_of(groups: Sequence[Group]) -> Figure | None:
 
 
 def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[DomainLine]:
-    """A line for each domain, those with the most rows first."""
+    """Return a row for each domain, those with the most rows first."""
     if facts is None:
         return []
     matrix, counts, of_mean = facts.matrix, facts.counts, facts.norm_of_mean
@@ -123,7 +123,7 @@ def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[Dom
 
 
 def matrices_of(facts: DomainFacts | None) -> list[Figure]:
-    """Both matrices; none of fewer than two domains with rows."""
+    """Return the two matrices; none for fewer than two domains with rows."""
     if facts is None or len(facts.shown) < 2:
         return []
     shown = facts.largest(MOST_DOMAINS)
@@ -140,8 +140,8 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
         (
             f"Influence between domains ({facts.score})",
             facts.matrix.influence,
-            "Mean score over all pairs of a document of the one domain and a document of the other as the query, on "
-            "the diagonal of a document with itself too",
+            "Mean score over all pairs of a document of one domain and a query document of the "
+            "other (on the diagonal, including each document with itself)",
         ),
     ):
         drawing, unit = matrix_chart(title, names, values[np.ix_(shown, shown)])
@@ -149,20 +149,20 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
         figures.append(
             Figure(
                 drawing,
-                f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest value off the "
-                f"diagonal. Neighbours are alike.{rest}",
+                f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest "
+                f"value off the diagonal. Similar domains are neighbours.{rest}",
             )
         )
     return figures
 
 
 def why_no_matrix(facts: DomainFacts | None) -> str:
-    """Empty where there is one."""
+    """Return why the page has no matrix; empty if it has one."""
     if facts is None:
         return "The corpus names no domains."
     if not facts.shown:
         return "No document of any domain has a row yet."
     if len(facts.shown) == 1:
         only = one_line(facts.matrix.names[facts.shown[0]], 60)
-        return f"All rows are of one domain, {only}: there is nothing to compare."
+        return f"All rows are of one domain, {only}: there is no other to compare with."
     return ""

@@ -1,4 +1,4 @@
-"""Everything that is known of a store's domains, in one object: for the table, the figure, the page and JSON."""
+"""Facts of a store's domains, which the table, the PNG, the page and the JSON show."""
 
 import importlib.metadata
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from gradproj.analysis.row_blocks import chosen_layers
 from gradproj.analysis.scan import ScanOptions
 from gradproj.errors import StoreError
 from gradproj.report.distributions import RowCounts, count_rows
-from gradproj.report.number_format import listed
+from gradproj.report.number_format import json_numbers
 from gradproj.store import ProjectionStore
 
 KEYS = {
-    "domains[].documents": "documents of the domain in the corpus; null where the corpus index does not say",
-    "domains[].rows": "documents that have a gradient; all figures below are of them",
-    "domains[].missing": "documents still to be computed; null where that is not known",
-    "domains[].lost": "documents that are recorded to have a gradient, and whose row is damaged or gone",
-    "domains[].without_row": "documents that were seen and have no gradient, by the store's status",
+    "domains[].documents": "documents of the domain in the corpus; null if unknown",
+    "domains[].rows": "documents that have a gradient; the figures below are of these",
+    "domains[].missing": "documents not computed yet; null if unknown",
+    "domains[].lost": "documents recorded as having a gradient whose row is damaged or gone",
+    "domains[].without_row": "processed documents without a gradient, by the store's status",
     "domains[].tokens": "target tokens of the rows",
     "domains[].loss": "mean nats per target token",
     "domains[].mean_norm": "mean norm of the rows",
-    "domains[].norm_of_mean": "norm of the mean row: beside mean_norm it says how far the rows agree",
-    "domains[].effective_rank": "exponential of the entropy of the spectrum of effective_rank_rows rows, drawn at "
-    "random and scaled to length 1: between 1 (all alike) and their number",
-    "domains[].effective_rank_rows": "how many rows those are",
-    "cosine": "cosines of the domains' mean rows; lines and columns in the order of domains",
-    "influence": "mean score of the column's documents for the line's documents as queries, over all pairs, on the "
-    "diagonal those of a document with itself too; symmetric",
-    "order": "positions in domains along which neighbours are alike, as the table and the figure show them",
-    "mean_rows": "file with the mean rows, numpy (domains, values) float32, values layer by layer as in layers",
+    "domains[].norm_of_mean": "norm of the mean row: closer to mean_norm if the rows agree",
+    "domains[].effective_rank": "exponential of the entropy of the spectrum of effective_rank_rows "
+    "rows, drawn at random and scaled to length 1: from 1 (all parallel) to their number",
+    "domains[].effective_rank_rows": "number of rows that effective_rank is of",
+    "cosine": "cosines of the domains' mean rows; rows and columns in the order of domains",
+    "influence": "mean score of the column's documents for the row's documents as queries, over "
+    "all pairs, on the diagonal including each document with itself; symmetric",
+    "order": "positions in domains, similar ones side by side, as in the table and the figure",
+    "mean_rows": "file with the mean rows: numpy (domains, values) float32, in the order of layers",
     "null": "no number: the domain has no row",
 }
 
@@ -45,9 +45,9 @@ class DomainFacts:
     matrix: DomainMatrix
     counts: RowCounts
     order: list[int]
-    """Domains along which neighbours are alike."""
+    """Domains, similar ones side by side."""
     how: ScanOptions
-    """What the scan was told."""
+    """Arguments of the scan."""
     layers: list[str]
     missing_ranges: list[tuple[int, int]]
 
@@ -62,81 +62,82 @@ class DomainFacts:
 
     @property
     def n_rows(self) -> int:
-        """Documents that have a gradient."""
+        """Number of documents that have a gradient."""
         return self.counts.total("ok")
 
     @property
     def n_lost(self) -> int:
-        """Documents that are recorded to have a gradient, and whose row is not there."""
+        """Number of documents recorded as having a gradient whose row is gone."""
         return max(0, self.n_rows - self.matrix.n_read)
 
     def largest(self, most: int) -> list[int]:
-        """Return the domains with the most rows, at most ``most`` of them, in order."""
+        """Return up to ``most`` domains with the most rows, in the order of ``order``."""
         by_size = sorted(self.shown, key=lambda i: -self.matrix.n_rows[i])
         return sorted(by_size[:most], key=self.order.index)
 
     @property
     def shown(self) -> list[int]:
-        """Domains that have a row, in order."""
+        """Domains that have a row, in the order of ``order``."""
         return [i for i in self.order if self.matrix.n_rows[i]]
 
 
 def by_similarity(cosine: np.ndarray, sizes: np.ndarray) -> list[int]:
-    """Domains along the direction in which neighbours are most alike; those without a row come last.
+    """Order domains so that similar ones are neighbours; those without a row come last.
 
     Args:
-        cosine: ``(G, G)``, symmetric; NaN where a domain has no row.
-        sizes: ``(G,)`` rows; the end that has more of them comes first.
+        cosine: ``(G, G)``, symmetric; NaN for a domain without a row.
+        sizes: ``(G,)`` rows; the end with more of them comes first.
 
     Returns:
-        Every domain's number once. The order is that of the Fiedler vector of the graph whose edges are the cosines,
-        counted from the least of them.
+        A permutation of the domains: the order of the Fiedler vector of the graph whose edge
+        weights are the cosines less the smallest of them.
     """
-    there = np.flatnonzero((sizes > 0) & np.isfinite(np.diagonal(cosine)))
-    absent = [i for i in range(len(sizes)) if i not in set(there.tolist())]
-    if len(there) < 3:
-        return [*sorted(there.tolist(), key=lambda i: (-sizes[i], i)), *absent]
-    edges = cosine[np.ix_(there, there)]
+    present = np.flatnonzero((sizes > 0) & np.isfinite(np.diagonal(cosine)))
+    absent = [i for i in range(len(sizes)) if i not in set(present.tolist())]
+    if len(present) < 3:
+        return [*sorted(present.tolist(), key=lambda i: (-sizes[i], i)), *absent]
+    edges = cosine[np.ix_(present, present)]
     edges = edges - edges.min()
     np.fill_diagonal(edges, 0)
     _, vectors = np.linalg.eigh(np.diag(edges.sum(axis=1)) - edges)
     place = vectors[:, 1]
-    if (place * sizes[there]).sum() > 0:
+    if (place * sizes[present]).sum() > 0:
         place = -place
-    return [*there[np.argsort(place, kind="stable")].tolist(), *absent]
+    return [*present[np.argsort(place, kind="stable")].tolist(), *absent]
 
 
 def lost_text(n_lost: int, output: str) -> str:
-    """What is said of rows that are recorded and not there; empty of none."""
+    """Return the message on recorded rows that cannot be read; empty if there are none."""
     if not n_lost:
         return ""
     return f"{n_lost:,} rows are recorded and cannot be read: python -m gradproj verify {output}"
 
 
-def refuse_nothing(n_read: int, counts: RowCounts, store: ProjectionStore) -> None:
-    """Nothing can be said of a store that has recorded rows and holds none of them; ``StoreError``."""
+def check_any_row_is_readable(n_read: int, counts: RowCounts, store: ProjectionStore) -> None:
+    """Raise ``StoreError`` if rows are recorded and none of them can be read."""
     if counts.total("ok") and not n_read:
         raise StoreError(
             f"{store.path} is damaged: all {lost_text(counts.total('ok'), str(store.path.parent))}"
         )
 
 
-def find_facts(store: ProjectionStore, how: ScanOptions) -> DomainFacts:
-    """One scan of the rows and one of the columns.
+def domain_facts(store: ProjectionStore, how: ScanOptions) -> DomainFacts:
+    """Scan the columns and the rows.
 
     Raises:
-        ConfigError: a store without domains, an unknown layer, a damping without an inverse.
-        StoreError: what the score needs is not there.
+        ConfigError: the store has no domains; unknown layer; singular curvature.
+        StoreError: data that the score needs is missing.
     """
-    counts = count_rows(store)  # first: what a job that goes on adds meanwhile is not lost
-    return facts_of(store, domain_matrix(store, **how), how, counts)
+    # Before the scan: rows that a running job adds meanwhile must not count as lost.
+    counts = count_rows(store)
+    return facts_from_matrix(store, domain_matrix(store, **how), how, counts)
 
 
-def facts_of(
+def facts_from_matrix(
     store: ProjectionStore, matrix: DomainMatrix, how: ScanOptions, counts: RowCounts
 ) -> DomainFacts:
-    """What goes with a matrix that is there already."""
-    refuse_nothing(matrix.n_read, counts, store)
+    """Combine a finished matrix with the counts."""
+    check_any_row_is_readable(matrix.n_read, counts, store)
     return DomainFacts(
         output=str(store.path.parent),
         n_samples=len(store),
@@ -150,7 +151,7 @@ def facts_of(
 
 
 def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[str, Any]:
-    """``domains.json``; ``mean_rows`` names the file with the mean rows."""
+    """Return the content of ``domains.json``; ``mean_rows`` names the file of the mean rows."""
     matrix, counts = facts.matrix, facts.counts
     widths = {layer.name: [layer.k_o, layer.k_i] for layer in store.layers}
     return {
@@ -169,8 +170,8 @@ def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[
         "layers": [{"name": name, "shape": widths[name]} for name in facts.layers],
         "domains": [_domain(facts, i) for i in range(len(matrix.names))],
         "order": facts.order,
-        "cosine": listed(matrix.cosine),
-        "influence": listed(matrix.influence),
+        "cosine": json_numbers(matrix.cosine),
+        "influence": json_numbers(matrix.influence),
         "mean_rows": mean_rows,
         "keys": KEYS,
     }
@@ -178,7 +179,7 @@ def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[
 
 def _domain(facts: DomainFacts, i: int) -> dict[str, Any]:
     matrix, counts = facts.matrix, facts.counts
-    loss, norm, of_mean, rank = listed(
+    loss, norm, of_mean, rank = json_numbers(
         [matrix.loss[i], matrix.grad_norm[i], facts.norm_of_mean[i], matrix.effective_rank[i]]
     )
     return {

@@ -1,4 +1,4 @@
-"""Numbers as people read them: with separators, a few digits, or in units of a power of ten that a table shares."""
+"""Formats numbers for tables and figures."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def whole(value: int | None) -> str:
-    """``12,345``."""
+    """Format ``12,345``; a dash for None."""
     return NONE if value is None else f"{value:,}"
 
 
 def digits(value: float | None, n: int = 3) -> str:
-    """A finite number in n significant digits, without an exponent where that is readable."""
+    """Format n significant digits, without an exponent from 0.001 to a million."""
     if value is None or not math.isfinite(value):
         return NONE
     if value == 0:
@@ -28,7 +28,10 @@ def digits(value: float | None, n: int = 3) -> str:
 
 
 def exponent_of(values: Iterable[float]) -> int:
-    """The power of ten, a multiple of three, that brings the largest value to 1 up to 1,000; 0 for 0.01 to 1,000."""
+    """Return the power of ten, a multiple of 3, that scales the largest value to 1 to 1,000.
+
+    It is 0 for values whose largest is between 0.01 and 1,000.
+    """
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0)
     if largest == 0 or 0.01 <= largest < 1000:
         return 0
@@ -36,25 +39,25 @@ def exponent_of(values: Iterable[float]) -> int:
 
 
 def scaled(value: float, exponent: int, places: int = 3, sign: bool = True) -> str:
-    """``value / 10^exponent`` with its sign."""
+    """Format ``value / 10^exponent``; a dash if not finite."""
     if not math.isfinite(value):
         return NONE
     return f"{value / 10.0**exponent:{'+' if sign else ''},.{places}f}"
 
 
 def places_for(values: Iterable[float], exponent: int) -> int:
-    """Decimals that show the largest of ``values / 10^exponent`` in four digits."""
+    """Return the decimals that show the largest of ``values / 10^exponent`` in four digits."""
     largest = max((abs(v) for v in values if math.isfinite(v)), default=0.0) / 10.0**exponent
     return 3 if largest < 10 else 2 if largest < 100 else 1
 
 
 def minus(text: str) -> str:
-    """A number's hyphen as the minus sign, which is as wide as a plus."""
+    """Replace the hyphen by the minus sign, which is as wide as a plus."""
     return text.replace("-", "−")
 
 
 def in_cell(value: float) -> str:
-    """A number of -999 to 999 with its sign, in as many digits as a cell of a matrix has room for."""
+    """Format a number from -999 to 999 with its sign, in at most four characters."""
     if not math.isfinite(value):
         return ""
     size = abs(value)
@@ -65,18 +68,18 @@ def in_cell(value: float) -> str:
 
 
 def power(exponent: int) -> str:
-    """``10⁻⁶``; nothing for 10^0."""
+    """Format ``10⁻⁶``; empty for 10^0."""
     return "" if exponent == 0 else f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def when(seconds: float) -> str:
-    """A moment of a host's clock, as UTC to the minute."""
+    """Format seconds since 1970 as UTC to the minute."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def listed(values: np.ndarray | Sequence[float]) -> list:
-    """Numbers (any shape) for strict JSON: what is not finite is null."""
+def json_numbers(values: np.ndarray | Sequence[float]) -> list:
+    """Convert numbers (any shape) to lists for strict JSON; not finite becomes null."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
-        return [listed(row) for row in array]
+        return [json_numbers(row) for row in array]
     return [v if math.isfinite(v) else None for v in array.tolist()]

@@ -1,8 +1,8 @@
-"""The report's page: what it shows, as plain data, and the template that writes it.
+"""The report's page as plain data, and its rendering by a Jinja template.
 
-Everything that a template writes is escaped by Jinja and cleaned of control characters first: keys, domains, texts, and
-names in a store's attributes are strangers' words. The page has no script, asks for nothing from outside, and forbids
-both to itself.
+Keys, domains, texts and names in a store's attributes are untrusted. Every value that the template
+writes is cleaned of control characters and escaped by Jinja. The page has no script and loads
+nothing, and its Content-Security-Policy forbids both.
 """
 
 import functools
@@ -21,44 +21,44 @@ class Document:
     """A document in a table."""
 
     value: str
-    """Its score or norm, as it is shown."""
+    """Formatted score or norm."""
     sample_id: int
     key: str
     domain: str | None
     loss: str
     n_tokens: int
     excerpt: str | None
-    """None where its text is not to be had."""
+    """None if its text cannot be read."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Documents that are outermost by some number."""
+    """Documents ranked by a number."""
 
     title: str
     about: str
     column: str
-    """What the number is, with its unit."""
+    """Heading of the number, with its unit."""
     documents: list[Document]
 
 
 @dataclass(frozen=True)
 class QueryAnswer:
-    """Both ends of the scores for one query."""
+    """The highest and the lowest scores for one query."""
 
     name: str
     excerpt: str
     n_tokens: int
     loss: str
     unit: str
-    """Of the scores: a power of ten, or nothing."""
+    """Power of ten that the scores are in units of; empty for 1."""
     pairs: list[tuple[Document, Document]]
-    """``(highest, lowest)``, rank by rank."""
+    """``(highest, lowest)`` of each rank."""
 
 
 @dataclass(frozen=True)
 class DomainLine:
-    """A domain in the table, as it is shown."""
+    """A row of the table of domains."""
 
     name: str
     cells: list[str]
@@ -66,7 +66,7 @@ class DomainLine:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture and what is said under it."""
+    """A drawing and its caption."""
 
     drawing: Drawing
     caption: str
@@ -74,7 +74,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything on the page, ready to be written."""
+    """Content of the page, formatted."""
 
     title: str
     made: str
@@ -82,13 +82,13 @@ class Page:
     verdict: str
     is_complete: bool
     facts: list[tuple[str, list[tuple[str, str]]]]
-    """Groups of ``(what, value)``."""
+    """``(heading, [(label, value), ...])``."""
     versions: str
     coverage: Figure
     missing: str
-    """Ranges of ids."""
+    """Ranges of sample ids."""
     statuses: list[tuple[str, str, str]]
-    """``(status, documents, what it means)``."""
+    """``(status, documents, meaning)``."""
     throughput: Figure | None
     throughput_note: str
     histograms: list[Drawing]
@@ -106,12 +106,12 @@ class Page:
     queries: list[QueryAnswer]
     query_note: str
     texts_note: str
-    """Why there are no excerpts, or only some; empty where there are."""
+    """Why excerpts are missing; empty if none is."""
     notes: list[str] = field(default_factory=list)
 
 
 def render(page: Page) -> bytes:
-    """The page as one UTF-8 file."""
+    """Return the page as UTF-8 HTML."""
     text = _environment().get_template("report.html").render(page=page)
     return text.encode("utf-8")
 
@@ -122,12 +122,12 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("gradproj.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_cleaned,
+        finalize=_clean,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def _cleaned(value: Any) -> Any:
-    """Strangers' words without control characters; what Jinja has made markup of has been through here."""
+def _clean(value: Any) -> Any:
+    """Replace control characters; Markup was cleaned when Jinja made it."""
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,4 +1,4 @@
-"""What the page says of the run: model, rows, corpus, units, completeness."""
+"""Facts of the run for the page: model, rows, corpus, work, completeness."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ from gradproj.report.throughput import UnitTimes
 from gradproj.store import STATUS, ProjectionStore
 
 STATUS_MEANINGS = {
-    "missing": "still to be computed",
+    "missing": "not computed yet",
     "ok": "has a row",
     "empty": "has no text",
-    "no_target": "is a single token, which has no target: its row is zero",
+    "no_target": "is a single token, which has no target; its row is zero",
     "not_selected": "of a domain that the job left out",
     "non_finite": "its gradient is not finite",
-    "bad_input": "could not be read; the ranks' logs say why",
+    "bad_input": "could not be read; see the ranks' logs for the reason",
     "out_of_memory": "did not fit the device's memory",
 }
 Facts = list[tuple[str, list[tuple[str, str]]]]
 
 
 def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | None) -> Facts:
-    """Groups of facts, those that the store has."""
+    """Return the facts that the store records, in groups."""
     facts = [
         ("Model", _model(store.attributes)),
         ("Rows", _rows(store)),
@@ -38,7 +38,7 @@ def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | 
 
 
 def versions_text(attributes: Mapping[str, Any]) -> str:
-    """What the rows were computed with."""
+    """Return the versions that the rows were computed with."""
     return ", ".join(f"{name} {version}" for name, version in _part(attributes, "versions").items())
 
 
@@ -47,8 +47,8 @@ def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _named(part: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Those of a part's values that say something."""
+def _set_values(part: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return ``(label, value)`` of the values that are set."""
     shown = ((label, part.get(key)) for key, label in names.items())
     return [(label, _text(value)) for label, value in shown if value not in (None, "", [], {})]
 
@@ -72,7 +72,7 @@ def _model(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
         "long_documents": "longer ones",
         "loss_reduction": "loss of a row",
     }
-    return _named(_part(attributes, "model"), names)
+    return _set_values(_part(attributes, "model"), names)
 
 
 def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
@@ -84,9 +84,10 @@ def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
         ("values", f"{store.dim:,} in {count(len(store.layers), 'layer')}{each}"),
         (
             "stored as",
-            f"{store.layout.proj_dtype}, {n_bytes:,} bytes a row, compressor {store.layout.compressor}",
+            f"{store.layout.proj_dtype}, {n_bytes:,} bytes a row, "
+            f"compressor {store.layout.compressor}",
         ),
-        *_named(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
+        *_set_values(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
         ("shards", f"{store.layout.n_units:,} of {store.layout.rows_per_shard:,} rows"),
     ]
 
@@ -96,7 +97,7 @@ def _corpus(store: ProjectionStore) -> list[tuple[str, str]]:
     return [
         ("documents", f"{len(store):,}"),
         ("domains", f"{len(store.domains):,}"),
-        *_named(
+        *_set_values(
             corpus,
             {
                 "n_tars": "tars",
@@ -112,21 +113,25 @@ def _work(
     store: ProjectionStore, status: Status | None, times: UnitTimes | None
 ) -> list[tuple[str, str]]:
     if status is None:
-        return [("job", "the store does not say: it is not an output of gradproj.run")]
+        return [("job", "unknown: the store is not an output of gradproj.run")]
     facts = [
         ("units", f"{status.n_committed:,} of {status.n_units:,} committed"),
         ("merged", "yes" if status.merged else "not yet"),
     ]
     if times is not None and len(times.started):
         n_tokens, working = float(times.n_tokens.sum()), max(times.working_s, 1e-9)
+        by_rank = n_tokens / max(times.rank_s, 1e-9)
         facts += [
-            ("begun", when(times.started.min())),
+            ("started", when(times.started.min())),
             ("last unit", when(times.finished.max())),
-            ("at work", f"{human_seconds(working)}; {human_seconds(times.rank_s)} of ranks' time"),
+            (
+                "working time",
+                f"{human_seconds(working)}; {human_seconds(times.rank_s)} over all ranks",
+            ),
             ("tokens", f"{n_tokens:,.0f}"),
             (
                 "speed",
-                f"{digits(n_tokens / working)} tokens/s, {digits(n_tokens / max(times.rank_s, 1e-9))} a rank",
+                f"{digits(n_tokens / working)} tokens/s, {digits(by_rank)} a rank",
             ),
         ]
     if status.failed is not None:
@@ -137,14 +142,17 @@ def _work(
 def verdict_of(
     store: ProjectionStore, counts: RowCounts, status: Status | None, n_read: int
 ) -> tuple[bool, str]:
-    """Whether nothing is left to do, and a sentence on it; ``n_read``: rows that the scan found."""
+    """Return whether the store is complete, and a sentence on it.
+
+    ``n_read`` is the number of rows that the scan read.
+    """
     n_ok, n_missing = counts.total("ok"), counts.total("missing")
     if n_read < n_ok:
         lost = lost_text(n_ok - n_read, str(store.path.parent))
         return False, f"Damaged: of {count(len(store), 'document')}, {lost}."
     rows = f"{n_ok:,} of {len(store):,} documents have a row"
     if n_missing:
-        return False, f"Incomplete: {rows}; {n_missing:,} are still to be computed."
+        return False, f"Incomplete: {rows}; {n_missing:,} are not computed yet."
     if status is not None and not status.complete:
         way = "" if status.missing_units else f" (python -m gradproj merge {status.output} ends it)"
         return False, f"Not merged yet: {rows}{way}."
@@ -155,13 +163,13 @@ def verdict_of(
 
 
 def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
-    """Those that occur."""
-    found = ((name, counts.total(name)) for name in STATUS)
-    return [(name, f"{n:,}", STATUS_MEANINGS[name]) for name, n in found if n]
+    """Return ``(status, documents, meaning)`` of the statuses that occur."""
+    totals = ((name, counts.total(name)) for name in STATUS)
+    return [(name, f"{n:,}", STATUS_MEANINGS[name]) for name, n in totals if n]
 
 
 def missing_text(ranges: list[tuple[int, int]]) -> str:
-    """Ids, both ends included."""
+    """Format ranges of ids, both ends included."""
     return ranges_text(ranges, 40)
 
 

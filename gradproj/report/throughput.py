@@ -1,7 +1,7 @@
-"""Tokens a second over the time of a job, in all and by rank.
+"""Tokens a second over the time of a job, in total and by rank.
 
-What a unit took stands in its record; which rank computed it, in the ranks' logs. Each host's own clock is taken as it
-is.
+A unit's record has its time, and the ranks' logs tell which rank computed it. Times are of each
+host's own clock, uncorrected.
 """
 
 import re
@@ -15,10 +15,10 @@ from gradproj.store.unit_record import list_records, read_stats, record_name
 
 N_BINS = 120
 LEAST_PAUSE_S = 600.0
-PAUSE_SHARE = 0.05
-"""Idle time of all ranks is left out of the picture where it is longer than this share of the time they worked, and
-than ``LEAST_PAUSE_S``."""
-UNKNOWN_RANK = "not known"
+PAUSE_FRACTION = 0.05
+"""Idle time of all ranks is cut out of the figure if it is longer than this fraction of the working
+time, and longer than ``LEAST_PAUSE_S``."""
+UNKNOWN_RANK = "unknown"
 
 _COMMITTED = re.compile(rb"unit (\d+) committed: .*'started_at': ([\d.e+]+)")
 _LOG_NAME = re.compile(r"rank-(\d+)(?:-(.+))?")
@@ -26,44 +26,44 @@ _LOG_NAME = re.compile(r"rank-(\d+)(?:-(.+))?")
 
 @dataclass(frozen=True)
 class UnitTimes:
-    """When the committed units were computed. U units, in order of their start."""
+    """Times of the U committed units, in order of their start."""
 
     started: np.ndarray
     """``(U,)`` float64, seconds since 1970 by the computing host's clock."""
     finished: np.ndarray
     n_tokens: np.ndarray
-    """``(U,)`` float64: tokens of the documents, without padding."""
+    """``(U,)`` float64, without padding."""
     rank: np.ndarray
-    """``(U,)`` int64: place in ``ranks``."""
+    """``(U,)`` int64: index in ``ranks``."""
     ranks: list[str]
-    """As the logs are called: ``3``, or ``3 of slurm-70_1``."""
+    """Names from the logs' names: ``3``, or ``3 of slurm-70_1``."""
     n_untimed: int
-    """Records that say nothing about time."""
+    """Number of records without times."""
 
     @property
     def working_s(self) -> float:
-        """Time in which any rank worked."""
+        """Seconds in which any rank worked."""
         return float(sum(stop - start for start, stop in _spans(self)))
 
     @property
     def rank_s(self) -> float:
-        """The ranks' time in all."""
+        """Working seconds of all ranks together."""
         return float((self.finished - self.started).sum())
 
 
 def unit_times(output: Path) -> UnitTimes:
-    """From ``units/`` and ``logs/``.
+    """Read the times from ``units/`` and the ranks from ``logs/``.
 
     Raises:
         StoreError: a record cannot be read.
     """
     owners = _ranks_of_units(output / "logs")
     numbers: dict[str, int] = {}
-    found, n_untimed = [], 0
+    times, n_untimed = [], 0
     for unit in list_records(output / "units").tolist():
         try:
             stats = read_stats(output / record_name(unit))
-        except FileNotFoundError:  # turned into a missing one while we look
+        except FileNotFoundError:  # removed by a repair meanwhile
             continue
         if not {"started_at", "finished_at", "real_tokens"} <= stats.keys():
             n_untimed += 1
@@ -71,17 +71,17 @@ def unit_times(output: Path) -> UnitTimes:
         rank = owners.get((unit, stats["started_at"]), UNKNOWN_RANK)
         number = numbers.setdefault(rank, len(numbers))
         finished = max(stats["finished_at"], stats["started_at"] + 1e-3)
-        found.append((stats["started_at"], finished, stats["real_tokens"], number))
+        times.append((stats["started_at"], finished, stats["real_tokens"], number))
     names = sorted(numbers, key=_natural)
-    values = np.array(sorted(found), np.float64).reshape(-1, 4)
+    values = np.array(sorted(times), np.float64).reshape(-1, 4)
     place = np.array([names.index(name) for name in numbers], np.int64)
     rank_of = place[values[:, 3].astype(np.int64)] if len(values) else np.empty(0, np.int64)
     return UnitTimes(values[:, 0], values[:, 1], values[:, 2], rank_of, names, n_untimed)
 
 
 def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
-    """``(unit, when it was begun)`` -> rank, by the lines that ranks log on a commit."""
-    found = {}
+    """Return ``(unit, start time)`` -> rank, from the lines that ranks log on a commit."""
+    ranks = {}
     for path in sorted(logs.glob("rank-*.log")):
         match = _LOG_NAME.fullmatch(path.stem)
         if match is None:
@@ -91,11 +91,12 @@ def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
             for line in file:
                 committed = _COMMITTED.search(line)
                 if committed is not None:
-                    found[int(committed[1]), float(committed[2])] = rank
-    return found
+                    ranks[int(committed[1]), float(committed[2])] = rank
+    return ranks
 
 
 def _natural(name: str) -> tuple:
+    """Return a sort key that puts ``rank 10`` after ``rank 9``."""
     return tuple(
         (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
     )
@@ -103,18 +104,18 @@ def _natural(name: str) -> tuple:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens a second, bin by bin; time in which nobody worked for long is cut out."""
+    """Tokens a second in B bins of time, without long pauses of all R ranks."""
 
     edges_s: np.ndarray
-    """``(B + 1,)``: seconds of the picture's own time, from 0."""
+    """``(B + 1,)`` seconds from 0, pauses cut out."""
     by_rank: np.ndarray
     """``(R, B)`` tokens a second."""
     pauses: list[tuple[float, float]]
-    """``(where, how long)`` in seconds of each cut."""
+    """``(position, duration)`` in seconds of each pause that is cut out."""
     from_s: float
-    """The first moment, since 1970."""
+    """Start of the first unit, seconds since 1970."""
     to_s: float
-    """The last."""
+    """End of the last unit."""
 
     @property
     def total(self) -> np.ndarray:
@@ -123,7 +124,7 @@ class Throughput:
 
 
 def throughput(times: UnitTimes, n_bins: int = N_BINS) -> Throughput | None:
-    """A unit's tokens are spread evenly over the time it took; None without any unit."""
+    """Spread each unit's tokens evenly over its time; None without units."""
     if not len(times.started):
         return None
     pieces, pauses = _pieces(times)
@@ -147,7 +148,7 @@ def throughput(times: UnitTimes, n_bins: int = N_BINS) -> Throughput | None:
 
 
 def _spans(times: UnitTimes) -> list[list[float]]:
-    """``[start, stop]`` of the time in which any rank worked, in order."""
+    """Return ``[start, stop]`` of the times in which any rank worked, in order."""
     spans: list[list[float]] = []
     for start, stop in zip(times.started.tolist(), times.finished.tolist(), strict=True):
         if spans and start <= spans[-1][1]:
@@ -158,9 +159,9 @@ def _spans(times: UnitTimes) -> list[list[float]]:
 
 
 def _pieces(times: UnitTimes) -> tuple[list[tuple[float, float, float]], list[tuple[float, float]]]:
-    """``(start, stop, place)`` of the pieces of time that are shown one after the other, and the cuts between them."""
+    """Return ``(start, stop, position)`` of the times that are shown, and the pauses between."""
     spans = _spans(times)
-    least = max(LEAST_PAUSE_S, PAUSE_SHARE * sum(stop - start for start, stop in spans))
+    least = max(LEAST_PAUSE_S, PAUSE_FRACTION * sum(stop - start for start, stop in spans))
     pieces: list[list[float]] = [[*spans[0], 0.0]]
     pauses = []
     for start, stop in spans[1:]:
@@ -175,7 +176,7 @@ def _pieces(times: UnitTimes) -> tuple[list[tuple[float, float, float]], list[tu
 
 
 def _place(moments: np.ndarray, pieces: Iterable[tuple[float, float, float]]) -> np.ndarray:
-    """Moments, each within a piece, in the picture's time."""
+    """Convert moments, each within a piece, to the figure's time."""
     starts, stops, places = (np.array(values) for values in zip(*pieces, strict=True))
     at = np.clip(np.searchsorted(starts, moments, side="right") - 1, 0, len(starts) - 1)
     return places[at] + np.minimum(moments, stops[at]) - starts[at]

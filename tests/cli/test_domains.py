@@ -1,4 +1,4 @@
-"""Laws of ``python -m gradproj domains``: its numbers by hand, its table, its figure, and what it refuses."""
+"""The command ``domains``: its numbers by hand, its table, its figure, its errors."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from gradproj.cli.domains import table_lines
 from gradproj.formatting import clean, one_line
 from gradproj.report import figures
 from gradproj.report.distributions import count_rows
-from gradproj.report.domain_summary import by_similarity, facts_of
+from gradproj.report.domain_summary import by_similarity, facts_from_matrix
 from gradproj.store.layout import StoreConfig
 from gradproj.store.writer import update_attributes
 
@@ -54,7 +54,7 @@ def strictly(text):
 
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
 @pytest.mark.parametrize("score", ["kfac", "preconditioned", "dot", "cosine"])
-def test_the_json_holds_the_dense_computation_by_hand(made, tmp_path, capsys, score, layers):
+def test_json_matches_the_dense_computation(made, tmp_path, capsys, score, layers):
     flags = ["--score", score, "--output_dir", tmp_path, "--format", "json"]
     flags += ["--damping", C] if score in ("kfac", "preconditioned") else []
     flags += ["--layers", *layers] if layers else []
@@ -99,7 +99,7 @@ def test_the_json_holds_the_dense_computation_by_hand(made, tmp_path, capsys, sc
     assert sum(np.prod(layer["shape"]) for layer in got["layers"]) == saved.shape[1]
 
 
-def test_the_json_says_what_every_key_is_and_what_the_score_means(made, tmp_path, capsys):
+def test_json_explains_every_key_and_the_score(made, tmp_path, capsys):
     got = strictly(run(capsys, made.path, "--output_dir", tmp_path, "--format", "json")[1])
     assert got["score"] == "kfac"
     assert "nats of the query's loss" in got["meaning"]
@@ -114,7 +114,7 @@ def test_the_json_says_what_every_key_is_and_what_the_score_means(made, tmp_path
     )
 
 
-def test_missing_rows_are_counted_by_domain_through_the_corpus_index(output, tmp_path, capsys):
+def test_missing_rows_are_counted_by_domain_from_the_corpus_index(output, tmp_path, capsys):
     uncommit(output, 1, 3)
     code, printed, _ = run(capsys, output, "--output_dir", tmp_path, "--format", "json")
     assert code == 0
@@ -126,11 +126,11 @@ def test_missing_rows_are_counted_by_domain_through_the_corpus_index(output, tmp
         assert domain["documents"] == len(mine)
         assert domain["missing"] == len(set(mine) & set(lost))
         assert domain["rows"] + domain["missing"] + sum(domain["without_row"].values()) == len(mine)
-    # What is not merged has no token covariances: the score falls back, and says so.
+    # An unmerged store has no token covariances, so the score falls back to cosine.
     assert got["score"] == "cosine"
 
 
-def test_the_table_names_domains_counts_score_and_sign(made, tmp_path, capsys):
+def test_table_shows_domains_counts_score_and_sign(made, tmp_path, capsys):
     _, printed, _ = run(capsys, made.path, "--output_dir", tmp_path)
     assert re.search(r"rows +52 of 70 documents: 16 not computed yet, 2 empty", printed)
     assert "score      kfac: influence with the curvature" in printed
@@ -142,7 +142,7 @@ def test_the_table_names_domains_counts_score_and_sign(made, tmp_path, capsys):
 
 
 def many_domains(path, names, n_samples=260):
-    """A store whose rows are of as many domains as there are names but the last, which has none."""
+    """Make a store with rows of every named domain but the last."""
     output = Output(
         path, n_samples, ((2, 3), (3, 3)), StoreConfig(rows_per_shard=130, proj_dtype="float32")
     )
@@ -172,7 +172,7 @@ HOSTILE = [
 ]
 
 
-def test_a_domain_without_a_row_is_null_and_hostile_names_are_names(tmp_path, capsys):
+def test_domain_without_a_row_is_null_and_hostile_names_stay_names(tmp_path, capsys):
     names = [*HOSTILE, "nobody's"]
     output = many_domains(tmp_path / "out", names)
     code, printed, _ = run(capsys, output.path, "--score", "dot")
@@ -189,14 +189,14 @@ def test_a_domain_without_a_row_is_null_and_hostile_names_are_names(tmp_path, ca
 
 
 def picture_of(path):
-    """A PNG as ``(height, width, 3)``, in 0 to 1."""
+    """Read a PNG as ``(height, width, 3)`` from 0 to 1."""
     from matplotlib.image import imread
 
     return imread(path)[..., :3]
 
 
 @pytest.mark.parametrize("n_domains", [2, 10, 22], ids=str)
-def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(
+def test_numbers_in_the_figure_fit_their_cells_and_names_do_not_overlap(
     tmp_path, monkeypatch, n_domains
 ):
     from matplotlib.figure import Figure
@@ -222,7 +222,7 @@ def test_in_the_figure_no_number_leaves_its_cell_and_no_name_covers_another(
         boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
         height = axes.get_xticklabels()[0].get_fontsize() * figure.dpi / 72
-        assert cell * np.sin(np.pi / 4) > height  # names turned by 45 degrees, one beside the other
+        assert cell * np.sin(np.pi / 4) > height  # turned names do not overlap
         limits = axes.collections[0].get_clim()
         assert limits[0] == -limits[1] < 0  # white is 0
     shown = " ".join(
@@ -244,10 +244,10 @@ def plain_save(figure, path):
 
 def facts_in(store):
     how = {"score": "dot"}
-    return facts_of(store, domain_matrix(store, **how), how, count_rows(store))
+    return facts_from_matrix(store, domain_matrix(store, **how), how, count_rows(store))
 
 
-def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(tmp_path, capsys):
+def test_extreme_pairs_are_printed_when_a_matrix_is_too_wide(tmp_path, capsys):
     output = many_domains(tmp_path / "out", [f"domain {i}" for i in range(41)])
     _, printed, _ = run(capsys, output.path, "--score", "dot")
     assert "the 8 highest and lowest of 780 pairs (all are in the JSON)" in printed
@@ -258,7 +258,7 @@ def test_of_more_domains_than_a_terminal_holds_the_outermost_pairs_are_printed(t
     assert {f"domain {a}", f"domain {b}"} == set(re.findall(r"domain \d+", last))
 
 
-def test_one_domain_is_shown_without_a_matrix(tmp_path, capsys):
+def test_single_domain_is_shown_without_a_matrix(tmp_path, capsys):
     output = many_domains(tmp_path / "out", ["only", "nobody's"])
     code, printed, _ = run(capsys, output.path, "--score", "dot")
     assert code == 0
@@ -266,7 +266,7 @@ def test_one_domain_is_shown_without_a_matrix(tmp_path, capsys):
     assert (output.path / "domains" / "domains.png").stat().st_size > 1000
 
 
-def test_alike_domains_stand_together_and_those_without_rows_last():
+def test_similar_domains_are_neighbours_and_those_without_rows_last():
     cosine = np.full((6, 6), np.nan)
     there = [0, 1, 3, 4, 5]
     group = {0: 0, 3: 0, 1: 1, 4: 1, 5: 1}
@@ -294,20 +294,20 @@ def test_alike_domains_stand_together_and_those_without_rows_last():
         (["--output_dir", __file__], "is a file; give another path"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(made, capsys, flags, message):
+def test_invalid_flags_are_rejected_in_one_line(made, capsys, flags, message):
     code, _, said = run(capsys, made.path, *flags)
     assert code == 2
     assert message in said
     assert len(said.strip().splitlines()) == 1
 
 
-def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refused(
+def test_missing_and_damaged_stores_and_stores_without_domains_or_rows_are_rejected(
     tmp_path, capsys
 ):
     assert "there is no store at" in run(capsys, tmp_path / "nowhere")[2]
     empty = Output(tmp_path / "empty")
     assert (
-        "has no row of any domain yet (70 of 70 documents are still to be computed)"
+        "has no row of any domain yet (70 of 70 documents are not computed yet)"
         in run(capsys, empty.path)[2]
     )
     filled = Output(tmp_path / "filled").fill()
@@ -320,7 +320,7 @@ def test_a_store_without_domains_or_rows_a_damaged_one_and_none_at_all_are_refus
     assert "has no domains: its documents name none" in run(capsys, empty.path)[2]
 
 
-def test_relatif_is_compared_by_its_own_curvature(made, tmp_path, capsys):
+def test_relatif_compares_domains_by_its_own_curvature(made, tmp_path, capsys):
     _, printed, _ = run(
         capsys, made.path, "--score", "relatif", "--output_dir", tmp_path, "--format", "json"
     )
@@ -336,14 +336,14 @@ def test_documents_of_units_that_the_job_leaves_out_are_not_missing(output):
     assert counts.total("not_selected") == 70 - 4 * ROWS_PER_UNIT
 
 
-def test_cleaned_text_is_one_line_of_what_can_be_seen():
+def test_cleaned_text_is_one_line_of_visible_characters():
     hostile = "a\x00b\x1b[0m\u202ec\u2028d\ud800e\u2066f\u200dg\u00adh\n\n  i\tj\x85k"
     assert clean(hostile) == "a�b�[0m�c d�e�f\u200dgh i j k"
     assert one_line(" " * 10**6 + "x" * 10**6, 20) == "x" * 19 + "…"
     clean("".join(map(chr, range(0x11000)))).encode("utf-8")
 
 
-def test_lines_of_a_store_stay_in_the_width_of_a_terminal(made):
+def test_table_lines_are_printable(made):
     with ProjectionStore(made.path) as store:
         lines = table_lines(facts_in(store))
     assert all(line.isprintable() for line in lines)

@@ -1,4 +1,4 @@
-"""Laws of ``python -m gradproj report``: its page is whole, harmless, says the store's numbers, and can be read."""
+"""The command ``report``: a complete, harmless page with the store's numbers."""
 
 import json
 import re
@@ -43,10 +43,10 @@ def report(capsys, *argv):
     return code, *capsys.readouterr()
 
 
-# --- the page is whole, and harmless ---
+# --- structure and safety ---
 
 
-def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_outside(job, parsed):
+def test_page_is_balanced_has_a_heading_for_each_link_and_loads_nothing(job, parsed):
     ids = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
     links = [a["href"] for tag, a in parsed.tags if tag == "a"]
     assert len(links) >= 6
@@ -66,7 +66,7 @@ def test_the_page_is_balanced_has_a_heading_for_each_link_and_asks_for_nothing_o
     assert job.page.stat().st_size < 500_000  # the megabyte of one line is not in it
 
 
-def test_hostile_texts_keys_domains_and_queries_are_text_and_nothing_else(parsed):
+def test_hostile_texts_keys_domains_and_queries_stay_text(parsed):
     assert f"{SCRIPT} and then some" in parsed.text
     assert one_line(HOSTILE_DOMAIN, 60) in parsed.text
     assert HOSTILE_KEY in parsed.text
@@ -84,7 +84,7 @@ def test_hostile_texts_keys_domains_and_queries_are_text_and_nothing_else(parsed
     assert "x" * 400 not in parsed.text
 
 
-def test_every_picture_says_what_it_is_and_every_table_has_headings(parsed):
+def test_every_figure_has_a_label_and_every_table_has_headings(parsed):
     pictures = [a for tag, a in parsed.tags if tag == "svg"]
     assert len(pictures) == 7  # coverage, throughput, two histograms, boxes, two matrices
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in pictures)
@@ -96,7 +96,7 @@ def test_every_picture_says_what_it_is_and_every_table_has_headings(parsed):
     assert "@media print" in parsed.css
 
 
-# --- its numbers ---
+# --- numbers ---
 
 
 def ids_in_order(parsed, heading):
@@ -108,7 +108,7 @@ def ids_in_order(parsed, heading):
     ]
 
 
-def test_the_run_section_says_what_the_store_recorded(job, parsed):
+def test_run_section_shows_what_the_store_recorded(job, parsed):
     with ProjectionStore(job.output) as store:
         counts = store.status_counts()
         assert f"Complete: {counts['ok']} of {N_DOCUMENTS} documents have a row" in parsed.text
@@ -125,17 +125,17 @@ def test_the_run_section_says_what_the_store_recorded(job, parsed):
         assert what in parsed.text
     for name in ("ok", "empty"):
         assert f"{name} {counts[name]}" in parsed.text
-    assert "rank 0" in parsed.text  # who computed a unit stands in the logs
+    assert "rank 0" in parsed.text  # from the logs
 
 
 def test_outliers_are_the_largest_norms_and_self_influences(job, parsed):
     with ProjectionStore(job.output) as store:
         norms = np.where(store.column("status") == STATUS["ok"], store.column("grad_norm"), -1)
-        own = np.nan_to_num(self_influence(store), nan=-1)
+        influence = np.nan_to_num(self_influence(store), nan=-1)
     n_rows = int((norms >= 0).sum())
     for heading, values in (
         ("They weigh most in every score", norms),
-        ("largest kfac score with them", own),
+        ("largest kfac score with them", influence),
     ):
         assert (
             ids_in_order(parsed, heading)[:n_rows]
@@ -143,7 +143,7 @@ def test_outliers_are_the_largest_norms_and_self_influences(job, parsed):
         )
 
 
-def test_each_query_has_its_best_and_worst_side_by_side_with_the_meaning(job, parsed):
+def test_each_query_shows_its_top_and_bottom_documents_side_by_side_with_the_meaning(job, parsed):
     with ProjectionStore(job.output) as store:
         rows = QueryProjector(store, recorded_config(job.output), "cpu").rows(
             read_queries(job.queries)
@@ -159,7 +159,7 @@ def test_each_query_has_its_best_and_worst_side_by_side_with_the_meaning(job, pa
     assert "Positive: training more on the document lowers the query's loss" in parsed.text
 
 
-def test_domains_stand_with_their_counts_and_losses(job, parsed):
+def test_domains_are_listed_with_their_counts_and_losses(job, parsed):
     stats = json.loads((job.output / "projection_stats.json").read_text())["by_domain"]
     for name, of_domain in stats.items():
         shown = re.escape(one_line(name, 60))
@@ -174,7 +174,7 @@ def test_domains_stand_with_their_counts_and_losses(job, parsed):
 # --- other stores ---
 
 
-def test_of_an_unfinished_store_it_says_what_is_missing_and_takes_a_score_that_needs_no_sums(
+def test_page_of_an_unfinished_store_lists_what_is_missing_and_uses_a_score_without_sums(
     job, tmp_path, capsys
 ):
     output = shutil.copytree(job.output, tmp_path / "out")
@@ -183,15 +183,13 @@ def test_of_an_unfinished_store_it_says_what_is_missing_and_takes_a_score_that_n
     assert code == 0
     assert str(output / "report.html") in said
     text = StrictPage((output / "report.html").read_text()).text
-    assert "Incomplete: 43 of 60 documents have a row; 16 are still to be computed." in text
+    assert "Incomplete: 43 of 60 documents have a row; 16 are not computed yet." in text
     assert "by id: 16-31" in text
     assert "Influence by cosine : cosine of the two projected gradients" in text
     assert "missing 16" in text
 
 
-def test_where_the_tars_are_gone_the_page_says_so_and_does_without(
-    job, tmp_path, capsys, monkeypatch
-):
+def test_page_is_made_without_texts_when_the_tars_are_gone(job, tmp_path, capsys, monkeypatch):
     output = shutil.copytree(job.output, tmp_path / "out")
     moved = tmp_path / "moved"
     job.tars.rename(moved)
@@ -205,13 +203,13 @@ def test_where_the_tars_are_gone_the_page_says_so_and_does_without(
         moved.rename(job.tars)
     assert (code, found, refused) == (0, 0, 2)
     assert "The documents' texts are not shown:" in text
-    assert "Give --shards where the tars lie now." in text
+    assert "Give --shards where the tars are now." in text
     assert "and then some" not in text
     assert "and then some" in with_texts
     assert "nowhere" in said
 
 
-def test_a_tar_that_has_changed_costs_its_texts_only(job, tmp_path, capsys):
+def test_changed_tar_only_costs_its_texts(job, tmp_path, capsys):
     tars = shutil.copytree(job.tars, tmp_path / "tars")
     data = bytearray((tars / "a.tar").read_bytes())
     data[: len(data) // 2] = bytes(len(data) // 2)
@@ -222,7 +220,7 @@ def test_a_tar_that_has_changed_costs_its_texts_only(job, tmp_path, capsys):
     assert "Some texts are not shown:" in StrictPage(path.read_text()).text
 
 
-def test_a_store_of_no_job_without_domains_and_without_any_row_is_shown_too(tmp_path, capsys):
+def test_store_without_job_domains_and_rows_is_shown(tmp_path, capsys):
     empty = Output(tmp_path / "empty")
     update_attributes(empty.store_path, {"domains": []})
     code, _, said = report(capsys, empty.path, "--score", "dot")
@@ -237,7 +235,7 @@ def test_a_store_of_no_job_without_domains_and_without_any_row_is_shown_too(tmp_
         assert words in text
 
 
-def test_documents_of_domains_that_the_store_does_not_name_are_damage(tmp_path, capsys):
+def test_domain_code_that_the_store_does_not_name_is_damage(tmp_path, capsys):
     filled = Output(tmp_path / "filled").fill()
     update_attributes(filled.store_path, {"domains": []})
     code, _, said = report(capsys, filled.path, "--score", "dot")
@@ -279,7 +277,7 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
     assert ids_in_order(StrictPage(path.read_text()), "Query 2: second") == pairs
 
 
-# --- mistakes ---
+# --- user errors ---
 
 
 @pytest.mark.parametrize(
@@ -295,7 +293,7 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
         (["--query", "x"], "unknown flag '--query'; did you mean --queries?"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(job, tmp_path, capsys, flags, message):
+def test_invalid_flags_are_rejected_in_one_line(job, tmp_path, capsys, flags, message):
     (tmp_path / "file").write_text("")
     flags = [flag.format(folder=tmp_path, file=tmp_path / "file") for flag in flags]
     code, _, said = report(capsys, job.output, *flags)
@@ -304,9 +302,7 @@ def test_what_is_wrong_is_said_in_one_line(job, tmp_path, capsys, flags, message
     assert len(said.strip().splitlines()) == 1
 
 
-def test_too_many_queries_for_a_page_and_a_query_that_cannot_be_asked_are_refused(
-    job, tmp_path, capsys
-):
+def test_too_many_queries_and_a_query_that_is_too_long_are_rejected(job, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps({"id": i, "text": "the of"}) + "\n" for i in range(201)))
     code, _, said = report(capsys, job.output, "--queries", path)

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: it shows, keeps to the window, prints, and runs nothing."""
+"""The report's page in a real browser: layout, print, no scripts."""
 
 import re
 import shutil
@@ -27,14 +27,14 @@ document.title = [document.documentElement.scrollWidth, window.innerWidth,
 </script></body>"""
 
 
-def test_in_a_browser_no_planted_script_runs_even_without_the_page_s_own_ban(page, tmp_path):
+def test_no_injected_script_runs_even_without_the_page_s_own_policy(page, tmp_path):
     unguarded = tmp_path / "unguarded.html"
     text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
     unguarded.write_text(text, encoding="utf-8")
     shown = browse(unguarded, tmp_path, "--dump-dom")
     assert "<title>gradproj report: " in shown
     assert "<title>owned" not in shown
-    # That a script would have run here, and changed the title, is seen from one of our own.
+    # Control: a script of our own does run there and changes the title.
     control = tmp_path / "control.html"
     control.write_text(text.replace("</body>", f"{SCRIPT}</body>"), encoding="utf-8")
     assert "<title>owned</title>" in browse(control, tmp_path, "--dump-dom")
@@ -44,7 +44,7 @@ def test_in_a_browser_no_planted_script_runs_even_without_the_page_s_own_ban(pag
 
 
 @pytest.mark.parametrize("width", [1366, 900])
-def test_in_a_browser_nothing_is_wider_than_the_window_or_leaves_its_cell(page, tmp_path, width):
+def test_nothing_is_wider_than_the_window_or_overflows_its_cell(page, tmp_path, width):
     measured = tmp_path / "measured.html"
     text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
     measured.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_in_a_browser_nothing_is_wider_than_the_window_or_leaves_its_cell(page, 
     assert background == "rgb(244, 245, 247)"
 
 
-def test_a_screenshot_shows_a_page_of_dark_text_and_pictures_on_light_ground(page, tmp_path):
+def test_screenshot_shows_dark_text_and_figures_on_a_light_background(page, tmp_path):
     from matplotlib.image import imread
 
     path = tmp_path / "shot.png"
@@ -69,12 +69,12 @@ def test_a_screenshot_shows_a_page_of_dark_text_and_pictures_on_light_ground(pag
         "a part of the page is blank"
     )
     coloured = np.ptp(picture, axis=2) > 0.2
-    assert coloured.mean() > 0.005  # the pictures
+    assert coloured.mean() > 0.005  # the figures
     assert (picture[:, :20] > 0.9).all()  # nothing runs out of the margin
     assert (picture[:, -20:] > 0.9).all()
 
 
-def test_printed_it_makes_pages_that_hold_every_section(page, tmp_path):
+def test_printed_pages_hold_every_section(page, tmp_path):
     path = tmp_path / "report.pdf"
     browse(page, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={path}")
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Laws of what the report is made of: distributions, times of units, scales, numbers."""
+"""Parts of the report: counts and histograms, times of units, figures, number formats."""
 
 import math
 import tracemalloc
@@ -24,7 +24,7 @@ from gradproj.report.figures import (
     throughput_chart,
     value_range,
 )
-from gradproj.report.number_format import digits, exponent_of, in_cell, listed, power, scaled
+from gradproj.report.number_format import digits, exponent_of, in_cell, json_numbers, power, scaled
 from gradproj.report.throughput import UnitTimes, throughput, unit_times
 from gradproj.store import STATUS
 from gradproj.store.unit_record import UnitRecord, encode_record, read_stats, record_name
@@ -51,7 +51,7 @@ def test_rows_are_counted_by_domain_and_status(made):
     assert counts.n_missing(0) is None
 
 
-def test_quantiles_are_numpy_s_to_half_a_percent_and_the_largest_norms_are_found(made):
+def test_quantiles_match_numpy_to_half_a_percent_and_the_largest_norms_are_found(made):
     ids = np.flatnonzero(ok_rows(made))
     with ProjectionStore(made.path) as store:
         got = distributions(store, [[0], [1], [-1]], 7)
@@ -67,7 +67,7 @@ def test_quantiles_are_numpy_s_to_half_a_percent_and_the_largest_norms_are_found
 
 
 def histogram_of(values):
-    """By the public way: a store whose losses are these."""
+    """Return the histogram of a store with these losses."""
     values = np.asarray(values, np.float32)
     columns = {
         "status": np.full(len(values), STATUS["ok"], np.uint8),
@@ -79,7 +79,7 @@ def histogram_of(values):
 
 
 def fake_store(n, columns):
-    """A store of which only columns are read; each is an array, or a function of the range."""
+    """Return a store with columns only; each is an array, or a function of the range."""
 
     class Fake(SimpleNamespace):
         def __len__(self):
@@ -92,7 +92,7 @@ def fake_store(n, columns):
     return Fake(column=column, domains=["only"], attributes={"complete": True}, layout=None)
 
 
-def test_a_histogram_counts_zeros_and_extremes_and_leaves_out_what_is_no_number():
+def test_histogram_counts_zeros_and_extremes_and_skips_non_finite_values():
     histogram = histogram_of([0.0, -0.0, 1e-30, 1.0, 2.0, 3e38, math.nan, math.inf])
     assert histogram.n == 6
     assert histogram.quantile(0) == 0
@@ -102,7 +102,7 @@ def test_a_histogram_counts_zeros_and_extremes_and_leaves_out_what_is_no_number(
     assert math.isnan(Histogram(np.zeros_like(histogram.counts)).quantile(0.5))
 
 
-def test_memory_does_not_grow_with_the_documents():
+def test_memory_does_not_grow_with_the_number_of_documents():
     n = 3_000_000
     columns = {
         "status": lambda a, b: np.full(b - a, STATUS["ok"], np.uint8),
@@ -147,7 +147,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_units_times_come_from_the_records_and_their_ranks_from_the_logs(folder):
+def test_unit_times_come_from_the_records_and_ranks_from_the_logs(folder):
     write_unit(folder, 0, 0, 1000.25, 10, 500)
     write_unit(folder, 1, 10, 1001.5, 20, 800)
     write_unit(folder, 2, 2, 1002.0, 5, 300, log="rank-{:05d}-slurm-70_1.log")
@@ -156,11 +156,11 @@ def test_units_times_come_from_the_records_and_their_ranks_from_the_logs(folder)
     # A unit that was computed twice: the record is of the second time.
     write_unit(folder, 0, 10, 2000.75, 10, 500)
     times = unit_times(folder)
-    assert times.ranks == ["2 of slurm-70_1", "10", "not known"]
+    assert times.ranks == ["2 of slurm-70_1", "10", "unknown"]
     assert [times.ranks[rank] for rank in times.rank] == [
         "10",
         "2 of slurm-70_1",
-        "not known",
+        "unknown",
         "10",
     ]
     assert times.n_tokens.tolist() == [800, 300, 100, 500]
@@ -169,7 +169,7 @@ def test_units_times_come_from_the_records_and_their_ranks_from_the_logs(folder)
     assert times.rank_s == 20 + 5 + 5 + 10
 
 
-def test_the_stats_of_a_record_are_read_without_its_columns_and_damage_is_named(folder):
+def test_record_stats_are_read_without_the_columns_and_damage_is_named(folder):
     write_unit(folder, 0, 0, 1000.25, 10, 500)
     path = folder / record_name(0)
     assert read_stats(path)["real_tokens"] == 500
@@ -188,32 +188,32 @@ def times_of(units, n_ranks):
     return UnitTimes(values[:, 0], values[:, 1], values[:, 2], values[:, 3].astype(int), ranks, 0)
 
 
-def test_throughput_keeps_every_token_and_spreads_a_unit_s_evenly():
-    found = throughput(times_of([(100, 110, 500, 0), (105, 125, 800, 1)], 2), n_bins=25)
-    seconds = found.edges_s[-1] / 25
-    assert found.total.sum() * seconds == pytest.approx(1300)
-    np.testing.assert_allclose(found.by_rank[0], [50] * 10 + [0] * 15, atol=1e-9)
-    np.testing.assert_allclose(found.by_rank[1], [0] * 5 + [40] * 20, atol=1e-9)
-    assert (found.from_s, found.to_s, found.pauses) == (100, 125, [])
+def test_throughput_keeps_every_token_and_spreads_a_unit_s_tokens_evenly():
+    speed = throughput(times_of([(100, 110, 500, 0), (105, 125, 800, 1)], 2), n_bins=25)
+    seconds = speed.edges_s[-1] / 25
+    assert speed.total.sum() * seconds == pytest.approx(1300)
+    np.testing.assert_allclose(speed.by_rank[0], [50] * 10 + [0] * 15, atol=1e-9)
+    np.testing.assert_allclose(speed.by_rank[1], [0] * 5 + [40] * 20, atol=1e-9)
+    assert (speed.from_s, speed.to_s, speed.pauses) == (100, 125, [])
 
 
-def test_long_idle_time_is_cut_out_and_short_is_not():
+def test_only_long_idle_time_is_cut_out():
     day = 86400.0
-    found = throughput(
+    speed = throughput(
         times_of([(0, 100, 10, 0), (300, 400, 10, 0), (day, day + 100, 30, 0)], 1), n_bins=50
     )
-    assert found.pauses == [(400, day - 400)]
-    assert found.edges_s[-1] == 500
-    assert found.total.sum() * 10 == pytest.approx(50)
-    assert found.total[10:30].sum() == 0
-    assert found.total[40:].sum() * 10 == pytest.approx(30)
+    assert speed.pauses == [(400, day - 400)]
+    assert speed.edges_s[-1] == 500
+    assert speed.total.sum() * 10 == pytest.approx(50)
+    assert speed.total[10:30].sum() == 0
+    assert speed.total[40:].sum() * 10 == pytest.approx(30)
     assert throughput(UnitTimes(*(np.empty(0),) * 3, np.empty(0, int), [], 0)) is None
 
 
-def test_of_very_many_ranks_the_picture_shows_the_fastest_the_median_and_the_slowest():
+def test_throughput_figure_of_many_ranks_shows_the_fastest_median_and_slowest():
     n = MOST_RANKS + 1
-    found = throughput(times_of([(0, 10, 10 * (rank + 1), rank) for rank in range(n)], n))
-    picture = throughput_chart(found, [str(rank) for rank in range(n)])
+    speed = throughput(times_of([(0, 10, 10 * (rank + 1), rank) for rank in range(n)], n))
+    picture = throughput_chart(speed, [str(rank) for rank in range(n)])
     words = [shape.text for shape in picture.shapes if shape.tag == "text"]
     assert {"fastest", "median", "slowest"} <= set(words)
     assert not [word for word in words if word.startswith("rank")]
@@ -221,14 +221,14 @@ def test_of_very_many_ranks_the_picture_shows_the_fastest_the_median_and_the_slo
     assert {"rank 0", "rank 1"} <= {shape.text for shape in few.shapes}
 
 
-# --- scales, colours, numbers ---
+# --- figures and number formats ---
 
 
 def words_of(drawing):
     return [shape.text for shape in drawing.shapes if shape.tag == "text"]
 
 
-def test_axes_have_round_numbers_inside_their_ends():
+def test_axes_have_round_ticks():
     linear = histogram_chart(histogram_of(np.linspace(0, 10, 1000)), "loss", "nats", log=False)
     assert [word for word in words_of(linear) if word.isdigit()][:6] == [
         "0",
@@ -244,7 +244,7 @@ def test_axes_have_round_numbers_inside_their_ends():
     assert {"5", "10", "20"} <= set(words_of(narrow))
 
 
-def test_axis_ends_leave_room_for_equal_values_and_cut_zeros_off_a_logarithmic_one():
+def test_axis_leaves_room_around_equal_values_and_a_logarithmic_one_cuts_zeros_off():
     assert value_range(1, 3, log=False) == (1, 3)
     assert value_range(2, 2, log=False) == (1.5, 2.5)
     assert value_range(0, 100, log=True) == (1e-6, 100)
@@ -253,7 +253,7 @@ def test_axis_ends_leave_room_for_equal_values_and_cut_zeros_off_a_logarithmic_o
     assert 0 < low < high
 
 
-def test_quantiles_in_boxes_lie_at_their_place_on_the_axis():
+def test_boxes_are_drawn_at_the_quantiles():
     values = histogram_of(np.linspace(0, 100, 20_001))
     panels = [("loss", False, [values, histogram_of([])])]
     drawing = boxes_chart(["all", "none"], panels, "boxes")
@@ -269,7 +269,7 @@ def test_quantiles_in_boxes_lie_at_their_place_on_the_axis():
         assert got == pytest.approx(left + (right - left) * (quantile - 5) / 90, abs=2)
 
 
-def test_bar_of_ids_is_white_where_rows_are_missing_and_joins_gaps_closer_than_a_pixel():
+def test_coverage_is_white_where_rows_are_missing_and_joins_gaps_closer_than_a_pixel():
     shapes = coverage_chart(1100, [(110, 220), (990, 1100)]).shapes
     gaps = [s.attributes["d"] for s in shapes if s.attributes.get("fill") == "#ffffff"]
     spans = [sorted({float(x) for x in d.replace("z", "").split()[1::3]}) for d in gaps]
@@ -301,7 +301,7 @@ def every_chart():
     ]
 
 
-def test_drawings_are_small_equal_on_every_call_and_refer_to_nothing():
+def test_drawings_are_small_deterministic_and_without_references():
     drawings = every_chart()
     assert drawings == every_chart()
     for drawing in drawings:
@@ -317,7 +317,7 @@ def test_drawings_are_small_equal_on_every_call_and_refer_to_nothing():
     assert "Википедия" in words
 
 
-def test_drawing_ignores_the_user_s_matplotlib_settings_and_leaves_them_as_they_are():
+def test_user_s_matplotlib_settings_neither_change_drawings_nor_are_changed():
     import matplotlib
 
     expected = every_chart()
@@ -328,7 +328,7 @@ def test_drawing_ignores_the_user_s_matplotlib_settings_and_leaves_them_as_they_
         assert dict(matplotlib.rcParams) == before
 
 
-def test_colours_are_white_at_zero_and_tell_the_sign_in_grey_too():
+def test_colours_are_white_at_zero_and_show_the_sign_in_greyscale():
     colours = diverging_colours()
     np.testing.assert_allclose(colours(0.5)[:3], 1, atol=0.01)
     grey = {share: sum(colours(0.5 + share / 2)[:3]) for share in (-1, -0.5, 0.5, 1)}
@@ -356,12 +356,12 @@ def test_numbers_in_cells_keep_their_sign_and_two_or_three_digits(value, shown):
     assert in_cell(value) == shown
 
 
-def test_numbers_are_read_with_ease_and_json_has_no_nan():
+def test_numbers_are_rounded_for_reading_and_json_has_no_nan():
     assert [digits(v) for v in (0, 1234.5, 0.0123456, 1.5e-7, math.nan, None)] == [
         "0", "1,234", "0.0123", "1.50e-07", "–", "–",
     ]  # fmt: skip
     assert [exponent_of([v]) for v in (0, 5, 0.02, 1e-7, 4e4)] == [0, 0, 0, -9, 3]
     assert scaled(1.234e-7, -9) == "+123.400"
     assert power(-9) == "10⁻⁹"
-    assert listed(np.array([[1, math.nan], [math.inf, 2]])) == [[1, None], [None, 2]]
+    assert json_numbers(np.array([[1, math.nan], [math.inf, 2]])) == [[1, None], [None, 2]]
     assert MISSING_UNIT == 2
