@@ -95,8 +95,8 @@ def outlier_tables(
     if len(seen.ids):
         about = (
             f"Documents with the largest {score} score with themselves: how much training on one "
-            "would lower its own loss. It is high for documents unlike the rest of the corpus, such as "
-            "noise, tables, or rare formats."
+            "would lower its own loss. It is high for documents unlike the rest of the corpus, "
+            "such as noise, tables, or rare formats."
         )
         column = f"self-influence, {unit}" if unit else "self-influence"
         tables.append(

@@ -230,7 +230,7 @@ def test_store_without_job_domains_and_rows_is_shown(tmp_path, capsys):
         "Incomplete: 0 of 70",
         "No document has a row yet.",
         "The corpus names no domains.",
-        "it is not an output of gradproj.run",
+        "the store is not an output of gradproj.run",
     ):
         assert words in text
 
