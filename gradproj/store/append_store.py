@@ -1,8 +1,8 @@
-"""A store that grows with a training run: rows in the order seen, a rank's in units of its own.
+"""A training run's store, which grows: each rank appends rows to units of its own.
 
-The layout is the job's, with the columns ``step`` and ``sample_id`` besides. Rank r of W writes the units r, W + r,
-2 W + r and so on, one after the other: no two processes share a file, and what one has written never waits for another.
-A unit that is not full is written again, whole, when more rows have come.
+The layout is the job's, plus the columns ``step`` and ``sample_id``. Rank r of W writes the units
+r, W + r, 2 W + r and so on: no two processes share a file or wait for each other. A unit that is
+not full is written again, whole, when it has more rows.
 """
 
 import fcntl
@@ -32,6 +32,7 @@ from gradproj.store.layout import (
     STORE_NAME,
     LayerSlice,
     StoreLayout,
+    column_chunk_path,
     empty_columns,
 )
 from gradproj.store.metadata import find_store, read_attributes, read_layout
@@ -39,63 +40,63 @@ from gradproj.store.reader import ProjectionStore
 from gradproj.store.writer import create_store, shard_chunks
 
 EXTRA = ("step", "sample_id")
-"""Columns, int64, that a job's store has not; -1 = none."""
+"""int64 columns that only training stores have; -1 = none."""
 
 SHARD_BYTES = 16_000_000
-"""Of a shard, unless its rows are given: a unit that is not full is cheap to write again."""
-LEAST_ROWS, MOST_ROWS = 16, 4096
+"""Default size of a shard. Small, because a unit that is not full is written again."""
+MIN_ROWS, MAX_ROWS = 16, 4096
 
 
 def choose_rows(row_bytes: int, rows_per_step: int, max_steps: int, world_size: int) -> int:
-    """Rows of a shard.
+    """Choose the rows of a shard.
 
-    With several ranks a rank's last unit stays empty at its end unless the run fills it: so, where a number of whole
-    steps divides the run, it is taken.
+    With several ranks, the end of each rank's last unit stays empty unless the run fills it. So a
+    shard has a number of whole steps that divides the run, if there is a suitable one.
 
     Args:
-        row_bytes: of a stored row.
-        rows_per_step: of one rank; 0 = not known.
-        max_steps: of the run; 0 = not known.
-        world_size: ranks.
+        row_bytes: bytes of a stored row.
+        rows_per_step: of one rank; 0 if unknown.
+        max_steps: steps of the run; 0 if unknown.
+        world_size: number of ranks.
     """
-    most = min(MOST_ROWS, max(LEAST_ROWS, SHARD_BYTES // row_bytes))
+    limit = min(MAX_ROWS, max(MIN_ROWS, SHARD_BYTES // row_bytes))
     if world_size == 1 or not rows_per_step:
-        return most
-    steps = max(1, most // rows_per_step)
-    even = [n for n in range(1, min(steps, max_steps) + 1) if max_steps % n == 0]
-    best = max(even, default=0)
-    # One row a shard, for a run of a prime number of steps, would be worse than places left empty.
+        return limit
+    steps = max(1, limit // rows_per_step)
+    divisors = (n for n in range(1, min(steps, max_steps) + 1) if max_steps % n == 0)
+    best = max(divisors, default=0)
+    # A prime number of steps would give shards of one step: worse than a unit's empty end.
     return rows_per_step * (best if best and (8 * best >= steps or best == max_steps) else steps)
 
 
 def create_row_store(
     folder: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray
 ) -> None:
-    """Make an empty store in ``folder``, under another name first.
+    """Make an empty store in ``folder``, and publish it by a rename.
 
     Args:
-        folder: made if it is not there.
-        layout: its ``column_rows`` are its ``rows_per_shard``, so that a unit's files are its own.
+        folder: made if it does not exist.
+        layout: its ``column_rows`` equal its ``rows_per_shard``, so that units share no file.
         attributes: of the group.
-        matrices: as ``pack_matrices`` gives them.
+        matrices: packed by ``pack_matrices``.
 
     Raises:
         StoreError: the folder cannot be written.
     """
-    making = folder / "tmp" / "new"
+    unfinished = folder / "tmp" / "new"
     with explain_os_errors(folder):
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        create_store(making / STORE_NAME, layout, attributes, matrices)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        create_store(unfinished / STORE_NAME, layout, attributes, matrices)
         for name in EXTRA:
-            _add_column(making / STORE_NAME, name)
-        os.rename(making / STORE_NAME, folder / STORE_NAME)
-        making.rmdir()
+            _add_column(unfinished / STORE_NAME, name)
+        os.rename(unfinished / STORE_NAME, folder / STORE_NAME)
+        unfinished.rmdir()
         fsync_dir(folder)
 
 
 def _add_column(store: Path, name: str) -> None:
-    """An int64 column with the shape and chunks of ``tar``."""
+    """Add an int64 column with the shape and chunks of ``tar``."""
     metadata = json.loads((store / "tar" / "zarr.json").read_text())
     metadata |= {"data_type": "int64", "fill_value": -1}
     (store / name).mkdir()
@@ -103,12 +104,12 @@ def _add_column(store: Path, name: str) -> None:
 
 
 class AppendStore:
-    """One rank's part of a run's store, open for writing.
+    """One rank's part of a training run's store, open for writing.
 
     Args:
-        folder: holds the store, which exists.
-        rank: of this process.
-        world_size: processes that write.
+        folder: the folder of the store, which exists.
+        rank: the rank of this process.
+        world_size: number of processes that write.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
@@ -121,22 +122,23 @@ class AppendStore:
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True)
         self._number = self._filled = self._written = 0
-        self._unsafe: set[Path] = set()
+        self._unflushed: set[Path] = set()
         self._stored = np.empty((0, 0))
         self._columns: dict[str, np.ndarray] = {}
         self._open_unit(0)
 
     @property
     def n_rows(self) -> int:
-        """This rank's, written or not."""
+        """Rows of this rank, written or not."""
         return self._number * self._height + self._filled
 
     def add(self, rows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """Put rows after those before; full units go to disk.
+        """Append rows. Full units are written to disk.
 
         Args:
             rows: ``(n, D)`` float32.
-            columns: of these rows: ``status``, ``loss``, ``n_tokens``, ``grad_norm``, ``step``, ``sample_id``.
+            columns: ``status``, ``loss``, ``n_tokens``, ``grad_norm``, ``step`` and ``sample_id``
+                of these rows.
         """
         stored, scale = encode_rows(rows, self.layout.proj_dtype)
         bad = columns["status"] == STATUS["non_finite"]
@@ -155,31 +157,31 @@ class AppendStore:
                 self._open_unit(self._number + 1)
 
     def flush(self) -> None:
-        """Write the open unit as far as it is. A reader sees its rows from here on, and a kill cannot take them."""
+        """Write the open unit's rows: readers see them, and a kill of this process loses none."""
         if self.n_rows == self._written or not self._filled:
             return
         self._write_unit()
         self._written = self.n_rows
 
     def fsync(self) -> None:
-        """As ``flush``, and a loss of power cannot take them either: before a checkpoint that counts on them."""
+        """Write all rows and flush them to disk, before a checkpoint that counts on them."""
         self.flush()
         with explain_os_errors(self._store):
-            for path in self._unsafe:
+            for path in self._unflushed:
                 fsync_file(path)
-            for folder in {path.parent for path in self._unsafe}:
+            for folder in {path.parent for path in self._unflushed}:
                 fsync_dir(folder)
-        self._unsafe.clear()
+        self._unflushed.clear()
 
     def cut(self, n_rows: int) -> None:
-        """Keep this rank's first rows only, and go on after them.
+        """Keep this rank's first ``n_rows`` rows only, and append after them.
 
         Raises:
-            StoreError: they are not all there.
+            StoreError: some of them are lost.
         """
         number, kept = divmod(n_rows, self._height)
         last = self._unit(number)
-        self._refuse_lost(n_rows)
+        self._check_rows_exist(n_rows)
         self._open_unit(number)
         self.extend()
         if kept:
@@ -194,22 +196,22 @@ class AppendStore:
         self._written = n_rows
 
     def extend(self) -> None:
-        """Have the store long enough for this rank's rows: after all ranks' ``cut``, in which one sets its length."""
-        wanted = self._length_with(self._number)
+        """Lengthen the store for this rank's rows. Call it after all ranks' ``cut``."""
+        length = self._length_with(self._number)
         with self._lock.open("w") as lock:
-            # Ranks that are not in step would take each other's length back.
+            # Ranks extend at different times; without a lock a shorter length could win.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._n_samples() < wanted:
-                self._set_length(wanted)
+            if self._n_samples() < length:
+                self._set_length(length)
 
     def n_rows_to(self, step: int) -> int:
-        """How many of this rank's rows on disk are of steps up to this one; steps ascend.
+        """Count this rank's rows on disk of steps up to ``step``; steps ascend.
 
         Raises:
             StoreError: rows of the last steps before it were never written.
         """
         n_rows, number, last = 0, 0, -1
-        while (path := self._store / "step" / f"c.{self._unit(number)}").exists():
+        while (path := column_chunk_path(self._store, "step", self._unit(number))).exists():
             steps = np.fromfile(path, "<i8")
             n_rows += int(((steps >= 0) & (steps <= step)).sum())
             last = max(last, int(steps.max()))
@@ -218,7 +220,7 @@ class AppendStore:
         return n_rows
 
     def close(self) -> None:
-        """Write what is left. What a rank's last unit has no row for is marked as such, or cut off."""
+        """Write all rows. The empty end of the last unit is cut off or marked as not selected."""
         if self._filled:
             self._columns["status"][self._filled :] = STATUS["not_selected"]
             self._write_unit()
@@ -231,7 +233,7 @@ class AppendStore:
     # --- units ---
 
     def _unit(self, number: int) -> int:
-        """The store's number of this rank's unit."""
+        """Return the store-wide number of a unit of this rank."""
         return number * self._world_size + self._rank
 
     def _open_unit(self, number: int) -> None:
@@ -242,29 +244,31 @@ class AppendStore:
         self._columns |= {name: np.full(self._height, -1, np.int64) for name in EXTRA}
 
     def _write_unit(self) -> None:
-        """Shard first, status last: a row shows once all of it is there."""
-        unit, folder = self._unit(self._number), self._store
+        """Write the shard first and the status last, so that readers see whole rows only."""
+        unit = self._unit(self._number)
         rows = self._stored[: self._filled]
-        self._put(folder / "projections" / f"c.{unit}.0", shard_chunks(rows, self.layout))
+        self._replace(self._shard_path(unit), shard_chunks(rows, self.layout))
         self.extend()
         for name in (*EXTRA, *COLUMNS):
-            file_name = f"c.{unit}.0" if name == "key" else f"c.{unit}"
-            self._put(
-                folder / name / file_name, [self._columns[name].view(np.uint8).reshape(-1).data]
-            )
+            content = self._columns[name].view(np.uint8).reshape(-1).data
+            self._replace(column_chunk_path(self._store, name, unit), [content])
 
-    def _put(self, path: Path, chunks: Iterable[Any]) -> None:
-        """Write a file and put it in its place; it is flushed to disk by ``fsync``."""
+    def _shard_path(self, unit: int) -> Path:
+        return self._store.parent / self.layout.shard_name(unit)
+
+    def _replace(self, path: Path, chunks: Iterable[Any]) -> None:
+        """Write a file and rename it to ``path``. ``fsync`` flushes it later."""
         temporary = temporary_beside(path, self._scratch)
         with explain_os_errors(path):
             with temporary.open("wb") as file:
                 file.writelines(chunks)
                 if path.exists():
-                    # What goes may be on the disk for good, and a checkpoint count on it: so must be what comes.
+                    # A checkpoint may count on the old file, so the new one is flushed before the
+                    # rename.
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(temporary, path)
-        self._unsafe.add(path)
+        self._unflushed.add(path)
 
     def _read_back(self, unit: int, kept: int) -> None:
         first = unit * self._height
@@ -274,10 +278,11 @@ class AppendStore:
             for name in COLUMNS:
                 self._columns[name][:kept] = store.column(name, first, first + kept)
         for name in EXTRA:
-            self._columns[name][:kept] = np.fromfile(self._store / name / f"c.{unit}", "<i8")[:kept]
+            values = np.fromfile(column_chunk_path(self._store, name, unit), "<i8")
+            self._columns[name][:kept] = values[:kept]
         self._filled = kept
 
-    def _refuse_lost(self, n_rows: int) -> None:
+    def _check_rows_exist(self, n_rows: int) -> None:
         length = self._n_samples()
         with ProjectionStore(self._store) as store:
             for number in range(-(-n_rows // self._height)):
@@ -285,58 +290,62 @@ class AppendStore:
                 stop = first + min(self._height, n_rows - number * self._height)
                 if stop > length or not store.column("status", first, stop).all():
                     raise StoreError(
-                        f"{self._store}: rows {first} to {stop - 1}, which the checkpoint counts on, are not all "
-                        "there. Train without --resume, into a new --result_dir"
+                        f"{self._store}: rows {first} to {stop - 1}, which the checkpoint counts "
+                        "on, are not all there. Train without --resume, into a new --result_dir"
                     )
 
     def _units_on_disk(self) -> list[int]:
-        found = {
+        units = {
             int(path.name.split(".")[1])
             for name in (*COLUMNS, *EXTRA, "projections")
             for path in (self._store / name).glob("c.*")
         }
-        return sorted(unit for unit in found if unit % self._world_size == self._rank)
+        return sorted(unit for unit in units if unit % self._world_size == self._rank)
 
     def _remove(self, unit: int) -> None:
-        for name in (*reversed(COLUMNS), *EXTRA, "projections"):
-            for path in (self._store / name / f"c.{unit}", self._store / name / f"c.{unit}.0"):
-                path.unlink(missing_ok=True)
-                self._unsafe.discard(path)
+        """Delete a unit's files, the status first: its rows must not look complete meanwhile."""
+        columns = [
+            column_chunk_path(self._store, name, unit) for name in (*reversed(COLUMNS), *EXTRA)
+        ]
+        for path in (*columns, self._shard_path(unit)):
+            path.unlink(missing_ok=True)
+            self._unflushed.discard(path)
 
     # --- length ---
 
     def _length_with(self, number: int) -> int:
-        """Rows that the store has places for once every rank's units up to this one are there."""
+        """Return the store's length with every rank's units up to this one."""
         return (number + 1) * self._world_size * self._height
 
     def _n_samples(self) -> int:
         return read_layout(self._store).n_samples
 
     def _set_length(self, n_samples: int) -> None:
-        """Change the arrays' shape; a reader takes the store's from ``projections``, which is never ahead."""
-        now = self._n_samples()
+        """Change the length of all arrays."""
+        # Readers use that of ``projections``, which is therefore never longer than the columns.
+        current = self._n_samples()
         names = [*COLUMNS, *EXTRA, "projections"]
-        for name in names if n_samples > now else reversed(names):
+        for name in names if n_samples > current else reversed(names):
             path = self._store / name / "zarr.json"
             metadata = json.loads(path.read_text())
             if metadata["shape"][0] != n_samples:
                 metadata["shape"][0] = n_samples
-                self._put(path, [json.dumps(metadata, indent=2).encode()])
+                self._replace(path, [json.dumps(metadata, indent=2).encode()])
 
 
 def holds_rows(folder: Path) -> bool:
-    """Whether anything was written to the store in a folder; a store that is not there holds nothing."""
+    """Return whether there is a store in the folder with any rows."""
     return any((folder / STORE_NAME / "status").glob("c.*"))
 
 
 def check_same(folder: Path, attributes: Mapping[str, Any]) -> None:
-    """Refuse to go on with a store that was made with other settings.
+    """Refuse to continue a store that was made with other settings.
 
     Raises:
-        StoreError: every difference.
+        StoreError: lists every difference.
     """
     mismatch = settings_mismatch(
-        f"cannot go on with {folder}: it was made with other settings",
+        f"cannot continue {folder}: it was made with other settings",
         read_attributes(find_store(folder))["identity"],
         attributes["identity"],
         "Resume with the same settings, or give --result_dir a new path",
@@ -346,5 +355,5 @@ def check_same(folder: Path, attributes: Mapping[str, Any]) -> None:
 
 
 def layers_as_json(layers: list[LayerSlice]) -> list[dict[str, Any]]:
-    """The attribute ``layers``."""
+    """Return the attribute ``layers``."""
     return [asdict(layer) for layer in layers]

@@ -1,8 +1,8 @@
-"""A table that grows: columns of a Zarr group, rows appended while a run goes on, cut where it resumes.
+"""A table that grows: a Zarr group with an array a column. Rows are appended, and cut on resume.
 
-One process owns it. Every file is on the disk for good before the next one is changed, and ``n_rows`` in the group's
-attributes comes last: what a crash left behind it is cut off at the next opening. Chunks are written here, as they are
-in memory: zarr-python would change files in place, and a crash tear them.
+One process owns it. Each file is flushed before the next one is changed, and ``n_rows`` in the
+group's attributes is written last: the next opening cuts off what a crash left after it. Chunks
+are written here, because zarr-python changes files in place and a crash could tear them.
 """
 
 import json
@@ -33,12 +33,13 @@ class AppendTable:
     """A Zarr v3 group at ``path`` with one array a column, all of ``n_rows`` rows.
 
     Args:
-        path: the group's folder, made where it is missing.
-        columns: what the arrays are.
-        attributes: kept in the group; a table that is there already must have the same.
+        path: the group's folder, made if it does not exist.
+        columns: the arrays.
+        attributes: of the group. An existing table must have the same.
 
     Raises:
-        StoreError: another table, a damaged one, or something else is there; or the folder cannot be written.
+        StoreError: there is another table, a damaged one or something else; or the folder cannot
+            be written.
     """
 
     def __init__(self, path: str | Path, columns: Columns, attributes: Mapping[str, Any]) -> None:
@@ -48,29 +49,27 @@ class AppendTable:
             if (self.path / "zarr.json").is_file():
                 self._check(attributes)
             elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise StoreError(
-                    f"{self.path} is there and is not a Zarr group; give another folder"
-                )
+                raise StoreError(f"{self.path} exists and is no Zarr group; give another folder")
             else:
                 self._create(attributes)
         self.n_rows = int(self._metadata(self.path)["attributes"]["n_rows"])
         self.cut(self.n_rows)
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Add rows: every column's values, all of one length."""
+        """Append rows: every column's values, all of one length."""
         stop = self.n_rows + len(next(iter(columns.values())))
         with explain_os_errors(self.path):
             for name in self._columns:
                 self._write_chunks(name, columns[name])
                 self._set_length(name, stop)
-            self._note(stop)
+            self._set_n_rows(stop)
 
     def cut(self, n_rows: int) -> None:
         """Drop the rows from ``n_rows`` on."""
         with explain_os_errors(self.path):
-            # The count comes first where rows go, and last where they come.
+            # The count is written before rows are dropped, and after rows are appended.
             if n_rows < self.n_rows:
-                self._note(n_rows)
+                self._set_n_rows(n_rows)
             for name in self._columns:
                 self._set_length(name, n_rows)
                 for path in (self.path / name).glob("c.*"):
@@ -78,33 +77,28 @@ class AppendTable:
                         path.unlink()
 
     def read(self, name: str) -> np.ndarray:
-        """A whole column."""
+        """Read a whole column."""
         return np.asarray(zarr.open_array(str(self.path / name), mode="r")[:])
 
     def _write_chunks(self, name: str, values: np.ndarray) -> None:
-        """The values after the ``n_rows`` that are there; the chunk in which they begin is written again."""
+        """Write values after row ``n_rows``; the chunk that they begin in is written again."""
         (dtype, width), first = self._columns[name], self.n_rows // ROWS_PER_CHUNK
         shape = (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
         block = np.full(shape, np.nan if dtype.kind == "f" else -1, dtype.newbyteorder("<"))
         filled = self.n_rows % ROWS_PER_CHUNK
         if filled:
-            block[:filled] = np.fromfile(self._chunk(name, first), block.dtype).reshape(shape)[
-                :filled
-            ]
+            chunk = np.fromfile(self._chunk(name, first), block.dtype).reshape(shape)
+            block[:filled] = chunk[:filled]
         for at in range(-filled, len(values), ROWS_PER_CHUNK):
             part = values[max(0, at) : at + ROWS_PER_CHUNK]
             start = max(0, -at)
             block[start : start + len(part)] = part
-            write_and_replace(
-                self._chunk(name, first + (at + filled) // ROWS_PER_CHUNK), [block.tobytes()]
-            )
+            number = first + (at + filled) // ROWS_PER_CHUNK
+            write_and_replace(self._chunk(name, number), [block.tobytes()])
 
     def _chunk(self, name: str, number: int) -> Path:
-        return (
-            self.path
-            / name
-            / (f"c.{number}" if self._columns[name][1] is None else f"c.{number}.0")
-        )
+        has_width = self._columns[name][1] is not None
+        return self.path / name / (f"c.{number}.0" if has_width else f"c.{number}")
 
     def _set_length(self, name: str, n_rows: int) -> None:
         metadata = self._metadata(self.path / name)
@@ -113,7 +107,7 @@ class AppendTable:
             _write_json(self.path / name, metadata)
 
     def _create(self, attributes: Mapping[str, Any]) -> None:
-        # Under another name until it is whole: a run killed here starts again as if it had never been.
+        # Under another name until it is whole, so that a kill leaves no unfinished table.
         unfinished = temporary_beside(self.path)
         unfinished.mkdir(parents=True)
         group = zarr.create_group(str(unfinished), attributes={**attributes, "n_rows": 0})
@@ -121,9 +115,15 @@ class AppendTable:
             shape = (0,) if width is None else (0, width)
             chunks = (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
             group.create_array(
-                name, shape=shape, chunks=chunks, dtype=dtype, fill_value=np.nan if dtype.kind == "f" else -1,
-                compressors=None, filters=None, chunk_key_encoding={"name": "default", "separator": "."},
-            )  # fmt: skip
+                name,
+                shape=shape,
+                chunks=chunks,
+                dtype=dtype,
+                fill_value=np.nan if dtype.kind == "f" else -1,
+                compressors=None,
+                filters=None,
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
         fsync_tree(unfinished)
         unfinished.replace(self.path)
         fsync_dir(self.path.parent)
@@ -150,11 +150,11 @@ class AppendTable:
             return {"attributes": {}, **json.loads((folder / "zarr.json").read_bytes())}
         except (FileNotFoundError, ValueError) as error:
             raise StoreError(
-                f"{self.path} is damaged ({folder.name}/zarr.json: {error}): delete it, and train without --resume "
-                "into a new folder"
+                f"{self.path} is damaged ({folder.name}/zarr.json: {error}): delete it, and train "
+                "without --resume into a new folder"
             ) from error
 
-    def _note(self, n_rows: int) -> None:
+    def _set_n_rows(self, n_rows: int) -> None:
         metadata = self._metadata(self.path)
         metadata["attributes"]["n_rows"] = n_rows
         _write_json(self.path, metadata)
@@ -162,17 +162,18 @@ class AppendTable:
 
 
 def refuse_gap(path: Path, last_step: int, resume_step: int) -> None:
-    """Refuse to go on from a step before which rows were lost, which nobody would see afterwards.
+    """Refuse to resume from a step before which rows were lost: later the gap could not be seen.
 
     Raises:
-        StoreError: the last step that has rows (-1: none) comes before ``resume_step``, which is not 0, the beginning.
+        StoreError: ``last_step``, the last with rows (-1 for none), is before ``resume_step``,
+            which is not 0.
     """
     if last_step < resume_step and resume_step > 0:
         has = f"ends with step {last_step}" if last_step >= 0 else "has no row"
         raise StoreError(
-            f"{path} {has}, so the rows up to step {resume_step}, from which training is to go on, are not all there: "
-            "go on from a checkpoint of that step, or begin in a new result_dir. A loop of your own calls "
-            "engine.state_dict() before it saves a checkpoint"
+            f"{path} {has}, so the rows up to step {resume_step}, from which training resumes, are "
+            "not all there: resume from a checkpoint of that step, or start in a new result_dir. A "
+            "loop of your own calls engine.state_dict() before it saves a checkpoint"
         )
 
 

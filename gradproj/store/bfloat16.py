@@ -1,7 +1,7 @@
 """bfloat16: conversion in numpy, and the Zarr data type of that name.
 
-numpy has no bfloat16, so an array of it is read and written as its uint16 bits. tensorstore and other readers
-see true bfloat16; plain zarr-python sees the array once ``gradproj.store`` is imported.
+numpy has no bfloat16, so such an array is read and written as uint16 bits. tensorstore and other
+readers have a bfloat16 type. Plain zarr-python opens the array once ``gradproj.store`` is imported.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NAN_BITS = 0x7FC0
 
 
 def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """uint16 bits of float32 values, rounded to the nearest, ties to even; every NaN becomes one quiet NaN."""
+    """Round float32 values to bfloat16, ties to even, as uint16 bits. All NaN become 0x7FC0."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = NAN_BITS
@@ -25,7 +25,7 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """float32 values of uint16 bits, exactly."""
+    """Convert uint16 bits to float32 values; exact."""
     wide = bits.astype(np.uint32)
     wide <<= 16
     return wide.view(np.float32)
@@ -33,7 +33,7 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemSize):
-    """Zarr's ``bfloat16`` over numpy's uint16. Its scalars are bits: the fill value NaN is 0x7FC0."""
+    """Zarr's ``bfloat16`` as numpy's uint16. Scalars are bits: the fill value NaN is 0x7FC0."""
 
     dtype_cls: ClassVar[Any] = np.dtypes.UInt16DType
     _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
@@ -44,7 +44,7 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemS
 
     @classmethod
     def from_native_dtype(cls, dtype: np.dtype) -> Self:
-        # uint16 must go on meaning uint16, so this type is only ever chosen by name.
+        # A numpy uint16 must stay Zarr's uint16, so this type is chosen by name only.
         raise DataTypeValidationError(f"bfloat16 cannot be inferred from the numpy type {dtype}")
 
     def to_native_dtype(self) -> Any:
@@ -69,7 +69,7 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemS
         return isinstance(data, (int, float, np.integer, np.floating))
 
     def cast_scalar(self, data: object) -> np.uint16:
-        """Bits (uint16) stay as they are; any other number is rounded to bfloat16."""
+        """Return uint16 bits unchanged; round any other number to bfloat16."""
         if isinstance(data, np.uint16):
             return data
         if not self._check_scalar(data):
@@ -94,6 +94,6 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness, HasItemS
 
 
 def register() -> None:
-    """Make zarr-python know bfloat16, unless somebody taught it already."""
+    """Register bfloat16 with zarr-python, unless another package has."""
     if "bfloat16" not in data_type_registry.contents:
         data_type_registry.register("bfloat16", BFloat16)

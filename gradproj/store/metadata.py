@@ -1,4 +1,4 @@
-"""Finding a store on disk and reading what it is from its own Zarr metadata, without opening any array."""
+"""A store's Zarr metadata: finds the store on disk and reads its attributes and layout."""
 
 import errno
 import json
@@ -19,13 +19,17 @@ from gradproj.store.layout import (
 )
 
 _WAY_OUT = (
-    "Put that file back from a copy (OUTPUT/metadata.json keeps the attributes); no row is lost with it. Then "
-    "`python -m gradproj verify` tells of other damage"
+    "Restore that file from a copy (OUTPUT/metadata.json has the attributes); no row is lost with "
+    "it. Then `python -m gradproj verify` shows other damage"
 )
 
 
 def find_store(path: str | Path) -> Path:
-    """The ``projections.zarr`` meant by ``path``, which is that folder or the one above it."""
+    """Return the ``projections.zarr`` at ``path`` or in it.
+
+    Raises:
+        StoreError: there is none.
+    """
     path = Path(path)
     for candidate in (path / STORE_NAME, path):
         if (candidate / "zarr.json").is_file():
@@ -39,26 +43,32 @@ def find_store(path: str | Path) -> Path:
 
 
 def read_attributes(store_path: Path) -> dict[str, Any]:
-    """The group's attributes, once it is known that this gradproj can read them."""
+    """Read the group's attributes.
+
+    Raises:
+        StoreError: they are damaged, not a gradproj store's, or of a newer format.
+    """
     attributes = _read_json(store_path / "zarr.json", store_path).get("attributes", {})
     if not isinstance(attributes, dict):
         raise _no_metadata(store_path / "zarr.json", "its attributes are no object")
     version = attributes.get("format_version")
     if not isinstance(version, int) or "layers" not in attributes:
         raise StoreError(
-            f"{store_path} is a Zarr group but not a gradproj store: it has no format_version or layers"
+            f"{store_path} is a Zarr group but not a gradproj store: it has no format_version or "
+            "layers"
         )
     if version > FORMAT_VERSION:
         raise StoreError(
-            f"{store_path} has format {version}, newer than the {FORMAT_VERSION} this gradproj reads: update gradproj"
+            f"{store_path} has format {version}, newer than the {FORMAT_VERSION} this gradproj "
+            "reads: update gradproj"
         )
     return attributes
 
 
 class WhichStore:
-    """Tells the store at a path from another one that was made there since; cheap enough to ask for every unit.
+    """Identifies the store that is at a path now. Cheap enough to call for every unit.
 
-    Threads may ask together.
+    Several threads may call it.
     """
 
     def __init__(self, store_path: Path) -> None:
@@ -66,7 +76,9 @@ class WhichStore:
         self._seen: tuple[tuple[int, ...], tuple[Any, Any]] | None = None
 
     def __call__(self) -> tuple[Any, Any] | None:
-        """``(identity_hash, store_id)`` of the store that is there now, each None where it has none; None: no store.
+        """Return ``(identity_hash, store_id)`` of the store; None if there is no store.
+
+        Either is None if the store has no such attribute.
 
         Raises:
             StoreError: it cannot be read.
@@ -77,16 +89,16 @@ class WhichStore:
             except FileNotFoundError:
                 return None
             except (OSError, ValueError) as error:
-                # Over NFS a file that a merge elsewhere replaces can go between its opening and its reading.
+                # On NFS a file that another machine replaces may vanish between open and read.
                 if not again or getattr(error, "errno", None) != errno.ESTALE:
                     raise StoreError(f"cannot read {self._path} ({error})") from error
         raise AssertionError("unreachable")
 
     def _read(self) -> tuple[Any, Any]:
-        # Opened, not only looked at: over NFS an open asks the server, whatever this machine remembers.
+        # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
         with open(self._path, "rb") as file:
-            found, seen = os.fstat(file.fileno()), self._seen
-            stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+            stat, seen = os.fstat(file.fileno()), self._seen
+            stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if seen is None or seen[0] != stamp:
                 content = json.load(file)
                 attributes = content.get("attributes", {}) if isinstance(content, dict) else None
@@ -98,7 +110,7 @@ class WhichStore:
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
-    """The attribute ``layers``; keys that a later gradproj added to them are left aside.
+    """Return the attribute ``layers``; keys that a later gradproj added to a layer are ignored.
 
     Raises:
         StoreError: it is no list of layers.
@@ -110,15 +122,17 @@ def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
         ]
     except (KeyError, TypeError) as error:
         raise StoreError(
-            f"zarr.json is damaged: its attribute layers is no list of layers ({error!r}). {_WAY_OUT}"
+            f"zarr.json is damaged: its attribute layers is no list of layers ({error!r}). "
+            f"{_WAY_OUT}"
         ) from error
 
 
 def read_layout(store_path: Path) -> StoreLayout:
-    """The layout as the arrays' metadata have it, whoever wrote them.
+    """Read the layout from the arrays' metadata, by any writer.
 
     Raises:
-        StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known type.
+        StoreError: an array is missing, or ``projections`` is not a sharded 2-D array of a known
+            type.
     """
     path = store_path / "projections" / "zarr.json"
     rows = _read_json(path, store_path)
@@ -134,7 +148,7 @@ def read_layout(store_path: Path) -> StoreLayout:
                 f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}"
             )
         inner = sharding["configuration"]
-        for key in ("index_codecs", "codecs"):  # which the reader of shards goes by
+        for key in ("index_codecs", "codecs"):  # the shard reader needs their names
             [codec["name"] for codec in inner[key]]
         rows["chunk_key_encoding"].get("configuration", {}).get("separator")
         n_samples, dim = rows["shape"]
@@ -154,7 +168,7 @@ def read_layout(store_path: Path) -> StoreLayout:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """What a file of metadata lacks becomes a ``StoreError`` that names it."""
+    """Turn errors of reading damaged metadata into a StoreError that names the file."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -171,7 +185,8 @@ def _read_json(path: Path, store_path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise StoreError(
-            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). {_WAY_OUT}"
+            f"{store_path} is damaged or not a gradproj store: cannot read {path} ({error}). "
+            f"{_WAY_OUT}"
         ) from error
     if not isinstance(content, dict):
         raise _no_metadata(path, "it holds no JSON object")

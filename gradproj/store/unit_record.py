@@ -1,7 +1,7 @@
-"""A unit's record: what is committed after its shard, and the only word that the unit is done.
+"""A unit's record: committed after its shard; a unit is done if and only if its record exists.
 
-The format is safetensors (any of its readers opens a record), with a crc32c of the whole file in the header's
-metadata, so that a torn or flipped record is never taken for a whole one.
+A record is a safetensors file, which any safetensors reader opens, with a crc32c of the whole file
+in the header's metadata. So a torn or altered record is always detected.
 """
 
 import json
@@ -28,7 +28,7 @@ _DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.uint8): "U8",
 }
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-# The checksum stands first, in 8 hexadecimal digits at one place in every record, and is computed with zeros there.
+# The checksum comes first, as 8 hexadecimal digits at a fixed offset, and is computed with "0" there.
 _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
@@ -40,7 +40,7 @@ _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
 @dataclass
 class UnitRecord:
-    """What one unit adds to the store besides its shard."""
+    """A unit's columns, statistics and covariance sums, and the checksum of its shard."""
 
     unit: int
     start: int
@@ -48,27 +48,27 @@ class UnitRecord:
     identity: str
     """Hash of the settings that the rows depend on."""
     shard: dict[str, int] | None
-    """``{"bytes", "crc32c"}`` of the shard file; None when no row of the unit is stored."""
+    """``{"bytes", "crc32c"}`` of the shard file; None if no row of the unit is stored."""
     columns: dict[str, np.ndarray]
     """Every column of ``layout.COLUMNS`` for the unit's rows."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """Anything JSON: seconds, tokens, who wrote it."""
+    """JSON: seconds, tokens, the process that wrote it."""
     token_covariances: dict[str, np.ndarray] = field(default_factory=dict)
-    """``a`` and ``s``: the layers' k x k sums over tokens, flat, one after the other."""
+    """``a`` and ``s``: each layer's k x k sum over tokens, flat, one after the other."""
 
 
 def record_name(unit: int) -> str:
-    """A unit's record, relative to OUTPUT."""
+    """Return the path of a unit's record, relative to the output directory."""
     return f"units/{unit:08d}.safetensors"
 
 
 def list_records(units_dir: str | Path) -> np.ndarray:
-    """Units that have a record, sorted, int64; none when the folder does not exist yet."""
+    """Return the units that have a record, sorted int64; none if the folder does not exist."""
     return _units_named(units_dir, _RECORD_NAME)
 
 
 def list_shards(projections_dir: str | Path) -> np.ndarray:
-    """Units that have a shard, recorded or not, sorted, int64; none when the folder does not exist."""
+    """Return the units that have a shard, recorded or not, sorted int64."""
     return _units_named(projections_dir, _SHARD_NAME)
 
 
@@ -84,10 +84,10 @@ def _units_named(folder: str | Path, name: re.Pattern[str]) -> np.ndarray:
 
 
 def encode_record(record: UnitRecord) -> bytes:
-    """The bytes of a record's file."""
+    """Return the bytes of a record's file."""
     tensors = {f"column.{name}": values for name, values in record.columns.items()}
     tensors |= {f"covariance.{name}": values for name, values in record.token_covariances.items()}
-    # Widest first, so that each tensor starts at a multiple of its item size.
+    # Widest types first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     about = {
         "unit": record.unit,
@@ -119,7 +119,7 @@ def encode_record(record: UnitRecord) -> bytes:
 
 
 def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRecord:
-    """The record in a file's bytes; ``source`` names the file in errors. Arrays are read-only views of ``data``.
+    """Decode a record. Its arrays are read-only views of ``data``; ``source`` names it in errors.
 
     Raises:
         StoreError: the bytes are not a whole record, or were written by a newer gradproj.
@@ -146,18 +146,18 @@ def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRe
 
 
 def read_record(path: str | Path) -> UnitRecord:
-    """The record in a file; FileNotFoundError when the unit has none."""
+    """Read a record from its file; a FileNotFoundError if there is none."""
     with open(path, "rb") as file:
         return decode_record(file.read(), path)
 
 
 def read_stats(path: str | Path) -> dict[str, Any]:
-    """A record's ``stats`` from the beginning of its file: for figures over all units, whose columns are large.
+    """Read a record's ``stats`` from the beginning of its file, without its large columns.
 
-    No checksum is computed, since that takes the whole file.
+    The checksum is not checked, since that needs the whole file.
 
     Raises:
-        StoreError: the beginning is not a record's.
+        StoreError: the file does not begin like a record.
     """
     with open(path, "rb") as file:
         data = file.read(_STATS_BYTES)
@@ -169,7 +169,7 @@ def read_stats(path: str | Path) -> dict[str, Any]:
             return dict(about["stats"])
         except (struct.error, ValueError, KeyError, TypeError) as error:
             raise StoreError(
-                f"{path} is damaged: it does not begin as a record does ({error})"
+                f"{path} is damaged: it does not begin like a record ({error})"
             ) from error
 
 
@@ -182,6 +182,6 @@ def _check_whole(data: bytes, source: str | Path) -> None:
         if data[_CHECKSUM_AT:after] == b"%08x" % checksum:
             return
     raise StoreError(
-        f"{source} is damaged (torn or altered; {len(data)} bytes). Delete that file and start the job again: "
-        "its unit is then computed once more, all others are kept"
+        f"{source} is damaged (torn or altered; {len(data)} bytes). Delete that file and start the "
+        "job again: its unit is then computed again, all others are kept"
     )

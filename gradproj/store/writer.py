@@ -1,7 +1,8 @@
-"""Writing a store: its creation, the bytes of a shard, the column blocks. Each object has one owner.
+"""Writes stores: the empty group, the bytes of a shard, column blocks. Each file has one writer.
 
-Shards are written by hand: dense C order, then the index with its crc32c. Any Zarr v3 reader opens them, they
-can be memory-mapped as they are, and the caller decides how the file is made durable and published.
+Shards are written by hand: chunks in C order, then the index with its crc32c. Any Zarr v3 reader
+opens them, they can be memory-mapped, and the caller decides how to flush and publish the file.
+(zarr-python writes Morton order, at a third of the speed.)
 """
 
 import errno
@@ -59,7 +60,7 @@ _ZSTD_LEVEL = 3
 
 
 class StoreExists(StoreError):
-    """There is a store at this path already; perhaps another process has just made it."""
+    """There is a store at this path already; another process may just have made it."""
 
 
 class _Encoder(Protocol):
@@ -67,14 +68,14 @@ class _Encoder(Protocol):
 
 
 def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview | bytes]:
-    """The bytes of one shard file, in order, a band of inner chunks at a time.
+    """Yield the bytes of one shard file in order, a row of inner chunks at a time.
 
-    Rows of a chunk past those given are filled with NaN; a chunk that would hold nothing else is left out, as
-    the index says. Rows inside that are missing must be NaN already.
+    The last chunks are padded with NaN; chunks without any row are left out and marked as absent in
+    the index. Missing rows among ``stored`` must be NaN already.
 
     Args:
-        stored: ``(n, D)`` with n <= rows per shard, as ``encode_rows`` gives them.
-        layout: the store's.
+        stored: ``(n, D)`` with n <= rows per shard, encoded by ``encode_rows``.
+        layout: the store's layout.
 
     Raises:
         ValueError: the shape or type is not the layout's.
@@ -105,7 +106,7 @@ def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview
 
 
 def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndarray:
-    """Up to ``chunk_rows`` rows as ``(n_across, chunk_rows, chunk_width)``, one inner chunk after the other."""
+    """Split up to ``chunk_rows`` rows into chunks ``(n_across, chunk_rows, chunk_width)``."""
     shape = (n_across, layout.chunk_rows, layout.chunk_width)
     whole = len(rows) == layout.chunk_rows
     tiles = np.empty(shape, layout.stored_dtype) if whole else nan_rows(shape, layout.proj_dtype)
@@ -114,7 +115,7 @@ def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndar
 
 
 def _encoder(layout: StoreLayout) -> _Encoder | None:
-    """numcodecs' compressor with the settings of ``_zarr_compressors``."""
+    """Return numcodecs' compressor with the settings of ``_zarr_compressors``."""
     if layout.compressor == "blosc":
         typesize = layout.stored_dtype.itemsize
         shuffle = numcodecs.Blosc.SHUFFLE
@@ -144,26 +145,25 @@ def create_store(
     matrices: np.ndarray,
     scratch: Path | None = None,
 ) -> None:
-    """Make the whole Zarr group, empty of rows, and publish it by one rename.
+    """Make the whole Zarr group, without rows, and publish it by one rename.
 
     Args:
-        path: the ``projections.zarr`` to be; its parent exists.
+        path: the ``projections.zarr`` to make; its parent exists.
         layout: the shapes, types and compressor of its arrays.
-        attributes: JSON, no NaN; the reader needs ``layers`` (dicts of ``LayerSlice``) and ``domains`` (names).
-        matrices: every layer's ``P_i`` then ``P_o``, flat float32, as ``pack_matrices`` gives them.
-        scratch: folder on the same file system for what is not published yet; default: beside ``path``.
+        attributes: JSON without NaN. Readers need ``layers`` (dicts of ``LayerSlice``) and
+            ``domains`` (names).
+        matrices: every layer's ``P_i`` then ``P_o``, flat float32, packed by ``pack_matrices``.
+        scratch: folder on the same file system for unpublished files. Default: beside ``path``.
 
     Raises:
-        StoreExists: there is one already, or another process published one meanwhile.
+        StoreExists: there is a store already, or another process published one meanwhile.
         StoreError: the disk is full, read-only or not the user's.
     """
     path = Path(path)
     if os.path.lexists(path):
         raise StoreExists(f"{path} exists already")
     attributes = {"format_version": FORMAT_VERSION} | dict(attributes)
-    json.dumps(
-        attributes, allow_nan=False
-    )  # other readers refuse NaN, so fail before anything is made
+    json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail early
     tmp_path = temporary_beside(path, scratch)
     try:
         with explain_os_errors(path):
@@ -180,7 +180,7 @@ def create_store(
                 ) from error
             fsync_dir(path.parent)
     finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)  # gone already when it was published
+        shutil.rmtree(tmp_path, ignore_errors=True)  # does nothing once it was published
 
 
 def _fill_group(
@@ -215,9 +215,10 @@ def _fill_group(
 
 
 def _write_files(path: Path, files: Mapping[str, Any]) -> None:
-    """What zarr put into a store in memory, as files: its own store on disk needs links, which not all disks have.
+    """Write what zarr put into a store in memory to files below ``path``.
 
-    It would also make ``path`` again where another process has taken that away, and with it what the fence forbids.
+    zarr's own store on disk needs hard links, which not all file systems have. It would also
+    recreate ``path`` after another process has moved it away to fence this one off.
     """
     for key, content in files.items():
         folder = path
@@ -228,7 +229,7 @@ def _write_files(path: Path, files: Mapping[str, Any]) -> None:
 
 
 def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
-    """A small array, chunked along its first axis."""
+    """Add a small array, chunked along its first axis."""
     inner = tuple(max(1, n) for n in values.shape[1:])
     chunks = (max(1, min(len(values), _MATRIX_CHUNK_VALUES // math.prod(inner))), *inner)
     array = group.create_array(
@@ -246,10 +247,10 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
 def write_array(
     store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None
 ) -> None:
-    """Add a small array of 1 or more axes to the group (sums of covariances, say), or replace it.
+    """Add or replace a small array of 1 or more axes in the group, such as a covariance sum.
 
-    Whoever writes must be the only one; a reader sees the old array, the new one or, for an instant while one
-    is being replaced, none. What is not published yet lies in ``scratch`` (default: beside the store).
+    Only one process may do so at a time. A reader sees the old array, the new one or, for an
+    instant, none. Unpublished files are in ``scratch`` (default: beside the store).
     """
     store_path = Path(store_path)
     tmp_path = temporary_beside(store_path.parent / name, scratch)
@@ -274,7 +275,7 @@ def write_array(
 def pack_matrices(
     layers: list[LayerSlice], matrices: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
-    """Every layer's ``P_i (k_i, n_i)`` then ``P_o (k_o, n_o)``, in the layers' order, flat float32."""
+    """Join every layer's ``P_i (k_i, n_i)`` and ``P_o (k_o, n_o)``, in order, to flat float32."""
     parts = [np.empty(0, np.float32)]
     for layer in layers:
         p_i, p_o = matrices[layer.name]
@@ -293,12 +294,17 @@ def write_column_block(
     columns: Mapping[str, np.ndarray],
     scratch: Path | None = None,
 ) -> None:
-    """Replace whole chunk objects of some or all columns: rows ``layout.column_block_range(block)``.
+    """Replace a block's chunk of some or all columns: rows ``layout.column_block_range(block)``.
 
-    Each object is written aside, flushed and renamed. ``status`` goes last, since a row counts as merged once
-    its status is not 0.
+    Each file is written aside, flushed and renamed. ``status`` is written last, since a row counts
+    as merged once its status is not 0.
 
-    ``columns`` holds, by column name, values of every row of the block in that column's type.
+    Args:
+        store_path: the ``projections.zarr``.
+        layout: the store's layout.
+        block: number of the chunk.
+        columns: by name, the values of every row of the block, in the column's type.
+        scratch: folder for unpublished files. Default: beside the chunk.
 
     Raises:
         ValueError: an unknown column, or values of another shape or type.
@@ -313,7 +319,8 @@ def write_column_block(
         shape = column_shape(name, stop - start, layout.key_bytes)
         if values.dtype != dtype or values.shape != shape:
             raise ValueError(
-                f"column {name} of block {block} is {values.dtype} {values.shape}, not {dtype} {shape}"
+                f"column {name} of block {block} is {values.dtype} {values.shape}, not {dtype} "
+                f"{shape}"
             )
         # Zarr keeps the last chunk at full size.
         chunk = np.full(column_shape(name, layout.column_rows, layout.key_bytes), fill, dtype)
@@ -325,7 +332,7 @@ def write_column_block(
 def update_attributes(
     store_path: Path, changes: Mapping[str, Any], scratch: Path | None = None
 ) -> None:
-    """Set attributes of the group, keeping the others; the metadata file is replaced atomically.
+    """Set attributes of the group and keep the others; the file is replaced atomically.
 
     Only one process may do so at a time. Values are JSON without NaN (ValueError).
     """

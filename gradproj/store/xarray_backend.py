@@ -1,7 +1,7 @@
-"""A store as an ``xarray.Dataset`` that reads where it is indexed. Only on use: xarray and dask are an extra.
+"""xarray's engine ``gradproj``: a store as a lazy ``xarray.Dataset``. Needs the extra ``xarray``.
 
-``ProjectionStore.to_xarray`` opens it as dask arrays; ``xarray.open_dataset(path, engine="gradproj")`` does the same,
-without dask unless it is told ``chunks={}``.
+``ProjectionStore.to_xarray`` opens it as dask arrays. So does
+``xarray.open_dataset(path, engine="gradproj", chunks={})``; without ``chunks`` it needs no dask.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,8 +26,8 @@ _ABOUT: dict[str, dict[str, Any]] = {
     "n_tokens": {"long_name": "target tokens"},
     "grad_norm": {"long_name": "norm of the row"},
     "status": {"flag_values": list(STATUS.values()), "flag_meanings": " ".join(STATUS)},
-    "tar": {"long_name": "number of the document's tar; -1 where none is recorded"},
-    "domain": {"long_name": "the document's domain; empty where none is recorded"},
+    "tar": {"long_name": "number of the document's tar; -1 if none is recorded"},
+    "domain": {"long_name": "the document's domain; empty if none is recorded"},
     "key": {"long_name": "the document's key in its tar"},
 }
 
@@ -41,7 +41,7 @@ class GradprojBackend(BackendEntrypoint):
     def open_dataset(
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
     ) -> xr.Dataset:
-        """The dataset of a store or of its path; nothing is read yet but the store's metadata."""
+        """Open a store or the store at a path, reading only its metadata."""
         store = (
             filename_or_obj
             if isinstance(filename_or_obj, ProjectionStore)
@@ -59,7 +59,7 @@ class GradprojBackend(BackendEntrypoint):
         )
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Whether this is a job's ``OUTPUT/``."""
+        """Return whether this is a job's output directory."""
         path = filename_or_obj
         return (
             isinstance(path, (str, Path))
@@ -68,9 +68,9 @@ class GradprojBackend(BackendEntrypoint):
 
 
 def open_with_dask(store: ProjectionStore, rows_per_chunk: int | None) -> xr.Dataset:
-    """The store as dask arrays, in chunks of so many samples; None: those of a shard."""
-    lazily = xr.open_dataset(store, engine=GradprojBackend, cache=False)  # type: ignore[arg-type]
-    return lazily.chunk({"sample": rows_per_chunk or store.layout.rows_per_shard})
+    """Open the store as dask arrays, in chunks of so many samples (None: those of a shard)."""
+    lazy = xr.open_dataset(store, engine=GradprojBackend, cache=False)  # type: ignore[arg-type]
+    return lazy.chunk({"sample": rows_per_chunk or store.layout.rows_per_shard})
 
 
 def _variable(store: ProjectionStore, name: str) -> xr.Variable:
@@ -99,7 +99,7 @@ def _variable(store: ProjectionStore, name: str) -> xr.Variable:
 
 
 class _Lazy(BackendArray):
-    """An array that ``read`` gives the values of, asked for positions on every axis."""
+    """An array whose values ``read`` returns, given positions on every axis."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[..., np.ndarray]
@@ -108,10 +108,10 @@ class _Lazy(BackendArray):
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
         return indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.OUTER, self._of_key
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read_key
         )
 
-    def _of_key(self, key: tuple[Any, ...]) -> np.ndarray:
+    def _read_key(self, key: tuple[Any, ...]) -> np.ndarray:
         positions = [
             np.arange(size)[part] if isinstance(part, slice) else np.atleast_1d(part)
             for part, size in zip(key, self.shape, strict=True)
@@ -120,21 +120,21 @@ class _Lazy(BackendArray):
         return self._read(*positions).squeeze(axis=single)
 
 
-# Functions, not closures: dask may send them to other processes, to which a store goes by its path.
+# Functions, not closures: dask may pickle them, and a store is pickled as its path.
 
 
 def _read_rows(store: ProjectionStore, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``(n, w)`` float32, NaN where a row is missing; of layers without a wanted value no byte is read."""
+    """Read values ``(n, w)`` of rows, NaN for missing ones; reads only layers that are needed."""
     ends = np.array([layer.slice_end for layer in store.layers])
     touched = [
         store.layers[number] for number in np.unique(np.searchsorted(ends, values, side="right"))
     ]
-    held = np.concatenate(
+    columns = np.concatenate(
         [np.arange(x.slice_start, x.slice_end) for x in touched] or [np.empty(0, int)]
     )
-    layers = None if len(held) == store.dim else [layer.name for layer in touched]
+    layers = None if len(columns) == store.dim else [layer.name for layer in touched]
     rows = store.rows(ids, layers, missing="nan")
-    return rows if np.array_equal(held, values) else rows[:, np.searchsorted(held, values)]
+    return rows if np.array_equal(columns, values) else rows[:, np.searchsorted(columns, values)]
 
 
 def _read_column(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def _read_column(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarr
 def _read_domains(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
     codes = _read_column(store, name, ids)
     store.check_domains(codes)
-    return np.array([*store.domains, ""])[codes]  # -1 is the last
+    return np.array([*store.domains, ""])[codes]  # -1 takes the last, the empty one
 
 
 def _read_keys(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:

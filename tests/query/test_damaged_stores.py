@@ -151,7 +151,7 @@ DAMAGES = {
         [
             "projections/zarr.json is damaged",
             "KeyError('codecs')",
-            "Put that file back from a copy",
+            "Restore that file from a copy",
         ],
     ),
     "the array's metadata a list": (

@@ -72,6 +72,6 @@ def test_what_is_not_this_table_is_left_alone(tmp_path):
     with pytest.raises(StoreError, match="is a Zarr group but no table of a training run"):
         AppendTable(tmp_path / "foreign", COLUMNS, {})
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="is there and is not a Zarr group"):
+    with pytest.raises(StoreError, match="exists and is no Zarr group"):
         AppendTable(tmp_path / "file", COLUMNS, {})
     assert_holds(tmp_path / "table", 0, 2)

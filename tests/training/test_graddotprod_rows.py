@@ -221,7 +221,7 @@ def test_rows_of_another_run_are_neither_mixed_nor_overwritten(tmp_path):
     other = tmp_path / "other" / "grad_dotprod"
     other.mkdir(parents=True)
     (other / "notes.json").write_text(json.dumps({}))
-    with pytest.raises(StoreError, match="is there and is not a Zarr group"):
+    with pytest.raises(StoreError, match="exists and is no Zarr group"):
         GradDotProdEngine(small_model("gpt2"), settings["val_data"], result_dir=tmp_path / "other")
     assert len(columns(tmp_path)[1]["step"]) == 24
 
