@@ -1,1 +1,1 @@
-"""Units of work: who has claimed which, which are committed, and the merge of what they leave behind."""
+"""The protocol by which processes claim, commit and merge units. See README.md."""

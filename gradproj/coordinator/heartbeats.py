@@ -18,7 +18,7 @@ from typing import Any
 from gradproj.coordinator.process_id import Owner
 
 INTERVAL_S = 5.0
-"""Time between two heartbeats. Shorter in a rank's first seconds, so that a short job has a speed."""
+"""Time between two heartbeats. Shorter at first, so that a short job shows its speed too."""
 TICK_S = 1.0
 
 STALE_AFTER_S = 600.0
@@ -123,7 +123,7 @@ def read_stamped_heartbeats(folder: Path) -> list[tuple[Owner, Progress, tuple[i
     stamped = []
     for owner, beat in read_heartbeats(folder):
         with suppress(FileNotFoundError):  # its process has just ended
-            # The file's time is compared with itself only, so it does not matter whose clock set it.
+            # The file's time is compared with itself only: it does not matter whose clock set it.
             mtime_ns = (folder / f"{owner.name}.json").stat().st_mtime_ns
             stamped.append((owner, beat, (beat.batches, mtime_ns)))
     return stamped

@@ -64,7 +64,7 @@ def is_merged(output: Path) -> bool:
 
 
 class MergeInterrupted(Exception):
-    """The merge was interrupted (stop request or lost claim). The next merge starts from scratch."""
+    """The merge was interrupted (stop request or lost claim). The next one starts from scratch."""
 
 
 def finish(

@@ -18,7 +18,6 @@ from gradproj.coordinator.heartbeats import (
     CONFIRM_AFTER_S,
     STALE_AFTER_S,
     LiveRanks,
-    Progress,
     read_heartbeats,
 )
 from gradproj.coordinator.process_id import Owner

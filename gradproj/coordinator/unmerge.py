@@ -2,7 +2,7 @@
 
 Records are authoritative as long as their store and shards exist; a job refuses to start on records
 without them. ``verify --repair`` deletes the record of a damaged unit, which makes it a missing
-unit. Then the store is not complete any more, and no reader may still see the unit's rows as merged.
+unit. Then the store is not complete any more, and readers must not see the unit's rows as merged.
 """
 
 import json
@@ -128,7 +128,7 @@ def _unmerge(output: Path, scratch: Path) -> None:
 
 
 def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks whose status column contains units without a record, and the corrected column."""
+    """Yield blocks whose status column has units without a record, and the corrected column."""
     store = output / STORE_NAME
     layout = read_layout(store)
     missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / "units"))

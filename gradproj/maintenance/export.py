@@ -1,4 +1,4 @@
-"""The original system's layout: numbered ``.pt`` files of projected gradients, and ``metadata.json`` beside them."""
+"""Exports rows in the original system's layout: numbered ``.pt`` files and a ``metadata.json``."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +15,7 @@ import torch
 from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import existing_ancestor
-
-if TYPE_CHECKING:
-    # Imported on use: the engine writes such files too, and needs no store.
-    from gradproj.store import ProjectionStore
+from gradproj.store import STATUS, ProjectionStore
 
 FORMATS = ("pt",)
 
@@ -70,7 +67,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Export:
-    """What an export will write. Rows that are not ok are left out."""
+    """Rows that an export will write. Rows that are not ok are left out."""
 
     start: int
     stop: int
@@ -78,7 +75,7 @@ class Export:
     ok: np.ndarray
     """``(stop - start,)`` bool: the row's status is ok."""
     left_out: dict[str, int]
-    """Status -> rows left out for it."""
+    """Status -> number of rows left out for it."""
     n_bytes: int
 
     @property
@@ -90,15 +87,13 @@ class Export:
         return -(-self.n_rows // self.rows_per_file)
 
 
-def plan_export(store: "ProjectionStore", config: ExportConfig) -> Export:
-    """Count what is to be written and check that it can be; writes nothing.
+def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
+    """Count the rows to write and check that they can be written; writes nothing.
 
     Raises:
-        ConfigError: ``--ids`` out of range.
+        ConfigError: ``--ids`` is out of range.
         StoreError: ``--to`` is not empty, no row is ok, or the disk is too full.
     """
-    from gradproj.store import STATUS
-
     start, stop = config.id_range(len(store))
     target = Path(config.to)
     _check_target(target)
@@ -117,8 +112,8 @@ def plan_export(store: "ProjectionStore", config: ExportConfig) -> Export:
     free = shutil.disk_usage(existing_ancestor(target)).free
     if export.n_bytes > free:
         raise StoreError(
-            f"--to {target}: {export.n_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free. "
-            "Free space, choose another folder, or fewer --ids"
+            f"--to {target}: the export needs {export.n_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} "
+            "GB are free. Free space, choose another folder, or fewer --ids"
         )
     return export
 
@@ -130,11 +125,11 @@ def _check_target(target: Path) -> None:
         raise StoreError(f"--to {target} is not empty; give a new folder")
 
 
-def write_export(store: "ProjectionStore", config: ExportConfig, export: Export) -> Iterator[Path]:
-    """Write the files, then ``metadata.json``; yields every path once it is there.
+def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -> Iterator[Path]:
+    """Write the files, then ``metadata.json``; yields each path once it is written.
 
-    Memory holds the rows of two files and one block of the scan. What was written is removed again if the export
-    does not come to its end.
+    Holds the rows of two files and one block of the scan in memory. If the export fails or is
+    interrupted, its files are deleted.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
@@ -144,7 +139,9 @@ def write_export(store: "ProjectionStore", config: ExportConfig, export: Export)
     try:
         with _explained(target):
             target.mkdir(parents=True, exist_ok=True)
-        sample_ids = _sample_ids(store)
+        # A job's rows are at their sample ids; a training run's store has a column of them.
+        has_column = (store.path / "sample_id").is_dir()
+        sample_ids = store.array("sample_id") if has_column else None
         for number, (ids, rows) in enumerate(_file_contents(store, export), 1):
             named = ids if sample_ids is None else sample_ids[ids]
             with _explained(target):
@@ -168,20 +165,18 @@ def _explained(target: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's file writer
         why = error.strerror if isinstance(error, OSError) else str(error).split("\n")[0]
         raise StoreError(
-            f"--to {target} cannot be written: {why}. Nothing was kept there; free space, mend the permissions, "
-            "or choose another folder"
+            f"--to {target} cannot be written: {why}. Nothing was kept there; free space, fix the "
+            "permissions, or choose another folder"
         ) from error
 
 
-def _sample_ids(store: "ProjectionStore") -> np.ndarray | None:
-    """The samples of a training run's rows, which has a column of them; a job's rows are at their ids."""
-    return store.array("sample_id") if (store.path / "sample_id").is_dir() else None
-
-
 def _file_contents(
-    store: "ProjectionStore", export: Export
+    store: ProjectionStore, export: Export
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """``(ids (n,) int64, rows (n, D) float32)`` of every file, n = ``rows_per_file`` but in the last."""
+    """Yield the ids ``(n,)`` int64 and rows ``(n, D)`` float32 of each file.
+
+    n is ``rows_per_file``, except in the last file.
+    """
     height = min(export.rows_per_file, export.n_rows)
     left = export.n_rows
     ids, rows, filled = np.empty(height, np.int64), np.empty((height, store.dim), np.float32), 0
@@ -190,8 +185,8 @@ def _file_contents(
         lost = chosen[np.isnan(block[chosen, 0])]
         if len(lost):
             raise StoreError(
-                f"{store.path}: the row of sample {block_ids[lost[0]]} is recorded as ok and is not there. "
-                "Run `python -m gradproj verify` to see all damage"
+                f"{store.path}: the row of sample {block_ids[lost[0]]} is recorded as ok and is "
+                "missing. Run `python -m gradproj verify` to see all damage"
             )
         while len(chosen):
             taken, chosen = chosen[: height - filled], chosen[height - filled :]
@@ -206,7 +201,7 @@ def _file_contents(
 
 
 def _remove(target: Path, existed: bool) -> None:
-    """Take away what this export wrote: the folder was new or empty."""
+    """Delete the files of this export. The folder was new or empty."""
     for path in target.glob("proj_iter_*"):
         path.unlink()
     (target / "metadata.json").unlink(missing_ok=True)
@@ -214,11 +209,11 @@ def _remove(target: Path, existed: bool) -> None:
         target.rmdir()
 
 
-def original_metadata(store: "ProjectionStore") -> dict[str, Any]:
-    """The original system's ``metadata.json``, its layers in this store's order.
+def original_metadata(store: ProjectionStore) -> dict[str, Any]:
+    """Return the original system's ``metadata.json``, with its layers in this store's order.
 
-    The original sorts layers by name and derives matrices from seeds; here the slices say the order and the store
-    holds the matrices (``ProjectionStore(...).projection_matrices``).
+    The original sorts layers by name and derives its matrices from seeds. Here the slices give the
+    order, and the store holds the matrices (``ProjectionStore(...).projection_matrices``).
     """
     projection = store.attributes.get("projection", {})
     layers = store.attributes["layers"]

@@ -1,7 +1,8 @@
-"""``verify --recompute K``: some rows once more, by the recorded model and settings, held against the stored ones.
+"""Computes random rows again with the recorded model and settings, and compares them.
 
-It is the one check that a checksum cannot make: that the rows are what the recorded inputs give. Documents go through
-the job's own reader, batches and engine, one at a time, so memory holds the model and one document.
+No checksum can tell whether the rows are those that the recorded inputs give; this check can.
+Documents go through the job's own reader, batches and engine, one at a time, so memory holds the
+model and one document.
 """
 
 import time
@@ -27,26 +28,27 @@ from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import STATUS_NAMES, StoreLayout, decode_key
 
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
-"""``--proj_dtype`` -> the largest relative error of one stored value."""
+"""``--proj_dtype`` -> largest relative error of one stored value."""
 COMPUTED = {"float32": 1e-4, "bfloat16": 5e-2}
-"""``--model_dtype`` -> how far a row may be from itself in another batch, on another device or version of torch."""
+"""``--model_dtype`` -> largest relative difference of a row computed in another batch, on another
+device or with another version of torch."""
 FLOOR = 1e-2
-"""Errors of rows shorter than this part of a usual row are taken relative to it: the gradient of a document known by
-heart is a difference of nearly equal numbers, and rounding is all that is left of it."""
+"""Fraction of the median norm below which errors are relative to that fraction instead of the row.
+The gradient of a memorised document is a difference of nearly equal numbers, mostly rounding."""
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 MOST_SHOWN = 10
 _SPREAD = 4
-"""Candidates drawn from a unit for each row that is wanted of it."""
+"""Candidates drawn from a unit for each row wanted from it."""
 _NO_NUMBER = 1e30
-"""Stands for an error that is infinite or undefined, which JSON has no number for."""
+"""Stands for an infinite or undefined error, for which JSON has no number."""
 _EXACT = ("n_tokens", "domain", "tar", "key")
 _WITHOUT_MEMORY = STATUS["out_of_memory"]
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """One row that was computed again."""
+    """A row that was computed again."""
 
     sample_id: int
     unit: int
@@ -56,12 +58,12 @@ class RowCheck:
     error: float
     """``|again - stored| / |again|``, in float32 after decoding both."""
     what: str
-    """What differs, empty where nothing does."""
+    """The difference; empty if there is none."""
 
 
 @dataclass
 class Recomputation:
-    """What was computed again and how far it is from the store. ``asdict`` of it is a part of ``--json``."""
+    """Result of a recomputation. ``asdict`` of it is a part of ``--json``."""
 
     seed: int
     device: str
@@ -70,9 +72,9 @@ class Recomputation:
     n_rows: int = 0
     """Rows of status ok."""
     n_others: int = 0
-    """Documents of other statuses, whose status and row must be the same."""
+    """Documents of other statuses, whose status and row must be equal."""
     n_without_memory: int = 0
-    """Documents that did not fit the memory, here or in the job; nothing is said of them."""
+    """Documents that ran out of memory, here or in the job. They are not compared."""
     max_error: float = 0.0
     median_error: float = 0.0
     seconds: float = 0.0
@@ -88,13 +90,14 @@ def recompute(
     """Compute random committed rows again and compare them with what is stored.
 
     Args:
-        inputs: the output, and where its model and tars lie now.
-        n_rows: ok rows wanted; all there are if there are fewer. At most as many of other statuses come along.
-        seed: of the choice.
-        skip: units to leave alone, known to be damaged.
+        inputs: the output, and the present places of its model and tars.
+        n_rows: number of ok rows; all if there are fewer. At most as many rows of other statuses
+            are added.
+        seed: of the random choice.
+        skip: units known to be damaged.
 
     Raises:
-        StoreError: no committed row to compare.
+        StoreError: there is no committed row.
         ModelError: the model or tokenizer is not the recorded one.
         CorpusError: the tars are not where the job found them, or have changed.
     """
@@ -106,12 +109,18 @@ def recompute(
         index = recorded_index(output.path, run)
         recorded = recorded_engine(store, run, inputs.device)
         settings = UnitSettings(
-            output.layout, output.identity_hash, run.batch, run.model.special_tokens, recorded.vocabulary,
-            index.domains, run.corpus.chosen_domains, run.limits,
-        )  # fmt: skip
+            output.layout,
+            output.identity_hash,
+            run.batch,
+            run.model.special_tokens,
+            recorded.vocabulary,
+            index.domains,
+            run.corpus.chosen_domains,
+            run.limits,
+        )
         reader = UnitReader(index, recorded.tokenizer, settings)
         tolerance = ROUNDING[output.layout.proj_dtype] + COMPUTED[run.model.model_dtype]
-        found = Recomputation(seed, str(recorded.device), tolerance, wrong=choice.unreadable)
+        result = Recomputation(seed, str(recorded.device), tolerance, wrong=choice.unreadable)
         compare = _Comparison(
             store, tolerance, LOSS_TOLERANCE[run.model.model_dtype], FLOOR * choice.usual_norm
         )
@@ -121,13 +130,13 @@ def recompute(
                 compare(int(i), _project(projector, reader, output, int(i)))
                 for i in shown(choice.ids, len(choice.ids), "recompute", "documents")
             )
-            _sum_up(found, checks)
-    found.seconds = round(time.monotonic() - started, 3)
-    return found
+            _summarize(result, checks)
+    result.seconds = round(time.monotonic() - started, 3)
+    return result
 
 
-class _NothingSaved(PartialLog):
-    """Of one document, nothing is taken up and nothing is kept."""
+class _NoPartialRows(PartialLog):
+    """Saves nothing: a single document is always computed as a whole."""
 
     def __init__(self) -> None:
         pass
@@ -140,21 +149,20 @@ def _project(
     projector: UnitProjector, reader: UnitReader, output: Output, sample_id: int
 ) -> UnitRows:
     unit = sample_id // output.layout.rows_per_shard
-    projected = projector.project(
-        reader.read_samples(unit, sample_id, sample_id + 1), _NothingSaved()
-    )
-    assert projected is not None  # nobody asks this projector to stop
+    prepared = reader.read_samples(unit, sample_id, sample_id + 1)
+    projected = projector.project(prepared, _NoPartialRows())
+    assert projected is not None  # this projector has no stop request
     return projected.on_host()
 
 
 @dataclass
 class _Choice:
-    """Which documents to compute again."""
+    """Documents to compute again."""
 
     ids: np.ndarray
     """Sample ids, sorted."""
     usual_norm: float
-    """The median norm of the ok rows they were drawn from."""
+    """Median norm of the ok rows they were drawn from."""
     unreadable: list[RowCheck]
     """A check for each unit whose columns cannot be read."""
 
@@ -162,7 +170,7 @@ class _Choice:
 def _choose(
     output: Output, store: ProjectionStore, n_rows: int, seed: int, skip: set[int]
 ) -> _Choice:
-    """Draw from as many random units as rows are wanted, so that no column is read whole."""
+    """Draw rows from as many random units as rows are wanted, so that no column is read whole."""
     generator = np.random.default_rng(seed)
     units = np.setdiff1d(output.committed, np.fromiter(skip, np.int64, len(skip)))
     if not len(units):
@@ -199,7 +207,7 @@ def _unreadable(sample_id: int, unit: int, error: StoreError) -> RowCheck:
 
 
 class _Comparison:
-    """Holds a row computed again against the stored one."""
+    """Compares recomputed rows with stored ones."""
 
     def __init__(
         self, store: ProjectionStore, tolerance: float, loss_tolerance: float, floor: float
@@ -208,7 +216,7 @@ class _Comparison:
         self._tolerance, self._loss_tolerance, self._floor = tolerance, loss_tolerance, floor
 
     def __call__(self, sample_id: int, again: UnitRows) -> tuple[RowCheck, bool]:
-        """``(the check, whether one of the two did not fit the memory)``."""
+        """Return ``(check, whether the document ran out of memory, here or in the job)``."""
         names = ("status", "loss", *_EXACT)
         stored = {name: v[0] for name, v in self._store.columns_at(names, [sample_id]).items()}
         computed = {name: again.record.columns[name][0] for name in names}
@@ -238,11 +246,10 @@ class _Comparison:
         if not is_ok:
             same = np.array_equal(stored, again, equal_nan=True)
             return 0.0, "" if same else "has another row now"
-        norm = float(np.linalg.norm(again.astype(np.float64)))
-        shortest = float(np.finfo(np.float32).tiny)
-        error = float(np.linalg.norm(again.astype(np.float64) - stored)) / max(
-            norm, self._floor, shortest
-        )
+        exact = again.astype(np.float64)
+        tiny = float(np.finfo(np.float32).tiny)
+        norm = max(float(np.linalg.norm(exact)), self._floor, tiny)
+        error = float(np.linalg.norm(exact - stored)) / norm
         if error <= self._tolerance:
             return error, ""
         if not np.isfinite(error):
@@ -262,39 +269,41 @@ class _Comparison:
 
 
 def _decoded(rows: UnitRows, layout: StoreLayout) -> np.ndarray:
-    """The row as a reader of the store would get it, ``(D,)`` float32."""
+    """Return the row as a reader of the store decodes it, ``(D,)`` float32."""
     if rows.stored is None:
         return np.full(layout.dim, np.nan, np.float32)
     return decode_rows(rows.stored, rows.record.columns["row_scale"], layout.proj_dtype)[0]
 
 
-def _sum_up(found: Recomputation, checks: Iterator[tuple[RowCheck, bool]]) -> None:
+def _summarize(result: Recomputation, checks: Iterator[tuple[RowCheck, bool]]) -> None:
     errors = []
     for check, without_memory in checks:
         if without_memory:
-            found.n_without_memory += 1
+            result.n_without_memory += 1
             continue
         if check.status == "ok":
             errors.append(check.error)
-            found.worst = sorted([*found.worst, check], key=lambda c: -c.error)[:MOST_SHOWN]
+            result.worst = sorted([*result.worst, check], key=lambda c: -c.error)[:MOST_SHOWN]
         elif check.status != "missing":
-            found.n_others += 1
+            result.n_others += 1
         if check.what:
-            found.wrong.append(check)
-    found.n_rows = len(errors)
+            result.wrong.append(check)
+    result.n_rows = len(errors)
     if errors:
-        found.max_error, found.median_error = max(errors), float(np.median(errors))
+        result.max_error, result.median_error = max(errors), float(np.median(errors))
 
 
-def wrong_rows(found: Recomputation, output: Output) -> list[Damage]:
-    """The units of wrong rows, as damage that ``verify`` reports and ``repair`` mends."""
+def wrong_rows(result: Recomputation, output: Output) -> list[Damage]:
+    """Return the units of wrong rows, as damage that ``verify`` reports and ``repair`` removes."""
     samples: dict[int, list[int]] = {}
-    for check in found.wrong:
+    for check in result.wrong:
         samples.setdefault(check.unit, []).append(check.sample_id)
     return [
         Damage(
-            "rows", unit, str(output.path / output.layout.shard_name(unit)),
+            "rows",
+            unit,
+            str(output.path / output.layout.shard_name(unit)),
             f"holds {count(len(ids), 'row')} that come out otherwise now, first sample {min(ids)}",
         )
         for unit, ids in sorted(samples.items())
-    ]  # fmt: skip
+    ]

@@ -189,7 +189,7 @@ def test_a_disk_without_the_space_is_refused_before_anything_is_written(job, tmp
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with (
         ProjectionStore(job.output) as store,
-        pytest.raises(StoreError, match=r"are to be written and 0\.0 GB"),
+        pytest.raises(StoreError, match=r"needs .* GB, and 0\.0 GB are free"),
     ):
         plan_export(store, config_of(tmp_path / "to"))
 
