@@ -1,9 +1,9 @@
-"""What a sample's members say: its document (text or token ids) and its domain.
+"""Decode a sample's members into a document (text or token ids) and its domain.
 
-The index and the stream both read the domain through :class:`DomainReader`, so they cannot disagree.
-Nothing here imports webdataset or torch: the index's processes start in a fraction of a second.
+The index and the stream both read the domain with :class:`DomainReader`, so they cannot disagree.
 """
 
+# Neither webdataset nor torch is imported here, so that the index's workers start quickly.
 import json
 import re
 from collections.abc import Mapping
@@ -18,22 +18,21 @@ from gradproj.errors import ConfigError
 UNKNOWN_DOMAIN = "unknown"
 MAX_DOCUMENT_BYTES = 256 * 2**20
 
-# A longer last field is not looked for. The endings seen are kept, since a corpus of 22 domains has few.
+# Longer last fields take the slower ways. Endings are cached: a corpus of 22 domains has few.
 _ENDING_BYTES = 400
 _MAX_ENDINGS = 4096
 
-# Strings are matched whole, so that brackets inside them do not count. The quantifiers never give back what they took
-# and a string may lack its end: linear in any input.
+# Strings are matched whole, so that brackets inside them do not count. Possessive quantifiers and
+# an optional closing quote keep this linear in any input.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One sample as it was read.
+    """One sample of the corpus.
 
-    ``problem`` says why it is bad input; then ``text`` and ``input_ids`` are None. Otherwise at least
-    one of them is set; both are when the sample brings its text and the tokens made from it.
-    ``tar`` is the tar's position in the index.
+    At least one of ``text`` and ``input_ids`` is set, unless ``problem`` says why the sample is bad
+    input. ``tar`` is the tar's position in the index.
     """
 
     sample_id: int
@@ -47,7 +46,7 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadLimits:
-    """What a document may cost to read; one beyond a limit is bad input, never a crash."""
+    """Limits for untrusted documents. A document beyond a limit is bad input (status 6)."""
 
     max_document_bytes: int = field(
         default=MAX_DOCUMENT_BYTES,
@@ -73,10 +72,10 @@ class ReadLimits:
 class DomainReader:
     """Reads one string field, by its dotted path, from the bytes of ``{key}.json``.
 
-    A document that cannot be decoded, or has no such non-empty string, is of the domain "unknown". Three ways, each
-    falling to the next: its last field alone (as in the Pile, where ``meta`` is last: 0.4 us); msgspec, which skips the
-    other fields (2 us for 5 kB); the standard library. They agree on JSON that can be decoded. On JSON that
-    cannot, the first still gives the domain that a whole last field names.
+    A document that cannot be decoded, or has no such non-empty string, belongs to "unknown". Three
+    ways are tried in turn: the last field alone (0.4 us; in the Pile ``meta`` is last), msgspec,
+    which skips the other fields (2 us for 5 kB), and the standard library. They agree on valid
+    JSON; on invalid JSON the first still returns the domain that an intact last field names.
     """
 
     def __init__(self, domain_field: str) -> None:
@@ -98,10 +97,10 @@ class DomainReader:
         return self.many(data, [0], [len(data)])[0]
 
     def many(self, buffer: bytes, starts: list[int], stops: list[int]) -> list[str]:
-        """The domains of the documents that lie at these places of a buffer of a tar."""
+        """Return the domains of the documents at ``[start, stop)`` of a buffer of a tar."""
         first_name, rfind = self._first_name, buffer.rfind
-        # A name that is not found, or is found in the header before a short document, gives an ending that is
-        # none: it does not match.
+        # If the name is not found, or only in the header before a short document, the slice is
+        # not a valid ending and does not match.
         endings = [
             buffer[
                 rfind(first_name, stop - _ENDING_BYTES if stop > _ENDING_BYTES else 0, stop)
@@ -109,18 +108,18 @@ class DomainReader:
             ]
             for stop in stops
         ]
-        known = list(map(self._endings.get, endings))
+        cached = list(map(self._endings.get, endings))
         return [
             domain or self._new_ending(endings[i]) or self._parse(buffer[starts[i] : stops[i]])
-            for i, domain in enumerate(known)
+            for i, domain in enumerate(cached)
         ]
 
     def _new_ending(self, ending: bytes) -> str | None:
-        """The domain, where ``ending`` is ``, "meta": VALUE}`` to the end of a document; None where it is not.
+        """Return the domain if ``ending`` is ``, "meta": VALUE}`` up to the end, else None.
 
-        In valid JSON the first quote is not escaped, since a comma or a brace comes before it, and so begins a
-        string, which is a key. Where a whole value and one brace follow it to the end, it is the document's last field,
-        which counts even if the name comes twice.
+        In valid JSON the first quote follows a comma or a brace, so it is not escaped and begins a
+        key. If one whole value and one brace follow up to the end, this is the document's last
+        field, which counts even if its name occurs twice.
         """
         key = self._key(ending)
         if key is None or not ending.endswith(b"}"):
@@ -154,7 +153,7 @@ class DomainReader:
         return value or UNKNOWN_DOMAIN
 
     def _parse_slowly(self, data: bytes) -> str:
-        """The same through the standard library, which takes NaN, half surrogates and a byte order mark."""
+        # The standard library accepts NaN, lone surrogates and a byte order mark.
         try:
             value = json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError):
@@ -165,7 +164,8 @@ class DomainReader:
 
 
 def _nested(path: list[str]) -> Any:
-    """A msgspec type that reads one string at a path and skips all else; each level's field is ``value``."""
+    # A msgspec type that reads one string at a path and skips all else; each level's field is
+    # `value`.
 
     def wrap(inner: Any, name: str) -> Any:
         return msgspec.defstruct(
@@ -183,10 +183,10 @@ def read_document(
     domain_of: DomainReader,
     limits: ReadLimits,
 ) -> Document:
-    """Decode a sample's ``json`` and ``txt`` members; never raises on what they hold.
+    """Decode a sample's ``json`` and ``txt`` members. Bad content is reported in ``problem``.
 
-    ``{key}.json`` gives ``text`` or ``input_ids`` (or both); where it has neither, ``{key}.txt`` is the
-    text and the JSON only metadata. A member that was too large to read at all is None.
+    ``{key}.json`` holds ``text`` or ``input_ids`` or both. If it has neither, ``{key}.txt`` is the
+    text and the JSON only metadata. A member too large to be read at all is None in ``members``.
     """
     data = members.get("json")
     domain = (
@@ -197,7 +197,7 @@ def read_document(
 
 
 class _BadInput(Exception):
-    """Why a sample is not a document."""
+    """A sample cannot be decoded; the message says why."""
 
 
 def _content(
@@ -221,8 +221,8 @@ def _content(
 def _nothing_to_read(members: Mapping[str, bytes | None]) -> str:
     if "json" in members:
         return 'no text: its .json has neither "text" nor "input_ids", and there is no .txt'
-    found = ", ".join(sorted(f".{suffix}" for suffix in members if not suffix.startswith("__")))
-    return f"no text: it has neither a .json nor a .txt, only {found}"
+    suffixes = ", ".join(sorted(f".{suffix}" for suffix in members if not suffix.startswith("__")))
+    return f"no text: it has neither a .json nor a .txt, only {suffixes}"
 
 
 def _within_limit(data: bytes | None, suffix: str, limits: ReadLimits) -> bytes:
@@ -283,7 +283,7 @@ def _token_ids(value: Any) -> list[int] | None:
         return None
     if not isinstance(value, list):
         raise _BadInput(f'"input_ids" is not a list but {_kind(value)}')
-    # The types at once: several times faster than a check of each item. A bool is an int, but its type is not.
+    # All types at once, several times faster than item by item. `isinstance` would accept a bool.
     if value and (set(map(type, value)) != {int} or min(value) < 0):
         wrong = next(item for item in value if type(item) is not int or item < 0)
         raise _BadInput(f'"input_ids" holds {json.dumps(wrong)[:40]}, which is not a token id')
@@ -291,7 +291,6 @@ def _token_ids(value: Any) -> list[int] | None:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
     names = {
         dict: "an object",
         list: "a list",

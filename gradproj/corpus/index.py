@@ -1,7 +1,7 @@
-"""The frozen corpus index: which tar, and which byte of it, a sample id is.
+"""The corpus index: maps sample ids to tars and byte offsets.
 
-A sample's id is its tar's start id plus its position in the tar. The index is built once, from one pass over every
-tar (``tarscan``), and kept as one JSON file; ``corpus.json`` beside the tars unless told otherwise.
+A sample's id is its tar's start id plus its position in the tar. The index is built once, from one
+pass over every tar (``tar.scan``), and kept as one JSON file (``index_file``).
 """
 
 import base64
@@ -25,7 +25,7 @@ from gradproj.errors import CorpusError
 
 @dataclass(frozen=True)
 class Tar:
-    """One tar of the corpus as it was when it was indexed; arrays are kept as base64 text."""
+    """One tar of the corpus as it was when it was indexed. Arrays are kept as base64 text."""
 
     name: str
     path: Path
@@ -42,12 +42,12 @@ class Tar:
 
     @property
     def block_offsets(self) -> NDArray[np.int64]:
-        """The byte offset of every 64th sample's first header, its long-name and pax headers included."""
+        """Byte offset of every 64th sample's first header, long-name and pax headers included."""
         return np.frombuffer(base64.b64decode(self.block_offsets_base64), "<i8")
 
     @property
     def block_key_crcs(self) -> NDArray[np.uint32]:
-        """The crc32 of each block's keys, joined by newlines."""
+        """crc32 of each block's keys, joined by newlines."""
         return np.frombuffer(base64.b64decode(self.block_key_crcs_base64), "<u4")
 
 
@@ -55,9 +55,9 @@ class Tar:
 class CorpusIndex:
     """All tars of a corpus in order.
 
-    ``domains`` are the sorted names of all domains; a sample without one is of the domain "unknown".
-    ``fingerprint`` is a hash of the tars' names, sizes, contents and counts, not of their folder or times, so that a
-    copied corpus is the same corpus.
+    ``domains`` are the sorted names of all domains; a sample without one belongs to "unknown".
+    ``fingerprint`` is a hash of the tars' names, sizes, contents and counts. It does not depend on
+    their folder or times, so a copied corpus is the same corpus.
     """
 
     tars: tuple[Tar, ...]
@@ -72,64 +72,64 @@ class CorpusIndex:
         return np.cumsum([tar.n_samples for tar in self.tars], dtype=np.int64)
 
     def locate(self, sample_id: int) -> tuple[int, int]:
-        """The number of a sample's tar in ``tars`` and its position in that tar."""
+        """Return the number of a sample's tar in ``tars`` and its position in that tar."""
         if not 0 <= sample_id < self.n_samples:
             raise CorpusError(
-                f"sample id {sample_id} is not in this corpus, whose ids are 0 to {self.n_samples - 1}"
+                f"sample id {sample_id} is not in this corpus, whose ids are 0 to "
+                f"{self.n_samples - 1}"
             )
         number = int(np.searchsorted(self._stop_ids, sample_id, side="right"))
         return number, sample_id - self.tars[number].start_id
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Where ids ``start`` to ``stop`` (not included) lie: tar number, first position, stop position."""
+        """Yield ``(tar number, first position, stop position)`` for ids ``[start, stop)``."""
         if not 0 <= start <= stop <= self.n_samples:
             raise CorpusError(
                 f"sample ids {start} to {stop} are not in this corpus of {self.n_samples} samples"
             )
         while start < stop:
             number, first = self.locate(start)
-            upto = min(stop - self.tars[number].start_id, self.tars[number].n_samples)
-            yield number, first, upto
-            start += upto - first
+            last = min(stop - self.tars[number].start_id, self.tars[number].n_samples)
+            yield number, first, last
+            start += last - first
 
     def domain_counts(self) -> dict[str, int]:
-        """Samples per domain, in the order of ``domains``."""
+        """Return samples per domain, in the order of ``domains``."""
         total: Counter[str] = Counter()
         for tar in self.tars:
             total.update(tar.domain_counts)
         return {domain: total[domain] for domain in self.domains}
 
     def relocated(self, paths: Sequence[Path]) -> "CorpusIndex":
-        """The same corpus, found at these paths.
+        """Return the index with its tars at these paths.
 
-        A tar at a new path is taken to be the one indexed if name and size agree; its new time is noted (the stream
-        still checks its keys). A tar at its old path keeps the time it was indexed with.
+        A tar at a new path counts as the indexed one if name and size agree, and its new time is
+        noted; the stream still checks its keys. A tar at its old path keeps its indexed time, so
+        that a change in place is still noticed.
 
         Raises:
             CorpusError: other tars, other sizes or another order; lists the differences.
         """
-        wrong = (
-            []
-            if len(paths) == len(self.tars)
-            else [f"{len(paths)} tars, the index has {len(self.tars)}"]
-        )
+        wrong = []
+        if len(paths) != len(self.tars):
+            wrong.append(f"{len(paths)} tars, the index has {len(self.tars)}")
         moved = []
         for number, (tar, path) in enumerate(zip(self.tars, map(Path, paths), strict=False)):
             if path == tar.path:
                 moved.append(tar)
                 continue
-            found = _stat(path)
+            stat = _stat(path)
             if path.name != tar.name:
                 wrong.append(f"tar {number} is {path.name}, the index has {tar.name}")
-            elif found.st_size != tar.size_bytes:
+            elif stat.st_size != tar.size_bytes:
                 wrong.append(
-                    f"{path.name} has {found.st_size:,} bytes, the index has {tar.size_bytes:,}"
+                    f"{path.name} has {stat.st_size:,} bytes, the index has {tar.size_bytes:,}"
                 )
-            moved.append(replace(tar, path=path, mtime_ns=found.st_mtime_ns))
+            moved.append(replace(tar, path=path, mtime_ns=stat.st_mtime_ns))
         if wrong:
             raise CorpusError(
-                f"--shards names another corpus than the index: {some(wrong, 'difference')}. Name the same tars, or "
-                "index these with: python -m gradproj index"
+                f"--shards names another corpus than the index: {some(wrong, 'difference')}. "
+                "Name the same tars, or index these with: python -m gradproj index"
             )
         return replace(self, tars=tuple(moved))
 
@@ -144,14 +144,13 @@ def build_index(
     """Scan every tar once and number its samples, in the order of ``paths``.
 
     Args:
-        paths: the tars, as :func:`list_tars` gives them.
+        paths: the tars, as :func:`gradproj.corpus.tar.paths.list_tars` returns them.
         domain_field: dotted path of the field of ``{key}.json`` that names a sample's domain.
-        processes: how many scan at once; by default one per CPU of this process, and none beside this one where there
-            are less than 256 MB to read.
-        progress: show a bar on standard error.
+        processes: worker processes; None for one per CPU, or none if there are less than 256 MB.
+        progress: show a progress bar on standard error.
 
     Raises:
-        CorpusError: a tar is damaged, unreadable or changes meanwhile; names every such tar (up to 20).
+        CorpusError: a tar is damaged, unreadable or changed during the scan; lists up to 20.
     """
     if not paths:
         raise CorpusError("there is no tar to index")
@@ -191,11 +190,13 @@ def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Ta
 
 
 def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
+    """Build the index of these tars, with the totals and the fingerprint."""
     domains = tuple(sorted({domain for tar in tars for domain in tar.domain_counts}))
     if len(domains) > MAX_DOMAINS:
         raise CorpusError(
-            f"the field {domain_field} has {len(domains):,} different values, more than the {MAX_DOMAINS:,} domains "
-            "that a store can number; give --domain_field a field that names a domain"
+            f"the field {domain_field} has {len(domains):,} different values, more than the "
+            f"{MAX_DOMAINS:,} domains a store can hold; give --domain_field a field that names a "
+            "domain"
         )
     return CorpusIndex(
         tars=tars,
@@ -208,7 +209,7 @@ def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
 
 
 def _fingerprint(tars: Sequence[Tar], domain_field: str) -> str:
-    """The hash of ``[domain_field, [what is in each tar, ...]]`` as JSON, of which only one tar's part is ever made."""
+    # The hash of `[domain_field, [facts of each tar, ...]]` as JSON, made one tar at a time.
     hashed = blake2b(b"[" + msgspec.json.encode(domain_field) + b",[", digest_size=16)
     for number, tar in enumerate(tars):
         counts = sorted(tar.domain_counts.items())
@@ -222,20 +223,22 @@ def check_unchanged(tar: Tar) -> None:
     """Check that a tar has the size and the modification time it was indexed with.
 
     Raises:
-        CorpusError: it is missing or differs; says in what, and the way out.
+        CorpusError: the tar is missing or differs.
     """
-    found = _stat(tar.path)
+    stat = _stat(tar.path)
     changes = []
-    if found.st_size != tar.size_bytes:
-        changes.append(f"it has {found.st_size:,} bytes, the index says {tar.size_bytes:,}")
-    if found.st_mtime_ns != tar.mtime_ns:
+    if stat.st_size != tar.size_bytes:
+        changes.append(f"it has {stat.st_size:,} bytes, the index says {tar.size_bytes:,}")
+    if stat.st_mtime_ns != tar.mtime_ns:
         changes.append(
-            f"it was modified at {_seconds(found.st_mtime_ns)}, the index says {_seconds(tar.mtime_ns)}"
+            f"it was modified at {_seconds(stat.st_mtime_ns)}, "
+            f"the index says {_seconds(tar.mtime_ns)}"
         )
     if changes:
         raise CorpusError(
-            f"{tar.path}: changed since it was indexed: {'; '.join(changes)}. Run `python -m gradproj index` again: if "
-            "it was only touched or copied, the corpus keeps its fingerprint and a job can go on"
+            f"{tar.path}: changed since it was indexed: {'; '.join(changes)}. "
+            "Run `python -m gradproj index` again: if it was only touched or copied, the corpus "
+            "keeps its fingerprint and a job can continue"
         )
 
 
@@ -248,5 +251,5 @@ def _stat(path: Path) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         raise CorpusError(
-            f"{path}: the tar cannot be read: {error.strerror}; put it back, or mend --shards"
+            f"{path}: the tar cannot be read: {error.strerror}; restore the file or fix --shards"
         ) from error

@@ -59,7 +59,7 @@ FORMAT_VERSION = 1
 
 
 class _Envelope(msgspec.Struct):
-    """The file's outer part, which every version has."""
+    """The file's outer object, the same in every format version."""
 
     format: str
     format_version: int
@@ -74,14 +74,14 @@ class _Body(msgspec.Struct):
 
 
 def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
-    """Write the index as one file, whole or not at all, and return the index that stands there.
+    """Write the index atomically and return the index that the file now holds.
 
-    Of several builders one wins; the others get the winner's index. ``replace_existing`` puts this one in the place of
-    any other, as `python -m gradproj index` does. Tars under the file's folder are named relative to it, so that the
-    folder can move.
+    If several processes build the same index, the first one's file stays and all return it, unless
+    ``replace_existing``. Tars below the file's folder are named relative to it, so the folder can
+    be moved.
 
     Raises:
-        CorpusError: the index that was there already is of another corpus, or the folder cannot be written.
+        CorpusError: the existing index belongs to another corpus, or the folder is not writable.
     """
     path = Path(os.path.abspath(path))
     checksum = checksum_of(_body_parts(index, path.parent))
@@ -94,15 +94,16 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     winner = load_index(path)
     if winner.fingerprint != index.fingerprint:
         raise CorpusError(
-            f"{path}: is the index of another corpus: {len(winner.tars)} tars, {winner.n_samples:,} samples, field "
-            f"{winner.domain_field}; these are {len(index.tars)} tars, {index.n_samples:,} samples, field "
-            f"{index.domain_field}. Name another path for the index, or replace it with: python -m gradproj index"
+            f"{path}: is the index of another corpus: {len(winner.tars)} tars, "
+            f"{winner.n_samples:,} samples, field {winner.domain_field}; these are "
+            f"{len(index.tars)} tars, {index.n_samples:,} samples, field {index.domain_field}. "
+            "Name another path for the index, or replace it with: python -m gradproj index"
         )
     return winner
 
 
 def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
-    """The JSON of a ``_Body``, a tar at a time: as a whole it can have 70 MB."""
+    # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
     yield msgspec.json.encode(_Body(index.domain_field, index.fingerprint, [])).removesuffix(b"]}")
     for number, tar in enumerate(index.tars):
         path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
@@ -111,7 +112,11 @@ def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
 
 
 def load_index(path: Path) -> CorpusIndex:
-    """Read an index file; a newer format, a torn or changed file and any other file are a CorpusError."""
+    """Read an index file.
+
+    Raises:
+        CorpusError: not an index, one of another format version, or one that was damaged or edited.
+    """
     path = Path(os.path.abspath(path))
     again = "Make it again with: python -m gradproj index"
     try:
@@ -129,12 +134,12 @@ def load_index(path: Path) -> CorpusIndex:
         raise CorpusError(f"{path}: not a corpus index but {envelope.format[:80]!r}. {again}")
     if envelope.format_version != FORMAT_VERSION:
         raise CorpusError(
-            f"{path}: a corpus index of format version {envelope.format_version}; this gradproj reads version "
-            f"{FORMAT_VERSION}. Use the gradproj that made it, or make it again with: python -m gradproj index"
+            f"{path}: a corpus index of format version {envelope.format_version}; this gradproj "
+            f"reads version {FORMAT_VERSION}. Use the gradproj that made it, or make it again with: "
+            "python -m gradproj index"
         )
-    content = memoryview(
-        envelope.index
-    )  # of the file's bytes: those of the Pile's index are 70 MB in every rank
+    # A view, no copy: the Pile's index is 70 MB, and every rank reads it.
+    content = memoryview(envelope.index)
     if checksum_of([content]) != envelope.checksum:
         raise CorpusError(
             f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"

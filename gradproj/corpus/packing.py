@@ -1,4 +1,4 @@
-"""Turn a record of any input into the JSON that a tar keeps: ``{"text" or "input_ids", "meta"}``."""
+"""Convert input records to the JSON of a tar: ``{"text" or "input_ids", "meta"}``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,37 +13,39 @@ _encode = msgspec.json.Encoder().encode
 
 
 class BadRecordError(Exception):
-    """One record cannot become a document; the message says why, without the place."""
+    """A record cannot become a document. The message does not name the record's place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line, row or file of an input, before it is a document."""
+    """One line, row or file of an input."""
 
     place: str
-    """Where in the input, for messages: ``line 7``."""
+    """Position in the input, for messages: ``line 7``."""
     value: Any = None
     problem: str | None = None
-    """Why there is no value."""
+    """The reason if ``value`` could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedDocument:
-    """What a tar keeps of one sample."""
+    """One sample as a tar keeps it."""
 
     domain: str
     payload: bytes
-    """UTF-8 JSON: ``{"text": str and/or "input_ids": [int], "meta": {"pile_set_name": domain, ...}}``."""
+    """UTF-8 JSON: ``text`` and/or ``input_ids``, and ``meta`` with ``pile_set_name``: the domain."""
 
 
 def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
-    """The document of a record.
+    """Convert a record to a document.
 
-    It keeps the text, the ``input_ids``, or both where there are both. The record's own ``meta`` object is kept,
-    its other top-level strings and numbers (``id``, ``url``) are put beside it, and NaN becomes null.
+    The text and the ``input_ids`` are kept, and so are the fields of the record's ``meta`` object;
+    its other top-level strings and numbers (``id``, ``url``) are added to ``meta``. NaN becomes
+    null.
 
     Raises:
-        BadRecordError: not an object; no text and no token ids; a wrong type; a lone surrogate; too large.
+        BadRecordError: not an object, neither text nor token ids, a wrong type, a lone surrogate, or
+            too large.
     """
     if record.problem is not None:
         raise BadRecordError(record.problem)
@@ -56,9 +58,9 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         for name, value in record.value.items()
         if isinstance(value, _SCALARS) and name not in (text_field, domain_field)
     }
-    own = record.value.get("meta")
-    if isinstance(own, dict):
-        meta |= own
+    record_meta = record.value.get("meta")
+    if isinstance(record_meta, dict):
+        meta |= record_meta
     try:
         payload = _encode(content | {"meta": meta | {"pile_set_name": domain}})
     except UnicodeEncodeError as error:
@@ -93,10 +95,10 @@ def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
 def _checked_ids(ids: Any) -> list[int]:
     if not isinstance(ids, list):
         raise BadRecordError(f"'input_ids' is {_type_name(ids)}, not a list of token ids")
-    # A set of types is several times faster than a check per id; bool is a subclass of int, so no isinstance.
-    strangers = set(map(type, ids)) - {int}
-    if strangers:
-        raise BadRecordError(f"'input_ids' holds {strangers.pop().__name__}, not only integers")
+    # All types at once, several times faster than id by id. `isinstance` would accept a bool.
+    wrong_types = set(map(type, ids)) - {int}
+    if wrong_types:
+        raise BadRecordError(f"'input_ids' holds {wrong_types.pop().__name__}, not only integers")
     if ids and not (min(ids) >= 0 and max(ids) < 1 << 31):
         raise BadRecordError(
             f"'input_ids' reaches from {min(ids)} to {max(ids)}; ids are 0 to 2^31 - 1"
@@ -116,7 +118,7 @@ def _domain(value: dict[str, Any], domain_field: str) -> str:
 
 
 def _look_up(value: Any, field: str) -> Any:
-    """``value["a.b"]``, else ``value["a"]["b"]``, else ``_ABSENT``."""
+    """Return ``value["a.b"]``, else ``value["a"]["b"]``, else ``_ABSENT``."""
     if not isinstance(value, dict):
         return _ABSENT
     if field in value:

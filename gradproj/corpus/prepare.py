@@ -1,7 +1,7 @@
-"""``python -m gradproj prepare``: documents of any input to WebDataset tars, in order, all of them or none.
+"""Convert documents of any input to WebDataset tars, in order, all of them or none.
 
-Reading is ``sources``, a document's content ``records``, tars and their publishing ``tarwriter``.
-The same input and settings give the same bytes.
+``sources`` reads inputs, ``packing`` converts a record to a document, ``tar.writer`` writes and
+publishes tars. Equal inputs and settings give equal bytes.
 """
 
 import sys
@@ -19,14 +19,14 @@ from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
 from gradproj.errors import ConfigError, CorpusError
 
 MAX_DOMAINS = 2**15 - 1
-"""The store keeps a sample's domain as int16."""
+"""A store keeps a sample's domain as int16."""
 MAX_BAD_EXAMPLES = 10
 BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to read and how to pack it."""
+    """The inputs and how their documents are packed."""
 
     inputs: tuple[str, ...] = field(
         metadata={
@@ -75,7 +75,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What ``prepare`` wrote and what it left out."""
+    """Counts of what ``prepare`` wrote and left out."""
 
     n_samples: int
     n_bad: int
@@ -83,10 +83,10 @@ class PrepareReport:
     domains: dict[str, int]
     """Samples of each domain, in order of first appearance."""
     bad_examples: tuple[str, ...]
-    """The first few reasons, with input and line."""
+    """The first few reasons, each with its input and line."""
 
     def summary(self) -> str:
-        """Lines for a person: counts, the largest domains, what was left out."""
+        """Return lines for a person: counts, the largest domains, what was left out."""
         largest = sorted(self.domains.items(), key=lambda item: -item[1])[:30]
         lines = [
             f"{self.n_samples:,} documents of {len(self.domains):,} domains in {self.n_tars:,} tars"
@@ -105,16 +105,16 @@ class PrepareReport:
 def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
     """Write the inputs' documents as WebDataset tars into ``config.output_dir``.
 
-    Memory holds a few documents and a counter per domain, whatever the input's size.
+    Memory use is a few documents and a counter per domain, whatever the size of the input.
 
     Args:
-        config: what to read and how to pack it.
-        progress: show it on stderr: a bar on a terminal, else a line every 10 s.
+        config: the inputs and how their documents are packed.
+        progress: show progress on standard error: a bar on a terminal, else a line every 10 s.
 
     Raises:
         ConfigError: an input is of no known kind.
-        CorpusError: an input is missing, damaged or empty, or has a bad line; nothing is published.
-        StoreError: the output folder is not empty or cannot be written.
+        CorpusError: an input is missing, damaged or empty, or has a bad line. Nothing is published.
+        StoreError: the output directory is not empty or cannot be written.
     """
     for location in config.inputs:
         check_input(location)
@@ -141,7 +141,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
 
 
 class _Documents:
-    """Iterates over the documents of all inputs; counts domains and bad records on the way."""
+    """Iterates over the documents of all inputs and counts domains and bad records."""
 
     def __init__(self, config: PrepareConfig, progress: bool) -> None:
         self.config = config
@@ -152,23 +152,20 @@ class _Documents:
 
     def __iter__(self) -> Iterator[PackedDocument]:
         sizes = [input_bytes(location) for location in self.config.inputs]
-        known = [size for size in sizes if size is not None]
-        total = sum(known) if len(known) == len(sizes) else None
+        file_sizes = [size for size in sizes if size is not None]
+        total = sum(file_sizes) if len(file_sizes) == len(sizes) else None
         before = 0
         with _Progress("prepare", total, self._progress) as progress:
             for location, size in zip(self.config.inputs, sizes, strict=True):
-                # The library's own records have fixed fields, whatever the other inputs call theirs.
-                fixed = location == "stdlib:"
-                text_field = "text" if fixed else self.config.text_field
-                domain_field = "meta.pile_set_name" if fixed else self.config.domain_field
+                text_field, domain_field = self.config.text_field, self.config.domain_field
+                if location == "stdlib:":
+                    # These records have fixed fields, whatever the other inputs call theirs.
+                    text_field, domain_field = "text", "meta.pile_set_name"
                 roots = {
-                    text_field,
-                    domain_field,
-                    text_field.split(".")[0],
-                    domain_field.split(".")[0],
+                    name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])
                 }
-                reading = InputReader(location, (*sorted(roots), "meta", "input_ids"))
-                for record in read_records(reading):
+                reader = InputReader(location, (*sorted(roots), "meta", "input_ids"))
+                for record in read_records(reader):
                     try:
                         document = pack(record, text_field, domain_field)
                     except BadRecordError as error:
@@ -176,13 +173,13 @@ class _Documents:
                         continue
                     self._count(document.domain)
                     yield document
-                    progress.step(len(document.payload), before + reading.position())
+                    progress.step(len(document.payload), before + reader.position())
                 before += size or 0
 
     def _take_bad(self, message: str) -> None:
         if self.config.on_bad_input == "error":
             raise CorpusError(
-                f"{message}. Mend it, or leave such lines out with --on_bad_input skip"
+                f"{message}. Fix it, or leave such lines out with --on_bad_input skip"
             )
         self.n_bad += 1
         if len(self.bad) < MAX_BAD_EXAMPLES:
@@ -192,14 +189,15 @@ class _Documents:
         if domain not in self.domains and len(self.domains) == MAX_DOMAINS:
             few = ", ".join(repr(name) for name in list(self.domains)[:3])
             raise CorpusError(
-                f"--domain_field {self.config.domain_field} has more than {MAX_DOMAINS:,} different values "
-                f"({few}, ...), the most a store can hold; name a field with fewer, such as a source"
+                f"--domain_field {self.config.domain_field} has more than {MAX_DOMAINS:,} different "
+                f"values ({few}, ...), the most a store can hold; name a field with fewer, such as a "
+                "source"
             )
         self.domains[domain] = self.domains.get(domain, 0) + 1
 
 
 class _Progress:
-    """Documents, MB and the share done on stderr: a bar on a terminal, else a line every 10 s."""
+    """Shows documents, MB and the fraction done on standard error."""
 
     def __init__(self, label: str, total_bytes: int | None, enabled: bool) -> None:
         self.label, self.total_bytes = label, total_bytes
@@ -213,7 +211,7 @@ class _Progress:
         self._interval_s = (
             BAR_INTERVAL_S if terminal else PLAIN_INTERVAL_S if enabled else float("inf")
         )
-        self._shown_s = self._start_s = time.monotonic()
+        self._updated_s = self._start_s = time.monotonic()
 
     def __enter__(self) -> "_Progress":
         return self
@@ -223,13 +221,13 @@ class _Progress:
             self._bar.close()
 
     def step(self, n_bytes: int, position: int) -> None:
-        """Count one document of ``n_bytes``; ``position`` is the bytes of the input that are behind it."""
+        """Count one document of ``n_bytes``; ``position`` is the number of input bytes read so far."""
         self.n_samples += 1
         self.n_bytes += n_bytes
         now_s = time.monotonic()
-        if now_s - self._shown_s < self._interval_s:
+        if now_s - self._updated_s < self._interval_s:
             return
-        self._shown_s = now_s
+        self._updated_s = now_s
         if self._bar is None:
             share = f", {100 * position / self.total_bytes:.1f} % done" if self.total_bytes else ""
             rate = self.n_samples / (now_s - self._start_s)
@@ -250,9 +248,9 @@ def _write_grouped(reader: _Documents, tars: TarSequence, folder: Path, progress
     spools = DomainSpools(folder)
     for document in reader:
         spools.add(document)
-    with _Progress("group by domain", spools.n_bytes, progress) as shown:
+    with _Progress("group by domain", spools.n_bytes, progress) as bar:
         for payloads in spools.drain():
             for payload in payloads:
                 tars.add(payload)
-                shown.step(len(payload), shown.n_bytes + len(payload))
+                bar.step(len(payload), bar.n_bytes + len(payload))
             tars.end_tar()

@@ -1,7 +1,7 @@
-"""Read records out of files, data sets and the standard library: one reader per kind of input in ``SOURCES``.
+"""Read records from files, data sets and the standard library: one reader per entry of ``SOURCES``.
 
-A reader streams records in the input's own order and never ends early without an error. A record that cannot
-be read (a line that is not JSON) is still a record, with the reason, so that the caller decides about it.
+A reader streams records in the input's order and never ends early without an error. A record that
+cannot be read, such as a line that is not JSON, is yielded with the reason; the caller decides.
 """
 
 import gzip
@@ -30,45 +30,45 @@ PARQUET_ROWS = 64
 
 @dataclass
 class InputReader:
-    """What a reader is asked for, and how far it has come."""
+    """An input, the fields to read from it, and the position reached."""
 
     location: str
     fields: tuple[str, ...] = ()
-    """Top-level names to read whatever their type; other nested or binary columns may be left out."""
+    """Top-level names to read whatever their type. Other nested or binary columns may be skipped."""
     position: Callable[[], int] = lambda: 0
-    """Bytes of the input's file behind the reader; set by it, valid between two records."""
+    """Returns the bytes of the file read so far. Set by the reader, valid between two records."""
 
 
-def read_records(reading: InputReader) -> Iterator[Record]:
-    """Every record of one input, in order.
+def read_records(source: InputReader) -> Iterator[Record]:
+    """Yield every record of one input, in order.
 
     Raises:
         ConfigError: the input is of no known kind.
-        CorpusError: it is missing, unreadable, damaged or cut short.
+        CorpusError: the input is missing, unreadable, damaged or cut short.
     """
-    kind = source_kind(reading.location)
-    check_input(reading.location)
+    kind = source_kind(source.location)
+    check_input(source.location)
     try:
-        yield from SOURCES[kind](reading)
+        yield from SOURCES[kind](source)
     except OSError as error:
         raise CorpusError(
-            f"{reading.location}: cannot be read: {error.strerror or error}"
+            f"{source.location}: cannot be read: {error.strerror or error}"
         ) from error
 
 
 def source_kind(location: str) -> str:
-    """The key of ``SOURCES`` for an input: a prefix such as ``hf:`` or the end of a file's name."""
+    """Return an input's key in ``SOURCES``: a prefix such as ``hf:`` or a file name's end."""
     for kind in SOURCES:
         if location.startswith(kind) if kind.endswith(":") else location.lower().endswith(kind):
             return kind
     raise ConfigError(
-        f"INPUT {location!r} is of no known kind; give a file ending in .jsonl, .jsonl.gz, .jsonl.zst or "
-        f".parquet, hf:NAME[@CONFIG][:SPLIT] or stdlib:"
+        f"INPUT {location!r} is of no known kind; give a file ending in .jsonl, .jsonl.gz, "
+        ".jsonl.zst or .parquet, hf:NAME[@CONFIG][:SPLIT] or stdlib:"
     )
 
 
 def check_input(location: str) -> None:
-    """Raise ``CorpusError`` where an input is a file that is not there; a cheap check before any work."""
+    """Raise ``CorpusError`` if an input file does not exist; a cheap check before any work."""
     if source_kind(location).endswith(":") or os.path.isfile(location):
         return
     if os.path.isdir(location):
@@ -81,50 +81,50 @@ def check_input(location: str) -> None:
 
 
 def input_bytes(location: str) -> int | None:
-    """The size of an input's file as it lies on the disk; None where the input is not a file."""
+    """Return the size of an input file on disk; None if the input is not a file."""
     return None if source_kind(location).endswith(":") else os.path.getsize(location)
 
 
 # ---- JSON lines
 
 
-def _read_jsonl(reading: InputReader) -> Iterator[Record]:
-    with open(reading.location, "rb", buffering=READ_BYTES) as file:
-        reading.position = file.tell
-        yield from _json_lines(file, reading.location)
+def _read_jsonl(source: InputReader) -> Iterator[Record]:
+    with open(source.location, "rb", buffering=READ_BYTES) as file:
+        source.position = file.tell
+        yield from _json_lines(file, source.location)
 
 
-def _read_jsonl_gz(reading: InputReader) -> Iterator[Record]:
-    with open(reading.location, "rb", buffering=READ_BYTES) as file:
-        reading.position = file.tell
-        _refuse_empty(file, reading.location)
+def _read_jsonl_gz(source: InputReader) -> Iterator[Record]:
+    with open(source.location, "rb", buffering=READ_BYTES) as file:
+        source.position = file.tell
+        _reject_empty(file, source.location)
         with gzip.GzipFile(fileobj=file) as stream:
-            yield from _json_lines(stream, reading.location)
+            yield from _json_lines(stream, source.location)
 
 
-def _read_jsonl_zst(reading: InputReader) -> Iterator[Record]:
-    with open(reading.location, "rb", buffering=READ_BYTES) as file:
-        reading.position = file.tell
-        _refuse_empty(file, reading.location)
+def _read_jsonl_zst(source: InputReader) -> Iterator[Record]:
+    with open(source.location, "rb", buffering=READ_BYTES) as file:
+        source.position = file.tell
+        _reject_empty(file, source.location)
         with io.BufferedReader(_ZstdReader(file), READ_BYTES) as stream:
-            yield from _json_lines(stream, reading.location)
+            yield from _json_lines(stream, source.location)
 
 
-def _refuse_empty(file: BinaryIO, location: str) -> None:
-    # Even no lines at all compress to some bytes; Python's gzip takes an empty file for a whole one.
+def _reject_empty(file: BinaryIO, location: str) -> None:
+    # No lines at all compress to some bytes, but Python's gzip accepts a file of 0 bytes.
     if os.fstat(file.fileno()).st_size == 0:
         raise CorpusError(f"{location}: the file has 0 bytes, so it is cut short; fetch it again")
 
 
 class _ZstdReader(io.RawIOBase):
-    """The content of all frames of a zstandard file; raises ``EOFError`` where the last frame is cut short.
+    """The content of all frames of a zstandard file.
 
-    zstandard's own stream readers end silently there.
+    Raises ``EOFError`` if the last frame is cut short; zstandard's own stream readers end silently.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        # 2 GiB is the format's largest window (zstd --ultra --long=31); the default refuses over 128 MiB.
+        # 2 GiB is the format's largest window (zstd --ultra --long=31); the default limit is 128 MiB.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._packed = b""
@@ -153,7 +153,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _json_lines(stream: Any, location: str) -> Iterator[Record]:
-    """One record per line that is not blank. Only ``\\n`` ends a line: texts hold U+2028, U+0085 and such."""
+    # Only `\n` ends a line: texts hold U+2028, U+0085 and other line ends of Unicode.
     number = 0
     while True:
         try:
@@ -161,7 +161,7 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise CorpusError(
                 f"{location}, line {number + 1}: the file is cut short or damaged here ({error}); "
-                f"{number} lines before it are whole; fetch the file again"
+                f"{number} lines before it are intact; fetch the file again"
             ) from error
         if not line:
             return
@@ -169,7 +169,8 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
         if not whole:
             yield Record(
                 f"line {number}",
-                problem=f"longer than {MAX_DOCUMENT_BYTES:,} bytes; is the file JSON lines, one object a line?",
+                problem=f"longer than {MAX_DOCUMENT_BYTES:,} bytes; "
+                "is the file JSON lines, one object a line?",
             )
             continue
         if number == 1:
@@ -179,7 +180,7 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
 
 
 def _read_line(stream: Any) -> tuple[bytes, bool]:
-    """The next line and whether it is all of it: of one that is too long only the start, the rest is dropped."""
+    """Return the next line and True, or the beginning of a line that is too long and False."""
     start = line = stream.readline(MAX_DOCUMENT_BYTES)
     whole = True
     while len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
@@ -196,7 +197,7 @@ def _decode_json(line: bytes, place: str) -> Record:
 
 
 def _decode_json_slowly(line: bytes, place: str) -> Record:
-    """json explains better than msgspec, and takes NaN and lone surrogates, which ``pack`` judges."""
+    # json has the better messages, and accepts NaN and lone surrogates, which `pack` handles.
     try:
         return Record(place, json.loads(line.rstrip(b"\r\n").decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -217,28 +218,28 @@ def _decode_json_slowly(line: bytes, place: str) -> Record:
 # ---- Other inputs
 
 
-def _read_parquet(reading: InputReader) -> Iterator[Record]:
+def _read_parquet(source: InputReader) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet, types
 
     number = 0
     try:
-        with parquet.ParquetFile(reading.location) as file:
-            n_bytes, n_rows = os.path.getsize(reading.location), max(file.metadata.num_rows, 1)
+        with parquet.ParquetFile(source.location) as file:
+            n_bytes, n_rows = os.path.getsize(source.location), max(file.metadata.num_rows, 1)
             columns = [
                 column.name
                 for column in file.schema_arrow
-                if column.name in reading.fields
+                if column.name in source.fields
                 or not (types.is_nested(column.type) or types.is_binary(column.type))
             ]
-            reading.position = lambda: n_bytes * number // n_rows
+            source.position = lambda: n_bytes * number // n_rows
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                 for value, problem in _batch_rows(batch):
                     number += 1
                     yield Record(f"row {number}", value, problem)
     except pyarrow.ArrowException as error:
         raise CorpusError(
-            f"{reading.location}, after row {number}: not whole parquet ({error})"
+            f"{source.location}, after row {number}: not whole parquet ({error})"
         ) from error
 
 
@@ -256,13 +257,13 @@ def _one_row(batch: Any) -> tuple[Any, str | None]:
         return None, f"not UTF-8 ({error.reason})"
 
 
-def _read_hugging_face(reading: InputReader) -> Iterator[Record]:
-    """Rows of ``hf:NAME[@CONFIG][:SPLIT]``; NAME is a name on the hub or a local folder of data files."""
-    path, _, split = reading.location.removeprefix("hf:").partition(":")
+def _read_hugging_face(source: InputReader) -> Iterator[Record]:
+    """Yield rows of ``hf:NAME[@CONFIG][:SPLIT]``; NAME is a hub name or a folder of data files."""
+    path, _, split = source.location.removeprefix("hf:").partition(":")
     name, _, config = path.partition("@")
     if not name:
         raise ConfigError(
-            f"INPUT {reading.location!r} names no data set; write hf:NAME[@CONFIG][:SPLIT]"
+            f"INPUT {source.location!r} names no data set; write hf:NAME[@CONFIG][:SPLIT]"
         )
     number = 0
     try:
@@ -272,19 +273,19 @@ def _read_hugging_face(reading: InputReader) -> Iterator[Record]:
         for row in rows:
             number += 1
             yield Record(f"row {number}", row)
-    except Exception as error:  # datasets lets errors of many libraries through
+    except Exception as error:  # datasets does not wrap the errors of the libraries it uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = f", after row {number}" if number else ""
         raise CorpusError(
-            f"INPUT {reading.location}{place}: {reason}. Check name, configuration and split "
+            f"INPUT {source.location}{place}: {reason}. Check name, configuration and split "
             "(hf:NAME[@CONFIG][:SPLIT]) and the network, or give a local folder: hf:./FOLDER"
         ) from error
 
 
-def _read_stdlib(reading: InputReader) -> Iterator[Record]:
-    """The running Python's own library: a document per source file, a domain per top-level package."""
-    if reading.location != "stdlib:":
-        raise ConfigError(f"INPUT {reading.location!r}: stdlib: takes no name after the colon")
+def _read_stdlib(source: InputReader) -> Iterator[Record]:
+    """Yield a document per source file of this Python's library, a domain per top-level package."""
+    if source.location != "stdlib:":
+        raise ConfigError(f"INPUT {source.location!r}: stdlib: takes no name after the colon")
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _library_files(root):
         name = path.relative_to(root).as_posix()
@@ -298,13 +299,13 @@ def _read_stdlib(reading: InputReader) -> Iterator[Record]:
 
 
 def _library_files(root: Path) -> list[Path]:
-    # Tests are left out: they are most of the files, and hold broken encodings on purpose.
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    found = []
+    # Tests are most of the files, and hold broken encodings on purpose.
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in left_out]
-        found += [Path(folder, name) for name in files if name.endswith(".py")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        folders[:] = [name for name in folders if name not in excluded]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 SOURCES: dict[str, Callable[[InputReader], Iterator[Record]]] = {
@@ -315,4 +316,4 @@ SOURCES: dict[str, Callable[[InputReader], Iterator[Record]]] = {
     "hf:": _read_hugging_face,
     "stdlib:": _read_stdlib,
 }
-"""Kind of input -> its reader. A key with a colon starts the input's name, another ends it."""
+"""Kind of input -> reader. A key that ends in a colon is a prefix of the input, others a suffix."""

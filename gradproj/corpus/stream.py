@@ -1,7 +1,8 @@
-"""Documents of a range of sample ids, in id order, exactly as many as promised.
+"""Stream the documents of a range of sample ids, in id order, with none missing.
 
-webdataset's own tar iterator and grouping do the decoding, from the byte offset of the block of 64 samples in which
-the range begins. Since they end silently at damage, every block's keys and their number are checked against the index.
+webdataset's own tar iterator and grouping do the decoding, from the byte offset of the block of 64
+samples in which the range begins. They end silently at damage, so every block's number of samples
+and keys are checked against the index.
 """
 
 import re
@@ -22,8 +23,6 @@ from gradproj.corpus.index import CorpusIndex, Tar, check_unchanged
 from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK, crc_of_keys, key_and_suffix
 from gradproj.errors import CorpusError
 
-__all__ = ["Document", "ReadLimits", "read_documents"]
-
 _DEFAULT_LIMITS = ReadLimits()
 _POSITION_IN_MESSAGE = re.compile(r" @ <.*>$")
 
@@ -31,18 +30,19 @@ _POSITION_IN_MESSAGE = re.compile(r" @ <.*>$")
 def read_documents(
     index: CorpusIndex, start: int, stop: int, limits: ReadLimits = _DEFAULT_LIMITS
 ) -> Iterator[Document]:
-    """Exactly the documents ``start`` to ``stop`` (not included), in id order.
+    """Yield exactly the documents of ids ``[start, stop)``, in id order.
 
-    ``read(range(20))`` is ``read(range(7))`` followed by ``read(range(7, 20))``. A sample that is no document comes
-    with its ``problem``; it does not end the stream.
+    Any split of a range reads the same documents. A sample that cannot be decoded is a document
+    with a ``problem``; it does not end the stream.
 
     Raises:
-        CorpusError: a tar is missing, changed or damaged since it was indexed; names the tar and the block of samples.
-            It comes before the last document of the range, so that a range is never taken for whole.
+        CorpusError: a tar is missing, or changed or damaged since it was indexed; names the tar and
+            the block of samples. It is raised before the last document of the range is yielded, so
+            a caller that takes ``stop - start`` documents never misses it.
     """
     domain_of = DomainReader(index.domain_field)
-    for number, first, upto in index.spans(start, stop):
-        yield from _read_span(index.tars[number], number, first, upto, domain_of, limits)
+    for number, first, last in index.spans(start, stop):
+        yield from _read_span(index.tars[number], number, first, last, domain_of, limits)
 
 
 def _read_span(
@@ -51,6 +51,7 @@ def _read_span(
     check_unchanged(tar)
     first_block, stop_block = first // SAMPLES_PER_BLOCK, -(-stop // SAMPLES_PER_BLOCK)
     offsets, key_crcs = tar.block_offsets, tar.block_key_crcs
+    # Yielded one behind: the block's keys are checked before its last document is yielded.
     held: Document | None = None
     with _open(tar) as file:
         file.seek(int(offsets[first_block]))
@@ -94,31 +95,35 @@ def _next_sample(samples: Iterator[dict[str, Any]], tar: Tar, position: int) -> 
         raise _changed(tar, block, f"sample {position:,} cannot be read: {reason}") from error
 
 
-def _changed(tar: Tar, block: int, what: str) -> CorpusError:
+def _changed(tar: Tar, block: int, change: str) -> CorpusError:
     first = block * SAMPLES_PER_BLOCK
     last = min(first + SAMPLES_PER_BLOCK, tar.n_samples) - 1
     return CorpusError(
-        f"{tar.path}: changed or damaged since it was indexed, in samples {first:,} to {last:,} of the tar: {what}. "
-        "Put the tar back as it was, or run `python -m gradproj index` again, which says what is wrong"
+        f"{tar.path}: changed or damaged since it was indexed, in samples {first:,} to {last:,} "
+        f"of the tar: {change}. Restore the tar, or run `python -m gradproj index` again, which "
+        "checks every header"
     )
 
 
 def _members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str, Any]]:
-    """The tar's members as :func:`group_by_keys` takes them."""
-    most = max(limits.max_document_bytes, MAX_DOCUMENT_BYTES)
-    members = (
-        tar_file_iterator(file) if tar.largest_member_bytes <= most else _members_up_to(file, most)
-    )
+    max_bytes = max(limits.max_document_bytes, MAX_DOCUMENT_BYTES)
+    if tar.largest_member_bytes <= max_bytes:
+        members = tar_file_iterator(file)
+    else:
+        members = _members_up_to(file, max_bytes)
     for member in members:
         member["__url__"] = tar.name
         yield member
 
 
-def _members_up_to(file: BinaryIO, most_bytes: int) -> Iterator[dict[str, Any]]:
-    """What ``tar_file_iterator`` yields, but None for the data of a member too large for the memory."""
+def _members_up_to(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the members of a tar as ``tar_file_iterator`` does, with None as the data of large ones.
+
+    ``tar_file_iterator`` reads every member into memory, whatever its size.
+    """
     with tarfile.open(fileobj=file, mode="r:") as members:
         for info in members:
             if info.isreg() and key_and_suffix(info.name) is not None:
                 reader = members.extractfile(info)
-                data = reader.read() if reader is not None and info.size <= most_bytes else None
+                data = reader.read() if reader is not None and info.size <= max_bytes else None
                 yield {"fname": info.name, "data": data}
