@@ -1,4 +1,4 @@
-"""Publish a file whole or not at all, and only once."""
+"""The corpus index as a JSON file: save, load, and open the corpus that ``--shards`` names."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,17 +20,12 @@ from gradproj.files import (
     write_file_durably,
 )
 
+FORMAT = "gradproj corpus index"
+FORMAT_VERSION = 1
 
-def publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
-    """Publish the index file, whole or not at all.
 
-    Returns:
-        Whether ``content`` is now at ``path``. False: an index was there already and stays.
-
-    Raises:
-        CorpusError: no file can be written there.
-        StoreError: the disk is full, read-only or not the user's.
-    """
+def _publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
+    """Write the index file atomically. Returns False if another index exists and stays."""
     temporary = temporary_beside(path)
     try:
         # Readable whatever the umask: other users' jobs read the index too.
@@ -46,16 +41,11 @@ def publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> boo
         ) from error
 
 
-def checksum_of(parts: Iterable[bytes | memoryview]) -> str:
-    """A hash of a content that comes in parts."""
+def _checksum(parts: Iterable[bytes | memoryview]) -> str:
     hashed = blake2b(digest_size=16)
     for part in parts:
         hashed.update(part)
     return hashed.hexdigest()
-
-
-FORMAT = "gradproj corpus index"
-FORMAT_VERSION = 1
 
 
 class _Envelope(msgspec.Struct):
@@ -81,15 +71,16 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     be moved.
 
     Raises:
-        CorpusError: the existing index belongs to another corpus, or the folder is not writable.
+        CorpusError: the existing index belongs to another corpus, or no file can be written there.
+        StoreError: the disk is full, read-only or not the user's.
     """
     path = Path(os.path.abspath(path))
-    checksum = checksum_of(_body_parts(index, path.parent))
+    checksum = _checksum(_body_parts(index, path.parent))
     envelope = msgspec.json.encode(
         _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
     )
     parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
-    if publish(path, parts, replace_existing):
+    if _publish(path, parts, replace_existing):
         return index
     winner = load_index(path)
     if winner.fingerprint != index.fingerprint:
@@ -135,12 +126,12 @@ def load_index(path: Path) -> CorpusIndex:
     if envelope.format_version != FORMAT_VERSION:
         raise CorpusError(
             f"{path}: a corpus index of format version {envelope.format_version}; this gradproj "
-            f"reads version {FORMAT_VERSION}. Use the gradproj that made it, or make it again with: "
-            "python -m gradproj index"
+            f"reads version {FORMAT_VERSION}. Use the gradproj that made it, or make it again "
+            "with: python -m gradproj index"
         )
     # A view, no copy: the Pile's index is 70 MB, and every rank reads it.
     content = memoryview(envelope.index)
-    if checksum_of([content]) != envelope.checksum:
+    if _checksum([content]) != envelope.checksum:
         raise CorpusError(
             f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
         )
@@ -183,16 +174,16 @@ def open_corpus(
         progress: show a progress bar while tars are scanned.
 
     Raises:
-        CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or an
-            index belongs to other tars.
+        CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or
+            the index belongs to other tars.
     """
     try:
         if shards.endswith(".json"):
             return load_index(Path(shards))
         paths, beside = list_tars(shards), default_index_path(shards)
         indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
-        # Tars that were touched or copied are indexed again beside them. If that is the same corpus,
-        # the newer index is the one to use: it has the tars' present times.
+        # Tars that were touched or copied are indexed again beside them. If that is the same
+        # corpus, the newer index is used: it has the tars' present times.
         for index in reversed(indexes):
             if index.fingerprint == indexes[0].fingerprint:
                 return index.relocated(paths)

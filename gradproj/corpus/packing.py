@@ -33,7 +33,7 @@ class PackedDocument:
 
     domain: str
     payload: bytes
-    """UTF-8 JSON: ``text`` and/or ``input_ids``, and ``meta`` with ``pile_set_name``: the domain."""
+    """UTF-8 JSON: ``text``, ``input_ids`` or both; the domain is ``meta.pile_set_name``."""
 
 
 def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
@@ -44,8 +44,8 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     null.
 
     Raises:
-        BadRecordError: not an object, neither text nor token ids, a wrong type, a lone surrogate, or
-            too large.
+        BadRecordError: not an object, neither text nor token ids, a wrong type, a lone surrogate,
+            or too large.
     """
     if record.problem is not None:
         raise BadRecordError(record.problem)

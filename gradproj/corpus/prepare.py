@@ -189,9 +189,9 @@ class _Documents:
         if domain not in self.domains and len(self.domains) == MAX_DOMAINS:
             few = ", ".join(repr(name) for name in list(self.domains)[:3])
             raise CorpusError(
-                f"--domain_field {self.config.domain_field} has more than {MAX_DOMAINS:,} different "
-                f"values ({few}, ...), the most a store can hold; name a field with fewer, such as a "
-                "source"
+                f"--domain_field {self.config.domain_field} has more than {MAX_DOMAINS:,} "
+                f"different values ({few}, ...), the most a store can hold; name a field with "
+                "fewer, such as a source"
             )
         self.domains[domain] = self.domains.get(domain, 0) + 1
 
@@ -221,7 +221,7 @@ class _Progress:
             self._bar.close()
 
     def step(self, n_bytes: int, position: int) -> None:
-        """Count one document of ``n_bytes``; ``position`` is the number of input bytes read so far."""
+        """Count one document of ``n_bytes``; ``position`` is the input bytes read so far."""
         self.n_samples += 1
         self.n_bytes += n_bytes
         now_s = time.monotonic()

@@ -34,7 +34,7 @@ class InputReader:
 
     location: str
     fields: tuple[str, ...] = ()
-    """Top-level names to read whatever their type. Other nested or binary columns may be skipped."""
+    """Top-level names to read, whatever their type. Other nested or binary columns are skipped."""
     position: Callable[[], int] = lambda: 0
     """Returns the bytes of the file read so far. Set by the reader, valid between two records."""
 
@@ -124,7 +124,7 @@ class _ZstdReader(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        # 2 GiB is the format's largest window (zstd --ultra --long=31); the default limit is 128 MiB.
+        # 2 GiB is the format's largest window (zstd --ultra --long=31), 128 MiB the default limit.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._frame: Any = None
         self._packed = b""
@@ -207,10 +207,8 @@ def _decode_json_slowly(line: bytes, place: str) -> Record:
     except RecursionError:
         return Record(place, problem="JSON nested too deeply")
     except json.JSONDecodeError as error:
-        return Record(
-            place,
-            problem=f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})",
-        )
+        message = error.msg.removesuffix(" at")
+        return Record(place, problem=f"not valid JSON ({message} at character {error.pos + 1})")
     except ValueError as error:
         return Record(place, problem=f"not valid JSON ({error})")
 
@@ -290,10 +288,10 @@ def _read_stdlib(source: InputReader) -> Iterator[Record]:
     for path in _library_files(root):
         name = path.relative_to(root).as_posix()
         meta = {"pile_set_name": name.split("/")[0] if "/" in name else "modules", "path": name}
-        source = path.read_bytes()
+        content = path.read_bytes()
         try:
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
-            yield Record(name, {"text": source.decode(encoding), "meta": meta})
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+            yield Record(name, {"text": content.decode(encoding), "meta": meta})
         except (SyntaxError, UnicodeDecodeError) as error:
             yield Record(name, problem=f"not in the encoding it declares ({error})")
 

@@ -117,9 +117,9 @@ def _members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str,
 
 
 def _members_up_to(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the members of a tar as ``tar_file_iterator`` does, with None as the data of large ones.
+    """Yield the members of a tar; the data of members over ``max_bytes`` is None.
 
-    ``tar_file_iterator`` reads every member into memory, whatever its size.
+    Otherwise like ``tar_file_iterator``, which reads every member into memory.
     """
     with tarfile.open(fileobj=file, mode="r:") as members:
         for info in members:

@@ -1,4 +1,4 @@
-"""Which model is wanted, and where its files lie on this machine: found, downloaded, and seen to be whole."""
+"""Find or download a model's files and check that they are complete."""
 
 import importlib.util
 import json
@@ -23,29 +23,29 @@ from gradproj.model.config import ARCHITECTURES, ModelConfig
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's files lie on this machine; made by ``fetch``, after which nothing asks the hub."""
+    """Paths of a model's files on this machine. After ``fetch`` the hub is not used again."""
 
     config: ModelConfig
     model_dir: Path | None
-    """None for an architecture with random weights."""
+    """None for ``--architecture`` with random weights."""
     base_dir: Path | None
-    """Of a PEFT adapter: the folder of the model that it changes."""
+    """The folder of a PEFT adapter's base model; None for a whole model."""
     tokenizer_dir: Path
     weights: tuple[Path, ...]
-    """Every file with weights, a base model's included; empty for random weights."""
+    """Every weight file, including a base model's; empty for random weights."""
     revision: str
-    """The hub's commit, or an empty string for a local directory."""
+    """Commit on the hub; empty for a local directory."""
 
 
 def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     """Find or download the files of model and tokenizer.
 
     Args:
-        config: what is wanted.
+        config: the model and the tokenizer to find.
         may_download: False on all ranks but the first of a node, once that one has finished.
 
     Raises:
-        ModelError: not there, not reachable, or without usable weights.
+        ModelError: the files do not exist, cannot be downloaded, or hold no usable weights.
     """
     name = config.model or ARCHITECTURES[config.architecture][0]
     model_dir = base_dir = None
@@ -67,18 +67,17 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     if config.tokenizer:
         tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
     else:
-        assert (
-            model_dir is not None
-        )  # ModelConfig asks for --tokenizer where there is no model directory
-        own = base_dir is None or (model_dir / "tokenizer_config.json").is_file()
-        tokenizer_dir = model_dir if own or base_dir is None else base_dir
+        # ModelConfig requires --tokenizer if there is no model directory.
+        assert model_dir is not None
+        has_tokenizer = (model_dir / "tokenizer_config.json").is_file()
+        tokenizer_dir = model_dir if has_tokenizer or base_dir is None else base_dir
     for path in weights:
         _check_whole(path)
     return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
 
 
 def _check_whole(path: Path) -> None:
-    """Read the header of a safetensors file, which says how long the file is."""
+    # The header of a safetensors file holds the file's length, so a truncated file is noticed.
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="np"):
@@ -88,7 +87,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
-    """The folder of the model that a PEFT adapter changes; None where the folder is a whole model."""
+    """Return the folder of a PEFT adapter's base model; None if the folder is a whole model."""
     settings = folder / "adapter_config.json"
     if (folder / "config.json").is_file() or not settings.is_file():
         return None
@@ -104,7 +103,7 @@ def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
 def _local_files(
     flag: str, name: str, revision: str, may_download: bool, pickled: bool = False
 ) -> tuple[Path, str]:
-    """``(folder, hub commit)``; the commit is empty for a local directory."""
+    """Return ``(folder, hub commit)``. The commit is empty for a local directory."""
     if Path(name).is_dir():
         if revision:
             raise ModelError(
@@ -132,21 +131,21 @@ def _local_files(
             )
     except LocalEntryNotFoundError as error:
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"
+        reason = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"
         raise ModelError(
-            f"{flag} {name}: not a directory here, not in the local Hugging Face cache, and {why}. "
-            "Download it where there is a network (hf download NAME) and give its directory"
+            f"{flag} {name}: not a directory here, not in the local Hugging Face cache, and "
+            f"{reason}. Download it where there is a network (hf download NAME) and give its directory"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{flag} {name}: neither a local directory nor to be had from the hub: {reason}"
+            f"{flag} {name}: neither a local directory nor available on the hub: {reason}"
         ) from error
     return Path(folder), Path(folder).name
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files with the weights, complete by their index; safetensors unless the user says otherwise."""
+    """Return the weight files: safetensors, or pickles if allowed. Raises if any is missing."""
     endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
     for ending in endings:
         stems = {
@@ -162,8 +161,8 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     if pickled and not allow_pickle:
         raise ModelError(
-            f"--model {folder} has its weights only as {pickled[0]}, a pickle, which can run code: convert it "
-            "to safetensors, or give --allow_pickle if you trust its source"
+            f"--model {folder} has its weights only as {pickled[0]}, a pickle, which can run code: "
+            "convert it to safetensors, or give --allow_pickle if you trust its source"
         )
     raise ModelError(
         f"--model {folder} holds no weights (model.safetensors or model.safetensors.index.json)"
@@ -178,7 +177,8 @@ def _indexed_files(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(
-            f"{index.parent} lacks {', '.join(missing[:4])} ({len(missing)} of {len(names)} weight files)"
+            f"{index.parent} lacks {', '.join(missing[:4])} "
+            f"({len(missing)} of {len(names)} weight files)"
         )
     return [index.parent / name for name in names]
 

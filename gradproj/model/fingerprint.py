@@ -1,4 +1,4 @@
-"""Hashes of what a row depends on: weights, the model's config, the tokenizer."""
+"""Hash everything of the model that a row depends on: weights, config, adapter, tokenizer."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from gradproj.model.loading import load_model, load_model_config
 
 
 def model_identity(files: ModelFiles, tokenizer: Any) -> dict[str, str]:
-    """Everything of the model that a row depends on, by the flags that chose it."""
+    """Return the fingerprints that identify a model, by the flags that chose it."""
     return {
         "--model (weights)": weights_fingerprint(files),
         "--model (config)": config_fingerprint(load_model_config(files)),
@@ -21,7 +21,7 @@ def model_identity(files: ModelFiles, tokenizer: Any) -> dict[str, str]:
 
 
 def weights_fingerprint(files: ModelFiles) -> str:
-    """A hash of the weights: of the checkpoint's files, or of the drawn weights."""
+    """Hash the checkpoint's weight files, or the values of random weights."""
     digest = hashlib.sha256()
     if files.config.init == "random":
         for name, tensor in sorted(load_model(files, torch.device("cpu")).state_dict().items()):
@@ -35,22 +35,22 @@ def weights_fingerprint(files: ModelFiles) -> str:
 
 
 def adapter_fingerprint(files: ModelFiles) -> str:
-    """A hash of a PEFT adapter's settings and of code that a checkpoint brings along; empty where there is neither."""
+    """Hash a PEFT adapter's settings and a checkpoint's own code; empty if there is neither."""
     if files.model_dir is None:
         return ""
-    found: list[object] = []
+    content: list[object] = []
     if files.base_dir is not None:
         settings = json.loads((files.model_dir / "adapter_config.json").read_text())
         for key in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
             settings.pop(key, None)
-        found.append(settings)
+        content.append(settings)
     if files.config.trust_remote_code:
-        found += [[path.name, path.read_text()] for path in sorted(files.model_dir.glob("*.py"))]
-    return _hash(found) if found else ""
+        content += [[path.name, path.read_text()] for path in sorted(files.model_dir.glob("*.py"))]
+    return _hash(content) if content else ""
 
 
 def config_fingerprint(model_config: Any) -> str:
-    """A hash of what the config says of the computation, without names of paths and versions."""
+    """Hash the config's entries that affect the computation, so without paths and versions."""
     content = model_config.to_dict()
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
         content.pop(key, None)
@@ -58,11 +58,11 @@ def config_fingerprint(model_config: Any) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of how the tokenizer splits text and which special tokens it adds."""
+    """Hash how the tokenizer splits text and which special tokens it adds."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # Set by use, not by the tokenizer's files.
+        # These two are set by calls, not by the tokenizer's files.
         content.pop("padding", None)
         content.pop("truncation", None)
     else:

@@ -1,4 +1,4 @@
-"""A checkpoint's files to a causal language model and its tokenizer."""
+"""Load a checkpoint's files as a frozen causal language model and its tokenizer."""
 
 import importlib
 from typing import Any
@@ -14,7 +14,11 @@ from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 
 
 def load_model_config(files: ModelFiles) -> Any:
-    """transformers' config of the model."""
+    """Load transformers' config of the model (of its base for a PEFT adapter).
+
+    Raises:
+        ModelError: the config cannot be used.
+    """
     config = files.config
     if files.model_dir is None:
         shape = ARCHITECTURES[config.architecture][1]
@@ -31,7 +35,7 @@ def load_model_config(files: ModelFiles) -> Any:
 
 
 def model_skeleton(files: ModelFiles) -> nn.Module:
-    """The model's modules without memory for weights, for checks that need only names and shapes."""
+    """Build the model on the meta device: names and shapes of its modules, without memory."""
     with torch.device("meta"):
         model = _from_config(files, load_model_config(files))
         if files.base_dir is not None:
@@ -54,10 +58,10 @@ def _from_config(files: ModelFiles, config: Any) -> nn.Module:
 
 
 def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
-    """The model on its device, weights frozen, in eval mode.
+    """Load the model on a device, weights frozen, in eval mode.
 
     Raises:
-        ModelError: the weights do not fit the config, or cannot be read.
+        ModelError: the weights do not match the config or cannot be read; the model is not causal.
     """
     config = files.config
     dtype = MODEL_DTYPES[config.model_dtype]
@@ -69,9 +73,9 @@ def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def _check_causal(model: Any, name: str) -> None:
-    """Refuse a model in which a later token changes what is said of earlier ones.
+    """Raise for a model in which a token changes the logits of earlier positions.
 
-    Padding on the right needs no mask only because nothing looks to the right.
+    Batches are padded on the right without an attention mask, which only a causal model allows.
     """
     size = min(64, model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(8, device=model.device).remainder(size).unsqueeze(0)
@@ -80,16 +84,16 @@ def _check_causal(model: Any, name: str) -> None:
     before, after = (
         model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed)
     )
-    # A position's arithmetic is the same in both, so that causal models agree to the last bit.
+    # In a causal model both passes do the same arithmetic, so the logits agree to the last bit.
     if (before - after).abs().max() > 1e-5 * before.abs().max():
         raise ModelError(
-            f"--model {name} ({type(model).__name__}) is not causal: a later token changes what it says of "
-            "earlier ones (a bidirectional model needs is_decoder in its config)"
+            f"--model {name} ({type(model).__name__}) is not causal: a token changes the logits of "
+            "earlier positions (a bidirectional model needs is_decoder in its config)"
         )
 
 
 def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
-    # The CPU's generator, whatever the device: every rank draws the same weights; its state is put back.
+    # The CPU's generator, whatever the device, so that every rank draws the same weights.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(files.config.seed)
         return _from_config(files, load_model_config(files)).to(dtype)
@@ -99,7 +103,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
     config, folder = files.config, files.model_dir
     try:
         with no_progress_bars():
-            # With output_loading_info it returns a pair, which its annotations do not say.
+            # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=dtype,
@@ -107,21 +111,21 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
                 use_safetensors=None if config.allow_pickle else True,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # only so that they are reported, by name, below
+                ignore_mismatched_sizes=True,  # they are reported by name below
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers and safetensors raise many kinds for a bad checkpoint
+    except Exception as error:  # transformers and safetensors raise many types
         raise ModelError(
             f"--model {folder} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
         ) from error
     model, report = loaded
-    # transformers fills what a checkpoint lacks with random numbers, with no more than a warning.
-    lacking = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
-    if lacking:
+    # transformers initialises missing weights at random, with no more than a warning.
+    missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report["mismatched_keys"])
+    if missing:
         raise ModelError(
-            f"--model {folder}: {len(lacking)} of the model's weights are not in the checkpoint or have another "
-            f"shape: {', '.join(lacking[:4])}"
+            f"--model {folder}: {len(missing)} of the model's weights are not in the checkpoint or "
+            f"have another shape: {', '.join(missing[:4])}"
         )
     return model
 
@@ -131,19 +135,20 @@ def _first_line(error: Exception) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> Any:
-    """The tokenizer, which splits text of any length without a warning.
+    """Load the tokenizer, without its limit on the length of a text.
 
     Raises:
-        ModelError: none there, or it lacks a special token that ``--special_tokens`` asks for.
+        ModelError: there is none, or it lacks a token that ``--special_tokens`` needs.
     """
     config = files.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             files.tokenizer_dir, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # as many kinds as there are tokenizers
+    except Exception as error:  # every tokenizer class raises its own types
         raise ModelError(
-            f"{files.tokenizer_dir} holds no tokenizer that loads ({_first_line(error)}); give --tokenizer"
+            f"{files.tokenizer_dir} holds no tokenizer that loads ({_first_line(error)}); "
+            "give --tokenizer"
         ) from error
     tokenizer.model_max_length = int(1e30)
     if "bos" in config.special_tokens and tokenizer.bos_token_id is None:
@@ -158,10 +163,10 @@ def load_tokenizer(files: ModelFiles) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, model_config: Any) -> int:
-    """The number of token ids that the model knows.
+    """Return the size of the model's vocabulary.
 
     Raises:
-        ModelError: the tokenizer makes ids beyond it.
+        ModelError: the tokenizer has more tokens.
     """
     size = model_config.get_text_config().vocab_size
     if len(tokenizer) > size:
@@ -173,6 +178,6 @@ def check_vocabulary(tokenizer: Any, model_config: Any) -> int:
 
 
 def positions_of(model_config: Any) -> int | None:
-    """The longest sequence that the model was made for, or None where its config does not say."""
+    """Return the model's maximum sequence length; None if its config has no such entry."""
     text = model_config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)

@@ -1,7 +1,7 @@
-"""A tar's headers, every one checked: names, sizes and types as the standard library's ``tarfile`` reads them.
+"""Read and check a tar's headers: names, sizes and types as the standard library's ``tarfile``.
 
-``tarfile`` (and so webdataset) takes the first header it cannot read for the end of the archive. Here any damage is
-an error that names the tar, the byte and the kind.
+``tarfile``, and so webdataset, treats the first header it cannot read as the end of the archive.
+Here any damage is an error that names the tar, the byte and the kind.
 """
 
 import os
@@ -13,15 +13,15 @@ from gradproj.errors import CorpusError
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-# A tar is padded with zeros to a whole record (10 KiB unless tar was told otherwise). Much more than that is what a
-# crash or an interrupted copy leaves: a file of the right length whose end was never written.
+# A tar is padded with zeros to a whole record, 10 KiB by default. Much more than that is left by a
+# crash or an interrupted copy: a file of the right length whose end was never written.
 _MAX_PADDING = 2**20
 _CHUNK = 2**20
 
 _EXTENSIONS = b"LKxXg"
 _REGULAR = b"\x00" + b"07"
 _WITHOUT_DATA = b"123456"
-"""Links, devices, folders and pipes: tarfile reads no data after them, whatever their size field says."""
+"""Links, devices, folders and pipes: tarfile reads no data for them, whatever their size field."""
 
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _COMPRESSIONS = (
@@ -33,7 +33,7 @@ _COMPRESSIONS = (
 
 
 class Member(NamedTuple):
-    """A regular file in a tar; ``start`` is its first header, long-name and pax headers included."""
+    """A regular file in a tar; ``start`` is the offset of its first header, extensions included."""
 
     start: int
     name: str
@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 class TarBytes:
-    """A tar as a sequence of bytes to slice; one loaded stretch of it is served from memory."""
+    """A tar as a sequence of bytes to slice, with one chunk in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,16 +61,14 @@ class TarBytes:
         return self._n_bytes
 
     def load(self, first: int, n_bytes: int) -> bytes:
-        """Read a stretch of the tar and keep it until the next call."""
-        self._loaded = (
-            b""  # so that the next stretch can take this one's memory, still in the cache
-        )
+        """Read a chunk of the tar and keep it until the next call."""
+        self._loaded = b""  # the next chunk can reuse this memory, still in the CPU's cache
         self._loaded = self[first : first + n_bytes]
         self._first = first
         return self._loaded
 
-    def __getitem__(self, wanted: slice) -> bytes:
-        start, stop, _ = wanted.indices(self._n_bytes)
+    def __getitem__(self, key: slice) -> bytes:
+        start, stop, _ = key.indices(self._n_bytes)
         if self._first <= start and stop <= self._first + len(self._loaded):
             return self._loaded[start - self._first : stop - self._first]
         pieces = []
@@ -78,7 +76,8 @@ class TarBytes:
             piece = os.pread(self._file.fileno(), stop - start, start)
             if not piece:
                 raise CorpusError(
-                    f"{self._path}: became shorter while it was read; index it again when it is complete"
+                    f"{self._path}: became shorter while it was read; "
+                    "index it again when it is complete"
                 )
             pieces.append(piece)
             start += len(piece)
@@ -86,16 +85,20 @@ class TarBytes:
 
 
 def damage(path: Path, offset: int, kind: str) -> CorpusError:
-    """The error for a tar that is not whole: which, where, what, and the way out."""
+    """Return the error for a damaged tar."""
     return CorpusError(
-        f"{path}: damaged at byte {offset:,}: {kind}. Copy or make this tar again, or leave it out of --shards"
+        f"{path}: damaged at byte {offset:,}: {kind}. "
+        "Copy or make this tar again, or leave it out of --shards"
     )
 
 
 def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] | None:
-    """The member at ``offset`` behind any extension headers, and where the next begins; None at the end.
+    """Return the member at ``offset`` and the offset of the next; None at the tar's end.
 
-    The name is empty where the member is no regular file.
+    Extension headers before the member are read. Anything but a regular file has an empty name.
+
+    Raises:
+        CorpusError: the tar is damaged here, or uses a feature that is not supported.
     """
     name: str | None = None
     n_bytes: int | None = None
@@ -117,7 +120,7 @@ def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] |
             name = _text(body)
         elif head[156] in b"xXg":
             records = _pax_records(body, payload, path)
-            _refuse_unsupported(records, head[156] == ord("g"), payload, path)
+            _reject_unsupported(records, head[156] == ord("g"), payload, path)
             if name is None and b"path" in records:
                 name = records[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
             if n_bytes is None and b"size" in records:
@@ -136,28 +139,30 @@ def _finish_member(
     n_bytes: int,
     path: Path,
 ) -> tuple[Member, int]:
-    kind, own_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
+    kind, short_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
     if kind == ord("S"):
         raise CorpusError(
-            f"{path}: at byte {start:,}: a GNU sparse member, which is not supported; make the tar without --sparse"
+            f"{path}: at byte {start:,}: a GNU sparse member, which is not supported; "
+            "make the tar without --sparse"
         )
-    is_folder = kind == 0 and own_name.endswith("/")
+    is_folder = kind == 0 and short_name.endswith("/")
     if name is None:
-        name = f"{prefix}/{own_name}" if prefix else own_name
+        name = f"{prefix}/{short_name}" if prefix else short_name
     if is_folder or kind in _WITHOUT_DATA:
         return Member(start, "", payload, 0), payload
     if payload + n_bytes > len(data):
         raise damage(
             path,
             start,
-            f"cut inside the member {name!r}, which ends at byte {payload + n_bytes:,}; the file has {len(data):,}",
+            f"cut inside the member {name!r}, which ends at byte {payload + n_bytes:,}; "
+            f"the file has {len(data):,}",
         )
     following = payload + (n_bytes + 511 & ~511)
     return Member(start, name if kind in _REGULAR else "", payload, n_bytes), following
 
 
 def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
-    """The header at ``offset`` once its checksum is right; None for a block of zeros."""
+    """Return the header at ``offset`` after checking its checksum; None for a block of zeros."""
     head = data[offset : offset + _BLOCK]
     if offset > len(data):
         raise damage(path, len(data), "cut inside the padding after a member")
@@ -173,17 +178,17 @@ def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
         for magic, compression in _COMPRESSIONS:
             if head.startswith(magic):
                 raise CorpusError(
-                    f"{path}: is compressed with {compression}; unpack it, since samples are found by offset"
+                    f"{path}: is compressed with {compression}; unpack it, since samples are "
+                    "found by offset"
                 )
     try:
         written = _octal(head[148:156])
     except ValueError:
         written = -1
     counted = head[:148] + b" " * 8 + head[156:]
-    # Some old writers summed signed bytes; tarfile takes either.
-    if written != sum(counted) and written != sum(counted) - 256 * sum(
-        byte > 127 for byte in counted
-    ):
+    # Some old writers summed signed bytes; tarfile accepts both.
+    signed_sum = sum(counted) - 256 * sum(byte > 127 for byte in counted)
+    if written not in (sum(counted), signed_sum):
         kind = (
             "its first header's checksum is wrong, or it is no tar"
             if offset == 0
@@ -194,7 +199,7 @@ def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
 
 
 def _check_end(data: TarBytes, offset: int, path: Path) -> None:
-    """The block at ``offset`` is zeros: only the end of the archive may follow."""
+    """Check that only the end of the archive follows the block of zeros at ``offset``."""
     second = data[offset + _BLOCK : offset + 2 * _BLOCK]
     if len(second) < _BLOCK:
         raise damage(path, offset, "cut inside the two zero blocks that close a tar")
@@ -218,11 +223,11 @@ def _check_end(data: TarBytes, offset: int, path: Path) -> None:
 
 
 def _complete(
-    data: TarBytes, payload: int, n_bytes: int, what: str, path: Path
+    data: TarBytes, payload: int, n_bytes: int, part: str, path: Path
 ) -> tuple[bytes, int]:
     following = payload + (n_bytes + 511 & ~511)
     if following > len(data):
-        raise damage(path, payload - _BLOCK, f"cut inside {what}")
+        raise damage(path, payload - _BLOCK, f"cut inside {part}")
     return data[payload : payload + n_bytes], following
 
 
@@ -235,7 +240,7 @@ def _octal(raw: bytes) -> int:
 
 
 def _number(raw: bytes, offset: int, path: Path) -> int:
-    """A header's number: octal digits, or base 256 behind a byte of 0x80 (GNU, for 8 GiB and more)."""
+    # Octal digits, or base 256 after a byte of 0x80 (GNU, for 8 GiB and more).
     try:
         value = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _octal(raw)
     except ValueError:
@@ -264,12 +269,12 @@ def _pax_records(body: bytes, offset: int, path: Path) -> dict[bytes, bytes]:
     return records
 
 
-def _refuse_unsupported(
+def _reject_unsupported(
     records: dict[bytes, bytes], is_global: bool, offset: int, path: Path
 ) -> None:
     wrong = [key for key in records if key.startswith(b"GNU.sparse")]
     if is_global:
-        # It would hold for every later member, which a reader that starts in mid-tar cannot know.
+        # They apply to every later member, but a reader that starts in mid-tar cannot know them.
         wrong += [key for key in (b"path", b"size") if key in records]
     if wrong:
         raise CorpusError(

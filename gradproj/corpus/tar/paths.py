@@ -1,4 +1,4 @@
-"""What ``--shards`` says: the tars of a corpus, in order."""
+"""Expand ``--shards`` to the tars of a corpus, in order."""
 
 import glob
 import os
@@ -10,20 +10,24 @@ from braceexpand import braceexpand
 
 from gradproj.errors import CorpusError
 
-_MOST_NAMED = 10
+_MAX_NAMES = 10
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://").match
 
 
 def list_tars(shards: str) -> list[Path]:
-    """The tars of a corpus as absolute paths, in the order that gives the sample ids.
+    """Return the tars of a corpus as absolute paths, in the order that defines the sample ids.
 
-    ``shards`` is a folder (its ``*.tar`` sorted by name), a list file (``.txt`` or ``.list``: a path per line, relative
-    to the file, in its order), one tar, braces (``shard-{000000..000099}.tar``, in their order) or a glob (sorted);
-    braces may hold globs.
+    ``shards`` is one of:
+
+    - a folder: its ``*.tar``, sorted by name;
+    - a list file (``.txt`` or ``.list``): one path per line, relative to the file, in its order;
+    - a tar;
+    - braces such as ``shard-{000000..000099}.tar``, in their order, which may hold globs;
+    - a glob, sorted.
 
     Raises:
-        CorpusError: nothing matches, a tar is missing, one comes twice, or it is compressed, remote or a pipe.
+        CorpusError: nothing matches; a tar is missing, named twice, compressed, remote or a pipe.
     """
     paths = [Path(os.path.abspath(path)) for path in _expand(shards)]
     for path in paths:
@@ -42,16 +46,16 @@ def list_tars(shards: str) -> list[Path]:
 
 
 def default_index_path(shards: str) -> Path | None:
-    """``corpus.json`` in the folder that holds all the tars; None where they lie in several folders."""
+    """Return ``corpus.json`` in the folder of the tars; None if they lie in several folders."""
     folders = {path.parent for path in list_tars(shards)}
     return folders.pop() / "corpus.json" if len(folders) == 1 else None
 
 
-def some(names: Iterable[str], what: str) -> str:
-    """A bounded list for a message: ``2 tars: a.tar, b.tar``."""
+def some(names: Iterable[str], noun: str) -> str:
+    """Return a bounded list for a message: ``2 tars: a.tar, b.tar``."""
     names = list(names)
-    shown = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")
-    return f"{len(names):,} {what}{'' if len(names) == 1 else 's'}: {shown}"
+    shown = ", ".join(names[:_MAX_NAMES]) + (" ..." if len(names) > _MAX_NAMES else "")
+    return f"{len(names):,} {noun}{'' if len(names) == 1 else 's'}: {shown}"
 
 
 def _expand(shards: str) -> list[str]:
@@ -59,7 +63,8 @@ def _expand(shards: str) -> list[str]:
         raise CorpusError(f"--shards {shards}: commands (pipe:) are not run; give local .tar files")
     if _REMOTE(shards):
         raise CorpusError(
-            f"--shards {shards}: remote tars are not read yet; copy them to a local or shared folder"
+            f"--shards {shards}: remote tars are not read yet; "
+            "copy them to a local or shared folder"
         )
     path = Path(shards).expanduser()
     if path.is_dir():
@@ -72,16 +77,16 @@ def _expand(shards: str) -> list[str]:
         patterns = list(braceexpand(str(path)))
     except ValueError as error:
         raise CorpusError(f"--shards {shards}: its braces do not match") from error
-    found: list[str] = []
+    paths: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
-            found.append(pattern)
+            paths.append(pattern)
             continue
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise CorpusError(f"--shards {shards}: nothing matches {pattern}")
-        found += matches
-    return found
+        paths += matches
+    return paths
 
 
 def _of_folder(folder: Path) -> list[str]:

@@ -1,8 +1,9 @@
-"""The headers of common form in a chunk of a tar, all checked at once with numpy.
+"""Check all headers of common form in a chunk of a tar at once, with numpy.
 
-Common is what tar writers make of ordinary files: ustar magic, a regular file, a short name without a prefix, octal
-numbers; and before it perhaps a pax header that says nothing but times and owners (webdataset's own writer puts one
-before every member). Every other header, and any that looks damaged, is left to ``tarheaders``.
+Common headers are those that tar writers make for ordinary files: ustar magic, a regular file, a
+short name without a prefix, octal numbers, perhaps after a pax header with only times and owners
+(webdataset's writer puts one before every member). Every other header, and any that looks damaged,
+is left to ``headers``.
 """
 
 import re
@@ -22,9 +23,10 @@ _HARMLESS_PAX = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Regular members that follow each other inside a chunk; positions are bytes from the chunk's start.
+    """Consecutive regular members of a chunk. Positions are bytes from the chunk's start.
 
-    ``starts`` are of the first header, pax headers included; ``following`` is where the next member's header is.
+    ``starts`` are the members' first headers, pax headers included; ``following`` is the position
+    of the next member's header.
     """
 
     raw_names: list[bytes]
@@ -37,9 +39,9 @@ class Run:
         return [raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape") for raw in self.raw_names]
 
     def keys_of_one_suffix(self) -> tuple[list[str], str] | None:
-        """The keys and the suffix, where every name is KEY.SUFFIX with one suffix and a plain key; else None.
+        """Return keys and suffix if every name is KEY.SUFFIX with one suffix, else None.
 
-        The whole run is split by one call, instead of a regular expression for every name.
+        One call splits the whole run; a regular expression for every name is much slower.
         """
         suffix = self.raw_names[0].partition(b".")[2].decode("utf-8", "surrogateescape")
         lines = (b"\n".join(self.raw_names) + b"\n").decode("utf-8", "surrogateescape")
@@ -57,7 +59,7 @@ class Run:
 
 
 class PlainHeaders:
-    """Finds and checks the headers of common form in a chunk that begins on a block of the tar."""
+    """Finds and checks the headers of common form in a chunk that begins at a block of the tar."""
 
     def __init__(self, chunk: bytes) -> None:
         n_blocks = len(chunk) // _BLOCK
@@ -83,7 +85,7 @@ class PlainHeaders:
             (heads[:, 0] != 0) & (heads[:, 345] == 0) & ((heads[:, 156] == ord("0")) | self._is_pax)
         )
         good = usual & size_is_plain & sum_is_plain & right & (self._following <= len(chunk))
-        # A run may not start at a bad header, nor go on from one whose member is not followed by a header found here.
+        # A run may not start at a bad header, nor continue behind a member that no header follows.
         self._at_list: list[int] = self._at.tolist()
         self._bad: list[int] = np.flatnonzero(~good).tolist()
         leads_on = np.append(self._following[:-1] == self._at[1:], False)
@@ -91,7 +93,7 @@ class PlainHeaders:
         self._last: list[int] = np.flatnonzero(~leads_on).tolist()
 
     def run_from(self, position: int) -> Run | None:
-        """The longest run of members from ``position`` on; None where no plain header is there."""
+        """Return the longest run of members at ``position``; None without a plain header there."""
         first = bisect_left(self._at_list, position)
         if first == len(self._at_list) or self._at_list[first] != position:
             return None
@@ -132,7 +134,7 @@ _NOTHING = np.empty(0, np.uint32)
 def _octal(
     heads: NDArray[np.uint8], at: int, n_digits: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Numbers of ``n_digits`` octal digits at a column, and whether each has that form and is closed."""
+    """Parse ``n_digits`` octal digits at a column; also whether each header has that form."""
     digits = heads[:, at : at + n_digits] - ord("0")
     end = heads[:, at + n_digits]
     plain = (digits < 8).all(axis=1) & ((end == 0) | (end == ord(" ")))

@@ -1,8 +1,8 @@
-"""One pass over a tar: its samples, where they are, what domains they are of, and whether the tar is whole.
+"""Scan a tar in one pass: its samples, their offsets and domains, and every damage.
 
-Samples are grouped and members skipped by webdataset's own rules, so that the stream, which leaves the decoding to
-webdataset, finds exactly the samples that were counted here. The tar is read in chunks. The headers of a chunk that
-have the common form are checked and read together (``tarchunk``), the others one by one (``tarheaders``).
+Samples are grouped and members skipped by webdataset's rules, so the stream, which decodes with
+webdataset, finds exactly the samples that were counted here. The tar is read in chunks. Headers of
+common form are checked a chunk at a time (``plain_headers``), the others one by one (``headers``).
 """
 
 import re
@@ -23,7 +23,7 @@ SAMPLES_PER_BLOCK = 64
 MAX_DOMAINS = 32_767
 """A store keeps a sample's domain as int16."""
 
-# Part of the digest: with another value every corpus would have another fingerprint. 2 MiB measured fastest.
+# Part of the digest: another value would change every corpus's fingerprint. 2 MiB is the fastest.
 _CHUNK_BYTES = 2**21
 
 _BASE_PLUS_EXT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$").match
@@ -34,7 +34,7 @@ _RESERVED_SUFFIXES = frozenset({"__key__", "__url__", "__local_path__", "__bad__
 
 @dataclass(frozen=True)
 class TarFacts:
-    """What one pass over a tar found. Offsets are bytes from the start of the tar."""
+    """Result of a scan. Offsets are bytes from the start of the tar."""
 
     n_samples: int
     longest_key_bytes: int
@@ -49,7 +49,7 @@ def scan_tar(path: Path, domain_field: str) -> TarFacts:
     """Read a tar once and return its facts.
 
     Raises:
-        CorpusError: the tar is damaged or cannot be read; names the tar, the byte offset and the kind.
+        CorpusError: the tar is damaged or cannot be read; names the tar, the byte and the kind.
     """
     try:
         with TarBytes(path) as data:
@@ -61,7 +61,7 @@ def scan_tar(path: Path, domain_field: str) -> TarFacts:
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
-    """A member's key and suffix by webdataset's rules, or None where webdataset skips the member."""
+    """Split a member's name by webdataset's rules; None for a member that webdataset skips."""
     if name.startswith("__") and (("/" not in name and name.endswith("__")) or _META_FOLDER(name)):
         return None
     match = _BASE_PLUS_EXT(name)
@@ -69,7 +69,7 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
 
 
 def crc_of_keys(keys: list[str]) -> int:
-    """The crc32 of a block's keys, as the index keeps it."""
+    """Return the crc32 of a block's keys, as the index keeps it."""
     return crc32("\n".join(keys).encode("utf-8", "surrogateescape"))
 
 
@@ -80,7 +80,7 @@ def _longest_bytes(keys: list[str]) -> int:
 
 
 class _Scan:
-    """Groups a tar's members into samples; all lists are in the order of the samples."""
+    """Groups a tar's members into samples. All lists are in the order of the samples."""
 
     def __init__(self, data: TarBytes, path: Path, domain_field: str) -> None:
         self._data = data
@@ -94,7 +94,7 @@ class _Scan:
         self._crcs: list[int] = []
         self._position = 0
         self._ended = False
-        # The sample that is open: more members of it may follow.
+        # The open sample: more of its members may follow.
         self._suffixes: list[str] = []
         self._domain = UNKNOWN_DOMAIN
 
@@ -122,12 +122,12 @@ class _Scan:
                 self._position = first + run.following
 
     def _add_member_at(self, position: int) -> None:
-        """Read one member, or the tar's end, by all the rules."""
-        found = read_member(self._data, position, self._path)
-        if found is None:
+        """Read one member of any form, or the tar's end."""
+        result = read_member(self._data, position, self._path)
+        if result is None:
             self._ended = True
             return
-        member, self._position = found
+        member, self._position = result
         split = key_and_suffix(member.name)
         if split is None:
             return
@@ -139,7 +139,7 @@ class _Scan:
             )
 
     def _add_run(self, run: Run, chunk: bytes, first: int) -> None:
-        """Add a run of members that lie inside the chunk, which begins at byte ``first``."""
+        """Add a run of members of the chunk that begins at byte ``first``."""
         one_each = run.keys_of_one_suffix()
         if one_each is not None and self._add_samples(*one_each, run, chunk, first):
             return
@@ -156,7 +156,7 @@ class _Scan:
     def _add_samples(
         self, keys: list[str], suffix: str, run: Run, chunk: bytes, first: int
     ) -> bool:
-        """Add a run in which every member is a sample of its own; False where it is not so."""
+        """Add a run in which every member is one sample. Returns False if that is not so."""
         unique = set(keys)
         if (
             len(unique) < len(keys)
@@ -182,7 +182,7 @@ class _Scan:
         return self._domain_of.many(chunk, payloads.tolist(), (payloads + n_bytes).tolist())
 
     def _add(self, split: tuple[str, str], start: int) -> None:
-        """Add one member, of the sample that is open or of a new one."""
+        """Add one member to the open sample or to a new one."""
         key, suffix = split
         if not self._keys or key != self._keys[-1]:
             if key in self._seen:
@@ -207,8 +207,8 @@ class _Scan:
         self._suffixes, self._domain = [], UNKNOWN_DOMAIN
         if len(self._domain_counts) > MAX_DOMAINS:
             raise CorpusError(
-                f"{self._path}: the domain field has over {MAX_DOMAINS:,} different values; give --domain_field a "
-                "field that names a domain"
+                f"{self._path}: the domain field has over {MAX_DOMAINS:,} different values; "
+                "give --domain_field a field that names a domain"
             )
 
     def _facts(self) -> TarFacts:
@@ -228,8 +228,9 @@ class _Scan:
             block_key_crcs=key_crcs,
         )
 
-    def _not_grouped(self, start: int, what: str) -> CorpusError:
+    def _not_grouped(self, start: int, problem: str) -> CorpusError:
         return CorpusError(
-            f"{self._path}: at byte {start:,}: {what}. A sample's members must be adjacent, of different "
-            "suffixes, under a key used once in the tar; make this tar again (python -m gradproj prepare does)"
+            f"{self._path}: at byte {start:,}: {problem}. A sample's members must be adjacent and "
+            "have different suffixes, under a key used once in the tar; make this tar again "
+            "(python -m gradproj prepare does)"
         )

@@ -1,7 +1,7 @@
-"""Write tars in order, group documents by domain, and publish a folder of tars at once or not at all.
+"""Write tars in order, group documents by domain, and publish a folder of tars atomically.
 
-Work goes on in ``OUTPUT_DIR.preparing`` beside the output folder; one rename then publishes all tars, so that
-nobody ever takes half a corpus for a whole one.
+Tars are written to ``OUTPUT_DIR.preparing`` beside the output directory. One rename then publishes
+all of them, so half a corpus is never mistaken for a whole one.
 """
 
 import os
@@ -22,14 +22,17 @@ WRITE_BYTES = 1 << 20
 _OWN_NAMES = {"lock", "tars", "spools"}
 
 _BLANK_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-# A checksum counts its own field as blanks; size and name are zero bytes or digits "0" in the blank one.
+# The header's checksum without name and size. Its own field counts as blanks.
 _BLANK_SUM = (
     sum(_BLANK_HEADER[100:124]) + sum(_BLANK_HEADER[136:148]) + 8 * 32 + sum(_BLANK_HEADER[156:])
 )
 
 
 def tar_header(name: str, n_bytes: int) -> bytes:
-    """The 512 bytes that ``tarfile`` writes for a plain file in USTAR with no owner and time 0, 8 times faster."""
+    """Return the 512 bytes that ``tarfile`` writes for a file in USTAR with no owner and time 0.
+
+    It is 8 times faster than ``tarfile``.
+    """
     name_field = name.encode("ascii").ljust(100, b"\0")
     size_field = b"%011o\0" % n_bytes
     checksum = _BLANK_SUM + sum(name_field) + sum(size_field)
@@ -41,7 +44,7 @@ def tar_header(name: str, n_bytes: int) -> bytes:
 
 
 class TarSequence:
-    """Writes documents, in the order they come, to ``shard-000000.tar`` and so on; each is synced when it ends."""
+    """Writes documents to ``shard-000000.tar`` and so on, in order. A finished tar is fsynced."""
 
     def __init__(self, folder: Path, samples_per_tar: int) -> None:
         self.n_samples = self.n_tars = 0
@@ -52,9 +55,8 @@ class TarSequence:
     def add(self, payload: bytes) -> None:
         """Append a document's JSON under the next key."""
         if self._file is None:
-            self._file = open(
-                self._folder / f"shard-{self.n_tars:06d}.tar", "xb", buffering=WRITE_BYTES
-            )  # noqa: SIM115
+            path = self._folder / f"shard-{self.n_tars:06d}.tar"
+            self._file = open(path, "xb", buffering=WRITE_BYTES)  # noqa: SIM115
             self.n_tars += 1
         self._file.write(tar_header(f"{self.n_samples:012d}.json", len(payload)))
         self._file.write(payload)
@@ -65,7 +67,7 @@ class TarSequence:
             self.end_tar()
 
     def end_tar(self) -> None:
-        """Finish the tar that is open, if any; the next document starts another."""
+        """Finish the open tar, if any. The next document starts another."""
         if self._file is None:
             return
         with self._file as file:
@@ -77,7 +79,7 @@ class TarSequence:
 
 
 class DomainSpools:
-    """A temporary file per domain, of documents with their length before them; few are open at a time."""
+    """A temporary file per domain, of length-prefixed documents. Few are open at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -86,7 +88,7 @@ class DomainSpools:
         self.n_bytes = 0
 
     def add(self, document: PackedDocument) -> None:
-        """Append to the domain's file, which is opened again if others pushed it out."""
+        """Append to the domain's file, reopening it if it was closed for others."""
         file = self._open.get(document.domain)
         if file is None:
             if len(self._open) == MAX_OPEN_SPOOLS:
@@ -98,7 +100,7 @@ class DomainSpools:
         self.n_bytes += len(document.payload)
 
     def drain(self) -> Iterator[Iterator[bytes]]:
-        """Each domain's documents, domains in order of first appearance; a file goes once it is read."""
+        """Yield each domain's documents, in order of first appearance; delete files once read."""
         while self._open:
             self._open.popitem()[1].close()
         for number in self._numbers.values():
@@ -117,7 +119,14 @@ class DomainSpools:
 
 @contextmanager
 def published(output_dir: str) -> Iterator[Path]:
-    """A work folder with ``tars`` and ``spools``; ``tars`` becomes the output folder if the body succeeds."""
+    """Yield a work folder with ``tars`` and ``spools``.
+
+    If the body succeeds, ``tars`` is renamed to the output directory. The work folder is deleted in
+    any case.
+
+    Raises:
+        StoreError: the output directory is not empty, cannot be written, or is in use.
+    """
     output = Path(os.path.realpath(output_dir))
     _check_output(output)
     work = output.with_name(output.name + ".preparing")
@@ -125,9 +134,8 @@ def published(output_dir: str) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(work):
             try:
-                _check_output(
-                    output
-                )  # another prepare may have published while this one got the lock
+                # Another prepare may have published before this one got the lock.
+                _check_output(output)
                 for name in ("tars", "spools"):
                     if (work / name).exists():
                         shutil.rmtree(work / name)  # left by a prepare that was killed
@@ -140,8 +148,9 @@ def published(output_dir: str) -> Iterator[Path]:
                 shutil.rmtree(work)
     except OSError as error:
         raise StoreError(
-            f"--output_dir {output_dir}: cannot write {error.filename or work}: {error.strerror or error}. Nothing "
-            "was published; prepare writes beside the folder first, so its parent needs the rights and the space"
+            f"--output_dir {output_dir}: cannot write {error.filename or work}: "
+            f"{error.strerror or error}. Nothing was published. prepare first writes beside the "
+            "folder, so its parent must be writable and have the space"
         ) from error
 
 
@@ -153,10 +162,10 @@ def _check_output(output: Path) -> None:
     names = sorted(os.listdir(output))
     if names:
         tars = [name for name in names if name.endswith(".tar")]
-        what = f"has {len(tars):,} tars already" if tars else "is not empty"
+        state = f"has {len(tars):,} tars already" if tars else "is not empty"
         raise StoreError(
-            f"--output_dir {output} {what} ({(tars or names)[0]}); prepare neither adds to a corpus nor deletes "
-            "one: give a new path, or remove the folder yourself"
+            f"--output_dir {output} {state} ({(tars or names)[0]}); prepare neither adds to a "
+            "corpus nor deletes one: give a new path, or remove the folder yourself"
         )
     if os.path.ismount(output):
         raise StoreError(
@@ -166,28 +175,30 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Own the work folder: made now, or left by a prepare that was killed; never one that is still running."""
+    """Create and lock the work folder, or take over one that a killed prepare left."""
     try:
         work.mkdir()
         fresh = True
     except FileExistsError:
         fresh = False
-    strangers = sorted(set(os.listdir(work)) - _OWN_NAMES)
-    if strangers:
+    foreign = sorted(set(os.listdir(work)) - _OWN_NAMES)
+    if foreign:
         raise StoreError(
-            f"{work} is not prepare's own (it has {strangers[0]}); give --output_dir a new path"
+            f"{work} is not prepare's own (it has {foreign[0]}); give --output_dir a new path"
         )
     with open(work / "lock", "a") as lock:
         locked = try_lock(lock)
         if locked is None and not fresh:  # without locks only mkdir tells who came first
             raise StoreError(
-                f"{work} was left by a prepare that was killed, or one still runs (this file system "
-                "has no locks to tell): remove it if none runs, or give --output_dir a new path"
+                f"{work} was left by a prepare that was killed, or one still runs (this file "
+                "system has no locks to tell): remove it if none runs, or give --output_dir a new "
+                "path"
             )
         # The folder may have been deleted and made again since the lock was opened.
         if locked is False or not _is_at(lock, work / "lock"):
             raise StoreError(
-                f"another prepare is writing to {work}; wait for it, or give --output_dir a new path"
+                f"another prepare is writing to {work}; "
+                "wait for it, or give --output_dir a new path"
             )
         yield
 
