@@ -134,7 +134,8 @@ def _local_files(
         reason = "HF_HUB_OFFLINE is set" if offline else "the hub could not be reached"
         raise ModelError(
             f"{flag} {name}: not a directory here, not in the local Hugging Face cache, and "
-            f"{reason}. Download it where there is a network (hf download NAME) and give its directory"
+            f"{reason}. Download it where there is a network (hf download NAME) and give its "
+            "directory"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
