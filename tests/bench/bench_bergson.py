@@ -1,30 +1,35 @@
 """Documents per CPU second, end to end: ``python -m gradproj.run`` beside ``bergson build``.
 
-    python tests/bench/bench_bergson.py [--model small|small-untied|gpt2] [--documents N] [--rounds N] [--quick]
+    python tests/bench/bench_bergson.py [--model small|small-untied|gpt2] [--documents N] [--rounds
+    N] [--quick]
 
-bergson is the newest of PyPI, installed by this script into an environment of its own (``--env DIR``, by default in
-the user's cache folder) with the torch of ``launch/constraints.txt``.
+bergson is the newest of PyPI, installed by this script into an environment of its own (``--env
+DIR``, by default in the user's cache folder) with the torch of ``launch/constraints.txt``.
 
-Both get the same model (random weights, float32), the same documents (pieces of Python's standard library,
-log-normal lengths of 1 to 2,000 tokens, none truncated), one thread, 16 x 16 values of each of the same layers, the
-gradient of the document's mean loss. Each reads its own format from disk, made before the clock starts (tars; a saved
-``datasets`` folder, copied anew for every run so that no tokenization is cached), and leaves its rows on disk. CPU
-seconds are user + system of the whole process tree. What is started:
+Both get the same model (random weights, float32), the same documents (pieces of Python's standard
+library, log-normal lengths of 1 to 2,000 tokens, none truncated), one thread, 16 x 16 values of
+each of the same layers, the gradient of the document's mean loss. Each reads its own format from
+disk, made before the clock starts (tars; a saved ``datasets`` folder, copied anew for every run so
+that no tokenization is cached), and leaves its rows on disk. CPU seconds are user + system of the
+whole process tree. What is started:
 
-- gradproj: its defaults (``--batch_tokens 8192``, float16 rows with a scale, token covariances summed, everything
+- gradproj: its defaults (``--batch_tokens 8192``, float16 rows with a scale, token covariances
+summed, everything
   flushed to disk), but units of 512 documents, as a corpus of 32,768 or more has them by itself.
 - gradproj, torch's products: the same without oneDNN, so with the very products that bergson uses.
-- bergson: float32 rows, ``--token_batch_size 2048``, its default and the most that it takes here (the model's
-  positions); SDPA attention, transformers' default; ``--loss_reduction mean``; no Hessian, no normalization, no
-  second pass; no key-value cache (it asks for none, and the model's config says so too). Its engine makes the
-  embedding the root of the graph: with the tied head of GPT-2 it computes a gradient of the vocabulary that nobody
-  wants; ``small-untied`` is a model where it does not.
+- bergson: float32 rows, ``--token_batch_size 2048``, its default and the most that it takes here
+(the model's
+  positions); SDPA attention, transformers' default; ``--loss_reduction mean``; no Hessian, no
+  normalization, no second pass; no key-value cache (it asks for none, and the model's config says
+  so too). Its engine makes the embedding the root of the graph: with the tied head of GPT-2 it
+  computes a gradient of the vocabulary that nobody wants; ``small-untied`` is a model where it does
+  not.
 
-Checked after every run: documents x layers x 256 values, a row empty only where there is no target, and losses that
-agree document by document, so that both did the same work.
+Checked after every run: documents x layers x 256 values, a row empty only where there is no target,
+and losses that agree document by document, so that both did the same work.
 
-Start-up (imports, loading the model, the plan, the merge) is measured apart, with a few documents: the second table
-is what the documents beyond these alone take.
+Start-up (imports, loading the model, the plan, the merge) is measured apart, with a few documents:
+the second table is what the documents beyond these alone take.
 """
 
 import argparse
@@ -97,7 +102,10 @@ def main() -> None:
 def compare(
     model: str, n_documents: int, rounds: int, env: Path = CACHE
 ) -> dict[str, float] | None:
-    """Documents per CPU second over bergson's, ``NAME`` and ``NAME without start-up``; None without a registry."""
+    """Documents per CPU second over bergson's, ``NAME`` and ``NAME without start-up``.
+
+    None without a registry.
+    """
     if not install(env):
         return None
     print_machine("zarr")
@@ -115,7 +123,10 @@ def compare(
 
 
 class Bench:
-    """One model and its documents in both formats; runs a tool on them and checks what it leaves."""
+    """One model and its documents in both formats.
+
+    Runs a tool on them and checks what it leaves.
+    """
 
     def __init__(self, folder: Path, model: str, n_documents: int, env: Path) -> None:
         self.folder, self._env = folder, env
@@ -270,7 +281,8 @@ def install(env: Path) -> bool:
         print(done.stderr[-600:])
         shutil.rmtree(env)
         return False
-    # Made for another torch they cannot be imported, and transformers with them; without them it does not try.
+    # Made for another torch they cannot be imported, and transformers with them; without them it
+    # does not try.
     python = str(env / "bin" / "python")
     subprocess.run(
         [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],

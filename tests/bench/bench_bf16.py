@@ -2,11 +2,12 @@
 
     python tests/bench/bench_bf16.py [--quick] [--model DIR]
 
-Time: GPT-2-small's and SmolLM2-135M's shapes, 2 x 512 tokens, 16 x 16 a layer, one thread, CPU seconds, in turn. It
-says something on a CPU with bfloat16 instructions only. Cosines need trained weights: a small Llama is trained on
-Python's own standard library for a minute or so, or ``--model DIR`` names a checkpoint; its tokens are those of the
-same text. They are taken with float32 rows of the same weights, as of a checkpoint in bfloat16; beside them stand those
-with the float32 weights before, which rounding the weights alone moves.
+Time: GPT-2-small's and SmolLM2-135M's shapes, 2 x 512 tokens, 16 x 16 a layer, one thread, CPU
+seconds, in turn. It says something on a CPU with bfloat16 instructions only. Cosines need trained
+weights: a small Llama is trained on Python's own standard library for a minute or so, or ``--model
+DIR`` names a checkpoint; its tokens are those of the same text. They are taken with float32 rows of
+the same weights, as of a checkpoint in bfloat16; beside them stand those with the float32 weights
+before, which rounding the weights alone moves.
 """
 
 import argparse
@@ -141,7 +142,9 @@ def _text() -> str:
 
 
 def _trained_llama(steps: int) -> tuple[nn.Module, np.ndarray]:
-    """A byte-level Llama of 4 blocks after some steps, and the bytes it was trained on (the first half of them)."""
+    """A byte-level Llama of 4 blocks after some steps, and the bytes it was trained on (the first
+    half of them).
+    """
     tokens = np.frombuffer(_text().encode(), dtype=np.uint8).astype(np.int64)
     torch.manual_seed(0)
     config = LlamaConfig(

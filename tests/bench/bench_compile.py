@@ -1,10 +1,11 @@
-"""``--compile`` beside the engine as it is: time of one batch of rows, and what compiling costs before the first.
+"""``--compile`` beside the engine as it is: time of one batch of rows, and what compiling costs
+before the first.
 
     python tests/bench/bench_compile.py [--quick] [--model gpt2|llama]
 
-GPT-2-small's and SmolLM2-135M's shapes, 2 x 512 tokens, 16 x 16 a layer, float32 and bfloat16, one thread, CPU seconds,
-in turn. Compile time is that of an empty cache, the compiler's own processes counted: CPU seconds of the first compiled
-batch less those of one that is compiled already.
+GPT-2-small's and SmolLM2-135M's shapes, 2 x 512 tokens, 16 x 16 a layer, float32 and bfloat16, one
+thread, CPU seconds, in turn. Compile time is that of an empty cache, the compiler's own processes
+counted: CPU seconds of the first compiled batch less those of one that is compiled already.
 """
 
 import argparse

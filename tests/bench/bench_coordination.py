@@ -1,15 +1,17 @@
-"""What claims, heartbeats and the merge cost a job of 512 ranks and 51,000 units of 100 s, without a model.
+"""What claims, heartbeats and the merge cost a job of 512 ranks and 51,000 units of 100 s, without
+a model.
 
     python tests/bench/bench_coordination.py [--quick] [--folder DIR]
 
-Four of the ranks are this process's own and run gradproj's code: each walks through the units, claims, commits a
-record of 4,096 rows (no shard: that is the rows' cost) and goes on, while the other 508 leave the same files behind
-them, made as cheaply as can be. The clock is virtual: in every round each rank finishes the unit it has and takes
-another, until none is left. CPU seconds and file operations are those of the four, on a memory file system.
+Four of the ranks are this process's own and run gradproj's code: each walks through the units,
+claims, commits a record of 4,096 rows (no shard: that is the rows' cost) and goes on, while the
+other 508 leave the same files behind them, made as cheaply as can be. The clock is virtual: in
+every round each rank finishes the unit it has and takes another, until none is left. CPU seconds
+and file operations are those of the four, on a memory file system.
 
-The merge is run on two sizes of store with all their records, which shows how it grows, and extrapolated. Shares are of
-a rank's time (units a rank x 100 s). An operation on a network file system is taken to last 1 ms; on a local disk
-it lasts microseconds, and is in the CPU seconds.
+The merge is run on two sizes of store with all their records, which shows how it grows, and
+extrapolated. Shares are of a rank's time (units a rank x 100 s). An operation on a network file
+system is taken to last 1 ms; on a local disk it lasts microseconds, and is in the CPU seconds.
 """
 
 import argparse
@@ -159,7 +161,10 @@ def repeat(cost: Cost, work: Any, times: int) -> None:
 def show(
     what: str, cost: Cost, done: int, times: float, job_s: float, shares: dict[str, float]
 ) -> None:
-    """One line: what it costs each time, how often a rank does it, and what share of its time that is."""
+    """One line.
+
+    What it costs each time, how often a rank does it, and what share of its time that is.
+    """
     cpu_s, n_operations = cost.take()
     shares[what] = cpu_s / done * times / job_s
     network = n_operations / done * times * NETWORK_S / job_s

@@ -1,13 +1,18 @@
-"""The engine beside the bare backward pass: time and peak memory of one batch of per-sample projected gradients.
+"""The engine beside the bare backward pass: time and peak memory of one batch of per-sample
+projected gradients.
 
     python tests/bench/bench_engine.py [--model gpt2|llama] [--memory] [--quick]
 
-Shapes of GPT-2-small (full vocabulary) or SmolLM2-135M, random weights, float32, one thread, CPU time, in turn:
+Shapes of GPT-2-small (full vocabulary) or SmolLM2-135M, random weights, float32, one thread, CPU
+time, in turn:
 
-- plain step: the stock model's loss forward and backward with a gradient for every weight, no optimizer;
-- frozen backward: the same with frozen weights and a gradient at the embedded tokens, which people take for the floor;
+- plain step: the stock model's loss forward and backward with a gradient for every weight, no
+optimizer;
+- frozen backward: the same with frozen weights and a gradient at the embedded tokens, which people
+take for the floor;
 - engine: rows out, token covariances summed, 16 x 16 a layer;
-- engine, torch's products: the same without oneDNN, so with the very products that the two above use.
+- engine, torch's products: the same without oneDNN, so with the very products that the two above
+use.
 
 ``--memory``: peak resident memory over the model's own weights at 8 x 512 tokens, a process each.
 """

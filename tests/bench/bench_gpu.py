@@ -1,22 +1,27 @@
-"""The engine and the job on GPUs: time, memory, tokens a second, and what share of the GPU's arithmetic that is.
+"""The engine and the job on GPUs: time, memory, tokens a second, and what share of the GPU's
+arithmetic that is.
 
-    python tests/bench/bench_gpu.py [--model gpt2,llama] [--samples N] [--rounds N] [--documents N] [--quick]
-    torchrun --nproc_per_node=8 tests/bench/bench_gpu.py      # the same, and the job on 1, 2, 4 and 8 GPUs
+    python tests/bench/bench_gpu.py [--model gpt2,llama] [--samples N] [--rounds N] [--documents N]
+    [--quick] torchrun --nproc_per_node=8 tests/bench/bench_gpu.py      # the same, and the job on
+    1, 2, 4 and 8 GPUs
 
-1. Engine, float32 (TF32 off) and bfloat16, a batch of N x 1024 random tokens, in turn, CUDA events: the stock model's
-   plain step and frozen backward (see bench_engine.py), rows out, with checkpointing, with ``--compile`` where there is
-   a compiler; peak memory over the weights.
-2. Job beside engine alone: bench_job.py's two parts on this GPU, real text of 1 to 2,000 tokens, a process each.
-3. Scaling: torchrun starts the job on 1, 2, 4, ... GPUs with as many documents for each, timed by its own
+1. Engine, float32 (TF32 off) and bfloat16, a batch of N x 1024 random tokens, in turn, CUDA events:
+the stock model's
+   plain step and frozen backward (see bench_engine.py), rows out, with checkpointing, with
+   ``--compile`` where there is a compiler; peak memory over the weights.
+2. Job beside engine alone: bench_job.py's two parts on this GPU, real text of 1 to 2,000 tokens, a
+process each. 3. Scaling: torchrun starts the job on 1, 2, 4, ... GPUs with as many documents for
+each, timed by its own
    ``projection_stats.json``, from the start of the first unit to the last one's rows on the host.
 
-Model FLOPs of a token, with W weights in products (the head's too), L layers, attention A wide, S tokens in a sequence:
-frozen backward and rows 4 W + 6 L S A, plain step 6 W + 6 L S A. (2 W forward, 2 W to the inputs, 2 W to the weights;
-causal attention 2 S A forward, 4 S A backward.) Projections and what is computed twice are not counted. Utilisation is
-over the data sheet's dense peak for the dtype, float32 without TF32; ``--peak_tflops`` where the GPU is not known here.
+Model FLOPs of a token, with W weights in products (the head's too), L layers, attention A wide, S
+tokens in a sequence: frozen backward and rows 4 W + 6 L S A, plain step 6 W + 6 L S A. (2 W
+forward, 2 W to the inputs, 2 W to the weights; causal attention 2 S A forward, 4 S A backward.)
+Projections and what is computed twice are not counted. Utilisation is over the data sheet's dense
+peak for the dtype, float32 without TF32; ``--peak_tflops`` where the GPU is not known here.
 
-Without a GPU: one line and exit code 2. ``--device cpu --quick`` runs the same code on a tiny model: a trial of the
-script, whose figures mean nothing.
+Without a GPU: one line and exit code 2. ``--device cpu --quick`` runs the same code on a tiny
+model: a trial of the script, whose figures mean nothing.
 """
 
 import argparse
@@ -46,7 +51,10 @@ PEAK_TFLOPS = {
     "H200": (67, 989), "H100 PCIe": (51, 756), "H100 NVL": (60, 835), "H100": (67, 989), "A100": (19.5, 312),
     "L40S": (91.6, 362), "L4": (30.3, 121),
 }  # fmt: skip
-"""Part of a GPU's name -> float32 and bfloat16, dense, from NVIDIA's data sheets; the first that fits."""
+"""Part of a GPU's name -> float32 and bfloat16, dense, from NVIDIA's data sheets.
+
+The first that fits.
+"""
 
 
 @dataclass(frozen=True)
@@ -254,7 +262,10 @@ def can_compile(setting: Setting) -> bool:
 
 
 def peak_bytes(variant: Variant, device: torch.device) -> int:
-    """What one run adds at most to the GPU's memory; 0 on a CPU (bench_engine.py --memory measures there)."""
+    """What one run adds at most to the GPU's memory.
+
+    0 on a CPU (bench_engine.py --memory measures there).
+    """
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()

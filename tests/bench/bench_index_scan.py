@@ -2,11 +2,11 @@
 
     python tests/bench/bench_index_scan.py [--quick]
 
-Every round times each side once, in turn, on files in the page cache (both read every byte). What is printed are
-medians with their spread, and the ratio of medians, which is what carries over to other machines; the target is 10.
-The scan of one process is `build_index(processes=1)`: headers checked, payload checksums, keys, domains. The scan of
-two has the tars ten times over, since it starts its processes (0.2 s) in each round. webdataset only iterates: nothing
-is decoded.
+Every round times each side once, in turn, on files in the page cache (both read every byte). What
+is printed are medians with their spread, and the ratio of medians, which is what carries over to
+other machines; the target is 10. The scan of one process is `build_index(processes=1)`: headers
+checked, payload checksums, keys, domains. The scan of two has the tars ten times over, since it
+starts its processes (0.2 s) in each round. webdataset only iterates: nothing is decoded.
 """
 
 import argparse
@@ -58,7 +58,8 @@ CASES: dict[str, tuple[Callable[[str, str, str], list[tuple[str, bytes]]], float
     "json, more metadata": (more_metadata, 0),
     "json, metadata first": (metadata_first, 0),
     "txt and json": (two_members, 0),
-    # A time with a fraction makes tarfile (and webdataset's writer) put a pax header before every member.
+    # A time with a fraction makes tarfile (and webdataset's writer) put a pax header before every
+    # member.
     "json, pax headers": (pile, 1.5),
 }
 

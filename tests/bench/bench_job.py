@@ -1,16 +1,22 @@
-"""The job beside its engine alone: what reading, tokenizing, hosts' copies, checksums and commits add.
+"""The job beside its engine alone: what reading, tokenizing, hosts' copies, checksums and commits
+add.
 
-    python tests/bench/bench_job.py [--model tiny|small|gpt2] [--documents N] [--rounds N] [--cores 1|2] [--quick]
+    python tests/bench/bench_job.py [--model tiny|small|gpt2] [--documents N] [--rounds N] [--cores
+    1|2] [--quick]
 
-- job: one rank of ``python -m gradproj.run``, from the moment it begins to read its first unit to its last commit.
-- engine: ``UnitProjector`` over the very same units, read, tokenized and batched before the clock starts; rows
+- job: one rank of ``python -m gradproj.run``, from the moment it begins to read its first unit to
+its last commit.
+- engine: ``UnitProjector`` over the very same units, read, tokenized and batched before the clock
+starts; rows
   stay where the engine sums them.
 
-Each run is a process of its own with a new output, job and engine in turn, one thread, tied to ``--cores`` cores
-(default 1: there nothing runs beside the engine, so all that the job does besides shows). CPU seconds are of the whole
-process, all threads. On a shared machine they are what counts: wall time holds the neighbours' work too.
+Each run is a process of its own with a new output, job and engine in turn, one thread, tied to
+``--cores`` cores (default 1: there nothing runs beside the engine, so all that the job does besides
+shows). CPU seconds are of the whole process, all threads. On a shared machine they are what counts:
+wall time holds the neighbours' work too.
 
-``tiny`` (2 layers x 64) is the hard case: its engine is so fast that tokenizing is a large part of it on a CPU.
+``tiny`` (2 layers x 64) is the hard case: its engine is so fast that tokenizing is a large part of
+it on a CPU.
 """
 
 import argparse

@@ -1,18 +1,23 @@
-"""A question to a store that is larger than memory: how much memory it takes, and how near it comes to the disk.
+"""A question to a store that is larger than memory: how much memory it takes, and how near it comes
+to the disk.
 
     python tests/bench/bench_large_store.py [--gigabytes 20] [--folder DIR] [--rounds 2] [--fit]
 
-Synthetic float16 rows of GPT-2-small's size go through the real writer into ``--folder`` (default: the system's
-temporary folder) and are deleted at the end. Then, each time with nothing of the store in the system's cache:
+Synthetic float16 rows of GPT-2-small's size go through the real writer into ``--folder`` (default:
+the system's temporary folder) and are deleted at the end. Then, each time with nothing of the store
+in the system's cache:
 
-- disk: every shard read once by ``os.preadv`` into one buffer of 8 MB, one thread, told the kernel as sequential;
-- each question: ``top_k`` in a process of its own, dot, kfac and relatif, 1 and 16 queries, one thread; also
+- disk: every shard read once by ``os.preadv`` into one buffer of 8 MB, one thread, told the kernel
+as sequential;
+- each question: ``top_k`` in a process of its own, dot, kfac and relatif, 1 and 16 queries, one
+thread; also
   ``scan_stored`` and ``scan_bands`` alone.
 
-Memory is the process's largest RSS, which counts mapped files, and its largest anonymous part, both of the whole
-process, Python and torch included (what they take after the imports stands beside it). The best document of every
-query, which is one of the store's own rows changed a little, must be that row, and its score what float64 makes of it.
-``--fit`` also fits the second moments, a scan of its own.
+Memory is the process's largest RSS, which counts mapped files, and its largest anonymous part, both
+of the whole process, Python and torch included (what they take after the imports stands beside it).
+The best document of every query, which is one of the store's own rows changed a little, must be
+that row, and its score what float64 makes of it. ``--fit`` also fits the second moments, a scan of
+its own.
 """
 
 import argparse
@@ -113,7 +118,10 @@ def print_runs(runs: dict[str, list[dict]], n_bytes: int) -> dict[str, dict]:
 
 
 def write_store(output: Path, gigabytes: float) -> int:
-    """Bytes of the rows. Each shard has the first one's values, turned along the row, and sizes of its own."""
+    """Bytes of the rows.
+
+    Each shard has the first one's values, turned along the row, and sizes of its own.
+    """
     generator = np.random.default_rng(0)
     dim = N_LAYERS * WIDTH
     n_rows = max(64, round(gigabytes * 1e9 / dim / 2))

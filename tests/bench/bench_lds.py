@@ -2,8 +2,8 @@
 
     python tests/bench/bench_lds.py [--quick] [--jobs 2] [--output_dir DIR]
 
-The whole form is 80 trainings and takes about an hour of two cores; the quick one a tenth of that, and can tell little
-more than that the scores are no chance. Called again on its folder, it goes on.
+The whole form is 80 trainings and takes about an hour of two cores; the quick one a tenth of that,
+and can tell little more than that the scores are no chance. Called again on its folder, it goes on.
 """
 
 import argparse

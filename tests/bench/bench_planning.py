@@ -1,14 +1,16 @@
-"""What the start of a job costs for a corpus of the Pile's size: 210,607,728 documents, 51,418 units.
+"""What the start of a job costs for a corpus of the Pile's size: 210,607,728 documents, 51,418
+units.
 
     python tests/bench/bench_planning.py [--tars 26000] [--quick] [--folder DIR]
 
-The tars are files without content of the right sizes, and the index is what `python -m gradproj index` would have made
-of them: the offset and the keys' checksum of every 64th document. Each line is a process of its own that does what
-the job does at its start, with wall and CPU seconds and the peak of its resident memory, in all and above what the
-imports of the same modules take:
+The tars are files without content of the right sizes, and the index is what `python -m gradproj
+index` would have made of them: the offset and the keys' checksum of every 64th document. Each line
+is a process of its own that does what the job does at its start, with wall and CPU seconds and the
+peak of its resident memory, in all and above what the imports of the same modules take:
 
 - every rank: reads the frozen index of the output, counts what is left, finds a unit's documents;
-- rank 0: lists and checks the tars, checks every flag and plans (``make_plan``), then makes the output
+- rank 0: lists and checks the tars, checks every flag and plans (``make_plan``), then makes the
+output
   (``make_output``): index, store and records' folders.
 """
 
@@ -118,7 +120,10 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
 
 
 def measured(step: str, folder: Path) -> dict[str, float]:
-    """One step in this process: seconds, peak resident memory, and how much of it is the imports'."""
+    """One step in this process.
+
+    Seconds, peak resident memory, and how much of it is the imports'.
+    """
     from gradproj.job.startup import make_output  # noqa: F401  (what a rank has imported by then)
 
     with open("/proc/self/clear_refs", "w") as file:

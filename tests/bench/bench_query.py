@@ -1,21 +1,30 @@
-"""How fast a question is: gradproj's ``top_k`` beside what the machine can do at all, FAISS and bergson.
+"""How fast a question is: gradproj's ``top_k`` beside what the machine can do at all, FAISS and
+bergson.
 
     python tests/bench/bench_query.py [--quick] [--proj_dtype float16 ...] [--folder DIR] [--ranks]
 
-Rows of GPT-2-small (48 layers x 256 values), in the system's cache; 1, 16 and 256 queries, the 20 best of each. All
-sides have one thread and take turns; each number is a median. What is timed:
+Rows of GPT-2-small (48 layers x 256 values), in the system's cache; 1, 16 and 256 queries, the 20
+best of each. All sides have one thread and take turns; each number is a median. What is timed:
 
-- conversion: the stored rows, already in this process's memory, to float32 and nothing else: into a buffer that stays
-  in the cache, the fastest that torch can (into memory it takes longer). Float32 rows need none: their copy.
-- GEMM: ``queries @ rows.T`` in float32 by torch, the rows in this process's memory as float32; no top k.
+- conversion: the stored rows, already in this process's memory, to float32 and nothing else: into a
+buffer that stays
+  in the cache, the fastest that torch can (into memory it takes longer). Float32 rows need none:
+  their copy.
+- GEMM: ``queries @ rows.T`` in float32 by torch, the rows in this process's memory as float32; no
+top k.
 - GEMM, oneDNN: the same by the library that gradproj takes for it.
-- gradproj: ``top_k`` on the store, every file opened anew. kfac has its preconditioner; ``fit kfac`` is what that took.
+- gradproj: ``top_k`` on the store, every file opened anew. kfac has its preconditioner; ``fit
+kfac`` is what that took.
 - FAISS: ``IndexFlatIP.search``; its rows are in its memory as float32, which is not timed.
-- bergson: what its ``query`` asks, ``Attributor.search``, on an index in its own format and of the same rows; opening
-  it reads all rows into memory as float32. (``bergson score`` computes the documents' gradients anew.)
+- bergson: what its ``query`` asks, ``Attributor.search``, on an index in its own format and of the
+same rows; opening
+  it reads all rows into memory as float32. (``bergson score`` computes the documents' gradients
+  anew.)
 
-FAISS and bergson run in bergson's environment (see ``bench_bergson.py``), where this script installs faiss-cpu.
-Checked: all sides find the same documents. ``--ranks``: two processes that answer together beside one.
+FAISS and bergson run in bergson's environment (see ``bench_bergson.py``), where this script
+installs faiss-cpu.
+Checked: all sides find the same documents. ``--ranks``: two processes that answer together beside
+one.
 """
 
 import argparse
@@ -235,7 +244,8 @@ class Tool:
         self._process.stdin.write(json.dumps([what, n_queries, K]) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        # float16 without a row's own scale rounds the smallest values: neighbours may change places.
+        # float16 without a row's own scale rounds the smallest values: neighbours may change
+        # places.
         assert np.mean(np.array(answer["ids"]) == expected) > 0.97, name
         self.peak_bytes = answer["peak_bytes"]
         return answer["cpu"], answer["wall"]
@@ -308,10 +318,11 @@ def rank_of_several(rank: int, world_size: int, folder: str, rounds: int) -> Non
 
 
 def measure_ranks(quick: bool = False, parent: str | None = None) -> dict[str, float]:
-    """How many times as fast two processes answer as one, by the wall clock and by the slower one's CPU seconds.
+    """How many times as fast two processes answer as one, by the wall clock and by the slower one's
+    CPU seconds.
 
-    On a machine with other work the wall clock says how many processes share it; the CPU seconds how they share the
-    scan.
+    On a machine with other work the wall clock says how many processes share it; the CPU seconds
+    how they share the scan.
     """
     with tempfile.TemporaryDirectory(prefix="bench_query_", dir=parent) as name:
         folder = Path(name)

@@ -1,11 +1,14 @@
-"""How often a query finds the document it was cut from: recall of verbatim excerpts, by score and damping.
+"""How often a query finds the document it was cut from: recall of verbatim excerpts, by score and
+damping.
 
-    python tests/bench/bench_recall.py demo/out [--excerpts 200] [--tokens 64] [--layers mlp] [--quick]
+    python tests/bench/bench_recall.py demo/out [--excerpts 200] [--tokens 64] [--layers mlp]
+    [--quick]
 
-OUTPUT is any job's output, such as that of ``bash launch/demo.sh``. Excerpts are drawn from the part of a document that
-its row covers, with a seed; each is asked as a text, as a person would. Found is the document, or a near copy: one that
-holds half of the excerpt's runs of five tokens (so many are left of 64 tokens where every tenth is another). "strict"
-is the share among the first where four fifths are asked.
+OUTPUT is any job's output, such as that of ``bash launch/demo.sh``. Excerpts are drawn from the
+part of a document that its row covers, with a seed; each is asked as a text, as a person would.
+Found is the document, or a near copy: one that holds half of the excerpt's runs of five tokens (so
+many are left of 64 tokens where every tenth is another). "strict" is the share among the first
+where four fifths are asked.
 """
 
 import argparse
@@ -100,7 +103,10 @@ def measure(
 def all_scores(
     store: ProjectionStore, rows: np.ndarray, layers: list[str] | None, quick: bool
 ) -> Iterable[tuple[str, float | str | None, np.ndarray]]:
-    """``(score, damping, (Q, N))``; relatif's order is that of the cosine in the preconditioned space."""
+    """``(score, damping, (Q, N))``.
+
+    Relatif's order is that of the cosine in the preconditioned space.
+    """
     for name in ("dot", "cosine"):
         yield name, None, np.asarray(score(rows, store, score=name, layers=layers))
     for kind, plain in (("kfac", "kfac"), ("second_moment", "preconditioned")):
@@ -139,7 +145,9 @@ def by_quarter(
 def draw_excerpts(
     store: ProjectionStore, run: Any, n_excerpts: int, n_tokens: int, seed: int
 ) -> list[Excerpt]:
-    """Excerpts of documents drawn at random, each beginning at a random token of what its row covers."""
+    """Excerpts of documents drawn at random, each beginning at a random token of what its row
+    covers.
+    """
     tokenizer = recorded_engine(store, run, "cpu").tokenizer
     ids = np.flatnonzero(store.column("status") == STATUS["ok"])
     texts = {

@@ -2,10 +2,11 @@
 
     python tests/bench/bench_scale.py [--documents N] [--rounds N] [--quick]
 
-torchrun starts the ranks, `taskset` pins them. The job's time is from the start of its first unit to its last commit,
-as ``projection_stats.json`` has it. Beside the wall clock stand the documents per CPU second (of a process and its
-children, less those of a job of one unit on the same corpus: start-up), and the share of a core that each rank got:
-where that is below 0.95 on either side, other work was on the machine and only the CPU seconds can be judged.
+torchrun starts the ranks, `taskset` pins them. The job's time is from the start of its first unit
+to its last commit, as ``projection_stats.json`` has it. Beside the wall clock stand the documents
+per CPU second (of a process and its children, less those of a job of one unit on the same corpus:
+start-up), and the share of a core that each rank got: where that is below 0.95 on either side,
+other work was on the machine and only the CPU seconds can be judged.
 """
 
 import argparse
@@ -38,7 +39,10 @@ def main() -> None:
 
 
 def measure(n_documents: int = 1_024, rounds: int = 3) -> dict[str, float]:
-    """``wall`` and ``cpu``: two ranks' documents a second over one's, by either clock; ``share`` of a core they got."""
+    """``wall`` and ``cpu``.
+
+    Two ranks' documents a second over one's, by either clock; ``share`` of a core they got.
+    """
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit(
@@ -101,7 +105,10 @@ def make_inputs(folder: Path, n_documents: int) -> tuple[Path, Path]:
 def run(
     folder: Path, model: Path, tars: Path, cores: list[int], n_documents: int
 ) -> dict[str, float]:
-    """One job on these cores; its wall seconds of computing and the CPU seconds of its processes."""
+    """One job on these cores.
+
+    Its wall seconds of computing and the CPU seconds of its processes.
+    """
     output = folder / "out"
     numbers = " ".join(map(str, cores))
     pinned = f'cores=({numbers}); exec taskset -c ${{cores[$LOCAL_RANK]}} "$@"'

@@ -1,10 +1,12 @@
-"""How long ``python -m gradproj status`` takes on a store of the Pile's size that was never computed.
+"""How long ``python -m gradproj status`` takes on a store of the Pile's size that was never
+computed.
 
     python tests/bench/bench_status.py [--units 51000] [--folder DIR]
 
-The store has 4,096 rows a unit. Every record is a link to one file of 130 kB, so its content lies in the page cache:
-what a slow file system adds is the folder listings, the claims and heartbeats, and fewer records counted in the
-second that is given to them. Times are those of the whole command with the interpreter's start, medians of 5.
+The store has 4,096 rows a unit. Every record is a link to one file of 130 kB, so its content lies
+in the page cache: what a slow file system adds is the folder listings, the claims and heartbeats,
+and fewer records counted in the second that is given to them. Times are those of the whole command
+with the interpreter's start, medians of 5.
 """
 
 import argparse

@@ -1,17 +1,24 @@
-"""Reading a store beside a memory-mapped file of the same bytes and beside zarr-python; writing beside the latter.
+"""Reading a store beside a memory-mapped file of the same bytes and beside zarr-python; writing
+beside the latter.
 
-    python tests/bench/bench_store.py [--quick] [--proj_dtype float16|bfloat16|float32] [--folder DIR]
+    python tests/bench/bench_store.py [--quick] [--proj_dtype float16|bfloat16|float32] [--folder
+    DIR]
 
-GPT-2-small's rows (48 layers x 256 values) in the page cache or a memory file system, CPU time of all threads, in turn.
-Every scan opens what it reads, so that all sides touch their pages for the first time; blocks have 512 rows on all
-sides. The mapped file is one C-ordered array ``[N, D]`` of the very bytes that the store keeps, read by ``np.memmap``:
+GPT-2-small's rows (48 layers x 256 values) in the page cache or a memory file system, CPU time of
+all threads, in turn. Every scan opens what it reads, so that all sides touch their pages for the
+first time; blocks have 512 rows on all sides. The mapped file is one C-ordered array ``[N, D]`` of
+the very bytes that the store keeps, read by ``np.memmap``:
 
-- as stored: blocks copied out of the map, beside ``ProjectionStore.scan_stored`` and zarr's own array;
-- as float32: what ``ProjectionStore.scan`` gives, ``stored * row_scale``; the file's and zarr's blocks are decoded as
+- as stored: blocks copied out of the map, beside ``ProjectionStore.scan_stored`` and zarr's own
+array;
+- as float32: what ``ProjectionStore.scan`` gives, ``stored * row_scale``; the file's and zarr's
+blocks are decoded as
   one would in numpy, and once more by gradproj's own decoder;
-- one layer of all rows, single random rows, and 1,000 random rows in one call: as float32 on all sides.
+- one layer of all rows, single random rows, and 1,000 random rows in one call: as float32 on all
+sides.
 
-``write``: ours flushes each shard to disk (free on a memory file system), zarr-python never does. torch has one thread.
+``write``: ours flushes each shard to disk (free on a memory file system), zarr-python never does.
+torch has one thread.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python tests/bench/bench_training.py [--model gpt2|small] [--quick]
 
-A step is forward, backward, clipping and AdamW, float32, one thread, on random tokens. Shapes: GPT-2-small's with its
-full vocabulary at 4 x 256 tokens (and 4 x 512 with ``--length 512``), and a small GPT-2 (4 layers of 256, vocabulary
-4,096) at 8 x 128. Variants in turn:
+A step is forward, backward, clipping and AdamW, float32, one thread, on random tokens. Shapes:
+GPT-2-small's with its full vocabulary at 4 x 256 tokens (and 4 x 512 with ``--length 512``), and a
+small GPT-2 (4 layers of 256, vocabulary 4,096) at 8 x 128. Variants in turn:
 
 - Regular: no engine.
-- GradDotProd: a validation batch of a quarter of the training batch's tokens rides along. Its share is work that was
+- GradDotProd: a validation batch of a quarter of the training batch's tokens rides along. Its share
+is work that was
   asked for, so the ratio is to Regular with so many more tokens: 1.25 times Regular's time.
 - GradDotProd, torch's products: the same without oneDNN, which Regular does not use either.
 """
@@ -53,7 +54,10 @@ def main() -> None:
 def measure(
     model_name: str, rounds: int, samples: int | None = None, length: int | None = None
 ) -> dict[str, float]:
-    """Each engine's time over Regular's; GradDotProd's over Regular's and the validation batch's share."""
+    """Each engine's time over Regular's.
+
+    GradDotProd's over Regular's and the validation batch's share.
+    """
     torch.set_num_threads(1)
     settings, n_train, n_tokens = SHAPES[model_name]
     n_train, n_tokens = samples or n_train, length or n_tokens

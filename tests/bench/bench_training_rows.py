@@ -2,10 +2,11 @@
 
     python tests/bench/bench_training_rows.py [--model gpt2|small] [--quick]
 
-A step is forward, backward, clipping and AdamW, float32, one thread, on random tokens, through the calls of
-``GhostEngineManager``; its rows are written to a store after every step. Shapes are those of ``bench_training.py``.
-Variants in turn: without an engine (Regular) and with it, each with transformers' own loss and with the
-``per_sample_loss`` that ``python -m gradproj train`` takes; a ratio is of two with one loss.
+A step is forward, backward, clipping and AdamW, float32, one thread, on random tokens, through the
+calls of ``GhostEngineManager``; its rows are written to a store after every step. Shapes are those
+of ``bench_training.py``. Variants in turn: without an engine (Regular) and with it, each with
+transformers' own loss and with the ``per_sample_loss`` that ``python -m gradproj train`` takes; a
+ratio is of two with one loss.
 """
 
 import argparse

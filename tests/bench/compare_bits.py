@@ -2,10 +2,10 @@
 
     python tests/bench/compare_bits.py OTHER_CHECKOUT DEMO [--other_python PYTHON]
 
-DEMO is a folder with ``tars`` and ``model``, as ``launch/demo.sh`` leaves it. Both checkouts run the
-job (one and two ranks, three storage types) and two training runs (GradProjLora, GradDotProd) on it.
-Every array, column, sum, checkpoint weight and curve must be equal byte for byte; the exit code is 1
-if one is not. A change that must not change results shows this table in its message.
+DEMO is a folder with ``tars`` and ``model``, as ``launch/demo.sh`` leaves it. Both checkouts run
+the job (one and two ranks, three storage types) and two training runs (GradProjLora, GradDotProd)
+on it. Every array, column, sum, checkpoint weight and curve must be equal byte for byte; the exit
+code is 1 if one is not. A change that must not change results shows this table in its message.
 """
 
 import argparse

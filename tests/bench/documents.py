@@ -1,4 +1,7 @@
-"""What benchmarks of the whole job read: real text of mixed lengths, its tokenizer, models of random weights."""
+"""What benchmarks of the whole job read.
+
+Real text of mixed lengths, its tokenizer, models of random weights.
+"""
 
 import json
 import subprocess
@@ -27,7 +30,8 @@ SHAPES = {
 
 
 def make_documents(folder: Path, n_documents: int, seed: int = 0) -> Path:
-    """``folder/documents.jsonl``: pieces of Python's standard library of log-normal length, median 200 tokens.
+    """``folder/documents.jsonl``: pieces of Python's standard library of log-normal length, median
+    200 tokens.
 
     The tokenizer that ``make_model`` puts beside its weights lies in ``folder/tokenizer``.
     """
@@ -73,7 +77,10 @@ def _library() -> list[str]:
 def _piece(
     tokenizer: Tokenizer, texts: list[str], length: int, generator: np.random.Generator
 ) -> str:
-    """``length`` tokens from somewhere in the library; cut between tokens, it may come back a token longer."""
+    """``length`` tokens from somewhere in the library.
+
+    Cut between tokens, it may come back a token longer.
+    """
     while True:
         text = texts[generator.integers(len(texts))]
         start = int(generator.integers(max(1, len(text) - 4 * length)))

@@ -1,4 +1,7 @@
-"""Jobs on one and on several GPUs, for ``bench_gpu.py``: beside the engine alone, and on ever more ranks."""
+"""Jobs on one and on several GPUs, for ``bench_gpu.py``.
+
+Beside the engine alone, and on ever more ranks.
+"""
 
 import json
 import os

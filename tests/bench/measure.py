@@ -1,4 +1,7 @@
-"""What the benchmarks share: variants timed in turn, medians, spreads, and the machine they ran on."""
+"""What the benchmarks share.
+
+Variants timed in turn, medians, spreads, and the machine they ran on.
+"""
 
 import platform
 import statistics

@@ -2,9 +2,10 @@
 
     python query_worker.py bergson|faiss FOLDER
 
-``FOLDER`` has ``rows`` (raw, of ``rows.json``'s shape and type) and ``queries-Q.npy``. Every line on standard input is
-``[WHAT, Q, K]``; the answer is one line, ``{"cpu": s, "wall": s, "ids": [[...]], "peak_bytes": n}``. ``open`` makes
-what ``search`` is asked of and drops it; ``search`` keeps it.
+``FOLDER`` has ``rows`` (raw, of ``rows.json``'s shape and type) and ``queries-Q.npy``. Every line
+on standard input is ``[WHAT, Q, K]``; the answer is one line, ``{"cpu": s, "wall": s, "ids":
+[[...]], "peak_bytes": n}``. ``open`` makes what ``search`` is asked of and drops it; ``search``
+keeps it.
 """
 
 import json

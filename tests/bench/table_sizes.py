@@ -1,9 +1,11 @@
-"""Disk, host memory and files of a job over the whole Pile, by arithmetic: the sums of `python -m gradproj plan`.
+"""Disk, host memory and files of a job over the whole Pile, by arithmetic: the sums of `python -m
+gradproj plan`.
 
     python tests/bench/table_sizes.py
 
-The layers are those of the models' published shapes, found on models without weights; everything else is gradproj's
-default (16 x 16 values of each linear layer, float16 rows, documents cut at 1,024 tokens). Keys of 12 bytes.
+The layers are those of the models' published shapes, found on models without weights; everything
+else is gradproj's default (16 x 16 values of each linear layer, float16 rows, documents cut at
+1,024 tokens). Keys of 12 bytes.
 """
 
 from types import SimpleNamespace

@@ -11,7 +11,8 @@ def test_rows_cost_less_than_the_bare_backward_pass(model):
     import bench_engine
 
     medians = bench_engine.measure_time(model, 2, 3)
-    # 2026-11-23: by oneDNN's products, on an AMD processor. With torch's own (MKL) 0.63 and 0.90, Llama 0.72 and 1.00.
+    # 2026-11-23: by oneDNN's products, on an AMD processor. With torch's own (MKL) 0.63 and 0.90,
+    # Llama 0.72 and 1.00.
     assert medians["engine"] <= 0.66 * medians["plain step"]
     assert medians["engine"] <= 0.84 * medians["frozen backward"]
 
@@ -70,7 +71,8 @@ def test_bfloat16_is_fast_where_the_processor_has_it_and_rows_keep_their_directi
     found = bench_bf16.measure()
     assert found["gpt2"] >= 1.6
     assert found["llama"] >= 1.6
-    # 2026-11-23: on the same weights. Those of a float32 checkpoint change when they are rounded: 0.987 then.
+    # 2026-11-23: on the same weights. Those of a float32 checkpoint change when they are rounded:
+    # 0.987 then.
     assert found["median cosine"] >= 0.999
 
 
@@ -82,8 +84,8 @@ def test_reading_is_close_to_a_mapped_file_and_far_from_zarr_python():
         assert ratios[f"{what} / mapped file"] >= 0.85, what
     for what in ("single random rows", "1,000 random rows"):
         assert ratios[f"{what} / mapped file"] >= 1 / 5, what
-        # 2026-11-23: not of scans (3.3 to 4.3; a mapped file itself is 3.4 times as fast as zarr-python) nor of a layer
-        # (2.6: zarr-python reads no other bytes either).
+        # 2026-11-23: not of scans (3.3 to 4.3; a mapped file itself is 3.4 times as fast as
+        # zarr-python) nor of a layer (2.6: zarr-python reads no other bytes either).
         assert ratios[f"{what} / zarr-python"] >= 8, what
 
 
@@ -104,7 +106,8 @@ def test_compiling_the_blocks_does_not_slow_the_engine():
 def test_grad_dot_prod_costs_its_validation_share_and_at_most_a_tenth(model, most):
     import bench_training
 
-    # 2026-11-23: 1.00, and 1.07 to 1.16 for the small one (1.11 on a quiet machine), whose weights are too narrow.
+    # 2026-11-23: 1.00, and 1.07 to 1.16 for the small one (1.11 on a quiet machine), whose weights
+    # are too narrow.
     assert bench_training.measure(model, 3)["GradDotProd"] <= most
 
 
@@ -131,7 +134,8 @@ def test_a_question_is_near_what_the_machine_can_do(proj_dtype):
     import bench_query
 
     ratios = bench_query.measure(proj_dtype=proj_dtype, others=False)
-    # 2026-11-23: of scores without a norm of each row, which is work of its own: 0.3 for cosine, 0.07 for relatif.
+    # 2026-11-23: of scores without a norm of each row, which is work of its own: 0.3 for cosine,
+    # 0.07 for relatif.
     for score in ("dot", "kfac"):
         assert ratios[f"{score} Q=1 / conversion"] >= 0.5
         for n_queries in (16, 256):
