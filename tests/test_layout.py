@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "gradproj"
 LEVELS = [
     {"formatting", "kernels"},
     {"errors"},
-    {"files", "flags", "distributed", "model"},
-    {"corpus"},
+    {"files", "flags", "distributed"},
+    {"corpus", "model"},
     {"store"},
     {"engine", "coordinator"},
     {"analysis"},

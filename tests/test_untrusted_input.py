@@ -143,7 +143,7 @@ def test_a_link_in_a_tar_is_never_followed(tmp_path, capsys):
         member = tarfile.TarInfo("plain.json")
         member.size = 15
         tar.addfile(member, io.BytesIO(b'{"text": "a b"}'))
-    code = main(["index", str(tmp_path / "a.tar"), "--output", str(tmp_path / "index.json")])
+    code = main(["index", str(tmp_path / "a.tar"), "--index_file", str(tmp_path / "index.json")])
     said = capsys.readouterr()
     assert (code == 2 and "link" in said.err) or "documents     1 " in said.out
 

@@ -1,12 +1,9 @@
 """The command ``diagnose``: compares rows alone, batched, padded, in float32 and bfloat16."""
 
-import dataclasses
 import json
-import typing
 from dataclasses import asdict
 
-from gradproj.flags import parse
-from gradproj.job.config import RunConfig
+from gradproj.job.config import parse_run
 from gradproj.job.diagnose import SOUND, DiagnoseConfig, Diagnosis, diagnose
 from gradproj.job.precision import Agreement
 from gradproj.model.config import MODEL_DTYPES
@@ -16,17 +13,17 @@ MOST_LAYERS_SHOWN = 5
 
 def diagnose_command(argv: list[str]) -> int:
     """``python -m gradproj diagnose``: exit code 0 nothing beyond rounding, 1 something is, 2 a user's mistake."""
-    sections = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(RunConfig)}
     about = (
         "With the job's flags: the same documents alone, batched, beside padding, in float32 and bfloat16. Exit code "
         "0: rows differ by rounding only; 1: by more (batching or padding changes them, or the job's precision does)."
     )
-    *parts, own = parse(
-        argv, "gradproj diagnose", *sections.values(), DiagnoseConfig, description=about
+    config, options = parse_run(argv, "gradproj diagnose", DiagnoseConfig, description=about)
+    found = diagnose(config, options.n_documents)
+    print(
+        json.dumps(asdict(found), indent=2)
+        if options.as_json
+        else "\n".join(diagnosis_lines(found))
     )
-    config = RunConfig(**dict(zip(sections, parts, strict=True)))
-    found = diagnose(config, own.n_documents)
-    print(json.dumps(asdict(found), indent=2) if own.as_json else "\n".join(diagnosis_lines(found)))
     return found.exit_code
 
 

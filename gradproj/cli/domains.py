@@ -4,7 +4,7 @@ import io
 import json
 import math
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,16 @@ from gradproj.analysis import MEANINGS, SIGN
 from gradproj.analysis.score_types import DOMAIN_SCORES
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import StoreError
 from gradproj.files import make_folder, write_result
-from gradproj.flags import parse
+from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import one_line
+from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
 from gradproj.report.figures import draw_domains
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS, ProjectionStore
 
-FORMATS = ("table", "json")
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
 MOST_IN_A_MATRIX = 24
 """Domains in a printed matrix: more columns are wider than a terminal."""
@@ -32,25 +32,13 @@ _NAME = 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainsConfig(ScoreArgs):
-    """Which store, and where the answer goes."""
+class DomainsConfig(ScoreArgs, title="domains"):
+    """Which store to read, and where the files go."""
 
-    output: str = field(
-        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
-    )
-    output_dir: str = field(
-        default="", metadata={"help": "folder of the answer; default OUTPUT/domains"}
-    )
-    format: str = field(default="table", metadata={"help": "what is printed", "choices": FORMATS})
-    device: str = field(
-        default="auto",
-        metadata={"help": "where rows are compared", "choices": ("auto", "cpu", "cuda")},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.format not in FORMATS:
-            raise ConfigError(f"--format is {self.format!r}; choose one of {', '.join(FORMATS)}")
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    output_dir: str = flag("Directory for the files; default: OUTPUT/domains.", "")
+    format: str = flag("Output format.", "table", choices=("table", "json"))
+    device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)
 
     def folder(self, store: ProjectionStore) -> Path:
         """Where the answer goes."""

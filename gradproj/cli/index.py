@@ -1,59 +1,51 @@
 """The command ``index``: tars to a corpus index."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from gradproj.corpus.config import SHARDS_REQUIRED
 from gradproj.corpus.index import CorpusIndex, build_index, check_unchanged
 from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.prepare import FIELD_REQUIRED
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import ConfigError, CorpusError
-from gradproj.flags import parse
+from gradproj.flags import Flags, flag, parse
 
 MOST_DOMAINS_SHOWN = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Which tars to index and where to."""
+class IndexConfig(Flags, title="index"):
+    """Which tars to index, and where to write the index."""
 
-    shards: tuple[str, ...] = field(
-        metadata={
-            "flag": "SHARDS",
-            "positional": True,
-            "help": "a folder, a glob or braces (quoted), a list file, or one tar",
-        }
+    shards: tuple[str, ...] = flag(
+        "A directory, a glob or braces (quoted), a list file, or one tar.",
+        name="SHARDS",
+        positional=True,
     )
-    domain_field: str = field(
-        default="meta.pile_set_name", metadata={"help": "where a document names its domain, dotted"}
+    domain_field: str = flag(
+        "Field of a document's JSON that names its domain; dots reach into objects.",
+        "meta.pile_set_name",
+        required=FIELD_REQUIRED,
     )
-    output: str = field(
-        default="", metadata={"help": "the index; default: corpus.json beside the tars"}
+    index_file: str = flag(
+        "File of the index; default: corpus.json beside the tars.", "", renamed_from="output"
     )
-    processes: int = field(default=0, metadata={"help": "tars scanned at once; 0 = one per CPU"})
-    replace: bool = field(
-        default=False,
-        metadata={"help": "scan again and put the index in the place of one of another corpus"},
+    processes: int = flag(
+        "Tars scanned at once; 0 = one per CPU.", 0, minimum=0, why="0 = one per CPU"
     )
+    replace: bool = flag("Scan again and replace an index of another corpus.", False)
 
     def __post_init__(self) -> None:
         if len(self.shards) > 1:
             raise ConfigError(
-                f"SHARDS: {len(self.shards):,} were given; quote the pattern so that the shell leaves it alone "
-                "(index 'tars/*.tar'), or name the folder"
+                f"SHARDS: {len(self.shards):,} were given; quote the pattern so that the shell "
+                "leaves it alone (index 'tars/*.tar'), or name the folder"
             )
         if not self.shards[0].strip():
-            raise ConfigError(
-                "SHARDS is empty; give a folder, a glob, braces or a list file of .tar files"
-            )
-        if not self.domain_field:
-            raise ConfigError(
-                "--domain_field is empty; name a field, with dots to reach into objects"
-            )
-        if self.processes < 0:
-            raise ConfigError(
-                f"--processes must be at least 0 (0 = one per CPU), got {self.processes}"
-            )
+            raise ConfigError(f"SHARDS is empty; {SHARDS_REQUIRED}")
+        super().__post_init__()
 
 
 def index_command(argv: list[str]) -> None:
@@ -63,10 +55,10 @@ def index_command(argv: list[str]) -> None:
     )
     shards, started = config.shards[0], time.monotonic()
     paths = list_tars(shards)
-    path = Path(config.output) if config.output else default_index_path(shards)
+    path = Path(config.index_file) if config.index_file else default_index_path(shards)
     if path is None:
         raise ConfigError(
-            "--output must be given: the tars lie in several folders; name a file for the index"
+            "--index_file must be given: the tars lie in several folders; name a file for the index"
         )
     known: CorpusIndex | None = None if config.replace else _known_index(path)
     if known is not None and _still_holds(known, paths, config.domain_field):
@@ -78,7 +70,7 @@ def index_command(argv: list[str]) -> None:
         raise CorpusError(
             f"{path} is the index of another corpus: {_about(known)}; these are {_about(index)}. "
             "Outputs made with the old one cannot be continued with a new one. Give --replace to put the new index "
-            "there, or --output to keep both"
+            "there, or --index_file to keep both"
         )
     # The same documents, or --replace; otherwise the first of several builders wins.
     save_index(index, path, replace_existing=known is not None or config.replace)
@@ -92,7 +84,7 @@ def _known_index(path: Path):
     try:
         return load_index(path)
     except CorpusError as error:
-        raise CorpusError(f"{error} --replace (or name another file with --output)") from error
+        raise CorpusError(f"{error} --replace (or name another file with --index_file)") from error
 
 
 def _still_holds(index, paths: list[Path], domain_field: str) -> bool:

@@ -1,21 +1,20 @@
 """The command ``merge``: columns, sums and statistics from the committed units."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gradproj.flags import parse
+from gradproj.flags import Flags, flag, parse
 from gradproj.formatting import count, ranges_text
+from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.job.summary import stats_lines
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.merge import merge_now
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Flags, title="merge"):
     """Which output to merge."""
 
-    output: str = field(
-        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
-    )
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
 
 
 def merge_command(argv: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The command ``report``: one HTML page on a store: run, domains, outliers, answers to queries."""
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.files import make_folder, write_result
-from gradproj.flags import parse
+from gradproj.flags import flag, parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
@@ -36,24 +36,18 @@ QUERY_CHARACTERS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(ScoreArgs, RecordedRunArgs):
-    """Which store, what is asked of it, and where the page goes."""
+class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
+    """Which store and queries the page shows, and where it goes."""
 
-    queries: str = field(
-        default="", metadata={"help": "JSONL of queries, as `query --queries` takes them"}
+    queries: str = flag("JSONL file of queries, as for `query --queries`.", "")
+    page: str = flag("File of the page; default: OUTPUT/report.html.", "", renamed_from="output")
+    top_k: int = flag(
+        "Number of documents in a table.",
+        10,
+        minimum=1,
+        maximum=MOST_TOP_K,
+        why="a page is for reading",
     )
-    page: str = field(
-        default="", metadata={"flag": "output", "help": "the page; default OUTPUT/report.html"}
-    )
-    top_k: int = field(default=10, metadata={"help": "documents in a table"})
-
-    def __post_init__(self) -> None:
-        ScoreArgs.__post_init__(self)
-        RecordedRunArgs.__post_init__(self)
-        if not 1 <= self.top_k <= MOST_TOP_K:
-            raise ConfigError(
-                f"--top_k must be from 1 to {MOST_TOP_K}, got {self.top_k}: a page is for reading"
-            )
 
     def page_of(self, store: ProjectionStore) -> Path:
         """Where the page goes."""
@@ -89,7 +83,7 @@ def report(config: ReportConfig) -> Path:
         path = config.page_of(store)
         if path.is_dir():
             raise ConfigError(
-                f"--output {path} is a folder; name a file, such as {path / 'report.html'}"
+                f"--page {path} is a folder; name a file, such as {path / 'report.html'}"
             )
         rows = query_rows(store, config)  # first: most user errors are in the queries
         device, _ = choose_device(config.device, 0)
@@ -102,8 +96,8 @@ def report(config: ReportConfig) -> Path:
         if rows is not None:
             answers = functools.partial(answers_of, store, rows, query_options, config.top_k, texts)
         page = make_page(store, options, texts, min(config.top_k, len(store)), answers)
-    make_folder("--output", path.parent)
-    write_result("--output", path, [render(page)])
+    make_folder("--page", path.parent)
+    write_result("--page", path, [render(page)])
     return path
 
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +11,7 @@ from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
 from gradproj.errors import ConfigError
+from gradproj.flags import Flags, flag, split_list
 from gradproj.formatting import clean_lines, listed
 from gradproj.store import ProjectionStore
 
@@ -18,32 +19,27 @@ WITH_DAMPING = [name for name, score in SCORES.items() if score.curvature]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreArgs:
+class ScoreArgs(Flags, title="score"):
     """Which score to compute, and from which layers."""
 
-    score: str = field(
-        default="",
-        metadata={
-            "help": f"score of a document (default: {DEFAULT_SCORE}, or {FALLBACK_SCORE} for a "
-            "store that has not been merged yet)",
-            "choices": tuple(SCORES),
-        },
+    score: str = flag(
+        f"Score of a document; default: {DEFAULT_SCORE}, or {FALLBACK_SCORE} for a store that has "
+        "not been merged yet.",
+        "",
+        choices=SCORES,
     )
-    damping: str = field(
-        default="auto",
-        metadata={
-            "help": f"damping of {', '.join(WITH_DAMPING)}: auto, or a multiple of the mean "
-            "diagonal. query accepts several, separated by commas, and compares the answers"
-        },
+    damping: str = flag(
+        f"Damping of {', '.join(WITH_DAMPING)}: auto, or a multiple of the mean diagonal. query "
+        "accepts several and compares the answers.",
+        "auto",
+        comma_separated=True,
     )
-    layers: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "only these layers, by name or by whole components of it: h.3 mlp"},
+    layers: tuple[str, ...] = flag(
+        "Use these layers only: whole components of their dotted names, such as h.3,mlp.", ()
     )
 
     def __post_init__(self) -> None:
-        if self.score and self.score not in SCORES:
-            raise ConfigError(f"--score is {self.score!r}; choose one of {', '.join(SCORES)}")
+        super().__post_init__()
         _ = self.dampings
         if self.score and self.score not in WITH_DAMPING and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
@@ -52,7 +48,7 @@ class ScoreArgs:
     def dampings(self) -> list[float | str]:
         """The distinct values of ``--damping`` in the order given."""
         values: list[float | str] = []
-        for word in self.damping.split(","):
+        for word in split_list(self.damping) or ("",):
             try:
                 value: float | str = "auto" if word.strip() == "auto" else float(word)
             except ValueError:
@@ -144,7 +140,7 @@ def is_job_store(store: ProjectionStore) -> bool:
 def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] | None:
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]
-    wanted = split_names("layers", words, names)
+    wanted = list(dict.fromkeys(words))
     for word in wanted:
         if not any(_is_part(word, name) for name in names):
             patterns = dict.fromkeys(
@@ -162,14 +158,3 @@ def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] |
 def _is_part(word: str, name: str) -> bool:
     """Match whole components of a dotted name only, so that h.1 does not match h.10."""
     return f".{word}." in f".{name}."
-
-
-def split_names(flag: str, words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Split values at commas, except for a value that is itself one of ``names``."""
-    parts = ([word] if word in names else map(str.strip, word.split(",")) for word in words)
-    chosen = list(dict.fromkeys(name for part in parts for name in part if name))
-    if words and not chosen:
-        raise ConfigError(
-            f"--{flag} is empty; name some of the store's, or leave it out for all of them"
-        )
-    return chosen

@@ -24,7 +24,7 @@ def status_command(argv: list[str]) -> int:
         "last start ended with an error to fix (failed.json); 2: no store there."
     )
     (config,) = parse(argv, "gradproj status", StatusConfig, description=about)
-    status = read_status(config.output, rows=config.rows, watch_s=config.watch)
+    status = read_status(config.output, rows=config.rows, watch_s=config.watch_s)
     print(
         json.dumps(asdict(status), indent=2) if config.as_json else "\n".join(status_lines(status))
     )
@@ -92,7 +92,7 @@ def _known_text(process: str, watched_s: float) -> str:
         "gone": ", which has ended: the job takes it over",
         "stale": ", whose heartbeat stands still: the job takes it over",
         SILENT: f"; no sign of life in {watched_s:g} s: the job takes it over after {_TAKEN_OVER_AFTER}",
-        UNKNOWN: "; whether it lives is not known here (--watch 15 shows it)",
+        UNKNOWN: "; whether it lives is not known here (--watch_s 15 shows it)",
     }[process]
 
 
@@ -145,7 +145,7 @@ def _way_on(status: Status) -> str:
     if n_ranks > n_unknown:
         return ""
     if n_ranks:
-        return "; whether anybody works on them is not known here (--watch 15 shows it)"
+        return "; whether anybody works on them is not known here (--watch_s 15 shows it)"
     if status.failed is not None:
         return "; mend what failed, then run the job's command again"
     return "; run the job's command again to go on"

@@ -1,44 +1,37 @@
-"""Which documents of which tars the job projects."""
+"""Settings: which documents of which tars the job projects."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gradproj.errors import ConfigError
+from gradproj.flags import Flags, flag, split_list
+
+SHARDS_HELP = (
+    "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json)."
+)
+SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """The corpus and the part of it that is wanted. Part of the run's identity."""
+class CorpusConfig(Flags, title="corpus"):
+    """The corpus and the part of it to project. Part of the run's identity."""
 
-    shards: str = field(
-        metadata={
-            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
-        }
+    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED)
+    domain_field: str = flag(
+        "Field of a document's JSON that names its domain; dots reach into objects.",
+        "meta.pile_set_name",
     )
-    domain_field: str = field(
-        default="meta.pile_set_name", metadata={"help": "where a document names its domain, dotted"}
+    max_samples: int = flag(
+        "Number of documents to project, from the first on; 0 = all.", 0, minimum=0, why="0 = all"
     )
-    max_samples: int = field(
-        default=0, metadata={"help": "project the first so many documents only; 0 = all"}
+    domains: str = flag(
+        r"Project the documents of these domains only. Write \, for a comma in a name.",
+        "",
+        comma_separated=True,
     )
-    domains: str = field(
-        default="", metadata={"help": 'only these domains, comma-separated: "Github,ArXiv"'}
+    allow_sparse: bool = flag(
+        "Accept the disk space that --domains wastes on a corpus not grouped by domain.", False
     )
-    allow_sparse: bool = field(
-        default=False,
-        metadata={
-            "help": "accept the disk space that --domains wastes on a corpus not grouped by domain"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if not self.shards.strip():
-            raise ConfigError(
-                "--shards is empty; give a folder, a glob, braces or a list file of .tar files"
-            )
-        if self.max_samples < 0:
-            raise ConfigError(f"--max_samples must be at least 0 (0 = all), got {self.max_samples}")
 
     @property
     def chosen_domains(self) -> tuple[str, ...]:
-        """The names in ``domains``, stripped and sorted; empty = all."""
-        return tuple(sorted({name.strip() for name in self.domains.split(",") if name.strip()}))
+        """The names in ``domains``, sorted; empty = all."""
+        return tuple(sorted(set(split_list(self.domains))))

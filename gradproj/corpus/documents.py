@@ -7,13 +7,14 @@ The index and the stream both read the domain with :class:`DomainReader`, so the
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import msgspec
 
 from gradproj.errors import ConfigError
+from gradproj.flags import Flags, flag
 
 UNKNOWN_DOMAIN = "unknown"
 MAX_DOCUMENT_BYTES = 256 * 2**20
@@ -45,28 +46,21 @@ class Document:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadLimits:
+class ReadLimits(Flags, title="limits of a document"):
     """Limits for untrusted documents. A document beyond a limit is bad input (status 6)."""
 
-    max_document_bytes: int = field(
-        default=MAX_DOCUMENT_BYTES,
-        metadata={
-            "help": "largest .json or .txt of a document, in bytes; a larger one is bad input"
-        },
+    max_document_bytes: int = flag(
+        "Largest .json or .txt of a document, in bytes; a larger one is bad input.",
+        MAX_DOCUMENT_BYTES,
+        minimum=1,
     )
-    max_json_depth: int = field(
-        default=64,
-        metadata={"help": "deepest nesting of a document's JSON; a deeper one is bad input"},
+    # The standard library's own decoder gives up at a depth of about 1,000, less the caller's stack.
+    max_json_depth: int = flag(
+        "Deepest nesting of a document's JSON; a deeper one is bad input.",
+        64,
+        minimum=1,
+        maximum=500,
     )
-
-    def __post_init__(self) -> None:
-        if self.max_document_bytes < 1:
-            raise ConfigError(
-                f"--max_document_bytes must be at least 1, got {self.max_document_bytes}"
-            )
-        if not 1 <= self.max_json_depth <= 500:
-            # The standard library's own decoder gives up at about 1,000, less the caller's stack.
-            raise ConfigError(f"--max_json_depth must be 1 to 500, got {self.max_json_depth}")
 
 
 class DomainReader:

@@ -7,7 +7,7 @@ publishes tars. Equal inputs and settings give equal bytes.
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +16,52 @@ from tqdm import tqdm
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
-from gradproj.errors import ConfigError, CorpusError
+from gradproj.errors import CorpusError
+from gradproj.flags import Flags, flag
 
 MAX_DOMAINS = 2**15 - 1
 """A store keeps a sample's domain as int16."""
 MAX_BAD_EXAMPLES = 10
+FIELD_REQUIRED = "name a field, with dots to reach into objects"
 BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Flags, title="tars"):
     """The inputs and how their documents are packed."""
 
-    inputs: tuple[str, ...] = field(
-        metadata={
-            "help": ".jsonl, .jsonl.gz, .jsonl.zst or .parquet files, hf:NAME[@CONFIG][:SPLIT] (also a local "
-            "folder), stdlib: (this Python's own library); read in the order given"
-        }
+    inputs: tuple[str, ...] = flag(
+        "Documents, read in the order given: .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, "
+        "hf:NAME[@CONFIG][:SPLIT] (also a local directory), or stdlib: (this Python's library).",
+        name="INPUT",
+        positional=True,
+        required="name at least one file, hf:NAME or stdlib:",
     )
-    output_dir: str = field(metadata={"help": "folder for the tars; new or empty"})
-    samples_per_shard: int = field(default=10_000, metadata={"help": "documents in a tar"})
-    text_field: str = field(
-        default="text", metadata={"help": "field with the text; dots reach into objects"}
+    output_dir: str = flag(
+        "Directory for the tars; new or empty.", required="name a folder for the tars"
     )
-    domain_field: str = field(
-        default="meta.pile_set_name",
-        metadata={"help": "field with the domain's name; absent means 'unknown'"},
+    samples_per_shard: int = flag("Number of documents in a tar.", 10_000, minimum=1)
+    text_field: str = flag(
+        "Field of a record with its text; dots reach into objects.", "text", required=FIELD_REQUIRED
     )
-    group_by_domain: bool = field(
-        default=False,
-        metadata={"help": "make each domain one contiguous range of ids (takes the space twice)"},
+    domain_field: str = flag(
+        "Field of a record with its domain's name; without it the domain is 'unknown'.",
+        "meta.pile_set_name",
+        required=FIELD_REQUIRED,
     )
-    on_bad_input: str = field(
-        default="error",
-        metadata={"help": "a line that cannot be used: 'error' stops, 'skip' counts and goes on"},
+    group_by_domain: bool = flag(
+        "Make each domain one contiguous range of ids (needs twice the disk space).", False
+    )
+    on_bad_input: str = flag(
+        "A record that cannot be used: stop (error), or count it and continue (skip).",
+        "error",
+        choices=("error", "skip"),
     )
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise ConfigError("INPUT is missing: name at least one file, hf:NAME or stdlib:")
+        super().__post_init__()
         for location in self.inputs:
             source_kind(location)
-        if not self.output_dir:
-            raise ConfigError("--output_dir is empty; name a folder for the tars")
-        if self.samples_per_shard < 1:
-            raise ConfigError(
-                f"--samples_per_shard must be at least 1, got {self.samples_per_shard}"
-            )
-        for flag, name in (
-            ("--text_field", self.text_field),
-            ("--domain_field", self.domain_field),
-        ):
-            if not name:
-                raise ConfigError(f"{flag} is empty; name a field, with dots to reach into objects")
-        if self.on_bad_input not in ("error", "skip"):
-            raise ConfigError(f"--on_bad_input is {self.on_bad_input!r}; choose 'error' or 'skip'")
 
 
 @dataclass(frozen=True)

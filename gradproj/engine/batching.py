@@ -5,13 +5,13 @@ have the same bits for any number of ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.errors import ConfigError
+from gradproj.flags import Flags, flag
 from gradproj.kernels.device_copy import send
 
 LONG_DOCUMENTS = ("truncate", "windows")
@@ -30,56 +30,34 @@ tokens.
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How documents become batches. ``max_length`` and ``long_documents`` are part of the run's identity."""
+class BatchConfig(Flags, title="batches"):
+    """How documents become batches. ``max_length`` and ``long_documents`` are part of the identity."""
 
-    batch_size: int = field(default=256, metadata={"help": "most sequences in a batch"})
-    batch_tokens: int = field(
-        default=8192,
-        metadata={
-            "help": "most tokens in a batch, padding counted; auto: measured once on the device, at the start",
-            "words": {"auto": AUTO},
-        },
+    batch_size: int = flag("Largest number of sequences in a batch.", 256, minimum=1)
+    batch_tokens: int = flag(
+        "Largest number of tokens in a batch, padding included; auto measures the fastest number "
+        "on the device, once, at the start.",
+        8192,
+        minimum=1,
+        words={"auto": AUTO},
     )
-    max_length: int = field(
-        default=0,
-        metadata={
-            "help": "most tokens of a sequence; 0 = the least of 1024 and the model's positions"
-        },
+    max_length: int = flag(
+        "Longest sequence, in tokens; 0 = the smaller of 1024 and the model's positions.",
+        0,
+        minimum=2,
+        why="a token and its target; leave it out for the model's own",
     )
-    long_documents: str = field(
-        default="truncate",
-        metadata={
-            "help": "a document over max_length: its beginning only, or windows whose gradients are summed",
-            "choices": LONG_DOCUMENTS,
-        },
+    long_documents: str = flag(
+        "A document longer than --max_length: take its beginning only (truncate), or sum the "
+        "gradients of consecutive windows (windows).",
+        "truncate",
+        choices=LONG_DOCUMENTS,
     )
-    loss_reduction: str = field(
-        default="mean",
-        metadata={
-            "help": "a row is the gradient of the mean or of the sum over the document's target tokens",
-            "choices": ("mean", "sum"),
-        },
+    loss_reduction: str = flag(
+        "A row is the gradient of this reduction of the loss over a document's target tokens.",
+        "mean",
+        choices=("mean", "sum"),
     )
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch_size must be at least 1, got {self.batch_size}")
-        if self.batch_tokens < 0:
-            raise ConfigError(
-                f"--batch_tokens must be at least 1, or auto, got {self.batch_tokens}"
-            )
-        if self.max_length < 0 or self.max_length == 1:
-            raise ConfigError(
-                f"--max_length must be at least 2 (a token and its target), got {self.max_length}; "
-                "leave it out for the model's own"
-            )
-        if self.long_documents not in LONG_DOCUMENTS:
-            raise ConfigError(
-                f"--long_documents is {self.long_documents!r}; choose truncate or windows"
-            )
-        if self.loss_reduction not in ("mean", "sum"):
-            raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import find_layers
 from gradproj.errors import ConfigError
+from gradproj.flags import Flags, flag, split_list
 from gradproj.store.layout import LayerSlice
 
 PROJECTION_VERSION = 1
@@ -72,55 +73,38 @@ PROJECTIONS: dict[str, Callable[[str, int, int], np.ndarray]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionConfig:
+class ProjectionConfig(Flags, title="projection"):
     """How gradients are compressed. Recorded in the store; part of the run's identity."""
 
-    layers: str = field(
-        default="mlp,attn",
-        metadata={
-            "flag": "proj_layers",
-            "help": "comma-separated parts of layers' dotted names, as whole components",
-        },
+    layers: str = flag(
+        "Layers to project: parts of their dotted names, as whole components.",
+        "mlp,attn",
+        name="proj_layers",
+        comma_separated=True,
     )
-    rank_total: int = field(
-        default=256,
-        metadata={"flag": "proj_rank_total", "help": "most values kept per layer, k_i * k_o"},
+    rank_total: int = flag(
+        "Largest number of values stored per layer, k_i * k_o.",
+        256,
+        name="proj_rank_total",
+        minimum=1,
     )
-    rank_min: int = field(
-        default=8,
-        metadata={
-            "flag": "proj_rank_min",
-            "help": "least projected width on a side (or the side's own width)",
-        },
+    rank_min: int = flag(
+        "Smallest projected width of a side (or the side's own width, if that is less).",
+        8,
+        name="proj_rank_min",
+        minimum=1,
     )
-    seed: int = field(
-        default=42, metadata={"flag": "proj_seed", "help": "seed of the projection matrices"}
+    seed: int = flag("Seed of the projection matrices.", 42, name="proj_seed")
+    kind: str = flag(
+        "Distribution of the projection matrices.",
+        "rademacher",
+        name="proj_kind",
+        choices=PROJECTIONS,
     )
-    kind: str = field(
-        default="rademacher",
-        metadata={
-            "flag": "proj_kind",
-            "help": "law of the projection matrices",
-            "choices": tuple(PROJECTIONS),
-        },
-    )
-    include_embeddings: bool = field(
-        default=False,
-        metadata={
-            "flag": "include_embeddings",
-            "help": "project the token embedding's gradient as well",
-        },
-    )
+    include_embeddings: bool = flag("Project the token embedding's gradient as well.", False)
 
     def __post_init__(self) -> None:
-        if self.rank_total < 1:
-            raise ConfigError(f"--proj_rank_total must be at least 1, got {self.rank_total}")
-        if self.rank_min < 1:
-            raise ConfigError(f"--proj_rank_min must be at least 1, got {self.rank_min}")
-        if self.kind not in PROJECTIONS:
-            raise ConfigError(
-                f"--proj_kind is {self.kind!r}; choose one of {', '.join(sorted(PROJECTIONS))}"
-            )
+        super().__post_init__()
         if not self.patterns and not self.include_embeddings:
             raise ConfigError(
                 "--proj_layers is empty; name layers, for example --proj_layers mlp,attn"
@@ -128,8 +112,8 @@ class ProjectionConfig:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The comma-separated patterns of ``layers``, stripped, empty ones dropped."""
-        return tuple(p.strip() for p in self.layers.split(",") if p.strip())
+        """The items of ``layers``."""
+        return split_list(self.layers)
 
 
 def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -> tuple[int, int]:

@@ -1,10 +1,12 @@
-"""What ``python -m gradproj lds`` is told."""
+"""Settings of ``lds``."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from gradproj.corpus.config import SHARDS_HELP
 from gradproj.errors import ConfigError
-from gradproj.training.config import PRECISIONS
+from gradproj.flags import DEVICES, Flags, flag
+from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
     "random,loss,grad_norm,hidden,bm25,ngram,"
@@ -19,163 +21,139 @@ FEWEST_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
     "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k", "leave_out_methods",
-    "leave_out_controls", "leave_out_group", "bootstrap", "permutations", "jobs",
+    "leave_out_controls", "leave_out_group", "bootstrap", "permutations", "workers",
 )  # fmt: skip
 """Settings that a later call may have otherwise: what is there already holds for them as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LdsConfig:
-    """An experiment: a small corpus, a small model, and which scores are held against retraining it."""
+class LdsConfig(Flags, title="experiment"):
+    """A small corpus, a small model, and the scores that are compared with retraining it."""
 
-    shards: str = field(
-        metadata={
-            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
-        }
+    shards: str = flag(SHARDS_HELP)
+    output_dir: str = flag("Directory of the experiment. Started again on it, lds resumes.")
+    tokenizer: str = flag(
+        "Tokenizer: a directory or hub name; default: one is trained on the corpus.", ""
     )
-    output_dir: str = field(
-        metadata={"help": "folder for all of it; called again on it, the command goes on"}
+    vocab_size: int = flag("Number of tokens of the tokenizer that is trained.", 2048)
+    n_documents: int = flag(
+        "Number of training documents.", 1024, minimum=1, renamed_from="documents"
     )
-    tokenizer: str = field(
-        default="",
-        metadata={"help": "directory or hub name; default: one is trained on the corpus"},
+    max_length: int = flag("Length of every document, in tokens.", 128, minimum=2)
+    windows_per_document: int = flag(
+        "Largest number of consecutive training documents cut from one document of the corpus.",
+        4,
+        minimum=1,
+        renamed_from="windows",
     )
-    vocab_size: int = field(
-        default=2048, metadata={"help": "tokens of the tokenizer that is trained"}
+    n_queries: int = flag(
+        "Number of held-out documents whose losses are predicted.",
+        64,
+        minimum=1,
+        renamed_from="queries",
     )
-    documents: int = field(default=1024, metadata={"help": "documents to train on"})
-    max_length: int = field(default=128, metadata={"help": "tokens of each, no more and no fewer"})
-    windows: int = field(
-        default=4,
-        metadata={"help": "most documents cut from one of the corpus, one after the other"},
+    n_near_copies: int = flag(
+        "Number of further queries, each with a near-copy among the training documents.",
+        32,
+        minimum=0,
+        renamed_from="duplicates",
     )
-    queries: int = field(
-        default=64, metadata={"help": "documents held out, whose losses are foretold"}
+    corruption: float = flag(
+        "Fraction of a near-copy's tokens that is replaced by random ones.",
+        0.25,
+        minimum=0,
+        below=1,
+        renamed_from="changed",
     )
-    duplicates: int = field(
-        default=32,
-        metadata={"help": "more queries, of which the training documents hold a near-copy each"},
+    pretrain: int = flag(
+        "Number of other documents of max_length tokens to train the model on first; every "
+        "training starts from it. 0 = from random weights.",
+        8192,
+        minimum=0,
     )
-    changed: float = field(
-        default=0.25, metadata={"help": "share of a near-copy's tokens replaced by random ones"}
+    pretrain_epochs: int = flag("Epochs over these documents.", 2, minimum=1)
+    n_layer: int = flag("Layers of the GPT-2 that is trained.", 2, minimum=1)
+    n_embd: int = flag("Width of the GPT-2.", 128)
+    n_head: int = flag("Attention heads of the GPT-2.", 4)
+    epochs: int = flag("Epochs over the training documents.", 3, minimum=1)
+    batch_size: int = flag("Documents in a training step.", 8, minimum=1)
+    learning_rate: float = flag("Peak learning rate of AdamW.", 1e-3)
+    model_dtype: str = flag(
+        "Precision of all trainings. bfloat16 is autocast with float32 weights, faster on CPUs "
+        "that support it.",
+        "float32",
+        choices=MODEL_DTYPES,
+        renamed_from="precision",
     )
-    pretrain: int = field(
-        default=8192,
-        metadata={
-            "help": "documents of max_length tokens, cut from others of the corpus, that the model is trained on "
-            "before: every training starts from there; 0 = from random weights"
-        },
+    subsets: int = flag(
+        "Number of random halves of the documents to train on.",
+        30,
+        minimum=FEWEST_SUBSETS,
+        why="a rank correlation of fewer means nothing",
     )
-    pretrain_epochs: int = field(default=2, metadata={"help": "times that it sees these"})
-    n_layer: int = field(default=2, metadata={"help": "layers of the GPT-2 that is trained"})
-    n_embd: int = field(default=128, metadata={"help": "its width"})
-    n_head: int = field(default=4, metadata={"help": "its attention heads"})
-    epochs: int = field(default=3, metadata={"help": "times that training sees a document"})
-    batch_size: int = field(default=8, metadata={"help": "documents of a training step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's highest learning rate"})
-    precision: str = field(
-        default="float32",
-        metadata={
-            "help": "of all trainings: bfloat16 is autocast, faster on CPUs that have it",
-            "choices": PRECISIONS,
-        },
+    seeds: int = flag("Trainings of each subset; two or more give the noise ceiling.", 2, minimum=1)
+    methods: str = flag(
+        "Methods. SCORE@K or SCORE@K:DAMPING is gradproj's with K x K values per layer, or whole "
+        "gradients with K = full; the others are random, loss, grad_norm, hidden, bm25, ngram, "
+        "kronfluence_kfac, kronfluence_ekfac.",
+        DEFAULT_METHODS,
+        comma_separated=True,
     )
-    subsets: int = field(
-        default=30, metadata={"help": "random halves of the documents to train on"}
+    reference: str = flag("Method with which the others are compared.", "kfac@16:0.03")
+    leave_out: int = flag(
+        "Number of queries whose top documents are removed before retraining; 0 = none.",
+        16,
+        minimum=0,
     )
-    seeds: int = field(
-        default=2, metadata={"help": "trainings of each subset; two or more give the noise ceiling"}
+    leave_out_k: int = flag("Number of documents removed for each query.", 8)
+    leave_out_group: int = flag(
+        "Number of queries that share a training, which omits the documents of all of them.", 8
     )
-    methods: str = field(
-        default=DEFAULT_METHODS,
-        metadata={
-            "help": "comma-separated. SCORE@K or SCORE@K:DAMPING is gradproj's with K x K values a layer, or K = full "
-            "for whole gradients; the others are random, loss, grad_norm, hidden, bm25, ngram, kronfluence_kfac, "
-            "kronfluence_ekfac"
-        },
+    leave_out_methods: str = flag(
+        "Methods whose top documents are removed.",
+        "kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
+        comma_separated=True,
     )
-    reference: str = field(
-        default="kfac@16:0.03", metadata={"help": "the method that the others are compared with"}
+    leave_out_controls: int = flag(
+        "Number of trainings without as many random documents, for comparison.", 3
     )
-    leave_out: int = field(
-        default=16,
-        metadata={"help": "queries whose top documents are removed before retraining; 0 = none"},
+    bootstrap: int = flag("Resamples of the subsets for standard errors.", 500, minimum=2)
+    permutations: int = flag("Shuffles of the documents for the chance level.", 100, minimum=2)
+    workers: int = flag(
+        "Number of trainings at once, one thread each.", 1, minimum=1, renamed_from="jobs"
     )
-    leave_out_k: int = field(default=8, metadata={"help": "documents removed for each"})
-    leave_out_group: int = field(
-        default=8,
-        metadata={"help": "queries that share a training, which is without the documents of all"},
-    )
-    leave_out_methods: str = field(
-        default="kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
-        metadata={"help": "whose top documents, comma-separated"},
-    )
-    leave_out_controls: int = field(
-        default=3, metadata={"help": "trainings without as many random documents, to compare with"}
-    )
-    bootstrap: int = field(
-        default=500, metadata={"help": "samples of the subsets for standard errors"}
-    )
-    permutations: int = field(
-        default=100, metadata={"help": "shuffles of the documents: what chance gives"}
-    )
-    jobs: int = field(default=1, metadata={"help": "trainings at the same time, one thread each"})
-    seed: int = field(
-        default=0, metadata={"help": "of all draws: documents, weights, subsets, bootstrap"}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "where to compute", "choices": ("auto", "cpu", "cuda")}
-    )
+    seed: int = flag("Seed of all draws: documents, weights, subsets, bootstrap.", 0)
+    device: str = flag("Device.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        for name in (
-            "documents",
-            "queries",
-            "windows",
-            "epochs",
-            "pretrain_epochs",
-            "batch_size",
-            "seeds",
-            "jobs",
-            "n_layer",
-        ):
-            self._at_least(name, 1)
-        for name in ("duplicates", "leave_out", "pretrain"):
-            self._at_least(name, 0)
-        for name in ("max_length", "bootstrap", "permutations"):
-            self._at_least(name, 2)
-        self._at_least("subsets", FEWEST_SUBSETS, ": a rank correlation of fewer says nothing")
-        self._at_least(
-            "documents", 2 * self.duplicates, ": half of them at least are to be the corpus's own"
-        )
-        if not 0 <= self.changed < 1:
-            raise ConfigError(f"--changed must be at least 0 and less than 1, got {self.changed}")
+        super().__post_init__()
+        if self.n_documents < 2 * self.n_near_copies:
+            raise ConfigError(
+                f"--n_documents must be at least {2 * self.n_near_copies:,}, got "
+                f"{self.n_documents}: at most half of them may be near-copies (--n_near_copies)"
+            )
         if self.leave_out:
             self._check_leave_out()
 
     def _check_leave_out(self) -> None:
         for name in ("leave_out_k", "leave_out_group", "leave_out_controls"):
-            self._at_least(name, 1)
-        if self.leave_out > self.queries:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.leave_out > self.n_queries:
             raise ConfigError(
-                f"--leave_out {self.leave_out} is more than the {self.queries} --queries"
+                f"--leave_out {self.leave_out} is more than --n_queries {self.n_queries}"
             )
         if self.leave_out % self.leave_out_group:
             raise ConfigError(
-                f"--leave_out {self.leave_out} queries cannot be parted into groups of --leave_out_group "
+                f"--leave_out {self.leave_out} is not a multiple of --leave_out_group "
                 f"{self.leave_out_group}"
             )
         removed = self.leave_out_k * self.leave_out_group
-        if removed > self.documents // 2:
+        if removed > self.n_documents // 2:
             raise ConfigError(
-                f"--leave_out_k {self.leave_out_k} for each of --leave_out_group {self.leave_out_group} queries are "
-                f"{removed:,} documents, over half of the {self.documents:,}: take fewer of either"
-            )
-
-    def _at_least(self, name: str, least: int, why: str = "") -> None:
-        if getattr(self, name) < least:
-            raise ConfigError(
-                f"--{name} must be at least {least:,}, got {getattr(self, name)}{why}"
+                f"--leave_out_k {self.leave_out_k} for each of --leave_out_group "
+                f"{self.leave_out_group} queries are {removed:,} documents, over half of the "
+                f"{self.n_documents:,}: take fewer of either"
             )
 
     def experiment(self) -> dict[str, Any]:

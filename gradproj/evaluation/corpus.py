@@ -103,13 +103,17 @@ def _tokenizer(config: LdsConfig, folder: Path) -> Any:
 def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
     """``(windows to draw from, windows to pretrain on)``: full ones, of documents in a shuffled order, none of both."""
     index, length = open_corpus(config.shards), config.max_length
-    needed = config.documents + config.queries  # near-copies take the place of documents
+    needed = config.n_documents + config.n_queries  # near-copies take the place of documents
     found: list[_Window] = []
     before: list[_Window] = []
     for document in shuffled_documents(index, config.seed, epoch=0):
         if len(found) >= needed and len(before) >= config.pretrain:
             break
-        kept, most = (found, config.windows) if len(found) < needed else (before, PRETRAIN_WINDOWS)
+        kept, most = (
+            (found, config.windows_per_document)
+            if len(found) < needed
+            else (before, PRETRAIN_WINDOWS)
+        )
         tokens = tokens_of(document, tokenizer, most * length)
         for begin in range(0, len(tokens) - length + 1, length):
             kept.append(
@@ -117,9 +121,9 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
             )
     if len(found) < needed or (config.pretrain and not before):
         raise CorpusError(
-            f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows} "
-            f"from each of its own) and {len(before):,} more to pretrain on; --documents {config.documents:,} and "
-            f"--queries {config.queries:,} need {needed:,}, --pretrain some of others: ask for fewer, or a smaller "
+            f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows_per_document} "
+            f"from each of its own) and {len(before):,} more to pretrain on; --n_documents {config.n_documents:,} and "
+            f"--n_queries {config.n_queries:,} need {needed:,}, --pretrain some of others: ask for fewer, or a smaller "
             "--max_length, or more --windows"
         )
     return found[:needed], before[: config.pretrain]
@@ -130,16 +134,16 @@ def _draw(
 ) -> tuple[list[_Window], list[_Window], np.ndarray]:
     """``(documents, queries, copies)``; a near-copy's original is among the queries, no document of the corpus."""
     random = np.random.default_rng([config.seed, 1])
-    n_own = config.documents - config.duplicates
+    n_own = config.n_documents - config.n_near_copies
     mixed = [windows[i] for i in random.permutation(len(windows))]
     own, queries = mixed[:n_own], mixed[n_own:]
-    originals = queries[config.queries :]
+    originals = queries[config.n_queries :]
     known = np.concatenate([window.ids for window in own])
     copies = [
-        _Window(_changed(w.ids, known, config.changed, random), w.domain, w.source)
+        _Window(_changed(w.ids, known, config.corruption, random), w.domain, w.source)
         for w in originals
     ]
-    order = random.permutation(config.documents)
+    order = random.permutation(config.n_documents)
     together = own + copies
     places = np.argsort(order)[n_own:]
     return [together[i] for i in order], queries, places

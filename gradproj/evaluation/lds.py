@@ -24,6 +24,7 @@ from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, judge
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.files import make_folder, save_array, try_lock, write_and_replace
+from gradproj.flags import current_names
 
 
 def evaluate(config: LdsConfig) -> Results:
@@ -95,7 +96,7 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
         write_and_replace(path, [json.dumps(own, indent=1).encode()])
         return
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = current_names(LdsConfig, json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
     mismatch = settings_mismatch(

@@ -14,6 +14,7 @@ from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.model_methods import hidden_cosine
 from gradproj.evaluation.text_methods import bm25, ngram_overlap
 from gradproj.files import load_array, save_array
+from gradproj.flags import split_list
 
 MEANINGS = {
     "random": "random numbers",
@@ -36,7 +37,7 @@ def names_of(listed: str, flag: str) -> list[str]:
     Raises:
         ConfigError: an empty list, an unknown method, or one that comes twice.
     """
-    names = [name.strip() for name in listed.split(",") if name.strip()]
+    names = list(split_list(listed))
     if not names:
         raise ConfigError(f"{flag} is empty; name at least one method")
     for name in names:

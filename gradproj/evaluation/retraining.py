@@ -56,7 +56,7 @@ def losses_of(
     folder.mkdir(exist_ok=True)
     missing = [task for task in wanted if not _file(folder, task).is_file()]
     if missing:
-        with workers(config.jobs, Path(config.output_dir)) as pool:
+        with workers(config.workers, Path(config.output_dir)) as pool:
             running = [
                 pool.submit(_retrain, config, experiment, task, _file(folder, task))
                 for task in missing
@@ -74,8 +74,8 @@ def _finished(training: Future, config: LdsConfig) -> None:
         training.result()
     except BrokenProcessPool as error:
         raise StoreError(
-            "a training's process was ended from outside (for want of memory?); --jobs "
-            f"{config.jobs} of them run at a time. The same command goes on where it was; see "
+            "a training's process was ended from outside (for want of memory?); --workers "
+            f"{config.workers} of them run at a time. The same command goes on where it was; see "
             f"{Path(config.output_dir) / 'training.log'}"
         ) from error
 
@@ -164,7 +164,7 @@ def train_config(
         shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), **start,
         max_length=config.max_length, batch_size=config.batch_size, max_steps=steps,
         warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed, device=config.device,
-        precision=config.precision, checkpoint_interval=0,
+        model_dtype=config.model_dtype, checkpoint_interval=0,
     )  # fmt: skip
 
 

@@ -1,84 +1,60 @@
-"""The job's settings: each stage's frozen dataclass, in one."""
+"""Settings of the job: one frozen dataclass per stage, in one."""
 
-import dataclasses
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import ProjectionConfig
-from gradproj.errors import ConfigError
-from gradproj.flags import flag_of, in_words, parse
-from gradproj.job.recorded_args import _check_device
+from gradproj.flags import DEVICES, Flags, flag, flag_of, from_recorded, parse, word_of
 from gradproj.model.config import ModelConfig
 from gradproj.store.layout import StoreConfig
-
-__all__ = ["RunConfig", "flag_of", "parse", "run_config"]
-
 
 MOST_THREADS = 1024
 """Far above any machine's cores; OpenMP crashes at numbers beyond what the kernel allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Flags, title="job"):
     """Settings of the job itself; none of them changes a row beyond rounding."""
 
-    output_dir: str = field(
-        metadata={"help": "folder of the store; started again on it, the job continues"}
+    output_dir: str = flag(
+        "Output directory: the store and all about the job. Started again on it, the job resumes.",
+        required="give a folder",
     )
-    device: str = field(
-        default="auto",
-        metadata={
-            "help": "auto takes a GPU per rank where torch sees them",
-            "choices": ("auto", "cpu", "cuda"),
-        },
+    device: str = flag(
+        "Device; auto takes one GPU per rank if torch sees any.", "auto", choices=DEVICES
     )
-    threads: int = field(
-        default=0,
-        metadata={"help": "CPU threads of a rank; 0 = torch's own choice (torchrun sets 1)"},
+    threads: int = flag(
+        "CPU threads of a rank; 0 = torch's own choice (torchrun sets 1).",
+        0,
+        minimum=0,
+        maximum=MOST_THREADS,
     )
-    deterministic: bool = field(
-        default=False,
-        metadata={"help": "deterministic kernels on CUDA, for bitwise equal stores (slower)"},
+    deterministic: bool = flag(
+        "Use deterministic CUDA kernels, for bitwise equal stores (slower).", False
     )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={
-            "help": "less memory for activations, a third more time: larger models and longer sequences fit"
-        },
+    gradient_checkpointing: bool = flag(
+        "Recompute activations in the backward pass: less memory, a third more time.", False
     )
-    compile: bool = field(
-        default=False,
-        metadata={
-            "help": "run the model's blocks through torch.compile (needs a C++ compiler; tens of seconds a rank at "
-            "the start); rows are the same to rounding"
-        },
+    compile: bool = flag(
+        "Run the model's blocks through torch.compile: needs a C++ compiler and tens of seconds "
+        "per rank at the start; rows are equal up to rounding.",
+        False,
     )
-    proj_save_interval: int = field(
-        default=0,
-        metadata={
-            "help": "save a unit's new rows to partial/ every so many batches; 0 = only when stopped"
-        },
+    proj_save_interval: int = flag(
+        "Save a unit's new rows to partial/ every so many batches; 0 = only when interrupted.",
+        0,
+        minimum=0,
     )
-    verbose: bool = field(default=False, metadata={"help": "log every batch to logs/"})
-
-    def __post_init__(self) -> None:
-        if not self.output_dir.strip():
-            raise ConfigError("--output_dir is empty; give a folder")
-        _check_device(self.device)
-        if self.threads > MOST_THREADS:
-            raise ConfigError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
-        for name in ("threads", "proj_save_interval"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--{name} must be at least 0, got {getattr(self, name)}")
+    verbose: bool = flag("Log every batch to logs/.", False)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything the job is told. Each stage is given its own part only."""
+    """All settings of the job. Each stage is given its own section only."""
 
     corpus: CorpusConfig
     limits: ReadLimits
@@ -88,16 +64,40 @@ class RunConfig:
     store: StoreConfig
     job: JobConfig
 
+    @staticmethod
+    def sections() -> dict[str, Any]:
+        """Return the dataclass of each section by its name."""
+        return {f.name: f.type for f in fields(RunConfig)}
+
+    @staticmethod
+    def from_flags(recorded: Mapping[str, Any]) -> "RunConfig":
+        """Build the settings that ``as_flags`` returned.
+
+        Raises:
+            ConfigError: a value is of the wrong type or not allowed.
+            TypeError: a flag is missing.
+        """
+        sections = RunConfig.sections().items()
+        return RunConfig(**{name: from_recorded(section, recorded) for name, section in sections})
+
     def as_flags(self) -> dict[str, Any]:
-        """Flag -> value, flat: what ``run_config.json`` holds and ``--config`` takes back."""
+        """Return flag -> value, flat: the content of ``run_config.json``, which ``--config`` reads."""
         return {
-            flag_of(f): in_words(f, getattr(section, f.name))
-            for section in (getattr(self, s.name) for s in dataclasses.fields(self))
-            for f in dataclasses.fields(section)
+            flag_of(f): word_of(f, getattr(section, f.name))
+            for section in (getattr(self, name) for name in self.sections())
+            for f in fields(section)
         }
 
 
+def parse_run(
+    argv: list[str], prog: str, *more: type, description: str | None = None
+) -> tuple[Any, ...]:
+    """Return the job's settings from a command line, then those of the sections ``more``."""
+    sections = RunConfig.sections()
+    values = parse(argv, prog, *sections.values(), *more, description=description)
+    return RunConfig(**dict(zip(sections, values, strict=False))), *values[len(sections) :]
+
+
 def run_config(argv: list[str], prog: str) -> RunConfig:
-    """The job's settings from a command line; the same flags for ``run`` and ``plan``."""
-    sections = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(RunConfig)}
-    return RunConfig(**dict(zip(sections, parse(argv, prog, *sections.values()), strict=True)))
+    """Return the job's settings from a command line."""
+    return parse_run(argv, prog, description="Project the gradients of a corpus into a store.")[0]

@@ -18,7 +18,8 @@ from gradproj.engine.batching import BatchConfig
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.projection import draw_matrices, place_widths
-from gradproj.errors import ConfigError, CorpusError, ModelError
+from gradproj.errors import CorpusError, ModelError
+from gradproj.flags import Flags, flag
 from gradproj.job.config import RunConfig
 from gradproj.job.plan import Plan, make_plan
 from gradproj.job.precision import (
@@ -42,17 +43,11 @@ _TRIES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseConfig:
+class DiagnoseConfig(Flags, title="diagnose"):
     """Flags of ``diagnose`` besides the job's."""
 
-    n_documents: int = field(default=16, metadata={"help": "documents of the corpus to compare"})
-    as_json: bool = field(
-        default=False, metadata={"flag": "json", "help": "print the result as JSON"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.n_documents < 1:
-            raise ConfigError(f"--n_documents must be at least 1, got {self.n_documents}")
+    n_documents: int = flag("Number of documents of the corpus to compare.", 16, minimum=1)
+    as_json: bool = flag("Print one JSON object.", False, name="json")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ was allowed to run a checkpoint's code does not allow it here.
 import dataclasses
 import json
 import shlex
-import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import list_tars
 from gradproj.distributed import choose_device
+from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.flags import flag_of
@@ -58,15 +58,10 @@ def _as_recorded(output: Path) -> RunConfig:
         ) from error
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
-    sections = {}
     try:
-        for section in dataclasses.fields(RunConfig):
-            kind = typing.cast(Any, section.type)
-            fields = [f for f in dataclasses.fields(kind) if flag_of(f) in flags]
-            sections[section.name] = kind(**{f.name: flags[flag_of(f)] for f in fields})
-    except (TypeError, AttributeError, ConfigError) as error:
+        return RunConfig.from_flags(flags)
+    except (TypeError, ConfigError) as error:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
-    return RunConfig(**sections)
 
 
 def config_from(inputs: RecordedRunArgs) -> RunConfig:
@@ -92,7 +87,10 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
     if inputs.tokenizer:
         model = replace(model, tokenizer=inputs.tokenizer)
     corpus = replace(run.corpus, shards=inputs.shards or run.corpus.shards)
-    return replace(run, model=model, corpus=corpus)
+    batch = run.batch
+    if batch.batch_tokens == AUTO:  # a number measured on the job's device; here the default does
+        batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
+    return replace(run, model=model, corpus=corpus, batch=batch)
 
 
 def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
@@ -195,8 +193,8 @@ def job_command(output: Path) -> str:
     run = _as_recorded(output)
     defaults = {
         flag_of(f): f.default
-        for section in dataclasses.fields(RunConfig)
-        for f in dataclasses.fields(typing.cast(Any, section.type))
+        for section in RunConfig.sections().values()
+        for f in dataclasses.fields(section)
     }
     words = ["python", "-m", "gradproj.run"]
     for flag, value in {**run.as_flags(), "output_dir": str(output)}.items():

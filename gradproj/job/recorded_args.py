@@ -1,42 +1,23 @@
-"""Where the job writes and on what it runs; where its inputs lie for those that come after it."""
+"""Settings of the commands that load a job's model again from its output directory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from gradproj.errors import ConfigError
+from gradproj.flags import DEVICES, Flags, flag
+
+OUTPUT_HELP = "Output directory of a job (its --output_dir)."
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordedRunArgs:
-    """An output whose job's model is needed again: where the inputs lie now, and what of them may run code.
+class RecordedRunArgs(Flags, title="recorded inputs"):
+    """A job's output directory, and where the model and the tars of that job lie now.
 
-    The output says what its job was told; it cannot say what the person who opens it trusts.
+    The output records what the job was told. Only the caller can say what is trusted here.
     """
 
-    output: str = field(
-        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
-    )
-    model: str = field(
-        default="", metadata={"help": "where the job's model lies now, if it has moved"}
-    )
-    tokenizer: str = field(
-        default="", metadata={"help": "where its tokenizer lies now, if it has moved"}
-    )
-    shards: str = field(default="", metadata={"help": "where the tars lie now, if they have moved"})
-    device: str = field(
-        default="auto",
-        metadata={"help": "where gradients are taken", "choices": ("auto", "cpu", "cuda")},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "run code that the recorded checkpoint brings along"}
-    )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "load the recorded .bin weights (they can run code)"}
-    )
-
-    def __post_init__(self) -> None:
-        _check_device(self.device)
-
-
-def _check_device(device: str) -> None:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device is {device!r}; choose auto, cpu or cuda")
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    model: str = flag("Directory of the job's model, if it has moved.", "")
+    tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "")
+    shards: str = flag("The job's tars, if they have moved.", "")
+    device: str = flag("Device on which gradients are computed.", "auto", choices=DEVICES)
+    trust_remote_code: bool = flag("Run code that comes with the recorded checkpoint.", False)
+    allow_pickle: bool = flag("Load the recorded .bin weights, which can run code.", False)

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,27 @@ import torch
 from gradproj.engine.projection_files import write_projection_file
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import existing_ancestor
+from gradproj.flags import Flags, flag
+from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.store import STATUS, ProjectionStore
-
-FORMATS = ("pt",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Flags, title="files"):
     """Which rows to write where."""
 
-    output: str = field(
-        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
-    )
-    to: str = field(metadata={"help": "folder for the files; new or empty"})
-    format: str = field(
-        default="pt", metadata={"help": "pt: the original system's layout", "choices": FORMATS}
-    )
-    rows_per_file: int = field(default=4096, metadata={"help": "rows of one file"})
-    ids: str = field(
-        default="", metadata={"help": "START:STOP, only these sample ids; STOP is not included"}
-    )
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    to: str = flag("Directory for the files; new or empty.", required="give a folder for the files")
+    format: str = flag("pt: the original system's layout.", "pt", choices=("pt",))
+    rows_per_file: int = flag("Number of rows in a file.", 4096, minimum=1)
+    ids: str = flag("START:STOP: export these sample ids only; STOP is excluded.", "")
 
     def __post_init__(self) -> None:
-        if not self.to.strip():
-            raise ConfigError("--to is empty; give a folder for the files")
-        if self.format not in FORMATS:
-            raise ConfigError(f"--format is {self.format!r}; choose {', '.join(FORMATS)}")
-        if self.rows_per_file < 1:
-            raise ConfigError(f"--rows_per_file must be at least 1, got {self.rows_per_file}")
+        super().__post_init__()
         if self.ids and not re.fullmatch(r"\d*:\d*", self.ids):
             raise ConfigError(
-                f"--ids is {self.ids!r}; give START:STOP, such as 0:1000 (STOP is not included, either may be left out)"
+                f"--ids is {self.ids!r}; give START:STOP, such as 0:1000 (STOP is excluded, "
+                "either may be left out)"
             )
 
     def id_range(self, n_samples: int) -> tuple[int, int]:

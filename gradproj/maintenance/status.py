@@ -7,7 +7,7 @@ the rows of some units and says of how many.
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import read_unit
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import StoreError
+from gradproj.flags import Flags, flag
+from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.maintenance.checks import MergedColumns
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import ClaimedUnit, Speed, read_activity
@@ -33,31 +35,23 @@ COUNT_FOR_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusConfig:
-    """What to look at and how to say it."""
+class StatusConfig(Flags, title="status"):
+    """Which output to read, and how to print it."""
 
-    output: str = field(
-        metadata={"flag": "OUTPUT", "positional": True, "help": "the job's --output_dir"}
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    as_json: bool = flag("Print one JSON object.", False, name="json")
+    rows: bool | None = flag(
+        "Count rows by status in all units, or in none; default: as many units as one second "
+        "allows.",
+        None,
     )
-    as_json: bool = field(
-        default=False, metadata={"flag": "json", "help": "one JSON object for scripts"}
+    watch_s: float = flag(
+        "Read the heartbeats twice, this many seconds apart: shows whether ranks on other hosts "
+        "are alive.",
+        0.0,
+        minimum=0,
+        renamed_from="watch",
     )
-    rows: bool | None = field(
-        default=None,
-        metadata={
-            "help": "count rows by status: of all units, or not at all (default: as many as a second allows)"
-        },
-    )
-    watch: float = field(
-        default=0.0,
-        metadata={
-            "help": "seconds between two looks at the heartbeats, which show whether other hosts' ranks live"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.watch < 0:
-            raise ConfigError(f"--watch must be at least 0 seconds, got {self.watch:g}")
 
 
 @dataclass(frozen=True)

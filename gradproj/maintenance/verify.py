@@ -10,6 +10,7 @@ import numpy as np
 
 from gradproj.coordinator.merge import CovarianceSums
 from gradproj.errors import ConfigError, StoreError
+from gradproj.flags import flag
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.checks import (
@@ -33,33 +34,21 @@ READERS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(RecordedRunArgs):
-    """What to check, what to do about damage, and how to say it; the model is needed for ``--recompute`` only."""
+class VerifyConfig(RecordedRunArgs, title="checks"):
+    """What to check, and what to do about damage. Only ``--recompute`` needs the model."""
 
-    repair: bool = field(
-        default=False,
-        metadata={
-            "help": "turn damaged units into missing ones, which the job's next start computes again"
-        },
+    repair: bool = flag("Delete damaged units, so that the next run recomputes them.", False)
+    recompute: int = flag(
+        "Recompute this number of random rows with the recorded model and compare them.",
+        0,
+        minimum=0,
     )
-    recompute: int = field(
-        default=0,
-        metadata={
-            "help": "compute so many random rows again with the recorded model, and compare them"
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "of the choice of those rows"})
-    checksums: bool = field(
-        default=True, metadata={"help": "read the whole store; without, only --recompute is done"}
-    )
-    as_json: bool = field(
-        default=False, metadata={"flag": "json", "help": "one JSON object for scripts"}
-    )
+    seed: int = flag("Seed of the choice of rows to recompute.", 0)
+    checksums: bool = flag("Read the whole store and check every checksum.", True)
+    as_json: bool = flag("Print one JSON object.", False, name="json")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recompute < 0:
-            raise ConfigError(f"--recompute must be at least 1 row, got {self.recompute}")
         if not self.checksums and not self.recompute:
             raise ConfigError(
                 "--no-checksums leaves nothing to do: give --recompute K, or leave it out"

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import StoreError
+from gradproj.flags import Flags, flag
 
 FORMAT_VERSION = 1
 """An attribute of the group. A reader refuses a newer version."""
@@ -58,41 +59,25 @@ _COLUMN_ROWS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreConfig:
+class StoreConfig(Flags, title="store"):
     """How rows are stored. Recorded in the store; dtype and rows per shard are part of its identity."""
 
-    proj_dtype: str = field(
-        default="float16",
-        metadata={
-            "help": "type of the stored rows: float16 (with an exact scale per row), bfloat16 or float32"
-        },
+    proj_dtype: str = flag(
+        "Type of the stored rows; float16 rows have an exact scale each.",
+        "float16",
+        choices=STORED_DTYPES,
     )
-    compressor: str = field(
-        default="none",
-        metadata={
-            "help": "none, blosc or zstd; gradient rows shrink little and can then not be memory-mapped"
-        },
+    compressor: str = flag(
+        "Compression of the rows. They shrink little, and compressed rows cannot be memory-mapped.",
+        "none",
+        choices=COMPRESSORS,
     )
-    rows_per_shard: int = field(
-        default=0,
-        metadata={
-            "help": "rows of one shard, which is also one unit of work; 0 chooses it from the store's size"
-        },
+    rows_per_shard: int = flag(
+        "Rows of a shard, which is also one unit of work; 0 = chosen from the store's size.",
+        0,
+        minimum=1,
+        why="leave it out to have it chosen",
     )
-
-    def __post_init__(self) -> None:
-        if self.proj_dtype not in STORED_DTYPES:
-            raise ConfigError(
-                f"--proj_dtype is {self.proj_dtype!r}; choose one of {', '.join(STORED_DTYPES)}"
-            )
-        if self.compressor not in COMPRESSORS:
-            raise ConfigError(
-                f"--compressor is {self.compressor!r}; choose one of {', '.join(COMPRESSORS)}"
-            )
-        if self.rows_per_shard < 0:
-            raise ConfigError(
-                f"--rows_per_shard must be at least 1, got {self.rows_per_shard} (leave it out to have it chosen)"
-            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, fsync_tree, try_lock
+from gradproj.flags import current_names
 from gradproj.model.checkpoint import no_progress_bars
 from gradproj.training.config import TrainConfig
 
@@ -132,7 +133,7 @@ class Checkpoints:
         shared = _load(path, STATE)
         theirs, ours = (
             {name if name == "ranks" else f"--{name}": value for name, value in settings.items()}
-            for settings in (shared["settings"], self._settings)
+            for settings in (current_names(TrainConfig, shared["settings"]), self._settings)
         )
         mismatch = settings_mismatch(
             f"cannot resume from {path}: it was made with other settings",

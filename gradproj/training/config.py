@@ -1,4 +1,4 @@
-"""What a training run is told, and what of it concerns its engine."""
+"""Settings of a training run, and those of them that concern its engine."""
 
 import dataclasses
 import math
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradproj.corpus.config import SHARDS_HELP
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
-from gradproj.model.config import ARCHITECTURES, ModelConfig
+from gradproj.flags import DEVICES, Flags, flag, join_list
+from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES, ModelConfig
 from gradproj.store.layout import StoreConfig
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
-MOST_SEEDS = 2**32
-PRECISIONS = ("float32", "bfloat16")
 
 NO_PART_OF_A_RUN = frozenset(
     (
@@ -32,21 +32,18 @@ NO_PART_OF_A_RUN = frozenset(
 
 
 def _as_in(section: Any, name: str) -> Any:
-    """A field of the job's, with its default and its help."""
-    known = section.__dataclass_fields__[name]
-    return field(
-        default=known.default, metadata={k: v for k, v in known.metadata.items() if k != "flag"}
-    )
+    """Declare a flag as the job declares it."""
+    declared = section.__dataclass_fields__[name]
+    metadata = {k: v for k, v in declared.metadata.items() if k != "flag"}
+    return field(default=declared.default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What an engine inside of a training loop is told. Any object with some of these names will do (``of``)."""
+class EngineConfig(Flags, title="engine"):
+    """Settings of an engine in a training loop. Any object with some of these names will do (``of``)."""
 
-    method: str = field(
-        default="Regular", metadata={"help": "Regular, GradDotProd or GradProjLora"}
-    )
-    result_dir: str = field(default="", metadata={"help": "folder for all results"})
+    method: str = flag("Engine: Regular, GradDotProd or GradProjLora.", "Regular")
+    result_dir: str = flag("Directory for all results.", "")
     proj_layers: str = _as_in(ProjectionConfig, "layers")
     proj_rank_total: int = _as_in(ProjectionConfig, "rank_total")
     proj_rank_min: int = _as_in(ProjectionConfig, "rank_min")
@@ -56,27 +53,24 @@ class EngineConfig:
     loss_reduction: str = _as_in(BatchConfig, "loss_reduction")
     proj_dtype: str = _as_in(StoreConfig, "proj_dtype")
     compressor: str = _as_in(StoreConfig, "compressor")
-    rows_per_shard: int = field(
-        default=0,
-        metadata={"help": "rows of one shard; 0 = about 16 MB, and whole steps with several ranks"},
+    rows_per_shard: int = flag(
+        "Rows of a shard; 0 = about 16 MB, and whole steps with several ranks.",
+        0,
+        minimum=1,
+        why="leave it out to have it chosen",
     )
-    proj_save_interval: int = field(
-        default=100,
-        metadata={"help": "write after so many steps; 0: when a shard is full, and at checkpoints"},
+    proj_save_interval: int = flag(
+        "Write rows every so many steps; 0 = when a shard is full, and at checkpoints.",
+        100,
+        minimum=0,
     )
-    batch_size: int = field(default=0, metadata={"help": "sequences in a batch of one rank"})
-    grad_accumulation: int = field(default=1, metadata={"help": "batches of one rank in a step"})
-    max_steps: int = field(default=0, metadata={"help": "optimizer steps"})
+    batch_size: int = flag("Sequences in a batch of one rank.", 0)
+    grad_accumulation: int = flag("Batches of one rank in a step.", 1)
+    max_steps: int = flag("Number of optimizer steps.", 0)
 
     def __post_init__(self) -> None:
-        if self.proj_save_interval < 0:
-            raise ConfigError(
-                f"--proj_save_interval must be at least 0, got {self.proj_save_interval}"
-            )
-        if self.loss_reduction not in ("mean", "sum"):
-            raise ConfigError(f"--loss_reduction is {self.loss_reduction!r}; choose mean or sum")
-        # Both check their own values when they are made.
-        _ = self.projection, self.store
+        super().__post_init__()
+        _ = self.projection  # proj_layers may be empty
 
     @classmethod
     def of(cls, config: Any) -> "EngineConfig":
@@ -86,7 +80,7 @@ class EngineConfig:
             config = {name: getattr(config, name) for name in names if hasattr(config, name)}
         given = {name: config[name] for name in names if config.get(name) is not None}
         if not isinstance(given.get("proj_layers", ""), str):
-            given["proj_layers"] = ",".join(given["proj_layers"])
+            given["proj_layers"] = join_list(given["proj_layers"])
         return EngineConfig(**given | {"result_dir": str(given.get("result_dir", ""))})
 
     @property
@@ -108,99 +102,82 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(EngineConfig):
+class TrainConfig(EngineConfig, title="training"):
     """A causal language model's training: data, model, optimizer, engine. Equal settings give equal weights."""
 
-    shards: str = field(
-        metadata={
-            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
-        }
+    shards: str = flag(SHARDS_HELP)
+    result_dir: str = flag(
+        "Directory for model, tokenizer, loss curve, checkpoints and the engine's results.",
+        "training",
+        required="give a folder",
     )
-    result_dir: str = field(
-        default="training",
-        metadata={
-            "help": "folder for model, tokenizer, loss curve, checkpoints and the engine's results"
-        },
+    model: str = flag("Checkpoint to start from: a directory or hub name.", "")
+    architecture: str = flag("Random weights of this shape.", "", choices=ARCHITECTURES)
+    n_layer: int = flag("Layers of a new GPT-2 (without --model and --architecture).", 4, minimum=1)
+    n_embd: int = flag("Width of a new GPT-2.", 256, minimum=1)
+    n_head: int = flag("Attention heads of a new GPT-2.", 4, minimum=1)
+    tokenizer: str = flag("Tokenizer: a directory or hub name; default: that of --model.", "")
+    max_length: int = flag(
+        "Longest sequence, in tokens; also the number of positions of a new GPT-2.",
+        256,
+        minimum=2,
+        why="a token and its target",
     )
-    model: str = field(
-        default="", metadata={"help": "go on from this checkpoint (directory or hub name)"}
+    pack: bool = flag(
+        "Join documents into full sequences; default: the first --max_length tokens of each.", False
     )
-    architecture: str = field(
-        default="",
-        metadata={"help": "random weights of this shape", "choices": tuple(ARCHITECTURES)},
+    batch_size: int = flag("Sequences in a batch of one rank.", 2, minimum=1)
+    grad_accumulation: int = flag("Batches of one rank in a step.", 1, minimum=1)
+    max_steps: int = flag("Number of optimizer steps.", 100, minimum=1)
+    optimizer: str = flag(
+        "Optimizer of torch. Shapley values are exact for sgd steps.", "adamw", choices=OPTIMIZERS
     )
-    n_layer: int = field(
-        default=4, metadata={"help": "layers of a new GPT-2, without the two flags above"}
+    learning_rate: float = flag("Peak learning rate.", 1e-3, above=0, below=math.inf)
+    momentum: float = flag("Momentum of sgd.", 0.0, minimum=0)
+    warmup_steps: int = flag("Steps of linear warm-up to the peak.", 20, minimum=0)
+    schedule: str = flag(
+        "Learning rate after the warm-up: decays to 10 % (cosine) or 0 (linear), or stays.",
+        "cosine",
+        choices=SCHEDULES,
     )
-    n_embd: int = field(default=256, metadata={"help": "its width"})
-    n_head: int = field(default=4, metadata={"help": "its attention heads"})
-    tokenizer: str = field(
-        default="", metadata={"help": "directory or hub name; default: --model's own"}
+    weight_decay: float = flag("Weight decay, of matrices only.", 0.1, minimum=0)
+    clip: float = flag("Largest norm of the gradient; 0 = no clipping.", 1.0, minimum=0)
+    dropout: float = flag("Dropout probability throughout the model.", 0.0, minimum=0, below=1)
+    model_dtype: str = flag(
+        "Precision of the forward and backward pass. bfloat16 is autocast; weights stay float32.",
+        "float32",
+        choices=MODEL_DTYPES,
+        renamed_from="precision",
     )
-    max_length: int = field(
-        default=256, metadata={"help": "most tokens of a sequence; a new GPT-2's positions"}
+    gradient_checkpointing: bool = flag(
+        "Recompute activations in the backward pass: less memory, a third more time, the same "
+        "gradients.",
+        False,
     )
-    pack: bool = field(
-        default=False,
-        metadata={
-            "help": "join documents into full sequences; default: each one's first max_length tokens"
-        },
+    eval_interval: int = flag("Steps between two evaluations; 0 = at the end only.", 0, minimum=0)
+    val_shards: str = flag("Tars to evaluate on; GradDotProd compares with their first batch.", "")
+    val_batch_size: int = flag("Sequences in a validation batch.", 2, minimum=1)
+    val_batches: int = flag(
+        "Number of validation batches, from the first document on.", 8, minimum=1
     )
-    batch_size: int = field(default=2, metadata={"help": "sequences in a batch of one rank"})
-    max_steps: int = field(default=100, metadata={"help": "optimizer steps"})
-    optimizer: str = field(
-        default="adamw",
-        metadata={"help": "torch's; Shapley values are about sgd's steps", "choices": OPTIMIZERS},
+    checkpoint_interval: int = flag(
+        "Steps between two checkpoints, of which the newest is kept; 0 = none.", 100, minimum=0
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "the highest learning rate"})
-    momentum: float = field(default=0.0, metadata={"help": "sgd's"})
-    warmup_steps: int = field(default=20, metadata={"help": "steps to reach it, linearly"})
-    schedule: str = field(
-        default="cosine",
-        metadata={
-            "help": "after that: down to 10 % (cosine), down to 0 (linear), constant",
-            "choices": SCHEDULES,
-        },
+    resume: bool = flag(
+        "Resume from the newest checkpoint in --result_dir; start afresh if there is none.", False
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "on matrices only"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient; 0 = any"})
-    dropout: float = field(default=0.0, metadata={"help": "everywhere in the model"})
-    precision: str = field(
-        default="float32",
-        metadata={"help": "bfloat16: autocast; the weights stay float32", "choices": PRECISIONS},
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "less memory for a third more time: the same gradients"}
-    )
-    eval_interval: int = field(
-        default=0, metadata={"help": "evaluate after so many steps; 0 = at the end only"}
-    )
-    val_shards: str = field(
-        default="",
-        metadata={"help": "tars to evaluate on; GradDotProd compares with their first batch"},
-    )
-    val_batch_size: int = field(default=2, metadata={"help": "sequences of a validation batch"})
-    val_batches: int = field(
-        default=8, metadata={"help": "validation batches, from the first document on"}
-    )
-    checkpoint_interval: int = field(
-        default=100,
-        metadata={"help": "steps between two checkpoints, of which the newest is kept; 0 = none"},
-    )
-    resume: bool = field(
-        default=False,
-        metadata={"help": "go on from result_dir's newest checkpoint; begin where there is none"},
-    )
-    seed: int = field(default=0, metadata={"help": "of weights, order of documents and dropout"})
-    device: str = field(
-        default="auto", metadata={"help": "where to train", "choices": ("auto", "cpu", "cuda")}
-    )
+    seed: int = flag("Seed of weights, order of documents and dropout.", 0, minimum=0, below=2**32)
+    device: str = flag("Device.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_method(self)
-        _check_numbers(self)
-        _check_choices(self)
+        if self.momentum and self.optimizer != "sgd":
+            raise ConfigError(
+                f"--momentum {self.momentum:g} is for --optimizer sgd; adamw has its own"
+            )
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         _check_model(self)
 
     def model_config(self) -> ModelConfig:
@@ -229,58 +206,6 @@ def _check_method(config: TrainConfig) -> None:
         raise ConfigError(
             f"--eval_interval {config.eval_interval} needs --val_shards to evaluate on"
         )
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name in (
-        "batch_size", "grad_accumulation", "max_steps", "n_layer", "n_embd", "n_head", "val_batch_size", "val_batches",
-    ):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(config, name)}")
-    if not config.result_dir.strip():
-        raise ConfigError("--result_dir is empty; give a folder")
-    if not 0 <= config.seed < MOST_SEEDS:
-        raise ConfigError(f"--seed must be at least 0 and less than 2^32, got {config.seed}")
-    for name in (
-        "warmup_steps",
-        "momentum",
-        "weight_decay",
-        "clip",
-        "eval_interval",
-        "checkpoint_interval",
-    ):
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"--{name} must be at least 0, got {getattr(config, name)}")
-    if not 0 < config.learning_rate < math.inf:
-        raise ConfigError(
-            f"--learning_rate must be more than 0, and finite, got {config.learning_rate}"
-        )
-    if not 0 <= config.dropout < 1:
-        raise ConfigError(f"--dropout must be at least 0 and less than 1, got {config.dropout}")
-    if config.momentum and config.optimizer != "sgd":
-        raise ConfigError(
-            f"--momentum {config.momentum:g} is for --optimizer sgd; adamw has its own"
-        )
-    if config.max_length < 2:
-        raise ConfigError(
-            f"--max_length must be at least 2 (a token and its target), got {config.max_length}"
-        )
-    if config.n_embd % config.n_head:
-        raise ConfigError(f"--n_embd {config.n_embd} is not a multiple of --n_head {config.n_head}")
-
-
-def _check_choices(config: TrainConfig) -> None:
-    choices = {
-        "device": ("auto", "cpu", "cuda"),
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-        "precision": PRECISIONS,
-    }
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ConfigError(
-                f"--{name} is {getattr(config, name)!r}; choose {', '.join(known[:-1])} or {known[-1]}"
-            )
 
 
 def _check_model(config: TrainConfig) -> None:

@@ -163,7 +163,7 @@ class _Run:
         with sync_if_last(self._shared_model, last):
             manager.attach_train_batch(X, Y, step, batch.sample_ids)
             inputs, labels = manager.prepare_forward_input(X, Y)
-            autocast = self._config.precision == "bfloat16"
+            autocast = self._config.model_dtype == "bfloat16"
             with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
                 losses = per_sample_loss(
                     self._shared_model, {"input_ids": inputs, "labels": labels}, chunked=False

@@ -3,47 +3,41 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gradproj.corpus.config import SHARDS_HELP
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
-from gradproj.errors import ConfigError, CorpusError
+from gradproj.errors import CorpusError
 from gradproj.files import explain_os_errors, make_folder
+from gradproj.flags import Flags, flag
 
 END_OF_TEXT = "<|endoftext|>"
 PROGRESS_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """What to train a tokenizer on, and how large it gets."""
+class TokenizerConfig(Flags, title="tokenizer"):
+    """What to train a tokenizer on, and its size."""
 
-    shards: str = field(
-        metadata={
-            "help": "WebDataset tars: a folder, a glob, braces, a list file, or a corpus index (.json)"
-        }
+    shards: str = flag(SHARDS_HELP)
+    output_dir: str = flag("Directory for the tokenizer's files.", required="give a folder")
+    vocab_size: int = flag(
+        "Number of tokens, the 256 bytes and one special token included.",
+        4096,
+        minimum=257,
+        why="256 bytes and one special token",
     )
-    output_dir: str = field(metadata={"help": "folder for the tokenizer's files"})
-    vocab_size: int = field(
-        default=4096, metadata={"help": "tokens, the 256 bytes and one special among them"}
+    max_samples: int = flag(
+        "Number of documents to learn from, from the first on; 0 = all.",
+        0,
+        minimum=0,
+        why="0 = all",
     )
-    max_samples: int = field(
-        default=0, metadata={"help": "learn from the first so many documents only; 0 = all"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 257:
-            raise ConfigError(
-                f"--vocab_size must be at least 257 (256 bytes and one special token), got {self.vocab_size}"
-            )
-        if self.max_samples < 0:
-            raise ConfigError(f"--max_samples must be at least 0 (0 = all), got {self.max_samples}")
-        if not self.output_dir.strip():
-            raise ConfigError("--output_dir is empty; give a folder")
 
 
 def train_tokenizer(config: TokenizerConfig) -> int:

@@ -27,7 +27,7 @@ class Validation:
     ) -> None:
         self.batches = _read(config, tokenizer) if config.val_shards else []
         self._device, self._world = device, world
-        self._autocast = config.precision == "bfloat16"
+        self._autocast = config.model_dtype == "bfloat16"
 
     @property
     def pair(self) -> tuple[Tensor, Tensor] | None:

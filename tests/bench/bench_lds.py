@@ -1,6 +1,6 @@
 """Are the answers right: the reference experiment of the README, on Python's own standard library.
 
-    python tests/bench/bench_lds.py [--quick] [--jobs 2] [--output_dir DIR]
+    python tests/bench/bench_lds.py [--quick] [--workers 2] [--output_dir DIR]
 
 The whole form is 80 trainings and takes about an hour of two cores; the quick one a tenth of that,
 and can tell little more than that the scores are no chance. Called again on its folder, it goes on.
@@ -18,34 +18,34 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.lds import evaluate
 from gradproj.evaluation.results import Results
 
-WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "precision": "bfloat16", "device": "cpu"}
+WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "model_dtype": "bfloat16", "device": "cpu"}
 QUICK = WHOLE | {
-    "documents": 256, "queries": 32, "duplicates": 16, "pretrain": 4096, "subsets": 12, "seeds": 2, "leave_out": 0,
+    "n_documents": 256, "n_queries": 32, "n_near_copies": 16, "pretrain": 4096, "subsets": 12, "seeds": 2, "leave_out": 0,
     "methods": "random,bm25,ngram,dot@16,cosine@16,kfac@16:0.03,preconditioned@16:0.1,kfac@32:0.03",
 }  # fmt: skip
 
 
-def measure(folder: Path, quick: bool, jobs: int) -> Results:
+def measure(folder: Path, quick: bool, workers: int) -> Results:
     """The experiment, or what of it is not in the folder yet."""
     tars = folder / "tars"
     if not tars.is_dir():
         assert gradproj(["prepare", "stdlib:", "--output_dir", str(tars)]) == 0
     settings = QUICK if quick else WHOLE
     output = folder / ("quick" if quick else "whole")
-    return evaluate(LdsConfig(shards=str(tars), output_dir=str(output), jobs=jobs, **settings))
+    return evaluate(LdsConfig(shards=str(tars), output_dir=str(output), workers=workers, **settings))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--output_dir", type=Path, default=Path(tempfile.gettempdir()) / "gradproj-lds"
     )
     given = parser.parse_args()
     given.output_dir.mkdir(parents=True, exist_ok=True)
     print_machine("numpy")
-    for line in table_lines(measure(given.output_dir, given.quick, given.jobs)):
+    for line in table_lines(measure(given.output_dir, given.quick, given.workers)):
         print(line)
 
 

@@ -122,7 +122,7 @@ def test_a_training_step_with_its_rows_costs_at_most_a_tenth_more(model):
 def test_scores_foretell_retraining_and_find_near_copies(tmp_path):
     import bench_lds
 
-    results = bench_lds.measure(tmp_path, quick=True, jobs=2)
+    results = bench_lds.measure(tmp_path, quick=True, workers=2)
     kfac, (chance, spread) = results.methods[results.reference], results.chance
     assert kfac.lds.mean > chance + 4 * spread
     assert kfac.duplicates is not None

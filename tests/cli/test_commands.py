@@ -205,7 +205,7 @@ def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
     run("index", corpus)
     path = corpus / "corpus.json"
     path.write_bytes(path.read_bytes()[:-9])
-    assert "--replace (or name another file with --output)" in refused("index", corpus)
+    assert "--replace (or name another file with --index_file)" in refused("index", corpus)
     assert run("index", corpus, "--replace")[0] == 0
     assert load_index(path).n_samples == 50
 
@@ -213,9 +213,9 @@ def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
 def test_index_of_tars_in_several_folders_needs_a_name(run, refused, corpus, tmp_path):
     other = make_corpus(tmp_path / "more", mixed_documents(5, seed=1))
     (tmp_path / "all.list").write_text(f"{corpus}/shard-000000.tar\n{other}/shard-000000.tar\n")
-    assert "--output must be given" in refused("index", tmp_path / "all.list")
+    assert "--index_file must be given" in refused("index", tmp_path / "all.list")
     assert (
-        run("index", tmp_path / "all.list", "--output", tmp_path / "all.json", "--processes", 1)[0]
+        run("index", tmp_path / "all.list", "--index_file", tmp_path / "all.json", "--processes", 1)[0]
         == 0
     )
     assert load_index(tmp_path / "all.json").n_samples == 25

@@ -57,7 +57,7 @@ def strictly(text):
 def test_json_matches_the_dense_computation(made, tmp_path, capsys, score, layers):
     flags = ["--score", score, "--output_dir", tmp_path, "--format", "json"]
     flags += ["--damping", C] if score in ("kfac", "preconditioned") else []
-    flags += ["--layers", *layers] if layers else []
+    flags += ["--layers", ",".join(layers)] if layers else []
     layers_in_order = [name for name in NAMES if layers is None or name in layers]
     code, printed, _ = run(capsys, made.path, *flags)
     assert code == 0

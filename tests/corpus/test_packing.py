@@ -195,7 +195,7 @@ def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"inputs": ()}, "INPUT is missing"),
+        ({"inputs": ()}, "INPUT is empty"),
         (
             {"inputs": ("a.csv",)},
             r"INPUT 'a.csv' is of no known kind; give a file ending in \.jsonl",
@@ -204,7 +204,7 @@ def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_pa
         ({"samples_per_shard": 0}, "--samples_per_shard must be at least 1, got 0"),
         ({"text_field": ""}, "--text_field is empty"),
         ({"domain_field": ""}, "--domain_field is empty"),
-        ({"on_bad_input": "ignore"}, "--on_bad_input is 'ignore'; choose 'error' or 'skip'"),
+        ({"on_bad_input": "ignore"}, "--on_bad_input is 'ignore'; choose one of error, skip"),
     ],
 )
 def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):

@@ -30,7 +30,7 @@ from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
 from gradproj.evaluation.retraining import train_config
 
 SMALL = {
-    "documents": 8, "queries": 3, "duplicates": 2, "max_length": 24, "windows": 2, "n_layer": 1, "n_embd": 16,
+    "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24, "windows_per_document": 2, "n_layer": 1, "n_embd": 16,
     "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4, "seeds": 2, "leave_out": 1, "leave_out_k": 2,
     "leave_out_group": 1, "pretrain": 0,
     "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
@@ -83,7 +83,7 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
         "shards": data / "tars",
         "tokenizer": data / "tok",
         "output_dir": tmp_path / "out",
-        "jobs": 2,
+        "workers": 2,
     }
     settings |= {"subsets": 3, "seeds": 1}
     assert (
@@ -105,7 +105,7 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
 
 
 def test_trainings_are_of_the_subset_alone_and_score_by_hand(data, tmp_path, in_this_process):
-    config = config_of(data, tmp_path, leave_out=0, duplicates=0)
+    config = config_of(data, tmp_path, leave_out=0, n_near_copies=0)
     results = evaluate(config)
     losses, subsets = np.load(tmp_path / "losses.npy"), np.load(tmp_path / "subsets.npy")
     scores = np.load(tmp_path / "scores/hidden.npy")
@@ -220,7 +220,7 @@ def _state(pid: int) -> str:
 def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_queries(
     data, tmp_path
 ):
-    config = config_of(data, tmp_path, changed=0.25)
+    config = config_of(data, tmp_path, corruption=0.25)
     experiment = make_experiment(config)
     assert experiment.documents.shape == (8, 24)
     assert experiment.queries.shape == (5, 24)
@@ -279,14 +279,14 @@ def test_too_few_documents_are_said(data, tmp_path):
     with pytest.raises(
         CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"
     ):
-        make_experiment(config_of(data, tmp_path, documents=500))
+        make_experiment(config_of(data, tmp_path, n_documents=500))
 
 
 def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(
     data, tmp_path, in_this_process
 ):
     with pytest.raises(CorpusError, match="need 503"):
-        evaluate(config_of(data, tmp_path, documents=500, leave_out=0))
+        evaluate(config_of(data, tmp_path, n_documents=500, leave_out=0))
     assert evaluate(config_of(data, tmp_path, leave_out=0)).n_documents == 8
 
 
@@ -300,9 +300,9 @@ def test_another_experiments_folder_is_refused_with_every_difference(
 ):
     evaluate(config_of(data, tmp_path, leave_out=0))
     with pytest.raises(
-        OtherSettingsError, match=r"--documents: there 8, here 10\n.*--epochs: there 2, here 3"
+        OtherSettingsError, match=r"--n_documents: there 8, here 10\n.*--epochs: there 2, here 3"
     ):
-        evaluate(config_of(data, tmp_path, documents=10, epochs=3))
+        evaluate(config_of(data, tmp_path, n_documents=10, epochs=3))
 
 
 def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
@@ -323,7 +323,7 @@ def test_a_training_that_was_killed_is_said(data, tmp_path):
     killed: Future = Future()
     killed.set_exception(BrokenProcessPool("gone"))
     with pytest.raises(
-        StoreError, match=r"a training's process was ended .* --jobs 1 .* see .*training\.log"
+        StoreError, match=r"a training's process was ended .* --workers 1 .* see .*training\.log"
     ):
         retraining._finished(killed, config_of(data, tmp_path))
 

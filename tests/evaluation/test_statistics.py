@@ -200,18 +200,18 @@ def test_leave_out_is_the_rise_above_the_mean_of_the_controls():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"subsets": 2}, r"--subsets must be at least 3, got 2: a rank correlation"),
-        ({"documents": 0}, "--documents must be at least 1, got 0"),
+        ({"subsets": 2}, r"--subsets must be at least 3, got 2 \(a rank correlation"),
+        ({"n_documents": 0}, "--n_documents must be at least 1, got 0"),
         (
-            {"documents": 10, "duplicates": 6},
-            "--documents must be at least 12, got 10: half of them",
+            {"n_documents": 10, "n_near_copies": 6},
+            "--n_documents must be at least 12, got 10",
         ),
-        ({"changed": 1.0}, "--changed must be at least 0 and less than 1"),
-        ({"leave_out": 72}, "--leave_out 72 is more than the 64 --queries"),
+        ({"corruption": 1.0}, "--corruption must be at least 0 and less than 1"),
+        ({"leave_out": 72}, "--leave_out 72 is more than --n_queries 64"),
         ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
         (
             {"leave_out": 12},
-            "--leave_out 12 queries cannot be parted into groups of --leave_out_group 8",
+            "--leave_out 12 is not a multiple of --leave_out_group 8",
         ),
         ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
     ],

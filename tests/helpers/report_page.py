@@ -68,7 +68,7 @@ def made_once(root: Path) -> SimpleNamespace:
     flags = [
         "--queries",
         str(job.queries),
-        "--output",
+        "--page",
         str(job.page),
         "--top_k",
         "60",

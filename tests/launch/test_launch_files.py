@@ -9,8 +9,8 @@ from helpers.shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
 from gradproj.cli.index import IndexConfig
-from gradproj.cli.prepare import PrepareFlags
 from gradproj.cli.query_config import QueryConfig
+from gradproj.corpus.prepare import PrepareConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config
 from gradproj.maintenance.status import StatusConfig
@@ -20,7 +20,7 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("slurm/*.s*"), ROOT / ".
 IDS = [str(path.relative_to(ROOT)) for path in SCRIPTS]
 
 CHECKS = {
-    "prepare": lambda argv: parse(argv, "prepare", PrepareFlags),
+    "prepare": lambda argv: parse(argv, "prepare", PrepareConfig),
     "tokenizer": lambda argv: parse(argv, "tokenizer", TokenizerConfig),
     "train": lambda argv: parse(argv, "train", TrainConfig),
     "query": lambda argv: parse(argv, "query", QueryConfig),

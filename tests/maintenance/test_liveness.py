@@ -36,7 +36,7 @@ def test_of_a_process_on_another_host_only_what_it_wrote_is_said(far):
     assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 1)
     text = "\n".join(status_lines(status))
     assert "by rank 3 on far" in text
-    assert "whether it lives is not known here (--watch 15 shows it)" in text
+    assert "whether it lives is not known here (--watch_s 15 shows it)" in text
     assert "by 1 rank, 1 of them by their last word" in text
 
 
@@ -108,7 +108,7 @@ def test_a_process_that_comes_while_others_are_watched_is_at_work(far, process):
 
 
 def test_a_verdict_on_ranks_of_which_nothing_is_known_says_how_to_know(far):
-    want = "no, 1 unit missing: 1; whether anybody works on them is not known here (--watch 15 shows it)"
+    want = "no, 1 unit missing: 1; whether anybody works on them is not known here (--watch_s 15 shows it)"
     assert status_lines(read_status(far.output))[-1] == f"complete      {want}"
 
 

@@ -196,9 +196,9 @@ def test_a_place_where_the_system_makes_no_file_is_named(ask):
     )
     said_by_all(
         ask,
-        "--output /proc/x.html: no file",
+        "--page /proc/x.html: no file",
         commands=["report"],
-        flags=["--output", "/proc/x.html"],
+        flags=["--page", "/proc/x.html"],
     )
 
 

@@ -137,8 +137,7 @@ def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
         "--layers",
         "layers.0,mlp",
         "--domains",
-        "Github",
-        "ArXiv",
+        "Github,ArXiv",
         "--top_k",
         6,
         "--bottom_k",
@@ -157,7 +156,7 @@ def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
 
 
 def test_a_layer_s_number_is_a_whole_part_of_its_name(job, ask):
-    message = ask.mistake(job.output, "--text", TEXT, "--layers", "layers.1", "ayers.0")
+    message = ask.mistake(job.output, "--text", TEXT, "--layers", "layers.1,ayers.0")
     assert "--layers: " in message
     assert "has no layer 'ayers.0'; it has model.layers.*.self_attn.q_proj" in message
 

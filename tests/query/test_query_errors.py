@@ -47,7 +47,7 @@ ASKED = ("--text", TEXT)
         ((*ASKED, "--bottom_k", 1000), "has 70 documents: give at most that many"),
         ((*ASKED, "--damping", "much"), "--damping is 'much'; give auto or a number, 0 or more"),
         ((*ASKED, "--damping", "-1"), "--damping is '-1'; give auto or a number, 0 or more"),
-        ((*ASKED, "--damping", "0.1,,1"), "--damping is '0.1,,1'; give auto or a number"),
+        ((*ASKED, "--damping", "0.1,x,1"), "--damping is '0.1,x,1'; give auto or a number"),
         ((*ASKED, "--damping", "nan"), "--damping is 'nan'; give auto or a number"),
         ((*ASKED, "--damping", "inf"), "--damping is 'inf'; give auto or a number"),
         (
@@ -60,7 +60,7 @@ ASKED = ("--text", TEXT)
         ),
         (
             (*ASKED, "--curvature", "kfac"),
-            "--curvature kfac: it is kfac or second_moment, and requires --score relatif",
+            "--curvature kfac requires --score relatif",
         ),
         (
             (*ASKED, "--layers", "nothing"),
@@ -73,13 +73,17 @@ ASKED = ("--text", TEXT)
         ((*ASKED, "--joint"), "--joint requires --score preconditioned"),
         (
             (*ASKED, "--layers", ""),
-            "--layers is empty; name some of the store's, or leave it out for all",
+            "--layers is empty; give a list such as A,B, or leave it out",
         ),
         ((*ASKED, "--layers", ","), "--layers is empty"),
-        ((*ASKED, "--layers", " ", ", "), "--layers is empty"),
+        ((*ASKED, "--layers", " , "), "--layers is empty"),
+        (
+            (*ASKED, "--layers", "h.3", "mlp"),
+            "unexpected argument 'mlp'; --layers takes one list with commas: --layers A,B",
+        ),
         (
             (*ASKED, "--domains", ""),
-            "--domains is empty; name some of the store's, or leave it out for all",
+            "--domains is empty; give a list such as A,B, or leave it out",
         ),
         (
             ("--queries", "none.jsonl"),

@@ -215,7 +215,7 @@ def test_changed_tar_only_costs_its_texts(job, tmp_path, capsys):
     data[: len(data) // 2] = bytes(len(data) // 2)
     (tars / "a.tar").write_bytes(data)
     path = tmp_path / "page.html"
-    code, _, _ = report(capsys, job.output, "--shards", tars, "--output", path, "--score", "dot")
+    code, _, _ = report(capsys, job.output, "--shards", tars, "--page", path, "--score", "dot")
     assert code == 0
     assert "Some texts are not shown:" in StrictPage(path.read_text()).text
 
@@ -254,7 +254,7 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
         job.queries,
         "--score",
         score,
-        "--output",
+        "--page",
         path,
         "--layers",
         "attn",
@@ -283,13 +283,13 @@ def test_each_score_is_named_where_it_is_shown(job, tmp_path, capsys, score, of_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top_k", "0"], "--top_k must be from 1 to 200, got 0: a page is for reading"),
+        (["--top_k", "0"], "--top_k must be from 1 to 200, got 0"),
         (["--top_k", "201"], "--top_k must be from 1 to 200, got 201"),
         (["--queries", "nowhere.jsonl"], "the queries' file nowhere.jsonl cannot be read"),
         (["--score", "euclid"], "--score is 'euclid'; choose one of"),
         (["--layers", "h.9"], "has no layer 'h.9'; it has"),
-        (["--output", "{folder}"], "is a folder; name a file, such as"),
-        (["--output", "{file}/page.html"], "or a folder above it, is a file; give another path"),
+        (["--page", "{folder}"], "is a folder; name a file, such as"),
+        (["--page", "{file}/page.html"], "or a folder above it, is a file; give another path"),
         (["--query", "x"], "unknown flag '--query'; did you mean --queries?"),
     ],
 )

@@ -90,7 +90,7 @@ def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(
     [
         {},
         {"dropout": 0.2, "grad_accumulation": 2},
-        {"precision": "bfloat16", "pack": True},
+        {"model_dtype": "bfloat16", "pack": True},
         {"gradient_checkpointing": True, "dropout": 0.2},
     ],
     ids=["plain", "dropout", "bfloat16", "checkpointing"],

@@ -303,11 +303,11 @@ def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
     ("changes", "message"),
     [
         ({"result_dir": ""}, "--result_dir is empty; give a folder"),
-        ({"seed": -1}, r"--seed must be at least 0 and less than 2\^32, got -1"),
-        ({"seed": 10**22}, r"--seed must be at least 0 and less than 2\^32"),
+        ({"seed": -1}, r"--seed must be at least 0 and less than 4,294,967,296, got -1"),
+        ({"seed": 10**22}, r"--seed must be at least 0 and less than 4,294,967,296"),
         (
             {"learning_rate": float("inf")},
-            "--learning_rate must be more than 0, and finite, got inf",
+            "--learning_rate must be more than 0 and finite, got inf",
         ),
     ],
 )

@@ -120,7 +120,7 @@ def train_until_killed(monkeypatch, last, config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dropout": 0.2}, {"pack": True, "grad_accumulation": 2}, {"precision": "bfloat16"}],
+    "changes", [{"dropout": 0.2}, {"pack": True, "grad_accumulation": 2}, {"model_dtype": "bfloat16"}],
     ids=["dropout", "pack", "bfloat16"],
 )  # fmt: skip
 def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, changes):
@@ -275,9 +275,9 @@ def test_ranks_that_nobody_joins_are_refused(info, message):
         (
             {"schedule": "steps"},
             ConfigError,
-            "--schedule is 'steps'; choose cosine, linear or constant",
+            "--schedule is 'steps'; choose one of cosine, linear, constant",
         ),
-        ({"precision": "fp8"}, ConfigError, "--precision is 'fp8'; choose float32 or bfloat16"),
+        ({"model_dtype": "fp8"}, ConfigError, "--model_dtype is 'fp8'; choose one of float32, bfloat16"),
         ({"grad_accumulation": 0}, ConfigError, "--grad_accumulation must be at least 1"),
         ({"checkpoint_interval": -1}, ConfigError, "--checkpoint_interval must be at least 0"),
     ],
