@@ -41,7 +41,7 @@ def process():
 
 
 @pytest.fixture
-def nobody_is_waited_for(monkeypatch):
+def no_stale_wait(monkeypatch):
     """A foreign owner is taken for dead at the first look."""
     from gradproj.coordinator import heartbeats as heartbeats_module
 
@@ -50,6 +50,6 @@ def nobody_is_waited_for(monkeypatch):
 
 
 @pytest.fixture
-def nothing_is_flushed(monkeypatch):
+def no_fsync(monkeypatch):
     """Nobody crashes here, so the flushes are only waited for."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)

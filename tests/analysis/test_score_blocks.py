@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.meta_device import MUTE, waits_of
+from helpers.meta_device import META_DEVICE, waits_of
 from helpers.stores import Output
 
 from gradproj import ProjectionStore
@@ -97,9 +97,10 @@ def test_scan_never_waits_for_a_gpu_between_blocks(store, score):
     """Runs on a device that fails when it is waited for, with several blocks per unit."""
     fitted = Preconditioner.fit(store, "second_moment") if score == "relatif" else None
     scan = Scan.of(
-        store, {"score": score, "preconditioner": fitted, "device": MUTE, "rows_per_block": 9}
+        store,
+        {"score": score, "preconditioner": fitted, "device": META_DEVICE, "rows_per_block": 9},
     )
     queries = scan.prepare_queries(torch.ones(3, store.dim))
-    top, bottom = TopK(3, 5, MUTE), TopK(3, 2, MUTE)
+    top, bottom = TopK(3, 5, META_DEVICE), TopK(3, 2, META_DEVICE)
     assert waits_of(lambda: scores._add_all(scan, queries, top, bottom)) == []
     assert top.result()[0].shape == (3, 5)

@@ -11,7 +11,7 @@ from helpers.analysis_stores import (
     dense_scores,
     make_store,
     ok_rows,
-    store_again,
+    rewrite_rows,
 )
 
 from gradproj import ProjectionStore
@@ -120,7 +120,7 @@ def test_gradients_of_any_unit_have_scores(tmp_path, unit, dtype):
     output = make_store(tmp_path / "out", dtype)
     output.rows = (output.decoded() * unit).astype(np.float32)
     output.stored, output.row_scale = encode_rows(output.rows, dtype)
-    store_again(output)
+    rewrite_rows(output)
     queries = queries_for(output) * np.float32(unit)
     with ProjectionStore(output.path) as store:
         for kind in ("cosine", "preconditioned", "relatif"):
@@ -134,7 +134,7 @@ def test_a_row_of_zeros_scores_zero(tmp_path):
     output = make_store(tmp_path / "zero")
     output.rows[:] = 0
     output.stored[:] = 0
-    store_again(output)
+    rewrite_rows(output)
     with ProjectionStore(output.path) as store:
         for kind in ("cosine", "relatif", "kfac", "preconditioned"):
             got = score(queries_for(output), store, score=kind)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.faults import disagreements, fill, gone_owner, make_store
+from helpers.faults import dead_owner, fill, inconsistent_units, make_store
 
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
@@ -31,7 +31,7 @@ def owner_like_me(**changes):
 @pytest.fixture
 def gone_process():
     """A process id that has ended, with the start time it had."""
-    gone = gone_owner()
+    gone = dead_owner()
     return {"pid": gone.pid, "pid_start": gone.pid_start}
 
 
@@ -323,7 +323,7 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
     layout = make_store(tmp_path)
     (tmp_path / layout.shard_name(1)).write_bytes(b"left by an owner that died")
     assert fill(tmp_path, layout, owner_like_me())
-    assert disagreements(tmp_path, layout) == []
+    assert inconsistent_units(tmp_path, layout) == []
     assert list((tmp_path / "claims").iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import zarr
-from helpers.faults import IDENTITY, fake_owner, fake_rows, fill, gone_owner, make_store
+from helpers.faults import IDENTITY, dead_owner, fake_owner, fake_rows, fill, make_store
 
 from gradproj.coordinator import unmerge as takeback
 from gradproj.coordinator.claims import ClaimBoard
@@ -37,7 +37,7 @@ def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path
     layout = make_store(tmp_path)
     dead, away, mine = (
         UnitQueue(tmp_path, layout, IDENTITY, [0], owner)
-        for owner in (gone_owner(), fake_owner(1), here())
+        for owner in (dead_owner(), fake_owner(1), here())
     )
     for queue in (dead, away, mine):
         Heartbeat(tmp_path / "heartbeats", queue.owner, Progress()).write()
@@ -133,7 +133,7 @@ def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
         (tmp_path / "claims" / name).write_text(json.dumps(dataclasses.asdict(here())))
     (tmp_path / "partial" / "00000002").mkdir()
     (tmp_path / "tmp" / ".unfinished").mkdir()
-    dead = gone_owner(rank=7)
+    dead = dead_owner(rank=7)
     Heartbeat(tmp_path / "heartbeats", dead, Progress()).write()
     (tmp_path / "heartbeats" / f"{dead.name}.tmp").write_text("torn")
     assert remove_leftovers(tmp_path, here()) == 1

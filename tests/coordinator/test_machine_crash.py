@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.crash_disk import Disk, put
-from helpers.faults import fake_rows, gone_owner
+from helpers.faults import dead_owner, fake_rows
 from helpers.jobs import flags
 from helpers.models import make_model
 from helpers.outputs import flip_byte, shard_of
@@ -118,7 +118,7 @@ def content_of(output):
 
 @pytest.fixture(scope="module")
 def undisturbed(plan):
-    assert run(plan, gone_owner())
+    assert run(plan, dead_owner())
     return SimpleNamespace(output=plan.output, content=content_of(plan.output))
 
 
@@ -127,7 +127,7 @@ def undisturbed(plan):
 
 def a_new_job(plan, disk, undisturbed, monkeypatch):
     with disk.recording():
-        assert run(plan, gone_owner(), disk)
+        assert run(plan, dead_owner(), disk)
 
 
 def a_new_job_without_links(plan, disk, undisturbed, monkeypatch):
@@ -137,12 +137,12 @@ def a_new_job_without_links(plan, disk, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
         with disk.recording():
-            assert run(plan, gone_owner(), disk)
+            assert run(plan, dead_owner(), disk)
 
 
 def a_job_that_is_stopped(plan, disk, undisturbed, monkeypatch):
     with disk.recording():
-        assert not run(plan, gone_owner(), disk, stop_after=1)
+        assert not run(plan, dead_owner(), disk, stop_after=1)
 
 
 def a_lost_unit_computed_again(plan, disk, undisturbed, monkeypatch):
@@ -150,7 +150,7 @@ def a_lost_unit_computed_again(plan, disk, undisturbed, monkeypatch):
     (plan.output / record_name(1)).unlink()
     shard_of(plan.output, 1).write_bytes(b"damaged")
     with disk.keep().recording():
-        assert run(plan, gone_owner(), disk)
+        assert run(plan, dead_owner(), disk)
 
 
 def a_repair(plan, disk, undisturbed, monkeypatch):
@@ -158,7 +158,7 @@ def a_repair(plan, disk, undisturbed, monkeypatch):
     flip_byte(shard_of(plan.output, 1))
     with monkeypatch.context() as patch:
         patch.setattr(
-            merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: gone_owner())
+            merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: dead_owner())
         )
         with disk.keep().recording():
             assert repair(verify(plan.output)).units == [1]
@@ -251,7 +251,7 @@ def test_a_crash_while_the_job_goes_on_after_a_crash_is_survived(folder, survivo
         second = Disk(output.parent, one_by_one=False).keep()
         second.promised.update(state.promised)
         with second.recording():
-            assert run(in_folder(survivor.plan, output), gone_owner(), second)
+            assert run(in_folder(survivor.plan, output), dead_owner(), second)
         for then, left in chance.sample(list(second.states.items()), 8):
             survivor.go_on(f"{when}, and {then}", left)
 
@@ -267,7 +267,7 @@ def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_re
     root = tmp_path / "disk"
     root.mkdir()
     with Disk(root).recording() as disk:
-        assert run(in_folder(plan, root / "out"), gone_owner())
+        assert run(in_folder(plan, root / "out"), dead_owner())
     changes = disk.changes
     for unit in (0, 1):
         in_order = [

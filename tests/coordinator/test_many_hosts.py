@@ -14,10 +14,10 @@ from helpers.faults import (
     IDENTITY,
     at_change,
     before_each_change,
-    disagreements,
+    dead_owner,
     fake_owner,
     fake_rows,
-    gone_owner,
+    inconsistent_units,
     make_store,
 )
 
@@ -66,7 +66,7 @@ def commit_in_a_thread(output, layout, pause_before):
     return thread, go_on
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
+@pytest.mark.usefixtures("no_stale_wait", "no_fsync")
 def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(
     tmp_path,
 ):
@@ -86,13 +86,13 @@ def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_unde
             go_on.set()
             thread.join()
             queue.release()
-            assert disagreements(queue.output, layout) == []
+            assert inconsistent_units(queue.output, layout) == []
             assert list_records(queue.output / "units").tolist() == [0]
             writers.add(int(read_record(queue.output / record_name(0)).columns["loss"][0]))
     assert writers == {0, 1}
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
+@pytest.mark.usefixtures("no_stale_wait")
 def test_a_taken_over_owner_goes_on_with_its_other_units(tmp_path):
     layout = make_store(tmp_path, n_samples=32)
     old = UnitQueue(tmp_path, layout, IDENTITY, [0, 1], fake_owner(0))
@@ -104,14 +104,14 @@ def test_a_taken_over_owner_goes_on_with_its_other_units(tmp_path):
     assert not old.commit(fake_rows(layout, lost))
     assert old.commit(fake_rows(layout, kept))
     assert new.commit(fake_rows(layout, lost, writer=1))
-    assert disagreements(tmp_path, layout) == []
+    assert inconsistent_units(tmp_path, layout) == []
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
+@pytest.mark.usefixtures("no_stale_wait")
 def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
     layout, first = one_unit(tmp_path)
     out = tmp_path / "out"
-    second = UnitQueue(out, layout, IDENTITY, [0], gone_owner())
+    second = UnitQueue(out, layout, IDENTITY, [0], dead_owner())
     with monkeypatch.context() as patch:
         patch.setattr(
             ClaimBoard, "_fence_older", lambda *claim: None
@@ -123,7 +123,7 @@ def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
     assert not first.scratch.exists()
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
+@pytest.mark.usefixtures("no_stale_wait")
 def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
     layout, first = one_unit(tmp_path)
     first.claims.release("00000000")
@@ -136,7 +136,7 @@ def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
     assert not second.scratch.exists()
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for")
+@pytest.mark.usefixtures("no_stale_wait")
 def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(
     tmp_path, monkeypatch
 ):
@@ -295,7 +295,7 @@ def assert_sound(found):
     """Every unit is committed once, and each row and its columns are of one and the same host."""
     output, layout = found.output, found.layout
     assert found.changed == []
-    assert disagreements(output, layout) == []
+    assert inconsistent_units(output, layout) == []
     assert list_records(output / "units").tolist() == list(range(N_UNITS))
     assert is_complete(output)
     assert is_merged(output)

@@ -26,7 +26,7 @@ def files_of_the_store(output):
     return {path: path.read_bytes() for path in store if path.is_file()}
 
 
-@pytest.mark.usefixtures("nobody_is_waited_for", "nothing_is_flushed")
+@pytest.mark.usefixtures("no_stale_wait", "no_fsync")
 def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(
     tmp_path,
 ):

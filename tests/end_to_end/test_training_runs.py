@@ -15,7 +15,7 @@ import torch
 import zarr
 from helpers.forked_ranks import Ranks
 from helpers.jobs import ENVIRONMENT, flags
-from helpers.training_runs import config_of, make_data, rows_the_slow_way, settings_of
+from helpers.training_runs import config_of, make_data, rows_by_autograd, settings_of
 from safetensors.torch import load_file
 
 from gradproj import ProjectionStore
@@ -143,7 +143,7 @@ def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
         load_file(tmp_path / name / "model.safetensors") for name in ("regular", "whole", "parts")
     ]
     assert all(torch.equal(weights[0][k], w[k]) for w in weights[1:] for k in weights[0])
-    want, steps, ids = rows_the_slow_way(config_of(data, tmp_path, **changes), data, world_size=2)
+    want, steps, ids = rows_by_autograd(config_of(data, tmp_path, **changes), data, world_size=2)
     expected = {
         (step, sample_id): row for row, step, sample_id in zip(want, steps, ids, strict=True)
     }

@@ -52,7 +52,7 @@ def make_store(
     return output
 
 
-def store_again(output: Output) -> None:
+def rewrite_rows(output: Output) -> None:
     """Write what ``output.stored`` and ``output.row_scale`` have become."""
     for unit in range(output.layout.n_units):
         if unit != MISSING_UNIT:

@@ -150,8 +150,8 @@ class Killer:
             return
         job.wait_until_gone(PATIENCE_S)
         if self.ended_in_order:
-            assert job.process.returncode == 0, job.said()
-            assert self._jobs > 1 or merged(self._output), job.said()
+            assert job.process.returncode == 0, job.log_text()
+            assert self._jobs > 1 or merged(self._output), job.log_text()
 
     def _see_it_end(self, job: Job, kill: Kill) -> None:
         """The job must be gone in time, also where something is killed on its way out."""
@@ -208,7 +208,7 @@ class Killer:
         while job.is_running():
             if condition():
                 return True
-            assert time.monotonic() < deadline, f"nothing happens any more\n{job.said()}"
+            assert time.monotonic() < deadline, f"nothing happens any more\n{job.log_text()}"
             time.sleep(0.003)
         return False
 

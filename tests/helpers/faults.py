@@ -98,7 +98,7 @@ def fake_owner(number: int, **changes: Any) -> Owner:
     return dataclasses.replace(here, **{**away, **changes})
 
 
-def gone_owner(**changes: Any) -> Owner:
+def dead_owner(**changes: Any) -> Owner:
     """A process of this machine that has ended."""
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     known = {"pid": process.pid, "pid_start": process_start(process.pid)}
@@ -117,7 +117,7 @@ def fill(output: Path, layout: Any, owner: Owner, writer: int = 0, **options: An
         queue.release()
 
 
-def disagreements(output: Path, layout: Any) -> list[str]:
+def inconsistent_units(output: Path, layout: Any) -> list[str]:
     """Units whose record is not of the shard that is there, or of rows by two writers."""
     found = []
     for unit in list_records(output / "units").tolist():

@@ -30,7 +30,7 @@ SIGNALS = {"stop_at": signal.SIGTERM, "kill_at": signal.SIGKILL}
 
 
 @dataclass
-class Ended:
+class FinishedProcess:
     """A process that has ended."""
 
     rank: int
@@ -91,7 +91,7 @@ class Ranks:
         """How many have not been waited for."""
         return len(self._running)
 
-    def wait_for_one(self) -> Ended:
+    def wait_for_one(self) -> FinishedProcess:
         """Wait for whichever running process ends first."""
         timer = threading.Timer(
             PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running]
@@ -101,13 +101,13 @@ class Ranks:
         timer.cancel()
         rank, files = self._running.pop(pid)
         output, steps = (files.with_suffix(ending).read_text() for ending in (".out", ".steps"))
-        return Ended(rank, os.waitstatus_to_exitcode(status), steps.splitlines(), output)
+        return FinishedProcess(rank, os.waitstatus_to_exitcode(status), steps.splitlines(), output)
 
-    def wait_for_all(self) -> list[Ended]:
+    def wait_for_all(self) -> list[FinishedProcess]:
         """Wait for every running process; in the order of their ends."""
         return [self.wait_for_one() for _ in list(self._running)]
 
-    def kill_all(self) -> list[Ended]:
+    def kill_all(self) -> list[FinishedProcess]:
         """-9 to every running process."""
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own

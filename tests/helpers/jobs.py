@@ -205,12 +205,12 @@ class Job:
         while self.is_running() or self.pids():
             waited = time.monotonic() - started
             assert waited < seconds, (
-                f"after {waited:.1f} s there still are {self.pids()}\n{self.said()}"
+                f"after {waited:.1f} s there still are {self.pids()}\n{self.log_text()}"
             )
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return f"--- {self.log}\n{self.log.read_text(errors='replace')[-6000:]}"
 
     def end(self) -> None:

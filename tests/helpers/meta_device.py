@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-MUTE = torch.device("meta")
+META_DEVICE = torch.device("meta")
 
 _COPIES = ("aten::_to_copy", "aten::copy_")
 _MAKERS = ("tensor", "as_tensor", "new_tensor", "asarray")
@@ -37,7 +37,7 @@ class _Operations(TorchDispatchMode):
         given = _tensors((args, kwargs))
         name = operation._schema.name
         on_host = [x for x in given if x.device.type == "cpu"]
-        if on_host and any(x.device == MUTE for x in (*given, *_tensors(result))):
+        if on_host and any(x.device == META_DEVICE for x in (*given, *_tensors(result))):
             blocking = not (
                 kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
             )
@@ -64,7 +64,7 @@ class _Makers(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         made = name in _MAKERS and not any(isinstance(x, Tensor) for x in args[-1:])
         listed = name in ("__getitem__", "__setitem__") and isinstance(args[1], list)
-        if (made and result.device == MUTE) or (listed and args[0].device == MUTE):
+        if (made and result.device == META_DEVICE) or (listed and args[0].device == META_DEVICE):
             self._found.append(f"{name}: made of numbers that the host has")
         return result
 

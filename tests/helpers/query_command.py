@@ -12,7 +12,7 @@ TEXT = "the of and to in"
 """Of fewer tokens than the finished job's rows cover."""
 
 
-class Asking:
+class QueryCommand:
     """``python -m gradproj query`` on an output."""
 
     def __init__(self, capsys):
@@ -43,7 +43,7 @@ class Asking:
 
 @pytest.fixture
 def ask(capsys):
-    return Asking(capsys)
+    return QueryCommand(capsys)
 
 
 def write_queries(path, *queries):

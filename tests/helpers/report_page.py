@@ -60,7 +60,7 @@ QUERIES = [
 
 
 @functools.cache
-def made_once(root: Path) -> SimpleNamespace:
+def shared_job(root: Path) -> SimpleNamespace:
     """The job with a file of ``queries`` and its ``page``, for all tests of a session: not to be changed."""
     job = make_job(root)
     job.queries, job.page = root / "q.jsonl", root / "report.html"

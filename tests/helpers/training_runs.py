@@ -57,7 +57,7 @@ def index_of(data: Path):
     return build_index(list_tars(str(data / "tars")), progress=False)
 
 
-def rows_the_slow_way(
+def rows_by_autograd(
     config: TrainConfig, data: Path, world_size: int = 1
 ) -> tuple[np.ndarray, list[int], list[int]]:
     """``(rows, steps, sample ids)``: the run by hand, every sample's gradient alone at its step's weights."""

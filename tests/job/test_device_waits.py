@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import flags
-from helpers.meta_device import MUTE, waits_of, watched
+from helpers.meta_device import META_DEVICE, waits_of, watched
 from helpers.models import FAMILIES, VOCAB, make_model, ragged_batch, small_model
 from helpers.references import relative_error
 from helpers.units import project_unit, unit_of
@@ -49,7 +49,7 @@ def waits_of_a_unit(tmp_path, monkeypatch):
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
 
     def run(model, chunked=True, **settings):
-        model = model.requires_grad_(False).to(MUTE)
+        model = model.requires_grad_(False).to(META_DEVICE)
         monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
         unit, done = some_unit(), []
         with GradProjLoraEngine(
@@ -182,7 +182,7 @@ def test_wait_inside_the_model_is_detected(waits_of_a_unit, monkeypatch):
 
 
 def test_non_blocking_copy_of_pinned_memory_is_no_wait():
-    assert waits_of(lambda: torch.zeros(3).pin_memory().to(MUTE, non_blocking=True)) == []
+    assert waits_of(lambda: torch.zeros(3).pin_memory().to(META_DEVICE, non_blocking=True)) == []
 
 
 # --- the job itself ---
@@ -205,7 +205,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
 
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
     monkeypatch.setattr(
-        rank_setup, "load_model", lambda files, device: load_model(files, "cpu").to(MUTE)
+        rank_setup, "load_model", lambda files, device: load_model(files, "cpu").to(META_DEVICE)
     )
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)
@@ -216,7 +216,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
         job = start_job(run_config(flags(**settings), "test"), process)
     plan, progress = job.plan, Progress()
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
-    gradproj.run.compute(job, queue, MUTE, StopRequest(), progress)
+    gradproj.run.compute(job, queue, META_DEVICE, StopRequest(), progress)
     assert waits == []
     assert progress.batches > 3 * progress.units == 9
     assert len(fetched_by) == 3

@@ -13,7 +13,7 @@ from helpers.report_page import (
     N_DOCUMENTS,
     SCRIPT,
     StrictPage,
-    made_once,
+    shared_job,
 )
 from helpers.stores import Output
 
@@ -29,7 +29,7 @@ from gradproj.store.writer import update_attributes
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return made_once(tmp_path_factory.getbasetemp() / "report")
+    return shared_job(tmp_path_factory.getbasetemp() / "report")
 
 
 @pytest.fixture(scope="module")

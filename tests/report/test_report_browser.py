@@ -6,12 +6,12 @@ import subprocess
 
 import numpy as np
 import pytest
-from helpers.report_page import SCRIPT, browse, browser, made_once
+from helpers.report_page import SCRIPT, browse, browser, shared_job
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    return made_once(tmp_path_factory.getbasetemp() / "report").page
+    return shared_job(tmp_path_factory.getbasetemp() / "report").page
 
 
 pytestmark = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import torch
 import zarr
 from helpers.models import ragged_batch, small_model
 from helpers.references import sample_loss
-from helpers.training_runs import config_of, index_of, make_data, rows_the_slow_way
+from helpers.training_runs import config_of, index_of, make_data, rows_by_autograd
 from safetensors.torch import load_file
 
 from gradproj import ProjectionStore, per_sample_loss
@@ -74,7 +74,7 @@ def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(
         proj_dtype="float32",
     )
     train(config)
-    want, steps, ids = rows_the_slow_way(config, data)
+    want, steps, ids = rows_by_autograd(config, data)
     with ProjectionStore(tmp_path / "projections") as store:
         assert len(store) == len(want) == 18 * accumulation
         got = store.rows(range(len(store)))
