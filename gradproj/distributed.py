@@ -167,15 +167,13 @@ class JobName:
 
     @classmethod
     def from_environment(cls) -> "JobName":
-        """Return Slurm's job id (an array's element has its own), or a name unique to this start."""
+        """Take Slurm's job id (an array's element has its own), or a name unique to this start."""
         env = os.environ
-        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)) + 1000 * int(
-            env.get("SLURM_RESTART_COUNT", 0)
-        )
+        restarts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts += 1000 * int(env.get("SLURM_RESTART_COUNT", 0))
         if "SLURM_ARRAY_JOB_ID" in env:
-            return cls(
-                f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '0')}", restarts
-            )
+            task = env.get("SLURM_ARRAY_TASK_ID", "0")
+            return cls(f"slurm-{env['SLURM_ARRAY_JOB_ID']}_{task}", restarts)
         if "SLURM_JOB_ID" in env:
             return cls(f"slurm-{env['SLURM_JOB_ID']}", restarts)
         # torchrun's run id is "none" unless one was chosen, so the launcher's pid tells jobs apart.

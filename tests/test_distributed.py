@@ -75,7 +75,8 @@ def test_array_elements_are_separate_jobs(monkeypatch):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
         names.append(JobName.from_environment().job_id)
     assert names == ["slurm-70_1", "slurm-70_2"]
-    # One element's SLURM_JOB_ID is the array's: requeued, it must outdate the claims of its own last start alone.
+    # One element's SLURM_JOB_ID is the array's. After a requeue it must outdate only the claims of
+    # its own last start.
     monkeypatch.setenv("SLURM_JOB_ID", "70")
     first = JobName.from_environment()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

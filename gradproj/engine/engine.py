@@ -9,6 +9,7 @@ Source of the maths: LoGra, arXiv:2405.13954.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,13 +27,15 @@ from gradproj.engine.capture import (
 from gradproj.engine.compiled_capture import CompiledCapture
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
-from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.engine.original_interface import OriginalInterface
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.projection_files import RowBuffer
 from gradproj.errors import ConfigError, GradprojError, ModelError
+from gradproj.flags import flag_of
 
 
-class GradProjLoraEngine:
+class GradProjLoraEngine(OriginalInterface):
     """Per-sample projected gradients ``P_o (sum_t g_t a_t^T) P_i^T`` of a model's layers.
 
     Use it as a context manager, or call ``attach`` and ``detach``. Both leave the model, its
@@ -122,8 +125,6 @@ class GradProjLoraEngine:
         self._handles: list[Any] = []
         self._frozen: FrozenModel | None = None
         self._unsaved = RowBuffer()
-        self._loss_factor: Tensor | float | None = None
-        self._batch_ids: Any = None
 
     @classmethod
     def from_config(
@@ -135,14 +136,11 @@ class GradProjLoraEngine:
         compiled: bool = False,
     ) -> "GradProjLoraEngine":
         """Return an engine for the job: weights frozen, token covariances summed."""
+        # The flags of the configuration are the arguments' names.
+        projection = {flag_of(field): getattr(config, field.name) for field in fields(config)}
         return cls(
             module,
-            config.layers,
-            config.rank_total,
-            config.rank_min,
-            config.seed,
-            proj_kind=config.kind,
-            include_embeddings=config.include_embeddings,
+            **projection,
             matrices=matrices,
             freeze_weights=True,
             token_covariances=True,
@@ -269,14 +267,10 @@ class GradProjLoraEngine:
         """
         weighted = self._capture.rows()
         weights = self._loss_weights(weighted)
-        # Allocate everything before the sums change: a batch that does not fit is retried in
-        # halves.
+        # Allocate everything before the sums change: a batch that fails is retried in halves.
         rows = (weighted / weights).to(self.proj_dtype)
-        sums = (
-            self._capture.covariances(weighted, weights) if self._covariances is not None else None
-        )
-        if self._covariances is not None and sums is not None:
-            self._covariances.add(sums)
+        if self._covariances is not None:
+            self._covariances.add(self._capture.covariances(weighted, weights))
         if self.proj_dir is not None:
             self._unsaved.add(rows, batch_indices)
             if len(self._unsaved) >= self.proj_save_interval:
@@ -312,72 +306,16 @@ class GradProjLoraEngine:
         # new_full makes the number on the device; a copy from the host would wait.
         return weight.to(rows) if isinstance(weight, Tensor) else rows.new_full((), weight)
 
-    # --- the original system's methods ---
-
-    def attach_train_batch(
-        self,
-        X_train: Any = None,
-        Y_train: Any = None,
-        iter_num: int | None = None,
-        batch_idx: Any = None,
-        *,
-        labels: Tensor | None = None,
-        loss_reduction: str | None = None,
-    ) -> None:
-        """Announce the next training batch and how the user's own loss reduces over it.
-
-        Args:
-            X_train: the inputs; unused, as in the original.
-            Y_train: stands in for ``labels`` if a ``loss_reduction`` is given.
-            iter_num: the step; unused.
-            batch_idx: the samples' ids, for ``aggregate_and_log``.
-            labels: ``(N, S)``, not shifted, -100 = no target. Their count undoes a mean.
-            loss_reduction: ``"mean"`` (over all target tokens of the batch, as in transformers) or
-                ``"sum"``.
-        """
-        self._batch_ids = batch_idx
-        labels = Y_train if labels is None else labels
-        if loss_reduction is None:
-            self._loss_factor = None
-        elif loss_reduction == "sum":
-            self._loss_factor = 1.0
-        elif loss_reduction == "mean" and isinstance(labels, Tensor):
-            self._loss_factor = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
-        else:
-            raise ConfigError(
-                f"attach_train_batch: loss_reduction is {loss_reduction!r} with labels "
-                f"{type(labels).__name__}; give 'sum', or 'mean' with the (N, S) labels"
-            )
-
-    def attach_with_optimizer(self, optimizer: Any = None) -> None:
-        """Call ``attach``; the optimizer is not needed."""
-        self.attach()
-
     def prepare_gradients(self) -> None:
         """Do nothing: the hooks did the work in the backward pass. ``param.grad`` is untouched."""
-
-    def aggregate_and_log(self) -> Tensor:
-        """Call ``collect_batch`` with the ids given to ``attach_train_batch``."""
-        ids, self._batch_ids = self._batch_ids, None
-        return self.collect_batch(ids)
 
     def clear_gradients(self) -> None:
         """Drop a batch that was not collected."""
         self._capture.forget()
         self._capture.token_mask = None
 
-    def detach_for_evaluation(self) -> None:
-        """Call ``detach``; unsaved rows are kept."""
-        self.detach()
-
-    def reattach_after_evaluation(self) -> None:
-        """Call ``attach``."""
-        self.attach()
-
     def save_projections(self, iter_num: int | None = None) -> Path | None:
-        """Write all rows since the last write as one ``proj_iter_*.pt`` file. None if there are
-        none.
-        """
+        """Write all rows since the last write to one ``proj_iter_*.pt`` file. None without rows."""
         if self._unsaved and self.proj_dir is None:
             raise GradprojError(
                 "save_projections: the engine was made without proj_dir, so it has nowhere to write"

@@ -64,8 +64,8 @@ class RowBuffer:
             ]
             self._files = max(taken, default=0)
         self._files = self._files + 1 if number is None else number
-        known = [ids for ids in self._ids if ids is not None]
-        ids = torch.cat(known) if len(known) == len(self._ids) else None
+        batch_ids = [ids for ids in self._ids if ids is not None]
+        ids = torch.cat(batch_ids) if len(batch_ids) == len(self._ids) else None
         path = write_projection_file(folder, self._files, torch.cat(self._rows), ids)
         self._rows, self._ids = [], []
         return path

@@ -172,7 +172,7 @@ def try_batches(
             break
         try:
             trial = _try(model, engine, n_sequences, max_length, memory)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             break

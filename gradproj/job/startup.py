@@ -82,8 +82,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
 
 
 def _start(config: RunConfig, name: JobName) -> Plan:
-    """Run rank 0's checks and prepare the output directory. Failures are noted in ``failed.json``.
-    """
+    """Run rank 0's checks and prepare the output directory. Notes failures in ``failed.json``."""
     owner = Owner.this_process(name.job_id, name.generation, 0)
     try:
         plan = make_plan(config)

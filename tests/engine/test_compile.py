@@ -1,4 +1,4 @@
-"""``--compile``: equal rows up to rounding, a restored model, and clear errors without a compiler."""
+"""``--compile``: equal rows up to rounding, a restored model, clear errors without a compiler."""
 
 import os
 import subprocess

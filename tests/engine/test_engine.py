@@ -422,8 +422,8 @@ def test_fused_expert_weights_are_named():
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     config = MixtralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=4, vocab_size=VOCAB,
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, vocab_size=VOCAB,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ModelError, match=r"cannot project: model\.layers\.0\.mlp\.\S+ \(Mixtral"):

@@ -23,7 +23,8 @@ def inputs(request, tmp_path_factory):
     return {
         "shards": make_corpus(root / "tars", mixed_documents(N_DOCUMENTS)),
         "model": make_model(root / "model", request.param),
-        "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "rows_per_shard": 16, "proj_dtype": "float32",
+        "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24,
+        "rows_per_shard": 16, "proj_dtype": "float32",
     }  # fmt: skip
 
 

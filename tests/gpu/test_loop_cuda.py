@@ -107,7 +107,7 @@ def test_unit_seconds_are_gpu_time_not_submission_time(gpu, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def larger(gpu):
-    """A model whose batches take hundreds of megabytes, so that the allocator's own granularity does not decide."""
+    """A model whose batches take hundreds of megabytes, far above the allocator's granularity."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_embd=512, n_layer=4, n_head=8, vocab_size=8192, bos_token_id=1, eos_token_id=1

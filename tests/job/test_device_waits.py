@@ -1,4 +1,4 @@
-"""The job's loop never waits for its device: run on one whose values cannot be read, without a GPU."""
+"""The job's loop never waits for its device. It runs on one whose values cannot be read."""
 
 import threading
 from contextlib import nullcontext
@@ -190,9 +190,14 @@ def test_non_blocking_copy_of_pinned_memory_is_no_wait():
 
 def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, monkeypatch):
     settings = {
-        "shards": make_corpus(tmp_path / "tars", mixed_documents(48)), "model": make_model(tmp_path / "model"),
-        "output_dir": tmp_path / "out", "rows_per_shard": 16, "batch_size": 4, "max_length": 24, "device": "cpu",
-    }  # fmt: skip
+        "shards": make_corpus(tmp_path / "tars", mixed_documents(48)),
+        "model": make_model(tmp_path / "model"),
+        "output_dir": tmp_path / "out",
+        "rows_per_shard": 16,
+        "batch_size": 4,
+        "max_length": 24,
+        "device": "cpu",
+    }
     waits, fetched_by, project = [], [], UnitProjector.project
 
     def watched_project(*args):

@@ -102,7 +102,7 @@ def test_model_that_mixes_documents_or_sees_padding_is_reported(
 def test_failing_precision_sets_the_exit_code_only_if_the_job_uses_it(
     dtype, code, way_out, job, tmp_path, capsys
 ):
-    # Attention logits so large that bfloat16's rounding of them turns one token's attention into another's.
+    # Attention logits so large that rounding them to bfloat16 moves attention to another token.
     model = make_model(tmp_path / "sharp", initializer_range=1.0)
     assert main(command(job, tmp_path, model=model, model_dtype=dtype)) == code
     said = capsys.readouterr().out

@@ -91,7 +91,8 @@ def test_precision_check_names_diagnose_when_float32_does_not_fit(monkeypatch):
     monkeypatch.setattr(module, "available_host_bytes", lambda: 1000)
     line, warning = checked(calm_model(), unit_of([20]))
     assert (line, warning) == (
-        "bfloat16 is not checked: no memory for float32 weights; python -m gradproj diagnose does it",
+        "bfloat16 is not checked: no memory for float32 weights; "
+        "python -m gradproj diagnose does it",
         False,
     )
 
