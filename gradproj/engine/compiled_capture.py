@@ -102,8 +102,9 @@ class CompiledHook:
             else:
                 a_p = project_with(a.detach(), self._p_i, self._low_i)
             a_p = self._by_sample(a_p)
+        assert self.grad_buffers is not None  # set together with ``mask``
         return _ProjectGradient.apply(
-            output, a_p, self._p_o, self._low_o, self._batch.mask, *self._grad_buffers()
+            output, a_p, self._p_o, self._low_o, self._batch.mask, *self.grad_buffers
         )
 
     def _by_sample(self, x: Tensor) -> Tensor:
@@ -117,10 +118,6 @@ class CompiledHook:
         if separated is None:
             raise mixed_samples_error(self._layer, x, (mask.shape[0], mask.shape[1]))
         return separated
-
-    def _grad_buffers(self) -> tuple[Tensor, ...]:
-        assert self.grad_buffers is not None  # set together with ``mask``
-        return self.grad_buffers
 
 
 class _ProjectGradient(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches
 from gradproj.engine.compile import nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import Targets, per_sample_loss
+from gradproj.engine.run_batch import run_batch
 from gradproj.job.unit_reader import PreparedUnit
 from gradproj.kernels.memory import available_host_bytes, is_out_of_memory
 from gradproj.model.loading import positions_of
@@ -125,7 +125,7 @@ def rows_of(
         prepared = collate(documents.sequences, sequences, pad=0)
         if way == "beside padding":
             prepared = _padded(prepared, positions_of(model.config))
-        batch_rows = _rows_of_batch(model, engine, prepared.to(device)).float().cpu()
+        batch_rows = run_batch(model, engine, prepared.to(device))[0].float().cpu()
         rows.index_add_(0, torch.from_numpy(documents.document_of[sequences]), batch_rows)
     return rows
 
@@ -143,13 +143,6 @@ def _padded(batch: Batch, positions: int | None) -> Batch:
     extra = length if positions is None else max(0, min(length, positions - length))
     ids, mask = F.pad(batch.input_ids, (0, extra)), F.pad(batch.token_mask, (0, extra))
     return replace(batch, input_ids=ids, token_mask=mask)
-
-
-def _rows_of_batch(model: nn.Module, engine: GradProjLoraEngine, batch: Batch) -> Tensor:
-    engine.set_token_mask(batch.token_mask)
-    targets = Targets(batch.positions, batch.targets)
-    per_sample_loss(model, {"input_ids": batch.input_ids, "targets": targets}).sum().backward()
-    return engine.collect_batch()
 
 
 # --- the job's own check ---

@@ -17,9 +17,8 @@ from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.halving import run_in_halves
-from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.engine.row_columns import ZERO_ROWS, finish_rows
+from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.kernels.device_copy import fetch, record_event, seconds_between, send
@@ -101,11 +100,7 @@ class UnitProjector:
 
     def _forward_backward(self, total: "UnitSums", sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
-        self._engine.set_token_mask(batch.token_mask)
-        targets = Targets(batch.positions, batch.targets)
-        losses = per_sample_loss(self._model, {"input_ids": batch.input_ids, "targets": targets})
-        losses.sum().backward()
-        total.add(sequences, self._engine.collect_batch(), losses.detach())
+        total.add(sequences, *run_batch(self._model, self._engine, batch))
         return True
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:

@@ -116,7 +116,10 @@ class UnitReader:
             for row, tokens in zip(
                 [r for r, _ in pending], self._tokenize([d for _, d in pending]), strict=True
             ):
-                parts = self._sequences_of(tokens, columns, row)
+                parts = split_long(tokens, settings.batch.max_length, settings.batch.long_documents)
+                columns["n_tokens"][row] = sum(len(part) - 1 for part in parts)
+                if not parts:
+                    columns["status"][row] = STATUS["no_target"]
                 sequences.extend(parts)
                 row_of.extend([row] * len(parts))
             pending.clear()
@@ -176,13 +179,3 @@ class UnitReader:
             np.array(d.input_ids, dtype=np.int64) if d.input_ids is not None else next(tokenized)
             for d in documents
         ]
-
-    def _sequences_of(
-        self, tokens: np.ndarray, columns: dict[str, np.ndarray], row: int
-    ) -> list[np.ndarray]:
-        batch = self.settings.batch
-        sequences = split_long(tokens, batch.max_length, batch.long_documents)
-        columns["n_tokens"][row] = sum(len(s) - 1 for s in sequences)
-        if not sequences:
-            columns["status"][row] = STATUS["no_target"]
-        return sequences

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches, split_long
-from gradproj.engine.halving import run_in_halves
-from gradproj.engine.loss import Targets, per_sample_loss
+from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.config import RunConfig
@@ -202,13 +201,9 @@ class QueryProjector:
     def _forward_backward(self, sequences: _Sequences, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = collate(sequences.tokens, chosen, pad=0)
         batch = _only_targets_from(batch, [sequences.first[i] for i in chosen]).to(self._device)
-        self._engine.set_token_mask(batch.token_mask)
-        targets = Targets(batch.positions, batch.targets)
-        losses = per_sample_loss(self._model, {"input_ids": batch.input_ids, "targets": targets})
-        losses.sum().backward()
-        rows = self._engine.collect_batch()
+        result = run_batch(self._model, self._engine, batch)
         self._engine.take_token_covariances()  # a query needs none
-        return rows, losses.detach()
+        return result
 
     # -- for people --
 

@@ -9,9 +9,9 @@ from helpers.models import make_model
 
 from gradproj.coordinator.heartbeats import Progress
 from gradproj.coordinator.partial_rows import PartialLog
+from gradproj.engine import run_batch
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
-from gradproj.job import unit_projector as projector_module
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.unit_projector import UnitProjector
@@ -67,7 +67,7 @@ def loss_that_fails(most, after_backward=False, message="out of memory"):
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_batch_is_halved_until_it_fits(parts, tmp_path, monkeypatch, most, after_backward):
     want = project(parts, tmp_path)
-    monkeypatch.setattr(projector_module, "per_sample_loss", loss_that_fails(most, after_backward))
+    monkeypatch.setattr(run_batch, "per_sample_loss", loss_that_fails(most, after_backward))
     got = project(parts, tmp_path)
     np.testing.assert_array_equal(got.record.columns["status"], want.record.columns["status"])
     np.testing.assert_allclose(got.stored, want.stored, rtol=1e-3, atol=1e-5)
@@ -109,7 +109,7 @@ def test_document_that_does_not_fit_alone_gets_status_7_and_others_their_rows(
             raise torch.OutOfMemoryError("out of memory")
         return per_sample_loss(model, batch)
 
-    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    monkeypatch.setattr(run_batch, "per_sample_loss", loss)
     got = project(parts, tmp_path)
     failed = got.record.columns["status"] == STATUS["out_of_memory"]
     assert 0 < failed.sum() < 16
@@ -122,7 +122,7 @@ def test_other_errors_are_not_treated_as_out_of_memory(parts, tmp_path, monkeypa
     def loss(model, batch):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    monkeypatch.setattr(run_batch, "per_sample_loss", loss)
     with pytest.raises(RuntimeError, match="shapes differ"):
         project(parts, tmp_path)
 
@@ -161,7 +161,7 @@ def test_non_finite_gradient_gives_a_nan_row_with_status_5(parts, tmp_path, monk
         weights[0] = bad
         return losses * weights
 
-    monkeypatch.setattr(projector_module, "per_sample_loss", loss)
+    monkeypatch.setattr(run_batch, "per_sample_loss", loss)
     got = project(parts, tmp_path)
     status = got.record.columns["status"]
     spoilt = status == STATUS["non_finite"]

@@ -1,4 +1,4 @@
-"""Batches that do not fit the device's memory: halved until they do."""
+"""One batch through model and engine; halved until it fits the device's memory."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -6,13 +6,34 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from gradproj.engine.batching import Batch
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import Targets, per_sample_loss
 from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+def run_batch(model: nn.Module, engine: GradProjLoraEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run a batch forward and backward.
+
+    Args:
+        model: on the batch's device.
+        engine: attached to the model.
+        batch: its sequences.
+
+    Returns:
+        ``(rows (N, D), losses (N,))``, both of summed losses in nats, on the device.
+    """
+    engine.set_token_mask(batch.token_mask)
+    targets = Targets(batch.positions, batch.targets)
+    losses = per_sample_loss(model, {"input_ids": batch.input_ids, "targets": targets})
+    losses.sum().backward()
+    return engine.collect_batch(), losses.detach()
 
 
 def run_in_halves(
