@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one clear message, exit code 2, no traceback."""
+"""User errors: one clear message, exit code 2, no traceback."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -8,33 +8,33 @@ from gradproj.formatting import clean_lines
 
 
 class GradprojError(Exception):
-    """A mistake that the user can mend; the message names what is wrong, where, and the way out."""
+    """An error that the user can fix. The message names what is wrong, where, and the way out."""
 
     exit_code = 2
 
 
 class ConfigError(GradprojError):
-    """A flag or a key of the config file has a value that cannot be used."""
+    """A flag or a key of the config file has an unusable value."""
 
 
 class CorpusError(GradprojError):
-    """The input data, a tar or the corpus index is not what it has to be."""
+    """The input data, a tar or the corpus index is missing, damaged or inconsistent."""
 
 
 class ModelError(GradprojError):
-    """The model or the tokenizer cannot be loaded, or has no layer of the kind asked for."""
+    """The model or tokenizer cannot be loaded, or has no layer that was requested."""
 
 
 class StoreError(GradprojError):
-    """An output folder or a store cannot be written, read, or continued with these settings."""
+    """An output directory or store cannot be written, read, or continued with these settings."""
 
 
 class OtherSettingsError(StoreError):
-    """A store was made with other settings than this run's; nothing is wrong with the store."""
+    """A store was made with settings other than this run's. The store itself is sound."""
 
 
 class ReportedError(GradprojError):
-    """Rank 0 has said what is wrong; this rank ends without a word."""
+    """Rank 0 has reported the error; this rank exits silently."""
 
 
 def settings_mismatch(
@@ -65,19 +65,21 @@ def settings_mismatch(
 
 
 def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command; a user's mistake becomes one message on standard error and exit code 2."""
+    """Run a command and return its exit code. A user error is printed as one message; its code is
+    2.
+    """
     try:
         return command() or 0
     except ReportedError as error:
         return error.exit_code
     except GradprojError as error:
-        # It may name what a stranger called a domain, a layer or a file.
+        # The message may contain untrusted names of domains, layers or files.
         print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("gradproj: stopped", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; that is no failure.
+        # The reader of the output (head, less) has gone, which is no failure.
         sys.stderr.close()
         return 0

@@ -24,7 +24,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import report_errors_from_rank_0
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.job.config import run_config
-from gradproj.job.prefetch import Background, Writer
+from gradproj.job.prefetch import Prefetcher, Writer
 from gradproj.job.rank_setup import set_up_rank
 from gradproj.job.startup import Job, log_to_file, start_job
 from gradproj.job.summary import print_result
@@ -96,7 +96,7 @@ def compute(
     with set_up_rank(job, queue, device, stop, progress) as rank, Writer() as writer:
         claimed = queue.take()
         # A thread claims and reads the next unit while the device computes this one.
-        read_ahead = Background(map(rank.reader.read, claimed), check=writer.check)
+        read_ahead = Prefetcher(map(rank.reader.read, claimed), check=writer.check)
         with read_ahead as units, stop.requested_on_error():
             for unit in units:
                 projected = rank.project(unit) if unit is not None else None

@@ -12,7 +12,7 @@ T = TypeVar("T")
 CHECK_EVERY_S = 0.2
 
 
-class Background(Generic[T]):
+class Prefetcher(Generic[T]):
     """Iterates over ``items`` made by a thread ahead of time.
 
     An error in the thread is raised in the loop. As a context manager it ends the thread on exit,
@@ -32,7 +32,7 @@ class Background(Generic[T]):
             maxsize=max(1, ahead)
         )
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="background", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
     def __enter__(self) -> Iterator[T]:
         self._thread.start()
