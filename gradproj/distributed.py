@@ -1,5 +1,4 @@
-"""This process's place: rank, world size, device, job. The only reader of the launcher's
-environment.
+"""This process's rank, world size, device and job; the only reader of the environment.
 
 The job's ranks meet at its start only, where rank 0 checks while the others wait. Its loop has no
 collective, so an uneven rank cannot make another time out.
@@ -25,12 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 # torch is imported where it is used: signals must be handled before the seconds that it takes.
-
 START_TIMEOUT = timedelta(hours=6)
 """Rank 0 holds the rendezvous store itself under some launchers, and may be late."""
 LET_RANK_0_SPEAK_S = 10.0
-LOOK_S = (0.01, 0.5)
-"""First and longest pause between two checks of another rank's state."""
+LOOK_S = (0.01, 0.5)  # first and longest pause between two checks of another rank
 
 
 def launcher_rank() -> int | None:
@@ -46,10 +43,8 @@ def launcher_died() -> bool:
         return False
     try:
         socket.create_connection((env["MASTER_ADDR"], int(env["MASTER_PORT"]))).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False  # the network failed, not the agent
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)  # others are the network's
     return False
 
 
@@ -72,19 +67,14 @@ class Process:
             ConfigError: some of the variables are set and others are not.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        values = [os.environ.get(name) for name in names]
-        if values[0] is None and values[1] is None:
+        given: dict[str, Any] = {name: os.environ[name] for name in names if name in os.environ}
+        if "RANK" not in given and "WORLD_SIZE" not in given:
             return cls(0, 1, 0, 1)
-        missing = [name for name, value in zip(names, values, strict=True) if value is None]
+        missing = [name for name in names if name not in given]
         if missing:
-            raise ConfigError(
-                f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}: start the job "
-                "with torchrun"
-            )
-        rank, world_size, local_rank, local_world_size = (
-            int(value) for value in values if value is not None
-        )
-        return cls(rank, world_size, local_rank, local_world_size, launched=True)
+            incomplete = f"the launcher set RANK or WORLD_SIZE but not {', '.join(missing)}"
+            raise ConfigError(f"{incomplete}: start the job with torchrun")
+        return cls(**{name.lower(): int(value) for name, value in given.items()}, launched=True)
 
 
 def has_process_group() -> bool:
@@ -200,25 +190,25 @@ def choose_device(name: str, local_rank: int) -> "tuple[torch.device, str | None
     """
     import torch
 
-    available = torch.cuda.is_available()
     if name == "cpu":
         return torch.device("cpu"), None
-    if not available:
+    if not torch.cuda.is_available():
+        versions = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
         if name == "cuda":
             raise ConfigError(
-                "--device cuda: torch sees no GPU here (torch "
-                f"{torch.__version__}, built for CUDA {torch.version.cuda}); "
-                "install a CUDA build or give --device cpu"
+                f"--device cuda: torch sees no GPU here ({versions}); install a CUDA build or give "
+                "--device cpu"
             )
         hint = visible_gpu_hint()
-        return torch.device("cpu"), None if hint is None else (
-            f"WARNING: running on the CPU although {hint}: torch {torch.__version__} (CUDA "
-            f"{torch.version.cuda}) sees no GPU. Give --device cuda to make this an error."
+        return torch.device("cpu"), hint and (
+            f"WARNING: running on the CPU although {hint}: torch sees no GPU ({versions}). "
+            "Give --device cuda to make this an error."
         )
-    if local_rank >= torch.cuda.device_count():
+    n_gpus = torch.cuda.device_count()
+    if local_rank >= n_gpus:
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start "
-            f"at most that many ranks a node (--nproc_per_node {torch.cuda.device_count()})"
+            f"local rank {local_rank} has no GPU: this node has {n_gpus}; start at most that many "
+            f"ranks a node (--nproc_per_node {n_gpus})"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank), None
@@ -227,31 +217,28 @@ def choose_device(name: str, local_rank: int) -> "tuple[torch.device, str | None
 class Rendezvous:
     """Exchanges values between the ranks of one start, through the store of torchrun or of rank 0.
 
-    There is no process group: no tensors are summed here, and a rank inside gloo handles no signal
-    while it waits for a dead one. These waits are Python's.
-
-    The store outlives a restart of the ranks, with everything the earlier ones wrote. So rank 0
-    chooses an unused prefix, and sends it to each rank under the name that rank announces.
+    There is no process group: a rank inside gloo handles no signal while it waits for a dead one.
+    These waits are Python's. The store outlives a restart of the ranks, with all that the earlier
+    ones wrote, so rank 0 chooses an unused prefix and sends it to each rank under the name that
+    rank announces.
     """
 
     def __init__(self, process: Process) -> None:
         import torch.distributed as torch_dist
 
         self._process, self._n_values = process, 0
-        given = torch_dist.rendezvous(
-            "env://", process.rank, process.world_size, timeout=START_TIMEOUT
-        )
-        self._whole = next(iter(given))[0]
-        self._store = torch_dist.PrefixStore(self._agree(uuid.uuid4().hex), self._whole)
+        place = (process.rank, process.world_size)
+        self._whole = next(torch_dist.rendezvous("env://", *place, timeout=START_TIMEOUT))[0]
+        self._store = torch_dist.PrefixStore(self._agree_on_prefix(uuid.uuid4().hex), self._whole)
 
-    def _agree(self, name: str) -> str:
+    def _agree_on_prefix(self, name: str) -> str:
         store, rank = self._whole, self._process.rank
         if rank:
             store.set(f"here/{rank}", name)
             self._until(lambda: store.check([f"welcome/{name}"]))
-            part = store.get(f"welcome/{name}").decode()
-            store.set(f"{part}/here/{rank}", name)
-            return part
+            prefix = store.get(f"welcome/{name}").decode()
+            store.set(f"{prefix}/here/{rank}", name)
+            return prefix
         missing = set(range(1, self._process.world_size))
 
         def all_are_here() -> bool:
@@ -267,9 +254,7 @@ class Rendezvous:
         return name
 
     def from_rank_0(self, value: Any) -> Any:
-        """Return rank 0's value once it is set; pickled, as in torch.distributed's object
-        collectives.
-        """
+        """Return rank 0's value once it is set. It travels as a pickle."""
         key, self._n_values = f"value/{self._n_values}", self._n_values + 1
         if self._process.rank == 0:
             self._store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
@@ -346,7 +331,7 @@ def report_errors_from_rank_0(rank: int) -> Iterator[None]:
 def process_group(
     process: Process, backend: str = "gloo", timeout: timedelta = START_TIMEOUT
 ) -> Iterator[World]:
-    """Initialise ``torch.distributed`` (gloo) among the ranks that a launcher started."""
+    """Initialise ``torch.distributed`` among the ranks that a launcher started."""
     import torch.distributed as torch_dist
 
     if process.world_size == 1:
