@@ -54,7 +54,7 @@ def run(python: str, checkout: Path, demo: Path, work: Path) -> dict[str, dict[s
         command = [python, *(launcher if n_ranks > 1 else []), *job]
         output = work / f"job{number}"
         call(
-            [*command, "--output_dir", output.name, "--max_samples", "300", *flags],
+            [*command, "--output_dir", output.name, "--max_samples", "100", *flags],
             work,
             environment,
         )
