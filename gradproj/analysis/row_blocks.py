@@ -98,7 +98,7 @@ def scan_world(together: bool) -> World:
 
 
 def rank_range(store: ProjectionStore, world: World) -> tuple[int, int]:
-    """Return the samples ``[start, stop)`` that a rank scans: whole units, since those are files."""
+    """Return the samples ``[start, stop)`` that a rank scans: whole units, which are files."""
     n_units, height = store.layout.n_units, store.layout.rows_per_shard
     first, last = (n_units * rank // world.size for rank in (world.rank, world.rank + 1))
     return first * height, min(last * height, len(store))

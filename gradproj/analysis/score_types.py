@@ -42,14 +42,14 @@ SCORES = {
         "influence with the curvature taken from token covariances (K-FAC in the projected "
         f"space): about how many {_NATS} fall per unit of the document's weight in training, up "
         "to a factor that all documents share",
-        "nats per unit of document weight, up to a common factor",
+        "nats per unit of weight, up to a factor",
         curvature="kfac",
     ),
     "preconditioned": ScoreType(
         "influence with the curvature taken from the second moment of the rows: about how many "
         f"{_NATS} fall per unit of the document's weight in training, up to a factor that all "
         "documents share",
-        "nats per unit of document weight, up to a common factor",
+        "nats per unit of weight, up to a factor",
         curvature="second_moment",
     ),
     "dot": ScoreType(

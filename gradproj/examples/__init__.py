@@ -1,1 +1,1 @@
-"""Examples to run and to copy from: ``python -m gradproj.examples.NAME``."""
+"""Runnable examples: ``python -m gradproj.examples.NAME``."""

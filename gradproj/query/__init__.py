@@ -1,4 +1,4 @@
-"""Queries: what is asked about, from a file or a command line to rows as the store's job would have made them."""
+"""Queries: texts, completions or token ids, projected to rows of a store's kind."""
 
 from gradproj.query.projector import QueryProjector, QueryRows, check_rows_fit
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query, read_queries

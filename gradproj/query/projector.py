@@ -1,4 +1,4 @@
-"""Queries to rows, by the engine, model, settings and matrices of a store's job, in batches under its budget."""
+"""Project queries with the engine, model, settings and matrices of a store's job."""
 
 import functools
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 from gradproj.store import ProjectionStore
 
-MOST_ROWS_BYTES = 2**32
-"""Of the rows of all queries, which are held while a store is scanned."""
-_PROMPT_SHARE = 0.4
-"""Most of an excerpt that a prompt may take from its completion."""
+MAX_ROWS_BYTES = 2**32
+"""Most bytes of query rows, which stay in memory while a store is scanned."""
+_PROMPT_FRACTION = 0.4
+"""Fraction of an excerpt that a prompt may always use, however long the completion is."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,30 @@ class QueryRows:
     loss: np.ndarray
     """``(Q,)`` float64: mean nats per target token."""
     excerpts: list[str]
-    """One line of each, at most ``EXCERPT_CHARACTERS`` long."""
+    """One line per query, of at most ``EXCERPT_CHARACTERS`` characters."""
 
 
 def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
-    """``ConfigError`` for more queries of ``source`` than are asked at once; ``way_out`` says what else to do."""
+    """Raise ``ConfigError`` if the rows of these queries do not fit the memory allowed for them.
+
+    Args:
+        source: flag and value that name the queries.
+        n_queries: their number.
+        dim: values per row.
+        way_out: last sentence of the message.
+    """
     n_bytes = 4 * n_queries * dim
-    if n_bytes > MOST_ROWS_BYTES:
+    if n_bytes > MAX_ROWS_BYTES:
         raise ConfigError(
-            f"{source} asks {n_queries:,} queries, whose rows of {dim:,} values take {human_bytes(n_bytes)} of memory; "
-            f"{human_bytes(MOST_ROWS_BYTES)}, {MOST_ROWS_BYTES // (4 * dim):,} queries, is the most at once. {way_out}"
+            f"{source} has {n_queries:,} queries, whose rows of {dim:,} values take "
+            f"{human_bytes(n_bytes)} of memory; the limit is {human_bytes(MAX_ROWS_BYTES)}, "
+            f"{MAX_ROWS_BYTES // (4 * dim):,} queries. {way_out}"
         )
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A query's token ids, and which of them the loss is on: those from ``first`` on."""
+    """A query's token ids; those from ``first`` on are targets of the loss."""
 
     ids: np.ndarray
     first: int
@@ -61,26 +69,27 @@ class _Tokens:
 
 @dataclass
 class _Sequences:
-    """What runs through the model: a query, or a window of one."""
+    """Inputs of the model: queries, or windows of long ones."""
 
     tokens: list[np.ndarray]
     first: list[int]
-    """Of each, where its targets begin; at least 1, since the first token has none before it."""
+    """First target of each sequence; at least 1, since the first token has no predecessor."""
     query: list[int]
+    """Number of the query that each sequence belongs to."""
 
 
 class QueryProjector:
-    """Makes queries' rows as a store's job would have made them.
+    """Projects queries in the way a store's job projects documents.
 
     Args:
-        store: whose settings and matrices are taken.
-        run: its job's settings; None takes them as recorded. Where the model has moved, or may run code of its own,
-            ``recorded.config_from`` makes them.
+        store: source of settings and matrices.
+        run: the job's settings; None for the recorded ones. Use ``recorded.config_from`` if the
+            model has moved or is allowed to run its own code.
         device: auto, cpu or cuda.
 
     Raises:
-        ModelError: the model or the tokenizer is not the recorded one any more, or could run code, which nobody has
-            allowed here.
+        ModelError: the model or the tokenizer differs from the recorded one, or could run code
+            that the caller has not allowed.
     """
 
     def __init__(
@@ -89,33 +98,29 @@ class QueryProjector:
         run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
         prepare_torch(run.job.threads, run.job.deterministic)
         recorded = recorded_engine(store, run, device)
-        self._tokenizer, self._device, self._vocabulary = (
-            recorded.tokenizer,
-            recorded.device,
-            recorded.vocabulary,
-        )
-        self._model, self._engine = recorded.model, recorded.engine
+        self._tokenizer, self._vocabulary = recorded.tokenizer, recorded.vocabulary
+        self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
         self._special, self._batch = run.model.special_tokens, run.batch
 
     def rows(self, queries: Sequence[Query]) -> QueryRows:
-        """The queries' rows, by the recorded special tokens, length rule and reduction.
+        """Project queries by the recorded special tokens, length rule and loss reduction.
 
-        Of a prompt and its completion, the tokens are those of the two written one after the other, as a document would
-        hold them, and the loss is on every token that holds a character of the completion: one that the tokenizer makes
-        across the boundary counts. So do the special tokens that the store's rows have at the end.
+        A prompt and its completion are tokenized as one text, as a document would hold them. The
+        loss is on every token with a character of the completion, including one that spans the
+        boundary, and on the special tokens that the store's documents end with.
 
         Raises:
-            ConfigError: a query has no target token, more tokens than the rows cover, ids that the model does not know,
-                or a gradient that is not finite; or none is given.
+            ConfigError: no query; or one without a target token, with more tokens than a row
+                covers, with unknown token ids, or with a gradient that is not finite.
         """
         if not queries:
-            raise ConfigError("there is no query to make a row of; give at least one")
+            raise ConfigError("there is no query to project; give at least one")
         tokens = [self._tokens_of(query) for query in queries]
         sequences = self._split(tokens)
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
         lengths = [len(sequence) for sequence in sequences.tokens]
-        # A budget that the job measured is its own device's, which need not be this one's.
+        # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
         run = functools.partial(self._forward_backward, sequences)
         with self._engine:
@@ -135,30 +140,22 @@ class QueryProjector:
             rows /= n_tokens[:, None].astype(np.float32)
         for query, row in zip(queries, rows, strict=True):
             if not np.isfinite(row).all():
-                raise ConfigError(
-                    f"{query.place}: its gradient is not finite; nothing can be said of it"
-                )
-        return QueryRows(
-            [q.name for q in queries],
-            rows,
-            n_tokens,
-            loss / n_tokens,
-            [self._excerpt(q) for q in queries],
-        )
+                raise ConfigError(f"{query.place}: its gradient is not finite; leave the query out")
+        names, excerpts = [q.name for q in queries], [self._excerpt(q) for q in queries]
+        return QueryRows(names, rows, n_tokens, loss / n_tokens, excerpts)
 
-    # -- tokens --
+    # --- tokens ---
 
     def _tokens_of(self, query: Query) -> _Tokens:
-        tokens, most = self._encode(query), self._batch.max_length
+        tokens, max_length = self._encode(query), self._batch.max_length
         n = len(tokens.ids)
         if tokens.first >= n:
-            what = "a single token" if n < 2 else f"{n:,} tokens, all of the prompt"
+            length = "a single token" if n < 2 else f"{n:,} tokens, all of the prompt"
+            raise ConfigError(f"{query.place}: {length}: no target for a loss; give more text")
+        if n > max_length and self._batch.long_documents == "truncate":
             raise ConfigError(
-                f"{query.place}: {what}: no target to take a gradient of; give more text"
-            )
-        if n > most and self._batch.long_documents == "truncate":
-            raise ConfigError(
-                f"{query.place}: {n:,} tokens, and the store's rows cover the first {most:,} of a document; shorten it"
+                f"{query.place}: {n:,} tokens, and the store's rows cover the first "
+                f"{max_length:,} of a document; shorten it"
             )
         return tokens
 
@@ -167,7 +164,8 @@ class QueryProjector:
             largest = max(query.input_ids)
             if largest >= self._vocabulary:
                 raise ConfigError(
-                    f"{query.place}: token id {largest}; the model knows those from 0 to {self._vocabulary - 1:,}"
+                    f"{query.place}: token id {largest}; the model has ids from 0 to "
+                    f"{self._vocabulary - 1:,}"
                 )
             return _Tokens(np.array(query.input_ids, dtype=np.int64), 1)
         prompt = _encodable(query.prompt or "")
@@ -177,26 +175,26 @@ class QueryProjector:
             add_special_tokens=self._special == "tokenizer",
             return_offsets_mapping=self._tokenizer.is_fast,
         )
-        first = _boundary(encoding, prompt, self._tokenizer, self._special == "tokenizer")
+        first = _first_completion_token(
+            encoding, prompt, self._tokenizer, self._special == "tokenizer"
+        )
         before = [self._tokenizer.bos_token_id] if "bos" in self._special else []
         after = [self._tokenizer.eos_token_id] if "eos" in self._special else []
         ids = np.array([*before, *encoding.input_ids, *after], dtype=np.int64)
         return _Tokens(ids, max(1, len(before) + first))
 
     def _split(self, tokens: Sequence[_Tokens]) -> _Sequences:
-        found = _Sequences([], [], [])
+        sequences = _Sequences([], [], [])
         for number, query in enumerate(tokens):
             start = 0
             for part in split_long(query.ids, self._batch.max_length, self._batch.long_documents):
                 first = max(1, query.first - start)
-                if first < len(part):  # a window of nothing but prompt has no target
-                    found.tokens.append(part)
-                    found.first.append(first)
-                    found.query.append(number)
-                start += len(part) - 1
-        return found
-
-    # -- the engine --
+                if first < len(part):  # a window within the prompt has no target
+                    sequences.tokens.append(part)
+                    sequences.first.append(first)
+                    sequences.query.append(number)
+                start += len(part) - 1  # windows overlap by one token
+        return sequences
 
     def _forward_backward(self, sequences: _Sequences, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
         batch = collate(sequences.tokens, chosen, pad=0)
@@ -205,30 +203,26 @@ class QueryProjector:
         self._engine.take_token_covariances()  # a query needs none
         return result
 
-    # -- for people --
-
     def _excerpt(self, query: Query) -> str:
         if query.input_ids is not None:
-            return one_line(
-                self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS]), EXCERPT_CHARACTERS
-            )
+            text = self._tokenizer.decode(query.input_ids[:EXCERPT_CHARACTERS])
+            return one_line(text, EXCERPT_CHARACTERS)
         if query.text is not None:
             return one_line(query.text, EXCERPT_CHARACTERS)
         completion = one_line(query.completion or "", EXCERPT_CHARACTERS - 4)
         room = max(
-            int(_PROMPT_SHARE * EXCERPT_CHARACTERS), EXCERPT_CHARACTERS - 4 - len(completion)
+            int(_PROMPT_FRACTION * EXCERPT_CHARACTERS), EXCERPT_CHARACTERS - 4 - len(completion)
         )
         prompt = one_line((query.prompt or "").rstrip()[-4 * room :], 4 * room)
         prompt = prompt if len(prompt) <= room else "..." + prompt[3 - room :]
-        joined = f"{prompt} >> {completion}" if prompt else completion
-        return one_line(joined, EXCERPT_CHARACTERS)
+        return one_line(f"{prompt} >> {completion}" if prompt else completion, EXCERPT_CHARACTERS)
 
 
-def _boundary(encoding: Any, prompt: str, tokenizer: Any, special: bool) -> int:
-    """The first token that holds a character after the prompt's.
+def _first_completion_token(encoding: Any, prompt: str, tokenizer: Any, special: bool) -> int:
+    """Return the first token with a character after the prompt, from the token offsets.
 
-    Offsets say it. Slow tokenizers have none: there it is the first token that the prompt alone does not begin with,
-    which is an earlier one only where the completion makes them split the prompt's end otherwise.
+    Slow tokenizers have no offsets. There it is the first token that differs from those of the
+    prompt alone, which is too early if the completion changes how the prompt's end is split.
     """
     if not prompt:
         return 0
@@ -241,7 +235,7 @@ def _boundary(encoding: Any, prompt: str, tokenizer: Any, special: bool) -> int:
 
 
 def _only_targets_from(batch: Batch, first: Sequence[int]) -> Batch:
-    """The same batch with its loss on the tokens from ``first`` on, of each sequence."""
+    """Return the batch with its loss on the tokens from ``first`` on, of each sequence."""
     mask = batch.token_mask.numpy().copy()
     for n, start in enumerate(first):
         mask[n, : start - 1] = False  # position s predicts token s + 1
@@ -256,5 +250,5 @@ def _only_targets_from(batch: Batch, first: Sequence[int]) -> Batch:
 
 
 def _encodable(text: str | None) -> str:
-    """A shell passes bytes that are no UTF-8 on as lone surrogates, and so does JSON."""
+    """Replace lone surrogates, which stand for bytes that are not UTF-8 in argv and in JSON."""
     return (text or "").encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""``--query_store``: the rows of another output as queries, once they are known to mean the same."""
+"""Rows of another job's store as queries (``--query_store``), if the two are comparable."""
 
 import hashlib
 import json
@@ -30,21 +30,23 @@ _MATRICES = "layers or projection matrices"
 
 
 def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> QueryRows:
-    """Every row of status ok, by its key; of a key that is empty or comes twice, with the sample's id.
+    """Return every row of status ok, named by its key.
+
+    The sample id is appended to a key that is empty or repeated.
 
     Raises:
-        ConfigError: the two were made with another model, other matrices or another reduction, or there is no row, or
-            more of them than are asked at once.
+        ConfigError: the stores differ in model, matrices or loss reduction, or there is no row, or
+            the rows do not fit the memory allowed for queries.
     """
     check_comparable(queries, store)
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
-        raise ConfigError(f"--query_store {queries.path} has no row yet, so it asks nothing")
+        raise ConfigError(f"--query_store {queries.path} has no row yet, so there is no query")
     check_rows_fit(
         f"--query_store {queries.path}",
         len(ids),
         queries.dim,
-        "Ask some at a time in Python: gradproj.analysis.top_k(other.rows(ids), store, k)",
+        "Query some at a time in Python: gradproj.analysis.top_k(other.rows(ids), store, k)",
     )
     samples = queries.samples(ids)
     keys = Counter(sample.key for sample in samples)
@@ -56,7 +58,7 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
 
 
 def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
-    """Refuse a query store whose rows mean something else; the two corpora may differ.
+    """Reject a query store whose rows are not comparable; the two corpora may differ.
 
     Raises:
         ConfigError: every difference in model, loss reduction and projection.
@@ -67,7 +69,7 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
         # Name the flags that explain it, if there are any.
         names += [n for n in _PROJECTION if theirs.get(n) != ours.get(n)] or [_MATRICES]
     mismatch = settings_mismatch(
-        f"--query_store {queries.path} does not fit {store.path}: their rows do not mean the same",
+        f"--query_store {queries.path} does not fit {store.path}: their rows are not comparable",
         theirs,
         {name: ours.get(name) for name in names},
         "Make the query store with the store's model and settings; gradproj.analysis takes any "

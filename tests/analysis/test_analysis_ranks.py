@@ -1,4 +1,4 @@
-"""Laws of ranks that answer together: each has the answer that one process gives."""
+"""Ranks that share a scan each return the result of a single process."""
 
 from datetime import timedelta
 
@@ -14,7 +14,7 @@ from gradproj.analysis.row_blocks import rank_range
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
 
-KINDS = ("kfac", "preconditioned", "cosine")
+SCORES = ("kfac", "preconditioned", "cosine")
 FITS = (
     {},
     {"joint": True},
@@ -27,18 +27,18 @@ def queries_for(store):
     return np.random.default_rng(3).standard_normal((3, store.dim)).astype(np.float32)
 
 
-def answers(store, together):
-    """Ends of the scores, and what the fitted inverses make of some rows."""
-    found = []
-    for kind in KINDS:
+def results_of(store, together):
+    """Return rankings, and some rows solved by fitted preconditioners."""
+    results = []
+    for kind in SCORES:
         for ends in top_and_bottom(queries_for(store), store, 60, 7, score=kind, together=together):
-            found += [ends.ids, ends.scores, np.array(ends.n_scored)]
+            results += [ends.ids, ends.scores, np.array(ends.n_scored)]
     for settings in FITS:
         fitted = Preconditioner.fit(store, "second_moment", 0.1, together=together, **settings)
         x = torch.from_numpy(queries_for(store)).double()
         x = x[:, :8] if "layers" in settings else x
-        found += [fitted.solve(x).numpy(), np.array(fitted.n_rows)]
-    return found
+        results += [fitted.solve(x).numpy(), np.array(fitted.n_rows)]
+    return results
 
 
 def rank_of_two(rank, folder):
@@ -51,15 +51,15 @@ def rank_of_two(rank, folder):
         timeout=timedelta(seconds=90),
     )
     with ProjectionStore(folder / "out") as store:
-        torch.save(answers(store, together=True), folder / f"{rank}.pt")
+        torch.save(results_of(store, together=True), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_answer_of_one(tmp_path):
+def test_two_ranks_return_the_results_of_one_process(tmp_path):
     make_store(tmp_path / "out")
     torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
     with ProjectionStore(tmp_path / "out") as store:
-        want = answers(store, together=False)
+        want = results_of(store, together=False)
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert len(got) == len(want)
@@ -71,7 +71,7 @@ def test_two_ranks_have_the_answer_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shares_are_whole_units_and_together_the_store(tmp_path, world_size):
+def test_rank_ranges_are_whole_units_that_cover_the_store(tmp_path, world_size):
     output = make_store(tmp_path / "out")
     with ProjectionStore(output.path) as store:
         spans = [rank_range(store, World(rank, world_size)) for rank in range(world_size)]
@@ -81,14 +81,14 @@ def test_shares_are_whole_units_and_together_the_store(tmp_path, world_size):
     assert all(start % 16 == 0 for start, _ in spans)
 
 
-def test_ranks_that_nothing_joins_are_told_how(tmp_path):
+def test_together_without_a_process_group_is_rejected(tmp_path):
     output = make_store(tmp_path / "out")
     with ProjectionStore(output.path) as store:
         with pytest.raises(
             ConfigError, match=r"together=True needs an initialised torch\.distributed"
         ):
             Preconditioner.fit(store, "second_moment", together=True)
-        for answer, settings in (
+        for function, arguments in (
             (score, (queries_for(store), store)),
             (self_influence, (store,)),
             (domain_matrix, (store,)),
@@ -96,4 +96,4 @@ def test_ranks_that_nothing_joins_are_told_how(tmp_path):
             with pytest.raises(
                 ConfigError, match="does not take together; top_k, bottom_k and top_and_bottom do"
             ):
-                answer(*settings, together=True)
+                function(*arguments, together=True)

@@ -1,7 +1,4 @@
-"""Laws of the domains' matrix: means, cosines and influences by hand in float64."""
-
-import re
-from pathlib import Path
+"""Domain statistics equal their definitions in float64."""
 
 import numpy as np
 import pytest
@@ -33,9 +30,9 @@ def members(output):
 
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
 @pytest.mark.parametrize("kind", ["kfac", "preconditioned", "dot"])
-def test_means_cosines_and_influences_are_their_definitions(output, kind, layers):
+def test_means_cosines_and_influences_equal_their_definitions(output, kind, layers):
     rows = output.decoded().astype(np.float64)[:, columns_of(layers)]
-    mean = np.stack([rows[here].mean(axis=0) for here in members(output)])
+    mean = np.stack([rows[member].mean(axis=0) for member in members(output)])
     curvature = np.eye(rows.shape[1])
     settings = {"score": kind}
     if kind != "dot":
@@ -51,21 +48,21 @@ def test_means_cosines_and_influences_are_their_definitions(output, kind, layers
 
 
 @pytest.mark.parametrize("kind", ["kfac", "dot", "cosine"])
-def test_an_influence_is_the_mean_score_over_all_pairs_of_documents(output, kind):
-    rows, here = output.decoded(), members(output)
+def test_influence_is_the_mean_score_over_all_pairs_of_documents(output, kind):
+    rows, member = output.decoded(), members(output)
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store, score=kind)
-        every = score(rows[here[0] | here[1]], store, score=kind).astype(np.float64)
-    asked_of = DOMAIN[here[0] | here[1]]
+        every = score(rows[member[0] | member[1]], store, score=kind).astype(np.float64)
+    query_domain = DOMAIN[member[0] | member[1]]
     for g, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
         assert got.influence[g, h] == pytest.approx(
-            every[asked_of == g][:, here[h]].mean(), rel=2e-4
+            every[query_domain == g][:, member[h]].mean(), rel=2e-4
         )
 
 
-def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(output, monkeypatch):
+def test_overview_gives_matrix_and_largest_self_influences_in_one_scan(output, monkeypatch):
     with ProjectionStore(output.path) as store:
-        own, want = self_influence(store), domain_matrix(store)
+        self_scores, want = self_influence(store), domain_matrix(store)
         monkeypatch.setattr(store, "scan", count_calls(store.scan))
         got = overview(store, 5, rows_per_block=13)
         assert store.scan.calls == 1
@@ -75,10 +72,10 @@ def test_a_glance_is_the_matrix_and_the_largest_self_influences_in_one_scan(outp
         without = overview(store, 5)
     assert (
         got.ids.tolist()
-        == np.argsort(-np.nan_to_num(own, nan=-1))[:5].tolist()
+        == np.argsort(-np.nan_to_num(self_scores, nan=-1))[:5].tolist()
         == without.ids.tolist()
     )
-    np.testing.assert_array_equal(got.self_influence, own[got.ids])
+    np.testing.assert_array_equal(got.self_influence, self_scores[got.ids])
     np.testing.assert_allclose(got.domains.influence, want.influence)
     assert without.domains is None
 
@@ -92,7 +89,7 @@ def count_calls(function):
     return counted
 
 
-def test_where_memory_is_short_fewer_rows_are_drawn_and_their_number_is_told(output, monkeypatch):
+def test_short_memory_reduces_the_rows_drawn_for_ranks(output, monkeypatch):
     monkeypatch.setattr(domains, "RANK_BYTES", 1)
     monkeypatch.setattr(domains, "MIN_RANK_ROWS", 9)
     with ProjectionStore(output.path) as store:
@@ -101,31 +98,31 @@ def test_where_memory_is_short_fewer_rows_are_drawn_and_their_number_is_told(out
     assert (got.effective_rank <= 9).all()
 
 
-def test_each_domain_has_its_counts_losses_and_norms(output):
+def test_counts_losses_and_norms_are_per_domain(output):
     ids = np.arange(N_SAMPLES)
     rows = output.decoded().astype(np.float64)
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store)
-    for number, here in enumerate(members(output)):
-        tokens = ids[here] + 1
-        assert got.n_rows[number] == here.sum()
+    for number, member in enumerate(members(output)):
+        tokens = ids[member] + 1
+        assert got.n_rows[number] == member.sum()
         assert got.n_tokens[number] == tokens.sum()
-        assert got.loss[number] == pytest.approx((ids[here] / 8 * tokens).sum() / tokens.sum())
-        assert got.grad_norm[number] == pytest.approx(np.linalg.norm(rows[here], axis=1).mean())
+        assert got.loss[number] == pytest.approx((ids[member] / 8 * tokens).sum() / tokens.sum())
+        assert got.grad_norm[number] == pytest.approx(np.linalg.norm(rows[member], axis=1).mean())
 
 
-def test_the_effective_rank_is_that_of_the_rows_directions(output):
+def test_effective_rank_is_computed_from_row_directions(output):
     rows = output.decoded().astype(np.float64)
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store)
-    for number, here in enumerate(members(output)):
-        unit = rows[here] / np.linalg.norm(rows[here], axis=1, keepdims=True)
+    for number, member in enumerate(members(output)):
+        unit = rows[member] / np.linalg.norm(rows[member], axis=1, keepdims=True)
         shares = np.linalg.svd(unit, compute_uv=False) ** 2
         shares /= shares.sum()
         assert got.effective_rank[number] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def test_of_many_rows_a_draw_that_no_block_size_changes_is_taken(output, monkeypatch):
+def test_rows_drawn_for_ranks_do_not_depend_on_block_size(output, monkeypatch):
     monkeypatch.setattr(domains, "RANK_ROWS", 9)
     with ProjectionStore(output.path) as store:
         ranks = [domain_matrix(store, rows_per_block=n).effective_rank for n in (3, 16, 1000)]
@@ -133,7 +130,7 @@ def test_of_many_rows_a_draw_that_no_block_size_changes_is_taken(output, monkeyp
     assert (ranks[0] <= 9).all()
 
 
-def test_a_domain_without_a_row_has_no_numbers(output):
+def test_domain_without_rows_is_nan(output):
     with ProjectionStore(output.path) as store:
         got = domain_matrix(store, domains=["Github"])
     assert got.n_rows.tolist() == [0, members(output)[1].sum()]
@@ -149,7 +146,7 @@ def test_a_domain_without_a_row_has_no_numbers(output):
         assert np.isfinite(np.atleast_1d(values[1])[-1])
 
 
-def test_what_is_wrong_is_said(output):
+def test_unsupported_score_and_missing_domains_are_rejected(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(
             ConfigError,
@@ -159,16 +156,3 @@ def test_what_is_wrong_is_said(output):
         store.domains = []
         with pytest.raises(ConfigError, match="has no domains: its documents name none"):
             domain_matrix(store)
-
-
-def test_the_readme_s_code_runs_as_it_stands_there(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Questions in Python")[1].split("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    make_store(tmp_path / "out")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(code, names)
-    assert names["best"].ids.shape == names["worst"].ids.shape == (2, 20)
-    assert names["every"].shape == (2, N_SAMPLES)
-    assert names["domains"].names == ["ArXiv", "Github"]

@@ -1,4 +1,4 @@
-"""Laws of the examples: what they compute with other tools is what gradproj's own analysis says."""
+"""Examples give the results of ``gradproj.analysis`` with other tools."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def output(tmp_path_factory):
 
 
 def by_hand(output, layers=None):
-    """Cosines of the mean rows of the two domains in float64."""
+    """Return the cosines of the two domains' mean rows, float64."""
     rows = output.decoded().astype(np.float64)[:, columns_of(layers)]
     domain = np.arange(70) % 3 - 1
     means = np.stack([rows[ok_rows(output) & (domain == number)].mean(axis=0) for number in (0, 1)])
@@ -28,7 +28,7 @@ def by_hand(output, layers=None):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [None, 9])
-def test_domain_cosines_are_those_of_the_analysis(output, rows_per_chunk):
+def test_domain_cosines_equal_those_of_domain_matrix(output, rows_per_chunk):
     with ProjectionStore(output.path) as store:
         got = domain_cosines(store.to_xarray(rows_per_chunk), store.domains)
         want = domain_matrix(store, score="dot").cosine
@@ -37,14 +37,14 @@ def test_domain_cosines_are_those_of_the_analysis(output, rows_per_chunk):
     assert got.domain.values.tolist() == ["ArXiv", "Github"]
 
 
-def test_of_one_layer(output):
+def test_domain_cosines_of_one_layer(output):
     with ProjectionStore(output.path) as store:
         dataset = store.to_xarray()
         got = domain_cosines(dataset.sel(layer=NAMES[1]), store.domains)
     np.testing.assert_allclose(got, by_hand(output, [NAMES[1]]), atol=1e-6)
 
 
-def test_it_runs_as_a_command(output):
+def test_example_runs_as_a_command(output):
     command = [sys.executable, "-m", "gradproj.examples.domain_cosines", str(output.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_it_runs_as_a_command(output):
     ]
 
 
-def test_names_disturb_no_terminal(tmp_path, capsys):
+def test_control_characters_in_names_are_replaced(tmp_path, capsys):
     made = make_store(tmp_path / "out", "float16")
     with ProjectionStore(made.path) as store:
         path, names = store.path, store.domains
@@ -65,7 +65,7 @@ def test_names_disturb_no_terminal(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == [f"�[2J{name}" for name in names]
 
 
-def test_mistakes_are_one_line(output, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line(output, tmp_path, capsys, monkeypatch):
     assert main([str(tmp_path)]) == 2
     assert "is not a gradproj store" in capsys.readouterr().err
     assert main([str(output.path), "--layer", "h.9"]) == 2

@@ -1,4 +1,4 @@
-"""Scores of a real job's rows are influence functions, computed here from full gradients in float64."""
+"""Scores of a job's rows equal influence functions of full gradients in float64."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ C = 0.05
 
 @dataclass
 class Exact:
-    """One layer's numbers from plain autograd, float64."""
+    """Gradients and factors of one layer from plain autograd, float64."""
 
     gradients: np.ndarray
     """``(N, O, I)`` of each document's mean loss."""
@@ -36,7 +36,7 @@ class Exact:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A job whose projections are orthonormal and square, so that they lose nothing."""
+    """Run a job with orthonormal square projections, which lose nothing."""
     folder = tmp_path_factory.mktemp("influence")
     make_corpus(folder / "tars", mixed_documents(N_DOCUMENTS))
     make_model(folder / "model", "gpt2", n_embd=8, n_head=2)
@@ -51,7 +51,7 @@ def texts():
 
 
 def exact_numbers(model_path, texts):
-    """Every target layer's ``Exact`` by hand: one document at a time, its tokens' inputs and output gradients kept."""
+    """Compute every layer's ``Exact`` from one document at a time."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64).eval()
     targets = {name: m for name, m in model.named_modules() if ".mlp.c_" in name}
@@ -86,7 +86,7 @@ def exact_numbers(model_path, texts):
 
 
 def backward(model, tokens):
-    """Of the document's summed loss."""
+    """Gradients of the document's summed loss."""
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum").backward()
 
@@ -109,7 +109,7 @@ def kfac_influence(exact):
 
 
 def influence(exact):
-    """``(Q, N)``: sum over layers of ``g_q^T (mean g g^T + d)^-1 g_n``, the full matrix of every layer."""
+    """Return ``(Q, N)``: the sum over layers of ``g_q^T (mean g g^T + d)^-1 g_n``."""
     total = 0
     for layer in exact.values():
         g = layer.gradients.reshape(N_DOCUMENTS, -1)
@@ -125,39 +125,39 @@ def queries_of(store):
     return store.rows(np.arange(N_QUERIES))
 
 
-def test_every_document_of_the_corpus_has_a_gradient(made):
+def test_every_document_has_a_gradient(made):
     with ProjectionStore(made[0] / "full") as store:
         assert (store.column("status") == STATUS["ok"]).all()
         assert [layer.name for layer in store.layers] == list(made[1])
 
 
-def test_preconditioned_is_the_influence_function_of_the_full_gradients(made):
+def test_preconditioned_equals_the_influence_function_of_full_gradients(made):
     folder, exact = made
     with ProjectionStore(folder / "full") as store:
         got = score(queries_of(store), store, score="preconditioned", damping=C)
     assert error(got, influence(exact)) < 1e-4
 
 
-def test_kfac_at_full_width_is_the_k_fac_influence_of_the_full_gradients(made):
+def test_kfac_at_full_width_equals_kfac_influence_of_full_gradients(made):
     folder, exact = made
     with ProjectionStore(folder / "full") as store:
         got = score(queries_of(store), store, score="kfac", damping=C)
     assert error(got, kfac_influence(exact)) < 1e-4
 
 
-def test_relatif_at_full_width_divides_by_the_document_s_own_influence(made):
+def test_relatif_at_full_width_divides_by_self_influence(made):
     folder, exact = made
     with ProjectionStore(folder / "full") as store:
         got = score(queries_of(store), store, score="relatif", damping=C)
-    own = 0
+    self_scores = 0
     for layer in exact.values():
         turned = np.linalg.inv(damped(layer.s)) @ layer.gradients @ np.linalg.inv(damped(layer.a))
-        own = own + np.einsum("noi,noi->n", turned, layer.gradients)
-    assert error(got, kfac_influence(exact) / np.sqrt(own)) < 1e-4
+        self_scores = self_scores + np.einsum("noi,noi->n", turned, layer.gradients)
+    assert error(got, kfac_influence(exact) / np.sqrt(self_scores)) < 1e-4
 
 
 def narrow_store(folder, k):
-    """The same documents at k x k per layer, by the engine alone, as a store."""
+    """Write a store of the same documents with k x k values per layer, by the engine alone."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows, n_tokens = [], 0
@@ -188,7 +188,7 @@ def narrow_store(folder, k):
     update_attributes(output.store_path, {"covariance_tokens": n_tokens})
 
 
-def test_kfac_comes_closer_with_the_width(made):
+def test_kfac_approaches_full_width_as_k_grows(made):
     folder, exact = made
     want = kfac_influence(exact).ravel()
     agreement = []
@@ -202,6 +202,6 @@ def test_kfac_comes_closer_with_the_width(made):
     assert agreement[-1] > 0.9999
 
 
-def test_the_factors_are_means_over_the_target_tokens(made):
+def test_factors_are_means_over_target_tokens(made):
     with ProjectionStore(made[0] / "full") as store:
         assert Preconditioner.fit(store).n_rows == store.column("n_tokens").sum()

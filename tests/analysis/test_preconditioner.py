@@ -1,4 +1,4 @@
-"""Laws of the preconditioner: a damped inverse by its definition, kept in a file, and only for its own store."""
+"""Preconditioners equal damped inverses, survive a file, and belong to one store."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def some_rows(width, n=4):
 
 
 def by_hand(matrix, x):
-    """``x C^-1`` and ``x C^-1 x^T``."""
+    """Return ``x C^-1`` and ``x C^-1 x^T``."""
     inverse = np.linalg.inv(matrix)
     return x @ inverse, np.einsum("nd,de,ne->n", x, inverse, x)
 
@@ -54,30 +54,30 @@ def assert_is_inverse(fitted, matrix):
 
 
 @pytest.mark.parametrize(
-    "layers", [None, [NAMES[2]], [NAMES[1], NAMES[0]]], ids=["all", "one", "two-turned"]
+    "layers", [None, [NAMES[2]], [NAMES[1], NAMES[0]]], ids=["all", "one", "two-reversed"]
 )
 @pytest.mark.parametrize("kind", ["kfac", "second_moment"])
-def test_it_is_the_inverse_of_the_damped_curvature(output, store, kind, layers):
+def test_preconditioner_is_the_inverse_of_the_damped_curvature(output, store, kind, layers):
     fitted = Preconditioner.fit(store, kind, C, layers)
     assert_is_inverse(fitted, dense_curvature(output, kind, C, layers))
     assert fitted.layers == (layers or NAMES)
 
 
-def test_jointly_it_is_the_inverse_of_one_matrix_over_all_layers(output, store):
+def test_joint_preconditioner_inverts_one_matrix_over_all_layers(output, store):
     rows = output.decoded().astype(np.float64)[ok_rows(output)][:, columns_of(None)]
     fitted = Preconditioner.fit(store, "second_moment", C, joint=True)
     assert_is_inverse(fitted, damped(rows.T @ rows / len(rows), C))
 
 
-def test_a_wide_layer_in_all_its_directions_is_the_whole_matrix(output, store):
+def test_truncation_to_all_directions_equals_the_whole_matrix(output, store):
     want = dense_curvature(output, "second_moment", C)
     assert_is_inverse(
         Preconditioner.fit(store, "second_moment", C, largest_width=1, directions=64), want
     )
 
 
-def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(tmp_path):
-    """Woodbury's identity against the dense inverse of the truncated matrix, and of rows that have no more rank."""
+def test_truncated_inverse_equals_dense_inverse_for_rows_of_low_rank(tmp_path):
+    """Compare Woodbury's identity with the dense inverse, for rows of rank 8."""
     generator = np.random.default_rng(5)
     rows = generator.standard_normal((300, 8)) @ generator.standard_normal((8, 40))
     summed = TruncatedSum(40, 12, torch.device("cpu"))
@@ -98,61 +98,63 @@ def test_a_wide_layer_in_few_directions_is_the_inverse_of_those_and_the_damping(
     np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-7)
 
 
-def summed_both_ways(rows, directions):
-    """The second moment whole and in its largest directions."""
+def moments_of(rows, directions):
+    """Return the second moment, whole and truncated to its largest directions."""
     whole = DenseSum(rows.shape[1], torch.device("cpu"))
-    kept = TruncatedSum(rows.shape[1], directions, torch.device("cpu"))
+    truncated = TruncatedSum(rows.shape[1], directions, torch.device("cpu"))
     for part in rows.split(96):
         whole.add(part)
-        kept.add(part)
-    return whole.curvature(len(rows)), kept.curvature(len(rows))
+        truncated.add(part)
+    return whole.curvature(len(rows)), truncated.curvature(len(rows))
 
 
-def test_across_the_directions_that_are_kept_lies_the_mean_of_what_is_left():
+def test_truncated_complement_has_the_mean_of_the_remaining_spectrum():
     generator = np.random.default_rng(8)
     rows = torch.from_numpy(
         generator.standard_normal((400, 20)) * np.concatenate([[30, 20, 10], np.full(17, 2.0)])
     )
-    _, kept = summed_both_ways(rows, 3)
-    u, e = kept.directions.numpy(), kept.values.numpy()
+    _, truncated = moments_of(rows, 3)
+    u, e = truncated.directions.numpy(), truncated.values.numpy()
     total = (rows**2).sum().item() / len(rows)
     left = (total - e.sum()) / 17
     matrix = u.T @ np.diag(e - left) @ u + left * np.eye(20)
     x = some_rows(20)
     solved, products = by_hand(matrix + C * total / 20 * np.eye(20), x.numpy())
-    inverse = kept.damped(C, "wide")
+    inverse = truncated.damped(C, "wide")
     np.testing.assert_allclose(inverse.solve(x), solved, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(inverse.self_products(x), products, rtol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
-def test_a_wide_layer_s_scores_are_nearly_those_of_its_whole_matrix(size):
-    """A quarter of the directions of a falling spectrum, and documents of very different sizes."""
+def test_truncated_scores_correlate_with_those_of_the_whole_matrix(size):
+    """Use a quarter of the directions of a decaying spectrum, and norms of different magnitude."""
     generator = np.random.default_rng(9)
     width, n = 256, 1_000
-    turned = np.linalg.qr(generator.standard_normal((width, width)))[0]
-    rows = generator.standard_normal((n, width)) * np.arange(1, width + 1) ** -0.7 @ turned
+    rotation = np.linalg.qr(generator.standard_normal((width, width)))[0]
+    rows = generator.standard_normal((n, width)) * np.arange(1, width + 1) ** -0.7 @ rotation
     rows = torch.from_numpy(rows * np.exp(generator.standard_normal((n, 1))) * size)
-    whole, kept = summed_both_ways(rows, 64)
+    whole, truncated = moments_of(rows, 64)
     queries, documents = rows[:8] + rows[8:16], rows[16:]
     for c, least in ((1.0, 0.995), (0.1, 0.9)):
-        want, got = (part.damped(c, "wide").solve(queries) @ documents.T for part in (whole, kept))
+        want, got = (
+            part.damped(c, "wide").solve(queries) @ documents.T for part in (whole, truncated)
+        )
         for query in range(8):
             assert np.corrcoef(want[query], got[query])[0, 1] > least
 
 
-def test_the_largest_directions_are_those_that_are_kept():
+def test_truncation_keeps_the_largest_directions():
     generator = np.random.default_rng(6)
     spectrum = np.concatenate([[30, 20, 10], np.full(17, 0.01)])
     rows = torch.from_numpy(generator.standard_normal((400, 20)) * spectrum)
-    whole, got = summed_both_ways(rows, 3)
+    whole, got = moments_of(rows, 3)
     moment = whole.moment
     np.testing.assert_allclose(got.values, torch.linalg.eigvalsh(moment).flip(0)[:3], rtol=1e-3)
     assert got.mean_diagonal.item() == pytest.approx(moment.diagonal().mean().item())
 
 
 @pytest.mark.parametrize("kind", ["kfac", "second_moment"])
-def test_another_damping_needs_no_scan_and_is_the_same_as_fitting_with_it(store, kind, monkeypatch):
+def test_with_damping_equals_fitting_again_without_a_scan(store, kind, monkeypatch):
     fitted = Preconditioner.fit(store, kind, 1.0)
     want = Preconditioner.fit(store, kind, C)
     monkeypatch.setattr(store, "scan", None)
@@ -161,7 +163,7 @@ def test_another_damping_needs_no_scan_and_is_the_same_as_fitting_with_it(store,
     assert fitted.damping == 1.0
 
 
-def test_auto_is_the_stated_rule(store):
+def test_auto_damping_follows_the_documented_rule(store):
     assert auto_damping("kfac", 256) == auto_damping("kfac", 4096) == 0.03
     assert [auto_damping("second_moment", w) for w in (256, 1023, 1024, 4096)] == [
         0.1,
@@ -171,12 +173,12 @@ def test_auto_is_the_stated_rule(store):
     ]
     x = some_rows(store.dim)
     for kind, c in (("kfac", 0.03), ("second_moment", 0.1)):
-        auto, told = (Preconditioner.fit(store, kind, damping) for damping in ("auto", c))
-        torch.testing.assert_close(auto.solve(x), told.solve(x))
+        auto, numeric = (Preconditioner.fit(store, kind, damping) for damping in ("auto", c))
+        torch.testing.assert_close(auto.solve(x), numeric.solve(x))
 
 
 @pytest.mark.parametrize("unit", [1e-15, 1e15])
-def test_gradients_of_any_unit_are_as_good(tmp_path, unit):
+def test_scale_of_the_rows_does_not_change_the_result(tmp_path, unit):
     output = make_store(tmp_path / "out")
     x = some_rows(output.layout.dim)
     with ProjectionStore(output.path) as store:
@@ -201,9 +203,9 @@ def test_gradients_of_any_unit_are_as_good(tmp_path, unit):
     ],
     ids=["kfac", "kfac-layers", "second_moment", "truncated", "joint"],
 )
-def test_what_is_saved_is_loaded_again(store, tmp_path, settings):
+def test_load_returns_what_save_wrote(store, tmp_path, settings):
     fitted = Preconditioner.fit(store, **settings)
-    path = fitted.save(store, tmp_path / "kept" / "it.safetensors")
+    path = fitted.save(store, tmp_path / "new" / "it.safetensors")
     loaded = Preconditioner.load(store, path=path)
     x = some_rows(sum(k_o * k_i for k_o, k_i in WIDTHS) if "layers" not in settings else 15)
     torch.testing.assert_close(loaded.solve(x), fitted.solve(x), rtol=0, atol=0)
@@ -216,14 +218,14 @@ def test_what_is_saved_is_loaded_again(store, tmp_path, settings):
     assert loaded.n_rows == fitted.n_rows
 
 
-def test_beside_the_store_each_kind_has_its_file(output, store):
+def test_default_path_is_one_file_per_kind(output, store):
     for kind in ("kfac", "second_moment"):
         path = Preconditioner.fit(store, kind).save(store)
         assert path == output.path / "preconditioners" / f"{kind}.safetensors"
         assert Preconditioner.load(store, kind).kind == kind
 
 
-def test_a_file_of_another_store_a_damaged_one_and_none_are_refused(store, tmp_path):
+def test_file_of_another_store_damaged_or_missing_is_rejected(store, tmp_path):
     path = Preconditioner.fit(store).save(store, tmp_path / "it.safetensors")
     other = make_store(tmp_path / "other")
     with ProjectionStore(other.path) as opened:
@@ -240,7 +242,7 @@ def test_a_file_of_another_store_a_damaged_one_and_none_are_refused(store, tmp_p
         Preconditioner.load(store, path=path)
 
 
-def test_a_byte_that_has_changed_in_a_kept_file_is_noticed(store, tmp_path):
+def test_changed_byte_in_a_file_is_detected(store, tmp_path):
     path = Preconditioner.fit(store, "second_moment").save(store, tmp_path / "it.safetensors")
     whole = path.read_bytes()
     at = whole.index(b'"n_rows') if b'"n_rows' in whole else whole.index(b"n_rows")
@@ -252,7 +254,7 @@ def test_a_byte_that_has_changed_in_a_kept_file_is_noticed(store, tmp_path):
             Preconditioner.load(store, path=path)
 
 
-def test_only_what_is_asked_for_is_factorized(store, monkeypatch):
+def test_only_used_layers_are_factorized(store, monkeypatch):
     fitted, names = Preconditioner.fit(store, "second_moment"), []
     real = curvature.inverse_root
     monkeypatch.setattr(
@@ -266,7 +268,7 @@ def test_only_what_is_asked_for_is_factorized(store, monkeypatch):
     assert names == [f"the second moment of {NAMES[1]}'s rows"]
 
 
-def test_a_matrix_that_auto_cannot_damp_takes_a_larger_damping(store):
+def test_larger_damping_inverts_what_auto_cannot(store):
     bad = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
     settings = {"kind": "kfac", "damping": "auto", "layers": ["x"], "n_rows": 1, "joint": False}
     fitted = Preconditioner(settings, [_Part("x", 4, curvature.Kronecker(bad, bad.abs()))])
@@ -277,7 +279,7 @@ def test_a_matrix_that_auto_cannot_damp_takes_a_larger_damping(store):
     fitted.with_damping(100.0).ready()
 
 
-def test_parts_of_it_serve_layers_and_what_it_lacks_is_said(store):
+def test_for_layers_selects_parts_and_names_a_missing_one(store):
     fitted = Preconditioner.fit(store, "kfac", C, [NAMES[0], NAMES[2]])
     x = some_rows(9)
     torch.testing.assert_close(
@@ -293,7 +295,7 @@ def test_parts_of_it_serve_layers_and_what_it_lacks_is_said(store):
         joint.for_layers([NAMES[0]])
 
 
-def test_a_store_without_sums_or_rows_is_refused(tmp_path):
+def test_store_without_covariances_or_rows_is_rejected(tmp_path):
     output = make_store(tmp_path / "out")
     update_attributes(output.store_path, {"covariance_tokens": 0})
     with (
@@ -312,7 +314,7 @@ def test_a_store_without_sums_or_rows_is_refused(tmp_path):
         Preconditioner.fit(store, "second_moment")
 
 
-def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
+def test_singular_matrix_is_reported_with_its_layer(tmp_path):
     output = make_store(tmp_path / "out")
     output.stored[:, 8] = output.stored[:, 9] = 0  # h.1's values 2 and 3
     for unit in (0, 1, 3, 4):
@@ -338,12 +340,12 @@ def test_a_matrix_without_inverse_names_its_layer_and_the_way_out(tmp_path):
         ({"layers": ["mlp"]}, "has no layer 'mlp'"),
     ],
 )
-def test_what_is_wrong_is_said(store, wrong, message):
+def test_invalid_arguments_are_rejected(store, wrong, message):
     with pytest.raises(ConfigError, match=message):
         Preconditioner.fit(store, **wrong)
 
 
-def test_rows_of_another_width_are_refused(store):
+def test_rows_of_another_width_are_rejected(store):
     with pytest.raises(
         ConfigError, match=r"rows are \(4, 5\); this preconditioner takes \(n, 23\)"
     ):

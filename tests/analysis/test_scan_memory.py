@@ -1,4 +1,4 @@
-"""A question needs memory for its blocks, not for the store: the whole process's, mapped files included."""
+"""Peak memory of a scan, mapped files included, depends on its blocks and not on the store."""
 
 import json
 import subprocess
@@ -50,14 +50,14 @@ works = {
     "scan_stored": lambda: exhaust(store.scan_stored()),
     "rows": lambda: exhaust(store.rows(range(at, at + 1024)) for at in range(0, len(store), 1024)),
 }
-found = {}
+peaks = {}
 for name, work in works.items():
     exhaust(store.scan_bands(512, layers, 0, 512))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = bytes_of("VmRSS")
     work()
-    found[name] = bytes_of("VmHWM") - before
-print(json.dumps(found))
+    peaks[name] = bytes_of("VmHWM") - before
+print(json.dumps(peaks))
 """
 
 
@@ -89,7 +89,7 @@ def large(tmp_path_factory):
     return output
 
 
-def test_no_question_takes_memory_for_the_store(large):
+def test_scans_use_bounded_memory(large):
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(large)], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,7 @@
-"""Laws of the scores: each is its definition in float64, whatever the store, the layers and the block."""
+"""Scores equal their definitions in float64 for any store, layers and block size."""
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from helpers.analysis_stores import (
     rewrite_rows,
 )
 
-from gradproj import ProjectionStore
+from gradproj import ProjectionStore, analysis
 from gradproj.analysis import (
     MEANINGS,
     SIGN,
@@ -27,6 +30,7 @@ from gradproj.analysis import (
     top_k,
 )
 from gradproj.analysis.row_blocks import decoded_on
+from gradproj.analysis.score_types import DEFAULT_SCORE, DOMAIN_SCORES, SCORES, SELF_SCORES
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.encoding import encode_rows
 
@@ -56,7 +60,7 @@ def settings_for(kind):
 
 
 def assert_scores(got, want):
-    """Equal within float32's rounding of a sum, and NaN at the same places."""
+    """Check equality within the rounding of a float32 sum, and NaN at the same places."""
     assert got.dtype == np.float32
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=3e-6 * np.nanmax(np.abs(want)))
@@ -67,14 +71,14 @@ def assert_scores(got, want):
 )
 @pytest.mark.parametrize("dtype", [*DTYPES, "zstd"])
 @pytest.mark.parametrize("kind", sorted(MEANINGS))
-def test_a_score_is_its_definition_in_float64(outputs, kind, dtype, layers):
+def test_scores_equal_their_definitions_in_float64(outputs, kind, dtype, layers):
     output, queries = outputs[dtype], queries_for(outputs[dtype])
     with ProjectionStore(output.path) as store:
         got = score(queries, store, layers=layers, **settings_for(kind))
     assert_scores(got, dense_scores(output, queries, kind, C, layers))
 
 
-def test_documents_without_a_row_have_no_score(output):
+def test_documents_without_a_row_score_nan(output):
     with ProjectionStore(output.path) as store:
         got = score(queries_for(output), store, score="dot")
     assert np.isnan(got).all(axis=0).tolist() == (~ok_rows(output)).tolist()
@@ -82,7 +86,7 @@ def test_documents_without_a_row_have_no_score(output):
 
 
 @pytest.mark.parametrize("rows_per_block", [1, 7, 16, 1000])
-def test_blocks_of_any_size_give_the_same_scores(output, rows_per_block):
+def test_block_size_does_not_change_scores(output, rows_per_block):
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
         want, got = (score(queries, store, rows_per_block=n) for n in (None, rows_per_block))
@@ -95,7 +99,7 @@ def test_blocks_of_any_size_give_the_same_scores(output, rows_per_block):
 
 
 @pytest.mark.parametrize("kind", ["dot", "cosine"])
-def test_rows_of_very_different_sizes_keep_their_precision(tmp_path, kind):
+def test_rows_of_very_different_norms_keep_their_precision(tmp_path, kind):
     output = make_store(tmp_path / "wild", "float16", sizes=1e12)
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
@@ -105,7 +109,7 @@ def test_rows_of_very_different_sizes_keep_their_precision(tmp_path, kind):
     assert np.nanmax(np.abs(got - want) / norms) < 1e-5
 
 
-def test_relatif_takes_either_preconditioner(output):
+def test_relatif_accepts_either_preconditioner(output):
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
         fitted = Preconditioner.fit(store, "second_moment", C)
@@ -115,8 +119,8 @@ def test_relatif_takes_either_preconditioner(output):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit", [1e-15, 1e15])
-def test_gradients_of_any_unit_have_scores(tmp_path, unit, dtype):
-    """The inverse of their curvature is 1e30 or 1e-30, queries times it as well; the scores are of size 1."""
+def test_rows_of_extreme_scale_have_scores(tmp_path, unit, dtype):
+    """The inverse curvature is about 1e30 or 1e-30, and so are the solved queries."""
     output = make_store(tmp_path / "out", dtype)
     output.rows = (output.decoded() * unit).astype(np.float32)
     output.stored, output.row_scale = encode_rows(output.rows, dtype)
@@ -130,7 +134,7 @@ def test_gradients_of_any_unit_have_scores(tmp_path, unit, dtype):
             assert_scores(got, want)
 
 
-def test_a_row_of_zeros_scores_zero(tmp_path):
+def test_row_of_zeros_scores_zero(tmp_path):
     output = make_store(tmp_path / "zero")
     output.rows[:] = 0
     output.stored[:] = 0
@@ -143,7 +147,7 @@ def test_a_row_of_zeros_scores_zero(tmp_path):
 
 @pytest.mark.parametrize("kind", ["dot", "kfac", "preconditioned"])
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
-def test_self_influence_is_a_document_s_score_with_itself(output, kind, layers):
+def test_self_influence_is_the_score_with_itself(output, kind, layers):
     rows = output.decoded()
     with ProjectionStore(output.path) as store:
         got = self_influence(store, layers=layers, **settings_for(kind))
@@ -153,7 +157,7 @@ def test_self_influence_is_a_document_s_score_with_itself(output, kind, layers):
 
 
 @pytest.mark.parametrize("kind", sorted(MEANINGS))
-def test_top_and_bottom_are_the_ends_of_all_scores(output, kind):
+def test_top_and_bottom_equal_sorting_all_scores(output, kind):
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
         all_scores = score(queries, store, **settings_for(kind))
@@ -173,13 +177,13 @@ def test_top_and_bottom_are_the_ends_of_all_scores(output, kind):
     assert top.n_scored == bottom.n_scored == n_ok
 
 
-def test_equal_scores_come_by_sample_id_and_few_documents_are_all_of_them(output):
+def test_ties_are_ordered_by_sample_id(output):
     with ProjectionStore(output.path) as store:
         top = top_k(np.zeros(output.layout.dim), store, N_SAMPLES, score="dot", rows_per_block=9)
     np.testing.assert_array_equal(top.ids[0], np.flatnonzero(ok_rows(output)))
 
 
-def test_only_the_chosen_domains_are_scored(output):
+def test_only_chosen_domains_are_scored(output):
     queries = queries_for(output)
     with ProjectionStore(output.path) as store:
         got = score(queries, store, score="dot", domains=["Github"])
@@ -189,22 +193,24 @@ def test_only_the_chosen_domains_are_scored(output):
     assert sorted(top.ids[0].tolist()) == np.flatnonzero(wanted).tolist()
 
 
-def test_tensors_in_tensors_out_and_one_query_may_be_a_vector(output, tmp_path):
+def test_results_match_the_type_of_the_queries(output, tmp_path):
     queries = queries_for(output)
-    kept = np.lib.format.open_memmap(tmp_path / "scores.npy", "w+", np.float32, (3, N_SAMPLES))
+    memory_map = np.lib.format.open_memmap(
+        tmp_path / "scores.npy", "w+", np.float32, (3, N_SAMPLES)
+    )
     with ProjectionStore(output.path) as store:
         want = score(queries, store)
         tensor = score(torch.from_numpy(queries).double(), store)
         assert torch.is_tensor(top_k(torch.from_numpy(queries), store, 2).ids)
         np.testing.assert_array_equal(tensor.numpy(), want)
         np.testing.assert_allclose(score(queries[1], store), want[1:2], rtol=1e-5, atol=1e-6)
-        score(queries, store, out=kept)
+        score(queries, store, out=memory_map)
         blocks = list(iter_scores(queries, store, rows_per_block=20))
     np.testing.assert_array_equal(np.load(tmp_path / "scores.npy"), want)
     np.testing.assert_array_equal(np.concatenate([ids for ids, _ in blocks]), np.arange(N_SAMPLES))
 
 
-def test_queries_may_be_as_wide_as_the_chosen_layers(output):
+def test_queries_may_hold_only_the_chosen_layers(output):
     queries, layers = queries_for(output), [NAMES[1], NAMES[0]]
     with ProjectionStore(output.path) as store:
         want = score(queries, store, layers=layers)
@@ -212,7 +218,7 @@ def test_queries_may_be_as_wide_as_the_chosen_layers(output):
     np.testing.assert_array_equal(got, want)
 
 
-def test_a_row_recorded_as_ok_whose_shard_is_gone_is_no_best_document(tmp_path):
+def test_rows_of_a_missing_shard_are_not_ranked(tmp_path):
     output = make_store(tmp_path / "lost")
     (output.path / output.layout.shard_name(0)).unlink()
     with ProjectionStore(output.path) as store:
@@ -224,8 +230,8 @@ def test_a_row_recorded_as_ok_whose_shard_is_gone_is_no_best_document(tmp_path):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "zstd"])
 @pytest.mark.parametrize("layers", [None, [NAMES[2], NAMES[0]]], ids=["all", "two"])
-def test_rows_decoded_by_a_device_are_the_store_s_own(outputs, dtype, layers):
-    """The way of a GPU, walked by the processor."""
+def test_rows_decoded_on_the_device_equal_the_store_s(outputs, dtype, layers):
+    """Run the code path of a GPU on the CPU."""
     with ProjectionStore(outputs[dtype].path) as store:
         want = np.concatenate([rows for _, rows in store.scan(layers=layers)])
         got = list(decoded_on(torch.device("cpu"), store, layers, 9))
@@ -237,7 +243,7 @@ def test_rows_decoded_by_a_device_are_the_store_s_own(outputs, dtype, layers):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", sorted(MEANINGS))
-def test_a_gpu_gives_the_same_scores(outputs, kind, dtype):
+def test_gpu_gives_the_same_scores(outputs, kind, dtype):
     output, queries = outputs[dtype], queries_for(outputs[dtype])
     with ProjectionStore(output.path) as store:
         got = score(queries, store, device="cuda", **settings_for(kind))
@@ -248,7 +254,7 @@ def test_a_gpu_gives_the_same_scores(outputs, kind, dtype):
     )
 
 
-def test_a_bar_is_shown_on_request(output, capsys):
+def test_progress_bar_is_shown_on_request(output, capsys):
     with ProjectionStore(output.path) as store:
         score(queries_for(output), store, score="dot")
         assert capsys.readouterr().err == ""
@@ -256,10 +262,25 @@ def test_a_bar_is_shown_on_request(output, capsys):
     assert "scores: 100%" in capsys.readouterr().err
 
 
-def test_what_a_score_means_says_sign_and_unit():
+def test_meanings_name_sign_and_unit():
     assert "lowers the query's loss" in SIGN
     assert all("nats" in MEANINGS[kind] for kind in ("dot", "kfac", "preconditioned"))
     assert "without unit" in MEANINGS["cosine"]
+
+
+def test_readme_table_agrees_with_the_scores():
+    text = (Path(analysis.__file__).parent / "README.md").read_text()
+    rows = [
+        line for line in text.splitlines() if re.match(r"\| `\w+` \| .* \| .* \| .* \| .* \|", line)
+    ]
+    yes = {True: "yes", False: "no"}
+    expected = []
+    for name, facts in SCORES.items():
+        curvature = (facts.curvature or "none") + (", or any given" if facts.any_curvature else "")
+        cells = [f"`{name}`", curvature, yes[name in SELF_SCORES], yes[name in DOMAIN_SCORES]]
+        expected.append(f"| {' | '.join([*cells, facts.unit or 'none'])} |")
+    assert rows == expected
+    assert f"The default is `{DEFAULT_SCORE}`." in text
 
 
 @pytest.mark.parametrize(
@@ -279,12 +300,12 @@ def test_what_a_score_means_says_sign_and_unit():
         ({"damping": "none"}, "damping is 'none'"),
     ],
 )
-def test_what_is_wrong_is_said(output, wrong, message):
+def test_invalid_options_are_rejected(output, wrong, message):
     with ProjectionStore(output.path) as store, pytest.raises(ConfigError, match=message):
         score(queries_for(output), store, **wrong)
 
 
-def test_wrong_queries_are_refused(output):
+def test_invalid_queries_are_rejected(output):
     dim = output.layout.dim
     with ProjectionStore(output.path) as store:
         with pytest.raises(ConfigError, match=r"query rows have 5 values, those of .* 23"):
@@ -314,7 +335,7 @@ def test_wrong_queries_are_refused(output):
             score(np.ones(dim), store, score="preconditioned", preconditioner=fitted)
 
 
-def test_a_preconditioner_of_another_store_is_refused(outputs, output):
+def test_preconditioner_of_another_store_is_rejected(outputs, output):
     with ProjectionStore(outputs["float16"].path) as other, ProjectionStore(output.path) as store:
         fitted = Preconditioner.fit(other)
         with pytest.raises(
@@ -323,8 +344,8 @@ def test_a_preconditioner_of_another_store_is_refused(outputs, output):
             score(queries_for(output), store, preconditioner=fitted)
 
 
-def test_the_definition_by_hand_is_an_inverse(output):
-    """The yardstick itself: its matrix is symmetric and positive."""
+def test_reference_curvature_is_symmetric_and_positive(output):
+    """Check the reference: its matrix is symmetric and positive."""
     matrix = dense_curvature(output, "kfac", C)
     np.testing.assert_allclose(matrix, matrix.T)
     assert np.linalg.eigvalsh(matrix).min() > 0

@@ -26,9 +26,7 @@ def sorted_top_k(values, k):
 @pytest.mark.parametrize("k", [1, 7, 100])
 def test_top_k_of_a_stream_equals_sorting_all_scores(k, block, sorting):
     generator = np.random.default_rng(k)
-    values = np.round(generator.standard_normal((5, 5_000)), 2).astype(
-        np.float32
-    )  # with many ties
+    values = np.round(generator.standard_normal((5, 5_000)), 2).astype(np.float32)  # with many ties
     values[:, generator.random(5_000) < 0.3] = np.nan
     values[2] = np.sort(values[2])  # ascending: each block exceeds all earlier ones
     step = 5_000 if block == 5_000 else block

@@ -1,4 +1,4 @@
-"""Laws of questions to damaged stores: damage is said by query, domains and report alike, and never a traceback."""
+"""query, domains and report describe damage in one line, without a traceback."""
 
 import json
 import shutil
@@ -18,29 +18,29 @@ COMMANDS = ("query", "domains", "report")
 
 @pytest.fixture
 def ask(capsys, output):
-    """Ask the copied output: ``(exit code, standard output, standard error)``."""
+    """Run a command on the copied output: ``(exit code, standard output, standard error)``."""
 
     def run(command, *flags):
-        asked = (
+        query_flags = (
             ["--text", "the of it was", "--top_k", "2", "--bottom_k", "0"]
             if command == "query"
             else []
         )
-        code = main([command, str(output), *asked, "--device", "cpu", *map(str, flags)])
+        code = main([command, str(output), *query_flags, "--device", "cpu", *map(str, flags)])
         return code, *capsys.readouterr()
 
     return run
 
 
-def said_by_all(ask, *parts, commands=COMMANDS, flags=()):
-    """Every command ends with code 2 and one line that holds the parts."""
+def assert_all_report(ask, *parts, commands=COMMANDS, flags=()):
+    """Check that every command exits with code 2 and one line that contains the parts."""
     for command in commands:
-        code, _, said = ask(command, *flags)
+        code, _, message = ask(command, *flags)
         assert code == 2, command
-        assert said.startswith("gradproj: "), (command, said)
-        assert len(said.splitlines()) == 1, (command, said)
+        assert message.startswith("gradproj: "), (command, message)
+        assert len(message.splitlines()) == 1, (command, message)
         for part in parts:
-            assert part in said, (command, said)
+            assert part in message, (command, message)
 
 
 def ok_in_unit(output, unit):
@@ -49,61 +49,61 @@ def ok_in_unit(output, unit):
     return int((status == STATUS["ok"]).sum())
 
 
-# --- rows that are recorded and gone ---
+# --- rows that are recorded and missing ---
 
 
-def test_rows_whose_shard_is_gone_are_damage_in_the_table_the_json_and_on_the_page(output, ask):
+def test_missing_shard_is_reported_in_table_json_and_page(output, ask):
     lost = ok_in_unit(output, 1)
     shard_of(output, 1).unlink()
-    said = f"{lost} rows are recorded and cannot be read: python -m gradproj verify {output}"
+    message = f"{lost} rows are recorded and cannot be read: python -m gradproj verify {output}"
 
     code, printed, _ = ask("domains")
     assert code == 0
-    assert f"damaged    {said}" in printed
+    assert f"damaged    {message}" in printed
     got = json.loads((output / "domains" / "domains.json").read_text())
-    assert (got["n_lost"], got["damage"]) == (lost, said)
+    assert (got["n_lost"], got["damage"]) == (lost, message)
     assert sum(domain["lost"] for domain in got["domains"]) == lost
     assert sum(domain["rows"] for domain in got["domains"]) == got["n_rows"] - lost
 
     assert ask("report")[0] == 0
     page = StrictPage((output / "report.html").read_text(encoding="utf-8"))
-    assert f"Damaged: of 70 documents, {said}." in page.text
+    assert f"Damaged: of 70 documents, {message}." in page.text
     assert ("p", "verdict open") in [(tag, a.get("class")) for tag, a in page.tags]
     assert "Complete" not in page.text.split("Damaged")[0]
 
 
-def test_a_sound_store_has_no_damage(output, ask):
+def test_intact_store_has_no_damage(output, ask):
     assert "damaged" not in ask("domains")[1]
     got = json.loads((output / "domains" / "domains.json").read_text())
     assert (got["n_lost"], got["damage"]) == (0, None)
 
 
-def test_a_store_whose_shards_are_all_gone_answers_nothing(output, ask):
+def test_store_without_any_shard_is_damaged(output, ask):
     for unit in range(5):
         shard_of(output, unit).unlink()
-    said_by_all(ask, "is damaged: ", "python -m gradproj verify", flags=("--score", "dot"))
+    assert_all_report(ask, "is damaged: ", "python -m gradproj verify", flags=("--score", "dot"))
 
 
 @pytest.mark.parametrize("name", ["row_scale", "domain", "loss"])
-def test_a_column_s_chunk_that_is_gone_is_named(output, ask, name):
+def test_missing_column_chunk_is_named(output, ask, name):
     (output / "projections.zarr" / name / "c.0").unlink()
-    said_by_all(
+    assert_all_report(
         ask,
         f"{name}/c.0 is damaged: it is gone",
         "python -m gradproj verify",
         commands=COMMANDS[1:],
     )
     if name == "row_scale":
-        said_by_all(ask, f"{name}/c.0 is damaged: it is gone", commands=["query"])
+        assert_all_report(ask, f"{name}/c.0 is damaged: it is gone", commands=["query"])
     assert main(["verify", str(output)]) != 0
 
 
-def test_token_covariances_that_are_gone_are_damage_and_no_reason_for_another_score(output, ask):
+def test_missing_token_covariances_are_damage_and_change_no_score(output, ask):
     shutil.rmtree(output / "projections.zarr" / "token_covariance_a")
-    said_by_all(ask, "token_covariance_a", "python -m gradproj verify")
+    assert_all_report(ask, "token_covariance_a", "python -m gradproj verify")
 
 
-# --- bytes that are none of a store's ---
+# --- damaged bytes ---
 
 
 def flip(path, *places, mask=0xFF):
@@ -170,16 +170,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_one_line_that_names_the_file_and_the_way_out(output, ask, name):
+def test_damage_is_one_line_with_file_and_way_out(output, ask, name):
     damage, parts = DAMAGES[name]
     damage(output / "projections.zarr")
-    said_by_all(ask, *parts, "python -m gradproj verify")
+    assert_all_report(ask, *parts, "python -m gradproj verify")
 
 
-def test_a_key_that_is_no_text_is_damage_where_keys_are_shown(output, ask):
+def test_undecodable_key_is_damage_where_keys_are_shown(output, ask):
     path = output / "projections.zarr" / "key" / "c.0.0"
     flip(path, *range(len(path.read_bytes())))
-    said_by_all(
+    assert_all_report(
         ask,
         "projections.zarr/key is damaged",
         "python -m gradproj verify",
@@ -187,14 +187,14 @@ def test_a_key_that_is_no_text_is_damage_where_keys_are_shown(output, ask):
     )
 
 
-def test_a_place_where_the_system_makes_no_file_is_named(ask):
-    said_by_all(
+def test_output_path_that_cannot_be_created_is_named(ask):
+    assert_all_report(
         ask,
         "--output_dir /proc/x: no folder",
         commands=["domains"],
         flags=["--output_dir", "/proc/x"],
     )
-    said_by_all(
+    assert_all_report(
         ask,
         "--page /proc/x.html: no file",
         commands=["report"],
@@ -202,12 +202,10 @@ def test_a_place_where_the_system_makes_no_file_is_named(ask):
     )
 
 
-# --- the second moment that questions keep ---
+# --- the cached second moment ---
 
 
-def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_changed(
-    output, ask, monkeypatch
-):
+def test_cached_second_moment_serves_all_commands_until_damaged(output, ask, monkeypatch):
     flags = ("--score", "preconditioned")
     fits, real = [], preconditioner.sum_second_moments
     monkeypatch.setattr(
@@ -218,18 +216,18 @@ def test_a_kept_second_moment_is_used_by_all_and_made_anew_when_a_byte_of_it_cha
         assert ask(command, *flags)[0] == 0
     assert len(fits) == 1
 
-    (kept,) = (output / "preconditioners").iterdir()
-    flip(kept, -3)
-    code, printed, said = ask("query", *flags)
+    (cached,) = (output / "preconditioners").iterdir()
+    flip(cached, -3)
+    code, printed, message = ask("query", *flags)
     assert code == 0
-    assert "is damaged (its checksum does not match)" in said
-    assert "Fitting it again" in said
+    assert "is damaged (its checksum does not match)" in message
+    assert "Fitting it again" in message
     assert (printed, len(fits)) == (first[1], 2)
     assert ask("domains", *flags)[2] == ""
 
 
-def test_a_damping_of_a_score_that_has_none_is_refused(ask):
-    said_by_all(
+def test_damping_of_a_score_without_one_is_rejected(ask):
+    assert_all_report(
         ask,
         "--score dot has no damping; leave --damping out",
         flags=("--score", "dot", "--damping", "0.5"),

@@ -1,4 +1,4 @@
-"""Laws of files of queries: three forms, names in order, and every mistake with its file and line."""
+"""Query files: three forms, names in order, and errors with file and line."""
 
 import json
 
@@ -15,7 +15,7 @@ def write(path, *lines):
     return path
 
 
-def test_a_line_is_a_text_or_a_prompt_and_its_completion_or_token_ids(tmp_path):
+def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
     path = write(
         tmp_path / "q.jsonl",
         {"text": "a text\u2028with a separator", "id": "first"},
@@ -36,13 +36,13 @@ def test_a_line_is_a_text_or_a_prompt_and_its_completion_or_token_ids(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{torn\n", "no JSON"),
-        ("[" * 100_000 + "\n", "no JSON"),
+        ("{torn\n", "invalid JSON"),
+        ("[" * 100_000 + "\n", "invalid JSON"),
         ('["text"]\n', "not an object but"),
-        ({}, r'nothing to ask about; give one of \{"text"'),
-        ({"txt": "a"}, "nothing to ask about"),
-        ({"text": "a", "input_ids": [1, 2]}, "more than one thing to ask about"),
-        ({"text": "a", "prompt": "p", "completion": "c"}, "more than one thing to ask about"),
+        ({}, r'no query; give one of \{"text"'),
+        ({"txt": "a"}, "no query; give one of"),
+        ({"text": "a", "input_ids": [1, 2]}, "more than one query"),
+        ({"text": "a", "prompt": "p", "completion": "c"}, "more than one query"),
         ({"prompt": "p"}, "there is no completion: prompt and completion come together"),
         ({"completion": "c"}, "there is no prompt: prompt and completion come together"),
         ({"text": " \n"}, "text is empty"),
@@ -56,16 +56,16 @@ def test_a_line_is_a_text_or_a_prompt_and_its_completion_or_token_ids(tmp_path):
         ({"input_ids": [1, 2.0]}, "input_ids must be whole numbers, 0 or more, and one is 2.0"),
         ({"input_ids": [1, True]}, "input_ids must be whole numbers, 0 or more, and one is True"),
         ({"text": "a", "id": [1]}, r"its id must be a text or a whole number, got \[1\]"),
-        ({"text": "a", "id": "one"}, "the name 'one' is that of line 1 too"),
+        ({"text": "a", "id": "one"}, "the name 'one' is already used in line 1"),
     ],
 )
-def test_a_mistake_is_named_with_file_and_line(tmp_path, line, message):
+def test_error_names_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "q.jsonl", {"text": "fine", "id": "one"}, line)
     with pytest.raises(ConfigError, match=rf"^.*q\.jsonl, line 2: {message}"):
         read_queries(path)
 
 
-def test_a_file_that_is_not_there_not_text_or_empty_is_refused(tmp_path):
+def test_missing_binary_or_empty_file_is_rejected(tmp_path):
     with pytest.raises(
         ConfigError, match=r"the queries' file .*none\.jsonl cannot be read: No such file"
     ):
@@ -79,6 +79,6 @@ def test_a_file_that_is_not_there_not_text_or_empty_is_refused(tmp_path):
         read_queries(write(tmp_path / "q.jsonl", "\n"))
 
 
-def test_a_query_made_in_python_is_held_to_the_same(tmp_path):
+def test_query_made_in_python_is_validated_too(tmp_path):
     with pytest.raises(ConfigError, match="query 'mine': text is empty"):
         Query(name="mine", text="")

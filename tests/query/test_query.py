@@ -1,4 +1,4 @@
-"""Laws of the query command: its scores are the analysis's of its queries' rows, and it says what they are."""
+"""The query command prints the scores that ``gradproj.analysis`` gives for its queries."""
 
 import io
 import json
@@ -33,41 +33,41 @@ QUERIES = (
 )
 
 
-def scores_of(output, queries, **how):
-    """``(Q, N)`` by the Python interface."""
+def scores_of(output, queries, **options):
+    """Return scores ``(Q, N)`` from the Python interface."""
     run = config_from(RecordedRunArgs(output=str(output)))
     with ProjectionStore(output) as store:
-        return score(QueryProjector(store, run, "cpu").rows(queries).rows, store, **how)
+        return score(QueryProjector(store, run, "cpu").rows(queries).rows, store, **options)
 
 
 @pytest.mark.parametrize("kind", MEANINGS)
-def test_each_query_s_ends_are_those_of_the_analysis_s_scores(output, tmp_path, ask, kind):
+def test_rankings_equal_sorting_the_scores_of_the_python_interface(output, tmp_path, ask, kind):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
-    found = ask.objects(output, "--queries", path, "--score", kind, "--top_k", 5, "--bottom_k", 4)
-    assert [x["query"] for x in found] == ["first"] * 9 + ["second"] * 9 + ["line 3"] * 9
-    assert [(x["end"], x["rank"]) for x in found[:9]] == (
+    answers = ask.objects(output, "--queries", path, "--score", kind, "--top_k", 5, "--bottom_k", 4)
+    assert [x["query"] for x in answers] == ["first"] * 9 + ["second"] * 9 + ["line 3"] * 9
+    assert [(x["end"], x["rank"]) for x in answers[:9]] == (
         [("top", rank) for rank in range(1, 6)] + [("bottom", rank) for rank in range(1, 5)]
     )
     wanted = scores_of(output, read_queries(path), score=kind)
     for number, values in enumerate(wanted):
         ids = np.flatnonzero(~np.isnan(values))
         order = ids[np.argsort(-values[ids], kind="stable")]
-        got = found[9 * number : 9 * number + 9]
+        got = answers[9 * number : 9 * number + 9]
         assert [x["id"] for x in got] == [*order[:5], *order[: -4 - 1 : -1]]
         np.testing.assert_allclose(
             [x["score"] for x in got], values[[x["id"] for x in got]], rtol=1e-4
         )
 
 
-def test_a_row_names_the_document_and_what_is_known_of_it(job, ask):
-    found = ask.objects(
+def test_answer_holds_the_columns_of_each_document(job, ask):
+    answers = ask.objects(
         job.output, "--text", TEXT, "--top_k", N_SAMPLES, "--bottom_k", 0, "--show_text"
     )
-    assert len(found) == N_SAMPLES - 2
-    assert not {EMPTY, ONE_TOKEN} & {x["id"] for x in found}
+    assert len(answers) == N_SAMPLES - 2
+    assert not {EMPTY, ONE_TOKEN} & {x["id"] for x in answers}
     documents = mixed_documents(N_SAMPLES)
     with ProjectionStore(job.output) as store:
-        for x, sample in zip(found, store.samples([x["id"] for x in found]), strict=True):
+        for x, sample in zip(answers, store.samples([x["id"] for x in answers]), strict=True):
             assert (x["key"], x["domain"], x["n_tokens"]) == (
                 sample.key,
                 sample.domain,
@@ -75,23 +75,23 @@ def test_a_row_names_the_document_and_what_is_known_of_it(job, ask):
             )
             assert x["loss"] == pytest.approx(sample.loss)
             assert x["text"] == documents[x["id"]]["text"][:1000]
-    assert {x["damping"] for x in found} == {"auto"}
+    assert {x["damping"] for x in answers} == {"auto"}
 
 
-def test_pandas_reads_the_json_lines_and_what_is_said_of_them_goes_elsewhere(job, ask, tmp_path):
+def test_pandas_reads_the_json_lines(job, ask, tmp_path):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
-    lines, said = ask(
+    lines, errors = ask(
         job.output, "--queries", path, "--format", "jsonl", "--top_k", 2, "--score", "cosine"
     )
     table = pd.read_json(io.StringIO("\n".join(lines)), lines=True)
     assert len(table) == 3 * (2 + 20)
     assert table.groupby("query")["score"].max().between(-1, 1).all()
-    assert SIGN in " ".join(said.split())
+    assert SIGN in " ".join(errors.split())
 
 
-def test_the_table_says_score_sign_unit_damping_and_what_was_compared(job, ask, monkeypatch):
+def test_table_describes_score_sign_unit_damping_and_rows(job, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
-    lines, said = ask(job.output, "--text", TEXT, "--top_k", 3, "--bottom_k", 2, "--show_text")
+    lines, errors = ask(job.output, "--text", TEXT, "--top_k", 3, "--bottom_k", 2, "--show_text")
     text = " ".join(" ".join(lines).split())
     assert f"score kfac: {MEANINGS['kfac']} {SIGN}" in text
     assert "damping 0.03 times each matrix's mean diagonal (auto)" in text
@@ -106,19 +106,19 @@ def test_the_table_says_score_sign_unit_damping_and_what_was_compared(job, ask, 
     )
     assert [line.split()[0] for line in lines[top + 1 : bottom : 2]] == ["1", "2", "3"]
     assert len(lines) == bottom + 1 + 2 * 2
-    assert said == ""
+    assert errors == ""
 
 
-def test_a_document_s_own_text_finds_it_first_with_cosine_one(job, ask):
+def test_text_of_a_document_ranks_it_first_with_cosine_one(job, ask):
     texts = [d["text"] for d in mixed_documents(N_SAMPLES)]
     sample_id = next(i for i, text in enumerate(texts) if 5 < len(text.split()) < 9)
-    found = ask.objects(job.output, "--text", texts[sample_id], "--score", "cosine", "--top_k", 1)
-    assert found[0]["id"] == sample_id
-    assert found[0]["score"] == pytest.approx(1, abs=1e-5)
-    assert found[0]["query_loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+    answers = ask.objects(job.output, "--text", texts[sample_id], "--score", "cosine", "--top_k", 1)
+    assert answers[0]["id"] == sample_id
+    assert answers[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert answers[0]["query_loss"] == pytest.approx(answers[0]["loss"], rel=1e-5)
 
 
-def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
+def test_layers_and_domains_restrict_the_scan(job, tmp_path, ask):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
     with ProjectionStore(job.output) as store:
         chosen = [
@@ -143,10 +143,10 @@ def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
         "--bottom_k",
         0,
     )
-    found = ask.objects(job.output, "--queries", path, *words)
-    assert {x["domain"] for x in found} == {"Github", "ArXiv"}
+    answers = ask.objects(job.output, "--queries", path, *words)
+    assert {x["domain"] for x in answers} == {"Github", "ArXiv"}
     for number, values in enumerate(wanted):
-        got = found[6 * number : 6 * number + 6]
+        got = answers[6 * number : 6 * number + 6]
         assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(values, nan=-np.inf))[
             :6
         ].tolist()
@@ -155,31 +155,29 @@ def test_layers_and_domains_narrow_the_question(job, tmp_path, ask):
     assert any(line.startswith("layers   model.layers.0.self_attn") for line in lines)
 
 
-def test_a_layer_s_number_is_a_whole_part_of_its_name(job, ask):
+def test_layers_match_whole_components(job, ask):
     message = ask.mistake(job.output, "--text", TEXT, "--layers", "layers.1,ayers.0")
     assert "--layers: " in message
     assert "has no layer 'ayers.0'; it has model.layers.*.self_attn.q_proj" in message
 
 
 @pytest.mark.parametrize("kind", ["kfac", "preconditioned", "relatif"])
-def test_several_dampings_are_answered_one_after_the_other_and_compared(
-    output, ask, monkeypatch, kind
-):
-    asked = (output, "--text", TEXT, "--score", kind, "--layers", "mlp", "--top_k", 5)
-    one = {c: ask.objects(*asked, "--damping", c) for c in ("0.001", "30")}
+def test_several_dampings_are_ranked_and_compared(output, ask, monkeypatch, kind):
+    flags = (output, "--text", TEXT, "--score", kind, "--layers", "mlp", "--top_k", 5)
+    one = {c: ask.objects(*flags, "--damping", c) for c in ("0.001", "30")}
     scans = []
     scan = ends_module.top_and_bottom
     monkeypatch.setattr(
         ends_module, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k)
     )
-    both = ask.objects(*asked, "--damping", "0.001,30")
+    both = ask.objects(*flags, "--damping", "0.001,30")
     assert len(scans) == (2 if kind == "relatif" else 1)
     for x, y in zip(both, one["0.001"] + one["30"], strict=True):
         assert x.pop("score") == pytest.approx(y["score"], rel=1e-3)
         assert x == {key: value for key, value in y.items() if key != "score"}
-    tops = [{x["id"] for x in found if x["end"] == "top"} for found in one.values()]
+    tops = [{x["id"] for x in answers if x["end"] == "top"} for answers in one.values()]
     share = len(tops[0] & tops[1]) / 5
-    lines, _ = ask(*asked, "--damping", "0.001,30")
+    lines, _ = ask(*flags, "--damping", "0.001,30")
     assert "share of the top 5 in common, by damping, mean over the queries" in lines
     assert lines[-2].split() == ["0.001", "1.00", f"{share:.2f}"]
     if kind == "kfac":
@@ -187,7 +185,7 @@ def test_several_dampings_are_answered_one_after_the_other_and_compared(
 
 
 @pytest.mark.parametrize("layers", [None, "mlp"])
-def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_path, ask, layers):
+def test_joint_inverts_one_second_moment_of_all_layers(output, tmp_path, ask, layers):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
     flags = ("--queries", path, "--score", "preconditioned", "--joint", "--bottom_k", 0)
     flags += ("--layers", layers) if layers else ()
@@ -201,35 +199,33 @@ def test_joint_is_the_inverse_of_one_second_moment_of_all_layers(output, tmp_pat
             ]
         )
         rows = store.rows(ids)[:, chosen].astype(np.float64)
-        asked = (
-            QueryProjector(store, device="cpu")
-            .rows(read_queries(path))
-            .rows[:, chosen]
-            .astype(np.float64)
-        )
+        projector = QueryProjector(store, device="cpu")
+        query_rows = projector.rows(read_queries(path)).rows[:, chosen].astype(np.float64)
     moment = rows.T @ rows / len(rows)
     flags += ("--top_k", N_SAMPLES)
-    found = ask.objects(output, *flags, "--damping", "0.1,3")
+    answers = ask.objects(output, *flags, "--damping", "0.1,3")
     for damping in (0.1, 3):
         damped = moment + damping * np.trace(moment) / len(moment) * np.eye(len(moment))
-        wanted = np.linalg.solve(damped, asked.T).T @ rows.T
+        wanted = np.linalg.solve(damped, query_rows.T).T @ rows.T
         for number, values in enumerate(wanted):
             name = ["first", "second", "line 3"][number]
             got = {
-                x["id"]: x["score"] for x in found if (x["query"], x["damping"]) == (name, damping)
+                x["id"]: x["score"]
+                for x in answers
+                if (x["query"], x["damping"]) == (name, damping)
             }
             np.testing.assert_allclose(
                 [got[i] for i in ids], values, rtol=1e-3, atol=1e-4 * abs(values).max()
             )
     each = ask.objects(output, *(flag for flag in flags if flag != "--joint"), "--damping", "0.1")
-    assert [x["id"] for x in each] != [x["id"] for x in found[: len(each)]]
+    assert [x["id"] for x in each] != [x["id"] for x in answers[: len(each)]]
     text = " ".join(" ".join(ask(output, *flags)[0]).split())
     assert "score preconditioned, all layers jointly: influence" in text
 
 
-def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path, ask, monkeypatch):
+def test_many_queries_with_several_dampings_take_several_scans(output, tmp_path, ask, monkeypatch):
     path = write_queries(tmp_path / "q.jsonl", *QUERIES)
-    asked = (
+    flags = (
         output,
         "--queries",
         path,
@@ -240,7 +236,7 @@ def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path,
         "--damping",
         "0.001,30",
     )
-    want = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
+    want = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
     assert [x["damping"] for x in want] == [0.001] * 21 + [30] * 21
     sizes, scan = [], ends_module.top_and_bottom
     monkeypatch.setattr(
@@ -250,24 +246,24 @@ def test_many_queries_with_several_dampings_are_asked_in_parts(output, tmp_path,
     )
     with ProjectionStore(output) as store:
         monkeypatch.setattr(ends_module, "_QUERY_BYTES_PER_SCAN", 5 * 8 * store.dim)
-    got = ask.objects(*asked, "--top_k", 4, "--bottom_k", 3)
+    got = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
     assert sizes == [4, 2]  # of two dampings each
     for x, y in zip(got, want, strict=True):
         assert x.pop("score") == pytest.approx(y.pop("score"), rel=1e-5)
         assert x == y
 
 
-def test_an_output_s_documents_are_queries_named_by_their_keys(job, tmp_path, ask):
+def test_documents_of_a_query_store_are_named_by_their_keys(job, tmp_path, ask):
     other = tmp_path / "queries"
     make_corpus(tmp_path / "tars", mixed_documents(9, seed=4))
     settings = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "batch_size": 2}
     run_job(shards=tmp_path / "tars", model=job.model, output_dir=other, **settings)
-    found = ask.objects(job.output, "--query_store", other, "--top_k", 3, "--bottom_k", 0)
+    answers = ask.objects(job.output, "--query_store", other, "--top_k", 3, "--bottom_k", 0)
     with ProjectionStore(other) as queries, ProjectionStore(job.output) as store:
         wanted = score(queries.rows(range(9)), store)
         samples = queries.samples(range(9))
     for number, sample in enumerate(samples):
-        got = found[3 * number : 3 * number + 3]
+        got = answers[3 * number : 3 * number + 3]
         assert {x["query"] for x in got} == {sample.key}
         assert [x["id"] for x in got] == np.argsort(-np.nan_to_num(wanted[number], nan=-np.inf))[
             :3
@@ -277,19 +273,17 @@ def test_an_output_s_documents_are_queries_named_by_their_keys(job, tmp_path, as
     flags = json.loads((other / "run_config.json").read_text())
     moved = shutil.copytree(job.output, tmp_path / "moved")
     (moved / "run_config.json").write_text(json.dumps(flags | {"model": "nowhere"}))
-    assert ask.objects(moved, "--query_store", other, "--top_k", 3, "--bottom_k", 0) == found
+    assert ask.objects(moved, "--query_store", other, "--top_k", 3, "--bottom_k", 0) == answers
 
 
-def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s_loss(
-    job, tmp_path
-):
-    """One plain gradient step on a document, over the layers that are projected."""
+def test_positive_score_means_training_on_the_document_lowers_the_loss(job, tmp_path):
+    """Take one plain gradient step on a document, over the projected layers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     output = tmp_path / "full"
-    # So many values that nothing is lost: the projections are orthonormal and square, the dot product exact.
+    # Orthonormal square projections lose nothing, so that the inner product is exact.
     settings = {
         "proj_rank_total": 2**20,
         "proj_kind": "orthonormal",
@@ -297,8 +291,8 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
         "max_samples": 12,
     }
     run_job(shards=job.corpus, model=job.model, output_dir=output, proj_dtype="float32", **settings)
-    asked = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
-    top = query(asked).rankings[0].top
+    config = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
+    top = query(config).rankings[0].top
     texts = [d["text"] for d in mixed_documents(12)]
     rate = 1e-4
     assert len(top.ids[0]) == 11
@@ -322,7 +316,7 @@ def test_a_positive_score_means_that_training_on_the_document_lowers_the_query_s
         assert fall == pytest.approx(value, rel=0.01, abs=0.005 * float(abs(top.scores).max()))
 
 
-def test_texts_and_names_cannot_disturb_a_terminal(job, tmp_path, ask, monkeypatch):
+def test_control_characters_are_replaced_in_the_table(job, tmp_path, ask, monkeypatch):
     hostile = "control \x1b[31m and\n\n  spaces" + words(60, 3)
     monkeypatch.setattr(
         "gradproj.cli.query.document_texts", lambda output, run: lambda sample_id: hostile
@@ -338,7 +332,7 @@ def test_texts_and_names_cannot_disturb_a_terminal(job, tmp_path, ask, monkeypat
     assert json.loads(lines[0])["text"] == hostile[:1000]
 
 
-def test_the_text_of_a_document_of_token_ids_is_its_ids(tmp_path):
+def test_document_of_token_ids_shows_its_ids(tmp_path):
     make_corpus(tmp_path, [{"text": "a"}, {"input_ids": [5, 6, 7, 8]}])
     assert (
         text_of(build_index(list_tars(str(tmp_path)), progress=False), 1)
@@ -346,7 +340,7 @@ def test_the_text_of_a_document_of_token_ids_is_its_ids(tmp_path):
     )
 
 
-def test_model_and_tars_may_move_if_they_are_named(job, tmp_path, monkeypatch, ask):
+def test_moved_model_and_tars_are_found_by_flags(job, tmp_path, monkeypatch, ask):
     for name, folder in (("out", job.output), ("model", job.model), ("tars", job.corpus)):
         shutil.copytree(folder, tmp_path / "old" / name)
     flags = json.loads((tmp_path / "old/out/run_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Laws of wrong questions: one line that says what is wrong, where, and the way out; exit code 2, no traceback."""
+"""User errors of the query command: one line with the way out, exit code 2, no traceback."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from helpers.corpora import words
 from helpers.models import make_model
 from helpers.outputs import N_SAMPLES, cut, shard_of, uncommit, unmerge
 from helpers.query_command import TEXT, ask, write_queries
+from helpers.training_runs import config_of, make_data
 
 from gradproj import ProjectionStore
 from gradproj.analysis.row_blocks import chosen_layers, scan_blocks
@@ -20,6 +21,7 @@ from gradproj.query import QueryProjector
 from gradproj.query import projector as rows_module
 from gradproj.store.metadata import read_attributes
 from gradproj.store.writer import update_attributes, write_array
+from gradproj.training import train
 
 assert ask
 
@@ -33,7 +35,7 @@ ASKED = ("--text", TEXT)
         (("--text", ""), "there is no query; give --text"),
         (("--text", " \n"), "--text is empty; give --text"),
         ((*ASKED, "--queries", "q.jsonl"), "--text and --queries are given: give one of them"),
-        (("--text", "a"), "--text: a single token: no target to take a gradient of"),
+        (("--text", "a"), "--text: a single token: no target for a loss"),
         (
             ("--text", words(90, 1)),
             "tokens, and the store's rows cover the first 24 of a document; shorten it",
@@ -93,31 +95,29 @@ ASKED = ("--text", TEXT)
         (("--txt", "a"), "did you mean --text"),
     ],
 )
-def test_a_wrong_flag_is_named(job, tmp_path, monkeypatch, ask, flags, message):
+def test_invalid_flag_is_named(job, tmp_path, monkeypatch, ask, flags, message):
     monkeypatch.chdir(tmp_path)
     assert message in ask.mistake(job.output, *flags)
     assert not (job.output / "preconditioners").exists()
 
 
-def test_fewer_documents_than_are_shown_by_default_are_no_mistake(job, ask):
+def test_fewer_documents_than_the_default_k_are_accepted(job, ask):
     few = ask.objects(job.output, *ASKED, "--domains", "ArXiv", "--top_k", N_SAMPLES)
     assert 0 < sum(x["end"] == "top" for x in few) < N_SAMPLES
 
 
-def test_a_bad_line_of_a_file_is_named(job, tmp_path, ask):
+def test_invalid_line_of_a_query_file_is_named(job, tmp_path, ask):
     path = write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"text": words(80, 2)}, {"txt": ""})
-    assert f"{path}, line 3: nothing to ask about; give one of " in ask.mistake(
-        job.output, "--queries", path
-    )
+    assert f"{path}, line 3: no query; give one of " in ask.mistake(job.output, "--queries", path)
     path = write_queries(path, {"text": TEXT}, {"text": words(80, 2)})
     assert f"{path}, line 2: " in ask.mistake(job.output, "--queries", path)
     path = write_queries(path, {"text": TEXT}, {"input_ids": [2, 300]})
-    assert f"{path}, line 2: token id 300; the model knows those from 0" in ask.mistake(
+    assert f"{path}, line 2: token id 300; the model has ids from 0" in ask.mistake(
         job.output, "--queries", path
     )
 
 
-def test_another_model_or_tokenizer_than_the_store_s_is_refused(job, tmp_path, ask):
+def test_other_model_or_tokenizer_is_rejected(job, tmp_path, ask):
     make_model(tmp_path / "other", num_hidden_layers=1)
     message = ask.mistake(job.output, *ASKED, "--model", tmp_path / "other")
     assert "other is not what " in message
@@ -138,7 +138,7 @@ def test_another_model_or_tokenizer_than_the_store_s_is_refused(job, tmp_path, a
     )
 
 
-def test_a_place_without_a_model_is_named_as_it_was_given(job, ask):
+def test_missing_model_directory_is_named_as_given(job, ask):
     message = ask.mistake(job.output, *ASKED, "--model", "nosuchdir")
     assert (
         f"--model nosuchdir is no directory here; give one that holds the job's model, {job.model}"
@@ -147,13 +147,13 @@ def test_a_place_without_a_model_is_named_as_it_was_given(job, ask):
 
 
 @pytest.mark.parametrize("changes", [{"model": None}, {"model": "a"}, {"identity": 3}])
-def test_a_store_that_names_no_model_is_refused(output, ask, changes):
+def test_store_without_a_recorded_model_is_rejected(output, ask, changes):
     update_attributes(output / "projections.zarr", changes)
     assert "does not record the model of its rows" in ask.mistake(output, *ASKED)
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
-def test_a_store_cannot_say_that_its_checkpoint_is_trusted(output, ask, name):
+def test_store_cannot_grant_trust_to_its_checkpoint(output, ask, name):
     path = output / "run_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: True}))
     assert f"give --{name} here too if you trust" in ask.mistake(output, *ASKED)
@@ -167,14 +167,12 @@ def test_a_store_cannot_say_that_its_checkpoint_is_trusted(output, ask, name):
     assert getattr(trusting.model, name)
 
 
-def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(
-    job, output, tmp_path, ask
-):
+def test_incomparable_query_store_is_rejected_with_every_difference(job, output, tmp_path, ask):
     identity = read_attributes(output / "projections.zarr")["identity"]
     changes = {"--model (weights)": "f" * 32, "--loss_reduction": "sum"}
     update_attributes(output / "projections.zarr", {"identity": identity | changes})
     message = ask.mistake(job.output, "--query_store", output)
-    assert "their rows do not mean the same" in message
+    assert "their rows are not comparable" in message
     assert "  --model (weights): queries ffffffff..., store " in message
     assert "  --loss_reduction: queries 'sum', store 'mean'" in message
     assert "--proj" not in message
@@ -189,7 +187,7 @@ def test_queries_of_another_kind_of_rows_are_refused_with_every_difference(
     ask(job.output, "--query_store", output)
 
 
-def test_queries_of_other_matrices_are_refused_whatever_was_recorded(job, output, ask):
+def test_query_store_with_other_matrices_is_rejected(job, output, ask):
     with ProjectionStore(output) as store:
         matrices = store.array("projection_matrices").copy()
         matrices[-1] = -matrices[-1]
@@ -203,7 +201,7 @@ def test_queries_of_other_matrices_are_refused_whatever_was_recorded(job, output
     assert message.splitlines()[1:-1] == ["  --proj_seed: queries 7, store 42"]
 
 
-def test_names_that_a_store_brings_along_disturb_no_terminal(output, ask):
+def test_control_characters_in_store_names_are_replaced(output, ask):
     path = output / "projections.zarr"
     attributes = read_attributes(path)
     domains = ["\x1b[2Jevil", *attributes["domains"][1:]]
@@ -211,51 +209,46 @@ def test_names_that_a_store_brings_along_disturb_no_terminal(output, ask):
     update_attributes(path, {"domains": domains, "layers": layers})
     with ProjectionStore(output) as store:
         layer = store.layers[0].name
-        for ask_for in (
+        for choose in (
             lambda: chosen_layers(store, ["none"]),
             lambda: chosen_layers(store, []),
             lambda: next(scan_blocks(store, domains=["none"])),
         ):
             with pytest.raises(ConfigError) as refused:
-                ask_for()
+                choose()
             assert str(refused.value).isprintable()
-    asked = ("--query_store", output, "--top_k", 2)
+    flags = ("--query_store", output, "--top_k", 2)
     for flag in ("--layers", "--domains"):
-        message = ask.mistake(output, *asked, flag, "nothing")
+        message = ask.mistake(output, *flags, flag, "nothing")
         assert "�" in message
         assert message.removesuffix("\n").isprintable()
-    lines, said = ask(
-        output, *asked, "--layers", layer, "--domains", domains[0], "--score", "cosine"
+    lines, errors = ask(
+        output, *flags, "--layers", layer, "--domains", domains[0], "--score", "cosine"
     )
-    assert said == ""
+    assert errors == ""
     assert all(line.isprintable() for line in lines)
     assert any("of �[2Jevil compared" in line for line in lines)
     assert any(line.startswith("layers   �]0;") for line in lines)
 
 
-def test_queries_that_do_not_fit_the_memory_are_refused_before_any_row_is_made(
-    job, output, tmp_path, ask, monkeypatch
-):
+def test_too_many_queries_are_rejected_before_projection(job, output, tmp_path, ask, monkeypatch):
     path = write_queries(tmp_path / "q.jsonl", *({"text": TEXT} for _ in range(3)))
     with ProjectionStore(output) as store:
-        monkeypatch.setattr(rows_module, "MOST_ROWS_BYTES", 4 * store.dim * 2)
+        monkeypatch.setattr(rows_module, "MAX_ROWS_BYTES", 4 * store.dim * 2)
         monkeypatch.setattr(ProjectionStore, "rows", None)
         monkeypatch.setattr("gradproj.cli.query.QueryProjector", None)
         size = (
             f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
         )
     message = ask.mistake(output, "--queries", path)
-    assert f"--queries {path} asks 3 queries, {size}" in message
-    assert "2 queries, is the most at once. Split the file into several" in message
+    assert f"--queries {path} has 3 queries, {size}" in message
+    assert "2 queries. Split the file into several" in message
     message = ask.mistake(output, "--query_store", job.output)
-    assert f"asks {N_SAMPLES - 2} queries, whose rows" in message
-    assert (
-        "2 queries, is the most at once. Ask some at a time in Python: gradproj.analysis.top_k("
-        in message
-    )
+    assert f"has {N_SAMPLES - 2} queries, whose rows" in message
+    assert "2 queries. Query some at a time in Python: gradproj.analysis.top_k(" in message
 
 
-def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
+def test_joint_rejects_rows_that_are_too_wide(job, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.query_config.MAX_JOINT_WIDTH", 10)
     flags = (*ASKED, "--score", "preconditioned", "--joint")
     with ProjectionStore(job.output) as store:
@@ -268,11 +261,11 @@ def test_rows_too_wide_for_one_second_moment_are_refused(job, ask, monkeypatch):
     assert "--joint: these layers have " in ask.mistake(job.output, *flags, "--layers", "mlp")
 
 
-def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask, monkeypatch):
+def test_unfinished_store_answers_and_lists_missing_rows(output, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
     uncommit(output, 0, 2)
     update_attributes(output / "projections.zarr", {"covariance_tokens": 0})
-    lines, said = ask(output, *ASKED, "--top_k", N_SAMPLES)
+    lines, errors = ask(output, *ASKED, "--top_k", N_SAMPLES)
     text = " ".join(" ".join(lines).split())
     assert (
         "37 documents compared; without a row: 32 not computed yet, 1 with no target token" in text
@@ -280,8 +273,8 @@ def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask
     assert "(ids 0 to 15, 32 to 47)" in text
     assert "score cosine: cosine of the two projected gradients" in text
     assert (
-        "score cosine: kfac needs token covariances, which the store does not have yet: python -m gradproj merge"
-        in said
+        "score cosine: kfac needs token covariances, which the store does not have yet: "
+        "python -m gradproj merge" in errors
     )
     ids = {int(line.split()[2]) for line in lines if line[:5].strip().isdigit()}
     assert ids
@@ -292,12 +285,12 @@ def test_an_unfinished_store_answers_and_says_which_rows_are_missing(output, ask
     assert "Run `python -m gradproj merge" in message
     assert "name one by --score" in ask.mistake(output, *ASKED, "--damping", "0.1")
     merge(output)
-    lines, said = ask(output, *ASKED)
-    assert said == ""
+    lines, errors = ask(output, *ASKED)
+    assert errors == ""
     assert any(line.startswith("score    kfac") for line in lines)
 
 
-def test_a_store_without_any_row_cannot_be_asked(output, ask):
+def test_store_without_rows_is_rejected(output, ask):
     unmerge(output)
     for record in (output / "units").glob("*"):
         record.unlink()
@@ -307,7 +300,7 @@ def test_a_store_without_any_row_cannot_be_asked(output, ask):
     )
 
 
-def test_a_damaged_store_is_named_and_the_way_out(output, ask):
+def test_damaged_store_is_named_with_the_way_out(output, ask):
     cut(shard_of(output, 1))
     message = ask.mistake(output, *ASKED)
     assert "c.1.0" in message
@@ -319,19 +312,19 @@ def test_a_damaged_store_is_named_and_the_way_out(output, ask):
     assert "is damaged or not a gradproj store" in ask.mistake(output, *ASKED)
 
 
-def test_rows_whose_shard_is_gone_are_said_and_ask_nothing(job, output, ask):
+def test_rows_of_a_missing_shard_are_counted_and_are_no_queries(job, output, ask):
     shard_of(output, 1).unlink()
     text = " ".join(" ".join(ask(output, *ASKED, "--score", "dot")[0]).split())
     assert (
-        "53 documents compared; without a row: 1 empty, 1 with no target token; 15 are recorded and their"
-        in text
+        "53 documents compared; without a row: 1 empty, 1 with no target token; "
+        "15 are recorded and their" in text
     )
     assert f"shard is gone: python -m gradproj verify {output}" in text
     message = ask.mistake(job.output, "--query_store", output)
     assert "rows of unit 1 are recorded as ok but their shard " in message
 
 
-def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
+def test_directory_that_is_no_output_is_rejected(job, tmp_path, ask):
     assert "is not a gradproj store" in ask.mistake(tmp_path, *ASKED)
     shutil.copytree(job.output / "projections.zarr", tmp_path / "projections.zarr")
     assert "is not a job's --output_dir: it holds no run_config.json" in ask.mistake(
@@ -341,18 +334,14 @@ def test_a_folder_that_is_no_output_is_refused(job, tmp_path, ask):
     assert "run_config.json cannot be read" in ask.mistake(tmp_path, *ASKED)
 
 
-def test_a_training_run_s_store_takes_rows_and_no_text(tmp_path, ask, monkeypatch):
+def test_training_store_accepts_rows_but_no_text(tmp_path, ask, monkeypatch):
     monkeypatch.setattr("gradproj.cli.score_args.DEFAULT_SCORE", "kfac")
-    from test_training_engines import by_hand, one_step
-
-    model, optimizer, manager = by_hand(tmp_path)
-    with manager:
-        for step in (1, 2, 3):
-            one_step(model, optimizer, manager, step)
-    output = tmp_path / "projections"
+    data = make_data(tmp_path)
+    train(config_of(data, tmp_path / "trained", method="GradProjLora"))
+    output = tmp_path / "trained" / "projections"
     assert "was not written by the job and records no model" in ask.mistake(output, *ASKED)
-    lines, said = ask(output, "--query_store", output, "--top_k", 2)
-    assert "kfac needs token covariances, which the store does not have" in said
-    assert "merge" not in said
+    lines, errors = ask(output, "--query_store", output, "--top_k", 2)
+    assert "kfac needs token covariances, which the store does not have" in errors
+    assert "merge" not in errors
     first = [line.split() for line in lines if line.startswith("    1 ")]
     assert first[0][1] == "+1.0000"

@@ -1,4 +1,4 @@
-"""Laws of queries' rows: plain autograd's, on the store's matrices, over the loss of just the tokens asked about."""
+"""Query rows equal plain autograd of the target tokens' loss, projected by the store's matrices."""
 
 from types import SimpleNamespace
 
@@ -14,8 +14,7 @@ from gradproj import ProjectionStore
 from gradproj.engine.layers import find_layers
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
-from gradproj.query import EXCERPT_CHARACTERS, Query, QueryProjector
-from gradproj.query import projector as rows_module
+from gradproj.query import EXCERPT_CHARACTERS, Query, QueryProjector, projector
 
 TEXT = words(9, 5)
 N_DOCUMENTS = 20
@@ -38,7 +37,7 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def made(job, tmp_path_factory):
-    """The outputs: of the finished job, and of one for each of the other settings."""
+    """Return the outputs of the finished job and of one job per entry of ``OTHERS``."""
     folder = tmp_path_factory.mktemp("query_rows")
     outputs = [job.output, *(folder / f"out{number}" for number in range(len(OTHERS)))]
     for output, changes in zip(outputs[1:], OTHERS, strict=True):
@@ -54,7 +53,7 @@ def projectors(made):
 
 
 def slow_row(made, ids, first, number=0):
-    """``P_o G P_i^T`` of each layer by autograd in float64, of the summed loss of ``ids[first:]``, and that loss."""
+    """Return ``P_o G P_i^T`` by float64 autograd, and the summed loss of ``ids[first:]``."""
     model = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float64).eval()
     targets = find_layers(model, ProjectionConfig().layers.split(","))
     tokens = torch.tensor(ids)
@@ -74,7 +73,7 @@ def close(got, want, rounding=1e-5):
 
 
 @pytest.mark.parametrize("number", range(1 + len(OTHERS)))
-def test_a_text_s_row_is_the_store_s_row_of_a_document_of_that_text(made, projectors, number):
+def test_row_of_a_text_equals_that_of_a_document_with_it(made, projectors, number):
     texts = [document["text"] for document in mixed_documents(N_DOCUMENTS)]
     sample_id = next(i for i, text in enumerate(texts) if 4 < len(text.split()) < 9)
     got = projectors[number].rows([Query(name="q", text=texts[sample_id])])
@@ -87,9 +86,7 @@ def test_a_text_s_row_is_the_store_s_row_of_a_document_of_that_text(made, projec
 
 
 @pytest.mark.parametrize("cut", [0, 1, 17, 18, 19, 30, len(TEXT) - 1])
-def test_a_completion_s_row_is_autograd_s_of_the_loss_of_the_tokens_that_hold_its_characters(
-    made, projectors, cut
-):
+def test_row_of_a_completion_equals_autograd_of_its_tokens_loss(made, projectors, cut):
     tokenizer = AutoTokenizer.from_pretrained(made.model)
     ids = tokenizer(TEXT).input_ids
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
@@ -102,15 +99,13 @@ def test_a_completion_s_row_is_autograd_s_of_the_loss_of_the_tokens_that_hold_it
     assert close(got.rows[0], want / n)
 
 
-def test_some_cut_of_the_text_lies_inside_a_token(made):
+def test_some_cut_of_the_text_is_inside_a_token(made):
     tokenizer = AutoTokenizer.from_pretrained(made.model)
     apart = [tokenizer(part).input_ids for part in (TEXT[:18], TEXT[18:])]
     assert apart[0] + apart[1] != tokenizer(TEXT).input_ids
 
 
-def test_a_tokenizer_without_offsets_finds_the_boundary_by_the_prompt_alone(
-    made, projectors, monkeypatch
-):
+def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, monkeypatch):
     whole = [
         Query(name=str(cut), prompt=TEXT[:cut], completion=TEXT[cut:])
         for cut in range(1, len(TEXT))
@@ -132,7 +127,7 @@ def test_a_tokenizer_without_offsets_finds_the_boundary_by_the_prompt_alone(
     assert (got == want).mean() > 0.8
 
 
-def test_special_tokens_at_the_end_are_targets_of_a_completion_as_of_a_text(projectors):
+def test_final_special_tokens_are_targets_of_a_completion(projectors):
     (whole,) = projectors[1].rows([Query(name="q", text=TEXT)]).n_tokens
     last = projectors[1].rows([Query(name="q", prompt=TEXT[:-1], completion=TEXT[-1:])])
     ids = projectors[1]._tokenizer(TEXT).input_ids
@@ -140,7 +135,7 @@ def test_special_tokens_at_the_end_are_targets_of_a_completion_as_of_a_text(proj
     assert last.n_tokens.tolist() == [2]
 
 
-def test_a_completion_over_several_windows_is_the_sum_of_their_completions(made, projectors):
+def test_completion_over_several_windows_sums_them(made, projectors):
     tokenizer = AutoTokenizer.from_pretrained(made.model)
     text, cut = words(20, 6), 30
     ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
@@ -158,7 +153,7 @@ def test_a_completion_over_several_windows_is_the_sum_of_their_completions(made,
 
 
 @pytest.mark.parametrize("number", range(1 + len(OTHERS)))
-def test_many_queries_together_are_each_of_them_alone(projectors, number, monkeypatch):
+def test_rows_of_many_queries_equal_each_alone(projectors, number, monkeypatch):
     queries = [Query(name=f"t{i}", text=words(1 + i % 8, 50 + i)) for i in range(40)]
     queries += [
         Query(name=f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)
@@ -179,7 +174,7 @@ def test_many_queries_together_are_each_of_them_alone(projectors, number, monkey
         assert together.loss[i] == pytest.approx(alone.loss[0], rel=1e-5)
 
 
-def test_token_ids_are_taken_as_they_are(made, projectors):
+def test_token_ids_are_used_as_given(made, projectors):
     ids = AutoTokenizer.from_pretrained(made.model)(TEXT).input_ids
     want, loss = slow_row(made, ids, 1)
     got = projectors[0].rows([Query(name="q", input_ids=ids)])
@@ -189,17 +184,17 @@ def test_token_ids_are_taken_as_they_are(made, projectors):
     assert projectors[1].rows([Query(name="q", input_ids=ids)]).n_tokens.tolist() == [len(ids) - 1]
 
 
-def test_a_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
+def test_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
     queries = [Query(name=str(i), text=words(6, i)) for i in range(6)]
     want = projectors[0].rows(queries).rows
-    collate = rows_module.collate
+    collate = projector.collate
 
     def small_memory(sequences, chosen, pad):
         if len(chosen) > limit:
             raise torch.OutOfMemoryError("no memory")
         return collate(sequences, chosen, pad)
 
-    monkeypatch.setattr(rows_module, "collate", small_memory)
+    monkeypatch.setattr(projector, "collate", small_memory)
     limit = 2
     got = projectors[0].rows(queries).rows
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
@@ -210,8 +205,8 @@ def test_a_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
         projectors[0].rows(queries)
 
 
-def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
-    asked = [
+def test_excerpts_are_one_line_and_mark_the_completion(projectors):
+    queries = [
         Query(name="a", text="control \x1b[31m and\n\n  spaces"),
         Query(name="b", prompt="the prompt", completion=" and more"),
         Query(name="c", prompt=words(40, 3), completion=" " + words(10, 4)),
@@ -219,14 +214,14 @@ def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
         Query(name="e", text=" " * 900 + "hello there"),
         Query(name="f", prompt="prompt" + " " * 900, completion="می\u200cخواهم"),
     ]
-    shown = projectors[2].rows(asked).excerpts  # of windows, which have no limit
-    assert shown[0] == "control \N{REPLACEMENT CHARACTER}[31m and spaces"
-    assert shown[1] == "the prompt >> and more"
-    assert shown[2].startswith("...")
-    assert shown[2].endswith(" >> " + words(10, 4))
-    assert shown[4] == "hello there"
-    assert shown[5] == "prompt >> می\u200cخواهم"
-    assert all(len(line) <= EXCERPT_CHARACTERS and "\n" not in line for line in shown)
+    excerpts = projectors[2].rows(queries).excerpts  # of windows, which have no limit
+    assert excerpts[0] == "control \N{REPLACEMENT CHARACTER}[31m and spaces"
+    assert excerpts[1] == "the prompt >> and more"
+    assert excerpts[2].startswith("...")
+    assert excerpts[2].endswith(" >> " + words(10, 4))
+    assert excerpts[4] == "hello there"
+    assert excerpts[5] == "prompt >> می\u200cخواهم"
+    assert all(len(line) <= EXCERPT_CHARACTERS and "\n" not in line for line in excerpts)
 
 
 @pytest.mark.parametrize(
@@ -234,23 +229,23 @@ def test_excerpts_are_one_line_and_show_where_a_completion_begins(projectors):
     [
         (
             {"text": words(90, 1), "where": "q.jsonl, line 4"},
-            r"q\.jsonl, line 4: \d+ tokens, and the store's rows cover the first 24 of a document; shorten",
+            r"q\.jsonl, line 4: \d+ tokens, and the store's rows cover the first 24 of a document",
         ),
-        ({"text": "a"}, "query 'q': a single token: no target to take a gradient of"),
+        ({"text": "a"}, "query 'q': a single token: no target for a loss"),
         ({"input_ids": [3]}, "query 'q': a single token: no target"),
         (
             {"input_ids": [3, 10**30]},
-            r"query 'q': token id 10{30}; the model knows those from 0 to \d+",
+            r"query 'q': token id 10{30}; the model has ids from 0 to \d+",
         ),
-        ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model knows those from 0 to \d+"),
+        ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model has ids from 0 to \d+"),
     ],
 )
-def test_a_query_that_the_rows_cannot_answer_is_refused_by_name(projectors, query, message):
+def test_unsupported_query_is_rejected_by_name(projectors, query, message):
     with pytest.raises(ConfigError, match=message):
         projectors[0].rows([Query(name="other", text=TEXT), Query(name="q", **query)])
 
 
-def test_no_query_and_a_gradient_that_is_not_finite_are_refused(projectors, monkeypatch):
+def test_no_query_and_a_non_finite_gradient_are_rejected(projectors, monkeypatch):
     with pytest.raises(ConfigError, match="there is no query"):
         projectors[0].rows([])
     collect = projectors[0]._engine.collect_batch

@@ -1,4 +1,4 @@
-"""Laws of a query under torchrun: the answer of one process, given once, and a mistake said once."""
+"""A query under torchrun prints the answer of one process once, and an error once."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ assert ask
 
 
 def start(output, *words):
-    """``torchrun --nproc_per_node=2 -m gradproj query`` on the CPU."""
+    """Start ``torchrun --nproc_per_node=2 -m gradproj query`` on the CPU."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [
         *launcher,
@@ -39,12 +39,12 @@ def start(output, *words):
     )
 
 
-def ended(process, timeout=90):
+def result_of(process, timeout=90):
     try:
-        out, said = process.communicate(timeout=timeout)
+        out, errors = process.communicate(timeout=timeout)
     finally:
         process.kill()
-    return process.returncode, out, said
+    return process.returncode, out, errors
 
 
 @pytest.fixture
@@ -54,35 +54,33 @@ def queries(tmp_path):
     )
 
 
-def test_two_ranks_give_one_process_s_answer_and_file_once(output, queries, tmp_path, ask):
+def test_two_ranks_give_the_answer_and_file_of_one_process(output, queries, tmp_path, ask):
     flags = ("--queries", queries, "--score", "preconditioned", "--format", "jsonl", "--top_k", 8)
     job = start(output, *flags, "--save_scores", tmp_path / "two.npy")
     alone = copy_of(output, tmp_path / "alone")
     want = ask.objects(alone, *flags, "--save_scores", tmp_path / "one.npy")
-    code, out, said = ended(job)
-    assert code == 0, said
+    code, out, errors = result_of(job)
+    assert code == 0, errors
     got = [json.loads(line) for line in out.splitlines()]
     for a, b in zip(got, want, strict=True):
         assert a.pop("score") == pytest.approx(b.pop("score"), rel=1e-4)
         assert a == b
     one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
-    assert said.count("two.npy will hold") == 1
+    assert errors.count("two.npy will hold") == 1
     assert len(list((output / "preconditioners").iterdir())) == 1
     assert not list(tmp_path.glob(".two.npy*"))
 
 
-def test_a_mistake_of_the_first_rank_is_said_once_while_the_others_wait_for_it(output):
-    code, out, said = ended(start(output, "--text", "a"))
+def test_error_of_rank_0_is_printed_once(output):
+    code, out, errors = result_of(start(output, "--text", "a"))
     assert code == 1  # torchrun's own
     assert out == ""
-    assert said.count("gradproj: --text: a single token") == 1, said
-    assert said.count("Traceback") == 1, said  # torchrun's own
+    assert errors.count("gradproj: --text: a single token") == 1, errors
+    assert errors.count("Traceback") == 1, errors  # torchrun's own
 
 
-def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(
-    monkeypatch, capsys
-):
+def test_error_of_another_rank_is_printed_after_a_pause(monkeypatch, capsys):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     with pytest.raises(ReportedError), report_errors_from_rank_0(1):
@@ -97,7 +95,7 @@ def test_a_mistake_of_another_rank_is_said_once_the_first_has_had_time_to_speak(
     assert len(pauses) == 1
 
 
-def test_a_rank_that_was_left_alone_in_an_exchange_ends_without_a_word(monkeypatch):
+def test_rank_left_alone_in_a_collective_exits_silently(monkeypatch):
     import torch.distributed as torch_dist
 
     monkeypatch.setattr(torch_dist, "init_process_group", lambda *a, **k: None)

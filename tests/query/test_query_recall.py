@@ -1,4 +1,4 @@
-"""A trained model's query finds the document that holds it: verbatim excerpts of 64 tokens of what a row covers."""
+"""A verbatim excerpt of 64 tokens finds its document with a trained model."""
 
 import numpy as np
 import pytest
@@ -17,18 +17,23 @@ SHAPE = {"n_layer": 2, "n_embd": 48, "n_head": 2, "max_length": MAX_LENGTH, "bat
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The output of a model that was trained on its documents for two seconds, and excerpts of them."""
+    """Train for two seconds, project the same documents, and cut excerpts from them."""
     folder = tmp_path_factory.mktemp("finds")
     texts = [words(100, 500 + i) for i in range(N_DOCUMENTS)]
     make_corpus(folder / "tars", [{"text": text} for text in texts])
     tokenizer = make_tokenizer(folder / "tok")
-    where = {
+    paths = {
         "shards": str(folder / "tars"),
         "tokenizer": str(folder / "tok"),
         "result_dir": str(folder / "model"),
     }
-    how = {"max_steps": 60, "learning_rate": 0.005, "device": "cpu", "checkpoint_interval": 0}
-    train(TrainConfig(**where, **SHAPE, **how))
+    optimizer_flags = {
+        "max_steps": 60,
+        "learning_rate": 0.005,
+        "device": "cpu",
+        "checkpoint_interval": 0,
+    }
+    train(TrainConfig(**paths, **SHAPE, **optimizer_flags))
     run_job(shards=folder / "tars", model=folder / "model", output_dir=folder / "out")
     generator = np.random.default_rng(0)
     excerpts = []
@@ -42,13 +47,13 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("score", ["kfac", "preconditioned", "relatif"])
-def test_excerpts_find_the_document_they_were_cut_from(made, ask, score):
+def test_excerpt_ranks_its_document_first(made, ask, score):
     output, queries = made
-    found = ask.objects(
+    answers = ask.objects(
         output, "--queries", queries, "--score", score, "--top_k", 10, "--bottom_k", 0
     )
     rank = {}
-    for x in found:
+    for x in answers:
         if x["id"] == int(x["query"].split(":")[1]):
             rank[x["query"]] = x["rank"]
     assert len(rank) == N_EXCERPTS  # all among the first ten
