@@ -190,7 +190,7 @@ def test_undecodable_key_is_damage_where_keys_are_shown(output, ask):
 def test_output_path_that_cannot_be_created_is_named(ask):
     assert_all_report(
         ask,
-        "--output_dir /proc/x: no folder",
+        "--output_dir /proc/x: cannot make this folder",
         commands=["domains"],
         flags=["--output_dir", "/proc/x"],
     )

@@ -75,7 +75,7 @@ def test_missing_binary_or_empty_file_is_rejected(tmp_path):
     (tmp_path / "q.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(ConfigError, match=r"q\.jsonl is not UTF-8 text"):
         read_queries(tmp_path / "q.jsonl")
-    with pytest.raises(ConfigError, match=r"q\.jsonl holds no query; give one a line"):
+    with pytest.raises(ConfigError, match=r"q\.jsonl holds no query; give one per line"):
         read_queries(write(tmp_path / "q.jsonl", "\n"))
 
 
