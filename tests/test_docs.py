@@ -63,7 +63,7 @@ def names_for(folder: Path) -> dict:
         "optimizer": torch.optim.AdamW(model.parameters()),
         "ids": ids,
         "labels": labels,
-        "batches": [(*ragged_batch([5, 9, 7], seed=i), [3 * i + j for j in range(3)]) for i in range(4)],
+        "batches": [(*ragged_batch([5, 9, 7], seed=i), [i, i + 4, i + 8]) for i in range(4)],
         "dataset": [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)],
         "arguments": TrainingArguments(
             output_dir=str(folder / "trainer"), max_steps=2, per_device_train_batch_size=2,

@@ -9,7 +9,7 @@ DIR``, by default in the user's cache folder) with the torch of ``launch/constra
 Both get the same model (random weights, float32), the same documents (pieces of Python's standard
 library, log-normal lengths of 1 to 2,000 tokens, none truncated), one thread, 16 x 16 values of
 each of the same layers, the gradient of the document's mean loss. Each reads its own format from
-disk, made before the clock starts (tars; a saved ``datasets`` folder, copied anew for every run so
+disk, made before the clock starts (tars; a saved ``datasets`` folder, copied again for every run so
 that no tokenization is cached), and leaves its rows on disk. CPU seconds are user + system of the
 whole process tree. What is started:
 
@@ -73,7 +73,11 @@ torch.backends.mkldnn.set_flags(False)
 from gradproj.run import main
 sys.exit(main())
 """
-SAVE_DATASET = "import sys; from datasets import Dataset; Dataset.from_json(sys.argv[1]).save_to_disk(sys.argv[2])"
+SAVE_DATASET = """
+import sys
+from datasets import Dataset
+Dataset.from_json(sys.argv[1]).save_to_disk(sys.argv[2])
+"""
 LOSSES = (
     "import sys, json; from datasets import load_from_disk; "
     "print(json.dumps(list(load_from_disk(sys.argv[1])['loss'])))"
@@ -112,7 +116,8 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), model, n_documents, env)
         print(
-            f"{model}, {n_documents} documents, {bench.n_tokens[n_documents]:,} tokens, bergson {version_of(env)}",
+            f"{model}, {n_documents} documents, {bench.n_tokens[n_documents]:,} tokens, bergson "
+            f"{version_of(env)}",
             flush=True,
         )
         seconds = {(name, n): [] for n in (FEW, n_documents) for name in bench.commands}
@@ -149,7 +154,7 @@ class Bench:
         }
         self.losses: dict[int, np.ndarray] = {}
         self.n_tokens: dict[int, int] = {}
-        # Files come into memory, and bergson's losses have something to be held against.
+        # Reads the files into memory and gives losses to compare bergson's with.
         self.run("gradproj", n_documents, "warm")
         self.run("gradproj", FEW, "warm")
         self.run("bergson", FEW, "warm")
@@ -171,17 +176,39 @@ class Bench:
 
     def _gradproj_flags(self, scratch: Path, n: int) -> list[str]:
         return [
-            "--shards", str(self.folder / f"tars-{n}"), "--model", str(self.model),
-            "--output_dir", str(scratch / "out"), "--device", "cpu", "--max_length", "2048",
-            "--proj_rank_total", "256", "--rows_per_shard", "512",
-        ]  # fmt: skip
+            "--shards",
+            str(self.folder / f"tars-{n}"),
+            "--model",
+            str(self.model),
+            "--output_dir",
+            str(scratch / "out"),
+            "--device",
+            "cpu",
+            "--max_length",
+            "2048",
+            "--proj_rank_total",
+            "256",
+            "--rows_per_shard",
+            "512",
+        ]
 
     def _bergson_flags(self, scratch: Path) -> list[str]:
         return [
-            str(scratch / "out"), "--model", str(self.model), "--dataset", str(scratch / "documents"),
-            "--truncation", "--precision", "fp32", "--projection_dim", "16", "--token_batch_size", "2048",
-            "--loss_reduction", "mean",
-        ]  # fmt: skip
+            str(scratch / "out"),
+            "--model",
+            str(self.model),
+            "--dataset",
+            str(scratch / "documents"),
+            "--truncation",
+            "--precision",
+            "fp32",
+            "--projection_dim",
+            "16",
+            "--token_batch_size",
+            "2048",
+            "--loss_reduction",
+            "mean",
+        ]
 
     def _environment(self, name: str) -> dict[str, str]:
         return {**ENVIRONMENT, "HF_DATASETS_CACHE": str(self.folder / f"cache-{name}")}
@@ -293,7 +320,8 @@ def install(env: Path) -> bool:
 
 def version_of(env: Path) -> str:
     """bergson's version."""
-    code = "from importlib.metadata import version; print(version('bergson'), 'with torch', version('torch'))"
+    names = "version('bergson'), 'with torch', version('torch')"
+    code = f"from importlib.metadata import version; print({names})"
     return subprocess.check_output([str(env / "bin" / "python"), "-c", code], text=True).strip()
 
 

@@ -120,7 +120,8 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
             config = BatchConfig(max_length=DOCUMENT_TOKENS)
             rows[name] = rows_of(model, engine, documents, "batched", config)
     print(
-        f"\nbfloat16 rows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: cosine"
+        f"\nbfloat16 rows of {N_DOCUMENTS} documents, {checkpoint or 'a Llama trained here'}: "
+        "cosine"
     )
     found = {
         "with float32 on the weights as bfloat16 has them": Agreement.of(
@@ -130,7 +131,8 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
     }
     for what, agreement in found.items():
         print(
-            f"{agreement.median_cosine:.5f} in the middle, {agreement.least_cosine:.5f} at least {what}"
+            f"{agreement.median_cosine:.5f} in the middle, {agreement.least_cosine:.5f} at least "
+            f"{what}"
         )
     return next(iter(found.values()))
 
@@ -148,9 +150,15 @@ def _trained_llama(steps: int) -> tuple[nn.Module, np.ndarray]:
     tokens = np.frombuffer(_text().encode(), dtype=np.uint8).astype(np.int64)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model, generator = LlamaForCausalLM(config), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):

@@ -57,7 +57,8 @@ def _ratio(name: str, dtype: torch.dtype, rounds: int) -> float:
     plain, compiled = (_rows_of_a_batch(model, compiled) for compiled in (False, True))
     want = _rows(plain)
     print(
-        f"\n{name}, {str(dtype).removeprefix('torch.')}, 2 x 512 tokens, CPU seconds, {rounds} rounds"
+        f"\n{name}, {str(dtype).removeprefix('torch.')}, 2 x 512 tokens, CPU seconds, {rounds} "
+        "rounds"
     )
     with _empty_cache():
         seconds = compiled.seconds(_cpu_seconds)
@@ -66,7 +67,8 @@ def _ratio(name: str, dtype: torch.dtype, rounds: int) -> float:
     times = interleave({"engine": plain, "compiled": compiled}, rounds)
     medians = print_table(times, ["engine"])
     print(
-        f"compiling: {seconds - medians['compiled']:.1f} CPU s; rows differ by {error:.1e} of their length",
+        f"compiling: {seconds - medians['compiled']:.1f} CPU s; rows differ by {error:.1e} of "
+        "their length",
         flush=True,
     )
     torch.compiler.reset()

@@ -1,5 +1,5 @@
-"""What claims, heartbeats and the merge cost a job of 512 ranks and 51,000 units of 100 s, without
-a model.
+"""Cost of claims, heartbeats and the merge for a job of 512 ranks and 51,000 units of 100 s,
+without a model.
 
     python tests/bench/bench_coordination.py [--quick] [--folder DIR]
 
@@ -106,7 +106,8 @@ def measure(
         print(f"merge of {n:,} units: {took:.2f} s, {1e3 * took / n:.2f} ms a unit")
     shares["merge"] = (seconds[1] + per_unit * (n_units - merged[1])) / job_s
     print(
-        f"merge of {n_units:,} units: {shares['merge'] * job_s:.1f} s, {100 * shares['merge']:.2f} % of a job"
+        f"merge of {n_units:,} units: {shares['merge'] * job_s:.1f} s, {100 * shares['merge']:.2f} "
+        "% of a job"
     )
     shares["all"] = sum(shares.values())
     print(f"all of it, for rank 0 and on its local disk: {100 * shares['all']:.2f} % of a job")
@@ -146,7 +147,7 @@ class Cost:
             self._counting = False
 
     def take(self) -> tuple[float, int]:
-        """What was counted; the count begins anew."""
+        """Return the counts and reset them."""
         taken = self.cpu_s, self.n_operations
         self.cpu_s, self.n_operations = 0.0, 0
         return taken
@@ -169,7 +170,8 @@ def show(
     shares[what] = cpu_s / done * times / job_s
     network = n_operations / done * times * NETWORK_S / job_s
     print(
-        f"{what:44} {1e3 * cpu_s / done:8.3f} ms CPU  {n_operations / done:8.1f} file operations  x {times:6,.0f}"
+        f"{what:44} {1e3 * cpu_s / done:8.3f} ms CPU  {n_operations / done:8.1f} file operations  "
+        f"x {times:6,.0f}"
         f"  = {100 * shares[what]:6.3f} % of a rank  ({100 * network:6.3f} % where one takes 1 ms)",
         flush=True,
     )
@@ -270,9 +272,13 @@ def make_output(folder: Path, n_units: int) -> StoreLayout:
         for i in range(LAYERS)
     ]
     attributes = {
-        "layers": layers, "domains": ["a", "b"], "identity": {}, "identity_hash": "x",
-        "wanted_units": [[0, n_units]], "complete": False,
-    }  # fmt: skip
+        "layers": layers,
+        "domains": ["a", "b"],
+        "identity": {},
+        "identity_hash": "x",
+        "wanted_units": [[0, n_units]],
+        "complete": False,
+    }
     create_store(folder / STORE_NAME, layout, attributes, np.empty(0, np.float32))
     return layout
 
@@ -285,9 +291,12 @@ def make_record(unit: int, layout: StoreLayout) -> UnitRecord:
         columns[name][:] = 1
     columns["n_tokens"][:], columns["domain"][:] = 500, 0
     stats = {
-        "seconds": UNIT_S, "real_tokens": 2_000_000, "covariance_tokens": 2_000_000, "started_at": 0.0,
+        "seconds": UNIT_S,
+        "real_tokens": 2_000_000,
+        "covariance_tokens": 2_000_000,
+        "started_at": 0.0,
         "finished_at": 1.0,
-    }  # fmt: skip
+    }
     covariances = {name: np.ones(LAYERS * WIDTH) for name in ("a", "s")}
     return UnitRecord(unit, unit * ROWS, "x", None, columns, stats, covariances)
 

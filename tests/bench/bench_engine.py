@@ -82,7 +82,8 @@ def measure_memory(model_name: str, n_samples: int) -> dict[str, float]:
         ]
         peaks[name] = float(json.loads(subprocess.check_output(command).splitlines()[-1]))
         print(
-            f"{name:22} {peaks[name] / 2**20:8.0f} MiB  {peaks[name] / peaks['frozen backward']:6.3f}",
+            f"{name:22} {peaks[name] / 2**20:8.0f} MiB  "
+            f"{peaks[name] / peaks['frozen backward']:6.3f}",
             flush=True,
         )
     return peaks
@@ -134,7 +135,7 @@ def peak_bytes(model_name: str, name: str, n_samples: int) -> int:
     small, large = (variants(model, n, checkpointing)[kind] for n in (1, n_samples))
     small.seconds(float)  # libraries set themselves up at their first call
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     before = _status("VmRSS")
     large.seconds(float)
     return _status("VmHWM") - before
@@ -155,10 +156,16 @@ def llama() -> nn.Module:
     return _model(
         LlamaForCausalLM,
         LlamaConfig(
-            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
         ),
-    )  # fmt: skip
+    )
 
 
 def _model(kind: type, config: object) -> nn.Module:

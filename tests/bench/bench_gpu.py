@@ -48,9 +48,14 @@ from gradproj.errors import ConfigError
 BASES = ["plain step", "frozen backward"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PEAK_TFLOPS = {
-    "H200": (67, 989), "H100 PCIe": (51, 756), "H100 NVL": (60, 835), "H100": (67, 989), "A100": (19.5, 312),
-    "L40S": (91.6, 362), "L4": (30.3, 121),
-}  # fmt: skip
+    "H200": (67, 989),
+    "H100 PCIe": (51, 756),
+    "H100 NVL": (60, 835),
+    "H100": (67, 989),
+    "A100": (19.5, 312),
+    "L40S": (91.6, 362),
+    "L4": (30.3, 121),
+}
 """Part of a GPU's name -> float32 and bfloat16, dense, from NVIDIA's data sheets.
 
 The first that fits.
@@ -59,7 +64,7 @@ The first that fits.
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, and how often."""
+    """Cases to measure and the number of rounds."""
 
     device: torch.device
     models: list[str]
@@ -154,7 +159,8 @@ def measure_engine(setting: Setting, model_name: str, dtype: str) -> dict[str, f
     timed = variants(model, setting)
     times = interleave(timed, setting.rounds)
     print(
-        f"\n{model_name}, {dtype}, {setting.samples} x {setting.length} tokens a batch, {setting.batches} batches in "
+        f"\n{model_name}, {dtype}, {setting.samples} x {setting.length} tokens a batch, "
+        f"{setting.batches} batches in "
         f"a run, {setting.rounds} rounds"
     )
     medians = print_table(times, BASES)
@@ -177,7 +183,8 @@ def measure_engine(setting: Setting, model_name: str, dtype: str) -> dict[str, f
                 f"{peaks[name] / 2**20:8.0f} MiB  {peaks[name] / peaks['frozen backward']:6.3f}"
             )
         print(
-            f"{name:24} {n_tokens / seconds:12,.0f} tokens/s  {flops / 1e12:8.2f} TFLOP/s  {share}  {memory}"
+            f"{name:24} {n_tokens / seconds:12,.0f} tokens/s  {flops / 1e12:8.2f} TFLOP/s  {share} "
+            f" {memory}"
         )
     key, base = f"{model_name} {dtype}: ", medians["frozen backward"]
     return {
@@ -262,7 +269,7 @@ def can_compile(setting: Setting) -> bool:
 
 
 def peak_bytes(variant: Variant, device: torch.device) -> int:
-    """What one run adds at most to the GPU's memory.
+    """Return the peak memory that one run adds on the GPU.
 
     0 on a CPU (bench_engine.py --memory measures there).
     """

@@ -37,7 +37,7 @@ def pile(key: str, text: str, domain: str) -> list[tuple[str, bytes]]:
 
 
 def metadata_first(key: str, text: str, domain: str) -> list[tuple[str, bytes]]:
-    """The same with its metadata first: the whole JSON has to be parsed."""
+    """Return a document with its metadata first: the whole JSON must be parsed."""
     return [(f"{key}.json", json.dumps({"meta": {"pile_set_name": domain}, "text": text}).encode())]
 
 
@@ -121,7 +121,8 @@ def report(case: str, paths: list[Path], n_samples: int, times: dict[str, list[f
     for name, values in times.items():
         middle = statistics.median(values)
         print(
-            f"  {name:18s} {middle * 1e3:8.1f} ms ({min(values) * 1e3:.1f} to {max(values) * 1e3:.1f})"
+            f"  {name:18s} {middle * 1e3:8.1f} ms ({min(values) * 1e3:.1f} to "
+            f"{max(values) * 1e3:.1f})"
             f"  {n_samples / middle / 1e3:7.0f} k samples/s  {n_bytes / middle / 1e9:5.2f} GB/s"
             f"  {base / middle:5.1f} x webdataset"
         )
@@ -144,7 +145,8 @@ def main() -> None:
     )
     cpus = len(os.sched_getaffinity(0))
     print(
-        f"Python {platform.python_version()}, {packages}, {cpus} CPUs; {rounds} rounds, medians (least to most)"
+        f"Python {platform.python_version()}, {packages}, {cpus} CPUs; {rounds} rounds, medians "
+        "(least to most)"
     )
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:

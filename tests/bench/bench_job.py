@@ -54,8 +54,12 @@ from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
 
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 N_UNITS = 4
 
 
@@ -95,7 +99,8 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
                 for clock in ("cpu", "wall"):
                     seconds[part, clock].append(run[clock])
         print(
-            f"{model}, {n_documents} documents, {run['n_tokens']} tokens, {N_UNITS} units, {cores} core(s)"
+            f"{model}, {n_documents} documents, {run['n_tokens']} tokens, {N_UNITS} units, {cores} "
+            "core(s)"
         )
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     for (part, clock), values in seconds.items():
@@ -112,9 +117,24 @@ def measure(
 ) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [
-        sys.executable, __file__, part, "--model", str(model), "--shards", str(tars), "--output_dir", str(output),
-        "--device", "cpu", "--threads", "1", "--max_length", "2048", "--rows_per_shard", str(n_documents // N_UNITS),
-    ]  # fmt: skip
+        sys.executable,
+        __file__,
+        part,
+        "--model",
+        str(model),
+        "--shards",
+        str(tars),
+        "--output_dir",
+        str(output),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--max_length",
+        "2048",
+        "--rows_per_shard",
+        str(n_documents // N_UNITS),
+    ]
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     done = subprocess.run(
         command,

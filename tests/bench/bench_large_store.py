@@ -77,7 +77,8 @@ def measure(
         n_bytes = write_store(output, gigabytes)
         print_machine("numpy")
         print(
-            f"{n_bytes / 1e9:.1f} GB in {parent or 'temporary'}, written in {time.perf_counter() - started:.0f} s"
+            f"{n_bytes / 1e9:.1f} GB in {parent or 'temporary'}, written in "
+            f"{time.perf_counter() - started:.0f} s"
         )
         works = [
             ("disk", 0),
@@ -110,8 +111,10 @@ def print_runs(runs: dict[str, list[dict]], n_bytes: int) -> dict[str, dict]:
     for name, run in found.items():
         run["of_disk"] = disk / run["wall"]
         print(
-            f"{name:16} {run['wall']:8.1f} {run['cpu']:6.1f} {n_bytes / run['wall'] / 1e9:5.2f} {run['of_disk']:7.2f}"
-            f" {run['rss'] / 1e6:12.0f} {run['anonymous'] / 1e6:10.0f} {run['imports'] / 1e6:14.0f}",
+            f"{name:16} {run['wall']:8.1f} {run['cpu']:6.1f} {n_bytes / run['wall'] / 1e9:5.2f} "
+            f"{run['of_disk']:7.2f}"
+            f" {run['rss'] / 1e6:12.0f} {run['anonymous'] / 1e6:10.0f} "
+            f"{run['imports'] / 1e6:14.0f}",
             flush=True,
         )
     return found

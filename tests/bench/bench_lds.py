@@ -20,9 +20,15 @@ from gradproj.evaluation.results import Results
 
 WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "model_dtype": "bfloat16", "device": "cpu"}
 QUICK = WHOLE | {
-    "n_documents": 256, "n_queries": 32, "n_near_copies": 16, "pretrain": 4096, "subsets": 12, "seeds": 2, "leave_out": 0,
+    "n_documents": 256,
+    "n_queries": 32,
+    "n_near_copies": 16,
+    "pretrain": 4096,
+    "subsets": 12,
+    "seeds": 2,
+    "leave_out": 0,
     "methods": "random,bm25,ngram,dot@16,cosine@16,kfac@16:0.03,preconditioned@16:0.1,kfac@32:0.03",
-}  # fmt: skip
+}
 
 
 def measure(folder: Path, quick: bool, workers: int) -> Results:
@@ -32,7 +38,9 @@ def measure(folder: Path, quick: bool, workers: int) -> Results:
         assert gradproj(["prepare", "stdlib:", "--output_dir", str(tars)]) == 0
     settings = QUICK if quick else WHOLE
     output = folder / ("quick" if quick else "whole")
-    return evaluate(LdsConfig(shards=str(tars), output_dir=str(output), workers=workers, **settings))
+    return evaluate(
+        LdsConfig(shards=str(tars), output_dir=str(output), workers=workers, **settings)
+    )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the start of a job costs for a corpus of the Pile's size: 210,607,728 documents, 51,418
+"""Cost of starting a job on a corpus of the Pile's size: 210,607,728 documents, 51,418
 units.
 
     python tests/bench/bench_planning.py [--tars 26000] [--quick] [--folder DIR]
@@ -66,7 +66,8 @@ def measure(
                 subprocess.check_output(command, env=ENVIRONMENT).splitlines()[-1]
             )
             print(
-                f"{step:28} {now['wall_s']:6.2f}  {now['cpu_s']:6.2f}  {now['peak_bytes'] / 1e6:8.0f}"
+                f"{step:28} {now['wall_s']:6.2f}  {now['cpu_s']:6.2f}  "
+                f"{now['peak_bytes'] / 1e6:8.0f}"
                 f"  {now['above_bytes'] / 1e6:8.0f}",
                 flush=True,
             )
@@ -109,12 +110,20 @@ def make_corpus(folder: Path, n_documents: int, n_tars: int) -> None:
         counts = generator.multinomial(n, np.full(len(domains), 1 / len(domains))).tolist()
         tars.append(
             Tar(
-                path.name, path, stat.st_size, stat.st_mtime_ns, n, start, generator.bytes(16).hex(),
-                dict(zip(domains, counts, strict=True)), 12, 10**6,
+                path.name,
+                path,
+                stat.st_size,
+                stat.st_mtime_ns,
+                n,
+                start,
+                generator.bytes(16).hex(),
+                dict(zip(domains, counts, strict=True)),
+                12,
+                10**6,
                 b64encode(offsets.astype("<i8").tobytes()).decode(),
                 b64encode(generator.bytes(4 * len(offsets))).decode(),
             )
-        )  # fmt: skip
+        )
         start += n
     save_index(make_index(tuple(tars), "meta.pile_set_name"), folder / "tars" / "corpus.json")
 
@@ -127,7 +136,7 @@ def measured(step: str, folder: Path) -> dict[str, float]:
     from gradproj.job.startup import make_output  # noqa: F401  (what a rank has imported by then)
 
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     before = _status("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     STEPS[step](folder)

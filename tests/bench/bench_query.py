@@ -1,4 +1,4 @@
-"""How fast a question is: gradproj's ``top_k`` beside what the machine can do at all, FAISS and
+"""Speed of queries: gradproj's ``top_k`` beside the limits of the machine, FAISS and
 bergson.
 
     python tests/bench/bench_query.py [--quick] [--proj_dtype float16 ...] [--folder DIR] [--ranks]
@@ -13,13 +13,13 @@ buffer that stays
 - GEMM: ``queries @ rows.T`` in float32 by torch, the rows in this process's memory as float32; no
 top k.
 - GEMM, oneDNN: the same by the library that gradproj takes for it.
-- gradproj: ``top_k`` on the store, every file opened anew. kfac has its preconditioner; ``fit
+- gradproj: ``top_k`` on the store, every file opened again. kfac has its preconditioner; ``fit
 kfac`` is what that took.
 - FAISS: ``IndexFlatIP.search``; its rows are in its memory as float32, which is not timed.
 - bergson: what its ``query`` asks, ``Attributor.search``, on an index in its own format and of the
 same rows; opening
   it reads all rows into memory as float32. (``bergson score`` computes the documents' gradients
-  anew.)
+  again.)
 
 FAISS and bergson run in bergson's environment (see ``bench_bergson.py``), where this script
 installs faiss-cpu.
@@ -99,7 +99,8 @@ def measure(
         print_machine("numpy")
         print(
             f"{len(bench.sides.stored)} x {bench.sides.layout.dim} {proj_dtype}, "
-            f"{bench.stored_bytes / 1e9:.2f} GB in {folder.parent}; fit kfac: {bench.fit_seconds:.3f} CPU s"
+            f"{bench.stored_bytes / 1e9:.2f} GB in {folder.parent}; fit kfac: "
+            f"{bench.fit_seconds:.3f} CPU s"
         )
         for n_queries in QUERIES:
             times = in_turn(bench.works(n_queries, tools), 3 if quick else 7)
@@ -138,7 +139,8 @@ def print_speeds(title: str, times: Seconds, n_bytes: int) -> None:
         least, most = min(runs)[0], max(runs)[0]
         print(
             f"{name:26}{cpu[name]:6.4f}  {least:6.4f}  {most:6.4f}  {wall[name]:6.4f}"
-            f"  {n_bytes / cpu[name] / 1e9:15.2f}  {cpu[LIMIT] / cpu[name]:12.2f}  {cpu[GEMM] / cpu[name]:6.2f}",
+            f"  {n_bytes / cpu[name] / 1e9:15.2f}  {cpu[LIMIT] / cpu[name]:12.2f}  "
+            f"{cpu[GEMM] / cpu[name]:6.2f}",
             flush=True,
         )
 
@@ -318,7 +320,7 @@ def rank_of_several(rank: int, world_size: int, folder: str, rounds: int) -> Non
 
 
 def measure_ranks(quick: bool = False, parent: str | None = None) -> dict[str, float]:
-    """How many times as fast two processes answer as one, by the wall clock and by the slower one's
+    """Return the speed-up of two processes over one, by the wall clock and by the slower one's
     CPU seconds.
 
     On a machine with other work the wall clock says how many processes share it; the CPU seconds
@@ -347,7 +349,8 @@ def measure_ranks(quick: bool = False, parent: str | None = None) -> dict[str, f
     one, two = (np.median(several, axis=0) for several in seconds.values())
     for number, clock in enumerate(("wall", "CPU")):
         print(
-            f"16 queries, {clock} s: one process {one[number]:.3f}, two together {two[number]:.3f} each",
+            f"16 queries, {clock} s: one process {one[number]:.3f}, two together {two[number]:.3f} "
+            "each",
             end=", ",
         )
         print(f"{one[number] / two[number]:.2f} x")

@@ -1,4 +1,4 @@
-"""How often a query finds the document it was cut from: recall of verbatim excerpts, by score and
+"""Recall of the document that a query was cut from: recall of verbatim excerpts, by score and
 damping.
 
     python tests/bench/bench_recall.py demo/out [--excerpts 200] [--tokens 64] [--layers mlp]
@@ -73,12 +73,14 @@ def measure(
         layers = [x.name for x in store.layers if f".{part}." in f".{x.name}."] if part else None
         asked = QueryProjector(store, run, "cpu").rows(queries)
         print(
-            f"{len(excerpts)} excerpts of {n_tokens} tokens, loss {asked.loss.mean():.2f} nats per token, of "
+            f"{len(excerpts)} excerpts of {n_tokens} tokens, loss {asked.loss.mean():.2f} nats per "
+            "token, of "
             f"{int((store.column('status') == STATUS['ok']).sum())} documents; held by "
             f"{np.mean([len(e.holders) for e in excerpts]):.2f} documents each\n"
         )
         print(
-            f"{'score':<16}{'damping':>8}{'@1':>8}{'@10':>8}{'MRR':>8}{'strict':>8}   @1 by quarter of the row's part"
+            f"{'score':<16}{'damping':>8}{'@1':>8}{'@10':>8}{'MRR':>8}{'strict':>8}   @1 by "
+            "quarter of the row's part"
         )
         found = {}
         for name, damping, values in all_scores(store, asked.rows, layers, quick):

@@ -78,7 +78,8 @@ def report(runs: dict[int, list[dict[str, float]]], n_documents: int) -> dict[st
         )
         rates[ranks] = n_documents / wall, n_documents / cpu, share
         print(
-            f"{ranks:5}  {wall:7.2f}  {rates[ranks][0]:12.1f}  {cpu:6.2f}  {rates[ranks][1]:16.1f}  {share:16.2f}"
+            f"{ranks:5}  {wall:7.2f}  {rates[ranks][0]:12.1f}  {cpu:6.2f}  {rates[ranks][1]:16.1f} "
+            f" {share:16.2f}"
         )
     ratios = {
         "wall": rates[2][0] / rates[1][0],
@@ -87,7 +88,8 @@ def report(runs: dict[int, list[dict[str, float]]], n_documents: int) -> dict[st
     }
     judged = "wall" if ratios["share"] >= LEAST_SHARE else "cpu"
     print(
-        f"two ranks over one: {ratios['wall']:.2f} by the wall clock, {ratios['cpu']:.2f} by CPU seconds "
+        f"two ranks over one: {ratios['wall']:.2f} by the wall clock, {ratios['cpu']:.2f} by CPU "
+        "seconds "
         f"(twice the documents per CPU second over one rank's); judged by: {judged}"
     )
     return ratios
@@ -113,11 +115,32 @@ def run(
     numbers = " ".join(map(str, cores))
     pinned = f'cores=({numbers}); exec taskset -c ${{cores[$LOCAL_RANK]}} "$@"'
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(cores)}", "--no-python",
-        "bash", "-c", pinned, "rank", sys.executable, "-m", "gradproj.run",
-        "--shards", str(tars), "--model", str(model), "--output_dir", str(output),
-        "--device", "cpu", "--rows_per_shard", str(ROWS), "--max_samples", str(n_documents),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={len(cores)}",
+        "--no-python",
+        "bash",
+        "-c",
+        pinned,
+        "rank",
+        sys.executable,
+        "-m",
+        "gradproj.run",
+        "--shards",
+        str(tars),
+        "--model",
+        str(model),
+        "--output_dir",
+        str(output),
+        "--device",
+        "cpu",
+        "--rows_per_shard",
+        str(ROWS),
+        "--max_samples",
+        str(n_documents),
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -1,4 +1,4 @@
-"""How long ``python -m gradproj status`` takes on a store of the Pile's size that was never
+"""Time of ``python -m gradproj status`` on a store of the Pile's size that was never
 computed.
 
     python tests/bench/bench_status.py [--units 51000] [--folder DIR]

@@ -69,7 +69,7 @@ def main() -> None:
 def measure(
     quick: bool = False, proj_dtype: str = "float16", parent: str | None = None
 ) -> dict[str, float]:
-    """How many times as fast as each other side gradproj is, by what was read and that side."""
+    """Return gradproj's speed over each other reader, by kind of read and reader."""
     shared_memory = Path("/dev/shm")
     folder = Path(
         tempfile.mkdtemp(
@@ -82,7 +82,8 @@ def measure(
         sides = Sides(folder, proj_dtype, 1_024 if quick else 8_192)
         print_machine("numpy", "zarr")
         print(
-            f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: {sides.stored.nbytes / 1e9:.2f} GB "
+            f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: "
+            f"{sides.stored.nbytes / 1e9:.2f} GB "
             f"in {folder.parent}"
         )
         ratios: dict[str, float] = {}
@@ -112,7 +113,7 @@ def measure(
 
 
 class Sides:
-    """The same rows as a gradproj store, as zarr-python's own and as one raw file."""
+    """Write the same rows as a gradproj store, as zarr-python's own and as one raw file."""
 
     def __init__(self, folder: Path, proj_dtype: str, n_rows: int) -> None:
         n_layers = 48
@@ -159,22 +160,34 @@ class Sides:
         return {
             "write": {"gradproj": Variant(self.write_ours), ZARR: Variant(self.write_zarr)},
             "scan as stored": {
-                MAPPED: Variant(lambda: exhaust(np.array(b) for b, _ in self.blocks(self.open_mapped()))),
+                MAPPED: Variant(
+                    lambda: exhaust(np.array(b) for b, _ in self.blocks(self.open_mapped()))
+                ),
                 "gradproj": Variant(lambda: exhaust(self.open_store().scan_stored(BLOCK))),
                 ZARR: Variant(lambda: exhaust(self.blocks(self.open_zarr()))),
-                ZARR_SHARDS: Variant(lambda: exhaust(self.blocks(self.open_zarr(), self.layout.rows_per_shard))),
+                ZARR_SHARDS: Variant(
+                    lambda: exhaust(self.blocks(self.open_zarr(), self.layout.rows_per_shard))
+                ),
             },
             "scan as float32": {
-                MAPPED: Variant(lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_mapped()))),
-                DECODED: Variant(lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_mapped()))),
+                MAPPED: Variant(
+                    lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_mapped()))
+                ),
+                DECODED: Variant(
+                    lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_mapped()))
+                ),
                 "gradproj": Variant(lambda: exhaust(self.open_store().scan(BLOCK))),
-                ZARR: Variant(lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_zarr()))),
-                ZARR_DECODED: Variant(lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_zarr()))),
+                ZARR: Variant(
+                    lambda: exhaust(self.plainly(*b) for b in self.blocks(self.open_zarr()))
+                ),
+                ZARR_DECODED: Variant(
+                    lambda: exhaust(self.ours(*b) for b in self.blocks(self.open_zarr()))
+                ),
             },
             "one layer": self.one_layer(),
             "single random rows": self.single_rows(),
             "1,000 random rows": self.many_rows(),
-        }  # fmt: skip
+        }
 
     def blocks(
         self, array: np.ndarray | zarr.Array, height: int = BLOCK

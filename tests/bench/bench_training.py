@@ -69,7 +69,8 @@ def measure(
     print_machine()
     times = interleave(variants(model, n_train, n_tokens), rounds)
     print(
-        f"{model_name}, {n_train} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds"
+        f"{model_name}, {n_train} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} "
+        "rounds"
     )
     medians = print_table(times, ["Regular"])
     ratios = {name: median / medians["Regular"] for name, median in medians.items()}

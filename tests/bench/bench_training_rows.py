@@ -51,7 +51,8 @@ def measure(model_name: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         times = interleave(variants(model, n_samples, n_tokens, folder), rounds)
     print(
-        f"{model_name}, {n_samples} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} rounds"
+        f"{model_name}, {n_samples} x {n_tokens} tokens, float32, CPU seconds of a step, {rounds} "
+        "rounds"
     )
     medians = print_table(times, ["Regular"])
     ratios = {name: medians[f"GradProjLora{name}"] / medians[f"Regular{name}"] for name in LOSSES}
@@ -106,12 +107,12 @@ def own_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The same mean from every sample's own loss, as ``python -m gradproj train`` takes it."""
+    """Return the mean from per-sample losses, as ``python -m gradproj train`` computes it."""
     return per_sample_loss(model, tokens, chunked=False).sum() / (tokens.numel() - len(tokens))
 
 
 LOSSES: dict[str, Loss] = {"": own_loss, ", per_sample_loss": summed_loss}
-"""What a variant's name says of its loss -> the loss."""
+"""Name of a variant's loss -> the loss function."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks of the whole job read.
+"""Inputs of the benchmarks of the whole job.
 
 Real text of mixed lengths, its tokenizer, models of random weights.
 """

@@ -13,9 +13,9 @@ from pathlib import Path
 from documents import make_documents, make_model, make_tars
 
 N_UNITS = 4
-"""As ``bench_job.py`` wants them."""
+"""Settings in the form that ``bench_job.py`` takes."""
 ROWS_PER_SHARD = 256
-"""Where ranks share the units."""
+"""Settings of runs in which several ranks share the units."""
 LAUNCHER = (
     "RANK",
     "LOCAL_",
@@ -111,14 +111,19 @@ class GpuJobs:
 
     def _flags(self, ranks: int, output: str, rows_per_shard: int) -> list[str]:
         flags = {
-            "shards": self._tars[ranks], "model": self._model, "output_dir": self._folder / output,
-            "device": self._device, "max_length": 2048, "rows_per_shard": rows_per_shard,
-            "model_dtype": "bfloat16", "batch_tokens": "auto" if self._device == "cuda" else 4096,
-        }  # fmt: skip
+            "shards": self._tars[ranks],
+            "model": self._model,
+            "output_dir": self._folder / output,
+            "device": self._device,
+            "max_length": 2048,
+            "rows_per_shard": rows_per_shard,
+            "model_dtype": "bfloat16",
+            "batch_tokens": "auto" if self._device == "cuda" else 4096,
+        }
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
     def _run(self, command: list[str]) -> str:
-        """The output of a process that does not take itself for a rank of this script's launcher."""
+        """Return the output of a process without this launcher's rank variables."""
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)
         }

@@ -1,4 +1,4 @@
-"""What the benchmarks share.
+"""Timing shared by the benchmarks.
 
 Variants timed in turn, medians, spreads, and the machine they ran on.
 """
@@ -55,7 +55,8 @@ def print_table(times: Mapping[str, list[float]], bases: list[str]) -> dict[str,
     for name, values in times.items():
         ratios = (f"  {medians[name] / medians[base]:{len(base) + 2}.3f}" for base in bases)
         print(
-            f"{name:{width}}  {medians[name]:8.3f}  {min(values):6.3f}  {max(values):6.3f}{''.join(ratios)}",
+            f"{name:{width}}  {medians[name]:8.3f}  {min(values):6.3f}  "
+            f"{max(values):6.3f}{''.join(ratios)}",
             flush=True,
         )
     return medians
@@ -68,7 +69,8 @@ def print_machine(*packages: str) -> None:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
     print(
-        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{names[0] if names else platform.processor()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} thread(s); Python {platform.python_version()}, {versions}",
         flush=True,
     )

@@ -31,19 +31,28 @@ N_DOCUMENTS, N_TARS, KEY_BYTES = 210_607_728, 26_000, 12
 MODELS: dict[str, PretrainedConfig] = {
     "GPT-2-small": GPT2Config(),
     "Pythia-1.4B": GPTNeoXConfig(
-        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
     ),
     "Llama-3-8B": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
     ),
-}  # fmt: skip
+}
 
 
 def main() -> None:
     """One line a model."""
     print(
-        f"{N_DOCUMENTS:,} documents in {N_TARS:,} tars; host memory of a rank with float32 and bfloat16 weights\n"
+        f"{N_DOCUMENTS:,} documents in {N_TARS:,} tars; host memory of a rank with float32 and "
+        "bfloat16 weights\n"
     )
     print("| model | weights | row | units of rows | disk | files | host memory a rank |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -52,14 +61,16 @@ def main() -> None:
         host = [human_bytes(plan.host_bytes(plan.n_weights * itemsize)) for itemsize in (4, 2)]
         print(
             f"| {name} | {plan.n_weights / 1e6:,.0f} M "
-            f"| {len(plan.layers)} layers, {plan.layout.dim:,} values, {human_bytes(plan.row_bytes)} "
-            f"| {plan.layout.n_units:,} of {plan.layout.rows_per_shard:,} | {human_bytes(plan.store_bytes())} "
+            f"| {len(plan.layers)} layers, {plan.layout.dim:,} values, "
+            f"{human_bytes(plan.row_bytes)} "
+            f"| {plan.layout.n_units:,} of {plan.layout.rows_per_shard:,} | "
+            f"{human_bytes(plan.store_bytes())} "
             f"| {plan.n_files():,} | {host[0]}, {host[1]} |"
         )
 
 
 def plan_of(config: PretrainedConfig) -> Plan:
-    """As much of a job's plan as its sums need."""
+    """The part of a job's plan that its sums need."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = place_widths(model, ProjectionConfig())

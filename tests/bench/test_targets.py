@@ -1,4 +1,4 @@
-"""What the benchmarks must show: ``pytest -m bench``. A threshold that moves says when and why."""
+"""Thresholds of the benchmarks: ``pytest -m bench``. A changed threshold states date and reason."""
 
 import pytest
 import torch
