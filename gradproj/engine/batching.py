@@ -31,7 +31,7 @@ tokens.
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(Flags, title="batches"):
-    """How documents become batches. ``max_length`` and ``long_documents`` are part of the identity."""
+    """Length and batch settings. ``max_length`` and ``long_documents`` are part of the identity."""
 
     batch_size: int = flag("Largest number of sequences in a batch.", 256, minimum=1)
     batch_tokens: int = flag(
@@ -62,7 +62,7 @@ class BatchConfig(Flags, title="batches"):
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward and backward pass. Padding is on the right; no attention mask is needed (causal)."""
+    """One forward and backward pass. Padding is on the right; a causal model needs no mask."""
 
     input_ids: Tensor
     """``(N, S)`` int64."""

@@ -74,7 +74,7 @@ PROJECTIONS: dict[str, Callable[[str, int, int], np.ndarray]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionConfig(Flags, title="projection"):
-    """How gradients are compressed. Recorded in the store; part of the run's identity."""
+    """Compression settings. Recorded in the store; part of the run's identity."""
 
     layers: str = flag(
         "Layers to project: parts of their dotted names, as whole components.",

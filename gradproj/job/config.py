@@ -81,7 +81,7 @@ class RunConfig:
         return RunConfig(**{name: from_recorded(section, recorded) for name, section in sections})
 
     def as_flags(self) -> dict[str, Any]:
-        """Return flag -> value, flat: the content of ``run_config.json``, which ``--config`` reads."""
+        """Return flag -> value, flat: the content of ``run_config.json``. ``--config`` reads it."""
         return {
             flag_of(f): word_of(f, getattr(section, f.name))
             for section in (getattr(self, name) for name in self.sections())

@@ -9,9 +9,9 @@ OUTPUT_HELP = "Output directory of a job (its --output_dir)."
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRunArgs(Flags, title="recorded inputs"):
-    """A job's output directory, and where the model and the tars of that job lie now.
+    """A job's output directory, and where the model and the tars of that job are now.
 
-    The output records what the job was told. Only the caller can say what is trusted here.
+    The output records the job's settings. What may run code is the caller's decision.
     """
 
     output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)

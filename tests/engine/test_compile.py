@@ -76,7 +76,7 @@ def test_compiled_blocks_give_equal_rows_for_all_lengths_and_restore_the_model()
     assert list(model.state_dict()) == names
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
     assert not any("forward" in vars(part) or part._forward_hooks for part in model.modules())
-    # What is compiled already is taken again, with checkpointing too.
+    # Compiled graphs are reused, with checkpointing too.
     again, _ = rows_of(model, batches, compiled=True, gradient_checkpointing=True)
     assert relative_errors(again, want) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

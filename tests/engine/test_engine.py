@@ -394,14 +394,14 @@ def test_every_layer_rule_is_covered_by_a_family():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlp_and_attn_match_every_dense_layer_of_every_block(family):
     model = small_model(family)
-    found = [t.name for t in find_layers(model, ["mlp", "attn"])]
+    matched = [t.name for t in find_layers(model, ["mlp", "attn"])]
     inner = [
         n
         for n, m in model.named_modules()
         if type(m).__name__ in ("Linear", "Conv1D") and "lm_head" not in n
     ]
     outside_blocks = {"embed_out", "model.decoder.project_out", "model.decoder.project_in"}
-    assert found == [n for n in inner if n not in outside_blocks]
+    assert matched == [n for n in inner if n not in outside_blocks]
 
 
 def test_patterns_match_whole_components():

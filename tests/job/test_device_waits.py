@@ -243,9 +243,9 @@ def test_rows_have_the_bits_of_transformers_own_packing_check(family, chunked, m
             ).sum().backward()
             return engine.collect_batch()
 
-    told = rows()
+    without_check = rows()
     monkeypatch.setattr(loss, "one_sequence_a_row", nullcontext)
-    assert torch.equal(told, rows())
+    assert torch.equal(without_check, rows())
 
 
 def test_packing_is_still_detected_in_other_threads_and_calls():

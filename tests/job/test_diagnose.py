@@ -30,29 +30,29 @@ def command(job, tmp_path, **settings):
 def test_sound_model_differs_by_rounding_only(job, tmp_path, capsys):
     before = tree_of(job.corpus)
     assert main([*command(job, tmp_path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [(c["dtype"], c["way"]) for c in found["comparisons"]] == [
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert [(c["dtype"], c["way"]) for c in diagnosis["comparisons"]] == [
         (dtype, way) for dtype in ("float32", "bfloat16") for way in WAYS
     ]
-    assert len(set(found["sample_ids"])) == 6
-    assert found["comparisons"][0]["agreement"]["most_error"] == 0
-    assert all(c["agreement"]["most_error"] < 1e-5 for c in found["comparisons"][:3])
-    rounded = [c["agreement"]["most_error"] for c in found["comparisons"][3:]]
+    assert len(set(diagnosis["sample_ids"])) == 6
+    assert diagnosis["comparisons"][0]["agreement"]["most_error"] == 0
+    assert all(c["agreement"]["most_error"] < 1e-5 for c in diagnosis["comparisons"][:3])
+    rounded = [c["agreement"]["most_error"] for c in diagnosis["comparisons"][3:]]
     assert all(1e-3 < error < 1 for error in rounded)
-    assert len(found["layers"]) == 2 * 14  # two blocks of seven layers, in two precisions
+    assert len(diagnosis["layers"]) == 2 * 14  # two blocks of seven layers, in two precisions
     assert not (tmp_path / "new").exists()
     assert tree_of(job.corpus) == before
 
 
 def test_table_has_every_way_and_the_worst_layers(job, tmp_path, capsys):
     assert main(command(job, tmp_path)) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for way in WAYS:
-        assert f"float32, {way} " in said
-        assert f"bfloat16, {way} " in said
-    assert "_proj " in said
-    assert "float32: batching and padding move no row by more than" in said
-    assert said.splitlines()[-1] == "result        nothing beyond rounding"
+        assert f"float32, {way} " in output
+        assert f"bfloat16, {way} " in output
+    assert "_proj " in output
+    assert "float32: batching and padding move no row by more than" in output
+    assert output.splitlines()[-1] == "result        nothing beyond rounding"
 
 
 def wrapped_load(change, files, device):
@@ -86,14 +86,16 @@ def test_model_that_mixes_documents_or_sees_padding_is_reported(
 ):
     monkeypatch.setattr(module, "load_model", partial(wrapped_load, change))
     assert main([*command(job, tmp_path, max_length=60), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
+    diagnosis = json.loads(capsys.readouterr().out)
     errors = {
         c["way"]: c["agreement"]["most_error"]
-        for c in found["comparisons"]
+        for c in diagnosis["comparisons"]
         if c["dtype"] == "float32"
     }
     assert errors[way] > 1e-4
-    assert "The model mixes the documents of a batch, or sees its padding" in found["verdicts"][0]
+    assert (
+        "The model mixes the documents of a batch, or sees its padding" in diagnosis["verdicts"][0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,17 +107,17 @@ def test_failing_precision_sets_the_exit_code_only_if_the_job_uses_it(
     # Attention logits so large that rounding them to bfloat16 moves attention to another token.
     model = make_model(tmp_path / "sharp", initializer_range=1.0)
     assert main(command(job, tmp_path, model=model, model_dtype=dtype)) == code
-    said = capsys.readouterr().out
-    assert "a median of 0.999 and a least of 0.9 are required. Worst: sample " in said
-    assert f"{way_out} --model_dtype float32" in said
-    assert ("BEYOND ROUNDING" in said) == (code == 1)
+    output = capsys.readouterr().out
+    assert "a median of 0.999 and a least of 0.9 are required. Worst: sample " in output
+    assert f"{way_out} --model_dtype float32" in output
+    assert ("BEYOND ROUNDING" in output) == (code == 1)
 
 
 def test_windows_of_a_document_are_one_row(job, tmp_path, capsys):
     assert main([*command(job, tmp_path, long_documents="windows", max_length=8), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["sample_ids"]) == 6
-    assert found["n_tokens"] > 6 * 8
+    diagnosis = json.loads(capsys.readouterr().out)
+    assert len(diagnosis["sample_ids"]) == 6
+    assert diagnosis["n_tokens"] > 6 * 8
 
 
 def test_corpus_without_rows_is_an_error(job, tmp_path, capsys):
@@ -134,10 +136,14 @@ def test_diagnose_rejects_the_jobs_mistakes_and_its_own(job, tmp_path, capsys):
 def test_agreement_matches_values_computed_by_hand():
     reference = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1e-9, 0.0]])
     rows = torch.tensor([[3.0, 4.0], [2.0, 0.0], [0.0, 1e-9]])
-    found = Agreement.of(rows, reference)
+    agreement = Agreement.of(rows, reference)
     # The last is too short to have a direction.
-    assert (found.least_cosine, found.most_error, found.worst) == (0.0, pytest.approx(2**0.5), 1)
-    assert found.most_norm_error == 0
+    assert (agreement.least_cosine, agreement.most_error, agreement.worst) == (
+        0.0,
+        pytest.approx(2**0.5),
+        1,
+    )
+    assert agreement.most_norm_error == 0
     lost = Agreement.of(torch.full((3, 2), torch.nan), reference)
     assert (lost.n_not_finite, lost.holds) == (3, False)
     assert Agreement.of(reference, reference).holds

@@ -27,9 +27,9 @@ def checked(model, unit):
     with GradProjLoraEngine(
         model, "mlp,attn", freeze_weights=True, token_covariances=True
     ) as engine:
-        found = check_precision(model, engine, unit, BATCH)
+        result = check_precision(model, engine, unit, BATCH)
         assert engine.take_token_covariances().n_tokens == 0
-    return found
+    return result
 
 
 def calm_model():
@@ -109,6 +109,6 @@ def test_job_reports_precision_once_and_only_for_a_lower_one(dtype, job, tmp_pat
     model = make_model(tmp_path / "sharp", initializer_range=1.0)
     settings = {**SETTINGS, "shards": job.corpus, "model": model, "model_dtype": dtype}
     done = run_job(1, output_dir=tmp_path / "out", **settings)
-    said = done.stderr.count("bfloat16 breaks down in this model")
-    assert said == (1 if dtype == "bfloat16" else 0)
+    warnings = done.stderr.count("bfloat16 breaks down in this model")
+    assert warnings == (1 if dtype == "bfloat16" else 0)
     assert ("\nWARNING: " in f"\n{done.stderr}") == (dtype == "bfloat16")
