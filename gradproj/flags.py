@@ -275,9 +275,12 @@ def _parser(
 
 def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
     kind, is_list = _type_of(f)
-    text = f.metadata.get("help", "").replace("%", "%%")
-    if not (_is_required(f) or f.default in (None, "", ()) or f.default is False):
-        text += f" (default: {word_of(f, f.default)})".replace("%", "%%")
+    text = f.metadata.get("help", "")
+    if _is_required(f) and not f.metadata.get("positional"):
+        text += " (required)"
+    elif not (_is_required(f) or f.default in (None, "", ()) or f.default is False):
+        text += f" (default: {word_of(f, f.default)})"
+    text = text.replace("%", "%%")  # argparse formats it
     if f.metadata.get("positional"):
         group.add_argument(name, nargs="+" if is_list else None, type=kind, help=text)
     elif kind is bool:

@@ -25,8 +25,6 @@ from gradproj.corpus.index_file import load_index
 from gradproj.maintenance.job_output import read_output
 from gradproj.store.unit_record import record_name
 
-MINE = ["prepare", "index", "plan", "status", "verify", "merge", "export"]
-
 
 @pytest.fixture
 def run(capsys):
@@ -63,7 +61,27 @@ def test_every_command_is_a_function_that_exists(name):
     assert callable(getattr(importlib.import_module(f"gradproj.cli.{name}"), f"{name}_command"))
 
 
-@pytest.mark.parametrize("name", MINE)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("index t --output x.json", "--output is now called --index_file"),
+        ("report out --output x.html", "--output is now called --page"),
+        ("status out --watch 3", "--watch is now called --watch_s"),
+        ("train --precision bfloat16", "--precision is now called --model_dtype"),
+        ("lds --precision bfloat16", "--precision is now called --model_dtype"),
+        ("lds --documents 3", "--documents is now called --n_documents"),
+        ("lds --queries 3", "--queries is now called --n_queries"),
+        ("lds --windows 3", "--windows is now called --windows_per_document"),
+        ("lds --duplicates 3", "--duplicates is now called --n_near_copies"),
+        ("lds --changed 0.1", "--changed is now called --corruption"),
+        ("lds --jobs 3", "--jobs is now called --workers"),
+    ],
+)
+def test_the_old_name_of_a_flag_is_refused_with_the_new_one(line, message, refused):
+    assert refused(*line.split()) == message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_its_flags(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])

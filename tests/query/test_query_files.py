@@ -1,6 +1,7 @@
 """Files that a query writes: all scores, and the cached second moment."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from helpers.query_command import TEXT, ask, ok_ids, write_queries
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, ranking, score, score_file
 from gradproj.coordinator.merge import merge
-from gradproj.job.recorded import config_from
+from gradproj.job.recorded import config_from, job_command
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries
 
@@ -31,6 +32,15 @@ def rows_of(output, queries):
     run = config_from(RecordedRunArgs(output=str(output)))
     with ProjectionStore(output) as store:
         return QueryProjector(store, run, "cpu").rows(read_queries(queries)).rows
+
+
+def test_rows_of_queries_do_not_depend_on_a_recorded_batch_tokens_auto(output, queries):
+    expected = rows_of(output, queries)
+    path = output / "run_config.json"
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({**recorded, "batch_tokens": "auto"}))
+    np.testing.assert_allclose(rows_of(output, queries), expected, rtol=1e-5, atol=1e-6)
+    assert "--batch_tokens auto" in job_command(output)
 
 
 # --- all scores in a file ---
