@@ -177,9 +177,9 @@ class GradProjLoraTraining(TrainingEngine):
                 [_of_batch(batch.ids, len(batch.rows), -1) for batch in waiting]
             ).astype(np.int64),
         }
-        known = np.array([batch.n_tokens is not None for batch in waiting for _ in batch.rows])
+        has_labels = np.array([batch.n_tokens is not None for batch in waiting for _ in batch.rows])
         columns["status"] = np.where(
-            known & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"]
+            has_labels & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"]
         )
         columns["loss"], columns["grad_norm"] = finish_rows(
             rows, columns["loss"], columns, self.context.settings.loss_reduction

@@ -1,4 +1,4 @@
-"""Training as real processes: killed and resumed, and two ranks that train one model and fill one store."""
+"""Training as real processes: killed and resumed, and with two ranks."""
 
 import csv
 import os
@@ -59,7 +59,7 @@ def start(ranks, world_size=1, **settings):
 
 
 def run(ranks, world_size=1, **settings):
-    """Run to the end; what its processes said."""
+    """Run to the end; return the output of its processes."""
     start(ranks, world_size, **settings)
     ended = ranks.wait_for_all()
     assert [rank.status for rank in ended] == [0] * world_size, "".join(
@@ -69,7 +69,7 @@ def run(ranks, world_size=1, **settings):
 
 
 def end_at(ranks, step, how, log, world_size=1, **settings):
-    """Start a run, and send its processes a signal once its curve has come to a step; how they ended."""
+    """Start a run, signal its processes once its curve reaches a step; return how they ended."""
     start(ranks, world_size, **settings)
     pids = list(ranks._running)
     until = time.monotonic() + 60
@@ -87,7 +87,7 @@ def curve_in(folder):
 
 
 def rows_in(folder):
-    """Rows, steps and ids of a run's store, in its order; without places that were left empty."""
+    """Return rows, steps and ids of a run's store in order, without empty places."""
     with ProjectionStore(folder / "projections") as store:
         there = np.flatnonzero(store.column("status") == 1)
         return store.rows(there), store.array("step")[there], store.array("sample_id")[there]
@@ -101,17 +101,18 @@ def assert_same_run(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_run_ended_three_times_and_resumed_is_the_run_that_nobody_ended(ranks, data, tmp_path):
+def test_run_ended_three_times_and_resumed_equals_an_uninterrupted_one(ranks, data, tmp_path):
     changes = RUN | {"val_shards": str(data / "val")}
     settings = settings_of(data, tmp_path / "killed", **changes)
     log = tmp_path / "killed" / "loss.csv"
     for step in (4, 28):  # before the first checkpoint, and between two
         (killed,) = end_at(ranks, step, signal.SIGKILL, log, **settings, resume=True)
         assert killed.status == -signal.SIGKILL
-    (told,) = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
-    assert told.status == 128 + signal.SIGTERM
+    (stopped,) = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
+    assert stopped.status == 128 + signal.SIGTERM
     assert re.search(
-        r"SIGTERM: stopped after step 4\d of 60, with a checkpoint; the same command", told.output
+        r"SIGTERM: stopped after step 4\d of 60, with a checkpoint; the same command",
+        stopped.output,
     )
     run(ranks, **settings, resume=True)
     train(config_of(data, tmp_path / "whole", **changes))
@@ -121,7 +122,7 @@ def test_a_run_ended_three_times_and_resumed_is_the_run_that_nobody_ended(ranks,
 
 
 def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
-    """Rows, ids and steps against one sample at a time; stopped and resumed, the same as in one go."""
+    """Compare rows, ids and steps with one sample at a time, also after a stop and resume."""
     changes = {
         "method": "GradProjLora",
         "schedule": "constant",
@@ -158,11 +159,15 @@ def test_two_ranks_train_one_model_and_fill_one_store(ranks, data, tmp_path):
         assert len(store) == 24  # a number of whole steps divides the run: no place stays empty
 
 
-def test_two_killed_ranks_dot_products_are_those_of_ranks_that_nobody_killed(ranks, data, tmp_path):
+def test_dot_products_of_two_killed_ranks_equal_an_uninterrupted_run(ranks, data, tmp_path):
     changes = {
-        "method": "GradDotProd", "val_shards": str(data / "val"), "max_steps": 40, "checkpoint_interval": 10,
-        "proj_save_interval": 3, "eval_interval": 20,
-    }  # fmt: skip
+        "method": "GradDotProd",
+        "val_shards": str(data / "val"),
+        "max_steps": 40,
+        "checkpoint_interval": 10,
+        "proj_save_interval": 3,
+        "eval_interval": 20,
+    }
     killed = settings_of(data, tmp_path / "killed", **changes, resume=True)
     log = tmp_path / "killed" / "loss.csv"
     ended = end_at(ranks, 24, signal.SIGKILL, log, 2, **killed)
@@ -180,13 +185,12 @@ def test_two_killed_ranks_dot_products_are_those_of_ranks_that_nobody_killed(ran
     assert values[0] == values[1]
 
 
-def test_torchrun_starts_it_and_a_mistake_is_said_once(tmp_path):
+def test_torchrun_starts_training_and_an_error_is_printed_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    wrong = [
-        "-m",
-        "gradproj",
-        "train",
+    flags = [
         "--shards",
+        "x",
+        "--tokenizer",
         "x",
         "--result_dir",
         str(tmp_path),
@@ -194,12 +198,12 @@ def test_torchrun_starts_it_and_a_mistake_is_said_once(tmp_path):
         "Ghost",
     ]
     done = subprocess.run(
-        [*launcher, *wrong], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [*launcher, "-m", "gradproj", "train", *flags],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
-    assert (
-        done.stderr.count(
-            "gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
-        )
-        == 1
-    )
+    message = "gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
+    assert done.stderr.count(message) == 1

@@ -1,4 +1,4 @@
-"""GradDotProd in a loop, and the slow, obvious way to what it gives."""
+"""Steps of a loop with GradDotProd, and comparisons of their gradients."""
 
 import torch
 import zarr
@@ -15,7 +15,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
-    """What a loop does between two optimizer steps."""
+    """Run one micro-batch of a loop; return its inner products."""
     engine.attach_train_batch(ids, labels, step, IDS if sample_ids is None else sample_ids)
     joined = engine.prepare_forward_input(ids, labels)
     (loss_of(model, *joined) * scale).backward()
@@ -24,7 +24,7 @@ def run_batch(engine, model, ids, labels, step=0, sample_ids=None, scale=1.0):
 
 
 def assert_close(got, want, sizes, tolerance=1e-4):
-    """Relative, with the rounding of float32 allowed where a product is nearly orthogonal."""
+    """Compare relatively, with float32 rounding allowed for nearly orthogonal gradients."""
     floor = sizes * 1e-2 + sizes.max(dim=0).values * 1e-4 + 1e-12
     assert ((got - want).abs() / torch.maximum(want.abs(), floor)).max() < tolerance
 
@@ -39,12 +39,13 @@ def assert_same_gradients(model, wanted, tolerance=1e-5):
 
 
 def trained(with_engine, result_dir=None, n_steps=3, family="gpt2", checkpointing=False):
-    """Weights after steps of two micro-batches each, clipped."""
+    """Return model and engine after clipped steps of two micro-batches each."""
     model = small_model(family, **(NO_DROPOUT if family == "gpt2" else {}))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    # The bias of keys has no gradient but rounding, of which Adam with a tiny epsilon makes whole steps.
+    # The gradient of the keys' bias is rounding only. With a tiny epsilon, Adam would turn it into
+    # whole steps.
     optimizer = AdamW(model.parameters(), lr=1e-3, eps=1e-6)
     validation = ragged_batch(VAL_LENGTHS, seed=5)
     engine = GradDotProdEngine(

@@ -1,4 +1,4 @@
-"""Small training runs for the tests, and what plain autograd says of their rows."""
+"""Small training runs, and their rows by plain autograd."""
 
 from pathlib import Path
 
@@ -21,13 +21,23 @@ from gradproj.training.loop import load_or_make_model
 from gradproj.training.optimizer import parameter_groups, rate_at
 
 SHAPE = {
-    "n_layer": 1, "n_embd": 16, "n_head": 2, "max_length": 16, "batch_size": 3, "max_steps": 6, "warmup_steps": 2,
-    "learning_rate": 0.01, "device": "cpu", "proj_rank_total": 16, "proj_rank_min": 2, "checkpoint_interval": 0,
-}  # fmt: skip
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "max_length": 16,
+    "batch_size": 3,
+    "max_steps": 6,
+    "warmup_steps": 2,
+    "learning_rate": 0.01,
+    "device": "cpu",
+    "proj_rank_total": 16,
+    "proj_rank_min": 2,
+    "checkpoint_interval": 0,
+}
 
 
 def make_data(folder: Path) -> Path:
-    """``tars``, ``val`` and ``tok`` in a folder."""
+    """Make ``tars``, ``val`` and ``tok`` in a folder."""
     make_corpus(folder / "tars", mixed_documents(70))
     make_corpus(folder / "val", mixed_documents(12, seed=7))
     make_tokenizer(folder / "tok")
@@ -35,7 +45,7 @@ def make_data(folder: Path) -> Path:
 
 
 def settings_of(data: Path, result_dir: Path, **changes) -> dict:
-    """Of a run, by flag."""
+    """Return a run's settings by flag."""
     where = {
         "shards": str(data / "tars"),
         "tokenizer": str(data / "tok"),
@@ -60,7 +70,7 @@ def index_of(data: Path):
 def rows_by_autograd(
     config: TrainConfig, data: Path, world_size: int = 1
 ) -> tuple[np.ndarray, list[int], list[int]]:
-    """``(rows, steps, sample ids)``: the run by hand, every sample's gradient alone at its step's weights."""
+    """Return ``(rows, steps, sample ids)`` of the run by hand, one sample's gradient at a time."""
     torch.manual_seed(config.seed)
     _, model = load_or_make_model(config)
     model.requires_grad_(True).train()

@@ -1,4 +1,4 @@
-"""GradDotProd's laws: every inner product is that of dot_products_by_autograd gradients, and training goes on as without the engine."""
+"""GradDotProd: inner products match plain autograd, and training is as without the engine."""
 
 import gc
 import weakref
@@ -22,7 +22,7 @@ from helpers.references import dot_products_by_autograd
 from torch import nn
 
 from gradproj.errors import ModelError
-from gradproj.training.graddotprod import inner_products as dotproducts
+from gradproj.training.graddotprod import inner_products
 from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.graddotprod.inner_products import Dense, Vector
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
@@ -39,7 +39,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_inner_products_are_those_of_explicit_gradients_and_grad_is_the_training_batchs(case):
+def test_inner_products_match_autograd_and_grad_is_the_training_batch_gradient(case):
     family, changes = CASES[case]
     model = small_model(family, **changes)
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
@@ -58,11 +58,11 @@ def test_inner_products_are_those_of_explicit_gradients_and_grad_is_the_training
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("way", ["samples", "pairs", "product"])
-def test_every_way_to_an_inner_product_is_that_of_explicit_gradients(way, onednn, monkeypatch):
+def test_every_way_to_an_inner_product_matches_explicit_gradients(way, onednn, monkeypatch):
     monkeypatch.setattr(Dense, "way", lambda *_: way)
-    monkeypatch.setitem(dotproducts.TILE_VALUES, "cpu", 23)
+    monkeypatch.setitem(inner_products.TILE_VALUES, "cpu", 23)
     if onednn:
-        monkeypatch.setattr(dotproducts, "LEAST_ONEDNN_FLOPS", 0)
+        monkeypatch.setattr(inner_products, "LEAST_ONEDNN_FLOPS", 0)
     left, right = torch.randn(5, 7, 13), torch.randn(5, 7, 11)
     each = torch.einsum("nsl,nsr->nlr", left.double(), right.double())
     gradient, dots = Dense(left, right).sums(3, scale=1.7)
@@ -72,7 +72,7 @@ def test_every_way_to_an_inner_product_is_that_of_explicit_gradients(way, onednn
     )
 
 
-def test_the_way_follows_from_the_shapes():
+def test_cheapest_way_is_chosen_by_shapes():
     def way(n_train, length, left, right, n_validation=1):
         n = n_train + n_validation
         return Dense(torch.empty(n, length, left), torch.empty(n, length, right)).way(n_train)
@@ -82,13 +82,13 @@ def test_the_way_follows_from_the_shapes():
     assert way(512, 8, 128, 512, 128) == "product"  # so many short ones that neither is
 
 
-def test_no_tensor_as_large_as_all_samples_gradients_is_made(monkeypatch):
+def test_no_tile_exceeds_its_size(monkeypatch):
     made = []
-    product = dotproducts._product
+    product = inner_products._product
     monkeypatch.setattr(
-        dotproducts, "_product", lambda *args: made.append(product(*args)) or made[-1]
+        inner_products, "_product", lambda *args: made.append(product(*args)) or made[-1]
     )
-    monkeypatch.setitem(dotproducts.TILE_VALUES, "cpu", 512)
+    monkeypatch.setitem(inner_products.TILE_VALUES, "cpu", 512)
     monkeypatch.setattr(Dense, "way", lambda *_: "samples")
     model = small_model("gpt2")
     with GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine:
@@ -97,7 +97,7 @@ def test_no_tensor_as_large_as_all_samples_gradients_is_made(monkeypatch):
     assert max(tile.numel() for tile in made) <= 512
 
 
-def test_a_samples_inner_product_depends_on_its_own_tokens_only():
+def test_inner_product_depends_on_the_samples_own_tokens_only():
     model = small_model("llama_tied")
     (ids, labels), validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
     with GradDotProdEngine(model, validation, loss_reduction="sum") as engine:
@@ -116,7 +116,7 @@ def test_a_samples_inner_product_depends_on_its_own_tokens_only():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_reduction_accumulation_and_a_loss_scale_are_known(reduction):
+def test_loss_reduction_accumulation_and_loss_scale_are_divided_out(reduction):
     model = small_model("gpt2")
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
     dots, _ = dot_products_by_autograd(model, *train, validation)
@@ -139,7 +139,7 @@ def test_loss_reduction_accumulation_and_a_loss_scale_are_known(reduction):
 
 
 @pytest.mark.parametrize("form", ["mapping", "function", "ids alone", "labels one ahead"])
-def test_validation_data_and_labels_come_in_the_forms_that_loops_have(form):
+def test_validation_data_may_be_mapping_function_ids_or_shifted_labels(form):
     model = small_model("gpt2")
     train, (ids, labels) = ragged_batch(LENGTHS), ragged_batch([12, 12], seed=5)
     with GradDotProdEngine(model, (ids, labels)) as engine:
@@ -166,7 +166,7 @@ def test_validation_data_and_labels_come_in_the_forms_that_loops_have(form):
 
 
 class AddsInPlace(nn.Module):
-    """Of a model that adds to its layers' outputs in place, looks up positions once and flattens its tokens."""
+    """A model that writes into layer outputs, looks up positions once and flattens its tokens."""
 
     def __init__(self, n_dims=1):
         super().__init__()
@@ -187,7 +187,7 @@ class AddsInPlace(nn.Module):
 @pytest.mark.parametrize(
     "lengths", [LENGTHS, [24, 24, 24, 24]]
 )  # 24 positions are a multiple of 6 samples
-def test_a_model_that_writes_into_its_layers_outputs_is_no_exception(n_dims, lengths):
+def test_inner_products_match_autograd_when_a_model_writes_into_layer_outputs(n_dims, lengths):
     torch.manual_seed(0)
     model = AddsInPlace(n_dims)
     train, validation = ragged_batch(lengths), ragged_batch([24, 7], seed=5)
@@ -197,7 +197,7 @@ def test_a_model_that_writes_into_its_layers_outputs_is_no_exception(n_dims, len
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_weights_after_steps_with_accumulation_and_clipping_equal_regular_trainings(family):
+def test_weights_equal_regular_training_with_accumulation_and_clipping(family):
     regular, _ = trained(False, family=family)
     watched, _ = trained(True, family=family)
     for (name, want), got in zip(regular.named_parameters(), watched.parameters(), strict=True):
@@ -205,7 +205,7 @@ def test_weights_after_steps_with_accumulation_and_clipping_equal_regular_traini
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_gradient_checkpointing_changes_no_row():
+def test_gradient_checkpointing_changes_no_value():
     _, plain = trained(True)
     _, checkpointed = trained(True, checkpointing=True)
     for sample_id, value in plain.shapley_values.items():
@@ -213,7 +213,7 @@ def test_gradient_checkpointing_changes_no_row():
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_a_checkpointed_block_keeps_no_input_of_its_layers():
+def test_checkpointed_block_keeps_no_layer_input():
     model = small_model("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -233,7 +233,7 @@ def test_a_checkpointed_block_keeps_no_input_of_its_layers():
     handle.remove()
 
 
-def test_under_bfloat16_autocast_gradients_and_inner_products_keep_their_direction():
+def test_gradients_and_inner_products_keep_their_direction_under_bfloat16_autocast():
     model = small_model("gpt2")
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -256,7 +256,7 @@ def test_under_bfloat16_autocast_gradients_and_inner_products_keep_their_directi
     assert ((found["total"] - dots.sum(1)).abs() < 0.05 * sizes.sum(1)).all()
 
 
-def test_layers_called_twice_have_the_sum_of_their_calls():
+def test_layers_called_twice_sum_their_calls():
     model = small_model("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
     model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
@@ -292,7 +292,7 @@ def hooks_of(model):
     ]
 
 
-def test_nothing_is_left_after_detaching_and_an_evaluation_leaves_no_trace():
+def test_detach_restores_the_model_and_evaluations_change_nothing():
     model = small_model("gpt2")
     before = hooks_of(model), [p.requires_grad for p in model.parameters()]
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
@@ -320,7 +320,7 @@ class TurnsTokensRound(AddsInPlace):
         self.layer(self.tokens(input_ids).transpose(0, 1))
 
 
-def test_a_layer_of_which_nobody_knows_the_samples_is_an_error():
+def test_layer_with_unknown_sample_dimension_is_rejected():
     model = TurnsTokensRound()
     with (
         GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine,
@@ -342,7 +342,7 @@ class LooksLikeANorm(nn.LayerNorm):
 @pytest.mark.parametrize(
     "layer", [LooksLikeANorm(6), nn.GroupNorm(2, 6), nn.PReLU(6), nn.BatchNorm1d(6)], ids=str
 )
-def test_a_layer_that_only_looks_like_a_norm_is_not_taken_for_one(layer):
+def test_layer_that_only_resembles_a_norm_is_rejected(layer):
     with pytest.raises(ModelError, match=type(layer).__name__):
         find_dot_layers(layer)
 
@@ -350,7 +350,7 @@ def test_a_layer_that_only_looks_like_a_norm_is_not_taken_for_one(layer):
 @pytest.mark.parametrize(
     "layer", [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6)], ids=str
 )
-def test_a_norm_is_known_by_what_it_does_and_trying_it_leaves_nothing(layer):
+def test_norm_is_recognised_by_trial_without_side_effects(layer):
     before = torch.random.get_rng_state()
     (found,) = find_dot_layers(layer)
     assert set(found.kinds.values()) == {Vector}

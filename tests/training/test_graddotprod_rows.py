@@ -1,4 +1,4 @@
-"""GradDotProd's rows: written, cut, summed to values, of several ranks; and what a user can get wrong."""
+"""GradDotProd's rows, values and ranks, and its error messages."""
 
 import json
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.graddotprod.shapley import value_table
 
 
-def test_rows_are_written_in_the_order_seen_and_values_are_their_sums(tmp_path):
+def test_rows_are_in_the_order_seen_and_values_are_their_sums(tmp_path):
     model, engine = trained(True, tmp_path)
     group, rows = columns(tmp_path)
     assert group.attrs["parameters"] == engine.parameter_names
@@ -44,7 +44,7 @@ def test_rows_are_written_in_the_order_seen_and_values_are_their_sums(tmp_path):
         )
 
 
-def test_values_use_each_parameters_own_rate_and_need_a_rate_and_an_id():
+def test_values_use_each_parameters_rate_and_need_a_rate_and_an_id():
     model, train, validation = small_model("gpt2"), ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS)
     parameters = list(model.parameters())
     groups = [{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:7], "lr": 0.25}]
@@ -68,7 +68,7 @@ def test_values_use_each_parameters_own_rate_and_need_a_rate_and_an_id():
     assert found["none"]["value"].isnan().all()
 
 
-def test_a_resumed_run_cuts_the_rows_of_later_steps_and_goes_on(tmp_path):
+def test_resumed_run_cuts_rows_of_later_steps(tmp_path):
     _, whole = trained(True, tmp_path / "whole")
     _, wanted = columns(tmp_path / "whole")
     trained(True, tmp_path / "cut")
@@ -89,7 +89,7 @@ def test_a_resumed_run_cuts_the_rows_of_later_steps_and_goes_on(tmp_path):
     assert len(whole.shapley_values) == 4
 
 
-def test_rows_half_written_by_a_killed_run_are_cut(tmp_path):
+def test_partly_written_rows_of_a_killed_run_are_cut(tmp_path):
     trained(True, tmp_path)
     group = zarr.open_group(str(tmp_path / "grad_dotprod"))
     group["step"].resize((30,))
@@ -100,7 +100,7 @@ def test_rows_half_written_by_a_killed_run_are_cut(tmp_path):
     assert {len(values) for values in rows.values()} == {24}
 
 
-def test_rows_wait_for_the_interval_and_are_written_at_the_end_even_after_an_exception(tmp_path):
+def test_rows_are_written_by_interval_and_at_the_end_even_after_an_exception(tmp_path):
     model = small_model("gpt2")
     engine = GradDotProdEngine(
         model, ragged_batch(VAL_LENGTHS), result_dir=tmp_path, save_interval=2
@@ -123,7 +123,7 @@ def test_rows_wait_for_the_interval_and_are_written_at_the_end_even_after_an_exc
     assert not engine.is_attached
 
 
-def test_the_table_shows_every_domains_most_and_least_valuable_documents():
+def test_value_table_shows_most_and_least_valuable_documents_per_domain():
     values = {1: 0.5, 2: -0.25, 3: 0.125, 4: 2.0, 5: 1.0}
     table = value_table(
         values,
@@ -138,7 +138,7 @@ def test_the_table_shows_every_domains_most_and_least_valuable_documents():
     assert shown == ["4", "5", "1", "2"]
 
 
-# --- what a user can get wrong ---
+# --- errors ---
 
 
 class Scaled(nn.Module):
@@ -150,7 +150,7 @@ class Scaled(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def test_a_parameter_that_no_rule_describes_is_named():
+def test_parameter_of_an_unknown_layer_type_is_named():
     with pytest.raises(
         ModelError, match=r"cannot take the gradient of gain \(Scaled\).*requires_grad_\(False\)"
     ):
@@ -174,13 +174,13 @@ def test_a_parameter_that_no_rule_describes_is_named():
         ({"val_data": torch.ones(2, 1, dtype=torch.int64)}, "val_data has no target token"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_refused_at_the_start(changes, message):
+def test_invalid_setting_is_rejected_by_the_constructor(changes, message):
     settings = {"val_data": ragged_batch(VAL_LENGTHS), **changes}
     with pytest.raises(ConfigError, match=message):
         GradDotProdEngine(small_model("gpt2"), **settings)
 
 
-def test_calls_out_of_order_say_which_is_missing():
+def test_call_out_of_order_names_the_missing_one():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS))
@@ -211,7 +211,7 @@ def test_calls_out_of_order_say_which_is_missing():
     engine.detach()
 
 
-def test_rows_of_another_run_are_neither_mixed_nor_overwritten(tmp_path):
+def test_dot_products_of_another_run_are_not_overwritten(tmp_path):
     trained(True, tmp_path)
     settings = {"val_data": ragged_batch(VAL_LENGTHS), "result_dir": tmp_path}
     with pytest.raises(StoreError, match="has 24 rows of another run: resume that run"):
@@ -230,7 +230,7 @@ def test_rows_of_another_run_are_neither_mixed_nor_overwritten(tmp_path):
 
 
 def rank_of_two(rank, folder):
-    """One rank's two micro-batches and step under DistributedDataParallel; its gradients and rows go into a file."""
+    """Run two micro-batches under DistributedDataParallel; save gradients and rows to a file."""
     torch.set_num_threads(1)
     where = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=90))
@@ -248,7 +248,7 @@ def rank_of_two(rank, folder):
         for part in range(2):
             train = ragged_batch(LENGTHS, seed=10 * rank + part)
             sample_ids = [100 * rank + 10 * part + i for i in range(4)]
-            # As a loop does that lets the ranks exchange once a step; the engine averages every batch itself.
+            # Like a loop whose ranks exchange once a step; the engine averages every batch itself.
             with wrapped.no_sync() if part == 0 else nullcontext():
                 found = run_batch(engine, wrapped, *train, 7, sample_ids, scale=0.5)
     gradients = gradients_of(model)
@@ -261,7 +261,7 @@ def rank_of_two(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_average_the_training_gradients_and_keep_one_table(tmp_path):
+def test_two_ranks_average_gradients_and_keep_one_table(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model, validation = small_model("llama_tied"), ragged_batch(VAL_LENGTHS, seed=5)

@@ -1,4 +1,4 @@
-"""The engine inside of transformers' Trainer."""
+"""The callback inside transformers' Trainer."""
 
 import numpy as np
 import pytest
@@ -28,9 +28,17 @@ def train(folder, callbacks, resume=None, dataset=None, **changes):
     """A short run of a small model; the model."""
     model = small_model("llama")
     settings = {
-        "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 0.01, "logging_steps": 1, "seed": 0,
-        "use_cpu": True, "report_to": [], "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True,
-    }  # fmt: skip
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "seed": 0,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
     args = TrainingArguments(output_dir=str(folder / "trainer"), **settings | changes)
     dataset = samples() if dataset is None else dataset
     trainer = Trainer(
@@ -57,7 +65,7 @@ class Snapshots(TrainerCallback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_rows_in_a_trainer_are_those_of_each_sample_alone_at_its_step(tmp_path, accumulation):
+def test_trainer_rows_match_each_sample_alone_at_its_step(tmp_path, accumulation):
     snapshots = Snapshots()
     changes = {
         "gradient_accumulation_steps": accumulation,
@@ -80,14 +88,14 @@ def test_rows_in_a_trainer_are_those_of_each_sample_alone_at_its_step(tmp_path, 
         assert relative_error(torch.from_numpy(row), want) < 1e-4
 
 
-def test_a_trainer_with_the_callback_ends_in_the_same_weights(tmp_path):
+def test_callback_changes_no_weight(tmp_path):
     with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
         a = train(tmp_path, [watching])
     b = train(tmp_path, [])
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_a_resumed_trainer_has_the_rows_of_one_that_was_not_stopped(tmp_path):
+def test_resumed_trainer_has_the_rows_of_an_uninterrupted_one(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     with GradProjCallback(result_dir=tmp_path, rows_per_shard=3, **SETTINGS) as watching:
         train(tmp_path, [watching], max_steps=3, **saving)
@@ -100,7 +108,7 @@ def test_a_resumed_trainer_has_the_rows_of_one_that_was_not_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
-def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, strategy):
+def test_rows_are_on_disk_before_their_checkpoint(tmp_path, strategy):
     class Look(TrainerCallback):
         """When a checkpoint has been made, which other callbacks may not have heard of yet."""
 
@@ -118,7 +126,7 @@ def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(tmp_path, st
         assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
 
 
-def test_what_it_cannot_watch_is_an_error(tmp_path):
+def test_unsupported_trainer_settings_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown proj_rank; it takes .*proj_rank_total"):
         GradProjCallback(result_dir=tmp_path, proj_rank=3)
     with pytest.raises(ConfigError, match="give a result_dir"):

@@ -1,4 +1,4 @@
-"""Laws of the tokenizer and of the plain training loop."""
+"""The tokenizer and the training loop."""
 
 import csv
 import math
@@ -38,9 +38,18 @@ def made(tmp_path_factory):
 
 def config_of(made, result_dir, **changes):
     settings = dict(
-        shards=str(made / "tars"), tokenizer=str(made / "tok"), result_dir=str(result_dir),
-        n_layer=1, n_embd=16, n_head=2, max_length=24, batch_size=4, max_steps=6, warmup_steps=2, device="cpu",
-    )  # fmt: skip
+        shards=str(made / "tars"),
+        tokenizer=str(made / "tok"),
+        result_dir=str(result_dir),
+        n_layer=1,
+        n_embd=16,
+        n_head=2,
+        max_length=24,
+        batch_size=4,
+        max_steps=6,
+        warmup_steps=2,
+        device="cpu",
+    )
     return TrainConfig(**settings | changes)
 
 
@@ -61,14 +70,14 @@ def corpus_of(made):
 @pytest.mark.parametrize(
     "text", ["plain words", "Ünïcödé \u2028 \x00 \U0001f600", "\n\t  def f():\r\n", ""]
 )
-def test_the_tokenizer_gives_any_text_back_and_adds_nothing(made, text):
+def test_tokenizer_round_trips_any_text_and_adds_nothing(made, text):
     tokenizer = tokenizer_of(made / "tok")
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id not in ids
 
 
-def test_a_corpus_without_text_teaches_no_tokenizer(tmp_path):
+def test_tokenizer_of_a_corpus_without_text_is_rejected(tmp_path):
     make_corpus(tmp_path / "tars", [{"input_ids": [1, 2, 3]}, b"{torn"])
     with pytest.raises(CorpusError, match="none of the first 2 documents has a text"):
         train_tokenizer(
@@ -76,7 +85,7 @@ def test_a_corpus_without_text_teaches_no_tokenizer(tmp_path):
         )
 
 
-def test_an_epoch_has_every_document_once_in_an_order_of_its_own(made):
+def test_each_epoch_has_every_document_once_in_its_own_order(made):
     index = corpus_of(made)
     orders = [
         [d.sample_id for d in shuffled_documents(index, seed, epoch)]
@@ -89,7 +98,7 @@ def test_an_epoch_has_every_document_once_in_an_order_of_its_own(made):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_sequences_are_the_shuffled_documents_cut_or_joined(made, tmp_path, pack):
+def test_sequences_are_shuffled_documents_cut_or_packed(made, tmp_path, pack):
     config, index, tokenizer = (
         config_of(made, tmp_path, pack=pack),
         corpus_of(made),
@@ -110,7 +119,7 @@ def test_sequences_are_the_shuffled_documents_cut_or_joined(made, tmp_path, pack
     assert got[: len(want)] == want
 
 
-def test_training_is_the_plain_loop(made, tmp_path):
+def test_training_equals_a_plain_loop(made, tmp_path):
     """Against transformers' own loss on one sequence at a time and a schedule written out."""
     config = config_of(
         made, tmp_path / "result", batch_size=1, max_steps=5, learning_rate=3e-3, clip=0.5
@@ -137,7 +146,7 @@ def test_training_is_the_plain_loop(made, tmp_path):
         torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_s_loss_is_the_mean_over_its_real_targets(made, tmp_path):
+def test_batch_loss_is_the_mean_over_real_targets(made, tmp_path):
     config = config_of(made, tmp_path / "result", batch_size=5, max_steps=1)
     result = train(config)
     torch.manual_seed(config.seed)
@@ -151,7 +160,7 @@ def test_a_batch_s_loss_is_the_mean_over_its_real_targets(made, tmp_path):
     assert result.loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_equal_settings_give_equal_bits_and_another_seed_others(made, tmp_path):
+def test_equal_settings_give_equal_bits_and_another_seed_does_not(made, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(config_of(made, tmp_path / name, seed=seed, dropout=0.1))
     a, b, c = (weights_in(tmp_path / name) for name in "abc")
@@ -159,7 +168,7 @@ def test_equal_settings_give_equal_bits_and_another_seed_others(made, tmp_path):
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
-def test_it_learns_and_leaves_a_checkpoint_that_the_job_takes(made, tmp_path, capsys):
+def test_training_lowers_the_loss_and_the_job_loads_its_model(made, tmp_path, capsys):
     flags = [
         "--shards",
         made / "tars",
@@ -168,7 +177,10 @@ def test_it_learns_and_leaves_a_checkpoint_that_the_job_takes(made, tmp_path, ca
         "--result_dir",
         tmp_path / "result",
     ]
-    shape = "--n_layer 1 --n_embd 16 --n_head 2 --max_length 24 --batch_size 4 --max_steps 40 --learning_rate 0.01"
+    shape = (
+        "--n_layer 1 --n_embd 16 --n_head 2 --max_length 24 --batch_size 4 --max_steps 40 "
+        "--learning_rate 0.01"
+    )
     train_command([*map(str, flags), *shape.split(), "--device", "cpu"])
     with (tmp_path / "result" / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -185,12 +197,19 @@ def test_it_learns_and_leaves_a_checkpoint_that_the_job_takes(made, tmp_path, ca
     assert [path.name for path in (tmp_path / "result").glob(".*")] == [".lock"]
 
 
-def test_training_goes_on_from_a_checkpoint(made, tmp_path):
+def test_training_continues_from_a_checkpoint(made, tmp_path):
     start = make_model(tmp_path / "start", "llama")
     config = TrainConfig(
-        shards=str(made / "tars"), model=str(start), result_dir=str(tmp_path / "result"), max_length=16,
-        batch_size=2, max_steps=1, learning_rate=1e-5, warmup_steps=0, device="cpu",
-    )  # fmt: skip
+        shards=str(made / "tars"),
+        model=str(start),
+        result_dir=str(tmp_path / "result"),
+        max_length=16,
+        batch_size=2,
+        max_steps=1,
+        learning_rate=1e-5,
+        warmup_steps=0,
+        device="cpu",
+    )
     train(config)
     device = torch.device("cpu")
     before = load_model(fetch(ModelConfig(model=str(start))), device).state_dict()
@@ -222,7 +241,7 @@ def test_unknown_method_is_rejected_before_anything_is_written(made, tmp_path):
         ({"device": "tpu"}, "--device is 'tpu'; choose one of auto, cpu, cuda"),
     ],
 )
-def test_a_wrong_training_flag_is_named(made, tmp_path, changes, message):
+def test_invalid_training_flag_is_named(made, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         config_of(made, tmp_path, **changes)
 
@@ -235,29 +254,27 @@ def test_a_wrong_training_flag_is_named(made, tmp_path, changes, message):
         (["--vocab_sise", "300"], "did you mean --vocab_size"),
     ],
 )
-def test_a_wrong_tokenizer_flag_is_named(made, flags, message):
+def test_invalid_tokenizer_flag_is_named(made, flags, message):
     with pytest.raises(ConfigError, match=message):
         tokenizer_command(["--shards", str(made / "tars"), "--output_dir", "x", *flags])
 
 
-def test_a_result_folder_that_cannot_be_is_refused_before_any_step(made, tmp_path):
+def test_impossible_result_dir_is_rejected_before_any_step(made, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ConfigError, match=r"--result_dir .*file: .*file is a file; give another path"
-    ):
+    with pytest.raises(ConfigError, match=r"--result_dir .*file: .* is a file; give another path"):
         train(config_of(made, tmp_path / "file"))
     with pytest.raises(ConfigError, match="is a file; give another path"):
         train(config_of(made, tmp_path / "file" / "below"))
 
 
-def test_a_model_with_too_few_positions_is_refused(made, tmp_path):
+def test_model_with_too_few_positions_is_rejected(made, tmp_path):
     model = make_model(tmp_path / "small", "llama")
     with pytest.raises(ModelError, match="--max_length 65 is more than the model's 64 positions"):
         train(config_of(made, tmp_path / "result", model=str(model), tokenizer="", max_length=65))
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_a_corpus_without_targets_is_an_error_and_no_endless_loop(made, tmp_path, pack):
+def test_corpus_without_targets_is_rejected(made, tmp_path, pack):
     make_corpus(tmp_path / "tars", [{"text": ""}, b"{torn"])
     config = config_of(made, tmp_path / "result", shards=str(tmp_path / "tars"), pack=pack)
     with pytest.raises(CorpusError, match="no document has two tokens"):

@@ -1,4 +1,4 @@
-"""Laws of the engines inside of the training loop: whatever is watched, training is the same."""
+"""Engines inside the training loop: rows, their store, and unchanged training."""
 
 import csv
 from types import SimpleNamespace
@@ -62,9 +62,7 @@ def one_step(model, optimizer, manager, step, ids=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(
-    data, tmp_path, accumulation
-):
+def test_rows_match_each_sample_alone_at_its_steps_weights(data, tmp_path, accumulation):
     config = config_of(
         data,
         tmp_path,
@@ -95,7 +93,7 @@ def test_rows_are_those_of_each_sample_alone_at_the_weights_of_its_step(
     ],
     ids=["plain", "dropout", "bfloat16", "checkpointing"],
 )
-def test_the_engine_changes_no_bit_of_the_weights(data, tmp_path, changes):
+def test_engine_changes_no_bit_of_the_weights(data, tmp_path, changes):
     changes = {"val_shards": str(data / "val"), "eval_interval": 2, "val_batches": 2, **changes}
     for method in ("Regular", "GradProjLora"):
         train(config_of(data, tmp_path / method, method=method, proj_save_interval=1, **changes))
@@ -104,7 +102,7 @@ def test_the_engine_changes_no_bit_of_the_weights(data, tmp_path, changes):
         assert np.isfinite(store.rows(range(18))).all()
 
 
-def test_an_evaluation_leaves_no_trace(data, tmp_path):
+def test_evaluation_changes_no_row(data, tmp_path):
     changes = {"method": "GradProjLora", "dropout": 0.2}
     train(config_of(data, tmp_path / "without", **changes))
     evaluated = {"val_shards": str(data / "val"), "eval_interval": 1, **changes}
@@ -118,7 +116,7 @@ def test_an_evaluation_leaves_no_trace(data, tmp_path):
         np.testing.assert_array_equal(a.rows(range(18)), b.rows(range(18)))
 
 
-def test_every_interval_writes_all_rows_since_the_last_and_cleanup_the_rest(tmp_path):
+def test_interval_writes_new_rows_and_cleanup_writes_the_rest(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=3)
     on_disk = []
     for step in range(8):
@@ -137,7 +135,7 @@ def test_every_interval_writes_all_rows_since_the_last_and_cleanup_the_rest(tmp_
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "merge"])
-def test_what_follows_a_job_s_units_says_that_a_training_run_has_none(tmp_path, capsys, command):
+def test_commands_about_units_reject_a_training_store(tmp_path, capsys, command):
     model, optimizer, manager = by_hand(tmp_path)
     with manager:
         one_step(model, optimizer, manager, 1)
@@ -153,7 +151,7 @@ def written(result_dir):
         return int((store.column("status") == 1).sum())
 
 
-def test_rows_are_written_also_after_an_exception(tmp_path):
+def test_rows_are_written_after_an_exception(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
 
     def loop():
@@ -170,7 +168,7 @@ def test_rows_are_written_also_after_an_exception(tmp_path):
     assert written(tmp_path) == 15
 
 
-def test_rows_are_written_also_where_an_evaluation_fails(tmp_path):
+def test_rows_are_written_when_an_evaluation_fails(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=0)
     one_step(model, optimizer, manager, 0)
     manager.detach_for_evaluation()
@@ -178,7 +176,7 @@ def test_rows_are_written_also_where_an_evaluation_fails(tmp_path):
     assert written(tmp_path) == 3
 
 
-def test_dot_products_are_written_also_where_an_evaluation_fails(tmp_path):
+def test_dot_products_are_written_when_an_evaluation_fails(tmp_path):
     settings = {"method": "GradDotProd", "result_dir": str(tmp_path), "proj_save_interval": 0}
     model = small_model("gpt2").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -195,7 +193,7 @@ def test_dot_products_are_written_also_where_an_evaluation_fails(tmp_path):
     ]
 
 
-def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp_path):
+def test_full_shard_is_written_at_once_and_units_are_consecutive(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, proj_save_interval=2, rows_per_shard=4)
     for step in range(7):
         one_step(model, optimizer, manager, step)
@@ -222,7 +220,7 @@ def test_a_shard_that_is_full_is_written_at_once_and_units_follow_each_other(tmp
 
 
 @pytest.mark.parametrize("kept", [0, 4, 6, 21])
-def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
+def test_rows_after_a_checkpoint_are_cut_and_replaced(tmp_path, kept):
     model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
     for step in range(7):
         one_step(model, optimizer, manager, step)
@@ -242,7 +240,7 @@ def test_what_lies_beyond_a_checkpoint_is_cut_and_replaced(tmp_path, kept):
         assert np.isfinite(store.rows(range(kept + 6))).all()
 
 
-def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
+def test_export_writes_the_originals_files_with_sample_ids(tmp_path):
     model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
     for step in range(3):
         one_step(model, optimizer, manager, step, ids=(7, 5, 7))
@@ -275,16 +273,20 @@ def test_the_original_s_files_come_out_of_it_with_the_samples_ids(tmp_path):
         )
 
 
-def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
+def test_ranks_at_different_steps_show_all_their_rows(tmp_path):
     """Without processes: two writers of one store, one of them ahead."""
     by_hand(tmp_path, rows_per_shard=4)[2].cleanup()
     writers = [AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]
     dim = writers[0].layout.dim
     for writer, n, rank in ((writers[1], 11, 1), (writers[0], 6, 0)):
         columns = {
-            "status": np.ones(n), "loss": np.zeros(n), "n_tokens": np.ones(n), "grad_norm": np.ones(n),
-            "step": np.arange(n), "sample_id": 100 * rank + np.arange(n),
-        }  # fmt: skip
+            "status": np.ones(n),
+            "loss": np.zeros(n),
+            "n_tokens": np.ones(n),
+            "grad_norm": np.ones(n),
+            "step": np.arange(n),
+            "sample_id": 100 * rank + np.arange(n),
+        }
         writer.add(np.full((n, dim), rank + 1.0, np.float32), columns)
         writer.close()
     with ProjectionStore(tmp_path / "projections") as store:
@@ -309,7 +311,7 @@ def test_ranks_that_are_not_in_step_each_have_all_their_rows_seen(tmp_path):
         ]
 
 
-def test_dropout_is_what_was_asked_for_whatever_a_checkpoint_says():
+def test_configured_dropout_replaces_the_checkpoints():
     for family in ("gpt2", "llama", "opt", "gpt_neox"):
         model = small_model(family).train()
         ids = torch.arange(3, 15)[None]
@@ -321,7 +323,7 @@ def test_dropout_is_what_was_asked_for_whatever_a_checkpoint_says():
         assert {k for k, v in known.items() if v} <= {"summary_first_dropout", "classifier_dropout"}
 
 
-def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):
+def test_transformers_mean_loss_gives_equal_rows(tmp_path):
     rows = []
     for name in ("own", "theirs"):
         model, _, manager = by_hand(tmp_path / name, proj_dtype="float32")
@@ -338,7 +340,7 @@ def test_a_mean_loss_of_transformers_gives_the_same_rows(tmp_path):
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
 
 
-def test_samples_without_a_target_and_with_infinite_gradients_say_so(tmp_path):
+def test_status_marks_samples_without_target_and_non_finite_rows(tmp_path):
     model, _, manager = by_hand(tmp_path)
     X, Y = ragged_batch([7, 1, 5])
     manager.attach_train_batch(X, Y, 0)
@@ -358,21 +360,21 @@ def test_samples_without_a_target_and_with_infinite_gradients_say_so(tmp_path):
         np.testing.assert_allclose(store.column("loss")[0], losses[0].item() / 6, rtol=1e-6)
 
 
-def test_the_manager_has_the_original_s_defaults_and_takes_any_config():
+def test_manager_has_the_originals_defaults_and_takes_any_config():
     defaults = EngineConfig.of(SimpleNamespace())
     assert (defaults.proj_layers, defaults.proj_rank_total) == ("mlp,attn", 256)
     assert (defaults.proj_rank_min, defaults.proj_seed) == (8, 42)
     assert EngineConfig.of({"proj_layers": ["mlp", "attn"], "unknown": 1}).proj_layers == "mlp,attn"
 
 
-def test_an_unknown_method_is_refused_with_those_that_are_known(tmp_path):
+def test_manager_rejects_an_unknown_method_with_the_known_ones(tmp_path):
     with pytest.raises(
         ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
     ):
         GhostEngineManager({"method": "Ghost"}, small_model("gpt2"))
 
 
-def test_a_further_method_is_one_entry(data, tmp_path, monkeypatch):
+def test_new_method_is_one_entry(data, tmp_path, monkeypatch):
     class Counting(TrainingEngine):
         n_samples = 0
 
@@ -403,12 +405,12 @@ def test_a_further_method_is_one_entry(data, tmp_path, monkeypatch):
         ({"method": "GradDotProd"}, ConfigError, "give val_data=.input_ids, labels."),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_named(tmp_path, settings, error, message):
+def test_invalid_engine_setting_is_named(tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
         by_hand(tmp_path, **settings)
 
 
-def test_rows_of_another_run_are_neither_mixed_in_nor_replaced(tmp_path):
+def test_rows_of_another_run_are_not_overwritten(tmp_path):
     by_hand(tmp_path, proj_seed=1)[2].cleanup()  # left without a row
     model, optimizer, manager = by_hand(tmp_path)
     one_step(model, optimizer, manager, 0)
@@ -422,7 +424,7 @@ def test_rows_of_another_run_are_neither_mixed_in_nor_replaced(tmp_path):
     assert written(tmp_path) == 3
 
 
-def test_rows_that_a_checkpoint_counts_on_and_are_gone_are_an_error(tmp_path):
+def test_lost_rows_before_a_checkpoint_are_an_error(tmp_path):
     model, optimizer, manager = by_hand(tmp_path)
     one_step(model, optimizer, manager, 0)
     manager.cleanup()
@@ -433,7 +435,7 @@ def test_rows_that_a_checkpoint_counts_on_and_are_gone_are_an_error(tmp_path):
         manager.load_state_dict({"n_rows": 4})
 
 
-def test_ids_that_are_not_one_a_sample_are_refused(tmp_path):
+def test_wrong_number_of_sample_ids_is_rejected(tmp_path):
     _, _, manager = by_hand(tmp_path)
     with pytest.raises(ConfigError, match=r"a batch of 2 samples was given \(3,\) ids"):
         manager.attach_train_batch(*ragged_batch([4, 4]), 1, [1, 2, 3])
@@ -451,13 +453,11 @@ def test_ids_that_are_not_one_a_sample_are_refused(tmp_path):
         ((10**9, 2, 100, 2), 10),
     ],
 )
-def test_rows_of_a_shard_are_whole_steps_that_divide_the_run_where_several_ranks_write(
-    arguments, want
-):
+def test_shard_of_several_ranks_holds_whole_steps_that_divide_the_run(arguments, want):
     assert choose_rows(*arguments) == want
 
 
-def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
+def test_loss_curve_is_a_table_and_a_picture(data, tmp_path):
     train(config_of(data, tmp_path, val_shards=str(data / "val"), eval_interval=2, max_steps=5))
     with (tmp_path / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -465,7 +465,7 @@ def test_the_loss_curve_is_a_table_and_a_picture(data, tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sum_that_nobody_announced_is_refused():
+def test_sum_without_per_sample_loss_is_rejected():
     model = small_model("gpt2").train()
     X, Y = ragged_batch([5, 6])
     with GhostEngineManager(
@@ -479,7 +479,7 @@ def test_a_sum_that_nobody_announced_is_refused():
             manager.aggregate_and_log()
 
 
-def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path):
+def test_dot_products_of_the_loop_match_explicit_gradients(data, tmp_path):
     changes = {
         "val_shards": str(data / "val"),
         "val_batch_size": 2,
@@ -521,11 +521,21 @@ def test_dot_products_of_the_loop_are_those_of_explicit_gradients(data, tmp_path
     assert all(domain in table for domain in ("Github", "ArXiv", "Pile-CC"))
 
 
-def test_under_sgd_the_values_add_up_to_the_fall_of_the_validation_loss(data, tmp_path):
+def test_values_sum_to_the_fall_of_the_validation_loss_under_sgd(data, tmp_path):
     config = config_of(
-        data, tmp_path, method="GradDotProd", val_shards=str(data / "tars"), val_batches=1, optimizer="sgd",
-        val_batch_size=16, learning_rate=0.005, warmup_steps=0, weight_decay=0.0, clip=0.0, max_steps=30,
-    )  # fmt: skip
+        data,
+        tmp_path,
+        method="GradDotProd",
+        val_shards=str(data / "tars"),
+        val_batches=1,
+        optimizer="sgd",
+        val_batch_size=16,
+        learning_rate=0.005,
+        warmup_steps=0,
+        weight_decay=0.0,
+        clip=0.0,
+        max_steps=30,
+    )
     train(config)
     torch.manual_seed(config.seed)
     tokenizer, model = load_or_make_model(config)

@@ -1,4 +1,4 @@
-"""What must not be lost of a training run: where checkpoints are gone, disks full, files torn, runs started twice."""
+"""Faults of a training run: lost checkpoints, full disks, torn files, runs started twice."""
 
 import fcntl
 import resource
@@ -45,7 +45,7 @@ def steps_in(folder, method):
 
 
 @pytest.mark.parametrize("method", ["GradProjLora", "GradDotProd"])
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(data, tmp_path, method):
+def test_run_with_lost_checkpoints_is_not_restarted(data, tmp_path, method):
     changes = {"method": method, "val_shards": str(data / "val"), "checkpoint_interval": 2}
     train(config_of(data, tmp_path, **changes))
     shutil.rmtree(tmp_path / "checkpoints")
@@ -62,20 +62,20 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(data, tmp_path, meth
     assert steps_in(tmp_path, method) == before
 
 
-def test_a_run_ended_before_its_first_checkpoint_says_that_it_begins_anew(data, tmp_path, capsys):
+def test_run_stopped_before_its_first_checkpoint_reports_a_restart(data, tmp_path, capsys):
     (tmp_path / "loss.csv").write_text("step,loss\n1,5\n2,5\n")
     train(config_of(data, tmp_path, resume=True, checkpoint_interval=3))
     assert "starting from the beginning; the 2 steps there are repeated" in capsys.readouterr().err
 
 
-def test_another_model_in_the_folder_is_left_alone(data, tmp_path):
+def test_another_model_in_the_folder_is_kept(data, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"years of work")
     with pytest.raises(StoreError, match=r"it would be overwritten\. Give a new folder"):
         train(config_of(data, tmp_path))
     assert (tmp_path / "model.safetensors").read_bytes() == b"years of work"
 
 
-def test_two_runs_do_not_share_a_folder(data, tmp_path, monkeypatch):
+def test_second_run_in_a_folder_is_rejected(data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "LOCK_PATIENCE_S", 0.1)
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,7 +87,7 @@ def test_two_runs_do_not_share_a_folder(data, tmp_path, monkeypatch):
 # --- what a checkpoint counts on ---
 
 
-def test_the_same_documents_may_lie_elsewhere_but_others_are_refused(data, tmp_path):
+def test_moved_documents_resume_and_other_documents_are_rejected(data, tmp_path):
     tars = tmp_path / "tars"
     shutil.copytree(data / "tars", tars)
     changes = {"checkpoint_interval": 3}
@@ -129,7 +129,7 @@ def loop(folder, method, steps, resume_step=None, cleanup=True):
 
 
 @pytest.mark.parametrize("method", ["GradProjLora", "GradDotProd"])
-def test_rows_missing_before_the_step_to_go_on_from_are_an_error(tmp_path, method):
+def test_rows_missing_before_the_resumed_step_are_an_error(tmp_path, method):
     loop(tmp_path, method, range(1, 8), cleanup=False)  # killed: steps 5 to 7 were not written
     with pytest.raises(
         StoreError, match=r"ends with step 4, so the rows up to step 7.*engine\.state_dict\(\)"
@@ -140,7 +140,7 @@ def test_rows_missing_before_the_step_to_go_on_from_are_an_error(tmp_path, metho
     assert steps_in(tmp_path, method) == np.repeat(range(1, 9), 2).tolist()
 
 
-def test_a_table_that_is_gone_is_an_error(data, tmp_path):
+def test_lost_table_is_an_error(data, tmp_path):
     changes = {"method": "GradDotProd", "val_shards": str(data / "val"), "checkpoint_interval": 3}
     train(config_of(data, tmp_path, **changes))
     shutil.rmtree(tmp_path / "grad_dotprod")
@@ -150,7 +150,7 @@ def test_a_table_that_is_gone_is_an_error(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["training_state.pt", "rank-00000.pt", "model.safetensors"])
 @pytest.mark.parametrize("harm", ["torn", "gone"])
-def test_a_damaged_checkpoint_is_named(data, tmp_path, name, harm, capsys):
+def test_damaged_checkpoint_is_named(data, tmp_path, name, harm, capsys):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     path = tmp_path / "checkpoints" / "step-00000006" / name
     content = path.read_bytes()
@@ -192,9 +192,7 @@ def files_of_at_most(n_bytes):
 
 
 @pytest.mark.parametrize("n_bytes", [3_000, 20_000, 60_000])
-def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(
-    data, tmp_path, n_bytes
-):
+def test_full_disk_at_a_checkpoint_is_one_line_and_keeps_the_last_one(data, tmp_path, n_bytes):
     changes = {"checkpoint_interval": 3}
     train(config_of(data, tmp_path, max_steps=3, **changes))
     with files_of_at_most(n_bytes), pytest.raises(StoreError, match="cannot write"):
@@ -212,12 +210,16 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_the_one_before_stays(
 def columns_of(start, stop):
     n = stop - start
     return {
-        "status": np.full(n, STATUS["ok"], np.uint8), "loss": np.zeros(n), "n_tokens": np.ones(n),
-        "grad_norm": np.ones(n), "step": np.arange(start, stop), "sample_id": np.arange(start, stop),
-    }  # fmt: skip
+        "status": np.full(n, STATUS["ok"], np.uint8),
+        "loss": np.zeros(n),
+        "n_tokens": np.ones(n),
+        "grad_norm": np.ones(n),
+        "step": np.arange(start, stop),
+        "sample_id": np.arange(start, stop),
+    }
 
 
-def test_no_loss_of_power_takes_rows_that_a_checkpoint_counts_on(tmp_path):
+def test_power_loss_keeps_rows_that_a_checkpoint_counts_on(tmp_path):
     loop(tmp_path / "run", "GradProjLora", [], cleanup=False)
     folder = tmp_path / "run" / "projections"
     store = AppendStore(folder, 0, 1)
@@ -245,7 +247,7 @@ def test_no_loss_of_power_takes_rows_that_a_checkpoint_counts_on(tmp_path):
         shutil.rmtree(again)
 
 
-def test_a_loss_of_power_takes_nothing_of_a_table_that_was_appended(tmp_path):
+def test_power_loss_keeps_appended_table_rows(tmp_path):
     columns = {"step": (np.dtype("i8"), None), "values": (np.dtype("f4"), 3)}
 
     def append(table, start, stop):
@@ -271,7 +273,7 @@ def test_a_loss_of_power_takes_nothing_of_a_table_that_was_appended(tmp_path):
 # --- a loop's own mistakes ---
 
 
-def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
+def test_mean_loss_divided_by_accumulation_gives_whole_rows(tmp_path):
     model = small_model("gpt2")
     config = {
         "method": "GradProjLora",
@@ -311,17 +313,17 @@ def test_a_mean_loss_divided_by_the_accumulation_gives_whole_rows(tmp_path):
         ),
     ],
 )
-def test_a_setting_that_no_run_can_have_is_named(data, tmp_path, changes, message):
+def test_impossible_run_setting_is_named(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(config_of(data, tmp_path), **changes)
 
 
-def test_validation_documents_that_are_not_there_are_blamed_on_their_flag(data, tmp_path):
+def test_missing_validation_documents_name_their_flag(data, tmp_path):
     with pytest.raises(CorpusError, match="--val_shards"):
         train(config_of(data, tmp_path, val_shards=str(tmp_path / "nothing")))
 
 
-def test_fewer_documents_than_ranks_are_refused_by_every_rank(data, tmp_path):
+def test_fewer_documents_than_ranks_are_rejected_by_every_rank(data, tmp_path):
     index = open_corpus(str(data / "tars"))
     config = config_of(data, tmp_path)
     for rank in (0, index.n_samples):

@@ -1,4 +1,4 @@
-"""Engines on a model whose weights are shared out over the ranks."""
+"""Engines on a model whose weights are sharded over the ranks."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def sharded():
     dist.destroy_process_group()
 
 
-def test_rows_of_a_sharded_model_are_those_of_each_sample_alone(sharded, tmp_path):
+def test_rows_of_a_sharded_model_match_each_sample_alone(sharded, tmp_path):
     X, Y = ragged_batch(LENGTHS)
     widths = {"proj_rank_total": 16, "proj_rank_min": 2}
     settings = {
@@ -53,7 +53,7 @@ def test_rows_of_a_sharded_model_are_those_of_each_sample_alone(sharded, tmp_pat
         np.testing.assert_allclose(row, want.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_dot_products_of_a_sharded_model_are_refused_with_the_way_out(sharded):
+def test_dot_products_of_a_sharded_model_are_rejected(sharded):
     with pytest.raises(
         ModelError, match="every rank needs the whole model: use DistributedDataParallel"
     ):

@@ -1,4 +1,4 @@
-"""Laws of going on: the data's position, checkpoints, ranks, and what is refused."""
+"""Resuming: position in the data, checkpoints, ranks, and rejected settings."""
 
 import itertools
 import shutil
@@ -33,9 +33,7 @@ def same_batch(a, b):
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(
-    data, tmp_path, pack, world_size
-):
+def test_stream_continues_from_any_position(data, tmp_path, pack, world_size):
     config, index, tokenizer = (
         config_of(data, tmp_path, pack=pack),
         index_of(data),
@@ -50,7 +48,7 @@ def test_the_stream_goes_on_from_any_position_as_if_it_had_not_stopped(
         assert all(same_batch(a, b) for a, b in zip(whole[stop + 1 :], again, strict=False))
 
 
-def test_ranks_share_out_every_document_of_an_epoch_once(data, tmp_path):
+def test_ranks_divide_an_epochs_documents(data, tmp_path):
     config, index, tokenizer = (
         config_of(data, tmp_path, batch_size=1),
         index_of(data),
@@ -69,7 +67,7 @@ def test_ranks_share_out_every_document_of_an_epoch_once(data, tmp_path):
     assert len(seen) == len(set(seen)) > 60
 
 
-def test_the_index_beside_the_tars_is_taken_and_must_be_theirs(data, tmp_path):
+def test_index_beside_the_tars_is_used_and_must_match(data, tmp_path):
     tars = shutil.copytree(data / "tars", tmp_path / "tars")
     made = save_index(open_corpus(str(tars)), tars / "corpus.json")
     assert open_corpus(str(tars)) == open_corpus(str(tars / "corpus.json")) == made
@@ -78,14 +76,14 @@ def test_the_index_beside_the_tars_is_taken_and_must_be_theirs(data, tmp_path):
         open_corpus(str(tars))
 
 
-def test_documents_left_out_at_the_beginning_are_those_of_the_whole_order(data):
+def test_skipped_documents_are_the_first_of_the_order(data):
     index = index_of(data)
     order = [d.sample_id for d in shuffled_documents(index, 5, 2)]
     for first in (0, 1, 30, 69, 70, 100):
         assert [d.sample_id for d in shuffled_documents(index, 5, 2, first)] == order[first:]
 
 
-def test_labels_are_the_tokens_and_nothing_at_padding(data, tmp_path):
+def test_labels_are_the_tokens_and_ignored_at_padding(data, tmp_path):
     batch = next(
         batches_of(config_of(data, tmp_path, batch_size=8), index_of(data), tokenizer_of(data))
     )
@@ -120,10 +118,11 @@ def train_until_killed(monkeypatch, last, config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dropout": 0.2}, {"pack": True, "grad_accumulation": 2}, {"model_dtype": "bfloat16"}],
+    "changes",
+    [{"dropout": 0.2}, {"pack": True, "grad_accumulation": 2}, {"model_dtype": "bfloat16"}],
     ids=["dropout", "pack", "bfloat16"],
-)  # fmt: skip
-def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, changes):
+)
+def test_resumed_run_ends_in_equal_bits(data, tmp_path, monkeypatch, changes):
     changes = {"max_steps": 9, "checkpoint_interval": 3, **changes}
     train(config_of(data, tmp_path / "whole", **changes))
     train_until_killed(monkeypatch, 8, config_of(data, tmp_path / "killed", **changes))
@@ -142,7 +141,7 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch, change
     ]
 
 
-def test_dot_products_of_a_resumed_run_are_those_of_one_in_one_go(data, tmp_path, monkeypatch):
+def test_dot_products_of_a_resumed_run_equal_an_uninterrupted_one(data, tmp_path, monkeypatch):
     changes = {"method": "GradDotProd", "val_shards": str(data / "val"), "checkpoint_interval": 3}
     train(config_of(data, tmp_path / "whole", **changes))
     train_until_killed(monkeypatch, 5, config_of(data, tmp_path / "killed", **changes))
@@ -167,10 +166,10 @@ def test_resuming_a_finished_run_changes_nothing(data, tmp_path):
     )
 
 
-def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
+def test_resume_with_other_settings_is_rejected(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     with pytest.raises(
-        StoreError, match=r"holds a run.s checkpoint .step-00000006.: continue from it with --resume"
+        StoreError, match=r"checkpoint .step-00000006.: continue from it with --resume"
     ):
         train(config_of(data, tmp_path))
     other = config_of(data, tmp_path, resume=True, seed=3, learning_rate=0.5)
@@ -187,14 +186,14 @@ def test_a_run_is_resumed_as_it_was_or_not_at_all(data, tmp_path):
         )
 
 
-def test_a_checkpoint_that_was_not_finished_counts_for_nothing(data, tmp_path):
+def test_unfinished_checkpoint_is_ignored(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     (tmp_path / "checkpoints" / ".saving-step-00000009").mkdir()
     found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), World(), {}).newest()
     assert found == tmp_path / "checkpoints" / "step-00000006"
 
 
-def test_the_random_state_comes_back():
+def test_random_state_is_restored():
     state = random_state()
     first = torch.rand(3)
     restore_random_state(state)
@@ -209,14 +208,12 @@ def test_the_random_state_comes_back():
         ("constant", [1 / 3, 2 / 3, 1.0, 1.0]),
     ],
 )
-def test_the_rate_rises_to_its_highest_and_falls_as_the_schedule_says(
-    data, tmp_path, schedule, want
-):
+def test_learning_rate_follows_warmup_and_schedule(data, tmp_path, schedule, want):
     config = config_of(data, tmp_path, schedule=schedule)
     assert [rate_at(step, config) for step in (0, 1, 2, 4)] == pytest.approx(want)
 
 
-def test_the_validation_loss_is_the_mean_over_its_targets_and_changes_nothing(data, tmp_path):
+def test_validation_loss_is_the_mean_over_targets_and_changes_nothing(data, tmp_path):
     config = config_of(
         data, tmp_path, val_shards=str(data / "val"), val_batch_size=3, val_batches=2
     )
@@ -245,7 +242,7 @@ def test_the_validation_loss_is_the_mean_over_its_targets_and_changes_nothing(da
         SimpleNamespace(rank=0, world_size=1),
     ],
 )
-def test_ranks_come_from_whatever_a_loop_has(info):
+def test_ranks_come_from_any_form_of_ddp_info(info):
     assert world_of(info) == world_of(None) == World(0, 1)
 
 
@@ -256,7 +253,7 @@ def test_ranks_come_from_whatever_a_loop_has(info):
         ({"rank": 1, "world_size": 2}, "names 2 ranks, but torch.distributed is not initialised"),
     ],
 )
-def test_ranks_that_nobody_joins_are_refused(info, message):
+def test_ranks_without_a_process_group_are_rejected(info, message):
     with pytest.raises(ConfigError, match=message):
         world_of(info)
 
@@ -282,12 +279,12 @@ def test_ranks_that_nobody_joins_are_refused(info, message):
         ({"checkpoint_interval": -1}, ConfigError, "--checkpoint_interval must be at least 0"),
     ],
 )
-def test_what_training_cannot_do_is_named(data, tmp_path, changes, error, message):
+def test_unusable_training_input_is_named(data, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         train(config_of(data, tmp_path, **changes))
 
 
-def test_domain_and_text_of_a_document_are_found_also_where_another_start_trained_on_it(data):
+def test_domain_and_text_are_found_for_documents_of_another_process(data):
     documents = TrainedDocuments(index_of(data))
     assert documents.domain(4) == "ArXiv"
     assert len(documents.text(4)) > 2

@@ -118,7 +118,7 @@ class DotBatch:
             raise ModelError(
                 f"GradDotProd: a {type(layer.module).__name__} works on {tuple(places)} positions "
                 f"in a batch of {n} samples of {self._n_positions} tokens, so its samples cannot "
-                "be told apart; freeze it with requires_grad_(False)"
+                "be distinguished; freeze it with requires_grad_(False)"
             )
 
     def _by_sample(self, x: Tensor) -> Tensor:
