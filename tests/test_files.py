@@ -1,4 +1,4 @@
-"""Laws of published files: whole or absent, one winner, and the system's refusals told clearly."""
+"""Published files are whole or absent and have one winner; OS errors are explained."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, file_sum, publish_exclusively, write_file_durably
 
 
-def test_a_written_file_has_the_sum_that_is_returned(tmp_path):
+def test_written_file_has_the_returned_sum(tmp_path):
     chunks = [b"abc", np.arange(10, dtype=np.float16).data, b""]
     returned = write_file_durably(tmp_path / "x", chunks)
     assert returned == file_sum(tmp_path / "x")
@@ -21,7 +21,7 @@ def test_a_written_file_has_the_sum_that_is_returned(tmp_path):
 
 
 @pytest.mark.parametrize("links", ["links", "no links", "no links, no exclusive rename"])
-def test_of_two_files_under_one_name_the_first_stays(tmp_path, monkeypatch, links):
+def test_first_of_two_files_published_under_one_name_stays(tmp_path, monkeypatch, links):
     def refuse(*_):
         raise OSError(errno.EPERM, "links are missing here")
 
@@ -36,14 +36,14 @@ def test_of_two_files_under_one_name_the_first_stays(tmp_path, monkeypatch, link
     assert "first" not in os.listdir(tmp_path)
 
 
-def test_a_link_whose_answer_was_lost_counts_as_published(tmp_path):
+def test_link_whose_reply_was_lost_counts_as_published(tmp_path):
     write_file_durably(tmp_path / "tmp", [b"mine"])
     os.link(tmp_path / "tmp", tmp_path / "final")
     assert publish_exclusively(tmp_path / "tmp", tmp_path / "final") is True
     assert os.listdir(tmp_path) == ["final"]
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
+def test_full_disk_is_a_clear_error_and_leaves_no_partial_file(tmp_path):
     (tmp_path / "x").symlink_to("/dev/full")
     with pytest.raises(
         StoreError, match=r"cannot write .*/x: No space left on device\. Free space there"
@@ -52,9 +52,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_partial_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(
-    tmp_path, monkeypatch
-):
+def test_file_deleted_by_another_machine_while_written_is_not_found(tmp_path, monkeypatch):
     def stale(handle):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
@@ -79,7 +77,7 @@ def test_a_file_that_another_machine_deletes_while_it_is_written_is_not_found(
         (errno.EFBIG, "ulimit -f"),
     ],
 )
-def test_the_systems_refusals_name_the_path_and_the_way_out(code, message):
+def test_os_errors_name_the_path_and_the_way_out(code, message):
     with (
         pytest.raises(StoreError, match=rf"cannot write out/x: .*{message}"),
         explain_os_errors("out/x"),
@@ -87,6 +85,6 @@ def test_the_systems_refusals_name_the_path_and_the_way_out(code, message):
         raise OSError(code, os.strerror(code))
 
 
-def test_a_fault_that_no_user_can_mend_stays_what_it_is():
+def test_other_os_errors_are_not_changed():
     with pytest.raises(OSError, match="Bad file descriptor"), explain_os_errors("x"):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -1,4 +1,4 @@
-"""Laws of what strangers wrote, on a screen: no control character of a store's names, texts or messages gets there."""
+"""Untrusted text reaches a terminal without control characters."""
 
 import pytest
 
@@ -9,25 +9,25 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202ename\x9b31m"
 SEEN = "�]0;owned��[2J�name�31m"
 
 
-def test_a_beginning_is_shown_whatever_stands_before_it():
+def test_one_line_shows_the_beginning_after_any_blanks():
     assert one_line(" " * 800 + "hello", 200) == "hello"
     assert one_line("\n" * 10**6 + "x" * 300, 20) == "x" * 19 + "…"
 
 
 @pytest.mark.parametrize("text", ["می\u200cخواهم", "\U0001f468\u200d\U0001f469"])
-def test_joiners_of_letters_and_emoji_stay(text):
+def test_joiners_of_letters_and_emoji_are_kept(text):
     assert one_line(text, 200) == clean(text) == clean_lines(text) == text
 
 
-def test_a_soft_hyphen_is_no_loss():
+def test_soft_hyphens_are_dropped():
     assert one_line("soft\u00adware", 200) == "software"
 
 
-def test_lines_stay_lines_and_everything_else_that_cannot_be_seen_is_replaced():
+def test_clean_lines_keeps_lines_and_replaces_other_invisible_characters():
     assert clean_lines(f"a:\n  {HOSTILE}\r\n\tb\u2028c\ud800") == f"a:\n  {SEEN}�\n        b�c�"
 
 
-def test_a_message_holds_no_control_character(capsys):
+def test_messages_hold_no_control_character(capsys):
     def command():
         raise ConfigError(f"it has:\n  {HOSTILE}")
 

@@ -1,4 +1,4 @@
-"""What comes from outside is data: keys in tars, documents, checkpoints and stores open nothing and run nothing."""
+"""Untrusted tars, documents, checkpoints and stores open nothing and run nothing."""
 
 import ast
 import io
@@ -110,20 +110,20 @@ def hostile(tmp_path_factory):
     return root
 
 
-def test_keys_with_paths_in_them_are_rows_like_any_other(hostile):
+def test_keys_that_look_like_paths_are_ordinary_rows(hostile):
     with ProjectionStore(hostile / "out") as store:
         samples = store.samples(range(len(store)))
     assert [(s.key, s.status) for s in samples] == [(key, status) for key, _, status in DOCUMENTS]
 
 
-def test_no_key_or_field_of_a_document_is_ever_opened_made_or_run(hostile):
+def test_no_key_or_field_of_a_document_is_opened_created_or_run(hostile):
     touched = (hostile / "log").read_text()
     assert str(hostile / "tars" / "a.tar") in touched
     assert str(hostile / "out" / "units") in touched
     assert [line for line in touched.splitlines() if MARK in line] == []
 
 
-def test_documents_beyond_the_flags_limits_are_bad_input_and_the_job_goes_on(hostile):
+def test_documents_beyond_the_limits_are_bad_input_and_the_job_continues(hostile):
     with ProjectionStore(hostile / "out") as store:
         found = store.status_counts()
         assert store.attributes["identity"]["--max_json_depth"] == LIMITS["max_json_depth"]
@@ -133,7 +133,7 @@ def test_documents_beyond_the_flags_limits_are_bad_input_and_the_job_goes_on(hos
     assert verify(hostile / "out").exit_code == 0
 
 
-def test_a_link_in_a_tar_is_never_followed(tmp_path, capsys):
+def test_links_in_tars_are_not_followed(tmp_path, capsys):
     (tmp_path / "secret.json").write_bytes(b'{"text": "secret words"}')
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
@@ -208,7 +208,7 @@ def load_all(model: Path, **settings: bool) -> set[str]:
     # The classes of a type that transformers knows are taken instead of the checkpoint's own.
     [("evil", {"config", "tokenizer", "skeleton", "model"}), ("llama", {"tokenizer"})],
 )
-def test_code_in_a_checkpoint_runs_only_where_the_user_says_so(
+def test_checkpoint_code_runs_only_with_trust_remote_code(
     model_type, refused, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
@@ -231,7 +231,7 @@ class Evil:
         return Path.write_text, (Path(self.mark), "ran")
 
 
-def test_a_pickle_beside_safetensors_weights_is_never_loaded(tmp_path):
+def test_pickle_beside_safetensors_weights_is_not_loaded(tmp_path):
     model, mark = make_model(tmp_path / "model"), tmp_path / "mark"
     for name in (
         "pytorch_model.bin",
@@ -246,7 +246,7 @@ def test_a_pickle_beside_safetensors_weights_is_never_loaded(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_alone_is_refused_and_runs_nothing_even_where_it_is_allowed(tmp_path):
+def test_pickled_weights_are_refused_and_run_nothing_even_if_allowed(tmp_path):
     model, mark = make_model(tmp_path / "model"), tmp_path / "mark"
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
@@ -262,7 +262,7 @@ def test_a_pickle_alone_is_refused_and_runs_nothing_even_where_it_is_allowed(tmp
 
 
 @pytest.mark.parametrize("array", ["token_covariance_a", "projection_matrices"])
-def test_a_store_that_names_a_codec_which_unpickles_is_not_read(array, output, tmp_path):
+def test_store_with_an_unpickling_codec_is_not_read(array, output, tmp_path):
     folder, mark = output / "projections.zarr" / array, tmp_path / "mark"
     change_json(folder / "zarr.json", codecs=[{"name": "numcodecs.pickle", "configuration": {}}])
     for chunk in folder.glob("c.*"):
@@ -287,7 +287,7 @@ UNPICKLERS = {
     "pandas",
     "yaml",
 }
-SPEAKS_TO_ITS_OWN_RANKS = "dist.py"
+SPEAKS_TO_ITS_OWN_RANKS = "distributed.py"
 """Rank 0's plan for the others of its job, through torchrun's store, as torch.distributed's object collectives do it;
 nothing of a corpus, a checkpoint or a store comes that way."""
 
@@ -324,7 +324,7 @@ def unsafe(name: str, call: ast.Call) -> bool:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SOURCES[0].parent)))
-def test_nothing_is_unpickled_evaluated_or_run_through_a_shell(path):
+def test_sources_unpickle_evaluate_and_shell_out_nothing(path):
     tree = ast.parse(path.read_text())
     imported = {
         a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
@@ -348,7 +348,7 @@ def test_nothing_is_unpickled_evaluated_or_run_through_a_shell(path):
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
 )
-def test_that_check_finds_what_it_looks_for(line, tmp_path):
+def test_unsafe_calls_are_detected(line, tmp_path):
     path = tmp_path / "a.py"
     path.write_text(line)
     ((name, call),) = calls_in(path)

@@ -1,8 +1,8 @@
-"""Token losses of a linear vocabulary head and their gradient at the hidden states, in one pass over the vocabulary.
+"""Token losses of a vocabulary head and their gradient at the hidden states, in one pass.
 
-Neither ``(T, V)`` logits nor a copy of them ever exist: a slice of the vocabulary at a time is multiplied, turned
-into exponentials beside a running maximum, and multiplied back. The running maximum's rescaling is that of the online
-softmax (arXiv:1805.02867).
+The ``(T, V)`` logits never exist. A slice of the vocabulary at a time is multiplied, exponentiated
+relative to a running maximum, and multiplied back. The rescaling to a new maximum is that of the
+online softmax (arXiv:1805.02867).
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gradproj.kernels.onednn import linear
 
 SLICE_VALUES = {"cpu": 2**21, "cuda": 2**25}
-"""Logits in memory at once: what a CPU's cache holds (8 MB), and what fills a GPU."""
+"""Logits in memory at once: what fits a CPU's cache (8 MB), and what keeps a GPU busy."""
 
-MOST_TOKENS = 4096
-"""Tokens worked on together; a slice of the vocabulary stays wide enough for a fast product."""
+MAX_TOKENS = 4096
+"""Tokens at once. With more, slices of the vocabulary would be too narrow for fast products."""
 
 
 class TokenLoss(torch.autograd.Function):
@@ -32,17 +32,17 @@ class TokenLoss(torch.autograd.Function):
         # Under autocast the hidden states may have another dtype than the weights.
         weight = head.weight.to(hidden.dtype)
         bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        # Without gradients (an evaluation) the second half of the work is left out.
+        # An evaluation needs no gradients, which are half of the work.
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(tokens), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(tokens), MOST_TOKENS):
-            part = slice(start, start + MOST_TOKENS)
-            walk = _ChunkedSoftmax(
+        for start in range(0, len(tokens), MAX_TOKENS):
+            part = slice(start, start + MAX_TOKENS)
+            softmax = _ChunkedSoftmax(
                 hidden[part], tokens[part], weight, bias, softcap, grads is not None
             )
-            losses[part] = walk.losses()
+            losses[part] = softmax.losses()
             if grads is not None:
-                grads[part] = walk.gradients()
+                grads[part] = softmax.gradients()
         if grads is not None:
             ctx.save_for_backward(grads)
         return losses
@@ -50,12 +50,12 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weight_of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grads,) = ctx.saved_tensors
-        # The weight as it is: rounded to bf16 it would not be the one that the engine divides by.
+        # In float32: the engine divides by this weight, so it must not be rounded to bfloat16.
         return (grads.float() * weight_of_loss.unsqueeze(1)).to(grads.dtype), None, None, None
 
 
 class _ChunkedSoftmax:
-    """Some tokens' walk over the vocabulary, slice by slice; everything but the products in float32."""
+    """The softmax of some tokens, slice by slice of the vocabulary; in float32 but the products."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class _ChunkedSoftmax:
             self._add_chunk(part)
 
     def _slices(self) -> Iterator[slice]:
-        most = SLICE_VALUES.get(self._hidden.device.type, SLICE_VALUES["cuda"])
-        width = max(64, most // max(1, len(self._hidden)) // 64 * 64)
+        n_values = SLICE_VALUES.get(self._hidden.device.type, SLICE_VALUES["cuda"])
+        width = max(64, n_values // max(1, len(self._hidden)) // 64 * 64)
         return (slice(start, start + width) for start in range(0, len(self._weight), width))
 
     def _add_chunk(self, part: slice) -> None:
@@ -101,18 +101,18 @@ class _ChunkedSoftmax:
             self._sum.mul_(shrink).add_(linear(shares.to(weight.dtype), weight.t()))
 
     def _choose(self, logits: Tensor, start: int) -> None:
-        """Note the logits of the target tokens that lie in this slice."""
+        """Keep the logits of the target tokens in this slice."""
         places = self._tokens - start
-        found = logits.gather(1, places.clamp(0, logits.shape[1] - 1))
-        here = (places >= 0) & (places < logits.shape[1])
-        self._chosen = torch.where(here, found, self._chosen)
+        logit = logits.gather(1, places.clamp(0, logits.shape[1] - 1))
+        is_here = (places >= 0) & (places < logits.shape[1])
+        self._chosen = torch.where(is_here, logit, self._chosen)
 
     def losses(self) -> Tensor:
-        """``(T,)``."""
+        """Return ``(T,)`` losses, nats."""
         return (self._top + self._total.log() - self._chosen).squeeze(1)
 
     def gradients(self) -> Tensor:
-        """``(T, H)`` float32: the softmax's mean of the weights, less the target's."""
+        """Return ``(T, H)`` float32: the softmax's mean of the weights, minus the target's."""
         assert self._sum is not None
         targets = self._weight[self._tokens.squeeze(1)].float()
         if self._softcap is not None:

@@ -1,4 +1,4 @@
-"""Tensors to a device and back without waiting for what it computes."""
+"""Copies tensors to a device and back without waiting for its kernels."""
 
 from collections.abc import Sequence
 
@@ -7,29 +7,30 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on ``device``; through page-locked memory, or the driver may wait for the device first."""
+    """Copy a host tensor to ``device``."""
+    # From pageable memory the copy would wait for the device's earlier work.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def record_event(device: torch.device) -> torch.cuda.Event | None:
-    """A mark behind all that this thread has given to the device; None where there is nothing to wait for."""
+    """Record a CUDA event on the current stream. None on a CPU."""
     if device.type != "cuda":
         return None
-    mark = torch.cuda.Event(enable_timing=True)
-    mark.record(torch.cuda.current_stream(device))
-    return mark
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def seconds_between(first: torch.cuda.Event | None, last: torch.cuda.Event | None) -> float | None:
-    """What the device took from one mark to another that it has passed; None where there are none."""
+    """Return the device's time between two events that have passed. None if there are none."""
     return None if first is None or last is None else first.elapsed_time(last) / 1000
 
 
 def fetch(tensors: Sequence[Tensor], computed: torch.cuda.Event | None) -> list[Tensor]:
-    """The tensors on the host, as they are at the mark.
+    """Return the tensors on the host, with their values at the event ``computed``.
 
-    On CUDA they go through page-locked memory on a stream of their own, so that the copy runs beside the next unit's
-    kernels; only the calling thread waits for it. On the CPU they are given back as they are.
+    On CUDA they are copied to page-locked memory on a separate stream, beside the next unit's
+    kernels; only the calling thread waits. CPU tensors are returned as they are.
     """
     if computed is None:
         return [tensor.cpu() for tensor in tensors]
@@ -40,7 +41,7 @@ def fetch(tensors: Sequence[Tensor], computed: torch.cuda.Event | None) -> list[
         for tensor in tensors:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             copy.copy_(tensor, non_blocking=True)
-            tensor.record_stream(stream)  # its memory may be given to others only after the copy
+            tensor.record_stream(stream)  # the allocator may reuse its memory only after the copy
             copies.append(copy)
     stream.synchronize()
     return copies

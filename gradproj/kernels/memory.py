@@ -1,4 +1,4 @@
-"""Free and peak memory of a device or of this host, and the errors that mean it ran out."""
+"""Free and peak memory of a device or of this host, and out-of-memory errors."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CUDA_SHARE, HOST_SHARE = 0.85, 0.5
 
 
 class CudaMemory:
-    """What torch's allocator holds and could still take."""
+    """Memory of torch's CUDA allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -29,7 +29,7 @@ class CudaMemory:
 
 
 class HostMemory:
-    """What Linux says of this process; elsewhere nothing is known, and time alone ends the trials."""
+    """Memory of this process on Linux; unlimited on other systems."""
 
     def __init__(self, n_neighbours: int) -> None:
         self._n_neighbours = n_neighbours
@@ -39,7 +39,7 @@ class HostMemory:
         return int(HOST_SHARE * available_host_bytes() / self._n_neighbours)
 
     def start(self) -> None:
-        """The peak only ever grows, and so do the trials."""
+        """Do nothing: the peak only grows, and so do the measured batches."""
 
     def peak(self) -> int:
         return max(0, _status_bytes("VmHWM") - self._before)
@@ -55,17 +55,17 @@ def _status_bytes(field: str) -> int:
 
 
 def _kilobytes(path: Path, field: str) -> int:
-    """A field of one of Linux's tables; 0 where there is none."""
+    """Return a field of one of Linux's tables; 0 if there is none."""
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
 
 
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What the CPU's allocator, CUDA itself and cuBLAS say; torch's allocator for GPUs has an error of its own."""
+"""Words of errors of the CPU's allocator, CUDA and cuBLAS, which have no class of their own."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that the device has no memory left."""
+    """Return whether an error means that the device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in _NO_MEMORY
     )

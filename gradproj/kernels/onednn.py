@@ -1,4 +1,4 @@
-"""The product of a layer's input with its weight, by the fastest library that the machine has for it."""
+"""Products of layer inputs with weights and projections, by the fastest library for them."""
 
 import platform
 
@@ -15,16 +15,17 @@ _HAS_ONEDNN = (
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias`` without a graph: ``(..., I)``, ``(O, I)``, ``(O,)`` -> ``(..., O)``.
+    """Multiply without a graph: ``x weight^T + bias``, ``(..., I), (O, I), (O,) -> (..., O)``.
 
-    In float32 on an x86 CPU it is oneDNN's product, elsewhere torch's own. torch takes MKL there, which gives
-    processors of other makers an AVX2 kernel where they have AVX-512: half the speed on an EPYC 9005
-    (``tests/bench/bench_engine.py``). Both sum in float32. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
+    In float32 on an x86 CPU it uses oneDNN, elsewhere torch's own product. torch would use MKL,
+    which runs an AVX2 kernel on other makers' processors even if they have AVX-512: half the speed
+    on an EPYC 9005 (``tests/bench/bench_engine.py``). Both sum in float32.
+    ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
 
     Args:
         x: contiguous or not.
         weight: may be a transposed view.
-        bias: None for none.
+        bias: optional.
     """
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -36,13 +37,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # The operation that torch's own compiler emits for a Linear on the CPU.
+    # The operation that torch's compiler emits for a Linear on a CPU.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @torch.library.custom_op("gradproj::onednn_linear", mutates_args=())
 def _traced_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # torch's compiler takes the operation for constant weights only, and must not look inside.
+    # torch.compile accepts the operation for constant weights only, so it must not trace it.
     return _onednn(x, weight, bias)
 
 
@@ -52,40 +53,46 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _IN_BFLOAT16 = WeakTensorKeyDictionary()
-"""Projection matrix -> the same in bfloat16, where that is exact."""
+"""Projection matrix -> its bfloat16 copy, if that is exact."""
 
 
 def cache_bfloat16(p: Tensor) -> None:
-    """Have ``project`` multiply in bfloat16 by this float32 matrix, if no entry of it changes: all of a rademacher
-    matrix are ``+-1/sqrt(k)``, and for k = 4, 16, 64, 256 that is a power of two. Asks the device, once."""
+    """Cache a bfloat16 copy of a float32 matrix for ``project``, if the conversion is exact.
+
+    It is for rademacher matrices with k = 4, 16, 64, 256: their entries ``+-1/sqrt(k)`` are powers
+    of two. Synchronises with the device once.
+    """
     low = p.to(torch.bfloat16)
     if torch.equal(low.float(), p):
         _IN_BFLOAT16[p] = low
 
 
 def project(x: Tensor, p: Tensor) -> Tensor:
-    """``x p^T`` in float32: ``(..., n)`` of any precision, ``(k, n)`` float32 -> ``(..., k)``.
+    """Return ``x p^T`` in float32, ``(..., n), (k, n) -> (..., k)``; ``x`` of any precision.
 
-    bfloat16 is multiplied as it is where ``p`` was remembered: no float32 copy of x, and on a GPU its tensor cores.
-    Sums are float32; each result is rounded to bfloat16 once, as x itself was.
+    If ``p`` has a cached bfloat16 copy, bfloat16 ``x`` is multiplied with that: no float32 copy of
+    x, and tensor cores on a GPU. Sums are float32; each result is rounded to bfloat16 once.
     """
     return project_with(x, p, cached_bfloat16(p) if x.dtype == torch.bfloat16 else None)
 
 
 def cached_bfloat16(p: Tensor) -> Tensor | None:
-    """The same matrix in bfloat16, where it was remembered."""
+    """Return the cached bfloat16 copy of a matrix. None if there is none."""
     return _IN_BFLOAT16.get(p)
 
 
 def project_with(x: Tensor, p: Tensor, low: Tensor | None) -> Tensor:
-    """``project`` for code that torch's compiler traces, which can look up no tensor: ``low`` is ``cached_bfloat16(p)``."""
+    """Return ``project(x, p)``, given ``low = cached_bfloat16(p)``.
+
+    For code that torch.compile traces, which cannot look up a tensor.
+    """
     if low is None or x.dtype != torch.bfloat16:
         return linear(x.float(), p)
     return F.linear(x, low).float()
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``linear`` takes oneDNN for these."""
+    """Return whether ``linear`` uses oneDNN for these tensors."""
     return (
         _HAS_ONEDNN
         and x.device.type == weight.device.type == "cpu"

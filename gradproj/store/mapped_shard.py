@@ -253,7 +253,7 @@ class MappedShard:
             yield band, max(start - band * height, 0), min(stop - band * height, height)
 
     def _byte_span(self, band: int, first: int, last: int, selection: Selection) -> tuple[int, int]:
-        """Return where ``_byte_ranges`` begins and ends; (0, 0) if one of these chunks is absent."""
+        """Return where ``_byte_ranges`` begins and ends; (0, 0) if one of its ends is absent."""
         if not selection.pieces:
             return 0, 0
         a, b = selection.pieces[0], selection.pieces[-1]

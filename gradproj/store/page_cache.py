@@ -29,7 +29,8 @@ _PAGE_MASK = ~(mmap.PAGESIZE - 1)
 def damaged(path: Path, what: str) -> StoreError:
     """Return the error for a file of a store that is not as it was written."""
     return StoreError(
-        f"{path} is damaged: {what}. Run `python -m gradproj verify` on the output to see all damage"
+        f"{path} is damaged: {what}. Run `python -m gradproj verify` on the output to see all "
+        "damage"
     )
 
 

@@ -290,8 +290,8 @@ class ProjectionStore:
         """
         if not (self.path / name / "zarr.json").is_file():
             raise StoreError(
-                f"{self.path} has no array {name!r}. If a job wrote this store, see all damage with "
-                "`python -m gradproj verify`"
+                f"{self.path} has no array {name!r}. If a job wrote this store, run "
+                "`python -m gradproj verify` to see all damage"
             )
         try:
             return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])

@@ -1,4 +1,4 @@
-"""Rows of the ``projections`` array: mapped if a shard is uncompressed, else through zarr-python."""
+"""Rows of the ``projections`` array: from the map of an uncompressed shard, else by zarr-python."""
 
 import json
 from collections.abc import Iterator

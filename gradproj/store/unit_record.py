@@ -28,7 +28,7 @@ _DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.uint8): "U8",
 }
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
-# The checksum comes first, as 8 hexadecimal digits at a fixed offset, and is computed with "0" there.
+# The checksum comes first: 8 hexadecimal digits at a fixed offset, computed with zeros there.
 _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)

@@ -73,7 +73,7 @@ def test_many_small_vocabulary_slices_give_the_rows_of_one(family, monkeypatch):
     ids, labels = ragged_batch(LENGTHS)
     whole, _ = rows_of(model, ids, labels, freeze_weights=True)
     monkeypatch.setitem(SLICE_VALUES, "cpu", 1)
-    monkeypatch.setattr("gradproj.kernels.chunked_cross_entropy.MOST_TOKENS", 5)
+    monkeypatch.setattr("gradproj.kernels.chunked_cross_entropy.MAX_TOKENS", 5)
     parts, _ = rows_of(model, ids, labels, freeze_weights=True)
     assert relative_error(parts, whole) < 1e-6
 

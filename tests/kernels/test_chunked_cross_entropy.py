@@ -1,4 +1,4 @@
-"""The vocabulary's loss, walked slice by slice, against torch's own over full logits in float64."""
+"""The chunked cross entropy against torch's own over full logits in float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ N_TOKENS, WIDTH, VOCAB = 37, 24, 301
 def _many_slices(monkeypatch):
     # 64 words of the vocabulary and 16 tokens at once: five slices, three rounds.
     monkeypatch.setitem(SLICE_VALUES, "cpu", 64 * 16)
-    monkeypatch.setattr("gradproj.kernels.chunked_cross_entropy.MOST_TOKENS", 16)
+    monkeypatch.setattr("gradproj.kernels.chunked_cross_entropy.MAX_TOKENS", 16)
 
 
 def case(scale: float = 1.0, bias: bool = True, dtype: torch.dtype = torch.float32):
@@ -37,7 +37,7 @@ def full_logits_loss(hidden, head, tokens, softcap=None):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
-def test_losses_and_gradients_are_those_of_full_logits(scale, bias, softcap):
+def test_losses_and_gradients_equal_those_of_full_logits(scale, bias, softcap):
     hidden, head, tokens = case(scale, bias)
     weights = torch.linspace(0.5, 2.0, N_TOKENS)
     ours = TokenLoss.apply(hidden, head, tokens, softcap)
@@ -48,7 +48,7 @@ def test_losses_and_gradients_are_those_of_full_logits(scale, bias, softcap):
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_hidden_states_give_gradients_close_to_full_precision():
+def test_bfloat16_gradients_are_close_to_full_precision():
     hidden, head, tokens = case(dtype=torch.bfloat16)
     (gradient,) = torch.autograd.grad(TokenLoss.apply(hidden, head, tokens, None).sum(), hidden)
     (want,) = torch.autograd.grad(full_logits_loss(hidden, head, tokens).sum(), hidden)
@@ -56,7 +56,7 @@ def test_bfloat16_hidden_states_give_gradients_close_to_full_precision():
     assert F.cosine_similarity(gradient.float().flatten(), want.float().flatten(), dim=0) > 0.9999
 
 
-def test_a_token_without_finite_hidden_states_spoils_no_other():
+def test_token_with_non_finite_hidden_state_affects_no_other():
     hidden, head, tokens = case()
     with torch.no_grad():
         hidden[3] = torch.nan
@@ -69,7 +69,7 @@ def test_a_token_without_finite_hidden_states_spoils_no_other():
     assert gradient[others].isfinite().all()
 
 
-def test_no_token_at_all_gives_no_loss_and_no_gradient():
+def test_no_tokens_give_no_losses_and_zero_gradients():
     hidden, head, tokens = case()
     empty = hidden[:0]
     losses = TokenLoss.apply(empty, head, tokens[:0], None)
@@ -78,7 +78,7 @@ def test_no_token_at_all_gives_no_loss_and_no_gradient():
     assert gradient.eq(0).all()
 
 
-def test_an_evaluation_gives_the_same_losses():
+def test_losses_without_gradients_are_equal():
     hidden, head, tokens = case()
     with torch.no_grad():
         evaluated = TokenLoss.apply(hidden, head, tokens, None)

@@ -40,7 +40,7 @@ def with_gradients(out, inputs):
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_output_and_gradients_are_those_of_exact_attention(length, key_heads, scaling):
+def test_output_and_gradients_match_exact_attention(length, key_heads, scaling):
     inputs = tensors(length, key_heads=key_heads)
     got = with_gradients(attend(layer(), *inputs, None, scaling=scaling)[0], inputs)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -62,7 +62,7 @@ def test_output_and_gradients_are_those_of_exact_attention(length, key_heads, sc
     ],
     ids=["not-causal", "dropout", "mask", "float32"],
 )
-def test_what_is_not_plain_causal_bfloat16_attention_is_left_to_transformers(settings, monkeypatch):
+def test_other_attention_is_left_to_transformers(settings, monkeypatch):
     monkeypatch.setattr(attention, "_Causal", None)
     dtype = settings.pop("dtype", torch.bfloat16)
     mask = settings.pop("attention_mask", None)
@@ -75,7 +75,7 @@ def test_what_is_not_plain_causal_bfloat16_attention_is_left_to_transformers(set
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_every_family_are_as_near_to_float32_as_with_torchs_attention(family, monkeypatch):
+def test_rows_of_every_family_are_as_accurate_as_with_torchs_attention(family, monkeypatch):
     ids, labels = ragged_batch([40, 23])
     batch = {"input_ids": ids, "labels": labels}
 
@@ -118,7 +118,7 @@ def test_sdpa_is_restored_when_the_last_of_two_models_is_unfrozen():
     assert AttentionInterface()["sdpa"] is registered
 
 
-def test_falcon_sees_no_later_token_in_bfloat16():
+def test_falcon_attends_to_no_later_token_in_bfloat16():
     """Its attention compares the config's name of the implementation."""
     torch.manual_seed(0)
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)

@@ -1,4 +1,4 @@
-"""Laws of the table that grows: what was appended is there, what was cut or half written is not."""
+"""A table that grows: appended rows are there, cut or half-written rows are not."""
 
 import itertools
 
@@ -24,14 +24,14 @@ def assert_holds(path, start, stop):
         np.testing.assert_array_equal(group[name][:], want)
 
 
-def test_rows_appended_in_parts_by_several_openings_are_the_rows_appended_at_once(tmp_path):
+def test_rows_appended_in_parts_equal_rows_appended_at_once(tmp_path):
     parts = [0, 1, 5, 5, ROWS_PER_CHUNK - 1, ROWS_PER_CHUNK + 1, 3 * ROWS_PER_CHUNK]
     for start, stop in itertools.pairwise(parts):
         AppendTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(start, stop))
         assert_holds(tmp_path / "table", 0, stop)
 
 
-def test_rows_cut_are_gone_and_others_may_follow(tmp_path):
+def test_rows_can_be_cut_and_others_appended(tmp_path):
     table = AppendTable(tmp_path / "table", COLUMNS, {})
     table.append(rows(0, 10))
     table.cut(4)
@@ -42,7 +42,7 @@ def test_rows_cut_are_gone_and_others_may_follow(tmp_path):
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_what_a_crash_left_of_an_append_is_cut_at_the_next_opening(tmp_path, column, monkeypatch):
+def test_reopening_cuts_off_an_append_that_crashed(tmp_path, column, monkeypatch):
     table = AppendTable(tmp_path / "table", COLUMNS, {})
     table.append(rows(0, 3))
     write = table._write_chunks
@@ -62,7 +62,7 @@ def test_what_a_crash_left_of_an_append_is_cut_at_the_next_opening(tmp_path, col
     assert_holds(again.path, 0, 5)
 
 
-def test_what_is_not_this_table_is_left_alone(tmp_path):
+def test_another_table_or_file_is_refused_and_unchanged(tmp_path):
     AppendTable(tmp_path / "table", COLUMNS, {"kind": "a"}).append(rows(0, 2))
     with pytest.raises(
         StoreError, match="by a run with other settings\n  kind: table 'a', this run 'b'"

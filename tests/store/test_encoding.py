@@ -1,4 +1,4 @@
-"""Laws of the stored rows: the right precision at any size, and ``stored * row_scale`` exactly."""
+"""Stored rows: full precision at any size, and ``stored * row_scale`` is exact."""
 
 import importlib
 import sys
@@ -19,7 +19,7 @@ def exact_power_of_two(values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-34, 1e-30, 1e-8, 1e-5, 1.0, 65504.0, 1e30, 3e38])
-def test_a_float16_row_keeps_eleven_bits_at_any_size_and_its_scale_is_exact_to_undo(size):
+def test_float16_rows_keep_eleven_bits_at_any_size_with_an_exact_scale(size):
     rows = (np.random.default_rng(1).uniform(0.5, 1, (20, 37)) * size).astype(np.float32)
     rows[:, ::2] *= -1
     stored, row_scale = encode_rows(rows, "float16")
@@ -32,7 +32,7 @@ def test_a_float16_row_keeps_eleven_bits_at_any_size_and_its_scale_is_exact_to_u
     np.testing.assert_allclose(want, rows, rtol=2**-11)
 
 
-def test_the_largest_magnitude_lands_in_its_binade_at_both_edges():
+def test_largest_magnitude_is_scaled_into_its_binade_at_both_edges():
     rows = np.array(
         [[1.0, 0], [2.0, 0], [np.nextafter(np.float32(2), np.float32(1)), 0]], np.float32
     )
@@ -56,7 +56,7 @@ def test_zero_nan_infinite_and_denormal_rows():
     np.testing.assert_allclose(got[4], [1e38, 0], rtol=2**-11)
 
 
-def test_every_half_is_decoded_as_numpy_does():
+def test_every_half_decodes_to_numpys_value():
     stored = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
     for scale in (1.0, 2**-126, 2**14, 2**100, np.nan, 0.3):
         row_scale = np.full(64, scale, np.float32)
@@ -65,7 +65,7 @@ def test_every_half_is_decoded_as_numpy_does():
         np.testing.assert_array_equal(decode_rows(stored, row_scale, "float16"), want)
 
 
-def test_a_missing_row_decodes_to_nan_whatever_is_stored():
+def test_missing_row_decodes_to_nan_whatever_is_stored():
     for proj_dtype in DTYPES:
         stored, _ = encode_rows(np.ones((2, 3), np.float32), proj_dtype)
         got = decode_rows(stored, np.array([np.nan, 2], np.float32), proj_dtype)
@@ -73,7 +73,7 @@ def test_a_missing_row_decodes_to_nan_whatever_is_stored():
         assert not np.isnan(got[1]).any()
 
 
-def test_bfloat16_rounds_to_nearest_even_as_tensorstores_own_type_does():
+def test_bfloat16_rounds_to_nearest_even_like_tensorstore():
     bfloat16 = tensorstore.bfloat16.numpy_dtype
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
     halfway = (np.arange(2**16, dtype=np.uint32) << 16) | 0x8000
@@ -88,20 +88,20 @@ def test_bfloat16_rounds_to_nearest_even_as_tensorstores_own_type_does():
     )
 
 
-def test_float32_rows_are_stored_as_they_are():
+def test_float32_rows_are_stored_unchanged():
     rows = make_rows(5, 7)
     stored, row_scale = encode_rows(rows, "float32")
     np.testing.assert_array_equal(stored, rows)
     assert (row_scale == 1).all()
 
 
-def test_no_rows_are_encoded_to_no_rows():
+def test_empty_input_encodes_to_empty_output():
     for proj_dtype in DTYPES:
         stored, row_scale = encode_rows(np.empty((0, 5), np.float32), proj_dtype)
         assert decode_rows(stored, row_scale, proj_dtype).shape == (0, 5)
 
 
-def test_half_floats_decode_to_the_same_bits_with_torch_and_without(monkeypatch):
+def test_float16_decodes_to_equal_bits_with_and_without_torch(monkeypatch):
     stored = (
         np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(-1, 256)
     )  # every half float there is

@@ -1,4 +1,4 @@
-"""Laws of ``ProjectionStore``: the rows that went in, in any order, from any writer, finished or not."""
+"""``ProjectionStore`` returns the rows that were written, in any order, from any writer."""
 
 import ctypes
 import mmap
@@ -45,7 +45,7 @@ def filled(request, tmp_path_factory):
     return Output(tmp_path_factory.mktemp("output"), **CASES[request.param]).fill()
 
 
-def test_rows_of_any_ids_come_in_the_order_asked_for(filled):
+def test_rows_are_returned_in_the_order_of_the_ids(filled):
     n = filled.layout.n_samples
     with ProjectionStore(filled.path) as store:
         assert len(store) == n
@@ -63,14 +63,14 @@ def test_rows_of_any_ids_come_in_the_order_asked_for(filled):
             np.testing.assert_array_equal(got, filled.decoded()[np.asarray(ids, int)])
 
 
-def test_rows_are_what_plain_zarr_and_the_scale_give(filled):
+def test_rows_equal_what_zarr_reads_times_the_scale(filled):
     group = zarr.open_group(str(filled.store_path), mode="r")
     want = decode_rows(group["projections"][...], group["row_scale"][...], filled.layout.proj_dtype)
     np.testing.assert_array_equal(ProjectionStore(filled.store_path).rows(range(len(want))), want)
 
 
 @pytest.mark.parametrize("rows_per_block", [None, 1, 7, 40, 1_000])
-def test_a_scan_gives_every_row_once_in_order(filled, rows_per_block):
+def test_scan_yields_every_row_once_in_order(filled, rows_per_block):
     blocks = list(ProjectionStore(filled.path).scan(rows_per_block))
     np.testing.assert_array_equal(
         np.concatenate([ids for ids, _ in blocks]), np.arange(filled.layout.n_samples)
@@ -79,7 +79,7 @@ def test_a_scan_gives_every_row_once_in_order(filled, rows_per_block):
     assert rows_per_block is None or max(len(ids) for ids, _ in blocks) <= rows_per_block
 
 
-def test_chosen_layers_stand_one_after_the_other(filled):
+def test_selected_layers_are_concatenated_in_the_given_order(filled):
     store = ProjectionStore(filled.path)
     chosen = [layer.name for layer in filled.layers[::-1]]
     want = np.concatenate(
@@ -92,7 +92,7 @@ def test_chosen_layers_stand_one_after_the_other(filled):
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(9, chosen)]), want)
 
 
-def test_a_layer_is_an_array_of_k_o_by_k_i(filled):
+def test_layer_view_indexes_like_an_array_of_matrices(filled):
     store = ProjectionStore(filled.path)
     n = filled.layout.n_samples
     for layer in filled.layers:
@@ -111,7 +111,7 @@ def test_a_layer_is_an_array_of_k_o_by_k_i(filled):
             view[n]
 
 
-def test_a_scan_of_a_part_starts_and_stops_there(filled):
+def test_scan_of_a_range_starts_and_stops_there(filled):
     n = filled.layout.n_samples
     start, stop = n // 3, n - n // 4
     blocks = list(ProjectionStore(filled.path).scan(5, start=start, stop=stop))
@@ -126,7 +126,7 @@ def test_a_scan_of_a_part_starts_and_stops_there(filled):
 
 @pytest.mark.parametrize("write_empty", [True, False])
 @pytest.mark.parametrize("index_location", ["end", "start"])
-def test_shards_that_zarr_python_wrote_in_its_own_order_are_read(
+def test_shards_written_by_zarr_python_in_morton_order_are_read(
     tmp_path, write_empty, index_location
 ):
     output = Output(tmp_path, **CASES["many chunks a shard"]).fill()
@@ -157,7 +157,7 @@ def test_shards_that_zarr_python_wrote_in_its_own_order_are_read(
         )
 
 
-def test_a_shard_whose_chunks_lie_at_odd_places_is_still_read(tmp_path):
+def test_shard_with_chunks_at_odd_offsets_is_read(tmp_path):
     output = Output(tmp_path, **CASES["many chunks a shard"]).fill()
     path = output.path / output.layout.shard_name(0)
     data = path.read_bytes()
@@ -175,7 +175,7 @@ def test_a_shard_whose_chunks_lie_at_odd_places_is_still_read(tmp_path):
     np.testing.assert_array_equal(ProjectionStore(tmp_path).rows(range(150)), output.decoded())
 
 
-def test_matrices_come_back_by_layer(tmp_path):
+def test_projection_matrices_are_returned_by_layer(tmp_path):
     output = Output(tmp_path, widths=((2, 3), (3, 2)))
     matrices = ProjectionStore(tmp_path).projection_matrices
     assert list(matrices) == [layer.name for layer in output.layers]
@@ -184,7 +184,7 @@ def test_matrices_come_back_by_layer(tmp_path):
         np.testing.assert_array_equal(matrices[name][1], p_o)
 
 
-def test_layers_and_attributes_are_those_of_the_job(tmp_path):
+def test_layers_attributes_and_layout_are_read_back(tmp_path):
     output = Output(tmp_path)
     store = ProjectionStore(tmp_path)
     assert store.layers == output.layers
@@ -192,7 +192,7 @@ def test_layers_and_attributes_are_those_of_the_job(tmp_path):
     assert store.layout == output.layout
 
 
-def test_few_files_stay_mapped_and_closing_lets_go_of_them(tmp_path):
+def test_few_files_stay_mapped_and_close_unmaps_them(tmp_path):
     output = Output(tmp_path, n_samples=200, config=StoreConfig(rows_per_shard=1)).fill()
     store = ProjectionStore(tmp_path)
     for _ in range(2):
@@ -202,7 +202,7 @@ def test_few_files_stay_mapped_and_closing_lets_go_of_them(tmp_path):
         assert len(store._maps) == 0
 
 
-def test_a_store_goes_to_a_worker_process_by_its_path(tmp_path):
+def test_pickled_store_is_its_path(tmp_path):
     output = Output(tmp_path).fill()
     store = ProjectionStore(tmp_path)
     store.rows([1, 2])
@@ -220,7 +220,7 @@ def test_threads_share_a_store(tmp_path):
             np.testing.assert_array_equal(rows, output.decoded()[ids])
 
 
-def test_a_scan_needs_memory_for_its_blocks_only(tmp_path):
+def test_scan_needs_memory_for_its_blocks_only(tmp_path):
     output = Output(
         tmp_path, n_samples=4_096, widths=((16, 16),), config=StoreConfig(rows_per_shard=512)
     ).fill()
@@ -234,7 +234,7 @@ def test_a_scan_needs_memory_for_its_blocks_only(tmp_path):
     assert peak_bytes < 5 * block_bytes < output.rows.nbytes / 2
 
 
-def test_a_columns_reader_never_loads_a_whole_column(tmp_path):
+def test_no_whole_column_is_loaded(tmp_path):
     n_samples = 50_000_000
     layout = StoreLayout(n_samples, 4, 2**20, 512, 4, "float16", "none", 4, 2**20)
     create_store(tmp_path / "projections.zarr", layout, {"layers": []}, np.empty(0, np.float32))
@@ -248,7 +248,7 @@ def test_a_columns_reader_never_loads_a_whole_column(tmp_path):
     assert peak_bytes < n_samples / 2
 
 
-def test_a_scan_of_stored_rows_gives_the_bytes_and_the_scales(filled):
+def test_scan_stored_yields_stored_bytes_and_scales(filled):
     store = ProjectionStore(filled.path)
     for rows_per_block in (None, 7):
         blocks = list(store.scan_stored(rows_per_block))
@@ -266,7 +266,7 @@ def test_a_scan_of_stored_rows_gives_the_bytes_and_the_scales(filled):
     assert part.tobytes() == filled.stored[:, chosen.slice_start : chosen.slice_end].tobytes()
 
 
-def test_stored_rows_of_a_missing_unit_are_nan(tmp_path):
+def test_scan_stored_yields_nan_for_a_missing_unit(tmp_path):
     output = Output(tmp_path)
     output.commit(0)
     output.commit(2)
@@ -307,7 +307,7 @@ print("read", len(made))
 """
 
 
-def test_one_layer_is_read_without_touching_the_bytes_of_the_others(tmp_path):
+def test_reading_one_layer_touches_no_bytes_of_others(tmp_path):
     layout = StoreLayout(256, 4 * 256, 256, 128, 256, "float16", "none", 8, 256)
     Output(tmp_path, n_samples=256, widths=((16, 16),) * 4, layout=layout).fill()
 
@@ -320,7 +320,7 @@ def test_one_layer_is_read_without_touching_the_bytes_of_the_others(tmp_path):
     assert run("h.2.mlp", "h.1.mlp").returncode == -signal.SIGSEGV
 
 
-def test_the_disk_reads_one_layer_and_not_its_neighbours(tmp_path):
+def test_disk_reads_one_layer_and_not_its_neighbours(tmp_path):
     layout = StoreLayout(1024, 4 * 256, 1024, 512, 256, "float16", "none", 8, 1024)
     output = Output(tmp_path, n_samples=1024, widths=((16, 16),) * 4, layout=layout).fill()
     path = output.path / output.layout.shard_name(0)

@@ -1,4 +1,4 @@
-"""Laws of a scan by bands and tiles: every stored value once, from any layout, without a mapped page."""
+"""A scan by bands yields every stored value once, from any layout."""
 
 import os
 import re
@@ -49,14 +49,14 @@ def joined(store, layers=None, width=None, **asked):
 
 
 @pytest.mark.parametrize("rows_per_band", [None, 1, 7, 1_000])
-def test_bands_are_the_stored_rows_and_their_scales(filled, rows_per_band):
+def test_bands_hold_stored_rows_and_their_scales(filled, rows_per_band):
     stored, row_scale, status = joined(ProjectionStore(filled.path), rows_per_band=rows_per_band)
     assert stored.tobytes() == filled.stored.tobytes()
     np.testing.assert_array_equal(row_scale, filled.row_scale)
     assert set(status) == {STATUS["ok"]}
 
 
-def test_bands_of_layers_and_of_a_part_of_the_samples(filled):
+def test_bands_of_selected_layers_and_samples(filled):
     chosen = filled.layers[::-1]
     want = np.concatenate([filled.stored[:, x.slice_start : x.slice_end] for x in chosen], axis=1)
     names = [layer.name for layer in chosen]
@@ -64,7 +64,7 @@ def test_bands_of_layers_and_of_a_part_of_the_samples(filled):
     assert got.tobytes() == want[5:47].tobytes()
 
 
-def test_a_band_lies_in_one_chunk_and_one_shard(tmp_path):
+def test_band_lies_in_one_chunk_and_one_shard(tmp_path):
     Output(tmp_path, **CASES["many chunks a shard"]).fill()
     bands = list(ProjectionStore(tmp_path).scan_bands(start=3))
     assert [(band.first, band.last) for band in bands] == [
@@ -76,7 +76,7 @@ def test_a_band_lies_in_one_chunk_and_one_shard(tmp_path):
     ]
 
 
-def test_a_missing_unit_s_band_has_no_tile(tmp_path):
+def test_band_of_a_missing_unit_has_no_tile(tmp_path):
     output = Output(tmp_path)
     output.commit(0)
     output.commit(2)
@@ -86,7 +86,7 @@ def test_a_missing_unit_s_band_has_no_tile(tmp_path):
     assert list(bands[1].tiles) == []
 
 
-def test_chunks_that_a_writer_left_out_are_nan(tmp_path):
+def test_absent_chunks_are_nan(tmp_path):
     output = Output(tmp_path, **CASES["many chunks a shard"])
     output.stored = output.stored[:150]
     output.commit(0)
@@ -100,7 +100,7 @@ def test_chunks_that_a_writer_left_out_are_nan(tmp_path):
     assert got[:start].tobytes() == full[:start].tobytes()
 
 
-def test_a_shard_cut_short_after_it_was_opened_is_reported(tmp_path):
+def test_shard_truncated_after_it_was_opened_is_reported(tmp_path):
     output = Output(tmp_path).fill()
     path = output.path / output.layout.shard_name(1)
     store = ProjectionStore(tmp_path)

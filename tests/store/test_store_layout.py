@@ -1,4 +1,4 @@
-"""Laws of a store's layout: shard size, chunk shape, units, keys."""
+"""The layout of a store: shard size, chunk shape, units, keys."""
 
 import pytest
 
@@ -21,9 +21,7 @@ MB = 10**6
 @pytest.mark.parametrize("n_samples", [1, 15, 1_000, 5_000, 100_000, 210_000_000])
 @pytest.mark.parametrize("dim", [1, 12_288, 36_864, 500_000, 10**8])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(
-    n_samples, dim, itemsize
-):
+def test_rows_per_shard_is_the_largest_power_of_two_within_all_bounds(n_samples, dim, itemsize):
     def fits(rows):
         return rows <= 4096 and rows * dim * itemsize <= 512 * MB and n_samples / rows >= 64
 
@@ -42,13 +40,13 @@ def test_rows_per_shard_is_the_largest_power_of_two_that_meets_every_bound(
         ([256, 320], 64),
     ],
 )
-def test_chunk_width_is_common_else_a_divisor_of_at_least_64_else_the_row(widths, want):
+def test_chunk_width_is_the_common_width_or_a_divisor_from_64_or_the_row(widths, want):
     assert choose_chunk_width(widths) == want
     assert sum(widths) % want == 0
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 2, 500, 512, 513, 1_000, 1_009, 4_096, 3_000_000])
-def test_a_shard_is_a_whole_number_of_chunks_and_a_column_chunk_of_shards(rows_per_shard):
+def test_shard_is_whole_chunks_and_column_chunk_is_whole_shards(rows_per_shard):
     layout = plan_layout(5_000, [256] * 3, 9, StoreConfig(rows_per_shard=rows_per_shard))
     assert layout.rows_per_shard == rows_per_shard
     assert rows_per_shard % layout.chunk_rows == 0
@@ -57,7 +55,7 @@ def test_a_shard_is_a_whole_number_of_chunks_and_a_column_chunk_of_shards(rows_p
     assert layout.column_rows < 5_000 + rows_per_shard
 
 
-def test_columns_of_a_large_store_are_cut_into_chunks_of_a_million_rows():
+def test_columns_of_a_large_store_have_chunks_of_a_million_rows():
     layout = plan_layout(210_000_000, [256] * 48, 20, StoreConfig())
     assert layout.rows_per_shard == 4096
     assert layout.column_rows == 2**20
@@ -76,12 +74,12 @@ def test_units_cover_every_sample_once(n_samples):
         layout.column_block_range(layout.n_column_blocks)
 
 
-def test_shard_names_lie_flat_in_one_folder():
+def test_all_shards_lie_in_one_folder():
     layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
     assert layout.shard_name(3) == "projections.zarr/projections/c.3.0"
 
 
-def test_keys_of_any_script_come_back_from_bytes(tmp_path):
+def test_keys_of_any_script_survive_encoding(tmp_path):
     keys = ["a", "", "日本", "x" * 12]
     encoded = encode_keys(keys, 12)
     assert encoded.shape == (4, 12)
@@ -91,7 +89,7 @@ def test_keys_of_any_script_come_back_from_bytes(tmp_path):
     assert encode_keys([], 5).shape == (0, 5)
 
 
-def test_empty_columns_hold_the_fill_of_every_column():
+def test_empty_columns_hold_fill_values():
     columns = empty_columns(3, 7)
     assert list(columns) == list(COLUMNS)
     assert columns["key"].shape == (3, 7)
@@ -109,12 +107,12 @@ def test_empty_columns_hold_the_fill_of_every_column():
         ({"rows_per_shard": -3}, r"--rows_per_shard must be at least 1, got -3"),
     ],
 )
-def test_a_wrong_setting_names_its_flag_and_the_choices(wrong, message):
+def test_invalid_setting_names_its_flag_and_choices(wrong, message):
     with pytest.raises(ConfigError, match=message):
         StoreConfig(**wrong)
 
 
-def test_a_store_of_nothing_is_refused():
+def test_store_without_samples_or_layers_is_refused():
     with pytest.raises(StoreError, match="no sample to store"):
         plan_layout(0, [4], 1, StoreConfig())
     with pytest.raises(StoreError, match="nothing to store in a row"):

@@ -1,4 +1,4 @@
-"""Laws of a store that is not finished, or not whole: what is there is read, what is not is named."""
+"""Unfinished or damaged stores: what exists is read, what does not is named."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def unfinished(tmp_path):
 MISSING = [*range(32, 48), *range(64, 70)]
 
 
-def test_records_stand_in_for_what_is_not_merged_yet(unfinished):
+def test_unmerged_rows_are_read_through_records(unfinished):
     store = ProjectionStore(unfinished.path)
     there = np.setdiff1d(np.arange(70), MISSING)
     np.testing.assert_array_equal(store.rows(there), unfinished.decoded()[there])
@@ -59,14 +59,14 @@ def test_missing_samples_are_counted_and_named(unfinished):
         store.rows([0, 40, 1])
 
 
-def test_missing_runs_join_across_column_blocks(tmp_path, monkeypatch):
+def test_missing_ranges_join_across_blocks_of_status(tmp_path, monkeypatch):
     monkeypatch.setattr("gradproj.store.reader._STATUS_ROWS", 7)
     store = ProjectionStore(Output(tmp_path).path)
     assert store.missing_ranges() == [(0, 70)]
     assert store.missing().tolist() == list(range(70))
 
 
-def test_samples_tell_what_is_known_of_each(unfinished):
+def test_samples_have_columns_of_merged_recorded_and_missing_rows(unfinished):
     store = ProjectionStore(unfinished.path, read_text=lambda sample_id: f"text {sample_id}")
     assert store.domains == DOMAINS
     merged, recorded, missing = store.samples([48, 17, 33], text=True)
@@ -83,7 +83,7 @@ def test_samples_tell_what_is_known_of_each(unfinished):
     assert store.samples([48])[0].text is None
 
 
-def test_columns_are_read_in_parts(unfinished):
+def test_columns_are_read_by_range_and_by_id(unfinished):
     store = ProjectionStore(unfinished.path)
     want = np.where(np.isin(np.arange(70), MISSING), -1, np.arange(70) // 7)
     np.testing.assert_array_equal(store.column("tar"), want)
@@ -91,7 +91,7 @@ def test_columns_are_read_in_parts(unfinished):
     np.testing.assert_array_equal(store.columns_at(["tar"], [69, 3])["tar"], want[[69, 3]])
 
 
-def test_a_store_seen_while_it_grows_shows_what_was_committed_since(unfinished):
+def test_open_store_shows_units_committed_since(unfinished):
     store = ProjectionStore(unfinished.path)
     assert 40 in store.missing()
     unfinished.commit(2)
@@ -99,7 +99,7 @@ def test_a_store_seen_while_it_grows_shows_what_was_committed_since(unfinished):
     np.testing.assert_array_equal(store.rows([40]), unfinished.decoded()[[40]])
 
 
-def test_a_merge_made_between_two_readings_never_shows_a_row_as_merged_and_empty(unfinished):
+def test_merge_between_two_reads_shows_no_row_as_merged_and_empty(unfinished):
     store = ProjectionStore(unfinished.path)
     store.rows([0])  # maps the columns of the first merge
     unfinished.commit(2)
@@ -110,7 +110,7 @@ def test_a_merge_made_between_two_readings_never_shows_a_row_as_merged_and_empty
     np.testing.assert_array_equal(store.rows([40]), unfinished.decoded()[[40]])
 
 
-def test_a_unit_without_stored_rows_is_not_missing_and_reads_nan(tmp_path):
+def test_unit_without_shard_is_not_missing_and_reads_as_nan(tmp_path):
     output = Output(tmp_path)
     output.commit(0, with_shard=False)
     path = tmp_path / record_name(0)
@@ -123,7 +123,7 @@ def test_a_unit_without_stored_rows_is_not_missing_and_reads_nan(tmp_path):
     assert store.status_counts()["not_selected"] == 16
 
 
-def test_a_lost_shard_of_recorded_rows_is_an_error(tmp_path):
+def test_lost_shard_of_recorded_rows_is_an_error(tmp_path):
     output = Output(tmp_path).fill()
     (tmp_path / output.layout.shard_name(2)).unlink()
     store = ProjectionStore(tmp_path)
@@ -134,7 +134,7 @@ def test_a_lost_shard_of_recorded_rows_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "index", "offsets"])
-def test_a_damaged_shard_is_named(tmp_path, damage):
+def test_damaged_shard_is_named(tmp_path, damage):
     output = Output(tmp_path).fill()
     path = tmp_path / output.layout.shard_name(1)
     data = path.read_bytes()
@@ -146,7 +146,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         ProjectionStore(tmp_path).rows([16])
 
 
-def test_a_damaged_shard_of_a_compressed_store_is_an_error(tmp_path):
+def test_damaged_shard_of_a_compressed_store_is_an_error(tmp_path):
     output = Output(tmp_path, config=StoreConfig(compressor="zstd", rows_per_shard=16)).fill()
     path = tmp_path / output.layout.shard_name(1)
     data = bytearray(path.read_bytes())
@@ -156,7 +156,7 @@ def test_a_damaged_shard_of_a_compressed_store_is_an_error(tmp_path):
         ProjectionStore(tmp_path).rows([16])
 
 
-def test_a_damaged_column_or_record_is_named(unfinished):
+def test_damaged_column_or_record_is_named(unfinished):
     column = unfinished.store_path / "status" / "c.0"
     whole = column.read_bytes()
     column.write_bytes(whole[:-1])
@@ -169,7 +169,7 @@ def test_a_damaged_column_or_record_is_named(unfinished):
         ProjectionStore(unfinished.path).rows([20])
 
 
-def test_a_record_of_another_store_is_refused(unfinished):
+def test_record_of_another_unit_is_refused(unfinished):
     shutil.copy(unfinished.path / record_name(1), unfinished.path / record_name(2))
     with pytest.raises(
         StoreError, match=r"00000002\.safetensors is not of this store: it is of unit 1"
@@ -177,7 +177,7 @@ def test_a_record_of_another_store_is_refused(unfinished):
         ProjectionStore(unfinished.path).rows([40])
 
 
-def test_a_record_of_other_settings_is_refused_however_well_it_fits(unfinished):
+def test_record_of_other_settings_is_refused_even_if_its_shape_fits(unfinished):
     update_attributes(unfinished.store_path, {"identity_hash": "identity"})
     assert len(ProjectionStore(unfinished.path).rows([20])) == 1
     path = unfinished.path / record_name(1)
@@ -190,7 +190,7 @@ def test_a_record_of_other_settings_is_refused_however_well_it_fits(unfinished):
             ask([20])
 
 
-def test_what_is_not_a_store_is_told_apart(tmp_path):
+def test_path_without_a_readable_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match="no such folder"):
         ProjectionStore(tmp_path / "nowhere")
     with pytest.raises(StoreError, match=r"is not a gradproj store.*--output_dir"):
@@ -236,7 +236,7 @@ def test_what_is_not_a_store_is_told_apart(tmp_path):
         (lambda store: store.array("sums"), "has no array 'sums'"),
     ],
 )
-def test_a_wrong_question_is_answered_with_the_way_out(tmp_path, ask, message):
+def test_invalid_arguments_are_refused_with_the_way_out(tmp_path, ask, message):
     output = Output(tmp_path)
     with pytest.raises(StoreError, match=message):
         ask(ProjectionStore(output.path))

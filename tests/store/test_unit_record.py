@@ -1,4 +1,4 @@
-"""Laws of a unit's record: it comes back as it was, and nothing damaged is taken for one."""
+"""A unit's record survives encoding, and damage is always detected."""
 
 import time
 
@@ -43,7 +43,7 @@ def assert_same(got: UnitRecord, want: UnitRecord) -> None:
             np.testing.assert_array_equal(got_arrays[key], values)
 
 
-def test_a_record_comes_back_as_it_was():
+def test_record_survives_encoding():
     want = make_record()
     assert_same(decode_record(encode_record(want)), want)
 
@@ -55,24 +55,24 @@ def test_covariances_keep_their_type(dtype):
     assert_same(decode_record(encode_record(want)), want)
 
 
-def test_a_record_without_shard_or_covariances_comes_back():
+def test_record_without_shard_or_covariances_survives_encoding():
     want = make_record()
     want.shard, want.token_covariances = None, {}
     assert_same(decode_record(encode_record(want)), want)
 
 
-def test_safetensors_itself_reads_a_record():
+def test_safetensors_reads_a_record():
     want = make_record()
     tensors = load(encode_record(want))
     np.testing.assert_array_equal(tensors["column.key"], want.columns["key"])
     np.testing.assert_array_equal(tensors["covariance.s"], want.token_covariances["s"])
 
 
-def test_the_same_record_has_the_same_bytes():
+def test_equal_records_have_equal_bytes():
     assert encode_record(make_record()) == encode_record(make_record())
 
 
-def test_a_record_torn_at_any_length_is_an_error():
+def test_record_torn_at_any_length_is_an_error():
     data = encode_record(make_record())
     for length in range(len(data)):
         with pytest.raises(StoreError, match=r"r7 is damaged .* Delete that file"):
@@ -92,7 +92,7 @@ def test_any_flipped_bit_is_an_error():
     decode_record(bytes(data))
 
 
-def test_a_newer_record_is_refused(monkeypatch):
+def test_newer_record_is_refused(monkeypatch):
     monkeypatch.setattr("gradproj.store.unit_record.RECORD_VERSION", 2)
     data = encode_record(make_record())
     monkeypatch.undo()
@@ -100,7 +100,7 @@ def test_a_newer_record_is_refused(monkeypatch):
         decode_record(data)
 
 
-def test_the_error_of_a_damaged_file_names_it(tmp_path):
+def test_error_names_the_damaged_file(tmp_path):
     path = tmp_path / "00000012.safetensors"
     path.write_bytes(encode_record(make_record())[:-1])
     with pytest.raises(StoreError, match=str(path)):

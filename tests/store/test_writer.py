@@ -1,4 +1,4 @@
-"""Laws of the writer: any Zarr v3 reader sees the rows, encoding is exact to undo, publishing has one winner."""
+"""The writer: any Zarr v3 reader sees the rows, and one process publishes each file."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def as_float(stored: np.ndarray, proj_dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("proj_dtype", DTYPES)
-def test_zarr_and_tensorstore_read_what_was_written(tmp_path, proj_dtype, compressor, shape):
+def test_zarr_and_tensorstore_read_the_written_rows(tmp_path, proj_dtype, compressor, shape):
     n_samples, widths, rows_per_shard = SHAPES[shape]
     config = StoreConfig(
         proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=rows_per_shard
@@ -77,7 +77,7 @@ def test_zarr_and_tensorstore_read_what_was_written(tmp_path, proj_dtype, compre
 
 
 @pytest.mark.parametrize("name", list(COLUMNS))
-def test_columns_read_the_same_in_zarr_and_tensorstore(tmp_path, name):
+def test_zarr_and_tensorstore_read_the_written_columns(tmp_path, name):
     output = Output(tmp_path).fill()
     got = from_zarr(output.store_path, name)
     assert got.dtype == COLUMNS[name][0]
@@ -91,7 +91,7 @@ def test_columns_read_the_same_in_zarr_and_tensorstore(tmp_path, name):
 
 
 @pytest.mark.parametrize("proj_dtype", DTYPES)
-def test_what_is_not_written_reads_as_nan_and_never_as_a_number(tmp_path, proj_dtype):
+def test_unwritten_rows_read_as_nan(tmp_path, proj_dtype):
     output = Output(tmp_path, config=StoreConfig(proj_dtype=proj_dtype, rows_per_shard=16))
     output.commit(2)
     want = np.full(output.rows.shape, np.nan, np.float32)
@@ -106,7 +106,7 @@ def test_what_is_not_written_reads_as_nan_and_never_as_a_number(tmp_path, proj_d
     assert (from_zarr(output.store_path, "status") == 0).all()
 
 
-def test_a_float16_store_needs_nothing_of_gradproj_and_bfloat16_is_its_own_type_to_tensorstore(
+def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(
     tmp_path,
 ):
     half = Output(tmp_path / "half").fill()
@@ -133,7 +133,7 @@ def test_a_float16_store_needs_nothing_of_gradproj_and_bfloat16_is_its_own_type_
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-def test_a_short_shard_leaves_out_chunks_that_would_hold_nothing(compressor):
+def test_short_shard_leaves_out_empty_chunks(compressor):
     layout = plan_layout(2_000, [4, 4], 1, StoreConfig(rows_per_shard=1_024, compressor=compressor))
     stored, _ = encode_rows(make_rows(100, 8), "float16")
     data = b"".join(map(bytes, shard_chunks(stored, layout)))
@@ -145,7 +145,7 @@ def test_a_short_shard_leaves_out_chunks_that_would_hold_nothing(compressor):
 
 @pytest.mark.parametrize("proj_dtype", DTYPES)
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-def test_rows_that_a_shard_was_not_given_read_as_nan(tmp_path, proj_dtype, compressor):
+def test_rows_beyond_a_short_shard_read_as_nan(tmp_path, proj_dtype, compressor):
     output = Output(
         tmp_path,
         config=StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16),
@@ -157,7 +157,7 @@ def test_rows_that_a_shard_was_not_given_read_as_nan(tmp_path, proj_dtype, compr
     np.testing.assert_array_equal(got[:10], as_float(output.stored[:10], proj_dtype))
 
 
-def test_a_shard_of_the_wrong_shape_or_type_is_refused():
+def test_shard_of_wrong_shape_or_type_is_refused():
     layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
     for wrong in (
         np.zeros((17, 4), np.float16),
@@ -171,7 +171,7 @@ def test_a_shard_of_the_wrong_shape_or_type_is_refused():
 # --- creating and changing a store
 
 
-def test_of_many_creators_one_wins_and_the_others_are_told(tmp_path):
+def test_one_of_many_concurrent_creators_wins(tmp_path):
     layout = plan_layout(20, [4], 1, StoreConfig())
     barrier, outcomes = threading.Barrier(6), []
 
@@ -195,7 +195,7 @@ def test_of_many_creators_one_wins_and_the_others_are_told(tmp_path):
     assert os.listdir(tmp_path) == ["projections.zarr"]
 
 
-def test_a_creator_that_loses_at_the_last_moment_leaves_the_winners_store(tmp_path, monkeypatch):
+def test_creator_that_loses_at_the_last_moment_leaves_the_winners_store(tmp_path, monkeypatch):
     layout = plan_layout(20, [4], 1, StoreConfig())
     path = tmp_path / "projections.zarr"
     monkeypatch.setattr("os.path.lexists", lambda _: False)
@@ -206,14 +206,14 @@ def test_a_creator_that_loses_at_the_last_moment_leaves_the_winners_store(tmp_pa
     assert os.listdir(tmp_path) == ["projections.zarr"]
 
 
-def test_attributes_that_other_readers_refuse_are_refused_before_anything_is_made(tmp_path):
+def test_attributes_with_nan_are_refused_before_anything_is_made(tmp_path):
     layout = plan_layout(20, [4], 1, StoreConfig())
     with pytest.raises(ValueError, match="JSON"):
         create_store(tmp_path / "s", layout, {"loss": float("nan")}, np.zeros(0, np.float32))
     assert os.listdir(tmp_path) == []
 
 
-def test_attributes_change_one_by_one_and_the_arrays_stay(tmp_path):
+def test_updating_one_attribute_keeps_others_and_arrays(tmp_path):
     output = Output(tmp_path).fill()
     before = from_zarr(output.store_path, "projections")
     update_attributes(output.store_path, {"complete": True, "note": "changed"})
@@ -230,7 +230,7 @@ def test_attributes_change_one_by_one_and_the_arrays_stay(tmp_path):
     )
 
 
-def test_matrices_are_packed_in_the_layers_order_and_their_shapes_are_checked(tmp_path):
+def test_matrices_are_packed_in_layer_order_and_their_shapes_checked(tmp_path):
     output = Output(tmp_path)
     want = np.concatenate(
         [m.ravel() for layer in output.layers for m in output.matrices[layer.name]]
@@ -241,12 +241,12 @@ def test_matrices_are_packed_in_the_layers_order_and_their_shapes_are_checked(tm
         pack_matrices(output.layers, swapped)
 
 
-def test_a_store_without_matrices_can_be_made(tmp_path):
+def test_store_without_matrices_can_be_created(tmp_path):
     create_store(tmp_path / "s", plan_layout(3, [4], 1, StoreConfig()), {}, np.empty(0, np.float32))
     assert from_zarr(tmp_path / "s", "projection_matrices").shape == (0,)
 
 
-def test_a_small_array_is_added_and_replaced(tmp_path):
+def test_small_array_is_added_and_replaced(tmp_path):
     output = Output(tmp_path)
     for shape in ((3, 4), (5,), (2, 0)):
         values = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
@@ -255,7 +255,7 @@ def test_a_small_array_is_added_and_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["projections.zarr", "units"]
 
 
-def test_column_blocks_of_other_rows_stay_and_the_status_goes_last(tmp_path, monkeypatch):
+def test_writing_a_column_block_keeps_others_and_writes_status_last(tmp_path, monkeypatch):
     monkeypatch.setattr("gradproj.store.layout._COLUMN_ROWS", 32)
     output = Output(tmp_path)
     assert output.layout.n_column_blocks == 3
@@ -288,7 +288,7 @@ def test_column_blocks_of_other_rows_stay_and_the_status_goes_last(tmp_path, mon
         ({"key": np.zeros((70, 9), np.uint8)}, "column key of block 0"),
     ],
 )
-def test_a_column_of_another_shape_or_type_is_refused(tmp_path, wrong, message):
+def test_column_of_wrong_shape_or_type_is_refused(tmp_path, wrong, message):
     output = Output(tmp_path)
     with pytest.raises(ValueError, match=message):
         write_column_block(output.store_path, output.layout, 0, wrong)

@@ -1,4 +1,4 @@
-"""Laws of the store as an xarray dataset: the reader's own values, read only where they are asked for."""
+"""A store as an xarray dataset: the reader's values, read only when indexed."""
 
 import pickle
 import re
@@ -46,7 +46,7 @@ def wanted(output):
     return rows
 
 
-def test_rows_are_the_stored_ones_times_their_scale(output, dataset):
+def test_xarray_rows_equal_decoded_rows(output, dataset):
     assert dataset.rows.dtype == np.float32
     assert dataset.rows.dims == ("sample", "value")
     np.testing.assert_array_equal(dataset.rows.values, wanted(output))
@@ -64,7 +64,7 @@ def test_rows_are_the_stored_ones_times_their_scale(output, dataset):
         (slice(None), slice(0, 0)),
     ],
 )
-def test_any_part_of_them_is_that_part(output, dataset, key):
+def test_any_part_of_the_rows_can_be_indexed(output, dataset, key):
     with xr.open_dataset(output.path, engine=GradprojBackend) as lazily:
         for rows in (dataset.rows, lazily.rows):
             np.testing.assert_array_equal(
@@ -77,7 +77,7 @@ def ids_of(part, size):
     return np.atleast_1d(np.arange(size)[part])
 
 
-def test_a_layer_is_chosen_by_its_name_and_no_other_is_read(output, dataset, monkeypatch):
+def test_selecting_a_layer_by_name_reads_no_other(output, dataset, monkeypatch):
     asked, read = [], Rows.read
 
     def note(self, ids, columns, selection, missing):
@@ -98,11 +98,11 @@ def test_a_layer_is_chosen_by_its_name_and_no_other_is_read(output, dataset, mon
     )
 
 
-def test_chunks_are_the_shards(dataset):
+def test_dask_chunks_are_the_shards(dataset):
     assert dataset.rows.chunks == ((16, 16, 16, 16, 6), (76,))
 
 
-def test_columns_are_those_of_the_samples(output, dataset):
+def test_xarray_columns_equal_the_samples_columns(output, dataset):
     samples = np.arange(70)
     there = ~np.isin(samples, range(16, 32))
     loss, n_tokens = dataset.loss.values, dataset.n_tokens.values
@@ -118,7 +118,7 @@ def test_columns_are_those_of_the_samples(output, dataset):
     assert dataset.attrs["note"] == "kept"
 
 
-def test_dask_computes_with_them(output, dataset):
+def test_dask_computes_a_domain_mean(output, dataset):
     per_domain = dataset.rows.where(dataset.domain == "ArXiv").mean("sample").compute()
     rows = wanted(output)[np.arange(70) % 3 == 1]
     np.testing.assert_allclose(per_domain, np.nanmean(rows.astype(np.float64), axis=0), rtol=1e-4)
@@ -139,13 +139,13 @@ def test_readme_example_computes_from_the_stored_rows(output, tmp_path, monkeypa
     assert names["slow"] == 69 / 8
 
 
-def test_it_goes_to_another_process_by_its_path(output, dataset):
+def test_pickled_dataset_holds_the_store_path_only(output, dataset):
     sent = pickle.dumps(dataset)
     assert len(sent) < 20_000
     np.testing.assert_array_equal(pickle.loads(sent).rows.values, wanted(output))
 
 
-def test_xarray_opens_the_job_s_folder(output):
+def test_xarray_opens_an_output_directory_without_dask(output):
     assert GradprojBackend().guess_can_open(output.path)
     assert not GradprojBackend().guess_can_open(output.path / "units")
     with xr.open_dataset(output.path, engine=GradprojBackend, drop_variables="rows") as dataset:
@@ -155,7 +155,7 @@ def test_xarray_opens_the_job_s_folder(output):
 
 
 @pytest.mark.parametrize("absent", ["xarray", "dask"])
-def test_without_xarray_or_dask_the_extra_is_named(output, monkeypatch, absent):
+def test_missing_xarray_or_dask_names_the_extra(output, monkeypatch, absent):
     monkeypatch.setitem(sys.modules, absent, None)
     with (
         ProjectionStore(output.path) as store,

@@ -261,7 +261,7 @@ def test_invalid_tokenizer_flag_is_named(made, flags, message):
 
 def test_impossible_result_dir_is_rejected_before_any_step(made, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--result_dir .*file: .* is a file; give another path"):
+    with pytest.raises(ConfigError, match=r"--result_dir .*file: .*is a file; give another path"):
         train(config_of(made, tmp_path / "file"))
     with pytest.raises(ConfigError, match="is a file; give another path"):
         train(config_of(made, tmp_path / "file" / "below"))
