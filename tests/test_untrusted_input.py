@@ -50,7 +50,8 @@ WATCHED = """
 import sys
 log = open(sys.argv[1], "w")
 def note(event, args):
-    if event == "open" or event.startswith(("os.", "shutil.", "subprocess.", "socket.connect", "glob.")):
+    watched = ("os.", "shutil.", "subprocess.", "socket.connect", "glob.")
+    if event == "open" or event.startswith(watched):
         log.write(f"{event} {args!r}\\n")
         log.flush()
 sys.addaudithook(note)
@@ -96,10 +97,15 @@ def hostile(tmp_path_factory):
             tar.addfile(member, io.BytesIO(data))
     settings = {**SETTINGS, **LIMITS, "shards": root / "tars", "model": make_model(root / "model")}
     before = sorted(p for p in root.rglob("*") if root / "model" not in p.parents)
+    arguments = flags(output_dir=root / "out", device="cpu", **settings)
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, str(root / "log"), *flags(output_dir=root / "out", device="cpu", **settings)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=root / "model",
-    )  # fmt: skip
+        [sys.executable, "-c", WATCHED, str(root / "log"), *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root / "model",
+    )
     assert done.returncode == 0, done.stderr
     after = sorted(
         p
@@ -165,7 +171,7 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 
 
 def with_code(model: Path, mark: Path, model_type: str) -> Path:
-    """Let a checkpoint bring code for its config, model and tokenizer, which leaves ``mark`` behind when it runs."""
+    """Add code for config, model and tokenizer to a checkpoint; it creates ``mark`` when run."""
     (model / "evil.py").write_text(EVIL.format(mark=str(mark), model_type=model_type))
     change_json(
         model / "config.json",
@@ -288,8 +294,8 @@ UNPICKLERS = {
     "yaml",
 }
 SPEAKS_TO_ITS_OWN_RANKS = "distributed.py"
-"""Rank 0's plan for the others of its job, through torchrun's store, as torch.distributed's object collectives do it;
-nothing of a corpus, a checkpoint or a store comes that way."""
+"""May pickle: it sends rank 0's plan to the job's other ranks through torchrun's store, like
+torch.distributed's object collectives. No content of a corpus, checkpoint or store is sent."""
 
 
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:

@@ -48,7 +48,7 @@ def test_output_and_gradients_match_exact_attention(length, key_heads, scaling):
     want = with_gradients(out.transpose(1, 2), exact)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == torch.bfloat16
-        # Of one token the gradients of query and key are zero, and only the rounding of the output's size is left.
+        # With one token the gradients of query and key are zero up to the output's rounding.
         assert (a.double() - b).norm() <= 0.01 * max(b.norm(), want[0].norm())
 
 

@@ -114,7 +114,8 @@ def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(
         import sys, numpy, zarr
         group = zarr.open_group(sys.argv[1], mode="r")
         assert len(list(group.arrays())) == 10
-        numpy.save(sys.argv[2], group["projections"][5:9].astype("f4") * group["row_scale"][5:9][:, None])
+        rows = group["projections"][5:9].astype("f4") * group["row_scale"][5:9][:, None]
+        numpy.save(sys.argv[2], rows)
         assert not any(name.startswith("gradproj") for name in sys.modules)"""
     subprocess.run(
         [sys.executable, "-c", plain, half.store_path, tmp_path / "rows.npy"],
