@@ -30,7 +30,7 @@ from gradproj.store import ProjectionStore
 # --- tars ---
 
 MARK = "xkeyx"
-"""In every odd key: no path that the job touches may hold it."""
+"""Part of every hostile key. No path that the job touches may contain it."""
 
 KEYS = [
     f"../../{MARK}",
@@ -58,7 +58,7 @@ sys.addaudithook(note)
 from gradproj.run import main
 sys.exit(main(sys.argv[2:]))
 """
-"""The job, with every file, folder, process and address that Python is asked for written down."""
+"""Runs the job and logs every file, folder, process and address that Python opens."""
 
 
 def nested(depth: int) -> bytes:
@@ -87,7 +87,7 @@ LIMITS = {"max_json_depth": 4, "max_document_bytes": 1000}
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A job over a hostile tar that has run to its end, and what it touched."""
+    """The output of a job over a hostile tar, and the log of what it touched."""
     root = tmp_path_factory.mktemp("hostile")
     (root / "tars").mkdir()
     with tarfile.open(root / "tars" / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
@@ -131,11 +131,14 @@ def test_no_key_or_field_of_a_document_is_opened_created_or_run(hostile):
 
 def test_documents_beyond_the_limits_are_bad_input_and_the_job_continues(hostile):
     with ProjectionStore(hostile / "out") as store:
-        found = store.status_counts()
+        counts = store.status_counts()
         assert store.attributes["identity"]["--max_json_depth"] == LIMITS["max_json_depth"]
         assert store.attributes["identity"]["--max_document_bytes"] == LIMITS["max_document_bytes"]
     expected = [status for _, _, status in DOCUMENTS]
-    assert (found["ok"], found["bad_input"]) == (expected.count("ok"), expected.count("bad_input"))
+    assert (counts["ok"], counts["bad_input"]) == (
+        expected.count("ok"),
+        expected.count("bad_input"),
+    )
     assert verify(hostile / "out").exit_code == 0
 
 
@@ -150,8 +153,8 @@ def test_links_in_tars_are_not_followed(tmp_path, capsys):
         member.size = 15
         tar.addfile(member, io.BytesIO(b'{"text": "a b"}'))
     code = main(["index", str(tmp_path / "a.tar"), "--index_file", str(tmp_path / "index.json")])
-    said = capsys.readouterr()
-    assert (code == 2 and "link" in said.err) or "documents     1 " in said.out
+    printed = capsys.readouterr()
+    assert (code == 2 and "link" in printed.err) or "documents     1 " in printed.out
 
 
 # --- checkpoints ---
@@ -211,7 +214,7 @@ def load_all(model: Path, **settings: bool) -> set[str]:
 
 @pytest.mark.parametrize(
     ("model_type", "refused"),
-    # The classes of a type that transformers knows are taken instead of the checkpoint's own.
+    # For a model type of its own, transformers uses its own classes, not the checkpoint's.
     [("evil", {"config", "tokenizer", "skeleton", "model"}), ("llama", {"tokenizer"})],
 )
 def test_checkpoint_code_runs_only_with_trust_remote_code(
@@ -273,9 +276,9 @@ def test_store_with_an_unpickling_codec_is_not_read(array, output, tmp_path):
     change_json(folder / "zarr.json", codecs=[{"name": "numcodecs.pickle", "configuration": {}}])
     for chunk in folder.glob("c.*"):
         chunk.write_bytes(pickle.dumps(Evil(mark)))
-    found = verify(output)
+    result = verify(output)
     assert not mark.exists()
-    assert [Path(d.path).name for d in found.damage] == [array]
+    assert [Path(d.path).name for d in result.damage] == [array]
 
 
 # --- the code itself ---
@@ -299,7 +302,7 @@ torch.distributed's object collectives. No content of a corpus, checkpoint or st
 
 
 def calls_in(path: Path) -> list[tuple[str, ast.Call]]:
-    """Every call, by what is called as it is written."""
+    """Return every call and the dotted name that it calls."""
     return [
         (ast.unparse(n.func), n)
         for n in ast.walk(ast.parse(path.read_text()))
@@ -316,7 +319,7 @@ def is_false(call: ast.Call, keyword: str) -> bool:
 
 
 def unsafe(name: str, call: ast.Call) -> bool:
-    """Whether a call can run what a file holds."""
+    """Return whether a call can run the content of a file."""
     last = name.rsplit(".", 1)[-1]
     return (
         name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")

@@ -129,14 +129,14 @@ class AppendTable:
         fsync_dir(self.path.parent)
 
     def _check(self, attributes: Mapping[str, Any]) -> None:
-        there = self._metadata(self.path)["attributes"]
-        if "n_rows" not in there:
+        recorded = self._metadata(self.path)["attributes"]
+        if "n_rows" not in recorded:
             raise StoreError(
                 f"{self.path} is a Zarr group but no table of a training run; give another folder"
             )
         mismatch = settings_mismatch(
             f"{self.path} was written by a run with other settings",
-            there,
+            recorded,
             attributes,
             "Give another folder",
             labels=("table", "this run"),

@@ -53,8 +53,9 @@ class LayerView:
         if isinstance(ids, (int, np.integer)):
             # A range resolves negative ids and raises IndexError.
             return self[[range(len(self))[ids]]][0]
-        wanted = np.arange(*ids.indices(len(self))) if isinstance(ids, slice) else ids
-        return self._reshape(self._read(wanted))
+        if isinstance(ids, slice):
+            ids = np.arange(*ids.indices(len(self)))
+        return self._reshape(self._read(ids))
 
     def scan(
         self, rows_per_block: int | None = None, start: int = 0, stop: int | None = None

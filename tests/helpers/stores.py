@@ -1,11 +1,19 @@
-"""Stores for the tests of the store: a small job's output, made with the public functions a job uses."""
+"""Small outputs for the tests of the store, made with the public functions that a job uses.
 
-from dataclasses import asdict
+``READER_CASES`` has a store of each kind that the reader must read alike.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import zarr
 
 from gradproj.files import publish_exclusively, temporary_beside, write_file_durably
+from gradproj.store.append_store import AppendStore, create_row_store
 from gradproj.store.layout import (
     STATUS,
     LayerSlice,
@@ -29,7 +37,7 @@ DOMAINS = ["ArXiv", "Github"]
 
 
 def make_layers(widths: list[tuple[int, int]]) -> list[LayerSlice]:
-    """Layers of the given ``(k_o, k_i)``."""
+    """Return layers of the given ``(k_o, k_i)``."""
     layers, at = [], 0
     for number, (k_o, k_i) in enumerate(widths):
         end = at + k_o * k_i
@@ -39,7 +47,7 @@ def make_layers(widths: list[tuple[int, int]]) -> list[LayerSlice]:
 
 
 def make_rows(n_samples: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Rows whose sizes go from 1e-12 to 1e12."""
+    """Return rows of magnitudes from 1e-12 to 1e12."""
     generator = np.random.default_rng(seed)
     sizes = 10.0 ** generator.uniform(-12, 12, (n_samples, 1))
     return (generator.standard_normal((n_samples, dim)) * sizes).astype(np.float32)
@@ -48,7 +56,7 @@ def make_rows(n_samples: int, dim: int, seed: int = 0) -> np.ndarray:
 def make_columns(
     layout: StoreLayout, start: int, stop: int, row_scale: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Columns in which each value tells its sample id."""
+    """Return columns whose values depend on the sample id."""
     columns = empty_columns(stop - start, layout.key_bytes)
     ids = np.arange(start, stop)
     columns["loss"][:] = ids / 8
@@ -63,7 +71,7 @@ def make_columns(
 
 
 class Output:
-    """An ``OUTPUT/`` with a store that holds ``rows``; units are committed and merged as a test wants."""
+    """An output directory with a store for ``rows``; tests commit and merge its units."""
 
     def __init__(
         self,
@@ -97,7 +105,7 @@ class Output:
         )
 
     def decoded(self) -> np.ndarray:
-        """What every reading has to give: the stored rows by the definition."""
+        """Return the rows that every reader must return, decoded by the definition."""
         return decode_rows(self.stored, self.row_scale, self.layout.proj_dtype)
 
     @property
@@ -105,7 +113,7 @@ class Output:
         return self.path / "projections.zarr"
 
     def commit(self, unit: int, with_shard: bool = True) -> None:
-        """Publish a unit's shard and record, as a job does."""
+        """Publish a unit's shard and record like a job."""
         start, stop = self.layout.unit_range(unit)
         shard = None
         if with_shard:
@@ -118,7 +126,7 @@ class Output:
         (self.path / record_name(unit)).write_bytes(encode_record(record))
 
     def merge(self, units: list[int]) -> None:
-        """Write the column blocks with what these units recorded, and throw their records away."""
+        """Write the column blocks of these units, and delete their records."""
         for block in range(self.layout.n_column_blocks):
             start, stop = self.layout.column_block_range(block)
             columns = empty_columns(stop - start, self.layout.key_bytes)
@@ -139,3 +147,84 @@ class Output:
             self.commit(unit)
         self.merge(units)
         return self
+
+
+def filled(path: Path, **settings) -> Output:
+    """Return an output with every unit committed and merged."""
+    return Output(path, **settings).fill()
+
+
+def rewrite_with_zarr(output: Output, stored: np.ndarray, index_location="end", **config) -> None:
+    """Replace our shards with zarr-python's, whose chunks have Morton order."""
+    shutil.rmtree(output.store_path / "projections")
+    layout = output.layout
+    array = zarr.create_array(
+        str(output.store_path / "projections"),
+        shape=stored.shape,
+        dtype=stored.dtype,
+        chunks=(layout.rows_per_shard, layout.dim),
+        fill_value=float("nan"),
+        compressors=None,
+        config=config or None,
+        serializer=zarr.codecs.ShardingCodec(
+            chunk_shape=(layout.chunk_rows, layout.chunk_width),
+            codecs=[zarr.codecs.BytesCodec()],
+            index_location=index_location,
+        ),
+    )
+    array[...] = stored
+
+
+def written_by_zarr(path: Path) -> Output:
+    """Return an output whose shards are zarr-python's."""
+    output = filled(path, **MANY_CHUNKS)
+    rewrite_with_zarr(output, output.stored)
+    return output
+
+
+def training_store(path: Path) -> Output:
+    """Return a training run's store, whose rows were appended in parts."""
+    output = Output(path / "job")
+    n = output.layout.n_samples
+    layout = replace(output.layout, n_samples=16, key_bytes=1, column_rows=16)
+    attributes = {"layers": [asdict(layer) for layer in output.layers], "domains": []}
+    folder = path / "run"
+    create_row_store(folder, layout, attributes, pack_matrices(output.layers, output.matrices))
+    store = AppendStore(folder, 0, 1)
+    for start in range(0, n, 9):
+        ids = np.arange(start, min(start + 9, n))
+        columns = {
+            "status": np.full(len(ids), STATUS["ok"]),
+            "loss": ids / 8,
+            "n_tokens": ids + 1,
+            "grad_norm": ids / 4,
+            "step": ids // 5,
+            "sample_id": ids[::-1],
+        }
+        store.add(output.rows[ids], columns)
+    store.close()
+    output.path = folder
+    return output
+
+
+MANY_CHUNKS = {
+    "n_samples": 150,
+    "layout": StoreLayout(150, 12, 64, 32, 6, "float16", "none", 8, 128),
+}
+
+READER_CASES: dict[str, Callable[[Path], Output]] = {
+    "float16": filled,
+    "bfloat16": partial(filled, config=StoreConfig(proj_dtype="bfloat16", rows_per_shard=16)),
+    "float32": partial(filled, config=StoreConfig(proj_dtype="float32", rows_per_shard=16)),
+    "blosc": partial(filled, config=StoreConfig(compressor="blosc", rows_per_shard=16)),
+    "zstd bfloat16": partial(
+        filled, config=StoreConfig(compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16)
+    ),
+    "whole rows in a chunk": partial(filled, widths=((3, 5), (1, 7), (4, 1)), n_samples=50),
+    "several chunks a layer": partial(filled, widths=((8, 8), (16, 8), (8, 24)), n_samples=50),
+    "one row a shard": partial(filled, config=StoreConfig(rows_per_shard=1), n_samples=9),
+    "one sample": partial(filled, n_samples=1),
+    "many chunks a shard": partial(filled, **MANY_CHUNKS),
+    "written by zarr-python": written_by_zarr,
+    "training store": training_store,
+}

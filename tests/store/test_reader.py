@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,35 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zarr
-from helpers.stores import Output
+from helpers.stores import MANY_CHUNKS, READER_CASES, Output, rewrite_with_zarr
 
 from gradproj.files import crc32c
 from gradproj.store import ProjectionStore, StoreConfig, StoreLayout
 from gradproj.store.encoding import decode_rows
 from gradproj.store.writer import create_store
-
-CASES = {
-    "mapped": {},
-    "bfloat16": {"config": StoreConfig(proj_dtype="bfloat16", rows_per_shard=16)},
-    "float32": {"config": StoreConfig(proj_dtype="float32", rows_per_shard=16)},
-    "blosc": {"config": StoreConfig(compressor="blosc", rows_per_shard=16)},
-    "zstd bfloat16": {
-        "config": StoreConfig(compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16)
-    },
-    "odd widths": {"widths": ((3, 5), (1, 7), (4, 1)), "n_samples": 50},
-    "whole chunks of a layer's part": {"widths": ((8, 8), (16, 8), (8, 24)), "n_samples": 50},
-    "one row a shard": {"config": StoreConfig(rows_per_shard=1), "n_samples": 9},
-    "one sample": {"n_samples": 1},
-    "many chunks a shard": {
-        "n_samples": 150,
-        "layout": StoreLayout(150, 12, 64, 32, 6, "float16", "none", 8, 128),
-    },
-}
+from gradproj.store.zarr_threads import few_zarr_threads
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=READER_CASES)
 def filled(request, tmp_path_factory):
-    return Output(tmp_path_factory.mktemp("output"), **CASES[request.param]).fill()
+    """A store of every kind: the tests that use it hold for all of them."""
+    return READER_CASES[request.param](tmp_path_factory.mktemp("output"))
 
 
 def test_rows_are_returned_in_the_order_of_the_ids(filled):
@@ -129,23 +112,10 @@ def test_scan_of_a_range_starts_and_stops_there(filled):
 def test_shards_written_by_zarr_python_in_morton_order_are_read(
     tmp_path, write_empty, index_location
 ):
-    output = Output(tmp_path, **CASES["many chunks a shard"]).fill()
-    shutil.rmtree(output.store_path / "projections")
-    array = zarr.create_array(
-        str(output.store_path / "projections"),
-        shape=output.rows.shape,
-        dtype="float16",
-        chunks=(64, 12),
-        fill_value=float("nan"),
-        compressors=None,
-        config={"write_empty_chunks": write_empty},
-        serializer=zarr.codecs.ShardingCodec(
-            chunk_shape=(32, 6), codecs=[zarr.codecs.BytesCodec()], index_location=index_location
-        ),
-    )
+    output = Output(tmp_path, **MANY_CHUNKS).fill()
     stored = output.stored.copy()
     stored[32:64, :6] = np.nan  # an inner chunk that a writer may leave out
-    array[...] = stored
+    rewrite_with_zarr(output, stored, index_location, write_empty_chunks=write_empty)
     want = decode_rows(stored, output.row_scale, "float16")
     store = ProjectionStore(tmp_path)
     ids = np.random.default_rng(0).permutation(len(want))
@@ -158,7 +128,7 @@ def test_shards_written_by_zarr_python_in_morton_order_are_read(
 
 
 def test_shard_with_chunks_at_odd_offsets_is_read(tmp_path):
-    output = Output(tmp_path, **CASES["many chunks a shard"]).fill()
+    output = Output(tmp_path, **MANY_CHUNKS).fill()
     path = output.path / output.layout.shard_name(0)
     data = path.read_bytes()
     index = np.frombuffer(data[-4 - 4 * 16 : -4], "<u8").reshape(4, 2).copy()
@@ -218,6 +188,22 @@ def test_threads_share_a_store(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         for ids, rows in zip(orders, pool.map(store.rows, orders), strict=True):
             np.testing.assert_array_equal(rows, output.decoded()[ids])
+
+
+def test_reading_changes_no_setting_of_zarr(filled):
+    before = repr(zarr.config.config)
+    with ProjectionStore(filled.path) as store:
+        store.rows([0])
+        list(store.scan())
+        store.array("projection_matrices")
+    assert repr(zarr.config.config) == before
+
+
+def test_few_zarr_threads_are_a_setting_of_the_context_only():
+    before = repr(zarr.config.config)
+    with few_zarr_threads():
+        assert zarr.config.get("threading.max_workers") == 2
+    assert repr(zarr.config.config) == before
 
 
 def test_scan_needs_memory_for_its_blocks_only(tmp_path):
@@ -296,7 +282,7 @@ assert chunk % mmap.PAGESIZE == 0
 address = np.frombuffer(made[0]._file.data, np.uint8).ctypes.data
 for band in range(2):
     for number, name in enumerate(names):
-        if name != protect:  # whoever touches these pages is killed
+        if name != protect:  # touching these pages kills the process
             at = address + (band * len(names) + number) * chunk
             assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(at), ctypes.c_size_t(chunk), 0) == 0
 n = len(store)

@@ -34,8 +34,8 @@ MISSING = [*range(32, 48), *range(64, 70)]
 
 def test_unmerged_rows_are_read_through_records(unfinished):
     store = ProjectionStore(unfinished.path)
-    there = np.setdiff1d(np.arange(70), MISSING)
-    np.testing.assert_array_equal(store.rows(there), unfinished.decoded()[there])
+    present = np.setdiff1d(np.arange(70), MISSING)
+    np.testing.assert_array_equal(store.rows(present), unfinished.decoded()[present])
     want = unfinished.decoded()
     want[MISSING] = np.nan
     np.testing.assert_array_equal(store.rows(range(70), missing="nan"), want)
@@ -183,11 +183,11 @@ def test_record_of_other_settings_is_refused_even_if_its_shape_fits(unfinished):
     path = unfinished.path / record_name(1)
     path.write_bytes(encode_record(replace(decode_record(path.read_bytes()), identity="other")))
     store = ProjectionStore(unfinished.path)
-    for ask in (store.rows, store.samples, lambda ids: store.column("loss", 16, 17)):
+    for read in (store.rows, store.samples, lambda ids: store.column("loss", 16, 17)):
         with pytest.raises(
             StoreError, match=r"made with other settings \(other, .* identity\)\. .*verify --repair"
         ):
-            ask([20])
+            read([20])
 
 
 def test_path_without_a_readable_store_is_refused(tmp_path):
@@ -216,7 +216,7 @@ def test_path_without_a_readable_store_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("call", "message"),
     [
         (lambda store: store.rows([3, 70]), "sample 70 is out of range: .* has samples 0 to 69"),
         (lambda store: store.rows([-1]), "sample -1 is out of range"),
@@ -236,7 +236,7 @@ def test_path_without_a_readable_store_is_refused(tmp_path):
         (lambda store: store.array("sums"), "has no array 'sums'"),
     ],
 )
-def test_invalid_arguments_are_refused_with_the_way_out(tmp_path, ask, message):
+def test_invalid_arguments_are_refused_with_the_way_out(tmp_path, call, message):
     output = Output(tmp_path)
     with pytest.raises(StoreError, match=message):
-        ask(ProjectionStore(output.path))
+        call(ProjectionStore(output.path))

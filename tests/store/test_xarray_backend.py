@@ -30,7 +30,7 @@ def output(request, tmp_path_factory):
     )
     for unit in (0, 2, 3, 4):
         output.commit(unit)
-    output.merge([0, 2])  # what is not merged yet comes from the records
+    output.merge([0, 2])  # unit 1 is read through its record
     return output
 
 
@@ -40,7 +40,7 @@ def dataset(output):
         yield store.to_xarray()
 
 
-def wanted(output):
+def expected_rows(output):
     rows = output.decoded().copy()
     rows[MISSING] = np.nan
     return rows
@@ -49,7 +49,7 @@ def wanted(output):
 def test_xarray_rows_equal_decoded_rows(output, dataset):
     assert dataset.rows.dtype == np.float32
     assert dataset.rows.dims == ("sample", "value")
-    np.testing.assert_array_equal(dataset.rows.values, wanted(output))
+    np.testing.assert_array_equal(dataset.rows.values, expected_rows(output))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_any_part_of_the_rows_can_be_indexed(output, dataset, key):
         for rows in (dataset.rows, lazily.rows):
             np.testing.assert_array_equal(
                 rows[key].values,
-                wanted(output)[np.ix_(*map(ids_of, key, (70, 76)))].reshape(rows[key].shape),
+                expected_rows(output)[np.ix_(*map(ids_of, key, (70, 76)))].reshape(rows[key].shape),
             )
 
 
@@ -78,20 +78,20 @@ def ids_of(part, size):
 
 
 def test_selecting_a_layer_by_name_reads_no_other(output, dataset, monkeypatch):
-    asked, read = [], Rows.read
+    selections, read = [], Rows.read
 
     def note(self, ids, columns, selection, missing):
-        asked.append(selection.ranges)
+        selections.append(selection.ranges)
         return read(self, ids, columns, selection, missing)
 
     monkeypatch.setattr(Rows, "read", note)
     layer = output.layers[1]
     got = dataset.rows.sel(layer=layer.name)
-    assert not asked
+    assert not selections
     np.testing.assert_array_equal(
-        got.values, wanted(output)[:, layer.slice_start : layer.slice_end]
+        got.values, expected_rows(output)[:, layer.slice_start : layer.slice_end]
     )
-    assert set(asked) == {((layer.slice_start, layer.slice_end),)}
+    assert set(selections) == {((layer.slice_start, layer.slice_end),)}
     assert (
         list(dataset.layer.values)
         == np.repeat([x.name for x in output.layers], [6, 64, 6]).tolist()
@@ -104,23 +104,23 @@ def test_dask_chunks_are_the_shards(dataset):
 
 def test_xarray_columns_equal_the_samples_columns(output, dataset):
     samples = np.arange(70)
-    there = ~np.isin(samples, range(16, 32))
+    present = ~np.isin(samples, range(16, 32))
     loss, n_tokens = dataset.loss.values, dataset.n_tokens.values
-    np.testing.assert_array_equal(loss, np.where(there, samples / 8, np.nan).astype(np.float32))
-    np.testing.assert_array_equal(n_tokens, np.where(there, samples + 1, 0))
-    np.testing.assert_array_equal(dataset.status.values, there * STATUS["ok"])
+    np.testing.assert_array_equal(loss, np.where(present, samples / 8, np.nan).astype(np.float32))
+    np.testing.assert_array_equal(n_tokens, np.where(present, samples + 1, 0))
+    np.testing.assert_array_equal(dataset.status.values, present * STATUS["ok"])
     names = [*DOMAINS, ""]
-    want = [names[i % 3 - 1] if there[i] else "" for i in samples]
+    want = [names[i % 3 - 1] if present[i] else "" for i in samples]
     assert dataset.domain.values.tolist() == want
-    assert dataset.key.values.tolist() == [f"é{i}" if there[i] else "" for i in samples]
-    np.testing.assert_array_equal(dataset.tar.values, np.where(there, samples // 7, -1))
+    assert dataset.key.values.tolist() == [f"é{i}" if present[i] else "" for i in samples]
+    np.testing.assert_array_equal(dataset.tar.values, np.where(present, samples // 7, -1))
     assert dataset.grad_norm[8].values == 2
     assert dataset.attrs["note"] == "kept"
 
 
 def test_dask_computes_a_domain_mean(output, dataset):
     per_domain = dataset.rows.where(dataset.domain == "ArXiv").mean("sample").compute()
-    rows = wanted(output)[np.arange(70) % 3 == 1]
+    rows = expected_rows(output)[np.arange(70) % 3 == 1]
     np.testing.assert_allclose(per_domain, np.nanmean(rows.astype(np.float64), axis=0), rtol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_readme_example_computes_from_the_stored_rows(output, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    mine = wanted(output)[np.arange(70) % 3 == 1][:, :6].astype(np.float64)
+    mine = expected_rows(output)[np.arange(70) % 3 == 1][:, :6].astype(np.float64)
     np.testing.assert_allclose(names["mean"], np.nanmean(mine, axis=0), rtol=1e-4)
     assert names["slow"] == 69 / 8
 
@@ -142,7 +142,7 @@ def test_readme_example_computes_from_the_stored_rows(output, tmp_path, monkeypa
 def test_pickled_dataset_holds_the_store_path_only(output, dataset):
     sent = pickle.dumps(dataset)
     assert len(sent) < 20_000
-    np.testing.assert_array_equal(pickle.loads(sent).rows.values, wanted(output))
+    np.testing.assert_array_equal(pickle.loads(sent).rows.values, expected_rows(output))
 
 
 def test_xarray_opens_an_output_directory_without_dask(output):
