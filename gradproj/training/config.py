@@ -28,7 +28,7 @@ NO_PART_OF_A_RUN = frozenset(
         "proj_save_interval",
     )
 )
-"""Settings that a resumed run may have otherwise. With more steps the schedule goes on as the longer run's."""
+"""Settings that a resumed run may change. With more steps the schedule is the longer run's."""
 
 
 def _as_in(section: Any, name: str) -> Any:
@@ -40,7 +40,7 @@ def _as_in(section: Any, name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Flags, title="engine"):
-    """Settings of an engine in a training loop. Any object with some of these names will do (``of``)."""
+    """Settings of an engine; ``of`` takes them from any object with some of these names."""
 
     method: str = flag("Engine: Regular, GradDotProd or GradProjLora.", "Regular")
     result_dir: str = flag("Directory for all results.", "")
@@ -74,7 +74,7 @@ class EngineConfig(Flags, title="engine"):
 
     @classmethod
     def of(cls, config: Any) -> "EngineConfig":
-        """What of these settings a loop's own config has: a mapping's keys or an object's attributes."""
+        """Take these settings from a mapping's keys or an object's attributes, and no others."""
         names = [f.name for f in dataclasses.fields(EngineConfig)]
         if not isinstance(config, Mapping):
             config = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -85,7 +85,6 @@ class EngineConfig(Flags, title="engine"):
 
     @property
     def projection(self) -> ProjectionConfig:
-        """As the job has it."""
         return ProjectionConfig(
             layers=self.proj_layers, rank_total=self.proj_rank_total, rank_min=self.proj_rank_min,
             seed=self.proj_seed, kind=self.proj_kind, include_embeddings=self.include_embeddings,
@@ -93,7 +92,6 @@ class EngineConfig(Flags, title="engine"):
 
     @property
     def store(self) -> StoreConfig:
-        """As the job has it."""
         return StoreConfig(
             proj_dtype=self.proj_dtype,
             compressor=self.compressor,
@@ -103,7 +101,7 @@ class EngineConfig(Flags, title="engine"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(EngineConfig, title="training"):
-    """A causal language model's training: data, model, optimizer, engine. Equal settings give equal weights."""
+    """Settings of a training run: data, model, optimizer, engine."""
 
     shards: str = flag(SHARDS_HELP)
     result_dir: str = flag(
@@ -181,7 +179,7 @@ class TrainConfig(EngineConfig, title="training"):
         _check_model(self)
 
     def model_config(self) -> ModelConfig:
-        """The checkpoint to go on from, or the architecture to draw weights for."""
+        """Return the checkpoint to start from, or the architecture to draw weights for."""
         assert self.model or self.architecture
         init = "random" if self.architecture else ""
         return ModelConfig(
@@ -193,7 +191,7 @@ class TrainConfig(EngineConfig, title="training"):
         )
 
     def settings_of_the_run(self) -> dict[str, Any]:
-        """All that every step depends on, by flag: what a resumed run must have as well."""
+        """Return the settings that a resumed run must have too, by flag."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NO_PART_OF_A_RUN}
 
 

@@ -22,7 +22,7 @@ PROGRESS_EVERY_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Flags, title="tokenizer"):
-    """What to train a tokenizer on, and its size."""
+    """Settings of a tokenizer: its corpus and its size."""
 
     shards: str = flag(SHARDS_HELP)
     output_dir: str = flag("Directory for the tokenizer's files.", required="give a folder")

@@ -274,7 +274,11 @@ def test_ranks_without_a_process_group_are_rejected(info, message):
             ConfigError,
             "--schedule is 'steps'; choose one of cosine, linear, constant",
         ),
-        ({"model_dtype": "fp8"}, ConfigError, "--model_dtype is 'fp8'; choose one of float32, bfloat16"),
+        (
+            {"model_dtype": "fp8"},
+            ConfigError,
+            "--model_dtype is 'fp8'; choose one of float32, bfloat16",
+        ),
         ({"grad_accumulation": 0}, ConfigError, "--grad_accumulation must be at least 1"),
         ({"checkpoint_interval": -1}, ConfigError, "--checkpoint_interval must be at least 0"),
     ],
