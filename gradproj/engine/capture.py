@@ -108,9 +108,7 @@ def batch_shape(inputs: Any) -> tuple[int, int] | None:
 
 
 def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
-    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None if samples cannot be
-    separated.
-    """
+    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None for any other shape."""
     if x.dim() >= 3 and x.shape[0] == n:
         return x.flatten(1, -2)
     if x.dim() == 2 and x.shape[0] == n * s:
@@ -178,9 +176,7 @@ class BatchCapture:
     @torch.no_grad()
     @_in_full_precision
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
-        """Project the gradient at a layer's output and sum it with ``a_p`` over each sample's
-        tokens.
-        """
+        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""
         if serial != self.serial:
             raise ModelError(
                 "a backward pass runs through a batch before the last one: run each batch "
@@ -217,8 +213,8 @@ class BatchCapture:
         return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
-        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo each sample's loss
-        weight.
+        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the samples' loss
+        weights.
         """
         # One bad sample must not spoil a unit's sums. The mask stays on the device, so nothing
         # waits.

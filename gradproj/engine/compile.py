@@ -49,10 +49,10 @@ def _has_cpp_compiler() -> bool:
 
 
 def compiled_block(block: nn.Module) -> Callable[..., Any]:
-    """Return the block's forward, compiled at its first call for all blocks of its kind and all
-    lengths.
+    """Return the block's compiled forward, one for all blocks of its kind and all lengths.
 
-    Without gradients (an evaluation, once or twice a job) the block runs uncompiled.
+    It is compiled at its first call. Without gradients (an evaluation, once or twice a job) the
+    block runs uncompiled.
     """
     plain = block.forward
     compiled = torch.compile(plain, dynamic=True)

@@ -65,8 +65,7 @@ class _SharedBatch:
 
 
 class CompiledHook:
-    """A layer's forward hook (``with_kwargs``) that returns the output, its gradient to be
-    projected.
+    """A layer's forward hook (``with_kwargs``) that projects the gradient of the layer's output.
 
     Everything read here is a tensor, or equal in every layer: torch.compile would otherwise compile
     one graph per layer.

@@ -215,9 +215,7 @@ class GradProjLoraEngine(OriginalInterface):
     # --- hooks ---
 
     def _on_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note the batch's shape, which tells samples from tokens in layers that get them
-        flattened.
-        """
+        """Note the batch's shape, to separate the samples in layers that get them flattened."""
         if not torch.is_grad_enabled():
             return
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -247,9 +245,7 @@ class GradProjLoraEngine(OriginalInterface):
     # --- rows ---
 
     def set_token_mask(self, mask: Tensor | None) -> None:
-        """Set the ``(N, S)`` mask of the next batch: 1 at real tokens with a target, which
-        ``TokenCovariances.a`` sums.
-        """
+        """Set the next batch's ``(N, S)`` mask: 1 at the tokens that ``TokenCovariances`` sums."""
         self._capture.token_mask = mask
 
     def collect_batch(self, batch_indices: Any = None) -> Tensor:

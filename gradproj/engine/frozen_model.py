@@ -1,5 +1,4 @@
-"""Freezes a model temporarily: no weight has a gradient, eval mode, and faster forwards of some
-modules.
+"""Freezes a model temporarily: no weight gradients, eval mode, faster forwards of some modules.
 
 The faster forwards compute what the modules compute, up to rounding. ``undo`` restores flags, modes
 and methods.
@@ -102,22 +101,15 @@ class _FrozenLinear(torch.autograd.Function):
         return linear(g, ctx.weight.t()), None, None
 
 
-def _dense(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _dense(module: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
+    original: Callable[..., Tensor] = type(module).forward
+    transposed = isinstance(module, Conv1D)
+
     def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
+        weight = module.weight
         if weight.requires_grad or not uses_onednn(x, weight):
-            return F.linear(x, weight, bias)
-        return _FrozenLinear.apply(x, weight, bias)
-
-    return forward
-
-
-def _conv1d(module: Conv1D) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        if weight.requires_grad or not uses_onednn(x, weight):
-            return Conv1D.forward(module, x)
-        return _FrozenLinear.apply(x, weight.t(), bias)
+            return original(module, x)
+        return _FrozenLinear.apply(x, weight.t() if transposed else weight, module.bias)
 
     return forward
 
@@ -138,9 +130,7 @@ def _block(
 
 _FORMS: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
     nn.Linear: _dense,
-    Conv1D: _conv1d,
+    Conv1D: _dense,
     NewGELUActivation: _new_gelu,
 }
-"""Type -> ``module -> its forward while frozen``. Exact types only: a subclass may compute
-something else.
-"""
+"""Exact type -> ``module -> its forward while frozen``. A subclass may compute something else."""

@@ -176,9 +176,7 @@ def _unsupported_message(names: list[str]) -> str:
 
 
 def _summary(model: nn.Module) -> Iterator[str]:
-    """Yield the supported layers' names with numbers folded: ``h.*.mlp.c_fc`` once, not twelve
-    times.
-    """
+    """Yield the supported layers' names, numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
     seen: dict[str, None] = {}
     for name, module in model.named_modules():
         if rule_for(module) is not None:

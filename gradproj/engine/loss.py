@@ -45,9 +45,7 @@ class Targets:
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "Targets":
-        """Make them from ``(N, S)`` labels that are *not* shifted: position ``s`` predicts label
-        ``s + 1``.
-        """
+        """Make them from unshifted ``(N, S)`` labels: position ``s`` predicts label ``s + 1``."""
         shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
         positions = (shifted != IGNORE).nonzero().squeeze(1)
         return cls(positions, shifted[positions])
@@ -100,13 +98,18 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
     input_ids, mask = batch["input_ids"], batch.get("attention_mask")
-    targets = batch.get("targets") or Targets.from_labels(
-        _labels(input_ids, batch.get("labels"), mask)
-    )
+    targets = batch.get("targets")
+    if targets is None:
+        labels = batch.get("labels")
+        if labels is None:
+            labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE)
+        targets = Targets.from_labels(labels)
     if chunked is None:
         chunked = can_chunk(model)
-    if chunked and _head_is_bystander(unwrap(model).get_output_embeddings()):
-        losses = _chunked_losses(model, input_ids, mask, targets)
+    inner = unwrap(model)
+    if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
+        hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
+        losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
         with one_sequence_a_row():
             logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
@@ -121,25 +124,11 @@ def _head_is_bystander(head: nn.Module) -> bool:
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
-def _labels(input_ids: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    if labels is not None:
-        return labels
-    return input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE)
-
-
 def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
     """Return ``(N, S, H)``, the input of the vocabulary head."""
     with one_sequence_a_row():
         body = unwrap(model).base_model
         return body(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-
-
-def _chunked_losses(
-    model: nn.Module, input_ids: Tensor, mask: Tensor | None, targets: Targets
-) -> Tensor:
-    inner = unwrap(model)
-    hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
-    return TokenLoss.apply(hidden, inner.get_output_embeddings(), targets.tokens, _softcap(inner))
 
 
 def _softcap(model: Any) -> float | None:

@@ -52,9 +52,7 @@ class RowBuffer:
         )
 
     def write(self, folder: Path, number: int | None = None) -> Path | None:
-        """Write all rows as one file, numbered after the last one by default. None if there are
-        none.
-        """
+        """Write all rows to one file, by default with the next number. None without rows."""
         if not self._rows:
             return None
         if self._files == 0 and number is None and folder.is_dir():

@@ -150,8 +150,7 @@ def try_batches(
     reserved_bytes: int,
     n_neighbours: int,
 ) -> list[Trial]:
-    """Run batches of 1, 2, 4, ... sequences of random tokens until more gains nothing or does not
-    fit.
+    """Run ever larger batches of random tokens until more gains nothing or does not fit.
 
     Args:
         model: on its device.

@@ -1,5 +1,4 @@
-"""Compares rows alone, batched and padded, in float32 and bfloat16: ``python -m gradproj
-diagnose``.
+"""Compares rows alone, batched and padded, in float32 and bfloat16: the command ``diagnose``.
 
 Some documents of the corpus run through the engine alone, in the job's batches and beside padding,
 in each precision. Every row is compared with the document's own in float32 alone. Nothing is

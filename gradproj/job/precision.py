@@ -79,9 +79,7 @@ class Agreement:
 
     @classmethod
     def of(cls, rows: Tensor, reference: Tensor) -> "Agreement":
-        """Compare ``(N, D)`` rows with their reference. References that are not finite are left
-        out.
-        """
+        """Compare ``(N, D)`` rows with their reference, of which only finite rows count."""
         sound = torch.isfinite(reference).all(dim=1).nonzero().squeeze(1)
         if not len(sound):
             return cls(1.0, 1.0, 0.0, 0.0, 0.0, 0, 0)
@@ -151,8 +149,7 @@ def _padded(batch: Batch, positions: int | None) -> Batch:
 def check_precision(
     model: nn.Module, engine: GradProjLoraEngine, unit: PreparedUnit, batch: BatchConfig
 ) -> tuple[str, bool]:
-    """Compare a lower-precision model's rows with float32. Returns ``(line of text, is a
-    warning)``.
+    """Compare the rows of a lower-precision model with float32.
 
     The beginnings of a unit's first documents run in the model's precision, and again with the
     weights converted to float32 in place, which takes as much memory again as the weights. Without
@@ -164,6 +161,9 @@ def check_precision(
         engine: attached to it.
         unit: the documents.
         batch: the run's settings.
+
+    Returns:
+        A line of text, and whether it is a warning.
     """
     documents = _beginnings(unit)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -211,8 +211,9 @@ def _beginnings(unit: PreparedUnit) -> Documents:
 
 @contextlib.contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Convert the weights to float32 for a while; back to the same bits, since float32 holds them
-    exactly.
+    """Convert the weights to float32 for a while.
+
+    Afterwards they have the same bits, since float32 holds them exactly.
 
     Raises:
         MemoryError: the host has too little. (A device raises its own error.)

@@ -184,8 +184,7 @@ def _recorded_model_of(store: ProjectionStore) -> tuple[str, dict[str, Any]]:
 
 
 def job_command(output: Path) -> str:
-    """Return the command of one rank that continues the job in ``output``. More ranks take the same
-    flags.
+    """Return the command of one rank that continues the job. More ranks take the same flags.
 
     Raises:
         StoreError: no readable settings were recorded.

@@ -62,8 +62,7 @@ class StopRequest:
     def attend(
         self, rank: int | None, launcher_died: Callable[[], bool] = lambda: False
     ) -> "StopRequest":
-        """Handle ``SIGNALS`` from now on, and exit when the launcher dies. Main thread only; once
-        is enough.
+        """Handle ``SIGNALS`` from now on, and exit when the launcher dies. Call in the main thread.
 
         Args:
             rank: set by the launcher, None without one. Only rank 0 announces the stop on standard

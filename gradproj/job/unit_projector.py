@@ -77,7 +77,11 @@ class UnitProjector:
             if number + 1 == len(prepared.batches):
                 break
             if self._stopping():
-                self._save_on_leaving(partial, done, number + 1, total)
+                try:
+                    partial.append(done, number + 1, total.take_touched())
+                except StoreError as error:
+                    # These rows will be computed again. A full disk must not prevent the stop.
+                    log.warning("rows of an unfinished unit are not saved: %s", error)
                 return None
             if save_interval and number + 1 - done >= save_interval:
                 partial.append(done, number + 1, total.take_touched())
@@ -88,15 +92,6 @@ class UnitProjector:
             "finished_at": time.time(),
         }
         return ProjectedUnit(total, self._settings, stats, begun)
-
-    def _save_on_leaving(
-        self, partial: PartialLog, first: int, last: int, total: "UnitSums"
-    ) -> None:
-        try:
-            partial.append(first, last, total.take_touched())
-        except StoreError as error:
-            # These rows will be computed again. A full disk must not keep the job from stopping.
-            log.warning("rows of an unfinished unit are not saved: %s", error)
 
     def _forward_backward(self, total: "UnitSums", sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)

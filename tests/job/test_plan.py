@@ -1,6 +1,4 @@
-"""``plan`` and the job's start: each user error is one clear line; a good plan prints what it
-takes.
-"""
+"""``plan`` and the job's start: one clear line for each user error; the text of a good plan."""
 
 import json
 import os

@@ -48,9 +48,7 @@ def project(parts, tmp_path):
 
 
 def loss_that_fails(most, after_backward=False, message="out of memory"):
-    """``per_sample_loss`` on a device that holds ``most`` sequences (or, below 1, sequences up to
-    that length).
-    """
+    """``per_sample_loss`` on a device that runs out of memory above ``most`` sequences."""
 
     def loss(model, batch):
         ids = batch["input_ids"]
