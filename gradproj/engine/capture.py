@@ -176,7 +176,7 @@ class BatchCapture:
     @torch.no_grad()
     @_in_full_precision
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
-        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""
+        """Project a layer's output gradient and sum it with ``a_p`` over each sample's tokens."""
         if serial != self.serial:
             raise ModelError(
                 "a backward pass runs through a batch before the last one: run each batch "
@@ -213,9 +213,7 @@ class BatchCapture:
         return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
-        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the samples' loss
-        weights.
-        """
+        """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""
         # One bad sample must not spoil a unit's sums. The mask stays on the device, so nothing
         # waits.
         good = torch.isfinite(rows).all(dim=1)
