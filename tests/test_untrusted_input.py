@@ -214,7 +214,7 @@ def load_all(model: Path, **settings: bool) -> set[str]:
 
 @pytest.mark.parametrize(
     ("model_type", "refused"),
-    # For a model type of its own, transformers uses its own classes, not the checkpoint's.
+    # For a type that transformers knows, its own classes are used, not the checkpoint's.
     [("evil", {"config", "tokenizer", "skeleton", "model"}), ("llama", {"tokenizer"})],
 )
 def test_checkpoint_code_runs_only_with_trust_remote_code(

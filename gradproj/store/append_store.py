@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from gradproj.files import (
     fsync_dir,
     fsync_file,
     temporary_beside,
-    write_and_replace,
 )
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
@@ -30,7 +28,6 @@ from gradproj.store.layout import (
     COLUMNS,
     STATUS,
     STORE_NAME,
-    LayerSlice,
     StoreLayout,
     column_chunk_path,
     empty_columns,
@@ -40,7 +37,7 @@ from gradproj.store.reader import ProjectionStore
 from gradproj.store.writer import create_store, shard_chunks
 
 EXTRA = ("step", "sample_id")
-"""int64 columns that only training stores have; -1 = none."""
+"""Columns that only training stores have, int64; -1 = none."""
 
 SHARD_BYTES = 16_000_000
 """Default size of a shard. Small, because a unit that is not full is written again."""
@@ -83,24 +80,11 @@ def create_row_store(
     Raises:
         StoreError: the folder cannot be written.
     """
-    unfinished = folder / "tmp" / "new"
+    scratch = folder / "tmp"
     with explain_os_errors(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        create_store(unfinished / STORE_NAME, layout, attributes, matrices)
-        for name in EXTRA:
-            _add_column(unfinished / STORE_NAME, name)
-        os.rename(unfinished / STORE_NAME, folder / STORE_NAME)
-        unfinished.rmdir()
-        fsync_dir(folder)
-
-
-def _add_column(store: Path, name: str) -> None:
-    """Add an int64 column with the shape and chunks of ``tar``."""
-    metadata = json.loads((store / "tar" / "zarr.json").read_text())
-    metadata |= {"data_type": "int64", "fill_value": -1}
-    (store / name).mkdir()
-    write_and_replace(store / name / "zarr.json", [json.dumps(metadata, indent=2).encode()])
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed here
+        scratch.mkdir(parents=True)
+    create_store(folder / STORE_NAME, layout, attributes, matrices, scratch, EXTRA)
 
 
 class AppendStore:
@@ -352,8 +336,3 @@ def check_same(folder: Path, attributes: Mapping[str, Any]) -> None:
     )
     if mismatch:
         raise StoreError(mismatch)
-
-
-def layers_as_json(layers: list[LayerSlice]) -> list[dict[str, Any]]:
-    """Return the attribute ``layers``."""
-    return [asdict(layer) for layer in layers]

@@ -144,6 +144,7 @@ def create_store(
     attributes: Mapping[str, Any],
     matrices: np.ndarray,
     scratch: Path | None = None,
+    extra_columns: tuple[str, ...] = (),
 ) -> None:
     """Make the whole Zarr group, without rows, and publish it by one rename.
 
@@ -154,6 +155,7 @@ def create_store(
             ``domains`` (names).
         matrices: every layer's ``P_i`` then ``P_o``, flat float32, packed by ``pack_matrices``.
         scratch: folder on the same file system for unpublished files. Default: beside ``path``.
+        extra_columns: names of int64 columns to add, with the fill value -1.
 
     Raises:
         StoreExists: there is a store already, or another process published one meanwhile.
@@ -168,7 +170,7 @@ def create_store(
     try:
         with explain_os_errors(path):
             tmp_path.mkdir()
-            _fill_group(tmp_path, layout, attributes, matrices)
+            _fill_group(tmp_path, layout, attributes, matrices, extra_columns)
             fsync_tree(tmp_path)
             try:
                 os.rename(tmp_path, path)
@@ -184,7 +186,11 @@ def create_store(
 
 
 def _fill_group(
-    path: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray
+    path: Path,
+    layout: StoreLayout,
+    attributes: dict[str, Any],
+    matrices: np.ndarray,
+    extra_columns: tuple[str, ...],
 ) -> None:
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
@@ -199,7 +205,8 @@ def _fill_group(
         chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
         dimension_names=("sample", "value"),
     )
-    for name, (dtype, fill) in COLUMNS.items():
+    extra = dict.fromkeys(extra_columns, (np.dtype(np.int64), -1))
+    for name, (dtype, fill) in (COLUMNS | extra).items():
         group.create_array(
             name,
             shape=column_shape(name, layout.n_samples, layout.key_bytes),

@@ -1,7 +1,7 @@
 """GradProjLora in a training loop: projected gradients of every sample, in a store."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from gradproj.store.append_store import (
     choose_rows,
     create_row_store,
     holds_rows,
-    layers_as_json,
 )
 from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
 from gradproj.store.writer import pack_matrices
@@ -225,7 +224,7 @@ class GradProjLoraTraining(TrainingEngine):
         settings = self.context.settings
         projection = settings.projection
         return {
-            "layers": layers_as_json(self._layers),
+            "layers": [asdict(layer) for layer in self._layers],
             "domains": [],
             "projection": {**vars(projection)},
             "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
