@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, no network, small models."""
+"""Settings and fixtures of all tests: one thread, no network, a finished job."""
 
 import os
 
@@ -10,12 +10,12 @@ import torch
 
 torch.set_num_threads(1)
 
-# What outputs.py makes needs transformers and zarr: imported by the tests that ask for it.
+# The fixtures import helpers.outputs lazily: it needs transformers and zarr.
 
 
 @pytest.fixture(scope="session")
 def job(tmp_path_factory):
-    """``output``, ``corpus``, ``model`` of one finished job, for all tests: not to be changed."""
+    """``output``, ``corpus`` and ``model`` of one finished job, shared by all tests. Read only."""
     from helpers.outputs import finished_job
 
     return finished_job(tmp_path_factory.mktemp("finished"))
@@ -23,7 +23,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture
 def output(job, tmp_path):
-    """A copy of the finished job's output, to be changed."""
+    """A copy of the finished job's output, which a test may change."""
     from helpers.outputs import copy_of
 
     return copy_of(job.output, tmp_path)
@@ -31,7 +31,7 @@ def output(job, tmp_path):
 
 @pytest.fixture
 def process():
-    """A living process of this machine, to be killed."""
+    """A running process of this machine, which a test may kill."""
     from helpers.outputs import sleeping_process
 
     running = sleeping_process()
@@ -42,7 +42,7 @@ def process():
 
 @pytest.fixture
 def no_stale_wait(monkeypatch):
-    """A foreign owner is taken for dead at the first look."""
+    """Claims of other hosts count as stale at the first look."""
     from gradproj.coordinator import heartbeats as heartbeats_module
 
     monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)
@@ -51,5 +51,5 @@ def no_stale_wait(monkeypatch):
 
 @pytest.fixture
 def no_fsync(monkeypatch):
-    """Nobody crashes here, so the flushes are only waited for."""
+    """Skip fsync, for tests without a crash."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)

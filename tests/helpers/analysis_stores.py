@@ -1,4 +1,4 @@
-"""Small stores whose every answer can be computed by hand, and the slow, obvious float64 way to do so."""
+"""Small stores, and the slow, dense float64 way to every score over them."""
 
 from pathlib import Path
 
@@ -12,19 +12,20 @@ from gradproj.store.writer import encode_rows, update_attributes, write_array, w
 WIDTHS = ((2, 3), (4, 2), (3, 3))
 NAMES = [layer.name for layer in make_layers(list(WIDTHS))]
 N_SAMPLES, N_TOKENS = 70, 900
-MISSING_UNIT, EMPTY = 2, (5, 40 + 25)  # rows 32 to 47, and two documents that have no text
+# Rows 32 to 47 are missing, and two documents have no text.
+MISSING_UNIT, EMPTY = 2, (5, 40 + 25)
 
 
 def make_store(
     path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **settings: object
 ) -> Output:
-    """70 rows in shards of 16 (the last of 6), one unit missing, two rows empty; token covariances of its own."""
+    """Write 70 rows in shards of 16, one unit missing, two rows empty, with token covariances."""
     output = Output(
         path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype, **settings)
     )
     generator = np.random.default_rng(7)
     scale = sizes ** generator.uniform(-1, 1, (N_SAMPLES, 1))
-    # Layers of different scales, and correlated values, so that a preconditioner has something to do.
+    # Layers of different scales and correlated values, so that a preconditioner changes scores.
     mixed = generator.standard_normal((N_SAMPLES, output.layout.dim)) @ generator.standard_normal(
         (output.layout.dim, output.layout.dim)
     )
@@ -53,19 +54,19 @@ def make_store(
 
 
 def rewrite_rows(output: Output) -> None:
-    """Write what ``output.stored`` and ``output.row_scale`` have become."""
+    """Write ``output.stored`` and ``output.row_scale`` to the store again."""
     for unit in range(output.layout.n_units):
         if unit != MISSING_UNIT:
             (output.path / output.layout.shard_name(unit)).unlink()
             output.commit(unit)
     with ProjectionStore(output.path) as store:
-        there = store.column("status") > 0
-    row_scale = np.where(there, output.row_scale, np.nan).astype(np.float32)
+        present = store.column("status") > 0
+    row_scale = np.where(present, output.row_scale, np.nan).astype(np.float32)
     write_column_block(output.store_path, output.layout, 0, {"row_scale": row_scale})
 
 
 def columns_of(layers: list[str] | None) -> np.ndarray:
-    """Positions in a row of the layers' values, one layer after the other."""
+    """Return the positions of the layers' values in a row, layer by layer."""
     chosen = {layer.name: layer for layer in make_layers(list(WIDTHS))}
     return np.concatenate(
         [np.arange(chosen[name].slice_start, chosen[name].slice_end) for name in layers or NAMES]
@@ -73,7 +74,7 @@ def columns_of(layers: list[str] | None) -> np.ndarray:
 
 
 def ok_rows(output: Output) -> np.ndarray:
-    """``(N,)`` bool: documents that have a row and a gradient."""
+    """Return ``(N,)`` bool: documents with a row and a gradient."""
     ok = np.ones(N_SAMPLES, bool)
     ok[MISSING_UNIT * 16 : MISSING_UNIT * 16 + 16] = False
     ok[list(EMPTY)] = False
@@ -83,7 +84,7 @@ def ok_rows(output: Output) -> np.ndarray:
 def dense_curvature(
     output: Output, kind: str, c: float, layers: list[str] | None = None
 ) -> np.ndarray:
-    """The damped curvature as one matrix of all chosen values, block diagonal, float64, undamped inverse's own."""
+    """Return the damped curvature of all chosen values as one block-diagonal float64 matrix."""
     rows = output.decoded().astype(np.float64)[ok_rows(output)]
     with ProjectionStore(output.path) as store:
         s, a = (store.array(f"token_covariance_{name}") / N_TOKENS for name in "sa")
@@ -122,22 +123,23 @@ def dense_scores(
     layers: list[str] | None = None,
     kind: str = "kfac",
 ) -> np.ndarray:
-    """``(Q, N)`` float64 by the definitions, NaN where there is no row."""
+    """Return ``(Q, N)`` float64 scores by their definitions, NaN without a row."""
     columns = columns_of(layers)
-    rows, asked = (
-        output.decoded().astype(np.float64)[:, columns],
-        queries.astype(np.float64)[:, columns],
-    )
+    rows = output.decoded().astype(np.float64)[:, columns]
+    queries = queries.astype(np.float64)[:, columns]
     if score == "dot":
-        values = asked @ rows.T
+        values = queries @ rows.T
     elif score == "cosine":
         values = (
-            asked @ rows.T / np.linalg.norm(asked, axis=1)[:, None] / np.linalg.norm(rows, axis=1)
+            queries
+            @ rows.T
+            / np.linalg.norm(queries, axis=1)[:, None]
+            / np.linalg.norm(rows, axis=1)
         )
     else:
         kind = {"kfac": "kfac", "preconditioned": "second_moment"}.get(score, kind)
         inverse = np.linalg.inv(dense_curvature(output, kind, c, layers))
-        values = asked @ inverse @ rows.T
+        values = queries @ inverse @ rows.T
         if score == "relatif":
             values /= np.sqrt(np.einsum("nd,de,ne->n", rows, inverse, rows))
     values[:, ~ok_rows(output)] = np.nan

@@ -1,4 +1,4 @@
-"""Jobs that are killed again and again at random moments, and the laws that their store keeps in the end."""
+"""Kill jobs at random moments until their store is complete, then check the store."""
 
 import json
 import shutil
@@ -36,14 +36,14 @@ T = TypeVar("T")
 SIGNALS = {"KILL": 0.5, "TERM": 0.28, "INT": 0.11, "USR1": 0.11}
 TARGETS = {"worker": 0.45, "launcher": 0.25, "job": 0.3}
 MOMENTS = {"start": 0.2, "loop": 0.3, "records": 0.35, "merge": 0.15}
-"""Any time from the launch on; any time once a rank is at work; as soon as some records have appeared; while the
-last process merges. Besides, half of those that leave are met by a second kill on their way ("leaving")."""
+"""When a signal is sent: after the launch, once a rank works, after some new records, during the
+merge. Besides, half of the jobs that are shutting down get a second kill ("leaving")."""
 
 RANKS = {1: {1: 0.3, 2: 0.4, 3: 0.15, 4: 0.15}, 2: {2: 1.0}}
-"""Jobs at once -> world sizes of each. Most of a start's time goes into imports, for each rank."""
+"""Concurrent jobs -> probabilities of their world sizes. Imports dominate a start's time."""
 
 PATIENCE_S = 900.0
-"""No job of these tests stands still for so long unless it hangs."""
+"""A job that makes no progress for this long hangs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Kill:
 
 @dataclass
 class Tally:
-    """What was done to all stores so far. The threads of two jobs share it."""
+    """Signals and starts so far, over all stores. Shared by the threads of two jobs."""
 
     most: int
     kills: list[Kill] = field(default_factory=list)
@@ -67,9 +67,9 @@ class Tally:
     """World size -> launches."""
     stores: int = 0
     gone_s: dict[str, float] = field(
-        default_factory=lambda: {"launcher killed": 0.0, "told to stop": 0.0}
+        default_factory=lambda: {"launcher killed": 0.0, "stop signal": 0.0}
     )
-    """The longest that it took until all processes were gone."""
+    """Longest times until all processes had exited."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, kill: Kill) -> None:
@@ -81,9 +81,9 @@ class Tally:
 
     def table(self, seed: int, seconds: float) -> str:
         lines = [
-            f"{len(self.kills)} kills, {sum(self.starts.values())} starts, {self.stores} stores completed, "
+            f"{len(self.kills)} kills, {sum(self.starts.values())} starts, "
+            f"{self.stores} stores completed, {seconds / 60:.1f} min, seed {seed}"
         ]
-        lines[0] += f"{seconds / 60:.1f} min, seed {seed}"
         lines.append("            " + "".join(f"{target:>10}" for target in TARGETS) + "       all")
         for name in SIGNALS:
             row = [sum(k.signal == name and k.target == t for k in self.kills) for t in TARGETS]
@@ -108,7 +108,7 @@ def choose(rng: np.random.Generator, weights: dict[T, float]) -> T:
 
 
 class Killer:
-    """Starts a job on one store again and again, and kills it, until the store is complete."""
+    """Starts and kills jobs on one store until it is complete."""
 
     def __init__(
         self, scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int
@@ -116,7 +116,7 @@ class Killer:
         self._scene, self._output, self._tally, self._rng = scene, output, tally, rng
         self._jobs, self._start_s = jobs, 6.0
         self.ended_in_order = False
-        """Whether the last start came to its end undisturbed."""
+        """True if the last start ended without a signal."""
 
     def run(self) -> "Killer":
         while not merged(self._output):
@@ -137,7 +137,8 @@ class Killer:
         while not self._tally.is_over() and self._wait_for(job, moment := self._choose_moment()):
             name = choose(self._rng, SIGNALS)
             if name == "INT" and not job.workers():
-                # While torchrun itself imports, some module's `except:` may swallow a KeyboardInterrupt (2 of 70).
+                # While torchrun imports, a module's bare `except:` may swallow a
+                # KeyboardInterrupt (2 of 70).
                 name = "TERM"
             kill = Kill(name, choose(self._rng, TARGETS), moment, job.ranks, self._jobs)
             if not job.send(getattr(signal, f"SIG{kill.signal}"), kill.target, self._rng):
@@ -145,21 +146,21 @@ class Killer:
             self._tally.add(kill)
             self.ended_in_order = False
             if kill.target == "worker":
-                continue  # torchrun starts all again, or the others finish, or the job ends
-            self._see_it_end(job, kill)
+                continue  # torchrun restarts all, or the others finish, or the job ends
+            self._check_shutdown(job, kill)
             return
         job.wait_until_gone(PATIENCE_S)
         if self.ended_in_order:
             assert job.process.returncode == 0, job.log_text()
             assert self._jobs > 1 or merged(self._output), job.log_text()
 
-    def _see_it_end(self, job: Job, kill: Kill) -> None:
-        """The job must be gone in time, also where something is killed on its way out."""
+    def _check_shutdown(self, job: Job, kill: Kill) -> None:
+        """Check that the job exits in time, even if a process is killed on its way out."""
         sent = time.monotonic()
         killed = kill.signal == "KILL"
         if self._rng.random() < 0.5:
             time.sleep(self._rng.uniform(0, 1))
-            # Not a second signal to all: that would end the job at once, if it came late enough.
+            # Not a second stop signal to all: after a few seconds that ends a job at once.
             target = (
                 "worker"
                 if killed
@@ -170,8 +171,8 @@ class Killer:
                 if target == "launcher":
                     killed, sent = True, time.monotonic()
         job.wait_until_gone((ORPHAN_S if killed else DRAIN_S) - (time.monotonic() - sent))
-        what = "launcher killed" if killed else "told to stop"
-        self._tally.gone_s[what] = max(self._tally.gone_s[what], time.monotonic() - sent)
+        cause = "launcher killed" if killed else "stop signal"
+        self._tally.gone_s[cause] = max(self._tally.gone_s[cause], time.monotonic() - sent)
 
     def _choose_moment(self) -> str:
         left = self._scene.n_units - n_records(self._output)
@@ -182,7 +183,7 @@ class Killer:
         return choose(self._rng, {**MOMENTS, "merge": 0.8})
 
     def _wait_for(self, job: Job, moment: str) -> bool:
-        """Return at the moment to kill; False: the job ended before."""
+        """Wait for the moment to kill. Returns False if the job ended first."""
         rng = self._rng
         if moment == "start":
             return self._sleep(job, rng.uniform(0, self._start_s))
@@ -208,7 +209,7 @@ class Killer:
         while job.is_running():
             if condition():
                 return True
-            assert time.monotonic() < deadline, f"nothing happens any more\n{job.log_text()}"
+            assert time.monotonic() < deadline, f"the job makes no progress\n{job.log_text()}"
             time.sleep(0.003)
         return False
 
@@ -229,13 +230,13 @@ def merge_claims(output: Path) -> list[str]:
     return [path.name for path in (output / "claims").glob("merge.*")]
 
 
-# --- laws ---
+# --- checks ---
 
 
 def fill_under_kills(
     scene: Scene, output: Path, tally: Tally, rng: np.random.Generator, jobs: int
 ) -> None:
-    """Have one job, or two at once, fill a store under kills, and hold the laws against it."""
+    """Fill a store with one or two jobs under kills, then compare it with an undisturbed one."""
     killers = [Killer(scene, output, tally, child, jobs) for child in rng.spawn(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(killer.run) for killer in killers]
@@ -246,9 +247,9 @@ def fill_under_kills(
 
 
 def assert_as_undisturbed(scene: Scene, output: Path, ended_in_order: bool = True) -> None:
-    """The finished store is that of an undisturbed job, and nothing else is left of those that died.
+    """Check that the finished store equals an undisturbed job's and that no other file is left.
 
-    Where the last process was killed too, what it left is found by the next start.
+    If the last process was killed too, the next start cleans up.
     """
     assert processes_with(str(output)) == []
     if not ended_in_order:
@@ -269,7 +270,7 @@ def assert_as_undisturbed(scene: Scene, output: Path, ended_in_order: bool = Tru
 
 
 def statistics(output: Path) -> dict[str, Any]:
-    """``projection_stats.json`` without what the clock says."""
+    """Return ``projection_stats.json`` without times."""
     return {
         k: v
         for k, v in json.loads((output / "projection_stats.json").read_text()).items()

@@ -21,20 +21,21 @@ from gradproj.corpus.prepare import PrepareConfig, prepare
 
 WORDS = re.findall(
     r"\w+",
-    "the of and to in is that it was for on are as with they be at one have this from or had by hot but some what "
-    "there we can out other were all your when up use word how said an each she which do their time if will way "
-    "about many then them would write like so these her long make thing see him two has look more day could go",
+    "the of and to in is that it was for on are as with they be at one have this from or had by "
+    "hot but some what there we can out other were all your when up use word how said an each she "
+    "which do their time if will way about many then them would write like so these her long make "
+    "thing see him two has look more day could go",
 )
 
 
 def words(n: int, seed: int) -> str:
-    """``n`` seeded words."""
+    """Return ``n`` seeded words."""
     generator = np.random.default_rng(seed)
     return " ".join(WORDS[i] for i in generator.integers(0, len(WORDS), n))
 
 
 def mixed_documents(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Documents of 1 to 60 words in three domains, in the Pile's format."""
+    """Return documents of 1 to 60 words in three domains, in the Pile's format."""
     generator = np.random.default_rng(seed)
     return [
         {
@@ -92,14 +93,14 @@ def plain_members(n: int, first: int = 0) -> Members:
 
 
 def slow_samples(path: Path) -> list[dict]:
-    """What webdataset itself makes of a whole tar."""
+    """Read a whole tar with webdataset."""
     with open(path, "rb") as file:
         members = ({**member, "__url__": path.name} for member in tar_file_iterator(file))
         return list(group_by_keys(members))
 
 
 def slow_offsets(path: Path) -> dict[str, int]:
-    """Each member's first header, by name, from the standard library."""
+    """Return the offset of each member's first header by name, from the standard library."""
     with tarfile.open(path) as tar:
         return {info.name: info.offset for info in tar}
 
@@ -121,7 +122,7 @@ def slow_crc(keys: list[str]) -> int:
 def header(
     name: bytes, n_bytes: int, kind: bytes = b"0", size: bytes = b"", magic: bytes = b"ustar\x0000"
 ) -> bytes:
-    """One header by hand, for what the standard library does not write."""
+    """Build a header that the standard library does not write."""
     head = bytearray(BLOCK)
     head[: len(name)] = name
     head[124:136] = size or b"%011o\0" % n_bytes
@@ -153,7 +154,7 @@ def write_jsonl(path, values, **options):
 
 
 def write_as(kind, folder, values):
-    """One input of the given kind that holds ``values``; the name to pass to prepare."""
+    """Write ``values`` as an input of the given kind. Returns its name for prepare."""
     folder.mkdir()
     raw = b"".join(line_of(value, ensure_ascii=False) for value in values)
     if kind == ".jsonl.gz":
@@ -182,7 +183,7 @@ def run_prepare(inputs, output_dir, **settings):
 
 
 def read_back(output_dir):
-    """(key, document) of every sample, as webdataset reads the tars in sorted order."""
+    """Return ``(key, document)`` of every sample, read by webdataset, tars in sorted order."""
     urls = sorted(str(path) for path in Path(output_dir).glob("*.tar"))
     dataset = webdataset.WebDataset(urls, shardshuffle=False).decode()
     return [(sample["__key__"], sample["json"]) for sample in dataset]

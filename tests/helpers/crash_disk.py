@@ -1,4 +1,4 @@
-"""A folder as a crash of the machine would leave it: what was not flushed is lost, torn, or there by luck."""
+"""States in which a machine's crash can leave a folder: unsynced data is lost, torn or kept."""
 
 import os
 import stat
@@ -13,33 +13,34 @@ Tree = dict[str, bytes | None]
 """Path -> content; None for a folder."""
 
 Names = dict[str, int]
-"""What a folder holds: name -> number of the file or folder."""
+"""Entries of a folder: name -> inode."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a crash leaves."""
+    """The state after a crash."""
 
     tree: Tree
     promised: dict[str, bytes]
-    """Path -> content of what has to be in the tree."""
+    """Path -> content that must be in the tree."""
 
 
 class Disk:
-    """Follows every change below a folder, and what of it has been flushed.
+    """Follows every change below a folder and every fsync.
 
-    Each file and folder is held open, so that its number stays its own and a deleted file can still be read.
+    Each file and folder is held open, so that its inode is not reused and a deleted file can still
+    be read.
 
     Args:
         root: the folder.
-        one_by_one: also the states in which a single name was flushed by luck, or as the only one was not.
+        one_by_one: also the states in which a single unsynced name is kept, or a single one lost.
     """
 
     def __init__(self, root: Path, one_by_one: bool = True) -> None:
         self.states: dict[str, State] = {}
-        """Every state that some crash could have left, by the change that it came before and how it came about."""
+        """Every possible state after a crash, keyed by the next change and the kind of loss."""
         self.promised: dict[str, bytes] = {}
-        """Filled by the test: what must survive from now on."""
+        """Filled by the test: files that must survive from now on."""
         self.changes: list[str] = []
         self._seen: set[int] = set()
         self.root, self._one_by_one = root, one_by_one
@@ -49,7 +50,7 @@ class Disk:
 
     @contextmanager
     def recording(self) -> Iterator["Disk"]:
-        """Note the states that a crash before any change inside could leave, and those at the end."""
+        """Record the states after a crash before each change in the block, and at its end."""
         with before_each_change(self._before):
             yield self
         self._crash("the end")
@@ -57,18 +58,18 @@ class Disk:
             os.close(handle)
 
     def keep(self) -> "Disk":
-        """Everything that is there now is flushed."""
+        """Count everything that exists now as synced."""
         self._look(self.root)
         for number in self._handles:
             self._flushed[number] = self._content(number)
         return self
 
     def promise(self, path: Path) -> None:
-        """A file has to be there from now on, as it is."""
+        """Require a file, with its present content, from now on."""
         self.promised[self._inside(path)] = path.read_bytes()
 
     def release(self, path: Path) -> None:
-        """A file may go now."""
+        """Stop requiring a file."""
         self.promised.pop(self._inside(path), None)
 
     def _inside(self, path: object) -> str:
@@ -90,37 +91,35 @@ class Disk:
         self._note(f"{change}: killed", root, frozenset(), 1.0)
         self._note(f"{change}: contents torn", root, frozenset(), 0.5)
         self._note(f"{change}: contents lost", root, frozenset(), 0.0)
-        self._note(f"{change}: all that was not flushed lost", root, pending, 0.0)
+        self._note(f"{change}: all unsynced data lost", root, pending, 0.0)
         for folder, name in pending if self._one_by_one and len(pending) > 1 else ():
-            self._note(f"{change}: {name} not flushed", root, frozenset({(folder, name)}), 0.0)
-            self._note(
-                f"{change}: only {name} flushed by luck", root, pending - {(folder, name)}, 0.0
-            )
+            self._note(f"{change}: {name} lost", root, frozenset({(folder, name)}), 0.0)
+            self._note(f"{change}: only {name} kept", root, pending - {(folder, name)}, 0.0)
 
-    def _note(self, how: str, root: int, lost: frozenset[tuple[int, str]], kept: float) -> None:
+    def _note(self, event: str, root: int, lost: frozenset[tuple[int, str]], kept: float) -> None:
         tree = dict(self._tree(root, "", lost, kept))
-        # What is in a scratch folder is never looked into, but for whose it is: one state stands for many.
+        # Nothing reads scratch folders but their owner file, so one state stands for many.
         same = {
             p: None if "/tmp/" in p and not p.endswith("owner.json") else c for p, c in tree.items()
         }
         key = hash((tuple(sorted(same.items())), tuple(sorted(self.promised))))
         if key not in self._seen:
             self._seen.add(key)
-            self.states[f"{len(self.changes)} {how}"] = State(tree, dict(self.promised))
+            self.states[f"{len(self.changes)} {event}"] = State(tree, dict(self.promised))
 
     def _look(self, path: Path | str) -> int:
-        found = os.stat(path)
-        if found.st_ino not in self._handles:
-            self._handles[found.st_ino] = os.open(path, os.O_RDONLY)
-        if stat.S_ISDIR(found.st_mode):
+        status = os.stat(path)
+        if status.st_ino not in self._handles:
+            self._handles[status.st_ino] = os.open(path, os.O_RDONLY)
+        if stat.S_ISDIR(status.st_mode):
             with os.scandir(path) as entries:
-                self._names[found.st_ino] = {
+                self._names[status.st_ino] = {
                     entry.name: self._look(entry.path) for entry in entries
                 }
-        return found.st_ino
+        return status.st_ino
 
     def _pending(self) -> Iterator[tuple[int, str]]:
-        """Folders and the names in them that a crash now could lose, or bring back."""
+        """Yield ``(folder, name)`` that a crash now could lose, or restore."""
         for folder, now in self._names.items():
             then = self._flushed_names(folder)
             for name in now.keys() | then.keys():
@@ -152,7 +151,7 @@ class Disk:
                 yield from self._tree(inside, f"{path}/{name}", lost, kept)
 
     def _data(self, number: int, kept: float) -> bytes:
-        """A file's content, of which only a share was kept where it is not as it was flushed."""
+        """Return a file's content: the synced one, else the kept fraction of the present one."""
         flushed, content = self._flushed.get(number), self._content(number)
         assert isinstance(content, bytes)
         if kept == 1:
@@ -161,7 +160,7 @@ class Disk:
 
 
 def put(tree: Tree, folder: Path) -> None:
-    """Make the files and folders of a tree."""
+    """Create the files and folders of a tree."""
     for path, content in sorted(tree.items()):
         here = Path(f"{folder}{path}")
         if content is None:

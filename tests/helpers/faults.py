@@ -1,4 +1,4 @@
-"""Stores that are filled without a model, and ways to interrupt whoever fills them."""
+"""Fill stores without a model, and interrupt the processes that fill them."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ LAYERS = [
 def make_store(
     output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY
 ):
-    """A job's output with an empty store, as a start leaves it; its layout."""
+    """Create an output with an empty store, as a start leaves it. Returns the layout."""
     layout = plan_layout(n_samples, [6, 6], 12, StoreConfig(rows_per_shard=rows_per_shard))
     for folder in FOLDERS:
         (output / folder).mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make_store(
 
 
 def fake_rows(layout: Any, unit: int, writer: int = 0, identity: str = IDENTITY) -> UnitRows:
-    """A unit's rows as one writer computes them: another writer's differ, as on devices that are not deterministic."""
+    """Return a unit's rows. Another writer's differ, as on devices that are not deterministic."""
     start, stop = layout.unit_range(unit)
     generator = np.random.default_rng([unit, writer])
     stored, scale = encode_rows(
@@ -92,22 +92,22 @@ def fake_rows(layout: Any, unit: int, writer: int = 0, identity: str = IDENTITY)
 
 
 def fake_owner(number: int, **changes: Any) -> Owner:
-    """A process of a machine of its own, of which others know nothing but its heartbeat."""
+    """Return an owner on another machine, of which only the heartbeat is visible."""
     here = Owner.this_process(f"job{number}", 0, number)
     away = {"host": f"host{number}", "machine": f"machine{number}", "boot_id": f"boot{number}"}
     return dataclasses.replace(here, **{**away, **changes})
 
 
 def dead_owner(**changes: Any) -> Owner:
-    """A process of this machine that has ended."""
+    """Return the owner of a process of this machine that has exited."""
     process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
-    known = {"pid": process.pid, "pid_start": process_start(process.pid)}
+    identity = {"pid": process.pid, "pid_start": process_start(process.pid)}
     process.communicate(b"\n")
-    return dataclasses.replace(Owner.this_process("gone", 0, 0), **known, **changes)
+    return dataclasses.replace(Owner.this_process("gone", 0, 0), **identity, **changes)
 
 
 def fill(output: Path, layout: Any, owner: Owner, writer: int = 0, **options: Any) -> bool:
-    """What a rank does, without a model; whether the store is complete then."""
+    """Do a rank's work without a model. Returns whether the store is complete."""
     queue = UnitQueue(output, layout, IDENTITY, range(layout.n_units), owner, **options)
     try:
         for unit in queue.take():
@@ -118,26 +118,26 @@ def fill(output: Path, layout: Any, owner: Owner, writer: int = 0, **options: An
 
 
 def inconsistent_units(output: Path, layout: Any) -> list[str]:
-    """Units whose record is not of the shard that is there, or of rows by two writers."""
-    found = []
+    """List units whose record does not match their shard, or with rows of two writers."""
+    problems = []
     for unit in list_records(output / "units").tolist():
         record = read_record(output / record_name(unit))
         if record.shard != file_sum(output / layout.shard_name(unit)):
-            found.append(f"unit {unit}: the shard is not its record's")
+            problems.append(f"unit {unit}: the shard is not its record's")
         if len(set(record.columns["loss"].tolist())) != 1:
-            found.append(f"unit {unit}: rows of several writers")
-    return found
+            problems.append(f"unit {unit}: rows of several writers")
+    return problems
 
 
 # --- interruptions ---
 
 CHANGING = ("fsync", "link", "mkdir", "remove", "rename", "replace", "rmdir", "unlink")
-"""Functions of ``os`` that change what is on disk, or make it last."""
+"""Functions of ``os`` that change the disk or sync it."""
 
 
 @contextmanager
 def before_each_change(hook: Callable[[str, tuple], None]) -> Iterator[None]:
-    """Call ``hook(function's name, its arguments)`` before every change of the file system, in whatever thread."""
+    """Call ``hook(function name, arguments)`` before every change of the disk, in any thread."""
     originals = {name: getattr(os, name) for name in CHANGING}
 
     def interposed(name: str) -> Callable:
@@ -158,7 +158,7 @@ def before_each_change(hook: Callable[[str, tuple], None]) -> Iterator[None]:
 
 @contextmanager
 def at_change(number: int, action: Callable[[], None]) -> Iterator[itertools.count]:
-    """Call ``action`` once, before this thread's change of that number (from 0); gives the count of changes."""
+    """Call ``action`` once, before this thread's change ``number``. Yields a count of changes."""
     thread, counter, busy = threading.get_ident(), itertools.count(), []
 
     def hook(name: str, args: tuple) -> None:

@@ -1,8 +1,8 @@
-"""Ranks without the seconds that their imports take: a process that has imported everything forks one per rank.
+"""Ranks without the seconds of their imports: a parent that has imported everything forks them.
 
-Each is a process of its own, with a pid, an end and an environment of its own, and runs the real command to its real
-exit. Nothing but imported code is shared: the parent runs nothing, starts no thread, and does not import the job's
-own modules, which note at their import who started the process.
+Each rank is a process with its own pid and environment, and runs the real command to its real exit.
+Only imported code is shared: the parent runs nothing, starts no thread, and does not import the
+modules that note at import which process started them.
 """
 
 import gc
@@ -24,26 +24,26 @@ from helpers.jobs import ENVIRONMENT
 from gradproj.coordinator import fault_points
 
 PATIENCE_S = 60
-"""For a rank to end; then all are killed."""
+"""Time for a rank to exit; then all are killed."""
 
 SIGNALS = {"stop_at": signal.SIGTERM, "kill_at": signal.SIGKILL}
 
 
 @dataclass
 class FinishedProcess:
-    """A process that has ended."""
+    """A process that has exited."""
 
     rank: int
     status: int
     """Exit code, or minus the signal's number."""
     steps: list[str]
-    """The steps of the protocol that it came to, in order."""
+    """Fault points that it reached, in order."""
     output: str
-    """What it said."""
+    """Standard output and error."""
 
 
 class Ranks:
-    """Starts ranks and waits for them. A context manager: leaving it ends the parent and what is left."""
+    """Starts ranks and waits for them. Leaving the context kills the parent and all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
@@ -53,7 +53,7 @@ class Ranks:
         command = [sys.executable, "-m", "helpers.forked_ranks"]
         environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         pipe = subprocess.PIPE
-        # In a session of its own: all that it starts is found by that.
+        # In its own session, by which all ranks are found.
         self._parent = subprocess.Popen(
             command, env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
         )
@@ -64,7 +64,7 @@ class Ranks:
         self._parent.communicate()
 
     def alive(self) -> list[int]:
-        """Processes of this session besides the parent of all."""
+        """Return the living processes of the session except the parent."""
         found = []
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
             with suppress(ProcessLookupError):
@@ -72,27 +72,27 @@ class Ranks:
                     found.append(pid)
         return found
 
-    def start(self, argv: list[str], rank: int = 0, **how: Any) -> None:
+    def start(self, argv: list[str], rank: int = 0, **options: Any) -> None:
         """Start a process.
 
         Args:
             argv: module and arguments, as after ``python -m``.
-            rank: by which it is called here.
-            how: ``environment``: variables for it; ``kill_at``: the step at which it ends itself by -9;
-                ``stop_at``: the step at which it sends itself SIGTERM, once; only after that it looks for the other;
-                ``changes``: where to write a ``ChangeLog``.
+            rank: the number to report in ``FinishedProcess``.
+            options: ``environment``: more variables; ``kill_at``: the fault point at which it kills
+                itself (-9); ``stop_at``: the one at which it sends itself SIGTERM, once, before it
+                looks for ``kill_at``; ``changes``: the path of a ``ChangeLog``.
         """
         self._number += 1
         files = self._folder / str(self._number)
-        pid = self._ask({"argv": argv, "files": str(files), **how})
+        pid = self._ask({"argv": argv, "files": str(files), **options})
         self._running[pid] = (rank, files)
 
     def running(self) -> int:
-        """How many have not been waited for."""
+        """Return the number of ranks that have not been waited for."""
         return len(self._running)
 
     def wait_for_one(self) -> FinishedProcess:
-        """Wait for whichever running process ends first."""
+        """Wait for the next rank to exit."""
         timer = threading.Timer(
             PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running]
         )
@@ -104,11 +104,11 @@ class Ranks:
         return FinishedProcess(rank, os.waitstatus_to_exitcode(status), steps.splitlines(), output)
 
     def wait_for_all(self) -> list[FinishedProcess]:
-        """Wait for every running process; in the order of their ends."""
+        """Wait for every rank; in the order of their exits."""
         return [self.wait_for_one() for _ in list(self._running)]
 
     def kill_all(self) -> list[FinishedProcess]:
-        """-9 to every running process."""
+        """Kill every rank (-9) and wait for it."""
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
         return self.wait_for_all()
@@ -127,7 +127,7 @@ class Ranks:
 
 
 def serve() -> None:
-    """Fork on request, until the other end is closed. A forked process returns from here to run its command."""
+    """Fork on request until standard input is closed. The forked process runs its command."""
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -143,7 +143,7 @@ def serve() -> None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Be the process that was asked for."""
+    """Run a request in the forked process."""
     files = Path(request["files"])
     for number, path in ((0, os.devnull), (1, files.with_suffix(".out"))):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -160,7 +160,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def listen(log: int, request: dict[str, Any]) -> None:
-    """Note each step, and end the process where that was asked for."""
+    """Log each fault point, and send the requested signals."""
     to_come = [(request[name], number) for name, number in SIGNALS.items() if name in request]
 
     def at(step: str) -> None:
@@ -172,9 +172,9 @@ def listen(log: int, request: dict[str, Any]) -> None:
 
 
 class ChangeLog:
-    """Writes a line of JSON for each flush, and for each new name that something is given (``publish``).
+    """Writes a line of JSON for each fsync (``flush``) and each link or rename (``publish``).
 
-    ``[thread, what, old name, new name, {file by its old name: its content's sum}]``
+    ``[thread, kind, old name, new name, {file by its old name: hash of its content}]``
     """
 
     def __init__(self, path: Path) -> None:
@@ -193,12 +193,12 @@ class ChangeLog:
         )
         return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
-    def _note(self, *what: object) -> None:
-        os.write(self._file, (json.dumps([threading.get_ident(), *what]) + "\n").encode())
+    def _note(self, *entry: object) -> None:
+        os.write(self._file, (json.dumps([threading.get_ident(), *entry]) + "\n").encode())
 
 
 def import_everything() -> None:
-    """All that a rank imports, but for what notes who its parent is."""
+    """Import everything that a rank needs, except modules that note their parent process."""
     import transformers.models.llama.modeling_llama
 
     import gradproj.coordinator.progress
@@ -213,7 +213,7 @@ def import_everything() -> None:
     assert transformers
     assert "gradproj.job.shutdown" not in sys.modules
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in the forked processes"
-    gc.freeze()  # what is shared is never collected: that would touch all of it, and copy it, at every end
+    gc.freeze()  # collecting shared objects at every exit would touch, and so copy, all their pages
 
 
 if __name__ == "__main__":

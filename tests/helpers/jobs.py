@@ -1,4 +1,4 @@
-"""Real corpora, models and jobs for the tests, all made on the spot."""
+"""Run jobs as a user does, find their processes, send them signals, compare their stores."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ assert gradproj.store
 
 
 def flags(**settings: Any) -> list[str]:
-    """Keyword arguments as command-line flags; True is a bare flag."""
+    """Return keyword arguments as command-line flags; True is a bare flag."""
     given = []
     for name, value in settings.items():
         given += [f"--{name}"] if value is True else [f"--{name}", str(value)]
@@ -37,7 +37,7 @@ ENVIRONMENT = {
 
 
 def job_command(ranks: int, **settings: Any) -> list[str]:
-    """The job's command line: torchrun for several ranks, plain Python for one."""
+    """Return the job's command line: torchrun for several ranks, plain Python for one."""
     module = ["-m", "gradproj.run", *flags(**{"device": "cpu", **settings})]
     if ranks == 1:
         return [sys.executable, *module]
@@ -54,7 +54,7 @@ def job_command(ranks: int, **settings: Any) -> list[str]:
 def run_job(
     ranks: int = 1, expect: int | None = 0, timeout: float = 120, **settings: Any
 ) -> subprocess.CompletedProcess:
-    """Run the job to its end; fails the test on another exit code than ``expect`` (None: any)."""
+    """Run the job and check that it exits with ``expect`` (None: any code)."""
     done = subprocess.run(
         job_command(ranks, **settings),
         env=ENVIRONMENT,
@@ -69,32 +69,32 @@ def run_job(
 
 
 def arrays_of(output: Path) -> dict[str, bytes]:
-    """Every array of a store, as bytes of its values read by plain zarr."""
+    """Return the bytes of every array of a store, read by plain zarr."""
     group = zarr.open_group(str(output / "projections.zarr"), mode="r")
     return {name: np.ascontiguousarray(array[...]).tobytes() for name, array in group.arrays()}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
-    """Every array of two stores is equal bit by bit."""
+    """Check that two stores have the same arrays, bit by bit."""
     first, second = arrays_of(a), arrays_of(b)
     assert sorted(first) == sorted(second)
     assert [name for name in first if first[name] != second[name]] == []
 
 
 MARK = "GRADPROJ_TEST_JOB"
-"""In the environment of all processes of a job: OUTPUT and a number. Orphans are found by it."""
+"""Environment variable in all processes of a job, by which orphans are found."""
 HANDLED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What the launch files tell torchrun to hand on."""
+"""Signals that the launch scripts have torchrun forward."""
 
 ORPHAN_S = 5.0
-"""The workers of a launcher that was killed by -9 are gone within this time."""
+"""Workers whose launcher was killed (-9) must exit within this time."""
 DRAIN_S = 20.0
-"""A job that was told to stop is gone within this time."""
+"""A job must exit within this time after a stop signal."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What the jobs compute, and the store of one that nobody disturbed."""
+    """Inputs and settings of jobs, and the output of an undisturbed one."""
 
     corpus: Path
     model: Path
@@ -119,18 +119,18 @@ class Scene:
 
 
 def processes_with(text: str) -> list[int]:
-    """Living processes with ``text`` in their command line or environment; not this one, nor zombies."""
-    found = []
+    """Return other processes with ``text`` in their command line or environment; no zombies."""
+    pids = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
-            known = b"".join(
+            content = b"".join(
                 Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")
             )
-        except OSError:  # ended meanwhile, or another user's
+        except OSError:  # exited, or another user's
             continue
-        if text.encode() in known and pid != os.getpid():
-            found.append(pid)
-    return found
+        if text.encode() in content and pid != os.getpid():
+            pids.append(pid)
+    return pids
 
 
 class Job:
@@ -174,11 +174,11 @@ class Job:
         return processes_with(self.mark)
 
     def workers(self) -> list[int]:
-        """The ranks that live."""
+        """Return the living ranks."""
         return [pid for pid in self.pids() if b"torch.distributed.run" not in _command_line(pid)]
 
     def is_at_work(self) -> bool:
-        """Whether one of its ranks has a heartbeat."""
+        """Return whether one of its ranks has a heartbeat."""
         for path in (self.output / "heartbeats").glob("*.json"):
             pid = int(path.stem.split("-")[-2])
             if _parent(pid) == self.process.pid:
@@ -186,7 +186,7 @@ class Job:
         return False
 
     def send(self, number: int, target: str, rng: np.random.Generator) -> bool:
-        """Send a signal to one worker, to torchrun alone or to all; whether any of them was there."""
+        """Signal one worker, torchrun alone or all. Returns False if there is no such process."""
         if target == "launcher":
             pids = [self.process.pid] if self.is_running() else []
         elif target == "worker":
@@ -195,12 +195,12 @@ class Job:
             pids = [int(pid) for pid in rng.permutation(self.pids())]
         sent = sum([_signal(pid, number) for pid in pids])
         while target == "job" and number == signal.SIGKILL and (pids := self.pids()):
-            # torchrun was in the middle of starting another.
+            # torchrun was starting another process.
             sent += sum([_signal(pid, number) for pid in pids])
         return sent > 0
 
     def wait_until_gone(self, seconds: float) -> float:
-        """Wait for the end of all its processes; the seconds it took."""
+        """Wait until all its processes have exited. Returns the seconds it took."""
         started = time.monotonic()
         while self.is_running() or self.pids():
             waited = time.monotonic() - started
@@ -214,7 +214,7 @@ class Job:
         return f"--- {self.log}\n{self.log.read_text(errors='replace')[-6000:]}"
 
     def end(self) -> None:
-        """Leave nothing behind, whatever a test found."""
+        """Kill whatever is left of the job."""
         for pid in self.pids():
             _signal(pid, signal.SIGKILL)
         self.process.kill()

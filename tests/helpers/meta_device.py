@@ -1,8 +1,8 @@
-"""A device that cannot be asked: torch's ``meta``, whose tensors have shapes and no values, watched for waits.
+"""Find operations that would make the host wait for a GPU, without a GPU: torch's ``meta`` device.
 
-What would make a CUDA program wait for its device either has no answer there (``item``, ``nonzero``, a copy to the
-host) or is noted on the way: copies from the host that are not from page-locked memory, boolean masks, tensors made of
-Python's numbers. So a loop that runs through here never waits, and no GPU is needed to know it.
+Its tensors have shapes and no values. An operation that waits for a CUDA device either fails on it
+(``item``, ``nonzero``, a copy to the host) or is recorded here: copies from host memory that is not
+page-locked, boolean masks, tensors made from Python numbers. So a loop that passes never waits.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ _MAKERS = ("tensor", "as_tensor", "new_tensor", "asarray")
 
 
 class _Operations(TorchDispatchMode):
-    """Notes each operation that would wait and that ``meta`` lets pass."""
+    """Records each operation that would wait but does not fail on ``meta``."""
 
-    def __init__(self, found: list[str], pinned: WeakTensorKeyDictionary) -> None:
+    def __init__(self, waits: list[str], pinned: WeakTensorKeyDictionary) -> None:
         super().__init__()
-        self._found, self._pinned = found, pinned
+        self._waits, self._pinned = waits, pinned
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -42,20 +42,18 @@ class _Operations(TorchDispatchMode):
                 kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
             )
             if name not in _COPIES or blocking or any(x not in self._pinned for x in on_host):
-                self._found.append(
-                    f"{operation}: from the host, not by a copy of page-locked memory"
-                )
+                self._waits.append(f"{operation}: copy from host memory that is not page-locked")
         if "index" in name and any(x.dtype == torch.bool for x in _tensors(args[1:2])):
-            self._found.append(f"{operation}: by a boolean mask, whose size is not known")
+            self._waits.append(f"{operation}: boolean mask, whose size only the device knows")
         return result
 
 
 class _Makers(TorchFunctionMode):
-    """Notes tensors made of Python's numbers on the device: a copy that no operation shows."""
+    """Records tensors made on the device from Python numbers: a copy that no operation shows."""
 
-    def __init__(self, found: list[str]) -> None:
+    def __init__(self, waits: list[str]) -> None:
         super().__init__()
-        self._found = found
+        self._waits = waits
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -65,7 +63,7 @@ class _Makers(TorchFunctionMode):
         made = name in _MAKERS and not any(isinstance(x, Tensor) for x in args[-1:])
         listed = name in ("__getitem__", "__setitem__") and isinstance(args[1], list)
         if (made and result.device == META_DEVICE) or (listed and args[0].device == META_DEVICE):
-            self._found.append(f"{name}: made of numbers that the host has")
+            self._waits.append(f"{name}: made from numbers of the host")
         return result
 
 
@@ -74,10 +72,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def watched(found: list[str]) -> Iterator[None]:
-    """Note in ``found`` what would wait for the device; page-locked memory is ordinary memory that is known by name.
+def watched(waits: list[str]) -> Iterator[None]:
+    """Record in ``waits`` what would wait for the device. Reading a value raises torch's error.
 
-    What reads a value raises torch's own error.
+    ``pin_memory`` copies into ordinary memory that counts as page-locked.
     """
     pinned, pin = WeakTensorKeyDictionary(), Tensor.pin_memory
 
@@ -88,20 +86,20 @@ def watched(found: list[str]) -> Iterator[None]:
 
     Tensor.pin_memory = pin_memory  # type: ignore[method-assign, assignment]
     try:
-        with _Makers(found), _Operations(found, pinned):
+        with _Makers(waits), _Operations(waits, pinned):
             yield
     finally:
         Tensor.pin_memory = pin  # type: ignore[method-assign]
 
 
 def waits_of(work: Callable[[], object]) -> list[str]:
-    """What in ``work`` would wait for the device; an operation that reads a value ends it."""
-    found: list[str] = []
+    """Return what in ``work`` would wait for the device. Reading a value ends ``work``."""
+    waits: list[str] = []
     try:
-        with watched(found):
+        with watched(waits):
             work()
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if "meta" not in str(error).lower():
             raise
-        found.append(str(error))
-    return found
+        waits.append(str(error))
+    return waits

@@ -1,4 +1,4 @@
-"""Small random models of every family, and the slow, obvious gradient to hold the engine against."""
+"""Small random models and tokenizers of every tested family."""
 
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,40 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 VOCAB = 101
 
 _LLAMA_LIKE = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=VOCAB, max_position_embeddings=64, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=64, head_dim=8,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 
 FAMILIES = {
-    "gpt2": ("gpt2", dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64,
-                          bos_token_id=1, eos_token_id=1)),
-    "gpt_neox": ("gpt_neox", dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                  vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=1, eos_token_id=1)),
+    "gpt2": ("gpt2", dict(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64,
+        bos_token_id=1, eos_token_id=1,
+    )),
+    "gpt_neox": ("gpt_neox", dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=1, eos_token_id=1,
+    )),
     "llama": ("llama", _LLAMA_LIKE),
     "llama_tied": ("llama", {**_LLAMA_LIKE, "tie_word_embeddings": True, "attention_bias": True}),
     "qwen2": ("qwen2", _LLAMA_LIKE),
     "qwen3": ("qwen3", _LLAMA_LIKE),
-    "opt": ("opt", dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
-                        max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False,
-                        pad_token_id=0, bos_token_id=1, eos_token_id=2)),
-    "gemma2": ("gemma2", {**_LLAMA_LIKE, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
-                          "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "opt": ("opt", dict(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
+        max_position_embeddings=64, word_embed_proj_dim=16, do_layer_norm_before=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    "gemma2": ("gemma2", {
+        **_LLAMA_LIKE, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
+        "sliding_window": 8, "query_pre_attn_scalar": 8,
+    }),
     "gemma3": ("gemma3_text", {**_LLAMA_LIKE, "sliding_window": 8, "query_pre_attn_scalar": 8}),
 }  # fmt: skip
-"""Family -> (transformers' model type, config): tied and untied heads, grouped queries, biases or none."""
+"""Family -> (model type, config): tied and untied heads, grouped queries, biases or none."""
 
 
 def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
-    """A random model of about 30,000 weights, fp32, with weights far from the tiny default scale."""
+    """Return a float32 model of about 30,000 random weights, larger than their initial scale."""
     model_type, settings = FAMILIES[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}))
@@ -51,7 +60,7 @@ def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
 def ragged_batch(
     lengths: list[int], seed: int = 1, pad: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ``(input_ids, labels)`` with random tokens; the labels are -100 on padding."""
+    """Return right-padded random ``(input_ids, labels)``; labels are -100 at padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), max(lengths)), pad)
     labels = torch.full_like(ids, -100)
@@ -62,7 +71,7 @@ def ragged_batch(
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """A byte-level BPE without special tokens in the text; ``<s>`` and ``</s>`` exist."""
+    """Save a byte-level BPE that adds no special tokens; ``<s>`` and ``</s>`` exist."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,7 +88,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
 
 
 def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """A small random checkpoint with its tokenizer."""
+    """Save a small random checkpoint with its tokenizer."""
     tokenizer = make_tokenizer(folder)
     model_type, settings = FAMILIES[family]
     settings = {

@@ -1,4 +1,4 @@
-"""One finished output of a real one-process job, and what can happen to copies of it."""
+"""The output of a real one-process job, and every damage that can happen to a copy of it."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "max_length": 24, "batch_
 
 
 def finished_job(root: Path) -> SimpleNamespace:
-    """Run a job to its end below ``root``."""
+    """Run a job to its end below ``root``: ``output``, ``corpus``, ``model``."""
     documents = mixed_documents(N_SAMPLES)
     documents[EMPTY]["text"] = ""
     documents[ONE_TOKEN]["text"] = "t"
@@ -49,7 +49,7 @@ def copy_of(output: Path, tmp_path: Path) -> Path:
 
 
 def unmerge(output: Path) -> None:
-    """As before the merge: no column, no sum."""
+    """Undo the merge: no columns, no sums."""
     store = output / "projections.zarr"
     for name in COLUMNS:
         for chunk in (store / name).glob("c.*"):
@@ -62,7 +62,7 @@ def unmerge(output: Path) -> None:
 
 
 def uncommit(output: Path, *units: int) -> None:
-    """As before these units were computed; nothing is merged then."""
+    """Undo the merge and these units."""
     unmerge(output)
     layout = read_layout(output / "projections.zarr")
     for unit in units:
@@ -71,7 +71,7 @@ def uncommit(output: Path, *units: int) -> None:
 
 
 def change_record(output: Path, unit: int, /, place: int | None = None, **changes: object) -> None:
-    """Put a unit's record in its place or another's, whole by its checksum, with other fields or status codes."""
+    """Rewrite a unit's record, or unit ``place``'s, with other fields and a valid checksum."""
     path = output / record_name(unit)
     record = read_record(path)
     statuses = changes.pop("statuses", {})
@@ -89,12 +89,12 @@ def flip_byte(path: Path, at: int = -1) -> None:
 
 
 def sleeping_process() -> subprocess.Popen:
-    """A living process of this machine; kill it."""
+    """Start a process that the caller must kill."""
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
 
 def owner_of(process: subprocess.Popen, rank: int = 1) -> Owner:
-    """What a rank with this process's pid would write."""
+    """Return the owner that a rank with this process's pid would write."""
     here = Owner.this_process("job", 0, rank)
     return replace(here, pid=process.pid, pid_start=process_start(process.pid))
 
@@ -119,7 +119,7 @@ def cut(path: Path) -> None:
 
 
 def statuses_by_zarr(output: Path) -> dict[str, int]:
-    """Rows by status as plain zarr reads the merged column."""
+    """Count rows by status, as plain zarr reads the merged column."""
     values = zarr.open_group(output / "projections.zarr", mode="r")["status"][...]
     names = {code: name for name, code in STATUS.items()}
     return {
@@ -128,12 +128,12 @@ def statuses_by_zarr(output: Path) -> dict[str, int]:
 
 
 def tree_of(folder: Path) -> dict[str, str]:
-    """Every path below a folder with a hash of what is in it."""
-    found = {}
+    """Return every path below a folder with its time and a hash of its content."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         data = path.read_bytes() if path.is_file() else b""
-        found[os.fspath(path)] = f"{path.stat().st_mtime_ns} {hashlib.sha256(data).hexdigest()}"
-    return found
+        files[os.fspath(path)] = f"{path.stat().st_mtime_ns} {hashlib.sha256(data).hexdigest()}"
+    return files
 
 
 def swap_corpus(output: Path) -> None:
@@ -143,33 +143,56 @@ def swap_corpus(output: Path) -> None:
 
 
 DAMAGES = {
-    "a flipped bit in a shard": (lambda o: flip_byte(shard_of(o, 1), 100), "unit", 1, "has the checksum"),
+    "a flipped bit in a shard": (
+        lambda o: flip_byte(shard_of(o, 1), 100), "unit", 1, "has the checksum",
+    ),
     "a shard cut short": (lambda o: cut(shard_of(o, 1)), "unit", 1, "bytes, its record says"),
     "a shard deleted": (lambda o: shard_of(o, 1).unlink(), "unit", 1, "is gone"),
-    "a flipped bit in a record": (lambda o: flip_byte(o / record_name(1)), "unit", 1, "damaged (torn or alt"),
-    "a record cut short": (lambda o: cut(o / record_name(1)), "unit", 1, "damaged (torn or altered"),
-    "an empty record": (lambda o: (o / record_name(1)).write_bytes(b""), "unit", 1, "damaged (torn or altered"),
-    "a merged unit's record deleted": (lambda o: (o / record_name(1)).unlink(), "unit", 1, "was merged"),
-    "another unit's record": (lambda o: change_record(o, 2, place=1), "unit", 1, "is the record of unit 2"),
-    "a record of other settings": (lambda o: change_record(o, 1, identity="other"), "unit", 1, "other settings"),
-    "a record that starts elsewhere": (lambda o: change_record(o, 1, start=0), "unit", 1, "starts at sample 0"),
-    "a record without its shard": (lambda o: change_record(o, 1, shard=None), "unit", 1, "names no shard"),
+    "a flipped bit in a record": (
+        lambda o: flip_byte(o / record_name(1)), "unit", 1, "damaged (torn or alt",
+    ),
+    "a record cut short": (
+        lambda o: cut(o / record_name(1)), "unit", 1, "damaged (torn or altered",
+    ),
+    "an empty record": (
+        lambda o: (o / record_name(1)).write_bytes(b""), "unit", 1, "damaged (torn or altered",
+    ),
+    "a merged unit's record deleted": (
+        lambda o: (o / record_name(1)).unlink(), "unit", 1, "was merged",
+    ),
+    "another unit's record": (
+        lambda o: change_record(o, 2, place=1), "unit", 1, "is the record of unit 2",
+    ),
+    "a record of other settings": (
+        lambda o: change_record(o, 1, identity="other"), "unit", 1, "other settings",
+    ),
+    "a record that starts elsewhere": (
+        lambda o: change_record(o, 1, start=0), "unit", 1, "starts at sample 0",
+    ),
+    "a record without its shard": (
+        lambda o: change_record(o, 1, shard=None), "unit", 1, "names no shard",
+    ),
     "a record without statuses": (
         lambda o: change_record(o, 1, statuses={4: 0}), "unit", 1, "documents without a status",
     ),
-    "a record of no unit": (lambda o: change_record(o, 1, place=99, unit=99), "unit", 99, "does not want"),
+    "a record of no unit": (
+        lambda o: change_record(o, 1, place=99, unit=99), "unit", 99, "does not want",
+    ),
     "a column changed": (
         lambda o: flip_byte(o / "projections.zarr" / "n_tokens" / "c.0", 4 * 37),
         "columns", 2, "first at sample 37",
     ),
     "a column cut short": (
-        lambda o: cut(o / "projections.zarr" / "key" / "c.0.0"), "columns", 0, "it has 950 bytes, not those of",
+        lambda o: cut(o / "projections.zarr" / "key" / "c.0.0"),
+        "columns", 0, "it has 950 bytes, not those of",
     ),
     "a column deleted": (
-        lambda o: (o / "projections.zarr" / "loss" / "c.0").unlink(), "columns", 0, "first at sample 0",
+        lambda o: (o / "projections.zarr" / "loss" / "c.0").unlink(),
+        "columns", 0, "first at sample 0",
     ),
     "statuses deleted": (
-        lambda o: (o / "projections.zarr" / "status" / "c.0").unlink(), "columns", 0, "never merged",
+        lambda o: (o / "projections.zarr" / "status" / "c.0").unlink(),
+        "columns", 0, "never merged",
     ),
     "a sum changed": (
         lambda o: write_array(o / "projections.zarr", "token_covariance_a", np.zeros(3)),
@@ -181,9 +204,13 @@ DAMAGES = {
         ),
         "other", None, "that are not finite",
     ),
-    "metadata changed": (lambda o: (o / "metadata.json").write_text("{}"), "other", None, "not a copy"),
-    "metadata torn": (lambda o: (o / "metadata.json").write_text("{"), "other", None, "cannot be read: Expecting"),
+    "metadata changed": (
+        lambda o: (o / "metadata.json").write_text("{}"), "other", None, "not a copy",
+    ),
+    "metadata torn": (
+        lambda o: (o / "metadata.json").write_text("{"), "other", None, "cannot be read: Expecting",
+    ),
     "the index of another corpus": (swap_corpus, "other", None, "index of another corpus"),
     "a torn index": (lambda o: cut(o / "corpus.json"), "other", None, "torn corpus index"),
 }  # fmt: skip
-"""Name -> (what happens to the output, kind, unit, a part of what is said)."""
+"""Name -> (damage to an output, then of the finding: kind, unit, part of the message)."""

@@ -1,4 +1,4 @@
-"""The query command in this process: its exit code and what it prints."""
+"""Run the query command in this process."""
 
 import json
 
@@ -9,7 +9,7 @@ from gradproj.__main__ import main
 from gradproj.store.layout import STATUS
 
 TEXT = "the of and to in"
-"""Of fewer tokens than the finished job's rows cover."""
+"""Shorter than the ``max_length`` of the finished job."""
 
 
 class QueryCommand:
@@ -19,21 +19,21 @@ class QueryCommand:
         self._capsys = capsys
 
     def __call__(self, output, *words, code=0):
-        """``(lines on standard output, standard error)``; the exit code is held against ``code``."""
+        """Return ``(lines on standard output, standard error)``; check the exit code."""
         self._capsys.readouterr()
-        found = main(["query", str(output), "--device", "cpu", *map(str, words)])
+        exit_code = main(["query", str(output), "--device", "cpu", *map(str, words)])
         printed = self._capsys.readouterr()
-        assert found == code, printed.err
+        assert exit_code == code, printed.err
         assert "Traceback" not in printed.err
         return printed.out.splitlines(), printed.err
 
     def objects(self, output, *words):
-        """What ``--format jsonl`` prints."""
+        """Return the objects that ``--format jsonl`` prints."""
         lines, _ = self(output, *words, "--format", "jsonl")
         return [json.loads(line) for line in lines]
 
     def mistake(self, output, *words):
-        """The one message of a question that cannot be answered."""
+        """Return the single error message of a query with exit code 2."""
         lines, message = self(output, *words, code=2)
         assert lines == []
         assert message.startswith("gradproj: ")

@@ -5,13 +5,13 @@ import torch.nn.functional as F
 
 
 def sample_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """One sample's summed cross-entropy from the model's own logits."""
+    """Return one sample's summed cross-entropy from the model's own logits."""
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
 
 
 def projected_gradient_by_autograd(model, engine, tokens: torch.Tensor) -> torch.Tensor:
-    """One sample alone, plain autograd, full weight gradients in float64, then both projections."""
+    """Return one sample's row: whole weight gradients by autograd, then both projections."""
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     weights = [target.module.weight for target in engine.targets]
@@ -27,7 +27,7 @@ def projected_gradient_by_autograd(model, engine, tokens: torch.Tensor) -> torch
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """``|got - want| / |want|`` of a row."""
+    """Return ``|got - want| / |want|``."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
@@ -36,21 +36,27 @@ def loss_of(model, ids, labels):
 
 
 def dot_products_by_autograd(model, ids, labels, validation):
-    """Float64, one sample at a time, plain autograd: ``(dots (B, P), |g_i| |g_v| (B, P))``."""
+    """Return ``(dots, |g_i| |g_v|)``, each ``(B, P)``, by autograd in float64, sample by sample."""
     before = model.state_dict()
     dtype = next(model.parameters()).dtype
     model.double()
     parameters = list(model.parameters())
-    wanted = torch.autograd.grad(loss_of(model, *validation), parameters)
+    validation_gradients = torch.autograd.grad(loss_of(model, *validation), parameters)
     n_targets = (labels[:, 1:] != -100).sum()
     dots, sizes = [], []
     for x, y in zip(ids, labels, strict=True):
         length = int((y != -100).sum())
-        own = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
-        gradients = torch.autograd.grad(own, parameters)
-        dots.append(torch.stack([(a * b).sum() for a, b in zip(gradients, wanted, strict=True)]))
+        loss = loss_of(model, x[None, :length], y[None, :length]) * (length - 1) / n_targets
+        gradients = torch.autograd.grad(loss, parameters)
+        dots.append(
+            torch.stack(
+                [(a * b).sum() for a, b in zip(gradients, validation_gradients, strict=True)]
+            )
+        )
         sizes.append(
-            torch.stack([a.norm() * b.norm() for a, b in zip(gradients, wanted, strict=True)])
+            torch.stack(
+                [a.norm() * b.norm() for a, b in zip(gradients, validation_gradients, strict=True)]
+            )
         )
     model.to(dtype).load_state_dict(before)
     return torch.stack(dots), torch.stack(sizes)

@@ -1,4 +1,4 @@
-"""A job over hostile documents, its page read strictly, and a browser to look at it."""
+"""A job over hostile documents, a strict parser of its report, and a browser to open it."""
 
 import functools
 import json
@@ -39,7 +39,7 @@ def documents() -> list[dict]:
 
 
 def make_job(root: Path) -> SimpleNamespace:
-    """``output``, ``tars``, ``model`` of a finished job over hostile documents."""
+    """Run a job over hostile documents: ``output``, ``tars``, ``model``."""
     root.mkdir()
     tars, model = root / "tars", make_model(root / "model", "gpt2")
     tars.mkdir()
@@ -61,7 +61,7 @@ QUERIES = [
 
 @functools.cache
 def shared_job(root: Path) -> SimpleNamespace:
-    """The job with a file of ``queries`` and its ``page``, for all tests of a session: not to be changed."""
+    """Return the job with its ``queries`` and ``page``, shared by all tests. Read only."""
     job = make_job(root)
     job.queries, job.page = root / "q.jsonl", root / "report.html"
     job.queries.write_text("".join(json.dumps(query) + "\n" for query in QUERIES))
@@ -83,7 +83,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input", "base", "col", "wbr"}
 
 
 class StrictPage(HTMLParser):
-    """Every tag closed in order; tags, attributes and text gathered."""
+    """Collects tags, attributes and text; checks that every tag is closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -117,13 +117,13 @@ class StrictPage(HTMLParser):
 
 
 def browser() -> str | None:
-    """A Chromium, by any of its names."""
+    """Return the name of a Chromium, if one is installed."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
     return next(filter(None, map(shutil.which, names)), None)
 
 
 def browse(page: Path, folder: Path, *flags: str, width: int = 1366, height: int = 2000) -> str:
-    """Standard output of a headless browser that opened the page."""
+    """Open the page in a headless browser. Returns its standard output."""
     command = [
         str(browser()),
         "--headless",

@@ -1,4 +1,4 @@
-"""Scripts as a stranger starts them, with stand-ins for the programs that they call."""
+"""Run shell scripts, with stubs for the programs that they call."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def run_bash(*words, path=None, cwd=ROOT, **env):
 
 
 def stub(folder, name, body):
-    """An executable that stands in for a program."""
+    """Write an executable that replaces a program."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(f"#!/usr/bin/env bash\n{body}\n")

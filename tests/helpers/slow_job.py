@@ -1,6 +1,6 @@
-"""The job with one batch that takes long: ``slow_job.py FOLDER BATCHES SECONDS`` and the job's flags.
+"""Run the job with one slow batch: ``slow_job.py FOLDER BATCHES SECONDS`` and the job's flags.
 
-After so many batches a rank writes its pid into FOLDER, and the next batch lasts so many seconds.
+After BATCHES batches a rank writes its pid into FOLDER and sleeps for SECONDS.
 """
 
 import itertools

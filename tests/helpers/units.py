@@ -1,4 +1,4 @@
-"""A unit made on the spot, without a corpus, for what runs one through the engine."""
+"""Prepare a unit of random tokens without a corpus, and project it."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,13 +16,13 @@ from gradproj.store.layout import empty_columns
 SETTINGS = SimpleNamespace(
     layout=SimpleNamespace(proj_dtype="float32"), batch=BatchConfig(), identity="the identity"
 )
-"""Of ``UnitSettings`` what leads from sums on the device to a record."""
+"""The part of ``UnitSettings`` that leads from sums on the device to a record."""
 
 
 def unit_of(
     lengths: Sequence[int], vocabulary: int, batch_size: int = 256, batch_tokens: int = 8192
 ) -> PreparedUnit:
-    """Documents of random tokens; the last is of two sequences."""
+    """Prepare documents of random tokens. The last has two sequences."""
     generator = np.random.default_rng(0)
     sequences = [generator.integers(3, vocabulary, n) for n in (*lengths, lengths[-1])]
     n, sizes = len(lengths), [len(tokens) for tokens in sequences]
@@ -37,7 +37,7 @@ def unit_of(
 
 
 def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:
-    """The job's loop over a unit's batches, to the point where nothing has crossed to the host."""
+    """Run the job's loop over a unit's batches, before anything is copied to the host."""
     projector = UnitProjector(model, engine, SETTINGS, Progress())
     projected = projector.project(unit, PartialLog(folder / "partial", folder, "key"))
     assert projected is not None
