@@ -1,4 +1,4 @@
-"""Claims and units, where they live; real processes kill each other in end_to_end/."""
+"""Claims, the claim loop and commits, in one process."""
 
 import dataclasses
 import errno
@@ -30,7 +30,7 @@ def owner_like_me(**changes):
 
 @pytest.fixture
 def gone_process():
-    """A process id that has ended, with the start time it had."""
+    """The pid and start time of a process that has ended."""
     gone = dead_owner()
     return {"pid": gone.pid, "pid_start": gone.pid_start}
 
@@ -43,7 +43,7 @@ def board(tmp_path, owner, beats=None):
     return ClaimBoard(tmp_path / "claims", scratch, owner, lambda other: beats.get(other.name))
 
 
-def test_of_two_that_want_a_unit_one_has_it(tmp_path):
+def test_only_one_of_two_claimants_gets_the_unit(tmp_path):
     first, second = (
         board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1)
     )
@@ -55,7 +55,7 @@ def test_of_two_that_want_a_unit_one_has_it(tmp_path):
 
 @pytest.fixture
 def no_proc(monkeypatch):
-    """As where /proc is mounted with hidepid: other users' processes are not in it."""
+    """Hide processes in /proc, as a mount with hidepid does."""
     read_text = Path.read_text
     hidden = lambda path: path.parts[:2] == ("/", "proc") and path.parts[2].isdigit()  # noqa: E731
 
@@ -67,7 +67,7 @@ def no_proc(monkeypatch):
     monkeypatch.setattr(Path, "read_text", read)
 
 
-def test_a_hidden_process_of_another_user_is_not_known_to_be_gone(no_proc, monkeypatch):
+def test_hidden_process_of_another_user_is_not_known_to_be_gone(no_proc, monkeypatch):
     owner = owner_like_me(pid=os.getppid(), pid_start=7)
     assert process_start(owner.pid) is None
     for error, gone in ((PermissionError, False), (ProcessLookupError, True)):
@@ -81,11 +81,11 @@ def test_a_hidden_process_of_another_user_is_not_known_to_be_gone(no_proc, monke
         assert not owner.is_alive(owner_like_me())
 
 
-def test_a_pid_that_no_process_can_have_is_of_none():
+def test_impossible_pid_counts_as_dead():
     assert owner_like_me(pid=2**70).is_gone(owner_like_me())
 
 
-def test_a_process_is_known_to_live_on_its_own_machine_only(gone_process):
+def test_process_is_known_to_be_alive_only_on_its_own_machine(gone_process):
     assert owner_like_me().is_alive(owner_like_me(rank=3, job_id="another"))
     assert not owner_like_me(pid_start=7).is_alive(owner_like_me())
     assert not owner_like_me(**gone_process).is_alive(owner_like_me())
@@ -93,7 +93,7 @@ def test_a_process_is_known_to_live_on_its_own_machine_only(gone_process):
         assert not owner_like_me(**{place: "another"}).is_alive(owner_like_me())
 
 
-def test_a_unit_given_back_is_free_again(tmp_path):
+def test_released_unit_can_be_claimed_again(tmp_path):
     first, second = (
         board(tmp_path, owner_like_me(rank=r, host=f"host{r}", boot_id=str(r))) for r in (0, 1)
     )
@@ -104,9 +104,7 @@ def test_a_unit_given_back_is_free_again(tmp_path):
         second.release("00000003")
 
 
-def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_once(
-    tmp_path, gone_process
-):
+def test_claim_of_a_dead_process_on_this_host_is_taken_over_at_once(tmp_path, gone_process):
     dead = board(tmp_path, owner_like_me(job_id="other", **gone_process))
     assert dead.try_claim("00000003")
     mine = board(tmp_path, owner_like_me(rank=5))
@@ -114,20 +112,20 @@ def test_the_claim_of_a_process_that_has_ended_on_this_host_is_taken_over_at_onc
     assert not dead.owns("00000003")
 
 
-def test_a_pid_used_again_is_another_process(tmp_path):
+def test_reused_pid_is_another_process(tmp_path):
     old = board(tmp_path, owner_like_me(job_id="other", pid_start=1))
     assert old.try_claim("00000003")
     assert board(tmp_path, owner_like_me(rank=5)).try_claim("00000003")
 
 
-def test_the_claim_of_an_older_start_of_the_same_job_is_taken_over_at_once(tmp_path):
+def test_claim_of_an_earlier_generation_is_taken_over_at_once(tmp_path):
     away = {"host": "elsewhere", "boot_id": "other"}
     assert board(tmp_path, owner_like_me(generation=0, **away)).try_claim("00000003")
     assert board(tmp_path, owner_like_me(generation=1)).try_claim("00000003")
     assert not board(tmp_path, owner_like_me(generation=0)).try_claim("00000003")
 
 
-def test_a_restarted_host_has_no_living_owners(tmp_path):
+def test_claims_from_before_a_reboot_are_taken_over_at_once(tmp_path):
     machine = {"machine": "a"}
     assert board(tmp_path, owner_like_me(job_id="other", boot_id="before", **machine)).try_claim(
         "00000003"
@@ -144,14 +142,16 @@ def test_a_restarted_host_has_no_living_owners(tmp_path):
         {"pid_start": 0},
     ],
 )
-def test_nothing_is_known_of_a_namesakes_processes(tmp_path, gone_process, changes):
+def test_processes_of_a_machine_of_the_same_name_are_not_known_to_be_gone(
+    tmp_path, gone_process, changes
+):
     mine = owner_like_me(machine="" if changes.get("machine") == "" else "mine")
     theirs = dataclasses.replace(mine, job_id="other", **gone_process)
     assert theirs.is_gone(mine)
     assert not dataclasses.replace(theirs, **changes).is_gone(mine)
 
 
-def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_enough_of_our_clock(
+def test_foreign_claim_is_stale_after_its_heartbeat_stood_still_by_the_observers_clock(
     tmp_path, monkeypatch
 ):
     now = [1000.0]
@@ -163,18 +163,18 @@ def test_a_foreign_claim_is_stale_only_after_its_heartbeat_stood_still_for_long_
     assert not mine.try_claim("00000003")
     now[0] += heartbeats_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000003")
-    beats[other.name] = 2  # it moved: the wait starts anew
+    beats[other.name] = 2  # it moved: the wait starts again
     now[0] += 2
     assert not mine.try_claim("00000003")
     now[0] += heartbeats_module.STALE_AFTER_S - 1
     assert not mine.try_claim("00000003")
     now[0] += 1
-    assert not mine.try_claim("00000003")  # suspected, and given a moment to show life
+    assert not mine.try_claim("00000003")  # suspected, and given time to show that it runs
     now[0] += heartbeats_module.CONFIRM_AFTER_S
     assert mine.try_claim("00000003")
 
 
-def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
+def test_torn_claim_is_taken_over_after_the_same_wait(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
     mine = board(tmp_path, owner_like_me())
@@ -186,7 +186,7 @@ def test_a_torn_claim_is_waited_for_and_then_taken_over(tmp_path, monkeypatch):
     assert mine.try_claim("00000003")
 
 
-def test_an_owners_name_is_a_file_name(tmp_path):
+def test_owner_name_is_a_valid_file_name(tmp_path):
     name = owner_like_me(job_id="../../etc/passwd x").name
     assert os.path.basename(name) == name
     assert json.dumps(name)
@@ -219,7 +219,7 @@ def unit_rows(unit, value=1.0):
     return UnitRows(UnitRecord(unit, start, "identity", None, columns), stored)
 
 
-def test_a_process_takes_every_unit_once_in_an_order_of_its_own(tmp_path):
+def test_process_takes_every_unit_once_in_its_own_order(tmp_path):
     orders = []
     for rank in range(4):
         q = queue(tmp_path / str(rank), owner_like_me(rank=rank), wanted=range(3))
@@ -232,7 +232,7 @@ def test_a_process_takes_every_unit_once_in_an_order_of_its_own(tmp_path):
     assert len(set(orders)) > 1
 
 
-def test_a_commit_leaves_shard_and_record_that_agree_and_no_claim(tmp_path):
+def test_commit_leaves_matching_shard_and_record_and_no_claim(tmp_path):
     q = queue(tmp_path, owner_like_me())
     assert next(q.take()) in (0, 1, 2)
     unit = int(next(iter(q.claims.current())))
@@ -243,7 +243,7 @@ def test_a_commit_leaves_shard_and_record_that_agree_and_no_claim(tmp_path):
     assert [p.name for p in q.scratch.iterdir()] == ["owner.json"]
 
 
-def test_an_owner_whose_claim_was_taken_over_cannot_publish_its_shard(tmp_path, gone_process):
+def test_owner_whose_claim_was_taken_over_cannot_publish(tmp_path, gone_process):
     old = queue(tmp_path, owner_like_me(rank=1, **gone_process), wanted=[0])
     new = queue(tmp_path, owner_like_me(rank=2), wanted=[0])
     assert next(old.take()) == 0
@@ -257,7 +257,7 @@ def test_an_owner_whose_claim_was_taken_over_cannot_publish_its_shard(tmp_path, 
     assert read_record(tmp_path / record_name(0)).shard == file_sum(tmp_path / LAYOUT.shard_name(0))
 
 
-def test_a_shard_left_without_a_record_is_replaced(tmp_path):
+def test_shard_without_a_record_is_replaced(tmp_path):
     q = queue(tmp_path, owner_like_me(), wanted=[0])
     (tmp_path / LAYOUT.shard_name(0)).write_bytes(b"left by an owner that died")
     assert next(q.take()) == 0
@@ -265,7 +265,7 @@ def test_a_shard_left_without_a_record_is_replaced(tmp_path):
     assert read_record(tmp_path / record_name(0)).shard == file_sum(tmp_path / LAYOUT.shard_name(0))
 
 
-def test_a_unit_without_a_stored_row_has_a_record_and_no_shard(tmp_path):
+def test_unit_without_stored_rows_has_a_record_and_no_shard(tmp_path):
     q = queue(tmp_path, owner_like_me(), wanted=[0])
     assert next(q.take()) == 0
     assert q.commit(dataclasses.replace(unit_rows(0), stored=None))
@@ -273,7 +273,7 @@ def test_a_unit_without_a_stored_row_has_a_record_and_no_shard(tmp_path):
     assert not (tmp_path / LAYOUT.shard_name(0)).exists()
 
 
-def test_a_stopping_process_takes_nothing_more_and_gives_back_what_it_has(tmp_path):
+def test_stopping_process_takes_no_more_units_and_releases_its_claims(tmp_path):
     stop = []
     q = queue(tmp_path, owner_like_me(), stopping=lambda: bool(stop))
     units = q.take()
@@ -289,14 +289,14 @@ def test_a_stopping_process_takes_nothing_more_and_gives_back_what_it_has(tmp_pa
 AWAY = {"job_id": "other", "host": "elsewhere", "boot_id": "other"}
 
 
-def test_units_of_another_living_job_are_not_waited_for(tmp_path):
+def test_units_of_another_running_job_are_not_waited_for(tmp_path):
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
     mine, beats = queue(tmp_path, owner_like_me(), wanted=[0]), itertools.count()
     mine.claims.heartbeat_of = lambda other: next(beats)
     assert list(mine.take()) == []
 
 
-def test_a_unit_whose_owner_shows_no_life_is_waited_for_and_then_computed(tmp_path, monkeypatch):
+def test_unit_of_a_silent_owner_is_waited_for_and_then_computed(tmp_path, monkeypatch):
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
     monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.3)
     monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.3)
@@ -306,7 +306,7 @@ def test_a_unit_whose_owner_shows_no_life_is_waited_for_and_then_computed(tmp_pa
     assert mine.commit(unit_rows(0))
 
 
-def test_a_pause_ends_when_the_job_is_to_stop(tmp_path, monkeypatch):
+def test_stop_request_ends_a_pause(tmp_path, monkeypatch):
     monkeypatch.setattr(units_module, "WAIT_S", (60.0, 60.0))
     assert next(queue(tmp_path, owner_like_me(**AWAY), wanted=[0]).take()) == 0
     started = time.monotonic()
@@ -315,7 +315,7 @@ def test_a_pause_ends_when_the_job_is_to_stop(tmp_path, monkeypatch):
     assert time.monotonic() - started < 5
 
 
-def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+def test_commits_work_without_hard_links(tmp_path, monkeypatch):
     def no_links(*names, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -328,5 +328,5 @@ def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])
-def test_ranges_hold_exactly_their_units(units):
+def test_ranges_round_trip_units(units):
     assert units_in(ranges_of(np.array(units, dtype=np.int64))).tolist() == units

@@ -1,4 +1,4 @@
-"""What dead processes leave, and units that were lost: swept, taken back, computed again."""
+"""Files that dead processes left, and units whose files were deleted."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import zarr
 from helpers.faults import IDENTITY, dead_owner, fake_owner, fake_rows, fill, make_store
 
-from gradproj.coordinator import unmerge as takeback
+from gradproj.coordinator import unmerge
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
@@ -33,7 +33,7 @@ def here():
     return Owner.this_process("job", 0, 0)
 
 
-def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path):
+def test_files_of_dead_processes_are_removed_and_others_kept(tmp_path):
     layout = make_store(tmp_path)
     dead, away, mine = (
         UnitQueue(tmp_path, layout, IDENTITY, [0], owner)
@@ -56,7 +56,7 @@ def test_files_of_processes_that_are_gone_are_swept_and_others_are_kept(tmp_path
     ("lost", "named"),
     [([1], "1 committed unit without a shard in .*: 1"), ([0, 2], "2 committed units .*: 0, 2")],
 )
-def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_path, lost, named):
+def test_committed_units_without_shards_are_listed(tmp_path, lost, named):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())
     check_records_have_shards(tmp_path)
@@ -69,7 +69,7 @@ def test_committed_units_without_their_shards_are_named_with_the_way_out(tmp_pat
         check_records_have_shards(tmp_path)
 
 
-def test_a_unit_without_rows_a_shard_without_a_record_and_a_unit_repaired_meanwhile_are_sound(
+def test_units_without_rows_shards_without_records_and_repaired_units_pass_the_check(
     tmp_path, monkeypatch
 ):
     layout = make_store(tmp_path)
@@ -79,11 +79,11 @@ def test_a_unit_without_rows_a_shard_without_a_record_and_a_unit_repaired_meanwh
     (tmp_path / layout.shard_name(2)).write_bytes(b"of a process that died before its record")
     check_records_have_shards(tmp_path)
     (tmp_path / record_name(0)).unlink()
-    monkeypatch.setattr(takeback, "list_records", lambda folder: np.array([0, 1]))
+    monkeypatch.setattr(unmerge, "list_records", lambda folder: np.array([0, 1]))
     check_records_have_shards(tmp_path)
 
 
-def test_a_listing_that_is_behind_the_records_is_asked_for_again_once_the_folder_has_changed(
+def test_outdated_directory_listing_is_read_again_after_touching_the_directory(
     tmp_path, monkeypatch
 ):
     layout = make_store(tmp_path)
@@ -95,7 +95,7 @@ def test_a_listing_that_is_behind_the_records_is_asked_for_again_once_the_folder
         return np.array([0] if when[0] == when[-1] else [0, 1, 2])
 
     os.utime(folder, (0, 0))
-    monkeypatch.setattr(takeback, "list_shards", remembered)
+    monkeypatch.setattr(unmerge, "list_shards", remembered)
     check_records_have_shards(tmp_path)
     assert len(when) == 2
 
@@ -113,7 +113,7 @@ def test_records_without_their_store_are_refused(tmp_path):
         check_records_have_store(tmp_path)
 
 
-def test_what_a_crash_has_torn_is_swept_whosever_it_was(tmp_path):
+def test_torn_files_are_removed_whichever_process_wrote_them(tmp_path):
     make_store(tmp_path)
     owner = fake_owner(1)
     make_scratch(tmp_path / "tmp" / owner.name, owner)
@@ -126,7 +126,7 @@ def test_what_a_crash_has_torn_is_swept_whosever_it_was(tmp_path):
         assert list((tmp_path / folder).iterdir()) == []
 
 
-def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
+def test_start_removes_files_that_committed_units_no_longer_need(tmp_path):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())
     for name in ("00000001.0", "00000001.3"):
@@ -141,7 +141,7 @@ def test_a_start_sweeps_what_committed_units_no_longer_need(tmp_path):
         assert list((tmp_path / folder).iterdir()) == []
 
 
-def test_a_completed_store_has_no_heartbeats_but_of_those_that_live(tmp_path):
+def test_completed_store_keeps_heartbeats_of_live_processes_only(tmp_path):
     layout = make_store(tmp_path)
     dead, living = (Heartbeat(tmp_path / "heartbeats", fake_owner(n), Progress()) for n in (1, 2))
     dead.write()
@@ -158,7 +158,7 @@ def test_a_completed_store_has_no_heartbeats_but_of_those_that_live(tmp_path):
     assert list((tmp_path / "heartbeats").iterdir()) == []
 
 
-def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_again(tmp_path):
+def test_unit_with_deleted_record_is_computed_and_merged_again(tmp_path):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())
     before = {path: path.read_bytes() for path in (tmp_path / "projections.zarr").rglob("c.*")}
@@ -180,7 +180,7 @@ def test_a_unit_whose_record_has_gone_is_computed_again_and_its_block_merged_aga
     assert is_merged(tmp_path)
 
 
-def test_taking_back_touches_nothing_where_nothing_is_lost(tmp_path):
+def test_unmerge_writes_nothing_when_no_record_is_missing(tmp_path):
     layout = make_store(tmp_path)
     assert fill(tmp_path, layout, here())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -1,4 +1,4 @@
-"""A host that has died: what is seen of it, what is said while it is waited for, and what is left of it afterwards."""
+"""Dead hosts: their heartbeats, and the notice about units that are waited for."""
 
 import itertools
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def queue_of(tmp_path):
 
 @pytest.fixture
 def now(monkeypatch):
-    """Our clock, which stands still until it is set."""
+    """The observer's clock, which advances only when it is set."""
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
     monkeypatch.setattr(heartbeats_module, "time", clock)
@@ -34,7 +34,7 @@ def now(monkeypatch):
     return now
 
 
-def test_a_heartbeat_goes_with_its_owner_s_claim(tmp_path, queue_of, monkeypatch):
+def test_heartbeat_is_deleted_when_its_owners_claim_is_taken_over(tmp_path, queue_of, monkeypatch):
     old, mine = queue_of(fake_owner(1), [0]), queue_of(Owner.this_process("job", 0, 0), [0])
     with Heartbeat(tmp_path / "heartbeats", mine.owner, Progress()):
         left = Heartbeat(tmp_path / "heartbeats", old.owner, Progress(batches=3))
@@ -44,11 +44,11 @@ def test_a_heartbeat_goes_with_its_owner_s_claim(tmp_path, queue_of, monkeypatch
         monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.0)
         assert next(mine.take()) == 0
         assert [owner for owner, _ in read_heartbeats(tmp_path / "heartbeats")] == [mine.owner]
-        left.write()  # it had only stood still
+        left.write()  # its process had only hung
         assert len(read_heartbeats(tmp_path / "heartbeats")) == 2
 
 
-def test_a_heartbeat_that_is_taken_away_is_no_sign_of_life(queue_of, now):
+def test_deleted_heartbeat_is_no_sign_of_life(queue_of, now):
     far, beats = queue_of(fake_owner(1), [0]), {}
     assert next(far.take()) == 0
     mine = queue_of(Owner.this_process("job", 0, 0), [0]).claims
@@ -57,20 +57,20 @@ def test_a_heartbeat_that_is_taken_away_is_no_sign_of_life(queue_of, now):
     claim = mine.read("00000000", 0)
     assert not mine.is_stale(claim)
     now[0] = heartbeats_module.STALE_AFTER_S - 1
-    beats.clear()  # by whoever took another of its claims over
+    beats.clear()  # deleted by a process that took over another of its claims
     assert not mine.is_stale(claim)
     assert not mine.is_at_work(claim)
     now[0] += 2
     assert not mine.is_stale(claim)
     now[0] += heartbeats_module.CONFIRM_AFTER_S
     assert mine.is_stale(claim)
-    beats[far.owner.name] = 8  # it lives after all
+    beats[far.owner.name] = 8  # it runs after all
     assert not mine.is_stale(claim)
     assert mine.is_at_work(claim)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_for_whom_a_job_waits_is_said_once_and_by_one_of_its_ranks(rank, queue_of, now, capsys):
+def test_hosts_waited_for_are_named_once_by_rank_0(rank, queue_of, now, capsys):
     dead, working = queue_of(fake_owner(1), [0, 1]), queue_of(fake_owner(2), [2])
     here = queue_of(Owner.this_process("job", 0, 1), [3])
     assert len(list(itertools.islice(dead.take(), 2))) == 2
@@ -78,7 +78,7 @@ def test_for_whom_a_job_waits_is_said_once_and_by_one_of_its_ranks(rank, queue_o
 
     def stopping():
         now[0] += 1.0
-        if now[0] == 20:  # a claim that we have seen for less long than the other
+        if now[0] == 20:  # a claim first seen later than the other
             dead.claims.release("00000001")
             assert dead.claims.try_claim("00000001")
         return now[0] > 100

@@ -1,4 +1,4 @@
-"""``failed.json`` and the Slurm jobs' own marks: what a mistake leaves, and what clears it."""
+"""``failed.json`` and the marks of Slurm jobs."""
 
 import json
 
@@ -14,7 +14,7 @@ def owner_of(job_id):
     return Owner.this_process(job_id, 0, 0)
 
 
-def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_path):
+def test_failure_is_noted_and_cleared_by_the_next_successful_start(tmp_path):
     owner = owner_of("slurm-7")
     note_failure(tmp_path, owner, StoreError("the disk is full"))
     assert list(tmp_path.iterdir()) == []  # no store, so nothing was begun
@@ -38,7 +38,7 @@ def test_a_mistake_is_noted_with_its_job_and_the_next_good_start_clears_it(tmp_p
         ("local-a_b", True),
     ],
 )
-def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, starts, clears):
+def test_array_element_keeps_the_failure_of_another_element(tmp_path, starts, clears):
     make_store(tmp_path)
     (tmp_path / "logs").mkdir(exist_ok=True)
     note_failure(tmp_path, owner_of("slurm-70_1"), StoreError("a tar is damaged"))
@@ -49,14 +49,14 @@ def test_an_array_s_element_leaves_what_another_one_has_failed_of(tmp_path, star
     assert mark.exists() == (starts != "slurm-70_1")
 
 
-def test_a_refusal_for_other_settings_is_no_failure_of_the_store_but_of_its_own_slurm_job(tmp_path):
+def test_refusal_for_other_settings_marks_only_the_slurm_job(tmp_path):
     make_store(tmp_path)
     note_failure(tmp_path, owner_of("slurm-7"), OtherSettingsError("made with other settings"))
     assert not (tmp_path / "failed.json").exists()
     assert (tmp_path / "logs" / "slurm-7.failed").exists()
 
 
-def test_a_finished_store_has_no_failure(tmp_path):
+def test_completed_store_has_no_failure(tmp_path):
     layout = make_store(tmp_path)
     note_failure(tmp_path, owner_of("local-1"), StoreError("the disk is full"))
     assert fill(tmp_path, layout, owner_of("another"))

@@ -1,4 +1,4 @@
-"""The fence: nothing that a process had prepared is left once another has taken over from it."""
+"""Fencing deletes everything that a process had prepared."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 from helpers.faults import IDENTITY, fake_owner, fake_rows, make_store
 
-from gradproj.coordinator import fencing as scratch_module
+from gradproj.coordinator import fencing as fencing_module
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator.fencing import fence, make_scratch
 from gradproj.coordinator.units import UnitQueue
@@ -15,14 +15,14 @@ from gradproj.errors import StoreError
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(scratch_module, "DELETE_RETRY_S", (0.0, 0.0))
+    monkeypatch.setattr(fencing_module, "DELETE_RETRY_S", (0.0, 0.0))
     monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)
     monkeypatch.setattr(heartbeats_module, "CONFIRM_AFTER_S", 0.0)
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two processes' folders; in the first lies a prepared shard."""
+    """Scratch directories of two processes; the first holds a prepared shard."""
     theirs, mine = (tmp_path / "tmp" / fake_owner(number).name for number in (0, 1))
     for number, folder in enumerate((theirs, mine)):
         make_scratch(folder, fake_owner(number))
@@ -31,7 +31,7 @@ def folders(tmp_path):
 
 
 def refuse(monkeypatch, name, of, times, code=errno.EBUSY):
-    """Let ``os.NAME`` fail so many times for paths that end so."""
+    """Make ``os.NAME`` fail this many times for paths that start with ``of``."""
     real, left = getattr(os, name), [times]
 
     def failing(path, *args, **options):
@@ -43,7 +43,7 @@ def refuse(monkeypatch, name, of, times, code=errno.EBUSY):
     monkeypatch.setattr(os, name, failing)
 
 
-def test_a_fence_leaves_nothing_of_a_folder(folders):
+def test_fence_deletes_the_whole_scratch_directory(folders):
     theirs, mine = folders
     assert fence(theirs, mine, fake_owner(1))
     assert not theirs.exists()
@@ -51,7 +51,7 @@ def test_a_fence_leaves_nothing_of_a_folder(folders):
     assert not fence(theirs, mine, fake_owner(1))
 
 
-def test_what_cannot_be_deleted_at_once_is_tried_again(folders, monkeypatch):
+def test_fence_retries_failed_deletions(folders, monkeypatch):
     theirs, mine = folders
     refuse(monkeypatch, "unlink", "shard", times=2)
     assert fence(theirs, mine, fake_owner(1))
@@ -61,9 +61,7 @@ def test_what_cannot_be_deleted_at_once_is_tried_again(folders, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "of", "left"), [("unlink", "shard", "shard-3"), ("rmdir", "", "fenced-.*")]
 )
-def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(
-    folders, monkeypatch, name, of, left
-):
+def test_incomplete_fence_is_an_error(folders, monkeypatch, name, of, left):
     theirs, mine = folders
     refuse(monkeypatch, name, of, times=1000)
     with pytest.raises(
@@ -72,7 +70,7 @@ def test_a_fence_that_leaves_something_is_an_error_with_the_way_out(
         fence(theirs, mine, fake_owner(1))
 
 
-def test_a_folder_that_may_not_be_taken_away_is_an_error_with_the_way_out(folders, monkeypatch):
+def test_scratch_directory_that_cannot_be_moved_is_an_error(folders, monkeypatch):
     theirs, mine = folders
     refuse(monkeypatch, "rename", os.fspath(theirs), times=1, code=errno.EACCES)
     with pytest.raises(
@@ -81,7 +79,7 @@ def test_a_folder_that_may_not_be_taken_away_is_an_error_with_the_way_out(folder
         fence(theirs, mine, fake_owner(1))
 
 
-def test_a_deleted_file_that_this_machine_has_open_over_nfs_is_no_hindrance(folders):
+def test_deleted_nfs_files_held_open_do_not_fail_the_fence(folders):
     theirs, mine = folders
     (theirs / "shard-3").rename(theirs / ".nfs0001")
     keep = os.unlink
@@ -95,7 +93,7 @@ def test_a_deleted_file_that_this_machine_has_open_over_nfs_is_no_hindrance(fold
         assert fence(theirs, mine, fake_owner(1))
 
 
-def test_who_cannot_fence_the_owner_before_computes_nothing(tmp_path, monkeypatch):
+def test_process_that_cannot_fence_the_previous_owner_computes_nothing(tmp_path, monkeypatch):
     layout = make_store(tmp_path, n_samples=16)
     old = UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(0))
     assert next(old.take()) == 0

@@ -1,4 +1,4 @@
-"""The machine crashes between any two changes of the disk; the store opens, goes on, and ends with the same bits."""
+"""Crashes between any two disk changes: the store opens, and the job resumes to the same bits."""
 
 import errno
 import os
@@ -47,7 +47,7 @@ PART = PartialRows(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_store_id():
-    """What else tells two stores of the same settings apart."""
+    """Give all stores the same random id."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(start, "new_store_id", lambda: "id")
         yield
@@ -55,7 +55,7 @@ def one_store_id():
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """Of a job of two units."""
+    """The plan of a job of two units."""
     root = tmp_path_factory.mktemp("crash")
     corpus, model = make_corpus(root / "tars", mixed_documents(20)), make_model(root / "model")
     settings = {"shards": corpus, "model": model, "output_dir": root / "out", "rows_per_shard": 16}
@@ -73,7 +73,7 @@ def in_folder(plan, output):
 
 
 def run(plan, owner, disk=None, stop_after=2):
-    """From the start to the end, or to a stop in the middle of a unit; whether the store is complete then."""
+    """Run a rank to its end, or to a stop within a unit. Returns whether the store is complete."""
     make_output(plan, owner)
     remove_leftovers(plan.output, owner)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, owner)
@@ -110,7 +110,7 @@ def commit(plan, queue, unit, disk):
 
 
 def content_of(output):
-    """All files of the store and the copies of what it says beside it."""
+    """Return the content of the store's files and of the JSON files beside it."""
     beside = [output / "metadata.json", output / "projection_stats.json"]
     files = [*(output / "projections.zarr").rglob("*"), *beside]
     return {str(path.relative_to(output)): path.read_bytes() for path in files if path.is_file()}
@@ -171,21 +171,21 @@ INTERRUPTED = {
     a_lost_unit_computed_again: (True, 300),
     a_repair: (False, 100),
 }
-"""What is interrupted -> whether names survive one by one, and how many states at least a crash could leave."""
+"""Interrupted work -> (whether unflushed names are lost one by one, least number of states)."""
 
 
 # --- and survived ---
 
 
 class Survivor:
-    """Goes on after one crash after the other."""
+    """Resumes after each of many crashes."""
 
     def __init__(self, plan, undisturbed, folder):
         self.plan, self.undisturbed, self.folder = plan, undisturbed, folder
         self.owner, self.number, self.repairs = Owner.this_process("resumed", 0, 0), 0, False
 
     def output_after(self, when, state):
-        """What a crash has left, put on disk: what was promised is there, and the store opens."""
+        """Put a crashed state on disk; check that promised files exist and that the store opens."""
         lost = [path for path, data in state.promised.items() if state.tree.get(path) != data]
         assert lost == [], when
         self.number += 1
@@ -196,7 +196,7 @@ class Survivor:
             ProjectionStore(root / "out").status_counts()
         return root / "out"
 
-    def go_on(self, when, state):
+    def resume(self, when, state):
         output = self.output_after(when, state)
         if self.repairs:
             repair(verify(output))
@@ -209,7 +209,7 @@ class Survivor:
 
 @pytest.fixture
 def folder():
-    """In memory where there is such a place: nothing here depends on a real disk."""
+    """A folder in memory if there is one: nothing here depends on a real disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
@@ -217,18 +217,20 @@ def folder():
 
 @pytest.fixture
 def survivor(plan, undisturbed, folder, monkeypatch):
-    # What depends on the plan alone is looked up once.
+    # Values that depend on the plan only are computed once.
     skeleton, versions = start.model_skeleton(plan.files), start.versions()
     monkeypatch.setattr(start, "model_skeleton", lambda files: skeleton)
     monkeypatch.setattr(start, "versions", lambda: versions)
-    # No beat of another thread in between, and no real flush: what was flushed is known to the simulated disk.
+    # No heartbeat of another thread in between, and no real fsync: the simulated disk records it.
     monkeypatch.setattr(heartbeats, "TICK_S", 3600.0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     return Survivor(plan, undisturbed, folder)
 
 
 @pytest.mark.parametrize("interrupted", INTERRUPTED, ids=lambda function: function.__name__)
-def test_a_crash_between_any_two_changes_is_survived(folder, survivor, interrupted, monkeypatch):
+def test_job_survives_a_crash_between_any_two_disk_changes(
+    folder, survivor, interrupted, monkeypatch
+):
     one_by_one, at_least = INTERRUPTED[interrupted]
     disk = Disk(new_folder(folder), one_by_one)
     interrupted(
@@ -238,10 +240,10 @@ def test_a_crash_between_any_two_changes_is_survived(folder, survivor, interrupt
     assert len(disk.states) >= at_least
     survivor.repairs = interrupted is a_repair
     for when, state in disk.states.items():
-        survivor.go_on(when, state)
+        survivor.resume(when, state)
 
 
-def test_a_crash_while_the_job_goes_on_after_a_crash_is_survived(folder, survivor, monkeypatch):
+def test_job_survives_a_second_crash_while_resuming(folder, survivor, monkeypatch):
     chance, first = random.Random(0), Disk(new_folder(folder))
     a_new_job(
         in_folder(survivor.plan, first.root / "out"), first, survivor.undisturbed, monkeypatch
@@ -253,7 +255,7 @@ def test_a_crash_while_the_job_goes_on_after_a_crash_is_survived(folder, survivo
         with second.recording():
             assert run(in_folder(survivor.plan, output), dead_owner(), second)
         for then, left in chance.sample(list(second.states.items()), 8):
-            survivor.go_on(f"{when}, and {then}", left)
+            survivor.resume(f"{when}, and {then}", left)
 
 
 def new_folder(folder):
@@ -261,9 +263,7 @@ def new_folder(folder):
     return folder / "disk"
 
 
-def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_recorded(
-    tmp_path, plan
-):
+def test_data_is_flushed_then_published_then_recorded(tmp_path, plan):
     root = tmp_path / "disk"
     root.mkdir()
     with Disk(root).recording() as disk:
@@ -284,15 +284,15 @@ def test_data_is_flushed_then_published_then_its_folder_flushed_and_only_then_re
             found = [i for i in range(at + 1, len(changes)) if re.fullmatch(step, changes[i])]
             assert found, f"no {step} after {changes[at]}"
             at = found[0]
-    # The merge: every column, then the sums and what is told of them, and last the word that it is all there.
+    # The merge: columns, then sums, statistics and metadata, and last the attribute ``complete``.
     places = {
         name: max(i for i, change in enumerate(changes) if f"/{name}" in change)
-        for name in LAST_WORDS
+        for name in LAST_WRITTEN
     }
     assert list(places.values()) == sorted(places.values()), places
 
 
-LAST_WORDS = (
+LAST_WRITTEN = (
     "status/c.0",
     "token_covariance_s",
     "projection_stats.json",

@@ -1,4 +1,4 @@
-"""Hosts that stand still and wake up again, on one store: every id once, every shard its record's."""
+"""Hosts that hang and wake up, on one store: every id once, every shard matches its record."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ from gradproj.store.unit_record import list_records, read_record, record_name
 
 
 def one_unit(tmp_path, number=0):
-    """A store of one unit, and a process that has claimed it."""
+    """Make a store of one unit, and a process that has claimed it."""
     layout = make_store(tmp_path / "out", n_samples=4, rows_per_shard=16)
     queue = UnitQueue(tmp_path / "out", layout, IDENTITY, [0], fake_owner(number))
     assert next(queue.take()) == 0
@@ -42,7 +42,7 @@ def one_unit(tmp_path, number=0):
 
 
 def count_changes(tmp_path):
-    """How many changes of the file system a commit makes."""
+    """Return the number of file system changes of a commit."""
     layout, queue = one_unit(tmp_path)
     with at_change(-1, lambda: None) as counter:
         assert queue.commit(fake_rows(layout, 0))
@@ -50,7 +50,7 @@ def count_changes(tmp_path):
 
 
 def commit_in_a_thread(output, layout, pause_before):
-    """A second process takes the unit over; it pauses before its change of that number until told to go on."""
+    """Take the unit over in a thread that pauses before its change of that number."""
     reached, go_on = threading.Event(), threading.Event()
 
     def work():
@@ -67,13 +67,14 @@ def commit_in_a_thread(output, layout, pause_before):
 
 
 @pytest.mark.usefixtures("no_stale_wait", "no_fsync")
-def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_under_anothers_record(
+def test_owner_that_wakes_up_in_its_commit_never_replaces_the_shard_of_anothers_record(
     tmp_path,
 ):
     n_changes = count_changes(tmp_path / "count")
     writers = set()
     for paused_at in range(n_changes):
-        # 1000: the other commits before the first wakes up; else the first runs to its end in the middle of that.
+        # 1000: the other commits before the first wakes up. Else the first runs to its end while
+        # the other is in the middle of its commit.
         for other_paused_at in (1000, 6, 14, 22):
             layout, queue = one_unit(tmp_path / f"{paused_at}-{other_paused_at}")
             other = []
@@ -93,7 +94,7 @@ def test_an_owner_that_wakes_up_anywhere_in_its_commit_never_puts_its_shard_unde
 
 
 @pytest.mark.usefixtures("no_stale_wait")
-def test_a_taken_over_owner_goes_on_with_its_other_units(tmp_path):
+def test_fenced_owner_continues_with_its_other_units(tmp_path):
     layout = make_store(tmp_path, n_samples=32)
     old = UnitQueue(tmp_path, layout, IDENTITY, [0, 1], fake_owner(0))
     units = old.take()
@@ -108,7 +109,7 @@ def test_a_taken_over_owner_goes_on_with_its_other_units(tmp_path):
 
 
 @pytest.mark.usefixtures("no_stale_wait")
-def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
+def test_owner_before_a_dead_successor_is_fenced_too(tmp_path, monkeypatch):
     layout, first = one_unit(tmp_path)
     out = tmp_path / "out"
     second = UnitQueue(out, layout, IDENTITY, [0], dead_owner())
@@ -124,7 +125,7 @@ def test_the_owner_before_a_dead_taker_is_fenced_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_stale_wait")
-def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
+def test_owner_that_released_a_unit_is_not_fenced(tmp_path):
     layout, first = one_unit(tmp_path)
     first.claims.release("00000000")
     second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
@@ -137,9 +138,7 @@ def test_who_gave_a_unit_back_keeps_what_else_it_has_prepared(tmp_path):
 
 
 @pytest.mark.usefixtures("no_stale_wait")
-def test_who_could_not_fence_the_owner_before_does_not_say_that_it_gives_the_unit_back(
-    tmp_path, monkeypatch
-):
+def test_claimant_that_failed_to_fence_does_not_release_the_unit(tmp_path, monkeypatch):
     layout, first = one_unit(tmp_path)
     second = UnitQueue(first.output, layout, IDENTITY, [0], fake_owner(1))
     with monkeypatch.context() as patch:
@@ -159,9 +158,7 @@ def refuse_by(code):
     return refuse
 
 
-def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_takes_them_for_dead(
-    tmp_path, monkeypatch
-):
+def test_process_that_hung_itself_gives_others_time_before_taking_over(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(heartbeats_module.time, "monotonic", lambda: now[0])
     layout, _ = one_unit(tmp_path)
@@ -169,7 +166,7 @@ def test_a_process_that_stood_still_itself_gives_the_others_a_moment_before_it_t
     mine = UnitQueue(tmp_path / "out", layout, IDENTITY, [0], fake_owner(1)).claims
     mine.heartbeat_of = lambda other: beats[0]
     assert not mine.try_claim("00000000")
-    now[0] += 3600  # a file system that hung: nobody's heartbeat could be written
+    now[0] += 3600  # a file system that hung: no process could write a heartbeat
     assert not mine.try_claim("00000000")
     beats[0], now[0] = 6, now[0] + 5
     assert not mine.try_claim("00000000")
@@ -183,7 +180,7 @@ N_HOSTS, N_UNITS = 8, 32
 
 
 class Host:
-    """One simulated machine: a clock of its own, a heartbeat, and moments at which everything in it stands still."""
+    """A simulated machine with its own clock and heartbeat, which hangs now and then."""
 
     def __init__(self, number, output, layout, seed):
         self.number, self.output, self.layout = number, output, layout
@@ -223,7 +220,7 @@ class Host:
 
 @pytest.fixture
 def here(monkeypatch):
-    """Clocks that differ from host to host, and owners that are soon taken for dead."""
+    """Give each host a clock of its own, and shorten the times until a claim is stale."""
     here = threading.local()
 
     def clock():
@@ -238,7 +235,7 @@ def here(monkeypatch):
 
 
 def run_hosts(output, seed, here):
-    """Eight hosts fill a store, each standing still now and then before some change of the file system."""
+    """Fill a store by eight hosts, each hanging now and then before a file system change."""
     layout = make_store(output, n_samples=8 * N_UNITS - 3, rows_per_shard=8)
     hosts = [Host(number, output, layout, seed) for number in range(N_HOSTS)]
     found = SimpleNamespace(hosts=hosts, layout=layout, output=output, seen={}, changed=[])
@@ -265,7 +262,7 @@ def run_hosts(output, seed, here):
 
 
 def watch(found, ended):
-    """Heartbeats of the hosts that are awake; and whether what was once published stays as it is."""
+    """Write heartbeats of hosts that are awake; note published files that change."""
     while not ended.wait(0.03):
         for host in found.hosts:
             host.beat()
@@ -275,7 +272,7 @@ def watch(found, ended):
                 found.changed.append(unit)
 
 
-def test_eight_hosts_that_stop_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
+def test_eight_hosts_that_hang_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
     fenced = []
     monkeypatch.setattr(
         fault_points,
@@ -292,7 +289,7 @@ def test_eight_hosts_that_stop_and_wake_up_commit_every_id_once(tmp_path, here, 
 
 
 def assert_sound(found):
-    """Every unit is committed once, and each row and its columns are of one and the same host."""
+    """Check that every unit is committed once, with rows and columns of one host."""
     output, layout = found.output, found.layout
     assert found.changed == []
     assert inconsistent_units(output, layout) == []

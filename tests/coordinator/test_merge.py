@@ -1,4 +1,4 @@
-"""The final merge: stopped, waited for, and of a host that wakes up in the middle of it."""
+"""The final merge: interrupted, waited for, and run by a host that hangs in its middle."""
 
 import time
 
@@ -11,7 +11,7 @@ from gradproj.coordinator.units import UnitQueue
 
 
 def two_units_of_three(output):
-    """A store with a unit left to compute, and a process that is about to merge it."""
+    """Make a store with one unit left, and a process that is about to merge it."""
     layout = make_store(output)
     old = UnitQueue(output, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     units = old.take()
@@ -27,7 +27,7 @@ def files_of_the_store(output):
 
 
 @pytest.mark.usefixtures("no_stale_wait", "no_fsync")
-def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_finished_one(
+def test_merge_that_wakes_up_late_changes_nothing_in_a_complete_store(
     tmp_path,
 ):
     _, old = two_units_of_three(tmp_path / "count")
@@ -50,11 +50,11 @@ def test_an_unfinished_stores_merge_that_wakes_up_anywhere_changes_nothing_of_a_
                 ended += 1
         assert files_of_the_store(output) == whole, paused_at
         assert is_merged(output)
-    # Only one that had put everything in place, and was about to flush the last folder, comes to its end.
+    # A merge finishes only if it hung before its last flush, with every file in place.
     assert ended == n_changes - 1
 
 
-def test_a_merge_ends_when_the_job_is_to_stop_and_the_next_start_merges(tmp_path):
+def test_stop_request_interrupts_the_merge_and_the_next_start_merges(tmp_path):
     layout = make_store(tmp_path)
     queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     for unit in queue.take():
@@ -66,7 +66,7 @@ def test_a_merge_ends_when_the_job_is_to_stop_and_the_next_start_merges(tmp_path
     assert fill(tmp_path, layout, fake_owner(1))
 
 
-def test_a_rank_that_waits_for_anothers_merge_hears_that_it_is_to_stop(tmp_path):
+def test_rank_waiting_for_a_merge_obeys_a_stop_request(tmp_path):
     layout = make_store(tmp_path)
     busy = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     for unit in busy.take():
@@ -77,7 +77,7 @@ def test_a_rank_that_waits_for_anothers_merge_hears_that_it_is_to_stop(tmp_path)
     assert not finish(tmp_path, mine.claims, wait=True, stopping=lambda: time.monotonic() > until)
 
 
-def test_the_heartbeat_moves_with_the_merge(tmp_path):
+def test_merge_moves_the_heartbeat(tmp_path):
     layout = make_store(tmp_path)
     progress = Progress()
     queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))

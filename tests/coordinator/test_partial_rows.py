@@ -1,4 +1,4 @@
-"""Saved rows of unfinished units: bit by bit, and only those that are of use."""
+"""Saved rows of unfinished units."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def partial_log(tmp_path, key="key"):
     return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
 
 
-def test_partial_rows_come_back_bit_by_bit_in_order(tmp_path):
+def test_partial_rows_are_read_back_exactly_and_in_order(tmp_path):
     log = partial_log(tmp_path)
     assert log.read() == (0, [])
     log.append(0, 2, part(0))
@@ -36,12 +36,12 @@ def test_partial_rows_come_back_bit_by_bit_in_order(tmp_path):
         }
 
 
-def test_partial_rows_of_other_settings_are_left_alone(tmp_path):
+def test_partial_rows_of_other_settings_are_ignored(tmp_path):
     partial_log(tmp_path).append(0, 2, part(0))
     assert partial_log(tmp_path, key="other").read() == (0, [])
 
 
-def test_partial_rows_count_up_to_the_first_damaged_or_missing_file(tmp_path):
+def test_partial_rows_are_read_up_to_the_first_damaged_file(tmp_path):
     log = partial_log(tmp_path)
     for first in (0, 2, 4):
         log.append(first, first + 2, part(first))

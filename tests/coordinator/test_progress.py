@@ -1,4 +1,4 @@
-"""What the display counts and shows."""
+"""The progress display."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def beat(output, rank, **progress):
     (output / "heartbeats" / f"{owner.name}.json").write_text(json.dumps(content))
 
 
-def test_committed_units_and_the_done_part_of_running_ones_count(output):
+def test_snapshot_counts_committed_units_and_finished_batches(output):
     record(output, 0, 6)
     beat(output, 0, unit=2, unit_samples=5, n_tokens=300, seconds=3.0)
     beat(output, 1, unit=6, unit_samples=4, n_tokens=100, seconds=2.0)  # committed meanwhile
@@ -51,21 +51,19 @@ def test_committed_units_and_the_done_part_of_running_ones_count(output):
     assert now.tokens_per_second == 150.0
 
 
-def test_only_wanted_units_count(output):
+def test_snapshot_counts_wanted_units_only(output):
     record(output, 0, 1)
     now = take_snapshot(output, LAYOUT, np.array([1, 2]))
     assert (now.done, now.total) == (16, 32)
 
 
-def test_without_a_terminal_there_are_lines_and_the_last_one_says_how_far(output, capsys):
+def test_display_prints_lines_without_a_terminal(output, capsys):
     with ProgressDisplay(output, LAYOUT, np.arange(7), Owner.this_process("job", 0, 0)):
         record(output, *range(7))
     assert capsys.readouterr().err == "100 of 100 documents (100.0 %)\n"
 
 
-def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_moves(
-    output, monkeypatch
-):
+def test_remote_rank_counts_while_its_heartbeat_moves(output, monkeypatch):
     now, seen = [0.0], []
     monkeypatch.setattr(
         "gradproj.coordinator.heartbeats.time", SimpleNamespace(monotonic=lambda: now[0])
@@ -87,7 +85,7 @@ def test_a_rank_of_another_host_counts_as_soon_and_as_long_as_its_heartbeat_move
     assert seen == [(0, *dead), (5, *dead), (10, *alive), (60, *alive), (71, *dead), (75, *alive)]
 
 
-def test_a_heartbeat_that_is_written_again_moves_though_no_batch_has_ended(output):
+def test_rewritten_heartbeat_counts_as_moved_without_a_new_batch(output):
     beat(output, 1, batches=7)
     (path,) = (output / "heartbeats").iterdir()
     ranks = LiveRanks(output / "heartbeats", Owner.this_process("job", 0, 0))
@@ -97,7 +95,7 @@ def test_a_heartbeat_that_is_written_again_moves_though_no_batch_has_ended(outpu
     assert [owner.rank for owner, _ in ranks.read()] == [1]
 
 
-def test_the_display_does_not_count_a_dead_host(output, capsys):
+def test_display_does_not_count_a_dead_host(output, capsys):
     beat(output, 1, unit=2, unit_samples=5, n_tokens=300, seconds=3.0)
     display = ProgressDisplay(output, LAYOUT, np.arange(7), Owner.this_process("job", 0, 0))
     display._show()
@@ -105,7 +103,7 @@ def test_the_display_does_not_count_a_dead_host(output, capsys):
     assert "0 of 100 documents (0.0 %), 0 tokens/s, 0 ranks" in capsys.readouterr().err
 
 
-def test_a_rank_that_shows_nothing_looks_at_nothing(output, capsys, monkeypatch):
+def test_invisible_display_reads_nothing(output, capsys, monkeypatch):
     monkeypatch.setattr(
         "gradproj.coordinator.progress.take_snapshot", lambda *a: pytest.fail("looked")
     )
@@ -120,5 +118,5 @@ def test_a_rank_that_shows_nothing_looks_at_nothing(output, capsys, monkeypatch)
     ("seconds", "text"),
     [(0, "0 s"), (89, "89 s"), (90, "2 min"), (7200, "2.0 h"), (200000, "2.3 d")],
 )
-def test_durations_are_short(seconds, text):
+def test_durations_are_formatted_briefly(seconds, text):
     assert human_seconds(seconds) == text

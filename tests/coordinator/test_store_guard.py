@@ -1,4 +1,4 @@
-"""OUTPUT is deleted, or another store begun under its name, while a process works on it: nothing of it gets there."""
+"""The output is deleted, or replaced by another store, while a process works on it."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ MADE = {"with other settings": "other", "with the same settings": IDENTITY}
 
 
 def working(output, **how):
-    """A process that has claimed unit 0 of two."""
+    """Make a process that has claimed unit 0 of two."""
     layout = make_store(output, n_samples=32)
     queue = UnitQueue(output, layout, IDENTITY, [0], fake_owner(0), **how)
     units = queue.take()
@@ -34,18 +34,18 @@ def working(output, **how):
 
 
 def replace(output, identity):
-    """Another store, and another process that has claimed the same unit of it."""
+    """Replace the output by another store, whose unit 0 another process has claimed."""
     shutil.rmtree(output)
     layout = make_store(output, n_samples=32, identity=identity)
     assert next(UnitQueue(output, layout, identity, [0], fake_owner(1)).take()) == 0
 
 
 @pytest.mark.parametrize("made", MADE)
-def test_nothing_is_written_into_another_store_whenever_it_was_put_there(tmp_path, made):
+def test_nothing_is_written_into_a_store_that_replaces_this_one_during_a_commit(tmp_path, made):
     layout, queue, _ = working(tmp_path / "count")
     with at_change(-1, lambda: None) as counter:
         assert queue.commit(fake_rows(layout, 0))
-    # The last change deletes the claim of what is committed then: no more than that could go amiss.
+    # Not the last change, which deletes the claim of a unit that is committed by then.
     for paused_at in range(next(counter) - 1):
         output = tmp_path / str(paused_at)
         layout, queue, _ = working(output)
@@ -64,7 +64,7 @@ def test_nothing_is_written_into_another_store_whenever_it_was_put_there(tmp_pat
 
 
 @pytest.mark.parametrize("made", MADE)
-def test_a_process_notices_another_store_before_it_claims_computes_saves_or_commits(tmp_path, made):
+def test_process_notices_a_replaced_store_before_it_claims_saves_or_commits(tmp_path, made):
     output = tmp_path / "out"
     layout, queue, units = working(output)
     replace(output, MADE[made])
@@ -83,7 +83,7 @@ def test_a_process_notices_another_store_before_it_claims_computes_saves_or_comm
     assert tree_of(output) == there
 
 
-def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_the_job_were_kept(
+def test_replaced_store_is_noticed_in_a_kept_output_directory(
     tmp_path,
 ):
     layout, queue, _ = working(tmp_path)
@@ -98,14 +98,14 @@ def test_a_store_put_in_place_of_another_is_noticed_also_where_the_folders_of_th
         ] == []
 
 
-def test_a_job_whose_store_was_replaced_since_its_start_begins_nothing(tmp_path):
+def test_job_does_not_begin_on_a_replaced_store(tmp_path):
     layout = make_store(tmp_path, identity="other")
     with pytest.raises(StoreReplaced, match="a store with other settings"):
         UnitQueue(tmp_path, layout, IDENTITY, [0], fake_owner(0))
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_merge_changes_the_attributes_and_not_which_store_it_is(tmp_path):
+def test_merge_does_not_change_the_store_identity(tmp_path):
     layout, queue, _ = working(tmp_path)
     attributes = tmp_path / "projections.zarr" / "zarr.json"
     attributes.write_text(attributes.read_text().replace('"complete": false', '"complete": true'))
@@ -116,7 +116,7 @@ def test_a_merge_changes_the_attributes_and_not_which_store_it_is(tmp_path):
     ("times", "code", "read"),
     [(2, errno.ESTALE, True), (3, errno.ESTALE, False), (1, errno.EIO, False)],
 )
-def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
+def test_attributes_replaced_while_being_read_are_read_again(
     tmp_path, monkeypatch, times, code, read
 ):
     make_store(tmp_path)
@@ -138,7 +138,7 @@ def test_attributes_that_a_merge_replaces_while_they_are_read_are_read_again(
             which()
 
 
-def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
+def test_record_of_another_store_is_an_error(tmp_path):
     layout = make_store(tmp_path)
     path = tmp_path / record_name(1)
     path.write_bytes(encode_record(fake_rows(layout, 1, identity="other").record))
@@ -148,7 +148,7 @@ def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
         read_unit(tmp_path, 1, IDENTITY)
 
 
-# --- parts of it deleted ---
+# --- deleted directories ---
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,7 @@ def test_a_record_of_another_store_is_named_with_the_way_out(tmp_path):
         ("claims", "claims", "what was committed is kept"),
     ],
 )
-def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(
-    tmp_path, deleted, named, way_out
-):
+def test_commit_reports_a_deleted_directory(tmp_path, deleted, named, way_out):
     output = tmp_path / "out"
     layout, queue, _ = working(output)
     shutil.rmtree(output / deleted)
@@ -180,7 +178,7 @@ def test_a_commit_ends_with_the_name_of_what_was_deleted_and_the_way_out(
 
 
 @pytest.mark.parametrize("deleted", ["", "projections.zarr", "units", "claims"])
-def test_a_process_that_looks_for_work_names_what_was_deleted(tmp_path, deleted):
+def test_claim_loop_reports_a_deleted_directory(tmp_path, deleted):
     output = tmp_path / "out"
     _, queue, _ = working(output)
     queue.wanted = np.arange(2)
@@ -190,7 +188,7 @@ def test_a_process_that_looks_for_work_names_what_was_deleted(tmp_path, deleted)
         list(queue.take())
 
 
-def test_the_folder_of_saved_rows_deleted_is_named(tmp_path):
+def test_saving_partial_rows_reports_a_deleted_directory(tmp_path):
     _, queue, _ = working(tmp_path)
     shutil.rmtree(tmp_path / "partial")
     with pytest.raises(
@@ -200,7 +198,7 @@ def test_the_folder_of_saved_rows_deleted_is_named(tmp_path):
         queue.partial_log(0, "key").append(0, 1, PART)
 
 
-def test_the_folder_of_unpublished_files_deleted_is_made_again(tmp_path):
+def test_deleted_scratch_directory_is_made_again(tmp_path):
     layout, queue, _ = working(tmp_path)
     shutil.rmtree(tmp_path / "tmp")
     assert queue.commit(fake_rows(layout, 0))

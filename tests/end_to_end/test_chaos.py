@@ -1,4 +1,4 @@
-"""Real jobs killed at random moments: nothing is lost, nothing is left, and every bit is that of an undisturbed job."""
+"""Real jobs killed at random moments leave the store of an undisturbed job, bit by bit."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ SETTINGS = {
     "rows_per_shard": 16,
 }
 LANES = 4
-"""Stores that are filled side by side in the long form: a job's start and end wait more than they compute."""
+"""Stores filled side by side in the long form: a job's start and end mostly wait."""
 
 
 def make_scene(folder, model_dir, n_documents):
@@ -43,14 +43,12 @@ def say(capsys, text):
 
 @pytest.fixture(scope="module")
 def small_scene(tmp_path_factory, model_dir):
-    """100 units: enough of them are left after a few kills."""
+    """100 units, so that enough are left after a few kills."""
     return make_scene(tmp_path_factory.mktemp("chaos"), model_dir, 1600)
 
 
 @pytest.mark.parametrize(("jobs", "kills"), [(1, 4), (2, 3)])
-def test_a_few_kills_leave_the_store_of_an_undisturbed_job(
-    tmp_path, small_scene, seed, jobs, kills
-):
+def test_few_kills_leave_the_store_of_an_undisturbed_job(tmp_path, small_scene, seed, jobs, kills):
     tally, started = Tally(most=kills), time.monotonic()
     print(f"CHAOS_SEED={seed}")
     fill_under_kills(
@@ -77,7 +75,7 @@ def test_hundreds_of_kills_leave_the_stores_of_an_undisturbed_job(
                 # Two jobs of two ranks every other time.
                 fill_under_kills(scene, output, tally, rng, jobs=1 + number % 2)
             except BaseException:
-                tally.most = 0  # the other lanes come to an end
+                tally.most = 0  # ends the other lanes
                 raise
             say(capsys, tally.table(seed, time.monotonic() - started))
             discard(output)

@@ -1,4 +1,4 @@
-"""Real ranks end by -9 at every named step of the protocol in turn; the job goes on to the same bits."""
+"""Real ranks are killed at every named step of the protocol; the job resumes to the same bits."""
 
 import ast
 import json
@@ -18,14 +18,20 @@ from gradproj.store import ProjectionStore
 PACKAGE = Path(__file__).parents[2] / "gradproj"
 N_SAMPLES, N_UNITS = 48, 3
 SETTINGS = {
-    "proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "batch_tokens": 300, "max_length": 48,
-    "rows_per_shard": 16, "proj_save_interval": 1, "device": "cpu",
-}  # fmt: skip
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 8,
+    "batch_tokens": 300,
+    "max_length": 48,
+    "rows_per_shard": 16,
+    "proj_save_interval": 1,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
 def small_corpus(tmp_path_factory):
-    """Three units of some batches each."""
+    """Three units of several batches each."""
     return make_corpus(
         tmp_path_factory.mktemp("small") / "tars", mixed_documents(N_SAMPLES), per_tar=20
     )
@@ -33,7 +39,7 @@ def small_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, small_corpus, model_dir):
-    """The store of one rank that was started as everybody would."""
+    """The store of a single rank that was not disturbed."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     run_job(1, shards=small_corpus, model=model_dir, output_dir=output, **SETTINGS)
     return output
@@ -46,7 +52,7 @@ def ranks(tmp_path_factory):
 
 
 class Launch:
-    """One output, and the job on it with any number of ranks."""
+    """A job on one output, with any number of ranks."""
 
     def __init__(self, ranks, output, small_corpus, model_dir):
         self.ranks, self.output = ranks, output
@@ -56,28 +62,33 @@ class Launch:
         ]
 
     def start(self, world_size, **how):
-        """As torchrun starts them: with its variables, and with a store that it keeps for them to meet at."""
+        """Start ranks like torchrun: with its variables and a rendezvous store."""
         self._meeting = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": self._meeting.port, "TORCHELASTIC_USE_AGENT_STORE": True,
-                  "TORCHELASTIC_RESTART_COUNT": 0}  # fmt: skip
+        shared = {
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self._meeting.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": 0,
+        }
         for rank in range(world_size):
             own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
             environment = {name: str(value) for name, value in own.items()}
             self.ranks.start(self._argv, rank, environment=environment, **how)
 
     def die_at(self, step, world_size=2, **how):
-        """Start the job, and end it all by -9 as soon as one of its ranks has come to a step."""
+        """Start the job, and kill all ranks (-9) as soon as one has reached a step."""
         self.start(world_size, kill_at=step, **how)
         self.killed_at(step)
 
     def killed_at(self, step):
         ended = self.ranks.wait_for_one()
-        # Another may have left before, for want of work or of the one that died.
+        # Another rank may have exited before, without work left or after the first one died.
         while ended.status != -9 and self.ranks.running():
             ended = self.ranks.wait_for_one()
         assert (ended.status, ended.steps[-1:]) == (-9, [step]), (
-            f"no rank came to {step!r}\n{ended.output}"
+            f"no rank reached {step!r}\n{ended.output}"
         )
         self.ranks.kill_all()
 
@@ -98,7 +109,7 @@ def launch(ranks, tmp_path, small_corpus, model_dir):
     return Launch(ranks, tmp_path / "out", small_corpus, model_dir)
 
 
-def assert_as_if_nothing_had_happened(output, undisturbed, ranks):
+def assert_like_undisturbed(output, undisturbed, ranks):
     assert_same_bits(output, undisturbed)
     with ProjectionStore(output) as store:
         assert store.status_counts()["ok"] == N_SAMPLES
@@ -124,62 +135,58 @@ def die_merging_a_finished_store(launch, undisturbed):
     launch.die_merging_at("merge reopened")
 
 
-COMES_TO = {
+REACHED_BY = {
     "old owner fenced": die_with_a_dead_owners_claim,
     "merge reopened": die_merging_a_finished_store,
 }
-"""Steps that a new store's job does not come to -> what does."""
+"""Steps that a job on a new store does not reach -> a function that does."""
 
 WORLD_SIZES = [1, 2, 1, 3]
-"""To go on with, in turn."""
+"""World sizes to resume with, in turn."""
 
 
 @pytest.mark.parametrize(
     ("step", "world_size"),
     [(step, WORLD_SIZES[i % len(WORLD_SIZES)]) for i, step in enumerate(STEPS)],
 )
-def test_a_job_that_dies_at_any_step_goes_on_to_the_same_bits(
-    launch, undisturbed, step, world_size
-):
-    if step in COMES_TO:
-        COMES_TO[step](launch, undisturbed)
+def test_job_killed_at_any_step_resumes_to_the_same_bits(launch, undisturbed, step, world_size):
+    if step in REACHED_BY:
+        REACHED_BY[step](launch, undisturbed)
     else:
         launch.die_at(step)
     launch.finish(world_size)
-    assert_as_if_nothing_had_happened(launch.output, undisturbed, launch.ranks)
+    assert_like_undisturbed(launch.output, undisturbed, launch.ranks)
 
 
 @pytest.mark.parametrize("step", ["partial published", "claim released", "scratch removed"])
-def test_a_drain_that_dies_at_any_step_goes_on_to_the_same_bits(launch, undisturbed, step):
+def test_job_killed_at_any_step_of_a_stop_resumes_to_the_same_bits(launch, undisturbed, step):
     launch.die_at(step, 1, stop_at="batch done")
     launch.finish(2)
-    assert_as_if_nothing_had_happened(launch.output, undisturbed, launch.ranks)
+    assert_like_undisturbed(launch.output, undisturbed, launch.ranks)
 
 
 @pytest.mark.parametrize(
     "step", ["merge undone", "claim released", "shard published", "block merged"]
 )
-def test_a_job_that_computes_a_lost_unit_again_and_dies_goes_on_to_the_same_bits(
-    launch, undisturbed, step
-):
+def test_job_killed_while_recomputing_a_unit_resumes_to_the_same_bits(launch, undisturbed, step):
     shutil.copytree(undisturbed, launch.output)
     (launch.output / "units" / "00000001.safetensors").unlink()
     launch.die_at(step)
     launch.finish(1)
-    assert_as_if_nothing_had_happened(launch.output, undisturbed, launch.ranks)
+    assert_like_undisturbed(launch.output, undisturbed, launch.ranks)
 
 
-def test_the_named_steps_are_those_that_the_job_tells():
-    told = [
+def test_listed_steps_are_exactly_those_in_the_code():
+    reached = [
         node.args[0].value
         for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "fault_points.reach"
     ]
-    assert sorted(told) == sorted(STEPS)
+    assert sorted(reached) == sorted(STEPS)
 
 
-def test_an_undisturbed_job_comes_to_the_steps_of_each_part_in_their_order(launch):
+def test_undisturbed_job_reaches_the_steps_of_each_phase_in_order(launch):
     launch.start(1)
     (rank,) = launch.ranks.wait_for_all()
     assert rank.status == 0, rank.output

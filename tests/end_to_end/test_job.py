@@ -61,7 +61,9 @@ def slow_rows(model_dir, texts, max_length, windows, mean):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("long_documents", ["truncate", "windows"])
-def test_a_documents_row_is_its_projected_gradient(tmp_path, model_dir, long_documents, reduction):
+def test_row_is_the_projected_gradient_of_its_document(
+    tmp_path, model_dir, long_documents, reduction
+):
     texts = [words(n, n) for n in (3, 200, 40, 9, 90)]
     corpus = make_corpus(tmp_path / "tars", [{"text": text} for text in texts], per_tar=2)
     options = {
@@ -91,7 +93,7 @@ def test_any_number_of_ranks_gives_the_same_bits(tmp_path, corpus, model_dir, un
     assert_same_bits(tmp_path / "out", undisturbed)
 
 
-def test_every_document_is_in_the_store_once_and_complete(undisturbed):
+def test_every_document_is_in_the_store_once(undisturbed):
     with ProjectionStore(undisturbed) as store:
         assert counts(store) == {"ok": 200}
         samples = store.samples(range(200))
@@ -108,7 +110,7 @@ def test_every_document_is_in_the_store_once_and_complete(undisturbed):
     assert not list((undisturbed / "tmp").iterdir())
 
 
-def test_the_readers_texts_are_those_of_the_tars(undisturbed):
+def test_reader_returns_the_texts_of_the_tars(undisturbed):
     documents = mixed_documents(200)
     with ProjectionStore(undisturbed / "projections.zarr") as store:
         assert [s.text for s in store.samples([199, 3], text=True)] == [
@@ -117,7 +119,7 @@ def test_the_readers_texts_are_those_of_the_tars(undisturbed):
         assert "200 rows" in repr(store)
 
 
-def test_the_losses_are_the_models_own(undisturbed, model_dir):
+def test_losses_are_the_models_own(undisturbed, model_dir):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(model_dir),
         AutoTokenizer.from_pretrained(model_dir),
@@ -133,9 +135,7 @@ def test_the_losses_are_the_models_own(undisturbed, model_dir):
             assert sample.n_tokens == ids.shape[1] - 1
 
 
-def test_the_stores_token_covariances_are_the_sum_over_units(
-    undisturbed, corpus, model_dir, tmp_path
-):
+def test_token_covariances_are_the_sum_over_units(undisturbed, corpus, model_dir, tmp_path):
     run_job(
         1,
         shards=corpus,
@@ -155,7 +155,7 @@ def test_the_stores_token_covariances_are_the_sum_over_units(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, undisturbed, dtype):
+def test_other_zarr_readers_need_no_gradproj(tmp_path, corpus, model_dir, undisturbed, dtype):
     output = tmp_path / "out"
     run_job(
         1,
@@ -179,7 +179,8 @@ def test_other_readers_need_nothing_of_gradproj(tmp_path, corpus, model_dir, und
         script = (
             "import sys, zarr, numpy as np; g = zarr.open_group(sys.argv[1], mode='r'); "
             "assert not any(m.startswith('gradproj') for m in sys.modules); "
-            "np.save(sys.argv[2], g['projections'][...].astype('f4') * g['row_scale'][...][:, None])"
+            "rows, scale = (g[name][...] for name in ('projections', 'row_scale')); "
+            "np.save(sys.argv[2], rows.astype('f4') * scale[:, None])"
         )
         subprocess.run([sys.executable, "-c", script, path, str(tmp_path / "rows.npy")], check=True)
         np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
@@ -199,7 +200,7 @@ ODD_TEXTS = [
 ]
 
 
-def test_every_odd_document_has_exactly_one_row_with_the_right_status(tmp_path, model_dir):
+def test_every_unusual_document_has_one_row_with_its_status(tmp_path, model_dir):
     texts = [*ODD_TEXTS, *[(words(20, 5), "ok")] * 3]
     raw = [
         (b"{not json", "bad_input"),
@@ -237,7 +238,7 @@ def test_every_odd_document_has_exactly_one_row_with_the_right_status(tmp_path, 
     assert relative_error(torch.from_numpy(rows[same[0]]), torch.from_numpy(rows[same[2]])) < 1e-3
 
 
-def test_a_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
+def test_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     texts = [words(20, i) for i in range(6)]
     as_text = make_corpus(tmp_path / "text", [{"text": t} for t in texts])
@@ -256,7 +257,7 @@ def test_a_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
 @pytest.mark.parametrize(
     ("special", "extra"), [("none", []), ("bos", ["bos"]), ("bos_eos", ["bos", "eos"])]
 )
-def test_special_tokens_are_those_asked_for(tmp_path, model_dir, special, extra):
+def test_special_tokens_follow_the_flag(tmp_path, model_dir, special, extra):
     corpus = make_corpus(tmp_path / "tars", [{"text": words(9, 1)}])
     run_job(
         1,
@@ -271,7 +272,7 @@ def test_special_tokens_are_those_asked_for(tmp_path, model_dir, special, extra)
         assert store.samples([0])[0].n_tokens == plain - 1 + len(extra)
 
 
-def test_chosen_domains_of_a_grouped_corpus_write_only_their_units(tmp_path, model_dir):
+def test_selected_domains_write_only_their_units(tmp_path, model_dir):
     documents = sorted(mixed_documents(96), key=lambda d: d["meta"]["pile_set_name"])
     corpus = make_corpus(tmp_path / "tars", documents, per_tar=32)
     settings = {**SETTINGS, "rows_per_shard": 16, "domains": "Github"}
@@ -284,14 +285,14 @@ def test_chosen_domains_of_a_grouped_corpus_write_only_their_units(tmp_path, mod
         assert np.isnan(store.rows([0, 95], missing="nan")).all()
 
 
-def test_a_finished_store_started_again_stays_as_it_is(corpus, model_dir, undisturbed):
+def test_finished_store_is_unchanged_by_another_start(corpus, model_dir, undisturbed):
     before = arrays_of(undisturbed)
     done = run_job(2, shards=corpus, model=model_dir, output_dir=undisturbed, **SETTINGS)
     assert "The store is complete" in done.stdout
     assert arrays_of(undisturbed) == before
 
 
-def test_a_copied_corpus_and_touched_tars_go_on_in_the_same_output(
+def test_copied_corpus_and_touched_tars_continue_in_the_same_output(
     tmp_path, corpus, model_dir, undisturbed
 ):
     output, tars = tmp_path / "out", shutil.copytree(corpus, tmp_path / "tars")
@@ -348,7 +349,7 @@ def descendants(pid):
 @pytest.mark.parametrize(
     ("stop", "ranks_after"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1), (signal.SIGINT, 1)]
 )
-def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
+def test_stopped_job_resumes_with_any_number_of_ranks(
     tmp_path, corpus, model_dir, undisturbed, stop, ranks_after
 ):
     output = tmp_path / "out"
@@ -377,7 +378,7 @@ def test_a_job_stopped_in_the_middle_goes_on_with_any_number_of_ranks(
     assert_same_bits(output, undisturbed)
 
 
-def test_saved_partial_rows_are_taken_up_and_give_the_same_bits(
+def test_saved_partial_rows_are_used_and_give_the_same_bits(
     tmp_path, corpus, model_dir, undisturbed
 ):
     output = tmp_path / "out"
@@ -395,7 +396,7 @@ def test_saved_partial_rows_are_taken_up_and_give_the_same_bits(
     assert not list(output.glob("partial/*/*.safetensors"))
 
 
-def test_a_random_architecture_needs_no_checkpoint(tmp_path, model_dir):
+def test_random_architecture_needs_no_checkpoint(tmp_path, model_dir):
     corpus = make_corpus(tmp_path / "tars", [{"text": words(5, i)} for i in range(2)])
     (tmp_path / "config").mkdir()
     make_model(tmp_path / "config", family="gpt2")

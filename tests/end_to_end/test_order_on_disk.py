@@ -1,4 +1,4 @@
-"""In a real process: whatever gets its final name has been flushed, and its folder is before anything else follows."""
+"""A real process flushes each file before publishing it, and its folder before the next one."""
 
 import json
 import re
@@ -15,23 +15,28 @@ from helpers.jobs import ENVIRONMENT, flags, job_command
 
 N_UNITS = 3
 SETTINGS = {
-    "proj_rank_total": 24, "proj_rank_min": 3, "batch_size": 8, "batch_tokens": 300, "max_length": 48,
-    "rows_per_shard": 16, "proj_save_interval": 1,
-}  # fmt: skip
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 8,
+    "batch_tokens": 300,
+    "max_length": 48,
+    "rows_per_shard": 16,
+    "proj_save_interval": 1,
+}
 
 
 @dataclass
 class Event:
-    """Something is flushed, or gets a new name."""
+    """A flush or a publication."""
 
     thread: int
     what: str
     """``flush`` or ``publish``."""
     old: str
     path: str
-    """What is flushed; or the new name."""
+    """The flushed path, or the new name."""
     content: dict[str, object]
-    """Each file that it is about, by its old name -> what tells one content of it from another."""
+    """Old name of each file concerned -> a value that changes with its content."""
 
     def renamed(self, file):
         return self.path + file.removeprefix(self.old)
@@ -72,7 +77,7 @@ def events_by_strace(tmp_path, settings):
 
 
 def whole_lines(lines):
-    """Calls during which another thread's came are told in two parts; as one, where they end."""
+    """Join calls that strace prints in two parts because another thread's came in between."""
     begun = {}
     for line in lines:
         thread, call = line.split(maxsplit=1)
@@ -114,9 +119,7 @@ def small_corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seen", EVENTS)
-def test_data_then_flush_then_publish_then_flush_of_the_folder_and_only_then_the_next(
-    tmp_path, small_corpus, model_dir, seen
-):
+def test_every_publication_is_flushed_before_the_next(tmp_path, small_corpus, model_dir, seen):
     output = tmp_path / "out"
     settings = {"shards": small_corpus, "model": model_dir, "output_dir": output, **SETTINGS}
     events = EVENTS[seen](tmp_path, settings)
@@ -151,11 +154,18 @@ def publications(events, output):
 
 def assert_all_is_there(published):
     for pattern in (
-        "corpus.json", "projections.zarr", "metadata.json", "run_config.json", "projection_stats.json",
-        r"claims/\d+\.0", r"claims/merge\.\d", r"partial/\d+/.*\.safetensors",
-        r"projections.zarr/(loss|status|key)/c\.0.*", "projections.zarr/token_covariance_a",
+        "corpus.json",
+        "projections.zarr",
+        "metadata.json",
+        "run_config.json",
+        "projection_stats.json",
+        r"claims/\d+\.0",
+        r"claims/merge\.\d",
+        r"partial/\d+/.*\.safetensors",
+        r"projections.zarr/(loss|status|key)/c\.0.*",
+        "projections.zarr/token_covariance_a",
         "projections.zarr/zarr.json",
-    ):  # fmt: skip
+    ):
         assert [name for name in published if re.fullmatch(pattern, name)], (
             f"no {pattern} in {published}"
         )

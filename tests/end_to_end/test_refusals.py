@@ -21,7 +21,7 @@ def our_lines(text):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_mistake_is_said_once_and_leaves_nothing_behind(tmp_path, corpus, ranks):
+def test_user_error_is_printed_once_and_leaves_nothing_behind(tmp_path, corpus, ranks):
     settings = {"shards": corpus, "model": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
     # torchrun has one exit code, 1, for whatever its workers end with.
     done = run_job(ranks, expect=2 if ranks == 1 else 1, **settings)
@@ -33,16 +33,14 @@ def test_a_mistake_is_said_once_and_leaves_nothing_behind(tmp_path, corpus, rank
         assert "Traceback" not in done.stderr
 
 
-def test_a_mistake_in_the_flags_is_said_once_for_all_ranks(tmp_path, corpus, model_dir):
+def test_flag_error_is_printed_once_for_all_ranks(tmp_path, corpus, model_dir):
     done = run_job(
         2, expect=1, shards=corpus, model=model_dir, output_dir=tmp_path / "out", batch_size="many"
     )
     assert our_lines(done.stderr) == ["gradproj: --batch_size: invalid int value: 'many'"]
 
 
-def test_a_job_refused_for_its_other_settings_leaves_the_store_as_it_is(
-    tmp_path, corpus, model_dir
-):
+def test_job_refused_for_other_settings_leaves_the_store_unchanged(tmp_path, corpus, model_dir):
     settings = {"shards": corpus, "model": model_dir, "output_dir": tmp_path / "out", **SETTINGS}
     run_job(1, **settings)
     before = tree_of(tmp_path / "out")
@@ -52,7 +50,7 @@ def test_a_job_refused_for_its_other_settings_leaves_the_store_as_it_is(
     assert tree_of(tmp_path / "out") == before
 
 
-def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
+def test_read_only_output_is_a_one_line_error(tmp_path, corpus, model_dir):
     if os.geteuid() == 0:
         parent = "/proc"  # root may write anywhere but into the kernel's own files
     else:
@@ -66,9 +64,7 @@ def test_a_read_only_output_is_one_line(tmp_path, corpus, model_dir):
     assert "Traceback" not in done.stderr
 
 
-def test_a_file_size_limit_in_the_middle_of_a_commit_is_one_line_and_the_job_goes_on_later(
-    tmp_path, corpus, model_dir
-):
+def test_file_size_limit_is_a_one_line_error_and_the_job_resumes_later(tmp_path, corpus, model_dir):
     settings = {
         "shards": corpus,
         "model": model_dir,
@@ -108,9 +104,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_loses_nothing(
-    tmp_path, corpus, model_dir, small_disk
-):
+def test_full_disk_is_a_one_line_error_and_loses_nothing(tmp_path, corpus, model_dir, small_disk):
     settings = {"shards": corpus, "model": model_dir, "batch_size": 1, "max_length": 48}
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
     job = subprocess.Popen(
@@ -136,7 +130,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_one_line_and_loses_nothing(
     assert arrays_of(small_disk / "out")["status"] == bytes([1] * 200)
 
 
-def test_a_folder_that_turns_read_only_in_the_middle_is_one_line_and_loses_nothing(
+def test_folder_turned_read_only_is_a_one_line_error_and_loses_nothing(
     tmp_path, corpus, model_dir, small_disk
 ):
     output = small_disk / "out"
@@ -155,7 +149,8 @@ def test_a_folder_that_turns_read_only_in_the_middle_is_one_line_and_loses_nothi
         text=True,
     )
     wait_for_first_record(small_disk)
-    # By a mount of its own, over the first: one that has files open for writing, as the job's log, cannot be turned.
+    # By a second mount over the first: a mount with files open for writing, such as the log, cannot
+    # be made read-only.
     subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", small_disk], check=True)
     try:
@@ -193,7 +188,7 @@ def fill_after_first_record(disk):
                 return
 
 
-def test_plan_says_the_same_line_as_the_job(tmp_path, corpus, model_dir):
+def test_plan_prints_the_same_line_as_the_job(tmp_path, corpus, model_dir):
     settings = {
         "shards": corpus,
         "model": model_dir,

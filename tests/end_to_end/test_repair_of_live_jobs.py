@@ -1,4 +1,4 @@
-"""What was deleted behind a job's back is found at its start; a store is repaired while its job runs."""
+"""Repairs of a store while its job runs; deleted files are noticed at a job's start."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SETTINGS = {
 N_REPAIRS = 3
 
 
-def test_units_repaired_while_the_job_runs_are_computed_again_by_it(tmp_path, model_dir):
+def test_running_job_recomputes_units_repaired_meanwhile(tmp_path, model_dir):
     corpus = make_corpus(tmp_path / "tars", mixed_documents(500))
     settings = {"shards": corpus, "model": model_dir, **SETTINGS}
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
@@ -55,7 +55,7 @@ def test_units_repaired_while_the_job_runs_are_computed_again_by_it(tmp_path, mo
     assert_same_bits(output, tmp_path / "undisturbed")
 
 
-def test_a_job_does_not_call_done_what_was_deleted_behind_its_back(tmp_path, model_dir):
+def test_job_does_not_report_deleted_units_as_done(tmp_path, model_dir):
     corpus, output = make_corpus(tmp_path / "tars", mixed_documents(70)), tmp_path / "out"
     argv = [
         "gradproj.run",

@@ -1,4 +1,4 @@
-"""A user deletes OUTPUT, or a part of it, under a living job, and begins another: real processes, one clear line."""
+"""Outputs deleted or replaced under a running job: real processes, one clear line."""
 
 import os
 import shutil
@@ -78,9 +78,7 @@ def lasting(output):
     return {path: what for path, what in tree_of(output).items() if not path.startswith(beats)}
 
 
-def test_a_job_that_stood_still_while_another_store_was_begun_leaves_that_one_alone(
-    tmp_path, corpus, model_dir, jobs
-):
+def test_job_that_hung_writes_nothing_into_a_new_store(tmp_path, corpus, model_dir, jobs):
     output, where = tmp_path / "out", {"shards": corpus, "model": model_dir}
     others = {**SETTINGS, **where, "proj_rank_total": 12}
     old = jobs.start(3, output_dir=output, **where)
@@ -108,7 +106,7 @@ def test_a_job_that_stood_still_while_another_store_was_begun_leaves_that_one_al
         ("projections.zarr", "delete the folder and begin anew"),
     ],
 )
-def test_what_is_deleted_under_a_job_ends_it_with_one_line(
+def test_deleted_directory_ends_a_running_job_with_one_line(
     tmp_path, corpus, model_dir, jobs, deleted, way_out
 ):
     output = tmp_path / "out"

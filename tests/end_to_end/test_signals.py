@@ -1,4 +1,4 @@
-"""Signals and the launcher's death, sent to real jobs in the middle of a long batch, or of their imports."""
+"""Signals and the launcher's death, during a long batch or the imports of real jobs."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def scene(tmp_path_factory, model_dir):
 
 @pytest.fixture
 def slow(tmp_path):
-    """``slow(seconds)``: the command of a job whose batch takes so long, and the folder where it says so."""
+    """``slow(seconds)``: command of a job whose batches take this long, and its signal folder."""
     folder = tmp_path / "asleep"
     folder.mkdir()
     return lambda seconds: ([SLOW_JOB, str(folder), str(BATCHES_DONE), str(seconds)], folder)
@@ -76,7 +76,7 @@ def slow(tmp_path):
 
 @pytest.fixture
 def slow_imports(tmp_path):
-    """The environment of a job whose ranks never come to the end of their imports, and where they say so."""
+    """Environment of a job whose ranks never finish importing, and its signal folder."""
     (tmp_path / "imports").mkdir()
     (tmp_path / "imports" / "sitecustomize.py").write_text(SLOW_IMPORT)
     home = str(Path(gradproj.__file__).parents[1])
@@ -107,21 +107,21 @@ def start(scene, tmp_path):
         job.end()
 
 
-def test_ranks_in_a_long_batch_are_gone_within_5_s_of_their_launchers_death(start, slow):
+def test_ranks_in_a_long_batch_exit_within_5_s_of_their_launchers_death(start, slow):
     program, folder = slow(FOR_EVER_S)
     job = start(folder, program=program)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait_until_gone(ORPHAN_S)
 
 
-def test_ranks_that_still_import_are_gone_within_5_s_of_their_launchers_death(start, slow_imports):
+def test_importing_ranks_exit_within_5_s_of_their_launchers_death(start, slow_imports):
     environment, folder = slow_imports
     job = start(folder, environment=environment)
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait_until_gone(ORPHAN_S)
 
 
-def test_ctrl_c_during_the_imports_ends_all_with_one_line(start, slow_imports):
+def test_ctrl_c_during_imports_ends_all_ranks_with_one_line(start, slow_imports):
     environment, folder = slow_imports
     job = start(folder, environment=environment)
     os.killpg(job.process.pid, signal.SIGINT)
@@ -138,7 +138,7 @@ def test_ctrl_c_during_the_imports_ends_all_with_one_line(start, slow_imports):
 
 
 def claims_held(output):
-    """Newest claims that were not given back."""
+    """Return the newest claims that were not released."""
     newest = {}
     for path in (output / "claims").iterdir():
         unit, number = path.name.split(".")
@@ -155,16 +155,14 @@ def saved_batches(output):
 
 
 def assert_drained(output, ranks):
-    """Every rank has saved the batches it had done and the one in flight, and holds nothing any more."""
+    """Check that each rank saved its finished batches and released all its claims."""
     assert processes_with(str(output)) == []
     assert claims_held(output) == []
     assert [*(output / "tmp").iterdir(), *(output / "heartbeats").iterdir()] == []
     assert list(saved_batches(output).values()) == [BATCHES_DONE] * ranks
 
 
-def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(
-    scene, start, slow, tmp_path
-):
+def test_ctrl_c_saves_finished_rows_and_the_same_command_resumes(scene, start, slow, tmp_path):
     output, (program, folder) = tmp_path / "out", slow(4)
     job = start(folder, program=program)
     os.killpg(job.process.pid, signal.SIGINT)
@@ -188,7 +186,7 @@ def test_ctrl_c_saves_what_is_done_and_the_same_command_goes_on_from_there(
 
 @pytest.fixture
 def start_alone(scene, tmp_path):
-    """Start one rank without a launcher, wait until it is asleep, and leave nothing of it behind."""
+    """Start one rank without a launcher, wait until it sleeps, and end it afterwards."""
     started = []
 
     def start(program, folder):
@@ -205,7 +203,7 @@ def start_alone(scene, tmp_path):
         rank.wait()
 
 
-def test_a_signal_that_comes_twice_at_once_is_one_signal(start_alone, slow, tmp_path):
+def test_signal_repeated_at_once_counts_as_one(start_alone, slow, tmp_path):
     rank = start_alone(*slow(4))
     for _ in range(2):
         rank.send_signal(signal.SIGUSR1)
@@ -216,7 +214,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_signal(start_alone, slow, tmp_
     assert_drained(tmp_path / "out", ranks=1)
 
 
-def test_a_second_signal_after_3_s_ends_the_job_at_once(start_alone, slow):
+def test_second_signal_after_3_s_ends_the_job_at_once(start_alone, slow):
     rank = start_alone(*slow(FOR_EVER_S))
     rank.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):

@@ -33,7 +33,7 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("rows_per_file", [1, 7, 16, 68, 4096])
-def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path, monkeypatch):
+def test_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "gradproj.store.row_reader._BLOCK_BYTES", 5 * 4 * 300
     )  # blocks of a few rows
@@ -54,7 +54,7 @@ def test_the_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_p
     np.testing.assert_array_equal(torch.cat([file["proj"] for file in files]).numpy(), want)
 
 
-def test_the_files_are_numbered_from_one_and_hold_no_more_than_their_rows(job, tmp_path):
+def test_files_are_numbered_from_one_and_hold_only_their_rows(job, tmp_path):
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store, rows_per_file=32)
         dim = store.dim
@@ -75,13 +75,13 @@ def test_the_files_are_numbered_from_one_and_hold_no_more_than_their_rows(job, t
         ("16:17", [16]),
     ],
 )
-def test_only_the_ids_asked_for_are_written(ids, want, job, tmp_path):
+def test_only_selected_ids_are_written(ids, want, job, tmp_path):
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store, ids=ids, rows_per_file=8)
     assert torch.cat([file["batch_idx"] for file in files_in(tmp_path / "to")]).tolist() == want
 
 
-def test_the_metadata_has_the_originals_keys_and_the_stores_slices(job, tmp_path):
+def test_metadata_has_the_originals_keys_and_the_stores_slices(job, tmp_path):
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store)
         metadata = json.loads((tmp_path / "to" / "metadata.json").read_text())
@@ -104,7 +104,7 @@ def test_the_metadata_has_the_originals_keys_and_the_stores_slices(job, tmp_path
             np.testing.assert_array_equal(block.numpy(), store.layer(layer.name)[:2])
 
 
-def test_what_will_be_written_is_known_first(job, tmp_path):
+def test_plan_counts_rows_and_files_before_writing(job, tmp_path):
     with ProjectionStore(job.output) as store:
         export = plan_export(store, config_of(tmp_path / "to", rows_per_file=30))
         first, second = export_lines(export, tmp_path / "to")
@@ -113,7 +113,7 @@ def test_what_will_be_written_is_known_first(job, tmp_path):
     assert not (tmp_path / "to").exists()
 
 
-def test_an_unfinished_store_gives_the_rows_it_has(job, tmp_path):
+def test_unfinished_store_exports_its_committed_rows(job, tmp_path):
     output = copy_of(job.output, tmp_path)
     uncommit(output, 1, 4)
     with ProjectionStore(output) as store:
@@ -125,7 +125,7 @@ def test_an_unfinished_store_gives_the_rows_it_has(job, tmp_path):
 
 
 @pytest.mark.parametrize("proj_dtype", ["float16", "bfloat16", "float32"])
-def test_rows_are_float32_whatever_the_store_keeps(proj_dtype, tmp_path):
+def test_rows_are_float32_for_every_storage_type(proj_dtype, tmp_path):
     from gradproj.store import StoreConfig
 
     output = Output(
@@ -136,7 +136,7 @@ def test_rows_are_float32_whatever_the_store_keeps(proj_dtype, tmp_path):
     np.testing.assert_array_equal(files_in(tmp_path / "to")[0]["proj"].numpy(), output.decoded())
 
 
-def test_an_empty_folder_may_be_there_already(job, tmp_path):
+def test_existing_empty_folder_is_accepted(job, tmp_path):
     (tmp_path / "to").mkdir()
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store)
@@ -156,18 +156,18 @@ def test_an_empty_folder_may_be_there_already(job, tmp_path):
         ({"ids": "9:9"}, "--ids 9:9: START must be less than STOP"),
     ],
 )
-def test_a_wrong_value_names_its_flag(settings, message, job, tmp_path):
+def test_invalid_value_names_its_flag(settings, message, job, tmp_path):
     with ProjectionStore(job.output) as store, pytest.raises(ConfigError) as error:
         plan_export(store, config_of(tmp_path / "to", **settings))
     assert message in str(error.value)
 
 
-def test_an_empty_name_of_the_folder_is_refused():
+def test_empty_target_is_refused():
     with pytest.raises(ConfigError, match="--to is empty"):
         config_of(" ")
 
 
-def test_a_folder_with_files_and_a_file_are_refused(job, tmp_path):
+def test_nonempty_folder_and_file_are_refused(job, tmp_path):
     (tmp_path / "mine").write_text("precious")
     with ProjectionStore(job.output) as store:
         with pytest.raises(StoreError, match=r"--to .* is not empty; give a new folder"):
@@ -177,7 +177,7 @@ def test_a_folder_with_files_and_a_file_are_refused(job, tmp_path):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_a_store_without_ok_rows_there_is_refused(job, tmp_path):
+def test_range_without_ok_rows_is_refused(job, tmp_path):
     with (
         ProjectionStore(job.output) as store,
         pytest.raises(StoreError, match="none of the samples 5 to 5 has an ok row"),
@@ -185,7 +185,7 @@ def test_a_store_without_ok_rows_there_is_refused(job, tmp_path):
         plan_export(store, config_of(tmp_path / "to", ids="5:6"))
 
 
-def test_a_disk_without_the_space_is_refused_before_anything_is_written(job, tmp_path, monkeypatch):
+def test_full_disk_is_refused_before_anything_is_written(job, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with (
         ProjectionStore(job.output) as store,
@@ -195,7 +195,7 @@ def test_a_disk_without_the_space_is_refused_before_anything_is_written(job, tmp
 
 
 @pytest.mark.parametrize("existed", [False, True])
-def test_a_failed_write_leaves_nothing_behind(existed, job, tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing_behind(existed, job, tmp_path, monkeypatch):
     if existed:
         (tmp_path / "to").mkdir()
     save = torch.save
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_nothing_behind(existed, job, tmp_path, monkeypatc
     assert not existed or not list((tmp_path / "to").iterdir())
 
 
-def test_an_export_that_is_stopped_leaves_nothing_behind(job, tmp_path):
+def test_interrupted_export_leaves_nothing_behind(job, tmp_path):
     with ProjectionStore(job.output) as store:
         config = config_of(tmp_path / "to", rows_per_file=8)
         files = write_export(store, config, plan_export(store, config))
@@ -226,7 +226,7 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(job, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_shard_that_has_gone_is_an_error_and_no_file_of_nans(job, tmp_path):
+def test_missing_shard_is_an_error_and_not_a_file_of_nans(job, tmp_path):
     output = copy_of(job.output, tmp_path)
     (output / "projections.zarr" / "projections" / "c.2.0").unlink()
     with (
@@ -237,7 +237,7 @@ def test_a_shard_that_has_gone_is_an_error_and_no_file_of_nans(job, tmp_path):
     assert not (tmp_path / "to").exists()
 
 
-def test_an_export_writes_nothing_into_the_output(job, tmp_path):
+def test_export_writes_nothing_into_the_output(job, tmp_path):
     before = tree_of(job.output)
     with ProjectionStore(job.output) as store:
         export_to(tmp_path / "to", store)

@@ -1,4 +1,4 @@
-"""What ``status`` knows of other hosts' processes: what they wrote, and what is seen of it while it is watched."""
+"""State of other hosts' processes in ``status``, with and without watching heartbeats."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ from gradproj.maintenance.status import read_status
 
 @pytest.fixture
 def far(output, process):
-    """A claim and a heartbeat from another host."""
+    """A claim and a heartbeat of another host."""
     uncommit(output, 1)
     owner = replace(owner_of(process, rank=3), host="far", boot_id="other")
     write_claim(output, "00000001.0", owner)
@@ -30,7 +30,7 @@ def process_of_unit_1(status):
     return claimed.process
 
 
-def test_of_a_process_on_another_host_only_what_it_wrote_is_said(far):
+def test_remote_process_is_unknown_without_watching(far):
     status = read_status(far.output)
     assert process_of_unit_1(status) == "unknown"
     assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 1)
@@ -43,7 +43,7 @@ def test_of_a_process_on_another_host_only_what_it_wrote_is_said(far):
 @pytest.mark.parametrize(
     "counted", [True, False], ids=["its counter moves", "only its file is written again"]
 )
-def test_a_heartbeat_that_is_seen_to_move_is_of_a_living_process(far, counted):
+def test_moving_heartbeat_shows_a_live_process(far, counted):
     def beat():
         later = Progress(n_tokens=90, unit=1, unit_samples=9, batches=1 + counted, seconds=2.5)
         write_heartbeat(far.output, far.owner, later)
@@ -56,7 +56,7 @@ def test_a_heartbeat_that_is_seen_to_move_is_of_a_living_process(far, counted):
     assert (status.claimed[0].n_done, status.speed.n_unknown) == (9, 0)
 
 
-def test_a_heartbeat_that_stands_still_is_stale_only_after_the_time_of_the_rule(far, monkeypatch):
+def test_still_heartbeat_is_stale_only_after_stale_after_s(far, monkeypatch):
     assert process_of_unit_1(read_status(far.output, watch_s=0.1)) == "unknown"
     monkeypatch.setattr("gradproj.maintenance.liveness.STALE_AFTER_S", 0.1)
     status = read_status(far.output, watch_s=0.1)
@@ -69,13 +69,13 @@ def test_a_heartbeat_that_stands_still_is_stale_only_after_the_time_of_the_rule(
 
 @pytest.fixture
 def short_watch(monkeypatch):
-    """A look of 0.2 s is as long as one of 10 s."""
+    """Make watching for 0.2 s count like 10 s."""
     monkeypatch.setattr("gradproj.maintenance.liveness.SILENT_AFTER_S", 0.2)
 
 
 @pytest.mark.parametrize("has_heartbeat", [True, False])
 @pytest.mark.usefixtures("short_watch")
-def test_who_wrote_nothing_while_watched_is_not_counted_among_those_at_work(far, has_heartbeat):
+def test_silent_process_is_not_counted_at_work(far, has_heartbeat):
     if not has_heartbeat:
         far.beat.unlink()
     status = read_status(far.output, watch_s=0.2)
@@ -91,7 +91,7 @@ def test_who_wrote_nothing_while_watched_is_not_counted_among_those_at_work(far,
 
 
 @pytest.mark.usefixtures("short_watch")
-def test_a_process_that_comes_while_others_are_watched_is_at_work(far, process):
+def test_process_that_appears_while_watching_is_at_work(far, process):
     comes = replace(owner_of(process, rank=4), host="farther", boot_id="other")
 
     def come():
@@ -107,13 +107,14 @@ def test_a_process_that_comes_while_others_are_watched_is_at_work(far, process):
     assert status_lines(status)[-1] == "complete      no, 1 unit missing: 1"
 
 
-def test_a_verdict_on_ranks_of_which_nothing_is_known_says_how_to_know(far):
-    want = "no, 1 unit missing: 1; whether anybody works on them is not known here (--watch_s 15 shows it)"
-    assert status_lines(read_status(far.output))[-1] == f"complete      {want}"
+def test_verdict_on_unknown_ranks_names_the_watch_flag(far):
+    verdict = status_lines(read_status(far.output))[-1]
+    assert verdict.startswith("complete      no, 1 unit missing: 1; ")
+    assert "(--watch_s 15" in verdict
 
 
 @pytest.mark.usefixtures("short_watch")
-def test_a_merge_without_a_sign_of_life_is_not_a_running_one(output, process):
+def test_silent_merge_is_not_reported_as_running(output, process):
     unmerge(output)
     write_claim(output, "merge.0", replace(owner_of(process), host="far", boot_id="other"))
     assert (
@@ -128,7 +129,7 @@ def test_a_merge_without_a_sign_of_life_is_not_a_running_one(output, process):
     )
 
 
-def test_an_older_start_of_a_job_has_ended_wherever_it_ran(far, process):
+def test_earlier_generation_counts_as_ended_on_any_host(far, process):
     newer = replace(
         owner_of(process, rank=0), job_id=far.owner.job_id, generation=far.owner.generation + 1
     )
@@ -137,7 +138,7 @@ def test_an_older_start_of_a_job_has_ended_wherever_it_ran(far, process):
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
-def test_clocks_that_differ_by_hours_change_nothing_but_the_time_shown(far, hours):
+def test_clock_differences_change_only_the_time_shown(far, hours):
     before = read_status(far.output)
     for path in (far.beat, far.output / "claims" / "00000001.0"):
         moved = path.stat().st_mtime + 3600 * hours

@@ -1,4 +1,4 @@
-"""``verify --recompute`` computes rows again from the recorded inputs: the job's rows agree, any other row is named."""
+"""``verify --recompute``: rows agree with their recomputation, and changed rows are named."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def change_rows(output, unit, change):
     merge(output)
 
 
-def test_every_row_of_a_job_agrees_with_itself_computed_again(output, capsys):
+def test_every_row_agrees_with_its_recomputation(output, capsys):
     before = tree_of(output)
     found = again(output)
     assert (found.n_rows, found.n_others, found.wrong) == (N_SAMPLES - 2, 2, [])
@@ -98,7 +98,7 @@ def test_every_row_of_a_job_agrees_with_itself_computed_again(output, capsys):
     ],
     ids=["bfloat16-windows", "float32-sum-domain"],
 )
-def test_rows_agree_whatever_the_job_was_told(settings, job, tmp_path):
+def test_rows_agree_for_all_settings(settings, job, tmp_path):
     run_job(
         1,
         shards=job.corpus,
@@ -113,7 +113,7 @@ def test_rows_agree_whatever_the_job_was_told(settings, job, tmp_path):
 
 
 @pytest.mark.parametrize("by", [1.01, 0.99, -1.0])
-def test_a_row_changed_under_right_checksums_is_named(by, output, capsys):
+def test_changed_row_under_right_checksums_is_named(by, output, capsys):
     def change(rows):
         rows[5] *= by
 
@@ -134,9 +134,7 @@ def test_a_row_changed_under_right_checksums_is_named(by, output, capsys):
 
 
 @pytest.mark.parametrize("also_damaged", [False, True])
-def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(
-    also_damaged, output, job, capsys
-):
+def test_units_with_wrong_rows_are_repaired_and_recomputed(also_damaged, output, job, capsys):
     def change(rows):
         rows[5] *= 1.01
         rows[7] *= 0.9
@@ -172,16 +170,17 @@ def test_units_of_wrong_rows_are_repaired_on_request_and_computed_again(
     assert (code, last) == (0, "result        sound and complete")
 
 
-def test_without_checksums_nothing_is_called_sound(output, capsys):
+def test_nothing_is_reported_sound_without_checksums(output, capsys):
     assert (
         main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
     )
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "result        complete, and no wrong row among those computed again; checksums were not computed"
+        "result        complete, and no wrong row among those computed again; "
+        "checksums were not computed"
     )
 
 
-def test_the_json_says_which_units_hold_wrong_rows(output, capsys):
+def test_json_lists_units_with_wrong_rows(output, capsys):
     change_rows(output, 2, lambda rows: rows.__imul__(1.01))
     assert main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--json"]) == 1
     (damage,) = json.loads(capsys.readouterr().out)["damage"]
@@ -189,7 +188,7 @@ def test_the_json_says_which_units_hold_wrong_rows(output, capsys):
     assert damage["what"] == "holds 16 rows that come out otherwise now, first sample 32"
 
 
-def test_rows_in_each_others_place_are_named(output):
+def test_swapped_rows_are_named(output):
     def change(rows):
         rows[[5, 6]] = rows[[6, 5]]
 
@@ -197,7 +196,7 @@ def test_rows_in_each_others_place_are_named(output):
     assert {wrong.sample_id for wrong in again(output).wrong} == {21, 22}
 
 
-def test_another_status_or_column_is_named(output):
+def test_changed_status_or_column_is_named(output):
     change_record(output, 1, statuses={3: STATUS["empty"]})
     record = read_record(output / record_name(2))
     tokens = record.columns["n_tokens"].copy()
@@ -216,7 +215,7 @@ def test_another_status_or_column_is_named(output):
     assert "has the loss" in said[37]
 
 
-def test_a_zero_row_that_is_no_longer_zero_is_named(output):
+def test_zero_row_that_changed_is_named(output):
     def change(rows):
         rows[ONE_TOKEN % ROWS_PER_UNIT, 3] = 1e-3
 
@@ -226,7 +225,7 @@ def test_a_zero_row_that_is_no_longer_zero_is_named(output):
     ]
 
 
-def test_documents_that_did_not_fit_the_memory_are_not_judged(output):
+def test_documents_that_ran_out_of_memory_are_not_compared(output):
     change_record(output, 1, statuses={3: STATUS["out_of_memory"]})
     merge(output)
     found = again(output)
@@ -234,14 +233,14 @@ def test_documents_that_did_not_fit_the_memory_are_not_judged(output):
     assert any("did not fit the memory" in line for line in recomputation_lines(found))
 
 
-def test_the_seed_decides_which_rows_are_taken(output):
+def test_seed_selects_the_rows(output):
     first, same, other = (again(output, 10, seed) for seed in (1, 1, 2))
     ids = [sorted(c.sample_id for c in found.worst) for found in (first, same, other)]
     assert len(ids[0]) == 10
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_only_committed_and_undamaged_units_are_computed(output):
+def test_only_committed_and_undamaged_units_are_recomputed(output):
     uncommit(output, 0)
     flip_byte(shard_of(output, 1), 100)
     found = again(output, skip=verify(output).damaged_units)
@@ -252,7 +251,7 @@ def test_only_committed_and_undamaged_units_are_computed(output):
         again(output, skip={1, 2, 3, 4})
 
 
-def test_a_file_that_cannot_be_read_is_wrong_and_not_the_end(output):
+def test_unreadable_file_is_reported_as_wrong(output):
     uncommit(output)
     flip_byte(output / record_name(0))
     shard_of(output, 2).write_bytes(b"short")
@@ -261,7 +260,7 @@ def test_a_file_that_cannot_be_read_is_wrong_and_not_the_end(output):
     assert all("cannot be read" in wrong.what for wrong in found.wrong)
 
 
-def test_an_unfinished_store_whose_rows_agree_is_incomplete(output, capsys):
+def test_unfinished_store_whose_rows_agree_is_incomplete(output, capsys):
     uncommit(output, 1)
     flags = ["--recompute", "3", "--device", "cpu", "--json"]
     assert main(["verify", str(output), *flags, "--no-checksums"]) == 3
@@ -286,7 +285,7 @@ def test_other_weights_are_refused(output, job, tmp_path, capsys):
     assert "--model (weights) and --model (config) changed since" in capsys.readouterr().err
 
 
-def test_inputs_that_have_moved_are_named_and_found_by_flags(output, job, tmp_path):
+def test_moved_inputs_are_named_and_found_by_flags(output, job, tmp_path):
     run_config = output / "run_config.json"
     flags = json.loads(run_config.read_text())
     run_config.write_text(json.dumps({**flags, "model": "gone", "shards": "gone/*.tar"}))
@@ -311,7 +310,7 @@ def test_inputs_that_have_moved_are_named_and_found_by_flags(output, job, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
-def test_a_store_cannot_say_that_its_checkpoint_is_trusted(name, output):
+def test_store_cannot_declare_its_checkpoint_trusted(name, output):
     path = output / "run_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: True}))
     with pytest.raises(
@@ -324,7 +323,7 @@ def test_a_store_cannot_say_that_its_checkpoint_is_trusted(name, output):
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"batch_size": "many", "shards": "x", "output_dir": "x"}', "{}"]
 )
-def test_settings_that_are_no_jobs_are_one_line(content, output):
+def test_unreadable_settings_are_a_one_line_error(content, output):
     (output / "run_config.json").write_text(content)
     with pytest.raises(
         StoreError, match=r"run_config.json (cannot be read|does not hold a job's settings)"
@@ -342,18 +341,18 @@ def test_settings_that_are_no_jobs_are_one_line(content, output):
         (["--device", "tpu"], "--device is 'tpu'"),
     ],
 )
-def test_flags_that_contradict_each_other_are_refused(words, message, output, capsys):
+def test_contradictory_flags_are_refused(words, message, output, capsys):
     assert main(["verify", str(output), *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_documents_without_a_gradient_are_among_those_compared(output):
+def test_documents_without_a_gradient_are_compared_too(output):
     with ProjectionStore(output) as store:
         assert [s.status for s in store.samples([EMPTY, ONE_TOKEN])] == ["empty", "no_target"]
     assert again(output, 50).n_others >= 1
 
 
-def test_tolerances_are_above_what_one_stored_value_can_be_off():
+def test_tolerances_exceed_the_rounding_of_a_stored_value():
     values = np.linspace(1, 2, 1001, dtype=np.float32)[:, None]
     for dtype, most in ROUNDING.items():
         stored, scale = encode_rows(values, dtype)

@@ -1,4 +1,4 @@
-"""``verify --repair`` takes away what is damaged and nothing else, and the job's next start puts it back bit by bit."""
+"""``verify --repair`` deletes damage and nothing else; the job's next start restores every bit."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage[1] != "other"])
-def test_a_repair_takes_away_what_is_damaged_and_nothing_else(name, output, job):
+def test_repair_deletes_damaged_units_and_nothing_else(name, output, job):
     happens, kind, unit, _ = DAMAGES[name]
     happens(output)
     done = repair(verify(output))
@@ -75,7 +75,7 @@ def test_a_repair_takes_away_what_is_damaged_and_nothing_else(name, output, job)
 
 
 @pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage[1] == "other"])
-def test_what_no_repair_of_units_mends_is_left_with_its_way_out(name, output):
+def test_damage_that_repair_cannot_fix_is_left_with_advice(name, output):
     DAMAGES[name][0](output)
     found = verify(output)
     done = repair(found)
@@ -102,7 +102,7 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_damage_repaired_and_computed_again_leaves_the_undisturbed_store(name, output, job, capsys):
+def test_repaired_and_recomputed_store_equals_the_original(name, output, job, capsys):
     damaged = [unit for unit in SEVERAL[name] if unit is not None]
     for happens in SEVERAL[name].values():
         happens(output)
@@ -132,7 +132,7 @@ def test_damage_repaired_and_computed_again_leaves_the_undisturbed_store(name, o
     }
 
 
-def test_the_command_to_go_on_is_the_jobs_own(job):
+def test_printed_command_is_the_jobs_own(job):
     words = recorded_command(job.output).split()
     assert words[:3] == ["python", "-m", "gradproj.run"]
     given = job_command(1, shards=job.corpus, model=job.model, output_dir=job.output, **SETTINGS)[
@@ -146,7 +146,7 @@ def test_the_command_to_go_on_is_the_jobs_own(job):
 # --- a kill in the middle ---
 
 STEPS = ("unlink", "replace", "rename", "link", "fsync")
-"""Everything that changes what a crash leaves."""
+"""Functions of ``os`` that change the state after a crash."""
 
 
 def in_a_child_that_dies(at: int, action, *given) -> int:
@@ -176,7 +176,7 @@ def in_a_child_that_dies(at: int, action, *given) -> int:
         os._exit(code)
 
 
-def test_a_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_path):
+def test_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_path):
     flip_byte(shard_of(output, 1), 100)
     cut(record_of(output, 2))
     with ProjectionStore(job.output) as store:
@@ -203,7 +203,7 @@ def test_a_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_pa
     assert at > 28
 
 
-def test_a_repair_marks_the_store_then_removes_records_then_merges_then_removes_shards(
+def test_repair_marks_the_store_then_removes_records_then_merges_then_removes_shards(
     output, monkeypatch
 ):
     flip_byte(shard_of(output, 1), 100)
@@ -246,7 +246,7 @@ def test_a_repair_marks_the_store_then_removes_records_then_merges_then_removes_
 # --- beside living processes ---
 
 
-def test_a_unit_that_a_living_process_has_claimed_is_left_and_others_are_repaired(output, process):
+def test_unit_claimed_by_a_live_process_is_left_and_others_are_repaired(output, process):
     flip_byte(shard_of(output, 1), 100)
     flip_byte(shard_of(output, 3), 100)
     owner = owner_of(process, rank=3)
@@ -268,7 +268,7 @@ def test_a_unit_that_a_living_process_has_claimed_is_left_and_others_are_repaire
     assert verify(output).damage == []
 
 
-def test_a_unit_claimed_on_another_host_is_left_because_nothing_is_known_of_it(output, process):
+def test_unit_claimed_on_another_host_is_left(output, process):
     flip_byte(shard_of(output, 1), 100)
     write_claim(output, "00000001.0", replace(owner_of(process), host="far", boot_id="other"))
     done = repair(verify(output))
@@ -277,7 +277,7 @@ def test_a_unit_claimed_on_another_host_is_left_because_nothing_is_known_of_it(o
     assert verify(output).exit_code == 1
 
 
-def test_a_repair_never_runs_beside_a_merge(output, process):
+def test_repair_never_runs_beside_a_merge(output, process):
     flip_byte(shard_of(output, 1), 100)
     write_claim(output, "merge.0", owner_of(process))
     before = contents(output)
@@ -287,14 +287,14 @@ def test_a_repair_never_runs_beside_a_merge(output, process):
     assert list((output / "tmp").iterdir()) == []
 
 
-def test_a_job_that_runs_meanwhile_can_claim_what_was_repaired(output):
+def test_running_job_can_claim_repaired_units(output):
     flip_byte(shard_of(output, 1), 100)
     repair(verify(output))
     names = sorted(path.name for path in (output / "claims").glob("00000001.*"))
     assert json.loads((output / "claims" / names[-1]).read_text()) == {"released": True}
 
 
-def test_a_unit_put_right_since_it_was_found_damaged_is_kept(output, job):
+def test_unit_recommitted_since_verify_is_kept(output, job):
     flip_byte(shard_of(output, 1), 100)
     found = verify(output)
     shutil.copy(shard_of(job.output, 1), shard_of(output, 1))
@@ -306,7 +306,7 @@ def test_a_unit_put_right_since_it_was_found_damaged_is_kept(output, job):
 # --- other states of a store ---
 
 
-def test_a_store_that_is_not_finished_is_repaired_without_a_merge(output):
+def test_unfinished_store_is_repaired_without_a_merge(output):
     uncommit(output, 4)
     flip_byte(shard_of(output, 1), 100)
     done = repair(verify(output))
@@ -316,14 +316,14 @@ def test_a_store_that_is_not_finished_is_repaired_without_a_merge(output):
     assert (after.damage, after.missing.ranges) == ([], [[16, 32], [64, 70]])
 
 
-def test_a_sound_store_is_left_as_it_is(output, capsys):
+def test_sound_store_is_left_unchanged(output, capsys):
     before = tree_of(output)
     assert main(["verify", str(output), "--repair"]) == 0
     assert tree_of(output) == before
     assert "lost          nothing\nresult        sound and complete\n" in capsys.readouterr().out
 
 
-def test_rows_that_are_taken_away_read_as_missing_and_never_as_numbers(output):
+def test_deleted_rows_read_as_missing(output):
     flip_byte(shard_of(output, 1), 100)
     repair(verify(output))
     with ProjectionStore(output) as store:
@@ -331,7 +331,7 @@ def test_rows_that_are_taken_away_read_as_missing_and_never_as_numbers(output):
         assert (store.column("status", 16, 32) == STATUS["missing"]).all()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(output, monkeypatch):
+def test_unwritable_output_is_a_one_line_error(output, monkeypatch):
     flip_byte(shard_of(output, 1), 100)
 
     def refuse(path, *args, **more):
@@ -343,7 +343,7 @@ def test_a_place_that_cannot_be_written_is_one_line(output, monkeypatch):
         repair(found)
 
 
-def test_the_json_says_what_was_repaired(output, capsys):
+def test_json_lists_repaired_units(output, capsys):
     flip_byte(shard_of(output, 1), 100)
     assert main(["verify", str(output), "--repair", "--json"]) == 3
     said = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""``status`` says how far a store is and who works on it; neither it nor ``verify`` ever writes."""
+"""``status``: progress of a store and its processes. Neither it nor ``verify`` writes."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
 
 
-def test_a_finished_store_is_complete_with_the_rows_that_its_status_column_has(output):
+def test_finished_store_is_complete_with_rows_by_status(output):
     status = read_status(output)
     assert (status.complete, status.exit_code) == (True, 0)
     assert (status.n_committed, status.n_units) == (N_UNITS, N_UNITS)
@@ -42,7 +42,7 @@ def test_a_finished_store_is_complete_with_the_rows_that_its_status_column_has(o
     assert status_lines(status)[-1] == "complete      yes"
 
 
-def test_an_unfinished_store_says_which_units_are_missing_and_how_to_go_on(output):
+def test_unfinished_store_lists_missing_units_and_how_to_continue(output):
     uncommit(output, 1, 2, 4)
     status = read_status(output)
     assert (status.complete, status.exit_code) == (False, 3)
@@ -54,7 +54,7 @@ def test_an_unfinished_store_says_which_units_are_missing_and_how_to_go_on(outpu
     assert "no, 3 units missing: 1-2, 4; run the job's command again to go on" in text
 
 
-def test_a_store_whose_units_are_all_committed_is_complete_only_once_merged(output):
+def test_store_is_complete_only_once_merged(output):
     unmerge(output)
     status = read_status(output)
     assert (status.complete, status.missing_units, status.exit_code) == (False, [], 3)
@@ -73,7 +73,7 @@ WAYS_TO_BE_UNMERGEABLE = {
 
 
 @pytest.mark.parametrize("name", sorted(WAYS_TO_BE_UNMERGEABLE))
-def test_where_a_merge_cannot_work_verify_is_advised(name, output):
+def test_verify_is_advised_when_the_merge_would_fail(name, output):
     happens, what = WAYS_TO_BE_UNMERGEABLE[name]
     unmerge(output)
     happens(output)
@@ -89,15 +89,15 @@ def test_where_a_merge_cannot_work_verify_is_advised(name, output):
     )
 
 
-def test_after_a_mistake_the_merge_waits_for_what_is_to_be_mended(output):
+def test_failed_start_is_to_be_fixed_before_the_merge(output):
     unmerge(output)
     (output / "failed.json").write_text(json.dumps(FAILURE))
     verdict = status_lines(read_status(output))[-1]
-    want = "no, every unit is committed but not merged; mend what failed, then run the job's command again"
-    assert verdict == f"complete      {want}"
+    assert verdict.startswith("complete      no, every unit is committed but not merged; ")
+    assert verdict.endswith("what failed, then run the job's command again")
 
 
-def test_who_merges_already_is_not_told_to_merge(output, process):
+def test_running_merge_is_reported_instead_of_advised(output, process):
     unmerge(output)
     write_claim(output, "merge.0", owner_of(process))
     assert (
@@ -106,7 +106,7 @@ def test_who_merges_already_is_not_told_to_merge(output, process):
     )
 
 
-def test_a_claimed_unit_names_its_process_and_how_far_it_is(output, process):
+def test_claimed_unit_names_its_process_and_progress(output, process):
     uncommit(output, 1, 2)
     owner = owner_of(process, rank=3)
     write_claim(output, "00000001.0", owner)
@@ -134,7 +134,7 @@ def test_a_claimed_unit_names_its_process_and_how_far_it_is(output, process):
     assert "run the job's command again" not in text
 
 
-def test_a_claim_of_a_process_that_has_ended_is_given_up(output, process):
+def test_claim_of_a_dead_process_is_stale(output, process):
     uncommit(output, 1)
     owner = owner_of(process)
     write_claim(output, "00000001.0", owner)
@@ -149,7 +149,7 @@ def test_a_claim_of_a_process_that_has_ended_is_given_up(output, process):
     assert "which has ended: the job takes it over" in text
 
 
-def test_claims_that_say_nothing_of_work_left_are_not_shown(output, process):
+def test_claims_of_committed_units_are_not_shown(output, process):
     uncommit(output, 1)
     owner = owner_of(process)
     write_claim(output, "00000000.0", owner)  # committed: its owner has not deleted the claim yet
@@ -158,7 +158,7 @@ def test_claims_that_say_nothing_of_work_left_are_not_shown(output, process):
     assert read_status(output).claimed == []
 
 
-def test_a_claim_that_cannot_be_read_is_shown_without_an_owner(output):
+def test_unreadable_claim_is_shown_without_an_owner(output):
     uncommit(output, 1)
     write_claim(output, "00000001.0", None)
     (claimed,) = read_status(output).claimed
@@ -166,14 +166,14 @@ def test_a_claim_that_cannot_be_read_is_shown_without_an_owner(output):
     assert "by an unreadable claim" in "\n".join(status_lines(read_status(output)))
 
 
-def test_a_running_merge_names_its_process(output, process):
+def test_running_merge_names_its_process(output, process):
     write_claim(output, "merge.0", owner_of(process))
     assert f"merging       rank 1 on {owner_of(process).host}" in "\n".join(
         status_lines(read_status(output))
     )
 
 
-def test_saved_rows_of_an_unfinished_unit_are_listed_with_their_place(output):
+def test_partial_rows_are_listed_with_their_folder(output):
     uncommit(output, 1)
     log = PartialLog(output / "partial" / "00000001", output / "tmp", "key")
     nothing = np.empty(0, np.int64)
@@ -186,7 +186,7 @@ def test_saved_rows_of_an_unfinished_unit_are_listed_with_their_place(output):
     assert "saved rows of unfinished units 1" in "\n".join(status_lines(read_status(output)))
 
 
-def test_rows_of_units_that_nobody_wants_are_not_missing(output):
+def test_rows_of_unwanted_units_are_not_missing(output):
     uncommit(output, 1, 2)
     update_attributes(output / "projections.zarr", {"wanted_units": [[0, 2], [3, 5]]})
     status = read_status(output)
@@ -195,7 +195,7 @@ def test_rows_of_units_that_nobody_wants_are_not_missing(output):
     assert status.by_status["not_selected"] == ROWS_PER_UNIT
 
 
-def test_a_damaged_record_does_not_keep_status_from_answering(output):
+def test_status_answers_despite_a_damaged_record(output):
     unmerge(output)
     flip_byte(output / record_name(1))
     status = read_status(output)
@@ -206,9 +206,7 @@ def test_a_damaged_record_does_not_keep_status_from_answering(output):
     assert record_name(1) in problem
 
 
-def test_rows_that_take_long_to_count_are_counted_in_part_unless_all_are_asked_for(
-    output, monkeypatch
-):
+def test_slow_row_counts_are_partial_unless_all_are_requested(output, monkeypatch):
     uncommit(output, 4)
     monkeypatch.setattr("gradproj.maintenance.status.COUNT_FOR_S", -1.0)
     status = read_status(output)
@@ -223,7 +221,7 @@ def test_rows_that_take_long_to_count_are_counted_in_part_unless_all_are_asked_f
     )
 
 
-def test_partial_rows_of_a_committed_unit_are_not_those_of_an_unfinished_one(output):
+def test_partial_rows_of_committed_units_are_not_listed(output):
     folder = output / "partial" / "00000001"
     folder.mkdir()
     (folder / "000000-000003.00000000.safetensors").write_bytes(b"rows")
@@ -239,7 +237,7 @@ FAILURE = {
 }
 
 
-def test_what_ended_the_last_start_is_shown_and_told_by_the_exit_code(output):
+def test_last_failure_is_shown_and_sets_the_exit_code(output):
     uncommit(output, 1)
     (output / "failed.json").write_text(json.dumps(FAILURE))
     status = read_status(output)
@@ -250,14 +248,14 @@ def test_what_ended_the_last_start_is_shown_and_told_by_the_exit_code(output):
     assert "mend what failed, then run the job's command again" in text
 
 
-def test_a_complete_store_is_complete_whatever_failed_before(output):
+def test_complete_store_ignores_an_earlier_failure(output):
     (output / "failed.json").write_text(json.dumps(FAILURE))
     status = read_status(output)
     assert (status.exit_code, status.failed) == (0, None)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "7"])
-def test_a_failure_that_cannot_be_read_is_still_a_failure(content, output):
+def test_unreadable_failure_still_counts(content, output):
     uncommit(output, 1)
     (output / "failed.json").write_text(content)
     status = read_status(output)
@@ -271,7 +269,7 @@ def test_status_without_rows_reads_no_record(output):
     assert read_status(output, rows=False).problems == []
 
 
-def test_the_json_of_status_and_verify_holds_all_they_know(output, process):
+def test_json_of_status_and_verify_holds_all_fields(output, process):
     uncommit(output, 1)
     write_claim(output, "00000001.0", owner_of(process))
     for known in (read_status(output), verify(output)):
@@ -294,7 +292,7 @@ def test_status_verify_and_repair_need_no_torch():
 
 
 @pytest.mark.parametrize("look", [read_status, verify])
-def test_what_is_no_jobs_output_is_refused(look, tmp_path):
+def test_directory_that_is_no_output_is_refused(look, tmp_path):
     with pytest.raises(StoreError, match=r"there is no store at .*nowhere: no such folder"):
         look(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="is not a gradproj store"):
@@ -304,7 +302,7 @@ def test_what_is_no_jobs_output_is_refused(look, tmp_path):
         look(tmp_path)
 
 
-def test_a_store_that_no_job_made_is_refused(output):
+def test_store_not_written_by_a_job_is_refused(output):
     path = output / "projections.zarr" / "zarr.json"
     metadata = json.loads(path.read_text())
     del metadata["attributes"]["wanted_units"]
@@ -313,5 +311,5 @@ def test_a_store_that_no_job_made_is_refused(output):
         read_status(output)
 
 
-def test_the_store_itself_may_be_named_instead_of_the_output(output):
+def test_store_path_is_accepted_instead_of_the_output(output):
     assert read_status(output / "projections.zarr").complete

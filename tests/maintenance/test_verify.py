@@ -1,4 +1,4 @@
-"""``verify`` finds every damage where it is, and nothing else."""
+"""``verify`` locates every damage and reports nothing else."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.unit_record import record_name
 
 
-def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
+def test_finished_store_is_sound_and_every_byte_is_read(output):
     found = verify(output)
     shards = list((output / "projections.zarr" / "projections").glob("c.*"))
     records = list((output / "units").iterdir())
@@ -38,7 +38,7 @@ def test_a_finished_store_is_sound_and_every_byte_of_it_was_read(output):
     assert verdict_lines(found)[-1] == "result        sound and complete"
 
 
-def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output):
+def test_unfinished_store_is_sound_and_lists_missing_ids(output):
     uncommit(output, 1, 2, 4)
     found = verify(output)
     assert (found.damage, found.complete, found.exit_code) == ([], False, 3)
@@ -52,14 +52,14 @@ def test_an_unfinished_store_is_sound_and_lists_the_ids_that_are_missing(output)
     assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(found)
 
 
-def test_a_store_that_waits_for_its_merge_is_sound_and_incomplete(output):
+def test_unmerged_store_is_sound_and_incomplete(output):
     unmerge(output)
     found = verify(output)
     assert (found.damage, found.exit_code) == ([], 3)
     assert verdict_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
 
 
-def test_a_shard_without_a_record_is_no_damage(output):
+def test_shard_without_a_record_is_no_damage(output):
     uncommit(output, 1)
     (output / "projections.zarr" / "projections" / "c.1.0").write_bytes(b"half")
     found = verify(output)
@@ -69,7 +69,7 @@ def test_a_shard_without_a_record_is_no_damage(output):
     )
 
 
-def test_rows_that_are_not_finite_are_listed(output):
+def test_non_finite_rows_are_listed(output):
     change_record(output, 1, statuses={2: STATUS["non_finite"], 3: STATUS["non_finite"]})
     change_record(output, 3, statuses={15: STATUS["non_finite"]})
     merge(output)
@@ -80,7 +80,7 @@ def test_rows_that_are_not_finite_are_listed(output):
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_where_it_is(name, output):
+def test_damage_is_located(name, output):
     happens, kind, unit, what = DAMAGES[name]
     happens(output)
     found = verify(output)
@@ -99,7 +99,7 @@ def test_damage_is_found_where_it_is(name, output):
     )
 
 
-def test_a_merge_makes_damaged_columns_and_sums_again(output, job):
+def test_merge_restores_damaged_columns_and_sums(output, job):
     for name in (
         "a column changed",
         "a column cut short",
@@ -114,7 +114,7 @@ def test_a_merge_makes_damaged_columns_and_sums_again(output, job):
     assert_same_bits(output, job.output)
 
 
-def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job):
+def test_damaged_unit_is_recomputed_once_its_record_is_deleted(output, job):
     flip_byte(shard_of(output, 1), 100)
     (output / record_name(1)).unlink()
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
@@ -122,7 +122,7 @@ def test_a_damaged_unit_is_computed_again_once_its_record_is_deleted(output, job
     assert_same_bits(output, job.output)
 
 
-def test_many_damages_are_shown_in_part_and_listed_in_json(output, monkeypatch):
+def test_many_damages_are_shown_in_part_and_all_in_json(output, monkeypatch):
     monkeypatch.setattr("gradproj.cli.verify.MOST_DAMAGE_SHOWN", 2)
     for unit in range(N_UNITS):
         flip_byte(shard_of(output, unit), 7)
@@ -141,9 +141,11 @@ def test_id_ranges_join_and_are_bounded(monkeypatch):
     assert ranges_text(ids.ranges, most=1) == "0-3, and 1 more ranges"
 
 
-def test_samples_of_units_are_counted_with_a_short_last_one(output):
+def test_samples_are_counted_with_a_short_last_unit(output):
     found = read_output(output)
-    assert [found.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])] == [
+    assert [
+        found.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])
+    ] == [
         0,
         16,
         6,
@@ -152,6 +154,6 @@ def test_samples_of_units_are_counted_with_a_short_last_one(output):
     assert found.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
 
 
-def test_the_odd_documents_are_where_they_were_put(output):
+def test_unusual_documents_are_at_their_ids(output):
     with ProjectionStore(output) as store:
         assert [s.status for s in store.samples([EMPTY, ONE_TOKEN])] == ["empty", "no_target"]

@@ -1,4 +1,4 @@
-"""A private Slurm of two nodes on this machine's loopback: child processes of the test run, in a folder of its own."""
+"""A private Slurm cluster on this machine's loopback, as child processes of the test run."""
 
 import getpass
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SLOW_S = 60
-"""What a step of Slurm's own may take on a busy machine before it counts as stuck."""
+"""Time that a step of Slurm may take on a busy machine before it counts as stuck."""
 
 CONFIG = """\
 ClusterName=gradproj
@@ -50,20 +50,23 @@ SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000,bat
 KillWait=15
 MinJobAge=600
 GresTypes=gpu
-{nodes}PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
+{nodes}\
+PartitionName=low Nodes=n[1-2] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=whole Nodes=n[1-4] State=UP
 """
 """cred_expire=5: a requeued job starts again after 5 s, not 120."""
 NODE = """\
-NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} CPUs=128 RealMemory=64000 Gres=gpu:h100:8
+NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={port} \
+CPUs=128 RealMemory=64000 Gres=gpu:h100:8
 """
 NODES = ("n1", "n2", "n3", "n4")
-"""What they have is what the batch files ask for, on paper: empty files stand in for GPUs. Jobs run on two."""
+"""Nodes with the resources that the batch files request; empty files stand in for GPUs. Jobs run on
+the first two."""
 
 
 def find_daemons() -> dict[str, str] | None:
-    """Paths of Slurm's daemons, or None where one is not installed."""
+    """Return the paths of Slurm's daemons; None if one is not installed."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"])
     found = {name: shutil.which(name, path=path) for name in DAEMONS}
     return {k: v for k, v in found.items() if v} if all(found.values()) else None
@@ -91,22 +94,27 @@ def free_ports(n: int) -> list[int]:
 
 
 class Cluster:
-    """The running cluster, as a user of it sees it."""
+    """The running cluster, as its user sees it."""
 
     def __init__(self, root: Path) -> None:
         self.environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
 
     def __call__(self, *words: object, check: bool = True, cwd: Path | None = None) -> str:
-        """Output of one of Slurm's commands, both streams."""
+        """Run one of Slurm's commands and return both its output streams."""
         done = subprocess.run(
-            [str(w) for w in words], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, timeout=SLOW_S, cwd=cwd,
-        )  # fmt: skip
+            [str(w) for w in words],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SLOW_S,
+            cwd=cwd,
+        )
         assert not check or done.returncode == 0, f"{words} gave {done.returncode}: {done.stdout}"
         return done.stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """The fields that Slurm shows of a job or of an array's element (``12_3``)."""
+        """Return the fields that Slurm shows for a job or an array's element (``12_3``)."""
         fields = dict(
             word.partition("=")[::2] for word in self("scontrol", "show", "job", job).split()
         )
@@ -144,7 +152,7 @@ def running_cluster(root: Path, daemons: dict[str, str]) -> Iterator[Cluster]:
         (root / f"gpu{n}").touch()
     cluster = Cluster(root)
     munge = {f"--{name}-file={root}/munge/{name}" for name in ("key", "pid", "log", "seed")}
-    # --force: the folders of tests are not open to other users, which munged takes for a mistake.
+    # --force: munged refuses to run in folders that are closed to other users, as those of tests.
     munge |= {"--foreground", "--force", f"--socket={root}/munge/sock"}
     children: list[subprocess.Popen] = []
 
@@ -179,7 +187,7 @@ def running_cluster(root: Path, daemons: dict[str, str]) -> Iterator[Cluster]:
 
 
 def processes_with(text: str) -> list[str]:
-    """Command lines, with their pids, of living processes whose arguments or environment hold ``text``."""
+    """Return pid and command line of processes whose arguments or environment hold ``text``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -191,6 +199,6 @@ def processes_with(text: str) -> list[str]:
                 found.append(
                     f"{folder.name} {command.replace(bytes(1), b' ').decode(errors='replace')}"
                 )
-        except OSError:  # it has just ended, or is not ours
+        except OSError:  # it has just ended, or is another user's
             continue
     return found  # a zombie has neither arguments nor an environment

@@ -10,19 +10,25 @@ from helpers.jobs import run_job
 from helpers.models import make_model
 
 N_SAMPLES, ROWS_PER_UNIT = 3840, 16
-"""Enough for three starts of a job on a quiet machine: no disturbance may come when all is done."""
+"""Enough for three starts of a job on a quiet machine: no disturbance may come after its end."""
 SETTINGS = {
-    "proj_rank_total": 16, "proj_rank_min": 2, "max_length": 64, "batch_size": 1, "rows_per_shard": ROWS_PER_UNIT,
+    "proj_rank_total": 16,
+    "proj_rank_min": 2,
+    "max_length": 64,
+    "batch_size": 1,
+    "rows_per_shard": ROWS_PER_UNIT,
     "device": "cpu",
-}  # fmt: skip
-"""One document a batch: about 15 seconds of one core, and a unit every few tenths of one."""
+}
+"""One document a batch: about 15 s of one core in all, a unit every few tenths of a second."""
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     daemons = find_daemons()
     if daemons is None:
-        message = "Slurm is not installed: bash launch/test_slurm.sh does it (apt-get install slurm-wlm munge)"
+        message = (
+            "Slurm is not installed: bash launch/test_slurm.sh installs it (slurm-wlm and munge)"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)

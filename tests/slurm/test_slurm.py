@@ -1,4 +1,4 @@
-"""Both batch files by a real Slurm: disturbed in every way that Slurm knows, wrong from the start, and cancelled."""
+"""Both batch files under a real Slurm: disturbed in every way, wrong flags, cancelled."""
 
 import os
 import re
@@ -20,22 +20,27 @@ pytestmark = pytest.mark.slurm
 
 JOB, ARRAY = "project_pile.sbatch", "project_pile_array.sbatch"
 ON_TWO_NODES = {JOB: "--nodes=2", ARRAY: "--array=0-2"}
-"""Three elements for two nodes: one waits until the others leave a node, or until all is done."""
+"""Three elements for two nodes: one waits until another leaves its node, or until all is done."""
 PREEMPT = [
-    "sbatch", "--partition=high", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 1",
-]  # fmt: skip
-"""A job that takes both nodes from whoever has them."""
+    "sbatch",
+    "--partition=high",
+    "--nodes=2",
+    "--gpus-per-node=8",
+    "--output=/dev/null",
+    "--wrap=sleep 1",
+]
+"""A job that preempts the jobs on both nodes."""
 LONG_S = 300
-"""For a job's next step, which is a start of several Python processes, on a machine that may be busy."""
+"""Time for a job's next step, a start of several Python processes, on a busy machine."""
 
 
 @dataclass
 class Submitted:
-    """A job or an array in the cluster's hands."""
+    """A submitted job or array."""
 
     cluster: Cluster
     folder: Path
-    """Where its logs are written; ``out`` in it is its output."""
+    """Folder of its logs; ``out`` in it is its output."""
     number: str
     elements: list[str]
     """The array's elements as Slurm names them, or the job alone."""
@@ -52,7 +57,7 @@ class Submitted:
         return "\n".join(f"--- {e}: {self.cluster.state(e)}\n{self.log(e)}" for e in self.elements)
 
     def units(self, element: str = "*") -> list[int]:
-        """Units that it has committed, in all its starts."""
+        """Return the units that it has committed, in all its starts."""
         texts = [path.read_text() for path in self.output.glob(f"logs/rank-*-slurm-{element}.log")]
         return [
             int(unit) for text in texts for unit in re.findall(r" unit (\d+) committed: ", text)
@@ -74,7 +79,7 @@ class Submitted:
         self._wait(f"{n} restarts", lambda: self.restarts() >= n)
 
     def wait_for_end(self) -> list[str]:
-        """The elements' states at the end; no process is left."""
+        """Return the elements' final states; check that no process is left."""
         ended = {"COMPLETED", "FAILED", "CANCELLED"}
         self._wait("its end", lambda: {self.cluster.state(e) for e in self.elements} <= ended)
         wait_until("no process", lambda: not processes_with(str(self.output)), 10)
@@ -85,37 +90,44 @@ class Submitted:
 
 
 def submit(cluster, inputs, folder, file, *options, wrong=None, shards=None, **environment):
-    """Submit a batch file as it is, with the CPU's settings in the environment; ``wrong`` are other flags."""
+    """Submit a batch file unchanged, with settings in the environment; ``wrong`` adds flags."""
     folder.mkdir()
     environment = {
-        "PATH": os.environ["PATH"], "SLURM_CONF": cluster.environment["SLURM_CONF"], "OMP_NUM_THREADS": 1,
-        "HF_HUB_OFFLINE": 1, "PYTHON": sys.executable, "RANKS_PER_NODE": 1, "HEAD_HOST": "127.0.0.1",
-        "SHARDS": shards or inputs.shards, "MODEL": inputs.model, "OUTPUT_DIR": folder / "out", **environment,
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "SLURM_CONF": cluster.environment["SLURM_CONF"],
+        "OMP_NUM_THREADS": 1,
+        "HF_HUB_OFFLINE": 1,
+        "PYTHON": sys.executable,
+        "RANKS_PER_NODE": 1,
+        "HEAD_HOST": "127.0.0.1",
+        "SHARDS": shards or inputs.shards,
+        "MODEL": inputs.model,
+        "OUTPUT_DIR": folder / "out",
+        **environment,
+    }
     exported = ",".join(f"{name}={value}" for name, value in environment.items())
     number = cluster(
-        "sbatch", "--parsable", f"--chdir={folder}", f"--export={exported}", *options, ROOT / "slurm" / file,
-        *flags(**{**SETTINGS, **(wrong or {})}), cwd=ROOT,
-    )  # fmt: skip
+        "sbatch",
+        "--parsable",
+        f"--chdir={folder}",
+        f"--export={exported}",
+        *options,
+        ROOT / "slurm" / file,
+        *flags(**{**SETTINGS, **(wrong or {})}),
+        cwd=ROOT,
+    )
     array = next((o for o in options if o.startswith("--array=")), None)
     n = 0 if array is None else 1 + int(array.rpartition("-")[2])
     return Submitted(cluster, folder, number, [f"{number}_{i}" for i in range(n)] or [number])
 
 
 def disturb_job(job):
-    """USR1 to the batch shell (as before the time limit), preemption, a requeue by hand, the loss of a node."""
+    """Send USR1 to the batch shell (as before the time limit), preempt, requeue, lose a node."""
     cluster, number = job.cluster, job.number
     for n, words in enumerate(
         [
             ["scancel", "--batch", "--signal=USR1", number],
-            [
-                "sbatch",
-                "--partition=high",
-                "--nodes=2",
-                "--gpus-per-node=8",
-                "--output=/dev/null",
-                "--wrap=sleep 1",
-            ],
+            PREEMPT,
             ["scontrol", "requeue", number],
             ["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test"],
         ]
@@ -126,9 +138,9 @@ def disturb_job(job):
 
 
 def disturb_array(array):
-    """The same, each to another element, and TERM to the ranks of one without a word to its batch shell.
+    """Disturb each element in another way; one gets TERM in its ranks but not its batch shell.
 
-    Always to all that are running, so that none finishes the work while the others start.
+    All running elements are always disturbed, so that none finishes while the others start.
     """
     cluster, (first, second, third) = array.cluster, array.elements
     array.wait_for_units(first, second)
@@ -150,7 +162,7 @@ def disturb_array(array):
 @pytest.mark.parametrize(
     ("file", "disturb"), [(JOB, disturb_job), (ARRAY, disturb_array)], ids=[JOB, ARRAY]
 )
-def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the_undisturbed_bits(
+def test_job_stopped_preempted_requeued_and_losing_a_node_gives_the_same_bits(
     cluster, inputs, tmp_path, file, disturb
 ):
     job = submit(cluster, inputs, tmp_path / "job", file, ON_TWO_NODES[file])
@@ -171,9 +183,7 @@ def test_a_job_that_is_stopped_preempted_requeued_and_loses_a_node_ends_with_the
     assert "complete" in job.log(job.elements[-1]).splitlines()[-1]
 
 
-def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(
-    cluster, inputs, tmp_path
-):
+def test_user_error_ends_the_job_with_one_line_and_no_requeue(cluster, inputs, tmp_path):
     jobs = {
         (file, wrong): submit(
             cluster,
@@ -201,8 +211,8 @@ def test_a_user_s_mistake_ends_the_job_with_one_line_and_is_not_queued_again(
         )
 
 
-def test_a_mistake_that_shows_on_the_way_is_not_queued_again_either(cluster, inputs, tmp_path):
-    """Tars that change under an array. Each element meets it, and knows its own failure from the others'."""
+def test_error_found_during_the_run_is_not_requeued(cluster, inputs, tmp_path):
+    """Change the tars under an array. Each element tells its own failure from the others'."""
     tars = shutil.copytree(inputs.shards, tmp_path / "tars")
     array = submit(cluster, inputs, tmp_path / "job", ARRAY, "--array=0-1", shards=tars, RESTARTS=0)
     array.wait_for_units(*array.elements)
@@ -216,7 +226,7 @@ def test_a_mistake_that_shows_on_the_way_is_not_queued_again_either(cluster, inp
         assert "ended by a mistake that has to be mended" in log.splitlines()[-1], log
 
 
-def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(cluster, inputs, tmp_path):
+def test_cancelled_job_leaves_no_process_and_is_not_requeued(cluster, inputs, tmp_path):
     jobs = [
         submit(cluster, inputs, tmp_path / JOB, JOB, "--nodes=1", RANKS_PER_NODE=2),
         submit(cluster, inputs, tmp_path / ARRAY, ARRAY, "--array=0-0"),
@@ -232,7 +242,7 @@ def test_a_cancelled_job_leaves_no_process_and_is_not_queued_again(cluster, inpu
 
 
 @pytest.mark.parametrize("file", [JOB, ARRAY, "index_pile.sbatch"])
-def test_a_cluster_of_nodes_with_8_gpus_takes_the_files_as_they_are(cluster, file):
+def test_batch_files_are_accepted_unchanged_by_nodes_with_8_gpus(cluster, file):
     said = cluster("sbatch", "--test-only", "--partition=whole", ROOT / "slurm" / file, cwd=ROOT)
     assert "to start at" in said
     too_much = cluster(
