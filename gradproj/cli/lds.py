@@ -4,7 +4,7 @@ import math
 
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.lds import evaluate
-from gradproj.evaluation.results import RECALL_AT, Judged, Results
+from gradproj.evaluation.results import RECALL_AT, MethodResult, Results
 from gradproj.evaluation.statistics import Estimate
 from gradproj.flags import parse
 
@@ -40,8 +40,8 @@ def table_lines(results: Results) -> list[str]:
     """What was measured, a line a method, and how to read it."""
     shown = results.methods
     width = max(6, *(len(name) for name in shown))
-    with_copies = any(judged.duplicates for judged in shown.values())
-    with_left = any(judged.leave_out for judged in shown.values())
+    with_copies = any(result.duplicates for result in shown.values())
+    with_left = any(result.leave_out for result in shown.values())
     heads = [
         f"{'method':<{width}}",
         f"{'LDS':>6}",
@@ -60,7 +60,7 @@ def table_lines(results: Results) -> list[str]:
         f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- {results.chance[1]:.3f}",
         "",
         "  ".join(heads).rstrip(),
-        *(_line(name, judged, width, with_copies, with_left) for name, judged in shown.items()),
+        *(_line(name, result, width, with_copies, with_left) for name, result in shown.items()),
         "",
         *LDS_NOTE,
         *(COPIES_NOTE if with_copies else ()),
@@ -69,21 +69,21 @@ def table_lines(results: Results) -> list[str]:
     ]
 
 
-def _line(name: str, judged: Judged, width: int, with_copies: bool, with_left: bool) -> str:
-    lds = judged.lds
+def _line(name: str, result: MethodResult, width: int, with_copies: bool, with_left: bool) -> str:
+    lds = result.lds
     cells = [
         f"{name:<{width}}",
         f"{lds.mean:>+6.3f}",
         f"{lds.over_queries:.3f} {lds.over_subsets:.3f}",
     ]
-    cells.append(f"{_difference(judged.over_reference):>22}")
-    if with_copies and judged.duplicates:
-        found = judged.duplicates
+    cells.append(f"{_difference(result.over_reference):>22}")
+    if with_copies and result.duplicates:
+        found = result.duplicates
         cells.append(
             f"  {found.recall[RECALL_AT[0]]:>9.2f} {found.recall[RECALL_AT[1]]:>5.2f} {found.mrr:>5.2f}"
         )
-    if with_left and judged.leave_out:
-        cells.append(f"  {judged.leave_out.mean:+.3f} +- {judged.leave_out.standard_error:.3f}")
+    if with_left and result.leave_out:
+        cells.append(f"  {result.leave_out.mean:+.3f} +- {result.leave_out.standard_error:.3f}")
     return "  ".join(cells).rstrip()
 
 

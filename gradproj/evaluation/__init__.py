@@ -1,4 +1,4 @@
-"""Evidence that scores are right: they foretell what retraining without some documents does to a query's loss."""
+"""Evaluates attribution scores against retraining: LDS, leave-out, retrieval."""
 
 from gradproj.evaluation.retrieval import Retrieval, retrieval
 from gradproj.evaluation.statistics import lds_by_query, noise_ceiling, rank_values, spearman

@@ -1,7 +1,7 @@
-"""The experiment's documents: windows of one length of a corpus, some held out as queries, some near-copies."""
+"""The experiment's documents, queries and near-copies: windows of equal length of a corpus."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,26 @@ from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 SAMPLES_PER_TAR = 4096
 PRETRAIN_WINDOWS = 64
-"""Most windows of a document that is pretrained on."""
+"""Most windows from one document of the pretraining."""
 TOKENIZER_SAMPLES = 2000
-"""Documents that the tokenizer is trained on, where none is given."""
+"""Documents that train the tokenizer, if none is given."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The documents as token ids; the tars hold the same."""
+    """Documents and queries as token ids; the tars hold the same."""
 
     documents: np.ndarray
     """``(N, S)`` int64."""
     queries: np.ndarray
-    """``(Q + C, S)`` int64: Q held out, then the C of which the documents hold a near-copy."""
+    """``(Q + C, S)`` int64: Q held out, then C that have a near-copy among the documents."""
     copies: np.ndarray
-    """``(C,)`` int64: the document that is a near-copy of each of the last C queries."""
+    """``(C,)`` int64: the document that is the near-copy of each of the last C queries."""
     document_tars: Path
     query_tars: Path
     tokenizer: Path
     start: Path | None
-    """The folder of the model that every training starts from; None: random weights."""
+    """Directory of the model that every training starts from; None for random weights."""
 
     @property
     def n_held_out(self) -> int:
@@ -55,18 +55,19 @@ class _Window:
 
 
 def make_experiment(config: LdsConfig) -> Experiment:
-    """Cut and write the documents, or read them where an earlier call has.
+    """Cut and write the documents, or read those of an earlier call.
 
     Raises:
-        CorpusError: the corpus gives too few windows.
+        CorpusError: the corpus has too few windows.
     """
     folder = Path(config.output_dir)
     tokenizer_dir = Path(config.tokenizer) if config.tokenizer else folder / "tokenizer"
     if not (folder / "tokens.npz").is_file():
         tokenizer = _tokenizer(config, tokenizer_dir)
-        found, before = _windows(config, tokenizer)
-        documents, queries, copies = _draw(config, found)
-        for name, windows in (("documents", documents), ("queries", queries), ("pretrain", before)):
+        candidates, pretrain = _windows(config, tokenizer)
+        documents, queries, copies = _draw(config, candidates)
+        parts = (("documents", documents), ("queries", queries), ("pretrain", pretrain))
+        for name, windows in parts:
             if windows and not (folder / name).is_dir():
                 write_tars(folder / name, [_payload(window, tokenizer) for window in windows])
         save_arrays(
@@ -76,9 +77,10 @@ def make_experiment(config: LdsConfig) -> Experiment:
             copies=copies,
         )
     arrays = np.load(folder / "tokens.npz", allow_pickle=False)
-    parts = (arrays["documents"], arrays["queries"], arrays["copies"])
     return Experiment(
-        *parts,
+        arrays["documents"],
+        arrays["queries"],
+        arrays["copies"],
         folder / "documents",
         folder / "queries",
         tokenizer_dir,
@@ -87,7 +89,7 @@ def make_experiment(config: LdsConfig) -> Experiment:
 
 
 def _tokenizer(config: LdsConfig, folder: Path) -> Any:
-    """The one given, or one trained on the corpus."""
+    """Load the given tokenizer, or train one on the corpus."""
     if not config.tokenizer and not (folder / "tokenizer.json").is_file():
         train_tokenizer(
             TokenizerConfig(
@@ -101,62 +103,65 @@ def _tokenizer(config: LdsConfig, folder: Path) -> Any:
 
 
 def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
-    """``(windows to draw from, windows to pretrain on)``: full ones, of documents in a shuffled order, none of both."""
+    """Return full windows to draw from and others to pretrain on.
+
+    Documents are in a shuffled order, and none has windows of both.
+    """
     index, length = open_corpus(config.shards), config.max_length
     needed = config.n_documents + config.n_queries  # near-copies take the place of documents
-    found: list[_Window] = []
-    before: list[_Window] = []
+    candidates: list[_Window] = []
+    pretrain: list[_Window] = []
     for document in shuffled_documents(index, config.seed, epoch=0):
-        if len(found) >= needed and len(before) >= config.pretrain:
+        if len(candidates) >= needed and len(pretrain) >= config.pretrain:
             break
-        kept, most = (
-            (found, config.windows_per_document)
-            if len(found) < needed
-            else (before, PRETRAIN_WINDOWS)
-        )
+        target, most = pretrain, PRETRAIN_WINDOWS
+        if len(candidates) < needed:
+            target, most = candidates, config.windows_per_document
         tokens = tokens_of(document, tokenizer, most * length)
         for begin in range(0, len(tokens) - length + 1, length):
-            kept.append(
+            target.append(
                 _Window(tokens[begin : begin + length], document.domain, f"{document.key} {begin}")
             )
-    if len(found) < needed or (config.pretrain and not before):
+    if len(candidates) < needed or (config.pretrain and not pretrain):
         raise CorpusError(
-            f"--shards {config.shards} gives {len(found):,} documents of {length} tokens (at most {config.windows_per_document} "
-            f"from each of its own) and {len(before):,} more to pretrain on; --n_documents {config.n_documents:,} and "
-            f"--n_queries {config.n_queries:,} need {needed:,}, --pretrain some of others: ask for fewer, or a smaller "
-            "--max_length, or more --windows"
+            f"--shards {config.shards} has {len(candidates):,} windows of {length} tokens (at most "
+            f"{config.windows_per_document} of a document) and {len(pretrain):,} of other documents to pretrain "
+            f"on; --n_documents {config.n_documents:,} and --n_queries {config.n_queries:,} need "
+            f"{needed:,}, and --pretrain needs at least one: give fewer of them, a smaller "
+            "--max_length, or more --windows_per_document"
         )
-    return found[:needed], before[: config.pretrain]
+    return candidates[:needed], pretrain[: config.pretrain]
 
 
 def _draw(
     config: LdsConfig, windows: list[_Window]
 ) -> tuple[list[_Window], list[_Window], np.ndarray]:
-    """``(documents, queries, copies)``; a near-copy's original is among the queries, no document of the corpus."""
+    """Return documents, queries and ``copies``.
+
+    The original of a near-copy is among the queries and not among the documents.
+    """
     random = np.random.default_rng([config.seed, 1])
-    n_own = config.n_documents - config.n_near_copies
+    n_originals = config.n_documents - config.n_near_copies
     mixed = [windows[i] for i in random.permutation(len(windows))]
-    own, queries = mixed[:n_own], mixed[n_own:]
-    originals = queries[config.n_queries :]
-    known = np.concatenate([window.ids for window in own])
+    documents, queries = mixed[:n_originals], mixed[n_originals:]
+    tokens = np.concatenate([window.ids for window in documents])
     copies = [
-        _Window(_changed(w.ids, known, config.corruption, random), w.domain, w.source)
-        for w in originals
+        replace(w, ids=_corrupted(w.ids, tokens, config.corruption, random))
+        for w in queries[config.n_queries :]
     ]
     order = random.permutation(config.n_documents)
-    together = own + copies
-    places = np.argsort(order)[n_own:]
-    return [together[i] for i in order], queries, places
+    documents += copies
+    return [documents[i] for i in order], queries, np.argsort(order)[n_originals:]
 
 
-def _changed(
-    ids: np.ndarray, known: np.ndarray, share: float, random: np.random.Generator
+def _corrupted(
+    ids: np.ndarray, tokens: np.ndarray, fraction: float, random: np.random.Generator
 ) -> np.ndarray:
-    """Some of the tokens, at random places, replaced by tokens drawn from the corpus."""
-    changed = ids.copy()
-    places = random.permutation(len(ids))[: round(share * len(ids))]
-    changed[places] = random.choice(known, len(places))
-    return changed
+    """Replace a fraction of the ids, at random positions, by random ones of ``tokens``."""
+    corrupted = ids.copy()
+    positions = random.permutation(len(ids))[: round(fraction * len(ids))]
+    corrupted[positions] = random.choice(tokens, len(positions))
+    return corrupted
 
 
 def _payload(window: _Window, tokenizer: Any) -> bytes:
@@ -166,12 +171,12 @@ def _payload(window: _Window, tokenizer: Any) -> bytes:
 
 
 def write_subset(folder: Path, documents: np.ndarray) -> None:
-    """Tars of just these documents ``(n, S)``, for one training."""
+    """Write tars of these documents ``(n, S)``, for one training."""
     write_tars(folder, [json.dumps({"input_ids": ids}).encode() for ids in documents.tolist()])
 
 
 def write_tars(folder: Path, payloads: list[bytes]) -> None:
-    """A folder of tars, published whole."""
+    """Write a directory of tars, published atomically."""
     with published(str(folder)) as work:
         tars = TarSequence(work / "tars", SAMPLES_PER_TAR)
         for payload in payloads:

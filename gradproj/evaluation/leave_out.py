@@ -1,4 +1,4 @@
-"""Leave-out: train without the documents that a method puts first for a query, and see what the query's loss does."""
+"""Leave-out: retrain without a method's top documents and measure the rise of the query's loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,29 +13,34 @@ from gradproj.evaluation.statistics import standard_error
 
 @dataclass(frozen=True)
 class LeaveOut:
-    """What removing a method's top documents does."""
+    """Effect of removing a method's top documents."""
 
     by_query: list[float]
-    """Nats per token that each query's loss is above its mean without as many random documents."""
+    """Loss of each query (nats per token) less its mean over the random controls."""
     mean: float
     standard_error: float
     """Over the queries."""
     share_above_controls: float
-    """Of the queries, how many have a higher loss than without any of the random sets."""
+    """Fraction of queries whose loss is above that of every control."""
 
 
 def leave_out(
     config: LdsConfig, experiment: Experiment, scores: dict[str, np.ndarray]
 ) -> dict[str, LeaveOut]:
-    """Every method's result for the first ``config.leave_out`` queries; ``scores`` are ``(Q, N)``.
+    """Return every method's result for the first ``config.leave_out`` queries.
 
-    The queries of a group share a training, which is without the best documents of all of them.
+    The queries of a group share a training without the top documents of all of them.
+
+    Args:
+        config: of the experiment.
+        experiment: its documents.
+        scores: method -> ``(Q, N)``.
     """
     n, size = len(experiment.documents), config.leave_out_group
     removed = config.leave_out_k * size
     groups = [list(range(first, first + size)) for first in range(0, config.leave_out, size)]
     random = np.random.default_rng([config.seed, 4])
-    # The seed is that of the model whose scores are asked: the trainings differ in the documents alone.
+    # The seed of the scored model, so that trainings differ in their documents only.
     controls = [
         Retraining(
             f"without-{removed}-random-{i}",
@@ -47,29 +52,30 @@ def leave_out(
     tasks = [
         Retraining(
             f"without-{removed}-{file_name(name)}-for-{group[0]}-to-{group[-1]}",
-            _without(n, best_of_all(found[group], removed)),
+            _without(n, best_of_all(method_scores[group], removed)),
             config.seed,
         )
-        for name, found in scores.items()
+        for name, method_scores in scores.items()
         for group in groups
     ]
     losses = losses_of(config, experiment, [*controls, *tasks], "leave-out")[:, : config.leave_out]
-    of_controls, of_methods = losses[: len(controls)], losses[len(controls) :]
+    control_losses, method_losses = losses[: len(controls)], losses[len(controls) :]
+    by_group = method_losses.reshape(len(scores), len(groups), -1)
     results = {}
-    for name, own in zip(scores, of_methods.reshape(len(scores), len(groups), -1), strict=True):
-        of_its_group = np.concatenate([row[group] for row, group in zip(own, groups, strict=True)])
-        results[name] = _result(of_its_group, of_controls)
+    for name, rows in zip(scores, by_group, strict=True):
+        of_queries = np.concatenate([row[group] for row, group in zip(rows, groups, strict=True)])
+        results[name] = _result(of_queries, control_losses)
     return results
 
 
-def _result(own: np.ndarray, controls: np.ndarray) -> LeaveOut:
-    rise = own - controls.mean(axis=0)
-    above = float((own > controls.max(axis=0)).mean())
+def _result(losses: np.ndarray, controls: np.ndarray) -> LeaveOut:
+    rise = losses - controls.mean(axis=0)
+    above = float((losses > controls.max(axis=0)).mean())
     return LeaveOut(rise.tolist(), float(rise.mean()), standard_error(rise), above)
 
 
 def best_of_all(scores: np.ndarray, n: int) -> np.ndarray:
-    """``n`` documents, taken in turn: each query's best, each one's second, and so on; none twice.
+    """Return ``n`` distinct documents: each query's best, then each query's second, and so on.
 
     Args:
         scores: ``(Q, N)``.
@@ -81,11 +87,11 @@ def best_of_all(scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def _without(n: int, removed: Sequence[int] | np.ndarray) -> np.ndarray:
-    kept = np.ones(n, bool)
-    kept[removed] = False
-    return kept
+    chosen = np.ones(n, bool)
+    chosen[removed] = False
+    return chosen
 
 
 def file_name(name: str) -> str:
-    """A method's name in a file's."""
+    """Return a method's name as part of a file name."""
     return name.replace(":", "-")

@@ -1,4 +1,4 @@
-"""Every method by its name: ``(Q, N)`` scores of the documents for the queries, kept in files."""
+"""Computes ``(Q, N)`` scores of a method by its name, cached in files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import ConfigError, StoreError
+from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
-from gradproj.evaluation.kronfluence_methods import STRATEGIES, kronfluence_scores
+from gradproj.evaluation.kronfluence import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name
-from gradproj.evaluation.model_methods import hidden_cosine
-from gradproj.evaluation.text_methods import bm25, ngram_overlap
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
 
@@ -22,20 +21,20 @@ MEANINGS = {
     "grad_norm": "the norm of the document's projected gradient, the same for every query",
     "hidden": "cosine of mean hidden states",
     "bm25": "BM25 over tokens",
-    "ngram": "distinct 4-grams of tokens in common",
+    "ngram": "number of distinct 4-grams of tokens in common",
     "kronfluence_kfac": "K-FAC influence on whole gradients, by kronfluence",
     "kronfluence_ekfac": "EK-FAC influence on whole gradients, by kronfluence",
 }
-"""The methods that are not gradproj's own."""
+"""Methods that are not gradproj's own."""
 OPTIONAL = {"bm25": "bm25s", "kronfluence_kfac": "kronfluence", "kronfluence_ekfac": "kronfluence"}
-"""Method -> the library it needs, of the extra ``evaluation``."""
+"""Method -> the library that it needs, of the extra ``evaluation``."""
 
 
 def names_of(listed: str, flag: str) -> list[str]:
-    """The names of a comma-separated list, each known.
+    """Parse a comma-separated list of methods.
 
     Raises:
-        ConfigError: an empty list, an unknown method, or one that comes twice.
+        ConfigError: an empty list, an unknown method, or one that occurs twice.
     """
     names = list(split_list(listed))
     if not names:
@@ -43,8 +42,8 @@ def names_of(listed: str, flag: str) -> list[str]:
     for name in names:
         if name not in MEANINGS and GradientMethod.of(name) is None:
             raise ConfigError(
-                f"{flag}: unknown method {name!r}; known are {', '.join(MEANINGS)}, and SCORE@K[:DAMPING] as in "
-                "kfac@16:0.03 or dot@full"
+                f"{flag}: unknown method {name!r}; choose from {', '.join(MEANINGS)}, and "
+                "SCORE@K[:DAMPING] such as kfac@16:0.03 or dot@full"
             )
         if names.count(name) > 1:
             raise ConfigError(f"{flag} names {name} twice")
@@ -52,7 +51,7 @@ def names_of(listed: str, flag: str) -> list[str]:
 
 
 class Methods:
-    """The methods of one experiment."""
+    """Scores of the methods of one experiment."""
 
     def __init__(self, config: LdsConfig, experiment: Experiment, model: Path) -> None:
         self._config, self._experiment, self._model = config, experiment, model
@@ -60,14 +59,14 @@ class Methods:
         self._stores = GradientStores(config, experiment, model)
 
     def scores(self, name: str) -> np.ndarray:
-        """``(Q, N)``; from the file of an earlier call where there is one."""
+        """Return ``(Q, N)`` float32, from an earlier call's file if there is one."""
         path = self._folder / f"{file_name(name)}.npy"
         if not path.is_file():
             self._folder.mkdir(exist_ok=True)
-            found = self._compute(name).astype(np.float32)
-            if not np.isfinite(found).all():
-                raise StoreError(f"method {name} gives scores that are not finite")
-            save_array(path, found)
+            scores = self._compute(name).astype(np.float32)
+            if not np.isfinite(scores).all():
+                raise StoreError(f"method {name} returned scores that are not finite")
+            save_array(path, scores)
         return load_array(path)
 
     def _compute(self, name: str) -> np.ndarray:

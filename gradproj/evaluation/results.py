@@ -1,4 +1,4 @@
-"""From scores and losses to the numbers of the table."""
+"""Results of an experiment, from scores and losses."""
 
 from dataclasses import dataclass
 
@@ -14,40 +14,40 @@ RECALL_AT = (1, 10)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One method."""
+class MethodResult:
+    """Results of one method."""
 
     lds: Estimate
     by_query: list[float]
     over_reference: Estimate | None
-    """This method's score less the reference's, paired by query and by bootstrap sample."""
+    """LDS less the reference method's, paired by query and by bootstrap sample."""
     duplicates: Retrieval | None
     leave_out: LeaveOut | None
 
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment's outcome."""
+    """Results of an experiment."""
 
-    methods: dict[str, Judged]
-    """The best first."""
+    methods: dict[str, MethodResult]
+    """Highest LDS first."""
     reference: str
     ceiling: float
     """NaN with one seed."""
     chance: tuple[float, float]
-    """Mean and standard deviation of the reference's score with shuffled documents."""
+    """Mean and standard deviation of the reference's LDS with shuffled documents."""
     n_documents: int
     n_queries: int
     n_subsets: int
     n_seeds: int
     mean_loss: float
-    """Of the queries over all trainings, nats per token."""
+    """Mean loss of the queries over all trainings, nats per token."""
     loss_spread: float
-    """Standard deviation of a query's loss over the subsets, averaged over the queries."""
+    """Standard deviation of a query's loss over the subsets, mean over the queries."""
     training_seeds: list[int]
 
 
-def judge(
+def evaluate_methods(
     config: LdsConfig,
     experiment: Experiment,
     scores: dict[str, np.ndarray],
@@ -55,31 +55,41 @@ def judge(
     losses: np.ndarray,
     left: dict[str, LeaveOut],
 ) -> Results:
-    """Every method's numbers; ``scores`` are of all queries, those with near-copies last."""
+    """Compute the results of every method.
+
+    Args:
+        config: of the experiment.
+        experiment: its documents.
+        scores: method -> ``(Q + C, N)``; the C queries with near-copies are last.
+        subsets: ``(M, N)`` bool.
+        losses: ``(M, S, Q + C)``.
+        left: leave-out results by method.
+    """
     n = experiment.n_held_out
     reference = config.reference if config.reference in scores else next(iter(scores))
     losses = losses[:, :, :n]
     bootstrap = Bootstrap(subsets, losses, config.bootstrap, config.seed)
-    told = {name: bootstrap.by_query(found[:n]) for name, found in scores.items()}
+    estimates = {name: bootstrap.by_query(values[:n]) for name, values in scores.items()}
     copies = np.zeros((0, len(experiment.documents)), bool)
     if len(experiment.copies):
         copies = near_copies(experiment.documents, experiment.queries[n:], experiment.copies)
     methods = {}
-    for name, (by_query, of_samples) in told.items():
+    for name, (by_query, of_samples) in estimates.items():
         over = None
         if name != reference:
             over = Bootstrap.estimate(
-                by_query - told[reference][0], of_samples - told[reference][1]
+                by_query - estimates[reference][0], of_samples - estimates[reference][1]
             )
-        found = retrieval(scores[name][n:], copies, RECALL_AT) if len(copies) else None
+        copies_found = retrieval(scores[name][n:], copies, RECALL_AT) if len(copies) else None
         lds = Bootstrap.estimate(by_query, of_samples)
-        methods[name] = Judged(lds, by_query.tolist(), over, found, left.get(name))
+        methods[name] = MethodResult(lds, by_query.tolist(), over, copies_found, left.get(name))
     ordered = dict(sorted(methods.items(), key=lambda item: -item[1].lds.mean))
     chance = permutation_baseline(
         scores[reference][:n], subsets, losses, config.permutations, config.seed
     )
     return Results(
-        ordered, reference, noise_ceiling(losses), chance, len(experiment.documents), n, len(subsets), losses.shape[1],
+        ordered, reference, noise_ceiling(losses), chance,
+        len(experiment.documents), n, len(subsets), losses.shape[1],
         float(losses.mean()), float(losses.mean(axis=1).std(axis=0, ddof=1).mean()),
         [config.seed + 1 + seed for seed in range(config.seeds)],
     )  # fmt: skip

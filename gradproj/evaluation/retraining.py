@@ -1,4 +1,4 @@
-"""Trainings on parts of the documents through gradproj's own loop, several at a time, each one's losses in a file."""
+"""Trains on parts of the documents with gradproj's loop, in parallel; one file of losses each."""
 
 import multiprocessing
 import os
@@ -36,47 +36,46 @@ LOSS_BATCH = 32
 
 @dataclass(frozen=True)
 class Retraining:
-    """One training on some of the documents."""
+    """A training on some of the documents."""
 
     name: str
     chosen: np.ndarray
     """``(N,)`` bool."""
     seed: int
-    """Of weights and order."""
+    """Seed of weights and order."""
 
 
 def losses_of(
-    config: LdsConfig, experiment: Experiment, wanted: Sequence[Retraining], label: str
+    config: LdsConfig, experiment: Experiment, tasks: Sequence[Retraining], label: str
 ) -> np.ndarray:
-    """``(len(wanted), Q)`` float64: every query's loss (mean nats per target token) after each training.
+    """Return each query's loss after each training, ``(len(tasks), Q)`` float64.
 
-    Each training's losses are a file of their own, so that a later call makes only those that are not there yet.
+    Losses are mean nats per target token. Each training writes a file, so a later call runs only
+    the trainings that have none.
     """
     folder = Path(config.output_dir) / "losses"
     folder.mkdir(exist_ok=True)
-    missing = [task for task in wanted if not _file(folder, task).is_file()]
+    missing = [task for task in tasks if not _file(folder, task).is_file()]
     if missing:
         with workers(config.workers, Path(config.output_dir)) as pool:
             running = [
                 pool.submit(_retrain, config, experiment, task, _file(folder, task))
                 for task in missing
             ]
-            done = tqdm(
-                as_completed(running), label, len(wanted), initial=len(wanted) - len(missing)
-            )
+            done = tqdm(as_completed(running), label, len(tasks), initial=len(tasks) - len(missing))
             for training in done:
-                _finished(training, config)
-    return np.stack([load_array(_file(folder, task)) for task in wanted])
+                _check_finished(training, config)
+    return np.stack([load_array(_file(folder, task)) for task in tasks])
 
 
-def _finished(training: Future, config: LdsConfig) -> None:
+def _check_finished(training: Future, config: LdsConfig) -> None:
     try:
         training.result()
     except BrokenProcessPool as error:
         raise StoreError(
-            "a training's process was ended from outside (for want of memory?); --workers "
-            f"{config.workers} of them run at a time. The same command goes on where it was; see "
-            f"{Path(config.output_dir) / 'training.log'}"
+            "a training process was killed (out of memory?) while --workers "
+            f"{config.workers} of them ran; see {Path(config.output_dir) / 'training.log'}. Run the "
+            "same command again to resume"
         ) from error
 
 
@@ -86,13 +85,13 @@ def _file(folder: Path, task: Retraining) -> Path:
 
 @contextmanager
 def workers(n: int, folder: Path) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each; what they say goes to ``training.log``, and they end with this one."""
+    """Start processes of one thread that log to ``training.log`` and end with this process."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(n, context, _begin_worker, (folder / "training.log",))
     try:
         yield pool
     except BaseException:
-        # A training takes minutes, and nobody will read what it comes to.
+        # A training takes minutes, and its result would not be used.
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
@@ -115,18 +114,13 @@ def _begin_worker(log: Path) -> None:
 
 
 def train_base(config: LdsConfig, experiment: Experiment) -> Path:
-    """The model that the scores are taken from, trained on all documents; its folder."""
+    """Train the scored model on all documents; return its directory."""
     folder = Path(config.output_dir)
     if experiment.start is not None and not _is_trained(experiment.start):
-        print("training the start of all trainings", file=sys.stderr, flush=True)
-        before = replace(config, epochs=config.pretrain_epochs)
-        _train(
-            before,
-            replace(experiment, start=None),
-            folder / "pretrain",
-            experiment.start,
-            config.seed,
-        )
+        print("pretraining the model that all trainings start from", file=sys.stderr, flush=True)
+        pretraining = replace(config, epochs=config.pretrain_epochs)
+        from_random = replace(experiment, start=None)
+        _train(pretraining, from_random, folder / "pretrain", experiment.start, config.seed)
     if not _is_trained(folder / "model"):
         print("training on all documents", file=sys.stderr, flush=True)
         _train(config, experiment, experiment.document_tars, folder / "model", config.seed)
@@ -139,8 +133,7 @@ def _is_trained(folder: Path) -> bool:
 
 def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: Path) -> None:
     work = path.parent / f"{path.stem}.training"
-    # Left by one that was killed.
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)  # left by a training that was killed
     work.mkdir()
     write_subset(work / "tars", experiment.documents[task.chosen])
     _train(config, experiment, work / "tars", work / "model", task.seed)
@@ -156,26 +149,26 @@ def _train(config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, 
 def train_config(
     config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, seed: int
 ) -> TrainConfig:
-    """The training of the documents in ``tars``: the same number of epochs whatever their number."""
+    """Return the configuration of a training on ``tars``, with ``config.epochs`` epochs."""
     steps = max(1, config.epochs * open_corpus(str(tars)).n_samples // config.batch_size)
     shape = {"n_layer": config.n_layer, "n_embd": config.n_embd, "n_head": config.n_head}
     start: dict[str, Any] = shape if experiment.start is None else {"model": str(experiment.start)}
     return TrainConfig(
         shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), **start,
         max_length=config.max_length, batch_size=config.batch_size, max_steps=steps,
-        warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed, device=config.device,
-        model_dtype=config.model_dtype, checkpoint_interval=0,
+        warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed,
+        device=config.device, model_dtype=config.model_dtype, checkpoint_interval=0,
     )  # fmt: skip
 
 
 def load(folder: Path, device: str) -> Any:
-    """A trained model, frozen, on its device."""
+    """Load a trained model, frozen, on its device."""
     return load_model(fetch(ModelConfig(model=str(folder))), choose_device(device, 0)[0])
 
 
 @torch.no_grad()
 def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
-    """``(Q,)`` float64 mean nats per target token of token ids ``(Q, S)``."""
+    """Return the losses of token ids ``(Q, S)``, mean nats per target token, ``(Q,)`` float64."""
     device = next(model.parameters()).device
     parts = [
         per_sample_loss(

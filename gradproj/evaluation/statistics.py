@@ -1,4 +1,4 @@
-"""The linear datamodeling score, its noise ceiling and its errors. Numbers in, numbers out.
+"""The linear datamodeling score, its noise ceiling and its errors.
 
 Source: the linear datamodeling score of TRAK, arXiv:2303.14186.
 """
@@ -9,18 +9,18 @@ import numpy as np
 
 
 def rank_values(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 along the last axis, float64; equal values share the mean of their ranks."""
+    """Return ranks from 1 along the last axis, float64; equal values share their mean rank."""
     return _compared(values).sum(axis=-1) + 0.5
 
 
 def _compared(values: np.ndarray) -> np.ndarray:
-    """``(..., M, M)``: 1 where the last axis' value is smaller than the one before it, 0.5 where it is equal."""
+    """Compare all pairs, ``(..., M, M)``: ``[i, j]`` is 1 if value j < value i, 0.5 if equal."""
     at, other = values[..., :, None], values[..., None, :]
     return (other < at) + 0.5 * (other == at)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation along the last axis; 0 where all of one side's values are equal."""
+    """Return Spearman's correlation along the last axis; 0 if one side is constant."""
     return _weighted_correlation(rank_values(x), rank_values(y), np.ones(x.shape[-1]))
 
 
@@ -35,7 +35,7 @@ def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> 
 
 
 def predictions(scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
-    """What scores foretell of trainings on subsets: the sum over a subset's documents.
+    """Sum the scores over each subset's documents, which predicts the training on it.
 
     Args:
         scores: ``(Q, N)``.
@@ -48,13 +48,13 @@ def predictions(scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
 
 
 def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Every query's linear datamodeling score, ``(Q,)``, from -1 to 1.
+    """Return every query's linear datamodeling score, ``(Q,)``, from -1 to 1.
 
-    Spearman's correlation over the subsets of the sum of a subset's scores with minus the query's loss after training
-    on the subset, averaged over the seeds.
+    It is Spearman's correlation, over the subsets, of the sum of a subset's scores with minus the
+    query's loss after training on the subset, averaged over the seeds.
 
     Args:
-        scores: ``(Q, N)``, positive where a document lowers the query's loss.
+        scores: ``(Q, N)``, positive if a document lowers the query's loss.
         subsets: ``(M, N)`` bool.
         losses: ``(M, S, Q)`` nats, S seeds of each subset.
     """
@@ -62,17 +62,17 @@ def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) ->
 
 
 def noise_ceiling(losses: np.ndarray) -> float:
-    """The score that a method would have that knew every subset's expected loss: what averaging over seeds allows.
+    """Return the LDS of a method that knows every subset's expected loss over seeds.
 
-    With ``r`` the mean over queries and pairs of seeds of the correlation (over subsets) of one seed's losses with
-    another's, the mean of S seeds has reliability ``R = S r / (1 + (S - 1) r)`` (Spearman and Brown), and what is
-    free of the seeds' noise correlates with it by ``sqrt(R)``.
+    Let ``r`` be the correlation over subsets of two seeds' losses, averaged over queries and pairs
+    of seeds. The mean of S seeds has reliability ``R = S r / (1 + (S - 1) r)`` (Spearman and Brown)
+    and correlates with the expected losses by ``sqrt(R)``.
 
     Args:
         losses: ``(M, S, Q)``.
 
     Returns:
-        0 to 1; NaN for one seed, which cannot tell noise from the rest.
+        0 to 1; NaN for one seed, which cannot separate noise from signal.
     """
     n_seeds = losses.shape[1]
     pairs = [(a, b) for a in range(n_seeds) for b in range(a)]
@@ -84,7 +84,7 @@ def noise_ceiling(losses: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over queries, and how far other queries or other subsets may move it (one standard error each)."""
+    """A mean over queries with its standard errors over queries and over subsets."""
 
     mean: float
     over_queries: float
@@ -94,13 +94,13 @@ class Estimate:
 
 
 class Bootstrap:
-    """Means over queries with their errors; every method is resampled alike, so that differences are paired.
+    """Means over queries with bootstrap errors; one resampling for all methods pairs differences.
 
     Args:
         subsets: ``(M, N)`` bool.
         losses: ``(M, S, Q)``.
         n_samples: bootstrap samples of the M subsets.
-        seed: of the samples.
+        seed: of the resampling.
     """
 
     def __init__(self, subsets: np.ndarray, losses: np.ndarray, n_samples: int, seed: int) -> None:
@@ -113,31 +113,31 @@ class Bootstrap:
         self._truth = _compared(-losses.mean(axis=1).T)
 
     def by_query(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``((Q,), (B,))``: each query's score, and the mean over the queries in every bootstrap sample."""
-        told = _compared(predictions(scores, self._subsets))
+        """Return each query's LDS ``(Q,)``, and each sample's mean over the queries ``(B,)``."""
+        predicted = _compared(predictions(scores, self._subsets))
         of_samples = [
-            _weighted_correlation(told @ weights, self._truth @ weights, weights).mean()
+            _weighted_correlation(predicted @ weights, self._truth @ weights, weights).mean()
             for weights in self._weights
         ]
         return lds_by_query(scores, self._subsets, self._losses), np.array(of_samples)
 
     @staticmethod
     def estimate(by_query: np.ndarray, of_samples: np.ndarray) -> Estimate:
-        """Mean and errors of what ``by_query`` gave, or of the difference of two of them."""
+        """Return mean and errors of the result of ``by_query``, or of a difference of two."""
         return Estimate(
             float(by_query.mean()), standard_error(by_query), float(of_samples.std(ddof=1))
         )
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean; NaN for a single value."""
+    """Return the standard error of the mean; NaN for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def permutation_baseline(
     scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, n_permutations: int, seed: int
 ) -> tuple[float, float]:
-    """``(mean, standard deviation)`` of the score with the documents shuffled: what chance gives, and how widely."""
+    """Return mean and standard deviation of the LDS with shuffled documents: the chance level."""
     random = np.random.default_rng([seed, 8])
     shuffled = [
         lds_by_query(scores[:, random.permutation(scores.shape[1])], subsets, losses).mean()

@@ -1,4 +1,4 @@
-"""The whole command on a corpus of a few documents: what it makes, and that a killed one goes on."""
+"""The command ``lds`` on a small corpus: its files, its numbers, resuming, errors."""
 
 import json
 import os
@@ -30,9 +30,9 @@ from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
 from gradproj.evaluation.retraining import train_config
 
 SMALL = {
-    "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24, "windows_per_document": 2, "n_layer": 1, "n_embd": 16,
-    "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4, "seeds": 2, "leave_out": 1, "leave_out_k": 2,
-    "leave_out_group": 1, "pretrain": 0,
+    "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24, "windows_per_document": 2,
+    "n_layer": 1, "n_embd": 16, "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4,
+    "seeds": 2, "leave_out": 1, "leave_out_k": 2, "leave_out_group": 1, "pretrain": 0,
     "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
     "methods": "random,ngram,hidden", "reference": "ngram",
 }  # fmt: skip
@@ -57,7 +57,7 @@ def config_of(data: Path, output: Path, **changes) -> LdsConfig:
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Trainings run at once and here; gives the names of their losses' files, in order."""
+    """Run trainings in this process; the list gets the names of their files of losses, in order."""
     made = []
 
     class Pool:
@@ -75,7 +75,7 @@ def in_this_process(monkeypatch):
     return made
 
 
-def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
+def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
     settings = SMALL | {
         "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16:0.1"
     }
@@ -92,11 +92,11 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
     )
     shown = capsys.readouterr().out
     assert "8 documents, 3 queries; 3 random halves, 1 training of each" in shown
-    told = json.loads((tmp_path / "out/lds.json").read_text())
-    assert set(told["methods"]) == set(settings["methods"].split(","))
-    assert told["training_seeds"] == [1]
-    assert all(name in shown for name in told["methods"])
-    assert -1 <= told["methods"]["kfac@16:0.1"]["lds"]["mean"] <= 1
+    results = json.loads((tmp_path / "out/lds.json").read_text())
+    assert set(results["methods"]) == set(settings["methods"].split(","))
+    assert results["training_seeds"] == [1]
+    assert all(name in shown for name in results["methods"])
+    assert -1 <= results["methods"]["kfac@16:0.1"]["lds"]["mean"] <= 1
     losses, subsets = np.load(tmp_path / "out/losses.npy"), np.load(tmp_path / "out/subsets.npy")
     assert losses.shape == (3, 1, 5)
     assert (subsets.sum(axis=1) == 4).all()
@@ -104,16 +104,16 @@ def test_the_command_measures_every_kind_of_method_end_to_end(data, tmp_path, ca
     assert not list((tmp_path / "out/losses").glob("*.training"))
 
 
-def test_trainings_are_of_the_subset_alone_and_score_by_hand(data, tmp_path, in_this_process):
+def test_lds_matches_a_computation_by_hand(data, tmp_path, in_this_process):
     config = config_of(data, tmp_path, leave_out=0, n_near_copies=0)
     results = evaluate(config)
     losses, subsets = np.load(tmp_path / "losses.npy"), np.load(tmp_path / "subsets.npy")
     scores = np.load(tmp_path / "scores/hidden.npy")
-    told = (scores[:, None, :] * subsets[None]).sum(-1)
-    seen = -losses.mean(axis=1).T
+    predicted = (scores[:, None, :] * subsets[None]).sum(-1)
+    measured = -losses.mean(axis=1).T
     ranked = [
         np.corrcoef(retraining_ranks(a), retraining_ranks(b))[0, 1]
-        for a, b in zip(told, seen, strict=True)
+        for a, b in zip(predicted, measured, strict=True)
     ]
     assert results.methods["hidden"].lds.mean == pytest.approx(np.mean(ranked), abs=1e-9)
     assert len(in_this_process) == 8
@@ -124,7 +124,7 @@ def retraining_ranks(values: np.ndarray) -> list[float]:
     return [np.mean([i for i, v in enumerate(order) if v == x]) for x in values.tolist()]
 
 
-def test_leaving_out_trains_without_the_top_documents_and_without_random_ones(
+def test_leave_out_trains_without_the_top_documents_and_without_random_ones(
     data, tmp_path, in_this_process
 ):
     results = evaluate(
@@ -138,37 +138,37 @@ def test_leaving_out_trains_without_the_top_documents_and_without_random_ones(
     controls = np.stack(
         [np.load(tmp_path / f"losses/without-2-random-{i}-seed-0.npy") for i in range(3)]
     )
-    own = np.load(tmp_path / "losses/without-2-ngram-for-0-to-1-seed-0.npy")
+    losses = np.load(tmp_path / "losses/without-2-ngram-for-0-to-1-seed-0.npy")
     left = results.methods["ngram"].leave_out
     assert left is not None
-    assert left.by_query == pytest.approx((own[:2] - controls[:, :2].mean(axis=0)).tolist())
+    assert left.by_query == pytest.approx((losses[:2] - controls[:, :2].mean(axis=0)).tolist())
     assert any("left out: nats" in line for line in table_lines(results))
 
 
-def test_a_stopped_experiment_goes_on_where_it_was(data, tmp_path, in_this_process, monkeypatch):
+def test_interrupted_experiment_resumes(data, tmp_path, in_this_process, monkeypatch):
     whole = config_of(data, tmp_path / "whole", leave_out=0)
     evaluate(whole)
-    own, count = retraining._retrain, []
+    retrain, count = retraining._retrain, []
 
     def stopped_in_the_third(config, experiment, task, path):
         count.append(path)
         if len(count) == 3:
             (path.parent / f"{path.stem}.training" / "tars").mkdir(parents=True)
             raise KeyboardInterrupt
-        own(config, experiment, task, path)
+        retrain(config, experiment, task, path)
 
     monkeypatch.setattr(retraining, "_retrain", stopped_in_the_third)
     other = config_of(data, tmp_path / "other", leave_out=0)
     with pytest.raises(KeyboardInterrupt):
         evaluate(other)
-    monkeypatch.setattr(retraining, "_retrain", own)
+    monkeypatch.setattr(retraining, "_retrain", retrain)
     in_this_process.clear()
     evaluate(other)
-    assert len(in_this_process) == 6  # of eight, two were there
+    assert len(in_this_process) == 6  # two of eight were finished
     assert (np.load(tmp_path / "other/losses.npy") == np.load(tmp_path / "whole/losses.npy")).all()
 
 
-def test_more_subsets_seeds_and_methods_keep_what_is_there(data, tmp_path, in_this_process):
+def test_more_subsets_seeds_and_methods_reuse_earlier_trainings(data, tmp_path, in_this_process):
     few = config_of(data, tmp_path, leave_out=0, subsets=3, seeds=1, methods="ngram")
     evaluate(few)
     before = np.load(tmp_path / "losses.npy")
@@ -181,9 +181,10 @@ def test_more_subsets_seeds_and_methods_keep_what_is_there(data, tmp_path, in_th
     assert (np.load(tmp_path / "losses.npy")[:3, :1] == before).all()
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = (
-        "import os, sys, time\nfrom pathlib import Path\nfrom gradproj.evaluation.retraining import workers\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from gradproj.evaluation.retraining import workers\n"
         "if __name__ == '__main__':\n"
         "    with workers(1, Path(sys.argv[1])) as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
@@ -202,7 +203,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     started.wait()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{worker}").exists() and "Z" not in _state(worker):
-        assert time.monotonic() < deadline, "the worker lives on"
+        assert time.monotonic() < deadline, "the worker is still alive"
         time.sleep(0.05)
     started.stdout.close()
 
@@ -214,12 +215,10 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-# --- the documents
+# --- documents
 
 
-def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_queries(
-    data, tmp_path
-):
+def test_documents_are_windows_of_one_length_with_near_copies_of_the_last_queries(data, tmp_path):
     config = config_of(data, tmp_path, corruption=0.25)
     experiment = make_experiment(config)
     assert experiment.documents.shape == (8, 24)
@@ -238,7 +237,7 @@ def test_documents_are_windows_of_one_length_and_near_copies_are_of_the_last_que
     assert (again.documents == experiment.documents).all()
 
 
-def test_trainings_start_from_a_model_that_has_seen_other_documents_only(
+def test_trainings_start_from_a_model_pretrained_on_other_documents(
     data, tmp_path, in_this_process
 ):
     config = config_of(data, tmp_path, pretrain=6, leave_out=0, subsets=3, seeds=1, methods="ngram")
@@ -246,56 +245,54 @@ def test_trainings_start_from_a_model_that_has_seen_other_documents_only(
     experiment = make_experiment(config)
     index = open_corpus(str(tmp_path / "pretrain"))
     assert index.n_samples == 6
-    before, own, asked = (
+    pretrain, documents, queries = (
         sources_of(tmp_path / name) for name in ("pretrain", "documents", "queries")
     )
-    assert not before & (own | asked)
-    told = train_config(config, experiment, experiment.document_tars, tmp_path / "x", seed=5)
-    assert (told.model, told.seed) == (str(tmp_path / "start"), 5)
+    assert not pretrain & (documents | queries)
+    training = train_config(config, experiment, experiment.document_tars, tmp_path / "x", seed=5)
+    assert (training.model, training.seed) == (str(tmp_path / "start"), 5)
 
 
 def sources_of(folder: Path) -> set[str]:
-    """Keys of the corpus's documents that the windows in a folder's tars were cut from."""
-    found = set()
+    """Return the keys of the documents that the windows in a directory's tars come from."""
+    keys = set()
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
-            found |= {
+            keys |= {
                 json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar
             }
-    return found
+    return keys
 
 
-def test_a_half_is_the_same_however_many_are_drawn(data, tmp_path):
+def test_first_halves_do_not_depend_on_their_number(data, tmp_path):
     few, many = (draw_subsets(config_of(data, tmp_path, subsets=n), 9) for n in (3, 7))
     assert (many[:3] == few).all()
     assert (many.sum(axis=1) == 4).all()
     assert len(np.unique(many, axis=0)) > 1
 
 
-# --- mistakes
+# --- user errors
 
 
-def test_too_few_documents_are_said(data, tmp_path):
+def test_corpus_with_too_few_documents_is_rejected(data, tmp_path):
     with pytest.raises(
-        CorpusError, match=r"gives \d+ documents of 24 tokens .* need 503, --pretrain some"
+        CorpusError, match=r"has \d+ windows of 24 tokens .* need 503, and --pretrain"
     ):
         make_experiment(config_of(data, tmp_path, n_documents=500))
 
 
-def test_whoever_asked_for_too_many_asks_for_fewer_in_the_same_folder(
-    data, tmp_path, in_this_process
-):
+def test_directory_is_reusable_after_too_few_documents(data, tmp_path, in_this_process):
     with pytest.raises(CorpusError, match="need 503"):
         evaluate(config_of(data, tmp_path, n_documents=500, leave_out=0))
     assert evaluate(config_of(data, tmp_path, leave_out=0)).n_documents == 8
 
 
-def test_a_tokenizer_that_is_not_there_is_said(data, tmp_path):
+def test_missing_tokenizer_is_named(data, tmp_path):
     with pytest.raises(ModelError, match="--tokenizer /nowhere: no such directory"):
         evaluate(config_of(data, tmp_path, tokenizer="/nowhere"))
 
 
-def test_another_experiments_folder_is_refused_with_every_difference(
+def test_directory_of_another_experiment_is_rejected_with_every_difference(
     data, tmp_path, in_this_process
 ):
     evaluate(config_of(data, tmp_path, leave_out=0))
@@ -305,7 +302,7 @@ def test_another_experiments_folder_is_refused_with_every_difference(
         evaluate(config_of(data, tmp_path, n_documents=10, epochs=3))
 
 
-def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
+def test_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
     config = config_of(data, tmp_path, leave_out=0)
     evaluate(config)
     (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
@@ -319,21 +316,21 @@ def test_a_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_proces
         evaluate(config)
 
 
-def test_a_training_that_was_killed_is_said(data, tmp_path):
+def test_killed_training_process_is_reported(data, tmp_path):
     killed: Future = Future()
     killed.set_exception(BrokenProcessPool("gone"))
     with pytest.raises(
-        StoreError, match=r"a training's process was ended .* --workers 1 .* see .*training\.log"
+        StoreError, match=r"a training process was killed .* --workers 1 .* see .*training\.log"
     ):
-        retraining._finished(killed, config_of(data, tmp_path))
+        retraining._check_finished(killed, config_of(data, tmp_path))
 
 
-def test_two_commands_do_not_work_in_one_folder(data, tmp_path):
-    with locked(tmp_path), pytest.raises(StoreError, match="another lds works in"):
+def test_second_command_in_a_directory_is_rejected(data, tmp_path):
+    with locked(tmp_path), pytest.raises(StoreError, match="another lds runs in"):
         evaluate(config_of(data, tmp_path))
 
 
-def test_a_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsys):
+def test_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert available(["ngram", "bm25"]) == ["ngram"]
@@ -343,9 +340,7 @@ def test_a_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsy
     )
 
 
-def test_whoever_is_stopped_by_a_signal_says_so(
-    data, tmp_path, in_this_process, monkeypatch, capsys
-):
+def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(retraining, "_train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     config = config_of(data, tmp_path)
     flags = [

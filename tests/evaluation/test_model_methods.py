@@ -1,4 +1,4 @@
-"""The baselines that look at the model, on small random ones."""
+"""Baselines that use a model, on small random models."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers.models import make_model, small_model
 
-from gradproj.evaluation.kronfluence_methods import kronfluence_scores, linear_in_place_of_conv1d
-from gradproj.evaluation.model_methods import hidden_cosine
+from gradproj.evaluation.baselines import hidden_cosine
+from gradproj.evaluation.kronfluence import kronfluence_scores, linear_in_place_of_conv1d
 from gradproj.evaluation.retraining import load, query_losses
 
 
@@ -22,7 +22,7 @@ def documents() -> np.ndarray:
     return np.random.default_rng(0).integers(2, 250, (6, 24))
 
 
-def test_a_model_with_linear_layers_for_conv1d_says_the_same():
+def test_linear_layers_in_place_of_conv1d_give_equal_logits():
     model = small_model("gpt2")
     ids = torch.arange(12)[None]
     before = model(input_ids=ids).logits
@@ -33,7 +33,7 @@ def test_a_model_with_linear_layers_for_conv1d_says_the_same():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_kronfluence_puts_a_document_first_for_itself(folder, documents, tmp_path):
+def test_kronfluence_ranks_a_document_first_for_itself(folder, documents, tmp_path):
     pytest.importorskip("kronfluence")
     scores = kronfluence_scores(
         "kronfluence_ekfac", folder, documents, documents[2:4], tmp_path / "work"
@@ -43,7 +43,7 @@ def test_kronfluence_puts_a_document_first_for_itself(folder, documents, tmp_pat
     assert not (tmp_path / "work").exists()
 
 
-def test_hidden_is_the_cosine_of_centred_means_by_hand(folder, documents):
+def test_hidden_is_the_cosine_of_centred_mean_states(folder, documents):
     model = load(folder, "cpu")
     with torch.no_grad():
         means = [
@@ -56,7 +56,7 @@ def test_hidden_is_the_cosine_of_centred_means_by_hand(folder, documents):
     )
 
 
-def test_a_querys_loss_is_its_mean_over_target_tokens(folder, documents):
+def test_query_loss_is_the_mean_over_target_tokens(folder, documents):
     model = load(folder, "cpu")
     ids = torch.from_numpy(documents)
     with torch.no_grad():

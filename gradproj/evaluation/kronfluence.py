@@ -1,4 +1,4 @@
-"""The yardstick: K-FAC and EK-FAC influence of the same layers by kronfluence, on whole gradients."""
+"""K-FAC and EK-FAC influence on whole gradients by kronfluence, an independent reference."""
 
 import logging
 import shutil
@@ -19,11 +19,19 @@ BATCH = 32
 def kronfluence_scores(
     name: str, model_folder: Path, documents: np.ndarray, queries: np.ndarray, work: Path
 ) -> np.ndarray:
-    """``(Q, N)`` float32; the Fisher matrix is of labels drawn from the model, the damping 0.1 of its mean eigenvalue.
+    """Return influences, ``(Q, N)`` float32.
 
-    Both are what its authors recommend (arXiv:2308.03296).
+    The Fisher matrix uses labels sampled from the model, and the damping is 0.1 of its mean
+    eigenvalue: both as its authors recommend (arXiv:2308.03296).
+
+    Args:
+        name: a key of ``STRATEGIES``.
+        model_folder: of the trained model.
+        documents: token ids ``(N, S)``.
+        queries: ``(Q, S)``.
+        work: temporary directory of kronfluence, deleted at the end.
     """
-    # On use: an extra.
+    # On use: kronfluence is of an optional extra.
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
 
@@ -42,36 +50,39 @@ def kronfluence_scores(
         output_dir=str(work),
         log_level=30,
     )
-    data, asked = _dataset(documents), _dataset(queries)
+    data, query_data = _dataset(documents), _dataset(queries)
     analyzer.fit_all_factors(
         "factors", data, BATCH, factor_args=FactorArguments(strategy=STRATEGIES[name])
     )
     analyzer.compute_pairwise_scores(
         "scores",
         "factors",
-        asked,
+        query_data,
         data,
         BATCH,
         BATCH,
         score_args=ScoreArguments(damping_factor=None),
     )
-    found = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
+    scores = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
     shutil.rmtree(work)
-    return found
+    return scores
 
 
 def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
-    """Put an equal ``nn.Linear`` in the place of every ``Conv1D``, which kronfluence does not know; their names."""
+    """Replace each ``Conv1D``, which kronfluence does not know, by an equal ``nn.Linear``.
+
+    Returns the names of the replaced layers.
+    """
     names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
     for name in names:
-        parent, _, own = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         conv: Any = model.get_submodule(name)
         linear = nn.Linear(*conv.weight.shape)
         linear.weight.data, linear.bias.data = (
             conv.weight.data.T.contiguous(),
             conv.bias.data.clone(),
         )
-        setattr(model.get_submodule(parent), own, linear)
+        setattr(model.get_submodule(parent), attribute, linear)
     return names
 
 
@@ -80,7 +91,7 @@ def _dataset(ids: np.ndarray) -> Any:
 
 
 def _task(layers: list[str]) -> Any:
-    """What kronfluence calls a task: the loss of both sides and the layers."""
+    """Return kronfluence's task: the losses of documents and queries, and the layers."""
     from kronfluence.task import Task
 
     class LanguageModelling(Task):

@@ -1,0 +1,72 @@
+"""Baselines: BM25, common n-grams, and cosine of hidden states."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.evaluation.retraining import LOSS_BATCH, load
+
+NGRAM = 4
+
+
+def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return BM25 (Lucene's variant, the default of bm25s), ``(Q, N)`` float32.
+
+    Args:
+        documents: token ids ``(N, S)``, which serve as words.
+        queries: ``(Q, S)``.
+    """
+    # On use: bm25s is of an optional extra.
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index([[str(token) for token in ids] for ids in documents.tolist()], show_progress=False)
+    # A token that occurs twice in a query counts twice; one that no document has counts nothing.
+    scores = [index.get_scores([str(token) for token in ids]) for ids in queries.tolist()]
+    return np.stack(scores).astype(np.float32)
+
+
+def ngram_overlap(documents: np.ndarray, queries: np.ndarray, n: int = NGRAM) -> np.ndarray:
+    """Count the distinct n-grams that query and document share, ``(Q, N)`` float32."""
+    document_ngrams = [ngrams(ids, n) for ids in documents.tolist()]
+    query_ngrams = [ngrams(ids, n) for ids in queries.tolist()]
+    shared = [[len(query & document) for document in document_ngrams] for query in query_ngrams]
+    return np.array(shared, np.float32)
+
+
+def ngrams(ids: Sequence[int], n: int) -> set[tuple[int, ...]]:
+    """Return the distinct n-grams of a text."""
+    return set(zip(*(ids[i:] for i in range(n)), strict=False))
+
+
+@torch.no_grad()
+def mean_hidden_states(folder: Path, ids: np.ndarray, device: str) -> Tensor:
+    """Average the last hidden states of ids ``(n, S)`` over tokens, ``(n, H)`` float32."""
+    model = load(folder, device)
+    parts = [
+        model.base_model(
+            input_ids=torch.from_numpy(ids[i : i + LOSS_BATCH]).to(model.device), use_cache=False
+        )[0]
+        .mean(dim=1)
+        .cpu()
+        for i in range(0, len(ids), LOSS_BATCH)
+    ]
+    return torch.cat(parts)
+
+
+def hidden_cosine(
+    folder: Path, documents: np.ndarray, queries: np.ndarray, device: str
+) -> np.ndarray:
+    """Return cosines of mean hidden states, ``(Q, N)``.
+
+    The mean over the documents is subtracted first: it is most of every text's hidden state.
+    """
+    document_states = mean_hidden_states(folder, documents, device)
+    query_states = mean_hidden_states(folder, queries, device)
+    centre = document_states.mean(dim=0)
+    a = torch.nn.functional.normalize(query_states - centre, dim=1)
+    b = torch.nn.functional.normalize(document_states - centre, dim=1)
+    return (a @ b.T).numpy()
