@@ -19,8 +19,8 @@ from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import one_line
 from gradproj.job.recorded_args import OUTPUT_HELP
+from gradproj.report.domain_figure import draw_domains
 from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
-from gradproj.report.figures import draw_domains
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS, ProjectionStore
 
@@ -41,7 +41,7 @@ class DomainsConfig(ScoreArgs, title="domains"):
     device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)
 
     def folder(self, store: ProjectionStore) -> Path:
-        """Where the answer goes."""
+        """Return the directory of the files."""
         return Path(self.output_dir) if self.output_dir else store.path.parent / "domains"
 
 
@@ -148,8 +148,8 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
     if len(shown) < 2:
         return []
     influence = (
-        "influence: mean score over all pairs of documents (including each with itself), one "
-        "domain's as queries"
+        "influence: mean score over all pairs of documents (each with itself too), one domain's as "
+        "queries"
     )
     lines_of = _pairs if len(shown) > MOST_IN_A_MATRIX else _matrix
     return [

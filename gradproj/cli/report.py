@@ -50,7 +50,7 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
     )
 
     def page_of(self, store: ProjectionStore) -> Path:
-        """Where the page goes."""
+        """Return the path of the page."""
         return Path(self.page) if self.page else store.path.parent / "report.html"
 
 
@@ -78,7 +78,7 @@ def report(config: ReportConfig) -> Path:
         StoreError: no store, or a page that cannot be written.
     """
     with ProjectionStore(config.output) as store:
-        # --output may name the store's own directory.
+        # OUTPUT may name the store's own directory.
         config = replace(config, output=str(store.path.parent))
         path = config.page_of(store)
         if path.is_dir():

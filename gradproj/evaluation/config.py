@@ -20,10 +20,11 @@ DEFAULT_METHODS = (
 FEWEST_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
-    "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k", "leave_out_methods",
-    "leave_out_controls", "leave_out_group", "bootstrap", "permutations", "workers",
+    "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
+    "leave_out_methods", "leave_out_controls", "leave_out_group", "bootstrap",
+    "permutations", "workers",
 )  # fmt: skip
-"""Settings that a later call may have otherwise: what is there already holds for them as well."""
+"""Settings that a later call may change: finished work stays valid."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,10 +125,10 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
     if len(candidates) < needed or (config.pretrain and not pretrain):
         raise CorpusError(
             f"--shards {config.shards} has {len(candidates):,} windows of {length} tokens (at most "
-            f"{config.windows_per_document} of a document) and {len(pretrain):,} of other documents to pretrain "
-            f"on; --n_documents {config.n_documents:,} and --n_queries {config.n_queries:,} need "
-            f"{needed:,}, and --pretrain needs at least one: give fewer of them, a smaller "
-            "--max_length, or more --windows_per_document"
+            f"--windows_per_document {config.windows_per_document}) and {len(pretrain):,} of other "
+            f"documents to pretrain on; --n_documents {config.n_documents:,} and --n_queries "
+            f"{config.n_queries:,} need {needed:,}, and --pretrain needs at least one: give fewer "
+            "of them, a smaller --max_length, or more --windows_per_document"
         )
     return candidates[:needed], pretrain[: config.pretrain]
 

@@ -72,7 +72,7 @@ def draw_subsets(config: LdsConfig, n: int) -> np.ndarray:
 
 
 def retrain(config: LdsConfig, experiment: Experiment, subsets: np.ndarray) -> np.ndarray:
-    """Return the losses of all queries after training on each subset and seed, ``(M, S, Q + C)``."""
+    """Train on each subset and seed; return the losses of all queries, ``(M, S, Q + C)``."""
     # Seed by seed, so that an interrupted experiment has all subsets of fewer seeds.
     tasks = [
         Retraining(f"subset-{number:04d}", subset, config.seed + 1 + seed)
@@ -96,12 +96,12 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
         write_and_replace(path, [json.dumps(settings, indent=1).encode()])
         return
     try:
-        there = current_names(LdsConfig, json.loads(path.read_text(encoding="utf-8")))
+        recorded = current_names(LdsConfig, json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
     mismatch = settings_mismatch(
         f"cannot continue in {folder}: it has another experiment",
-        {f"--{name}": value for name, value in there.items()},
+        {f"--{name}": value for name, value in recorded.items()},
         {f"--{name}": value for name, value in settings.items()},
         "Run with its settings, or give --output_dir a new path",
         labels=("there", "here"),

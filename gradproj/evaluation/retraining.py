@@ -73,9 +73,9 @@ def _check_finished(training: Future, config: LdsConfig) -> None:
         training.result()
     except BrokenProcessPool as error:
         raise StoreError(
-            "a training process was killed (out of memory?) while --workers "
-            f"{config.workers} of them ran; see {Path(config.output_dir) / 'training.log'}. Run the "
-            "same command again to resume"
+            f"a training process was killed (out of memory?) while --workers {config.workers} of "
+            f"them ran; see {Path(config.output_dir) / 'training.log'}. Run the same command again "
+            "to resume"
         ) from error
 
 

@@ -37,7 +37,7 @@ from gradproj.store import ProjectionStore
 
 def make_page(
     store: ProjectionStore,
-    how: ScanOptions,
+    options: ScanOptions,
     excerpts: TextExcerpts,
     top_k: int,
     answers: Callable[[], tuple[list[QueryAnswer], str, str]] | None = None,
@@ -46,25 +46,26 @@ def make_page(
 
     Args:
         store: finished or not.
-        how: arguments of the scan for matrices and outliers.
+        options: arguments of the scan for matrices and outliers.
         excerpts: texts of the documents.
         top_k: documents in a table.
         answers: returns the queries' answers, their score and a note.
 
     Raises:
         ConfigError: unknown layer; singular curvature.
-        StoreError: data that the score needs is missing, or a record is damaged.
+        StoreError: a record is damaged, or lacks what the score needs.
     """
     counts, status = count_rows(store), _status_of(store)
     times = unit_times(store.path.parent) if status is not None else None
-    seen = overview(store, top_k, **how)
+    seen = overview(store, top_k, **options)
     check_any_row_is_readable(seen.n_read, counts, store)
-    facts = None if seen.domains is None else facts_from_matrix(store, seen.domains, how, counts)
+    facts = None
+    if seen.domains is not None:
+        facts = facts_from_matrix(store, seen.domains, options, counts)
     missing = store.missing_ranges() if counts.total("missing") else []
     is_complete, verdict = verdict_of(store, counts, status, seen.n_read)
     spread, groups = spread_of(store, counts, top_k)
-    outliers = outlier_tables(store, seen, spread, how["score"], excerpts)
-    queries, score, note = answers() if answers is not None else ([], how["score"], "")
+    queries, score, note = answers() if answers else ([], options["score"], "")
     speed, speed_note = throughput_figure(times)
     return Page(
         title=f"gradproj report: {one_line(str(store.path.parent), 200)}",
@@ -86,11 +87,11 @@ def make_page(
         score=score,
         meaning=MEANINGS[score],
         sign=SIGN[0].upper() + SIGN[1:],
-        matrix_score=how["score"],
-        matrix_meaning=MEANINGS[how["score"]],
+        matrix_score=options["score"],
+        matrix_meaning=MEANINGS[options["score"]],
         matrices=matrices_of(facts),
         no_matrix=why_no_matrix(facts),
-        outliers=outliers,
+        outliers=outlier_tables(store, seen, spread, options["score"], excerpts),
         queries=queries,
         query_note=note,
         texts_note=excerpts.problem,

@@ -46,7 +46,7 @@ class DomainFacts:
     counts: RowCounts
     order: list[int]
     """Domains, similar ones side by side."""
-    how: ScanOptions
+    options: ScanOptions
     """Arguments of the scan."""
     layers: list[str]
     missing_ranges: list[tuple[int, int]]
@@ -121,7 +121,7 @@ def check_any_row_is_readable(n_read: int, counts: RowCounts, store: ProjectionS
         )
 
 
-def domain_facts(store: ProjectionStore, how: ScanOptions) -> DomainFacts:
+def domain_facts(store: ProjectionStore, options: ScanOptions) -> DomainFacts:
     """Scan the columns and the rows.
 
     Raises:
@@ -130,11 +130,11 @@ def domain_facts(store: ProjectionStore, how: ScanOptions) -> DomainFacts:
     """
     # Before the scan: rows that a running job adds meanwhile must not count as lost.
     counts = count_rows(store)
-    return facts_from_matrix(store, domain_matrix(store, **how), how, counts)
+    return facts_from_matrix(store, domain_matrix(store, **options), options, counts)
 
 
 def facts_from_matrix(
-    store: ProjectionStore, matrix: DomainMatrix, how: ScanOptions, counts: RowCounts
+    store: ProjectionStore, matrix: DomainMatrix, options: ScanOptions, counts: RowCounts
 ) -> DomainFacts:
     """Combine a finished matrix with the counts."""
     check_any_row_is_readable(matrix.n_read, counts, store)
@@ -144,8 +144,8 @@ def facts_from_matrix(
         matrix=matrix,
         counts=counts,
         order=by_similarity(matrix.cosine, matrix.n_rows),
-        how=how,
-        layers=chosen_layers(store, how.get("layers")),
+        options=options,
+        layers=chosen_layers(store, options.get("layers")),
         missing_ranges=store.missing_ranges() if counts.total("missing") else [],
     )
 
@@ -166,7 +166,7 @@ def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[
         "score": facts.score,
         "meaning": MEANINGS[facts.score],
         "sign": SIGN,
-        "damping": facts.how.get("damping"),
+        "damping": facts.options.get("damping"),
         "layers": [{"name": name, "shape": widths[name]} for name in facts.layers],
         "domains": [_domain(facts, i) for i in range(len(matrix.names))],
         "order": facts.order,

@@ -1,73 +1,31 @@
-"""Draws the figures of the page (SVG) and of ``domains`` (PNG) with matplotlib.
+"""Draws the page's figures with matplotlib, as SVG.
 
-matplotlib is imported on use, since it is slow to import, and only with its Agg and SVG canvases.
+matplotlib is imported on use, since it is slow to import, and without pyplot.
 """
 
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradproj.analysis import MEANINGS, SIGN
-from gradproj.files import explain_os_errors
 from gradproj.formatting import human_seconds, one_line
 from gradproj.report.distributions import Histogram
-from gradproj.report.domain_summary import DomainFacts
 from gradproj.report.number_format import digits, exponent_of, in_cell, minus, power
-from gradproj.report.svg import POINTS_PER_INCH, Drawing, default_settings, drawing_of
+from gradproj.report.svg import SOFT, Drawing, axes_at, default_settings, drawing_of, figure_of
 from gradproj.report.throughput import Throughput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
 
 WIDTH = 1100.0
 MOST_RANKS = 64
 """With more ranks, the figure shows the fastest, the median and the slowest at each time."""
-MOST_DOMAINS = 40
-"""Domains in the PNG, those with the most rows: more cells cannot be read."""
-MOST_BESIDE = 10
-"""Matrices of more domains stand below each other."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_INK, _SOFT, _BLUE, _PALE, _GRID = "#1d2330", "#5b6472", "#2f6297", "#b7cde3", "#e3e6ea"
+_INK, _BLUE, _PALE, _GRID = "#1d2330", "#2f6297", "#b7cde3", "#e3e6ea"
 _NEGATIVE, _POSITIVE = "#e08228", "#215c9e"
 """Colours of -1 and 1. The blue is darker, so that the sign shows in greyscale too."""
-_NAME = 25
-_BARS = (
-    ("rows", "documents with a row"),
-    ("loss", "loss, nats per target token"),
-    ("norm", "mean norm of the rows"),
-    ("rank", "effective rank"),
-)
-
-
-# --- figures in pixels, for the page ---
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    size = (width / POINTS_PER_INCH, height / POINTS_PER_INCH)
-    figure = Figure(figsize=size, dpi=POINTS_PER_INCH)
-    figure.patch.set_visible(False)
-    return figure
-
-
-def _axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Add axes without frame and ticks at a place in pixels from the upper left."""
-    whole_width, whole_height = figure.get_size_inches() * POINTS_PER_INCH
-    bottom = whole_height - top - height
-    axes = figure.add_axes(
-        (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
-    )
-    axes.patch.set_visible(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(bottom=False, left=False, labelsize=11, labelcolor=_SOFT, pad=8)
-    axes.set_axisbelow(True)
-    return axes
+NAME_CHARACTERS = 25
 
 
 def _round_ticks(axis: Any, most: int) -> None:
@@ -90,7 +48,7 @@ def _value_axis(axes: "Axes", low: float, high: float, label: str, log: bool) ->
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
     axes.set_xlim(low, high)
-    axes.set_xlabel(label, color=_SOFT, fontsize=11)
+    axes.set_xlabel(label, color=SOFT, fontsize=11)
     axes.spines["bottom"].set(visible=True, color="#8a8f98")
 
 
@@ -113,8 +71,8 @@ def value_range(least: float, most: float, log: bool) -> tuple[float, float]:
 def coverage_chart(n_samples: int, missing: Sequence[tuple[int, int]]) -> Drawing:
     """Draw all sample ids from left to right, white where documents have not been computed."""
     with default_settings():
-        figure = _figure(WIDTH, 44)
-        axes = _axes(figure, 1, 1, WIDTH - 2, 24)
+        figure = figure_of(WIDTH, 44)
+        axes = axes_at(figure, 1, 1, WIDTH - 2, 24)
         axes.set(xlim=(0, n_samples), ylim=(0, 1))
         axes.barh(0.5, n_samples, 1, facecolor=_BLUE)
         # A gap narrower than a pixel would not be seen.
@@ -164,8 +122,8 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
     )
     fastest = max(float(speed.by_rank.max()), 1e-9)
     with default_settings():
-        figure = _figure(WIDTH, first_strip + each * len(strips) + 30)
-        axes = _axes(figure, left, top, WIDTH - 20 - left, height)
+        figure = figure_of(WIDTH, first_strip + each * len(strips) + 30)
+        axes = axes_at(figure, left, top, WIDTH - 20 - left, height)
         axes.set(xlim=(0, seconds / unit_s), ylim=(0, 1.05 * max(float(speed.total.max()), 1e-9)))
         axes.stairs(speed.total, speed.edges_s / unit_s, fill=True, color=_PALE, alpha=0.5)
         axes.stairs(speed.total, speed.edges_s / unit_s, color=_BLUE, linewidth=1.6)
@@ -174,10 +132,10 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} {unit}")
         axes.grid(axis="y", color=_GRID, linewidth=1)
         axes.spines["bottom"].set(visible=True, color="#8a8f98")
-        axes.set_ylabel("tokens/s", color=_SOFT)
+        axes.set_ylabel("tokens/s", color=SOFT)
         axes.yaxis.set_label_coords(-115 / (WIDTH - 20 - left), 0.5)
         axes.set_zorder(1)  # lines of pauses go across the strips
-        below = _axes(figure, left, first_strip, WIDTH - 20 - left, each * len(strips))
+        below = axes_at(figure, left, first_strip, WIDTH - 20 - left, each * len(strips))
         below.set(xlim=axes.get_xlim(), ylim=(len(strips), 0))
         for row, (_, values) in enumerate(strips):
             _draw_strip(
@@ -188,7 +146,7 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
         below.set_yticks(np.arange(0.5, len(strips), step), names[::step])
         below.set_xticks([])
         below.set_xlabel(
-            f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", color=_SOFT, loc="left"
+            f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", color=SOFT, loc="left"
         )
         for place_s, idle_s in speed.pauses:
             x = place_s / unit_s
@@ -199,7 +157,7 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
             )  # fmt: skip
             axes.annotate(
                 f"{human_seconds(idle_s)} idle", (x, 1), xycoords=axes.get_xaxis_transform(),
-                xytext=(4, -10), textcoords="offset points", color=_SOFT,
+                xytext=(4, -10), textcoords="offset points", color=SOFT,
             )  # fmt: skip
         return drawing_of(
             figure,
@@ -230,8 +188,8 @@ def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Draw
     edges = np.geomspace(low, high, 51) if log else np.linspace(low, high, 51)
     counts, median = values.between(edges), values.quantile(0.5)
     with default_settings():
-        figure = _figure(width, height)
-        axes = _axes(figure, left, top, width - 14 - left, height - 44 - top)
+        figure = figure_of(width, height)
+        axes = axes_at(figure, left, top, width - 14 - left, height - 44 - top)
         _value_axis(axes, low, high, f"{title}, {unit}", log)
         axes.set_ylim(0, 1.12 * max(float(counts.max()), 1.0))  # room for the median's label
         _round_ticks(axes.yaxis, 4)
@@ -246,7 +204,7 @@ def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Draw
         axes.annotate(
             f"median {digits(median)}", (median, 1), xycoords=axes.get_xaxis_transform(),
             xytext=(-5 if on_the_left else 5, -8), textcoords="offset points",
-            ha="right" if on_the_left else "left", color=_SOFT,
+            ha="right" if on_the_left else "left", color=SOFT,
         )  # fmt: skip
         return drawing_of(figure, title, f"Histogram of {values.n:,} documents: {title}, {unit}.")
 
@@ -264,9 +222,9 @@ def boxes_chart(
     left, gap, each, top = 200.0, 34.0, 22.0, 8.0
     width = (WIDTH - left - 14 - gap * (len(panels) - 1)) / len(panels)
     with default_settings():
-        figure = _figure(WIDTH, top + each * len(names) + 46)
+        figure = figure_of(WIDTH, top + each * len(names) + 46)
         for number, (label, log, groups) in enumerate(panels):
-            axes = _axes(figure, left + number * (width + gap), top, width, each * len(names))
+            axes = axes_at(figure, left + number * (width + gap), top, width, each * len(names))
             rows = [row for row, group in enumerate(groups) if group.n]
             at = np.array([[groups[row].quantile(q) for q in QUANTILES] for row in rows])
             low, high = value_range(at.min(initial=np.inf), at.max(initial=-np.inf), log)
@@ -282,7 +240,9 @@ def boxes_chart(
                 axes.barh(rows, p75 - p25, 0.55, p25, facecolor=_PALE, edgecolor=_BLUE, zorder=3)
                 ends = np.array(rows)
                 axes.vlines(p50, ends - 0.27, ends + 0.27, color=_INK, linewidth=2, zorder=4)
-        figure.axes[0].set_yticks(range(len(names)), [one_line(name, _NAME) for name in names])
+        figure.axes[0].set_yticks(
+            range(len(names)), [one_line(name, NAME_CHARACTERS) for name in names]
+        )
         figure.axes[0].tick_params(axis="y", labelsize=12, labelcolor=_INK)
         return drawing_of(figure, "Distributions by domain", description)
 
@@ -299,9 +259,9 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
     cell = min(64.0, (WIDTH - left - 70) / n)
     height = min(cell, 34.0)
     with default_settings():
-        figure = _figure(left + cell * n + 70, top + height * n + 6)
-        axes = _axes(figure, left, top, cell * n, height * n)
-        exponent, _ = _draw_matrix(axes, values, names, min(12.0, cell / 3.1))
+        figure = figure_of(left + cell * n + 70, top + height * n + 6)
+        axes = axes_at(figure, left, top, cell * n, height * n)
+        exponent, _ = draw_matrix(axes, values, names, min(12.0, cell / 3.1))
         axes.tick_params(labelsize=12, labelcolor=_INK)
         drawing = drawing_of(
             figure, title, f"{title}: a matrix of {n} domains; the numbers are in its cells."
@@ -319,7 +279,7 @@ def diverging_colours() -> Any:
     return LinearSegmentedColormap.from_list("gradproj", [_NEGATIVE, "white", _POSITIVE])
 
 
-def _draw_matrix(
+def draw_matrix(
     axes: "Axes", values: np.ndarray, names: Sequence[str], font_size: float
 ) -> tuple[int, "QuadMesh"]:
     """Draw cells with their numbers; return the power of ten they are in and the cells."""
@@ -346,7 +306,7 @@ def _draw_matrix(
         range(n), [one_line(name, 20) for name in names],
         rotation=40, ha="left", va="baseline", rotation_mode="anchor",
     )  # fmt: skip
-    axes.set_yticks(range(n), [one_line(name, _NAME) for name in names])
+    axes.set_yticks(range(n), [one_line(name, NAME_CHARACTERS) for name in names])
     axes.tick_params(top=False, left=False)
     axes.spines[:].set_visible(False)
     return exponent, cells
@@ -368,78 +328,3 @@ def colour_limit(matrix: np.ndarray) -> float:
     largest = float(np.abs(matrix).max(initial=0.0))
     off = float(np.abs(matrix[~np.eye(len(matrix), dtype=bool)]).max(initial=0.0))
     return max(1.2 * off, 0.2 * largest) or 1.0
-
-
-# --- the PNG of ``domains`` ---
-
-
-def draw_domains(facts: DomainFacts, path: Path) -> None:
-    """Write a PNG with the facts of each domain and the two matrices."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    shown = facts.largest(MOST_DOMAINS)
-    n, names = len(shown), [facts.matrix.names[i] for i in shown]
-    side, bars = max(2.6, 0.42 * n), 0.28 * n + 1.1
-    beside = n <= MOST_BESIDE
-    width = 2 * side + 6.4 if beside else max(11.0, side + 4.6)
-    heights = [bars, side + 2.0] if beside else [bars, side + 2.0, side + 2.0]
-    left_out = len(facts.matrix.names) - n
-    rest = f" ({left_out} without rows or with fewer are left out)" if left_out else ""
-    about = (
-        "Influence: mean score over all pairs of documents (including each with itself), one "
-        f"domain's as queries. Score {facts.score}: {MEANINGS[facts.score]}. {SIGN.capitalize()}. "
-        "Colours end beyond the largest value off the diagonal."
-    )
-    with default_settings():
-        layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1)
-        figure = Figure(figsize=(width, sum(heights) + 1.6), dpi=110, layout=layout)
-        FigureCanvasAgg(figure)
-        figure.suptitle(f"Domains of {one_line(facts.output, 80)}{rest}", fontsize=12)
-        figure.supxlabel(textwrap.fill(about, int(12.5 * width)), fontsize=8.5)
-        parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-        _draw_bars(parts[0], facts, shown)
-        places = parts[1].subfigures(1, 2) if beside else parts[1:]
-        influence = f"Influence between domains ({facts.score})"
-        for place, title, values, unit in (
-            (places[0], "Cosine of the mean gradients", facts.matrix.cosine, "no unit"),
-            (places[1], influence, facts.matrix.influence, "mean score"),
-        ):
-            axes = place.subplots()
-            exponent, cells = _draw_matrix(axes, values[np.ix_(shown, shown)], names, 7)
-            axes.tick_params(labelsize=8)
-            axes.set_aspect("equal")
-            axes.set_title(title, fontsize=10)
-            bar = place.colorbar(cells, ax=axes, extend="both", fraction=0.04, pad=0.02)
-            bar.set_label(unit + (f", in {power(exponent)}" if exponent else ""), fontsize=8)
-            bar.ax.tick_params(labelsize=7)
-        with explain_os_errors(path):
-            figure.savefig(path)
-
-
-def _draw_bars(part: Any, facts: DomainFacts, shown: list[int]) -> None:
-    """Draw a bar for each domain and fact, with its number; domains in the matrices' order."""
-    matrix, rows = facts.matrix, np.arange(len(shown))
-    values = {
-        "rows": matrix.n_rows,
-        "loss": matrix.loss,
-        "norm": matrix.grad_norm,
-        "rank": matrix.effective_rank,
-    }
-    panels = part.subplots(1, len(_BARS), sharey=True)
-    for axes, (key, label) in zip(panels, _BARS, strict=True):
-        chosen = values[key][shown].astype(np.float64)
-        axes.barh(rows, chosen, height=0.7, color="#9fb8d0")
-        for row, value in zip(rows, chosen, strict=True):
-            text = f"{int(value):,}" if key == "rows" else digits(float(value))
-            axes.annotate(
-                text, (0, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
-            )
-        axes.set_title(label, fontsize=9)
-        axes.set_xticks([])
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-    names = [one_line(matrix.names[i], _NAME) for i in shown]
-    panels[0].set_yticks(rows, names, fontsize=8)
-    panels[0].set_ylim(len(shown) - 0.4, -0.6)

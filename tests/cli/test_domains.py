@@ -24,8 +24,8 @@ from gradproj.__main__ import main
 from gradproj.analysis import domain_matrix
 from gradproj.cli.domains import table_lines
 from gradproj.formatting import clean, one_line
-from gradproj.report import figures
 from gradproj.report.distributions import count_rows
+from gradproj.report.domain_figure import draw_domains
 from gradproj.report.domain_summary import by_similarity, facts_from_matrix
 from gradproj.store.layout import StoreConfig
 from gradproj.store.writer import update_attributes
@@ -210,7 +210,7 @@ def test_numbers_in_the_figure_fit_their_cells_and_names_do_not_overlap(
         lambda self, path: (saved.append(self), plain_save(self, path)),
     )
     with ProjectionStore(output.path) as store:
-        figures.draw_domains(facts_in(store), tmp_path / "figure.png")
+        draw_domains(facts_in(store), tmp_path / "figure.png")
     (figure,) = saved
     matrices = [axes for axes in figure.get_axes() if axes.collections and axes.texts]
     assert len(matrices) == 2

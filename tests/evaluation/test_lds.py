@@ -30,11 +30,12 @@ from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
 from gradproj.evaluation.retraining import train_config
 
 SMALL = {
-    "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24, "windows_per_document": 2,
-    "n_layer": 1, "n_embd": 16, "n_head": 2, "epochs": 2, "batch_size": 4, "subsets": 4,
+    "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24,
+    "windows_per_document": 2, "n_layer": 1, "n_embd": 16, "n_head": 2,
+    "epochs": 2, "batch_size": 4, "subsets": 4,
     "seeds": 2, "leave_out": 1, "leave_out_k": 2, "leave_out_group": 1, "pretrain": 0,
-    "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4, "device": "cpu",
-    "methods": "random,ngram,hidden", "reference": "ngram",
+    "leave_out_controls": 1, "leave_out_methods": "ngram", "bootstrap": 20, "permutations": 4,
+    "device": "cpu", "methods": "random,ngram,hidden", "reference": "ngram",
 }  # fmt: skip
 
 
