@@ -68,7 +68,7 @@ def run(ranks, world_size=1, **settings):
     return "".join(rank.output for rank in ended)
 
 
-def end_at(ranks, step, how, log, world_size=1, **settings):
+def end_at(ranks, step, signal_number, log, world_size=1, **settings):
     """Start a run, signal its processes once its curve reaches a step; return how they ended."""
     start(ranks, world_size, **settings)
     pids = list(ranks._running)
@@ -77,7 +77,7 @@ def end_at(ranks, step, how, log, world_size=1, **settings):
         assert time.monotonic() < until, "it does not train"
         time.sleep(0.002)
     for pid in pids:
-        os.kill(pid, how)
+        os.kill(pid, signal_number)
     return ranks.wait_for_all()
 
 

@@ -48,12 +48,12 @@ def test_inner_products_match_autograd_and_grad_is_the_training_batch_gradient(c
     model.zero_grad()
     dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
-        found = run_batch(engine, model, *train)
+        products = run_batch(engine, model, *train)
     assert_same_gradients(model, wanted)
     assert engine.parameter_names == [name for name, _ in model.named_parameters()]
-    assert found["sample_id"].tolist() == IDS
-    assert_close(found["per_parameter"], dots, sizes)
-    torch.testing.assert_close(found["total"].double(), dots.sum(1), rtol=1e-4, atol=0)
+    assert products["sample_id"].tolist() == IDS
+    assert_close(products["per_parameter"], dots, sizes)
+    torch.testing.assert_close(products["total"].double(), dots.sum(1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -129,9 +129,9 @@ def test_loss_reduction_accumulation_and_loss_scale_are_divided_out(reduction):
         n_joined = (y[:, 1:] != -100).sum() if reduction == "sum" else 1
         (loss_of(model, x, y) * n_joined * 8 / 4).backward()
         engine.prepare_gradients()
-        found = engine.aggregate_and_log()
+        products = engine.aggregate_and_log()
     weight = (n_targets if reduction == "sum" else 1) / 4
-    torch.testing.assert_close(found["total"].double(), dots.sum(1) * weight, rtol=1e-4, atol=0)
+    torch.testing.assert_close(products["total"].double(), dots.sum(1) * weight, rtol=1e-4, atol=0)
     got = gradients_of(model)
     model.zero_grad()
     (loss_of(model, *train) * weight * 8).backward()
@@ -152,7 +152,7 @@ def test_validation_data_may_be_mapping_function_ids_or_shifted_labels(form):
     }
     if form != "labels one ahead":
         with GradDotProdEngine(model, given[form]) as engine:
-            found = run_batch(engine, model, *train)["total"]
+            products = run_batch(engine, model, *train)["total"]
     else:
         ahead = [nn.functional.pad(y[:, 1:], (0, 1), value=-100) for y in (train[1], labels)]
         with GradDotProdEngine(model, (ids, ahead[1]), labels_shifted=True) as engine:
@@ -161,8 +161,8 @@ def test_validation_data_may_be_mapping_function_ids_or_shifted_labels(form):
             logits = model(input_ids=x, use_cache=False).logits
             nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
             engine.prepare_gradients()
-            found = engine.aggregate_and_log()["total"]
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+            products = engine.aggregate_and_log()["total"]
+    torch.testing.assert_close(products, wanted, rtol=1e-4, atol=0)
 
 
 class AddsInPlace(nn.Module):
@@ -249,11 +249,11 @@ def test_gradients_and_inner_products_keep_their_direction_under_bfloat16_autoca
             loss = loss_of(model, *joined)
         loss.backward()
         engine.prepare_gradients()
-        found = engine.aggregate_and_log()
+        products = engine.aggregate_and_log()
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     assert torch.cosine_similarity(got, wanted, dim=0) > 0.999
-    assert ((found["total"] - dots.sum(1)).abs() < 0.05 * sizes.sum(1)).all()
+    assert ((products["total"] - dots.sum(1)).abs() < 0.05 * sizes.sum(1)).all()
 
 
 def test_layers_called_twice_sum_their_calls():
@@ -263,8 +263,8 @@ def test_layers_called_twice_sum_their_calls():
     train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
     dots, sizes = dot_products_by_autograd(model, *train, validation)
     with GradDotProdEngine(model, validation) as engine:
-        found = run_batch(engine, model, *train)
-    assert_close(found["per_parameter"], dots, sizes)
+        products = run_batch(engine, model, *train)
+    assert_close(products["per_parameter"], dots, sizes)
 
 
 def test_frozen_parameters_take_no_part():
@@ -276,10 +276,10 @@ def test_frozen_parameters_take_no_part():
     model.transformer.h[0].requires_grad_(False)
     model.transformer.h[1].mlp.c_fc.bias.requires_grad_(False)
     with GradDotProdEngine(model, validation) as engine:
-        found = run_batch(engine, model, *train)
+        products = run_batch(engine, model, *train)
     kept = [names.index(name) for name in engine.parameter_names]
     assert 0 < len(kept) < len(names) - 10
-    assert_close(found["per_parameter"], dots[:, kept], sizes[:, kept])
+    assert_close(products["per_parameter"], dots[:, kept], sizes[:, kept])
     assert model.transformer.wte.weight.grad is None
     assert model.transformer.h[1].mlp.c_fc.weight.requires_grad
 
@@ -333,7 +333,7 @@ def test_layer_with_unknown_sample_dimension_is_rejected():
 
 
 class LooksLikeANorm(nn.LayerNorm):
-    """Its weight acts twice, so that the rule of a layer norm is not its own."""
+    """A layer norm whose weight acts twice, so that the layer norm's rule is wrong for it."""
 
     def forward(self, x):
         return super().forward(x) * self.weight
@@ -352,7 +352,7 @@ def test_layer_that_only_resembles_a_norm_is_rejected(layer):
 )
 def test_norm_is_recognised_by_trial_without_side_effects(layer):
     before = torch.random.get_rng_state()
-    (found,) = find_dot_layers(layer)
-    assert set(found.kinds.values()) == {Vector}
+    (found_layer,) = find_dot_layers(layer)
+    assert set(found_layer.kinds.values()) == {Vector}
     assert all(p.grad is None and p.requires_grad for p in layer.parameters())
     assert torch.equal(torch.random.get_rng_state(), before)

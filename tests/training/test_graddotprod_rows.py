@@ -48,24 +48,24 @@ def test_values_use_each_parameters_rate_and_need_a_rate_and_an_id():
     model, train, validation = small_model("gpt2"), ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS)
     parameters = list(model.parameters())
     groups = [{"params": parameters[:3], "lr": 0.5}, {"params": parameters[3:7], "lr": 0.25}]
-    found = {}
+    by_rate = {}
     for name, rate in {
         "optimizer": torch.optim.SGD(groups),
         "function": lambda: 0.5,
         "none": None,
     }.items():
         with GradDotProdEngine(model, validation, learning_rate=rate) as engine:
-            found[name] = run_batch(engine, model, *train)
+            by_rate[name] = run_batch(engine, model, *train)
             engine.attach_train_batch(*train, 1)
             loss_of(model, *engine.prepare_forward_input(*train)).backward()
             engine.prepare_gradients()
             assert engine.aggregate_and_log()["sample_id"].tolist() == [-1] * 4
             assert set(engine.shapley_values) == (set() if name == "none" else set(IDS))
-    dots = found["none"]["per_parameter"]
+    dots = by_rate["none"]["per_parameter"]
     wanted = 0.5 * dots[:, :3].sum(1) + 0.25 * dots[:, 3:7].sum(1)
-    torch.testing.assert_close(found["optimizer"]["value"], wanted)
-    torch.testing.assert_close(found["function"]["value"], 0.5 * dots.sum(1))
-    assert found["none"]["value"].isnan().all()
+    torch.testing.assert_close(by_rate["optimizer"]["value"], wanted)
+    torch.testing.assert_close(by_rate["function"]["value"], 0.5 * dots.sum(1))
+    assert by_rate["none"]["value"].isnan().all()
 
 
 def test_resumed_run_cuts_rows_of_later_steps(tmp_path):
@@ -250,13 +250,13 @@ def rank_of_two(rank, folder):
             sample_ids = [100 * rank + 10 * part + i for i in range(4)]
             # Like a loop whose ranks exchange once a step; the engine averages every batch itself.
             with wrapped.no_sync() if part == 0 else nullcontext():
-                found = run_batch(engine, wrapped, *train, 7, sample_ids, scale=0.5)
+                products = run_batch(engine, wrapped, *train, 7, sample_ids, scale=0.5)
     gradients = gradients_of(model)
     # Afterwards the wrapper's own averaging works again.
     model.zero_grad()
     loss_of(wrapped, *ragged_batch(LENGTHS, seed=10 * rank)).backward()
     torch.save(
-        (gradients, found, engine.shapley_values, gradients_of(model)), folder / f"{rank}.pt"
+        (gradients, products, engine.shapley_values, gradients_of(model)), folder / f"{rank}.pt"
     )
     dist.destroy_process_group()
 
@@ -279,11 +279,11 @@ def test_two_ranks_average_gradients_and_keep_one_table(tmp_path):
     assert rows["sample_id"].tolist() == [i + j for j in (0, 100, 10, 110) for i in range(4)]
     for sample_id, total in zip(rows["sample_id"].tolist(), rows["total"].tolist(), strict=True):
         assert total == pytest.approx(totals[sample_id], rel=1e-3)
-    for gradients, found, values, _ in results:
+    for gradients, products, values, _ in results:
         assert_same_gradients(model, gradients)
         assert values[112] == pytest.approx(0.5 * totals[112], rel=1e-3)
         assert set(values) == set(totals)
-        assert len(found["total"]) == 4
+        assert len(products["total"]) == 4
     model.zero_grad()
     for rank in range(2):
         (loss_of(model, *ragged_batch(LENGTHS, seed=10 * rank)) / 2).backward()

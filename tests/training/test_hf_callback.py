@@ -16,7 +16,7 @@ SETTINGS = {"proj_rank_total": 16, "proj_rank_min": 2, "proj_dtype": "float32"}
 
 
 def samples(n=8):
-    """Padded samples with ids of their own."""
+    """Return padded samples with sample ids."""
     ids, labels = ragged_batch(LENGTHS[:n])
     return [
         {"input_ids": x, "labels": y, "sample_id": 100 + i}
@@ -25,7 +25,7 @@ def samples(n=8):
 
 
 def train(folder, callbacks, resume=None, dataset=None, **changes):
-    """A short run of a small model; the model."""
+    """Train a small model for a few steps; return it."""
     model = small_model("llama")
     settings = {
         "max_steps": 4,
@@ -55,7 +55,7 @@ def rows_of(folder):
 
 
 class Snapshots(TrainerCallback):
-    """The weights at the beginning of every step."""
+    """Records the weights at the beginning of every step."""
 
     def __init__(self):
         self.weights = {}
@@ -110,19 +110,19 @@ def test_resumed_trainer_has_the_rows_of_an_uninterrupted_one(tmp_path):
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_rows_are_on_disk_before_their_checkpoint(tmp_path, strategy):
     class Look(TrainerCallback):
-        """When a checkpoint has been made, which other callbacks may not have heard of yet."""
+        """Looks at the store after a checkpoint, before other callbacks are called."""
 
         def on_save(self, args, state, control, **kwargs):
             with ProjectionStore(tmp_path / "projections") as store:
-                found.append((state.global_step, store.array("step").tolist()))
+                seen.append((state.global_step, store.array("step").tolist()))
 
-    found = []
+    seen = []
     watching = GradProjCallback(result_dir=str(tmp_path), proj_save_interval=0, **SETTINGS)
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
     changes = best if strategy == "best" else {"save_steps": 2}
     train(tmp_path, [Look(), watching], save_strategy=strategy, num_train_epochs=1, **changes)
-    assert found
-    for step, steps in found:
+    assert seen
+    for step, steps in seen:
         assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
 
 

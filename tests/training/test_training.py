@@ -120,7 +120,7 @@ def test_sequences_are_shuffled_documents_cut_or_packed(made, tmp_path, pack):
 
 
 def test_training_equals_a_plain_loop(made, tmp_path):
-    """Against transformers' own loss on one sequence at a time and a schedule written out."""
+    """Compare with transformers' loss on one sequence at a time and a schedule written out."""
     config = config_of(
         made, tmp_path / "result", batch_size=1, max_steps=5, learning_rate=3e-3, clip=0.5
     )

@@ -144,7 +144,7 @@ def test_commands_about_units_reject_a_training_store(tmp_path, capsys, command)
 
 
 def written(result_dir):
-    """Rows that a reader sees."""
+    """Return the number of rows that a reader sees."""
     if not (result_dir / "projections" / "projections.zarr").exists():
         return 0
     with ProjectionStore(result_dir / "projections") as store:
@@ -274,7 +274,7 @@ def test_export_writes_the_originals_files_with_sample_ids(tmp_path):
 
 
 def test_ranks_at_different_steps_show_all_their_rows(tmp_path):
-    """Without processes: two writers of one store, one of them ahead."""
+    """Use two writers of one store in one process, one of them ahead."""
     by_hand(tmp_path, rows_per_shard=4)[2].cleanup()
     writers = [AppendStore(tmp_path / "projections", rank, 2) for rank in range(2)]
     dim = writers[0].layout.dim
@@ -319,8 +319,8 @@ def test_configured_dropout_replaces_the_checkpoints():
         assert not torch.equal(model(ids).logits, model(ids).logits)
         set_dropout(model, 0.0)
         assert torch.equal(model(ids).logits, model(ids).logits)
-        known = {k: v for k, v in vars(model.config).items() if k.endswith(("pdrop", "dropout"))}
-        assert {k for k, v in known.items() if v} <= {"summary_first_dropout", "classifier_dropout"}
+        rates = {k: v for k, v in vars(model.config).items() if k.endswith(("pdrop", "dropout"))}
+        assert {k for k, v in rates.items() if v} <= {"summary_first_dropout", "classifier_dropout"}
 
 
 def test_transformers_mean_loss_gives_equal_rows(tmp_path):
@@ -448,7 +448,7 @@ def test_wrong_number_of_sample_ids_is_rejected(tmp_path):
         ((24576, 2, 100, 2), 200),  # the whole run
         ((24576, 2, 1000, 2), 500),  # 250 steps divide the run
         ((24576, 2, 10007, 2), 650),  # a prime: places stay empty at its end
-        ((24576, 2, 0, 4), 650),  # nobody knows how long
+        ((24576, 2, 0, 4), 650),  # unknown length
         ((24576, 0, 0, 2), 651),
         ((10**9, 2, 100, 2), 10),
     ],

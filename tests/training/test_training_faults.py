@@ -84,7 +84,7 @@ def test_second_run_in_a_folder_is_rejected(data, tmp_path, monkeypatch):
     train(config_of(data, tmp_path))
 
 
-# --- what a checkpoint counts on ---
+# --- lost results before a checkpoint ---
 
 
 def test_moved_documents_resume_and_other_documents_are_rejected(data, tmp_path):
@@ -103,7 +103,7 @@ def test_moved_documents_resume_and_other_documents_are_rejected(data, tmp_path)
 
 
 def loop(folder, method, steps, resume_step=None, cleanup=True):
-    """Steps of a loop written by hand, which writes rows every four."""
+    """Run steps of a hand-written loop, which writes rows every four steps."""
     model = small_model("gpt2").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     config = {"method": method, "result_dir": str(folder), "proj_save_interval": 4, **SETTINGS}
@@ -236,14 +236,14 @@ def test_power_loss_keeps_rows_that_a_checkpoint_counts_on(tmp_path):
     with disk.recording():
         add(5, 9)
     assert len(disk.states) > 50
-    for how, state in disk.states.items():
+    for crash, state in disk.states.items():
         again = tmp_path / "again"
         again.mkdir()
         put(state.tree, again)
         AppendStore(again, 0, 1).cut(5)
-        with ProjectionStore(again) as found:
-            assert found.rows(range(5))[:, 0].tolist() == [0, 1, 2, 3, 4], how
-            assert found.array("step")[:5].tolist() == [0, 1, 2, 3, 4], how
+        with ProjectionStore(again) as store:
+            assert store.rows(range(5))[:, 0].tolist() == [0, 1, 2, 3, 4], crash
+            assert store.array("step")[:5].tolist() == [0, 1, 2, 3, 4], crash
         shutil.rmtree(again)
 
 
@@ -259,18 +259,18 @@ def test_power_loss_keeps_appended_table_rows(tmp_path):
     with disk.recording():
         append(AppendTable(tmp_path / "run" / "table", columns, {}), 1022, 1030)
     counts = set()
-    for how, state in disk.states.items():
+    for crash, state in disk.states.items():
         put(state.tree, tmp_path / "again")
         table = AppendTable(tmp_path / "again" / "table", columns, {})
         counts.add(table.n_rows)
-        assert table.read("step").tolist() == list(range(table.n_rows)), how
-        assert table.read("values")[:, 2].tolist() == list(range(table.n_rows)), how
+        assert table.read("step").tolist() == list(range(table.n_rows)), crash
+        assert table.read("values")[:, 2].tolist() == list(range(table.n_rows)), crash
         shutil.rmtree(tmp_path / "again")
     assert counts == {1022, 1030}
     assert table.n_rows == 1030
 
 
-# --- a loop's own mistakes ---
+# --- errors of a loop ---
 
 
 def test_mean_loss_divided_by_accumulation_gives_whole_rows(tmp_path):

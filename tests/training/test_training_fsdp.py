@@ -18,7 +18,7 @@ LENGTHS = [7, 12, 5]
 
 @pytest.fixture
 def sharded():
-    """A model in a process group of one, which shares it out as one of many would."""
+    """A model sharded in a process group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = small_model("gpt2")
     for block in model.transformer.h:

@@ -99,11 +99,11 @@ def test_labels_are_the_tokens_and_ignored_at_padding(data, tmp_path):
 
 
 class Killed(Exception):
-    """In place of a kill."""
+    """Raised in place of a kill."""
 
 
 def train_until_killed(monkeypatch, last, config):
-    """Train to the beginning of a step."""
+    """Train to the beginning of a step, then raise ``Killed`` in it."""
     real = loop._Run.step
 
     def step_or_die(self, step):
@@ -189,8 +189,8 @@ def test_resume_with_other_settings_is_rejected(data, tmp_path):
 def test_unfinished_checkpoint_is_ignored(data, tmp_path):
     train(config_of(data, tmp_path, checkpoint_interval=3))
     (tmp_path / "checkpoints" / ".saving-step-00000009").mkdir()
-    found = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), World(), {}).newest()
-    assert found == tmp_path / "checkpoints" / "step-00000006"
+    newest = Checkpoints(tmp_path, config_of(data, tmp_path, resume=True), World(), {}).newest()
+    assert newest == tmp_path / "checkpoints" / "step-00000006"
 
 
 def test_random_state_is_restored():
