@@ -12,6 +12,7 @@ from gradproj.distributed import (
     JobName,
     Process,
     Rendezvous,
+    World,
     choose_device,
     launcher_died,
     launcher_rank,
@@ -136,6 +137,35 @@ def test_launcher_died_if_nothing_listens_at_its_store(monkeypatch):
     assert launcher_died()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert not launcher_died(), "the store of another rank says nothing of the launcher"
+
+
+def test_single_process_gets_back_what_it_exchanges():
+    world, tensor = World.current(), torch.tensor([1.0, 2.0])
+    assert world == World(0, 1)
+    assert world.sum(tensor) is tensor
+    assert world.gather("a") == ["a"]
+    assert world.broadcast("a") == "a"
+    world.barrier()
+
+
+def exchange(rank, folder):
+    """Exchange values as one of two ranks; save what this one gets."""
+    torch_dist.init_process_group(
+        "gloo", f"file://{folder / 'rendezvous'}", rank=rank, world_size=2
+    )
+    world = World.current()
+    result = world.sum(torch.tensor([rank + 1, 10])), world.gather(rank), world.broadcast(rank)
+    world.barrier()
+    torch.save((world, *result), folder / f"{rank}.pt")
+    torch_dist.destroy_process_group()
+
+
+def test_two_ranks_exchange_sums_lists_and_rank_0s_value(tmp_path):
+    torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        world, total, values, first = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert world == World(rank, 2)
+        assert (total.tolist(), values, first) == ([3, 20], [0, 1], 0)
 
 
 @pytest.fixture

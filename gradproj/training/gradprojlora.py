@@ -162,21 +162,21 @@ class GradProjLoraTraining(TrainingEngine):
         if not waiting:
             return
         rows = torch.cat([batch.rows for batch in waiting]).cpu().numpy()
+        sizes = [len(batch.rows) for batch in waiting]
+
+        def column(field: str, unknown: float) -> np.ndarray:
+            values = [getattr(batch, field) for batch in waiting]
+            return np.concatenate(
+                [_of_batch(v, n, unknown) for v, n in zip(values, sizes, strict=True)]
+            )
+
         columns = {
-            "n_tokens": np.concatenate(
-                [_of_batch(batch.n_tokens, len(batch.rows), 0) for batch in waiting]
-            ),
-            "loss": np.concatenate(
-                [_of_batch(batch.losses, len(batch.rows), np.nan) for batch in waiting]
-            ),
-            "step": np.concatenate(
-                [np.full(len(batch.rows), batch.step, np.int64) for batch in waiting]
-            ),
-            "sample_id": np.concatenate(
-                [_of_batch(batch.ids, len(batch.rows), -1) for batch in waiting]
-            ).astype(np.int64),
+            "n_tokens": column("n_tokens", 0),
+            "loss": column("losses", np.nan),
+            "step": np.repeat(np.array([batch.step for batch in waiting], np.int64), sizes),
+            "sample_id": column("ids", -1).astype(np.int64),
         }
-        has_labels = np.array([batch.n_tokens is not None for batch in waiting for _ in batch.rows])
+        has_labels = np.repeat([batch.n_tokens is not None for batch in waiting], sizes)
         columns["status"] = np.where(
             has_labels & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"]
         )
