@@ -60,7 +60,7 @@ _COLUMN_ROWS = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig(Flags, title="store"):
-    """How rows are stored. Recorded in the store; dtype and rows per shard are part of its identity."""
+    """Form of the stored rows. All of it is part of the store's identity."""
 
     proj_dtype: str = flag(
         "Type of the stored rows; float16 rows have an exact scale each.",

@@ -102,7 +102,7 @@ class PagedFile:
         self._has_nowait = True
 
     def is_cached(self, start: int) -> bool:
-        """Return whether the page with this byte is in memory; False if that cannot be told."""
+        """Return whether the page with this byte is in memory; False if unknown."""
         if self._has_nowait:
             try:
                 return os.preadv(self._descriptor, self._byte, start, os.RWF_NOWAIT) > 0
