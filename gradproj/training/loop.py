@@ -97,6 +97,7 @@ class _Run:
         self._checkpoints = Checkpoints(folder, config, world, corpora)
         saved = self._checkpoints.to_resume()
         shared, rank_state = self._checkpoints.load(saved) if saved else ({}, {})
+        # Every rank draws the same weights; seeds for dropout differ, and are set below.
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
@@ -123,6 +124,7 @@ class _Run:
         if world.rank:
             torch.manual_seed(config.seed + RANK_SEED * world.rank)
         if config.resume:
+            # Also without a checkpoint: an empty state cuts the rows of steps that are repeated.
             self.manager.load_state_dict(rank_state.get("engine", {}))
         if saved:
             self._optimizer.load_state_dict(shared["optimizer"])
@@ -169,7 +171,7 @@ class _Run:
                     self._shared_model, {"input_ids": inputs, "labels": labels}, chunked=False
                 )
             (losses.sum() / n_targets).backward()
-        train_losses = losses.detach()[: len(X)]  # engines put rows of their own after these
+        train_losses = losses.detach()[: len(X)]  # an engine's own rows come after the batch's
         manager.prepare_gradients()
         manager.aggregate_and_log(train_losses)
         manager.clear_gradients()
@@ -201,6 +203,7 @@ class _Run:
         """Save a checkpoint if one is due: by interval, at the end, or before a stop."""
         interval = self._config.checkpoint_interval
         if at_once or (interval and (step % interval == 0 or step == self._config.max_steps)):
+            # state_dict puts the engine's rows on disk, before the checkpoint that counts on them.
             rank_state = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
             self._checkpoints.save(
                 step,
