@@ -99,7 +99,7 @@ def start(scene, tmp_path):
     def start(folder, **options):
         job = Job(scene, tmp_path / "out", ranks=2, **options)
         started.append(job)
-        wait_until_asleep(folder, 2, job.is_running, job.said)
+        wait_until_asleep(folder, 2, job.is_running, job.log_text)
         return job
 
     yield start
