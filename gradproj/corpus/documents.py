@@ -54,7 +54,7 @@ class ReadLimits(Flags, title="limits of a document"):
         MAX_DOCUMENT_BYTES,
         minimum=1,
     )
-    # The standard library's own decoder gives up at a depth of about 1,000, less the caller's stack.
+    # The standard library's decoder fails at a depth of about 1,000, less the caller's stack.
     max_json_depth: int = flag(
         "Deepest nesting of a document's JSON; a deeper one is bad input.",
         64,

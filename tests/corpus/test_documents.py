@@ -1,4 +1,4 @@
-"""A sample's domain: three ways to read it, which agree wherever JSON can be decoded."""
+"""The three ways to read a sample's domain agree on valid JSON."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def random_value(rng: random.Random, depth: int = 0):
 
 
 @pytest.mark.parametrize("field", [FIELD, "meta", "meta.meta.pile_set_name"])
-def test_a_domain_is_what_decoding_the_whole_document_says(field):
+def test_domain_equals_the_one_from_decoding_the_whole_document(field):
     rng = random.Random(3)
     domain_of = DomainReader(field)
     n_named = 0
@@ -81,10 +81,10 @@ def test_a_domain_is_what_decoding_the_whole_document_says(field):
         b"nul",
     ],
 )
-def test_a_document_that_cannot_be_decoded_is_of_the_unknown_domain(data):
+def test_undecodable_document_belongs_to_the_unknown_domain(data):
     assert DomainReader(FIELD)(data) == "unknown"
 
 
-def test_a_domain_field_that_names_nothing_is_refused():
+def test_empty_part_of_domain_field_is_rejected():
     with pytest.raises(ConfigError, match=r"--domain_field is 'meta\.\.x'"):
         DomainReader("meta..x")

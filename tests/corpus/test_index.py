@@ -1,4 +1,4 @@
-"""The corpus index: ids that never move, and damage that is never silent."""
+"""The corpus index: stable ids, and an error for every damage or change."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def index_of(*paths: Path, **options):
     return build_index(list(paths), progress=False, **options)
 
 
-# --- which tars -------------------------------------------------------------------------------------
+# ---- which tars
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def folder(tmp_path):
         ("b.tar", "b"),
     ],
 )
-def test_shards_name_tars_in_an_order_of_their_own(shards, want, folder):
+def test_shards_define_the_order_of_tars(shards, want, folder):
     assert list_tars(f"{folder}/{shards}") == [folder / f"{letter}.tar" for letter in want]
 
 
@@ -75,7 +75,7 @@ def test_shards_name_tars_in_an_order_of_their_own(shards, want, folder):
         ("{folder}/remote.list", "'s3://b/a.tar' is not a local tar"),
     ],
 )
-def test_shards_that_cannot_be_read_are_refused_in_words(shards, words, folder):
+def test_unreadable_shards_are_rejected_with_the_reason(shards, words, folder):
     (folder / "empty").mkdir()
     (folder / "empty" / "a.tar.gz").touch()
     (folder / "none.list").write_text("\n")
@@ -84,20 +84,20 @@ def test_shards_that_cannot_be_read_are_refused_in_words(shards, words, folder):
         list_tars(shards.format(folder=folder))
 
 
-def test_a_link_to_a_listed_tar_is_the_same_tar(folder):
+def test_link_to_a_listed_tar_counts_as_the_same_tar(folder):
     (folder / "z.tar").symlink_to(folder / "a.tar")
     with pytest.raises(CorpusError, match=r"z\.tar comes twice \(also as .*a\.tar\)"):
         list_tars(str(folder))
 
 
-def test_the_index_lies_beside_the_tars_where_they_share_a_folder(folder):
+def test_default_index_path_is_in_the_common_folder_of_the_tars(folder):
     assert default_index_path(str(folder)) == folder / "corpus.json"
     (folder / "sub").mkdir()
     (folder / "sub" / "d.tar").touch()
     assert default_index_path(f"{folder}/{{a.tar,sub/d.tar}}") is None
 
 
-# --- the index --------------------------------------------------------------------------------------
+# ---- the index
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def tars(tmp_path):
     return [write_tar(corpus / f"{i}.tar", plain_members(n, i)) for i, n in enumerate(sizes)]
 
 
-def test_ids_run_through_the_tars_in_order(tars):
+def test_ids_count_through_the_tars_in_order(tars):
     index = index_of(*tars)
     slow = [
         (number, position)
@@ -130,18 +130,18 @@ def test_ids_run_through_the_tars_in_order(tars):
         list(index.spans(5, 202))
 
 
-def test_domains_are_counted_over_the_corpus(tars):
+def test_domain_counts_cover_the_whole_corpus(tars):
     index = index_of(*tars)
     slow = Counter(slow_domain(sample["json"]) for tar in tars for sample in slow_samples(tar))
     assert index.domain_counts() == slow
     assert index.domains == tuple(sorted(slow))
 
 
-def test_many_processes_build_what_one_builds(tars):
+def test_index_does_not_depend_on_the_number_of_processes(tars):
     assert index_of(*tars, processes=2) == index_of(*tars, processes=1)
 
 
-def test_damage_found_in_another_process_is_told(tars):
+def test_damage_found_by_a_worker_process_is_reported(tars):
     tars[2].write_bytes(b"")
     with pytest.raises(CorpusError, match=r"2\.tar: damaged at byte 0: an empty file"):
         index_of(*tars, processes=2)
@@ -192,12 +192,12 @@ def test_scan_workers_end_with_a_parent_that_is_killed(tars):
         time.sleep(0.05)
 
 
-def test_a_number_of_processes_below_one_is_refused(tars):
+def test_zero_processes_are_rejected(tars):
     with pytest.raises(CorpusError, match="needs at least 1 process, got 0"):
         index_of(*tars, processes=0)
 
 
-def test_a_copied_corpus_has_the_same_fingerprint_and_a_changed_one_another(tars, tmp_path):
+def test_copied_corpus_keeps_its_fingerprint_and_a_changed_one_does_not(tars, tmp_path):
     index = index_of(*tars)
     shutil.copytree(tars[0].parent, tmp_path / "copy")
     copies = [tmp_path / "copy" / path.name for path in tars]
@@ -209,7 +209,7 @@ def test_a_copied_corpus_has_the_same_fingerprint_and_a_changed_one_another(tars
     assert index_of(*copies).fingerprint != index.fingerprint
 
 
-def test_a_saved_index_is_read_back_the_same(tars, tmp_path):
+def test_saved_index_loads_equal(tars, tmp_path):
     index = index_of(*tars)
     assert save_index(index, tars[0].parent / "corpus.json") == index
     assert load_index(tars[0].parent / "corpus.json") == index
@@ -218,7 +218,7 @@ def test_a_saved_index_is_read_back_the_same(tars, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["corpus", "elsewhere.json"]
 
 
-def test_a_folder_moved_with_its_index_stays_a_corpus(tars, tmp_path):
+def test_corpus_folder_can_be_moved_with_its_index(tars, tmp_path):
     save_index(index_of(*tars), tars[0].parent / "corpus.json")
     os.rename(tars[0].parent, tmp_path / "moved")
     moved = load_index(tmp_path / "moved" / "corpus.json")
@@ -226,7 +226,7 @@ def test_a_folder_moved_with_its_index_stays_a_corpus(tars, tmp_path):
         check_unchanged(tar)
 
 
-def test_of_several_builders_one_wins_and_all_get_its_index(tars, tmp_path):
+def test_only_one_of_several_builders_publishes_and_all_get_its_index(tars, tmp_path):
     index = index_of(*tars)
     others = [
         replace(index, tars=tuple(replace(t, mtime_ns=i) for t in index.tars)) for i in range(8)
@@ -247,7 +247,7 @@ def test_of_several_builders_one_wins_and_all_get_its_index(tars, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.json"]
 
 
-def test_an_index_of_another_corpus_is_not_overwritten_unless_asked(tars, tmp_path):
+def test_index_of_another_corpus_is_overwritten_only_with_replace_existing(tars, tmp_path):
     first, other = index_of(*tars), index_of(*tars[:3])
     path = tmp_path / "corpus.json"
     save_index(first, path)
@@ -258,14 +258,14 @@ def test_an_index_of_another_corpus_is_not_overwritten_unless_asked(tars, tmp_pa
     assert load_index(path) == other
 
 
-def test_a_place_that_cannot_be_written_is_named(tars, tmp_path):
+def test_unwritable_index_path_is_named(tars, tmp_path):
     with pytest.raises(
         CorpusError, match=r"nowhere/corpus.json: the corpus index cannot be written: No such file"
     ):
         save_index(index_of(*tars), tmp_path / "nowhere" / "corpus.json")
 
 
-def test_without_hard_links_the_index_is_still_published_whole(tars, tmp_path, monkeypatch):
+def test_index_is_published_atomically_without_hard_links(tars, tmp_path, monkeypatch):
     def no_links(*_):
         raise PermissionError(1, "Operation not permitted")
 
@@ -278,7 +278,7 @@ def test_without_hard_links_the_index_is_still_published_whole(tars, tmp_path, m
     assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.json"]
 
 
-def test_a_torn_index_is_refused_wherever_it_ends(tars, tmp_path):
+def test_index_truncated_anywhere_is_rejected(tars, tmp_path):
     path = tmp_path / "corpus.json"
     save_index(index_of(*tars), path)
     raw = path.read_bytes()
@@ -306,7 +306,7 @@ def test_a_torn_index_is_refused_wherever_it_ends(tars, tmp_path):
         (lambda raw: raw.replace(b'"n_samples":70', b'"n_samples":71'), "damaged or was edited"),
     ],
 )
-def test_a_file_that_is_no_index_of_this_version_is_refused(change, words, tars, tmp_path):
+def test_file_that_is_no_index_of_this_version_is_rejected(change, words, tars, tmp_path):
     path = tmp_path / "corpus.json"
     save_index(index_of(*tars), path)
     path.write_bytes(change(path.read_bytes()))
@@ -314,7 +314,7 @@ def test_a_file_that_is_no_index_of_this_version_is_refused(change, words, tars,
         load_index(path)
 
 
-def test_a_changed_tar_is_refused_by_name_with_the_way_out(tars):
+def test_changed_tar_is_rejected_by_name(tars):
     tar = index_of(*tars).tars[0]
     check_unchanged(tar)
     os.utime(tar.path, ns=(0, tar.mtime_ns + 1))
@@ -331,7 +331,7 @@ def test_a_changed_tar_is_refused_by_name_with_the_way_out(tars):
         check_unchanged(tar)
 
 
-def test_a_corpus_is_found_again_at_other_paths(tars, tmp_path):
+def test_index_is_relocated_to_copies_of_its_tars(tars, tmp_path):
     index = index_of(*tars)
     shutil.copytree(tars[0].parent, tmp_path / "copy")
     copies = [tmp_path / "copy" / path.name for path in tars]
@@ -351,14 +351,14 @@ def test_a_corpus_is_found_again_at_other_paths(tars, tmp_path):
     assert "2.tar has 5 bytes" in str(caught.value)
 
 
-def test_a_tar_touched_in_its_place_is_still_noticed_after_relocation(tars):
+def test_touched_tar_is_still_noticed_after_relocation(tars):
     index = index_of(*tars)
     os.utime(tars[0], ns=(0, 1))
     with pytest.raises(CorpusError, match="changed since it was indexed"):
         check_unchanged(index.relocated(tars).tars[0])
 
 
-def test_a_tar_that_changes_while_it_is_indexed_is_refused(tars, monkeypatch):
+def test_tar_that_changes_during_the_scan_is_rejected(tars, monkeypatch):
     def scan_and_touch(paths, *options):
         facts = scan_pool.scan_tars(paths, *options)
         os.utime(paths[3], ns=(0, 1))
@@ -369,12 +369,12 @@ def test_a_tar_that_changes_while_it_is_indexed_is_refused(tars, monkeypatch):
         index_of(*tars)
 
 
-def test_an_index_of_nothing_is_refused():
+def test_index_of_no_tars_is_rejected():
     with pytest.raises(CorpusError, match="there is no tar to index"):
         build_index([])
 
 
-def test_all_damaged_tars_are_named_at_once(tmp_path):
+def test_all_damaged_tars_are_named_in_one_error(tmp_path):
     tars = [write_tar(tmp_path / f"{i}.tar", plain_members(3)) for i in range(4)]
     tars[1].write_bytes(b"")
     tars[3].write_bytes(tars[3].read_bytes()[:512])

@@ -1,4 +1,4 @@
-"""Laws of lines and fields: what is kept of a record, and what is said of a bad one."""
+"""Records of an input: the fields that are kept, and the errors of bad ones."""
 
 import pytest
 from helpers.corpora import (
@@ -15,7 +15,7 @@ from gradproj.corpus.prepare import PrepareConfig
 from gradproj.errors import ConfigError, CorpusError
 
 
-def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_documents(tmp_path):
+def test_only_line_feeds_end_lines_and_blank_lines_are_skipped(tmp_path):
     raw = b"\xef\xbb\xbf" + line_of(input_record("a\u2028\u0085b"), ensure_ascii=False).replace(
         b"\n", b"\r\n"
     )
@@ -35,13 +35,13 @@ def test_only_line_feeds_end_lines_and_blank_lines_and_a_byte_order_mark_are_no_
     assert report.n_bad == 0
 
 
-def test_blank_lines_count_in_the_line_number_of_an_error(tmp_path):
+def test_blank_lines_count_in_line_numbers(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n\n" + line_of(input_record("a")) + b"\nnope\n")
     with pytest.raises(CorpusError, match=r"in\.jsonl, line 5: not valid JSON"):
         run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
 
 
-def test_token_ids_are_kept_as_they_are_instead_of_or_beside_the_text(tmp_path):
+def test_token_ids_are_kept_without_or_with_the_text(tmp_path):
     values = [
         {"input_ids": [5, 0, 70_000], "meta": {"pile_set_name": "ids"}},
         {"input_ids": [], "text": None},
@@ -56,7 +56,7 @@ def test_token_ids_are_kept_as_they_are_instead_of_or_beside_the_text(tmp_path):
     ]
 
 
-def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_path):
+def test_dotted_field_reaches_into_objects_unless_a_name_has_the_dot(tmp_path):
     values = [
         {"doc": {"body": "nested"}, "origin": {"site": {"name": "s"}}},
         {"doc.body": "flat", "doc": {"body": "no"}},
@@ -77,7 +77,7 @@ def test_dotted_field_names_reach_into_objects_and_a_name_with_a_dot_wins(tmp_pa
 @pytest.mark.parametrize(
     ("domain", "want"), [(None, "unknown"), ("", "unknown"), (7, "7"), ("Pile-CC é", "Pile-CC é")]
 )
-def test_a_domain_is_the_fields_value_or_unknown(domain, want, tmp_path):
+def test_domain_is_the_value_of_its_field_or_unknown(domain, want, tmp_path):
     report = run_prepare(
         write_jsonl(tmp_path / "in.jsonl", [input_record("t", domain)]), tmp_path / "out"
     )
@@ -85,7 +85,7 @@ def test_a_domain_is_the_fields_value_or_unknown(domain, want, tmp_path):
     assert packed_documents(tmp_path / "out")[0]["meta"] == {"pile_set_name": want}
 
 
-def test_the_records_own_meta_object_is_kept_and_top_level_names_go_beside_it(tmp_path):
+def test_meta_object_is_kept_and_top_level_scalars_are_added(tmp_path):
     value = {
         "text": "t",
         "source": "s",
@@ -119,15 +119,21 @@ BAD_LINES = {
     b'"text"': "not a JSON object but a string",
     b"null": "not a JSON object but null",
     b"[" * 200_000: "JSON nested too deeply",
-    b'{"content": "x", "id": 1}': "no field 'text' and no 'input_ids' (its fields: 'content', 'id'; see --text_field)",
+    b'{"content": "x", "id": 1}': (
+        "no field 'text' and no 'input_ids' (its fields: 'content', 'id'; see --text_field)"
+    ),
     b"{}": "no field 'text' and no 'input_ids' (its fields: none; see --text_field)",
     b'{"text": null}': "field 'text' is null, not a string",
     b'{"text": 5}': "field 'text' is a number, not a string",
     b'{"text": true}': "field 'text' is true or false, not a string",
     b'{"text": ["a"]}': "field 'text' is a list, not a string",
     b'{"text": "a \\ud800 b"}': "holds a lone surrogate (\\ud800), which is no character",
-    b'{"text": "a", "meta": {"id": "\\udfff"}}': "holds a lone surrogate (\\udfff), which is no character",
-    b'{"text": "a", "meta": {"pile_set_name": ["x"]}}': "field 'meta.pile_set_name' is a list, not a domain's name",
+    b'{"text": "a", "meta": {"id": "\\udfff"}}': (
+        "holds a lone surrogate (\\udfff), which is no character"
+    ),
+    b'{"text": "a", "meta": {"pile_set_name": ["x"]}}': (
+        "field 'meta.pile_set_name' is a list, not a domain's name"
+    ),
     b'{"input_ids": "1 2"}': "'input_ids' is a string, not a list of token ids",
     b'{"input_ids": [1, 2.0]}': "'input_ids' holds float, not only integers",
     b'{"input_ids": [1, true]}': "'input_ids' holds bool, not only integers",
@@ -139,7 +145,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:30])
-def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(line, tmp_path):
+def test_bad_line_is_an_error_or_skipped_and_counted(line, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(
         line_of(input_record("before")) + line + b"\n" + line_of(input_record("after"))
@@ -158,13 +164,13 @@ def test_a_bad_line_stops_with_file_line_and_reason_or_is_skipped_and_counted(li
     assert report.bad_examples[0].startswith(f"{path}, line 2: {BAD_LINES[line]}")
 
 
-def test_escaped_surrogate_pairs_are_the_character_they_stand_for(tmp_path):
+def test_escaped_surrogate_pair_becomes_one_character(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}\n')
     run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
     assert packed_documents(tmp_path / "out")[0]["text"] == "\U0001f600"
 
 
-def test_a_report_counts_all_bad_lines_and_names_a_few(tmp_path):
+def test_report_counts_all_bad_lines_and_shows_ten(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"nope\n" * 1000 + line_of(input_record("good", "dom")))
     report = run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
     assert (report.n_bad, len(report.bad_examples)) == (1000, 10)
@@ -174,7 +180,7 @@ def test_a_report_counts_all_bad_lines_and_names_a_few(tmp_path):
     )
 
 
-def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_path, monkeypatch):
+def test_line_over_the_size_limit_is_a_bad_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 4096)
     lines = [line_of(input_record("x" * n)) for n in (10, 4096, 40_960, 400_000)] + [
         line_of(input_record("end"))
@@ -207,7 +213,7 @@ def test_a_line_beyond_the_size_limit_is_bad_without_being_held_in_memory(tmp_pa
         ({"on_bad_input": "ignore"}, "--on_bad_input is 'ignore'; choose one of error, skip"),
     ],
 )
-def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):
+def test_wrong_setting_is_an_error_that_names_the_flag(settings, message):
     with pytest.raises(ConfigError, match=message):
         PrepareConfig(**{"inputs": ("a.jsonl",), "output_dir": "out", **settings})
 
@@ -219,6 +225,6 @@ def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):
         ("stdlib:json", "takes no name"),
     ],
 )
-def test_a_wrong_name_after_a_prefix_is_an_error(name, message, tmp_path):
+def test_wrong_name_after_a_prefix_is_an_error(name, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_prepare(name, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Laws of the tars: in order, grouped where asked, the same bytes each time, all published or none."""
+"""Tars of `prepare`: order, grouping, equal bytes, all published or none."""
 
 import gzip
 import io
@@ -32,20 +32,20 @@ from gradproj.errors import CorpusError, StoreError
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 511, 512, 6000, 8**11 - 1])
-def test_a_header_is_the_one_that_tarfile_writes(n_bytes):
+def test_header_equals_that_of_tarfile(n_bytes):
     member = tarfile.TarInfo("000000123456.json")
     member.size = n_bytes
     assert tar_header(member.name, n_bytes) == member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def test_a_name_or_size_that_does_not_fit_a_header_is_refused():
+def test_name_or_size_too_large_for_a_header_is_rejected():
     with pytest.raises(ValueError, match="does not fit"):
         tar_header("x" * 101, 1)
     with pytest.raises(ValueError, match="does not fit"):
         tar_header("x", 8**11)
 
 
-def test_a_tar_is_byte_for_byte_the_one_that_tarfile_writes(tmp_path):
+def test_tar_equals_that_of_tarfile_byte_for_byte(tmp_path):
     values = [input_record("one"), input_record("zwei \u00fc"), input_record("")]
     run_prepare(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
     want = io.BytesIO()
@@ -59,7 +59,7 @@ def test_a_tar_is_byte_for_byte_the_one_that_tarfile_writes(tmp_path):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_same_input_gives_the_same_bytes(grouped, tmp_path):
+def test_equal_inputs_give_equal_bytes(grouped, tmp_path):
     name = write_jsonl(
         tmp_path / "in.jsonl", [input_record(f"{i}", f"d{i % 4}") for i in range(50)]
     )
@@ -75,7 +75,7 @@ def test_the_same_input_gives_the_same_bytes(grouped, tmp_path):
 
 
 @pytest.mark.parametrize("max_open", [1, 3, 64])
-def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_tars(
+def test_grouping_makes_each_domain_one_range_of_ids_in_its_own_tars(
     max_open, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(writer, "MAX_OPEN_SPOOLS", max_open)
@@ -103,20 +103,21 @@ def test_grouping_makes_each_domain_one_range_of_ids_with_its_order_and_its_own_
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out"]
 
 
-def test_hundreds_of_domains_need_few_open_files(tmp_path):
+def test_grouping_hundreds_of_domains_needs_few_open_files(tmp_path):
     values = [input_record("x", f"d{i % 400}") for i in range(2000)]
     name = write_jsonl(tmp_path / "in.jsonl", values)
     code = f"""
         import resource
         from gradproj.corpus.prepare import PrepareConfig, prepare
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-        prepare(PrepareConfig(inputs=({name!r},), output_dir={str(tmp_path / "out")!r}, group_by_domain=True))
+        out = {str(tmp_path / "out")!r}
+        prepare(PrepareConfig(inputs=({name!r},), output_dir=out, group_by_domain=True))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
     assert len(os.listdir(tmp_path / "out")) == 400
 
 
-def test_more_domains_than_a_store_can_name_are_an_error(tmp_path, monkeypatch):
+def test_more_domains_than_a_store_can_hold_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "MAX_DOMAINS", 5)
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("x", f"d{i}") for i in range(6)])
     with pytest.raises(
@@ -146,7 +147,7 @@ def test_memory_does_not_grow_with_the_input(grouped, tmp_path):
 # ---- All or nothing
 
 
-def test_an_output_folder_with_tars_or_other_files_is_refused_and_left_alone(tmp_path):
+def test_nonempty_output_dir_is_rejected_and_left_alone(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     run_prepare(name, tmp_path / "out")
     before = (tmp_path / "out" / "shard-000000.tar").read_bytes()
@@ -164,7 +165,7 @@ def test_an_output_folder_with_tars_or_other_files_is_refused_and_left_alone(tmp
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "notes", "other.jsonl", "out"]
 
 
-def test_an_empty_folder_a_new_path_and_a_link_to_a_folder_are_filled(tmp_path):
+def test_empty_new_and_linked_output_dirs_are_filled(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     (tmp_path / "empty").mkdir()
     (tmp_path / "target").mkdir()
@@ -203,9 +204,7 @@ KILLED = """
         ("writer.os.rename", 1, False),
     ],
 )
-def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
-    where, calls, grouped, tmp_path
-):
+def test_killed_prepare_leaves_no_output_and_the_next_completes_it(where, calls, grouped, tmp_path):
     values = [input_record(f"{i}", f"d{i % 3}") for i in range(40)]
     name, out = write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out"
     code = KILLED.format(where=where, calls=calls, name=name, out=str(out), grouped=grouped)
@@ -221,7 +220,7 @@ def test_a_killed_prepare_leaves_no_output_and_the_next_one_makes_it_whole(
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_an_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, monkeypatch):
+def test_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise interruption
 
@@ -231,7 +230,7 @@ def test_an_interrupted_prepare_leaves_nothing_behind(interruption, tmp_path, mo
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
-def test_a_second_prepare_into_the_same_folder_is_refused_while_the_first_runs(tmp_path):
+def test_concurrent_prepare_into_the_same_output_dir_is_rejected(tmp_path):
     name, out = write_jsonl(tmp_path / "in.jsonl", [input_record("a")]), tmp_path / "out"
     with writer.published(str(out)) as work:
         (work / "tars" / "shard-000000.tar").write_bytes(b"first")
@@ -242,9 +241,7 @@ def test_a_second_prepare_into_the_same_folder_is_refused_while_the_first_runs(t
     assert (out / "shard-000000.tar").read_bytes() == b"first"
 
 
-def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_works(
-    tmp_path, monkeypatch
-):
+def test_without_file_locks_a_leftover_folder_is_rejected(tmp_path, monkeypatch):
     def no_locks(*arguments):
         raise OSError(95, "Operation not supported")
 
@@ -260,7 +257,7 @@ def test_without_file_locks_a_folder_left_behind_is_refused_and_a_fresh_one_work
     assert (tmp_path / "other.preparing" / "tars").exists()
 
 
-def test_a_folder_that_only_looks_like_a_leftover_is_not_deleted(tmp_path):
+def test_foreign_folder_with_the_name_of_a_leftover_is_not_deleted(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     (tmp_path / "out.preparing").mkdir()
     (tmp_path / "out.preparing" / "thesis.tex").write_text("keep")
@@ -271,7 +268,7 @@ def test_a_folder_that_only_looks_like_a_leftover_is_not_deleted(tmp_path):
     assert (tmp_path / "out.preparing" / "thesis.tex").read_text() == "keep"
 
 
-def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monkeypatch):
+def test_full_disk_is_an_error_and_nothing_is_published(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
@@ -283,7 +280,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_published(tmp_path, monke
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
-def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_mount_point_is_rejected_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(writer.os.path, "ismount", lambda path: True)
     with pytest.raises(StoreError, match="is a mount point"):
@@ -293,7 +290,7 @@ def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
 # ---- Progress
 
 
-def test_progress_without_a_terminal_is_plain_lines_on_stderr(tmp_path, monkeypatch, capsys):
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "PLAIN_INTERVAL_S", 0.0)
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a", "d")] * 3)
     config = PrepareConfig(inputs=(name,), output_dir=str(tmp_path / "out"), group_by_domain=True)
@@ -305,9 +302,7 @@ def test_progress_without_a_terminal_is_plain_lines_on_stderr(tmp_path, monkeypa
     assert "\r" not in printed.err
 
 
-def test_progress_on_a_terminal_is_a_bar_and_none_is_shown_where_none_is_wanted(
-    tmp_path, monkeypatch, capsys
-):
+def test_progress_on_a_terminal_is_a_bar_unless_disabled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(prepare_module, "BAR_INTERVAL_S", 0.0)
     name = write_jsonl(tmp_path / "in.jsonl", [input_record("a")] * 3)

@@ -1,4 +1,4 @@
-"""Laws of the inputs: every reader gives each record once, in order, unchanged, or says where it is damaged."""
+"""Readers yield each record once, in order, unchanged, or raise an error at the damage."""
 
 import gzip
 import itertools
@@ -51,7 +51,7 @@ def test_webdataset_reads_back_every_text_unchanged_and_in_order(kind, tmp_path)
 
 
 @pytest.mark.parametrize("kind", sorted(SOURCES))
-def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_path):
+def test_any_split_of_an_input_reads_the_same_records(kind, tmp_path):
     name = write_as(kind, tmp_path / "in", [input_record(f"text {i}") for i in range(20)])
 
     def read(ids):
@@ -64,7 +64,7 @@ def test_reading_twenty_records_is_reading_seven_and_then_thirteen(kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path):
+def test_reader_reports_its_position_in_the_file(kind, tmp_path):
     noise = random.Random(0)
     name = write_as(
         kind, tmp_path / "in", [input_record(noise.randbytes(500_000).hex()) for _ in range(12)]
@@ -76,7 +76,7 @@ def test_a_reader_tells_how_many_bytes_of_its_file_are_behind_it(kind, tmp_path)
     assert 0.9 * os.path.getsize(name) < positions[-1] <= os.path.getsize(name)
 
 
-def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(tmp_path):
+def test_inputs_of_several_kinds_are_read_in_the_order_given(tmp_path):
     kinds = [".jsonl.zst", ".parquet", ".jsonl"]
     names = [
         write_as(kind, tmp_path / kind, [input_record(f"{kind} {i}") for i in range(3)])
@@ -87,7 +87,7 @@ def test_several_inputs_of_different_kinds_follow_each_other_in_the_order_given(
     assert [document["text"] for document in packed_documents(tmp_path / "out")] == want
 
 
-def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(tmp_path):
+def test_standard_library_gives_source_files_with_packages_as_domains(tmp_path):
     report = run_prepare("stdlib:", tmp_path / "out")
     by_path = {
         document["meta"]["path"]: document for document in packed_documents(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_the_standard_library_becomes_its_source_files_with_packages_as_domains(
     assert report.n_samples == len(by_path) > 300
 
 
-def test_the_standard_library_keeps_its_own_fields_beside_an_input_with_others(tmp_path):
+def test_standard_library_keeps_its_fields_beside_other_inputs(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [{"body": "mine", "kind": "k"}])
     report = run_prepare(
         [name, "stdlib:"], tmp_path / "out", text_field="body", domain_field="kind"
@@ -112,7 +112,7 @@ def test_the_standard_library_keeps_its_own_fields_beside_an_input_with_others(t
 
 
 @pytest.mark.parametrize("split", ["", ":train", "@default:train"])
-def test_a_hugging_face_data_set_is_read_with_its_configuration_and_split(split, tmp_path):
+def test_hugging_face_data_set_is_read_with_configuration_and_split(split, tmp_path):
     write_as("hf:", tmp_path / "in", [input_record("one"), input_record("two")])
     run_prepare(f"hf:{tmp_path / 'in'}{split}", tmp_path / "out")
     assert [document["text"] for document in packed_documents(tmp_path / "out")] == ["one", "two"]
@@ -122,7 +122,7 @@ def test_a_hugging_face_data_set_is_read_with_its_configuration_and_split(split,
     ("suffix", "reason"),
     [(":nope", "Bad split: nope"), ("@nope", "'nope' not found"), ("/nowhere", "nowhere")],
 )
-def test_a_hugging_face_data_set_that_cannot_be_opened_is_one_clear_error(suffix, reason, tmp_path):
+def test_hugging_face_data_set_that_cannot_be_opened_is_one_line(suffix, reason, tmp_path):
     write_as("hf:", tmp_path / "in", [input_record("one")])
     with pytest.raises(CorpusError) as caught:
         run_prepare(f"hf:{tmp_path / 'in'}{suffix}", tmp_path / "out")
@@ -133,7 +133,7 @@ def test_a_hugging_face_data_set_that_cannot_be_opened_is_one_clear_error(suffix
     assert "\n" not in message
 
 
-def test_a_hugging_face_name_that_cannot_be_reached_says_so(tmp_path, monkeypatch):
+def test_unreachable_hugging_face_name_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         CorpusError, match=r"Couldn't reach 'nobody/nothing' on the Hub .* and the network, or give"
@@ -142,7 +142,7 @@ def test_a_hugging_face_name_that_cannot_be_reached_says_so(tmp_path, monkeypatc
     assert os.listdir(tmp_path) == []
 
 
-def test_parquet_columns_that_no_document_needs_are_not_read(tmp_path):
+def test_unneeded_parquet_columns_are_not_read(tmp_path):
     rows = [
         {"text": f"t{i}", "id": i, "vector": [0.5] * 9, "blob": b"\xff", "meta": None}
         for i in range(100)
@@ -157,7 +157,7 @@ def test_parquet_columns_that_no_document_needs_are_not_read(tmp_path):
     }
 
 
-def test_parquet_text_that_is_not_utf8_is_a_bad_row_with_its_number(tmp_path):
+def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):
     raw = pyarrow.array([b"fine", b"\xff\xfe", b"also fine"], pyarrow.binary())
     table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())})
     parquet.write_table(table, tmp_path / "in.parquet")
@@ -189,7 +189,7 @@ def test_compressed_files_of_several_members_are_read_to_their_end(tmp_path):
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.999])
 @pytest.mark.parametrize("on_bad_input", ["error", "skip"])
-def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(
+def test_truncated_compressed_file_is_an_error_with_the_line_reached(
     kind, cut, on_bad_input, tmp_path
 ):
     noise = random.Random(1)
@@ -208,7 +208,7 @@ def test_a_compressed_file_cut_short_is_an_error_with_the_line_reached(
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_compressed_file_with_flipped_bytes_or_foreign_content_is_an_error(kind, tmp_path):
+def test_damaged_compressed_file_is_an_error(kind, tmp_path):
     noise = random.Random(2)
     raw = b"".join(line_of(input_record(noise.randbytes(2000).hex())) for _ in range(100))
     checked = zstandard.ZstdCompressor(write_checksum=True)
@@ -221,7 +221,7 @@ def test_a_compressed_file_with_flipped_bytes_or_foreign_content_is_an_error(kin
             run_prepare(str(path), tmp_path / "out", on_bad_input="skip")
 
 
-def test_a_parquet_file_cut_short_is_an_error(tmp_path):
+def test_truncated_parquet_file_is_an_error(tmp_path):
     name = write_as(".parquet", tmp_path / "in", [input_record(f"{i}") for i in range(100)])
     Path(name).write_bytes(Path(name).read_bytes()[:-20])
     with pytest.raises(CorpusError, match=r"in\.parquet, after row 0: not whole parquet"):
@@ -236,13 +236,13 @@ def test_inputs_without_a_document_are_an_error(raw, tmp_path):
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
-def test_inputs_with_only_bad_lines_are_an_error_that_shows_the_first(tmp_path):
+def test_inputs_with_only_bad_lines_are_an_error_with_the_first(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b'{"content": "x"}\n' * 5)
     with pytest.raises(CorpusError, match=r"first of 5 bad inputs: .*line 1: no field 'text'"):
         run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out", on_bad_input="skip")
 
 
-def test_a_missing_file_and_a_folder_are_found_before_anything_is_read(tmp_path):
+def test_missing_file_or_folder_is_an_error_before_anything_is_read(tmp_path):
     good = write_jsonl(tmp_path / "in.jsonl", [input_record("a")])
     with pytest.raises(CorpusError, match=r"no\.jsonl: no such file; check the path"):
         run_prepare([good, str(tmp_path / "no.jsonl")], tmp_path / "out")

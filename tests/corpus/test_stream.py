@@ -1,4 +1,4 @@
-"""The unit stream: exactly the promised documents, in id order, or an error that names the tar."""
+"""The stream: exactly the documents of a range, in id order, or an error that names the tar."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def index_of(*paths: Path):
 
 @pytest.fixture
 def tars(tmp_path):
-    """201 samples: tars of one block and more, of one sample, of none, with pax headers, with two members a sample."""
+    """201 samples: tars with more than a block, one sample, none, pax headers, pairs of members."""
     pairs = [
         (f"{i}.{suffix}", data)
         for i in range(66)
@@ -44,7 +44,7 @@ def tars(tmp_path):
     ]
 
 
-def test_every_document_is_the_one_that_webdataset_reads_from_the_whole_tar(tars):
+def test_documents_equal_those_that_webdataset_reads_from_whole_tars(tars):
     slow = [(number, sample) for number, tar in enumerate(tars) for sample in slow_samples(tar)]
     got = list(read_documents(index_of(*tars), 0, 201))
     assert [d.sample_id for d in got] == list(range(201))
@@ -72,14 +72,14 @@ def test_any_split_of_a_range_reads_the_same_documents(tars):
         assert read(i, i + 1) == [whole[i]]
 
 
-def test_a_range_outside_the_corpus_is_refused(tars):
+def test_range_outside_the_corpus_is_rejected(tars):
     with pytest.raises(
         CorpusError, match="sample ids 200 to 202 are not in this corpus of 201 samples"
     ):
         list(read_documents(index_of(*tars), 200, 202))
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# ---- bad input
 
 DEEP = 100_000
 BAD = {
@@ -155,7 +155,7 @@ def read_one(tmp_path, members, limits):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_sample_that_is_no_document_says_why_and_the_stream_goes_on(kind, tmp_path):
+def test_bad_sample_has_a_problem_and_the_stream_continues(kind, tmp_path):
     members, words = BAD[kind]
     got = read_one(tmp_path, members, ReadLimits(max_document_bytes=300_000))
     assert got.problem is not None
@@ -170,7 +170,7 @@ def test_unusual_documents_are_read(kind, tmp_path):
     assert (got.text, got.input_ids, got.problem) == (text, input_ids, None)
 
 
-def test_the_stream_and_the_index_count_the_same_domains(tmp_path):
+def test_stream_and_index_count_the_same_domains(tmp_path):
     odd = [*BAD.values(), *(value[:2] for value in GOOD.values())]
     named = [
         (f"{i}.{suffix}", data)
@@ -184,7 +184,7 @@ def test_the_stream_and_the_index_count_the_same_domains(tmp_path):
     assert Counter(d.domain for d in got) == index.domain_counts()
 
 
-def test_a_member_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
+def test_member_over_the_limit_is_not_read(tmp_path, monkeypatch):
     members = [
         ("a.txt", b"x" * 5000),
         *plain_members(70),
@@ -203,7 +203,7 @@ def test_a_member_too_large_for_the_memory_is_not_read(tmp_path, monkeypatch):
     ]
 
 
-def test_keys_are_data_and_never_paths(tmp_path):
+def test_keys_are_never_used_as_paths(tmp_path):
     (tmp_path / "secret.json").write_bytes(document("secret"))
     keys = ["../secret", "/etc/passwd", "a/../../secret", "-rf", "$(touch x)"]
     index = index_of(write_tar(tmp_path / "a.tar", [(f"{k}.json", document("mine")) for k in keys]))
@@ -216,12 +216,12 @@ def test_keys_are_data_and_never_paths(tmp_path):
 @pytest.mark.parametrize(
     "limits", [{"max_document_bytes": 0}, {"max_json_depth": 0}, {"max_json_depth": 501}]
 )
-def test_limits_that_make_no_sense_are_refused(limits):
+def test_impossible_limits_are_rejected(limits):
     with pytest.raises(ConfigError, match=f"--{next(iter(limits))} must be"):
         ReadLimits(**limits)
 
 
-# --- changed since it was indexed -------------------------------------------------------------------
+# ---- changed since it was indexed
 
 
 def change(tar, edit):
@@ -274,7 +274,7 @@ HIDDEN_CHANGES = {
 
 
 @pytest.mark.parametrize("kind", HIDDEN_CHANGES)
-def test_a_change_that_size_and_time_hide_is_named_with_its_block(kind, tmp_path):
+def test_change_with_equal_size_and_time_is_named_with_its_block(kind, tmp_path):
     edit, first, last, words = HIDDEN_CHANGES[kind]
     index = index_of(write_tar(tmp_path / "a.tar", plain_members(200)))
     change(index.tars[0], edit)
@@ -292,16 +292,15 @@ def test_a_change_that_size_and_time_hide_is_named_with_its_block(kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", HIDDEN_CHANGES)
-def test_the_error_comes_before_the_last_document_of_the_range(kind, tmp_path):
+def test_error_precedes_the_last_document_of_the_range(kind, tmp_path):
     index = index_of(write_tar(tmp_path / "a.tar", plain_members(200)))
     change(index.tars[0], HIDDEN_CHANGES[kind][0])
     with pytest.raises(CorpusError):
-        list(
-            islice(read_documents(index, 65, 71), 6)
-        )  # takes six, and does not ask whether there is a seventh
+        # Six documents, without asking for a seventh.
+        list(islice(read_documents(index, 65, 71), 6))
 
 
-def test_a_tar_cut_while_it_keeps_its_time_is_refused_by_its_size(tmp_path):
+def test_truncated_tar_with_equal_time_is_rejected_by_its_size(tmp_path):
     index = index_of(write_tar(tmp_path / "a.tar", plain_members(200)))
 
     def cut(raw):
@@ -313,7 +312,7 @@ def test_a_tar_cut_while_it_keeps_its_time_is_refused_by_its_size(tmp_path):
 
 
 @pytest.mark.parametrize("where", [100 * 1024, 100 * 1024 + 700])
-def test_a_tar_that_is_cut_while_it_is_read_is_an_error(where, tmp_path, monkeypatch):
+def test_tar_truncated_while_it_is_read_is_an_error(where, tmp_path, monkeypatch):
     members = [(f"{i:06d}.json", document("x" * 300)) for i in range(200)]  # 1,024 bytes each
     index = index_of(write_tar(tmp_path / "a.tar", members))
     os.truncate(index.tars[0].path, where)

@@ -1,4 +1,4 @@
-"""One pass over a tar: every sample where it is, and every damage by its name."""
+"""The scan of a tar: every sample's offset, and an error for every damage."""
 
 import random
 import tarfile
@@ -29,7 +29,7 @@ FIELD = "meta.pile_set_name"
 END = bytes(2 * BLOCK)
 
 
-# --- what a tar holds -------------------------------------------------------------------------------
+# ---- what a tar holds
 
 
 def long_names(n):
@@ -86,9 +86,7 @@ FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfil
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", TARS)
-def test_a_scan_finds_the_samples_that_webdataset_finds_where_tarfile_finds_them(
-    name, form, tmp_path, monkeypatch
-):
+def test_scan_agrees_with_webdataset_and_tarfile(name, form, tmp_path, monkeypatch):
     if name == "long names" and form == "ustar":
         pytest.skip("ustar has no room for them")
     mtime = 1.5 if form == "pax" else 0  # a pax header before every member
@@ -111,7 +109,7 @@ def test_a_scan_finds_the_samples_that_webdataset_finds_where_tarfile_finds_them
         assert facts.largest_member_bytes == max(read, default=0)
 
 
-def test_tars_of_webdatasets_own_writer_are_read(tmp_path):
+def test_tars_of_webdatasets_writer_are_read(tmp_path):
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         for i in range(100):
             writer.write(
@@ -188,14 +186,14 @@ def test_names_are_split_and_skipped_as_webdataset_does(name, tmp_path):
     assert scan_tar(path, FIELD).n_samples == len(samples)
 
 
-def test_too_many_domains_are_refused(tmp_path, monkeypatch):
+def test_too_many_domains_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(tarscan, "MAX_DOMAINS", 2)
     path = write_tar(tmp_path / "a.tar", plain_members(5))
     with pytest.raises(CorpusError, match="over 2 different values; give --domain_field"):
         scan_tar(path, FIELD)
 
 
-# --- damage -----------------------------------------------------------------------------------------
+# ---- damage
 
 
 def at_byte(raw: bytes, position: int, new: bytes) -> bytes:
@@ -291,7 +289,7 @@ def test_every_damage_names_the_tar_the_byte_and_the_kind(kind, tmp_path):
     assert "Copy or make this tar again" in message
 
 
-def test_a_tar_cut_anywhere_is_damaged(tmp_path):
+def test_tar_truncated_anywhere_is_damaged(tmp_path):
     raw = small_tar(tmp_path / "a.tar").read_bytes()
     for n in [*range(0, 3072 + 1024, 61), *range(0, 3072 + 1024, 512)]:
         (tmp_path / "a.tar").write_bytes(raw[:n])
@@ -300,7 +298,7 @@ def test_a_tar_cut_anywhere_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_flipped_bit_is_an_error_or_another_digest(form, tmp_path):
+def test_flipped_bit_is_an_error_or_changes_the_digest(form, tmp_path):
     path = write_tar(
         tmp_path / "a.tar", [("a.json", document("a", "D")), ("b.txt", b"b")], FORMS[form], 1.5
     )
@@ -348,7 +346,7 @@ GROUPING = {
 
 
 @pytest.mark.parametrize("kind", GROUPING)
-def test_samples_that_webdataset_would_tear_or_lose_are_refused(kind, tmp_path):
+def test_samples_that_webdataset_would_split_or_lose_are_rejected(kind, tmp_path):
     members, offset, words = GROUPING[kind]
     path = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(CorpusError) as caught:
@@ -372,7 +370,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("words", UNSUPPORTED)
-def test_tars_of_a_kind_that_is_not_read_are_refused_by_name(words, tmp_path):
+def test_unsupported_kinds_of_tars_are_rejected_by_name(words, tmp_path):
     (tmp_path / "a.tar").write_bytes(UNSUPPORTED[words])
     with pytest.raises(CorpusError, match=words) as caught:
         scan_tar(tmp_path / "a.tar", FIELD)

@@ -1,4 +1,4 @@
-"""Loading: every family, the skeleton's shapes, adapters, and checkpoints that are not what they should be."""
+"""Loading: every family, the skeleton, adapters, fingerprints, damaged checkpoints."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def files_of(path, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
+def test_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
     files = files_of(make_model(tmp_path, family))
     config = ProjectionConfig(rank_total=24, rank_min=3, include_embeddings=True)
     assert place_widths(model_skeleton(files), config) == place_widths(
@@ -36,14 +36,14 @@ def test_the_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_loaded_model_is_frozen_in_eval_mode_and_in_the_dtype_asked_for(tmp_path, dtype):
+def test_loaded_model_is_frozen_in_eval_mode_and_in_model_dtype(tmp_path, dtype):
     model = load_model(files_of(make_model(tmp_path), model_dtype=dtype), CPU)
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(m.training for m in model.modules())
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_random_weights_come_from_their_seed_and_leave_the_generator_alone(tmp_path):
+def test_random_weights_follow_their_seed_and_keep_the_generator_state(tmp_path):
     make_model(tmp_path)
     state = torch.get_rng_state().clone()
     first, again, other = (
@@ -55,7 +55,7 @@ def test_random_weights_come_from_their_seed_and_leave_the_generator_alone(tmp_p
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_fingerprints_know_what_changed_and_nothing_else(tmp_path):
+def test_only_the_fingerprint_of_the_changed_part_changes(tmp_path):
     def fingerprints(path):
         files = files_of(path)
         return (
@@ -78,7 +78,7 @@ def test_fingerprints_know_what_changed_and_nothing_else(tmp_path):
     assert fingerprints(make_model(tmp_path / "c", rms_norm_eps=1e-3))[1] != before[1]
 
 
-def test_a_tokenizers_fingerprint_does_not_depend_on_its_use(tmp_path):
+def test_tokenizer_fingerprint_does_not_depend_on_its_use(tmp_path):
     tokenizer = load_tokenizer(files_of(make_model(tmp_path)))
     before = tokenizer_fingerprint(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
@@ -89,7 +89,7 @@ def test_a_tokenizers_fingerprint_does_not_depend_on_its_use(tmp_path):
     assert tokenizer_fingerprint(load_tokenizer(files_of(tmp_path))) == before
 
 
-def test_weights_that_the_checkpoint_lacks_are_an_error_and_not_random_numbers(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     make_model(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -110,7 +110,7 @@ def test_weights_of_another_shape_are_an_error(tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
-def test_torn_weights_are_an_error_before_anything_is_made(tmp_path):
+def test_truncated_weights_are_an_error_before_loading(tmp_path):
     make_model(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -118,7 +118,7 @@ def test_torn_weights_are_an_error_before_anything_is_made(tmp_path):
         files_of(tmp_path)
 
 
-def test_a_bidirectional_model_is_refused(tmp_path):
+def test_bidirectional_model_is_rejected(tmp_path):
     from transformers import BertConfig, BertLMHeadModel
 
     config = BertConfig(
@@ -134,21 +134,21 @@ def test_a_bidirectional_model_is_refused(tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path):
+def test_model_that_is_no_causal_language_model_is_rejected(tmp_path):
     make_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelError, match="causal language model"):
         model_skeleton(files_of(tmp_path))
 
 
-def test_a_config_that_cannot_be_used_is_refused(tmp_path):
+def test_unusable_config_is_rejected(tmp_path):
     make_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     with pytest.raises(ModelError, match="its config cannot be used"):
         model_skeleton(files_of(tmp_path))
 
 
-def test_a_peft_adapters_directory_loads_with_its_base(tmp_path):
+def test_peft_adapter_loads_with_its_base(tmp_path):
     peft = pytest.importorskip("peft", reason="the peft extra is not installed")
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The beginning of a long document has the tokens of the whole; special tokens are those asked for."""
+"""The first tokens of a long document equal those of the whole; special tokens are added."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("special", ["tokenizer", "none", "bos", "bos_eos"])
 @pytest.mark.parametrize("most", [4, 16, 100])
-def test_the_tokens_wanted_are_those_of_the_whole_document(tokenizer, special, most):
+def test_first_tokens_are_those_of_the_whole_document(tokenizer, special, most):
     for text, got in zip(TEXTS, Tokenizing(tokenizer, special, most).ids(TEXTS), strict=True):
         whole = tokenizer(text, add_special_tokens=special == "tokenizer").input_ids
         want = [*([0] if "bos" in special else []), *whole, *([1] if "eos" in special else [])]
@@ -54,7 +54,7 @@ def test_without_a_limit_the_whole_document_is_tokenized(tokenizer):
     np.testing.assert_array_equal(got, tokenizer(text).input_ids)
 
 
-def test_a_tokenizer_without_words_reads_the_whole_document():
+def test_tokenizer_without_words_tokenizes_the_whole_document():
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "aba": 3}, [("a", "b"), ("ab", "a")]))
     backend.normalizer = normalizers.Replace(" ", "")
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
