@@ -24,7 +24,6 @@ _SETTINGS: Any = {
     # Names of domains and layers are untrusted: a dollar sign must not start a formula.
     "text.parse_math": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "gradproj",
 }
 
 
@@ -84,10 +83,10 @@ def axes_at(figure: "Figure", left: float, top: float, width: float, height: flo
 
 
 def drawing_of(figure: "Figure", title: str, description: str) -> Drawing:
-    """Convert a figure, without ids, references, clipping and fonts.
+    """Convert a figure, without metadata, ids, references, clipping and fonts.
 
-    Without ids, the figures of a page cannot refer to each other's parts, and equal figures give
-    equal bytes. Artists must lie inside their axes.
+    Without ids and dates, equal figures give equal bytes, and the figures of a page cannot refer to
+    each other's parts. Artists must lie inside their axes, since nothing clips them.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -95,7 +94,7 @@ def drawing_of(figure: "Figure", title: str, description: str) -> Drawing:
     with warnings.catch_warnings():
         # The browser chooses the font, so a glyph that matplotlib's font lacks is no problem.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(written)
     elements = ET.fromstring(written.getvalue()).iter()
     named = ((element.tag.rpartition("}")[2], element) for element in elements)
     shapes = [

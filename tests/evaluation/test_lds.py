@@ -22,11 +22,12 @@ from gradproj.__main__ import main
 from gradproj.cli.lds import table_lines
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
-from gradproj.errors import CorpusError, ModelError, OtherSettingsError, StoreError
+from gradproj.errors import ConfigError, CorpusError, ModelError, OtherSettingsError, StoreError
 from gradproj.evaluation import retraining
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
 from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
+from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retraining import train_config
 
 SMALL = {
@@ -351,3 +352,44 @@ def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, mo
     ]
     assert main(["lds", *flags]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"subsets": 2}, r"--subsets must be at least 3, got 2 \(a rank correlation"),
+        ({"n_documents": 0}, "--n_documents must be at least 1, got 0"),
+        (
+            {"n_documents": 10, "n_near_copies": 6},
+            "--n_documents must be at least 12, got 10",
+        ),
+        ({"corruption": 1.0}, "--corruption must be at least 0 and less than 1"),
+        ({"leave_out": 72}, "--leave_out 72 is more than --n_queries 64"),
+        ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
+        (
+            {"leave_out": 12},
+            "--leave_out 12 is not a multiple of --leave_out_group 8",
+        ),
+        ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
+    ],
+)
+def test_invalid_settings_are_rejected(given, message):
+    with pytest.raises(ConfigError, match=message):
+        LdsConfig(shards="x", output_dir="y", **given)
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ("", "--methods is empty"),
+        ("bm25,trak", "unknown method 'trak'; choose from random, .*SCORE@K"),
+        ("bm25,bm25", "--methods names bm25 twice"),
+        ("euclid@16", "there is no score 'euclid'; choose one of kfac"),
+        ("dot@16:0.1", "dot has no damping; write dot@16"),
+        ("kfac@0", "K must be at least 1"),
+        ("kfac@16:1.2.3", "'1.2.3' is not a number"),
+    ],
+)
+def test_invalid_methods_are_rejected(listed, message):
+    with pytest.raises(ConfigError, match=message):
+        names_of(listed, "--methods")

@@ -47,10 +47,11 @@ def report(capsys, *argv):
 
 
 def test_page_is_balanced_has_a_heading_for_each_link_and_loads_nothing(job, parsed):
-    ids = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
     links = [a["href"] for tag, a in parsed.tags if tag == "a"]
     assert len(links) >= 6
-    assert {link.removeprefix("#") for link in links} <= ids
+    assert {link.removeprefix("#") for link in links} <= set(ids)
     for tag, attributes in parsed.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "img")
         assert not [name for name in attributes if name.startswith("on")]

@@ -1,4 +1,4 @@
-"""Baselines that use a model, on small random models."""
+"""Baselines and the kronfluence reference, on small random models and texts."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import make_model, small_model
 
-from gradproj.evaluation.baselines import hidden_cosine
+from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap
 from gradproj.evaluation.kronfluence import kronfluence_scores, linear_in_place_of_conv1d
 from gradproj.evaluation.retraining import load, query_losses
 
@@ -62,3 +62,27 @@ def test_query_loss_is_the_mean_over_target_tokens(folder, documents):
     with torch.no_grad():
         want = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
     np.testing.assert_allclose(query_losses(model, documents), want, rtol=1e-5)
+
+
+def test_each_common_ngram_counts_once():
+    documents = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 1, 2], [9, 9, 9, 9, 9, 9]])
+    queries = np.array([[1, 2, 3, 4, 5, 9], [9, 9, 9, 9, 9, 9]])
+    assert ngram_overlap(documents, queries).tolist() == [[2, 1, 0], [0, 0, 1]]
+
+
+def test_bm25_is_lucenes_formula():
+    pytest.importorskip("bm25s")
+    documents, queries = (
+        np.array([[5, 5, 7, 8], [5, 6, 6, 6], [1, 2, 3, 4]]),
+        np.array([[5, 6, 6, 99]]),
+    )
+    k1, b, n, mean_length = 1.5, 0.75, 3, 4.0
+
+    def weight(token: int, document: list[int]) -> float:
+        df = sum(token in d for d in documents.tolist())
+        tf, length = document.count(token), len(document)
+        idf = np.log(1 + (n - df + 0.5) / (df + 0.5))
+        return idf * tf / (tf + k1 * (1 - b + b * length / mean_length)) if df else 0.0
+
+    want = [[sum(weight(t, d) for t in q) for d in documents.tolist()] for q in queries.tolist()]
+    np.testing.assert_allclose(bm25(documents, queries), want, rtol=1e-5)
