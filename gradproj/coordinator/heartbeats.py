@@ -161,7 +161,7 @@ class Sighting:
 
     @property
     def still_s(self) -> float:
-        """How long the heartbeat has been seen not to move."""
+        """Time for which the heartbeat has been seen not to move."""
         return self.seen_at - self.since
 
     def is_moving(self) -> bool:
@@ -187,7 +187,7 @@ class HeartbeatWatch:
         """Note a heartbeat's current value; None if it does not exist.
 
         A heartbeat seen for the first time counts from now, and has not moved yet. One that has
-        disappeared is no sign of life: whoever takes over a claim of its process deletes it.
+        disappeared is no sign of life: a process that takes over a claim deletes it.
         """
         now, sighting = time.monotonic(), self._sightings.get(key)
         if sighting is None or (beat is not None and sighting.beat != beat):

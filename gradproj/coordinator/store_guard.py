@@ -11,7 +11,7 @@ from gradproj.store.layout import STORE_NAME
 from gradproj.store.metadata import WhichStore
 
 _START_AGAIN = "Start again: what was committed is kept."
-_RESTORE_OR_DELETE = "Restore it and start again; if it is lost, delete the output to begin anew."
+_RESTORE_OR_DELETE = "Restore it and start again; if it is lost, delete the output and start over."
 _WAYS_OUT = {
     "units": "Restore it and start again; without it, every unit is computed again.",
     "claims": _START_AGAIN,
@@ -85,7 +85,7 @@ class StoreGuard:
         if not self._output.is_dir():
             return StoreError(
                 f"{self._output} was deleted while this job ran, with everything in it. Restore "
-                "it and start again; if it is lost, start again to begin anew."
+                "it and start again; if it is lost, start over."
             )
         path = self._output / folder
         return StoreError(f"{path} was deleted while this job ran. {_WAYS_OUT[folder]}")

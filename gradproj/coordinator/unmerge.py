@@ -46,7 +46,7 @@ def check_records_have_store(output: Path) -> None:
         raise StoreError(
             f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: "
             "their rows are gone. Restore that folder and start again; if it is lost, delete the "
-            "whole output to begin anew"
+            "whole output and start over"
         )
 
 

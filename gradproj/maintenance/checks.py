@@ -29,7 +29,7 @@ class Damage:
     """One file that differs from what was committed."""
 
     kind: str
-    """What repairs it. ``unit``: computing the unit again. ``rows``: the same, for rows that are
+    """Way to repair it. ``unit``: computing the unit again. ``rows``: the same, for rows that are
     wrong under right checksums. ``columns``: merging again. ``other``: neither."""
     unit: int | None
     path: str

@@ -47,7 +47,7 @@ class MergeLock:
 
     output: Path
     queue: UnitQueue
-    """Of this process, which may claim units too."""
+    """Queue of this process, which may claim units too."""
     progress: Progress
     """The command must move its counter as long as it works."""
 

@@ -54,7 +54,7 @@ class RowCheck:
     unit: int
     key: str
     status: str
-    """As stored."""
+    """Stored status."""
     error: float
     """``|again - stored| / |again|``, in float32 after decoding both."""
     what: str

@@ -86,7 +86,7 @@ class Status:
     partial: list[PartialUnit]
     speed: Speed
     watched_s: float
-    """How long the heartbeats were watched."""
+    """Time for which the heartbeats were watched."""
     by_status: dict[str, int] | None
     """Rows by status; None if they were not counted."""
     n_units_counted: int

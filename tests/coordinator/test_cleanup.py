@@ -90,12 +90,12 @@ def test_outdated_directory_listing_is_read_again_after_touching_the_directory(
     assert fill(tmp_path, layout, here())
     folder, when = tmp_path / "projections.zarr" / "projections", []
 
-    def remembered(asked):
+    def cached_listing(folder_listed):
         when.append(os.stat(folder).st_mtime_ns)
         return np.array([0] if when[0] == when[-1] else [0, 1, 2])
 
     os.utime(folder, (0, 0))
-    monkeypatch.setattr(unmerge, "list_shards", remembered)
+    monkeypatch.setattr(unmerge, "list_shards", cached_listing)
     check_records_have_shards(tmp_path)
     assert len(when) == 2
 

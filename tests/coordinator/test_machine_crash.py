@@ -89,8 +89,8 @@ def run(plan, owner, disk=None, stop_after=2):
 
 
 def save_part(log, disk):
-    done, found = log.read()
-    assert all(np.array_equal(part.rows, PART.rows) for part in found)
+    done, matches = log.read()
+    assert all(np.array_equal(part.rows, PART.rows) for part in matches)
     if not done:
         log.append(0, 1, PART)
     if disk is not None:
@@ -281,9 +281,9 @@ def test_data_is_flushed_then_published_then_recorded(tmp_path, plan):
         ]
         at = -1
         for step in in_order:
-            found = [i for i in range(at + 1, len(changes)) if re.fullmatch(step, changes[i])]
-            assert found, f"no {step} after {changes[at]}"
-            at = found[0]
+            matches = [i for i in range(at + 1, len(changes)) if re.fullmatch(step, changes[i])]
+            assert matches, f"no {step} after {changes[at]}"
+            at = matches[0]
     # The merge: columns, then sums, statistics and metadata, and last the attribute ``complete``.
     places = {
         name: max(i for i, change in enumerate(changes) if f"/{name}" in change)

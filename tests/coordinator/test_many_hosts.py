@@ -238,7 +238,7 @@ def run_hosts(output, seed, here):
     """Fill a store by eight hosts, each hanging now and then before a file system change."""
     layout = make_store(output, n_samples=8 * N_UNITS - 3, rows_per_shard=8)
     hosts = [Host(number, output, layout, seed) for number in range(N_HOSTS)]
-    found = SimpleNamespace(hosts=hosts, layout=layout, output=output, seen={}, changed=[])
+    outcome = SimpleNamespace(hosts=hosts, layout=layout, output=output, seen={}, changed=[])
     ended = threading.Event()
 
     def run(host):
@@ -249,7 +249,7 @@ def run_hosts(output, seed, here):
         if hasattr(here, "host") and name != "fsync":
             here.host.maybe_freeze()
 
-    watcher = threading.Thread(target=watch, args=(found, ended))
+    watcher = threading.Thread(target=watch, args=(outcome, ended))
     threads = [threading.Thread(target=run, args=(host,)) for host in hosts]
     with before_each_change(freeze):
         for thread in (watcher, *threads):
@@ -258,18 +258,18 @@ def run_hosts(output, seed, here):
             thread.join()
         ended.set()
         watcher.join()
-    return found
+    return outcome
 
 
-def watch(found, ended):
+def watch(outcome, ended):
     """Write heartbeats of hosts that are awake; note published files that change."""
     while not ended.wait(0.03):
-        for host in found.hosts:
+        for host in outcome.hosts:
             host.beat()
-        for unit in list_records(found.output / "units").tolist():
-            shard = file_sum(found.output / found.layout.shard_name(unit))
-            if found.seen.setdefault(unit, shard) != shard:
-                found.changed.append(unit)
+        for unit in list_records(outcome.output / "units").tolist():
+            shard = file_sum(outcome.output / outcome.layout.shard_name(unit))
+            if outcome.seen.setdefault(unit, shard) != shard:
+                outcome.changed.append(unit)
 
 
 def test_eight_hosts_that_hang_and_wake_up_commit_every_id_once(tmp_path, here, monkeypatch):
@@ -280,18 +280,18 @@ def test_eight_hosts_that_hang_and_wake_up_commit_every_id_once(tmp_path, here, 
         lambda step: fenced.append(step) if step == "old owner fenced" else None,
     )
     for seed in range(5):
-        found = run_hosts(tmp_path / str(seed), seed, here)
-        assert [host.error for host in found.hosts] == [None] * N_HOSTS
-        assert_sound(found)
+        outcome = run_hosts(tmp_path / str(seed), seed, here)
+        assert [host.error for host in outcome.hosts] == [None] * N_HOSTS
+        assert_sound(outcome)
         if len(fenced) > 5:
             return
     pytest.fail(f"{len(fenced)} takeovers in five runs: the test shows nothing")
 
 
-def assert_sound(found):
+def assert_sound(outcome):
     """Check that every unit is committed once, with rows and columns of one host."""
-    output, layout = found.output, found.layout
-    assert found.changed == []
+    output, layout = outcome.output, outcome.layout
+    assert outcome.changed == []
     assert inconsistent_units(output, layout) == []
     assert list_records(output / "units").tolist() == list(range(N_UNITS))
     assert is_complete(output)

@@ -59,8 +59,8 @@ def test_stop_request_interrupts_the_merge_and_the_next_start_merges(tmp_path):
     queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     for unit in queue.take():
         queue.commit(fake_rows(layout, unit))
-    asked = iter([False, False, True, True, True])
-    assert not finish(tmp_path, queue.claims, wait=True, stopping=lambda: next(asked))
+    answers = iter([False, False, True, True, True])
+    assert not finish(tmp_path, queue.claims, wait=True, stopping=lambda: next(answers))
     queue.release()
     assert not is_merged(tmp_path)
     assert fill(tmp_path, layout, fake_owner(1))

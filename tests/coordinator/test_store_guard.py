@@ -154,8 +154,8 @@ def test_record_of_another_store_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("deleted", "named", "way_out"),
     [
-        ("", "", "if it is lost, start again to begin anew"),
-        ("projections.zarr", "projections.zarr", "if it is lost, delete the output to begin anew"),
+        ("", "", "if it is lost, start over"),
+        ("projections.zarr", "projections.zarr", "if it is lost, delete the output and start over"),
         (
             "projections.zarr/projections",
             "projections.zarr/projections",

@@ -73,8 +73,8 @@ class Launch:
             "TORCHELASTIC_RESTART_COUNT": 0,
         }
         for rank in range(world_size):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-            environment = {name: str(value) for name, value in own.items()}
+            variables = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {name: str(value) for name, value in variables.items()}
             self.ranks.start(self._argv, rank, environment=environment, **how)
 
     def die_at(self, step, world_size=2, **how):

@@ -35,7 +35,7 @@ SETTINGS = {
 SLOW_JOB = str(Path(__file__).parents[1] / "helpers" / "slow_job.py")
 FOR_EVER_S = "600"
 BATCHES_DONE = 3
-"""Of the eight or more of a unit."""
+"""Batches of a unit that are done at the signal; a unit has eight or more."""
 
 SLOW_IMPORT = f"""
 import importlib.util, os, sys, time
@@ -54,7 +54,7 @@ class Slow:
 
 sys.meta_path.insert(0, Slow)
 """
-"""What a rank's Python runs first; the launcher imports torch as usual."""
+"""Code that a rank's Python runs first. The launcher imports torch as usual."""
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def slow_imports(tmp_path):
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "imports"), home])}, tmp_path / "imports"
 
 
-def wait_until_asleep(folder, ranks, lives, said):
+def wait_until_asleep(folder, ranks, lives, printed):
     deadline = time.monotonic() + 120
     while sum(path.name.isdigit() for path in folder.iterdir()) < ranks:
-        assert lives(), said()
-        assert time.monotonic() < deadline, said()
+        assert lives(), printed()
+        assert time.monotonic() < deadline, printed()
         time.sleep(0.02)
 
 
@@ -126,15 +126,15 @@ def test_ctrl_c_during_imports_ends_all_ranks_with_one_line(start, slow_imports)
     job = start(folder, environment=environment)
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_until_gone(DRAIN_S)
-    said = job.log.read_text()
+    printed = job.log.read_text()
     assert (
-        said.count(
+        printed.count(
             "gradproj: stopped by SIGINT before the first unit; run the same command to continue\n"
         )
         == 1
     )
-    assert "KeyboardInterrupt" not in said
-    assert "gradproj/run.py" not in said
+    assert "KeyboardInterrupt" not in printed
+    assert "gradproj/run.py" not in printed
 
 
 def claims_held(output):
@@ -167,12 +167,13 @@ def test_ctrl_c_saves_finished_rows_and_the_same_command_resumes(scene, start, s
     job = start(folder, program=program)
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_until_gone(DRAIN_S)
-    said = job.log.read_text()
-    assert said.count("gradproj: SIGINT: stopping after the batch in flight") == 1
+    printed = job.log.read_text()
+    assert printed.count("gradproj: SIGINT: stopping after the batch in flight") == 1
     assert re.search(
-        r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to continue", said
+        r"Stopped \(SIGINT\): \d of 4 units are committed; run the same command to continue",
+        printed,
     )
-    assert "gradproj/run.py" not in said, "a traceback"
+    assert "gradproj/run.py" not in printed, "a traceback"
     assert_drained(output, ranks=2)
 
     saved = saved_batches(output)
@@ -208,9 +209,11 @@ def test_signal_repeated_at_once_counts_as_one(start_alone, slow, tmp_path):
     for _ in range(2):
         rank.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
-    said, _ = rank.communicate(timeout=DRAIN_S)
+    printed, _ = rank.communicate(timeout=DRAIN_S)
     assert rank.returncode == 128 + signal.SIGUSR1
-    assert "Stopped (SIGUSR1): 0 of 4 units are committed; run the same command to continue" in said
+    assert (
+        "Stopped (SIGUSR1): 0 of 4 units are committed; run the same command to continue" in printed
+    )
     assert_drained(tmp_path / "out", ranks=1)
 
 

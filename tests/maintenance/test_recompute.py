@@ -65,19 +65,19 @@ def change_rows(output, unit, change):
 
 def test_every_row_agrees_with_its_recomputation(output, capsys):
     before = tree_of(output)
-    found = again(output)
-    assert (found.n_rows, found.n_others, found.wrong) == (N_SAMPLES - 2, 2, [])
-    assert found.median_error <= found.max_error < 0.1 * found.tolerance
-    assert found.tolerance == ROUNDING["float16"] + COMPUTED["float32"]
-    assert len(found.worst) == 10
-    assert [c.error for c in found.worst] == sorted((c.error for c in found.worst), reverse=True)
+    result = again(output)
+    assert (result.n_rows, result.n_others, result.wrong) == (N_SAMPLES - 2, 2, [])
+    assert result.median_error <= result.max_error < 0.1 * result.tolerance
+    assert result.tolerance == ROUNDING["float16"] + COMPUTED["float32"]
+    assert len(result.worst) == 10
+    assert [c.error for c in result.worst] == sorted((c.error for c in result.worst), reverse=True)
     assert tree_of(output) == before
     assert main(["verify", str(output), "--recompute", "5", "--seed", "3", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "recomputed    5 rows" in said
-    assert said.count("result  ") == 1
-    assert said.splitlines()[-1] == "result        sound and complete"
-    assert "relative to the row; rounding explains 5.9e-04" in said
+    printed = capsys.readouterr().out
+    assert "recomputed    5 rows" in printed
+    assert printed.count("result  ") == 1
+    assert printed.splitlines()[-1] == "result        sound and complete"
+    assert "relative to the row; rounding explains 5.9e-04" in printed
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,10 @@ def test_rows_agree_for_all_settings(settings, job, tmp_path):
         output_dir=tmp_path / "out",
         **{**SETTINGS, **settings},
     )
-    found = again(tmp_path / "out")
-    assert found.wrong == []
-    assert found.n_rows > 20
-    assert found.max_error < 0.5 * found.tolerance
+    result = again(tmp_path / "out")
+    assert result.wrong == []
+    assert result.n_rows > 20
+    assert result.max_error < 0.5 * result.tolerance
 
 
 @pytest.mark.parametrize("by", [1.01, 0.99, -1.0])
@@ -119,11 +119,11 @@ def test_changed_row_under_right_checksums_is_named(by, output, capsys):
 
     change_rows(output, 2, change)
     assert verify(output).exit_code == 0
-    found = again(output)
-    (wrong,) = found.wrong
+    result = again(output)
+    (wrong,) = result.wrong
     assert (wrong.sample_id, wrong.unit, wrong.status) == (37, 2, "ok")
     assert wrong.error == pytest.approx(abs(1 - by), rel=0.01)
-    assert found.worst[0] == wrong
+    assert result.worst[0] == wrong
     assert (
         main(["verify", str(output), "--recompute", "70", "--device", "cpu", "--no-checksums"]) == 1
     )
@@ -141,32 +141,33 @@ def test_units_with_wrong_rows_are_repaired_and_recomputed(also_damaged, output,
 
     def verdict(*flags):
         code = main(["verify", str(output), "--recompute", "70", "--device", "cpu", *flags])
-        said = capsys.readouterr().out
-        assert said.count("result  ") == 1
-        return code, said, said.splitlines()[-1]
+        printed = capsys.readouterr().out
+        assert printed.count("result  ") == 1
+        return code, printed, printed.splitlines()[-1]
 
     change_rows(output, 2, change)
     if also_damaged:
         flip_byte(shard_of(output, 0), 100)
-    code, said, last = verdict()
+    code, printed, last = verdict()
     assert (code, last) == (
         1,
         f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}",
     )
     assert (
         "way out       this command with --repair turns the units of wrong rows into missing ones"
-        in said
+        in printed
     )
-    code, said, last = verdict("--repair")
+    code, printed, last = verdict("--repair")
     assert (code, last) == (3, "result        sound, but incomplete")
-    assert "WRONG         sample 37" in said
+    assert "WRONG         sample 37" in printed
     units = "2 units (0, 2)" if also_damaged else "1 unit (2)"
     assert (
-        f"repaired      record and shard of {units} removed, which the job computes again" in said
+        f"repaired      record and shard of {units} removed, which the job computes again"
+        in printed
     )
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
     assert_same_bits(output, job.output)
-    code, said, last = verdict("--repair")
+    code, printed, last = verdict("--repair")
     assert (code, last) == (0, "result        sound and complete")
 
 
@@ -207,12 +208,12 @@ def test_changed_status_or_column_is_named(output):
         encode_record(replace(record, columns={**record.columns, "n_tokens": tokens, "loss": loss}))
     )
     merge(output)
-    found = again(output)
-    said = {wrong.sample_id: wrong.what for wrong in found.wrong}
-    assert said.keys() == {19, 36, 37}
-    assert said[19] == "has status ok now"
-    assert said[36] == "has another n_tokens now"
-    assert "has the loss" in said[37]
+    result = again(output)
+    printed = {wrong.sample_id: wrong.what for wrong in result.wrong}
+    assert printed.keys() == {19, 36, 37}
+    assert printed[19] == "has status ok now"
+    assert printed[36] == "has another n_tokens now"
+    assert "has the loss" in printed[37]
 
 
 def test_zero_row_that_changed_is_named(output):
@@ -228,14 +229,14 @@ def test_zero_row_that_changed_is_named(output):
 def test_documents_that_ran_out_of_memory_are_not_compared(output):
     change_record(output, 1, statuses={3: STATUS["out_of_memory"]})
     merge(output)
-    found = again(output)
-    assert (found.n_without_memory, found.wrong) == (1, [])
-    assert any("did not fit the memory" in line for line in recomputation_lines(found))
+    result = again(output)
+    assert (result.n_without_memory, result.wrong) == (1, [])
+    assert any("did not fit the memory" in line for line in recomputation_lines(result))
 
 
 def test_seed_selects_the_rows(output):
     first, same, other = (again(output, 10, seed) for seed in (1, 1, 2))
-    ids = [sorted(c.sample_id for c in found.worst) for found in (first, same, other)]
+    ids = [sorted(c.sample_id for c in result.worst) for result in (first, same, other)]
     assert len(ids[0]) == 10
     assert ids[0] == ids[1] != ids[2]
 
@@ -243,9 +244,9 @@ def test_seed_selects_the_rows(output):
 def test_only_committed_and_undamaged_units_are_recomputed(output):
     uncommit(output, 0)
     flip_byte(shard_of(output, 1), 100)
-    found = again(output, skip=verify(output).damaged_units)
-    assert found.n_rows == N_SAMPLES - 2 * ROWS_PER_UNIT
-    assert {check.unit for check in found.worst} <= {2, 3, 4}
+    result = again(output, skip=verify(output).damaged_units)
+    assert result.n_rows == N_SAMPLES - 2 * ROWS_PER_UNIT
+    assert {check.unit for check in result.worst} <= {2, 3, 4}
     assert main(["verify", str(output), "--recompute", "3", "--device", "cpu"]) == 1
     with pytest.raises(StoreError, match="no committed unit"):
         again(output, skip={1, 2, 3, 4})
@@ -255,19 +256,19 @@ def test_unreadable_file_is_reported_as_wrong(output):
     uncommit(output)
     flip_byte(output / record_name(0))
     shard_of(output, 2).write_bytes(b"short")
-    found = again(output)
-    assert {wrong.unit for wrong in found.wrong} == {0, 2}
-    assert all("cannot be read" in wrong.what for wrong in found.wrong)
+    result = again(output)
+    assert {wrong.unit for wrong in result.wrong} == {0, 2}
+    assert all("cannot be read" in wrong.what for wrong in result.wrong)
 
 
 def test_unfinished_store_whose_rows_agree_is_incomplete(output, capsys):
     uncommit(output, 1)
     flags = ["--recompute", "3", "--device", "cpu", "--json"]
     assert main(["verify", str(output), *flags, "--no-checksums"]) == 3
-    said = json.loads(capsys.readouterr().out)
-    assert said["recompute"]["n_rows"] == 3
-    assert said["recompute"]["wrong"] == []
-    assert said["n_bytes"] == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["recompute"]["n_rows"] == 3
+    assert printed["recompute"]["wrong"] == []
+    assert printed["n_bytes"] == 0
 
 
 def test_other_weights_are_refused(output, job, tmp_path, capsys):

@@ -77,8 +77,8 @@ def test_repair_deletes_damaged_units_and_nothing_else(name, output, job):
 @pytest.mark.parametrize("name", [name for name, damage in DAMAGES.items() if damage[1] == "other"])
 def test_damage_that_repair_cannot_fix_is_left_with_advice(name, output):
     DAMAGES[name][0](output)
-    found = verify(output)
-    done = repair(found)
+    verification = verify(output)
+    done = repair(verification)
     assert done.units == []
     if "metadata" in name:
         assert (done.exit_code, verify(output).exit_code) == (0, 0)
@@ -107,20 +107,21 @@ def test_repaired_and_recomputed_store_equals_the_original(name, output, job, ca
     for happens in SEVERAL[name].values():
         happens(output)
     assert main(["verify", str(output)]) == 1
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for unit in damaged:
-        assert f"DAMAGED       unit {unit}: " in said
+        assert f"DAMAGED       unit {unit}: " in printed
     if None in SEVERAL[name]:
-        assert "loss differs from the unit's record, first at sample 0" in said
+        assert "loss differs from the unit's record, first at sample 0" in printed
     assert main(["verify", str(output), "--repair"]) == 3
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed" in said
+        f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed"
+        in printed
     )
-    assert "in those units, nothing else" in said
+    assert "in those units, nothing else" in printed
     assert (
         "go on         run the job's command again, with any number of ranks, as in: python -m"
-        in said
+        in printed
     )
     assert main(["verify", str(output)]) == 3
     sound = {unit: os.stat(record_of(output, unit)) for unit in set(range(N_UNITS)) - set(damaged)}
@@ -187,9 +188,9 @@ def test_repair_killed_at_any_step_is_finished_by_the_next(output, job, tmp_path
         code = in_a_child_that_dies(at, repair, verify(again))
         with ProjectionStore(again) as store:
             np.testing.assert_array_equal(store.rows(range(3 * ROWS_PER_UNIT, 70)), sound)
-        found = verify(again)
-        assert found.exit_code in (1, 3)
-        assert repair(found).exit_code == 3
+        verification = verify(again)
+        assert verification.exit_code in (1, 3)
+        assert repair(verification).exit_code == 3
         assert (verify(again).damage, read_output(again).missing.tolist()) == ([], [1, 2])
         for unit in (1, 2):  # what the job's next start does
             shutil.copy(shard_of(job.output, unit), shard_of(again, unit))
@@ -225,8 +226,8 @@ def test_repair_marks_the_store_then_removes_records_then_merges_then_removes_sh
 
     for name in ("unlink", "replace", "fsync"):
         note(name)
-    found = verify(output)
-    repair(found)
+    verification = verify(output)
+    repair(verification)
     steps = [
         ("replace", "projections.zarr/zarr.json"),
         ("fsync", "projections.zarr"),
@@ -296,9 +297,9 @@ def test_running_job_can_claim_repaired_units(output):
 
 def test_unit_recommitted_since_verify_is_kept(output, job):
     flip_byte(shard_of(output, 1), 100)
-    found = verify(output)
+    verification = verify(output)
     shutil.copy(shard_of(job.output, 1), shard_of(output, 1))
-    done = repair(found)
+    done = repair(verification)
     assert (done.units, done.recovered, done.exit_code) == ([], [1], 0)
     assert verify(output).exit_code == 0
 
@@ -337,15 +338,15 @@ def test_unwritable_output_is_a_one_line_error(output, monkeypatch):
     def refuse(path, *args, **more):
         raise OSError(30, "Read-only file system", str(path))
 
-    found = verify(output)
+    verification = verify(output)
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(StoreError, match=r"cannot write .*: Read-only file system"):
-        repair(found)
+        repair(verification)
 
 
 def test_json_lists_repaired_units(output, capsys):
     flip_byte(shard_of(output, 1), 100)
     assert main(["verify", str(output), "--repair", "--json"]) == 3
-    said = json.loads(capsys.readouterr().out)
-    assert said["repair"]["units"] == [1]
-    assert said["damage"][0]["unit"] == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["repair"]["units"] == [1]
+    assert printed["damage"][0]["unit"] == 1

@@ -74,13 +74,13 @@ WAYS_TO_BE_UNMERGEABLE = {
 
 @pytest.mark.parametrize("name", sorted(WAYS_TO_BE_UNMERGEABLE))
 def test_verify_is_advised_when_the_merge_would_fail(name, output):
-    happens, what = WAYS_TO_BE_UNMERGEABLE[name]
+    happens, message = WAYS_TO_BE_UNMERGEABLE[name]
     unmerge(output)
     happens(output)
     status = read_status(output)
     (problem,) = status.problems
     assert "rows of unit 1 cannot be counted" in problem
-    assert what in problem
+    assert message in problem
     verdict = status_lines(status)[-1]
     assert "no, every unit is committed but cannot be merged; " in verdict
     assert (

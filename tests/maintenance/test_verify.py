@@ -27,45 +27,45 @@ from gradproj.store.unit_record import record_name
 
 
 def test_finished_store_is_sound_and_every_byte_is_read(output):
-    found = verify(output)
+    result = verify(output)
     shards = list((output / "projections.zarr" / "projections").glob("c.*"))
     records = list((output / "units").iterdir())
-    assert found.damage == []
-    assert (found.complete, found.exit_code) == (True, 0)
-    assert found.n_bytes == sum(path.stat().st_size for path in [*shards, *records])
-    assert (found.n_records, found.n_shards) == (N_UNITS, N_UNITS)
-    assert found.by_status == statuses_by_zarr(output)
-    assert verdict_lines(found)[-1] == "result        sound and complete"
+    assert result.damage == []
+    assert (result.complete, result.exit_code) == (True, 0)
+    assert result.n_bytes == sum(path.stat().st_size for path in [*shards, *records])
+    assert (result.n_records, result.n_shards) == (N_UNITS, N_UNITS)
+    assert result.by_status == statuses_by_zarr(output)
+    assert verdict_lines(result)[-1] == "result        sound and complete"
 
 
 def test_unfinished_store_is_sound_and_lists_missing_ids(output):
     uncommit(output, 1, 2, 4)
-    found = verify(output)
-    assert (found.damage, found.complete, found.exit_code) == ([], False, 3)
+    result = verify(output)
+    assert (result.damage, result.complete, result.exit_code) == ([], False, 3)
     with ProjectionStore(output) as store:
         assert (
             [list(r) for r in store.missing_ranges()]
-            == found.missing.ranges
+            == result.missing.ranges
             == [[16, 48], [64, 70]]
         )
-    assert found.missing.n_ids == 38
-    assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(found)
+    assert result.missing.n_ids == 38
+    assert "missing       38 documents: ids 16-47, 64-69" in verification_lines(result)
 
 
 def test_unmerged_store_is_sound_and_incomplete(output):
     unmerge(output)
-    found = verify(output)
-    assert (found.damage, found.exit_code) == ([], 3)
-    assert verdict_lines(found)[-1] == "result        sound, but incomplete: not merged yet"
+    result = verify(output)
+    assert (result.damage, result.exit_code) == ([], 3)
+    assert verdict_lines(result)[-1] == "result        sound, but incomplete: not merged yet"
 
 
 def test_shard_without_a_record_is_no_damage(output):
     uncommit(output, 1)
     (output / "projections.zarr" / "projections" / "c.1.0").write_bytes(b"half")
-    found = verify(output)
-    assert (found.shards_without_record, found.damage, found.exit_code) == ([1], [], 3)
+    result = verify(output)
+    assert (result.shards_without_record, result.damage, result.exit_code) == ([1], [], 3)
     assert "left over     1 shard without a record, of units 1" in "\n".join(
-        verification_lines(found)
+        verification_lines(result)
     )
 
 
@@ -73,23 +73,23 @@ def test_non_finite_rows_are_listed(output):
     change_record(output, 1, statuses={2: STATUS["non_finite"], 3: STATUS["non_finite"]})
     change_record(output, 3, statuses={15: STATUS["non_finite"]})
     merge(output)
-    found = verify(output)
-    assert found.damage == []
-    assert found.non_finite == BoundedRanges(3, [[18, 20], [63, 64]])
-    assert "non-finite    3 documents: ids 18-19, 63" in verification_lines(found)
+    result = verify(output)
+    assert result.damage == []
+    assert result.non_finite == BoundedRanges(3, [[18, 20], [63, 64]])
+    assert "non-finite    3 documents: ids 18-19, 63" in verification_lines(result)
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_located(name, output):
-    happens, kind, unit, what = DAMAGES[name]
+    happens, kind, unit, message = DAMAGES[name]
     happens(output)
-    found = verify(output)
-    assert found.exit_code == 1
-    first = found.damage[0]
+    result = verify(output)
+    assert result.exit_code == 1
+    first = result.damage[0]
     assert (first.kind, first.unit) == (kind, unit)
-    assert what in first.what
-    assert {d.unit for d in found.damage if d.kind == "unit"} <= {unit}
-    lines = verification_lines(found) + verdict_lines(found)
+    assert message in first.what
+    assert {d.unit for d in result.damage if d.kind == "unit"} <= {unit}
+    lines = verification_lines(result) + verdict_lines(result)
     assert any(line.startswith("DAMAGED") for line in lines)
     assert lines[-1].startswith("result        damaged, in")
     ways_out = [line for line in lines if line.startswith("way out")]
@@ -126,10 +126,10 @@ def test_many_damages_are_shown_in_part_and_all_in_json(output, monkeypatch):
     monkeypatch.setattr("gradproj.cli.verify.MOST_DAMAGE_SHOWN", 2)
     for unit in range(N_UNITS):
         flip_byte(shard_of(output, unit), 7)
-    found = verify(output)
-    assert len(found.damage) == N_UNITS
-    assert sum(line.startswith("DAMAGED") for line in verification_lines(found)) == 2
-    assert "and 3 more; --json lists them all" in "\n".join(verification_lines(found))
+    result = verify(output)
+    assert len(result.damage) == N_UNITS
+    assert sum(line.startswith("DAMAGED") for line in verification_lines(result)) == 2
+    assert "and 3 more; --json lists them all" in "\n".join(verification_lines(result))
 
 
 def test_id_ranges_join_and_are_bounded(monkeypatch):
@@ -142,16 +142,16 @@ def test_id_ranges_join_and_are_bounded(monkeypatch):
 
 
 def test_samples_are_counted_with_a_short_last_unit(output):
-    found = read_output(output)
+    result = read_output(output)
     assert [
-        found.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])
+        result.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])
     ] == [
         0,
         16,
         6,
         22,
     ]
-    assert found.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
+    assert result.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
 
 
 def test_unusual_documents_are_at_their_ids(output):
