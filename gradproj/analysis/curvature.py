@@ -27,7 +27,10 @@ class Inverse(Protocol):
 
 
 class Curvature(Protocol):
-    """Undamped curvature of a layer. Damping is separate, so that another needs no second scan."""
+    """Undamped curvature of a layer: a dataclass of tensors, which a file stores.
+
+    Damping is separate, so that another damping needs no second scan.
+    """
 
     def damped(self, c: float, name: str) -> Inverse:
         """Return the inverse of the damped matrix.
@@ -35,9 +38,6 @@ class Curvature(Protocol):
         Raises:
             ConfigError: it has no inverse; the message contains the layer's ``name``.
         """
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that a file stores."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,6 @@ class Kronecker:
             inverse_root(self.a, c, f"the token covariance of {name}'s inputs"),
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"s": self.s, "a": self.a}
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -67,9 +64,6 @@ class Dense:
 
     def damped(self, c: float, name: str) -> "DenseInverse":
         return DenseInverse(inverse_root(self.moment, c, f"the second moment of {name}'s rows"))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"moment": self.moment}
 
 
 @dataclass(frozen=True)
@@ -108,13 +102,6 @@ class Truncated:
         if n_directions < width and rest > 1e-9 * trace:
             return rest / (width - n_directions)
         return 0.0
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            "directions": self.directions,
-            "values": self.values,
-            "mean_diagonal": self.mean_diagonal,
-        }
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.preconditioner_file import folder_of
 from gradproj.analysis.row_blocks import scan_world
+from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
 
@@ -18,10 +17,7 @@ _KIND = "second_moment"
 def fit_cached(
     store: ProjectionStore,
     kind: str,
-    *,
-    together: bool = False,
-    device: torch.device | str = "cpu",
-    progress: bool = False,
+    options: ScanOptions,
     note: Callable[[str], None] = lambda line: None,
 ) -> Preconditioner:
     """Fit a preconditioner over all layers, or load the one that an earlier call saved.
@@ -31,9 +27,7 @@ def fit_cached(
     Args:
         store: finished or not.
         kind: kfac or second_moment.
-        together: True if every rank of ``torch.distributed`` makes this call.
-        device: where sums are computed.
-        progress: show a progress bar.
+        options: of the scan that follows.
         note: called with a line for the user if the cache cannot be read or written.
 
     Raises:
@@ -41,13 +35,13 @@ def fit_cached(
     """
     if kind != _KIND:
         return Preconditioner.fit(store, kind)
-    path, world = _path(store), scan_world(together)
+    path, world = _path(store), scan_world(options.get("together", False))
     cached = _load(store, path, note)
     # All ranks or none: fitting is collective, so a rank must not fit while another has a file.
     every_rank_has_it = all(world.gather(cached is not None))
     if cached is not None and every_rank_has_it:
         return cached
-    fitted = Preconditioner.fit(store, _KIND, together=together, device=device, progress=progress)
+    fitted = fit_for_scan(store, _KIND, options)
     if world.rank == 0:
         _save(fitted, store, path, note)
     return fitted

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,8 @@ from gradproj.store import ProjectionStore
 
 FORMAT_VERSION = 2
 """2 added the checksum."""
-_TYPES: dict[frozenset[str], type] = {
-    frozenset({"s", "a"}): Kronecker,
-    frozenset({"moment"}): Dense,
-    frozenset({"directions", "values", "mean_diagonal"}): Truncated,
+_TYPES = {
+    frozenset(field.name for field in fields(cls)): cls for cls in (Kronecker, Dense, Truncated)
 }
 
 
@@ -41,10 +39,10 @@ def identity_of(store: ProjectionStore) -> dict[str, Any]:
     }
 
 
-def refuse_other_store(recorded: Mapping[str, Any], store: ProjectionStore, what: str) -> None:
+def refuse_other_store(recorded: Mapping[str, Any], store: ProjectionStore, subject: str) -> None:
     """Raise ``StoreError`` with every difference unless ``recorded`` is this store's identity."""
     mismatch = settings_mismatch(
-        f"{what} does not belong to {store.path}: it was fitted on another store",
+        f"{subject} does not belong to {store.path}: it was fitted on another store",
         recorded,
         identity_of(store),
         "Fit one on this store.",
@@ -68,7 +66,7 @@ def write_curvature(
     tensors = {
         f"{part}/{name}": tensor.contiguous()
         for part, curvature in curvatures.items()
-        for name, tensor in curvature.tensors().items()
+        for name, tensor in vars(curvature).items()
     }
     text = json.dumps(settings)
     metadata = {
@@ -114,7 +112,9 @@ def read_curvature(path: Path) -> tuple[dict[str, Any], dict[str, Curvature]]:
         for key, tensor in tensors.items():
             part, _, name = key.rpartition("/")
             parts.setdefault(part, {})[name] = tensor
-        curvatures = {part: _TYPES[frozenset(of)](**of) for part, of in parts.items()}
+        curvatures: dict[str, Curvature] = {
+            part: _TYPES[frozenset(of)](**of) for part, of in parts.items()
+        }
         return json.loads(metadata["settings"]), curvatures
     except (SafetensorError, KeyError, ValueError) as error:
         raise StoreError(

@@ -31,99 +31,85 @@ class Ranking:
     bottom: TopDocuments
 
 
-def rank_documents(
-    rows: np.ndarray,
-    store: ProjectionStore,
-    n_top: int,
-    n_bottom: int,
-    options: ScanOptions,
-    preconditioner: Preconditioner | None,
-    dampings: Sequence[float | str],
-) -> list[Ranking]:
-    """Rank the documents in one scan for all dampings, or one scan each for relatif.
+@dataclass(frozen=True)
+class Ranker:
+    """Ranks the documents of a store for query rows ``(Q, D)``."""
 
-    Args:
-        rows: ``(Q, D)``.
-        store: documents to score.
-        n_top: documents at the upper end, for each query.
-        n_bottom: documents at the lower end.
-        options: score, layers, domains, device, progress, together.
-        preconditioner: what the score needs; None for a score without damping.
-        dampings: one ranking is returned for each.
-    """
-    if preconditioner is None:
-        return [Ranking(None, *_scan_in_parts(rows, store, n_top, n_bottom, options))]
-    if len(dampings) > 1 and SCORES[options["score"]].is_inner_product:
-        return _rank_in_one_scan(rows, store, n_top, n_bottom, options, preconditioner, dampings)
-    # Each damping changes the documents' own norms, so that nothing can be shared between scans.
-    rankings = []
-    for damping in dampings:
-        damped: ScanOptions = {**options, "preconditioner": preconditioner, "damping": damping}
-        rankings.append(Ranking(damping, *_scan_in_parts(rows, store, n_top, n_bottom, damped)))
-    return rankings
+    store: ProjectionStore
+    n_top: int
+    """Documents at the upper end, for each query."""
+    n_bottom: int
+    """Documents at the lower end, for each query."""
+    options: ScanOptions
+    """Score, layers, domains, device, progress, together."""
+    preconditioner: Preconditioner | None
+    """Preconditioner of the score; None for a score without damping."""
 
+    def rank(self, rows: np.ndarray, dampings: Sequence[float | str]) -> list[Ranking]:
+        """Rank by each damping, in one scan for all, or one scan each for relatif."""
+        if self.preconditioner is None:
+            return [Ranking(None, *self._scan(rows, self.options))]
+        if len(dampings) > 1 and SCORES[self.options["score"]].is_inner_product:
+            return self._rank_in_one_scan(rows, self.preconditioner, dampings)
+        # Each damping changes the documents' own norms, so scans have nothing to share.
+        return [Ranking(c, *self._scan(rows, self._damped_by(c))) for c in dampings]
 
-def _rank_in_one_scan(
-    rows: np.ndarray,
-    store: ProjectionStore,
-    n_top: int,
-    n_bottom: int,
-    options: ScanOptions,
-    preconditioner: Preconditioner,
-    dampings: Sequence[float | str],
-) -> list[Ranking]:
-    """Score ``q C^-1`` of every damping by inner products, as if they were further queries."""
-    chosen = preconditioner.for_layers(options["layers"] or preconditioner.layers)
-    spans = {layer.name: slice(layer.slice_start, layer.slice_end) for layer in store.layers}
-    parts: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
-    for part in query_parts(rows, len(dampings)):
-        values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
-        queries = torch.from_numpy(values).double()
-        solved = np.concatenate([chosen.with_damping(d).solve(queries).numpy() for d in dampings])
-        ends = _scan_in_parts(solved, store, n_top, n_bottom, {**options, "score": "dot"})
-        for number, ends_of_damping in enumerate(parts):
-            span = slice(number * len(queries), (number + 1) * len(queries))
-            ends_of_damping.append(
-                tuple(TopDocuments(end.ids[span], end.scores[span], end.n_scored) for end in ends)
-            )
-    return [
-        Ranking(damping, *(_concatenate(end) for end in zip(*ends, strict=True)))
-        for damping, ends in zip(dampings, parts, strict=True)
-    ]
+    def rank_and_save(self, rows: np.ndarray, damping: float | str, path: Path) -> Ranking:
+        """Write every score to a file and rank the documents from there.
 
+        Raises:
+            StoreError: there is no room for the file, or it cannot be created.
+        """
+        options = self._damped_by(damping)
+        world, shape = scan_world(options.get("together", False)), (len(rows), len(self.store))
+        unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
+        with ScoresFile(path, unfinished, shape) as file:
+            for part in query_parts(rows):
+                scan = Scan.of(self.store, options)
+                for block in score_blocks(scan, scan.prepare_queries(rows[part])):
+                    file.write(part.start, block.first, block.values.cpu().numpy())
+            file.finish()
+            world.barrier()  # rank 0 reads what every rank has written
+            ends = None
+            if world.rank == 0:
+                ends = _ends_of(file, shape, self.n_top, self.n_bottom)
+                file.publish()
+        return Ranking(damping if self.preconditioner is not None else None, *world.broadcast(ends))
 
-def rank_and_save_scores(
-    rows: np.ndarray,
-    store: ProjectionStore,
-    n_top: int,
-    n_bottom: int,
-    options: ScanOptions,
-    preconditioner: Preconditioner | None,
-    damping: float | str,
-    path: Path,
-) -> Ranking:
-    """Write every score to a file and rank the documents from there, for one damping.
+    def _damped_by(self, damping: float | str) -> ScanOptions:
+        if self.preconditioner is None:
+            return self.options
+        return {**self.options, "preconditioner": self.preconditioner, "damping": damping}
 
-    Args: see ``rank_documents``.
+    def _rank_in_one_scan(
+        self, rows: np.ndarray, preconditioner: Preconditioner, dampings: Sequence[float | str]
+    ) -> list[Ranking]:
+        """Score ``q C^-1`` of every damping by inner products, as if they were further queries."""
+        chosen = preconditioner.for_layers(self.options["layers"] or preconditioner.layers)
+        spans = {x.name: slice(x.slice_start, x.slice_end) for x in self.store.layers}
+        parts: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
+        for part in query_parts(rows, len(dampings)):
+            values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
+            queries = torch.from_numpy(values).double()
+            solved = [chosen.with_damping(c).solve(queries).numpy() for c in dampings]
+            ends = self._scan(np.concatenate(solved), {**self.options, "score": "dot"})
+            for number, ends_of_damping in enumerate(parts):
+                span = slice(number * len(queries), (number + 1) * len(queries))
+                ends_of_damping.append(
+                    tuple(TopDocuments(x.ids[span], x.scores[span], x.n_scored) for x in ends)
+                )
+        return [
+            Ranking(damping, *(_concatenate(end) for end in zip(*ends, strict=True)))
+            for damping, ends in zip(dampings, parts, strict=True)
+        ]
 
-    Raises:
-        StoreError: there is no room for the file, or it cannot be created.
-    """
-    if preconditioner is not None:
-        options = {**options, "preconditioner": preconditioner, "damping": damping}
-    world, shape = scan_world(options.get("together", False)), (len(rows), len(store))
-    unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
-    with ScoresFile(path, unfinished, shape) as file:
-        for part in query_parts(rows):
-            scan = Scan.of(store, options)
-            for block in score_blocks(scan, scan.prepare_queries(rows[part])):
-                file.write(part.start, block.first, block.values.cpu().numpy())
-        file.finish()
-        world.barrier()  # rank 0 reads what every rank has written
-        ends = _ends_of(file, shape, n_top, n_bottom) if world.rank == 0 else None
-        if world.rank == 0:
-            file.publish()
-    return Ranking(None if preconditioner is None else damping, *world.broadcast(ends))
+    def _scan(self, rows: np.ndarray, options: ScanOptions) -> tuple[TopDocuments, TopDocuments]:
+        ends = [
+            top_and_bottom(rows[part], self.store, self.n_top, self.n_bottom, **options)
+            for part in query_parts(rows)
+        ]
+        top, bottom = (_concatenate(end) for end in zip(*ends, strict=True))
+        return top, bottom
 
 
 def _ends_of(
@@ -149,16 +135,6 @@ def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
     step = max(1, _QUERY_BYTES_PER_SCAN // (8 * copies * rows.shape[1]))
     for first in range(0, len(rows), step):
         yield slice(first, min(first + step, len(rows)))
-
-
-def _scan_in_parts(
-    rows: np.ndarray, store: ProjectionStore, n_top: int, n_bottom: int, options: ScanOptions
-) -> tuple[TopDocuments, TopDocuments]:
-    ends = [
-        top_and_bottom(rows[part], store, n_top, n_bottom, **options) for part in query_parts(rows)
-    ]
-    top, bottom = (_concatenate(end) for end in zip(*ends, strict=True))
-    return top, bottom
 
 
 def _concatenate(parts: Sequence[TopDocuments]) -> TopDocuments:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class ScanOptions(TypedDict, total=False):
     domains: Sequence[str] | None
     """Names of the domains whose documents are scored; default all."""
     device: str | torch.device
-    """Where products are computed; default ``cpu``."""
+    """Device of the products; default ``cpu``."""
     progress: bool
     """Show a progress bar on standard error."""
     rows_per_block: int | None
@@ -93,7 +93,7 @@ class Scan:
             raise ConfigError(f"score is {score!r}; choose one of {', '.join(SCORES)}")
         layers = chosen_layers(store, options.get("layers"))
         device = torch.device(options.get("device", "cpu"))
-        preconditioner = _preconditioner(store, score, layers, device, options)
+        preconditioner = _preconditioner(store, score, layers, options)
         world = scan_world(options.get("together", False))
         return cls(store, score, preconditioner, layers, options, device, world)
 
@@ -143,8 +143,8 @@ class Scan:
         # float32's range even if their product is not.
         scales = torch.from_numpy(np.ldexp(1.0, np.frexp(_max_abs(queries))[1] - 1))
         weights = (queries / scales.to(queries.dtype)[:, None]).float().to(self.device)
-        own = self.row_preconditioner() if divisor == "self_influence" else None
-        return PreparedQueries(weights, scales.to(self.device), divisor, own)
+        for_rows = self.row_preconditioner() if divisor == "self_influence" else None
+        return PreparedQueries(weights, scales.to(self.device), divisor, for_rows)
 
     def row_preconditioner(self) -> Preconditioner | None:
         """Return the preconditioner in the precision and on the device of the rows."""
@@ -153,12 +153,22 @@ class Scan:
         return self.preconditioner.to(self.device, torch.float32)
 
 
+def fit_for_scan(
+    store: ProjectionStore, kind: str, options: ScanOptions, **settings: Any
+) -> Preconditioner:
+    """Fit a preconditioner on the device, by the ranks and with the progress bar of a scan."""
+    return Preconditioner.fit(
+        store,
+        kind,
+        together=options.get("together", False),
+        device=options.get("device", "cpu"),
+        progress=options.get("progress", False),
+        **settings,
+    )
+
+
 def _preconditioner(
-    store: ProjectionStore,
-    score: str,
-    layers: list[str],
-    device: torch.device,
-    options: ScanOptions,
+    store: ProjectionStore, score: str, layers: list[str], options: ScanOptions
 ) -> Preconditioner | None:
     given, kind = options.get("preconditioner"), SCORES[score].curvature
     if kind is None:
@@ -169,15 +179,8 @@ def _preconditioner(
             )
         return None
     if given is None:
-        return Preconditioner.fit(
-            store,
-            kind,
-            options.get("damping", "auto"),
-            layers,
-            together=options.get("together", False),
-            device=device,
-            progress=options.get("progress", False),
-        ).ready()
+        damping = options.get("damping", "auto")
+        return fit_for_scan(store, kind, options, damping=damping, layers=layers).ready()
     if given.kind != kind and not SCORES[score].any_curvature:
         raise ConfigError(
             f"score {score!r} takes a preconditioner of kind {kind}, this one is {given.kind}"

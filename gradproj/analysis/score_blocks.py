@@ -134,14 +134,14 @@ class TileProducts:
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
 
-    def of(self, band: Band, wanted: bool) -> tuple[Tensor, Tensor]:
+    def of(self, band: Band, needed: bool) -> tuple[Tensor, Tensor]:
         """Return products ``(n, Q)`` and squared norms ``(n,)`` float64.
 
-        Both are zero unless ``wanted``; the norms also if the scores need none.
+        Both are zero unless ``needed``; the norms also if the scores need none.
         """
         n, scale = len(band.status), torch.from_numpy(band.row_scale)[:, None]
         products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
-        if not wanted:
+        if not needed:
             return products, squares
         source, cuts, has_norms = None, [], self._queries.has_norms
         for column, stored in band.tiles:

@@ -67,7 +67,7 @@ def domains(config: DomainsConfig) -> list[str]:
     """
     with ProjectionStore(config.output) as store:
         device, _ = choose_device(config.device, 0)
-        facts = domain_facts(store, config.scan_options(store, device, DOMAIN_SCORES))
+        facts = domain_facts(store, config.fitted_options(store, device, DOMAIN_SCORES))
         if not facts.shown:
             raise StoreError(
                 f"{store.path} has no row of any domain yet "

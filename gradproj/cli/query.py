@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.preconditioner_cache import fit_cached
-from gradproj.analysis.ranking import Ranking, rank_and_save_scores, rank_documents
+from gradproj.analysis.ranking import Ranker, Ranking
 from gradproj.analysis.row_blocks import scan_world
-from gradproj.analysis.scan import ScanOptions
+from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.analysis.score_types import SCORES
 from gradproj.cli.query_config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query_text import Summary, describe, json_lines, overlap_lines, table_lines
-from gradproj.cli.score_args import is_job_store, matching_layers, print_note
+from gradproj.cli.score_args import is_job_store, print_note
 from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
@@ -108,7 +110,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
                 f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents "
                 "are still to be computed); start the job again on it"
             )
-        k = config.k("top_k", store), config.k("bottom_k", store)
+        n_top, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, _run_with_shards(config))
@@ -119,7 +121,8 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         # Missing token covariances show at once; a scan must wait until the queries are valid.
         fitted = fit() if kind == "kfac" else None
         queries = world.broadcast(_query_rows(config, store) if process.rank == 0 else None)
-        rankings = _rank(config, store, queries, k, options, fitted or fit(), note)
+        ranker = Ranker(store, n_top, n_bottom, options, fitted or fit())
+        rankings = _rank(config, ranker, queries.rows, note)
         n_scored = rankings[0].top.n_scored
         if not n_scored and not options["domains"]:
             raise StoreError(
@@ -127,16 +130,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
                 f"can be read. Run `python -m gradproj verify {store.path.parent}` to see all "
                 "damage"
             )
-        summary = Summary(
-            store,
-            options["score"],
-            kind,
-            options["layers"],
-            options["domains"],
-            counts,
-            n_scored,
-            config.joint,
-        )
+        summary = Summary(store, options, kind, counts, n_scored, config.joint)
         samples = describe(store, rankings, read_text) if process.rank == 0 else {}
         return Answer(summary, queries, rankings, samples)
 
@@ -148,14 +142,10 @@ def _scan_options(
     device, warning = choose_device(config.device, process.local_rank)
     if warning:
         note(warning)
-    return {
-        "score": config.score_for(store, note),
-        "layers": matching_layers(config.layers, store),
-        "domains": config.domains_of(store),
-        "device": device,
-        "progress": sys.stderr.isatty(),
-        "together": process.world_size > 1,
-    }
+    options = config.scan_options(store, device, note)
+    options["domains"] = config.domains_of(store)
+    options["together"] = process.world_size > 1
+    return options
 
 
 def _preconditioner(
@@ -167,37 +157,22 @@ def _preconditioner(
 ) -> Preconditioner | None:
     if kind is None:
         return None
-    together, device, progress = options["together"], options["device"], options["progress"]
     if config.joint:
-        return Preconditioner.fit(
-            store,
-            kind,
-            layers=options["layers"],
-            joint=True,
-            largest_width=MAX_JOINT_WIDTH,
-            together=together,
-            device=device,
-            progress=progress,
-        )
-    return fit_cached(store, kind, together=together, device=device, progress=progress, note=note)
+        settings = {"layers": options["layers"], "joint": True, "largest_width": MAX_JOINT_WIDTH}
+        return fit_for_scan(store, kind, options, **settings)
+    return fit_cached(store, kind, options, note)
 
 
 def _rank(
-    config: QueryConfig,
-    store: ProjectionStore,
-    queries: QueryRows,
-    k: tuple[int, int],
-    options: ScanOptions,
-    preconditioner: Preconditioner | None,
-    note: Callable[[str], None],
+    config: QueryConfig, ranker: Ranker, rows: np.ndarray, note: Callable[[str], None]
 ) -> list[Ranking]:
     if not config.save_scores:
-        return rank_documents(queries.rows, store, *k, options, preconditioner, config.dampings)
-    path, n_queries, n_samples = Path(config.save_scores), len(queries.rows), len(store)
+        return ranker.rank(rows, config.dampings)
+    path, n_queries, n_samples = Path(config.save_scores), len(rows), len(ranker.store)
     n_bytes = human_bytes(4 * n_queries * n_samples)
     note(f"{path} will hold {n_queries:,} x {n_samples:,} scores, {n_bytes}")
     (damping,) = config.dampings
-    return [rank_and_save_scores(queries.rows, store, *k, options, preconditioner, damping, path)]
+    return [ranker.rank_and_save(rows, damping, path)]
 
 
 def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:

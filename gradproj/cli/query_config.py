@@ -99,14 +99,13 @@ class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
 
     def domains_of(self, store: ProjectionStore) -> list[str] | None:
         """Return the names of ``--domains``; None for all."""
-        wanted = list(dict.fromkeys(self.domains))
-        unknown = [name for name in wanted if name not in store.domains]
+        unknown = [name for name in self.domains if name not in store.domains]
         if unknown:
             raise ConfigError(
                 f"--domains: {store.path} has no domain {unknown[0]!r}; it has "
                 f"{listed(store.domains) or 'none'}"
             )
-        return wanted or None
+        return list(dict.fromkeys(self.domains)) or None
 
     def check_joint(self, layers: Sequence[str] | None, store: ProjectionStore) -> None:
         """Raise ``ConfigError`` if ``--joint`` needs too large a matrix for these layers."""

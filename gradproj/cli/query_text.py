@@ -11,6 +11,7 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SCORES, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
 from gradproj.analysis.ranking import Ranking, overlap
+from gradproj.analysis.scan import ScanOptions
 from gradproj.formatting import clean_lines, listed, one_line
 from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
@@ -31,13 +32,9 @@ class Summary:
     """Facts about an answer that hold for all its queries."""
 
     store: ProjectionStore
-    score: str
+    options: ScanOptions
     kind: str | None
     """Kind of the score's preconditioner."""
-    layers: Sequence[str] | None
-    """None for all."""
-    domains: Sequence[str] | None
-    """None for all."""
     counts: Mapping[str, int]
     """Samples of the store by status."""
     n_scored: int
@@ -46,22 +43,24 @@ class Summary:
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """Describe the rows compared and the score's meaning, sign, unit and damping."""
+        score, layers = self.options["score"], self.options["layers"]
         lines = [_labelled("store", str(self.store.path)), _labelled("rows", self._rows())]
-        if self.layers is not None:
-            names = list(self.layers[:_LAYERS_SHOWN])
-            if len(self.layers) > _LAYERS_SHOWN:
-                names.append(f"and {len(self.layers) - _LAYERS_SHOWN} more")
+        if layers is not None:
+            names = list(layers[:_LAYERS_SHOWN])
+            if len(layers) > _LAYERS_SHOWN:
+                names.append(f"and {len(layers) - _LAYERS_SHOWN} more")
             lines.append(_labelled("layers", ", ".join(names)))
-        variant = f" by {self.kind}" if SCORES[self.score].any_curvature else ""
+        variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
         variant += ", all layers jointly" if self.joint else ""
-        lines.append(_labelled("score", f"{self.score}{variant}: {MEANINGS[self.score]}"))
+        lines.append(_labelled("score", f"{score}{variant}: {MEANINGS[score]}"))
         lines.append(_labelled("", SIGN))
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
         return [line for labelled in lines for line in labelled.splitlines()]
 
     def _rows(self) -> str:
-        of_domains = f" of {listed(self.domains)}" if self.domains else ""
+        domains = self.options["domains"]
+        of_domains = f" of {listed(domains)}" if domains else ""
         text = f"{self.n_scored:,} documents{of_domains} compared"
         absent = [
             f"{n:,} {_STATUS_WORDS.get(status, status)}"
@@ -71,7 +70,7 @@ class Summary:
         if absent:
             text += f"; without a row: {', '.join(absent)}"
         n_lost = self.counts["ok"] - self.n_scored
-        if n_lost > 0 and not self.domains:
+        if n_lost > 0 and not domains:
             verify = f"python -m gradproj verify {self.store.path.parent}"
             text += f"; {n_lost:,} are recorded and their shard is gone: {verify}"
         ranges = self.store.missing_ranges() if self.counts["missing"] else []
@@ -85,7 +84,8 @@ class Summary:
     def _damping(self, damping: float | str | None) -> str:
         if damping != "auto":
             return f"{damping:g} times each matrix's mean diagonal"
-        chosen = [x for x in self.store.layers if self.layers is None or x.name in self.layers]
+        names = self.options["layers"]
+        chosen = [x for x in self.store.layers if names is None or x.name in names]
         widths = [x.slice_end - x.slice_start for x in chosen]
         widths = [sum(widths)] if self.joint else widths
         values = sorted({auto_damping(self.kind or "", width) for width in widths})
@@ -123,7 +123,7 @@ def table_lines(
             yield from _query_lines(queries, number, ranking.damping if len(rankings) > 1 else None)
             for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
                 if end.ids.shape[1]:
-                    yield from _end_lines(name, end, number, samples, summary.score)
+                    yield from _end_lines(name, end, number, samples, summary.options["score"])
     if len(rankings) > 1:
         yield ""
         yield from overlap_lines(rankings)

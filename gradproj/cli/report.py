@@ -87,10 +87,10 @@ def report(config: ReportConfig) -> Path:
             )
         rows = query_rows(store, config)  # first: most user errors are in the queries
         device, _ = choose_device(config.device, 0)
-        options = config.scan_options(store, device, DOMAIN_SCORES)
+        options = config.fitted_options(store, device, DOMAIN_SCORES)
         query_options = options
         if config.score not in ("", options["score"]):
-            query_options = config.scan_options(store, device)
+            query_options = config.fitted_options(store, device)
         texts = excerpts_of(config)
         answers = None
         if rows is not None:

@@ -89,6 +89,20 @@ class ScoreArgs(Flags, title="score"):
         return FALLBACK_SCORE
 
     def scan_options(
+        self,
+        store: ProjectionStore,
+        device: torch.device,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> ScanOptions:
+        """Return the arguments of a scan, without damping and preconditioner."""
+        return {
+            "score": self.score_for(store, note),
+            "layers": matching_layers(self.layers, store),
+            "device": device,
+            "progress": sys.stderr.isatty(),
+        }
+
+    def fitted_options(
         self, store: ProjectionStore, device: torch.device, scores: Sequence[str] = tuple(SCORES)
     ) -> ScanOptions:
         """Return the arguments of a scan with one damping, including a cached second moment.
@@ -102,28 +116,16 @@ class ScoreArgs(Flags, title="score"):
         Raises:
             StoreError: the score needs a second moment, and the store has no row.
         """
-        score = self.score_for(store)
-        if score not in scores:
-            curvature = SCORES[score].curvature
-            score = next(name for name in scores if SCORES[name].curvature == curvature)
-        options: ScanOptions = {
-            "score": score,
-            "device": device,
-            "layers": matching_layers(self.layers, store),
-            "progress": sys.stderr.isatty(),
-        }
-        if score in WITH_DAMPING:
+        options = self.scan_options(store, device)
+        curvature = SCORES[options["score"]].curvature
+        if options["score"] not in scores:
+            options["score"] = next(x for x in scores if SCORES[x].curvature == curvature)
+        if curvature is not None:
             if len(self.dampings) > 1:
                 raise ConfigError(f"--damping is {self.damping!r}; this command takes one value")
             (options["damping"],) = self.dampings
-        if SCORES[score].curvature == "second_moment":
-            options["preconditioner"] = fit_cached(
-                store,
-                "second_moment",
-                device=device,
-                progress=options["progress"],
-                note=print_note,
-            )
+        if curvature == "second_moment":
+            options["preconditioner"] = fit_cached(store, curvature, options, print_note)
         return options
 
 
@@ -140,8 +142,7 @@ def is_job_store(store: ProjectionStore) -> bool:
 def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] | None:
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]
-    wanted = list(dict.fromkeys(words))
-    for word in wanted:
+    for word in words:
         if not any(_is_part(word, name) for name in names):
             patterns = dict.fromkeys(
                 ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -151,7 +152,7 @@ def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] |
                 f"--layers: {store.path} has no layer {word!r}; it has {listed(patterns)} "
                 "(* is a number)"
             )
-    chosen = [name for name in names if any(_is_part(word, name) for word in wanted)]
+    chosen = [name for name in names if any(_is_part(word, name) for word in words)]
     return chosen if 0 < len(chosen) < len(names) else None
 
 
