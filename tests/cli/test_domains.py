@@ -288,6 +288,7 @@ def test_similar_domains_are_neighbours_and_those_without_rows_last():
         ),
         (["--damping", "much"], "--damping is 'much'; give auto or a number"),
         (["--damping", "-1"], "damping"),
+        (["--damping", "0.1,1"], "--damping is '0.1,1'; this command takes one value"),
         (["--layers", "h.9"], "has no layer 'h.9'; it has h.*.mlp"),
         (["--format", "xml"], "--format is 'xml'; choose one of table, json"),
         (["--scor", "dot"], "unknown flag '--scor'; did you mean --score?"),

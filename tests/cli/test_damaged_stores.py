@@ -196,7 +196,7 @@ def test_output_path_that_cannot_be_created_is_named(ask):
     )
     assert_all_report(
         ask,
-        "--page /proc/x.html: no file",
+        "--page /proc/x.html: cannot write this file",
         commands=["report"],
         flags=["--page", "/proc/x.html"],
     )
