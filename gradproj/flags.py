@@ -1,11 +1,12 @@
-"""Dataclasses built from command-line flags and a flat TOML file, and the checks of their values.
+"""Dataclasses built from command-line flags and a flat TOML file; checks of their values.
 
-A stage declares its settings as a frozen dataclass derived from ``Flags``, each field with ``flag``::
+A stage declares its settings as a frozen dataclass derived from ``Flags``::
 
     class BatchConfig(Flags, title="batches"):
         batch_size: int = flag("Largest number of sequences in a batch.", 256, minimum=1)
 
-Bounds and choices are checked whenever the dataclass is built, from a command line, from a file or in Python code.
+Bounds and choices are checked whenever the dataclass is built: from a command line, from a file or
+in Python code.
 """
 
 import argparse
@@ -51,12 +52,15 @@ def flag(
 
     Args:
         help: what the flag does, with its unit. One sentence or two.
-        default: its value if it is not given; without one the flag must be given. A default is always accepted,
-            whatever the bounds and choices.
+        default: its value if it is not given; without one the flag must be given. A default is
+            always accepted, whatever the bounds and choices.
         name: name of the flag, if it is not the field's.
         positional: the value stands without the flag's name.
         comma_separated: a ``str`` that holds a list (fields of type ``tuple`` need not say so).
-        minimum, above, maximum, below: bounds of a number; ``above`` and ``below`` are excluded.
+        minimum: smallest number.
+        above: excluded lower bound.
+        maximum: largest number.
+        below: excluded upper bound.
         why: added to the bounds in their error message, in parentheses.
         choices: the values of a string.
         words: words that stand for a value: ``{"auto": 0}``.
@@ -78,7 +82,7 @@ def flag(
         "required": required,
         "renamed_from": renamed_from,
     }
-    # `==` on purpose: a bound of 0 is declared, though it is false.
+    # A bound of 0 is declared, though it is false.
     metadata = {k: v for k, v in declared.items() if v is not None and v != "" and v != ()}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -180,7 +184,7 @@ def from_recorded(section: type[T], recorded: Mapping[str, Any]) -> T:
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    r"""Split ``a,b`` at its commas; blanks around an item and empty items go. ``\,`` is a comma in an item."""
+    r"""Split ``a,b`` at its commas. ``\,`` is a comma in an item; empty items are dropped."""
     items = (item.replace("\\,", ",").strip(" ") for item in re.split(r"(?<!\\),", text))
     return tuple(item for item in items if item)
 
@@ -196,13 +200,14 @@ def join_list(items: Iterable[str]) -> str:
 def parse(
     argv: Sequence[str], prog: str, *sections: type, description: str | None = None
 ) -> tuple[Any, ...]:
-    """Build the dataclasses ``sections`` from flags; ``--config FILE.toml`` gives those not on the command line.
+    """Build the dataclasses ``sections`` from flags.
 
-    A flag's name may be written with ``-`` for ``_``. ``--help`` prints one group of flags for each section.
+    ``--config FILE.toml`` gives flags that are not on the command line. A flag's name may be
+    written with ``-`` for ``_``. ``--help`` prints one group of flags per section.
 
     Raises:
-        ConfigError: an unknown flag or key (names the nearest known one), a value of the wrong type, or one that a
-            dataclass refuses.
+        ConfigError: an unknown flag or key (names the nearest known one), a value of the wrong
+            type, or one that a dataclass refuses.
     """
     fields: dict[str, dataclasses.Field] = {}
     titles: dict[str, str] = {}
@@ -332,7 +337,7 @@ def _given(
 
 
 def _with_underscores(word: str, fields: Mapping[str, dataclasses.Field]) -> str:
-    """Spell a flag as it is declared: ``--proj-layers=a`` as ``--proj_layers=a``, ``--no-show-text`` too."""
+    """Spell a flag as it is declared: ``--proj-layers=a`` becomes ``--proj_layers=a``."""
     if not word.startswith("--") or word == "--":
         return word
     name, equals, value = word[2:].partition("=")
@@ -370,7 +375,10 @@ def _refuse(
 
 
 def _type_of(f: dataclasses.Field) -> tuple[type, bool]:
-    """Return a field's scalar type, and whether it is a list: ``int | None`` is int, ``tuple[str, ...]`` a list of str."""
+    """Return the type of a field's value or items, and whether it is a list.
+
+    ``int | None`` is int, ``tuple[str, ...]`` a list of str.
+    """
     kind: Any = f.type
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)

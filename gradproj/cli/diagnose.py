@@ -12,47 +12,51 @@ MOST_LAYERS_SHOWN = 5
 
 
 def diagnose_command(argv: list[str]) -> int:
-    """``python -m gradproj diagnose``: exit code 0 nothing beyond rounding, 1 something is, 2 a user's mistake."""
+    """Print the comparison and return the exit code."""
     about = (
-        "With the job's flags: the same documents alone, batched, beside padding, in float32 and bfloat16. Exit code "
-        "0: rows differ by rounding only; 1: by more (batching or padding changes them, or the job's precision does)."
+        "With the job's flags: compare the rows of some documents alone, batched and beside "
+        "padding, in float32 and bfloat16. Exit code 0: rows differ by rounding only; 1: by more "
+        "(batching, padding or the job's precision changes them)."
     )
     config, options = parse_run(argv, "gradproj diagnose", DiagnoseConfig, description=about)
-    found = diagnose(config, options.n_documents)
+    diagnosis = diagnose(config, options.n_documents)
     print(
-        json.dumps(asdict(found), indent=2)
+        json.dumps(asdict(diagnosis), indent=2)
         if options.as_json
-        else "\n".join(diagnosis_lines(found))
+        else "\n".join(diagnosis_lines(diagnosis))
     )
-    return found.exit_code
+    return diagnosis.exit_code
 
 
-def diagnosis_lines(found: Diagnosis) -> list[str]:
-    """The result as lines of text: a table over the ways, the worst layers, the verdicts."""
-    width = max(len(f"{each.dtype}, {each.layer}") for each in found.layers)
-    head = f"{'':{width}}  cosine least   median   error most   median   norm most"
+def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:
+    """Return the result as lines of text: comparisons, the worst layers, the verdicts."""
+    layers = [
+        layer
+        for dtype in MODEL_DTYPES
+        for layer in [x for x in diagnosis.layers if x.dtype == dtype][:MOST_LAYERS_SHOWN]
+    ]
+    width = max(len(f"{layer.dtype}, {layer.layer}") for layer in diagnosis.layers)
+    is_sound = diagnosis.exit_code == SOUND
     return [
-        f"{len(found.sample_ids)} documents, {found.n_tokens:,} tokens, on {found.device}; the job's precision is "
-        f"{found.model_dtype}. Against each document alone in float32:",
+        f"{len(diagnosis.sample_ids)} documents, {diagnosis.n_tokens:,} tokens, on "
+        f"{diagnosis.device}; the job's precision is {diagnosis.model_dtype}. Compared with each "
+        "document alone in float32:",
         "",
-        head,
-        *(_line(f"{c.dtype}, {c.way}", width, c.agreement) for c in found.comparisons),
+        f"{'':{width}}  cosine least   median   error most   median   norm most",
+        *(_line(f"{c.dtype}, {c.way}", width, c.agreement) for c in diagnosis.comparisons),
         "",
         "Layers with the least cosine, in the job's batches:",
-        *(
-            _line(f"{each.dtype}, {each.layer}", width, each.agreement)
-            for dtype in MODEL_DTYPES
-            for each in [each for each in found.layers if each.dtype == dtype][:MOST_LAYERS_SHOWN]
-        ),
+        *(_line(f"{x.dtype}, {x.layer}", width, x.agreement) for x in layers),
         "",
-        *found.verdicts,
-        f"result        {'nothing beyond rounding' if found.exit_code == SOUND else 'BEYOND ROUNDING, see above'}",
+        *diagnosis.verdicts,
+        f"result        {'nothing beyond rounding' if is_sound else 'BEYOND ROUNDING, see above'}",
     ]
 
 
 def _line(name: str, width: int, agreement: Agreement) -> str:
-    lost = f"  {agreement.n_not_finite} not finite" if agreement.n_not_finite else ""
+    not_finite = f"  {agreement.n_not_finite} not finite" if agreement.n_not_finite else ""
     return (
-        f"{name:{width}}  {agreement.least_cosine:12.6f} {agreement.median_cosine:8.6f}   {agreement.most_error:10.1e} "
-        f"{agreement.median_error:8.1e}   {agreement.most_norm_error:9.1e}{lost}"
+        f"{name:{width}}  {agreement.least_cosine:12.6f} {agreement.median_cosine:8.6f}   "
+        f"{agreement.most_error:10.1e} {agreement.median_error:8.1e}   "
+        f"{agreement.most_norm_error:9.1e}{not_finite}"
     )

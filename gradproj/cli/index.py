@@ -1,4 +1,4 @@
-"""The command ``index``: tars to a corpus index."""
+"""The command ``index``: builds the index of a corpus of tars."""
 
 import time
 from dataclasses import dataclass
@@ -49,9 +49,9 @@ class IndexConfig(Flags, title="index"):
 
 
 def index_command(argv: list[str]) -> None:
-    """``python -m gradproj index SHARDS``: make the corpus index, or find that it still holds."""
+    """Build the index of a corpus, unless there is one that is up to date."""
     (config,) = parse(
-        argv, "gradproj index", IndexConfig, description="The frozen index of a corpus of tars."
+        argv, "gradproj index", IndexConfig, description="Build the index of a corpus of tars."
     )
     shards, started = config.shards[0], time.monotonic()
     paths = list_tars(shards)
@@ -60,25 +60,25 @@ def index_command(argv: list[str]) -> None:
         raise ConfigError(
             "--index_file must be given: the tars lie in several folders; name a file for the index"
         )
-    known: CorpusIndex | None = None if config.replace else _known_index(path)
-    if known is not None and _still_holds(known, paths, config.domain_field):
+    existing = None if config.replace else _load_existing(path)
+    if existing is not None and _is_up_to_date(existing, paths, config.domain_field):
         print(f"{path} is up to date: no tar has changed since (--replace scans them again)")
-        _print_index(known)
+        _print_index(existing)
         return
     index = build_index(paths, domain_field=config.domain_field, processes=config.processes or None)
-    if known is not None and known.fingerprint != index.fingerprint:
+    if existing is not None and existing.fingerprint != index.fingerprint:
         raise CorpusError(
-            f"{path} is the index of another corpus: {_about(known)}; these are {_about(index)}. "
-            "Outputs made with the old one cannot be continued with a new one. Give --replace to put the new index "
-            "there, or --index_file to keep both"
+            f"{path} is the index of another corpus: {_summary(existing)}; these are "
+            f"{_summary(index)}. Outputs made with the old index cannot be resumed with a new one. "
+            "Give --replace to replace the index, or --index_file to keep both"
         )
-    # The same documents, or --replace; otherwise the first of several builders wins.
-    save_index(index, path, replace_existing=known is not None or config.replace)
-    print(f"{path} {'renewed: the same corpus, touched or moved' if known else 'written'}")
+    # Without an index of the same documents or --replace, the first of several builders wins.
+    save_index(index, path, replace_existing=existing is not None or config.replace)
+    print(f"{path} {'renewed: same corpus, touched or moved' if existing else 'written'}")
     _print_index(index, time.monotonic() - started)
 
 
-def _known_index(path: Path):
+def _load_existing(path: Path) -> CorpusIndex | None:
     if not path.exists():
         return None
     try:
@@ -87,8 +87,8 @@ def _known_index(path: Path):
         raise CorpusError(f"{error} --replace (or name another file with --index_file)") from error
 
 
-def _still_holds(index, paths: list[Path], domain_field: str) -> bool:
-    """Whether an index is of exactly these tars, none of which was written since."""
+def _is_up_to_date(index: CorpusIndex, paths: list[Path], domain_field: str) -> bool:
+    """Return True if an index covers exactly these tars and none was written since."""
     if index.domain_field != domain_field or [tar.path for tar in index.tars] != paths:
         return False
     try:
@@ -99,20 +99,20 @@ def _still_holds(index, paths: list[Path], domain_field: str) -> bool:
     return True
 
 
-def _about(index) -> str:
+def _summary(index: CorpusIndex) -> str:
     return (
         f"{len(index.tars):,} tars, {index.n_samples:,} documents, fingerprint {index.fingerprint}"
     )
 
 
-def _print_index(index, seconds: float | None = None) -> None:
-    size = sum(tar.size_bytes for tar in index.tars)
+def _print_index(index: CorpusIndex, seconds: float | None = None) -> None:
+    n_bytes = sum(tar.size_bytes for tar in index.tars)
     took = (
         ""
         if seconds is None
         else f" in {seconds:.1f} s ({index.n_samples / max(seconds, 1e-9):,.0f} a second)"
     )
-    print(f"tars          {len(index.tars):,}, {size / 1e6:,.1f} MB")
+    print(f"tars          {len(index.tars):,}, {n_bytes / 1e6:,.1f} MB")
     print(f"documents     {index.n_samples:,}{took}")
     counts = sorted(index.domain_counts().items(), key=lambda item: -item[1])
     print(f"domains       {len(counts):,} by {index.domain_field}")

@@ -1,4 +1,4 @@
-"""The command ``lds``: evaluates scores against retraining; the results as a table."""
+"""The command ``lds``: evaluates scores against retraining and prints a table."""
 
 import math
 
@@ -9,39 +9,40 @@ from gradproj.evaluation.statistics import Estimate
 from gradproj.flags import parse
 
 LDS_NOTE = (
-    "LDS: Spearman's correlation of a half's summed scores with minus the query's loss after training on it, mean over",
-    "     the queries",
+    "LDS: Spearman's correlation between the summed scores of a random half of the documents and",
+    "     minus the query's loss after training on that half; mean over the queries",
 )
 COPIES_NOTE = (
-    "copies: recall@k and 1 / rank of a query's first near-copy: that planted, or another with as many of its 4-grams",
+    "copies: recall@k and reciprocal rank of a query's first near-copy (the planted one, or",
+    "     another document with as many of its 4-grams)",
 )
 LEFT_OUT_NOTE = (
-    "left out: rise of the queries' loss (nats per token) without the documents that the method puts first for them,",
-    "     less that without as many random ones",
+    "left out: rise of the queries' loss (nats per token) when the method's top documents are",
+    "     removed, minus the rise when as many random documents are removed",
 )
 ERRORS_NOTE = (
-    "+-q: standard error over the queries; +-s: over the halves (bootstrap); differences are paired",
+    "+-q: standard error over the queries; +-s: over the halves (bootstrap); paired differences",
 )
 
 
 def lds_command(argv: list[str]) -> None:
-    """``python -m gradproj lds --shards TARS --output_dir DIR``"""
+    """Run or resume the experiment and print its table."""
     (config,) = parse(
         argv,
         "gradproj lds",
         LdsConfig,
-        description="Hold scores against retraining on parts of a small corpus.",
+        description="Evaluate scores against retraining on parts of a small corpus.",
     )
     for line in table_lines(evaluate(config)):
         print(line)
 
 
 def table_lines(results: Results) -> list[str]:
-    """What was measured, a line a method, and how to read it."""
-    shown = results.methods
-    width = max(6, *(len(name) for name in shown))
-    with_copies = any(result.duplicates for result in shown.values())
-    with_left = any(result.leave_out for result in shown.values())
+    """Return a table with one line per method, and notes on its columns."""
+    methods = results.methods
+    width = max(6, *(len(name) for name in methods))
+    with_copies = any(result.duplicates for result in methods.values())
+    with_left = any(result.leave_out for result in methods.values())
     heads = [
         f"{'method':<{width}}",
         f"{'LDS':>6}",
@@ -54,13 +55,14 @@ def table_lines(results: Results) -> list[str]:
     ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
     trainings = f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''}"
     return [
-        f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} random halves, "
-        f"{trainings} of each; queries' loss {results.mean_loss:.3f} nats per token, +-{results.loss_spread:.4f} over "
-        "the halves",
-        f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- {results.chance[1]:.3f}",
+        f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} "
+        f"random halves, {trainings} of each; queries' loss {results.mean_loss:.3f} nats per "
+        f"token, +-{results.loss_spread:.4f} over the halves",
+        f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- "
+        f"{results.chance[1]:.3f}",
         "",
         "  ".join(heads).rstrip(),
-        *(_line(name, result, width, with_copies, with_left) for name, result in shown.items()),
+        *(_line(name, result, width, with_copies, with_left) for name, result in methods.items()),
         "",
         *LDS_NOTE,
         *(COPIES_NOTE if with_copies else ()),
@@ -78,10 +80,8 @@ def _line(name: str, result: MethodResult, width: int, with_copies: bool, with_l
     ]
     cells.append(f"{_difference(result.over_reference):>22}")
     if with_copies and result.duplicates:
-        found = result.duplicates
-        cells.append(
-            f"  {found.recall[RECALL_AT[0]]:>9.2f} {found.recall[RECALL_AT[1]]:>5.2f} {found.mrr:>5.2f}"
-        )
+        recall, mrr = result.duplicates.recall, result.duplicates.mrr
+        cells.append(f"  {recall[RECALL_AT[0]]:>9.2f} {recall[RECALL_AT[1]]:>5.2f} {mrr:>5.2f}")
     if with_left and result.leave_out:
         cells.append(f"  {result.leave_out.mean:+.3f} +- {result.leave_out.standard_error:.3f}")
     return "  ".join(cells).rstrip()

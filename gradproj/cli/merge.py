@@ -18,16 +18,17 @@ class MergeConfig(Flags, title="merge"):
 
 
 def merge_command(argv: list[str]) -> None:
-    """``python -m gradproj merge OUTPUT``: columns, sums and statistics from the records there are."""
-    about = "Columns, sums and statistics from the units that are committed; the job does it itself at its end."
+    """Merge an output and print its statistics."""
+    about = "Merge committed units into columns, sums and statistics. The job does so at its end."
     (config,) = parse(argv, "gradproj merge", MergeConfig, description=about)
     stats = merge_now(read_output(config.output))
     after = read_output(config.output)
     print(f"merged        {len(after.committed):,} of {count(len(after.wanted), 'unit')}")
     print("\n".join(stats_lines(stats)))
     if len(after.missing):
-        documents = count(after.layout.n_samples_in(after.missing), "document")
+        documents = count(after.n_samples_in(after.missing), "document")
+        ids = ranges_text(after.id_ranges(after.missing))
         print(
-            f"missing       {count(len(after.missing), 'unit')}, {documents}: ids "
-            f"{ranges_text(after.id_ranges(after.missing))}; run the job's command again to compute them"
+            f"missing       {count(len(after.missing), 'unit')}, {documents}: ids {ids}; "
+            "run the job's command again to compute them"
         )

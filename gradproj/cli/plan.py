@@ -1,4 +1,4 @@
-"""The command ``plan``: every check the job makes, and what the job will take."""
+"""The command ``plan``: all checks of the job, and estimates of time, disk and memory."""
 
 import os
 import sys
@@ -9,15 +9,16 @@ import numpy as np
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
 from gradproj.files import existing_ancestor
-from gradproj.job.config import run_config
+from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
 from gradproj.job.summary import plan_lines
 from gradproj.store.unit_record import list_records
 
 
 def plan_command(argv: list[str]) -> None:
-    """``python -m gradproj plan`` with the job's flags: every check the job makes, and what it will take."""
-    config = run_config(argv, "gradproj plan")
+    """Check the job's flags and print the plan; writes nothing."""
+    about = "With the job's flags: make every check of the job and estimate what it takes."
+    (config,) = parse_run(argv, "gradproj plan", description=about)
     device, warning = choose_device(config.job.device, 0)
     output = Path(config.job.output_dir)
     _check_writable(output)
@@ -29,11 +30,12 @@ def plan_command(argv: list[str]) -> None:
 
 
 def _check_writable(output: Path) -> None:
-    """Refuse a folder that could not be made or written to, without making it."""
+    """Raise ``StoreError`` if the folder could not be made or written to; does not make it."""
     folder = existing_ancestor(output)
     if not folder.is_dir():
         raise StoreError(f"--output_dir {output}: {folder} is a file; give a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StoreError(
-            f"--output_dir {output}: {folder} is not writable for you; mend its permissions or choose another folder"
+            f"--output_dir {output}: {folder} is not writable for you; fix its permissions "
+            "or choose another folder"
         )

@@ -1,4 +1,4 @@
-"""The command ``status``: how far a store is, as text or JSON."""
+"""The command ``status``: the progress of a job, as text or JSON."""
 
 import json
 import os
@@ -14,14 +14,15 @@ from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed
 from gradproj.maintenance.status import Status, StatusConfig, read_status
 
 MOST_CLAIMS_SHOWN = 32
-_TAKEN_OVER_AFTER = f"{human_seconds(STALE_AFTER_S + CONFIRM_AFTER_S)} of that"
+_RECLAIMED_AFTER = f"{human_seconds(STALE_AFTER_S + CONFIRM_AFTER_S)} of silence"
 
 
 def status_command(argv: list[str]) -> int:
-    """Print the status of an output; exit code 0 complete, 3 not yet, 1 failed, 2 no store there."""
+    """Print the status of an output and return the exit code."""
     about = (
-        "How far a store is, from any shell. Exit code 0: complete; 3: not yet; 1: not, and the "
-        "last start ended with an error to fix (failed.json); 2: no store there."
+        "Show the progress of a job from its output directory; writes nothing. Exit code 0: "
+        "complete; 3: incomplete; 1: incomplete, and the last start ended with an error "
+        "(failed.json); 2: no store there."
     )
     (config,) = parse(argv, "gradproj status", StatusConfig, description=about)
     status = read_status(config.output, rows=config.rows, watch_s=config.watch_s)
@@ -32,17 +33,18 @@ def status_command(argv: list[str]) -> int:
 
 
 def status_lines(status: Status) -> list[str]:
-    """The status as lines of text."""
+    """Return the status as lines of text."""
     n_missing = sum(b - a for a, b in status.missing_units)
     running = [c for c in status.claimed if not c.is_over and c.process != SILENT]
     silent = [c for c in status.claimed if c.process == SILENT]
     over = [c for c in status.claimed if c.is_over]
     n_claimed = len(running) + len(silent)
-    share = 100 * status.n_committed_samples / max(status.n_samples, 1)
+    percent = 100 * status.n_committed_samples / max(status.n_samples, 1)
     lines = [
-        f"units         {status.n_units:,}: {status.n_committed:,} committed, {n_claimed:,} claimed, "
-        f"{n_missing - n_claimed:,} left",
-        f"documents     {status.n_committed_samples:,} of {status.n_samples:,} committed ({share:.1f} %)",
+        f"units         {status.n_units:,}: {status.n_committed:,} committed, {n_claimed:,} "
+        f"claimed, {n_missing - n_claimed:,} left",
+        f"documents     {status.n_committed_samples:,} of {status.n_samples:,} committed "
+        f"({percent:.1f} %)",
     ]
     if status.by_status is not None:
         lines.append(f"rows          {_rows_text(status)}")
@@ -62,8 +64,8 @@ def status_lines(status: Status) -> list[str]:
             f"{Path(status.partial[0].folder).parent}"
         )
     if status.merging is not None:
-        known = _known_text(status.merging_process or UNKNOWN, status.watched_s)
-        lines.append(f"merging       {_owner_text(status.merging)}{known}")
+        liveness = _liveness_text(status.merging_process or UNKNOWN, status.watched_s)
+        lines.append(f"merging       {_owner_text(status.merging)}{liveness}")
     if status.failed is not None:
         lines += _failure_lines(status)
     lines += [f"problem       {problem}" for problem in status.problems]
@@ -71,34 +73,38 @@ def status_lines(status: Status) -> list[str]:
 
 
 def _rows_text(status: Status) -> str:
-    named = ", ".join(f"{n:,} {name}" for name, n in (status.by_status or {}).items())
+    counts = ", ".join(f"{n:,} {name}" for name, n in (status.by_status or {}).items())
     if status.n_units_counted < status.n_committed:
-        named += f" (of {status.n_units_counted:,} of {status.n_committed:,} committed units; --rows counts all)"
-    return named
+        counts += (
+            f" (of {status.n_units_counted:,} of {status.n_committed:,} committed units; "
+            "--rows counts all)"
+        )
+    return counts
 
 
 def _speed_text(speed: Speed) -> str:
     left = "" if speed.left_s is None else f"; about {human_seconds(speed.left_s)} left"
-    unknown = f", {speed.n_unknown:,} of them by their last word" if speed.n_unknown else ""
+    unknown = f", {speed.n_unknown:,} of them by their last report" if speed.n_unknown else ""
     return (
         f"{speed.samples_per_s:,.1f} documents/s, {speed.tokens_per_s:,.0f} tokens/s by "
         f"{count(speed.n_ranks, 'rank')}{unknown}{left}"
     )
 
 
-def _known_text(process: str, watched_s: float) -> str:
+def _liveness_text(process: str, watched_s: float) -> str:
+    silent = f"; no heartbeat in {watched_s:g} s, reclaimed by the job after {_RECLAIMED_AFTER}"
     return {
         "alive": "",
-        "gone": ", which has ended: the job takes it over",
-        "stale": ", whose heartbeat stands still: the job takes it over",
-        SILENT: f"; no sign of life in {watched_s:g} s: the job takes it over after {_TAKEN_OVER_AFTER}",
-        UNKNOWN: "; whether it lives is not known here (--watch_s 15 shows it)",
+        "gone": " (process exited; will be reclaimed by the job)",
+        "stale": " (heartbeat stopped; will be reclaimed by the job)",
+        SILENT: silent,
+        UNKNOWN: "; this host cannot tell whether it is alive (--watch_s 15 shows it)",
     }[process]
 
 
 def _claim_text(claimed: ClaimedUnit, watched_s: float) -> str:
     done = (
-        "nothing reported yet"
+        "no progress reported yet"
         if claimed.n_done is None
         else f"{claimed.n_done:,} of {claimed.n_samples:,} documents"
     )
@@ -107,8 +113,8 @@ def _claim_text(claimed: ClaimedUnit, watched_s: float) -> str:
         if claimed.owner is None
         else _owner_text(claimed.owner)
     )
-    known = "" if claimed.owner is None else _known_text(claimed.process, watched_s)
-    return f"unit {claimed.unit}: {done}, by {by}, since {claimed.since or 'just now'}{known}"
+    liveness = "" if claimed.owner is None else _liveness_text(claimed.process, watched_s)
+    return f"unit {claimed.unit}: {done}, by {by}, since {claimed.since or 'just now'}{liveness}"
 
 
 def _owner_text(owner: Owner) -> str:
@@ -136,32 +142,36 @@ def _verdict(status: Status) -> str:
         return "yes"
     if status.missing_units:
         n_missing = sum(b - a for a, b in status.missing_units)
-        return f"no, {count(n_missing, 'unit')} missing: {ranges_text(status.missing_units)}{_way_on(status)}"
+        units = ranges_text(status.missing_units)
+        return f"no, {count(n_missing, 'unit')} missing: {units}{_next_step(status)}"
     return f"no, every unit is committed {_merge_verdict(status)}"
 
 
-def _way_on(status: Status) -> str:
+def _next_step(status: Status) -> str:
     n_ranks, n_unknown = status.speed.n_ranks, status.speed.n_unknown
     if n_ranks > n_unknown:
         return ""
     if n_ranks:
-        return "; whether anybody works on them is not known here (--watch_s 15 shows it)"
+        return "; this host cannot tell whether a rank is at work (--watch_s 15 shows it)"
     if status.failed is not None:
-        return "; mend what failed, then run the job's command again"
-    return "; run the job's command again to go on"
+        return "; fix the error, then run the job's command again"
+    return "; run the job's command again to resume"
 
 
 def _merge_verdict(status: Status) -> str:
-    """What is in the way of the merge, or what to do for it."""
+    """Return the obstacle to the merge, or the command that merges."""
     if status.merging is not None and status.merging_process != SILENT:
         return "and being merged"
     if status.merging is not None:
-        return f"but whoever merges shows no life; the job's command takes it over after {_TAKEN_OVER_AFTER}"
+        return (
+            "but the process that merges has no heartbeat; the job's command reclaims the merge "
+            f"after {_RECLAIMED_AFTER}"
+        )
     if status.problems:
         return (
-            f"but cannot be merged; `python -m gradproj verify {status.output} --repair` turns damaged units into "
-            "missing ones, which the job's command then computes again"
+            f"but cannot be merged; `python -m gradproj verify {status.output} --repair` deletes "
+            "damaged units, which the job's command then recomputes"
         )
     if status.failed is not None:
-        return "but not merged; mend what failed, then run the job's command again"
-    return f"but not merged; `python -m gradproj merge {status.output}` ends it"
+        return "but not merged; fix the error, then run the job's command again"
+    return f"but not merged; `python -m gradproj merge {status.output}` merges them"

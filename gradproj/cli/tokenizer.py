@@ -5,9 +5,9 @@ from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def tokenizer_command(argv: list[str]) -> None:
-    """``python -m gradproj tokenizer --shards TARS --output_dir DIR --vocab_size N``"""
+    """Train a tokenizer and print its size."""
     (config,) = parse(
-        argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE."
+        argv, "gradproj tokenizer", TokenizerConfig, description="Train a byte-level BPE tokenizer."
     )
     n_tokens = train_tokenizer(config)
     print(f"A tokenizer of {n_tokens:,} tokens is in {config.output_dir}")

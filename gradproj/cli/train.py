@@ -1,4 +1,4 @@
-"""The command ``train``: train a causal language model on a corpus."""
+"""The command ``train``: trains a causal language model on a corpus."""
 
 import signal
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def train_command(argv: list[str]) -> int:
-    """``python -m gradproj train --shards TARS --tokenizer DIR --result_dir DIR``, or ``torchrun -m gradproj train``"""
+    """Train, alone or as one rank of ``torchrun -m gradproj train``; return the exit code."""
     from gradproj.training import TrainConfig, train
 
     process = Process.from_environment()
@@ -24,21 +24,21 @@ def train_command(argv: list[str]) -> int:
         result = train(config, stop)
     if process.rank == 0 and result.n_steps < config.max_steps:
         print(
-            f"{stop.reason}: stopped after step {result.n_steps:,} of {config.max_steps:,}, with a checkpoint; "
-            "the same command with --resume goes on"
+            f"{stop.reason}: stopped after step {result.n_steps:,} of {config.max_steps:,}, with a "
+            "checkpoint; the same command with --resume resumes"
         )
     elif process.rank == 0:
         print(
-            f"Trained on {result.n_tokens:,} tokens in {result.seconds:.0f} s, loss {result.loss:.3f} nats per token; "
-            f"the checkpoint is in {config.result_dir}"
+            f"Trained on {result.n_tokens:,} tokens in {result.seconds:.0f} s, "
+            f"loss {result.loss:.3f} nats per token; the checkpoint is in {config.result_dir}"
         )
-    # A launcher would take another code for a failure, and end the ranks that still save.
+    # A launcher treats any other code as a failure and kills the ranks that are still saving.
     return 0 if process.launched else stop.exit_code
 
 
 @contextmanager
 def stop_on_signals() -> Iterator["StopRequest"]:
-    """Signals ask to stop, and a launcher's death does; what a signal did before, it does again afterwards."""
+    """Turn signals and the launcher's death into a stop request; restore handlers on exit."""
     from gradproj.job.shutdown import SIGNALS, StopRequest
 
     before = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,10 +1,10 @@
-"""The command ``verify``: checks, repairs and recomputes a store; text or JSON."""
+"""The command ``verify``: checks, recomputes and repairs an output; text or JSON."""
 
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,53 +31,56 @@ MOST_DAMAGE_SHOWN = 20
 MOST_ROWS_SHOWN = 10
 
 WAYS_OUT = {
-    "corpus.json": "put corpus.json back, or delete it: the job's command indexes the tars again and refuses another "
-    "corpus",
-    "projection_matrices": "put the array projection_matrices back from a copy: rows were made with it alone",
-    "metadata.json": "metadata.json is written again by `verify --repair`, by a merge and by the job's next start",
+    "corpus.json": "restore corpus.json, or delete it: the job's command indexes the tars again "
+    "and refuses another corpus",
+    "projection_matrices": "restore the array projection_matrices from a copy: the rows were made "
+    "with it alone",
+    "metadata.json": "metadata.json is written again by `verify --repair`, by a merge and by the "
+    "job's next start",
 }
-"""Damage of kind ``other``, by its file's name."""
+"""File name -> repair of its damage, for damage of kind ``other``."""
 
 
 def verify_command(argv: list[str]) -> int:
-    """``python -m gradproj verify OUTPUT``: exit code 0 sound and complete, 3 sound but incomplete, 1 damaged."""
+    """Print what is damaged, recomputed and repaired, and return the exit code."""
     about = (
-        "Every checksum of a store again, records against shards and columns. Exit code 0: sound and complete; "
-        "3: sound, but incomplete; 1: damaged, or rows that come out otherwise; 2: no store there, or not its model. "
-        "After --repair it is the state that the store is in then."
+        "Check every checksum of an output, and records against shards and columns. Exit code 0: "
+        "sound and complete; 3: sound, but incomplete; 1: damaged, or recomputed rows differ; 2: "
+        "no store there, or another model than the job's. With --repair it is the state "
+        "afterwards."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
-    found, parts = verify(config.output, checksums=config.checksums), {}
-    _say(config, verification_lines(found) if config.checksums else [])
+    verification, parts = verify(config.output, checksums=config.checksums), {}
+    _print(config, verification_lines(verification) if config.checksums else [])
     if config.recompute:
-        # Loads torch and transformers, which nothing else here needs.
+        # Imports torch and transformers, which nothing else here needs.
         from gradproj.maintenance.recompute import recompute, wrong_rows
 
-        again = recompute(config, config.recompute, config.seed, found.damaged_units)
-        found.damage += wrong_rows(again, read_output(config.output))
-        parts["recompute"] = asdict(again)
-        _say(config, recomputation_lines(again))
-    code = found.exit_code
+        damaged = verification.damaged_units
+        recomputation = recompute(config, config.recompute, config.seed, damaged)
+        verification.damage += wrong_rows(recomputation, read_output(config.output))
+        parts["recompute"] = asdict(recomputation)
+        _print(config, recomputation_lines(recomputation))
+    code = verification.exit_code
     if config.repair:
-        done = repair(found)
-        code, parts["repair"] = done.exit_code, asdict(done)
-        _say(config, repair_lines(done, "" if done.complete else _way_on(config.output)))
+        result = repair(verification)
+        code, parts["repair"] = result.exit_code, asdict(result)
+        _print(config, repair_lines(result, "" if result.complete else _next_step(config.output)))
     else:
-        _say(config, verdict_lines(found, checksums=config.checksums))
+        _print(config, verdict_lines(verification, checksums=config.checksums))
     if config.as_json:
-        print(json.dumps({**asdict(found), **parts}, indent=2))
+        print(json.dumps({**asdict(verification), **parts}, indent=2))
     return code
 
 
-def _say(config: Any, lines: list[str]) -> None:
+def _print(config: VerifyConfig, lines: list[str]) -> None:
     if lines and not config.as_json:
         print("\n".join(lines), flush=True)
 
 
-def _way_on(output: str) -> str:
-    """What to start for the units that are missing."""
+def _next_step(output: str) -> str:
     try:
-        from gradproj.job.recorded import job_command
+        from gradproj.job.recorded import job_command  # imports torch
 
         command = job_command(Path(output))
     except StoreError:
@@ -85,36 +88,46 @@ def _way_on(output: str) -> str:
     return f"run the job's command again, with any number of ranks, as in: {command}"
 
 
-def verification_lines(found: Verification) -> list[str]:
-    """The findings as lines of text, without a verdict."""
-    rate = found.n_bytes / 1e6 / max(found.seconds, 1e-9)
+def verification_lines(verification: Verification) -> list[str]:
+    """Return the findings as lines of text, without a verdict."""
+    megabytes, seconds = verification.n_bytes / 1e6, verification.seconds
+    rows = ", ".join(f"{n:,} {name}" for name, n in verification.by_status.items())
     lines = [
-        f"checked       {count(found.n_records, 'record')} of {found.n_units:,}, {count(found.n_shards, 'shard')}: "
-        f"{found.n_bytes / 1e6:,.1f} MB in {found.seconds:.1f} s ({rate:,.0f} MB/s)",
-        f"rows          {', '.join(f'{n:,} {name}' for name, n in found.by_status.items()) or 'none yet'}",
+        f"checked       {count(verification.n_records, 'record')} of {verification.n_units:,}, "
+        f"{count(verification.n_shards, 'shard')}: {megabytes:,.1f} MB in {seconds:.1f} s "
+        f"({megabytes / max(seconds, 1e-9):,.0f} MB/s)",
+        f"rows          {rows or 'none yet'}",
     ]
-    for name, ids in (("missing", found.missing), ("non-finite", found.non_finite)):
+    for name, ids in (("missing", verification.missing), ("non-finite", verification.non_finite)):
         if ids.n_ids:
-            lines.append(
-                f"{name:<13} {count(ids.n_ids, 'document')}: ids {ranges_text(ids.ranges)}"
-            )
-    if found.shards_without_record:
-        units = np.array(found.shards_without_record)
+            documents = count(ids.n_ids, "document")
+            lines.append(f"{name:<13} {documents}: ids {ranges_text(ids.ranges)}")
+    if verification.shards_without_record:
+        units = np.array(verification.shards_without_record)
         lines.append(
-            f"left over     {count(len(units), 'shard')} without a record, of units {ranges_text(ranges_of(units))}: "
-            "being committed, or left by a killed process; they count for nothing"
+            f"left over     {count(len(units), 'shard')} without a record, of units "
+            f"{ranges_text(ranges_of(units))}: being committed, or left by a killed process; "
+            "they do not count"
         )
-    lines += [f"DAMAGED       {_damage_text(d)}" for d in found.damage[:MOST_DAMAGE_SHOWN]]
-    if len(found.damage) > MOST_DAMAGE_SHOWN:
-        lines.append(
-            f"              and {len(found.damage) - MOST_DAMAGE_SHOWN:,} more; --json lists them all"
-        )
+    damage = verification.damage
+    lines += [f"DAMAGED       {_damage_text(d)}" for d in damage[:MOST_DAMAGE_SHOWN]]
+    if len(damage) > MOST_DAMAGE_SHOWN:
+        n_more = len(damage) - MOST_DAMAGE_SHOWN
+        lines.append(f"              and {n_more:,} more; --json lists them all")
     return lines
 
 
-def verdict_lines(found: Verification, *, checksums: bool = True) -> list[str]:
-    """What to do about damage, and the verdict as the last line; ``checksums``: whether they were computed."""
-    return [*_ways_out(found), f"result        {_verdict(found, checksums)}"]
+def verdict_lines(verification: Verification, *, checksums: bool = True) -> list[str]:
+    """Return the ways to repair damage, and the verdict as the last line.
+
+    Args:
+        verification: the findings.
+        checksums: whether checksums were computed.
+    """
+    return [
+        *_ways_out(verification),
+        f"result        {_verdict(verification, checksums)}",
+    ]
 
 
 def _damage_text(damage: Damage) -> str:
@@ -122,100 +135,103 @@ def _damage_text(damage: Damage) -> str:
     return f"{unit}{damage.path} {damage.what}"
 
 
-def _ways_out(found: Verification) -> list[str]:
+def _ways_out(verification: Verification) -> list[str]:
     lines = []
-    if found.wrong_units:
+    if verification.wrong_units:
         lines.append(
-            "way out       this command with --repair turns the units of wrong rows into missing ones, which the job's "
-            "command then computes again; of rows that were not computed nothing is known: more --recompute tries more"
+            "way out       this command with --repair deletes the units of wrong rows, which the "
+            "job's command then recomputes; rows that were not recomputed were not checked: a "
+            "larger --recompute checks more"
         )
-    if any(d.kind in ("unit", "columns") for d in found.damage):
+    if any(d.kind in ("unit", "columns") for d in verification.damage):
         lines.append(
-            f"way out       `python -m gradproj verify {found.output} --repair` turns damaged units into missing ones "
-            "and merges columns again; the job's command then computes those units once more and keeps all others"
+            f"way out       `python -m gradproj verify {verification.output} --repair` deletes "
+            "damaged units and merges columns again; the job's command then recomputes those "
+            "units and keeps all others"
         )
-    return [*lines, *other_ways_out(found.damage)]
+    return [*lines, *other_ways_out(verification.damage)]
 
 
 def other_ways_out(damage: list[Damage]) -> list[str]:
-    """What to do about damage that no repair of units mends."""
+    """Return the ways to repair damage outside units."""
     names = [os.path.basename(d.path) for d in damage if d.kind == "other"]
     return [f"way out       {WAYS_OUT[name]}" for name in names if name in WAYS_OUT]
 
 
-def _verdict(found: Verification, checksums: bool) -> str:
-    if found.damage:
-        return f"damaged, in {count(len(found.damage), 'place')}"
+def _verdict(verification: Verification, checksums: bool) -> str:
+    if verification.damage:
+        return f"damaged, in {count(len(verification.damage), 'place')}"
     if not checksums:
-        state = "complete" if found.complete else "incomplete"
-        return f"{state}, and no wrong row among those computed again; checksums were not computed"
-    if found.complete:
+        state = "complete" if verification.complete else "incomplete"
+        return f"{state}, and no recomputed row differs; checksums were not computed"
+    if verification.complete:
         return "sound and complete"
-    rest = "some units are missing" if found.missing.n_ids else "not merged yet"
+    rest = "some units are missing" if verification.missing.n_ids else "not merged yet"
     return f"sound, but incomplete: {rest}"
 
 
-def recomputation_lines(found: "Recomputation") -> list[str]:
-    """What came of it, as lines of text."""
-    others = f" and {count(found.n_others, 'document')} of another status" if found.n_others else ""
+def recomputation_lines(recomputation: "Recomputation") -> list[str]:
+    """Return the comparison with recomputed rows as lines of text."""
+    r = recomputation
+    others = f" and {count(r.n_others, 'document')} of another status" if r.n_others else ""
     lines = [
-        f"recomputed    {count(found.n_rows, 'row')}{others} on {found.device} in {found.seconds:.1f} s, "
-        f"seed {found.seed}",
-        f"error         at most {found.max_error:.1e}, median {found.median_error:.1e}, relative to the row; "
-        f"rounding explains {found.tolerance:.1e}",
+        f"recomputed    {count(r.n_rows, 'row')}{others} on {r.device} in {r.seconds:.1f} s, "
+        f"seed {r.seed}",
+        f"error         at most {r.max_error:.1e}, median {r.median_error:.1e}, relative to the "
+        f"row; rounding explains {r.tolerance:.1e}",
     ]
-    if found.n_without_memory:
+    if r.n_without_memory:
         lines.append(
-            f"not compared  {count(found.n_without_memory, 'document')} that did not fit the memory"
+            f"not compared  {count(r.n_without_memory, 'document')} that ran out of memory"
         )
-    wrong = sorted(found.wrong, key=lambda check: -check.error)
+    wrong = sorted(r.wrong, key=lambda check: -check.error)
     lines += [
-        f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) {c.what}"
+        f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) "
+        f"{c.what}"
         for c in wrong[:MOST_ROWS_SHOWN]
     ]
     if len(wrong) > MOST_ROWS_SHOWN:
-        lines.append(
-            f"              and {len(wrong) - MOST_ROWS_SHOWN:,} more; --json lists them all"
-        )
-    if not wrong and found.worst:
-        ids = ", ".join(f"{c.sample_id} ({c.error:.1e})" for c in found.worst[:3])
+        n_more = len(wrong) - MOST_ROWS_SHOWN
+        lines.append(f"              and {n_more:,} more; --json lists them all")
+    if not wrong and r.worst:
+        ids = ", ".join(f"{c.sample_id} ({c.error:.1e})" for c in r.worst[:3])
         lines.append(f"farthest      samples {ids}")
     return lines
 
 
-def repair_lines(done: Repair, go_on: str) -> list[str]:
-    """What was done, as lines of text; ``go_on`` is the command that computes what is missing."""
+def repair_lines(result: Repair, next_step: str) -> list[str]:
+    """Return what was repaired as lines of text.
+
+    Args:
+        result: the repair.
+        next_step: the command that computes missing units.
+    """
     lines = []
-    if done.units:
-        units = (
-            f"{count(len(done.units), 'unit')} ({ranges_text([[u, u + 1] for u in done.units])})"
-        )
+    if result.units:
+        units = ranges_text([[unit, unit + 1] for unit in result.units])
         lines.append(
-            f"repaired      record and shard of {units} removed, which the job computes again"
+            f"repaired      record and shard of {count(len(result.units), 'unit')} ({units}) "
+            "deleted; the job recomputes them"
         )
-    if done.recovered:
-        lines.append(
-            f"repaired      {count(len(done.recovered), 'unit')} meanwhile, by another process"
-        )
-    if done.merged:
-        lines.append(
-            "repaired      columns, sums and statistics merged again from the records there are"
-        )
-    for unit, owner in done.held.items():
+    if result.recovered:
+        n_recovered = count(len(result.recovered), "unit")
+        lines.append(f"repaired      {n_recovered} meanwhile, by another process")
+    if result.merged:
+        lines.append("repaired      columns, sums and statistics merged again from sound records")
+    for unit, owner in result.held.items():
         lines.append(f"left          unit {unit} is claimed by {owner}. Then repair again")
-    lines += [f"left          {d.path} {d.what}" for d in done.left if d.unit not in done.held]
-    lines += other_ways_out(done.left)
-    if done.units:
-        lines.append(
-            f"lost          the rows of {count(done.n_samples, 'document')} in those units, nothing else"
-        )
-    elif not done.left:
+    lines += [f"left          {d.path} {d.what}" for d in result.left if d.unit not in result.held]
+    lines += other_ways_out(result.left)
+    if result.units:
+        documents = count(result.n_samples, "document")
+        lines.append(f"lost          the rows of {documents} in those units, nothing else")
+    elif not result.left:
         lines.append("lost          nothing")
-    if not done.complete:
-        lines.append(f"go on         {go_on}")
+    if not result.complete:
+        lines.append(f"next          {next_step}")
     state = {
-        DAMAGED: "damage is left",
+        DAMAGED: "damage remains",
         INCOMPLETE: "sound, but incomplete",
         SOUND: "sound and complete",
     }
-    return [*lines, f"result        {state[done.exit_code]}"]
+    return [*lines, f"result        {state[result.exit_code]}"]

@@ -36,8 +36,8 @@ def test_remote_process_is_unknown_without_watching(far):
     assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 1)
     text = "\n".join(status_lines(status))
     assert "by rank 3 on far" in text
-    assert "whether it lives is not known here (--watch_s 15 shows it)" in text
-    assert "by 1 rank, 1 of them by their last word" in text
+    assert "this host cannot tell whether it is alive (--watch_s 15 shows it)" in text
+    assert "by 1 rank, 1 of them by their last report" in text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_still_heartbeat_is_stale_only_after_stale_after_s(far, monkeypatch):
     assert status.speed.n_ranks == 0
     text = "\n".join(status_lines(status))
     assert "stale         unit 1" in text
-    assert "whose heartbeat stands still: the job takes it over" in text
+    assert "heartbeat stopped; will be reclaimed by the job" in text
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def test_silent_process_is_not_counted_at_work(far, has_heartbeat):
     lines = status_lines(status)
     (shown,) = (line for line in lines if line.startswith("silent        unit 1: "))
     assert ("8 of 16 documents" in shown) == has_heartbeat
-    assert shown.endswith("; no sign of life in 0.2 s: the job takes it over after 11 min of that")
+    assert shown.endswith("; no heartbeat in 0.2 s, reclaimed by the job after 11 min of silence")
     assert not any(line.startswith(("speed", "running")) or "--watch" in line for line in lines)
     assert lines[0] == "units         5: 4 committed, 1 claimed, 0 left"
-    assert lines[-1] == "complete      no, 1 unit missing: 1; run the job's command again to go on"
+    assert lines[-1] == "complete      no, 1 unit missing: 1; run the job's command again to resume"
 
 
 @pytest.mark.usefixtures("short_watch")
@@ -122,9 +122,9 @@ def test_silent_merge_is_not_reported_as_running(output, process):
         == "complete      no, every unit is committed and being merged"
     )
     lines = status_lines(read_status(output, watch_s=0.2))
-    assert any(line.startswith("merging") and "no sign of life in 0.2 s" in line for line in lines)
+    assert any(line.startswith("merging") and "no heartbeat in 0.2 s" in line for line in lines)
     assert (
-        "but whoever merges shows no life; the job's command takes it over after 11 min"
+        "but the process that merges has no heartbeat; the job's command reclaims the merge after 11 min"
         in lines[-1]
     )
 

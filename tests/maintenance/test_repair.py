@@ -84,7 +84,7 @@ def test_damage_that_repair_cannot_fix_is_left_with_advice(name, output):
         assert (done.exit_code, verify(output).exit_code) == (0, 0)
     else:
         assert (done.exit_code, verify(output).exit_code) == (1, 1)
-        assert any(line.startswith("way out       put ") for line in repair_lines(done, ""))
+        assert any(line.startswith("way out       restore ") for line in repair_lines(done, ""))
 
 
 SEVERAL = {
@@ -120,7 +120,7 @@ def test_repaired_and_recomputed_store_equals_the_original(name, output, job, ca
     )
     assert "in those units, nothing else" in printed
     assert (
-        "go on         run the job's command again, with any number of ranks, as in: python -m"
+        "next          run the job's command again, with any number of ranks, as in: python -m"
         in printed
     )
     assert main(["verify", str(output)]) == 3

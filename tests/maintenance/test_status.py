@@ -51,14 +51,14 @@ def test_unfinished_store_lists_missing_units_and_how_to_continue(output):
     assert status.by_status == {"missing": N_SAMPLES - 32, "ok": 31, "empty": 1}
     text = "\n".join(status_lines(status))
     assert "5: 2 committed, 0 claimed, 3 left" in text
-    assert "no, 3 units missing: 1-2, 4; run the job's command again to go on" in text
+    assert "no, 3 units missing: 1-2, 4; run the job's command again to resume" in text
 
 
 def test_store_is_complete_only_once_merged(output):
     unmerge(output)
     status = read_status(output)
     assert (status.complete, status.missing_units, status.exit_code) == (False, [], 3)
-    assert f"not merged; `python -m gradproj merge {output}` ends it" in status_lines(status)[-1]
+    assert f"not merged; `python -m gradproj merge {output}` merges them" in status_lines(status)[-1]
 
 
 WAYS_TO_BE_UNMERGEABLE = {
@@ -84,7 +84,7 @@ def test_verify_is_advised_when_the_merge_would_fail(name, output):
     verdict = status_lines(status)[-1]
     assert "no, every unit is committed but cannot be merged; " in verdict
     assert (
-        f"`python -m gradproj verify {output} --repair` turns damaged units into missing ones"
+        f"`python -m gradproj verify {output} --repair` deletes damaged units"
         in verdict
     )
 
@@ -94,7 +94,7 @@ def test_failed_start_is_to_be_fixed_before_the_merge(output):
     (output / "failed.json").write_text(json.dumps(FAILURE))
     verdict = status_lines(read_status(output))[-1]
     assert verdict.startswith("complete      no, every unit is committed but not merged; ")
-    assert verdict.endswith("what failed, then run the job's command again")
+    assert verdict.endswith("fix the error, then run the job's command again")
 
 
 def test_running_merge_is_reported_instead_of_advised(output, process):
@@ -130,7 +130,7 @@ def test_claimed_unit_names_its_process_and_progress(output, process):
         f"unit 1: 8 of 16 documents, by rank 3 on {owner.host} (pid {owner.pid}, job job), since 2"
         in text
     )
-    assert "unit 2: nothing reported yet" in text
+    assert "unit 2: no progress reported yet" in text
     assert "run the job's command again" not in text
 
 
@@ -146,7 +146,7 @@ def test_claim_of_a_dead_process_is_stale(output, process):
     assert status.speed.n_ranks == 0
     text = "\n".join(status_lines(status))
     assert "stale         unit 1" in text
-    assert "which has ended: the job takes it over" in text
+    assert "process exited; will be reclaimed by the job" in text
 
 
 def test_claims_of_committed_units_are_not_shown(output, process):
@@ -245,7 +245,7 @@ def test_last_failure_is_shown_and_sets_the_exit_code(output):
     text = "\n".join(status_lines(status))
     assert "failed        --max_length 9 is more\n              than it can be\n" in text
     assert f"{output / 'failed.json'}: job slurm-7, at 2024-01-01T00:00:00" in text
-    assert "mend what failed, then run the job's command again" in text
+    assert "fix the error, then run the job's command again" in text
 
 
 def test_complete_store_ignores_an_earlier_failure(output):

@@ -94,7 +94,7 @@ def test_damage_is_located(name, output):
     assert lines[-1].startswith("result        damaged, in")
     ways_out = [line for line in lines if line.startswith("way out")]
     assert len(ways_out) == 1
-    assert (f"`python -m gradproj verify {output} --repair` turns" in ways_out[0]) == (
+    assert (f"`python -m gradproj verify {output} --repair` deletes" in ways_out[0]) == (
         kind != "other"
     )
 
