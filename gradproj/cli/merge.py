@@ -26,7 +26,7 @@ def merge_command(argv: list[str]) -> None:
     print(f"merged        {len(after.committed):,} of {count(len(after.wanted), 'unit')}")
     print("\n".join(stats_lines(stats)))
     if len(after.missing):
-        documents = count(after.n_samples_in(after.missing), "document")
+        documents = count(after.layout.n_samples_in(after.missing), "document")
         ids = ranges_text(after.id_ranges(after.missing))
         print(
             f"missing       {count(len(after.missing), 'unit')}, {documents}: ids {ids}; "
