@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 
 from gradproj import files as store_files
-from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, file_sum, publish_exclusively, write_file_durably
+from gradproj.errors import ConfigError, StoreError
+from gradproj.files import (
+    explain_os_errors,
+    file_sum,
+    load_array,
+    make_folder,
+    publish_exclusively,
+    save_array,
+    try_lock,
+    write_file_durably,
+    write_result,
+)
 
 
 def test_written_file_has_the_returned_sum(tmp_path):
@@ -88,3 +98,55 @@ def test_os_errors_name_the_path_and_the_way_out(code, message):
 def test_other_os_errors_are_not_changed():
     with pytest.raises(OSError, match="Bad file descriptor"), explain_os_errors("x"):
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_mode_is_set_whatever_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_file_durably(tmp_path / "private", [b"x"])
+        write_file_durably(tmp_path / "shared", [b"x"], mode=0o644)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("private", "shared")]
+    assert modes == [0o600, 0o644]
+
+
+def test_second_lock_of_a_file_is_refused_until_the_first_is_closed(tmp_path):
+    with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:
+        assert try_lock(first) is True
+        assert try_lock(second) is False
+        first.close()
+        assert try_lock(second) is True
+
+
+def test_lock_without_file_locks_is_none_and_other_errors_are_raised(tmp_path, monkeypatch):
+    code = errno.ENOLCK
+    monkeypatch.setattr(
+        store_files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, "refused"))
+    )
+    with (tmp_path / "lock").open("w") as file:
+        assert try_lock(file) is None
+        code = errno.EIO
+        with pytest.raises(OSError, match="refused"):
+            try_lock(file)
+
+
+def test_folder_and_result_that_cannot_be_made_name_their_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=rf"^--to {folder}: .* is a file; give another path"):
+            make_folder("--to", folder)
+    with pytest.raises(ConfigError, match=r"^--page .*file/x: cannot write this file"):
+        write_result("--page", tmp_path / "file" / "x", [b""])
+    assert make_folder("--to", tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    write_result("--page", tmp_path / "a" / "x", [b"1", b"2"])
+    assert (tmp_path / "a" / "x").read_bytes() == b"12"
+
+
+def test_saved_array_is_loaded_and_a_damaged_one_is_named(tmp_path):
+    array = np.arange(6).reshape(2, 3)
+    save_array(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(load_array(tmp_path / "a.npy"), array)
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"a\.npy cannot be read .*Delete it"):
+        load_array(tmp_path / "a.npy")
