@@ -160,7 +160,9 @@ def read_layout(store_path: Path) -> StoreLayout:
             chunk_rows=chunk_rows,
             chunk_width=chunk_width,
             proj_dtype=rows["data_type"],
-            compressor=_compressor_name(inner["codecs"]),
+            compressor=next(
+                (codec["name"] for codec in inner["codecs"] if codec["name"] != "bytes"), "none"
+            ),
             key_bytes=key_bytes,
             column_rows=column_rows,
         )
@@ -173,11 +175,6 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise _no_metadata(path, f"it does not describe a store's array ({error!r})") from error
-
-
-def _compressor_name(codecs: list[dict[str, Any]]) -> str:
-    others = [codec["name"] for codec in codecs if codec["name"] != "bytes"]
-    return others[0] if others else "none"
 
 
 def _read_json(path: Path, store_path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from gradproj.files import (
     write_and_replace,
 )
 from gradproj.store.bfloat16 import BFloat16
-from gradproj.store.encoding import decode_rows, encode_rows, nan_rows
+from gradproj.store.encoding import nan_rows
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
@@ -39,18 +39,6 @@ from gradproj.store.layout import (
     column_chunk_path,
     column_shape,
 )
-
-__all__ = [
-    "StoreExists",
-    "create_store",
-    "decode_rows",
-    "encode_rows",
-    "pack_matrices",
-    "shard_chunks",
-    "update_attributes",
-    "write_array",
-    "write_column_block",
-]
 
 _FLAT_KEYS = {"name": "default", "separator": "."}  # "c.12.0": all shards lie in one folder
 _EMPTY_CHUNK = 2**64 - 1

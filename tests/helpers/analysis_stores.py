@@ -6,8 +6,9 @@ import numpy as np
 from helpers.stores import Output, make_layers
 
 from gradproj import ProjectionStore
+from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import STATUS, StoreConfig
-from gradproj.store.writer import encode_rows, update_attributes, write_array, write_column_block
+from gradproj.store.writer import update_attributes, write_array, write_column_block
 
 WIDTHS = ((2, 3), (4, 2), (3, 3))
 NAMES = [layer.name for layer in make_layers(list(WIDTHS))]

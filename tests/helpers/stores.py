@@ -14,6 +14,7 @@ import zarr
 
 from gradproj.files import publish_exclusively, temporary_beside, write_file_durably
 from gradproj.store.append_store import AppendStore, create_row_store
+from gradproj.store.encoding import decode_rows, encode_rows
 from gradproj.store.layout import (
     STATUS,
     LayerSlice,
@@ -24,14 +25,7 @@ from gradproj.store.layout import (
     plan_layout,
 )
 from gradproj.store.unit_record import UnitRecord, encode_record, record_name
-from gradproj.store.writer import (
-    create_store,
-    decode_rows,
-    encode_rows,
-    pack_matrices,
-    shard_chunks,
-    write_column_block,
-)
+from gradproj.store.writer import create_store, pack_matrices, shard_chunks, write_column_block
 
 DOMAINS = ["ArXiv", "Github"]
 
