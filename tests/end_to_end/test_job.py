@@ -1,4 +1,4 @@
-"""The job with real processes: its rows, its bits, its readers, its odd documents."""
+"""The job with real processes: rows, equal bits, other readers, unusual documents, resuming."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def counts(store):
 
 
 def slow_rows(model_dir, texts, max_length, windows, mean):
-    """Every text's row by plain autograd, one sequence at a time."""
+    """Return every text's row by plain autograd, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     engine = GradProjLoraEngine(model, proj_rank_total=24, proj_rank_min=3)
@@ -332,7 +332,7 @@ def wait_for_records(output, at_least, process, timeout=60):
 
 
 def descendants(pid):
-    """Living processes below ``pid``, by the kernel's own list."""
+    """Return the running descendants of ``pid``, from /proc."""
     found, parents = [], {pid}
     for entry in sorted(int(p) for p in os.listdir("/proc") if p.isdigit()):
         try:

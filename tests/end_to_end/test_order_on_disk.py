@@ -134,7 +134,7 @@ def test_every_publication_is_flushed_before_the_next(tmp_path, small_corpus, mo
 
 
 def is_final(event, output):
-    """Not what is moved about in the scratch folders, and not a heartbeat, which may be lost."""
+    """Return whether a publication is outside scratch directories and no heartbeat."""
     inside = Path(event.path).is_relative_to(output)
     return (
         event.what == "publish"

@@ -1,4 +1,4 @@
-"""A user's mistake and a full disk under real launchers: one line, exit code 2, nothing lost."""
+"""User errors and full disks under real launchers: one line, exit code 2, nothing lost."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ def our_lines(text):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_user_error_is_printed_once_and_leaves_nothing_behind(tmp_path, corpus, ranks):
     settings = {"shards": corpus, "model": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
-    # torchrun has one exit code, 1, for whatever its workers end with.
+    # torchrun exits with 1 whatever its workers exit with.
     done = run_job(ranks, expect=2 if ranks == 1 else 1, **settings)
     assert our_lines(done.stderr) == [
         f"gradproj: --model {tmp_path / 'nowhere'}: no such directory"
@@ -92,7 +92,7 @@ def test_file_size_limit_is_a_one_line_error_and_the_job_resumes_later(tmp_path,
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MB of its own."""
+    """A separate file system of 8 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(

@@ -44,7 +44,7 @@ def test_running_job_recomputes_units_repaired_meanwhile(tmp_path, model_dir):
                 flip_byte(shard_of(output, unit), 100)
                 flipped.append(unit)
             done = repair(verify(output))
-            # A unit whose claim is about to be deleted is still its owner's.
+            # A unit whose claim is about to be deleted still belongs to its owner.
             assert (done.units, list(done.held)) in (([unit], []), ([], [unit]))
             repaired += done.units
         time.sleep(0.01)
@@ -72,7 +72,7 @@ def test_job_does_not_report_deleted_units_as_done(tmp_path, model_dir):
 
         assert start()[0] == 0
         shutil.copytree(output, tmp_path / "undisturbed")
-        # An unfinished store, all of whose rows are gone; then it is put back.
+        # An unfinished store whose rows are all gone; it is restored afterwards.
         last = (units / "00000004.safetensors").rename(tmp_path / "last")
         store.rename(away)
         code, lines, said = start()

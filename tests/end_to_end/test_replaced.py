@@ -26,13 +26,13 @@ SLOW_JOB = Path(__file__).parents[1] / "helpers" / "slow_job.py"
 
 
 class Jobs:
-    """Jobs that stand still after some batches."""
+    """Starts jobs that are suspended after some batches."""
 
     def __init__(self, folder):
         self.folder, self.running = folder, []
 
     def start(self, batches, **settings):
-        """Start a job and stop it (as by ``kill -STOP``) once it has done so many batches."""
+        """Start a job and suspend it (``kill -STOP``) after this many batches."""
         asleep = self.folder / f"asleep-{len(self.running)}"
         asleep.mkdir()
         command = [sys.executable, SLOW_JOB, asleep, batches, 1, *flags(**SETTINGS | settings)]
@@ -53,7 +53,7 @@ class Jobs:
         return job
 
     def go_on(self, job):
-        """Wake a job up; its exit code and what it said."""
+        """Resume a job; return its exit code and output."""
         job.send_signal(signal.SIGCONT)
         errors = job.communicate(timeout=60)[1]
         return (
@@ -73,7 +73,7 @@ def jobs(tmp_path):
 
 
 def lasting(output):
-    """Everything in OUTPUT but the living processes' heartbeats."""
+    """Return the content of an output, without heartbeats of running processes."""
     beats = os.fspath(output / "heartbeats")
     return {path: what for path, what in tree_of(output).items() if not path.startswith(beats)}
 

@@ -93,7 +93,7 @@ def wait_until_asleep(folder, ranks, lives, printed):
 
 @pytest.fixture
 def start(scene, tmp_path):
-    """Start torchrun with two ranks, wait until both are asleep, and leave nothing of it behind."""
+    """Start torchrun with two ranks, wait until both sleep, and end them afterwards."""
     started = []
 
     def start(folder, **options):
@@ -147,7 +147,7 @@ def claims_held(output):
 
 
 def saved_batches(output):
-    """Unit -> batches whose rows are in ``partial/``."""
+    """Return the number of batches saved in ``partial/`` for each unit."""
     names = [path.relative_to(output / "partial") for path in (output / "partial").glob("*/*")]
     return {
         int(name.parts[0]): int(re.fullmatch(r"000000-(\d{6})\..*", name.name)[1]) for name in names

@@ -1,4 +1,4 @@
-"""``export``: the store's ok rows in the original system's files, all of them or none."""
+"""``export``: the ok rows in the original system's files, complete or not at all."""
 
 import json
 import os

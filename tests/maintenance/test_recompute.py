@@ -45,7 +45,7 @@ def again(output, n_rows=N_SAMPLES, seed=0, skip=None, **changes):
 
 
 def change_rows(output, unit, change):
-    """Put other rows into a unit, with the checksums that belong to them."""
+    """Replace rows of a unit, with matching checksums."""
     layout = read_output(output).layout
     with ProjectionStore(output) as store:
         rows = store.rows(range(*layout.unit_range(unit)), missing="nan")
@@ -294,7 +294,7 @@ def test_moved_inputs_are_named_and_found_by_flags(output, job, tmp_path):
         ModelError, match=r"--model gone, as the job recorded it, .* give --model DIR"
     ):
         again(output)
-    # The index knows where the tars were, whatever folder --shards was relative to.
+    # The index has the absolute paths of the tars, although --shards was relative.
     assert again(output, 3, model=str(job.model)).wrong == []
     moved = shutil.copytree(job.corpus, tmp_path / "moved")
     index = load_index(output / "corpus.json")

@@ -41,7 +41,7 @@ def record_of(output: Path, unit: int) -> Path:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """Everything of a store but what a merge's moment decides, by its path in OUTPUT."""
+    """Return the content of all records and of the store, by path."""
     paths = [
         p
         for part in ("units", "projections.zarr")
@@ -144,14 +144,14 @@ def test_printed_command_is_the_jobs_own(job):
     assert run_config(words[3:], "test") == replace(settled, store=store)
 
 
-# --- a kill in the middle ---
+# --- killed repairs ---
 
 STEPS = ("unlink", "replace", "rename", "link", "fsync")
 """Functions of ``os`` that change the state after a crash."""
 
 
 def in_a_child_that_dies(at: int, action, *given) -> int:
-    """Run ``action(*given)`` in a child process that ends at its so-manieth step; the exit code."""
+    """Run ``action(*given)`` in a child that dies at its n-th step; return the exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -244,7 +244,7 @@ def test_repair_marks_the_store_then_removes_records_then_merges_then_removes_sh
     assert len(marked) == 1
 
 
-# --- beside living processes ---
+# --- repairs beside running processes ---
 
 
 def test_unit_claimed_by_a_live_process_is_left_and_others_are_repaired(output, process):

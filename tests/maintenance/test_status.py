@@ -228,7 +228,7 @@ def test_partial_rows_of_committed_units_are_not_listed(output):
     assert read_status(output).partial == []
 
 
-# --- a start that failed ---
+# --- failed starts ---
 
 FAILURE = {
     "error": "--max_length 9 is more\nthan it can be",
