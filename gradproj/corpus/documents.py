@@ -243,7 +243,7 @@ def _json_object(data: bytes, limits: ReadLimits) -> dict[str, Any]:
     except ValueError as error:
         raise _BadInput(f"invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _BadInput(f"invalid JSON: not an object but {_kind(value)}")
+        raise _BadInput(f"invalid JSON: not an object but {json_type(value)}")
     return value
 
 
@@ -266,7 +266,7 @@ def _text(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise _BadInput(f'"text" is not a string but {_kind(value)}')
+        raise _BadInput(f'"text" is not a string but {json_type(value)}')
     if not _is_unicode(value):
         raise _BadInput('"text" is not Unicode: it has half of a surrogate pair')
     return value
@@ -276,7 +276,7 @@ def _token_ids(value: Any) -> list[int] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        raise _BadInput(f'"input_ids" is not a list but {_kind(value)}')
+        raise _BadInput(f'"input_ids" is not a list but {json_type(value)}')
     # All types at once, several times faster than item by item. `isinstance` would accept a bool.
     if value and (set(map(type, value)) != {int} or min(value) < 0):
         wrong = next(item for item in value if type(item) is not int or item < 0)
@@ -284,15 +284,12 @@ def _token_ids(value: Any) -> list[int] | None:
     return value
 
 
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")
+def json_type(value: Any) -> str:
+    """Return JSON's name for a value's type, with its article; Python's name for other types."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "a boolean"
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _is_unicode(value: str) -> bool:

@@ -169,23 +169,17 @@ def build_index(
 
 
 def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Tar:
+    fields = dict(vars(facts))
+    offsets, crcs = fields.pop("block_offsets"), fields.pop("block_key_crcs")
     return Tar(
         name=path.name,
         path=path,
         size_bytes=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
-        n_samples=facts.n_samples,
         start_id=start_id,
-        digest=facts.digest,
-        domain_counts=facts.domain_counts,
-        longest_key_bytes=facts.longest_key_bytes,
-        largest_member_bytes=facts.largest_member_bytes,
-        block_offsets_base64=base64.b64encode(
-            np.array(facts.block_offsets, "<i8").tobytes()
-        ).decode(),
-        block_key_crcs_base64=base64.b64encode(
-            np.array(facts.block_key_crcs, "<u4").tobytes()
-        ).decode(),
+        block_offsets_base64=base64.b64encode(np.array(offsets, "<i8").tobytes()).decode(),
+        block_key_crcs_base64=base64.b64encode(np.array(crcs, "<u4").tobytes()).decode(),
+        **fields,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN
+from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, json_type
 
 _ABSENT = object()
 _SCALARS = (str, int, float)
@@ -50,7 +50,7 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     if record.problem is not None:
         raise BadRecordError(record.problem)
     if not isinstance(record.value, dict):
-        raise BadRecordError(f"not a JSON object but {_type_name(record.value)}")
+        raise BadRecordError(f"not a JSON object but {json_type(record.value)}")
     content = _content(record.value, text_field)
     domain = _domain(record.value, domain_field)
     meta = {
@@ -89,12 +89,12 @@ def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
         raise BadRecordError(
             f"no field {text_field!r} and no 'input_ids' (its fields: {names}; see --text_field)"
         )
-    raise BadRecordError(f"field {text_field!r} is {_type_name(text)}, not a string")
+    raise BadRecordError(f"field {text_field!r} is {json_type(text)}, not a string")
 
 
 def _checked_ids(ids: Any) -> list[int]:
     if not isinstance(ids, list):
-        raise BadRecordError(f"'input_ids' is {_type_name(ids)}, not a list of token ids")
+        raise BadRecordError(f"'input_ids' is {json_type(ids)}, not a list of token ids")
     # All types at once, several times faster than id by id. `isinstance` would accept a bool.
     wrong_types = set(map(type, ids)) - {int}
     if wrong_types:
@@ -114,7 +114,7 @@ def _domain(value: dict[str, Any], domain_field: str) -> str:
         return domain
     if type(domain) is int:
         return str(domain)
-    raise BadRecordError(f"field {domain_field!r} is {_type_name(domain)}, not a domain's name")
+    raise BadRecordError(f"field {domain_field!r} is {json_type(domain)}, not a domain's name")
 
 
 def _look_up(value: Any, field: str) -> Any:
@@ -125,16 +125,3 @@ def _look_up(value: Any, field: str) -> Any:
         return value[field]
     head, _, rest = field.partition(".")
     return _look_up(value.get(head), rest) if rest else _ABSENT
-
-
-def _type_name(value: Any) -> str:
-    names = {
-        type(None): "null",
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-    }
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
-    )

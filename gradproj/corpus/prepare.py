@@ -15,12 +15,11 @@ from tqdm import tqdm
 
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
+from gradproj.corpus.tar.scan import MAX_DOMAINS
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
 from gradproj.errors import CorpusError
 from gradproj.flags import Flags, flag
 
-MAX_DOMAINS = 2**15 - 1
-"""A store keeps a sample's domain as int16."""
 MAX_BAD_EXAMPLES = 10
 FIELD_REQUIRED = "name a field, with dots to reach into objects"
 BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0

@@ -94,26 +94,26 @@ def _read_jsonl(source: InputReader) -> Iterator[Record]:
         yield from _json_lines(file, source.location)
 
 
-def _read_jsonl_gz(source: InputReader) -> Iterator[Record]:
+def _read_compressed(
+    source: InputReader, decompress: Callable[[BinaryIO], Any]
+) -> Iterator[Record]:
     with open(source.location, "rb", buffering=READ_BYTES) as file:
         source.position = file.tell
-        _reject_empty(file, source.location)
-        with gzip.GzipFile(fileobj=file) as stream:
+        # No lines at all compress to some bytes, but Python's gzip accepts a file of 0 bytes.
+        if os.fstat(file.fileno()).st_size == 0:
+            raise CorpusError(
+                f"{source.location}: the file has 0 bytes, so it is cut short; fetch it again"
+            )
+        with decompress(file) as stream:
             yield from _json_lines(stream, source.location)
+
+
+def _read_jsonl_gz(source: InputReader) -> Iterator[Record]:
+    return _read_compressed(source, lambda file: gzip.GzipFile(fileobj=file))
 
 
 def _read_jsonl_zst(source: InputReader) -> Iterator[Record]:
-    with open(source.location, "rb", buffering=READ_BYTES) as file:
-        source.position = file.tell
-        _reject_empty(file, source.location)
-        with io.BufferedReader(_ZstdReader(file), READ_BYTES) as stream:
-            yield from _json_lines(stream, source.location)
-
-
-def _reject_empty(file: BinaryIO, location: str) -> None:
-    # No lines at all compress to some bytes, but Python's gzip accepts a file of 0 bytes.
-    if os.fstat(file.fileno()).st_size == 0:
-        raise CorpusError(f"{location}: the file has 0 bytes, so it is cut short; fetch it again")
+    return _read_compressed(source, lambda file: io.BufferedReader(_ZstdReader(file), READ_BYTES))
 
 
 class _ZstdReader(io.RawIOBase):

@@ -147,18 +147,15 @@ def _local_files(
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     """Return the weight files: safetensors, or pickles if allowed. Raises if any is missing."""
-    endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
-    for ending in endings:
-        stems = {
-            "safetensors": ("model", "adapter_model"),
-            "bin": ("pytorch_model", "adapter_model"),
-        }[ending]
-        for stem in stems:
-            index = folder / f"{stem}.{ending}.index.json"
-            if index.is_file():
-                return _indexed_files(index)
-            if (folder / f"{stem}.{ending}").is_file():
-                return [folder / f"{stem}.{ending}"]
+    names = ["model.safetensors", "adapter_model.safetensors"]
+    if allow_pickle:
+        names += ["pytorch_model.bin", "adapter_model.bin"]
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+        if (folder / name).is_file():
+            return [folder / name]
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     if pickled and not allow_pickle:
         raise ModelError(

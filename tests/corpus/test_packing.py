@@ -125,7 +125,7 @@ BAD_LINES = {
     b"{}": "no field 'text' and no 'input_ids' (its fields: none; see --text_field)",
     b'{"text": null}': "field 'text' is null, not a string",
     b'{"text": 5}': "field 'text' is a number, not a string",
-    b'{"text": true}': "field 'text' is true or false, not a string",
+    b'{"text": true}': "field 'text' is a boolean, not a string",
     b'{"text": ["a"]}': "field 'text' is a list, not a string",
     b'{"text": "a \\ud800 b"}': "holds a lone surrogate (\\ud800), which is no character",
     b'{"text": "a", "meta": {"id": "\\udfff"}}': (

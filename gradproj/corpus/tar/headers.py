@@ -45,7 +45,7 @@ class TarBytes:
     """A tar as a sequence of bytes to slice, with one chunk in memory."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._n_bytes = os.fstat(self._file.fileno()).st_size
         self._first = 0
@@ -76,23 +76,22 @@ class TarBytes:
             piece = os.pread(self._file.fileno(), stop - start, start)
             if not piece:
                 raise CorpusError(
-                    f"{self._path}: became shorter while it was read; "
+                    f"{self.path}: became shorter while it was read; "
                     "index it again when it is complete"
                 )
             pieces.append(piece)
             start += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
+    def damage(self, offset: int, kind: str) -> CorpusError:
+        """Return the error for damage at a byte of the tar."""
+        return CorpusError(
+            f"{self.path}: damaged at byte {offset:,}: {kind}. "
+            "Copy or make this tar again, or leave it out of --shards"
+        )
 
-def damage(path: Path, offset: int, kind: str) -> CorpusError:
-    """Return the error for a damaged tar."""
-    return CorpusError(
-        f"{path}: damaged at byte {offset:,}: {kind}. "
-        "Copy or make this tar again, or leave it out of --shards"
-    )
 
-
-def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] | None:
+def read_member(data: TarBytes, offset: int) -> tuple[Member, int] | None:
     """Return the member at ``offset`` and the offset of the next; None at the tar's end.
 
     Extension headers before the member are read. Anything but a regular file has an empty name.
@@ -104,30 +103,31 @@ def read_member(data: TarBytes, offset: int, path: Path) -> tuple[Member, int] |
     n_bytes: int | None = None
     position = offset
     while True:
-        head = _checked_header(data, position, path)
+        head = _checked_header(data, position)
         if head is None:
             if position != offset:
-                raise damage(path, position, "a long-name or pax header with no member after it")
-            _check_end(data, position, path)
+                raise data.damage(position, "a long-name or pax header with no member after it")
+            _check_end(data, position)
             return None
         payload = position + _BLOCK
-        stored = _number(head[124:136], position, path)
+        stored = _number(head[124:136], position, data)
         if head[156] not in _EXTENSIONS:
             break
-        body, position = _complete(data, payload, stored, "an extension header", path)
+        position = payload + (stored + 511 & ~511)
+        if position > len(data):
+            raise data.damage(payload - _BLOCK, "cut inside an extension header")
+        body = data[payload : payload + stored]
         # The first of several extension headers is the outermost, and has the last word.
         if head[156] == ord("L") and name is None:
             name = _text(body)
         elif head[156] in b"xXg":
-            records = _pax_records(body, payload, path)
-            _reject_unsupported(records, head[156] == ord("g"), payload, path)
+            records = _pax_records(body, payload, data)
+            _reject_unsupported(records, head[156] == ord("g"), payload, data)
             if name is None and b"path" in records:
                 name = records[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
             if n_bytes is None and b"size" in records:
-                n_bytes = _decimal(records[b"size"], payload, path)
-    return _finish_member(
-        data, offset, head, payload, name, stored if n_bytes is None else n_bytes, path
-    )
+                n_bytes = _decimal(records[b"size"], payload, data)
+    return _finish_member(data, offset, head, payload, name, stored if n_bytes is None else n_bytes)
 
 
 def _finish_member(
@@ -137,12 +137,11 @@ def _finish_member(
     payload: int,
     name: str | None,
     n_bytes: int,
-    path: Path,
 ) -> tuple[Member, int]:
     kind, short_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
     if kind == ord("S"):
         raise CorpusError(
-            f"{path}: at byte {start:,}: a GNU sparse member, which is not supported; "
+            f"{data.path}: at byte {start:,}: a GNU sparse member, which is not supported; "
             "make the tar without --sparse"
         )
     is_folder = kind == 0 and short_name.endswith("/")
@@ -151,8 +150,7 @@ def _finish_member(
     if is_folder or kind in _WITHOUT_DATA:
         return Member(start, "", payload, 0), payload
     if payload + n_bytes > len(data):
-        raise damage(
-            path,
+        raise data.damage(
             start,
             f"cut inside the member {name!r}, which ends at byte {payload + n_bytes:,}; "
             f"the file has {len(data):,}",
@@ -161,24 +159,24 @@ def _finish_member(
     return Member(start, name if kind in _REGULAR else "", payload, n_bytes), following
 
 
-def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
+def _checked_header(data: TarBytes, offset: int) -> bytes | None:
     """Return the header at ``offset`` after checking its checksum; None for a block of zeros."""
     head = data[offset : offset + _BLOCK]
     if offset > len(data):
-        raise damage(path, len(data), "cut inside the padding after a member")
+        raise data.damage(len(data), "cut inside the padding after a member")
     if not head:
-        raise damage(
-            path, offset, "cut at a member's end (the two zero blocks that close a tar are missing)"
+        raise data.damage(
+            offset, "cut at a member's end (the two zero blocks that close a tar are missing)"
         )
     if len(head) < _BLOCK:
-        raise damage(path, offset, "cut inside a header, or inside the padding before it")
+        raise data.damage(offset, "cut inside a header, or inside the padding before it")
     if head == _ZEROS:
         return None
     if offset == 0:
         for magic, compression in _COMPRESSIONS:
             if head.startswith(magic):
                 raise CorpusError(
-                    f"{path}: is compressed with {compression}; unpack it, since samples are "
+                    f"{data.path}: is compressed with {compression}; unpack it, since samples are "
                     "found by offset"
                 )
     try:
@@ -189,46 +187,31 @@ def _checked_header(data: TarBytes, offset: int, path: Path) -> bytes | None:
     # Some old writers summed signed bytes; tarfile accepts both.
     signed_sum = sum(counted) - 256 * sum(byte > 127 for byte in counted)
     if written not in (sum(counted), signed_sum):
-        kind = (
-            "its first header's checksum is wrong, or it is no tar"
-            if offset == 0
-            else "a header's checksum is wrong"
-        )
-        raise damage(path, offset, kind)
+        if offset == 0:
+            raise data.damage(0, "its first header's checksum is wrong, or it is no tar")
+        raise data.damage(offset, "a header's checksum is wrong")
     return head
 
 
-def _check_end(data: TarBytes, offset: int, path: Path) -> None:
+def _check_end(data: TarBytes, offset: int) -> None:
     """Check that only the end of the archive follows the block of zeros at ``offset``."""
     second = data[offset + _BLOCK : offset + 2 * _BLOCK]
     if len(second) < _BLOCK:
-        raise damage(path, offset, "cut inside the two zero blocks that close a tar")
+        raise data.damage(offset, "cut inside the two zero blocks that close a tar")
     if second != _ZEROS:
-        raise damage(path, offset, "a header is zeroed, and data follows it")
+        raise data.damage(offset, "a header is zeroed, and data follows it")
     for position in range(offset, len(data), _CHUNK):
         rest = data[position : position + _CHUNK].lstrip(b"\0")
         if rest:
             garbage = min(position + _CHUNK, len(data)) - len(rest)
-            raise damage(
-                path,
-                garbage,
-                "trailing garbage, or a zeroed stretch before it: data after the tar's end",
+            raise data.damage(
+                garbage, "trailing garbage, or a zeroed stretch before it: data after the tar's end"
             )
     if len(data) - offset > _MAX_PADDING:
-        raise damage(
-            path,
+        raise data.damage(
             offset,
             f"{len(data) - offset:,} zero bytes to the end, as an interrupted copy leaves them",
         )
-
-
-def _complete(
-    data: TarBytes, payload: int, n_bytes: int, part: str, path: Path
-) -> tuple[bytes, int]:
-    following = payload + (n_bytes + 511 & ~511)
-    if following > len(data):
-        raise damage(path, payload - _BLOCK, f"cut inside {part}")
-    return data[payload : payload + n_bytes], following
 
 
 def _text(raw: bytes) -> str:
@@ -239,38 +222,38 @@ def _octal(raw: bytes) -> int:
     return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
-def _number(raw: bytes, offset: int, path: Path) -> int:
+def _number(raw: bytes, offset: int, data: TarBytes) -> int:
     # Octal digits, or base 256 after a byte of 0x80 (GNU, for 8 GiB and more).
     try:
         value = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _octal(raw)
     except ValueError:
         value = -1
     if value < 0:
-        raise damage(path, offset, f"a header's size is no number: {raw!r}")
+        raise data.damage(offset, f"a header's size is no number: {raw!r}")
     return value
 
 
-def _decimal(raw: bytes, offset: int, path: Path) -> int:
+def _decimal(raw: bytes, offset: int, data: TarBytes) -> int:
     if not raw.isdigit() or len(raw) > 20:
-        raise damage(path, offset, f"a pax header's size is no number: {raw[:40]!r}")
+        raise data.damage(offset, f"a pax header's size is no number: {raw[:40]!r}")
     return int(raw)
 
 
-def _pax_records(body: bytes, offset: int, path: Path) -> dict[bytes, bytes]:
+def _pax_records(body: bytes, offset: int, data: TarBytes) -> dict[bytes, bytes]:
     records: dict[bytes, bytes] = {}
     position = 0
     while body[position:].strip(b"\0"):
         match = _PAX_RECORD.match(body, position)
         stop = position + int(match[1]) if match else 0
         if match is None or not match.end() < stop <= len(body) or body[stop - 1] != 0x0A:
-            raise damage(path, offset + position, "a pax header's record is malformed")
+            raise data.damage(offset + position, "a pax header's record is malformed")
         records[match[2]] = body[match.end() : stop - 1]
         position = stop
     return records
 
 
 def _reject_unsupported(
-    records: dict[bytes, bytes], is_global: bool, offset: int, path: Path
+    records: dict[bytes, bytes], is_global: bool, offset: int, data: TarBytes
 ) -> None:
     wrong = [key for key in records if key.startswith(b"GNU.sparse")]
     if is_global:
@@ -278,6 +261,7 @@ def _reject_unsupported(
         wrong += [key for key in (b"path", b"size") if key in records]
     if wrong:
         raise CorpusError(
-            f"{path}: at byte {offset:,}: a pax header sets {wrong[0].decode(errors='replace')!r}"
-            f"{' for all members' if is_global else ''}, which is not supported; make the tar again"
+            f"{data.path}: at byte {offset:,}: a pax header sets "
+            f"{wrong[0].decode(errors='replace')!r}{' for all members' if is_global else ''}, "
+            "which is not supported; make the tar again"
         )

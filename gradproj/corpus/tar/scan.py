@@ -15,7 +15,7 @@ from zlib import crc32
 import google_crc32c
 
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, DomainReader
-from gradproj.corpus.tar.headers import TarBytes, damage, read_member
+from gradproj.corpus.tar.headers import TarBytes, read_member
 from gradproj.corpus.tar.plain_headers import PlainHeaders, Run
 from gradproj.errors import CorpusError
 
@@ -54,8 +54,8 @@ def scan_tar(path: Path, domain_field: str) -> TarFacts:
     try:
         with TarBytes(path) as data:
             if len(data) == 0:
-                raise damage(path, 0, "an empty file")
-            return _Scan(data, path, domain_field).run()
+                raise data.damage(0, "an empty file")
+            return _Scan(data, domain_field).run()
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -82,9 +82,8 @@ def _longest_bytes(keys: list[str]) -> int:
 class _Scan:
     """Groups a tar's members into samples. All lists are in the order of the samples."""
 
-    def __init__(self, data: TarBytes, path: Path, domain_field: str) -> None:
+    def __init__(self, data: TarBytes, domain_field: str) -> None:
         self._data = data
-        self._path = path
         self._domain_of = DomainReader(domain_field)
         self._seen: set[str] = set()
         self._keys: list[str] = []
@@ -123,7 +122,7 @@ class _Scan:
 
     def _add_member_at(self, position: int) -> None:
         """Read one member of any form, or the tar's end."""
-        result = read_member(self._data, position, self._path)
+        result = read_member(self._data, position)
         if result is None:
             self._ended = True
             return
@@ -207,7 +206,7 @@ class _Scan:
         self._suffixes, self._domain = [], UNKNOWN_DOMAIN
         if len(self._domain_counts) > MAX_DOMAINS:
             raise CorpusError(
-                f"{self._path}: the domain field has over {MAX_DOMAINS:,} different values; "
+                f"{self._data.path}: the domain field has over {MAX_DOMAINS:,} different values; "
                 "give --domain_field a field that names a domain"
             )
 
@@ -230,7 +229,7 @@ class _Scan:
 
     def _not_grouped(self, start: int, problem: str) -> CorpusError:
         return CorpusError(
-            f"{self._path}: at byte {start:,}: {problem}. A sample's members must be adjacent and "
-            "have different suffixes, under a key used once in the tar; make this tar again "
+            f"{self._data.path}: at byte {start:,}: {problem}. A sample's members must be adjacent "
+            "and have different suffixes, under a key used once in the tar; make this tar again "
             "(python -m gradproj prepare does)"
         )
