@@ -295,7 +295,7 @@ class ProjectionStore:
             )
         try:
             return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:  # zarr's, of damaged files
             raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
 
     def _refuse_missing(self, ids: np.ndarray, status: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import xarray as xr
 from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
-from gradproj.store.layout import COLUMNS, STATUS, decode_key
+from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, decode_key
 from gradproj.store.reader import ProjectionStore
 
 _ABOUT: dict[str, dict[str, Any]] = {
@@ -42,11 +42,9 @@ class GradprojBackend(BackendEntrypoint):
         self, filename_or_obj: Any, *, drop_variables: str | Iterable[str] | None = None
     ) -> xr.Dataset:
         """Open a store or the store at a path, reading only its metadata."""
-        store = (
-            filename_or_obj
-            if isinstance(filename_or_obj, ProjectionStore)
-            else ProjectionStore(filename_or_obj)
-        )
+        store = filename_or_obj
+        if not isinstance(store, ProjectionStore):
+            store = ProjectionStore(store)
         dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
         variables = {name: _variable(store, name) for name in _ABOUT if name not in dropped}
         layer_of_value = np.repeat(
@@ -60,11 +58,9 @@ class GradprojBackend(BackendEntrypoint):
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Return whether this is a job's output directory."""
-        path = filename_or_obj
-        return (
-            isinstance(path, (str, Path))
-            and (Path(path) / "projections.zarr" / "zarr.json").is_file()
-        )
+        if not isinstance(filename_or_obj, (str, Path)):
+            return False
+        return (Path(filename_or_obj) / STORE_NAME / "zarr.json").is_file()
 
 
 def open_with_dask(store: ProjectionStore, rows_per_chunk: int | None) -> xr.Dataset:
