@@ -69,15 +69,15 @@ class PlainHeaders:
             if n_blocks
             else _NOTHING
         )
-        found = np.flatnonzero(magic == _MAGIC)
+        candidates = np.flatnonzero(magic == _MAGIC)
         blocks = np.frombuffer(chunk, np.uint8, n_blocks * _BLOCK).reshape(-1, _BLOCK)
-        self._heads = heads = blocks[found]
+        self._heads = heads = blocks[candidates]
         n_bytes, size_is_plain = _octal(heads, 124, 11)
         written, sum_is_plain = _octal(heads, 148, 6)
         # The checksum field itself counts as eight spaces.
         field = heads[:, 148:156].sum(axis=1, dtype=np.int64)
         right = heads.sum(axis=1, dtype=np.uint32) - field + 8 * 32 == written
-        self._at = found * _BLOCK
+        self._at = candidates * _BLOCK
         self._n_bytes = n_bytes
         self._following = self._at + _BLOCK + ((n_bytes + 511) & ~511)
         self._is_pax = heads[:, 156] == ord("x")
