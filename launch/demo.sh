@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to an answer, on any Linux machine with Python 3.11 or newer: about 3 minutes on two cores once pip is done.
+# From nothing to an answer, on any Linux machine with Python 3.11 or newer: about 3 minutes on two
+# cores once pip is done.
 #   bash launch/demo.sh [--model DIR] [--shards TARS] [--text "..."]
-# It makes a corpus of Python's own standard library, trains a small GPT-2 on it, projects the gradient of every
-# document, and asks which documents support a text most. Given --model (a directory or a name on the hub) or
-# --shards (tars; the first 1,000 documents), it takes those. All it makes is in demo/; a later call uses
-# what is there already. Remove demo/ to start anew.
+# It makes a corpus of Python's own standard library, trains a small GPT-2 on it, projects the
+# gradient of every document, and ranks the documents that support a text most. With --model (a
+# directory or a name on the hub) or --shards (tars; the first 1,000 documents) it takes those.
+# Everything it makes is in demo/; a later call reuses what is there. Remove demo/ to start over.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -71,7 +72,8 @@ END
 set_up
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH"
-# Threads that wait must not keep a core busy: beside other work, training took three times as long with the default.
+# Threads that wait must not keep a core busy: beside other work, training took three times as long
+# with the default.
 export OMP_WAIT_POLICY=PASSIVE
 # What other data or models are asked for gets outputs of its own.
 NAME="" && [[ -z $MODEL$SHARDS ]] || NAME=-$(cksum <<<"$MODEL|$SHARDS" | cut -d ' ' -f 1)
@@ -81,10 +83,10 @@ if [[ -n $SHARDS ]]; then
     have "the corpus" "$SHARDS (its first 1,000 documents)"
 elif compgen -G 'demo/tars/*.tar' >/dev/null; then
     SHARDS=demo/tars
-    have "documents to tars: Python's standard library, a source file a document, a package a domain" "$SHARDS"
+    have "documents to tars: Python's standard library, one document per source file" "$SHARDS"
 else
     SHARDS=demo/tars
-    step "documents to tars: Python's standard library, a source file a document, a package a domain" \
+    step "documents to tars: Python's standard library, one document per source file" \
         python -m gradproj prepare stdlib: --output_dir "$SHARDS"
 fi
 
@@ -97,13 +99,15 @@ else
         have "a tokenizer: byte-level BPE" "$MODEL"
     else
         step "a tokenizer: byte-level BPE" \
-            python -m gradproj tokenizer --shards "$SHARDS" --output_dir "$MODEL" --vocab_size 4096 --max_samples 1000
+            python -m gradproj tokenizer --shards "$SHARDS" --output_dir "$MODEL" \
+            --vocab_size 4096 --max_samples 1000
     fi
     if [[ -e $MODEL/model.safetensors ]]; then
         have "a small GPT-2, trained on the first 256 tokens of every document" "$MODEL"
     else
         step "a small GPT-2, trained on the first 256 tokens of every document" \
-            python -m gradproj train --method Regular --shards "$SHARDS" --tokenizer "$MODEL" --result_dir "$MODEL" \
+            python -m gradproj train --method Regular --shards "$SHARDS" \
+            --tokenizer "$MODEL" --result_dir "$MODEL" \
             --n_layer 4 --n_embd 256 --n_head 4 --max_length 256 --batch_size 8 --max_steps 150 \
             --learning_rate 1e-3 --device cpu --checkpoint_interval 50 --resume
     fi
@@ -113,7 +117,8 @@ JOB=(--shards "$SHARDS" --model "$MODEL" --output_dir "$OUT" --device cpu)
 [[ $SHARDS == demo/tars ]] || JOB+=(--max_samples 1000)
 if python -m gradproj status "$OUT" >/dev/null 2>&1; then
     have "the plan of the job" "$OUT is complete"
-    have "the job: the projected gradient of every document, by two processes" "$OUT/projections.zarr"
+    have "the job: the projected gradient of every document, by two processes" \
+        "$OUT/projections.zarr"
 else
     step "the plan of the job: every check before it starts" python -m gradproj plan "${JOB[@]}"
     step "the job: the projected gradient of every document, by two processes" \
@@ -130,7 +135,8 @@ elif [[ -z $TEXT ]]; then
     TEXT=$(beginning_of_a_document)
 fi
 step "a query: the documents that most support a text" \
-    python -m gradproj query "$OUT" --text "$TEXT" --score relatif --top_k 5 --bottom_k 0 --show_text --device cpu
+    python -m gradproj query "$OUT" --text "$TEXT" --score relatif --top_k 5 --bottom_k 0 \
+        --show_text --device cpu
 
 cat <<END
 

@@ -50,14 +50,16 @@ find_python() {
         return
     done
     if [[ -n $without_venv ]]; then
-        fail "$without_venv cannot make virtual environments: its modules venv and ensurepip (pip) are missing." \
+        fail "$without_venv cannot make virtual environments:" \
+            "its modules venv and ensurepip (pip) are missing." \
             "On Debian and Ubuntu: apt install $(basename "$without_venv")-venv"
     fi
     fail "Python 3.11 or newer is needed; here there is:${found:- none}." \
         "Install one, or name it: PYTHON=python3.12 bash $0"
 }
 
-# What the environment depends on: its own Python and place (else it is made anew), and what is installed into it.
+# What the environment depends on: its own Python and place (else it is made anew), and what is
+# installed into it.
 fingerprint() {
     echo "$("$VENV/bin/python" -c 'import platform; print(platform.python_version())' 2>/dev/null) in $ROOT"
     cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | cksum
@@ -74,7 +76,8 @@ install_packages() {
     local extra=$1 log=$VENV/set-up.log
     echo "set-up: pip install -c launch/constraints.txt -e '.${extra:+[$extra]}'   (log: $log)"
     # --no-user: a pip configured to install for the user fails in a virtual environment.
-    with_news "$log" "$VENV/bin/python" -m pip install --no-user --disable-pip-version-check --progress-bar off \
+    with_news "$log" "$VENV/bin/python" -m pip install \
+        --no-user --disable-pip-version-check --progress-bar off \
         -c "$ROOT/launch/constraints.txt" -e "$ROOT${extra:+[$extra]}" || {
         tail -n 20 "$log" >&2
         fail "pip could not install the packages; its last lines are above, all of them in $log." \
@@ -90,12 +93,15 @@ is_usable() {
     [[ -z ${PYTHON:-} || ${known%% *} == "$("$PYTHON" -c 'import platform; print(platform.python_version())')" ]]
 }
 
-# An environment of the user's own in our place is taken if it has what is needed, and never changed.
+# An environment of the user's own in our place is taken if it has what is needed, and never
+# changed.
 use_foreign() {
-    local modules="gradproj" && [[ ${1:-} != dev ]] || modules="gradproj, pytest, mypy, ruff, tensorstore, peft"
+    local modules="gradproj"
+    [[ ${1:-} != dev ]] || modules="gradproj, pytest, mypy, ruff, tensorstore, peft"
     "$VENV/bin/python" -c "import sys, $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null ||
         fail "$VENV was not made by this script, and $modules cannot be imported in it." \
-            "Install them (pip install -c launch/constraints.txt -e '.[dev]'), move it away, or name another folder:" \
+            "Install them (pip install -c launch/constraints.txt -e '.[dev]')," \
+            "move it away, or name another folder:" \
             "GRADPROJ_VENV=.venv-gradproj bash $0"
     echo "set-up: using $VENV as it is (not made by this script)"
 }

@@ -1,7 +1,7 @@
-"""torchrun with an exit code that tells: 128 + the signal's number where a signal ended it.
+"""torchrun with exit code 128 + the signal's number after a signal.
 
-Plain torchrun ends with 1 for that as for a failure of its ranks, so a batch script could not know whether the ranks
-were told to stop and have saved their work (queue the job again) or failed.
+Plain torchrun exits with 1 after a signal and after a failure of its ranks, so a batch script could
+not tell ranks that have saved their work on request (requeue the job) from ranks that failed.
 """
 
 import sys

@@ -77,7 +77,7 @@ FAILED = "touch out/failed.json out/logs/slurm-%s.failed"
         (dict(step=DRAIN), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 143"), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 138"), True, 1, "0 units in this start: queued again"),
-        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "a mistake that has to be mended, see above or"),
+        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "an error that you can fix, see above or"),
         (dict(step=f"{NEW_UNIT}; {FAILED % 71}; exit 1"), True, 1, "1 units in this start: queued again"),
         (dict(step=f"{NEW_UNIT}; kill -TERM $PPID; sleep 0.2"), False, 1, "ended by scancel or by Slurm"),
         (dict(step=DRAIN, starts=2), False, 1, "two starts in a row ended without a new unit"),
@@ -103,7 +103,7 @@ def test_the_batch_job_is_queued_again_only_where_that_helps(
         (
             f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_3'}",
             [],
-            "a mistake that has to be mended",
+            "an error that you can fix",
         ),
         (f"{in_log('7_3', 'unit 1 committed: x')}; {FAILED % '7_30'}", ["7_3"], "queued again"),
         ("exit 143", ["7_3"], "queued again"),

@@ -223,7 +223,7 @@ def test_error_found_during_the_run_is_not_requeued(cluster, inputs, tmp_path):
     for element in array.elements:
         log = array.log(element)
         assert re.search(r"^gradproj: (?!\d{4}-).*\.tar", log, re.M), log
-        assert "ended by a mistake that has to be mended" in log.splitlines()[-1], log
+        assert "ended by an error that you can fix" in log.splitlines()[-1], log
 
 
 def test_cancelled_job_leaves_no_process_and_is_not_requeued(cluster, inputs, tmp_path):
