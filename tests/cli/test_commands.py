@@ -1,4 +1,4 @@
-"""The command line: what a person types, sees and gets as exit code."""
+"""Command lines: output, messages and exit codes."""
 
 import importlib
 import json
@@ -57,7 +57,7 @@ def refused(run):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_a_function_that_exists(name):
+def test_every_command_has_a_function(name):
     assert callable(getattr(importlib.import_module(f"gradproj.cli.{name}"), f"{name}_command"))
 
 
@@ -77,12 +77,12 @@ def test_every_command_is_a_function_that_exists(name):
         ("lds --jobs 3", "--jobs is now called --workers"),
     ],
 )
-def test_the_old_name_of_a_flag_is_refused_with_the_new_one(line, message, refused):
+def test_old_name_of_a_flag_is_an_error_that_names_the_new_one(line, message, refused):
     assert refused(*line.split()) == message
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_its_flags(name, capsys):
+def test_help_lists_the_flags_of_every_command(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
@@ -128,14 +128,14 @@ def test_every_command_explains_its_flags(name, capsys):
         (["export", "/nowhere", "--to", "x", "--ids", "7"], "--ids is '7'; give START:STOP"),
     ],
 )
-def test_a_wrong_line_is_refused_in_one_line_that_names_what_is_wrong(line, message, refused):
+def test_wrong_command_line_is_one_line_that_names_the_error(line, message, refused):
     assert message in refused(*line)
 
 
 # --- prepare and index ---
 
 
-def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_path):
+def test_prepare_reads_inputs_in_order_and_prints_a_summary(run, tmp_path):
     first = write_jsonl(
         tmp_path / "a.jsonl", [input_record("one", "web"), input_record("two", "code")]
     )
@@ -153,7 +153,7 @@ def test_prepare_takes_its_inputs_as_they_stand_and_says_what_it_wrote(run, tmp_
     ]
 
 
-def test_prepare_groups_by_domain_when_told_to(run, tmp_path):
+def test_prepare_groups_documents_by_domain_with_the_flag(run, tmp_path):
     lines = [input_record(str(i), "web" if i % 2 else "code") for i in range(6)]
     source = write_jsonl(tmp_path / "a.jsonl", lines)
     assert run("prepare", source, "--output_dir", tmp_path / "tars", "--group_by_domain")[0] == 0
@@ -166,7 +166,7 @@ def corpus(tmp_path):
     return make_corpus(tmp_path / "tars", mixed_documents(50), per_tar=20)
 
 
-def test_index_says_what_it_found(run, corpus):
+def test_index_prints_counts_and_fingerprint(run, corpus):
     code, out, _ = run("index", corpus)
     index = load_index(corpus / "corpus.json")
     assert code == 0
@@ -179,7 +179,7 @@ def test_index_says_what_it_found(run, corpus):
     assert index.fingerprint in out
 
 
-def test_index_run_again_says_that_nothing_has_changed_and_leaves_the_file(run, corpus):
+def test_second_index_run_keeps_the_file_and_reports_it_up_to_date(run, corpus):
     run("index", corpus)
     before = tree_of(corpus)
     code, out, _ = run("index", f"{corpus}/*.tar")
@@ -188,7 +188,7 @@ def test_index_run_again_says_that_nothing_has_changed_and_leaves_the_file(run, 
     assert tree_of(corpus) == before
 
 
-def test_index_of_a_corpus_that_was_only_touched_is_renewed(run, corpus):
+def test_index_of_a_touched_corpus_is_renewed(run, corpus):
     run("index", corpus)
     before = load_index(corpus / "corpus.json")
     os.utime(corpus / "shard-000001.tar", (1, 1))
@@ -200,9 +200,7 @@ def test_index_of_a_corpus_that_was_only_touched_is_renewed(run, corpus):
     assert after.tars[1].mtime_ns == 10**9
 
 
-def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_one(
-    run, refused, corpus
-):
+def test_index_of_a_changed_corpus_requires_replace(run, refused, corpus):
     run("index", corpus)
     before = load_index(corpus / "corpus.json")
     assert "is the index of another corpus" in refused(
@@ -219,7 +217,7 @@ def test_index_of_a_changed_corpus_is_refused_unless_it_is_to_replace_the_old_on
     assert load_index(corpus / "corpus.json").n_samples == 40
 
 
-def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
+def test_damaged_index_is_named_with_the_flag_that_replaces_it(run, refused, corpus):
     run("index", corpus)
     path = corpus / "corpus.json"
     path.write_bytes(path.read_bytes()[:-9])
@@ -228,15 +226,14 @@ def test_a_torn_index_is_named_with_the_way_out(run, refused, corpus):
     assert load_index(path).n_samples == 50
 
 
-def test_index_of_tars_in_several_folders_needs_a_name(run, refused, corpus, tmp_path):
+def test_index_of_tars_in_several_folders_requires_index_file(run, refused, corpus, tmp_path):
     other = make_corpus(tmp_path / "more", mixed_documents(5, seed=1))
     (tmp_path / "all.list").write_text(f"{corpus}/shard-000000.tar\n{other}/shard-000000.tar\n")
     assert "--index_file must be given" in refused("index", tmp_path / "all.list")
-    assert (
-        run("index", tmp_path / "all.list", "--index_file", tmp_path / "all.json", "--processes", 1)[0]
-        == 0
-    )
-    assert load_index(tmp_path / "all.json").n_samples == 25
+    index_file = tmp_path / "all.json"
+    line = ("index", tmp_path / "all.list", "--index_file", index_file, "--processes", 1)
+    assert run(*line)[0] == 0
+    assert load_index(index_file).n_samples == 25
 
 
 def test_index_of_a_damaged_tar_names_it(refused, corpus):
@@ -255,7 +252,7 @@ def job_flags(job, output_dir, **changes):
     )
 
 
-def test_plan_says_what_the_job_will_take_and_writes_nothing(run, job, tmp_path):
+def test_plan_prints_estimates_and_writes_nothing(run, job, tmp_path):
     code, out, err = run("plan", *job_flags(job, tmp_path / "new", device="cpu"))
     assert (code, err) == (0, "")
     assert re.search(r"documents +70 in 2 tars", out)
@@ -264,7 +261,7 @@ def test_plan_says_what_the_job_will_take_and_writes_nothing(run, job, tmp_path)
     assert not (tmp_path / "new").exists()
 
 
-def test_plan_on_an_unfinished_output_counts_what_is_done_and_leaves_it_alone(run, job, output):
+def test_plan_of_an_unfinished_output_counts_finished_units_and_writes_nothing(run, job, output):
     uncommit(output, 1, 2)
     before = tree_of(output)
     code, out, _ = run("plan", *job_flags(job, output))
@@ -273,7 +270,7 @@ def test_plan_on_an_unfinished_output_counts_what_is_done_and_leaves_it_alone(ru
     assert tree_of(output) == before
 
 
-def test_plan_refuses_what_the_job_would_refuse(refused, job, output, tmp_path, monkeypatch):
+def test_plan_refuses_settings_that_the_job_refuses(refused, job, output, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "--device cuda: torch sees no GPU" in refused(
         "plan", *job_flags(job, output, device="cuda")
@@ -285,7 +282,7 @@ def test_plan_refuses_what_the_job_would_refuse(refused, job, output, tmp_path, 
     )
 
 
-def test_plan_with_other_settings_than_the_output_lists_the_differences(run, job, output):
+def test_plan_lists_settings_that_differ_from_the_output(run, job, output):
     code, out, err = run("plan", *job_flags(job, output, proj_seed=7))
     assert (code, out) == (2, "")
     assert "--proj_seed: store 42, this run 7" in err
@@ -301,7 +298,7 @@ def test_plan_refuses_a_folder_that_cannot_be_written(refused, job, tmp_path, mo
 # --- status and verify ---
 
 
-def test_status_and_verify_say_by_their_exit_codes_what_they_found(run, output):
+def test_exit_codes_of_status_and_verify_tell_complete_incomplete_and_damaged(run, output):
     assert run("status", output)[0] == 0
     assert run("verify", output)[0] == 0
     uncommit(output, 1)
@@ -311,7 +308,7 @@ def test_status_and_verify_say_by_their_exit_codes_what_they_found(run, output):
     assert run("verify", output)[0] == 1
 
 
-def test_json_is_all_that_status_and_verify_print_when_asked_for(run, output):
+def test_status_and_verify_print_only_json_with_the_flag(run, output):
     assert json.loads(run("status", output, "--json")[1])["complete"] is True
     assert json.loads(run("verify", output, "--json")[1])["damage"] == []
     assert json.loads(run("status", output, "--json", "--no-rows")[1])["by_status"] is None
@@ -320,7 +317,7 @@ def test_json_is_all_that_status_and_verify_print_when_asked_for(run, output):
 # --- merge ---
 
 
-def test_merge_ends_a_store_whose_units_are_all_committed(run, output, job):
+def test_merge_completes_a_store_with_all_units_committed(run, output, job):
     unmerge(output)
     code, out, _ = run("merge", output)
     assert code == 0
@@ -330,7 +327,7 @@ def test_merge_ends_a_store_whose_units_are_all_committed(run, output, job):
     assert [list((output / name).iterdir()) for name in ("claims", "tmp")] == [[], []]
 
 
-def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
+def test_merge_of_an_unfinished_store_lists_missing_units(run, output):
     uncommit(output, 1, 4)
     code, out, _ = run("merge", output)
     assert code == 0
@@ -343,7 +340,7 @@ def test_merge_of_an_unfinished_store_says_what_is_missing(run, output):
     assert run("verify", output)[0] == 3
 
 
-def test_merge_never_runs_beside_another_live_process_that_merges(run, refused, output):
+def test_merge_is_refused_while_another_process_merges(run, refused, output):
     process = sleeping_process()
     try:
         owner = owner_of(process, rank=3)
@@ -362,7 +359,7 @@ def test_merge_never_runs_beside_another_live_process_that_merges(run, refused, 
     assert run("merge", output)[0] == 0  # now that it has ended
 
 
-def test_merge_refuses_to_empty_columns_whose_records_have_gone(refused, output):
+def test_merge_is_refused_when_records_are_gone(refused, output):
     before = tree_of(output / "projections.zarr")
     (output / record_name(2)).unlink()
     message = refused("merge", output)
@@ -389,7 +386,7 @@ def test_export_prints_the_number_of_files_first(run, output, tmp_path):
     assert len(list((tmp_path / "to").glob("*.pt"))) == 4
 
 
-def test_export_into_a_folder_with_files_is_refused(refused, output):
+def test_export_to_a_folder_with_files_is_refused(refused, output):
     assert "--to" in refused("export", output, "--to", output)
     assert f"the store has {N_SAMPLES} samples" in refused(
         "export", output, "--to", "x", "--ids", "0:99"

@@ -1,4 +1,4 @@
-"""What a stranger starts: every script parses, passes flags that exist, and says what is wrong in one line."""
+"""Launch scripts: each parses, passes existing flags, and reports an error in one line."""
 
 import os
 import re
@@ -35,7 +35,7 @@ JOB_FLAGS = "--shards tars --model dir --output_dir out"
 
 
 def commands_in(path):
-    """``(command, its words)`` of every call of gradproj, as a shell would split them, with variables filled in."""
+    """Return ``(command, its words)`` of every call of gradproj, with variables filled in."""
     text = re.sub(r"^\s*#.*$", "", path.read_text(), flags=re.M).replace("\\\n", " ")
     calls = re.findall(r"-m gradproj(?: |\.)(\w+)([^\n|;&>]*)", text)
     return [
@@ -51,7 +51,7 @@ def filled(text, arguments=""):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=IDS)
-def test_bash_can_parse_every_script(path):
+def test_bash_parses_every_script(path):
     assert run_bash("-n", path).stderr == ""
 
 
@@ -83,7 +83,7 @@ def test_every_command_in_a_script_has_only_known_flags(name, commands):
 
 
 @pytest.mark.parametrize("name", ["launch/one_node.sh", "launch/multi_node.sh"])
-def test_torchrun_gets_known_flags_and_hands_signals_on(name):
+def test_torchrun_gets_known_flags_and_forwards_signals(name):
     text = (ROOT / name).read_text().replace("\\\n", " ")
     (words,) = re.findall(r"-m torch\.distributed\.run (.*) -m gradproj\.run", text)
     given = get_args_parser().parse_args([*shlex.split(filled(words)), "script.py"])
@@ -91,7 +91,7 @@ def test_torchrun_gets_known_flags_and_hands_signals_on(name):
     assert given.standalone == (name == "launch/one_node.sh")
 
 
-def test_the_ci_calls_exactly_the_test_script():
+def test_ci_calls_the_test_script_and_nothing_else():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "bash launch/test.sh"
     assert all(os.access(path, os.X_OK) for path in SCRIPTS if path.parent.name != "slurm")
@@ -104,13 +104,14 @@ def test_the_ci_calls_exactly_the_test_script():
     ("body", "message"),
     [
         ('case "$2" in *version_info*) exit 1;; *platform*) echo 3.9.2;; esac',
-         r"gradproj: Python 3\.11 or newer is needed; here there is: .*old=3\.9\.2\. Install one, or name it: PYTHON="),
+         r"gradproj: Python 3\.11 or newer is needed; here there is: .*old=3\.9\.2\. "
+         "Install one, or name it: PYTHON="),
         ('case "$2" in *ensurepip*) exit 1;; *platform*) echo 3.12.1;; esac',
          r"old cannot make virtual environments: .* apt install old-venv"),
         ("exit 1", r"Python 3\.11 or newer is needed; here there is: none\."),
     ],
 )  # fmt: skip
-def test_a_python_that_will_not_do_is_one_clear_line(tmp_path, body, message):
+def test_unsuitable_python_is_one_clear_line(tmp_path, body, message):
     python = stub(tmp_path, "old", body)
     done = run_bash(
         ROOT / "launch/setup.sh", cwd=tmp_path, PYTHON=python, GRADPROJ_VENV=tmp_path / "venv"
@@ -128,7 +129,7 @@ def fake_venv(folder, body="", ours=""):
     return folder
 
 
-def test_an_environment_that_is_not_ours_is_used_but_never_changed(tmp_path):
+def test_foreign_environment_is_used_and_not_changed(tmp_path):
     venv = fake_venv(tmp_path / "venv")
     done = run_bash(ROOT / "launch/setup.sh", GRADPROJ_VENV=venv)
     assert done.returncode == 0
@@ -141,7 +142,7 @@ def test_an_environment_that_is_not_ours_is_used_but_never_changed(tmp_path):
     assert (lacking / "bin/python").exists()
 
 
-def test_a_finished_set_up_is_not_done_again_and_a_changed_one_is(tmp_path):
+def test_set_up_runs_again_only_after_a_change(tmp_path):
     body = 'case "$*" in *platform*) echo 3.12.1;; *install*) exit "${PIP_CODE:-0}";; esac'
     venv = fake_venv(tmp_path / "venv", body, ours=f"3.12.1 in {ROOT}\nanother pyproject\n")
 
@@ -166,8 +167,11 @@ def test_a_finished_set_up_is_not_done_again_and_a_changed_one_is(tmp_path):
 @pytest.mark.parametrize(
     ("failing", "code"), [("none", 0), ("ruff check", 1), ("mypy", 1), ("pytest", 1)]
 )
-def test_the_test_script_fails_with_any_check_and_ends_with_pytest_s_line(tmp_path, failing, code):
-    body = f'case "$*" in "-m {failing}"*) exit 1;; esac\n[[ $* != *pytest* ]] || echo "3 passed in 0.1s"'
+def test_test_script_fails_with_any_check_and_ends_with_the_line_of_pytest(tmp_path, failing, code):
+    body = (
+        f'case "$*" in "-m {failing}"*) exit 1;; esac\n'
+        '[[ $* != *pytest* ]] || echo "3 passed in 0.1s"'
+    )
     body = body.replace("exit 1;;", '[[ $* == *pytest* ]] && echo "1 failed in 0.1s"; exit 1;;')
     done = run_bash(
         ROOT / "launch/test.sh", "-x", GRADPROJ_VENV=fake_venv(tmp_path / "venv", body), CI="true"
@@ -179,7 +183,7 @@ def test_the_test_script_fails_with_any_check_and_ends_with_pytest_s_line(tmp_pa
     assert {"-m ruff check .", "-m ruff format --check gradproj tests", "-m mypy"} <= set(calls)
 
 
-def test_the_demo_refuses_unknown_words_and_explains_itself():
+def test_demo_refuses_unknown_arguments_and_has_help():
     done = run_bash(ROOT / "launch/demo.sh", "--modle", "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "unknown argument --modle" in done.stderr
@@ -187,7 +191,7 @@ def test_the_demo_refuses_unknown_words_and_explains_itself():
     assert "From nothing to an answer" in run_bash(ROOT / "launch/demo.sh", "--help").stdout
 
 
-def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
+def test_launch_file_ends_when_plan_refuses(tmp_path):
     python = stub(
         tmp_path,
         "python",
@@ -220,7 +224,7 @@ def test_a_launch_file_ends_with_the_plan_s_refusal(tmp_path):
         (0, 1, 1, ["update -q"], "apt-get update failed, see above; then: apt-get install -y"),
     ],
 )
-def test_the_slurm_test_installs_slurm_or_says_how(tmp_path, user, sudo, apt, calls, message):
+def test_slurm_test_installs_slurm_or_prints_the_command(tmp_path, user, sudo, apt, calls, message):
     bin_dir = tmp_path / "bin"
     stub(bin_dir, "apt-get", f'echo "$*" >>"{tmp_path}/calls"; exit {apt}')
     stub(bin_dir, "sudo", f'[[ $1 != -n ]] || exit {sudo}; "$@"')

@@ -1,6 +1,6 @@
-"""The Slurm files: what they ask Slurm for, and when they have a job queued again.
+"""The Slurm files: their requests to Slurm, and when they requeue a job.
 
-With stand-ins for srun, scontrol and Python; ``tests/slurm`` runs the same files by a real Slurm.
+srun, scontrol and Python are stubs here; ``tests/slurm`` runs the same files in a real Slurm.
 """
 
 import logging
@@ -68,7 +68,7 @@ FAILED = "touch out/failed.json out/logs/slurm-%s.failed"
 @pytest.mark.parametrize(
     ("settings", "queued", "code", "message"),
     [
-        (dict(step=f"{NEW_UNIT}; touch out/complete"), False, 0, "complete; 1 units by this job in this start"),
+        (dict(step=f"{NEW_UNIT}; touch out/complete"), False, 0, "complete; 1 units by this job"),
         (dict(step="exit 1", complete=True), False, 0, "complete already"),
         (dict(plan=2, starts=3), False, 2, "cannot run as it is (code 2); it is not queued again"),
         (dict(step="exit 1"), False, 1, "without a new unit; it is not queued again"),
@@ -77,18 +77,16 @@ FAILED = "touch out/failed.json out/logs/slurm-%s.failed"
         (dict(step=DRAIN), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 143"), True, 1, "0 units in this start: queued again"),
         (dict(step="exit 138"), True, 1, "0 units in this start: queued again"),
-        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "an error that you can fix, see above or"),
-        (dict(step=f"{NEW_UNIT}; {FAILED % 71}; exit 1"), True, 1, "1 units in this start: queued again"),
-        (dict(step=f"{NEW_UNIT}; kill -TERM $PPID; sleep 0.2"), False, 1, "ended by scancel or by Slurm"),
+        (dict(step=f"{NEW_UNIT}; {FAILED % 7}; exit 1"), False, 1, "an error that you can fix"),
+        (dict(step=f"{NEW_UNIT}; {FAILED % 71}; exit 1"), True, 1, "1 units in this start: queued"),
+        (dict(step=f"{NEW_UNIT}; kill -TERM $PPID; sleep 0.2"), False, 1, "ended by scancel or by"),
         (dict(step=DRAIN, starts=2), False, 1, "two starts in a row ended without a new unit"),
-        (dict(step=f"{NEW_UNIT}; {DRAIN}", starts=3), True, 1, "1 units in this start: queued again"),
-        (dict(step="exit 0"), False, 0, "nothing is left to start; other jobs are at work on the rest"),
+        (dict(step=f"{NEW_UNIT}; {DRAIN}", starts=3), True, 1, "1 units in this start: queued"),
+        (dict(step="exit 0"), False, 0, "nothing is left to start; other jobs are at work on"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("file", ["project_pile.sbatch", "project_pile_array.sbatch"])
-def test_the_batch_job_is_queued_again_only_where_that_helps(
-    tmp_path, file, settings, queued, code, message
-):
+def test_batch_job_is_requeued_only_if_that_helps(tmp_path, file, settings, queued, code, message):
     done, was_queued = run_sbatch(tmp_path, **settings, file=file)
     assert message in done.stdout, done.stdout + done.stderr
     assert (done.returncode, was_queued) == (code, ["7"] if queued else [])
@@ -109,23 +107,21 @@ def test_the_batch_job_is_queued_again_only_where_that_helps(
         ("exit 143", ["7_3"], "queued again"),
     ],
 )
-def test_an_element_of_an_array_is_queued_again_alone_and_for_its_own_work(
-    tmp_path, step, queued, message
-):
+def test_array_element_is_requeued_alone_for_its_own_units(tmp_path, step, queued, message):
     step += "; exit 1"
     done, was_queued = run_sbatch(tmp_path, step, file="project_pile_array.sbatch", **ELEMENT)
     assert message in done.stdout, done.stdout + done.stderr
     assert was_queued == queued
 
 
-def test_a_failure_noted_before_this_start_is_not_this_start_s(tmp_path):
+def test_failure_of_an_earlier_start_is_ignored(tmp_path):
     (tmp_path / "out" / "logs").mkdir(parents=True)
     run_bash("-c", FAILED % 7, cwd=tmp_path)
     assert run_sbatch(tmp_path, f"{NEW_UNIT}; exit 1")[1] == ["7"]
 
 
 @pytest.mark.parametrize("env", [{}, ELEMENT], ids=["job", "element"])
-def test_the_batch_job_counts_the_units_that_its_ranks_log(tmp_path, monkeypatch, env):
+def test_batch_job_counts_units_from_the_logs_of_its_ranks(tmp_path, monkeypatch, env):
     """The file's name and its line, as the job itself writes them."""
     for name, value in {"SLURM_JOB_ID": 7, **env}.items():
         monkeypatch.setenv(name, str(value))
@@ -149,7 +145,7 @@ def test_the_batch_job_counts_the_units_that_its_ranks_log(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("flags", [["--output_dir", "elsewhere"], ["--output_dir=elsewhere"]])
-def test_the_batch_job_looks_at_the_output_that_its_flags_name(tmp_path, flags):
+def test_output_dir_flag_overrides_the_setting(tmp_path, flags):
     step = NEW_UNIT.replace("out/logs", "elsewhere/logs") + "; exit 1"
     done, was_queued = run_sbatch(tmp_path, step, flags=flags)
     assert "output elsewhere" in done.stdout
@@ -159,7 +155,7 @@ def test_the_batch_job_looks_at_the_output_that_its_flags_name(tmp_path, flags):
 @pytest.mark.parametrize(
     ("file", "starts"), [("project_pile.sbatch", 2), ("project_pile_array.sbatch", 2)]
 )
-def test_torchrun_gets_known_flags_under_slurm_and_no_rendezvous_twice(tmp_path, file, starts):
+def test_torchrun_gets_known_flags_and_a_new_rendezvous_per_start(tmp_path, file, starts):
     meetings = []
     for start in range(starts):
         run_sbatch(tmp_path, file=file, SLURM_RESTART_COUNT=start, RANKS_PER_NODE=2)
@@ -176,7 +172,7 @@ def test_torchrun_gets_known_flags_under_slurm_and_no_rendezvous_twice(tmp_path,
 
 
 @pytest.mark.parametrize("file", ["project_pile.sbatch", "project_pile_array.sbatch"])
-def test_a_batch_file_that_lacks_the_checkout_or_its_python_says_so(tmp_path, file):
+def test_missing_checkout_or_python_is_reported(tmp_path, file):
     done, queued = run_sbatch(tmp_path, file=file, SLURM_SUBMIT_DIR=tmp_path)
     assert (done.returncode, queued) == (2, [])
     assert (
@@ -191,7 +187,7 @@ def test_a_batch_file_that_lacks_the_checkout_or_its_python_says_so(tmp_path, fi
 
 
 @pytest.mark.parametrize("name", ["project_pile.sbatch", "project_pile_array.sbatch"])
-def test_the_batch_files_ask_slurm_for_what_their_rule_needs(name):
+def test_batch_files_request_what_requeueing_needs(name):
     options = re.findall(r"^#SBATCH (\S+)", (ROOT / "slurm" / name).read_text(), flags=re.M)
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@180", "--ntasks-per-node=1"} <= set(
         options
@@ -203,7 +199,7 @@ def test_the_batch_files_ask_slurm_for_what_their_rule_needs(name):
     )
 
 
-def test_torchrun_s_code_says_that_a_signal_ended_it():
+def test_exit_code_of_torchrun_tells_the_signal():
     command = [
         sys.executable,
         ROOT / "slurm" / "torchrun.py",
