@@ -19,8 +19,8 @@ from gradproj.analysis.preconditioner_file import (
     refuse_other_store,
     write_curvature,
 )
-from gradproj.analysis.row_blocks import chosen_layers, scan_world
-from gradproj.analysis.second_moment import DenseSum, TruncatedSum, sum_second_moments
+from gradproj.analysis.row_blocks import chosen_layers
+from gradproj.analysis.second_moment import fit_second_moments
 from gradproj.analysis.token_covariances import read_kronecker_factors
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
@@ -131,21 +131,19 @@ class Preconditioner:
         _check_damping(damping)
         names = chosen_layers(store, layers)
         widths = _widths(store, names, joint)
-        curvatures: dict[str, Curvature] = {}
         if kind == "kfac":
-            factors, n_rows = read_kronecker_factors(store)
-            curvatures.update(factors)
+            curvatures, n_rows = read_kronecker_factors(store)
         else:
-            device = torch.device(device)
-            sums = {
-                name: DenseSum(width, device)
-                if width <= largest_width
-                else TruncatedSum(width, directions, device)
-                for name, width in widths.items()
-            }
-            world = scan_world(together)
-            n_rows = sum_second_moments(store, names, list(sums.values()), world, device, progress)
-            curvatures.update({name: part.curvature(n_rows) for name, part in sums.items()})
+            curvatures, n_rows = fit_second_moments(
+                store,
+                names,
+                widths,
+                largest_width=largest_width,
+                directions=directions,
+                together=together,
+                device=torch.device(device),
+                progress=progress,
+            )
         settings = {
             "kind": kind,
             "damping": damping,

@@ -1,12 +1,12 @@
 """Second moments of a store's rows, summed in one scan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gradproj.analysis.curvature import Dense, Truncated
-from gradproj.analysis.row_blocks import rank_range, scan_blocks
+from gradproj.analysis.curvature import Curvature, Dense, Truncated
+from gradproj.analysis.row_blocks import rank_range, scan_blocks, scan_world
 from gradproj.distributed import World
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
@@ -76,29 +76,48 @@ class TruncatedSum:
         return vectors.T @ rows
 
 
-def sum_second_moments(
+def fit_second_moments(
     store: ProjectionStore,
     layers: Sequence[str],
-    sums: Sequence[DenseSum | TruncatedSum],
-    world: World,
+    widths: Mapping[str, int],
+    *,
+    largest_width: int,
+    directions: int,
+    together: bool,
     device: torch.device,
     progress: bool,
-) -> int:
-    """Add every document's row to the sums, which split it from left to right.
+) -> tuple[dict[str, Curvature], int]:
+    """Sum the second moments of all documents' rows in one scan.
+
+    Args:
+        store: finished or not.
+        layers: names; rows hold their values in this order.
+        widths: name -> number of values of each part, from left to right.
+        largest_width: truncate a second moment with more values per side than this.
+        directions: number of directions of a truncated second moment.
+        together: share the scan among the ranks of ``torch.distributed``.
+        device: where the sums are computed.
+        progress: show a progress bar.
 
     Returns:
-        The number of documents with a row.
+        The curvature of each part, and the number of documents with a row.
 
     Raises:
         StoreError: the store has no row.
     """
+    sums = {
+        name: DenseSum(width, device)
+        if width <= largest_width
+        else TruncatedSum(width, directions, device)
+        for name, width in widths.items()
+    }
+    world, n_rows = scan_world(together), 0
     start, stop = rank_range(store, world)
     label = "second moments" if progress and world.rank == 0 else None
-    n_rows = 0
     for block in scan_blocks(store, layers, None, device, label, start=start, stop=stop):
         rows = block.ok_rows()
         rows = rows[torch.isfinite(rows).all(dim=1)].double()
-        for part, x in zip(sums, rows.split([part.width for part in sums], dim=1), strict=True):
+        for part, x in zip(sums.values(), rows.split(list(widths.values()), dim=1), strict=True):
             part.add(x)
         n_rows += len(rows)
     n_rows = int(world.sum(torch.tensor(n_rows)))
@@ -107,6 +126,6 @@ def sum_second_moments(
             f"{store.path} has no row to compute a second moment from; let the job compute some "
             "first"
         )
-    for part in sums:
+    for part in sums.values():
         part.reduce(world)
-    return n_rows
+    return {name: part.curvature(n_rows) for name, part in sums.items()}, n_rows

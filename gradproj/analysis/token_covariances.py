@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.curvature import Kronecker
+from gradproj.analysis.curvature import Curvature, Kronecker
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
 
@@ -14,7 +14,7 @@ _ROUNDING = 0.01
 """Relative error allowed in sums that a device computed in low precision."""
 
 
-def read_kronecker_factors(store: ProjectionStore) -> tuple[dict[str, Kronecker], int]:
+def read_kronecker_factors(store: ProjectionStore) -> tuple[dict[str, Curvature], int]:
     """Return the mean token covariances of every layer, and the number of tokens.
 
     Raises:
@@ -34,7 +34,7 @@ def read_kronecker_factors(store: ProjectionStore) -> tuple[dict[str, Kronecker]
         )
     s = _read_sums(store, "token_covariance_s", [layer.k_o for layer in store.layers])
     a = _read_sums(store, "token_covariance_a", [layer.k_i for layer in store.layers])
-    factors = {
+    factors: dict[str, Curvature] = {
         layer.name: Kronecker(s_l / n_tokens, a_l / n_tokens)
         for layer, s_l, a_l in zip(store.layers, s, a, strict=True)
     }

@@ -207,9 +207,9 @@ def test_output_path_that_cannot_be_created_is_named(ask):
 
 def test_cached_second_moment_serves_all_commands_until_damaged(output, ask, monkeypatch):
     flags = ("--score", "preconditioned")
-    fits, real = [], preconditioner.sum_second_moments
+    fits, real = [], preconditioner.fit_second_moments
     monkeypatch.setattr(
-        preconditioner, "sum_second_moments", lambda *given: fits.append(1) or real(*given)
+        preconditioner, "fit_second_moments", lambda *a, **k: fits.append(1) or real(*a, **k)
     )
     first = ask("query", *flags)
     for command in ("domains", "report"):
