@@ -11,7 +11,7 @@ from tqdm import tqdm
 from gradproj.distributed import World, has_process_group
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
-from gradproj.kernels.device_copy import send
+from gradproj.kernels.device_copy import to_device
 from gradproj.store import STATUS, ProjectionStore
 
 _DEVICE_BLOCK_BYTES = 2**26  # a GPU needs longer blocks than the cache of a CPU holds
@@ -140,8 +140,8 @@ def decoded_on(
     row_bytes = width_of(store, layers) * store.layout.stored_dtype.itemsize
     rows_per_block = rows_per_block or max(1, _DEVICE_BLOCK_BYTES // row_bytes)
     for ids, stored, row_scale in store.scan_stored(rows_per_block, layers, start, stop):
-        values = send(as_tensor(stored, store.layout.proj_dtype), device)
-        yield ids, values.float() * send(torch.from_numpy(row_scale), device)[:, None]
+        values = to_device(as_tensor(stored, store.layout.proj_dtype), device)
+        yield ids, values.float() * to_device(torch.from_numpy(row_scale), device)[:, None]
 
 
 def as_tensor(stored: np.ndarray, proj_dtype: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar, rank_range
 from gradproj.analysis.scan import PreparedQueries, Scan
-from gradproj.kernels.device_copy import fetch, record_event, send
+from gradproj.kernels.device_copy import record_event, to_device, to_host
 from gradproj.kernels.onednn import linear
 from gradproj.store import Band
 
@@ -49,10 +49,10 @@ def on_host(
     for first, values in blocks:
         current = first, values, record_event(device)
         if before is not None:
-            yield before[0], fetch([before[1]], before[2])[0].numpy()
+            yield before[0], to_host([before[1]], before[2])[0].numpy()
         before = current
     if before is not None:
-        yield before[0], fetch([before[1]], before[2])[0].numpy()
+        yield before[0], to_host([before[1]], before[2])[0].numpy()
 
 
 def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:
@@ -67,7 +67,9 @@ def _score_rows(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
     for block in scan.blocks():
         values = queries.scores_of(block.rows)
         if not block.ok.all():
-            values = torch.where(send(torch.from_numpy(block.ok), scan.device), values, torch.nan)
+            values = torch.where(
+                to_device(torch.from_numpy(block.ok), scan.device), values, torch.nan
+            )
         yield ScoreBlock(block.first, values)
 
 

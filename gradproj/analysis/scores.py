@@ -24,7 +24,7 @@ from gradproj.analysis.score_blocks import on_host, score_blocks
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
 from gradproj.errors import ConfigError
-from gradproj.kernels.device_copy import send
+from gradproj.kernels.device_copy import to_device
 from gradproj.store import ProjectionStore
 
 
@@ -170,7 +170,7 @@ def self_influence(
 def _self_scores(scan: Scan) -> Iterator[tuple[int, Tensor]]:
     preconditioner = scan.row_preconditioner()
     for block in scan.blocks():
-        ok = send(torch.from_numpy(block.ok), scan.device)
+        ok = to_device(torch.from_numpy(block.ok), scan.device)
         yield block.first, torch.where(ok, self_products(block.rows, preconditioner), torch.nan)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradproj.flags import Flags, flag
-from gradproj.kernels.device_copy import send
+from gradproj.kernels.device_copy import to_device
 
 LONG_DOCUMENTS = ("truncate", "windows")
 
@@ -80,7 +80,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``, copied without waiting."""
         tensors = (self.input_ids, self.positions, self.targets, self.token_mask)
-        ids, positions, targets, mask = (send(tensor, device) for tensor in tensors)
+        ids, positions, targets, mask = (to_device(tensor, device) for tensor in tensors)
         return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
 
 

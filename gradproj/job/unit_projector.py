@@ -21,7 +21,7 @@ from gradproj.engine.row_columns import ZERO_ROWS, finish_rows
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
-from gradproj.kernels.device_copy import fetch, record_event, seconds_between, send
+from gradproj.kernels.device_copy import record_event, seconds_between, to_device, to_host
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.unit_record import UnitRecord
@@ -130,7 +130,7 @@ class UnitSums:
         """Add sequences' rows to those of their documents."""
         touched = self.prepared.row_of[sequences]
         # Allocate everything before the sums change: a batch that fails here is retried in halves.
-        index = send(torch.from_numpy(touched), self._device)
+        index = to_device(torch.from_numpy(touched), self._device)
         covariances = self._engine.take_token_covariances()
         self.rows.index_add_(0, index, rows)
         self.losses.index_add_(0, index, losses)
@@ -200,7 +200,7 @@ class ProjectedUnit:
         """Copy the rows to the host, finish and encode them, and fill the columns."""
         total, settings, stats = self._total, self._settings, self._stats
         columns, prepared = total.prepared.columns, total.prepared
-        fetched = fetch(self._tensors, self._computed)
+        fetched = to_host(self._tensors, self._computed)
         on_device = seconds_between(self._begun, self._computed)
         if on_device is not None:
             stats |= {"seconds": on_device, "finished_at": time.time()}

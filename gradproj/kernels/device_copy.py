@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to ``device``."""
     # From pageable memory the copy would wait for the device's earlier work.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
@@ -26,7 +26,7 @@ def seconds_between(first: torch.cuda.Event | None, last: torch.cuda.Event | Non
     return None if first is None or last is None else first.elapsed_time(last) / 1000
 
 
-def fetch(tensors: Sequence[Tensor], computed: torch.cuda.Event | None) -> list[Tensor]:
+def to_host(tensors: Sequence[Tensor], computed: torch.cuda.Event | None) -> list[Tensor]:
     """Return the tensors on the host, with their values at the event ``computed``.
 
     On CUDA they are copied to page-locked memory on a separate stream, beside the next unit's

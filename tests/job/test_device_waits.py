@@ -204,7 +204,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
         with watched(waits):
             return project(*args)
 
-    def fetch(tensors, computed):
+    def to_host(tensors, computed):
         fetched_by.append(threading.current_thread().name)
         return [torch.zeros(x.shape, dtype=x.dtype) for x in tensors]
 
@@ -215,7 +215,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)
-    monkeypatch.setattr(projector, "fetch", fetch)
+    monkeypatch.setattr(projector, "to_host", to_host)
     process = Process.from_environment()
     with start_group(process):
         job = start_job(run_config(flags(**settings), "test"), process)
