@@ -153,18 +153,12 @@ def test_units_with_wrong_rows_are_repaired_and_recomputed(also_damaged, output,
         1,
         f"result        damaged, in {1 + also_damaged} place{'s' * also_damaged}",
     )
-    assert (
-        "way out       this command with --repair deletes the units of wrong rows"
-        in printed
-    )
+    assert "way out       this command with --repair deletes the units of wrong rows" in printed
     code, printed, last = verdict("--repair")
     assert (code, last) == (3, "result        sound, but incomplete")
     assert "WRONG         sample 37" in printed
     units = "2 units (0, 2)" if also_damaged else "1 unit (2)"
-    assert (
-        f"repaired      record and shard of {units} deleted; the job recomputes them"
-        in printed
-    )
+    assert f"repaired      record and shard of {units} deleted; the job recomputes them" in printed
     run_job(1, shards=job.corpus, model=job.model, output_dir=output, **SETTINGS)
     assert_same_bits(output, job.output)
     code, printed, last = verdict("--repair")
@@ -176,8 +170,7 @@ def test_nothing_is_reported_sound_without_checksums(output, capsys):
         main(["verify", str(output), "--recompute", "3", "--no-checksums", "--device", "cpu"]) == 0
     )
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "result        complete, and no recomputed row differs; "
-        "checksums were not computed"
+        "result        complete, and no recomputed row differs; checksums were not computed"
     )
 
 

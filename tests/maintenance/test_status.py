@@ -58,7 +58,9 @@ def test_store_is_complete_only_once_merged(output):
     unmerge(output)
     status = read_status(output)
     assert (status.complete, status.missing_units, status.exit_code) == (False, [], 3)
-    assert f"not merged; `python -m gradproj merge {output}` merges them" in status_lines(status)[-1]
+    assert (
+        f"not merged; `python -m gradproj merge {output}` merges them" in status_lines(status)[-1]
+    )
 
 
 WAYS_TO_BE_UNMERGEABLE = {
@@ -83,10 +85,7 @@ def test_verify_is_advised_when_the_merge_would_fail(name, output):
     assert message in problem
     verdict = status_lines(status)[-1]
     assert "no, every unit is committed but cannot be merged; " in verdict
-    assert (
-        f"`python -m gradproj verify {output} --repair` deletes damaged units"
-        in verdict
-    )
+    assert f"`python -m gradproj verify {output} --repair` deletes damaged units" in verdict
 
 
 def test_failed_start_is_to_be_fixed_before_the_merge(output):
