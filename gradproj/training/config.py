@@ -169,14 +169,27 @@ class TrainConfig(EngineConfig, title="training"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_method(self)
         if self.momentum and self.optimizer != "sgd":
             raise ConfigError(
                 f"--momentum {self.momentum:g} is for --optimizer sgd; adamw has its own"
             )
         if self.n_embd % self.n_head:
             raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
-        _check_model(self)
+        if self.method == "GradDotProd" and not self.val_shards:
+            raise ConfigError(
+                "--method GradDotProd compares with validation documents: give --val_shards"
+            )
+        if self.eval_interval and not self.val_shards:
+            raise ConfigError(
+                f"--eval_interval {self.eval_interval} needs --val_shards to evaluate on"
+            )
+        if self.model and self.architecture:
+            raise ConfigError("give --model or --architecture, not both")
+        if not self.model and not self.tokenizer:
+            raise ConfigError(
+                "a new model has no tokenizer of its own: give --tokenizer DIR "
+                "(gradproj tokenizer makes one)"
+            )
 
     def model_config(self) -> ModelConfig:
         """Return the checkpoint to start from, or the architecture to draw weights for."""
@@ -193,24 +206,3 @@ class TrainConfig(EngineConfig, title="training"):
     def settings_of_the_run(self) -> dict[str, Any]:
         """Return the settings that a resumed run must have too, by flag."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NO_PART_OF_A_RUN}
-
-
-def _check_method(config: TrainConfig) -> None:
-    if config.method == "GradDotProd" and not config.val_shards:
-        raise ConfigError(
-            "--method GradDotProd compares with validation documents: give --val_shards"
-        )
-    if config.eval_interval and not config.val_shards:
-        raise ConfigError(
-            f"--eval_interval {config.eval_interval} needs --val_shards to evaluate on"
-        )
-
-
-def _check_model(config: TrainConfig) -> None:
-    if config.model and config.architecture:
-        raise ConfigError("give --model or --architecture, not both")
-    if not config.model and not config.tokenizer:
-        raise ConfigError(
-            "a new model has no tokenizer of its own: give --tokenizer DIR "
-            "(python -m gradproj tokenizer makes one)"
-        )
