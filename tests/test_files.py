@@ -76,10 +76,7 @@ def test_file_deleted_by_another_machine_while_written_is_not_found(tmp_path, mo
     ("code", "message"),
     [
         (errno.EDQUOT, "Your quota there is used up"),
-        (
-            errno.EROFS,
-            "Make it writable and start again: .* Or start over in another --output_dir",
-        ),
+        (errno.EROFS, "Make it writable and start again: .* Or start over in another --output_dir"),
         (
             errno.EACCES,
             "Fix the permissions and start again: .* Or start over in another --output_dir",

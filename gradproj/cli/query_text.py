@@ -110,10 +110,7 @@ def describe(
 
 
 def table_lines(
-    summary: Summary,
-    queries: QueryRows,
-    rankings: Sequence[Ranking],
-    samples: Mapping[int, Sample],
+    summary: Summary, queries: QueryRows, rankings: Sequence[Ranking], samples: Mapping[int, Sample]
 ) -> Iterator[str]:
     """Yield the lines of the table, with control characters of texts and keys replaced."""
     yield from summary.lines([ranking.damping for ranking in rankings])

@@ -124,10 +124,7 @@ def verdict_lines(verification: Verification, *, checksums: bool = True) -> list
         verification: the findings.
         checksums: whether checksums were computed.
     """
-    return [
-        *_ways_out(verification),
-        f"result        {_verdict(verification, checksums)}",
-    ]
+    return [*_ways_out(verification), f"result        {_verdict(verification, checksums)}"]
 
 
 def _damage_text(damage: Damage) -> str:

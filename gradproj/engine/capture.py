@@ -10,11 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.layers import TargetLayer, find_layers, project_tokens
-from gradproj.engine.projection import (
-    ProjectionConfig,
-    draw_matrices,
-    place_widths,
-)
+from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 
@@ -65,9 +61,7 @@ class PlacedLayer:
 
 
 def place_layers(
-    module: nn.Module,
-    config: ProjectionConfig,
-    matrices: Matrices | None = None,
+    module: nn.Module, config: ProjectionConfig, matrices: Matrices | None = None
 ) -> list[PlacedLayer]:
     """Return the target layers in model order with their matrices (drawn, or the given ones)."""
     placed: list[PlacedLayer] = []

@@ -129,10 +129,7 @@ def _work(
                 f"{human_seconds(working)}; {human_seconds(times.rank_s)} over all ranks",
             ),
             ("tokens", f"{n_tokens:,.0f}"),
-            (
-                "speed",
-                f"{digits(n_tokens / working)} tokens/s, {digits(by_rank)} a rank",
-            ),
+            ("speed", f"{digits(n_tokens / working)} tokens/s, {digits(by_rank)} a rank"),
         ]
     if status.failed is not None:
         facts.append(("last failure", str(status.failed.get("error", "unknown"))))

@@ -16,12 +16,7 @@ from typing import Any
 import numpy as np
 
 from gradproj.errors import StoreError, settings_mismatch
-from gradproj.files import (
-    explain_os_errors,
-    fsync_dir,
-    fsync_file,
-    temporary_beside,
-)
+from gradproj.files import explain_os_errors, fsync_dir, fsync_file, temporary_beside
 from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import (

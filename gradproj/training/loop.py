@@ -31,12 +31,7 @@ from gradproj.training.checkpoints import (
     restore_random_state,
 )
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import (
-    DataPosition,
-    TrainBatch,
-    TrainedDocuments,
-    batches_of,
-)
+from gradproj.training.data import DataPosition, TrainBatch, TrainedDocuments, batches_of
 from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
 from gradproj.training.engine_manager import GhostEngineManager, check_method
 from gradproj.training.loss_curve import LossCurve, TrainResult

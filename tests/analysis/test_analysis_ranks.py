@@ -15,12 +15,7 @@ from gradproj.distributed import World
 from gradproj.errors import ConfigError
 
 SCORES = ("kfac", "preconditioned", "cosine")
-FITS = (
-    {},
-    {"joint": True},
-    {"largest_width": 7, "directions": 64},
-    {"layers": [NAMES[1]]},
-)
+FITS = ({}, {"joint": True}, {"largest_width": 7, "directions": 64}, {"layers": [NAMES[1]]})
 
 
 def queries_for(store):

@@ -26,10 +26,7 @@ JOBS = {
         ["--proj_dtype", "bfloat16", "--long_documents", "windows", "--loss_reduction", "sum"],
     ),
 }
-TRAININGS = {
-    "GradProjLora": [],
-    "GradDotProd": ["--val_shards", "tars", "--eval_interval", "4"],
-}
+TRAININGS = {"GradProjLora": [], "GradDotProd": ["--val_shards", "tars", "--eval_interval", "4"]}
 SHAPE = [
     "--n_layer", "2", "--n_embd", "64", "--n_head", "2", "--max_length", "64", "--max_steps", "12",
     "--batch_size", "4", "--warmup_steps", "2", "--checkpoint_interval", "6",

@@ -148,11 +148,7 @@ DAMAGES = {
     ),
     "the array's metadata empty": (
         lambda z: (z / "projections/zarr.json").write_text("{}"),
-        [
-            "projections/zarr.json is damaged",
-            "KeyError('codecs')",
-            "Restore that file from a copy",
-        ],
+        ["projections/zarr.json is damaged", "KeyError('codecs')", "Restore that file from a copy"],
     ),
     "the array's metadata a list": (
         lambda z: (z / "projections/zarr.json").write_text("[]"),

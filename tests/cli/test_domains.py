@@ -205,9 +205,7 @@ def test_numbers_in_the_figure_fit_their_cells_and_names_do_not_overlap(
     output = many_domains(tmp_path / "out", names)
     saved = []
     monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, path: (saved.append(self), plain_save(self, path)),
+        Figure, "savefig", lambda self, path: (saved.append(self), plain_save(self, path))
     )
     with ProjectionStore(output.path) as store:
         draw_domains(facts_in(store), tmp_path / "figure.png")

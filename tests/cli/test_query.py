@@ -133,16 +133,7 @@ def test_layers_and_domains_restrict_the_scan(job, tmp_path, ask):
     wanted[:, ~np.isin(domain, [store.domains.index(name) for name in ("Github", "ArXiv")])] = (
         np.nan
     )
-    words = (
-        "--layers",
-        "layers.0,mlp",
-        "--domains",
-        "Github,ArXiv",
-        "--top_k",
-        6,
-        "--bottom_k",
-        0,
-    )
+    words = ("--layers", "layers.0,mlp", "--domains", "Github,ArXiv", "--top_k", 6, "--bottom_k", 0)
     answers = ask.objects(job.output, "--queries", path, *words)
     assert {x["domain"] for x in answers} == {"Github", "ArXiv"}
     for number, values in enumerate(wanted):

@@ -60,10 +60,7 @@ ASKED = ("--text", TEXT)
             (*ASKED, "--damping", "1,2", "--save_scores", "s.npy"),
             "--save_scores takes one --damping",
         ),
-        (
-            (*ASKED, "--curvature", "kfac"),
-            "--curvature kfac requires --score relatif",
-        ),
+        ((*ASKED, "--curvature", "kfac"), "--curvature kfac requires --score relatif"),
         (
             (*ASKED, "--layers", "nothing"),
             "has no layer 'nothing'; it has model.layers.*.self_attn.q_proj",
@@ -73,20 +70,14 @@ ASKED = ("--text", TEXT)
             "has no domain 'Fiction'; it has ArXiv, Github, Pile-CC",
         ),
         ((*ASKED, "--joint"), "--joint requires --score preconditioned"),
-        (
-            (*ASKED, "--layers", ""),
-            "--layers is empty; give a list such as A,B, or leave it out",
-        ),
+        ((*ASKED, "--layers", ""), "--layers is empty; give a list such as A,B, or leave it out"),
         ((*ASKED, "--layers", ","), "--layers is empty"),
         ((*ASKED, "--layers", " , "), "--layers is empty"),
         (
             (*ASKED, "--layers", "h.3", "mlp"),
             "unexpected argument 'mlp'; --layers takes one list with commas: --layers A,B",
         ),
-        (
-            (*ASKED, "--domains", ""),
-            "--domains is empty; give a list such as A,B, or leave it out",
-        ),
+        ((*ASKED, "--domains", ""), "--domains is empty; give a list such as A,B, or leave it out"),
         (
             ("--queries", "none.jsonl"),
             "the queries' file none.jsonl cannot be read: No such file or directory",

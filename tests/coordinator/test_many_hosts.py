@@ -67,9 +67,7 @@ def commit_in_a_thread(output, layout, pause_before):
 
 
 @pytest.mark.usefixtures("no_stale_wait", "no_fsync")
-def test_owner_that_wakes_up_in_its_commit_never_replaces_the_shard_of_anothers_record(
-    tmp_path,
-):
+def test_owner_that_wakes_up_in_its_commit_never_replaces_the_shard_of_anothers_record(tmp_path):
     n_changes = count_changes(tmp_path / "count")
     writers = set()
     for paused_at in range(n_changes):

@@ -27,9 +27,7 @@ def files_of_the_store(output):
 
 
 @pytest.mark.usefixtures("no_stale_wait", "no_fsync")
-def test_merge_that_wakes_up_late_changes_nothing_in_a_complete_store(
-    tmp_path,
-):
+def test_merge_that_wakes_up_late_changes_nothing_in_a_complete_store(tmp_path):
     _, old = two_units_of_three(tmp_path / "count")
     with at_change(-1, lambda: None) as counter:
         merge(old.output, old.claims)

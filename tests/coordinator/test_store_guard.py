@@ -83,9 +83,7 @@ def test_process_notices_a_replaced_store_before_it_claims_saves_or_commits(tmp_
     assert tree_of(output) == there
 
 
-def test_replaced_store_is_noticed_in_a_kept_output_directory(
-    tmp_path,
-):
+def test_replaced_store_is_noticed_in_a_kept_output_directory(tmp_path):
     layout, queue, _ = working(tmp_path)
     for name in ("units", "claims", "projections.zarr"):
         shutil.rmtree(tmp_path / name)

@@ -101,10 +101,7 @@ def test_job_that_hung_writes_nothing_into_a_new_store(tmp_path, corpus, model_d
 
 @pytest.mark.parametrize(
     ("deleted", "way_out"),
-    [
-        ("", "if it is lost, start over"),
-        ("projections.zarr", "delete the output and start over"),
-    ],
+    [("", "if it is lost, start over"), ("projections.zarr", "delete the output and start over")],
 )
 def test_deleted_directory_ends_a_running_job_with_one_line(
     tmp_path, corpus, model_dir, jobs, deleted, way_out

@@ -309,8 +309,7 @@ def test_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process)
     evaluate(config)
     (tmp_path / "losses/subset-0001-seed-2.npy").write_bytes(b"")
     with pytest.raises(
-        StoreError,
-        match=r"subset-0001-seed-2.npy cannot be read .*Delete it, and the same command",
+        StoreError, match=r"subset-0001-seed-2.npy cannot be read .*Delete it, and the same command"
     ):
         evaluate(config)
     (tmp_path / "settings.json").write_bytes(b"{")
@@ -359,17 +358,11 @@ def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, mo
     [
         ({"subsets": 2}, r"--subsets must be at least 3, got 2 \(a rank correlation"),
         ({"n_documents": 0}, "--n_documents must be at least 1, got 0"),
-        (
-            {"n_documents": 10, "n_near_copies": 6},
-            "--n_documents must be at least 12, got 10",
-        ),
+        ({"n_documents": 10, "n_near_copies": 6}, "--n_documents must be at least 12, got 10"),
         ({"corruption": 1.0}, "--corruption must be at least 0 and less than 1"),
         ({"leave_out": 72}, "--leave_out 72 is more than --n_queries 64"),
         ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
-        (
-            {"leave_out": 12},
-            "--leave_out 12 is not a multiple of --leave_out_group 8",
-        ),
+        ({"leave_out": 12}, "--leave_out 12 is not a multiple of --leave_out_group 8"),
         ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
     ],
 )

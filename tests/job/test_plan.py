@@ -103,9 +103,7 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    WRONG_VALUES,
-    ids=lambda v: str(v) if isinstance(v, dict) else "",
+    ("changes", "message"), WRONG_VALUES, ids=lambda v: str(v) if isinstance(v, dict) else ""
 )
 def test_wrong_value_is_one_line_with_the_flag(refused, changes, message):
     text = refused(**changes)

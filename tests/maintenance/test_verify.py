@@ -145,12 +145,7 @@ def test_samples_are_counted_with_a_short_last_unit(output):
     result = read_output(output)
     assert [
         result.layout.n_samples_in(np.array(units, np.int64)) for units in ([], [0], [4], [1, 4])
-    ] == [
-        0,
-        16,
-        6,
-        22,
-    ]
+    ] == [0, 16, 6, 22]
     assert result.id_ranges(np.array([1, 2, 4])) == [[16, 48], [64, 70]]
 
 

@@ -46,12 +46,7 @@ def test_unit_times_come_from_the_records_and_ranks_from_the_logs(folder):
     write_unit(folder, 0, 10, 2000.75, 10, 500)
     times = unit_times(folder)
     assert times.ranks == ["2 of slurm-70_1", "10", "unknown"]
-    assert [times.ranks[rank] for rank in times.rank] == [
-        "10",
-        "2 of slurm-70_1",
-        "unknown",
-        "10",
-    ]
+    assert [times.ranks[rank] for rank in times.rank] == ["10", "2 of slurm-70_1", "unknown", "10"]
     assert times.n_tokens.tolist() == [800, 300, 100, 500]
     assert times.n_untimed == 1
     assert times.working_s == 20 + 10

@@ -12,9 +12,7 @@ import tensorstore
 import zarr
 from helpers.stores import Output, make_rows
 
-from gradproj.files import (
-    write_and_replace,
-)
+from gradproj.files import write_and_replace
 from gradproj.store import StoreConfig, StoreExists, plan_layout
 from gradproj.store.bfloat16 import bfloat16_to_float32
 from gradproj.store.encoding import encode_rows
@@ -106,9 +104,7 @@ def test_unwritten_rows_read_as_nan(tmp_path, proj_dtype):
     assert (from_zarr(output.store_path, "status") == 0).all()
 
 
-def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(
-    tmp_path,
-):
+def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(tmp_path):
     half = Output(tmp_path / "half").fill()
     plain = """if True:
         import sys, numpy, zarr

@@ -131,12 +131,7 @@ def read_member(data: TarBytes, offset: int) -> tuple[Member, int] | None:
 
 
 def _finish_member(
-    data: TarBytes,
-    start: int,
-    head: bytes,
-    payload: int,
-    name: str | None,
-    n_bytes: int,
+    data: TarBytes, start: int, head: bytes, payload: int, name: str | None, n_bytes: int
 ) -> tuple[Member, int]:
     kind, short_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
     if kind == ord("S"):
