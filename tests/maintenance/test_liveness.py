@@ -123,10 +123,8 @@ def test_silent_merge_is_not_reported_as_running(output, process):
     )
     lines = status_lines(read_status(output, watch_s=0.2))
     assert any(line.startswith("merging") and "no heartbeat in 0.2 s" in line for line in lines)
-    assert (
-        "but the process that merges has no heartbeat; the job's command reclaims the merge after 11 min"
-        in lines[-1]
-    )
+    assert "but the process that merges has no heartbeat; " in lines[-1]
+    assert "the job's command reclaims the merge after 11 min" in lines[-1]
 
 
 def test_earlier_generation_counts_as_ended_on_any_host(far, process):
