@@ -70,9 +70,8 @@ def domains(config: DomainsConfig) -> list[str]:
         facts = domain_facts(store, config.fitted_options(store, device, DOMAIN_SCORES))
         if not facts.shown:
             raise StoreError(
-                f"{store.path} has no row of any domain yet "
-                f"({facts.counts.total('missing'):,} of {len(store):,} documents are not computed "
-                "yet); start the job again on it"
+                f"{store.path} has no row of any domain yet ({facts.counts.total('missing'):,} of "
+                f"{len(store):,} documents are not computed yet); start the job again on it"
             )
         content = as_json(facts, store, MEANS_NAME)
         folder = config.folder(store)

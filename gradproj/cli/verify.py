@@ -46,8 +46,7 @@ def verify_command(argv: list[str]) -> int:
     about = (
         "Check every checksum of an output, and records against shards and columns. Exit code 0: "
         "sound and complete; 3: sound, but incomplete; 1: damaged, or recomputed rows differ; 2: "
-        "no store there, or another model than the job's. With --repair it is the state "
-        "afterwards."
+        "no store there, or another model than the job's. With --repair it is the state afterwards."
     )
     (config,) = parse(argv, "gradproj verify", VerifyConfig, description=about)
     verification, parts = verify(config.output, checksums=config.checksums), {}

@@ -292,9 +292,8 @@ class Rows:
         exists = self._shards.exists(unit)
         if not exists and missing == "raise" and (status == STATUS["ok"]).any():
             raise StoreError(
-                f"rows of unit {unit} are recorded as ok but their shard "
-                f"{self._shards.path(unit)} is gone. Run `python -m gradproj verify` to see all "
-                "damage"
+                f"rows of unit {unit} are recorded as ok but their shard {self._shards.path(unit)} "
+                "is gone. Run `python -m gradproj verify` to see all damage"
             )
         return exists
 

@@ -18,12 +18,11 @@ summed, everything
   flushed to disk), but units of 512 documents, as a corpus of 32,768 or more has them by itself.
 - gradproj, torch's products: the same without oneDNN, so with the very products that bergson uses.
 - bergson: float32 rows, ``--token_batch_size 2048``, its default and the most that it takes here
-(the model's
-  positions); SDPA attention, transformers' default; ``--loss_reduction mean``; no Hessian, no
-  normalization, no second pass; no key-value cache (it asks for none, and the model's config says
-  so too). Its engine makes the embedding the root of the graph: with the tied head of GPT-2 it
-  computes a gradient of the vocabulary that nobody wants; ``small-untied`` is a model where it does
-  not.
+(the model's positions); SDPA attention, transformers' default; ``--loss_reduction mean``; no
+  Hessian, no normalization, no second pass; no key-value cache (it asks for none, and the model's
+  config says so too). Its engine makes the embedding the root of the graph: with the tied head of
+  GPT-2 it computes a gradient of the vocabulary that nobody wants; ``small-untied`` is a model
+  where it does not.
 
 Checked after every run: documents x layers x 256 values, a row empty only where there is no target,
 and losses that agree document by document, so that both did the same work.

@@ -6,9 +6,8 @@ arithmetic that is.
     1, 2, 4 and 8 GPUs
 
 1. Engine, float32 (TF32 off) and bfloat16, a batch of N x 1024 random tokens, in turn, CUDA events:
-the stock model's
-   plain step and frozen backward (see bench_engine.py), rows out, with checkpointing, with
-   ``--compile`` where there is a compiler; peak memory over the weights.
+the stock model's plain step and frozen backward (see bench_engine.py), rows out, with
+   checkpointing, with ``--compile`` where there is a compiler; peak memory over the weights.
 2. Job beside engine alone: bench_job.py's two parts on this GPU, real text of 1 to 2,000 tokens, a
 process each. 3. Scaling: torchrun starts the job on 1, 2, 4, ... GPUs with as many documents for
 each, timed by its own
@@ -160,8 +159,7 @@ def measure_engine(setting: Setting, model_name: str, dtype: str) -> dict[str, f
     times = interleave(timed, setting.rounds)
     print(
         f"\n{model_name}, {dtype}, {setting.samples} x {setting.length} tokens a batch, "
-        f"{setting.batches} batches in "
-        f"a run, {setting.rounds} rounds"
+        f"{setting.batches} batches in a run, {setting.rounds} rounds"
     )
     medians = print_table(times, BASES)
     peaks = {name: peak_bytes(variant, setting.device) for name, variant in timed.items()}

@@ -7,8 +7,7 @@ add.
 - job: one rank of ``python -m gradproj.run``, from the moment it begins to read its first unit to
 its last commit.
 - engine: ``UnitProjector`` over the very same units, read, tokenized and batched before the clock
-starts; rows
-  stay where the engine sums them.
+starts; rows stay where the engine sums them.
 
 Each run is a process of its own with a new output, job and engine in turn, one thread, tied to
 ``--cores`` cores (default 1: there nothing runs beside the engine, so all that the job does besides

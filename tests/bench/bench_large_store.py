@@ -10,8 +10,7 @@ in the system's cache:
 - disk: every shard read once by ``os.preadv`` into one buffer of 8 MB, one thread, told the kernel
 as sequential;
 - each question: ``top_k`` in a process of its own, dot, kfac and relatif, 1 and 16 queries, one
-thread; also
-  ``scan_stored`` and ``scan_bands`` alone.
+thread; also ``scan_stored`` and ``scan_bands`` alone.
 
 Memory is the process's largest RSS, which counts mapped files, and its largest anonymous part, both
 of the whole process, Python and torch included (what they take after the imports stands beside it).
@@ -112,8 +111,7 @@ def print_runs(runs: dict[str, list[dict]], n_bytes: int) -> dict[str, dict]:
         run["of_disk"] = disk / run["wall"]
         print(
             f"{name:16} {run['wall']:8.1f} {run['cpu']:6.1f} {n_bytes / run['wall'] / 1e9:5.2f} "
-            f"{run['of_disk']:7.2f}"
-            f" {run['rss'] / 1e6:12.0f} {run['anonymous'] / 1e6:10.0f} "
+            f"{run['of_disk']:7.2f} {run['rss'] / 1e6:12.0f} {run['anonymous'] / 1e6:10.0f} "
             f"{run['imports'] / 1e6:14.0f}",
             flush=True,
         )

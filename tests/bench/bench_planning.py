@@ -1,5 +1,4 @@
-"""Cost of starting a job on a corpus of the Pile's size: 210,607,728 documents, 51,418
-units.
+"""Cost of starting a job on a corpus of the Pile's size: 210,607,728 documents, 51,418 units.
 
     python tests/bench/bench_planning.py [--tars 26000] [--quick] [--folder DIR]
 
@@ -10,8 +9,7 @@ peak of its resident memory, in all and above what the imports of the same modul
 
 - every rank: reads the frozen index of the output, counts what is left, finds a unit's documents;
 - rank 0: lists and checks the tars, checks every flag and plans (``make_plan``), then makes the
-output
-  (``make_output``): index, store and records' folders.
+output (``make_output``): index, store and records' folders.
 """
 
 import argparse
@@ -67,8 +65,7 @@ def measure(
             )
             print(
                 f"{step:28} {now['wall_s']:6.2f}  {now['cpu_s']:6.2f}  "
-                f"{now['peak_bytes'] / 1e6:8.0f}"
-                f"  {now['above_bytes'] / 1e6:8.0f}",
+                f"{now['peak_bytes'] / 1e6:8.0f}  {now['above_bytes'] / 1e6:8.0f}",
                 flush=True,
             )
         return found

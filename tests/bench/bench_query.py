@@ -1,5 +1,4 @@
-"""Speed of queries: gradproj's ``top_k`` beside the limits of the machine, FAISS and
-bergson.
+"""Speed of queries: gradproj's ``top_k`` beside the limits of the machine, FAISS and bergson.
 
     python tests/bench/bench_query.py [--quick] [--proj_dtype float16 ...] [--folder DIR] [--ranks]
 
@@ -7,9 +6,8 @@ Rows of GPT-2-small (48 layers x 256 values), in the system's cache; 1, 16 and 2
 best of each. All sides have one thread and take turns; each number is a median. What is timed:
 
 - conversion: the stored rows, already in this process's memory, to float32 and nothing else: into a
-buffer that stays
-  in the cache, the fastest that torch can (into memory it takes longer). Float32 rows need none:
-  their copy.
+buffer that stays in the cache, the fastest that torch can (into memory it takes longer). Float32
+  rows need none: their copy.
 - GEMM: ``queries @ rows.T`` in float32 by torch, the rows in this process's memory as float32; no
 top k.
 - GEMM, oneDNN: the same by the library that gradproj takes for it.
@@ -17,14 +15,12 @@ top k.
 kfac`` is what that took.
 - FAISS: ``IndexFlatIP.search``; its rows are in its memory as float32, which is not timed.
 - bergson: what its ``query`` asks, ``Attributor.search``, on an index in its own format and of the
-same rows; opening
-  it reads all rows into memory as float32. (``bergson score`` computes the documents' gradients
-  again.)
+same rows; opening it reads all rows into memory as float32. (``bergson score`` computes the
+  documents' gradients again.)
 
 FAISS and bergson run in bergson's environment (see ``bench_bergson.py``), where this script
-installs faiss-cpu.
-Checked: all sides find the same documents. ``--ranks``: two processes that answer together beside
-one.
+installs faiss-cpu. Checked: all sides find the same documents. ``--ranks``: two processes that
+answer together beside one.
 """
 
 import argparse

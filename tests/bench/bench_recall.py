@@ -74,8 +74,7 @@ def measure(
         asked = QueryProjector(store, run, "cpu").rows(queries)
         print(
             f"{len(excerpts)} excerpts of {n_tokens} tokens, loss {asked.loss.mean():.2f} nats per "
-            "token, of "
-            f"{int((store.column('status') == STATUS['ok']).sum())} documents; held by "
+            f"token, of {int((store.column('status') == STATUS['ok']).sum())} documents; held by "
             f"{np.mean([len(e.holders) for e in excerpts]):.2f} documents each\n"
         )
         print(

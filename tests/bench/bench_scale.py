@@ -89,8 +89,7 @@ def report(runs: dict[int, list[dict[str, float]]], n_documents: int) -> dict[st
     judged = "wall" if ratios["share"] >= LEAST_SHARE else "cpu"
     print(
         f"two ranks over one: {ratios['wall']:.2f} by the wall clock, {ratios['cpu']:.2f} by CPU "
-        "seconds "
-        f"(twice the documents per CPU second over one rank's); judged by: {judged}"
+        f"seconds (twice the documents per CPU second over one rank's); judged by: {judged}"
     )
     return ratios
 

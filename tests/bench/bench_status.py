@@ -1,5 +1,4 @@
-"""Time of ``python -m gradproj status`` on a store of the Pile's size that was never
-computed.
+"""Time of ``python -m gradproj status`` on a store of the Pile's size that was never computed.
 
     python tests/bench/bench_status.py [--units 51000] [--folder DIR]
 

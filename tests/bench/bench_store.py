@@ -12,8 +12,7 @@ the very bytes that the store keeps, read by ``np.memmap``:
 - as stored: blocks copied out of the map, beside ``ProjectionStore.scan_stored`` and zarr's own
 array;
 - as float32: what ``ProjectionStore.scan`` gives, ``stored * row_scale``; the file's and zarr's
-blocks are decoded as
-  one would in numpy, and once more by gradproj's own decoder;
+blocks are decoded as one would in numpy, and once more by gradproj's own decoder;
 - one layer of all rows, single random rows, and 1,000 random rows in one call: as float32 on all
 sides.
 
@@ -83,8 +82,7 @@ def measure(
         print_machine("numpy", "zarr")
         print(
             f"{len(sides.stored)} x {sides.layout.dim} {proj_dtype}: "
-            f"{sides.stored.nbytes / 1e9:.2f} GB "
-            f"in {folder.parent}"
+            f"{sides.stored.nbytes / 1e9:.2f} GB in {folder.parent}"
         )
         ratios: dict[str, float] = {}
         for what, variants in sides.tables().items():
