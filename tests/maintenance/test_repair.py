@@ -115,7 +115,7 @@ def test_repaired_and_recomputed_store_equals_the_original(name, output, job, ca
     assert main(["verify", str(output), "--repair"]) == 3
     printed = capsys.readouterr().out
     assert (
-        f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) removed"
+        f"record and shard of {len(damaged)} units ({', '.join(map(str, damaged))}) deleted"
         in printed
     )
     assert "in those units, nothing else" in printed
