@@ -26,7 +26,7 @@ from gradproj.errors import ConfigError, CorpusError, ModelError, OtherSettingsE
 from gradproj.evaluation import retraining
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment
-from gradproj.evaluation.lds import available, draw_subsets, evaluate, locked
+from gradproj.evaluation.lds import available, check_settings, draw_subsets, evaluate, locked
 from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retraining import train_config
 
@@ -302,6 +302,23 @@ def test_directory_of_another_experiment_is_rejected_with_every_difference(
         OtherSettingsError, match=r"--n_documents: there 8, here 10\n.*--epochs: there 2, here 3"
     ):
         evaluate(config_of(data, tmp_path, n_documents=10, epochs=3))
+
+
+def test_settings_recorded_under_old_names_of_flags_are_the_same_experiment(data, tmp_path):
+    config = config_of(data, tmp_path)
+    old_names = {
+        "n_documents": "documents", "n_queries": "queries", "n_near_copies": "duplicates",
+        "windows_per_document": "windows", "corruption": "changed", "model_dtype": "precision",
+    }  # fmt: skip
+    recorded = {old_names.get(k, k): v for k, v in config.experiment().items()}
+    assert set(old_names.values()) <= set(recorded)
+    (tmp_path / "settings.json").write_text(json.dumps(recorded))
+    (tmp_path / "tokens.npz").touch()
+    check_settings(tmp_path, config)
+    recorded["documents"] += 1
+    (tmp_path / "settings.json").write_text(json.dumps(recorded))
+    with pytest.raises(OtherSettingsError, match="--n_documents: there 9, here 8"):
+        check_settings(tmp_path, config)
 
 
 def test_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process):
