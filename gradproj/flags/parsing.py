@@ -1,0 +1,222 @@
+"""Reads dataclasses of flags from a command line and a flat TOML file."""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gradproj.errors import ConfigError
+from gradproj.flags.declaration import (
+    flag_of,
+    is_required,
+    label_of,
+    split_list,
+    takes_commas,
+    type_of,
+    typed,
+    word_of,
+)
+
+
+def parse(
+    argv: Sequence[str], prog: str, *sections: type, description: str | None = None
+) -> tuple[Any, ...]:
+    """Build the dataclasses ``sections`` from flags.
+
+    ``--config FILE.toml`` gives flags that are not on the command line. A flag's name may be
+    written with ``-`` for ``_``. ``--help`` prints one group of flags per section.
+
+    Raises:
+        ConfigError: an unknown flag or key (names the nearest known one), a value of the wrong
+            type, or one that a dataclass refuses.
+    """
+    fields: dict[str, dataclasses.Field] = {}
+    titles: dict[str, str] = {}
+    for section in sections:
+        for f in dataclasses.fields(section):
+            if flag_of(f) not in fields:
+                fields[flag_of(f)], titles[flag_of(f)] = f, _home(section, f.name).title
+    given = _given(_parser(prog, description, fields, titles), argv, fields)
+    from_file = _read_toml(Path(given.pop("config")), fields) if "config" in given else {}
+    values = {**from_file, **given}
+    missing = [label_of(f) for name, f in fields.items() if is_required(f) and name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given; --help lists all flags")
+    return tuple(
+        section(
+            **{
+                f.name: values[flag_of(f)]
+                for f in dataclasses.fields(section)
+                if flag_of(f) in values
+            }
+        )
+        for section in sections
+    )
+
+
+def _home(section: type, field_name: str) -> Any:
+    """Return the class that declares a field first, whose title heads its group."""
+    return next(
+        c
+        for c in reversed(section.__mro__)
+        if field_name in vars(c).get("__dataclass_fields__", {})
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _parser(
+    prog: str,
+    description: str | None,
+    fields: Mapping[str, dataclasses.Field],
+    titles: Mapping[str, str],
+) -> argparse.ArgumentParser:
+    positional = [
+        f"{name} ..." if type_of(f)[1] else name
+        for name, f in fields.items()
+        if f.metadata.get("positional")
+    ]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *positional, "[--flag VALUE ...]"]),
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.toml", help="Flat TOML file of flags; its keys are their names."
+    )
+    groups: dict[str, Any] = {}
+    for name, f in fields.items():
+        title = titles[name]
+        if f.metadata.get("positional"):
+            group: Any = parser
+        else:
+            group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        _add_flag(group, name, f)
+    return parser
+
+
+def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
+    kind, is_list = type_of(f)
+    text = f.metadata.get("help", "")
+    if is_required(f) and not f.metadata.get("positional"):
+        text += " (required)"
+    elif not (is_required(f) or f.default in (None, "", ()) or f.default is False):
+        text += f" (default: {word_of(f, f.default)})"
+    text = text.replace("%", "%%")  # argparse formats it
+    if f.metadata.get("positional"):
+        group.add_argument(name, nargs="+" if is_list else None, type=kind, help=text)
+    elif kind is bool:
+        group.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
+        )
+    else:
+        choices, words = f.metadata.get("choices"), f.metadata.get("words", {})
+        metavar = "|".join(map(str, choices or (*words, kind.__name__.upper())))
+        group.add_argument(
+            f"--{name}",
+            action="append" if takes_commas(f) else "store",
+            type=_reader(kind, words),
+            metavar=f"{metavar},..." if takes_commas(f) else metavar,
+            help=text,
+        )
+
+
+def _reader(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return words[text] if text in words else kind(text)
+
+    read.__name__ = kind.__name__  # argparse prints it when it refuses a text
+    return read
+
+
+def _given(
+    parser: argparse.ArgumentParser, argv: Sequence[str], fields: Mapping[str, dataclasses.Field]
+) -> dict[str, Any]:
+    """Return the values on the command line by flag."""
+    words = [_with_underscores(word, fields) for word in argv]
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse(unknown[0], words, fields)
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    for name, value in values.items():
+        if isinstance(value, list):
+            f = fields[name]
+            if not type_of(f)[1]:
+                values[name] = ",".join(value)
+                continue
+            items = (
+                value if f.metadata.get("positional") else [i for v in value for i in split_list(v)]
+            )
+            if not items:
+                raise ConfigError(f"--{name} is empty; give a list such as A,B, or leave it out")
+            values[name] = tuple(items)
+    return values
+
+
+def _with_underscores(word: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """Spell a flag as it is declared: ``--proj-layers=a`` becomes ``--proj_layers=a``."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word[2:].partition("=")
+    for prefix in ("", "no-"):
+        declared = name.removeprefix(prefix).replace("-", "_")
+        if name.startswith(prefix) and declared in fields:
+            return f"--{prefix}{declared}{equals}{value}"
+    new_name = _renamed(name.removeprefix("no-"), fields)
+    if new_name:
+        raise ConfigError(f"--{name} is now called --{new_name}")
+    return word
+
+
+def _renamed(name: str, fields: Mapping[str, dataclasses.Field]) -> str:
+    """Return today's name of a flag that was called ``name``, or an empty text."""
+    old = name.replace("-", "_")
+    return next((new for new, f in fields.items() if f.metadata.get("renamed_from") == old), "")
+
+
+def _refuse(
+    unknown: str, words: Sequence[str], fields: Mapping[str, dataclasses.Field]
+) -> NoReturn:
+    if unknown.startswith("-"):
+        near = difflib.get_close_matches(
+            unknown.split("=")[0], [f"--{name}" for name in fields], n=1
+        )
+        hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
+        raise ConfigError(f"unknown flag {unknown!r}; {hint}")
+    before = list(words[: words.index(unknown)])
+    flags = [word.removeprefix("--").split("=")[0] for word in before if word.startswith("--")]
+    hint = "--help lists all flags"
+    if flags and flags[-1] in fields and takes_commas(fields[flags[-1]]):
+        hint = f"--{flags[-1]} takes one list with commas: --{flags[-1]} A,B"
+    raise ConfigError(f"unexpected argument {unknown!r}; {hint}")
+
+
+# --- reading TOML ---
+
+
+def _read_toml(path: Path, fields: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    values = {}
+    for key, value in content.items():
+        name = key if key in fields else key.replace("-", "_")
+        if name not in fields:
+            new_name = _renamed(key, fields)
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(fields))}"
+            hint = f"it is now called {new_name!r}" if new_name else hint
+            raise ConfigError(f"--config {path}: unknown key {key!r}; {hint}")
+        try:
+            values[name] = typed(key, value, fields[name])
+        except ConfigError as error:
+            raise ConfigError(f"--config {path}: {error}") from error
+    return values
