@@ -2,11 +2,13 @@
 # Makes the virtual environment .venv in the checkout and installs gradproj into it.
 #   bash launch/setup.sh [EXTRA]      makes it (EXTRA: dev for the tests' tools)
 #   source launch/setup.sh            for scripts: gives them set_up, fail, with_news
-# A later call finds it done, unless Python, pyproject.toml or launch/constraints.txt have changed.
-# Settings: PYTHON (which Python to use), GRADPROJ_VENV (another folder than .venv).
+# A later call finds it done, unless Python, pyproject.toml or the constraints have changed.
+# Settings: PYTHON (which Python to use), GRADPROJ_VENV (another folder than .venv),
+# GRADPROJ_CONSTRAINTS (another file than launch/constraints.txt).
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${GRADPROJ_VENV:-$ROOT/.venv}
+CONSTRAINTS=${GRADPROJ_CONSTRAINTS:-$ROOT/launch/constraints.txt}
 OURS=made-by-gradproj-launch  # in VENV: it is ours, and what was installed
 
 fail() {
@@ -62,7 +64,7 @@ find_python() {
 # installed into it.
 fingerprint() {
     echo "$("$VENV/bin/python" -c 'import platform; print(platform.python_version())' 2>/dev/null) in $ROOT"
-    cat "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt" | cksum
+    cat "$ROOT/pyproject.toml" "$CONSTRAINTS" | cksum
 }
 
 make_venv() {
@@ -74,11 +76,11 @@ make_venv() {
 
 install_packages() {
     local extra=$1 log=$VENV/set-up.log
-    echo "set-up: pip install -c launch/constraints.txt -e '.${extra:+[$extra]}'   (log: $log)"
+    echo "set-up: pip install -c ${CONSTRAINTS#"$ROOT/"} -e '.${extra:+[$extra]}'   (log: $log)"
     # --no-user: a pip configured to install for the user fails in a virtual environment.
     with_news "$log" "$VENV/bin/python" -m pip install \
         --no-user --disable-pip-version-check --progress-bar off \
-        -c "$ROOT/launch/constraints.txt" -e "$ROOT${extra:+[$extra]}" || {
+        -c "$CONSTRAINTS" -e "$ROOT${extra:+[$extra]}" || {
         tail -n 20 "$log" >&2
         fail "pip could not install the packages; its last lines are above, all of them in $log." \
             "Without a network, point pip to a mirror or to wheels (PIP_INDEX_URL, PIP_FIND_LINKS)"

@@ -1,6 +1,16 @@
 #!/usr/bin/env bash
 # Installs, lints, checks types and runs the tests; what CI calls. Arguments go to pytest.
+#   bash launch/test.sh [PYTEST ARGUMENTS]
+#   bash launch/test.sh --oldest [PYTEST ARGUMENTS]   tests only, with the lower bounds of all packages
 set -euo pipefail
+oldest=""
+if [[ ${1:-} == --oldest ]]; then
+    oldest=yes
+    shift
+    folder=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    export GRADPROJ_VENV=${GRADPROJ_VENV:-$folder/.venv-oldest}
+    export GRADPROJ_CONSTRAINTS=$folder/launch/oldest.txt
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 set_up dev
 cd "$ROOT"
@@ -10,10 +20,14 @@ check() {
     echo "--- $*"
     "$VENV/bin/python" -m "$@" || failed+=("$*")
 }
-check ruff check .
-# Not the README: newer ruffs format its code too, older ones do not.
-check ruff format --check gradproj tests
-check mypy
+if [[ -z $oldest ]]; then
+    check ruff check .
+    # Not the README: newer ruffs format its code too, older ones do not.
+    check ruff format --check gradproj tests
+    check mypy
+    echo "--- launch/check_prose.py"
+    "$VENV/bin/python" launch/check_prose.py || failed+=(launch/check_prose.py)
+fi
 ((${#failed[@]} == 0)) || printf 'FAILED: %s\n' "${failed[@]}" >&2
 status=0
 if (($#)); then

@@ -107,6 +107,7 @@ def _pid_namespace() -> str:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        # A process may have any bytes in its name.
+        return Path(path).read_text(errors="replace").strip()
     except OSError:
         return ""

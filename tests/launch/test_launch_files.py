@@ -1,8 +1,10 @@
 """Launch scripts: each parses, passes existing flags, and reports an error in one line."""
 
+import itertools
 import os
 import re
 import shlex
+import tomllib
 
 import pytest
 from helpers.shell import ROOT, run_bash, stub
@@ -242,3 +244,19 @@ def test_slurm_test_installs_slurm_or_prints_the_command(tmp_path, user, sudo, a
     assert (tmp_path / "calls").read_text().splitlines() == calls, done.stderr
     assert (done.returncode, message in done.stderr) == (2 if message else 0, True)
     assert ("-m pytest -m slurm tests/slurm -x" in (venv / "calls").read_text()) == (not message)
+
+
+def test_oldest_versions_are_the_lower_bounds_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [
+        *project["dependencies"],
+        *itertools.chain(*project["optional-dependencies"].values()),
+    ]
+    bounds = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=(\S+)$", "\n".join(required), re.M))
+    text = (ROOT / "launch/oldest.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.M))
+    # Tools of lint and types do not run there, and kronfluence is not in the tests' extra.
+    assert oldest.keys() == bounds.keys() - {"mypy", "ruff", "kronfluence"}
+    for name, version in oldest.items():
+        padded = f"{bounds[name]}.0.0".split(".")
+        assert version.split(".") == padded[: len(version.split("."))], name
