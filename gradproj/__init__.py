@@ -20,7 +20,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use only: a reader of the store waits for no torch, an index worker for no transformers.
+    # Imported on first use: a store's reader needs no torch, an index worker no transformers.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'gradproj' has no attribute {name!r}")

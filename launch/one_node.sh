@@ -9,7 +9,7 @@ set -euo pipefail
 # Processes to start: auto = one per GPU, or one per CPU core where there is no GPU (each holds the
 # model).
 RANKS=${RANKS:-auto}
-# Seconds that a process gets to save its work when the job is told to end.
+# Seconds that a process gets to save its work when the job receives a stop signal.
 SHUTDOWN_S=${SHUTDOWN_S:-60}
 # How often all processes are started again after one of them died.
 RESTARTS=${RESTARTS:-3}

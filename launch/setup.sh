@@ -18,7 +18,7 @@ fail() {
 
 # with_news LOG COMMAND...: runs it into LOG, and says every few seconds how far it is.
 with_news() {
-    local log=$1 child status started=$SECONDS shown=$SECONDS
+    local log=$1 child status size started=$SECONDS shown=$SECONDS
     shift
     "$@" >"$log" 2>&1 </dev/null &
     child=$!
@@ -27,7 +27,8 @@ with_news() {
         sleep 0.5
         if ((SECONDS - shown >= 6)); then
             shown=$SECONDS
-            echo "   $((SECONDS - started)) s, $(du -sm "$VENV" | cut -f 1) MB: $(tail -n 1 "$log" | cut -c 1-80)"
+            size=$(du -sm "$VENV" | cut -f 1)
+            echo "   $((SECONDS - started)) s, $size MB: $(tail -n 1 "$log" | cut -c 1-80)"
         fi
     done
     status=0
@@ -36,13 +37,18 @@ with_news() {
     return "$status"
 }
 
+# version_of PYTHON: its version, as 3.11.7.
+version_of() {
+    "$1" -c 'import platform; print(platform.python_version())'
+}
+
 # The first Python that will do; its name goes to PYTHON.
 find_python() {
     local candidate found="" without_venv=""
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.14 python}; do
         command -v "$candidate" >/dev/null || continue
         "$candidate" -c 'import sys' 2>/dev/null || continue
-        found="$found $candidate=$("$candidate" -c 'import platform; print(platform.python_version())')"
+        found="$found $candidate=$(version_of "$candidate")"
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue
         if ! "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
             without_venv=$candidate
@@ -60,10 +66,10 @@ find_python() {
         "Install one, or name it: PYTHON=python3.12 bash $0"
 }
 
-# What the environment depends on: its own Python and place (else it is made anew), and what is
+# What the environment depends on: its own Python and place (else it is made again), and what is
 # installed into it.
 fingerprint() {
-    echo "$("$VENV/bin/python" -c 'import platform; print(platform.python_version())' 2>/dev/null) in $ROOT"
+    echo "$(version_of "$VENV/bin/python" 2>/dev/null) in $ROOT"
     cat "$ROOT/pyproject.toml" "$CONSTRAINTS" | cksum
 }
 
@@ -91,8 +97,9 @@ install_packages() {
 is_usable() {
     local known=$1
     [[ -n $known && ${known%%$'\n'*} == "$(fingerprint | head -n 1)" ]] || return 1
-    "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return 1
-    [[ -z ${PYTHON:-} || ${known%% *} == "$("$PYTHON" -c 'import platform; print(platform.python_version())')" ]]
+    "$VENV/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        return 1
+    [[ -z ${PYTHON:-} || ${known%% *} == "$(version_of "$PYTHON")" ]]
 }
 
 # An environment of the user's own in our place is taken if it has what is needed, and never
@@ -100,7 +107,8 @@ is_usable() {
 use_foreign() {
     local modules="gradproj"
     [[ ${1:-} != dev ]] || modules="gradproj, pytest, mypy, ruff, tensorstore, peft"
-    "$VENV/bin/python" -c "import sys, $modules; sys.exit(sys.version_info < (3, 11))" 2>/dev/null ||
+    "$VENV/bin/python" -c "import sys, $modules; sys.exit(sys.version_info < (3, 11))" \
+        2>/dev/null ||
         fail "$VENV was not made by this script, and $modules cannot be imported in it." \
             "Install them (pip install -c launch/constraints.txt -e '.[dev]')," \
             "move it away, or name another folder:" \
@@ -131,7 +139,8 @@ set_up() {
     fi
     wanted=$(fingerprint)
     # The extra stands in a line of its own behind the fingerprint.
-    if [[ $known != "$wanted"* ]] || { [[ -n $extra ]] && ! grep -qx "extra $extra" <<<"$known"; }; then
+    if [[ $known != "$wanted"* ]] ||
+        { [[ -n $extra ]] && ! grep -qx "extra $extra" <<<"$known"; }; then
         install_packages "$extra"
         { echo "$wanted" && { [[ -z $extra ]] || echo "extra $extra"; }; } >"$VENV/$OURS"
     else

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs, lints, checks types and runs the tests; what CI calls. Arguments go to pytest.
 #   bash launch/test.sh [PYTEST ARGUMENTS]
-#   bash launch/test.sh --oldest [PYTEST ARGUMENTS]   tests only, with the lower bounds of all packages
+#   bash launch/test.sh --oldest [PYTEST ARGUMENTS]   tests only, with the lower bounds of packages
 set -euo pipefail
 oldest=""
 if [[ ${1:-} == --oldest ]]; then
@@ -45,6 +45,6 @@ else
     wait "$beside" || status=$?
     cat "$log"
 fi
-# pytest's own line is the last one; what failed before it was said above.
+# pytest's line is the last one; failures of lint and types were printed above it.
 ((status != 0 || ${#failed[@]} == 0)) || status=1
 exit "$status"

@@ -56,7 +56,7 @@ class ClaimedUnit:
 
     @property
     def is_over(self) -> bool:
-        """Whether a job on this store takes the unit over at once."""
+        """Return whether a job on this store takes the unit over at once."""
         return self.process in (GONE, STALE)
 
 

@@ -35,7 +35,7 @@ READERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(RecordedRunArgs, title="checks"):
-    """What to check, and what to do about damage. Only ``--recompute`` needs the model."""
+    """Checks to run and repairs to make. Only ``--recompute`` needs the model."""
 
     repair: bool = flag("Delete damaged units, so that the next run recomputes them.", False)
     recompute: int = flag(

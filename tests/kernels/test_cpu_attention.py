@@ -96,12 +96,12 @@ def test_rows_of_every_family_are_as_accurate_as_with_torchs_attention(family, m
 
 def test_frozen_model_uses_it_in_bfloat16_only_and_restores_transformers():
     registered = AttentionInterface()["sdpa"]
-    for dtype, taken in ((torch.bfloat16, True), (torch.float32, False)):
+    for dtype, expected in ((torch.bfloat16, True), (torch.float32, False)):
         model = small_model("llama").to(dtype)
         before = [sorted(vars(part)) for part in model.modules()]
         frozen = FrozenModel(model)
-        assert AttentionInterface()["sdpa"] is (attend if taken else registered)
-        assert all(getattr(part, ATTENDS, False) == taken for part in model.modules())
+        assert AttentionInterface()["sdpa"] is (attend if expected else registered)
+        assert all(getattr(part, ATTENDS, False) == expected for part in model.modules())
         assert model.config._attn_implementation == "sdpa"
         frozen.undo()
         assert AttentionInterface()["sdpa"] is registered

@@ -163,7 +163,7 @@ def test_set_up_runs_again_only_after_a_change(tmp_path):
     failed, _ = set_up("dev", PIP_CODE=1)
     assert failed.returncode == 2
     assert "pip could not install the packages" in failed.stderr
-    assert set_up("dev")[1], "a failed installation was taken for a finished one"
+    assert set_up("dev")[1], "a failed installation counted as finished"
 
 
 @pytest.mark.parametrize(
