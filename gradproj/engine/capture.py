@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.layers import TargetLayer, find_layers, project_tokens
+from gradproj.engine.layers import TargetLayer, find_layers, sum_over_tokens
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
@@ -178,13 +178,13 @@ class BatchCapture:
             )
         layer = self._layers[index]
         g_p = self._by_sample(layer, project(g, layer.p_o))
-        part = project_tokens(a_p, g_p)
+        part = sum_over_tokens(a_p, g_p)
         # The gradient of a layer that is called twice (shared weights) is the sum of both calls.
         self.parts[index] = self.parts[index] + part if index in self.parts else part
         if self._sum_covariances:
             if self.token_mask is not None:
                 a_p = a_p * self.token_mask.unsqueeze(-1)
-            covariances = (project_tokens(a_p, a_p), project_tokens(g_p, g_p))
+            covariances = (sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p))
             before = self._covariances.get(index)
             self._covariances[index] = (
                 covariances

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.capture import BatchCapture, PlacedLayer, by_sample, mixed_samples_error
-from gradproj.engine.layers import project_tokens
+from gradproj.engine.layers import sum_over_tokens
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cached_bfloat16, project_with
 
@@ -142,8 +142,8 @@ class _ProjectGradient(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             g_p = project_with(g, p_o, low_o)
             g_p = g_p.view(a_p.shape[0], -1, g_p.shape[-1])
-            grads: tuple[Tensor, ...] = (project_tokens(a_p, g_p),)
+            grads: tuple[Tensor, ...] = (sum_over_tokens(a_p, g_p),)
             if ctx.with_covariances:
                 real = a_p * mask.unsqueeze(-1)
-                grads = (*grads, project_tokens(real, real), project_tokens(g_p, g_p))
+                grads = (*grads, sum_over_tokens(real, real), sum_over_tokens(g_p, g_p))
         return g, None, None, None, None, *grads

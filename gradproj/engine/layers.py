@@ -184,7 +184,7 @@ def _summary(model: nn.Module) -> Iterator[str]:
     yield from list(seen)[:40]
 
 
-def project_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:
+def sum_over_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:
     """Sum a sample's tokens into its projected gradient.
 
     Args:
