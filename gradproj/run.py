@@ -47,7 +47,7 @@ def run(argv: list[str], stop: StopRequest) -> int:
     stop.begin()
     process = Process.from_environment()
     with report_errors_from_rank_0(process.rank):
-        config = run_config(argv, "gradproj.run")
+        config = run_config(argv, "gradproj run")
     prepare_torch(config.job.threads, config.job.deterministic)
     with start_group(process):
         device, warning = choose_device(config.job.device, process.local_rank)

@@ -20,12 +20,20 @@ class Fruit(Flags, title="fruit"):
     colour: str = flag("A colour.", "", choices=("red", "green"))
     budget: int = flag("A budget.", 5, minimum=1, words={"auto": 0})
     ripe: bool = flag("Ripe ones only.", False, name="only_ripe")
-    basket: str = flag("A basket.", "b", required="give a basket")
+    basket: str = flag("A basket.", "b", required="give a basket", metavar="NAME")
+    stem: int = flag("Length of stems.", 30, words={"none": 0}, metavar="MM", default_text="long")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shop(Flags, title="shop"):
     opens_at: int | None = flag("Hour of opening.", None, minimum=0, below=24)
+    till: str = flag("The till.", "", group="money")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Market(Shop, title="market"):
+    stalls: int = flag("Number of stalls.", 1)
+    owner: str = flag("The owner.", "", group="people", metavar="NAME")
 
 
 def fruit(*argv):
@@ -187,6 +195,28 @@ def test_help_groups_flags_by_section(capsys):
     assert text.index("\nshop:\n") < text.index("--opens_at INT")
     assert "--kinds STR,..." in text
     assert "(default: 0.5)" in text
+
+
+def test_help_shows_metavars_and_words_for_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], "gradproj test", Fruit)
+    text = capsys.readouterr().out
+    assert "--basket NAME" in text
+    assert "--stem none|MM " in text
+    assert "(default: long)" in text
+    assert "default: 30" not in text
+
+
+def test_help_puts_a_derived_class_before_its_base_and_flags_in_their_own_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], "gradproj test", Market)
+    text = capsys.readouterr().out
+    in_order = [
+        "\nmarket:\n", "--stalls", "\npeople:\n", "--owner NAME",
+        "\nshop:\n", "--opens_at", "\nmoney:\n", "--till STR",
+    ]  # fmt: skip
+    places = [text.index(part) for part in in_order]
+    assert places == sorted(places)
 
 
 # --- the console script ---

@@ -1,4 +1,4 @@
-"""The command ``export``: rows as the original system's ``.pt`` files."""
+"""The command ``export``: rows as the ``.pt`` files of earlier GradProjLora code."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from gradproj.store import ProjectionStore
 
 def export_command(argv: list[str]) -> None:
     """Write the files and print where they are."""
-    about = "Write ok rows as the original system's .pt files: float32, with their sample ids."
+    about = "Write ok rows and their sample ids as float32 .pt files of earlier GradProjLora code."
     (config,) = parse(argv, "gradproj export", ExportConfig, description=about)
     with ProjectionStore(config.output) as store:
         export = plan_export(store, config)

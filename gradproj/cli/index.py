@@ -28,9 +28,13 @@ class IndexConfig(Flags, title="index"):
         "Field of a document's JSON that names its domain; dots reach into objects.",
         "meta.pile_set_name",
         required=FIELD_REQUIRED,
+        metavar="FIELD",
     )
     index_file: str = flag(
-        "File of the index; default: corpus.json beside the tars.", "", renamed_from="output"
+        "File of the index; default: corpus.json beside the tars.",
+        "",
+        renamed_from="output",
+        metavar="FILE",
     )
     processes: int = flag(
         "Tars scanned at once; 0 = one per CPU.", 0, minimum=0, why="0 = one per CPU"

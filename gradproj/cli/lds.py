@@ -31,7 +31,10 @@ def lds_command(argv: list[str]) -> None:
         argv,
         "gradproj lds",
         LdsConfig,
-        description="Evaluate scores against retraining on parts of a small corpus.",
+        description="Linear datamodeling score (LDS): train a small GPT-2 on many random halves of "
+        "a small corpus, and correlate the scores of each method with the measured losses. Prints "
+        "a table and writes lds.json, losses and scores to --output_dir. With 80 trainings in "
+        "bfloat16 and two workers it takes about an hour on two cores.",
     )
     for line in table_lines(evaluate(config)):
         print(line)

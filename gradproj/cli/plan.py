@@ -1,4 +1,4 @@
-"""The command ``plan``: all checks of the job, and estimates of time, disk and memory."""
+"""The command ``plan``: all checks of the job, and estimates of disk, memory and time."""
 
 import os
 import sys
@@ -17,7 +17,10 @@ from gradproj.store.unit_record import list_records
 
 def plan_command(argv: list[str]) -> None:
     """Check the job's flags and print the plan; writes nothing."""
-    about = "With the job's flags: make every check of the job and estimate what it takes."
+    about = (
+        "With the job's flags: make every check that precedes the job, and estimate disk and "
+        "memory (and the time left, once units are committed). Writes nothing."
+    )
     (config,) = parse_run(argv, "gradproj plan", description=about)
     device, warning = choose_device(config.job.device, 0)
     output = Path(config.job.output_dir)

@@ -61,7 +61,8 @@ def query_command(argv: list[str]) -> None:
             argv,
             "gradproj query",
             QueryConfig,
-            description="Rank the documents of a store by their scores for queries.",
+            description="Rank the documents of a store by their scores for queries. Exactly one of "
+            "--text, --queries and --query_store is required.",
         )
         with few_zarr_threads(), process_group(process), _sigterm_as_interrupt(process):
             answer = query(config, process)

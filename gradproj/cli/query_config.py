@@ -8,7 +8,7 @@ from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import SCORES
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
-from gradproj.flags import flag
+from gradproj.flags import DEVICES, flag
 from gradproj.formatting import listed
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
@@ -22,15 +22,17 @@ MAX_JOINT_WIDTH = 4096
 class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
     """Queries, the store they are compared with, and the form of the answer."""
 
-    text: str = flag("Query text, tokenized in the same way as the documents.", "")
+    text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
     queries: str = flag(
         'JSONL file of queries; each line has "text", "prompt" and "completion", or "input_ids".',
         "",
+        metavar="FILE",
     )
     query_store: str = flag(
-        "Output directory of another job with the same model and projection matrices; its "
-        "documents are the queries.",
+        "Output directory of another job with the same model, projection matrices and loss "
+        "reduction; its documents are the queries.",
         "",
+        metavar="DIR",
     )
     curvature: str = flag("Curvature used by --score relatif; default: kfac.", "", choices=KINDS)
     joint: bool = flag(
@@ -45,16 +47,24 @@ class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
         f"Number of documents with the lowest scores (default: {DEFAULT_K}).", None, minimum=0
     )
     domains: tuple[str, ...] = flag(
-        r"Score the documents of these domains only. Write \, for a comma in a name.", ()
+        r"Score the documents of these domains only. Write \, for a comma in a name.",
+        (),
+        metavar="NAME",
     )
     save_scores: str = flag(
-        "Write all scores, [queries, documents] float32, to this .npy file.", ""
+        "Write all scores, [queries, documents] float32, to this .npy file.", "", metavar="FILE"
     )
     format: str = flag(
         "Output format. jsonl: one object per document and query on standard output, the "
         "description of the scores on standard error.",
         "table",
         choices=("table", "jsonl"),
+    )
+    device: str = flag(
+        "Device for the queries' gradients and for the scan.",
+        "auto",
+        choices=DEVICES,
+        group="query",
     )
     show_text: bool = flag("Print the beginning of each document's text, from its tar.", False)
 

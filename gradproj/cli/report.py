@@ -13,7 +13,7 @@ from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.files import make_folder, write_result
-from gradproj.flags import flag, parse
+from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import human_bytes, one_line
 from gradproj.job.recorded import config_from, recorded_config, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
@@ -39,14 +39,23 @@ QUERY_CHARACTERS = 600
 class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
     """Which store and queries the page shows, and where it goes."""
 
-    queries: str = flag("JSONL file of queries, as for `query --queries`.", "")
-    page: str = flag("File of the page; default: OUTPUT/report.html.", "", renamed_from="output")
+    queries: str = flag("JSONL file of queries, as for `query --queries`.", "", metavar="FILE")
+    page: str = flag(
+        "File of the page; default: OUTPUT/report.html.", "", renamed_from="output", metavar="FILE"
+    )
     top_k: int = flag(
         "Number of documents in a table.",
         10,
         minimum=1,
         maximum=MOST_TOP_K,
         why="a page is for reading",
+    )
+
+    device: str = flag(
+        "Device for the queries' gradients and for the scans.",
+        "auto",
+        choices=DEVICES,
+        group="page",
     )
 
     def page_of(self, store: ProjectionStore) -> Path:

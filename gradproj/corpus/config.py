@@ -14,10 +14,11 @@ SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
 class CorpusConfig(Flags, title="corpus"):
     """The corpus and the part of it to project. Part of the run's identity."""
 
-    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED)
+    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
     domain_field: str = flag(
         "Field of a document's JSON that names its domain; dots reach into objects.",
         "meta.pile_set_name",
+        metavar="FIELD",
     )
     max_samples: int = flag(
         "Number of documents to project, from the first on; 0 = all.", 0, minimum=0, why="0 = all"
@@ -26,6 +27,7 @@ class CorpusConfig(Flags, title="corpus"):
         r"Project the documents of these domains only. Write \, for a comma in a name.",
         "",
         comma_separated=True,
+        metavar="NAME",
     )
     allow_sparse: bool = flag(
         "Accept the disk space that --domains wastes on a corpus not grouped by domain.", False

@@ -37,16 +37,22 @@ class PrepareConfig(Flags, title="tars"):
         required="name at least one file, hf:NAME or stdlib:",
     )
     output_dir: str = flag(
-        "Directory for the tars; new or empty.", required="name a folder for the tars"
+        "Directory for the tars; new or empty.",
+        required="name a folder for the tars",
+        metavar="DIR",
     )
     samples_per_shard: int = flag("Number of documents in a tar.", 10_000, minimum=1)
     text_field: str = flag(
-        "Field of a record with its text; dots reach into objects.", "text", required=FIELD_REQUIRED
+        "Field of a record with its text; dots reach into objects.",
+        "text",
+        required=FIELD_REQUIRED,
+        metavar="FIELD",
     )
     domain_field: str = flag(
         "Field of a record with its domain's name; without it the domain is 'unknown'.",
         "meta.pile_set_name",
         required=FIELD_REQUIRED,
+        metavar="FIELD",
     )
     group_by_domain: bool = flag(
         "Make each domain one contiguous range of ids (needs twice the disk space).", False

@@ -61,9 +61,11 @@ def source_kind(location: str) -> str:
     for kind in SOURCES:
         if location.startswith(kind) if kind.endswith(":") else location.lower().endswith(kind):
             return kind
+    prefixes = [kind for kind in SOURCES if kind.endswith(":")]
+    suffixes = [kind for kind in SOURCES if kind not in prefixes]
     raise ConfigError(
-        f"INPUT {location!r} is of no known kind; give a file ending in .jsonl, .jsonl.gz, "
-        ".jsonl.zst or .parquet, hf:NAME[@CONFIG][:SPLIT] or stdlib:"
+        f"INPUT {location!r} is of no known kind; give a file ending in {', '.join(suffixes)}, or "
+        f"an input that begins with {' or '.join(prefixes)}"
     )
 
 

@@ -57,7 +57,7 @@ class GradProjLoraEngine(OriginalInterface):
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
         proj_dtype: dtype of the returned rows (``"float32"`` or a torch dtype).
-        proj_dir: where ``collect_batch`` and ``save_projections`` write the original ``.pt`` files.
+        proj_dir: where ``collect_batch`` and ``save_projections`` write ``.pt`` files.
         proj_kind: rademacher, gaussian or orthonormal.
         include_embeddings: project the token embedding's gradient too (with a tied head: the
             lookup's share).

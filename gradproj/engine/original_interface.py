@@ -1,4 +1,4 @@
-"""Calls of the original GradProjLora system, for training loops that were written for it."""
+"""Calls of the earlier GradProjLora code, for training loops that were written for it."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,7 +10,7 @@ from gradproj.errors import ConfigError
 
 
 class OriginalInterface(ABC):
-    """The original engine's calls, in terms of ``attach``, ``detach`` and ``collect_batch``."""
+    """The earlier engine's calls, in terms of ``attach``, ``detach`` and ``collect_batch``."""
 
     _loss_factor: Tensor | float | None = None
     """Factor on the next batch's summed losses, if the caller gave its reduction."""
@@ -38,7 +38,7 @@ class OriginalInterface(ABC):
         """Announce the next training batch and how the user's own loss reduces over it.
 
         Args:
-            X_train: the inputs; unused, as in the original.
+            X_train: the inputs; unused, as in the earlier code.
             Y_train: stands in for ``labels`` if a ``loss_reduction`` is given.
             iter_num: the step; unused.
             batch_idx: the samples' ids, for ``aggregate_and_log``.

@@ -81,6 +81,7 @@ class ProjectionConfig(Flags, title="projection"):
         "mlp,attn",
         name="proj_layers",
         comma_separated=True,
+        metavar="NAME",
     )
     rank_total: int = flag(
         "Largest number of values stored per layer, k_i * k_o.",

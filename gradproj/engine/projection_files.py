@@ -1,4 +1,4 @@
-"""The original GradProjLora file format: one ``.pt`` file per batch of rows."""
+"""The file format of earlier GradProjLora code: one ``.pt`` file per batch of rows."""
 
 import os
 from pathlib import Path

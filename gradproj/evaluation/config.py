@@ -5,7 +5,7 @@ from typing import Any
 
 from gradproj.corpus.config import SHARDS_HELP
 from gradproj.errors import ConfigError
-from gradproj.flags import DEVICES, Flags, flag
+from gradproj.flags import DEVICES, Flags, flag, split_list
 from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
@@ -31,33 +31,43 @@ NO_PART_OF_THE_EXPERIMENT = (
 class LdsConfig(Flags, title="experiment"):
     """A small corpus, a small model, and the scores that are compared with retraining it."""
 
-    shards: str = flag(SHARDS_HELP)
-    output_dir: str = flag("Directory of the experiment. Started again on it, lds resumes.")
+    shards: str = flag(SHARDS_HELP, metavar="TARS", group="corpus")
+    output_dir: str = flag(
+        "Directory of the experiment. Started again on it, lds resumes.", metavar="DIR"
+    )
     tokenizer: str = flag(
-        "Tokenizer: a directory or hub name; default: one is trained on the corpus.", ""
+        "Tokenizer: a directory or hub name; default: one is trained on the corpus.",
+        "",
+        metavar="DIR|NAME",
+        group="corpus",
     )
-    vocab_size: int = flag("Number of tokens of the tokenizer that is trained.", 2048)
+    vocab_size: int = flag(
+        "Number of tokens of the tokenizer that is trained.", 2048, group="corpus"
+    )
     n_documents: int = flag(
-        "Number of training documents.", 1024, minimum=1, renamed_from="documents"
+        "Number of training documents.", 1024, minimum=1, renamed_from="documents", group="corpus"
     )
-    max_length: int = flag("Length of every document, in tokens.", 128, minimum=2)
+    max_length: int = flag("Length of every document, in tokens.", 128, minimum=2, group="corpus")
     windows_per_document: int = flag(
         "Largest number of consecutive training documents cut from one document of the corpus.",
         4,
         minimum=1,
         renamed_from="windows",
+        group="corpus",
     )
     n_queries: int = flag(
         "Number of held-out documents whose losses are predicted.",
         64,
         minimum=1,
         renamed_from="queries",
+        group="corpus",
     )
     n_near_copies: int = flag(
         "Number of further queries, each with a near-copy among the training documents.",
         32,
         minimum=0,
         renamed_from="duplicates",
+        group="corpus",
     )
     corruption: float = flag(
         "Fraction of a near-copy's tokens that is replaced by random ones.",
@@ -65,66 +75,106 @@ class LdsConfig(Flags, title="experiment"):
         minimum=0,
         below=1,
         renamed_from="changed",
+        group="corpus",
     )
     pretrain: int = flag(
         "Number of other documents of max_length tokens to train the model on first; every "
         "training starts from it. 0 = from random weights.",
         8192,
         minimum=0,
+        group="model and training",
     )
-    pretrain_epochs: int = flag("Epochs over these documents.", 2, minimum=1)
-    n_layer: int = flag("Layers of the GPT-2 that is trained.", 2, minimum=1)
-    n_embd: int = flag("Width of the GPT-2.", 128, minimum=1)
-    n_head: int = flag("Attention heads of the GPT-2.", 4, minimum=1)
-    epochs: int = flag("Epochs over the training documents.", 3, minimum=1)
-    batch_size: int = flag("Documents in a training step.", 8, minimum=1)
-    learning_rate: float = flag("Peak learning rate of AdamW.", 1e-3)
+    pretrain_epochs: int = flag(
+        "Epochs over these documents.", 2, minimum=1, group="model and training"
+    )
+    n_layer: int = flag(
+        "Layers of the GPT-2 that is trained.", 2, minimum=1, group="model and training"
+    )
+    n_embd: int = flag("Width of the GPT-2.", 128, minimum=1, group="model and training")
+    n_head: int = flag("Attention heads of the GPT-2.", 4, minimum=1, group="model and training")
+    epochs: int = flag(
+        "Epochs over the training documents.", 3, minimum=1, group="model and training"
+    )
+    batch_size: int = flag(
+        "Documents in a training step.", 8, minimum=1, group="model and training"
+    )
+    learning_rate: float = flag("Peak learning rate of AdamW.", 1e-3, group="model and training")
     model_dtype: str = flag(
         "Precision of all trainings. bfloat16 is autocast with float32 weights, faster on CPUs "
         "that support it.",
         "float32",
         choices=MODEL_DTYPES,
         renamed_from="precision",
+        group="model and training",
     )
     subsets: int = flag(
         "Number of random halves of the documents to train on.",
         30,
         minimum=FEWEST_SUBSETS,
         why="a rank correlation of fewer means nothing",
+        group="model and training",
     )
-    seeds: int = flag("Trainings of each subset; two or more give the noise ceiling.", 2, minimum=1)
+    seeds: int = flag(
+        "Trainings of each subset; two or more give the noise ceiling.",
+        2,
+        minimum=1,
+        group="model and training",
+    )
     methods: str = flag(
         "Methods. SCORE@K or SCORE@K:DAMPING is gradproj's with K x K values per layer, or whole "
         "gradients with K = full; the others are random, loss, grad_norm, hidden, bm25, ngram, "
         "kronfluence_kfac, kronfluence_ekfac.",
         DEFAULT_METHODS,
+        default_text=f"{len(split_list(DEFAULT_METHODS))} methods, see evaluation/README.md",
         comma_separated=True,
+        metavar="NAME",
+        group="methods",
     )
-    reference: str = flag("Method with which the others are compared.", "kfac@16:0.03")
+    reference: str = flag(
+        "Method with which the others are compared.",
+        "kfac@16:0.03",
+        metavar="NAME",
+        group="methods",
+    )
     leave_out: int = flag(
         "Number of queries whose top documents are removed before retraining; 0 = none.",
         16,
         minimum=0,
+        group="leave-out",
     )
-    leave_out_k: int = flag("Number of documents removed for each query.", 8)
+    leave_out_k: int = flag("Number of documents removed for each query.", 8, group="leave-out")
     leave_out_group: int = flag(
-        "Number of queries that share a training, which omits the documents of all of them.", 8
+        "Number of queries that share a training, which omits the documents of all of them.",
+        8,
+        group="leave-out",
     )
     leave_out_methods: str = flag(
         "Methods whose top documents are removed.",
         "kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
         comma_separated=True,
+        metavar="NAME",
+        group="leave-out",
     )
     leave_out_controls: int = flag(
-        "Number of trainings without as many random documents, for comparison.", 3
+        "Trainings that leave out the same number of random documents, as a control.",
+        3,
+        group="leave-out",
     )
-    bootstrap: int = flag("Resamples of the subsets for standard errors.", 500, minimum=2)
-    permutations: int = flag("Shuffles of the documents for the chance level.", 100, minimum=2)
+    bootstrap: int = flag(
+        "Resamples of the subsets for standard errors.", 500, minimum=2, group="statistics"
+    )
+    permutations: int = flag(
+        "Shuffles of the documents for the chance level.", 100, minimum=2, group="statistics"
+    )
     workers: int = flag(
-        "Number of trainings at once, one thread each.", 1, minimum=1, renamed_from="jobs"
+        "Number of trainings at once, one thread each.",
+        1,
+        minimum=1,
+        renamed_from="jobs",
+        group="machine",
     )
     seed: int = flag("Seed of all draws: documents, weights, subsets, bootstrap.", 0)
-    device: str = flag("Device.", "auto", choices=DEVICES)
+    device: str = flag("Device.", "auto", choices=DEVICES, group="machine")
 
     def __post_init__(self) -> None:
         super().__post_init__()

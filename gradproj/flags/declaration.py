@@ -32,6 +32,9 @@ def flag(
     words: Mapping[str, Any] | None = None,
     required: str = "",
     renamed_from: str = "",
+    metavar: str = "",
+    group: str = "",
+    default_text: str = "",
 ) -> Any:
     """Declare a dataclass field that is a flag.
 
@@ -51,6 +54,9 @@ def flag(
         words: words that stand for a value: ``{"auto": 0}``.
         required: if set, an empty value is an error, which this text ends ("give a folder").
         renamed_from: an earlier name of the flag. Giving it is an error that names the new one.
+        metavar: what stands for the value in ``--help``, in place of its type: DIR, FILE, NAME.
+        group: title of the flag's group in ``--help``, in place of its dataclass's.
+        default_text: words for the default in ``--help``, if its value says too little or too much.
     """
     declared = {
         "help": help,
@@ -66,6 +72,9 @@ def flag(
         "words": words,
         "required": required,
         "renamed_from": renamed_from,
+        "metavar": metavar,
+        "group": group,
+        "default_text": default_text,
     }
     # A bound of 0 is declared, though it is false.
     metadata = {k: v for k, v in declared.items() if v is not None and v != "" and v != ()}

@@ -27,7 +27,8 @@ def parse(
     """Build the dataclasses ``sections`` from flags.
 
     ``--config FILE.toml`` gives flags that are not on the command line. A flag's name may be
-    written with ``-`` for ``_``. ``--help`` prints one group of flags per section.
+    written with ``-`` for ``_``. ``--help`` groups flags by the dataclass that declares them, a
+    derived one before its bases.
 
     Raises:
         ConfigError: an unknown flag or key (names the nearest known one), a value of the wrong
@@ -36,9 +37,11 @@ def parse(
     fields: dict[str, dataclasses.Field] = {}
     titles: dict[str, str] = {}
     for section in sections:
-        for f in dataclasses.fields(section):
+        homes = {f: _home(section, f.name) for f in dataclasses.fields(section)}
+        for f in sorted(homes, key=lambda f: section.__mro__.index(homes[f])):
             if flag_of(f) not in fields:
-                fields[flag_of(f)], titles[flag_of(f)] = f, _home(section, f.name).title
+                fields[flag_of(f)] = f
+                titles[flag_of(f)] = f.metadata.get("group", homes[f].title)
     given = _given(_parser(prog, description, fields, titles), argv, fields)
     from_file = _read_toml(Path(given.pop("config")), fields) if "config" in given else {}
     values = {**from_file, **given}
@@ -108,7 +111,7 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
     if is_required(f) and not f.metadata.get("positional"):
         text += " (required)"
     elif not (is_required(f) or f.default in (None, "", ()) or f.default is False):
-        text += f" (default: {word_of(f, f.default)})"
+        text += f" (default: {f.metadata.get('default_text', word_of(f, f.default))})"
     text = text.replace("%", "%%")  # argparse formats it
     if f.metadata.get("positional"):
         group.add_argument(name, nargs="+" if is_list else None, type=kind, help=text)
@@ -118,7 +121,8 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
         )
     else:
         choices, words = f.metadata.get("choices"), f.metadata.get("words", {})
-        metavar = "|".join(map(str, choices or (*words, kind.__name__.upper())))
+        value = f.metadata.get("metavar", kind.__name__.upper())
+        metavar = "|".join(map(str, choices or (*words, value)))
         group.add_argument(
             f"--{name}",
             action="append" if takes_commas(f) else "store",

@@ -23,6 +23,7 @@ class JobConfig(Flags, title="job"):
     output_dir: str = flag(
         "Output directory: the store and all about the job. Started again on it, the job resumes.",
         required="give a folder",
+        metavar="DIR",
     )
     device: str = flag(
         "Device; auto takes one GPU per rank if torch sees any.", "auto", choices=DEVICES
@@ -34,7 +35,7 @@ class JobConfig(Flags, title="job"):
         maximum=MOST_THREADS,
     )
     deterministic: bool = flag(
-        "Use deterministic CUDA kernels, for bitwise equal stores (slower).", False
+        "Use deterministic CUDA kernels (slower), meant to make stores bitwise equal.", False
     )
     gradient_checkpointing: bool = flag(
         "Recompute activations in the backward pass: less memory, a third more time.", False
@@ -100,4 +101,11 @@ def parse_run(
 
 def run_config(argv: list[str], prog: str) -> RunConfig:
     """Return the job's settings from a command line."""
-    return parse_run(argv, prog, description="Project the gradients of a corpus into a store.")[0]
+    about = (
+        "Project the gradients of a corpus into a store, as one rank. For several ranks: torchrun "
+        "--nproc_per_node=N -m gradproj.run. To resume, run the same command again; other values "
+        "of flags that rows depend on are refused (gradproj/job/README.md lists them). Exit code "
+        "0: this rank is done; 2: a user's error; 128 + N: stopped by signal N (0 under torchrun); "
+        "1: any other error."
+    )
+    return parse_run(argv, prog, description=about)[0]

@@ -15,9 +15,9 @@ class RecordedRunArgs(Flags, title="recorded inputs"):
     """
 
     output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
-    model: str = flag("Directory of the job's model, if it has moved.", "")
-    tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "")
-    shards: str = flag("The job's tars, if they have moved.", "")
+    model: str = flag("Directory of the job's model, if it has moved.", "", metavar="DIR")
+    tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", metavar="DIR")
+    shards: str = flag("The job's tars, if they have moved.", "", metavar="TARS")
     device: str = flag("Device on which gradients are computed.", "auto", choices=DEVICES)
     trust_remote_code: bool = flag("Run code that comes with the recorded checkpoint.", False)
     allow_pickle: bool = flag("Load the recorded .bin weights, which can run code.", False)

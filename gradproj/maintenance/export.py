@@ -1,4 +1,4 @@
-"""Exports rows in the original system's layout: numbered ``.pt`` files and a ``metadata.json``."""
+"""Exports rows as files of earlier GradProjLora code: numbered ``.pt`` and ``metadata.json``."""
 
 import contextlib
 import json
@@ -25,10 +25,16 @@ class ExportConfig(Flags, title="files"):
     """Which rows to write where."""
 
     output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
-    to: str = flag("Directory for the files; new or empty.", required="give a folder for the files")
-    format: str = flag("pt: the original system's layout.", "pt", choices=("pt",))
+    to: str = flag(
+        "Directory for the files; new or empty.",
+        required="give a folder for the files",
+        metavar="DIR",
+    )
+    format: str = flag("pt: the .pt files of earlier GradProjLora code.", "pt", choices=("pt",))
     rows_per_file: int = flag("Number of rows in a file.", 4096, minimum=1)
-    ids: str = flag("START:STOP: export these sample ids only; STOP is excluded.", "")
+    ids: str = flag(
+        "START:STOP: export these sample ids only; STOP is excluded.", "", metavar="START:STOP"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,9 +206,9 @@ def _remove(target: Path, existed: bool) -> None:
 
 
 def original_metadata(store: ProjectionStore) -> dict[str, Any]:
-    """Return the original system's ``metadata.json``, with its layers in this store's order.
+    """Return ``metadata.json`` of earlier GradProjLora code, with layers in this store's order.
 
-    The original sorts layers by name and derives its matrices from seeds. Here the slices give the
+    That code sorts layers by name and derives its matrices from seeds. Here the slices give the
     order, and the store holds the matrices (``ProjectionStore(...).projection_matrices``).
     """
     projection = store.attributes.get("projection", {})

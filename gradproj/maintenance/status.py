@@ -51,6 +51,7 @@ class StatusConfig(Flags, title="status"):
         0.0,
         minimum=0,
         renamed_from="watch",
+        default_text="0 = read once",
     )
 
 

@@ -25,7 +25,11 @@ MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelConfig(Flags, title="model"):
     """Which weights, which tokenizer, in which precision. Part of the run's identity."""
 
-    model: str = flag("Checkpoint: a local directory or a name on the hub.", "")
+    model: str = flag(
+        "Checkpoint: a local directory or a name on the hub (this or --architecture is required).",
+        "",
+        metavar="DIR|NAME",
+    )
     architecture: str = flag(
         "In place of --model: the hub's checkpoint of this shape.", "", choices=ARCHITECTURES
     )
@@ -36,8 +40,10 @@ class ModelConfig(Flags, title="model"):
         choices=("random",),
     )
     seed: int = flag("Seed of random weights.", 0)
-    revision: str = flag("Branch, tag or commit of the checkpoint on the hub.", "")
-    tokenizer: str = flag("Tokenizer: a directory or hub name; default: the model's own.", "")
+    revision: str = flag("Branch, tag or commit of the checkpoint on the hub.", "", metavar="NAME")
+    tokenizer: str = flag(
+        "Tokenizer: a directory or hub name; default: the model's own.", "", metavar="DIR|NAME"
+    )
     special_tokens: str = flag(
         "Special tokens put around a document: those that the tokenizer adds itself, or these.",
         "tokenizer",
@@ -54,7 +60,7 @@ class ModelConfig(Flags, title="model"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if bool(self.model) == bool(self.architecture):
-            raise ConfigError("give --model or --architecture, one of them")
+            raise ConfigError("give either --model or --architecture")
         if self.init == "random" and self.architecture and not self.tokenizer:
             raise ConfigError(
                 "--architecture with --init random has no tokenizer of its own: "

@@ -63,7 +63,8 @@ class StoreConfig(Flags, title="store"):
     """Form of the stored rows. All of it is part of the store's identity."""
 
     proj_dtype: str = flag(
-        "Type of the stored rows; float16 rows have an exact scale each.",
+        "Type of the stored rows; float16 rows carry a power-of-two scale, so small rows keep 11 "
+        "bits.",
         "float16",
         choices=STORED_DTYPES,
     )
@@ -183,7 +184,7 @@ def plan_layout(
         StoreError: there is nothing to store.
     """
     if n_samples < 1:
-        raise StoreError("there is no sample to store: the corpus is empty, or --max_samples is 0")
+        raise StoreError("there is no sample to store: the corpus has no document")
     if not widths or min(widths) < 1:
         raise StoreError(
             f"there is nothing to store in a row: the layers' widths are {list(widths)}"

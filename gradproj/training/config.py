@@ -42,8 +42,8 @@ def _as_in(section: Any, name: str) -> Any:
 class EngineConfig(Flags, title="engine"):
     """Settings of an engine; ``of`` takes them from any object with some of these names."""
 
-    method: str = flag("Engine: Regular, GradDotProd or GradProjLora.", "Regular")
-    result_dir: str = flag("Directory for all results.", "")
+    method: str = flag("Engine: Regular, GradDotProd or GradProjLora.", "Regular", metavar="NAME")
+    result_dir: str = flag("Directory for all results.", "", metavar="DIR")
     proj_layers: str = _as_in(ProjectionConfig, "layers")
     proj_rank_total: int = _as_in(ProjectionConfig, "rank_total")
     proj_rank_min: int = _as_in(ProjectionConfig, "rank_min")
@@ -103,18 +103,21 @@ class EngineConfig(Flags, title="engine"):
 class TrainConfig(EngineConfig, title="training"):
     """Settings of a training run: data, model, optimizer, engine."""
 
-    shards: str = flag(SHARDS_HELP)
+    shards: str = flag(SHARDS_HELP, metavar="TARS")
     result_dir: str = flag(
         "Directory for model, tokenizer, loss curve, checkpoints and the engine's results.",
         "training",
         required="give a folder",
+        metavar="DIR",
     )
-    model: str = flag("Checkpoint to start from: a directory or hub name.", "")
+    model: str = flag("Checkpoint to start from: a directory or hub name.", "", metavar="DIR|NAME")
     architecture: str = flag("Random weights of this shape.", "", choices=ARCHITECTURES)
     n_layer: int = flag("Layers of a new GPT-2 (without --model and --architecture).", 4, minimum=1)
     n_embd: int = flag("Width of a new GPT-2.", 256, minimum=1)
     n_head: int = flag("Attention heads of a new GPT-2.", 4, minimum=1)
-    tokenizer: str = flag("Tokenizer: a directory or hub name; default: that of --model.", "")
+    tokenizer: str = flag(
+        "Tokenizer: a directory or hub name; default: that of --model.", "", metavar="DIR|NAME"
+    )
     max_length: int = flag(
         "Longest sequence, in tokens; also the number of positions of a new GPT-2.",
         256,
@@ -153,7 +156,9 @@ class TrainConfig(EngineConfig, title="training"):
         False,
     )
     eval_interval: int = flag("Steps between two evaluations; 0 = at the end only.", 0, minimum=0)
-    val_shards: str = flag("Tars to evaluate on; GradDotProd compares with their first batch.", "")
+    val_shards: str = flag(
+        "Tars to evaluate on; GradDotProd compares with their first batch.", "", metavar="TARS"
+    )
     val_batch_size: int = flag("Sequences in a validation batch.", 2, minimum=1)
     val_batches: int = flag(
         "Number of validation batches, from the first document on.", 8, minimum=1

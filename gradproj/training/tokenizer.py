@@ -24,8 +24,10 @@ PROGRESS_EVERY_S = 5.0
 class TokenizerConfig(Flags, title="tokenizer"):
     """Settings of a tokenizer: its corpus and its size."""
 
-    shards: str = flag(SHARDS_HELP)
-    output_dir: str = flag("Directory for the tokenizer's files.", required="give a folder")
+    shards: str = flag(SHARDS_HELP, metavar="TARS")
+    output_dir: str = flag(
+        "Directory for the tokenizer's files.", required="give a folder", metavar="DIR"
+    )
     vocab_size: int = flag(
         "Number of tokens, the 256 bytes and one special token included.",
         4096,

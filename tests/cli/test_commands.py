@@ -86,7 +86,10 @@ def test_help_lists_the_flags_of_every_command(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert "--config" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: gradproj {name} ")
+    assert "--config" in text
+    assert not re.search(r"\bSTR\b", text), "a flag has no metavar"
 
 
 @pytest.mark.parametrize(
