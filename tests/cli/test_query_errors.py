@@ -1,5 +1,6 @@
 """User errors of the query command: one line with the way out, exit code 2, no traceback."""
 
+import hashlib
 import json
 import shutil
 
@@ -179,13 +180,22 @@ def test_incomparable_query_store_is_rejected_with_every_difference(job, output,
 
 
 def test_query_store_with_other_matrices_is_rejected(job, output, ask):
+    def short_hash():
+        with ProjectionStore(output) as store:
+            layers = json.dumps([vars(layer) for layer in store.layers]).encode()
+            matrices = store.array("projection_matrices").tobytes()
+        return hashlib.sha256(layers + matrices).hexdigest()[:8]
+
+    before = short_hash()
     with ProjectionStore(output) as store:
         matrices = store.array("projection_matrices").copy()
         matrices[-1] = -matrices[-1]
         write_array(store.path, "projection_matrices", matrices)
     message = ask.mistake(job.output, "--query_store", output)
-    (difference,) = message.splitlines()[1:-1]
-    assert difference.startswith("  layers or projection matrices: queries ")
+    assert message.splitlines()[1:-1] == [
+        f"  layers or projection matrices: queries {short_hash()}..., store {before}..."
+    ]
+    assert short_hash() != before
     identity = read_attributes(output / "projections.zarr")["identity"]
     update_attributes(output / "projections.zarr", {"identity": identity | {"--proj_seed": 7}})
     message = ask.mistake(job.output, "--query_store", output)

@@ -91,9 +91,10 @@ def test_verify_is_advised_when_the_merge_would_fail(name, output):
 def test_failed_start_is_to_be_fixed_before_the_merge(output):
     unmerge(output)
     (output / "failed.json").write_text(json.dumps(FAILURE))
-    verdict = status_lines(read_status(output))[-1]
-    assert verdict.startswith("complete      no, every unit is committed but not merged; ")
-    assert verdict.endswith("fix the error, then run the job's command again")
+    assert status_lines(read_status(output))[-1] == (
+        "complete      no, every unit is committed but not merged; "
+        "fix the error, then run the job's command again"
+    )
 
 
 def test_running_merge_is_reported_instead_of_advised(output, process):

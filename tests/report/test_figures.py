@@ -16,6 +16,7 @@ from gradproj.report.figures import (
     throughput_chart,
     value_range,
 )
+from gradproj.report.svg import drawing_of
 from gradproj.report.throughput import throughput
 
 
@@ -23,14 +24,32 @@ def words_of(drawing):
     return [shape.text for shape in drawing.shapes if shape.tag == "text"]
 
 
-def test_axes_have_round_ticks():
-    linear = histogram_chart(histogram_of(np.linspace(0, 10, 1000)), "loss", "nats", log=False)
-    numbers = [int(word) for word in words_of(linear) if word.isdigit()]
-    assert numbers[:6] == [0, 2, 4, 6, 8, 10]
-    log = histogram_chart(histogram_of(np.geomspace(0.01, 100, 1000)), "norm", "units", log=True)
-    assert {"0.1", "1", "10"} <= set(words_of(log))
-    narrow = histogram_chart(histogram_of(np.geomspace(3, 40, 1000)), "norm", "units", log=True)
-    assert {"5", "10", "20"} <= set(words_of(narrow))
+@pytest.mark.parametrize(
+    ("values", "log", "ticks", "labels"),
+    [
+        (np.linspace(0, 10, 10_001), False, [0, 2, 4, 6, 8, 10], ["2", "4", "6", "8"]),
+        (np.linspace(0.21, 0.83, 10_001), False, [0.2, 0.4, 0.6, 0.8, 1], ["0.4", "0.6", "0.8"]),
+        (np.geomspace(0.01, 100, 10_001), True, [0.01, 0.1, 1, 10, 100], ["0.1", "1", "10"]),
+        (np.geomspace(3, 40, 10_001), True, [1, 2, 5, 10, 20, 50], ["5", "10", "20"]),
+    ],
+)
+def test_axis_has_round_ticks_and_ends_at_the_quantiles(monkeypatch, values, log, ticks, labels):
+    figures = []
+
+    def keep_figure(figure, title, description):
+        figures.append(figure)
+        return drawing_of(figure, title, description)
+
+    monkeypatch.setattr("gradproj.report.figures.drawing_of", keep_figure)
+    # A few values far beyond the quantiles neither widen the axis nor move a tick.
+    values = np.concatenate([values, [values[0] / 1000 - 1e-5, values[-1] * 1000]])
+    drawing = histogram_chart(histogram_of(values), "loss", "nats", log)
+    (axes,) = figures[0].axes
+    ends = np.quantile(values, [0.001, 0.999])
+    assert axes.get_xlim() == pytest.approx(ends, rel=0.005, abs=0.005)
+    assert axes.get_xticks() == pytest.approx(ticks)
+    words = words_of(drawing)
+    assert words[: words.index("loss, nats")] == labels
 
 
 def test_axis_leaves_room_around_equal_values_and_a_logarithmic_one_cuts_zeros_off():
