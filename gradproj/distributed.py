@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 START_TIMEOUT = timedelta(hours=6)
 """Rank 0 holds the rendezvous store itself under some launchers, and may be late."""
 LET_RANK_0_SPEAK_S = 10.0
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe")
+"""Words of gloo's errors (in lower case) when another rank has exited."""
 LOOK_S = (0.01, 0.5)  # first and longest pause between two checks of another rank
 
 
@@ -311,8 +313,13 @@ def wait_for_all(place: str) -> None:
 
 
 @contextlib.contextmanager
-def report_errors_from_rank_0(rank: int) -> Iterator[None]:
-    """Report an error that is common to all ranks once, from rank 0."""
+def report_errors_from_rank_0(rank: int, *, only: bool = False) -> Iterator[None]:
+    """Report an error that is common to all ranks once, from rank 0.
+
+    Args:
+        rank: this process's rank.
+        only: the other ranks stay silent, since any error is common to all, as that of a flag.
+    """
     try:
         yield
     except ReportedError:
@@ -323,7 +330,8 @@ def report_errors_from_rank_0(rank: int) -> Iterator[None]:
         # The launcher kills rank 0 as soon as another rank exits, and kills this sleep when rank 0
         # exits. An error of this rank alone is reported after the sleep.
         time.sleep(LET_RANK_0_SPEAK_S)
-        print(f"gradproj: rank {rank}: {clean_lines(str(error))}", file=sys.stderr, flush=True)
+        if not only:
+            print(f"gradproj: rank {rank}: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         raise ReportedError from error
 
 
@@ -341,9 +349,11 @@ def process_group(
     try:
         yield World(process.rank, process.world_size)
     except RuntimeError as error:
-        if "gloo" not in str(error):
+        message = str(error).lower()
+        if "gloo" not in message or not any(words in message for words in LOST_PEER):
             raise
-        # A rank that this one waited for has exited, and has reported why.
+        # A rank that this one waited for has exited; it, or the launcher, reports why. Nobody
+        # else reports a timeout or a collective that failed.
         raise ReportedError from error
     # Not after an error: the other ranks may be in a collective that this call would wait for.
     torch_dist.destroy_process_group()

@@ -46,7 +46,7 @@ def run(argv: list[str], stop: StopRequest) -> int:
     """Start, work, report."""
     stop.begin()
     process = Process.from_environment()
-    with report_errors_from_rank_0(process.rank):
+    with report_errors_from_rank_0(process.rank, only=True):
         config = run_config(argv, "gradproj run")
     prepare_torch(config.job.threads, config.job.deterministic)
     with start_group(process):

@@ -1,7 +1,11 @@
 """A process's rank, job and device, and the ranks' rendezvous."""
 
+import os
+import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from gradproj.distributed import (
     choose_device,
     launcher_died,
     launcher_rank,
+    process_group,
 )
 from gradproj.errors import ConfigError, ReportedError
 
@@ -166,6 +171,30 @@ def test_two_ranks_exchange_sums_lists_and_rank_0s_value(tmp_path):
         world, total, values, first = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert world == World(rank, 2)
         assert (total.tolist(), values, first) == ([3, 20], [0, 1], 0)
+
+
+def wait_in_vain(rank, folder, port):
+    """Enter a barrier that rank 1 reaches only after rank 0's timeout; save the errors."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    group = process_group(Process(rank, 2, rank, 2, launched=True), timeout=timedelta(seconds=2))
+    try:
+        with group as world:
+            world.barrier()
+            while rank and not (folder / "0").exists():
+                time.sleep(0.1)
+            world.barrier()
+    except Exception as error:
+        (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
+
+
+def test_timeout_of_a_collective_is_raised_and_then_ends_the_other_rank_silently(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(wait_in_vain, (tmp_path, port), nprocs=2)
+    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert re.match("RuntimeError: .*Timed out waiting 2000ms", first)
+    assert second == "ReportedError: "
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import fcntl
 import resource
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ import zarr
 from helpers.crash_disk import Disk, put
 from helpers.models import ragged_batch, small_model
 from helpers.references import projected_gradient_by_autograd
-from helpers.training_runs import config_of, make_data
+from helpers.training_runs import config_of, make_data, settings_of
 
 from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.__main__ import main
@@ -329,3 +329,18 @@ def test_fewer_documents_than_ranks_are_rejected_by_every_rank(data, tmp_path):
     for rank in (0, index.n_samples):
         with pytest.raises(CorpusError, match=r"70 document.s. for 71 ranks; start fewer"):
             next(batches_of(config, index, None, World(rank, 71)))
+
+
+def test_timeout_of_a_collective_in_training_is_no_silent_end(data, tmp_path, monkeypatch):
+    def time_out(*_):
+        raise RuntimeError("[gloo/transport/tcp/buffer.cc:81] Timed out waiting 1800000ms")
+
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("gradproj.training.loop.lock_result_dir", lambda *_: nullcontext())
+    monkeypatch.setattr("gradproj.training.loop._Run", time_out)
+    settings = settings_of(data, tmp_path / "out")
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(RuntimeError, match="Timed out waiting 1800000ms"):
+        main(["train", *flags])
