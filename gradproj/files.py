@@ -10,7 +10,7 @@ import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,13 +116,25 @@ def write_file_durably(
     return {"bytes": total, "crc32c": checksum}
 
 
+@contextmanager
+def _removed_on_error(tmp_path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(tmp_path)
+        raise
+
+
 def publish_exclusively(tmp_path: str | Path, final_path: str | Path) -> bool:
-    """Give a finished file its final name unless that is taken. The temporary name is removed.
+    """Give a finished file its final name unless that is taken.
+
+    The temporary name is removed, after an error as well.
 
     Returns:
         Whether this file now has that name. False: another process was first.
     """
-    with explain_os_errors(final_path):
+    with explain_os_errors(final_path), _removed_on_error(tmp_path):
         try:
             os.link(tmp_path, final_path)
         except FileExistsError:
@@ -140,8 +152,11 @@ def publish_exclusively(tmp_path: str | Path, final_path: str | Path) -> bool:
 
 
 def replace_atomically(tmp_path: str | Path, final_path: str | Path) -> None:
-    """Give a finished file its final name, replacing what is there, and flush the folder."""
-    with explain_os_errors(final_path):
+    """Give a finished file its final name, replacing what is there, and flush the folder.
+
+    The temporary name is removed, after an error as well.
+    """
+    with explain_os_errors(final_path), _removed_on_error(tmp_path):
         os.replace(tmp_path, final_path)
         fsync_dir(Path(final_path).parent)
 

@@ -14,6 +14,7 @@ from gradproj.files import (
     load_array,
     make_folder,
     publish_exclusively,
+    replace_atomically,
     save_array,
     try_lock,
     write_file_durably,
@@ -59,6 +60,19 @@ def test_full_disk_is_a_clear_error_and_leaves_no_partial_file(tmp_path):
         StoreError, match=r"cannot write .*/x: No space left on device\. Free space there"
     ):
         write_file_durably(tmp_path / "x", [b"data"])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["link", "replace"])
+def test_failed_publication_leaves_no_temporary_file(tmp_path, monkeypatch, call):
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, refuse)
+    write_file_durably(tmp_path / "tmp", [b"data"])
+    publish = {"link": publish_exclusively, "replace": replace_atomically}[call]
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(tmp_path / "tmp", tmp_path / "final")
     assert os.listdir(tmp_path) == []
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
-from gradproj.errors import CorpusError
+from gradproj.errors import CorpusError, StoreError
 from gradproj.files import (
     publish_exclusively,
     replace_atomically,
@@ -34,10 +34,12 @@ def _publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bo
             return publish_exclusively(temporary, path)
         replace_atomically(temporary, path)
         return True
-    except OSError as error:
+    except (OSError, StoreError) as error:
+        # A StoreError advises another --output_dir, and the index may lie elsewhere.
+        cause = error.__cause__ if isinstance(error, StoreError) else error
+        reason = getattr(cause, "strerror", None) or error
         raise CorpusError(
-            f"{path}: the corpus index cannot be written: {error.strerror or error}; name another "
-            "path for it"
+            f"{path}: the corpus index cannot be written: {reason}; name another path for it"
         ) from error
 
 
@@ -72,7 +74,6 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
 
     Raises:
         CorpusError: the existing index belongs to another corpus, or no file can be written there.
-        StoreError: the disk is full, read-only or not the user's.
     """
     path = Path(os.path.abspath(path))
     checksum = _checksum(_body_parts(index, path.parent))

@@ -1,5 +1,6 @@
 """The corpus index: stable ids, and an error for every damage or change."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -263,6 +264,25 @@ def test_unwritable_index_path_is_named(tars, tmp_path):
         CorpusError, match=r"nowhere/corpus.json: the corpus index cannot be written: No such file"
     ):
         save_index(index_of(*tars), tmp_path / "nowhere" / "corpus.json")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_disk_that_refuses_the_index_is_a_corpus_error(tars, tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    message = f"cannot be written: {os.strerror(code)}; name another path for it"
+    with pytest.raises(CorpusError, match=message):
+        save_index(index_of(*tars), tmp_path / "corpus.json")
+    assert os.listdir(tmp_path) == ["corpus"]
+
+
+def test_index_that_cannot_be_published_leaves_no_temporary_file(tars, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CorpusError, match="folder: the corpus index cannot be written: Is a dir"):
+        save_index(index_of(*tars), tmp_path / "folder", replace_existing=True)
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "folder"]
 
 
 def test_index_is_published_atomically_without_hard_links(tars, tmp_path, monkeypatch):
