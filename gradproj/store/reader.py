@@ -234,9 +234,9 @@ class ProjectionStore:
         """
         if any(find_spec(name) is None for name in ("xarray", "dask")):
             raise ConfigError(_NO_XARRAY)
-        from gradproj.store.xarray_backend import open_with_dask
+        from gradproj.store.xarray_dataset import dask_dataset
 
-        return open_with_dask(self, rows_per_chunk)
+        return dask_dataset(self, rows_per_chunk)
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """Return ``[start, stop)`` of every run of missing samples, in order."""

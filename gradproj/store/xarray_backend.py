@@ -1,35 +1,18 @@
-"""xarray's engine ``gradproj``: a store as a lazy ``xarray.Dataset``. Needs the extra ``xarray``.
+"""xarray's engine ``gradproj``: ``xarray.open_dataset(path, engine="gradproj", chunks={})``.
 
-``ProjectionStore.to_xarray`` opens it as dask arrays. So does
-``xarray.open_dataset(path, engine="gradproj", chunks={})``; without ``chunks`` it needs no dask.
+Without ``chunks`` it needs no dask. ``ProjectionStore.to_xarray`` returns the same dataset.
 """
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
-from xarray.backends import BackendArray, BackendEntrypoint
-from xarray.core import indexing
+from xarray.backends import BackendEntrypoint
 
-from gradproj.store.layout import COLUMNS, STATUS, STORE_NAME, decode_key
+from gradproj.store.layout import STORE_NAME
 from gradproj.store.reader import ProjectionStore
-
-_ABOUT: dict[str, dict[str, Any]] = {
-    "rows": {
-        "long_name": "projected gradient of the document's loss",
-        "units": "nats per unit of weight",
-    },
-    "loss": {"long_name": "mean loss of the document's target tokens", "units": "nats"},
-    "n_tokens": {"long_name": "target tokens"},
-    "grad_norm": {"long_name": "norm of the row"},
-    "status": {"flag_values": list(STATUS.values()), "flag_meanings": " ".join(STATUS)},
-    "tar": {"long_name": "number of the document's tar; -1 if none is recorded"},
-    "domain": {"long_name": "the document's domain; empty if none is recorded"},
-    "key": {"long_name": "the document's key in its tar"},
-}
+from gradproj.store.xarray_dataset import lazy_dataset
 
 
 class GradprojBackend(BackendEntrypoint):
@@ -46,103 +29,10 @@ class GradprojBackend(BackendEntrypoint):
         if not isinstance(store, ProjectionStore):
             store = ProjectionStore(store)
         dropped = {drop_variables} if isinstance(drop_variables, str) else set(drop_variables or ())
-        variables = {name: _variable(store, name) for name in _ABOUT if name not in dropped}
-        layer_of_value = np.repeat(
-            [layer.name for layer in store.layers],
-            [layer.slice_end - layer.slice_start for layer in store.layers],
-        )
-        simple = {k: v for k, v in store.attributes.items() if isinstance(v, (str, int, float))}
-        return xr.Dataset(variables, {"layer": ("value", layer_of_value)}, simple).set_xindex(
-            "layer"
-        )
+        return lazy_dataset(store, dropped)
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Return whether this is a job's output directory."""
         if not isinstance(filename_or_obj, (str, Path)):
             return False
         return (Path(filename_or_obj) / STORE_NAME / "zarr.json").is_file()
-
-
-def open_with_dask(store: ProjectionStore, rows_per_chunk: int | None) -> xr.Dataset:
-    """Open the store as dask arrays, in chunks of so many samples (None: those of a shard)."""
-    lazy = xr.open_dataset(store, engine=GradprojBackend, cache=False)  # type: ignore[arg-type]
-    return lazy.chunk({"sample": rows_per_chunk or store.layout.rows_per_shard})
-
-
-def _variable(store: ProjectionStore, name: str) -> xr.Variable:
-    n, layout = len(store), store.layout
-    if name == "rows":
-        rows = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
-        chunks = {"sample": min(layout.rows_per_shard, n), "value": store.dim}
-        return xr.Variable(
-            ("sample", "value"),
-            indexing.LazilyIndexedArray(rows),
-            _ABOUT[name],
-            {"preferred_chunks": chunks},
-        )
-    dtypes = {
-        "domain": np.array([*store.domains, ""]).dtype,
-        "key": np.dtype(f"U{layout.key_bytes}"),
-    }
-    reader = partial(
-        {"domain": _read_domains, "key": _read_keys}.get(name, _read_column), store, name
-    )
-    column = _Lazy((n,), dtypes.get(name, COLUMNS[name][0]), reader)
-    chunks = {"sample": min(layout.column_rows, n)}
-    return xr.Variable(
-        ("sample",), indexing.LazilyIndexedArray(column), _ABOUT[name], {"preferred_chunks": chunks}
-    )
-
-
-class _Lazy(BackendArray):
-    """An array whose values ``read`` returns, given positions on every axis."""
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[..., np.ndarray]
-    ) -> None:
-        self.shape, self.dtype, self._read = shape, dtype, read
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
-        return indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.OUTER, self._read_key
-        )
-
-    def _read_key(self, key: tuple[Any, ...]) -> np.ndarray:
-        positions = [
-            np.arange(size)[part] if isinstance(part, slice) else np.atleast_1d(part)
-            for part, size in zip(key, self.shape, strict=True)
-        ]
-        single = tuple(axis for axis, part in enumerate(key) if isinstance(part, (int, np.integer)))
-        return self._read(*positions).squeeze(axis=single)
-
-
-# Functions, not closures: dask may pickle them, and a store is pickled as its path.
-
-
-def _read_rows(store: ProjectionStore, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Read values ``(n, w)`` of rows, NaN for missing ones; reads only layers that are needed."""
-    ends = np.array([layer.slice_end for layer in store.layers])
-    touched = [
-        store.layers[number] for number in np.unique(np.searchsorted(ends, values, side="right"))
-    ]
-    columns = np.concatenate(
-        [np.arange(x.slice_start, x.slice_end) for x in touched] or [np.empty(0, int)]
-    )
-    layers = None if len(columns) == store.dim else [layer.name for layer in touched]
-    rows = store.rows(ids, layers, missing="nan")
-    return rows if np.array_equal(columns, values) else rows[:, np.searchsorted(columns, values)]
-
-
-def _read_column(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
-    return store.columns_at([name], ids)[name]
-
-
-def _read_domains(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
-    codes = _read_column(store, name, ids)
-    store.check_domains(codes)
-    return np.array([*store.domains, ""])[codes]  # -1 takes the last, the empty one
-
-
-def _read_keys(store: ProjectionStore, name: str, ids: np.ndarray) -> np.ndarray:
-    keys = [decode_key(key, store.path) for key in _read_column(store, name, ids)]
-    return np.array(keys, f"U{store.layout.key_bytes}")
