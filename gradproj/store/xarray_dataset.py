@@ -29,7 +29,7 @@ _ABOUT: dict[str, dict[str, Any]] = {
 
 
 class Store(Protocol):
-    """What a dataset needs of a ``ProjectionStore``; the reader itself imports this module."""
+    """Members of ``ProjectionStore`` that a dataset uses; the reader imports this module."""
 
     path: Path
     attributes: dict[str, Any]
