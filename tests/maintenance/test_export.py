@@ -1,4 +1,4 @@
-"""``export``: the ok rows in the original system's files, complete or not at all."""
+"""``export``: the ok rows as files of earlier GradProjLora code, complete or not at all."""
 
 import json
 import os
