@@ -39,6 +39,7 @@ class TrainingEngine:
     """
 
     context: EngineContext
+    """Set by the constructor; a ``GradDotProdEngine`` made without a manager has none."""
 
     def __init__(self, context: EngineContext) -> None:
         self.context = context

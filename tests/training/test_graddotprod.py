@@ -24,7 +24,7 @@ from torch import nn
 from gradproj.errors import ModelError
 from gradproj.training.graddotprod import inner_products
 from gradproj.training.graddotprod.engine import GradDotProdEngine
-from gradproj.training.graddotprod.inner_products import Dense, Vector
+from gradproj.training.graddotprod.inner_products import OuterProducts, Vector
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
 
 CASES = {
@@ -59,13 +59,13 @@ def test_inner_products_match_autograd_and_grad_is_the_training_batch_gradient(c
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("way", ["samples", "pairs", "product"])
 def test_every_way_to_an_inner_product_matches_explicit_gradients(way, onednn, monkeypatch):
-    monkeypatch.setattr(Dense, "way", lambda *_: way)
+    monkeypatch.setattr(OuterProducts, "way", lambda *_: way)
     monkeypatch.setitem(inner_products.TILE_VALUES, "cpu", 23)
     if onednn:
         monkeypatch.setattr(inner_products, "LEAST_ONEDNN_FLOPS", 0)
     left, right = torch.randn(5, 7, 13), torch.randn(5, 7, 11)
     each = torch.einsum("nsl,nsr->nlr", left.double(), right.double())
-    gradient, dots = Dense(left, right).sums(3, scale=1.7)
+    gradient, dots = OuterProducts(left, right).sums(3, scale=1.7)
     torch.testing.assert_close(gradient.double(), 1.7 * each[:3].sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         dots.double(), (each[:3] * each[3:].sum(0)).sum((1, 2)), rtol=1e-4, atol=1e-4
@@ -75,7 +75,9 @@ def test_every_way_to_an_inner_product_matches_explicit_gradients(way, onednn, m
 def test_cheapest_way_is_chosen_by_shapes():
     def way(n_train, length, left, right, n_validation=1):
         n = n_train + n_validation
-        return Dense(torch.empty(n, length, left), torch.empty(n, length, right)).way(n_train)
+        return OuterProducts(torch.empty(n, length, left), torch.empty(n, length, right)).way(
+            n_train
+        )
 
     assert way(4, 512, 768, 3072, 2) == "samples"  # long samples: a look at each gradient is cheap
     assert way(2, 64, 768, 3072) == "pairs"  # few tokens, a large weight
@@ -89,7 +91,7 @@ def test_no_tile_exceeds_its_size(monkeypatch):
         inner_products, "_product", lambda *args: made.append(product(*args)) or made[-1]
     )
     monkeypatch.setitem(inner_products.TILE_VALUES, "cpu", 512)
-    monkeypatch.setattr(Dense, "way", lambda *_: "samples")
+    monkeypatch.setattr(OuterProducts, "way", lambda *_: "samples")
     model = small_model("gpt2")
     with GradDotProdEngine(model, ragged_batch(VAL_LENGTHS)) as engine:
         run_batch(engine, model, *ragged_batch(LENGTHS))

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.errors import ModelError
-from gradproj.training.graddotprod.inner_products import Dense, DenseAtRows, Lookup, Share
+from gradproj.training.graddotprod.inner_products import (
+    Lookup,
+    OuterProducts,
+    OuterProductsAtRows,
+    Share,
+)
 from gradproj.training.graddotprod.layer_rules import DotLayer
 
 Deliver = Callable[[nn.Parameter, Tensor], None]
@@ -54,7 +59,7 @@ class DotBatch:
         if not again:
             for key, kind in layer.kinds.items():
                 self._of(getattr(layer.module, key)).expect(kind, ids)
-        if a.dtype != output.dtype and ids is None and Dense in layer.kinds.values():
+        if a.dtype != output.dtype and ids is None and OuterProducts in layer.kinds.values():
             a = a.to(output.dtype)  # under autocast the product has its input in this type
         in_place = not (output.is_leaf and output.requires_grad)
         return _Tap.apply(output, None if ids is not None else a, root, self, layer, ids, in_place)
@@ -172,7 +177,7 @@ class _ParameterSums:
         self._shares: dict[type, list[Any]] = {}
         self._ids: list[Tensor] = []
         self._gradient: Tensor | None = None
-        self._at_rows: DenseAtRows | None = None
+        self._at_rows: OuterProductsAtRows | None = None
         self._lookup: Lookup | None = None
 
     def expect(self, kind: type, ids: Tensor | None) -> None:
@@ -208,8 +213,8 @@ class _ParameterSums:
         gradient, dots = share.sums(self._n_train, self._scale)
         self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
         self._add_dots(dots)
-        if isinstance(share, Dense) and self._ids:
-            self._at_rows = DenseAtRows.of(share, torch.cat(self._ids, 1), self._n_train)
+        if isinstance(share, OuterProducts) and self._ids:
+            self._at_rows = OuterProductsAtRows.of(share, torch.cat(self._ids, 1), self._n_train)
         elif isinstance(share, Lookup):
             self._lookup = share
         if self._at_rows is not None and self._lookup is not None:

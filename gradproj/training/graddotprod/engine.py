@@ -153,6 +153,7 @@ class GradDotProdEngine(TrainingEngine):
             accumulation=summed if context.loss == "sum" else settings.grad_accumulation,
             resume_step=context.resume_step,
         )
+        engine.context = context
         return engine.attach()
 
     # --- attaching ---
@@ -195,31 +196,30 @@ class GradDotProdEngine(TrainingEngine):
     # --- a batch ---
 
     def attach_train_batch(
-        self, X_train: Any, Y_train: Any = None, iter_num: int | None = None, batch_idx: Any = None
+        self, X: Any, Y: Any = None, iter_num: int | None = None, batch_idx: Any = None
     ) -> None:
         """Announce the next batch.
 
         Args:
-            X_train: token ids ``(B, S)``.
-            Y_train: their labels; not used.
+            X: token ids ``(B, S)``.
+            Y: their labels; not used.
             iter_num: the step; micro-batches of a step share it. None: the step after the last.
             batch_idx: the samples' ids, B integers; None where they have none (kept as -1, with no
                 Shapley value).
         """
-        self._ids = check_ids(batch_idx, len(X_train))
+        self._ids = check_ids(batch_idx, len(X))
         self._step = self._step + 1 if iter_num is None else int(iter_num)
 
-    def prepare_forward_input(
-        self, X_train: Tensor, Y_train: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def prepare_forward_input(self, X: Tensor, Y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Join the training rows with the validation batch, for the forward pass and the loss.
 
         Args:
-            X_train: ``(B, S)`` int64 token ids, on the model's device.
-            Y_train: ``(B, S)`` labels, -100 = no target; None: the token ids.
+            X: ``(B, S)`` int64 token ids, on the model's device.
+            Y: ``(B, S)`` labels, -100 = no target; None: the token ids.
 
         Returns:
-            ``(X, Y)``, ``(B + V, S')``: padded on the right to one length, with labels -100 there.
+            Joint ids and labels, ``(B + V, S')``: padded on the right to one length, with labels
+            -100 there.
 
         Raises:
             ModelError: the engine is not attached, or the last batch was not collected.
@@ -234,12 +234,11 @@ class GradDotProdEngine(TrainingEngine):
                 "the batch before was not collected: call prepare_gradients() and "
                 "aggregate_and_log() after each backward pass, or clear_gradients() to drop it"
             )
-        if self._ids is None or len(self._ids) != len(X_train):
+        if self._ids is None or len(self._ids) != len(X):
             raise ConfigError(
-                f"prepare_forward_input: call attach_train_batch with these {len(X_train)} samples "
-                "first"
+                f"prepare_forward_input: call attach_train_batch with these {len(X)} samples first"
             )
-        joint = self._joint = self._batcher.join(X_train, Y_train)
+        joint = self._joint = self._batcher.join(X, Y)
         n, length = joint.labels.shape
         self._hooks.batch = DotBatch(joint.n_train, (n, length), joint.train_scale, self._deliver)
         return joint.input_ids, joint.labels

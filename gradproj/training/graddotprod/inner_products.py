@@ -1,9 +1,9 @@
 """A parameter's training gradient, and each sample's inner product with the validation gradient.
 
 A batch has training samples first, then validation samples. A parameter's gradient consists of
-shares of three kinds: outer products over tokens (``Dense``), rows of a table (``Lookup``), and
-sums over tokens (``Vector``). No per-sample gradient is kept: at most one tile of one sample's
-gradient exists at a time, or none if inner products of tokens replace it ("ghost":
+shares of three kinds: outer products over tokens (``OuterProducts``), rows of a table
+(``Lookup``), and sums over tokens (``Vector``). No per-sample gradient is kept: at most one tile of
+one sample's gradient exists at a time, or none if inner products of tokens replace it ("ghost":
 arXiv:2009.03106 for norms, arXiv:2406.11011 for inner products).
 """
 
@@ -31,7 +31,7 @@ LEAST_ONEDNN_FLOPS = 2**26
 
 
 @dataclass
-class Dense:
+class OuterProducts:
     """``sum over tokens of left right^T``: weight of a Linear (g and a) or a Conv1D (a and g)."""
 
     left: Tensor
@@ -40,11 +40,11 @@ class Dense:
     """``(N, S, R)``; the weight is ``(L, R)``."""
 
     @staticmethod
-    def joined(shares: "Sequence[Dense]") -> "Dense":
+    def joined(shares: "Sequence[OuterProducts]") -> "OuterProducts":
         """Join several calls' shares: a sample's tokens are those of all calls."""
         if len(shares) == 1:
             return shares[0]
-        return Dense(
+        return OuterProducts(
             *(torch.cat([getattr(s, side) for s in shares], 1) for side in ("left", "right"))
         )
 
@@ -102,7 +102,7 @@ class Lookup:
 
     @staticmethod
     def joined(shares: "Sequence[Lookup]") -> "Lookup":
-        """Join several calls' shares; see ``Dense.joined``."""
+        """Join several calls' shares; see ``OuterProducts.joined``."""
         if len(shares) == 1:
             return shares[0]
         ids, values = (
@@ -118,7 +118,7 @@ class Lookup:
         )
         # Only the rows of the validation table that are not zero are computed.
         rows, place = self.ids[n_train:].flatten().unique(return_inverse=True)
-        validation = _wide(values.new_zeros(len(rows), values.shape[-1]))
+        validation = widened(values.new_zeros(len(rows), values.shape[-1]))
         validation.index_add_(0, place, self.values[n_train:].flatten(0, 1).to(validation.dtype))
         nearest = torch.searchsorted(rows, ids).clamp_max_(len(rows) - 1)
         dots = (values * validation[nearest]).sum(-1) * (rows[nearest] == ids)
@@ -134,7 +134,7 @@ class Vector:
 
     @staticmethod
     def joined(shares: "Sequence[Vector]") -> "Vector":
-        """Join several calls' shares; see ``Dense.joined``."""
+        """Join several calls' shares; see ``OuterProducts.joined``."""
         return (
             shares[0]
             if len(shares) == 1
@@ -151,18 +151,18 @@ class Vector:
         Returns:
             The gradient, float32 (or float64), and ``(n_train,)`` inner products.
         """
-        values = _wide(self.values)
+        values = widened(self.values)
         train = values[:n_train]
         dots = (train @ values[n_train:].sum((0, 1))).sum(1)
         return train.sum((0, 1)).mul_(scale), dots
 
 
-Share = Dense | Lookup | Vector
+Share = OuterProducts | Lookup | Vector
 
 
 @dataclass
-class DenseAtRows:
-    """Parts of a ``Dense`` share for its inner product with a lookup of the same (tied) weight.
+class OuterProductsAtRows:
+    """Parts of ``OuterProducts`` for the inner product with a lookup of the same (tied) weight.
 
     The left sides are as wide as the vocabulary; only the columns of looked-up tokens are kept.
     """
@@ -175,7 +175,7 @@ class DenseAtRows:
     """``(N, S, R)``."""
 
     @classmethod
-    def of(cls, share: Dense, ids: Tensor, n_train: int) -> "DenseAtRows":
+    def of(cls, share: OuterProducts, ids: Tensor, n_train: int) -> "OuterProductsAtRows":
         """Select the columns of the looked-up ``ids``, ``(N, S)``."""
         train, validation = share.left[:n_train].flatten(0, 1), share.left[n_train:].flatten(0, 1)
         return cls(
@@ -237,7 +237,7 @@ def _pairs(x: Tensor, y: Tensor) -> Tensor:
     """Return ``x y^T`` of ``(X, K)`` and ``(Y, K)``, float32 (or float64)."""
     y = y.to(x.dtype)
     small = 2 * x.numel() * len(y) < LEAST_ONEDNN_FLOPS
-    return _wide(x @ y.t() if small else linear(x, y))
+    return widened(x @ y.t() if small else linear(x, y))
 
 
 def _sides(n_train: int) -> tuple[slice, slice]:
@@ -252,5 +252,6 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """Return the tensor in float32, or float64 if it is that."""
     return x.to(_wide_dtype(x))

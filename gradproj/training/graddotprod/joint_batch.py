@@ -53,7 +53,7 @@ class JointBatcher:
         Raises:
             ConfigError: the shapes of ids and labels differ.
         """
-        x, y = _checked("X_train, Y_train", x_train, y_train)
+        x, y = _checked("X, Y", x_train, y_train)
         x_val, y_val = (part.to(x.device) for part in self._validation())
         n_train, n_val = self._n_targets(y), self._n_targets(y_val)
         if self._reduction == "sum":

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import rule_for, without_wrappers
 from gradproj.errors import ModelError
-from gradproj.training.graddotprod.inner_products import Dense, Lookup, Share, Vector
+from gradproj.training.graddotprod.inner_products import (
+    Lookup,
+    OuterProducts,
+    Share,
+    Vector,
+    widened,
+)
 
 SharesOf = Callable[[Any, Tensor, Tensor], Iterator[tuple[str, Share]]]
 """``(layer, its input, the gradient at its output (N, S, O)) -> (parameter name, share)``."""
@@ -52,7 +58,7 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
         if shares is None:
             unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in keys]
             continue
-        first = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}.get(
+        first = {"Linear": OuterProducts, "Conv1D": OuterProducts, "Embedding": Lookup}.get(
             _type_name(module), Vector
         )
         layers.append(
@@ -88,12 +94,12 @@ def _rule(module: nn.Module) -> SharesOf | None:
 
 
 def _linear(module: nn.Linear, a: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
-    yield "weight", Dense(g, a.to(g.dtype))
+    yield "weight", OuterProducts(g, a.to(g.dtype))
     yield "bias", Vector(g)
 
 
 def _conv1d(module: Any, a: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
-    yield "weight", Dense(a.to(g.dtype), g)
+    yield "weight", OuterProducts(a.to(g.dtype), g)
     yield "bias", Vector(g)
 
 
@@ -121,7 +127,7 @@ def _norm(module: nn.Module) -> SharesOf | None:
                 module: Any, a: Tensor, g: Tensor, norm: Any = normalise
             ) -> Iterator[tuple[str, Share]]:
                 if "weight" in parameters:
-                    yield "weight", Vector(g * norm(module, _wide(a)))
+                    yield "weight", Vector(g * norm(module, widened(a)))
                 yield "bias", Vector(g)
 
             return shares
@@ -142,10 +148,6 @@ def _epsilon(module: Any, x: Tensor) -> float:
         if isinstance(value, float):
             return value
     return torch.finfo(x.dtype).eps  # nn.RMSNorm's default
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.enable_grad()
