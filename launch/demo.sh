@@ -56,16 +56,15 @@ have() {
 beginning_of_a_document() {
     python - "$OUT" <<'END'
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from gradproj import ProjectionStore
-from gradproj.cli.query import document_texts, recorded_config
 
-output = Path(sys.argv[1])
-ok = np.flatnonzero(ProjectionStore(output).column("status") == 1)
-print(document_texts(output, recorded_config(output))(int(ok[len(ok) // 2]))[:200])
+with ProjectionStore(sys.argv[1]) as store:
+    ok = np.flatnonzero(store.column("status") == 1)
+    (sample,) = store.samples([ok[len(ok) // 2]], text=True)
+    print(sample.text[:200])
 END
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from gradproj import distributed as dist
+from gradproj import distributed
 from gradproj.distributed import (
     JobName,
     Process,
@@ -97,7 +97,7 @@ def test_two_manual_starts_are_two_jobs():
 
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(dist.Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(distributed.Path, "glob", lambda self, pattern: iter(()))
 
 
 def test_auto_warns_when_it_chooses_the_cpu_beside_a_gpu(monkeypatch):
@@ -244,7 +244,7 @@ def test_rank_waits_in_python_while_rank_0_is_missing(store, monkeypatch):
     def interrupt(seconds):
         raise Interrupted
 
-    monkeypatch.setattr(dist.time, "sleep", interrupt)
+    monkeypatch.setattr(distributed.time, "sleep", interrupt)
     with pytest.raises(Interrupted):
         Rendezvous(Process(1, 2, 1, 2, launched=True))
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from gradproj import files as store_files
+from gradproj import files
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import (
     explain_os_errors,
@@ -39,7 +39,7 @@ def test_first_of_two_files_published_under_one_name_stays(tmp_path, monkeypatch
     if links != "links":
         monkeypatch.setattr(os, "link", refuse)
     if links.endswith("rename"):
-        monkeypatch.setattr(store_files.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
     for name in ("first", "second"):
         write_file_durably(tmp_path / name, [name.encode()])
         assert publish_exclusively(tmp_path / name, tmp_path / "final") is (name == "first")
@@ -133,7 +133,7 @@ def test_second_lock_of_a_file_is_refused_until_the_first_is_closed(tmp_path):
 def test_lock_without_file_locks_is_none_and_other_errors_are_raised(tmp_path, monkeypatch):
     code = errno.ENOLCK
     monkeypatch.setattr(
-        store_files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, "refused"))
+        files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, "refused"))
     )
     with (tmp_path / "lock").open("w") as file:
         assert try_lock(file) is None

@@ -13,8 +13,7 @@ from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN
 from helpers.query_command import TEXT, ask, ok_ids, write_queries
 
 from gradproj import ProjectionStore
-from gradproj.analysis import MEANINGS, SIGN, score
-from gradproj.analysis import ranking as ends_module
+from gradproj.analysis import MEANINGS, SIGN, ranking, score
 from gradproj.cli.query import QueryConfig, query
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import load_index, save_index
@@ -157,10 +156,8 @@ def test_several_dampings_are_ranked_and_compared(output, ask, monkeypatch, kind
     flags = (output, "--text", TEXT, "--score", kind, "--layers", "mlp", "--top_k", 5)
     one = {c: ask.objects(*flags, "--damping", c) for c in ("0.001", "30")}
     scans = []
-    scan = ends_module.top_and_bottom
-    monkeypatch.setattr(
-        ends_module, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k)
-    )
+    scan = ranking.top_and_bottom
+    monkeypatch.setattr(ranking, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k))
     both = ask.objects(*flags, "--damping", "0.001,30")
     assert len(scans) == (2 if kind == "relatif" else 1)
     for x, y in zip(both, one["0.001"] + one["30"], strict=True):
@@ -229,14 +226,14 @@ def test_many_queries_with_several_dampings_take_several_scans(output, tmp_path,
     )
     want = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
     assert [x["damping"] for x in want] == [0.001] * 21 + [30] * 21
-    sizes, scan = [], ends_module.top_and_bottom
+    sizes, scan = [], ranking.top_and_bottom
     monkeypatch.setattr(
-        ends_module,
+        ranking,
         "top_and_bottom",
         lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k),
     )
     with ProjectionStore(output) as store:
-        monkeypatch.setattr(ends_module, "_QUERY_BYTES_PER_SCAN", 5 * 8 * store.dim)
+        monkeypatch.setattr(ranking, "_QUERY_BYTES_PER_SCAN", 5 * 8 * store.dim)
     got = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
     assert sizes == [4, 2]  # of two dampings each
     for x, y in zip(got, want, strict=True):

@@ -18,8 +18,7 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.formatting import human_bytes
 from gradproj.job.recorded import config_from, recorded_config
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.query import QueryProjector
-from gradproj.query import projector as rows_module
+from gradproj.query import QueryProjector, projector
 from gradproj.store.metadata import read_attributes
 from gradproj.store.writer import update_attributes, write_array
 from gradproj.training import train
@@ -235,7 +234,7 @@ def test_control_characters_in_store_names_are_replaced(output, ask):
 def test_too_many_queries_are_rejected_before_projection(job, output, tmp_path, ask, monkeypatch):
     path = write_queries(tmp_path / "q.jsonl", *({"text": TEXT} for _ in range(3)))
     with ProjectionStore(output) as store:
-        monkeypatch.setattr(rows_module, "MAX_ROWS_BYTES", 4 * store.dim * 2)
+        monkeypatch.setattr(projector, "MAX_ROWS_BYTES", 4 * store.dim * 2)
         monkeypatch.setattr(ProjectionStore, "rows", None)
         monkeypatch.setattr("gradproj.cli.query.QueryProjector", None)
         size = (

@@ -26,11 +26,11 @@ from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
-from gradproj.job import startup as start
+from gradproj.job import startup
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.startup import make_output
-from gradproj.maintenance import merge as merge_now
+from gradproj.maintenance import merge
 from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
 from gradproj.store import ProjectionStore
@@ -49,7 +49,7 @@ PART = PartialRows(
 def one_store_id():
     """Give all stores the same random id."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "new_store_id", lambda: "id")
+        patch.setattr(startup, "new_store_id", lambda: "id")
         yield
 
 
@@ -157,9 +157,7 @@ def a_repair(plan, disk, undisturbed, monkeypatch):
     shutil.copytree(undisturbed.output, plan.output)
     flip_byte(shard_of(plan.output, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            merge_now, "Owner", SimpleNamespace(this_process=lambda name, *_: dead_owner())
-        )
+        patch.setattr(merge, "Owner", SimpleNamespace(this_process=lambda name, *_: dead_owner()))
         with disk.keep().recording():
             assert repair(verify(plan.output)).units == [1]
 
@@ -218,9 +216,9 @@ def folder():
 @pytest.fixture
 def survivor(plan, undisturbed, folder, monkeypatch):
     # Values that depend on the plan only are computed once.
-    skeleton, versions = start.model_skeleton(plan.files), start.versions()
-    monkeypatch.setattr(start, "model_skeleton", lambda files: skeleton)
-    monkeypatch.setattr(start, "versions", lambda: versions)
+    skeleton, versions = startup.model_skeleton(plan.files), startup.versions()
+    monkeypatch.setattr(startup, "model_skeleton", lambda files: skeleton)
+    monkeypatch.setattr(startup, "versions", lambda: versions)
     # No heartbeat of another thread in between, and no real fsync: the simulated disk records it.
     monkeypatch.setattr(heartbeats, "TICK_S", 3600.0)
     monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -21,7 +21,7 @@ from helpers.corpora import (
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
-from gradproj.corpus.tar import scan as tarscan
+from gradproj.corpus.tar import scan
 from gradproj.corpus.tar.scan import key_and_suffix, scan_tar
 from gradproj.errors import CorpusError
 
@@ -97,8 +97,8 @@ def test_scan_agrees_with_webdataset_and_tarfile(name, form, tmp_path, monkeypat
         key: min(at for name, at in offsets.items() if base_plus_ext(name)[0] == key)
         for key in keys
     }
-    for chunk in (tarscan._CHUNK_BYTES, 1024, 4096):
-        monkeypatch.setattr(tarscan, "_CHUNK_BYTES", chunk)
+    for chunk in (scan._CHUNK_BYTES, 1024, 4096):
+        monkeypatch.setattr(scan, "_CHUNK_BYTES", chunk)
         facts = scan_tar(path, FIELD)
         assert facts.n_samples == len(samples)
         assert facts.block_offsets == [first_member[key] for key in keys[::64]]
@@ -187,7 +187,7 @@ def test_names_are_split_and_skipped_as_webdataset_does(name, tmp_path):
 
 
 def test_too_many_domains_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(tarscan, "MAX_DOMAINS", 2)
+    monkeypatch.setattr(scan, "MAX_DOMAINS", 2)
     path = write_tar(tmp_path / "a.tar", plain_members(5))
     with pytest.raises(CorpusError, match="over 2 different values; give --domain_field"):
         scan_tar(path, FIELD)

@@ -11,7 +11,7 @@ from helpers.jobs import ENVIRONMENT, flags
 from helpers.models import make_model, ragged_batch, small_model
 from torch import nn
 
-from gradproj.engine import compile as compiler
+from gradproj.engine import compile as compile_module
 from gradproj.engine import warm_up
 from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
 from gradproj.engine.engine import GradProjLoraEngine
@@ -179,8 +179,8 @@ def test_other_failures_pass_through_unchanged():
 
 
 def test_compiler_check_names_everything_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiler, "_has_cpp_compiler", lambda: False)
-    monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(compile_module, "_has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(compile_module.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"a C\+\+ compiler .* and Python's headers .*leave --compile out"
     ):

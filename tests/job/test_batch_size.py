@@ -14,7 +14,7 @@ from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
-from gradproj.job import batch_size as probe
+from gradproj.job import batch_size
 from gradproj.job.batch_size import (
     Trial,
     choose,
@@ -61,9 +61,9 @@ def sizes_tried(monkeypatch, engine, most=64, reserved=0):
             raise torch.OutOfMemoryError("no")
         return per_sample_loss(model, ids)
 
-    monkeypatch.setattr(probe, "per_sample_loss", loss)
-    monkeypatch.setattr(probe, "MOST_TOKENS", 8 * 24)
-    monkeypatch.setattr(probe, "_has_levelled_off", lambda trials: False)
+    monkeypatch.setattr(batch_size, "per_sample_loss", loss)
+    monkeypatch.setattr(batch_size, "MOST_TOKENS", 8 * 24)
+    monkeypatch.setattr(batch_size, "_has_levelled_off", lambda trials: False)
     return try_batches(engine.module, engine, 24, reserved, 1), tried
 
 
@@ -85,8 +85,8 @@ def test_batch_that_does_not_fit_ends_the_trials_and_leaves_nothing_behind(engin
 
 
 def test_trials_stop_before_the_memory_limit(engine, monkeypatch):
-    monkeypatch.setattr(probe.HostMemory, "free", lambda self: 3 * 2**20)
-    monkeypatch.setattr(probe.HostMemory, "peak", lambda self: 2**20)
+    monkeypatch.setattr(batch_size.HostMemory, "free", lambda self: 3 * 2**20)
+    monkeypatch.setattr(batch_size.HostMemory, "peak", lambda self: 2**20)
     trials, _ = sizes_tried(monkeypatch, engine, reserved=2**20 + 1)
     assert [trial.tokens for trial in trials] == [24]
 
@@ -125,7 +125,7 @@ def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
 
 
 def settle(monkeypatch, job, queue, measured, stopping=lambda: False):
-    monkeypatch.setattr(probe, "try_batches", lambda *args: measured.pop())
+    monkeypatch.setattr(batch_size, "try_batches", lambda *args: measured.pop())
     return resolve_batch_tokens(job, queue, None, None, stopping).batch.batch_tokens
 
 
@@ -143,7 +143,7 @@ def test_first_published_measurement_wins(inputs, tmp_path, monkeypatch):
         (tmp_path / BATCH_FILE).write_text('{"batch_tokens": 777}')
         return trials_of(100)
 
-    monkeypatch.setattr(probe, "try_batches", slower)
+    monkeypatch.setattr(batch_size, "try_batches", slower)
     job, queue = waiting_rank(inputs, tmp_path, 0)
     assert resolve_batch_tokens(job, queue, None, None, lambda: False).batch.batch_tokens == 777
 
@@ -152,7 +152,7 @@ def test_other_ranks_stop_waiting_when_stopped_or_without_units(inputs, tmp_path
     nothing_left = waiting_rank(inputs, tmp_path, 1, pending=())
     assert settle(monkeypatch, *nothing_left, []) == 24
     assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [], stopping=lambda: True) == 24
-    monkeypatch.setattr(probe, "WAIT_FOR_RANK_0_S", 0.0)
+    monkeypatch.setattr(batch_size, "WAIT_FOR_RANK_0_S", 0.0)
     assert settle(monkeypatch, *waiting_rank(inputs, tmp_path, 1), [trials_of(100, 200)]) == 48
 
 

@@ -21,20 +21,19 @@ from gradproj.distributed import Process, start_group
 from gradproj.engine import capture, loss
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
-from gradproj.job import rank_setup
-from gradproj.job import unit_projector as projector
+from gradproj.job import rank_setup, unit_projector
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import start_job
 from gradproj.job.unit_projector import UnitProjector, UnitSums
-from gradproj.kernels import onednn as products
+from gradproj.kernels import onednn
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import load_model
 
 
 def remember(p):
     """Replace ``cache_bfloat16``, whose one comparison reads the device before the first unit."""
-    products._IN_BFLOAT16[p] = p.to(torch.bfloat16)
+    onednn._IN_BFLOAT16[p] = p.to(torch.bfloat16)
 
 
 def some_unit():
@@ -215,7 +214,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "can_chunk", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)
-    monkeypatch.setattr(projector, "to_host", to_host)
+    monkeypatch.setattr(unit_projector, "to_host", to_host)
     process = Process.from_environment()
     with start_group(process):
         job = start_job(run_config(flags(**settings), "test"), process)

@@ -10,8 +10,8 @@ from helpers.jobs import flags
 from helpers.models import make_model
 from helpers.outputs import SETTINGS, tree_of
 
-import gradproj.job.diagnose as module
 from gradproj.__main__ import main
+from gradproj.job import diagnose
 from gradproj.job.precision import WAYS, Agreement
 
 
@@ -61,7 +61,7 @@ def wrapped_load(change, files, device):
     return model
 
 
-load = module.load_model
+load = diagnose.load_model
 
 
 def mix_the_batch(model):
@@ -84,7 +84,7 @@ def see_the_padding(model):
 def test_model_that_mixes_documents_or_sees_padding_is_reported(
     change, way, job, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(module, "load_model", partial(wrapped_load, change))
+    monkeypatch.setattr(diagnose, "load_model", partial(wrapped_load, change))
     assert main([*command(job, tmp_path, max_length=60), "--json"]) == 1
     diagnosis = json.loads(capsys.readouterr().out)
     errors = {

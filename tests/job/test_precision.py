@@ -7,9 +7,9 @@ from helpers.jobs import run_job
 from helpers.models import VOCAB, make_model, small_model
 from helpers.outputs import SETTINGS
 
-import gradproj.job.precision as module
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.job import precision
 from gradproj.job.precision import check_precision
 from gradproj.job.unit_reader import PreparedUnit
 
@@ -88,7 +88,7 @@ def test_precision_check_restores_the_models_bits():
 
 
 def test_precision_check_names_diagnose_when_float32_does_not_fit(monkeypatch):
-    monkeypatch.setattr(module, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(precision, "available_host_bytes", lambda: 1000)
     line, warning = checked(calm_model(), unit_of([20]))
     assert (line, warning) == (
         "bfloat16 is not checked: no memory for float32 weights; "

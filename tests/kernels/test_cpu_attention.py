@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.loss import per_sample_loss
-from gradproj.kernels import cpu_attention as attention
+from gradproj.kernels import cpu_attention
 from gradproj.kernels.cpu_attention import ATTENDS, attend
 
 
@@ -63,7 +63,7 @@ def test_output_and_gradients_match_exact_attention(length, key_heads, scaling):
     ids=["not-causal", "dropout", "mask", "float32"],
 )
 def test_other_attention_is_left_to_transformers(settings, monkeypatch):
-    monkeypatch.setattr(attention, "_Causal", None)
+    monkeypatch.setattr(cpu_attention, "_Causal", None)
     dtype = settings.pop("dtype", torch.bfloat16)
     mask = settings.pop("attention_mask", None)
     inputs = [x.to(dtype) for x in tensors(70)]

@@ -27,8 +27,8 @@ from gradproj.__main__ import main
 from gradproj.cli.verify import repair_lines
 from gradproj.coordinator.merge import merge
 from gradproj.errors import StoreError
+from gradproj.job import recorded
 from gradproj.job.config import run_config
-from gradproj.job.recorded import job_command as recorded_command
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.repair import repair
 from gradproj.maintenance.verify import verify
@@ -134,7 +134,7 @@ def test_repaired_and_recomputed_store_equals_the_original(name, output, job, ca
 
 
 def test_printed_command_is_the_jobs_own(job):
-    words = recorded_command(job.output).split()
+    words = recorded.job_command(job.output).split()
     assert words[:3] == ["python", "-m", "gradproj.run"]
     given = job_command(1, shards=job.corpus, model=job.model, output_dir=job.output, **SETTINGS)[
         3:
