@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from gradproj.formatting import clean_lines
@@ -27,6 +28,20 @@ class ModelError(GradprojError):
 
 class StoreError(GradprojError):
     """An output directory or store cannot be written, read, or continued with these settings."""
+
+
+class DamagedFile(StoreError):
+    """A file of a store is not as it was written, or cannot be read by this gradproj."""
+
+    def __init__(self, path: str | Path, problem: str, way_out: str) -> None:
+        super().__init__(path, problem, way_out)
+        self.path = Path(path)
+        self.problem = problem
+        """What is wrong with the file, without its path and the way out: "is damaged: ..."."""
+        self.way_out = way_out
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}. {self.way_out}"
 
 
 class OtherSettingsError(StoreError):

@@ -154,6 +154,8 @@ def test_a_wrong_line_of_toml_is_named(tmp_path, line, message):
         ({"colour": "blue"}, "--colour is 'blue'; choose one of red, green"),
         ({"budget": -1}, "--budget must be at least 1, or auto, got -1"),
         ({"basket": " "}, "--basket is empty; give a basket"),
+        ({"basket": []}, "--basket is empty; give a basket"),
+        ({"number": "5"}, "--number must be one int, got '5'"),
     ],
 )
 def test_a_dataclass_built_in_python_is_checked_as_well(wrong, message):

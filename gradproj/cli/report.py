@@ -11,7 +11,7 @@ from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.distributed import choose_device
-from gradproj.errors import ConfigError, GradprojError
+from gradproj.errors import ConfigError, CorpusError, GradprojError
 from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import human_bytes, one_line
@@ -124,7 +124,8 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
     except GradprojError as error:
         if config.shards:
             raise
-        way = "" if "not a job's" in str(error) else " Give --shards where the tars are now."
+        is_moved = isinstance(error, CorpusError)
+        way = " Give --shards where the tars are now." if is_moved else ""
         return TextExcerpts(None, f"The documents' texts are not shown: {error}.{way}")
     return TextExcerpts(functools.partial(text_of, index))
 

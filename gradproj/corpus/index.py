@@ -100,12 +100,12 @@ class CorpusIndex:
             total.update(tar.domain_counts)
         return {domain: total[domain] for domain in self.domains}
 
-    def relocated(self, paths: Sequence[Path]) -> "CorpusIndex":
+    def relocated(self, paths: Sequence[Path], flag: str = "--shards") -> "CorpusIndex":
         """Return the index with its tars at these paths.
 
         A tar at a new path counts as the indexed one if name and size agree, and its new time is
         noted; the stream still checks its keys. A tar at its old path keeps its indexed time, so
-        that a change in place is still noticed.
+        that a change in place is still noticed. ``flag`` names the paths in messages.
 
         Raises:
             CorpusError: other tars, other sizes or another order; lists the differences.
@@ -128,7 +128,7 @@ class CorpusIndex:
             moved.append(replace(tar, path=path, mtime_ns=stat.st_mtime_ns))
         if wrong:
             raise CorpusError(
-                f"--shards names another corpus than the index: {some(wrong, 'difference')}. "
+                f"{flag} names another corpus than the index: {some(wrong, 'difference')}. "
                 "Name the same tars, or index these with: python -m gradproj index"
             )
         return replace(self, tars=tuple(moved))
@@ -245,5 +245,5 @@ def _stat(path: Path) -> os.stat_result:
         return os.stat(path)
     except OSError as error:
         raise CorpusError(
-            f"{path}: the tar cannot be read: {error.strerror}; restore the file or fix --shards"
+            f"{path}: the tar cannot be read: {error.strerror}; restore it or name other tars"
         ) from error

@@ -178,21 +178,19 @@ def open_corpus(
         CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or
             the index belongs to other tars.
     """
-    try:
-        if shards.endswith(".json"):
-            return load_index(Path(shards))
-        paths, beside = list_tars(shards), default_index_path(shards)
-        indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
-        # Tars that were touched or copied are indexed again beside them. If that is the same
-        # corpus, the newer index is used: it has the tars' present times.
-        for index in reversed(indexes):
-            if index.fingerprint == indexes[0].fingerprint:
-                return index.relocated(paths)
-        if most_tars is not None and len(paths) > most_tars:
-            raise CorpusError(
-                f"--shards {shards}: {len(paths):,} tars and no corpus index. Build it once: "
-                f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
-            )
-        return build_index(paths, domain_field=domain_field, progress=progress)
-    except CorpusError as error:
-        raise CorpusError(str(error).replace("--shards", flag)) from error
+    if shards.endswith(".json"):
+        return load_index(Path(shards))
+    paths = list_tars(shards, flag)
+    beside = default_index_path(shards)
+    indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
+    # Tars that were touched or copied are indexed again beside them. If that is the same
+    # corpus, the newer index is used: it has the tars' present times.
+    for index in reversed(indexes):
+        if index.fingerprint == indexes[0].fingerprint:
+            return index.relocated(paths, flag)
+    if most_tars is not None and len(paths) > most_tars:
+        raise CorpusError(
+            f"{flag} {shards}: {len(paths):,} tars and no corpus index. Build it once: "
+            f"python -m gradproj index '{shards}' (or sbatch slurm/index_pile.sbatch)"
+        )
+    return build_index(paths, domain_field=domain_field, progress=progress)

@@ -95,7 +95,7 @@ class Flags:
         """Check every field's declared bounds and choices.
 
         Raises:
-            ConfigError: names the flag, its bound or choices, and the value.
+            ConfigError: names the flag, its bound, choices or type, and the value.
         """
         for f in dataclasses.fields(typing.cast(Any, self)):
             problem = _problem(f, getattr(self, f.name))
@@ -105,7 +105,7 @@ class Flags:
 
 def _problem(f: dataclasses.Field, value: Any) -> str:
     declared = f.metadata
-    is_empty = not value.strip() if isinstance(value, str) else value == ()
+    is_empty = not value.strip() if isinstance(value, str) else value in (None, (), [])
     if "required" in declared and is_empty:
         return f"is empty; {declared['required']}"
     if value is None or value == f.default or value in declared.get("words", {}).values():
@@ -114,13 +114,17 @@ def _problem(f: dataclasses.Field, value: Any) -> str:
     if choices and value not in choices:
         one_of = "one of " if len(choices) > 1 else ""
         return f"is {value!r}; choose {one_of}{', '.join(choices)}"
-    # Negated, so that NaN is refused.
-    if (
-        ("minimum" in declared and not value >= declared["minimum"])
-        or ("above" in declared and not value > declared["above"])
-        or ("maximum" in declared and not value <= declared["maximum"])
-        or ("below" in declared and not value < declared["below"])
-    ):
+    try:
+        # Negated, so that NaN is refused.
+        is_outside = (
+            ("minimum" in declared and not value >= declared["minimum"])
+            or ("above" in declared and not value > declared["above"])
+            or ("maximum" in declared and not value <= declared["maximum"])
+            or ("below" in declared and not value < declared["below"])
+        )
+    except TypeError:
+        return f"must be one {type_of(f)[0].__name__}, got {value!r}"
+    if is_outside:
         why = f" ({declared['why']})" if "why" in declared else ""
         return f"must be {_bounds(declared)}, got {value}{why}"
     return ""

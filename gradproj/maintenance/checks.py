@@ -13,7 +13,7 @@ import numpy as np
 
 from gradproj.coordinator.merge import COVARIANCE_ARRAYS, CovarianceSums, ranges_of
 from gradproj.corpus.index_file import load_index
-from gradproj.errors import CorpusError, StoreError
+from gradproj.errors import CorpusError, DamagedFile, StoreError
 from gradproj.files import file_sum
 from gradproj.maintenance.job_output import Output
 from gradproj.store.column_reader import read_column_chunk
@@ -64,9 +64,12 @@ def check_unit(output: Output, unit: int, merged: "MergedColumns") -> UnitFindin
 
     try:
         record = read_record(path)
-    except (StoreError, ValueError, KeyError, TypeError) as error:
-        # The reader's advice is for one unit; verify prints one for all units at its end.
-        damaged(path, str(error).removeprefix(f"{path} ").split(". Delete that file", 1)[0])
+    except DamagedFile as error:
+        # Without its way out, which is for one unit: verify prints one for all units at its end.
+        damaged(path, error.problem)
+        return findings
+    except (ValueError, KeyError, TypeError) as error:
+        damaged(path, str(error))
         return findings
     except FileNotFoundError:
         damaged(path, "was deleted since the directory was listed")
@@ -179,10 +182,8 @@ class MergedColumns:
                     problem = f"differs from the unit's record, first at sample {sample}"
                     differences.append((name, problem))
             return differences
-        except StoreError as error:
-            # Without the reader's way out: verify gives one for all damage at its end.
-            file, _, what = str(error).split(". Run `", 1)[0].partition(" is damaged: ")
-            return [(file.removeprefix(f"{self._store}/"), f"is damaged: {what}")]
+        except DamagedFile as error:
+            return [(str(error.path.relative_to(self._store)), error.problem)]
 
     def _read(self, name: str, unit: int) -> np.ndarray | None:
         start, stop = self._layout.unit_range(unit)

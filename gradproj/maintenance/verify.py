@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.coordinator.merge import CovarianceSums
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import ConfigError, DamagedFile
 from gradproj.flags import flag
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
@@ -180,8 +180,8 @@ def _merged_without_record(output: Output, merged: MergedColumns) -> list[Damage
     for unit in output.missing.tolist():
         try:
             was_merged = merged.status(unit) is not None
-        except StoreError as error:
-            damage.append(Damage("columns", unit, str(output.store), str(error)))
+        except DamagedFile as error:
+            damage.append(Damage("columns", unit, str(error.path), error.problem))
             continue
         if was_merged:
             path = str(output.path / record_name(unit))

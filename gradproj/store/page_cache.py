@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import DamagedFile
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -26,12 +26,10 @@ _libc = ctypes.CDLL(None)
 _PAGE_MASK = ~(mmap.PAGESIZE - 1)
 
 
-def damaged(path: Path, what: str) -> StoreError:
+def damaged(path: str | Path, what: str) -> DamagedFile:
     """Return the error for a file of a store that is not as it was written."""
-    return StoreError(
-        f"{path} is damaged: {what}. Run `python -m gradproj verify` on the output to see all "
-        "damage"
-    )
+    way_out = "Run `python -m gradproj verify` on the output to see all damage"
+    return DamagedFile(path, f"is damaged: {what}", way_out)
 
 
 class LRUCache(Generic[K, V]):

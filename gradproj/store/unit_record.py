@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import DamagedFile
 from gradproj.files import crc32c
+from gradproj.store.page_cache import damaged
 
 RECORD_VERSION = 1
 
@@ -129,8 +130,8 @@ def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRe
     header = json.loads(data[8 : 8 + header_bytes])
     metadata = header.pop("__metadata__")
     if int(metadata["record_version"]) > RECORD_VERSION:
-        raise StoreError(
-            f"{source} was written by a newer gradproj: update gradproj to read this store"
+        raise DamagedFile(
+            source, "was written by a newer gradproj", "Update gradproj to read this store"
         )
     groups: dict[str, dict[str, np.ndarray]] = {"column": {}, "covariance": {}}
     for full_name, entry in header.items():
@@ -168,9 +169,7 @@ def read_stats(path: str | Path) -> dict[str, Any]:
             about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
             return dict(about["stats"])
         except (struct.error, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged: it does not begin like a record ({error})"
-            ) from error
+            raise damaged(path, f"it does not begin like a record ({error})") from error
 
 
 def _check_whole(data: bytes, source: str | Path) -> None:
@@ -181,7 +180,9 @@ def _check_whole(data: bytes, source: str | Path) -> None:
             checksum = crc32c(memoryview(data)[after:], checksum)
         if data[_CHECKSUM_AT:after] == b"%08x" % checksum:
             return
-    raise StoreError(
-        f"{source} is damaged (torn or altered; {len(data)} bytes). Delete that file and start the "
-        "job again: its unit is then computed again, all others are kept"
+    raise DamagedFile(
+        source,
+        f"is damaged (torn or altered; {len(data)} bytes)",
+        "Delete that file and start the job again: its unit is then computed again, all others are "
+        "kept",
     )

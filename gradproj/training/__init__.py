@@ -1,8 +1,8 @@
 """Trains causal language models with an engine inside the loop, this package's or another's."""
 
-from gradproj.training.config import EngineConfig, TrainConfig
+from gradproj.training.config import METHODS, EngineConfig, TrainConfig
 from gradproj.training.engine_base import EngineContext, TrainingEngine
-from gradproj.training.engine_manager import METHODS, GhostEngineManager
+from gradproj.training.engine_manager import GhostEngineManager
 from gradproj.training.hf_callback import GradProjCallback
 from gradproj.training.loop import train
 from gradproj.training.loss_curve import TrainResult

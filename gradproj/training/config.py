@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ from gradproj.flags import DEVICES, Flags, flag, join_list
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES, ModelConfig
 from gradproj.store.layout import StoreConfig
 
+METHODS: dict[str, Callable[[Any], Any]] = {}
+"""``--method`` -> function of an ``EngineContext`` that returns a ``TrainingEngine``.
+
+Here, so that settings are checked against it; ``engine_manager`` enters this package's engines."""
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -42,7 +46,7 @@ def _as_in(section: Any, name: str) -> Any:
 class EngineConfig(Flags, title="engine"):
     """Settings of an engine; ``of`` takes them from any object with some of these names."""
 
-    method: str = flag("Engine: Regular, GradDotProd or GradProjLora.", "Regular", metavar="NAME")
+    method: str = flag("Engine.", "Regular", metavar="Regular|GradDotProd|GradProjLora")
     result_dir: str = flag("Directory for all results.", "", metavar="DIR")
     proj_layers: str = _as_in(ProjectionConfig, "layers")
     proj_rank_total: int = _as_in(ProjectionConfig, "rank_total")
@@ -70,6 +74,8 @@ class EngineConfig(Flags, title="engine"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method not in METHODS:
+            raise ConfigError(f"--method is {self.method!r}; choose one of {', '.join(METHODS)}")
         _ = self.projection  # proj_layers may be empty
 
     @classmethod

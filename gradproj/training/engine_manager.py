@@ -6,19 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradproj.errors import ConfigError
-from gradproj.training.config import EngineConfig
+from gradproj.training.config import METHODS, EngineConfig
 from gradproj.training.data_parallel import world_of
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.gradprojlora import GradProjLoraTraining
 
-METHODS: dict[str, Callable[[EngineContext], TrainingEngine]] = {
+# A new engine is one file and one entry here.
+METHODS |= {
     "Regular": TrainingEngine,
     "GradDotProd": GradDotProdEngine.from_context,
     "GradProjLora": GradProjLoraTraining,
 }
-"""``--method`` -> constructor of its engine. A new engine is one file and one entry here."""
 
 
 class GhostEngineManager:
@@ -57,11 +56,10 @@ class GhostEngineManager:
         resume_step: int | None = None,
     ) -> None:
         settings = EngineConfig.of(config)
-        check_method(settings.method)
         self.method = settings.method
         world = world_of(ddp_info)
         context = EngineContext(settings, model, optimizer, world, val_data, loss, resume_step)
-        self.engine = METHODS[settings.method](context)
+        self.engine: TrainingEngine = METHODS[settings.method](context)
 
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
@@ -113,9 +111,3 @@ class GhostEngineManager:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cleanup()
-
-
-def check_method(method: str) -> None:
-    """Raise ``ConfigError`` with the known methods if this is not one of them."""
-    if method not in METHODS:
-        raise ConfigError(f"--method is {method!r}; choose one of {', '.join(METHODS)}")

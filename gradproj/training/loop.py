@@ -33,7 +33,7 @@ from gradproj.training.checkpoints import (
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import DataPosition, TrainBatch, TrainedDocuments, batches_of
 from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
-from gradproj.training.engine_manager import GhostEngineManager, check_method
+from gradproj.training.engine_manager import GhostEngineManager
 from gradproj.training.loss_curve import LossCurve, TrainResult
 from gradproj.training.optimizer import make_optimizer, rate_at
 from gradproj.training.validation import Validation
@@ -57,7 +57,6 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     Raises:
         GradprojError: the method, model, tokenizer, corpus or folder cannot be used.
     """
-    check_method(config.method)
     process, stop = Process.from_environment(), stop or StopRequest()
     device, warning = choose_device(config.device, process.local_rank)
     if warning and process.rank == 0:

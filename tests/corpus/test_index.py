@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from helpers.corpora import plain_members, slow_domain, slow_samples, write_tar
 from helpers.jobs import processes_with
 
 from gradproj.corpus.index import build_index, check_unchanged
-from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.index_file import load_index, open_corpus, save_index
 from gradproj.corpus.tar import scan_pool
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
@@ -83,6 +84,24 @@ def test_unreadable_shards_are_rejected_with_the_reason(shards, words, folder):
     (folder / "remote.list").write_text("s3://b/a.tar\n")
     with pytest.raises(CorpusError, match=words):
         list_tars(shards.format(folder=folder))
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("{a,b", "--val_shards {0}: its braces do not match"),
+        ("notes.md", "{0}: not a .tar; --val_shards takes tars"),
+        ("a.tar", "--val_shards names another corpus than the index: "),
+    ],
+)
+def test_messages_name_the_flag_and_leave_paths_alone(shards, message, tars):
+    folder = tars[0].parents[1] / "of --shards"
+    folder.mkdir()
+    (folder / "notes.md").touch()
+    shutil.copy(tars[0], folder / "a.tar")
+    save_index(index_of(*tars), folder / "corpus.json")
+    with pytest.raises(CorpusError, match=re.escape(message.replace("{0}", f"{folder}/{shards}"))):
+        open_corpus(f"{folder}/{shards}", flag="--val_shards", progress=False)
 
 
 def test_link_to_a_listed_tar_counts_as_the_same_tar(folder):
@@ -191,6 +210,13 @@ def test_scan_workers_end_with_a_parent_that_is_killed(tars):
     while processes_with(mark):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_missing_results_without_an_error_are_not_an_index(tars, monkeypatch):
+    in_processes = scan_pool._in_processes
+    monkeypatch.setattr(scan_pool, "_in_processes", lambda *args: list(in_processes(*args))[:-1])
+    with pytest.raises(AssertionError, match="4 of 5 tars were scanned"):
+        index_of(*tars, processes=2)
 
 
 def test_zero_processes_are_rejected(tars):

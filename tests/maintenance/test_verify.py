@@ -99,6 +99,20 @@ def test_damage_is_located(name, output):
     )
 
 
+@pytest.mark.parametrize("name", ["a column cut short", "a record cut short"])
+def test_damage_is_located_below_a_path_like_a_message(name, output):
+    happens, kind, unit, message = DAMAGES[name]
+    like_a_message = output.rename(output.with_name("a is damaged: b. Run `c`. Delete that file"))
+    happens(like_a_message)
+    first = verify(like_a_message).damage[0]
+    assert (first.kind, first.unit) == (kind, unit)
+    assert first.path.startswith(f"{like_a_message}/")
+    assert first.what.startswith("is damaged")
+    assert message in first.what
+    assert "Run" not in first.what
+    assert "Delete" not in first.what
+
+
 def test_merge_restores_damaged_columns_and_sums(output, job):
     for name in (
         "a column changed",

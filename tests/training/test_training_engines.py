@@ -1,6 +1,7 @@
 """Engines inside the training loop: rows, their store, and unchanged training."""
 
 import csv
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,14 @@ from gradproj.__main__ import main
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.store.append_store import AppendStore, choose_rows
-from gradproj.training import METHODS, EngineConfig, GhostEngineManager, TrainingEngine, train
+from gradproj.training import (
+    METHODS,
+    EngineConfig,
+    GhostEngineManager,
+    TrainConfig,
+    TrainingEngine,
+    train,
+)
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model, set_dropout
 from gradproj.training.validation import Validation
@@ -372,6 +380,16 @@ def test_manager_rejects_an_unknown_method_with_the_known_ones(tmp_path):
         ConfigError, match="'Ghost'; choose one of Regular, GradDotProd, GradProjLora"
     ):
         GhostEngineManager({"method": "Ghost"}, small_model("gpt2"))
+
+
+def test_unregistered_method_is_refused_where_it_is_configured():
+    message = "--method is 'nonsense'; choose one of Regular, GradDotProd, GradProjLora"
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(method="nonsense")
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(method="nonsense", shards="x", tokenizer="x")
+    (method,) = (field for field in fields(TrainConfig) if field.name == "method")
+    assert method.metadata["metavar"] == "|".join(METHODS)
 
 
 def test_new_method_is_one_entry(data, tmp_path, monkeypatch):

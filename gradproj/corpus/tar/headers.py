@@ -87,7 +87,7 @@ class TarBytes:
         """Return the error for damage at a byte of the tar."""
         return CorpusError(
             f"{self.path}: damaged at byte {offset:,}: {kind}. "
-            "Copy or make this tar again, or leave it out of --shards"
+            "Copy or make this tar again, or leave it out of the corpus"
         )
 
 

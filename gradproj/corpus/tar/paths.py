@@ -15,7 +15,7 @@ _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://").match
 
 
-def list_tars(shards: str) -> list[Path]:
+def list_tars(shards: str, flag: str = "--shards") -> list[Path]:
     """Return the tars of a corpus as absolute paths, in the order that defines the sample ids.
 
     ``shards`` is one of:
@@ -26,22 +26,23 @@ def list_tars(shards: str) -> list[Path]:
     - braces such as ``shard-{000000..000099}.tar``, in their order, which may hold globs;
     - a glob, sorted.
 
+    ``flag`` names it in messages.
+
     Raises:
         CorpusError: nothing matches; a tar is missing, named twice, compressed, remote or a pipe.
     """
-    paths = [Path(os.path.abspath(path)) for path in _expand(shards)]
+    given = f"{flag} {shards}"
+    paths = [Path(os.path.abspath(path)) for path in _expand(shards, given)]
     for path in paths:
-        _check_name(str(path))
+        _check_name(str(path), flag)
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise CorpusError(f"--shards {shards}: {some(missing, 'tar')} missing (or not a file)")
+        raise CorpusError(f"{given}: {some(missing, 'tar')} missing (or not a file)")
     first_of: dict[str, Path] = {}
     for path in paths:
         first = first_of.setdefault(os.path.realpath(path), path)
         if first is not path:
-            raise CorpusError(
-                f"--shards {shards}: {path} comes twice (also as {first}); list every tar once"
-            )
+            raise CorpusError(f"{given}: {path} comes twice (also as {first}); list every tar once")
     return paths
 
 
@@ -58,25 +59,24 @@ def some(names: Iterable[str], noun: str) -> str:
     return f"{len(names):,} {noun}{'' if len(names) == 1 else 's'}: {shown}"
 
 
-def _expand(shards: str) -> list[str]:
+def _expand(shards: str, given: str) -> list[str]:
     if shards.startswith("pipe:"):
-        raise CorpusError(f"--shards {shards}: commands (pipe:) are not run; give local .tar files")
+        raise CorpusError(f"{given}: commands (pipe:) are not run; give local .tar files")
     if _REMOTE(shards):
         raise CorpusError(
-            f"--shards {shards}: remote tars are not read yet; "
-            "copy them to a local or shared folder"
+            f"{given}: remote tars are not read yet; copy them to a local or shared folder"
         )
     path = Path(shards).expanduser()
     if path.is_dir():
-        return _of_folder(path)
+        return _of_folder(path, given)
     if path.suffix in (".txt", ".list"):
-        return _of_list_file(path)
+        return _of_list_file(path, given)
     if path.is_file():
         return [str(path)]
     try:
         patterns = list(braceexpand(str(path)))
     except ValueError as error:
-        raise CorpusError(f"--shards {shards}: its braces do not match") from error
+        raise CorpusError(f"{given}: its braces do not match") from error
     paths: list[str] = []
     for pattern in patterns:
         if not glob.has_magic(pattern):
@@ -84,47 +84,47 @@ def _expand(shards: str) -> list[str]:
             continue
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise CorpusError(f"--shards {shards}: nothing matches {pattern}")
+            raise CorpusError(f"{given}: nothing matches {pattern}")
         paths += matches
     return paths
 
 
-def _of_folder(folder: Path) -> list[str]:
+def _of_folder(folder: Path, given: str) -> list[str]:
     names = sorted(os.listdir(folder))
     tars = [str(folder / name) for name in names if name.endswith(".tar")]
     if not tars:
         other = [name for name in names if name.endswith(_COMPRESSED)]
         hint = f"; it has {some(other, 'compressed file')}: unpack them" if other else ""
-        raise CorpusError(f"--shards {folder}: the folder has no .tar{hint}")
+        raise CorpusError(f"{given}: the folder has no .tar{hint}")
     return tars
 
 
-def _of_list_file(path: Path) -> list[str]:
+def _of_list_file(path: Path, given: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"--shards {path}: the list file cannot be read: {error}") from error
+        raise CorpusError(f"{given}: the list file cannot be read: {error}") from error
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
-        raise CorpusError(f"--shards {path}: the list file names no tar")
+        raise CorpusError(f"{given}: the list file names no tar")
     for entry in entries:
         if entry.startswith("pipe:") or _REMOTE(entry):
             raise CorpusError(
-                f"--shards {path}: {entry!r} is not a local tar; pipes and addresses are not read"
+                f"{given}: {entry!r} is not a local tar; pipes and addresses are not read"
             )
     return [str(path.parent / Path(entry).expanduser()) for entry in entries]
 
 
-def _check_name(path: str) -> None:
+def _check_name(path: str, flag: str) -> None:
     if path.endswith(_COMPRESSED):
         raise CorpusError(
             f"{path}: compressed tars cannot be read from the middle; unpack it to a .tar"
         )
     if not path.endswith(".tar"):
         if not os.path.exists(path):
-            raise CorpusError(f"--shards: {path} does not exist")
+            raise CorpusError(f"{flag}: {path} does not exist")
         raise CorpusError(
-            f"{path}: not a .tar; --shards takes tars, a folder, a glob, braces or a list file"
+            f"{path}: not a .tar; {flag} takes tars, a folder, a glob, braces or a list file"
         )
     try:
         path.encode()

@@ -68,6 +68,7 @@ def scan_tars(
                 break
     if errors:
         raise CorpusError("\n".join(errors))
+    assert len(facts) == len(paths), f"{len(facts)} of {len(paths)} tars were scanned"
     return facts
 
 
