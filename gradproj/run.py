@@ -17,7 +17,7 @@ import sys
 import torch
 
 from gradproj.coordinator.failure import note_failure
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue
@@ -55,16 +55,16 @@ def run(argv: list[str], stop: StopRequest) -> int:
     log_to_file(job.plan.output, job.owner, config.job.verbose)
     if warning:
         print(warning, file=sys.stderr, flush=True)
-    complete = work(job, device, stop)
+    complete = compute_and_merge(job, device, stop)
     if process.rank == 0:
         print_result(job.plan, complete, stop.reason)
     # A launcher would treat any other code as a failure and kill the ranks that still work.
     return 0 if process.launched else stop.exit_code
 
 
-def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
+def compute_and_merge(job: Job, device: torch.device, stop: StopRequest) -> bool:
     """Compute units, then merge if all are done. Returns whether the store is complete."""
-    plan, progress = job.plan, Progress()
+    plan, progress = job.plan, RankProgress()
     queue = UnitQueue(
         plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop
     )
@@ -88,7 +88,7 @@ def work(job: Job, device: torch.device, stop: StopRequest) -> bool:
 
 
 def compute(
-    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress
+    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: RankProgress
 ) -> None:
     """Claim, read, project and commit units until this rank finds none."""
     if not len(queue.pending()):

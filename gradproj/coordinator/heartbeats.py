@@ -31,7 +31,7 @@ ALIVE_FOR_S = 60.0
 
 
 @dataclass
-class Progress:
+class RankProgress:
     """Work of a rank since it started. Written by the main loop, read by the heartbeat thread."""
 
     batches: int = 0
@@ -62,7 +62,7 @@ class Heartbeat:
 
     folder: Path
     owner: Owner
-    progress: Progress
+    progress: RankProgress
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -112,13 +112,13 @@ def delete_heartbeat(folder: Path, owner: Owner) -> None:
 # --- reading ---
 
 
-def read_heartbeats(folder: Path) -> list[tuple[Owner, Progress]]:
+def read_heartbeats(folder: Path) -> list[tuple[Owner, RankProgress]]:
     """Return all heartbeats in ``folder``, those of dead processes included."""
     beats = (_read(path) for path in sorted(folder.glob("*.json")))
     return [beat for beat in beats if beat is not None]
 
 
-def read_stamped_heartbeats(folder: Path) -> list[tuple[Owner, Progress, tuple[int, int]]]:
+def read_stamped_heartbeats(folder: Path) -> list[tuple[Owner, RankProgress, tuple[int, int]]]:
     """Return all heartbeats, each with a stamp that changes whenever its process writes."""
     stamped = []
     for owner, beat in read_heartbeats(folder):
@@ -135,10 +135,10 @@ def heartbeat_counter(folder: Path, owner: Owner) -> int | None:
     return None if beat is None else beat[1].batches
 
 
-def _read(path: Path) -> tuple[Owner, Progress] | None:
+def _read(path: Path) -> tuple[Owner, RankProgress] | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        return Owner(**content["owner"]), Progress(**content["progress"])
+        return Owner(**content["owner"]), RankProgress(**content["progress"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -216,7 +216,7 @@ class LiveRanks:
         self._folder, self._observer = folder, observer
         self._watch = HeartbeatWatch()
 
-    def read(self) -> list[tuple[Owner, Progress]]:
+    def read(self) -> list[tuple[Owner, RankProgress]]:
         """Return the current heartbeats of live processes."""
         alive = []
         for owner, beat, stamp in read_stamped_heartbeats(self._folder):

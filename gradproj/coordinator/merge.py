@@ -16,7 +16,7 @@ import numpy as np
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.failure import delete_failure
-from gradproj.coordinator.heartbeats import Progress, delete_heartbeat, read_heartbeats
+from gradproj.coordinator.heartbeats import RankProgress, delete_heartbeat, read_heartbeats
 from gradproj.coordinator.units import read_unit
 from gradproj.files import write_and_replace
 from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
@@ -73,7 +73,7 @@ def finish(
     *,
     wait: bool,
     stopping: Callable[[], bool] = lambda: False,
-    progress: Progress | None = None,
+    progress: RankProgress | None = None,
 ) -> bool:
     """Run the final merge, if every unit is recorded and no other process runs it.
 
@@ -116,7 +116,7 @@ def merge(
     output: Path,
     claims: ClaimBoard | None = None,
     stopping: Callable[[], bool] = lambda: False,
-    progress: Progress | None = None,
+    progress: RankProgress | None = None,
 ) -> dict[str, Any]:
     """Merge the existing records. Rows of units without a record keep the fill values.
 
@@ -134,7 +134,7 @@ def merge(
         StoreError: a record is damaged, or the disk is full or read-only.
     """
     try:
-        return _Merge(output, claims, stopping, progress or Progress()).run()
+        return _Merge(output, claims, stopping, progress or RankProgress()).run()
     except FileNotFoundError as error:
         if claims is None or (claims.scratch.is_dir() and claims.owns(MERGE_CLAIM)):
             raise
@@ -149,7 +149,7 @@ class _Merge:
         output: Path,
         claims: ClaimBoard | None,
         stopping: Callable[[], bool],
-        progress: Progress,
+        progress: RankProgress,
     ) -> None:
         self._output, self._store, self._claims = output, output / STORE_NAME, claims
         self._scratch = None if claims is None else claims.scratch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.progress import ProgressDisplay
 from gradproj.coordinator.units import UnitQueue
 from gradproj.engine.compile import compiler_errors_explained
@@ -45,7 +45,7 @@ class Rank:
 
 @contextmanager
 def set_up_rank(
-    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: Progress
+    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: RankProgress
 ) -> Iterator[Rank]:
     """Load the model, attach the engine, compile, measure the batch size and check the precision.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.coordinator import fault_points
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
@@ -50,7 +50,7 @@ class UnitProjector:
         model: nn.Module,
         engine: GradProjLoraEngine,
         settings: UnitSettings,
-        progress: Progress,
+        progress: RankProgress,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self._engine, self._settings = model, engine, settings

@@ -18,7 +18,7 @@ from gradproj.coordinator.heartbeats import (
     INTERVAL_S,
     STALE_AFTER_S,
     HeartbeatWatch,
-    Progress,
+    RankProgress,
     heartbeat_counter,
     read_heartbeats,
     read_stamped_heartbeats,
@@ -171,7 +171,7 @@ def _current_claims(output: Output, observer: Owner) -> list[Claim]:
 
 
 def _claimed_unit(
-    output: Output, claim: Claim, beats: dict[Owner, Progress], state_of: Liveness
+    output: Output, claim: Claim, beats: dict[Owner, RankProgress], state_of: Liveness
 ) -> ClaimedUnit:
     unit, owner = int(claim.unit), claim.owner
     beat = beats.get(owner) if owner is not None else None
@@ -197,7 +197,7 @@ def _time_of(path: Path) -> str:
 
 
 def _speed(
-    output: Output, missing: np.ndarray, beats: dict[Owner, Progress], state_of: Liveness
+    output: Output, missing: np.ndarray, beats: dict[Owner, RankProgress], state_of: Liveness
 ) -> Speed:
     height, wanted = output.layout.rows_per_shard, set(missing.tolist())
     samples_per_s = tokens_per_s = 0.0

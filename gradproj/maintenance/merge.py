@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import MERGE_CLAIM, MergeInterrupted, merge, release_merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
@@ -48,7 +48,7 @@ class MergeLock:
     output: Path
     queue: UnitQueue
     """Queue of this process, which may claim units too."""
-    progress: Progress
+    progress: RankProgress
     """The command must move its counter as long as it works."""
 
     def merge(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def merge_lock(output: Output, command: str) -> Iterator[MergeLock]:
     # Each call has a name, and so a scratch directory, of its own: a process that takes over a unit
     # released by one call may fence that call's name.
     name = f"{command}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    owner, progress = Owner.this_process(name, 0, 0), Progress()
+    owner, progress = Owner.this_process(name, 0, 0), RankProgress()
     queue = UnitQueue(output.path, output.layout, output.identity_hash, output.wanted, owner)
     try:
         if not queue.claims.try_claim(MERGE_CLAIM):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
@@ -125,7 +125,7 @@ def recompute(
             store, tolerance, LOSS_TOLERANCE[run.model.model_dtype], FLOOR * choice.usual_norm
         )
         with recorded.engine:
-            projector = UnitProjector(recorded.model, recorded.engine, settings, Progress())
+            projector = UnitProjector(recorded.model, recorded.engine, settings, RankProgress())
             checks = (
                 compare(int(i), _project(projector, reader, output, int(i)))
                 for i in shown(choice.ids, len(choice.ids), "recompute", "documents")

@@ -10,7 +10,7 @@ from gradproj.errors import GradprojError
 from gradproj.formatting import one_line
 from gradproj.report.distributions import Distributions
 from gradproj.report.number_format import digits, exponent_of, minus, places_for, power, scaled
-from gradproj.report.page import Document, Table
+from gradproj.report.page import DocumentLine, Table
 from gradproj.store import ProjectionStore
 
 EXCERPT_CHARACTERS = 320
@@ -44,10 +44,10 @@ def documents_of(
     values: Sequence[str],
     excerpts: TextExcerpts,
     most: int = EXCERPT_CHARACTERS,
-) -> list[Document]:
+) -> list[DocumentLine]:
     """Return documents ready for a table."""
     return [
-        Document(
+        DocumentLine(
             value=value,
             sample_id=sample.sample_id,
             key=one_line(sample.key, 80),

@@ -20,7 +20,7 @@ from gradproj.report.page import DomainLine, Figure
 from gradproj.report.svg import Drawing
 from gradproj.store import ProjectionStore
 
-MOST_DOMAINS = 30
+MAX_CHARTED_DOMAINS = 30
 """Domains shown one by one, those with the most rows; the others are grouped."""
 BOX_CAPTION = (
     "Line: 5 % to 95 % quantile of the documents; box: the middle half; heavy mark: the median. "
@@ -56,7 +56,7 @@ def spread_of(
 ) -> tuple[Distributions, list[Group]]:
     """Return losses and norms of each large domain, of the others, and of no domain."""
     largest = sorted(np.flatnonzero(counts.n_rows).tolist(), key=lambda i: -counts.n_rows[i])
-    shown, rest = largest[:MOST_DOMAINS], largest[MOST_DOMAINS:]
+    shown, rest = largest[:MAX_CHARTED_DOMAINS], largest[MAX_CHARTED_DOMAINS:]
     wanted = [(store.domains[i], [i]) for i in shown]
     wanted += [(f"{len(rest)} other domains", rest)] if rest else []
     wanted += [("no domain", [-1])]
@@ -126,7 +126,7 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
     """Return the two matrices; none for fewer than two domains with rows."""
     if facts is None or len(facts.shown) < 2:
         return []
-    shown = facts.largest(MOST_DOMAINS)
+    shown = facts.largest(MAX_CHARTED_DOMAINS)
     names = [facts.matrix.names[i] for i in shown]
     left_out = len(facts.shown) - len(shown)
     rest = f" {left_out} domains with fewer rows are left out." if left_out else ""

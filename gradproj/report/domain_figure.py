@@ -14,7 +14,7 @@ from gradproj.report.figures import NAME_CHARACTERS, draw_matrix
 from gradproj.report.number_format import digits, power
 from gradproj.report.svg import default_settings
 
-MOST_DOMAINS = 40
+MAX_DRAWN_DOMAINS = 40
 """Domains in the PNG, those with the most rows: more cells cannot be read."""
 MOST_BESIDE = 10
 """Matrices of more domains stand below each other."""
@@ -32,7 +32,7 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    shown = facts.largest(MOST_DOMAINS)
+    shown = facts.largest(MAX_DRAWN_DOMAINS)
     n, names = len(shown), [facts.matrix.names[i] for i in shown]
     side, bars = max(2.6, 0.42 * n), 0.28 * n + 1.1
     beside = n <= MOST_BESIDE

@@ -17,7 +17,7 @@ from gradproj.report.svg import Drawing
 
 
 @dataclass(frozen=True)
-class Document:
+class DocumentLine:
     """A document in a table."""
 
     value: str
@@ -39,7 +39,7 @@ class Table:
     about: str
     column: str
     """Heading of the number, with its unit."""
-    documents: list[Document]
+    documents: list[DocumentLine]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class QueryAnswer:
     loss: str
     unit: str
     """Power of ten that the scores are in units of; empty for 1."""
-    pairs: list[tuple[Document, Document]]
+    pairs: list[tuple[DocumentLine, DocumentLine]]
     """``(highest, lowest)`` of each rank."""
 
 

@@ -31,7 +31,7 @@ import numpy as np
 from measure import print_machine
 
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, Progress
+from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, RankProgress
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
@@ -91,7 +91,7 @@ def measure(
         simulation = Simulation(folder, n_ranks, n_units)
         n_committed = simulation.run(cost)
         show("claim and commit of a unit", cost, n_committed, job_s / UNIT_S, job_s, shares)
-        heartbeat = Heartbeat(folder / "heartbeats", simulation.queues[0].owner, Progress())
+        heartbeat = Heartbeat(folder / "heartbeats", simulation.queues[0].owner, RankProgress())
         repeat(cost, heartbeat.write, 200)
         show("heartbeat of a rank", cost, 200, job_s / INTERVAL_S, job_s, shares)
         display = (folder, simulation.layout, np.arange(n_units), simulation.queues[0].owner)
@@ -198,7 +198,7 @@ class Simulation:
             for rank in range(n_ranks)
         ]
         for owner in self.owners:
-            Heartbeat(folder / "heartbeats", owner, Progress(batches=1)).write()
+            Heartbeat(folder / "heartbeats", owner, RankProgress(batches=1)).write()
         self.queues = [
             UnitQueue(folder, self.layout, "x", np.arange(n_units), self.owners[rank])
             for rank in ranks

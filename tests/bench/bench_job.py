@@ -37,7 +37,7 @@ from documents import SHAPES, make_documents, make_model, make_tars
 from measure import print_machine
 
 import gradproj.run
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, choose_device, start_group
 from gradproj.engine.engine import GradProjLoraEngine
@@ -204,7 +204,7 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
         settings = resolve_batch_tokens(job, queue, model, engine, stop)
         reader, projector = (
             UnitReader(plan.index, tokenizer, settings),
-            UnitProjector(model, engine, settings, Progress()),
+            UnitProjector(model, engine, settings, RankProgress()),
         )
         units = [reader.read(int(unit)) for unit in queue.pending()]
         assert len(units) == N_UNITS

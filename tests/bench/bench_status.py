@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.process_id import Owner
 from gradproj.store.layout import (
     STATUS,
@@ -101,7 +101,7 @@ def work(output: Path, units: range) -> None:
         (output / "claims" / f"{unit:08d}.0").write_text(json.dumps(asdict(owner)))
         beat = {
             "owner": asdict(owner),
-            "progress": asdict(Progress(batches=9, unit=unit, unit_samples=99, seconds=9)),
+            "progress": asdict(RankProgress(batches=9, unit=unit, unit_samples=99, seconds=9)),
         }
         (output / "heartbeats" / f"{owner.name}.json").write_text(json.dumps(beat))
         if rank % 4 == 0:

@@ -14,7 +14,7 @@ from gradproj.coordinator import unmerge
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.fencing import OWNER_FILE, make_scratch
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish, is_merged
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
@@ -40,7 +40,7 @@ def test_files_of_dead_processes_are_removed_and_others_kept(tmp_path):
         for owner in (dead_owner(), fake_owner(1), here())
     )
     for queue in (dead, away, mine):
-        Heartbeat(tmp_path / "heartbeats", queue.owner, Progress()).write()
+        Heartbeat(tmp_path / "heartbeats", queue.owner, RankProgress()).write()
     assert remove_leftovers(tmp_path, mine.owner) == 1
     assert {path.name for path in (tmp_path / "tmp").iterdir()} == {
         away.owner.name,
@@ -134,7 +134,7 @@ def test_start_removes_files_that_committed_units_no_longer_need(tmp_path):
     (tmp_path / "partial" / "00000002").mkdir()
     (tmp_path / "tmp" / ".unfinished").mkdir()
     dead = dead_owner(rank=7)
-    Heartbeat(tmp_path / "heartbeats", dead, Progress()).write()
+    Heartbeat(tmp_path / "heartbeats", dead, RankProgress()).write()
     (tmp_path / "heartbeats" / f"{dead.name}.tmp").write_text("torn")
     assert remove_leftovers(tmp_path, here()) == 1
     for folder in ("claims", "partial", "tmp", "heartbeats"):
@@ -143,9 +143,11 @@ def test_start_removes_files_that_committed_units_no_longer_need(tmp_path):
 
 def test_completed_store_keeps_heartbeats_of_live_processes_only(tmp_path):
     layout = make_store(tmp_path)
-    dead, living = (Heartbeat(tmp_path / "heartbeats", fake_owner(n), Progress()) for n in (1, 2))
+    dead, living = (
+        Heartbeat(tmp_path / "heartbeats", fake_owner(n), RankProgress()) for n in (1, 2)
+    )
     dead.write()
-    with living, Heartbeat(tmp_path / "heartbeats", here(), Progress()):
+    with living, Heartbeat(tmp_path / "heartbeats", here(), RankProgress()):
         assert fill(tmp_path, layout, here())
         left = {path.stem for path in (tmp_path / "heartbeats").glob("*.json")}
         assert here().name in left

@@ -8,7 +8,7 @@ from helpers.faults import IDENTITY, fake_owner, make_store
 
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.heartbeats import Heartbeat, Progress, read_heartbeats
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress, read_heartbeats
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 
@@ -36,8 +36,8 @@ def now(monkeypatch):
 
 def test_heartbeat_is_deleted_when_its_owners_claim_is_taken_over(tmp_path, queue_of, monkeypatch):
     old, mine = queue_of(fake_owner(1), [0]), queue_of(Owner.this_process("job", 0, 0), [0])
-    with Heartbeat(tmp_path / "heartbeats", mine.owner, Progress()):
-        left = Heartbeat(tmp_path / "heartbeats", old.owner, Progress(batches=3))
+    with Heartbeat(tmp_path / "heartbeats", mine.owner, RankProgress()):
+        left = Heartbeat(tmp_path / "heartbeats", old.owner, RankProgress(batches=3))
         left.write()
         assert next(old.take()) == 0
         monkeypatch.setattr(heartbeats_module, "STALE_AFTER_S", 0.0)

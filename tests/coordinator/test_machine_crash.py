@@ -21,7 +21,7 @@ from helpers.outputs import flip_byte, shard_of
 
 from gradproj.coordinator import heartbeats
 from gradproj.coordinator.cleanup import remove_leftovers
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.process_id import Owner
@@ -77,7 +77,7 @@ def run(plan, owner, disk=None, stop_after=2):
     make_output(plan, owner)
     remove_leftovers(plan.output, owner)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, owner)
-    with Heartbeat(plan.output / "heartbeats", owner, Progress()):
+    with Heartbeat(plan.output / "heartbeats", owner, RankProgress()):
         for done, unit in enumerate(queue.take()):
             save_part(queue.partial_log(unit, "key"), disk)
             if done == stop_after:

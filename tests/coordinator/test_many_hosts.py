@@ -25,7 +25,7 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
-from gradproj.coordinator.heartbeats import Heartbeat, Progress
+from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish, is_complete, is_merged
 from gradproj.coordinator.units import UnitQueue
 from gradproj.files import file_sum
@@ -187,7 +187,7 @@ class Host:
             self.random.uniform(-1e6, 1e6),
             self.random.uniform(0.9, 1.1),
         )
-        self.heartbeat = Heartbeat(output / "heartbeats", self.owner, Progress())
+        self.heartbeat = Heartbeat(output / "heartbeats", self.owner, RankProgress())
         self.asleep_until = 0.0
         self.error = None
 

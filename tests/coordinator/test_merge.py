@@ -5,7 +5,7 @@ import time
 import pytest
 from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, fill, make_store
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.merge import MergeInterrupted, finish, is_merged, merge
 from gradproj.coordinator.units import UnitQueue
 
@@ -77,7 +77,7 @@ def test_rank_waiting_for_a_merge_obeys_a_stop_request(tmp_path):
 
 def test_merge_moves_the_heartbeat(tmp_path):
     layout = make_store(tmp_path)
-    progress = Progress()
+    progress = RankProgress()
     queue = UnitQueue(tmp_path, layout, IDENTITY, range(layout.n_units), fake_owner(0))
     for unit in queue.take():
         queue.commit(fake_rows(layout, unit))

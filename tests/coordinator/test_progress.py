@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gradproj.coordinator.heartbeats import LiveRanks, Progress
+from gradproj.coordinator.heartbeats import LiveRanks, RankProgress
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import ProgressDisplay, take_snapshot
 from gradproj.formatting import human_seconds
@@ -37,7 +37,7 @@ def beat(output, rank, **progress):
     owner = dataclasses.replace(
         Owner.this_process("job", 0, rank), host="elsewhere", boot_id="other"
     )
-    content = {"owner": asdict(owner), "progress": asdict(Progress(**progress))}
+    content = {"owner": asdict(owner), "progress": asdict(RankProgress(**progress))}
     (output / "heartbeats" / f"{owner.name}.json").write_text(json.dumps(content))
 
 
@@ -69,7 +69,7 @@ def test_remote_rank_counts_while_its_heartbeat_moves(output, monkeypatch):
         "gradproj.coordinator.heartbeats.time", SimpleNamespace(monotonic=lambda: now[0])
     )
     here = Owner.this_process("job", 0, 0)
-    content = {"owner": asdict(here), "progress": asdict(Progress(n_tokens=50, seconds=1.0))}
+    content = {"owner": asdict(here), "progress": asdict(RankProgress(n_tokens=50, seconds=1.0))}
     (output / "heartbeats" / f"{here.name}.json").write_text(json.dumps(content))
     ranks = LiveRanks(output / "heartbeats", here)
     for at, batches in ((0, 7), (5, 7), (10, 8), (60, 8), (71, 8), (75, 9)):

@@ -16,7 +16,7 @@ from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import run_job
 from helpers.models import make_model
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.merge import write_metadata
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.corpus.index import build_index
@@ -104,7 +104,7 @@ def write_claim(output: Path, name: str, owner: Owner | None, released: bool = F
     (output / "claims" / name).write_text("torn" if content is None else json.dumps(content))
 
 
-def write_heartbeat(output: Path, owner: Owner, progress: Progress) -> Path:
+def write_heartbeat(output: Path, owner: Owner, progress: RankProgress) -> Path:
     path = output / "heartbeats" / f"{owner.name}.json"
     path.write_text(json.dumps({"owner": asdict(owner), "progress": asdict(progress)}))
     return path

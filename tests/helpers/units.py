@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine.batching import BatchConfig, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
@@ -38,7 +38,7 @@ def unit_of(
 
 def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:
     """Run the job's loop over a unit's batches, before anything is copied to the host."""
-    projector = UnitProjector(model, engine, SETTINGS, Progress())
+    projector = UnitProjector(model, engine, SETTINGS, RankProgress())
     projected = projector.project(unit, PartialLog(folder / "partial", folder, "key"))
     assert projected is not None
     return projected

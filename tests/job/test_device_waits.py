@@ -15,7 +15,7 @@ from helpers.units import project_unit, unit_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 
 import gradproj.run
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, start_group
 from gradproj.engine import capture, loss
@@ -218,7 +218,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     process = Process.from_environment()
     with start_group(process):
         job = start_job(run_config(flags(**settings), "test"), process)
-    plan, progress = job.plan, Progress()
+    plan, progress = job.plan, RankProgress()
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     gradproj.run.compute(job, queue, META_DEVICE, StopRequest(), progress)
     assert waits == []

@@ -7,7 +7,7 @@ from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import flags
 from helpers.models import make_model
 
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine import run_batch
 from gradproj.engine.engine import GradProjLoraEngine
@@ -41,7 +41,7 @@ def parts(tmp_path_factory):
 def project(parts, tmp_path):
     plan, model, reader = parts
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
-        unit = UnitProjector(model, engine, plan.unit_settings, Progress())
+        unit = UnitProjector(model, engine, plan.unit_settings, RankProgress())
         return unit.project(
             reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")
         ).on_host()

@@ -9,7 +9,7 @@ import pytest
 from helpers.outputs import owner_of, uncommit, unmerge, write_claim, write_heartbeat
 
 from gradproj.cli.status import status_lines
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.maintenance.status import read_status
 
 
@@ -20,7 +20,7 @@ def far(output, process):
     owner = replace(owner_of(process, rank=3), host="far", boot_id="other")
     write_claim(output, "00000001.0", owner)
     beat = write_heartbeat(
-        output, owner, Progress(n_tokens=80, unit=1, unit_samples=8, batches=1, seconds=2.0)
+        output, owner, RankProgress(n_tokens=80, unit=1, unit_samples=8, batches=1, seconds=2.0)
     )
     return SimpleNamespace(output=output, owner=owner, beat=beat)
 
@@ -45,7 +45,7 @@ def test_remote_process_is_unknown_without_watching(far):
 )
 def test_moving_heartbeat_shows_a_live_process(far, counted):
     def beat():
-        later = Progress(n_tokens=90, unit=1, unit_samples=9, batches=1 + counted, seconds=2.5)
+        later = RankProgress(n_tokens=90, unit=1, unit_samples=9, batches=1 + counted, seconds=2.5)
         write_heartbeat(far.output, far.owner, later)
 
     timer = threading.Timer(0.1, beat)
@@ -96,7 +96,7 @@ def test_process_that_appears_while_watching_is_at_work(far, process):
 
     def come():
         write_claim(far.output, "00000001.1", comes)
-        write_heartbeat(far.output, comes, Progress(unit=1, batches=1, seconds=1.0))
+        write_heartbeat(far.output, comes, RankProgress(unit=1, batches=1, seconds=1.0))
 
     timer = threading.Timer(0.1, come)
     timer.start()
@@ -132,7 +132,7 @@ def test_earlier_generation_counts_as_ended_on_any_host(far, process):
     newer = replace(
         owner_of(process, rank=0), job_id=far.owner.job_id, generation=far.owner.generation + 1
     )
-    write_heartbeat(far.output, newer, Progress())
+    write_heartbeat(far.output, newer, RankProgress())
     assert process_of_unit_1(read_status(far.output)) == "gone"
 
 

@@ -25,7 +25,7 @@ from helpers.outputs import (
 )
 
 from gradproj.cli.status import status_lines
-from gradproj.coordinator.heartbeats import Progress
+from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.errors import StoreError
 from gradproj.maintenance.status import read_status
@@ -111,7 +111,7 @@ def test_claimed_unit_names_its_process_and_progress(output, process):
     owner = owner_of(process, rank=3)
     write_claim(output, "00000001.0", owner)
     write_claim(output, "00000002.0", owner)
-    progress = Progress(n_tokens=600, units=2, unit=1, unit_samples=8, seconds=2.0)
+    progress = RankProgress(n_tokens=600, units=2, unit=1, unit_samples=8, seconds=2.0)
     write_heartbeat(output, owner, progress)
     status = read_status(output)
     first, second = status.claimed
@@ -138,7 +138,7 @@ def test_claim_of_a_dead_process_is_stale(output, process):
     uncommit(output, 1)
     owner = owner_of(process)
     write_claim(output, "00000001.0", owner)
-    write_heartbeat(output, owner, Progress(unit=1, seconds=1))
+    write_heartbeat(output, owner, RankProgress(unit=1, seconds=1))
     process.kill()
     process.wait()
     status = read_status(output)

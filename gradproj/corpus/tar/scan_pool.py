@@ -20,7 +20,7 @@ _MAX_ERRORS = 20
 _SMALL_BYTES = 256 * 2**20
 _WORKER = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from gradproj.corpus.tar.scan_pool import work; work()"
+    "from gradproj.corpus.tar.scan_pool import run_worker; run_worker()"
 )
 
 
@@ -72,7 +72,7 @@ def scan_tars(
     return facts
 
 
-def work() -> None:
+def run_worker() -> None:
     """Run a worker: read all its tars' paths from standard input, print one JSON line per tar."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     domain_field, *paths = json.load(sys.stdin.buffer)
