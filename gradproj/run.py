@@ -6,6 +6,8 @@ Each rank claims a unit, reads it, projects it and commits it. Nothing in this l
 from gradproj.distributed import Process, choose_device, launcher_died, launcher_rank, start_group
 from gradproj.job.shutdown import Stopped, StopRequest, leave  # isort: split
 
+from gradproj.store.layout import HEARTBEATS_DIR
+
 if __name__ == "__main__":
     # The imports below take seconds, in which a signal may come or the launcher may die.
     early = StopRequest().attend(launcher_rank(), launcher_died)
@@ -68,7 +70,7 @@ def compute_and_merge(job: Job, device: torch.device, stop: StopRequest) -> bool
     queue = UnitQueue(
         plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner, stopping=stop
     )
-    with Heartbeat(plan.output / "heartbeats", job.owner, progress):
+    with Heartbeat(plan.output / HEARTBEATS_DIR, job.owner, progress):
         try:
             with queue.deletions_explained():
                 compute(job, queue, device, stop, progress)

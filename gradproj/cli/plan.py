@@ -12,6 +12,7 @@ from gradproj.files import existing_ancestor
 from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
 from gradproj.job.summary import plan_lines
+from gradproj.store.layout import UNITS_DIR
 from gradproj.store.unit_record import list_records
 
 
@@ -28,7 +29,7 @@ def plan_command(argv: list[str]) -> None:
     plan = make_plan(config)
     if warning:
         print(warning, file=sys.stderr, flush=True)
-    n_recorded = len(np.intersect1d(plan.wanted, list_records(output / "units")))
+    n_recorded = len(np.intersect1d(plan.wanted, list_records(output / UNITS_DIR)))
     print("\n".join([*plan_lines(plan, n_recorded), f"device        {device}"]))
 
 

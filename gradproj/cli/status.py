@@ -5,13 +5,13 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.heartbeats import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.process_id import Owner
 from gradproj.flags import parse
 from gradproj.formatting import count, human_seconds, ranges_text
 from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed
 from gradproj.maintenance.status import Status, StatusConfig, read_status
+from gradproj.store.layout import FAILED_NAME
 
 MOST_CLAIMS_SHOWN = 32
 _RECLAIMED_AFTER = f"{human_seconds(STALE_AFTER_S + CONFIRM_AFTER_S)} of silence"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradproj.coordinator.merge import ranges_of
+from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.formatting import count, ranges_text
@@ -23,6 +24,7 @@ from gradproj.maintenance.verify import (
     VerifyConfig,
     verify,
 )
+from gradproj.store.layout import METADATA_NAME
 
 if TYPE_CHECKING:
     from gradproj.maintenance.recompute import Recomputation
@@ -31,11 +33,11 @@ MOST_DAMAGE_SHOWN = 20
 MOST_ROWS_SHOWN = 10
 
 WAYS_OUT = {
-    "corpus.json": "restore corpus.json, or delete it: the job's command indexes the tars again "
+    INDEX_NAME: "restore corpus.json, or delete it: the job's command indexes the tars again "
     "and refuses another corpus",
     "projection_matrices": "restore the array projection_matrices from a copy: the rows were made "
     "with it alone",
-    "metadata.json": "metadata.json is written again by `verify --repair`, by a merge and by the "
+    METADATA_NAME: "metadata.json is written again by `verify --repair`, by a merge and by the "
     "job's next start",
 }
 """File name -> repair of its damage, for damage of kind ``other``."""

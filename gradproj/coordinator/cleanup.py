@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gradproj.coordinator.fencing import OWNER_FILE, remove_scratch
 from gradproj.coordinator.process_id import Owner
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, SCRATCH_DIR, UNITS_DIR
 from gradproj.store.unit_record import list_records
 
 _UNIT_CLAIM = re.compile(r"(\d{8,})\.\d+")
@@ -23,8 +24,8 @@ def remove_leftovers(output: Path, observer: Owner) -> int:
     Returns:
         Number of processes whose files were deleted.
     """
-    gone = _remove_scratch_dirs(output / "tmp", observer)
-    gone |= _remove_heartbeats(output / "heartbeats", observer)
+    gone = _remove_scratch_dirs(output / SCRATCH_DIR, observer)
+    gone |= _remove_heartbeats(output / HEARTBEATS_DIR, observer)
     _remove_committed(output)
     return len(gone)
 
@@ -61,13 +62,13 @@ def _remove_heartbeats(folder: Path, observer: Owner) -> set[str]:
 
 
 def _remove_committed(output: Path) -> None:
-    committed = set(list_records(output / "units").tolist())
-    with os.scandir(output / "claims") as entries:
+    committed = set(list_records(output / UNITS_DIR).tolist())
+    with os.scandir(output / CLAIMS_DIR) as entries:
         names = [entry.name for entry in entries]
     for name in names:
         match = _UNIT_CLAIM.fullmatch(name)
         if match and int(match[1]) in committed:
-            (output / "claims" / name).unlink(missing_ok=True)
-    for folder in (output / "partial").glob("*/"):
+            (output / CLAIMS_DIR / name).unlink(missing_ok=True)
+    for folder in (output / PARTIAL_DIR).glob("*/"):
         if folder.name.isdigit() and int(folder.name) in committed:
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,9 +9,8 @@ from pathlib import Path
 from gradproj.coordinator.process_id import Owner
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
 from gradproj.files import write_and_replace
-from gradproj.store.layout import STORE_NAME
+from gradproj.store.layout import FAILED_NAME, LOGS_DIR, STORE_NAME
 
-FAILED_NAME = "failed.json"
 """Last error of any job on the store. A Slurm job also has a mark of its own,
 ``logs/slurm-70_1.failed``, which no other job overwrites and a full disk has room for. Its batch
 script reads that one."""
@@ -61,7 +60,7 @@ def delete_failure(output: Path) -> None:
 
 
 def _marks(output: Path, job_id: str) -> list[Path]:
-    return [output / "logs" / f"{job_id}.failed"] if job_id.startswith("slurm-") else []
+    return [output / LOGS_DIR / f"{job_id}.failed"] if job_id.startswith("slurm-") else []
 
 
 def _failed_job(output: Path) -> str:

@@ -19,7 +19,16 @@ from gradproj.coordinator.failure import delete_failure
 from gradproj.coordinator.heartbeats import RankProgress, delete_heartbeat, read_heartbeats
 from gradproj.coordinator.units import read_unit
 from gradproj.files import write_and_replace
-from gradproj.store.layout import STATUS, STATUS_NAMES, STORE_NAME, empty_columns
+from gradproj.store.layout import (
+    HEARTBEATS_DIR,
+    METADATA_NAME,
+    STATS_NAME,
+    STATUS,
+    STATUS_NAMES,
+    STORE_NAME,
+    UNITS_DIR,
+    empty_columns,
+)
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import list_records
@@ -55,7 +64,7 @@ def wanted_units(attributes: dict[str, Any]) -> np.ndarray:
 def is_complete(output: Path) -> bool:
     """Return whether every wanted unit has its record."""
     attributes = read_attributes(output / STORE_NAME)
-    return not len(np.setdiff1d(wanted_units(attributes), list_records(output / "units")))
+    return not len(np.setdiff1d(wanted_units(attributes), list_records(output / UNITS_DIR)))
 
 
 def is_merged(output: Path) -> bool:
@@ -155,7 +164,7 @@ class _Merge:
         self._scratch = None if claims is None else claims.scratch
         self._stopping, self._progress = stopping, progress
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
-        self._recorded = list_records(output / "units")
+        self._recorded = list_records(output / UNITS_DIR)
         self._wanted = wanted_units(self._attributes)
         self._sums, self._timing, self._covariance_tokens = CovarianceSums(), _Timing(), 0
 
@@ -173,7 +182,7 @@ class _Merge:
         statistics = column_statistics(self._output)
         stats = {"complete": complete, **statistics, "timing": self._timing.summary()}
         self._continue()
-        _write_json(self._output / "projection_stats.json", stats, scratch)
+        _write_json(self._output / STATS_NAME, stats, scratch)
         fault_points.reach("statistics written")
         changes = {
             "complete": complete,
@@ -181,7 +190,7 @@ class _Merge:
             "units_recorded": len(self._recorded),
         }
         attributes = {**read_attributes(self._store), **changes}
-        _write_json(self._output / "metadata.json", attributes, scratch)
+        _write_json(self._output / METADATA_NAME, attributes, scratch)
         fault_points.reach("metadata written")
         if complete:
             delete_failure(self._output)
@@ -195,9 +204,9 @@ class _Merge:
     def _delete_heartbeats(self) -> None:
         """Delete the heartbeats that dead ranks left. Live ranks write theirs again in seconds."""
         mine = None if self._claims is None else self._claims.owner
-        for owner, _ in read_heartbeats(self._output / "heartbeats"):
+        for owner, _ in read_heartbeats(self._output / HEARTBEATS_DIR):
             if owner != mine:
-                delete_heartbeat(self._output / "heartbeats", owner)
+                delete_heartbeat(self._output / HEARTBEATS_DIR, owner)
 
     def _continue(self) -> None:
         """Show that this process is alive, and check before a write that it may go on."""
@@ -329,7 +338,7 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
 
 def write_metadata(output: Path, scratch: Path | None = None) -> None:
     """Write ``metadata.json``, a copy of the Zarr group's attributes."""
-    _write_json(output / "metadata.json", read_attributes(output / STORE_NAME), scratch)
+    _write_json(output / METADATA_NAME, read_attributes(output / STORE_NAME), scratch)
 
 
 def _write_json(path: Path, content: dict[str, Any], scratch: Path | None) -> None:

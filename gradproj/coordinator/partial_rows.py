@@ -23,6 +23,7 @@ from gradproj.files import (
     publish_exclusively,
     write_file_durably,
 )
+from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 
@@ -45,7 +46,7 @@ class PartialRows:
 
 def partial_folder(output: Path, unit: int) -> Path:
     """Return the directory of a unit's partial rows."""
-    return output / "partial" / f"{unit:08d}"
+    return output / PARTIAL_DIR / f"{unit:08d}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gradproj.coordinator.heartbeats import (
 )
 from gradproj.coordinator.process_id import Owner
 from gradproj.formatting import count, human_seconds
-from gradproj.store.layout import StoreLayout
+from gradproj.store.layout import HEARTBEATS_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import list_records
 
 LINE_EVERY_S = 10.0
@@ -68,11 +68,11 @@ def take_snapshot(
     With ``ranks``, only ranks known to live count. Without, all count except those that
     ``observer`` knows to be gone.
     """
-    recorded = np.intersect1d(list_records(output / "units"), wanted, assume_unique=True)
+    recorded = np.intersect1d(list_records(output / UNITS_DIR), wanted, assume_unique=True)
     if ranks is not None:
         alive = ranks.read()
     else:
-        beats = read_heartbeats(output / "heartbeats")
+        beats = read_heartbeats(output / HEARTBEATS_DIR)
         alive = [b for b in beats if observer is None or not b[0].is_gone(observer)]
     running = {p.unit: p.unit_samples for _, p in alive if p.unit >= 0}
     open_units = np.setdiff1d(np.fromiter(running, np.int64, len(running)), recorded)
@@ -118,7 +118,7 @@ class ProgressDisplay:
         # The baseline counts every rank that may live: what those have computed so far was not
         # computed since this start, and must not shorten the estimate of the time left.
         first = take_snapshot(*self._where)
-        self._ranks = LiveRanks(output / "heartbeats", observer)
+        self._ranks = LiveRanks(output / HEARTBEATS_DIR, observer)
         self._ranks.read()
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()

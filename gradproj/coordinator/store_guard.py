@@ -7,15 +7,15 @@ one that hung, or a forgotten job. Nothing of that process may get into the new 
 from pathlib import Path
 
 from gradproj.errors import StoreError
-from gradproj.store.layout import STORE_NAME
+from gradproj.store.layout import CLAIMS_DIR, PARTIAL_DIR, STORE_NAME, UNITS_DIR
 from gradproj.store.metadata import WhichStore
 
 _START_AGAIN = "Start again: what was committed is kept."
 _RESTORE_OR_DELETE = "Restore it and start again; if it is lost, delete the output and start over."
 _WAYS_OUT = {
-    "units": "Restore it and start again; without it, every unit is computed again.",
-    "claims": _START_AGAIN,
-    "partial": _START_AGAIN,
+    UNITS_DIR: "Restore it and start again; without it, every unit is computed again.",
+    CLAIMS_DIR: _START_AGAIN,
+    PARTIAL_DIR: _START_AGAIN,
     STORE_NAME: _RESTORE_OR_DELETE,
     f"{STORE_NAME}/projections": _RESTORE_OR_DELETE,
 }

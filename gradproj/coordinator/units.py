@@ -33,7 +33,7 @@ from gradproj.files import (
     replace_atomically,
     write_file_durably,
 )
-from gradproj.store.layout import StoreLayout
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, SCRATCH_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import (
     UnitRecord,
     encode_record,
@@ -45,7 +45,6 @@ from gradproj.store.writer import shard_chunks
 
 log = logging.getLogger(__name__)
 
-FOLDERS = ("units", "claims", "heartbeats", "partial", "tmp", "logs")
 """Directories of the job in the output, beside the store."""
 
 WAIT_S = (0.1, 5.0)
@@ -87,16 +86,16 @@ class UnitQueue:
         self.output, self.layout, self.identity, self.owner = output, layout, identity, owner
         self.wanted = np.asarray(wanted, dtype=np.int64)
         self._stopping = stopping
-        self.scratch = output / "tmp" / owner.name
+        self.scratch = output / SCRATCH_DIR / owner.name
         self.guard = StoreGuard(output, identity)
         make_scratch(self.scratch, owner)
         self.claims = ClaimBoard(
-            output / "claims",
+            output / CLAIMS_DIR,
             self.scratch,
             owner,
-            lambda other: heartbeat_counter(output / "heartbeats", other),
+            lambda other: heartbeat_counter(output / HEARTBEATS_DIR, other),
             self.guard.check_folders,
-            lambda other: delete_heartbeat(output / "heartbeats", other),
+            lambda other: delete_heartbeat(output / HEARTBEATS_DIR, other),
         )
         self._notice = WaitNotice(self.claims)
 
@@ -108,7 +107,7 @@ class UnitQueue:
 
     def pending(self) -> np.ndarray:
         """Return the wanted units without a record, sorted."""
-        return np.setdiff1d(self.wanted, list_records(self.output / "units"), assume_unique=True)
+        return np.setdiff1d(self.wanted, list_records(self.output / UNITS_DIR), assume_unique=True)
 
     def take(self) -> Iterator[int]:
         """Claim one unit after the other until none is left for this process.

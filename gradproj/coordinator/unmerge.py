@@ -28,7 +28,7 @@ from gradproj.coordinator.merge import (
 from gradproj.errors import StoreError
 from gradproj.formatting import count, ranges_text
 from gradproj.store.column_reader import read_column_chunk
-from gradproj.store.layout import STATUS, STORE_NAME, StoreLayout
+from gradproj.store.layout import METADATA_NAME, STATUS, STORE_NAME, UNITS_DIR, StoreLayout
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
 from gradproj.store.writer import update_attributes, write_column_block
@@ -41,7 +41,7 @@ def check_records_have_store(output: Path) -> None:
         StoreError: the store was deleted, and with it the shards.
     """
     # In this order: the store is on disk before anything is recorded.
-    recorded = list_records(output / "units")
+    recorded = list_records(output / UNITS_DIR)
     if len(recorded) and not (output / STORE_NAME).exists():
         raise StoreError(
             f"{output} holds the records of {count(len(recorded), 'unit')} but no {STORE_NAME}: "
@@ -76,7 +76,9 @@ def _units_without_shard(output: Path) -> list[int]:
     """Return committed units that have rows and no shard."""
     store = output / STORE_NAME
     # Records first: a unit committed meanwhile publishes its shard before its record.
-    recorded = np.intersect1d(list_records(output / "units"), wanted_units(read_attributes(store)))
+    recorded = np.intersect1d(
+        list_records(output / UNITS_DIR), wanted_units(read_attributes(store))
+    )
     suspects = np.setdiff1d(recorded, list_shards(store / "projections")).tolist()
     return [unit for unit in suspects if _has_rows(output / record_name(unit))]
 
@@ -118,7 +120,7 @@ def _unmerge(output: Path, scratch: Path) -> None:
     store = output / STORE_NAME
     # First of all: whatever happens next, the next merge now writes every column again.
     if is_merged(output) and not is_complete(output):
-        n_records = len(list_records(output / "units"))
+        n_records = len(list_records(output / UNITS_DIR))
         update_attributes(store, {"complete": False, "units_recorded": n_records}, scratch)
     layout = read_layout(store)
     for block, status in list(_blocks_with_lost_units(output)):
@@ -131,7 +133,7 @@ def _blocks_with_lost_units(output: Path) -> Iterator[tuple[int, np.ndarray]]:
     """Yield blocks whose status column has units without a record, and the corrected column."""
     store = output / STORE_NAME
     layout = read_layout(store)
-    missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / "units"))
+    missing = np.setdiff1d(wanted_units(read_attributes(store)), list_records(output / UNITS_DIR))
     blocks = missing * layout.rows_per_shard // layout.column_rows
     for block in np.unique(blocks).tolist():
         merged = _merged_status(store, layout, block)
@@ -157,6 +159,6 @@ def _merged_status(store: Path, layout: StoreLayout, block: int) -> np.ndarray |
 
 def _read_metadata(output: Path) -> object:
     try:
-        return json.loads((output / "metadata.json").read_text())
+        return json.loads((output / METADATA_NAME).read_text())
     except (OSError, ValueError):
         return None

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from gradproj.coordinator.merge import ranges_of
-from gradproj.coordinator.units import FOLDERS
 from gradproj.corpus.index import CorpusIndex, check_unchanged
 from gradproj.corpus.index_file import open_corpus
+from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.projection import place_widths
@@ -30,14 +30,25 @@ from gradproj.model.loading import (
     model_skeleton,
     positions_of,
 )
-from gradproj.store.layout import STORE_NAME, STORED_DTYPES, LayerSlice, StoreLayout, plan_layout
+from gradproj.store.layout import (
+    FAILED_NAME,
+    FOLDERS,
+    METADATA_NAME,
+    RUN_CONFIG_NAME,
+    STATS_NAME,
+    STORE_NAME,
+    STORED_DTYPES,
+    UNITS_DIR,
+    LayerSlice,
+    StoreLayout,
+    plan_layout,
+)
 from gradproj.store.unit_record import list_records
 
 MOST_TARS_TO_INDEX = 1000
 """With more tars, build the index in a job of its own."""
 
 DEFAULT_MAX_LENGTH = 1024
-INDEX_NAME = "corpus.json"
 BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
@@ -45,10 +56,10 @@ OUR_FILES = {
     STORE_NAME,
     INDEX_NAME,
     BATCH_FILE,
-    "metadata.json",
-    "run_config.json",
-    "projection_stats.json",
-    "failed.json",
+    METADATA_NAME,
+    RUN_CONFIG_NAME,
+    STATS_NAME,
+    FAILED_NAME,
 }
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1
@@ -272,7 +283,7 @@ def _check_sparse(plan: Plan) -> None:
 
 
 def _check_space(plan: Plan) -> None:
-    done = len(list_records(plan.output / "units"))
+    done = len(list_records(plan.output / UNITS_DIR))
     left = plan.store_bytes() * (1 - done / max(1, len(plan.wanted)))
     free = free_bytes(plan.output)
     if left > free:

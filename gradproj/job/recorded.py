@@ -16,21 +16,19 @@ from torch import nn
 
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
-from gradproj.corpus.tar.paths import list_tars
+from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
-from gradproj.job.plan import INDEX_NAME
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
-
-RUN_CONFIG_NAME = "run_config.json"
+from gradproj.store.layout import RUN_CONFIG_NAME
 
 _NEEDS_CONSENT = {
     "trust_remote_code": "runs code that the checkpoint brings along",

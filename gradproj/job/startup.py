@@ -12,7 +12,7 @@ from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
 from gradproj.coordinator.process_id import Owner
-from gradproj.coordinator.units import FOLDERS, UnitQueue
+from gradproj.coordinator.units import UnitQueue
 from gradproj.coordinator.unmerge import (
     check_records_have_shards,
     check_records_have_store,
@@ -20,17 +20,18 @@ from gradproj.coordinator.unmerge import (
 )
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index, save_index
+from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
 from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity
-from gradproj.job.plan import INDEX_NAME, Plan, attributes_of, make_plan, versions
+from gradproj.job.plan import Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
 from gradproj.model.loading import model_skeleton
-from gradproj.store.layout import STORE_NAME
+from gradproj.store.layout import FOLDERS, LOGS_DIR, RUN_CONFIG_NAME, STORE_NAME
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def make_output(plan: Plan, owner: Owner) -> None:
         "versions": versions(),
     }
     text = json.dumps(flags, indent=2, default=list) + "\n"
-    write_and_replace(output / "run_config.json", [text.encode()], queue.scratch)
+    write_and_replace(output / RUN_CONFIG_NAME, [text.encode()], queue.scratch)
 
 
 def _publish_index(plan: Plan, scratch: Path) -> None:
@@ -177,7 +178,7 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
     handler = logging.FileHandler(
-        output / "logs" / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8"
+        output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8"
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("gradproj")

@@ -10,6 +10,7 @@ import torch
 from gradproj.coordinator.merge import is_complete
 from gradproj.formatting import human_bytes, human_seconds
 from gradproj.job.plan import Plan, free_bytes
+from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
 
 
@@ -52,7 +53,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
 
 def seconds_per_unit(plan: Plan) -> float | None:
     """Return the mean seconds of up to 32 committed units, or None before the first."""
-    recorded = list_records(plan.output / "units")
+    recorded = list_records(plan.output / UNITS_DIR)
     if not len(recorded):
         return None
     chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))]
@@ -70,7 +71,7 @@ def model_bytes(plan: Plan) -> int:
 def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:
     """Print the plan, the device and the loss."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    for line in plan_lines(plan, len(list_records(plan.output / "units"))):
+    for line in plan_lines(plan, len(list_records(plan.output / UNITS_DIR))):
         print(line)
     print(f"device        {device} ({name}), {torch.get_num_threads()} CPU threads a rank")
     print(
@@ -94,7 +95,7 @@ def print_precision(figure: str, warning: bool) -> None:
 def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
     """Print what the run achieved and how to continue."""
     if not complete:
-        done = len(list_records(plan.output / "units"))
+        done = len(list_records(plan.output / UNITS_DIR))
         why = f"Stopped ({stopped_by})" if stopped_by else "Ended"
         rest = (
             "other jobs are working on the rest"
@@ -105,7 +106,7 @@ def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
             rest = "all units are done; `python -m gradproj merge` ends it"
         print(f"{why}: {done:,} of {len(plan.wanted):,} units are committed; {rest}.", flush=True)
         return
-    stats = json.loads((plan.output / "projection_stats.json").read_text())
+    stats = json.loads((plan.output / STATS_NAME).read_text())
     for line in stats_lines(stats):
         print(line)
     print(f"The store is complete: {plan.output / 'projections.zarr'}", flush=True)

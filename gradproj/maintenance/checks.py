@@ -13,11 +13,12 @@ import numpy as np
 
 from gradproj.coordinator.merge import COVARIANCE_ARRAYS, CovarianceSums, ranges_of
 from gradproj.corpus.index_file import load_index
+from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError, DamagedFile, StoreError
 from gradproj.files import file_sum
 from gradproj.maintenance.job_output import Output
 from gradproj.store.column_reader import read_column_chunk
-from gradproj.store.layout import COLUMNS, STATUS, STATUS_NAMES, column_shape
+from gradproj.store.layout import COLUMNS, METADATA_NAME, STATUS, STATUS_NAMES, column_shape
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
 
@@ -227,8 +228,8 @@ def check_group(output: Output) -> list[Damage]:
     """Check the projection matrices, the corpus index and the copy of the metadata."""
     checks: dict[Path, Callable[[], None]] = {
         output.store / "projection_matrices": partial(_check_matrices, output),
-        output.path / "corpus.json": partial(_check_index, output),
-        output.path / "metadata.json": partial(_check_metadata, output),
+        output.path / INDEX_NAME: partial(_check_index, output),
+        output.path / METADATA_NAME: partial(_check_metadata, output),
     }
     problems = {path: _problem_of(check) for path, check in checks.items()}
     return [
@@ -256,7 +257,7 @@ def _check_matrices(output: Output) -> None:
 
 
 def _check_index(output: Output) -> None:
-    index = load_index(output.path / "corpus.json")
+    index = load_index(output.path / INDEX_NAME)
     wanted = output.attributes.get("corpus", {}).get("fingerprint")
     if index.fingerprint != wanted:
         raise StoreError(
@@ -265,7 +266,7 @@ def _check_index(output: Output) -> None:
 
 
 def _check_metadata(output: Output) -> None:
-    if json.loads((output.path / "metadata.json").read_text()) != output.attributes:
+    if json.loads((output.path / METADATA_NAME).read_text()) != output.attributes:
         raise StoreError(
             "is not a copy of the store's attributes; `python -m gradproj merge` writes it again"
         )

@@ -18,6 +18,7 @@ from gradproj.files import existing_ancestor
 from gradproj.flags import Flags, flag
 from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.layout import METADATA_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
                 )
             yield path
         with _explained(target):
-            path = target / "metadata.json"
+            path = target / METADATA_NAME
             path.write_text(json.dumps(original_metadata(store), indent=2) + "\n")
         yield path
     except BaseException:
@@ -200,7 +201,7 @@ def _remove(target: Path, existed: bool) -> None:
     """Delete the files of this export. The folder was new or empty."""
     for path in target.glob("proj_iter_*"):
         path.unlink()
-    (target / "metadata.json").unlink(missing_ok=True)
+    (target / METADATA_NAME).unlink(missing_ok=True)
     if not existed and target.is_dir():
         target.rmdir()
 

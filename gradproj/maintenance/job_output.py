@@ -8,7 +8,7 @@ import numpy as np
 
 from gradproj.coordinator.merge import ranges_of, wanted_units
 from gradproj.errors import StoreError
-from gradproj.store.layout import StoreLayout
+from gradproj.store.layout import UNITS_DIR, StoreLayout
 from gradproj.store.metadata import find_store, read_attributes, read_layout
 from gradproj.store.unit_record import list_records
 
@@ -87,5 +87,5 @@ def read_output(path: str | Path) -> Output:
         )
     wanted = wanted_units(attributes)
     return Output(
-        store.parent, store, attributes, layout, wanted, list_records(store.parent / "units")
+        store.parent, store, attributes, layout, wanted, list_records(store.parent / UNITS_DIR)
     )

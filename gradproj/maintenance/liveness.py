@@ -26,6 +26,7 @@ from gradproj.coordinator.heartbeats import (
 from gradproj.coordinator.merge import MERGE_CLAIM
 from gradproj.coordinator.process_id import Owner
 from gradproj.maintenance.job_output import Output
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR
 
 ALIVE, GONE, STALE, SILENT, UNKNOWN = "alive", "gone", "stale", "silent", "unknown"
 """State of a process. ``gone``: its machine or a newer start of its job shows that it has ended.
@@ -94,7 +95,7 @@ def read_activity(output: Output, missing: np.ndarray, watch_s: float = 0) -> Ac
     """
     observer = Owner.this_process("status", 0, 0)
     watch = _watch_heartbeats(output, observer, watch_s)
-    beats = dict(read_heartbeats(output.path / "heartbeats"))
+    beats = dict(read_heartbeats(output.path / HEARTBEATS_DIR))
     claims = _current_claims(output, observer)
     owners = [*beats, *(c.owner for c in claims if c.owner is not None)]
     state_of = Liveness(observer, owners, watch)
@@ -145,7 +146,7 @@ class Liveness:
 
 def _watch_heartbeats(output: Output, observer: Owner, seconds: float) -> HeartbeatWatch:
     """Look twice at the heartbeats of all owners of heartbeats and claims."""
-    watch, folder = HeartbeatWatch(), output.path / "heartbeats"
+    watch, folder = HeartbeatWatch(), output.path / HEARTBEATS_DIR
     if seconds <= 0:
         return watch
     claimed = {c.owner for c in _current_claims(output, observer) if c.owner is not None}
@@ -162,7 +163,7 @@ def _watch_heartbeats(output: Output, observer: Owner, seconds: float) -> Heartb
 
 def _current_claims(output: Output, observer: Owner) -> list[Claim]:
     """Return the newest claim of everything that is claimed and not released, by name."""
-    folder, beats = output.path / "claims", output.path / "heartbeats"
+    folder, beats = output.path / CLAIMS_DIR, output.path / HEARTBEATS_DIR
     if not folder.is_dir():
         return []
     board = ClaimBoard(folder, folder, observer, lambda other: heartbeat_counter(beats, other))
@@ -176,7 +177,7 @@ def _claimed_unit(
     unit, owner = int(claim.unit), claim.owner
     beat = beats.get(owner) if owner is not None else None
     start, stop = output.layout.unit_range(unit) if unit < output.layout.n_units else (0, 0)
-    path = output.path / "claims" / f"{claim.unit}.{claim.number}"
+    path = output.path / CLAIMS_DIR / f"{claim.unit}.{claim.number}"
     return ClaimedUnit(
         unit=unit,
         n_samples=stop - start,

@@ -18,6 +18,7 @@ from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors
 from gradproj.formatting import count
 from gradproj.maintenance.job_output import Output
+from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR
 
 
 def merge_now(output: Output) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def merge_lock(output: Output, command: str) -> Iterator[MergeLock]:
     Raises:
         StoreError: another process holds it, or took it over because this one hung.
     """
-    with explain_os_errors(output.path / "claims"):
-        (output.path / "claims").mkdir(exist_ok=True)
+    with explain_os_errors(output.path / CLAIMS_DIR):
+        (output.path / CLAIMS_DIR).mkdir(exist_ok=True)
     # Each call has a name, and so a scratch directory, of its own: a process that takes over a unit
     # released by one call may fence that call's name.
     name = f"{command}-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -76,7 +77,7 @@ def merge_lock(output: Output, command: str) -> Iterator[MergeLock]:
                 f"{output.path} is being merged by {claim_holder(queue.claims, MERGE_CLAIM)}"
             )
         try:
-            with Heartbeat(output.path / "heartbeats", owner, progress):
+            with Heartbeat(output.path / HEARTBEATS_DIR, owner, progress):
                 yield MergeLock(output.path, queue, progress)
         except (MergeInterrupted, FileNotFoundError) as error:
             if isinstance(error, FileNotFoundError) and queue.scratch.is_dir():

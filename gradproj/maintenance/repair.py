@@ -18,6 +18,7 @@ from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
+from gradproj.store.layout import METADATA_NAME, UNITS_DIR
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
 
@@ -67,7 +68,7 @@ def repair(verification: Verification) -> Repair:
     result = Repair(verification.output)
     damaged = sorted(verification.damaged_units | verification.wrong_units)
     columns = any(d.kind == "columns" for d in verification.damage)
-    metadata = str(output.path / "metadata.json")
+    metadata = str(output.path / METADATA_NAME)
     if damaged or columns or any(d.path == metadata for d in verification.damage):
         with merge_lock(output, "repair") as lock:
             _repair(output, lock, damaged, verification.wrong_units, columns, result)
@@ -119,7 +120,7 @@ def _remove_and_merge(
     update_attributes(output.store, {"complete": False}, scratch)
     write_metadata(output.path, scratch)
     were_merged = any(merged.has(unit) for unit in result.units)
-    _remove((output.path / record_name(unit) for unit in result.units), output.path / "units")
+    _remove((output.path / record_name(unit) for unit in result.units), output.path / UNITS_DIR)
     # A merge reads all records, so it cannot run while a damaged one of another process remains.
     if (columns or were_merged or output.is_merged) and not result.held:
         lock.merge()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.failure import FAILED_NAME
 from gradproj.coordinator.merge import ranges_of
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import read_unit
@@ -23,7 +22,7 @@ from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.maintenance.checks import MergedColumns
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import ClaimedUnit, Speed, read_activity
-from gradproj.store.layout import STATUS
+from gradproj.store.layout import FAILED_NAME, PARTIAL_DIR, STATUS
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import record_name
 
@@ -204,7 +203,7 @@ def _recorded_status(output: Output, unit: int) -> np.ndarray:
 
 def _partial_units(output: Output, missing: np.ndarray) -> list[PartialUnit]:
     partial, wanted = [], set(missing.tolist())
-    for folder in sorted((output.path / "partial").glob("*/")):
+    for folder in sorted((output.path / PARTIAL_DIR).glob("*/")):
         if not folder.name.isdigit() or int(folder.name) not in wanted:
             continue
         try:

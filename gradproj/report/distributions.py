@@ -11,6 +11,7 @@ import numpy as np
 
 from gradproj.coordinator.merge import wanted_units
 from gradproj.corpus.index_file import load_index
+from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError
 from gradproj.store import STATUS, ProjectionStore
 
@@ -97,7 +98,7 @@ def _documents_of(store: ProjectionStore) -> list[int | None]:
     """Count documents by domain from the output's corpus index; None each if unknown."""
     unknown: list[int | None] = [None] * len(store.domains)
     try:
-        index = load_index(store.path.parent / "corpus.json")
+        index = load_index(store.path.parent / INDEX_NAME)
     except (CorpusError, OSError):
         return unknown  # not the job's store, which has an index
     tars = [tar for tar in index.tars if tar.start_id < len(store)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradproj.store.layout import LOGS_DIR, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_stats, record_name
 
 N_BINS = 120
@@ -57,10 +58,10 @@ def unit_times(output: Path) -> UnitTimes:
     Raises:
         StoreError: a record cannot be read.
     """
-    owners = _ranks_of_units(output / "logs")
+    owners = _ranks_of_units(output / LOGS_DIR)
     numbers: dict[str, int] = {}
     times, n_untimed = [], 0
-    for unit in list_records(output / "units").tolist():
+    for unit in list_records(output / UNITS_DIR).tolist():
         try:
             stats = read_stats(output / record_name(unit))
         except FileNotFoundError:  # removed by a repair meanwhile

@@ -21,6 +21,7 @@ from gradproj.store.append_table import refuse_gap
 from gradproj.store.encoding import encode_rows, nan_rows
 from gradproj.store.layout import (
     COLUMNS,
+    SCRATCH_DIR,
     STATUS,
     STORE_NAME,
     StoreLayout,
@@ -75,7 +76,7 @@ def create_row_store(
     Raises:
         StoreError: the folder cannot be written.
     """
-    scratch = folder / "tmp"
+    scratch = folder / SCRATCH_DIR
     with explain_os_errors(folder):
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed here
         scratch.mkdir(parents=True)
@@ -95,8 +96,8 @@ class AppendStore:
         self._store, self._rank, self._world_size = find_store(folder), rank, world_size
         self.layout = read_layout(self._store)
         self._height = self.layout.rows_per_shard
-        self._scratch = folder / "tmp" / f"rank-{rank:05d}"
-        self._lock = folder / "tmp" / "lock"
+        self._scratch = folder / SCRATCH_DIR / f"rank-{rank:05d}"
+        self._lock = folder / SCRATCH_DIR / "lock"
         with explain_os_errors(folder):
             shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True)

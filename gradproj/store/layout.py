@@ -14,7 +14,20 @@ from gradproj.flags import Flags, flag
 FORMAT_VERSION = 1
 """An attribute of the group. A reader refuses a newer version."""
 
+# Names in an output directory. That of the corpus index is in corpus/tar/paths.py.
+
 STORE_NAME = "projections.zarr"
+METADATA_NAME = "metadata.json"
+RUN_CONFIG_NAME = "run_config.json"
+STATS_NAME = "projection_stats.json"
+FAILED_NAME = "failed.json"
+UNITS_DIR = "units"
+CLAIMS_DIR = "claims"
+HEARTBEATS_DIR = "heartbeats"
+PARTIAL_DIR = "partial"
+SCRATCH_DIR = "tmp"
+LOGS_DIR = "logs"
+FOLDERS = (UNITS_DIR, CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, SCRATCH_DIR, LOGS_DIR)
 
 STATUS = {
     "missing": 0,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
-from gradproj.corpus.tar.paths import list_tars
+from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.errors import CorpusError, StoreError
+from gradproj.store.layout import RUN_CONFIG_NAME
 
 
 class RecordedTexts:
@@ -33,13 +34,13 @@ class RecordedTexts:
 
     def _find_index(self) -> CorpusIndex:
         try:
-            config = json.loads((self._output / "run_config.json").read_text())
+            config = json.loads((self._output / RUN_CONFIG_NAME).read_text())
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self._output} does not record where its documents are ({error}). Open the store "
                 "with ProjectionStore(path, read_text=...), a function from a sample id to its text"
             ) from error
-        index = load_index(self._output / "corpus.json")
+        index = load_index(self._output / INDEX_NAME)
         # The index has absolute paths; --shards may be relative to another working directory.
         if all(tar.path.is_file() for tar in index.tars):
             return index

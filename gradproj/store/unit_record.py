@@ -16,6 +16,7 @@ import numpy as np
 
 from gradproj.errors import DamagedFile
 from gradproj.files import crc32c
+from gradproj.store.layout import UNITS_DIR
 from gradproj.store.page_cache import damaged
 
 RECORD_VERSION = 1
@@ -60,7 +61,7 @@ class UnitRecord:
 
 def record_name(unit: int) -> str:
     """Return the path of a unit's record, relative to the output directory."""
-    return f"units/{unit:08d}.safetensors"
+    return f"{UNITS_DIR}/{unit:08d}.safetensors"
 
 
 def list_records(units_dir: str | Path) -> np.ndarray:

@@ -13,8 +13,9 @@ from helpers.outputs import tree_of
 from gradproj.coordinator.merge import read_unit
 from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.store_guard import StoreReplaced
-from gradproj.coordinator.units import FOLDERS, UnitQueue
+from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError
+from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import WhichStore
 from gradproj.store.unit_record import encode_record, record_name
 

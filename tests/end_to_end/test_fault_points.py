@@ -12,8 +12,8 @@ from helpers.forked_ranks import Ranks
 from helpers.jobs import assert_same_bits, flags, run_job
 
 from gradproj.coordinator.fault_points import STEPS
-from gradproj.coordinator.units import FOLDERS
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import FOLDERS
 
 PACKAGE = Path(__file__).parents[2] / "gradproj"
 N_SAMPLES, N_UNITS = 48, 3

@@ -16,10 +16,11 @@ import numpy as np
 
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.process_id import Owner, process_start
-from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
+from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.files import file_sum
 from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import (
+    FOLDERS,
     STATUS,
     STORE_NAME,
     LayerSlice,

@@ -96,7 +96,7 @@ def test_newer_record_is_refused(monkeypatch):
     monkeypatch.setattr("gradproj.store.unit_record.RECORD_VERSION", 2)
     data = encode_record(make_record())
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="by a newer gradproj. Update gradproj"):
+    with pytest.raises(StoreError, match=r"by a newer gradproj\. Update gradproj"):
         decode_record(data)
 
 

@@ -10,6 +10,9 @@ from braceexpand import braceexpand
 
 from gradproj.errors import CorpusError
 
+INDEX_NAME = "corpus.json"
+"""The corpus index: beside the tars, and in an output directory."""
+
 _MAX_NAMES = 10
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://").match
@@ -49,7 +52,7 @@ def list_tars(shards: str, flag: str = "--shards") -> list[Path]:
 def default_index_path(shards: str) -> Path | None:
     """Return ``corpus.json`` in the folder of the tars; None if they lie in several folders."""
     folders = {path.parent for path in list_tars(shards)}
-    return folders.pop() / "corpus.json" if len(folders) == 1 else None
+    return folders.pop() / INDEX_NAME if len(folders) == 1 else None
 
 
 def some(names: Iterable[str], noun: str) -> str:
