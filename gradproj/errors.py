@@ -52,6 +52,12 @@ class ReportedError(GradprojError):
     """Rank 0 has reported the error; this rank exits silently."""
 
 
+def damaged(path: str | Path, what: str) -> DamagedFile:
+    """Return the error for a file of a store that is not as it was written."""
+    way_out = "Run `python -m gradproj verify` on the output to see all damage"
+    return DamagedFile(path, f"is damaged: {what}", way_out)
+
+
 def settings_mismatch(
     what: str,
     theirs: Mapping[str, Any],

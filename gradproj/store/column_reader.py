@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import StoreError, damaged
 from gradproj.store.layout import COLUMNS, STATUS, StoreLayout, column_chunk_path, column_shape
 from gradproj.store.metadata import read_attributes
-from gradproj.store.page_cache import LRUCache, damaged, map_file
+from gradproj.store.page_cache import LRUCache, map_file
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
 
 _MAX_RECORDS = 64

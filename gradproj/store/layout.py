@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import StoreError, damaged
 from gradproj.flags import Flags, flag
 
 FORMAT_VERSION = 1
@@ -255,7 +255,4 @@ def decode_key(row: np.ndarray, store_path: Path) -> str:
     try:
         return row.tobytes().rstrip(b"\0").decode()
     except UnicodeDecodeError as error:
-        raise StoreError(
-            f"{store_path / 'key'} is damaged: a document's key is no UTF-8 ({error}). Run "
-            "`python -m gradproj verify` on the output to see all damage"
-        ) from error
+        raise damaged(store_path / "key", f"a document's key is no UTF-8 ({error})") from error

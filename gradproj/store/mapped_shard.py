@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gradproj.errors import damaged
 from gradproj.files import crc32c
 from gradproj.store.encoding import VALUES_PER_STEP, decode_into, nan_rows
 from gradproj.store.layout import StoreLayout
-from gradproj.store.page_cache import PagedFile, damaged
+from gradproj.store.page_cache import PagedFile
 
 _EMPTY_CHUNK = 2**64 - 1
 _MAX_ROWS_ONE_BY_ONE = 4  # gathering more of them at once is cheaper than copying each

@@ -17,19 +17,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from gradproj.errors import DamagedFile
+from gradproj.errors import damaged
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 _libc = ctypes.CDLL(None)
 _PAGE_MASK = ~(mmap.PAGESIZE - 1)
-
-
-def damaged(path: str | Path, what: str) -> DamagedFile:
-    """Return the error for a file of a store that is not as it was written."""
-    way_out = "Run `python -m gradproj verify` on the output to see all damage"
-    return DamagedFile(path, f"is damaged: {what}", way_out)
 
 
 class LRUCache(Generic[K, V]):

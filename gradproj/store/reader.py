@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from gradproj.errors import ConfigError, StoreError
+from gradproj.errors import ConfigError, StoreError, damaged
 from gradproj.store.column_reader import Columns
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
 from gradproj.store.mapped_shard import Selection, select_values
 from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
-from gradproj.store.page_cache import LRUCache, damaged
+from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
 from gradproj.store.texts import RecordedTexts
 

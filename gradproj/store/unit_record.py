@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import DamagedFile
+from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
 from gradproj.store.layout import UNITS_DIR
-from gradproj.store.page_cache import damaged
 
 RECORD_VERSION = 1
 
