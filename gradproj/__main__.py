@@ -23,6 +23,8 @@ COMMANDS = {
     "report": "write one HTML page on a store",
 }
 """Name -> summary. ``NAME_command`` of ``gradproj.cli.NAME`` takes the arguments after the name."""
+WITHOUT_STORE = ("prepare", "index")
+"""Commands that need no zarr, and so do not import it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +44,12 @@ def _dispatch(arguments: list[str]) -> int | None:
         raise ConfigError(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}")
     # Imported on use: `prepare` needs no torch, `export` no transformers.
     command = getattr(importlib.import_module(f"gradproj.cli.{name}"), f"{name}_command")
-    return command(rest)
+    if name in WITHOUT_STORE:
+        return command(rest)
+    from gradproj.store.zarr_threads import few_zarr_threads
+
+    with few_zarr_threads():
+        return command(rest)
 
 
 if __name__ == "__main__":

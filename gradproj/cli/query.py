@@ -36,7 +36,6 @@ from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 from gradproj.store.texts import text_of
-from gradproj.store.zarr_threads import few_zarr_threads
 
 _ALONE = Process(0, 1, 0, 1)
 
@@ -64,7 +63,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
-        with few_zarr_threads(), process_group(process), _sigterm_as_interrupt(process):
+        with process_group(process), _sigterm_as_interrupt(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):

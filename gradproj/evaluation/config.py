@@ -1,9 +1,10 @@
 """Settings of ``lds``."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradproj.corpus.config import SHARDS_HELP
+from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, Flags, flag, split_list
 from gradproj.model.config import MODEL_DTYPES
@@ -31,9 +32,11 @@ NO_PART_OF_THE_EXPERIMENT = (
 class LdsConfig(Flags, title="experiment"):
     """A small corpus, a small model, and the scores that are compared with retraining it."""
 
-    shards: str = flag(SHARDS_HELP, metavar="TARS", group="corpus")
+    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS", group="corpus")
     output_dir: str = flag(
-        "Directory of the experiment. Started again on it, lds resumes.", metavar="DIR"
+        "Directory of the experiment. Started again on it, lds resumes.",
+        required="give a folder",
+        metavar="DIR",
     )
     tokenizer: str = flag(
         "Tokenizer: a directory or hub name; default: one is trained on the corpus.",
@@ -42,7 +45,7 @@ class LdsConfig(Flags, title="experiment"):
         group="corpus",
     )
     vocab_size: int = flag(
-        "Number of tokens of the tokenizer that is trained.", 2048, group="corpus"
+        "Number of tokens of the tokenizer that is trained.", 2048, minimum=257, group="corpus"
     )
     n_documents: int = flag(
         "Number of training documents.", 1024, minimum=1, renamed_from="documents", group="corpus"
@@ -98,7 +101,9 @@ class LdsConfig(Flags, title="experiment"):
     batch_size: int = flag(
         "Documents in a training step.", 8, minimum=1, group="model and training"
     )
-    learning_rate: float = flag("Peak learning rate of AdamW.", 1e-3, group="model and training")
+    learning_rate: float = flag(
+        "Peak learning rate of AdamW.", 1e-3, above=0, below=math.inf, group="model and training"
+    )
     model_dtype: str = flag(
         "Precision of all trainings. bfloat16 is autocast with float32 weights, faster on CPUs "
         "that support it.",
@@ -173,11 +178,15 @@ class LdsConfig(Flags, title="experiment"):
         renamed_from="jobs",
         group="machine",
     )
-    seed: int = flag("Seed of all draws: documents, weights, subsets, bootstrap.", 0)
+    seed: int = flag(
+        "Seed of all draws: documents, weights, subsets, bootstrap.", 0, minimum=0, below=2**31
+    )
     device: str = flag("Device.", "auto", choices=DEVICES, group="machine")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.n_documents < 2 * self.n_near_copies:
             raise ConfigError(
                 f"--n_documents must be at least {2 * self.n_near_copies:,}, got "

@@ -28,26 +28,31 @@ QUERIES = 64
 _NOT_PLAIN = ("position_bias", "cache", "softcap", "s_aux")
 _lock = threading.Lock()
 _n_users = 0
+_is_installed = False
+"""Stays True if another library has wrapped ``attend`` meanwhile: its wrapper still calls it."""
 _replaced: Callable[..., Any] = sdpa_attention_forward
 
 
 def register_sdpa() -> None:
     """Make ``attend`` transformers' "sdpa", until ``unregister_sdpa`` was called as often."""
-    global _n_users, _replaced
+    global _n_users, _is_installed, _replaced
     with _lock:
-        if _n_users == 0:
-            _replaced = AttentionInterface()["sdpa"]
+        current = AttentionInterface()["sdpa"]
+        # A function that wraps `attend` must not become the one that `attend` calls.
+        if _n_users == 0 and (not _is_installed or current is _replaced):
+            _replaced, _is_installed = current, True
             AttentionInterface.register("sdpa", attend)
         _n_users += 1
 
 
 def unregister_sdpa() -> None:
     """Undo one ``register_sdpa``; the last one restores the function that was registered."""
-    global _n_users
+    global _n_users, _is_installed
     with _lock:
         _n_users -= 1
         if _n_users == 0 and AttentionInterface()["sdpa"] is attend:
             AttentionInterface.register("sdpa", _replaced)
+            _is_installed = False
 
 
 def attend(

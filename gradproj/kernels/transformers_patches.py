@@ -20,6 +20,8 @@ class _ThreadState(threading.local):
 _STATE = _ThreadState()
 _lock = threading.Lock()
 _n_contexts = 0
+_is_installed = False
+"""Stays True if another library has wrapped our function meanwhile: its wrapper still calls it."""
 _replaced: Callable[..., Any] = getattr(masking_utils, _FIND, lambda *_, **__: None)
 
 
@@ -47,11 +49,13 @@ def one_sequence_a_row() -> Iterator[None]:
 @contextmanager
 def _find_replaced() -> Iterator[None]:
     """Replace transformers' function, until the last of all threads' contexts ends."""
-    global _n_contexts, _replaced
+    global _n_contexts, _is_installed, _replaced
     with _lock:
         # A release of transformers without this function does not look for packed rows.
-        if _n_contexts == 0 and hasattr(masking_utils, _FIND):
-            _replaced = getattr(masking_utils, _FIND)
+        current = getattr(masking_utils, _FIND, None)
+        # A function that wraps ours must not become the one that ours calls.
+        if _n_contexts == 0 and current and (not _is_installed or current is _replaced):
+            _replaced, _is_installed = current, True
             setattr(masking_utils, _FIND, _find_unless_known)
         _n_contexts += 1
     try:
@@ -61,3 +65,4 @@ def _find_replaced() -> Iterator[None]:
             _n_contexts -= 1
             if _n_contexts == 0 and getattr(masking_utils, _FIND, None) is _find_unless_known:
                 setattr(masking_utils, _FIND, _replaced)
+                _is_installed = False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradproj.corpus.config import SHARDS_HELP
+from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
@@ -109,7 +109,7 @@ class EngineConfig(Flags, title="engine"):
 class TrainConfig(EngineConfig, title="training"):
     """Settings of a training run: data, model, optimizer, engine."""
 
-    shards: str = flag(SHARDS_HELP, metavar="TARS")
+    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
     result_dir: str = flag(
         "Directory for model, tokenizer, loss curve, checkpoints and the engine's results.",
         "training",

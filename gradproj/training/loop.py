@@ -23,7 +23,6 @@ from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
-from gradproj.store.zarr_threads import few_zarr_threads
 from gradproj.training.checkpoints import (
     Checkpoints,
     lock_result_dir,
@@ -63,8 +62,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
         print(warning, file=sys.stderr, flush=True)
     folder = make_folder("--result_dir", config.result_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    group = process_group(process, backend, TIMEOUT)
-    with few_zarr_threads(), group as world, lock_result_dir(folder, world):
+    with process_group(process, backend, TIMEOUT) as world, lock_result_dir(folder, world):
         run = _Run(config, folder, device, world)
         stop.drain()
         with run.manager:

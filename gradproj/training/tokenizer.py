@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradproj.corpus.config import SHARDS_HELP
+from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
@@ -24,7 +24,7 @@ PROGRESS_EVERY_S = 5.0
 class TokenizerConfig(Flags, title="tokenizer"):
     """Settings of a tokenizer: its corpus and its size."""
 
-    shards: str = flag(SHARDS_HELP, metavar="TARS")
+    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
     output_dir: str = flag(
         "Directory for the tokenizer's files.", required="give a folder", metavar="DIR"
     )

@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
+import zarr
 from helpers.corpora import input_record, make_corpus, mixed_documents, read_back, write_jsonl
 from helpers.jobs import assert_same_bits, flags
 from helpers.outputs import (
@@ -20,7 +22,7 @@ from helpers.outputs import (
     write_claim,
 )
 
-from gradproj.__main__ import COMMANDS, main
+from gradproj.__main__ import COMMANDS, WITHOUT_STORE, main
 from gradproj.corpus.index_file import load_index
 from gradproj.maintenance.job_output import read_output
 from gradproj.store.unit_record import record_name
@@ -54,6 +56,19 @@ def refused(run):
 
 
 # --- all commands ---
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_that_use_a_store_have_few_zarr_threads(name, run, monkeypatch):
+    def command(_):
+        print(zarr.config.get("threading.max_workers"))
+
+    module = SimpleNamespace(**{f"{name}_command": command})
+    monkeypatch.setattr(importlib, "import_module", lambda _: module)
+    before = zarr.config.get("threading.max_workers")
+    expected = before if name in WITHOUT_STORE else 2
+    assert run(name) == (0, f"{expected}\n", "")
+    assert zarr.config.get("threading.max_workers") == before
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -381,11 +381,17 @@ def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, mo
         ({"leave_out_k": 65}, "are 520 documents, over half of the 1,024"),
         ({"leave_out": 12}, "--leave_out 12 is not a multiple of --leave_out_group 8"),
         ({"leave_out_controls": 0}, "--leave_out_controls must be at least 1, got 0"),
+        ({"output_dir": ""}, "--output_dir is empty; give a folder"),
+        ({"shards": " "}, "--shards is empty; give a folder, a glob"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be more than 0 and finite"),
+        ({"n_head": 3}, "--n_embd 128 is not a multiple of --n_head 3"),
+        ({"vocab_size": 256}, "--vocab_size must be at least 257, got 256"),
+        ({"seed": -1}, "--seed must be at least 0"),
     ],
 )
 def test_invalid_settings_are_rejected(given, message):
     with pytest.raises(ConfigError, match=message):
-        LdsConfig(shards="x", output_dir="y", **given)
+        LdsConfig(**{"shards": "x", "output_dir": "y"} | given)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ def test_sdpa_is_restored_when_the_last_of_two_models_is_unfrozen():
     assert AttentionInterface()["sdpa"] is registered
 
 
+def test_sdpa_wrapped_by_another_library_does_not_recurse():
+    registered = AttentionInterface()["sdpa"]
+    inputs = [x.float() for x in tensors(5)]
+    expected = registered(layer(), *inputs, None)[0]
+    cpu_attention.register_sdpa()
+    AttentionInterface.register("sdpa", lambda *args, **settings: attend(*args, **settings))
+    cpu_attention.unregister_sdpa()
+    for _ in range(2):
+        cpu_attention.register_sdpa()
+        assert torch.equal(AttentionInterface()["sdpa"](layer(), *inputs, None)[0], expected)
+        cpu_attention.unregister_sdpa()
+    AttentionInterface.register("sdpa", registered)  # the wrapper is removed
+    cpu_attention.register_sdpa()
+    assert AttentionInterface()["sdpa"] is attend
+    cpu_attention.unregister_sdpa()
+    assert AttentionInterface()["sdpa"] is registered
+
+
 def test_falcon_attends_to_no_later_token_in_bfloat16():
     """Its attention compares the config's name of the implementation."""
     torch.manual_seed(0)

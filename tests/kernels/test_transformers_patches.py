@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 from transformers import masking_utils
 
 from gradproj.kernels.transformers_patches import one_sequence_a_row
@@ -20,6 +21,21 @@ def test_function_is_restored_when_the_last_context_ends():
         with one_sequence_a_row():
             assert find_function() is replaced
         assert find_function() is replaced
+    assert find_function() is original
+
+
+def test_function_wrapped_by_another_library_does_not_recurse(monkeypatch):
+    original, position_ids = find_function(), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with one_sequence_a_row():
+        ours = find_function()
+        monkeypatch.setattr(masking_utils, original.__name__, lambda x: ours(x))
+    for _ in range(2):
+        with one_sequence_a_row():
+            assert find_function()(position_ids) is None
+        assert torch.equal(find_function()(position_ids), original(position_ids))
+    monkeypatch.undo()  # the wrapper is removed, and leaves ours
+    with one_sequence_a_row():
+        assert find_function() is ours
     assert find_function() is original
 
 
