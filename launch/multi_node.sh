@@ -17,26 +17,12 @@ PORT=${PORT:-29500}
 JOB=${JOB:-gradproj}
 # Processes on each machine: auto = one per GPU, or one per CPU core where there is no GPU.
 RANKS=${RANKS:-auto}
-# Seconds that a process gets to save its work when the job receives a stop signal.
-SHUTDOWN_S=${SHUTDOWN_S:-60}
-# How often all processes are started again after one of them died.
-RESTARTS=${RESTARTS:-3}
 # Seconds that machines wait for each other at the start.
 JOIN_S=${JOIN_S:-1800}
-# The Python that gradproj is installed in: that of launch/setup.sh if it was called, else the one
-# of the shell.
-CHECKOUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV_PYTHON=$CHECKOUT/.venv/bin/python
-PYTHON=${PYTHON:-$([[ -x $VENV_PYTHON ]] && echo "$VENV_PYTHON" || echo python3)}
+# common.sh has those that all starts share: SHUTDOWN_S, RESTARTS, PYTHON.
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-"$PYTHON" -c 'import gradproj' 2>/dev/null || {
-    echo "gradproj: $PYTHON has no gradproj: bash launch/setup.sh installs it, or set PYTHON" >&2
-    exit 2
-}
-# Every check that the job makes, in one process. It runs on every machine, so that each one's own
-# view of the folders is checked, and an error ends all of them with the same line.
-"$PYTHON" -m gradproj plan "$@"
-[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || exit 0
 [[ $NODES =~ ^[1-9][0-9]*$ && -n $HEAD ]] || {
     echo "gradproj: set NODES (how many machines) and HEAD (the name of one of them):" \
         "NODES=4 HEAD=node1 bash $0 ..." >&2

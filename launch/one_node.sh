@@ -9,23 +9,9 @@ set -euo pipefail
 # Processes to start: auto = one per GPU, or one per CPU core where there is no GPU (each holds the
 # model).
 RANKS=${RANKS:-auto}
-# Seconds that a process gets to save its work when the job receives a stop signal.
-SHUTDOWN_S=${SHUTDOWN_S:-60}
-# How often all processes are started again after one of them died.
-RESTARTS=${RESTARTS:-3}
-# The Python that gradproj is installed in: that of launch/setup.sh if it was called, else the one
-# of the shell.
-CHECKOUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV_PYTHON=$CHECKOUT/.venv/bin/python
-PYTHON=${PYTHON:-$([[ -x $VENV_PYTHON ]] && echo "$VENV_PYTHON" || echo python3)}
-
-"$PYTHON" -c 'import gradproj' 2>/dev/null || {
-    echo "gradproj: $PYTHON has no gradproj: bash launch/setup.sh installs it, or set PYTHON" >&2
-    exit 2
-}
-# Every check that the job makes, in one process: an error ends here with one line.
-"$PYTHON" -m gradproj plan "$@"
-[[ " $* " != *" --help "* && " $* " != *" -h "* ]] || exit 0
+# common.sh has those that all starts share: SHUTDOWN_S, RESTARTS, PYTHON.
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # --standalone: a rendezvous of its own on a free port, so that two jobs on one machine do not meet.
 # With exec, signals reach torchrun itself, which hands them to the processes and waits for them.
