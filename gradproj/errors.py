@@ -37,7 +37,7 @@ class DamagedFile(StoreError):
         super().__init__(path, problem, way_out)
         self.path = Path(path)
         self.problem = problem
-        """The predicate of the message: "is damaged: it is empty". Without the path and the way out."""
+        """The message without the path and the way out: "is damaged: it is empty"."""
         self.way_out = way_out
 
     def __str__(self) -> str:
