@@ -1,4 +1,4 @@
-"""This process's rank, world size, device and job; the only reader of the environment.
+"""This process's rank, world size, device and job, read from the environment.
 
 The job's ranks meet at its start only, where rank 0 checks while the others wait. Its loop has no
 collective, so an uneven rank cannot make another time out.

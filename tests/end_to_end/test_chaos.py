@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 from helpers.chaos import PATIENCE_S, Tally, discard, fill_under_kills
 from helpers.corpora import make_corpus, mixed_documents
-from helpers.jobs import Scene, run_job
+from helpers.jobs import SMALL_JOB, Scene, run_job
 
-SETTINGS = {
-    "proj_rank_total": 24,
-    "proj_rank_min": 3,
-    "batch_size": 8,
-    "batch_tokens": 300,
-    "max_length": 48,
-    "rows_per_shard": 16,
-}
+SETTINGS = SMALL_JOB | {"rows_per_shard": 16}
 LANES = 4
 """Stores filled side by side in the long form: a job's start and end mostly wait."""
 

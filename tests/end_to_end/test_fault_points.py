@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as torch_dist
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import assert_same_bits, flags, run_job
+from helpers.jobs import SMALL_JOB, assert_same_bits, flags, run_job
 
 from gradproj.coordinator.fault_points import STEPS
 from gradproj.store import ProjectionStore
@@ -17,16 +17,7 @@ from gradproj.store.layout import FOLDERS
 
 PACKAGE = Path(__file__).parents[2] / "gradproj"
 N_SAMPLES, N_UNITS = 48, 3
-SETTINGS = {
-    "proj_rank_total": 24,
-    "proj_rank_min": 3,
-    "batch_size": 8,
-    "batch_tokens": 300,
-    "max_length": 48,
-    "rows_per_shard": 16,
-    "proj_save_interval": 1,
-    "device": "cpu",
-}
+SETTINGS = SMALL_JOB | {"rows_per_shard": 16, "proj_save_interval": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import tensorstore
 import torch
 import zarr
 from helpers.corpora import make_corpus, mixed_documents, words
-from helpers.jobs import ENVIRONMENT, arrays_of, assert_same_bits, job_command, run_job
+from helpers.jobs import ENVIRONMENT, SMALL_JOB, arrays_of, assert_same_bits, job_command, run_job
 from helpers.models import make_model
 from helpers.references import projected_gradient_by_autograd, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,20 +23,12 @@ from gradproj import GradProjLoraEngine, ProjectionStore
 from gradproj.coordinator.process_id import process_start
 from gradproj.store import STATUS
 
-SETTINGS = {
-    "proj_rank_total": 24,
-    "proj_rank_min": 3,
-    "batch_size": 8,
-    "batch_tokens": 300,
-    "max_length": 48,
-}
-
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, corpus, model_dir):
     """The finished store of one rank."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    run_job(1, shards=corpus, model=model_dir, output_dir=output, **SETTINGS)
+    run_job(1, shards=corpus, model=model_dir, output_dir=output, **SMALL_JOB)
     return output
 
 
@@ -67,7 +59,7 @@ def test_row_is_the_projected_gradient_of_its_document(
     texts = [words(n, n) for n in (3, 200, 40, 9, 90)]
     corpus = make_corpus(tmp_path / "tars", [{"text": text} for text in texts], per_tar=2)
     options = {
-        **SETTINGS,
+        **SMALL_JOB,
         "max_length": 32,
         "long_documents": long_documents,
         "loss_reduction": reduction,
@@ -88,7 +80,7 @@ def test_row_is_the_projected_gradient_of_its_document(
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_bits(tmp_path, corpus, model_dir, undisturbed, ranks):
-    run_job(ranks, shards=corpus, model=model_dir, output_dir=tmp_path / "out", **SETTINGS)
+    run_job(ranks, shards=corpus, model=model_dir, output_dir=tmp_path / "out", **SMALL_JOB)
     assert len(list((undisturbed / "units").iterdir())) >= 12
     assert_same_bits(tmp_path / "out", undisturbed)
 
@@ -142,7 +134,7 @@ def test_token_covariances_are_the_sum_over_units(undisturbed, corpus, model_dir
         model=model_dir,
         output_dir=tmp_path / "one",
         rows_per_shard=256,
-        **SETTINGS,
+        **SMALL_JOB,
     )
     many, one = (
         zarr.open_group(str(path / "projections.zarr"), mode="r")
@@ -164,7 +156,7 @@ def test_other_zarr_readers_need_no_gradproj(tmp_path, corpus, model_dir, undist
         output_dir=output,
         proj_dtype=dtype,
         max_samples=40,
-        **SETTINGS,
+        **SMALL_JOB,
     )
     path = str(output / "projections.zarr")
     with ProjectionStore(output) as store:
@@ -220,7 +212,12 @@ def test_every_unusual_document_has_one_row_with_its_status(tmp_path, model_dir)
     ]
     corpus = make_corpus(tmp_path / "tars", documents, per_tar=7)
     run_job(
-        2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", rows_per_shard=4, **SETTINGS
+        2,
+        shards=corpus,
+        model=model_dir,
+        output_dir=tmp_path / "out",
+        rows_per_shard=4,
+        **SMALL_JOB,
     )
     group = zarr.open_group(str(tmp_path / "out" / "projections.zarr"), mode="r")
     assert [STATUS[s] for s in expected] == group["status"][...].tolist()
@@ -249,7 +246,7 @@ def test_corpus_of_token_ids_gives_the_rows_of_its_text(tmp_path, model_dir):
             shards=source,
             model=model_dir,
             output_dir=tmp_path / f"out-{source.name}",
-            **SETTINGS,
+            **SMALL_JOB,
         )
     assert_same_bits(tmp_path / "out-text", tmp_path / "out-ids")
 
@@ -265,7 +262,7 @@ def test_special_tokens_follow_the_flag(tmp_path, model_dir, special, extra):
         model=model_dir,
         output_dir=tmp_path / "out",
         special_tokens=special,
-        **SETTINGS,
+        **SMALL_JOB,
     )
     with ProjectionStore(tmp_path / "out") as store:
         plain = len(AutoTokenizer.from_pretrained(model_dir)(words(9, 1)).input_ids)
@@ -275,7 +272,7 @@ def test_special_tokens_follow_the_flag(tmp_path, model_dir, special, extra):
 def test_selected_domains_write_only_their_units(tmp_path, model_dir):
     documents = sorted(mixed_documents(96), key=lambda d: d["meta"]["pile_set_name"])
     corpus = make_corpus(tmp_path / "tars", documents, per_tar=32)
-    settings = {**SETTINGS, "rows_per_shard": 16, "domains": "Github"}
+    settings = {**SMALL_JOB, "rows_per_shard": 16, "domains": "Github"}
     run_job(2, shards=corpus, model=model_dir, output_dir=tmp_path / "out", **settings)
     shards = {p.name for p in (tmp_path / "out" / "projections.zarr" / "projections").glob("c.*")}
     assert shards == {"c.2.0", "c.3.0"}
@@ -287,7 +284,7 @@ def test_selected_domains_write_only_their_units(tmp_path, model_dir):
 
 def test_finished_store_is_unchanged_by_another_start(corpus, model_dir, undisturbed):
     before = arrays_of(undisturbed)
-    done = run_job(2, shards=corpus, model=model_dir, output_dir=undisturbed, **SETTINGS)
+    done = run_job(2, shards=corpus, model=model_dir, output_dir=undisturbed, **SMALL_JOB)
     assert "The store is complete" in done.stdout
     assert arrays_of(undisturbed) == before
 
@@ -296,7 +293,7 @@ def test_copied_corpus_and_touched_tars_continue_in_the_same_output(
     tmp_path, corpus, model_dir, undisturbed
 ):
     output, tars = tmp_path / "out", shutil.copytree(corpus, tmp_path / "tars")
-    settings = {"model": model_dir, "output_dir": output, **SETTINGS}
+    settings = {"model": model_dir, "output_dir": output, **SMALL_JOB}
     run_job(1, shards=corpus, **settings)
     for unit in (0, 5):
         (output / "units" / f"{unit:08d}.safetensors").unlink()
@@ -309,7 +306,7 @@ def test_copied_corpus_and_touched_tars_continue_in_the_same_output(
 
 def test_other_settings_are_refused_with_every_difference(corpus, model_dir, undisturbed):
     before = arrays_of(undisturbed)
-    changed = {**SETTINGS, "proj_seed": 7, "max_length": 32, "loss_reduction": "sum"}
+    changed = {**SMALL_JOB, "proj_seed": 7, "max_length": 32, "loss_reduction": "sum"}
     done = run_job(1, expect=2, shards=corpus, model=model_dir, output_dir=undisturbed, **changed)
     for line in (
         "--max_length: store 48, this run 32",
@@ -353,7 +350,7 @@ def test_stopped_job_resumes_with_any_number_of_ranks(
     tmp_path, corpus, model_dir, undisturbed, stop, ranks_after
 ):
     output = tmp_path / "out"
-    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
+    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SMALL_JOB}
     first = subprocess.Popen(
         job_command(2, **settings),
         env=ENVIRONMENT,
@@ -382,7 +379,7 @@ def test_saved_partial_rows_are_used_and_give_the_same_bits(
     tmp_path, corpus, model_dir, undisturbed
 ):
     output = tmp_path / "out"
-    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SETTINGS}
+    settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SMALL_JOB}
     job = subprocess.Popen(job_command(1, proj_save_interval=1, **settings), env=ENVIRONMENT)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list(output.glob("partial/*/*.safetensors"))) < 1:
@@ -401,7 +398,7 @@ def test_random_architecture_needs_no_checkpoint(tmp_path, model_dir):
     (tmp_path / "config").mkdir()
     make_model(tmp_path / "config", family="gpt2")
     (tmp_path / "config" / "model.safetensors").unlink()
-    settings = {"shards": corpus, "init": "random", "model": tmp_path / "config", **SETTINGS}
+    settings = {"shards": corpus, "init": "random", "model": tmp_path / "config", **SMALL_JOB}
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_job(1, output_dir=tmp_path / out, seed=seed, **settings)
     assert_same_bits(tmp_path / "a", tmp_path / "b")

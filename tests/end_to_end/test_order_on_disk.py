@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import ENVIRONMENT, flags, job_command
+from helpers.jobs import ENVIRONMENT, SMALL_JOB, flags, job_command
 
 N_UNITS = 3
-SETTINGS = {
-    "proj_rank_total": 24,
-    "proj_rank_min": 3,
-    "batch_size": 8,
-    "batch_tokens": 300,
-    "max_length": 48,
-    "rows_per_shard": 16,
-    "proj_save_interval": 1,
-}
+SETTINGS = SMALL_JOB | {"rows_per_shard": 16, "proj_save_interval": 1}
 
 
 @dataclass

@@ -6,10 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, run_job
+from helpers.jobs import ENVIRONMENT, SLOW_JOB, assert_same_bits, flags, run_job
 from helpers.outputs import tree_of
 
 from gradproj.maintenance.verify import verify
@@ -22,7 +21,6 @@ SETTINGS = {
     "rows_per_shard": 16,
     "device": "cpu",
 }
-SLOW_JOB = Path(__file__).parents[1] / "helpers" / "slow_job.py"
 
 
 class Jobs:

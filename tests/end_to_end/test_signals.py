@@ -15,6 +15,7 @@ from helpers.jobs import (
     DRAIN_S,
     ENVIRONMENT,
     ORPHAN_S,
+    SLOW_JOB,
     Job,
     Scene,
     assert_same_bits,
@@ -32,7 +33,6 @@ SETTINGS = {
     "max_length": 48,
     "rows_per_shard": 16,
 }
-SLOW_JOB = str(Path(__file__).parents[1] / "helpers" / "slow_job.py")
 FOR_EVER_S = "600"
 BATCHES_DONE = 3
 """Batches of a unit that are done at the signal; a unit has eight or more."""
@@ -71,7 +71,7 @@ def slow(tmp_path):
     """``slow(seconds)``: command of a job whose batches take this long, and its signal folder."""
     folder = tmp_path / "asleep"
     folder.mkdir()
-    return lambda seconds: ([SLOW_JOB, str(folder), str(BATCHES_DONE), str(seconds)], folder)
+    return lambda seconds: ([str(SLOW_JOB), str(folder), str(BATCHES_DONE), str(seconds)], folder)
 
 
 @pytest.fixture

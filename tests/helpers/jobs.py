@@ -28,6 +28,18 @@ def flags(**settings: Any) -> list[str]:
     return given
 
 
+SMALL_JOB = {
+    "proj_rank_total": 24,
+    "proj_rank_min": 3,
+    "batch_size": 8,
+    "batch_tokens": 300,
+    "max_length": 48,
+}
+"""Flags of the jobs of most tests: narrow rows, short batches."""
+
+SLOW_JOB = Path(__file__).with_name("slow_job.py")
+"""A program that runs a job whose batches take a chosen time."""
+
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
