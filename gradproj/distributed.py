@@ -63,11 +63,7 @@ class Process:
 
     @classmethod
     def from_environment(cls) -> "Process":
-        """Read torchrun's variables. A process without them is rank 0 of 1.
-
-        Raises:
-            ConfigError: some of the variables are set and others are not.
-        """
+        """Read torchrun's variables. A process without them is rank 0 of 1."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         given: dict[str, Any] = {name: os.environ[name] for name in names if name in os.environ}
         if "RANK" not in given and "WORLD_SIZE" not in given:
@@ -80,7 +76,6 @@ class Process:
 
 
 def has_process_group() -> bool:
-    """Return whether ``torch.distributed`` is initialised in this process."""
     import torch.distributed as torch_dist
 
     return torch_dist.is_available() and torch_dist.is_initialized()
@@ -142,7 +137,6 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        """Return when every rank has called it."""
         import torch.distributed as torch_dist
 
         if self.size > 1:

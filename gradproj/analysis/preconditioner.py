@@ -115,19 +115,7 @@ class Preconditioner:
                 a numeric damping. With ``auto``, ``ready`` or the first use raises that.
             StoreError: the store holds no covariances, or no row.
         """
-        if kind not in KINDS:
-            raise ConfigError(
-                f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}"
-            )
-        if joint and kind == "kfac":
-            raise ConfigError(
-                "joint requires kind second_moment: Kronecker factors belong to one layer each"
-            )
-        if largest_width < 1 or directions < 1:
-            raise ConfigError(
-                f"largest_width and directions must be at least 1, got {largest_width} and "
-                f"{directions}"
-            )
+        _check_arguments(kind, joint, largest_width, directions)
         _check_damping(damping)
         names = chosen_layers(store, layers)
         widths = _widths(store, names, joint)
@@ -135,23 +123,13 @@ class Preconditioner:
             curvatures, n_rows = read_kronecker_factors(store)
         else:
             curvatures, n_rows = fit_second_moments(
-                store,
-                names,
-                widths,
-                largest_width=largest_width,
-                directions=directions,
-                together=together,
-                device=torch.device(device),
-                progress=progress,
-            )
+                store, names, widths, largest_width=largest_width, directions=directions,
+                together=together, device=torch.device(device), progress=progress,
+            )  # fmt: skip
         settings = {
-            "kind": kind,
-            "damping": damping,
-            "layers": names,
-            "n_rows": n_rows,
-            "joint": joint,
-            "store": identity_of(store),
-        }
+            "kind": kind, "damping": damping, "layers": names, "n_rows": n_rows,
+            "joint": joint, "store": identity_of(store),
+        }  # fmt: skip
         parts = [_Part(name, width, curvatures[name]) for name, width in widths.items()]
         fitted = cls(settings, parts)
         return fitted if damping == "auto" else fitted.ready()
@@ -254,6 +232,21 @@ class Preconditioner:
                 f"rows are {tuple(rows.shape)}; this preconditioner takes (n, {sum(widths)})"
             )
         return rows.split(widths, dim=1)
+
+
+def _check_arguments(kind: str, joint: bool, largest_width: int, directions: int) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}"
+        )
+    if joint and kind == "kfac":
+        raise ConfigError(
+            "joint requires kind second_moment: Kronecker factors belong to one layer each"
+        )
+    if largest_width < 1 or directions < 1:
+        raise ConfigError(
+            f"largest_width and directions must be at least 1, got {largest_width} and {directions}"
+        )
 
 
 def _check_damping(damping: float | str) -> None:

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -123,11 +122,9 @@ class ScoresFile:
     def __enter__(self) -> "ScoresFile":
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         os.close(self._descriptor)
-        if error is not None:
+        if kind is not None:
             self._unfinished.unlink(missing_ok=True)
 
     def _flush(self) -> None:

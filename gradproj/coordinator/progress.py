@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from tqdm import tqdm
@@ -137,9 +136,7 @@ class ProgressDisplay:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self._visible:
             self._ended.set()
             self._thread.join()

@@ -19,14 +19,11 @@ LONG_DOCUMENTS = ("truncate", "windows")
 AUTO = 0
 """``--batch_tokens auto``: measured once, before the first unit."""
 
-
 MOST_PADDING = 0.05
 """Fraction of a batch's tokens that may be padding."""
 
 FEW_TOKENS = 256
-"""Batches up to this size may have more padding: below it, starting a batch costs more than its
-tokens.
-"""
+"""Smaller batches may have more padding: starting a batch costs more than their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +94,7 @@ def split_long(
         return []
     if long_documents == "truncate":
         return [tokens[:max_length]]
-    return [
-        tokens[start : start + max_length] for start in range(0, len(tokens) - 1, max_length - 1)
-    ]
+    return [tokens[i : i + max_length] for i in range(0, len(tokens) - 1, max_length - 1)]
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
@@ -129,10 +124,8 @@ def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> 
 def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Batch:
     """Pad the chosen sequences into one batch on the host.
 
-    Args:
-        sequences: all sequences of the unit.
-        chosen: positions of this batch's sequences, ``(N,)``.
-        pad: a valid token id; its value does not change any row.
+    ``chosen`` are positions in ``sequences``, ``(N,)``. ``pad`` is a valid token id; its value does
+    not change any row.
     """
     parts = [sequences[i] for i in chosen]
     width = max(len(part) for part in parts)
@@ -145,10 +138,6 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Ba
     # The target of a position is the next token of its sequence, the next element of the row.
     targets = ids.reshape(-1)[positions + 1]
     return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(targets),
-        torch.from_numpy(mask),
-        np.asarray(chosen, dtype=np.int64),
-        sum(map(len, parts)),
-    )
+        torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
+        torch.from_numpy(mask), np.asarray(chosen, dtype=np.int64), sum(map(len, parts)),
+    )  # fmt: skip

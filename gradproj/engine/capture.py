@@ -120,12 +120,7 @@ def mixed_samples_error(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -
 
 
 class BatchCapture:
-    """One batch's state between its forward pass and ``rows``.
-
-    Args:
-        layers: the target layers, in model order.
-        sum_covariances: keep each sample's token covariances as well.
-    """
+    """One batch's state between its forward pass and ``rows``; the layers are in model order."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
         self._layers = layers
@@ -136,11 +131,7 @@ class BatchCapture:
         self.forget()
 
     def begin(self, shape: tuple[int, int] | None) -> None:
-        """Start a batch of ``shape`` (samples, positions), None if unknown.
-
-        Raises:
-            ModelError: the previous batch ran backward and was not collected.
-        """
+        """Start a batch of ``shape`` (samples, positions), None if unknown."""
         if self.parts:
             raise ModelError(
                 "the previous batch ran backward and was not collected: call collect_batch() after "
@@ -150,7 +141,6 @@ class BatchCapture:
         self.shape = shape
 
     def forget(self) -> None:
-        """Drop the state of the current batch."""
         self.serial += 1
         self.shape = None
         self.parts: dict[int, Tensor] = {}
@@ -163,9 +153,8 @@ class BatchCapture:
         """Return ``(N, S, k_i)`` float32, all that is kept of a layer's input."""
         layer = self._layers[index]
         self.called.add(index)
-        return self._by_sample(
-            layer, layer.target.rule.project_input(module, a.detach(), layer.p_i)
-        )
+        a_p = layer.target.rule.project_input(module, a.detach(), layer.p_i)
+        return self._by_sample(layer, a_p)
 
     @torch.no_grad()
     @_in_full_precision
@@ -184,13 +173,9 @@ class BatchCapture:
         if self._sum_covariances:
             if self.token_mask is not None:
                 a_p = a_p * self.token_mask.unsqueeze(-1)
-            covariances = (sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p))
+            a, s = sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p)
             before = self._covariances.get(index)
-            self._covariances[index] = (
-                covariances
-                if before is None
-                else (before[0] + covariances[0], before[1] + covariances[1])
-            )
+            self._covariances[index] = (before[0] + a, before[1] + s) if before else (a, s)
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
         """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""
@@ -208,15 +193,12 @@ class BatchCapture:
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
         """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""
-        # One bad sample must not spoil a unit's sums. The mask stays on the device, so nothing
-        # waits.
+        # One bad sample must not spoil a unit's sums. The mask stays on the device: nothing waits.
         good = torch.isfinite(rows).all(dim=1)
         pairs = [self._covariances[i] for i in range(len(self._layers))]
         a = torch.cat([pair[0].flatten(1) for pair in pairs], dim=1)
         g = torch.cat([pair[1].flatten(1) for pair in pairs], dim=1) / weights**2
-        a, g = (
-            torch.where(good.unsqueeze(1), x, 0.0).sum(dim=0, dtype=torch.float64) for x in (a, g)
-        )
+        a, g = (torch.where(good[:, None], x, 0.0).sum(0, dtype=torch.float64) for x in (a, g))
         if self.token_mask is not None:
             counts = self.token_mask.sum(dim=1, dtype=torch.int64)
         else:

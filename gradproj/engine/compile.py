@@ -17,11 +17,7 @@ WAY_OUT = "or leave --compile out: the rows are the same up to rounding"
 
 
 def check_compiler(device_type: str) -> None:
-    """Refuse a machine that lacks what torch.compile needs. Compiles nothing.
-
-    Raises:
-        ConfigError: what is missing, and the way out.
-    """
+    """Raise ``ConfigError`` if this machine lacks what torch.compile needs. Compiles nothing."""
     missing = []
     if not _has_cpp_compiler():
         missing.append("a C++ compiler (g++, or the one that CXX names)")
@@ -82,11 +78,7 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextmanager
 def compiler_errors_explained() -> Iterator[None]:
-    """Turn errors of torch's compiler into one line.
-
-    Raises:
-        ModelError: the compiler failed, and why.
-    """
+    """Turn errors of torch's compiler into a ``ModelError`` of one line."""
     try:
         yield
     except RuntimeError as error:

@@ -31,9 +31,8 @@ class CompiledCapture(BatchCapture):
         if shape is not None:
             p_i = self._layers[0].p_i
             # Always a mask: batches with and without one would be two graphs.
-            self._batch.mask = (
-                p_i.new_ones(shape) if self.token_mask is None else self.token_mask.to(p_i.dtype)
-            )
+            mask = self.token_mask
+            self._batch.mask = p_i.new_ones(shape) if mask is None else mask.to(p_i.dtype)
             for hook in self.hooks:
                 hook.make_grad_buffers(shape[0], self._sum_covariances)
 
@@ -72,8 +71,7 @@ class CompiledHook:
     """
 
     grad_buffers: tuple[Tensor, ...] | None = None
-    """This batch's ``(N, k_o, k_i)``, and with covariances ``(N, k_i, k_i)`` and ``(N, k_o, k_o)``.
-    """
+    """``(N, k_o, k_i)``, and with covariances ``(N, k_i, k_i)`` and ``(N, k_o, k_o)``."""
 
     def __init__(self, layer: PlacedLayer, batch: _SharedBatch) -> None:
         self._layer, self._batch = layer, batch
@@ -102,9 +100,8 @@ class CompiledHook:
                 a_p = project_with(a.detach(), self._p_i, self._low_i)
             a_p = self._by_sample(a_p)
         assert self.grad_buffers is not None  # set together with ``mask``
-        return _ProjectGradient.apply(
-            output, a_p, self._p_o, self._low_o, self._batch.mask, *self.grad_buffers
-        )
+        constants = (self._p_o, self._low_o, self._batch.mask)
+        return _ProjectGradient.apply(output, a_p, *constants, *self.grad_buffers)
 
     def _by_sample(self, x: Tensor) -> Tensor:
         mask = self._batch.mask
@@ -113,9 +110,10 @@ class CompiledHook:
                 "a compiled model takes (N, S) input_ids or (N, S, H) inputs_embeds, and got "
                 "neither"
             )
-        separated = by_sample(x, mask.shape[0], mask.shape[1])
+        n, s = mask.shape
+        separated = by_sample(x, n, s)
         if separated is None:
-            raise mixed_samples_error(self._layer, x, (mask.shape[0], mask.shape[1]))
+            raise mixed_samples_error(self._layer, x, (n, s))
         return separated
 
 

@@ -11,7 +11,6 @@ Source of the maths: LoGra, arXiv:2405.13954.
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,13 +98,9 @@ class GradProjLoraEngine(OriginalInterface):
     ) -> None:
         names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
         config = ProjectionConfig(
-            layers=names,
-            rank_total=proj_rank_total,
-            rank_min=proj_rank_min,
-            seed=proj_seed,
-            kind=proj_kind,
-            include_embeddings=include_embeddings,
-        )
+            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min,
+            seed=proj_seed, kind=proj_kind, include_embeddings=include_embeddings,
+        )  # fmt: skip
         self.module = module
         self.proj_dtype = _dtype(proj_dtype)
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
@@ -117,9 +112,8 @@ class GradProjLoraEngine(OriginalInterface):
         self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
         self._compiled = compiled
         self._layers = place_layers(module, config, matrices)
-        self._capture = (CompiledCapture if compiled else BatchCapture)(
-            self._layers, token_covariances
-        )
+        capture_type = CompiledCapture if compiled else BatchCapture
+        self._capture = capture_type(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
         self._handles: list[Any] = []
@@ -158,9 +152,7 @@ class GradProjLoraEngine(OriginalInterface):
     @property
     def slice_ranges(self) -> dict[str, tuple[int, int]]:
         """Layer -> first and last + 1 column of its ``k_o x k_i`` values (row-major) in a row."""
-        return {
-            layer.target.name: (layer.columns.start, layer.columns.stop) for layer in self._layers
-        }
+        return {each.target.name: (each.columns.start, each.columns.stop) for each in self._layers}
 
     @property
     def total_proj_dim(self) -> int:
@@ -169,7 +161,6 @@ class GradProjLoraEngine(OriginalInterface):
 
     @property
     def targets(self) -> list[TargetLayer]:
-        """The target layers in model order."""
         return [layer.target for layer in self._layers]
 
     @property
@@ -207,9 +198,7 @@ class GradProjLoraEngine(OriginalInterface):
     def __enter__(self) -> "GradProjLoraEngine":
         return self.attach()
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cleanup()
 
     # --- hooks ---
@@ -232,9 +221,8 @@ class GradProjLoraEngine(OriginalInterface):
             # An evaluation and the first pass of a checkpointed block make no gradient.
             if not torch.is_grad_enabled():
                 return
-            a_p = capture.project_input(
-                index, module, args[0] if args else next(iter(kwargs.values()))
-            )
+            a = args[0] if args else next(iter(kwargs.values()))
+            a_p = capture.project_input(index, module, a)
             serial = capture.serial
             if not output.requires_grad:
                 output.requires_grad_(True)  # the graph starts here
@@ -275,11 +263,7 @@ class GradProjLoraEngine(OriginalInterface):
         return rows
 
     def take_token_covariances(self) -> TokenCovariances:
-        """Return the sums since the last call and start from zero.
-
-        Raises:
-            ConfigError: the engine was made without ``token_covariances=True``.
-        """
+        """Return the sums since the last call and start from zero."""
         if self._covariances is None:
             raise ConfigError(
                 "the engine sums no token covariances: make it with token_covariances=True"

@@ -45,6 +45,7 @@ class FrozenModel:
         self._attending: list[nn.Module] = []
         for parameter in module.parameters():
             self._set(parameter, "requires_grad", False)
+        by_block = gradient_checkpointing or compiled
         own_attention = any(fits(parameter) for parameter in module.parameters())
         for part in module.modules():
             self._set(part, "training", False)
@@ -52,9 +53,7 @@ class FrozenModel:
                 setattr(part, ATTENDS, True)
                 self._attending.append(part)
             form = _FORMS.get(type(part))
-            if isinstance(part, GradientCheckpointingLayer) and (
-                gradient_checkpointing or compiled
-            ):
+            if by_block and isinstance(part, GradientCheckpointingLayer):
                 form = functools.partial(_block, gradient_checkpointing, compiled)
             # Leave a module that already has its own forward (a quantizer's, an offloader's).
             if form is not None and "forward" not in vars(part):
@@ -64,7 +63,7 @@ class FrozenModel:
             register_sdpa()
         flag = "gradient_checkpointing" if gradient_checkpointing else "compile"
         has_blocks = any(isinstance(part, GradientCheckpointingLayer) for part in self._swapped)
-        if (gradient_checkpointing or compiled) and not has_blocks:
+        if by_block and not has_blocks:
             self.undo()
             raise ModelError(
                 f"--{flag}: transformers marks no block of {type(module).__name__} for it; "
@@ -114,11 +113,6 @@ def _dense(module: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _new_gelu(module: NewGELUActivation) -> Callable[[Tensor], Tensor]:
-    # One kernel, which saves one tensor for the backward pass; transformers' version saves four.
-    return lambda x: F.gelu(x, approximate="tanh")
-
-
 def _block(
     checkpointed: bool, compiled: bool, module: GradientCheckpointingLayer
 ) -> Callable[..., Any]:
@@ -131,6 +125,7 @@ def _block(
 _FORMS: dict[type[nn.Module], Callable[[Any], Callable[..., Any]]] = {
     nn.Linear: _dense,
     Conv1D: _dense,
-    NewGELUActivation: _new_gelu,
+    # One kernel, which saves one tensor for the backward pass; transformers' version saves four.
+    NewGELUActivation: lambda module: functools.partial(F.gelu, approximate="tanh"),
 }
 """Exact type -> ``module -> its forward while frozen``. A subclass may compute something else."""

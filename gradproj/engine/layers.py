@@ -46,20 +46,17 @@ def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
         # torch gives the padding token's embedding no gradient.
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)
     scale = getattr(module, "embed_scale", None)
-    # The model rounds the scale to its own dtype before it multiplies.
     if scale is None:
         return rows
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, device=rows.device)
+    # The model rounds the scale to its own dtype before it multiplies.
+    scale = scale if isinstance(scale, Tensor) else torch.full((), scale, device=rows.device)
     return rows * scale.to(module.weight.dtype).to(rows)
 
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense),
     Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense),
-    nn.Embedding: LayerRule(
-        "Embedding", lambda m: (m.num_embeddings, m.embedding_dim), _project_lookup
-    ),
+    nn.Embedding: LayerRule("Embedding", lambda m: tuple(m.weight.shape), _project_lookup),
 }
 """Type -> rule. The tests need a case for each."""
 
@@ -99,11 +96,7 @@ def without_wrappers(model: Any) -> Any:
     A layer's name, and with it its matrices, must not depend on them.
     """
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = (
-            model.module
-            if isinstance(model, nn.parallel.DistributedDataParallel)
-            else model._orig_mod
-        )
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
 
 
@@ -136,7 +129,14 @@ def find_layers(
         elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
             unsupported.append(f"{name} ({type(module).__name__})")
     if unsupported:
-        raise ModelError(_unsupported_message(unsupported))
+        more = f" and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
+        supported = ", ".join(rule.type_name for rule in LAYER_RULES.values())
+        raise ModelError(
+            f"--proj_layers matches weights that gradproj cannot project: "
+            f"{', '.join(unsupported[:8])}{more}. It supports {supported}; fused expert weights "
+            "and quantized layers are not supported. Name other layers, for example --proj_layers "
+            "attn"
+        )
     unmatched = [p for p in patterns if p not in used]
     if unmatched:
         raise ModelError(
@@ -162,16 +162,6 @@ def _matches(pattern: str, name: str) -> bool:
     options = [tuple(alias.split(".")) for alias in ALIASES.get(pattern, (pattern,))]
     return any(
         tuple(parts[i : i + len(o)]) == o for o in options for i in range(len(parts) - len(o) + 1)
-    )
-
-
-def _unsupported_message(names: list[str]) -> str:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    supported = ", ".join(rule.type_name for rule in LAYER_RULES.values())
-    return (
-        f"--proj_layers matches weights that gradproj cannot project: {shown}. It supports "
-        f"{supported}; fused expert weights and quantized layers are not supported. Name other "
-        "layers, for example --proj_layers attn"
     )
 
 

@@ -37,9 +37,7 @@ class Targets:
     """A batch's targets as flat indices, made on the host so that no device is read for them."""
 
     positions: Tensor
-    """``(T,)`` int64 indices into the flattened ``(N * S)`` positions whose output predicts a
-    target.
-    """
+    """``(T,)`` int64 flat positions in ``(N * S)`` that predict a target."""
     tokens: Tensor
     """``(T,)`` int64: the target token at each position."""
 
@@ -173,9 +171,8 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     cap = _softcap(model)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
-    tolerance = (
-        1e-5 if expected.dtype == head.weight.dtype else 4 * torch.finfo(head.weight.dtype).eps
-    )
+    dtype = head.weight.dtype
+    tolerance = 1e-5 if expected.dtype == dtype else 4 * torch.finfo(dtype).eps
     error = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     if not error <= tolerance:
         return False, f"logits from the hidden states differ from the model's own by {error:.1e}"

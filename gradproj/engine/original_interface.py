@@ -61,7 +61,6 @@ class OriginalInterface(ABC):
             )
 
     def attach_with_optimizer(self, optimizer: Any = None) -> None:
-        """Call ``attach``; the optimizer is not needed."""
         self.attach()
 
     def aggregate_and_log(self) -> Tensor:
@@ -74,5 +73,4 @@ class OriginalInterface(ABC):
         self.detach()
 
     def reattach_after_evaluation(self) -> None:
-        """Call ``attach``."""
         self.attach()

@@ -30,21 +30,15 @@ def _words(key: str, count: int) -> np.ndarray:
     Only the raw stream is used: numpy guarantees it across versions, unlike its distributions.
     """
     digest = hashlib.sha256(key.encode()).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
-    return philox.random_raw(count)
-
-
-def _uniform(key: str, count: int) -> np.ndarray:
-    """Return ``count`` float64 values in (0, 1]. Never 0, whose logarithm is infinite."""
-    return ((_words(key, count) >> np.uint64(11)) + 1).astype(np.float64) * 2.0**-53
+    return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")).random_raw(count)
 
 
 def _normal(key: str, k: int, n: int) -> np.ndarray:
     """Return ``(k, n)`` float64 standard normals by the Box-Muller transform."""
     half = (k * n + 1) // 2
-    radius, angle = _uniform(key, 2 * half).reshape(2, half)
-    radius = np.sqrt(-2.0 * np.log(radius))
-    angle = 2.0 * np.pi * angle
+    # Uniform in (0, 1]: the logarithm of 0 is infinite.
+    uniform = ((_words(key, 2 * half) >> np.uint64(11)) + 1).astype(np.float64) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[:half])), 2.0 * np.pi * uniform[half:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[: k * n].reshape(k, n)
 
 
@@ -52,10 +46,6 @@ def _rademacher(key: str, k: int, n: int) -> np.ndarray:
     words = _words(key, (k * n + 63) // 64).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), count=k * n, bitorder="little")
     return (bits.astype(np.float32) * 2 - 1).reshape(k, n) / np.sqrt(k)
-
-
-def _gaussian(key: str, k: int, n: int) -> np.ndarray:
-    return _normal(key, k, n) / np.sqrt(k)
 
 
 def _orthonormal(key: str, k: int, n: int) -> np.ndarray:
@@ -66,7 +56,7 @@ def _orthonormal(key: str, k: int, n: int) -> np.ndarray:
 
 PROJECTIONS: dict[str, Callable[[str, int, int], np.ndarray]] = {
     "rademacher": _rademacher,
-    "gaussian": _gaussian,
+    "gaussian": lambda key, k, n: _normal(key, k, n) / np.sqrt(k),
     "orthonormal": _orthonormal,
 }
 """Kind -> ``(key, k, n) -> (k, n)`` with ``E[P^T P] = I``. The tests run for every entry."""
@@ -113,7 +103,6 @@ class ProjectionConfig(Flags, title="projection"):
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The items of ``layers``."""
         return split_list(self.layers)
 
 
@@ -136,12 +125,8 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
     Raises:
         ConfigError: the least widths alone exceed the budget.
     """
-    for name, value in (
-        ("n_i", n_i),
-        ("n_o", n_o),
-        ("rank_total", rank_total),
-        ("rank_min", rank_min),
-    ):
+    arguments = {"n_i": n_i, "n_o": n_o, "rank_total": rank_total, "rank_min": rank_min}
+    for name, value in arguments.items():
         if value < 1:
             raise ConfigError(f"choose_ki_ko: {name} must be at least 1, got {value}")
     least_i, least_o = min(rank_min, n_i), min(rank_min, n_o)
@@ -151,26 +136,16 @@ def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -
             f"{n_i} -> {n_o} with --proj_rank_min {rank_min}: give at least --proj_rank_total "
             f"{least_i * least_o}, or at most --proj_rank_min {int(rank_total**0.5)}"
         )
-    candidates = [
-        (k_i, min(n_o, rank_total // k_i))
-        for k_i in range(least_i, min(n_i, rank_total // least_o) + 1)
-    ]
+    widths = range(least_i, min(n_i, rank_total // least_o) + 1)
+    candidates = [(k_i, min(n_o, rank_total // k_i)) for k_i in widths]
     return min(candidates, key=lambda k: ((1 + 2 / k[0]) * (1 + 2 / k[1]), k[0] * n_i + k[1] * n_o))
 
 
 def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: int) -> Tensor:
-    """Return the matrix of one side of one layer, ``(k, n)`` float32 on the CPU.
+    """Return the matrix of one side (``"i"``, ``"o"``) of a layer, ``(k, n)`` float32 on the CPU.
 
     It is a function of its arguments alone: other layers, ranks and torch's generators play no
     part.
-
-    Args:
-        kind: a key of ``PROJECTIONS``.
-        seed: ``--proj_seed``.
-        layer: the layer's dotted name in the model.
-        side: ``"i"`` (input) or ``"o"`` (output).
-        k: rows kept.
-        n: the side's width.
     """
     key = f"gradproj/{PROJECTION_VERSION}/{seed}/{kind}/{layer}/{side}/{k}x{n}"
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
@@ -183,17 +158,14 @@ def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice
         n_i, n_o = target.widths
         k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
         stop = start + k_i * k_o
-        placed.append(
-            LayerSlice(target.name, target.rule.type_name, n_i, n_o, k_i, k_o, start, stop)
-        )
+        kind = target.rule.type_name
+        placed.append(LayerSlice(target.name, kind, n_i, n_o, k_i, k_o, start, stop))
         start = stop
     return placed
 
 
 def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:
     """Return ``(P_i (k_i, n_i), P_o (k_o, n_o))`` of a layer, float32 on the CPU."""
-    sides = (("i", layer.k_i, layer.n_i), ("o", layer.k_o, layer.n_o))
-    p_i, p_o = (
-        projection_matrix(config.kind, config.seed, layer.name, side, k, n) for side, k, n in sides
-    )
-    return p_i, p_o
+    key = config.kind, config.seed, layer.name
+    p_i = projection_matrix(*key, "i", layer.k_i, layer.n_i)
+    return p_i, projection_matrix(*key, "o", layer.k_o, layer.n_o)

@@ -12,14 +12,9 @@ from torch import Tensor
 def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor | None) -> Path:
     """Write ``proj_iter_{number:06d}.pt``, readable by ``torch.load(..., weights_only=True)``.
 
-    Args:
-        folder: made if it is missing.
-        number: from 1; also the file's ``iter``.
-        rows: ``(B, D)``, any float dtype; stored unchanged, on the CPU.
-        ids: ``(B,)`` int64 sample ids, or None if they are unknown.
-
-    Returns:
-        The file's path. It appears whole or not at all.
+    The number is from 1, also the file's ``iter``. The rows ``(B, D)`` are stored unchanged, on the
+    CPU; the int64 sample ids ``(B,)`` are None if they are unknown. The file appears whole or not
+    at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"proj": rows.cpu(), "iter": number, "batch_size": len(rows)}
@@ -41,15 +36,13 @@ class RowBuffer:
         self._files = 0
 
     def __len__(self) -> int:
-        """Return the number of batches held."""
         return len(self._rows)
 
     def add(self, rows: Tensor, ids: Any = None) -> None:
         """Keep a batch's ``(B, D)`` rows on the CPU, and the samples' ids if they are known."""
         self._rows.append(rows.detach().cpu())
-        self._ids.append(
-            None if ids is None else torch.as_tensor(np.asarray(ids), dtype=torch.int64)
-        )
+        known = ids is not None
+        self._ids.append(torch.as_tensor(np.asarray(ids), dtype=torch.int64) if known else None)
 
     def write(self, folder: Path, number: int | None = None) -> Path | None:
         """Write all rows to one file, by default with the next number. None without rows."""
@@ -57,10 +50,8 @@ class RowBuffer:
             return None
         if self._files == 0 and number is None and folder.is_dir():
             # Do not overwrite the files of an earlier run.
-            taken = [
-                int(p.stem.removeprefix("proj_iter_")) for p in folder.glob("proj_iter_[0-9]*.pt")
-            ]
-            self._files = max(taken, default=0)
+            stems = (path.stem for path in folder.glob("proj_iter_[0-9]*.pt"))
+            self._files = max((int(stem.removeprefix("proj_iter_")) for stem in stems), default=0)
         self._files = self._files + 1 if number is None else number
         batch_ids = [ids for ids in self._ids if ids is not None]
         ids = torch.cat(batch_ids) if len(batch_ids) == len(self._ids) else None

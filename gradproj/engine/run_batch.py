@@ -19,12 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def run_batch(model: nn.Module, engine: GradProjLoraEngine, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Run a batch forward and backward.
-
-    Args:
-        model: on the batch's device.
-        engine: attached to the model.
-        batch: its sequences.
+    """Run a batch forward and backward through a model with its engine attached.
 
     Returns:
         ``(rows (N, D), losses (N,))``, both of summed losses in nats, on the device.
@@ -41,14 +36,9 @@ def run_in_halves(
 ) -> Iterator[tuple[np.ndarray, T | None]]:
     """Run a batch; halve it and try again while the device has no memory for it.
 
-    Args:
-        engine: what a failed attempt left in it is dropped.
-        sequences: ``(N,)`` the batch's sequences.
-        run: computes some of them: forward, backward, rows.
-
-    Yields:
-        ``(sequences, result)`` of each part that ran; the result is None for a single sequence
-        that does not fit.
+    ``run`` computes some of the sequences ``(N,)``: forward, backward, rows. This yields
+    ``(sequences, result)`` of each part that ran; the result is None for a single sequence that
+    does not fit. What a failed attempt left in the engine is dropped.
     """
     try:
         result = run(sequences)

@@ -22,9 +22,8 @@ def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -
     """
     device, started = next(model.parameters()).device, time.perf_counter()
     for n_sequences in (2, 1):
-        per_sample_loss(
-            model, random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
-        ).sum().backward()
+        ids = random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
+        per_sample_loss(model, ids).sum().backward()
         engine.collect_batch()
     engine.take_token_covariances()
     if device.type == "cuda":
@@ -34,7 +33,6 @@ def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -
 
 def random_ids(model: nn.Module, n_sequences: int, length: int) -> Tensor:
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, weight.shape[0], (n_sequences, length), generator=generator).to(
-        weight.device
-    )
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, weight.shape[0], (n_sequences, length), generator=seeded)
+    return ids.to(weight.device)

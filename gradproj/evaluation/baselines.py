@@ -13,12 +13,7 @@ NGRAM = 4
 
 
 def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return BM25 (Lucene's variant, the default of bm25s), ``(Q, N)`` float32.
-
-    Args:
-        documents: token ids ``(N, S)``, which serve as words.
-        queries: ``(Q, S)``.
-    """
+    """Return BM25 (Lucene's, the default of bm25s) of token ids as words, ``(Q, N)`` float32."""
     # On use: bm25s is of an optional extra.
     import bm25s
 
@@ -38,7 +33,6 @@ def ngram_overlap(documents: np.ndarray, queries: np.ndarray, n: int = NGRAM) ->
 
 
 def ngrams(ids: Sequence[int], n: int) -> set[tuple[int, ...]]:
-    """Return the distinct n-grams of a text."""
     return set(zip(*(ids[i:] for i in range(n)), strict=False))
 
 
@@ -46,15 +40,9 @@ def ngrams(ids: Sequence[int], n: int) -> set[tuple[int, ...]]:
 def mean_hidden_states(folder: Path, ids: np.ndarray, device: str) -> Tensor:
     """Average the last hidden states of ids ``(n, S)`` over tokens, ``(n, H)`` float32."""
     model = load(folder, device)
-    parts = [
-        model.base_model(
-            input_ids=torch.from_numpy(ids[i : i + LOSS_BATCH]).to(model.device), use_cache=False
-        )[0]
-        .mean(dim=1)
-        .cpu()
-        for i in range(0, len(ids), LOSS_BATCH)
-    ]
-    return torch.cat(parts)
+    batches = torch.from_numpy(ids).to(model.device).split(LOSS_BATCH)
+    states = (model.base_model(input_ids=batch, use_cache=False)[0] for batch in batches)
+    return torch.cat([batch.mean(dim=1).cpu() for batch in states])
 
 
 def hidden_cosine(

@@ -217,5 +217,4 @@ class LdsConfig(Flags, title="experiment"):
             )
 
     def experiment(self) -> dict[str, Any]:
-        """Everything that corpus, weights and scores depend on, by flag."""
         return {k: v for k, v in asdict(self).items() if k not in NO_PART_OF_THE_EXPERIMENT}

@@ -55,11 +55,7 @@ class _Window:
 
 
 def make_experiment(config: LdsConfig) -> Experiment:
-    """Cut and write the documents, or read those of an earlier call.
-
-    Raises:
-        CorpusError: the corpus has too few windows.
-    """
+    """Cut and write the documents, or read those of an earlier call."""
     folder = Path(config.output_dir)
     tokenizer_dir = Path(config.tokenizer) if config.tokenizer else folder / "tokenizer"
     if not (folder / "tokens.npz").is_file():
@@ -78,14 +74,10 @@ def make_experiment(config: LdsConfig) -> Experiment:
         )
     arrays = np.load(folder / "tokens.npz", allow_pickle=False)
     return Experiment(
-        arrays["documents"],
-        arrays["queries"],
-        arrays["copies"],
-        folder / "documents",
-        folder / "queries",
-        tokenizer_dir,
+        arrays["documents"], arrays["queries"], arrays["copies"],
+        folder / "documents", folder / "queries", tokenizer_dir,
         folder / "start" if config.pretrain else None,
-    )
+    )  # fmt: skip
 
 
 def _tokenizer(config: LdsConfig, folder: Path) -> Any:
@@ -97,9 +89,8 @@ def _tokenizer(config: LdsConfig, folder: Path) -> Any:
                 max_samples=TOKENIZER_SAMPLES,
             )
         )  # fmt: skip
-    return load_tokenizer(
-        fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder)))
-    )
+    model = ModelConfig(architecture="GPT2-Small", init="random", tokenizer=str(folder))
+    return load_tokenizer(fetch(model))
 
 
 def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
@@ -119,9 +110,8 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
             target, most = candidates, config.windows_per_document
         tokens = tokens_of(document, tokenizer, most * length)
         for begin in range(0, len(tokens) - length + 1, length):
-            target.append(
-                _Window(tokens[begin : begin + length], document.domain, f"{document.key} {begin}")
-            )
+            ids, source = tokens[begin : begin + length], f"{document.key} {begin}"
+            target.append(_Window(ids, document.domain, source))
     if len(candidates) < needed or (config.pretrain and not pretrain):
         raise CorpusError(
             f"--shards {config.shards} has {len(candidates):,} windows of {length} tokens (at most "

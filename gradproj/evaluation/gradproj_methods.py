@@ -29,11 +29,7 @@ class GradientMethod:
 
     @classmethod
     def of(cls, name: str) -> "GradientMethod | None":
-        """Parse ``SCORE@K`` or ``SCORE@K:DAMPING``; None for names of another form.
-
-        Raises:
-            ConfigError: unknown score, a damping that it has not, or an invalid number.
-        """
+        """Parse ``SCORE@K`` or ``SCORE@K:DAMPING``; None for names of another form."""
         match = _SPECIFIED.fullmatch(name)
         if match is None:
             return None
@@ -96,7 +92,6 @@ class GradientStores:
         return store
 
     def _make(self, tars: Path, output: Path, k: str) -> None:
-        """Run the job unless the store is finished."""
         if output.is_dir() and _is_finished(output):
             return
         config = self._config

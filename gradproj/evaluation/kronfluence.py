@@ -19,17 +19,11 @@ BATCH = 32
 def kronfluence_scores(
     name: str, model_folder: Path, documents: np.ndarray, queries: np.ndarray, work: Path
 ) -> np.ndarray:
-    """Return influences, ``(Q, N)`` float32.
+    """Return influences of documents ``(N, S)`` on queries ``(Q, S)``, ``(Q, N)`` float32.
 
     The Fisher matrix uses labels sampled from the model, and the damping is 0.1 of its mean
-    eigenvalue: both as its authors recommend (arXiv:2308.03296).
-
-    Args:
-        name: a key of ``STRATEGIES``.
-        model_folder: of the trained model.
-        documents: token ids ``(N, S)``.
-        queries: ``(Q, S)``.
-        work: temporary directory of kronfluence, deleted at the end.
+    eigenvalue: both as its authors recommend (arXiv:2308.03296). ``work`` is a temporary directory
+    of kronfluence, deleted at the end.
     """
     # On use: kronfluence is of an optional extra.
     from kronfluence.analyzer import Analyzer, prepare_model
@@ -37,32 +31,17 @@ def kronfluence_scores(
 
     logging.getLogger("kronfluence").setLevel(logging.WARNING)
     model = load(model_folder, "cpu")
-    layers = linear_in_place_of_conv1d(model)
-    task = _task(layers)
+    task = _task(linear_in_place_of_conv1d(model))
     shutil.rmtree(work, ignore_errors=True)
     torch.manual_seed(0)
-    analyzer = Analyzer(
-        "lds",
-        prepare_model(model, task),
-        task,
-        cpu=True,
-        disable_tqdm=True,
-        output_dir=str(work),
-        log_level=30,
-    )
+    options: Any = {"cpu": True, "disable_tqdm": True, "log_level": 30}
+    analyzer = Analyzer("lds", prepare_model(model, task), task, output_dir=str(work), **options)
     data, query_data = _dataset(documents), _dataset(queries)
-    analyzer.fit_all_factors(
-        "factors", data, BATCH, factor_args=FactorArguments(strategy=STRATEGIES[name])
-    )
-    analyzer.compute_pairwise_scores(
-        "scores",
-        "factors",
-        query_data,
-        data,
-        BATCH,
-        BATCH,
-        score_args=ScoreArguments(damping_factor=None),
-    )
+    factor_args = FactorArguments(strategy=STRATEGIES[name])
+    analyzer.fit_all_factors("factors", data, BATCH, factor_args=factor_args)
+    sides: Any = (query_data, data, BATCH, BATCH)
+    score_args = ScoreArguments(damping_factor=None)
+    analyzer.compute_pairwise_scores("scores", "factors", *sides, score_args=score_args)
     scores = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
     shutil.rmtree(work)
     return scores
@@ -78,10 +57,8 @@ def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
         parent, _, attribute = name.rpartition(".")
         conv: Any = model.get_submodule(name)
         linear = nn.Linear(*conv.weight.shape)
-        linear.weight.data, linear.bias.data = (
-            conv.weight.data.T.contiguous(),
-            conv.bias.data.clone(),
-        )
+        linear.weight.data = conv.weight.data.T.contiguous()
+        linear.bias.data = conv.bias.data.clone()
         setattr(model.get_submodule(parent), attribute, linear)
     return names
 
@@ -91,7 +68,6 @@ def _dataset(ids: np.ndarray) -> Any:
 
 
 def _task(layers: list[str]) -> Any:
-    """Return kronfluence's task: the losses of documents and queries, and the layers."""
     from kronfluence.task import Task
 
     class LanguageModelling(Task):
@@ -103,8 +79,7 @@ def _task(layers: list[str]) -> Any:
             return F.cross_entropy(logits, targets, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            logits, targets = _logits_and_targets(batch[0], model)
-            return F.cross_entropy(logits, targets, reduction="sum")
+            return self.compute_train_loss(batch, model)
 
         def get_influence_tracked_modules(self) -> list[str]:
             return layers

@@ -28,27 +28,21 @@ from gradproj.flags import current_names
 
 
 def evaluate(config: LdsConfig) -> Results:
-    """Run the parts of the experiment that ``--output_dir`` lacks; write ``lds.json`` there.
-
-    Raises:
-        GradprojError: too few documents, an unknown method, or the directory of another experiment.
-    """
+    """Run the parts of the experiment that ``--output_dir`` lacks; write ``lds.json`` there."""
     names = names_of(config.methods, "--methods")
     left_out = names_of(config.leave_out_methods, "--leave_out_methods") if config.leave_out else []
     folder = make_folder("--output_dir", config.output_dir)
     with locked(folder):
         check_settings(folder, config)
         experiment = make_experiment(config)
-        model = train_base(config, experiment)
-        methods = Methods(config, experiment, model)
+        methods = Methods(config, experiment, train_base(config, experiment))
         scores = {name: methods.scores(name) for name in tqdm(available(names), "scores")}
         subsets = draw_subsets(config, len(experiment.documents))
         losses = retrain(config, experiment, subsets)
         left: dict[str, LeaveOut] = {}
         if left_out:
-            left = leave_out(
-                config, experiment, {name: methods.scores(name) for name in available(left_out)}
-            )
+            left_scores = {name: methods.scores(name) for name in available(left_out)}
+            left = leave_out(config, experiment, left_scores)
         results = evaluate_methods(config, experiment, scores, subsets, losses, left)
         save_results(folder, config, results, subsets, losses)
     return results
@@ -86,13 +80,12 @@ def retrain(config: LdsConfig, experiment: Experiment, subsets: np.ndarray) -> n
 def check_settings(folder: Path, config: LdsConfig) -> None:
     """Reject the directory of another experiment; record the settings in a new one."""
     path, settings = folder / "settings.json", json.loads(json.dumps(config.experiment()))
-    if not path.is_file():
-        write_and_replace(path, [json.dumps(settings, indent=1).encode()])
-        return
-    if not (folder / "tokens.npz").is_file():
+    failed = not (folder / "tokens.npz").is_file()
+    if failed and path.is_file():
         # The experiment failed before it had documents (too few, say), so nothing is lost.
         for name in ("tokenizer", "documents", "queries", "pretrain"):
             shutil.rmtree(folder / name, ignore_errors=True)
+    if failed or not path.is_file():
         write_and_replace(path, [json.dumps(settings, indent=1).encode()])
         return
     try:
@@ -128,9 +121,8 @@ def save_results(
     save_array(folder / "subsets.npy", subsets)
     save_array(folder / "losses.npy", losses)
     content = {"settings": asdict(config), **asdict(results), "versions": versions()}
-    write_and_replace(
-        folder / "lds.json", [json.dumps(as_json(content), indent=1, allow_nan=False).encode()]
-    )
+    text = json.dumps(as_json(content), indent=1, allow_nan=False)
+    write_and_replace(folder / "lds.json", [text.encode()])
 
 
 def as_json(value: Any) -> Any:
@@ -143,11 +135,7 @@ def as_json(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the results depend on."""
     libraries = ("torch", "transformers", "numpy", *sorted(set(OPTIONAL.values())))
-    installed = {
-        name: metadata.version(name)
-        for name in libraries
-        if importlib.util.find_spec(name) is not None
-    }
+    present = [name for name in libraries if importlib.util.find_spec(name) is not None]
+    installed = {name: metadata.version(name) for name in present}
     return {"python": platform.python_version(), "machine": platform.machine(), **installed}

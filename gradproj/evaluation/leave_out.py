@@ -1,6 +1,5 @@
 """Leave-out: retrain without a method's top documents and measure the rise of the query's loss."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,33 +28,29 @@ def leave_out(
 ) -> dict[str, LeaveOut]:
     """Return every method's result for the first ``config.leave_out`` queries.
 
-    The queries of a group share a training without the top documents of all of them.
-
-    Args:
-        config: of the experiment.
-        experiment: its documents.
-        scores: method -> ``(Q, N)``.
+    The queries of a group share a training without the top documents of all of them. ``scores`` is
+    method -> ``(Q, N)``.
     """
     n, size = len(experiment.documents), config.leave_out_group
     removed = config.leave_out_k * size
     groups = [list(range(first, first + size)) for first in range(0, config.leave_out, size)]
     random = np.random.default_rng([config.seed, 4])
-    # The seed of the scored model, so that trainings differ in their documents only.
+
+    # The seed is the scored model's, so that trainings differ in their documents only.
+    def without(name: str, documents: np.ndarray) -> Retraining:
+        chosen = np.ones(n, bool)
+        chosen[documents] = False
+        return Retraining(f"without-{removed}-{name}", chosen, config.seed)
+
     controls = [
-        Retraining(
-            f"without-{removed}-random-{i}",
-            _without(n, random.permutation(n)[:removed]),
-            config.seed,
-        )
+        without(f"random-{i}", random.permutation(n)[:removed])
         for i in range(config.leave_out_controls)
     ]
     tasks = [
-        Retraining(
-            f"without-{removed}-{file_name(name)}-for-{group[0]}-to-{group[-1]}",
-            _without(n, best_of_all(method_scores[group], removed)),
-            config.seed,
+        without(
+            f"{file_name(name)}-for-{group[0]}-to-{group[-1]}", best_of_all(rows[group], removed)
         )
-        for name, method_scores in scores.items()
+        for name, rows in scores.items()
         for group in groups
     ]
     losses = losses_of(config, experiment, [*controls, *tasks], "leave-out")[:, : config.leave_out]
@@ -75,21 +70,10 @@ def _result(losses: np.ndarray, controls: np.ndarray) -> LeaveOut:
 
 
 def best_of_all(scores: np.ndarray, n: int) -> np.ndarray:
-    """Return ``n`` distinct documents: each query's best, then each query's second, and so on.
-
-    Args:
-        scores: ``(Q, N)``.
-        n: at most N.
-    """
+    """Return ``n`` distinct documents: each query's best, then each query's second, and so on."""
     in_turn = np.argsort(-scores, axis=1, kind="stable").T.ravel()
     _, first = np.unique(in_turn, return_index=True)
     return in_turn[np.sort(first)[:n]]
-
-
-def _without(n: int, removed: Sequence[int] | np.ndarray) -> np.ndarray:
-    chosen = np.ones(n, bool)
-    chosen[removed] = False
-    return chosen
 
 
 def file_name(name: str) -> str:

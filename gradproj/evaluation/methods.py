@@ -31,11 +31,7 @@ OPTIONAL = {"bm25": "bm25s", "kronfluence_kfac": "kronfluence", "kronfluence_ekf
 
 
 def names_of(listed: str, flag: str) -> list[str]:
-    """Parse a comma-separated list of methods.
-
-    Raises:
-        ConfigError: an empty list, an unknown method, or one that occurs twice.
-    """
+    """Parse a comma-separated list of methods."""
     names = list(split_list(listed))
     if not names:
         raise ConfigError(f"{flag} is empty; name at least one method")

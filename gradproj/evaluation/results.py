@@ -57,13 +57,8 @@ def evaluate_methods(
 ) -> Results:
     """Compute the results of every method.
 
-    Args:
-        config: of the experiment.
-        experiment: its documents.
-        scores: method -> ``(Q + C, N)``; the C queries with near-copies are last.
-        subsets: ``(M, N)`` bool.
-        losses: ``(M, S, Q + C)``.
-        left: leave-out results by method.
+    ``scores`` are method -> ``(Q + C, N)``; the C queries with near-copies are last. ``subsets``
+    are ``(M, N)`` bool, ``losses`` ``(M, S, Q + C)``, ``left`` the leave-out results by method.
     """
     n = experiment.n_held_out
     reference = config.reference if config.reference in scores else next(iter(scores))
@@ -77,9 +72,8 @@ def evaluate_methods(
     for name, (by_query, of_samples) in estimates.items():
         over = None
         if name != reference:
-            over = Bootstrap.estimate(
-                by_query - estimates[reference][0], of_samples - estimates[reference][1]
-            )
+            base = estimates[reference]
+            over = Bootstrap.estimate(by_query - base[0], of_samples - base[1])
         copies_found = retrieval(scores[name][n:], copies, RECALL_AT) if len(copies) else None
         lds = Bootstrap.estimate(by_query, of_samples)
         methods[name] = MethodResult(lds, by_query.tolist(), over, copies_found, left.get(name))

@@ -62,8 +62,8 @@ def losses_of(
                 pool.submit(_retrain, config, experiment, task, _file(folder, task))
                 for task in missing
             ]
-            done = tqdm(as_completed(running), label, len(tasks), initial=len(tasks) - len(missing))
-            for training in done:
+            n_done = len(tasks) - len(missing)
+            for training in tqdm(as_completed(running), label, len(tasks), initial=n_done):
                 _check_finished(training, config)
     return np.stack([load_array(_file(folder, task)) for task in tasks])
 
@@ -120,10 +120,12 @@ def train_base(config: LdsConfig, experiment: Experiment) -> Path:
         print("pretraining the model that all trainings start from", file=sys.stderr, flush=True)
         pretraining = replace(config, epochs=config.pretrain_epochs)
         from_random = replace(experiment, start=None)
-        _train(pretraining, from_random, folder / "pretrain", experiment.start, config.seed)
+        tars = folder / "pretrain"
+        train(train_config(pretraining, from_random, tars, experiment.start, config.seed))
     if not _is_trained(folder / "model"):
         print("training on all documents", file=sys.stderr, flush=True)
-        _train(config, experiment, experiment.document_tars, folder / "model", config.seed)
+        tars = experiment.document_tars
+        train(train_config(config, experiment, tars, folder / "model", config.seed))
     return folder / "model"
 
 
@@ -136,14 +138,9 @@ def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: 
     shutil.rmtree(work, ignore_errors=True)  # left by a training that was killed
     work.mkdir()
     write_subset(work / "tars", experiment.documents[task.chosen])
-    _train(config, experiment, work / "tars", work / "model", task.seed)
-    losses = query_losses(load(work / "model", config.device), experiment.queries)
-    save_array(path, losses)
+    train(train_config(config, experiment, work / "tars", work / "model", task.seed))
+    save_array(path, query_losses(load(work / "model", config.device), experiment.queries))
     shutil.rmtree(work)
-
-
-def _train(config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, seed: int) -> None:
-    train(train_config(config, experiment, tars, folder, seed))
 
 
 def train_config(
@@ -162,20 +159,12 @@ def train_config(
 
 
 def load(folder: Path, device: str) -> Any:
-    """Load a trained model, frozen, on its device."""
     return load_model(fetch(ModelConfig(model=str(folder))), choose_device(device, 0)[0])
 
 
 @torch.no_grad()
 def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
     """Return the losses of token ids ``(Q, S)``, mean nats per target token, ``(Q,)`` float64."""
-    device = next(model.parameters()).device
-    parts = [
-        per_sample_loss(
-            model, torch.from_numpy(queries[i : i + LOSS_BATCH]).to(device), chunked=False
-        )
-        .cpu()
-        .numpy()
-        for i in range(0, len(queries), LOSS_BATCH)
-    ]
-    return np.concatenate(parts).astype(np.float64) / (queries.shape[1] - 1)
+    batches = torch.from_numpy(queries).to(next(model.parameters()).device).split(LOSS_BATCH)
+    losses = torch.cat([per_sample_loss(model, batch, chunked=False) for batch in batches])
+    return losses.cpu().numpy().astype(np.float64) / (queries.shape[1] - 1)

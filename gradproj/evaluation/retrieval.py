@@ -20,14 +20,10 @@ class Retrieval:
 
 
 def near_copies(documents: np.ndarray, queries: np.ndarray, planted: np.ndarray) -> np.ndarray:
-    """Return ``(Q, N)`` bool: the planted document, and those with no fewer 4-grams in common.
+    """Return ``(Q, N)`` bool: the planted documents, and those with no fewer 4-grams in common.
 
     A corpus has copies of its own (licences, generated tables), which are correct answers too.
-
-    Args:
-        documents: token ids ``(N, S)``.
-        queries: ``(Q, S)``.
-        planted: ``(Q,)`` int, each query's near-copy.
+    ``planted`` is each query's near-copy, ``(Q,)`` int.
     """
     overlap = ngram_overlap(documents, queries)
     copies = overlap >= np.maximum(np.take_along_axis(overlap, planted[:, None], axis=1), 1)
@@ -36,13 +32,7 @@ def near_copies(documents: np.ndarray, queries: np.ndarray, planted: np.ndarray)
 
 
 def retrieval(scores: np.ndarray, copies: np.ndarray, at: Sequence[int]) -> Retrieval:
-    """Measure the rank of each query's first near-copy.
-
-    Args:
-        scores: ``(Q, N)``.
-        copies: ``(Q, N)`` bool, at least one a query.
-        at: values of k.
-    """
+    """Measure the rank of each query's first near-copy. Scores and copies are ``(Q, N)``."""
     best = np.where(copies, scores, -np.inf).max(axis=1, keepdims=True)
     # Among equal scores the copy ranks last, so that a constant score finds nothing.
     rank = 1 + ((scores >= best) & ~copies).sum(axis=1)

@@ -29,20 +29,14 @@ def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> 
     x = x - (share * x).sum(axis=-1, keepdims=True)
     y = y - (share * y).sum(axis=-1, keepdims=True)
     spread = np.sqrt((share * x * x).sum(-1) * (share * y * y).sum(-1))
-    return np.where(
-        spread > 1e-12, (share * x * y).sum(-1) / np.where(spread > 1e-12, spread, 1.0), 0.0
-    )
+    varies = spread > 1e-12
+    return np.where(varies, (share * x * y).sum(-1) / np.where(varies, spread, 1.0), 0.0)
 
 
 def predictions(scores: np.ndarray, subsets: np.ndarray) -> np.ndarray:
-    """Sum the scores over each subset's documents, which predicts the training on it.
+    """Sum the scores ``(Q, N)`` over each subset's ``(M, N)`` documents, ``(Q, M)`` float64.
 
-    Args:
-        scores: ``(Q, N)``.
-        subsets: ``(M, N)`` bool, true for the documents trained on.
-
-    Returns:
-        ``(Q, M)`` float64.
+    The sum predicts the training on the subset.
     """
     return scores.astype(np.float64) @ subsets.T.astype(np.float64)
 
@@ -96,20 +90,15 @@ class Estimate:
 class Bootstrap:
     """Means over queries with bootstrap errors; one resampling for all methods pairs differences.
 
-    Args:
-        subsets: ``(M, N)`` bool.
-        losses: ``(M, S, Q)``.
-        n_samples: bootstrap samples of the M subsets.
-        seed: of the resampling.
+    The M subsets ``(M, N)`` bool, with losses ``(M, S, Q)``, are resampled ``n_samples`` times.
     """
 
     def __init__(self, subsets: np.ndarray, losses: np.ndarray, n_samples: int, seed: int) -> None:
         n = len(subsets)
         drawn = np.random.default_rng([seed, 7]).integers(0, n, (n_samples, n))
         self._subsets, self._losses = subsets, losses
-        self._weights = np.stack([np.bincount(chosen, minlength=n) for chosen in drawn]).astype(
-            np.float64
-        )
+        counts = [np.bincount(chosen, minlength=n) for chosen in drawn]
+        self._weights = np.stack(counts).astype(np.float64)
         self._truth = _compared(-losses.mean(axis=1).T)
 
     def by_query(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +113,8 @@ class Bootstrap:
     @staticmethod
     def estimate(by_query: np.ndarray, of_samples: np.ndarray) -> Estimate:
         """Return mean and errors of the result of ``by_query``, or of a difference of two."""
-        return Estimate(
-            float(by_query.mean()), standard_error(by_query), float(of_samples.std(ddof=1))
-        )
+        over_subsets = float(of_samples.std(ddof=1))
+        return Estimate(float(by_query.mean()), standard_error(by_query), over_subsets)
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -139,8 +127,6 @@ def permutation_baseline(
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the LDS with shuffled documents: the chance level."""
     random = np.random.default_rng([seed, 8])
-    shuffled = [
-        lds_by_query(scores[:, random.permutation(scores.shape[1])], subsets, losses).mean()
-        for _ in range(n_permutations)
-    ]
+    draws = (random.permutation(scores.shape[1]) for _ in range(n_permutations))
+    shuffled = [lds_by_query(scores[:, order], subsets, losses).mean() for order in draws]
     return float(np.mean(shuffled)), float(np.std(shuffled, ddof=1))

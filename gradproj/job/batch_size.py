@@ -5,10 +5,11 @@ any job on the output directory reads the file, so that a unit has the same batc
 the same bits, in whichever process.
 """
 
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,11 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
         return self.tokens / self.seconds
 
 
 def recorded_batch_tokens(output: Path) -> int | None:
-    """Return the number measured for this output directory, or None.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
+    """Return the number measured for this output directory, or None."""
     path = output / BATCH_FILE
     try:
         text = path.read_text()
@@ -89,14 +85,8 @@ def resolve_batch_tokens(
 ) -> UnitSettings:
     """Return the run's settings with a number in place of ``auto``.
 
-    Rank 0 measures while the others wait. The first file published holds for all ranks of all jobs.
-
-    Args:
-        job: this rank's.
-        queue: its units; if none is left there is nothing to wait for.
-        model: on its device.
-        engine: attached to it.
-        stopping: called while waiting; True ends the wait.
+    Rank 0 measures while the others wait, until ``stopping`` returns True or no unit is left. The
+    first file published holds for all ranks of all jobs.
     """
     plan, settings = job.plan, job.plan.unit_settings
     if settings.batch.batch_tokens != AUTO:
@@ -110,26 +100,19 @@ def resolve_batch_tokens(
         if time.monotonic() < deadline:
             time.sleep(0.2)
             continue
-        # A unit's sums are on the device up to three times: the growing ones, the previous unit's,
-        # a copy.
+        # A unit's sums are on the device up to three times: growing, the previous unit's, a copy.
         reserved = 3 * 4 * plan.layout.rows_per_shard * plan.layout.dim
         trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
         _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
     if tokens is not None and job.owner.rank == 0:
-        print(
-            f"batches       {tokens:,} tokens, measured on this kind of device ({BATCH_FILE})",
-            flush=True,
-        )
-    return replace(
-        settings, batch=replace(settings.batch, batch_tokens=tokens or settings.batch.max_length)
-    )
+        line = f"batches       {tokens:,} tokens, measured on this kind of device ({BATCH_FILE})"
+        print(line, flush=True)
+    batch = replace(settings.batch, batch_tokens=tokens or settings.batch.max_length)
+    return replace(settings, batch=batch)
 
 
 def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) -> None:
-    content = {
-        "batch_tokens": choose(trials, max_length),
-        "trials": [asdict(trial) for trial in trials],
-    }
+    content = {"batch_tokens": choose(trials, max_length), "trials": list(map(asdict, trials))}
     with explain_os_errors(output):
         write_file_durably(scratch / BATCH_FILE, [(json.dumps(content, indent=2) + "\n").encode()])
         publish_exclusively(scratch / BATCH_FILE, output / BATCH_FILE)
@@ -138,9 +121,7 @@ def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) 
 def choose(trials: list[Trial], max_length: int) -> int:
     """Return the smallest batch near the best rate, or one sequence if no trial fit."""
     best = max((trial.rate for trial in trials), default=0.0)
-    return next(
-        (trial.tokens for trial in trials if trial.rate >= NEAR_THE_BEST * best), max_length
-    )
+    return next((t.tokens for t in trials if t.rate >= NEAR_THE_BEST * best), max_length)
 
 
 def try_batches(
@@ -155,18 +136,18 @@ def try_batches(
     Args:
         model: on its device.
         engine: attached to it; its sums are dropped.
-        max_length: length of the sequences. Any batch of the same size fits if that of the longest
-            does.
+        max_length: length of the sequences; batches of shorter ones fit if these do.
         reserved_bytes: device memory to leave for everything but the batch.
         n_neighbours: processes that share the host's memory.
     """
     device = next(model.parameters()).device
-    memory: CudaMemory | HostMemory = (
-        CudaMemory(device) if device.type == "cuda" else HostMemory(n_neighbours)
-    )
+    on_cuda = device.type == "cuda"
+    memory: CudaMemory | HostMemory = CudaMemory(device) if on_cuda else HostMemory(n_neighbours)
     limit = memory.free() - reserved_bytes
     trials: list[Trial] = []
-    for n_sequences in _doubling(max_length):
+    for n_sequences in (2**i for i in itertools.count()):
+        if n_sequences > 1 and n_sequences * max_length > MOST_TOKENS:
+            break
         if trials and 2 * trials[-1].bytes > limit:
             break
         try:
@@ -179,19 +160,11 @@ def try_batches(
             engine.clear_gradients()
             engine.take_token_covariances()
         trials.append(trial)
-        log.info(
-            "batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, trial.bytes // 2**20
-        )
+        megabytes = trial.bytes // 2**20
+        log.info("batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, megabytes)
         if trial.seconds > LONGEST_TRIAL_S or _has_levelled_off(trials):
             break
     return trials
-
-
-def _doubling(max_length: int) -> Iterator[int]:
-    n = 1
-    while n == 1 or n * max_length <= MOST_TOKENS:
-        yield n
-        n *= 2
 
 
 def _has_levelled_off(trials: list[Trial]) -> bool:

@@ -72,12 +72,7 @@ class RunConfig:
 
     @staticmethod
     def from_flags(recorded: Mapping[str, Any]) -> "RunConfig":
-        """Build the settings that ``as_flags`` returned.
-
-        Raises:
-            ConfigError: a value is of the wrong type or not allowed.
-            TypeError: a flag is missing.
-        """
+        """Build the settings that ``as_flags`` returned. ``TypeError`` if a flag is missing."""
         sections = RunConfig.sections().items()
         return RunConfig(**{name: from_recorded(section, recorded) for name, section in sections})
 

@@ -113,11 +113,8 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
     wanted = len(plan.wanted) * rows
     generator = np.random.default_rng(0)
     few = wanted <= _TRIES * n_documents
-    places = (
-        generator.permutation(wanted)
-        if few
-        else generator.integers(0, wanted, _TRIES * n_documents)
-    )
+    size = _TRIES * n_documents
+    places = generator.permutation(wanted) if few else generator.integers(0, wanted, size)
     ids: list[int] = []
     sequences: list[np.ndarray] = []
     document_of: list[int] = []
@@ -167,15 +164,12 @@ def _rows_in(
 
 
 def _by_layer(plan: Plan, dtype: str, rows: Tensor, reference: Tensor) -> list[LayerComparison]:
-    diagnosis = []
+    comparisons = []
     for layer in plan.layers:
         columns = slice(layer.slice_start, layer.slice_end)
-        diagnosis.append(
-            LayerComparison(
-                dtype, layer.name, Agreement.of(rows[:, columns], reference[:, columns])
-            )
-        )
-    return sorted(diagnosis, key=lambda each: each.agreement.least_cosine)
+        agreement = Agreement.of(rows[:, columns], reference[:, columns])
+        comparisons.append(LayerComparison(dtype, layer.name, agreement))
+    return sorted(comparisons, key=lambda each: each.agreement.least_cosine)
 
 
 def _judge(diagnosis: Diagnosis) -> None:
@@ -203,10 +197,8 @@ def _judge_precision(diagnosis: Diagnosis, dtype: str) -> None:
     worst = min(agreements, key=lambda a: a.least_cosine)
     not_finite = max(a.n_not_finite for a in agreements)
     chosen = dtype == diagnosis.model_dtype
-    usual = min(a.median_cosine for a in agreements)
-    figure = (
-        f"{dtype}: cosine with float32 {usual:.5f} in the median, {worst.least_cosine:.5f} at least"
-    )
+    usual, least = min(a.median_cosine for a in agreements), worst.least_cosine
+    figure = f"{dtype}: cosine with float32 {usual:.5f} in the median, {least:.5f} at least"
     if all(a.holds for a in agreements):
         diagnosis.verdicts.append(f"{figure}: its rows can replace float32's")
         return

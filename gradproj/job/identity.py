@@ -43,11 +43,7 @@ def identity_hash(identity: dict[str, Any]) -> str:
 
 
 def check_identity(store: Path, ours: dict[str, Any]) -> None:
-    """Refuse to add to a store made with other settings.
-
-    Raises:
-        OtherSettingsError: lists every setting that differs.
-    """
+    """Raise ``OtherSettingsError`` with every setting that differs from an existing store's."""
     if not store.exists():
         return
     theirs = read_attributes(store)["identity"]

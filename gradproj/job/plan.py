@@ -80,8 +80,7 @@ class Plan:
     wanted: np.ndarray
     """Units to compute, sorted."""
     n_selected: int
-    """Upper bound of the chosen domains' documents among the first ``n_samples``, from the index.
-    """
+    """Upper bound of the chosen domains' documents among the first ``n_samples``."""
     n_weights: int
     identity: dict[str, Any]
     """Flag -> value of every setting that a row depends on."""
@@ -112,27 +111,20 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one stored row."""
         return self.layout.dim * STORED_DTYPES[self.layout.proj_dtype].itemsize
 
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
         columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
         covariances = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
-        rows = len(self.wanted) * self.layout.rows_per_shard
         matrices = 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
-        return (
-            rows * (self.row_bytes + columns)
-            + self.layout.n_samples * columns
-            + len(self.wanted) * covariances
-            + matrices
-        )
+        unit = self.layout.rows_per_shard * (self.row_bytes + columns) + covariances
+        return len(self.wanted) * unit + self.layout.n_samples * columns + matrices
 
     def wasted_bytes(self) -> int:
         """Return the bytes of rows in wanted units that no chosen document fills."""
-        return (
-            max(0, len(self.wanted) * self.layout.rows_per_shard - self.n_selected) * self.row_bytes
-        )
+        rows = len(self.wanted) * self.layout.rows_per_shard
+        return max(0, rows - self.n_selected) * self.row_bytes
 
     def n_files(self) -> int:
         """Return the number of files of the finished output: two a unit, columns, metadata."""
@@ -146,13 +138,8 @@ class Plan:
 
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
-    """Check everything a user can get wrong, without writing anything.
-
-    Raises:
-        GradprojError: what is wrong, where, and the way out.
-    """
-    output = Path(config.job.output_dir)
-    check_output(output)
+    """Check everything a user can get wrong, without writing anything."""
+    check_output(Path(config.job.output_dir))
     if config.job.compile:
         check_compiler(choose_device(config.job.device, 0)[0].type)
     index = find_index(config, progress=progress)
@@ -161,9 +148,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
     vocabulary = check_vocabulary(tokenizer, model_config)
-    config = replace(
-        config, batch=replace(config.batch, max_length=_max_length(config, model_config))
-    )
+    batch = replace(config.batch, max_length=_max_length(config, model_config))
+    config = replace(config, batch=batch)
     skeleton = model_skeleton(files)
     layers = place_widths(skeleton, config.projection)
     n_weights = sum(p.numel() for p in skeleton.parameters())
@@ -176,9 +162,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
-    plan = Plan(
-        config, files, index, layers, layout, vocabulary, wanted, n_selected, n_weights, identity
-    )
+    counts = (vocabulary, wanted, n_selected, n_weights)
+    plan = Plan(config, files, index, layers, layout, *counts, identity)
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
@@ -186,18 +171,13 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a directory that is not an output of gradproj.
-
-    Raises:
-        StoreError: a file, or a directory with other things in it.
-    """
+    """Raise ``StoreError`` for a file, or a directory with other things than an output's."""
     if not output.exists():
         return
     if not output.is_dir():
         raise StoreError(f"--output_dir {output} is a file; give a folder")
-    foreign = sorted(
-        p.name for p in output.iterdir() if p.name not in OUR_FILES and not p.name.startswith(".")
-    )
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    foreign = sorted(names - OUR_FILES)
     if foreign and not (output / STORE_NAME).exists():
         raise StoreError(
             f"--output_dir {output} is not a gradproj output: it holds {', '.join(foreign[:4])}"
@@ -207,11 +187,7 @@ def check_output(output: Path) -> None:
 
 
 def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
-    """Return the corpus index: the output's own, the given, the one beside the tars, or a new one.
-
-    Raises:
-        CorpusError: more tars than the job indexes itself, a changed tar, an unknown domain.
-    """
+    """Return the corpus index: the output's own, the given, that beside the tars, or a new one."""
     shards = config.corpus.shards
     index = open_corpus(
         shards,
@@ -330,6 +306,5 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that rows are computed with."""
     names = ("gradproj", "torch", "transformers", "tokenizers", "webdataset", "zarr", "numpy")
     return {name: importlib.metadata.version(name) for name in names}

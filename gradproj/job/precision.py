@@ -24,15 +24,11 @@ are taken relative to it: the gradient of a memorised document is a difference o
 numbers, of which only rounding is left.
 """
 MOST_ERROR = 1e-4
-"""Largest distance of a float32 row from itself alone, relative to its length, that rounding
-explains.
-"""
+"""Largest relative distance of a float32 row from itself alone that rounding explains."""
 USUAL_COSINE = 0.999
 """Least median cosine of rows in another precision with float32."""
 LEAST_COSINE = 0.9
-"""Least cosine of any such row. Single documents suffer more, for example where a gradient nearly
-cancels.
-"""
+"""Least cosine of any such row. Documents whose gradient nearly cancels suffer more."""
 BREAKS_BELOW = 0.99
 """The job warns below this median cosine of a few documents; rounding moves a sound model less."""
 CHECKED_DOCUMENTS = 4
@@ -94,14 +90,10 @@ class Agreement:
         cosines = cosines[norms > floor]
         cosines = cosines if len(cosines) else cosines.new_ones(1)
         return cls(
-            float(cosines.min()),
-            float(cosines.median()),
-            float(errors.max()),
-            float(errors.median()),
-            float(norm_errors.max()),
-            int((~finite).sum()),
-            int(sound[errors.argmax()]),
-        )
+            float(cosines.min()), float(cosines.median()), float(errors.max()),
+            float(errors.median()), float(norm_errors.max()),
+            int((~finite).sum()), int(sound[errors.argmax()]),
+        )  # fmt: skip
 
 
 def rows_of(
@@ -109,13 +101,8 @@ def rows_of(
 ) -> Tensor:
     """Return ``(n_documents, D)`` float32 on the host: gradients of the documents' summed losses.
 
-    Args:
-        model: frozen, in eval mode, on its device.
-        engine: attached to it.
-        documents: the documents.
-        way: one of ``WAYS``: one sequence at a time, in the job's batches, or one sequence at a
-            time padded to twice its length (as far as the model has positions).
-        batch: the run's settings.
+    ``way`` is one of ``WAYS``: one sequence at a time, in the job's batches, or one sequence at a
+    time padded to twice its length (as far as the model has positions).
     """
     device = next(model.parameters()).device
     rows = torch.zeros(documents.n_documents, engine.total_proj_dim)
@@ -156,16 +143,13 @@ def check_precision(
     that memory nothing is checked: rows in two batch shapes do not show the error, since both round
     alike.
 
-    Args:
-        model: frozen, in eval mode, on its device; the same bits afterwards.
-        engine: attached to it.
-        unit: the documents.
-        batch: the run's settings.
-
     Returns:
-        A line of text, and whether it is a warning.
+        A line of text, and whether it is a warning. The weights' bits are as before.
     """
-    documents = _beginnings(unit)
+    # The beginnings of the first documents, one sequence each.
+    _, first = np.unique(unit.row_of, return_index=True)
+    sequences = [unit.sequences[i][:CHECKED_TOKENS] for i in first[:CHECKED_DOCUMENTS].tolist()]
+    documents = Documents(sequences, np.arange(len(sequences)), len(sequences))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if not documents.n_documents:
         return f"{dtype} is not checked: the first documents make no row", False
@@ -176,11 +160,8 @@ def check_precision(
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        return (
-            f"{dtype} is not checked: no memory for float32 weights; python -m gradproj diagnose "
-            "does it",
-            False,
-        )
+        why = "no memory for float32 weights; python -m gradproj diagnose does it"
+        return f"{dtype} is not checked: {why}", False
     finally:
         engine.clear_gradients()
         engine.take_token_covariances()
@@ -202,27 +183,14 @@ def check_precision(
     )
 
 
-def _beginnings(unit: PreparedUnit) -> Documents:
-    """Return the first tokens of the first documents, one sequence each."""
-    _, first = np.unique(unit.row_of, return_index=True)
-    sequences = [unit.sequences[i][:CHECKED_TOKENS] for i in first[:CHECKED_DOCUMENTS].tolist()]
-    return Documents(sequences, np.arange(len(sequences)), len(sequences))
-
-
 @contextlib.contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Convert the weights to float32 for a while.
+    """Convert the weights to float32 for a while, which holds them exactly.
 
-    Afterwards they have the same bits, since float32 holds them exactly.
-
-    Raises:
-        MemoryError: the host has too little. (A device raises its own error.)
+    ``MemoryError`` if the host has too little; a device raises its own error.
     """
-    low = [
-        t
-        for t in (*model.parameters(), *model.buffers())
-        if t.is_floating_point() and t.element_size() < 4
-    ]
+    tensors = (*model.parameters(), *model.buffers())
+    low = [t for t in tensors if t.is_floating_point() and t.element_size() < 4]
     needed = sum(4 * t.numel() for t in low)
     if any(t.device.type == "cpu" for t in low) and needed > available_host_bytes():
         raise MemoryError

@@ -4,7 +4,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -13,24 +12,19 @@ CHECK_EVERY_S = 0.2
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over ``items`` made by a thread ahead of time.
+    """Iterates over ``items`` made ahead of time by a thread, at most ``ahead`` waiting.
 
     An error in the thread is raised in the loop. As a context manager it ends the thread on exit,
-    also in mid-iteration, after the item being made.
-
-    Args:
-        items: iterated in the thread.
-        ahead: most items waiting in the queue, besides the one being made.
-        check: called while waiting for an item; its error ends the iteration.
+    also in mid-iteration, after the item being made. ``check`` is called while waiting for an item;
+    its error ends the iteration.
     """
 
     def __init__(
         self, items: Iterable[T], ahead: int = 1, check: Callable[[], None] = lambda: None
     ) -> None:
         self._items, self._check = items, check
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(
-            maxsize=max(1, ahead)
-        )
+        self._queue: queue.Queue[tuple[str, T | BaseException | None]]
+        self._queue = queue.Queue(maxsize=max(1, ahead))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
 
@@ -38,9 +32,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
         return self._take()
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -102,9 +94,7 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
                 self.wait()

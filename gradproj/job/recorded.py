@@ -37,11 +37,7 @@ _NEEDS_CONSENT = {
 
 
 def recorded_config(output: Path) -> RunConfig:
-    """Return the settings in ``run_config.json``, without permission to run the checkpoint's code.
-
-    Raises:
-        StoreError: the file is missing or unreadable.
-    """
+    """Return ``run_config.json``'s settings, without permission to run the checkpoint's code."""
     run = _as_recorded(output)
     return replace(run, model=replace(run.model, trust_remote_code=False, allow_pickle=False))
 
@@ -65,9 +61,7 @@ def _as_recorded(output: Path) -> RunConfig:
 def config_from(inputs: RecordedRunArgs) -> RunConfig:
     """Return the recorded settings with the given paths and permissions.
 
-    Raises:
-        StoreError: no readable settings were recorded.
-        ModelError: the job's checkpoint could run code, which ``inputs`` does not allow.
+    ``ModelError`` if the job's checkpoint could run code, which ``inputs`` does not allow.
     """
     run = _as_recorded(Path(inputs.output))
     for name, effect in _NEEDS_CONSENT.items():
@@ -77,9 +71,7 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
                 f"--{name} here too if you trust "
                 f"{inputs.model or run.model.model or run.model.architecture}"
             )
-    model = replace(
-        run.model, trust_remote_code=inputs.trust_remote_code, allow_pickle=inputs.allow_pickle
-    )
+    model = replace(run.model, **{name: getattr(inputs, name) for name in _NEEDS_CONSENT})
     if inputs.model:
         model = replace(model, model=inputs.model, architecture="")
     if inputs.tokenizer:
@@ -92,11 +84,7 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
 
 
 def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
-    """Return the output's own index, with the tars where the job or ``--shards`` finds them.
-
-    Raises:
-        CorpusError: the tars are missing or have changed.
-    """
+    """Return the output's own index, with the tars where the job or ``--shards`` finds them."""
     index, shards = load_index(output / INDEX_NAME), run.corpus.shards
     # The index holds absolute paths; the job's --shards may be relative to another folder.
     as_recorded = shards == recorded_config(output).corpus.shards
@@ -118,12 +106,7 @@ class RecordedEngine:
 
 
 def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
-    """Load a store's model and make an engine with the store's own matrices.
-
-    Raises:
-        ModelError: missing or changed; lists the differences.
-        ConfigError: the device is missing.
-    """
+    """Load a store's unchanged model and make an engine with the store's own matrices."""
     files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
     model = load_model(files, chosen)
@@ -135,12 +118,14 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
-    """Return ``(files, tokenizer)`` of the store's model, after checking that neither has changed.
-
-    Raises:
-        ModelError: missing or changed; lists the differences.
-    """
-    commit, identity = _recorded_model_of(store)
+    """Return ``(files, tokenizer)`` of the store's model; ``ModelError`` if either has changed."""
+    recorded_model, identity = (store.attributes.get(key) for key in ("model", "identity"))
+    if not isinstance(recorded_model, dict) or not isinstance(identity, dict):
+        raise StoreError(
+            f"{store.path} does not record the model of its rows: it was not written by the job, "
+            "or its attributes are damaged (gradproj.analysis takes rows of your own)"
+        )
+    commit = str(recorded_model.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
     is_local = Path(name).is_dir() if name else False
     if name and not commit and not is_local:  # only a hub's model has a commit
@@ -170,23 +155,8 @@ def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, 
     return files, tokenizer
 
 
-def _recorded_model_of(store: ProjectionStore) -> tuple[str, dict[str, Any]]:
-    """Return its commit on a hub (empty if none) and the store's identity."""
-    model, identity = (store.attributes.get(key) for key in ("model", "identity"))
-    if not isinstance(model, dict) or not isinstance(identity, dict):
-        raise StoreError(
-            f"{store.path} does not record the model of its rows: it was not written by the job, "
-            "or its attributes are damaged (gradproj.analysis takes rows of your own)"
-        )
-    return str(model.get("revision") or ""), identity
-
-
 def job_command(output: Path) -> str:
-    """Return the command of one rank that continues the job. More ranks take the same flags.
-
-    Raises:
-        StoreError: no readable settings were recorded.
-    """
+    """Return the command of one rank that continues the job. More ranks take the same flags."""
     run = _as_recorded(output)
     defaults = {
         flag_of(f): f.default
@@ -197,9 +167,6 @@ def job_command(output: Path) -> str:
     for flag, value in {**run.as_flags(), "output_dir": str(output)}.items():
         if value == defaults[flag]:
             continue
-        words += (
-            [f"--{'' if value else 'no-'}{flag}"]
-            if isinstance(value, bool)
-            else [f"--{flag}", str(value)]
-        )
+        is_switch = isinstance(value, bool)
+        words += [f"--{'' if value else 'no-'}{flag}"] if is_switch else [f"--{flag}", str(value)]
     return shlex.join(words)

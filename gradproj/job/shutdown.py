@@ -64,11 +64,8 @@ class StopRequest:
     ) -> "StopRequest":
         """Handle ``SIGNALS`` from now on, and exit when the launcher dies. Call in the main thread.
 
-        Args:
-            rank: set by the launcher, None without one. Only rank 0 announces the stop on standard
-                error.
-            launcher_died: called once: the launcher may have died before this process noted its
-                pid.
+        The launcher sets the rank (None without one); only rank 0 announces the stop on standard
+        error. ``launcher_died`` is called once: it may have died before this process noted its pid.
         """
         if not self._attending:
             self._attending, self._announces = True, not rank

@@ -6,7 +6,7 @@ import secrets
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
@@ -22,7 +22,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
-from gradproj.engine.projection import draw_matrices, place_widths
+from gradproj.engine.projection import draw_matrices
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.job.config import RunConfig
@@ -62,8 +62,7 @@ def start_job(config: RunConfig, process: Process) -> Job:
             # The index can be large. The other ranks read it from the output directory.
             shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
-            # Print before the others learn of it: torchrun ends rank 0 as soon as one of them has
-            # left.
+            # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
             print(f"gradproj: {error}", file=sys.stderr, flush=True)
             failure = error
     shared = from_rank_0(shared)
@@ -72,9 +71,11 @@ def start_job(config: RunConfig, process: Process) -> Job:
         reported.exit_code = (failure or reported).exit_code
         raise reported
     plan, name = shared
-    plan = replace(
-        plan, files=_files_of_this_node(plan, process), index=load_index(plan.output / INDEX_NAME)
-    )
+    # One rank of a node downloads the model's files for the others.
+    files = fetch(plan.config.model) if process.local_rank == 0 else None
+    wait_for_all("the checkpoint is here")
+    files = files or fetch(plan.config.model, may_download=False)
+    plan = replace(plan, files=files, index=load_index(plan.output / INDEX_NAME))
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
         # Leftovers of dead processes can only be recognised on their own machine.
@@ -94,13 +95,6 @@ def _start(config: RunConfig, name: JobName) -> Plan:
         raise
     clear_failure(plan.output, name.job_id)
     return plan
-
-
-def _files_of_this_node(plan: Plan, process: Process) -> Any:
-    """Return the model's files; one rank of a node downloads them for the others."""
-    files = fetch(plan.config.model) if process.local_rank == 0 else None
-    wait_for_all("the checkpoint is here")
-    return files or fetch(plan.config.model, may_download=False)
 
 
 def make_output(plan: Plan, owner: Owner) -> None:
@@ -126,11 +120,8 @@ def make_output(plan: Plan, owner: Owner) -> None:
     check_records_have_shards(output)
     unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")
-    flags = {
-        **plan.config.as_flags(),
-        "rows_per_shard": plan.layout.rows_per_shard,
-        "versions": versions(),
-    }
+    flags = plan.config.as_flags()
+    flags |= {"rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
     write_and_replace(output / RUN_CONFIG_NAME, [text.encode()], queue.scratch)
 
@@ -150,10 +141,7 @@ def _publish_index(plan: Plan, scratch: Path) -> None:
 def _publish_store(plan: Plan, scratch: Path) -> None:
     """Make the empty store. If another job was faster, its store must have our identity."""
     # The matrices depend on names and shapes alone, so no weights are loaded.
-    config = plan.config.projection
-    drawn = {
-        w.name: draw_matrices(config, w) for w in place_widths(model_skeleton(plan.files), config)
-    }
+    drawn = {layer.name: draw_matrices(plan.config.projection, layer) for layer in plan.layers}
     matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
     packed = pack_matrices(plan.layers, matrices)
     try:

@@ -19,11 +19,8 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     layout, batch = plan.layout, plan.config.batch
     widths = {layer.slice_end - layer.slice_start for layer in plan.layers}
     each = f" x {widths.pop()}" if len(widths) == 1 else ""
-    selected = (
-        f", at most {plan.n_selected:,} of the chosen domains"
-        if plan.config.corpus.chosen_domains
-        else ""
-    )
+    by_domain = bool(plan.config.corpus.chosen_domains)
+    selected = f", at most {plan.n_selected:,} of the chosen domains" if by_domain else ""
     lines = [
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
         f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
@@ -43,11 +40,9 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
             f"time          {human_seconds(seconds)} a unit so far; "
             f"{human_seconds(left)} left for one rank"
         )
-    if plan.config.corpus.chosen_domains:
-        lines.append(
-            f"wasted        {human_bytes(plan.wasted_bytes())} of rows that no chosen document "
-            "fills"
-        )
+    if by_domain:
+        wasted = human_bytes(plan.wasted_bytes())
+        lines.append(f"wasted        {wasted} of rows that no chosen document fills")
     return lines
 
 
@@ -56,28 +51,22 @@ def seconds_per_unit(plan: Plan) -> float | None:
     recorded = list_records(plan.output / UNITS_DIR)
     if not len(recorded):
         return None
-    chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))]
-    seconds = [
-        read_record(plan.output / record_name(unit)).stats["seconds"] for unit in chosen.tolist()
-    ]
-    return sum(seconds) / len(seconds)
+    chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))].tolist()
+    records = (read_record(plan.output / record_name(unit)) for unit in chosen)
+    return sum(record.stats["seconds"] for record in records) / len(chosen)
 
 
 def model_bytes(plan: Plan) -> int:
-    """Return the bytes of the model's weights in ``--model_dtype``."""
     return plan.n_weights * (2 if plan.config.model.model_dtype == "bfloat16" else 4)
 
 
 def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:
-    """Print the plan, the device and the loss."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     for line in plan_lines(plan, len(list_records(plan.output / UNITS_DIR))):
         print(line)
     print(f"device        {device} ({name}), {torch.get_num_threads()} CPU threads a rank")
-    print(
-        f"loss          {'in chunks' if chunked[0] else 'from the plain logits'}: {chunked[1]}",
-        flush=True,
-    )
+    way = "in chunks" if chunked[0] else "from the plain logits"
+    print(f"loss          {way}: {chunked[1]}", flush=True)
 
 
 def print_compiled(seconds: float) -> None:
@@ -85,7 +74,6 @@ def print_compiled(seconds: float) -> None:
 
 
 def print_precision(figure: str, warning: bool) -> None:
-    """Print the result of the check of the model's precision."""
     if warning:
         print(f"WARNING: {figure}", file=sys.stderr, flush=True)
     else:

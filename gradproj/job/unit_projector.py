@@ -37,12 +37,8 @@ class UnitProjector:
     (A few models wait in each forward pass: BioGPT, GPT-Neo, rotary embeddings of the type
     ``dynamic``.)
 
-    Args:
-        model: frozen, in eval mode, on its device.
-        engine: attached to the model, summing token covariances.
-        settings: the run's.
-        progress: counted up batch by batch.
-        stopping: called after every batch; True saves the rows so far and returns None.
+    The engine is attached to the frozen model and sums token covariances. ``stopping`` is called
+    after every batch; True saves the rows so far and returns None.
     """
 
     def __init__(
@@ -86,11 +82,8 @@ class UnitProjector:
             if save_interval and number + 1 - done >= save_interval:
                 partial.append(done, number + 1, total.take_touched())
                 done = number + 1
-        stats = {
-            "started_at": started_at,
-            "seconds": time.perf_counter() - started,
-            "finished_at": time.time(),
-        }
+        stats = {"started_at": started_at, "seconds": time.perf_counter() - started}
+        stats["finished_at"] = time.time()
         return ProjectedUnit(total, self._settings, stats, begun)
 
     def _forward_backward(self, total: "UnitSums", sequences: np.ndarray) -> bool:
@@ -175,13 +168,8 @@ class UnitSums:
 class ProjectedUnit:
     """A unit whose batches have all been submitted to the device.
 
-    Make it in the thread that submitted them; ``on_host`` may run in another.
-
-    Args:
-        total: the unit's sums, final.
-        settings: the run's.
-        stats: the record's statistics of the computation.
-        begun: CUDA event before the first batch; None on the CPU.
+    Make it in the thread that submitted them; ``on_host`` may run in another. ``begun`` is a CUDA
+    event before the first batch; None on the CPU.
     """
 
     def __init__(
@@ -206,23 +194,20 @@ class ProjectedUnit:
             stats |= {"seconds": on_device, "finished_at": time.time()}
         rows, losses, a, s, n_tokens = (tensor.numpy() for tensor in fetched)
         columns["status"][total.failed()] = STATUS["out_of_memory"]
-        loss, columns["grad_norm"][:] = finish_rows(
-            rows, losses, columns, settings.batch.loss_reduction
-        )
+        reduction = settings.batch.loss_reduction
+        loss, columns["grad_norm"][:] = finish_rows(rows, losses, columns, reduction)
         ok = columns["status"] == STATUS["ok"]
         has_row = ok | np.isin(columns["status"], ZERO_ROWS)
         stored, scale = encode_rows(rows, settings.layout.proj_dtype)
         stored[~has_row] = nan_rows((1, 1), settings.layout.proj_dtype)
         columns["loss"][:] = np.where(ok, loss, np.nan)
         columns["row_scale"][:] = np.where(has_row, scale, 1.0)
+        sequences = prepared.sequences
         stats |= {
-            "real_tokens": sum(map(len, prepared.sequences)),
-            "computed_tokens": sum(
-                len(b) * len(prepared.sequences[b[0]]) for b in prepared.batches
-            ),
+            "real_tokens": sum(map(len, sequences)),
+            "computed_tokens": sum(len(b) * len(sequences[b[0]]) for b in prepared.batches),
             "covariance_tokens": int(n_tokens),
         }
-        record = UnitRecord(
-            prepared.unit, prepared.start, settings.identity, None, columns, stats, {"a": a, "s": s}
-        )
+        place, sums = (prepared.unit, prepared.start), {"a": a, "s": s}
+        record = UnitRecord(*place, settings.identity, None, columns, stats, sums)
         return UnitRows(record, stored if has_row.any() else None)

@@ -72,11 +72,7 @@ class _Interrupted(Exception):
 class UnitReader:
     """Reads, tokenizes and batches units. The job runs it in a thread, ahead of the engine.
 
-    Args:
-        index: the corpus index.
-        tokenizer: the model's.
-        settings: the run's.
-        stopping: called every few hundred documents; True abandons the unit.
+    ``stopping`` is called every few hundred documents; True abandons the unit.
     """
 
     def __init__(
@@ -88,10 +84,8 @@ class UnitReader:
     ) -> None:
         self._index, self.settings = index, settings
         batch = settings.batch
-        truncates = batch.long_documents == "truncate"
-        self._tokenizing = Tokenizing(
-            tokenizer, settings.special_tokens, batch.max_length if truncates else 0
-        )
+        most = batch.max_length if batch.long_documents == "truncate" else 0
+        self._tokenizing = Tokenizing(tokenizer, settings.special_tokens, most)
         self._stopping = stopping
         self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
 
@@ -113,9 +107,8 @@ class UnitReader:
         size = 0
 
         def tokenize_pending() -> None:
-            for row, tokens in zip(
-                [r for r, _ in pending], self._tokenize([d for _, d in pending]), strict=True
-            ):
+            tokenized = self._tokenize([document for _, document in pending])
+            for (row, _), tokens in zip(pending, tokenized, strict=True):
                 parts = split_long(tokens, settings.batch.max_length, settings.batch.long_documents)
                 columns["n_tokens"][row] = sum(len(part) - 1 for part in parts)
                 if not parts:
@@ -142,34 +135,24 @@ class UnitReader:
         columns["key"] = encode_keys(keys, layout.key_bytes)
         lengths = [len(tokens) for tokens in sequences]
         batches = plan_batches(lengths, settings.batch.batch_size, settings.batch.batch_tokens)
-        return PreparedUnit(
-            unit, start, columns, sequences, np.asarray(row_of, dtype=np.int64), batches
-        )
+        rows = np.asarray(row_of, dtype=np.int64)
+        return PreparedUnit(unit, start, columns, sequences, rows, batches)
 
     def _status_of(self, document: Document) -> str:
         """Return the status as far as the document alone decides it."""
         chosen = self.settings.chosen_domains
         if chosen and document.domain not in chosen:
             return "not_selected"
-        if document.problem is not None:
-            log.warning(
-                "sample %d (%s): bad input: %s", document.sample_id, document.key, document.problem
-            )
-            return "bad_input"
-        ids = document.input_ids
-        # Token ids take precedence over the text, also an empty list of them.
-        if not (document.text if ids is None else ids):
-            return "empty"
-        if ids is not None and max(ids) >= self.settings.vocabulary:
-            log.warning(
-                "sample %d (%s): bad input: token id %d, the model has %d",
-                document.sample_id,
-                document.key,
-                max(ids),
-                self.settings.vocabulary,
-            )
-            return "bad_input"
-        return "ok"
+        ids, problem = document.input_ids, document.problem
+        if problem is None:
+            # Token ids take precedence over the text, also an empty list of them.
+            if not (document.text if ids is None else ids):
+                return "empty"
+            if ids is None or max(ids) < self.settings.vocabulary:
+                return "ok"
+            problem = f"token id {max(ids)}, the model has {self.settings.vocabulary}"
+        log.warning("sample %d (%s): bad input: %s", document.sample_id, document.key, problem)
+        return "bad_input"
 
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""

@@ -42,26 +42,17 @@ def make_page(
     top_k: int,
     answers: Callable[[], tuple[list[QueryAnswer], str, str]] | None = None,
 ) -> Page:
-    """Return the content of the page.
+    """Return the content of the page of a finished or unfinished store.
 
-    Args:
-        store: finished or not.
-        options: arguments of the scan for matrices and outliers.
-        excerpts: texts of the documents.
-        top_k: documents in a table.
-        answers: returns the queries' answers, their score and a note.
-
-    Raises:
-        ConfigError: unknown layer; singular curvature.
-        StoreError: a record is damaged, or lacks what the score needs.
+    ``options`` are arguments of the scan for matrices and outliers; a table has ``top_k``
+    documents. ``answers`` returns the queries' answers, their score and a note.
     """
     counts, status = count_rows(store), _status_of(store)
     times = unit_times(store.path.parent) if status is not None else None
     seen = overview(store, top_k, **options)
     check_any_row_is_readable(seen.n_read, counts, store)
-    facts = None
-    if seen.domains is not None:
-        facts = facts_from_matrix(store, seen.domains, options, counts)
+    matrix = seen.domains
+    facts = None if matrix is None else facts_from_matrix(store, matrix, options, counts)
     missing = store.missing_ranges() if counts.total("missing") else []
     is_complete, verdict = verdict_of(store, counts, status, seen.n_read)
     spread, groups = spread_of(store, counts, top_k)
@@ -115,11 +106,10 @@ def throughput_figure(times: UnitTimes | None) -> tuple[Figure | None, str]:
     if speed.pauses:
         n_pauses = count(len(speed.pauses), "pause")
         cut = f" Dashed lines: {n_pauses} in which no rank worked, cut out."
-    many = (
-        f" Of {len(times.ranks):,} ranks, the fastest, median and slowest at each time are shown."
-        if len(times.ranks) > MOST_RANKS
-        else ""
-    )
+    many = ""
+    if len(times.ranks) > MOST_RANKS:
+        shown = "the fastest, median and slowest at each time are shown"
+        many = f" Of {len(times.ranks):,} ranks, {shown}."
     caption = (
         f"Tokens a second, without padding, from {when(speed.from_s)} to {when(speed.to_s)} by the "
         f"hosts' own clocks. A unit's tokens are spread evenly over its time.{many}{cut}"

@@ -52,20 +52,12 @@ class RowCounts:
 
     def without_row(self, domain: int) -> dict[str, int]:
         """Return the number of a domain's processed documents without a gradient, by status."""
-        counts = self.by_status[domain]
-        return {
-            name: int(counts[code])
-            for name, code in STATUS.items()
-            if code > STATUS["ok"] and counts[code]
-        }
+        counts = ((name, code, int(self.by_status[domain, code])) for name, code in STATUS.items())
+        return {name: n for name, code, n in counts if n and code > STATUS["ok"]}
 
 
 def count_rows(store: ProjectionStore) -> RowCounts:
-    """Count every document by domain and status.
-
-    Raises:
-        StoreError: a document's domain code is not in the store's list of domains.
-    """
+    """Count every document by domain and status."""
     n_domains, n_status = len(store.domains), len(STATUS)
     counts = np.zeros((n_domains + 1) * n_status, np.int64)
     is_wanted = _wanted_rows(store)
@@ -78,11 +70,8 @@ def count_rows(store: ProjectionStore) -> RowCounts:
         domain[domain < 0] = n_domains
         counts += np.bincount(domain * n_status + status, minlength=len(counts))
     selected = store.attributes.get("identity", {}).get("--domains") or store.domains
-    return RowCounts(
-        counts.reshape(n_domains + 1, n_status),
-        _documents_of(store),
-        [name in selected for name in store.domains],
-    )
+    flags = [name in selected for name in store.domains]
+    return RowCounts(counts.reshape(n_domains + 1, n_status), _documents_of(store), flags)
 
 
 def _wanted_rows(store: ProjectionStore) -> np.ndarray | None:
@@ -136,8 +125,7 @@ class Histogram:
     def between(self, edges: np.ndarray) -> np.ndarray:
         """Return ``(len(edges) - 1,)`` counts; values are taken to be uniform within a bin."""
         upto = np.concatenate([[0], np.cumsum(self.counts)])
-        at = np.interp(edges, _edges(np.arange(_N_BINS + 1)), upto)
-        return np.diff(at)
+        return np.diff(np.interp(edges, _edges(np.arange(_N_BINS + 1)), upto))
 
 
 def _edges(bins: np.ndarray) -> np.ndarray:
@@ -159,12 +147,9 @@ class Distributions:
 
 
 def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: int) -> Distributions:
-    """Read the columns once.
+    """Read the columns once, and keep the ``k`` documents with the largest norms.
 
-    Args:
-        store: finished or not.
-        groups: domain codes of each histogram; -1 is no domain. A code is in at most one group.
-        k: number of documents with the largest norms.
+    ``groups`` are the domain codes of each histogram; -1 is no domain. A code is in at most one.
     """
     group_of = np.full(len(store.domains) + 1, len(groups), np.int64)  # -1 is the last
     for number, codes in enumerate(groups):
@@ -177,10 +162,8 @@ def distributions(store: ProjectionStore, groups: Sequence[Sequence[int]], k: in
         for name, total in counts.items():
             column = values[name][ok]
             finite = np.isfinite(column)
-            bits = (
-                np.maximum(column[finite], np.float32(0)).view(np.uint32) & 0x7FFFFFFF
-            )  # -0.0 is 0
-            bins = (bits >> _DROPPED_BITS).astype(np.int64)
+            bits = np.maximum(column[finite], np.float32(0)).view(np.uint32)
+            bins = ((bits & 0x7FFFFFFF) >> _DROPPED_BITS).astype(np.int64)  # -0.0 is 0
             places, n_values = np.unique(group[finite] * _N_BINS + bins, return_counts=True)
             total[places] += n_values
         norm = np.where(np.isfinite(values["grad_norm"]), values["grad_norm"], -1)[ok]
@@ -199,10 +182,9 @@ def _blocks(
     store: ProjectionStore, names: Sequence[str]
 ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
     """Yield ``(start, stop, {column: values})``; the status is always among the columns."""
-    merged = bool(store.attributes.get("complete"))
-    height = (
-        _BLOCK_ROWS if merged else min(_BLOCK_ROWS, _UNMERGED_UNITS * store.layout.rows_per_shard)
-    )
+    height = _BLOCK_ROWS
+    if not store.attributes.get("complete"):
+        height = min(height, _UNMERGED_UNITS * store.layout.rows_per_shard)
     for first in range(0, len(store), height):
         last = min(first + height, len(store))
         yield first, last, {name: store.column(name, first, last) for name in ("status", *names)}

@@ -65,9 +65,7 @@ def scaled_values(*arrays: np.ndarray, sign: bool = False) -> tuple[list[list[st
     numbers = [value for values in arrays for value in values.ravel().tolist()]
     exponent = exponent_of(numbers)
     places = places_for(numbers, exponent)
-    columns = [
-        [minus(scaled(v, exponent, places, sign)) for v in values.tolist()] for values in arrays
-    ]
+    columns = [[minus(scaled(v, exponent, places, sign)) for v in a.tolist()] for a in arrays]
     return columns, power(exponent)
 
 
@@ -99,12 +97,6 @@ def outlier_tables(
             "such as noise, tables, or rare formats."
         )
         column = f"self-influence, {unit}" if unit else "self-influence"
-        tables.append(
-            Table(
-                "Largest self-influence",
-                about,
-                column,
-                documents_of(store, seen.ids, values, excerpts),
-            )
-        )
+        documents = documents_of(store, seen.ids, values, excerpts)
+        tables.append(Table("Largest self-influence", about, column, documents))
     return tables

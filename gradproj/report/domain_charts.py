@@ -27,17 +27,9 @@ BOX_CAPTION = (
     "Documents without a row are left out."
 )
 DOMAIN_COLUMNS = [
-    "domain",
-    "documents",
-    "with a row",
-    "missing",
-    "target tokens",
-    "loss, nats/token",
-    "median loss",
-    "mean norm",
-    "norm of mean",
-    "effective rank",
-]
+    "domain", "documents", "with a row", "missing", "target tokens", "loss, nats/token",
+    "median loss", "mean norm", "norm of mean", "effective rank",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,9 +81,8 @@ def boxes_of(groups: Sequence[Group]) -> Figure | None:
         ("norm of the row", True, [group.grad_norm for group in groups]),
     ]
     labels = [group.label for group in groups]
-    return Figure(
-        boxes_chart(labels, panels, "Quantiles of loss and norm for each domain."), BOX_CAPTION
-    )
+    chart = boxes_chart(labels, panels, "Quantiles of loss and norm for each domain.")
+    return Figure(chart, BOX_CAPTION)
 
 
 def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[DomainLine]:
@@ -99,14 +90,12 @@ def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[Dom
     if facts is None:
         return []
     matrix, counts, of_mean = facts.matrix, facts.counts, facts.norm_of_mean
-    medians = {
-        group.domains[0]: group.loss.quantile(0.5) for group in groups if len(group.domains) == 1
-    }
+    single = [group for group in groups if len(group.domains) == 1]
+    medians = {group.domains[0]: group.loss.quantile(0.5) for group in single}
     lines = []
     for i in sorted(range(len(matrix.names)), key=lambda i: (-matrix.n_rows[i], matrix.names[i])):
-        rank = (
-            f"{matrix.effective_rank[i]:.0f} of {matrix.n_drawn[i]}" if matrix.n_drawn[i] else "–"
-        )
+        n_drawn = matrix.n_drawn[i]
+        rank = f"{matrix.effective_rank[i]:.0f} of {n_drawn}" if n_drawn else "–"
         cells = [
             whole(counts.n_documents[i]),
             whole(int(matrix.n_rows[i])),
@@ -146,13 +135,11 @@ def matrices_of(facts: DomainFacts | None) -> list[Figure]:
     ):
         drawing, unit = matrix_chart(title, names, values[np.ix_(shown, shown)])
         scale = f", in units of {unit}" if unit else ""
-        figures.append(
-            Figure(
-                drawing,
-                f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest "
-                f"value off the diagonal. Similar domains are neighbours.{rest}",
-            )
+        caption = (
+            f"{about}{scale}. Blue is above 0, orange below; colours end beyond the largest value "
+            f"off the diagonal. Similar domains are neighbours.{rest}"
         )
+        figures.append(Figure(drawing, caption))
     return figures
 
 

@@ -18,12 +18,12 @@ MAX_DRAWN_DOMAINS = 40
 """Domains in the PNG, those with the most rows: more cells cannot be read."""
 MOST_BESIDE = 10
 """Matrices of more domains stand below each other."""
-_BARS = (
-    ("rows", "documents with a row"),
-    ("loss", "loss, nats per target token"),
-    ("norm", "mean norm of the rows"),
-    ("rank", "effective rank"),
-)
+_BARS = {
+    "n_rows": "documents with a row",
+    "loss": "loss, nats per target token",
+    "grad_norm": "mean norm of the rows",
+    "effective_rank": "effective rank",
+}
 
 
 def draw_domains(facts: DomainFacts, path: Path) -> None:
@@ -74,21 +74,14 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
 def _draw_bars(part: Any, facts: DomainFacts, shown: list[int]) -> None:
     """Draw a bar for each domain and fact, with its number; domains in the matrices' order."""
     matrix, rows = facts.matrix, np.arange(len(shown))
-    values = {
-        "rows": matrix.n_rows,
-        "loss": matrix.loss,
-        "norm": matrix.grad_norm,
-        "rank": matrix.effective_rank,
-    }
     panels = part.subplots(1, len(_BARS), sharey=True)
-    for axes, (key, label) in zip(panels, _BARS, strict=True):
-        chosen = values[key][shown].astype(np.float64)
+    for axes, (key, label) in zip(panels, _BARS.items(), strict=True):
+        chosen = getattr(matrix, key)[shown].astype(np.float64)
         axes.barh(rows, chosen, height=0.7, color="#9fb8d0")
         for row, value in zip(rows, chosen, strict=True):
-            text = f"{int(value):,}" if key == "rows" else digits(float(value))
-            axes.annotate(
-                text, (0, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5
-            )
+            text = f"{int(value):,}" if key == "n_rows" else digits(float(value))
+            place: Any = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (0, row), **place, fontsize=7.5)
         axes.set_title(label, fontsize=9)
         axes.set_xticks([])
         axes.tick_params(length=0)

@@ -57,7 +57,6 @@ class DomainFacts:
 
     @property
     def norm_of_mean(self) -> np.ndarray:
-        """``(G,)``."""
         return np.linalg.norm(self.matrix.mean, axis=1)
 
     @property
@@ -116,18 +115,12 @@ def lost_text(n_lost: int, output: str) -> str:
 def check_any_row_is_readable(n_read: int, counts: RowCounts, store: ProjectionStore) -> None:
     """Raise ``StoreError`` if rows are recorded and none of them can be read."""
     if counts.total("ok") and not n_read:
-        raise StoreError(
-            f"{store.path} is damaged: all {lost_text(counts.total('ok'), str(store.path.parent))}"
-        )
+        lost = lost_text(counts.total("ok"), str(store.path.parent))
+        raise StoreError(f"{store.path} is damaged: all {lost}")
 
 
 def domain_facts(store: ProjectionStore, options: ScanOptions) -> DomainFacts:
-    """Scan the columns and the rows.
-
-    Raises:
-        ConfigError: the store has no domains; unknown layer; singular curvature.
-        StoreError: data that the score needs is missing.
-    """
+    """Scan the columns and the rows of a store that has domains."""
     # Before the scan: rows that a running job adds meanwhile must not count as lost.
     counts = count_rows(store)
     return facts_from_matrix(store, domain_matrix(store, **options), options, counts)
@@ -179,9 +172,8 @@ def as_json(facts: DomainFacts, store: ProjectionStore, mean_rows: str) -> dict[
 
 def _domain(facts: DomainFacts, i: int) -> dict[str, Any]:
     matrix, counts = facts.matrix, facts.counts
-    loss, norm, of_mean, rank = json_numbers(
-        [matrix.loss[i], matrix.grad_norm[i], facts.norm_of_mean[i], matrix.effective_rank[i]]
-    )
+    figures = (matrix.loss, matrix.grad_norm, facts.norm_of_mean, matrix.effective_rank)
+    loss, norm, of_mean, rank = json_numbers([figure[i] for figure in figures])
     return {
         "name": matrix.names[i],
         "documents": counts.n_documents[i],

@@ -36,7 +36,6 @@ def _round_ticks(axis: Any, most: int) -> None:
 
 
 def _value_axis(axes: "Axes", low: float, high: float, label: str, log: bool) -> None:
-    """Scale and label the axis of x."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if log:
@@ -46,15 +45,12 @@ def _value_axis(axes: "Axes", low: float, high: float, label: str, log: bool) ->
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    # 0.5, 20,000, 2e-07
+    tick = FuncFormatter(lambda v, _: f"{v:,.0f}" if 1000 <= abs(v) < 1e6 else f"{v:g}")
+    axes.xaxis.set_major_formatter(tick)
     axes.set_xlim(low, high)
     axes.set_xlabel(label, color=SOFT, fontsize=11)
     axes.spines["bottom"].set(visible=True, color="#8a8f98")
-
-
-def _tick(value: float, _: int) -> str:
-    """Format ``0.5``, ``20,000``, ``2e-07``."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:g}"
 
 
 def value_range(least: float, most: float, log: bool) -> tuple[float, float]:
@@ -81,18 +77,13 @@ def coverage_chart(n_samples: int, missing: Sequence[tuple[int, int]]) -> Drawin
         axes.broken_barh(gaps, (0.04, 0.92), facecolor="white")
         axes.barh(0.5, n_samples, 1, facecolor="none", edgecolor=_INK, linewidth=1)
         axes.set_yticks([])
-        axes.set_xticks(
-            [0, n_samples // 2 + 0.5, n_samples],
-            [f"{i:,}" for i in (0, n_samples // 2, n_samples - 1)],
-        )
+        labels = [f"{i:,}" for i in (0, n_samples // 2, n_samples - 1)]
+        axes.set_xticks([0, n_samples // 2 + 0.5, n_samples], labels)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set(ha=side)
         axes.tick_params(pad=4)
-        return drawing_of(
-            figure,
-            "Completeness by sample id",
-            "A bar of all sample ids with gaps where rows are missing.",
-        )
+        description = "A bar of all sample ids with gaps where rows are missing."
+        return drawing_of(figure, "Completeness by sample id", description)
 
 
 def _joined(ranges: Sequence[tuple[int, int]], n_samples: int) -> list[tuple[int, int]]:
@@ -117,9 +108,8 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
     left, top, height = 150.0, 12.0, 190.0
     first_strip = top + height + 34
     seconds = float(speed.edges_s[-1])
-    unit, unit_s = next(
-        ((u, s) for u, s in (("d", 86400), ("h", 3600), ("min", 60)) if seconds > 3 * s), ("s", 1)
-    )
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, unit_s = next((each for each in units if seconds > 3 * each[1]), units[-1])
     fastest = max(float(speed.by_rank.max()), 1e-9)
     with default_settings():
         figure = figure_of(WIDTH, first_strip + each * len(strips) + 30)
@@ -138,16 +128,14 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
         below = axes_at(figure, left, first_strip, WIDTH - 20 - left, each * len(strips))
         below.set(xlim=axes.get_xlim(), ylim=(len(strips), 0))
         for row, (_, values) in enumerate(strips):
-            _draw_strip(
-                below, row + 1 / each, 1 - 2 / each, speed.edges_s / unit_s, values / fastest
-            )
+            place = (row + 1 / each, 1 - 2 / each)
+            _draw_strip(below, *place, speed.edges_s / unit_s, values / fastest)
         step = 1 if each > 10 else 2
         names = [one_line(name, 22) for name, _ in strips]
         below.set_yticks(np.arange(0.5, len(strips), step), names[::step])
         below.set_xticks([])
-        below.set_xlabel(
-            f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s", color=SOFT, loc="left"
-        )
+        label = f"a strip's colour: white 0, darkest {fastest:,.0f} tokens/s"
+        below.set_xlabel(label, color=SOFT, loc="left")
         for place_s, idle_s in speed.pauses:
             x = place_s / unit_s
             end = 1 - (first_strip + each * len(strips) - top) / height
@@ -159,12 +147,8 @@ def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
                 f"{human_seconds(idle_s)} idle", (x, 1), xycoords=axes.get_xaxis_transform(),
                 xytext=(4, -10), textcoords="offset points", color=SOFT,
             )  # fmt: skip
-        return drawing_of(
-            figure,
-            "Throughput over time",
-            "Tokens a second of all ranks over the time of the job, and of each of "
-            f"{len(ranks)} ranks.",
-        )
+        about = "Tokens a second of all ranks over the time of the job, and of each of"
+        return drawing_of(figure, "Throughput over time", f"{about} {len(ranks)} ranks.")
 
 
 def _draw_strip(
@@ -196,11 +180,9 @@ def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Draw
         axes.grid(axis="y", color=_GRID, linewidth=1)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=_BLUE, ec="white", lw=0.6)
         axes.axvline(median, color=_INK, linewidth=1, dashes=(3, 3))
-        on_the_left = (
-            axes.transLimits.transform((median, 0))[0] > 0.6
-            if not log
-            else (np.log(median / low) > 0.6 * np.log(high / low))
-        )
+        on_the_left = axes.transLimits.transform((median, 0))[0] > 0.6
+        if log:
+            on_the_left = np.log(median / low) > 0.6 * np.log(high / low)
         axes.annotate(
             f"median {digits(median)}", (median, 1), xycoords=axes.get_xaxis_transform(),
             xytext=(-5 if on_the_left else 5, -8), textcoords="offset points",
@@ -212,12 +194,9 @@ def histogram_chart(values: Histogram, title: str, unit: str, log: bool) -> Draw
 def boxes_chart(
     names: Sequence[str], panels: Sequence[tuple[str, bool, Sequence[Histogram]]], description: str
 ) -> Drawing:
-    """Draw a box of quantiles for each group of documents and panel.
+    """Draw a box of quantiles for each named group of documents and panel.
 
-    Args:
-        names: of the groups.
-        panels: ``(quantity and unit, logarithmic, a histogram for each group)``.
-        description: for screen readers.
+    A panel is ``(quantity and unit, logarithmic, a histogram for each group)``.
     """
     left, gap, each, top = 200.0, 34.0, 22.0, 8.0
     width = (WIDTH - left - 14 - gap * (len(panels) - 1)) / len(panels)
@@ -240,19 +219,14 @@ def boxes_chart(
                 axes.barh(rows, p75 - p25, 0.55, p25, facecolor=_PALE, edgecolor=_BLUE, zorder=3)
                 ends = np.array(rows)
                 axes.vlines(p50, ends - 0.27, ends + 0.27, color=_INK, linewidth=2, zorder=4)
-        figure.axes[0].set_yticks(
-            range(len(names)), [one_line(name, NAME_CHARACTERS) for name in names]
-        )
+        labels = [one_line(name, NAME_CHARACTERS) for name in names]
+        figure.axes[0].set_yticks(range(len(names)), labels)
         figure.axes[0].tick_params(axis="y", labelsize=12, labelcolor=_INK)
         return drawing_of(figure, "Distributions by domain", description)
 
 
 def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[Drawing, str]:
-    """Draw a matrix of domains.
-
-    Returns:
-        The drawing, and the power of ten that its numbers are in units of.
-    """
+    """Draw a matrix of domains; return also the power of ten that its numbers are in units of."""
     n = len(names)
     shown = [one_line(name, 20) for name in names]
     left, top = 200.0, 20 + 5.2 * max(map(len, shown))
@@ -263,9 +237,8 @@ def matrix_chart(title: str, names: Sequence[str], values: np.ndarray) -> tuple[
         axes = axes_at(figure, left, top, cell * n, height * n)
         exponent, _ = draw_matrix(axes, values, names, min(12.0, cell / 3.1))
         axes.tick_params(labelsize=12, labelcolor=_INK)
-        drawing = drawing_of(
-            figure, title, f"{title}: a matrix of {n} domains; the numbers are in its cells."
-        )
+        about = f"{title}: a matrix of {n} domains; the numbers are in its cells."
+        drawing = drawing_of(figure, title, about)
     return drawing, power(exponent)
 
 

@@ -7,7 +7,6 @@ nothing, and its Content-Security-Policy forbids both.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -112,8 +111,7 @@ class Page:
 
 def render(page: Page) -> bytes:
     """Return the page as UTF-8 HTML."""
-    text = _environment().get_template("report.html").render(page=page)
-    return text.encode("utf-8")
+    return _environment().get_template("report.html").render(page=page).encode("utf-8")
 
 
 @functools.cache
@@ -122,12 +120,8 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("gradproj.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_clean,
+        # Markup was cleaned when Jinja made it.
+        finalize=lambda v: clean(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _clean(value: Any) -> Any:
-    """Replace control characters; Markup was cleaned when Jinja made it."""
-    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -38,7 +38,6 @@ def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | 
 
 
 def versions_text(attributes: Mapping[str, Any]) -> str:
-    """Return the versions that the rows were computed with."""
     return ", ".join(f"{name} {version}" for name, version in _part(attributes, "versions").items())
 
 
@@ -48,7 +47,6 @@ def _part(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _set_values(part: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return ``(label, value)`` of the values that are set."""
     shown = ((label, part.get(key)) for key, label in names.items())
     return [(label, _text(value)) for label, value in shown if value not in (None, "", [], {})]
 
@@ -77,35 +75,26 @@ def _model(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
     projection = _part(store.attributes, "projection")
-    n_bytes = store.dim * store.layout.stored_dtype.itemsize
+    layout, compressor = store.layout, f"compressor {store.layout.compressor}"
+    n_bytes = store.dim * layout.stored_dtype.itemsize
     widths = sorted({layer.slice_end - layer.slice_start for layer in store.layers})
     each = f" of {widths[0]:,}" if len(widths) == 1 else ""
     return [
         ("values", f"{store.dim:,} in {count(len(store.layers), 'layer')}{each}"),
-        (
-            "stored as",
-            f"{store.layout.proj_dtype}, {n_bytes:,} bytes a row, "
-            f"compressor {store.layout.compressor}",
-        ),
+        ("stored as", f"{layout.proj_dtype}, {n_bytes:,} bytes a row, {compressor}"),
         *_set_values(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
-        ("shards", f"{store.layout.n_units:,} of {store.layout.rows_per_shard:,} rows"),
+        ("shards", f"{layout.n_units:,} of {layout.rows_per_shard:,} rows"),
     ]
 
 
 def _corpus(store: ProjectionStore) -> list[tuple[str, str]]:
     corpus = _part(store.attributes, "corpus")
+    names = {"n_tars": "tars", "tars": "in", "domain_field": "domain by"}
+    names["fingerprint"] = "fingerprint"
     return [
         ("documents", f"{len(store):,}"),
         ("domains", f"{len(store.domains):,}"),
-        *_set_values(
-            corpus,
-            {
-                "n_tars": "tars",
-                "tars": "in",
-                "domain_field": "domain by",
-                "fingerprint": "fingerprint",
-            },
-        ),
+        *_set_values(corpus, names),
     ]
 
 
@@ -120,14 +109,11 @@ def _work(
     ]
     if times is not None and len(times.started):
         n_tokens, working = float(times.n_tokens.sum()), max(times.working_s, 1e-9)
-        by_rank = n_tokens / max(times.rank_s, 1e-9)
+        by_rank, of_ranks = n_tokens / max(times.rank_s, 1e-9), human_seconds(times.rank_s)
         facts += [
             ("started", when(times.started.min())),
             ("last unit", when(times.finished.max())),
-            (
-                "working time",
-                f"{human_seconds(working)}; {human_seconds(times.rank_s)} over all ranks",
-            ),
+            ("working time", f"{human_seconds(working)}; {of_ranks} over all ranks"),
             ("tokens", f"{n_tokens:,.0f}"),
             ("speed", f"{digits(n_tokens / working)} tokens/s, {digits(by_rank)} a rank"),
         ]
@@ -153,10 +139,8 @@ def verdict_of(
     if status is not None and not status.complete:
         way = "" if status.missing_units else f" (python -m gradproj merge {status.output} ends it)"
         return False, f"Not merged yet: {rows}{way}."
-    rest = len(store) - n_ok
-    return True, f"Complete: {rows}" + (
-        f"; {count(rest, 'document')} without one." if rest else "."
-    )
+    rest = f"; {count(len(store) - n_ok, 'document')} without one" if n_ok < len(store) else ""
+    return True, f"Complete: {rows}{rest}."
 
 
 def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
@@ -171,7 +155,6 @@ def missing_text(ranges: list[tuple[int, int]]) -> str:
 
 
 def coverage_figure(n_samples: int, missing: list[tuple[int, int]]) -> Figure:
-    """Return the bar of all sample ids with its caption."""
     n_missing = sum(stop - start for start, stop in missing)
     gaps = f"white: {n_missing:,} documents not computed yet" if n_missing else "nothing is missing"
     return Figure(coverage_chart(n_samples, missing), f"Documents by sample id; {gaps}.")

@@ -72,9 +72,8 @@ def axes_at(figure: "Figure", left: float, top: float, width: float, height: flo
     """Add axes without frame and ticks at a place in pixels from the upper left."""
     whole_width, whole_height = figure.get_size_inches() * POINTS_PER_INCH
     bottom = whole_height - top - height
-    axes = figure.add_axes(
-        (left / whole_width, bottom / whole_height, width / whole_width, height / whole_height)
-    )
+    size = (width / whole_width, height / whole_height)
+    axes = figure.add_axes((left / whole_width, bottom / whole_height, *size))
     axes.patch.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(bottom=False, left=False, labelsize=11, labelcolor=SOFT, pad=8)
@@ -97,11 +96,8 @@ def drawing_of(figure: "Figure", title: str, description: str) -> Drawing:
         FigureCanvasSVG(figure).print_svg(written)
     elements = ET.fromstring(written.getvalue()).iter()
     named = ((element.tag.rpartition("}")[2], element) for element in elements)
-    shapes = [
-        Shape(tag, _attributes(element), element.text or "")
-        for tag, element in named
-        if tag in _TAGS
-    ]
+    chosen = [(tag, element) for tag, element in named if tag in _TAGS]
+    shapes = [Shape(tag, _attributes(element), element.text or "") for tag, element in chosen]
     width, height = figure.get_size_inches() * POINTS_PER_INCH
     return Drawing(float(width), float(height), title, description, shapes)
 

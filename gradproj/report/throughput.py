@@ -98,9 +98,8 @@ def _ranks_of_units(logs: Path) -> dict[tuple[int, float], str]:
 
 def _natural(name: str) -> tuple:
     """Return a sort key that puts ``rank 10`` after ``rank 9``."""
-    return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
-    )
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -135,17 +134,11 @@ def throughput(times: UnitTimes, n_bins: int = N_BINS) -> Throughput | None:
     by_rank = np.zeros((len(times.ranks), n_bins))
     for number in range(len(times.ranks)):
         for unit in np.flatnonzero(times.rank == number).tolist():
-            share = np.clip(
-                (edges - started[unit]) / max(finished[unit] - started[unit], 1e-9), 0, 1
-            )
+            duration = max(finished[unit] - started[unit], 1e-9)
+            share = np.clip((edges - started[unit]) / duration, 0, 1)
             by_rank[number] += times.n_tokens[unit] * np.diff(share)
-    return Throughput(
-        edges,
-        by_rank / (length / n_bins),
-        pauses,
-        float(times.started.min()),
-        float(times.finished.max()),
-    )
+    ends = float(times.started.min()), float(times.finished.max())
+    return Throughput(edges, by_rank / (length / n_bins), pauses, *ends)
 
 
 def _spans(times: UnitTimes) -> list[list[float]]:

@@ -31,11 +31,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @contextmanager
 def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
-    """Lock a folder against other runs; rank 0 holds the lock for all ranks.
-
-    Raises:
-        StoreError: another run holds the lock.
-    """
+    """Lock a folder against other runs; rank 0 holds the lock for all ranks."""
     if world.rank:
         yield
         return
@@ -56,19 +52,14 @@ def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
 
 
 def rank_file(rank: int) -> str:
-    """Return the name of the file with a rank's state."""
     return f"rank-{rank:05d}.pt"
 
 
 class Checkpoints:
     """The checkpoints of one run; only the newest is kept.
 
-    Args:
-        result_dir: the folder that holds their folder.
-        config: the run's settings.
-        world: the ranks that train.
-        corpora: ``shards`` and ``val_shards`` -> fingerprint of the corpus. It replaces the path in
-            the recorded settings, so that the tars may be moved.
+    ``corpora`` are the fingerprints of ``shards`` and ``val_shards``. They replace the paths in the
+    recorded settings, so that the tars may be moved.
     """
 
     def __init__(
@@ -87,9 +78,8 @@ class Checkpoints:
     def to_resume(self) -> Path | None:
         """Return the checkpoint to continue from; None to start from the beginning.
 
-        Raises:
-            StoreError: there is one and ``--resume`` is not given; or there is none, and a start
-                would overwrite results of another run.
+        ``StoreError`` if there is one and ``--resume`` is not given, or if there is none and a
+        start would overwrite results of another run.
         """
         newest = self.newest()
         if newest is None:
@@ -126,9 +116,7 @@ class Checkpoints:
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return ``(shared state, this rank's state)`` of a checkpoint.
 
-        Raises:
-            ConfigError: it has other settings, documents or another number of ranks.
-            StoreError: it is damaged.
+        ``ConfigError`` if it has other settings, documents or another number of ranks.
         """
         shared = _load(path, STATE)
         theirs, ours = (
@@ -157,13 +145,8 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint under a temporary name, publish it, and delete older ones.
 
-        Args:
-            step: steps done.
-            model: transformers' model without its wrapper.
-            tokenizer: the model's.
-            optimizer: its state is equal in all ranks.
-            curve: the loss curve's points.
-            rank_state: this rank's position in the data and engine state.
+        The model is without its wrapper, and the optimizer's state is equal in all ranks.
+        ``rank_state`` is this rank's position in the data and engine state.
         """
         final = self._folder / f"step-{step:08d}"
         work = self._folder / f".saving-{final.name}"
@@ -174,12 +157,8 @@ class Checkpoints:
             self._world.barrier()
             if self._world.rank == 0:
                 _save_model(work, model, tokenizer)
-                shared = {
-                    "step": step,
-                    "settings": self._settings,
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curve,
-                }
+                shared = {"step": step, "settings": self._settings}
+                shared |= {"optimizer": optimizer.state_dict(), "curve": curve}
                 _save(shared, work / STATE)
             _save({**rank_state, "random": random_state()}, work / rank_file(self._world.rank))
             self._world.barrier()
@@ -212,7 +191,6 @@ def publish_model(result_dir: Path, model: Any, tokenizer: Any) -> None:
 
 
 def steps_in(result_dir: Path) -> int:
-    """Return the number of steps in a run's ``loss.csv``."""
     path = result_dir / "loss.csv"
     return max(0, len(path.read_text().splitlines()) - 1) if path.is_file() else 0
 
@@ -221,9 +199,7 @@ def _save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:  # torch's writer raises it for a full disk
-        raise StoreError(
-            f"cannot write {path}: {_reason(error)}. Free space there, then start again"
-        ) from error
+        raise _no_space(path, _reason(error)) from error
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -231,9 +207,7 @@ def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
         with no_progress_bars():
             model.save_pretrained(folder)
     except SafetensorError as error:
-        raise StoreError(
-            f"cannot write {folder}: {error}. Free space there, then start again"
-        ) from error
+        raise _no_space(folder, str(error)) from error
     tokenizer.save_pretrained(folder)
 
 
@@ -247,6 +221,10 @@ def _load(checkpoint: Path, name: str) -> dict[str, Any]:
         ) from error
 
 
+def _no_space(path: Path, reason: str) -> StoreError:
+    return StoreError(f"cannot write {path}: {reason}. Free space there, then start again")
+
+
 def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -258,7 +236,6 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set torch's generators to a ``random_state``."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -21,17 +21,10 @@ Here, so that settings are checked against it; ``engine_manager`` enters this pa
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 
-NO_PART_OF_A_RUN = frozenset(
-    (
-        "result_dir",
-        "device",
-        "resume",
-        "max_steps",
-        "eval_interval",
-        "checkpoint_interval",
-        "proj_save_interval",
-    )
-)
+NO_PART_OF_A_RUN = (
+    "result_dir", "device", "resume", "max_steps", "eval_interval", "checkpoint_interval",
+    "proj_save_interval",
+)  # fmt: skip
 """Settings that a resumed run may change. With more steps the schedule is the longer run's."""
 
 
@@ -98,11 +91,8 @@ class EngineConfig(Flags, title="engine"):
 
     @property
     def store(self) -> StoreConfig:
-        return StoreConfig(
-            proj_dtype=self.proj_dtype,
-            compressor=self.compressor,
-            rows_per_shard=self.rows_per_shard,
-        )
+        names = ("proj_dtype", "compressor", "rows_per_shard")
+        return StoreConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +195,10 @@ class TrainConfig(EngineConfig, title="training"):
     def model_config(self) -> ModelConfig:
         """Return the checkpoint to start from, or the architecture to draw weights for."""
         assert self.model or self.architecture
-        init = "random" if self.architecture else ""
         return ModelConfig(
-            model=self.model,
-            architecture=self.architecture,
-            init=init,
-            seed=self.seed,
-            tokenizer=self.tokenizer,
-        )
+            model=self.model, architecture=self.architecture, tokenizer=self.tokenizer,
+            init="random" if self.architecture else "", seed=self.seed,
+        )  # fmt: skip
 
     def settings_of_the_run(self) -> dict[str, Any]:
         """Return the settings that a resumed run must have too, by flag."""

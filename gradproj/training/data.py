@@ -122,10 +122,8 @@ def _sequences(
         done = position.document if epoch == position.epoch else 0
         has_sequence = done > 0
         first = done * world.size + world.rank
-        documents = itertools.islice(
-            shuffled_documents(index, config.seed, epoch, first), 0, None, world.size
-        )
-        for document in documents:
+        documents = shuffled_documents(index, config.seed, epoch, first)
+        for document in itertools.islice(documents, 0, None, world.size):
             done += 1
             tokens = tokens_of(document, tokenizer, None if config.pack else config.max_length)
             if config.pack and len(tokens):
@@ -135,14 +133,12 @@ def _sequences(
                 left = np.concatenate([left, pairs], axis=1)
                 while left.shape[1] >= config.max_length:
                     (ids, owners), left = left[:, : config.max_length], left[:, config.max_length :]
-                    yield Sequence(
-                        ids, int(owners[0]), document.domain, DataPosition(epoch, done, left)
-                    )
+                    after = DataPosition(epoch, done, left)
+                    yield Sequence(ids, int(owners[0]), document.domain, after)
                     has_sequence = True
             elif len(tokens) > 1:
-                yield Sequence(
-                    tokens, document.sample_id, document.domain, DataPosition(epoch, done, left)
-                )
+                after = DataPosition(epoch, done, left)
+                yield Sequence(tokens, document.sample_id, document.domain, after)
                 has_sequence = True
         if not has_sequence and left.shape[1] < 2:
             raise CorpusError(
@@ -156,13 +152,8 @@ def shuffled_documents(
 ) -> Iterator[Document]:
     """Yield every document once, in an order that seed and epoch define.
 
-    At most 4,096 documents are in memory.
-
-    Args:
-        index: the corpus.
-        seed: of the order.
-        epoch: each has its own order.
-        first: documents to skip; groups that are skipped whole are not read.
+    At most 4,096 documents are in memory. Of the ``first`` documents, which are skipped, only those
+    that are shuffled together with later ones are read.
     """
     order = np.random.default_rng([seed, epoch])
     n_samples = index.n_samples
@@ -176,11 +167,8 @@ def shuffled_documents(
         chosen = order.permutation(size)[first:]
         first = max(0, first - size)
         if len(chosen):
-            group = [
-                document
-                for start, stop in ranges
-                for document in read_documents(index, start, stop)
-            ]
+            parts = (read_documents(index, start, stop) for start, stop in ranges)
+            group = list(itertools.chain.from_iterable(parts))
             yield from (group[i] for i in chosen)
 
 
@@ -201,7 +189,6 @@ class TrainedDocuments:
         self._domains: dict[int, str] = {}
 
     def add(self, batches: list[TrainBatch]) -> None:
-        """Remember the domains of a step's documents."""
         for batch in batches:
             self._domains.update(zip(batch.sample_ids.tolist(), batch.domains, strict=True))
 
@@ -211,9 +198,8 @@ class TrainedDocuments:
             # Read the whole block: a tar is read from the start of a block anyway.
             first = sample_id - sample_id % SAMPLES_PER_BLOCK
             last = min(first + SAMPLES_PER_BLOCK, self._index.n_samples)
-            self._domains.update(
-                (d.sample_id, d.domain) for d in read_documents(self._index, first, last)
-            )
+            documents = read_documents(self._index, first, last)
+            self._domains.update((each.sample_id, each.domain) for each in documents)
         return self._domains[sample_id]
 
     def text(self, sample_id: int) -> str:

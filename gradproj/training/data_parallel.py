@@ -14,15 +14,7 @@ from gradproj.errors import ConfigError
 
 
 def world_of(ddp_info: Any) -> World:
-    """Return the ranks that train together.
-
-    Args:
-        ddp_info: None for the ranks of ``torch.distributed``, if it is initialised; or a mapping or
-            an object with ``rank`` and ``world_size`` (or ``ddp_rank`` and ``ddp_world_size``).
-
-    Raises:
-        ConfigError: no rank or no world size is given, or several ranks without a process group.
-    """
+    """Return the ranks that train, from ``ddp_info`` as ``GhostEngineManager`` takes it."""
     if ddp_info is None:
         return World.current()
     if isinstance(ddp_info, World):
@@ -91,7 +83,6 @@ class GradientAverager:
             self._wrapper.require_backward_grad_sync = False
 
     def resume_ddp(self) -> None:
-        """Let DistributedDataParallel average again."""
         if self._wrapper is not None:
             self._wrapper.require_backward_grad_sync = True
 
@@ -101,10 +92,8 @@ class GradientAverager:
         """Yield every parameter with its mean gradient; a rank without one contributes zeros."""
         local = [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]
         local = [gradient.to(p.dtype) for gradient, p in zip(local, parameters, strict=True)]
-        for work in [
-            torch_dist.all_reduce(gradient, group=self.world.group, async_op=True)
-            for gradient in local
-        ]:
+        group = self.world.group
+        for work in [torch_dist.all_reduce(each, group=group, async_op=True) for each in local]:
             work.wait()
         for parameter, gradient in zip(parameters, local, strict=True):
             yield parameter, gradient.div_(self.world.size)

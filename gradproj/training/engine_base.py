@@ -12,7 +12,7 @@ from gradproj.training.config import EngineConfig
 
 @dataclass(frozen=True)
 class EngineContext:
-    """Everything that an engine is made from."""
+    """Everything that an engine is made from; see ``GhostEngineManager``."""
 
     settings: EngineConfig
     model: nn.Module
@@ -22,10 +22,7 @@ class EngineContext:
     val_data: Any
     """``(input_ids, labels)`` of a validation batch, or None."""
     loss: str = "mean"
-    """The loop's loss over the target tokens of the forward pass: their ``"mean"``, or ``"sum"``:
-    ``per_sample_loss(...).sum()`` times any number."""
     resume_step: int | None = None
-    """The last step of the checkpoint that training continues from; None for a new run."""
 
 
 class TrainingEngine:
@@ -64,11 +61,7 @@ class TrainingEngine:
         """Leave the gradient of the batch's own rows in ``.grad``. Called after backward."""
 
     def aggregate_and_log(self, losses: Tensor | None = None) -> Any:
-        """Keep what the engine computes from a batch.
-
-        Args:
-            losses: the samples' summed token losses (nats), ``(N,)``; None if not known.
-        """
+        """Keep what the engine computes from a batch with summed losses ``(N,)``, nats."""
 
     def clear_gradients(self) -> None:
         """Drop all that is left of the batch."""
@@ -92,12 +85,7 @@ class TrainingEngine:
     def reports(
         self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
     ) -> dict[str, str]:
-        """Return file name -> text for readers, made at the end of a run.
-
-        Args:
-            domain_of: sample id -> its domain.
-            text_of: sample id -> its text.
-        """
+        """Return file name -> text for readers, made at the end of a run."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

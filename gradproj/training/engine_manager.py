@@ -1,7 +1,6 @@
 """``GhostEngineManager``: the engine that a training loop selects by name."""
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,40 +68,11 @@ class GhostEngineManager:
     def prepare_forward_input(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         return self.engine.prepare_forward_input(X, Y)
 
-    def prepare_gradients(self) -> None:
-        self.engine.prepare_gradients()
-
-    def aggregate_and_log(self, losses: Tensor | None = None) -> None:
-        self.engine.aggregate_and_log(losses)
-
-    def clear_gradients(self) -> None:
-        self.engine.clear_gradients()
-
-    def should_save_metrics(self, iter_num: int) -> bool:
-        return self.engine.should_save_metrics(iter_num)
-
-    def save_metrics(self, iter_num: int) -> None:
-        self.engine.save_metrics(iter_num)
-
-    def detach_for_evaluation(self) -> None:
-        self.engine.detach_for_evaluation()
-
-    def reattach_after_evaluation(self) -> None:
-        self.engine.reattach_after_evaluation()
-
-    def cleanup(self) -> None:
-        self.engine.cleanup()
-
-    def reports(
-        self, domain_of: Callable[[int], str], text_of: Callable[[int], str]
-    ) -> dict[str, str]:
-        return self.engine.reports(domain_of, text_of)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.engine.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.engine.load_state_dict(state)
+    def __getattr__(self, name: str) -> Any:
+        # Only calls of a training loop: an engine's own attributes are reached by ``engine``.
+        if not hasattr(TrainingEngine, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.engine, name)
 
     def __enter__(self) -> "GhostEngineManager":
         return self

@@ -165,10 +165,8 @@ class GradProjLoraTraining(TrainingEngine):
         sizes = [len(batch.rows) for batch in waiting]
 
         def column(field: str, unknown: float) -> np.ndarray:
-            values = [getattr(batch, field) for batch in waiting]
-            return np.concatenate(
-                [_of_batch(v, n, unknown) for v, n in zip(values, sizes, strict=True)]
-            )
+            pairs = zip(waiting, sizes, strict=True)
+            return np.concatenate([_of_batch(getattr(b, field), n, unknown) for b, n in pairs])
 
         columns = {
             "n_tokens": column("n_tokens", 0),
@@ -177,12 +175,10 @@ class GradProjLoraTraining(TrainingEngine):
             "sample_id": column("ids", -1).astype(np.int64),
         }
         has_labels = np.repeat([batch.n_tokens is not None for batch in waiting], sizes)
-        columns["status"] = np.where(
-            has_labels & (columns["n_tokens"] == 0), STATUS["no_target"], STATUS["ok"]
-        )
-        columns["loss"], columns["grad_norm"] = finish_rows(
-            rows, columns["loss"], columns, self.context.settings.loss_reduction
-        )
+        no_target = has_labels & (columns["n_tokens"] == 0)
+        columns["status"] = np.where(no_target, STATUS["no_target"], STATUS["ok"])
+        losses, reduction = columns["loss"], self.context.settings.loss_reduction
+        columns["loss"], columns["grad_norm"] = finish_rows(rows, losses, columns, reduction)
         self._store.add(rows, columns)
 
     def _open_store(self) -> AppendStore:
@@ -201,9 +197,8 @@ class GradProjLoraTraining(TrainingEngine):
             shutil.rmtree(folder / STORE_NAME, ignore_errors=True)
             drawn = self._engine.projection_matrices.items()
             matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
-            create_row_store(
-                folder, self._layout(), attributes, pack_matrices(self._layers, matrices)
-            )
+            packed = pack_matrices(self._layers, matrices)
+            create_row_store(folder, self._layout(), attributes, packed)
         world.barrier()
         return AppendStore(folder, world.rank, world.size)
 
@@ -212,9 +207,8 @@ class GradProjLoraTraining(TrainingEngine):
         widths = [layer.slice_end - layer.slice_start for layer in self._layers]
         row_bytes = sum(widths) * STORED_DTYPES[settings.proj_dtype].itemsize
         rows_per_step = settings.batch_size * settings.grad_accumulation
-        height = settings.rows_per_shard or choose_rows(
-            row_bytes, rows_per_step, settings.max_steps, world.size
-        )
+        height = settings.rows_per_shard
+        height = height or choose_rows(row_bytes, rows_per_step, settings.max_steps, world.size)
         store = replace(settings.store, rows_per_shard=height)
         layout = plan_layout(height * world.size, widths, 1, store)
         # One chunk of each column per unit, so that a unit's files belong to one rank.

@@ -1,10 +1,9 @@
 """GradProjLora inside transformers' ``Trainer``, as a callback."""
 
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, ModelError
@@ -49,9 +48,7 @@ class GradProjCallback(TrainerCallback):
 
     # --- the Trainer's events ---
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the engine; if training is resumed, cut the rows of later steps."""
         model = kwargs["model"]
         sizes = {
@@ -74,44 +71,26 @@ class GradProjCallback(TrainerCallback):
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step + 1
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Collect a batch that is not the step's last."""
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Collect a batch; ``on_pre_optimizer_step`` does the step's last."""
         self._collect()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Collect the step's last batch."""
-        self._collect()
+    on_pre_optimizer_step = on_substep_end
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write rows if they are due."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save_before_checkpoint(args, control)
         if self._manager is not None and self._manager.should_save_metrics(self._step):
             self._manager.save_metrics(self._step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._save_before_checkpoint(args, control)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._save_before_checkpoint(args, control)
+    on_evaluate = on_epoch_end
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cleanup()
 
     def cleanup(self) -> None:
@@ -126,9 +105,7 @@ class GradProjCallback(TrainerCallback):
     def __enter__(self) -> "GradProjCallback":
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cleanup()
 
     def _save_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:

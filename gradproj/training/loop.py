@@ -52,9 +52,6 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
         config: the run's settings.
         stop: called after every step; if any rank's returns True, all ranks save a checkpoint and
             return early.
-
-    Raises:
-        GradprojError: the method, model, tokenizer, corpus or folder cannot be used.
     """
     process, stop = Process.from_environment(), stop or StopRequest()
     device, warning = choose_device(config.device, process.local_rank)
@@ -126,9 +123,8 @@ class _Run:
         """Run the step's batches and the optimizer, and record the loss."""
         config, manager = self._config, self.manager
         batches = list(itertools.islice(self._batches, config.grad_accumulation))
-        targets, n_tokens = totals(
-            self._world, sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches)
-        )
+        counts = (sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches))
+        targets, n_tokens = totals(self._world, *counts)
         rate = config.learning_rate * rate_at(step - 1, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -159,9 +155,8 @@ class _Run:
             inputs, labels = manager.prepare_forward_input(X, Y)
             autocast = self._config.model_dtype == "bfloat16"
             with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
-                losses = per_sample_loss(
-                    self._shared_model, {"input_ids": inputs, "labels": labels}, chunked=False
-                )
+                joint = {"input_ids": inputs, "labels": labels}
+                losses = per_sample_loss(self._shared_model, joint, chunked=False)
             (losses.sum() / n_targets).backward()
         train_losses = losses.detach()[: len(X)]  # an engine's own rows come after the batch's
         manager.prepare_gradients()
@@ -197,22 +192,15 @@ class _Run:
         if at_once or (interval and (step % interval == 0 or step == self._config.max_steps)):
             # state_dict puts the engine's rows on disk, before the checkpoint that counts on them.
             rank_state = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
-            self._checkpoints.save(
-                step,
-                self._model,
-                self._tokenizer,
-                self._optimizer,
-                self._curve.as_list(),
-                rank_state,
-            )
+            parts = (self._model, self._tokenizer, self._optimizer, self._curve.as_list())
+            self._checkpoints.save(step, *parts, rank_state)
 
     def finish(self) -> TrainResult:
         """Write the finished model, the curve's picture and the engine's reports."""
         if self._world.rank == 0:
             self._curve.draw()
-            for name, text in self.manager.reports(
-                self._documents.domain, self._documents.text
-            ).items():
+            reports = self.manager.reports(self._documents.domain, self._documents.text)
+            for name, text in reports.items():
                 with explain_os_errors(self._folder / name):
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)
@@ -243,9 +231,8 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
             )
         return tokenizer, model
     # Any architecture works here: only the tokenizer's files are used.
-    tokenizer = load_tokenizer(
-        fetch(ModelConfig(architecture="GPT2-Small", init="random", tokenizer=config.tokenizer))
-    )
+    stand_in = ModelConfig(architecture="GPT2-Small", init="random", tokenizer=config.tokenizer)
+    tokenizer = load_tokenizer(fetch(stand_in))
     shape = GPT2Config(
         vocab_size=len(tokenizer), n_positions=config.max_length,
         n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,

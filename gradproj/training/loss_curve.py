@@ -44,24 +44,15 @@ class Point:
     """Since the run's start, without the time between a stop and its resumption."""
 
     def as_text(self) -> list[str]:
-        """Return the cells of a line of ``loss.csv``."""
-        return [
-            "" if v is None else f"{v:.8g}" if isinstance(v, float) else str(v)
-            for v in astuple(self)
-        ]
+        cells = ("" if value is None else value for value in astuple(self))
+        return [f"{cell:.8g}" if isinstance(cell, float) else str(cell) for cell in cells]
 
 
 COLUMNS = [f.name for f in fields(Point)]
 
 
 class LossCurve:
-    """The loss of each step. Only rank 0 writes and prints.
-
-    Args:
-        folder: the folder of ``loss.csv``.
-        max_steps: of the run.
-        visible: whether to write and print.
-    """
+    """The loss of each step, written to ``folder`` and printed if ``visible`` (on rank 0)."""
 
     def __init__(self, folder: Path, max_steps: int, visible: bool = True) -> None:
         self._path, self._max_steps, self._visible = folder / "loss.csv", max_steps, visible
@@ -107,12 +98,11 @@ class LossCurve:
         before = self.points[self._steps_before - 1].tokens if self._steps_before else 0
         rate = (point.tokens - before) / max(seconds, 1e-9)
         evaluated = "" if point.val_loss is None else f", validation {point.val_loss:.3f}"
-        print(
+        line = (
             f"step {point.step:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per "
-            f"token{evaluated}, {rate:,.0f} tokens/s, about {human_seconds(left)} left",
-            file=sys.stderr,
-            flush=True,
+            f"token{evaluated}, {rate:,.0f} tokens/s, about {human_seconds(left)} left"
         )
+        print(line, file=sys.stderr, flush=True)
 
     def result(self) -> TrainResult:
         mean = sum(self._recent) / max(1, len(self._recent))
@@ -124,7 +114,6 @@ class LossCurve:
         return [asdict(point) for point in self.points]
 
     def draw(self) -> None:
-        """Draw ``loss.png`` beside ``loss.csv``."""
         path = self._path.with_suffix(".png")
         with explain_os_errors(path):
             draw_curve(self.points, path)

@@ -10,7 +10,6 @@ from gradproj.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Return ``--optimizer`` over all parameters of a model."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.learning_rate, momentum=config.momentum)
@@ -34,9 +33,5 @@ def rate_at(step: int, config: TrainConfig) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    falls = {
-        "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * done)),
-        "linear": 1.0 - done,
-        "constant": 1.0,
-    }
-    return falls[config.schedule]
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    return {"cosine": cosine, "linear": 1.0 - done, "constant": 1.0}[config.schedule]

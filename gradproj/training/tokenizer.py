@@ -45,13 +45,8 @@ class TokenizerConfig(Flags, title="tokenizer"):
 def train_tokenizer(config: TokenizerConfig) -> int:
     """Train a tokenizer and write it as a directory for ``--tokenizer`` and ``--model``.
 
-    It adds no token around a text; ``<|endoftext|>`` is its bos, eos and unknown token.
-
-    Returns:
-        The number of tokens: fewer than requested if the corpus has fewer.
-
-    Raises:
-        CorpusError: no document has a text.
+    It adds no token around a text; ``<|endoftext|>`` is its bos, eos and unknown token. The
+    returned number of tokens is smaller than requested if the corpus has fewer.
     """
     folder = make_folder("--output_dir", config.output_dir)
     index = open_corpus(config.shards)
@@ -67,12 +62,8 @@ def train_tokenizer(config: TokenizerConfig) -> int:
     )
     tokenizer.train_from_iterator(_texts(index, n_samples), trainer)
     print(f"tokenizer: {tokenizer.get_vocab_size():,} tokens", file=sys.stderr, flush=True)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     with explain_os_errors(folder):
         fast.save_pretrained(folder)
     return tokenizer.get_vocab_size()

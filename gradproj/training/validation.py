@@ -16,11 +16,7 @@ from gradproj.training.data_parallel import totals
 
 
 class Validation:
-    """The first ``--val_batches`` batches of ``--val_shards``.
-
-    Raises:
-        CorpusError: no document there has two tokens.
-    """
+    """The first ``--val_batches`` batches of ``--val_shards``."""
 
     def __init__(
         self, config: TrainConfig, tokenizer: Any, device: torch.device, world: World
@@ -46,10 +42,8 @@ class Validation:
         model.eval()
         total, n_targets = 0.0, 0
         for batch in self.batches[self._world.rank :: self._world.size]:
-            inputs = {
-                "input_ids": batch.input_ids.to(self._device),
-                "labels": batch.labels.to(self._device),
-            }
+            ids, labels = batch.input_ids.to(self._device), batch.labels.to(self._device)
+            inputs = {"input_ids": ids, "labels": labels}
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 total += per_sample_loss(model, inputs, chunked=False).sum().item()
             n_targets += batch.n_targets

@@ -359,7 +359,7 @@ def test_method_without_its_library_is_left_out_with_a_line(monkeypatch, capsys)
 
 
 def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, monkeypatch, capsys):
-    monkeypatch.setattr(retraining, "_train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(retraining, "train", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     config = config_of(data, tmp_path)
     flags = [
         str(x)

@@ -43,12 +43,8 @@ class DotBatch:
     def tap(self, layer: DotLayer, a: Tensor, output: Tensor, root: Tensor, again: bool) -> Tensor:
         """Return the layer's output, whose backward pass calls ``take``.
 
-        Args:
-            layer: the layer.
-            a: its input.
-            output: its output.
-            root: any tensor that requires a gradient; the graph starts here if it has not yet.
-            again: a checkpointed block runs again in the backward pass; its first run was counted.
+        ``root`` is any tensor that requires a gradient; the graph starts here if it has not yet.
+        ``again``: a checkpointed block runs again in the backward pass; its first run was counted.
         """
         if self._is_shared(a.shape if layer.is_lookup else a.shape[:-1]):
             # Positions are looked up once for all samples. Expand them: one gradient per sample.
@@ -181,7 +177,6 @@ class _ParameterSums:
         self._lookup: Lookup | None = None
 
     def expect(self, kind: type, ids: Tensor | None) -> None:
-        """Count a call in the forward pass."""
         self._expected[kind] = self._expected.get(kind, 0) + 1
         if ids is not None:
             self._ids.append(ids)

@@ -9,7 +9,6 @@ dot products.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -117,12 +116,10 @@ class GradDotProdEngine(TrainingEngine):
         self._averager = GradientAverager(module)
         self._world = self._averager.world
         self._hooks = ModelHooks(inner, layers, self._parameters, self._averager)
-        self._rows = DotRows(
-            None if result_dir is None or self._world.rank else Path(result_dir) / "grad_dotprod",
-            self.parameter_names,
-            save_interval,
-            resume_step,
-        )
+        folder = None
+        if result_dir is not None and not self._world.rank:
+            folder = Path(result_dir) / "grad_dotprod"
+        self._rows = DotRows(folder, self.parameter_names, save_interval, resume_step)
         self._waiting: dict[nn.Parameter, Tensor] = {}
         self._step = 0
         self._ids: np.ndarray | None = None
@@ -131,11 +128,7 @@ class GradDotProdEngine(TrainingEngine):
 
     @classmethod
     def from_context(cls, context: EngineContext) -> "GradDotProdEngine":
-        """Return the attached engine of a ``GhostEngineManager``.
-
-        Raises:
-            ConfigError: no validation data, or as the constructor.
-        """
+        """Return the attached engine of a ``GhostEngineManager``."""
         if context.val_data is None:
             raise ConfigError(
                 "--method GradDotProd compares with validation samples: give "
@@ -175,9 +168,7 @@ class GradDotProdEngine(TrainingEngine):
     def __enter__(self) -> "GradDotProdEngine":
         return self.attach()
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cleanup()
 
     def detach_for_evaluation(self) -> None:
@@ -247,9 +238,6 @@ class GradDotProdEngine(TrainingEngine):
         """Add the training batch's gradient to ``.grad``; call it after ``loss.backward()``.
 
         The gradient is averaged over the ranks. Nothing of the validation batch's is in it.
-
-        Raises:
-            ModelError: no batch ran forward and backward since the last call.
         """
         batch = self._hooks.batch
         if batch is None or self._prepared or not batch.n_taken:
@@ -274,9 +262,6 @@ class GradDotProdEngine(TrainingEngine):
             ``sample_id (B,)`` int64, ``total (B,)``, ``per_parameter (B, n_parameters)`` in the
             order of ``parameter_names``, ``value (B,)`` (``lr * dot``; NaN without a learning
             rate); float32 on the CPU.
-
-        Raises:
-            ModelError: ``prepare_gradients`` was not called.
         """
         batch, joint, ids = self._hooks.batch, self._joint, self._ids
         if batch is None or joint is None or ids is None or not self._prepared:

@@ -12,13 +12,10 @@ from gradproj.training.graddotprod.layer_rules import DotLayer
 
 
 class ModelHooks:
-    """Puts hooks on a model and its layers, and freezes weights while a joint batch runs.
+    """Puts hooks on a model (without wrappers) and its layers.
 
-    Args:
-        model: the model without its wrappers.
-        layers: those with trainable parameters.
-        parameters: the trainable ones.
-        averager: stands in for DistributedDataParallel's reducer.
+    They freeze the trainable parameters while a joint batch runs. The averager stands in for
+    DistributedDataParallel's reducer.
     """
 
     def __init__(
@@ -49,9 +46,8 @@ class ModelHooks:
             self._model.register_forward_hook(self._after_forward, always_call=True),
         ]
         for layer in self._layers:
-            self._handles.append(
-                layer.module.register_forward_hook(self._hook_of(layer), with_kwargs=True)
-            )
+            hook = self._hook_of(layer)
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         self._averager.suspend_ddp()
 
     def detach(self) -> None:
@@ -68,7 +64,6 @@ class ModelHooks:
         self.unfreeze()
 
     def unfreeze(self) -> None:
-        """Let the weights require a gradient again."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []

@@ -77,9 +77,9 @@ class OuterProducts:
         tokens, validation = n_train * length, (n - n_train) * length
         n_tiles = max(1, left * right // _on_device(TILE_VALUES, self.left))
         reads = n_train * _on_device(ELEMENTWISE_FLOPS, self.left)
+        starts = n_train * n_tiles * START_FLOPS
         costs = {
-            "samples": left * right * (2 * validation + reads)
-            + 3 * n_train * n_tiles * START_FLOPS,
+            "samples": left * right * (2 * validation + reads) + 3 * starts,
             "pairs": 2 * tokens * validation * (left + right) + 4 * START_FLOPS,
             "product": left * right * 2 * (validation + tokens) + 4 * START_FLOPS,
         }
@@ -105,17 +105,14 @@ class Lookup:
         """Join several calls' shares; see ``OuterProducts.joined``."""
         if len(shares) == 1:
             return shares[0]
-        ids, values = (
-            torch.cat([getattr(s, side) for s in shares], 1) for side in ("ids", "values")
-        )
-        return Lookup(ids, values, shares[0].n_rows)
+        ids = torch.cat([share.ids for share in shares], 1)
+        return Lookup(ids, torch.cat([share.values for share in shares], 1), shares[0].n_rows)
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return gradient ``(L, R)`` and inner products; see ``Vector.sums``."""
         ids, values = self.ids[:n_train].flatten(), self.values[:n_train].flatten(0, 1)
-        gradient = torch.ops.aten.embedding_dense_backward(
-            values * scale, ids, self.n_rows, -1, False
-        )
+        backward = torch.ops.aten.embedding_dense_backward
+        gradient = backward(values * scale, ids, self.n_rows, -1, False)
         # Only the rows of the validation table that are not zero are computed.
         rows, place = self.ids[n_train:].flatten().unique(return_inverse=True)
         validation = widened(values.new_zeros(len(rows), values.shape[-1]))
@@ -177,17 +174,17 @@ class OuterProductsAtRows:
     @classmethod
     def of(cls, share: OuterProducts, ids: Tensor, n_train: int) -> "OuterProductsAtRows":
         """Select the columns of the looked-up ``ids``, ``(N, S)``."""
-        train, validation = share.left[:n_train].flatten(0, 1), share.left[n_train:].flatten(0, 1)
-        return cls(
-            train[:, ids[n_train:].flatten()], validation[:, ids[:n_train].flatten()], share.right
+        train, validation = _sides(share.left, n_train)
+        train, validation = (
+            train[:, ids[n_train:].flatten()],
+            validation[:, ids[:n_train].flatten()],
         )
+        return cls(train, validation, share.right)
 
     def cross(self, lookup: Lookup, n_train: int) -> Tensor:
         """Return ``(n_train,)`` cross products of the two uses, each use's training side once."""
-        train, validation = (self.right[part].flatten(0, 1) for part in _sides(n_train))
-        train_rows, validation_rows = (
-            lookup.values[part].flatten(0, 1) for part in _sides(n_train)
-        )
+        train, validation = _sides(self.right, n_train)
+        train_rows, validation_rows = _sides(lookup.values, n_train)
         first = token_pairs(self.train_left, (train, validation_rows), n_train)
         return first + token_pairs(self.validation_left.t(), (train_rows, validation), n_train)
 
@@ -195,13 +192,8 @@ class OuterProductsAtRows:
 def token_pairs(left_products: Tensor, right: tuple[Tensor, Tensor], n: int) -> Tensor:
     """Return ``<sum_s l_s r_s^T, sum_v l_v r_v^T> = sum_{s, v} <l_s, l_v> <r_s, r_v>`` per sample.
 
-    Args:
-        left_products: ``(T, T_v)`` of ``<l_s, l_v>``, training tokens by validation tokens.
-        right: the right sides, ``(T, R)`` and ``(T_v, R)``.
-        n: training samples.
-
-    Returns:
-        ``(n,)``.
+    ``left_products`` are ``(T, T_v)`` of ``<l_s, l_v>``, training tokens by validation tokens;
+    ``right`` are the right sides, ``(T, R)`` and ``(T_v, R)``, of ``n`` training samples.
     """
     return _pairs(*right).mul_(left_products).view(n, -1).sum(1)
 
@@ -240,8 +232,9 @@ def _pairs(x: Tensor, y: Tensor) -> Tensor:
     return widened(x @ y.t() if small else linear(x, y))
 
 
-def _sides(n_train: int) -> tuple[slice, slice]:
-    return slice(None, n_train), slice(n_train, None)
+def _sides(x: Tensor, n_train: int) -> tuple[Tensor, Tensor]:
+    """Return the training and the validation samples' tokens of ``(N, S, H)``."""
+    return x[:n_train].flatten(0, 1), x[n_train:].flatten(0, 1)
 
 
 def _on_device(values: Mapping[str, int], x: Tensor) -> int:

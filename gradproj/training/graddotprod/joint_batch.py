@@ -29,16 +29,7 @@ class JointBatch:
 
 
 class JointBatcher:
-    """Joins batches with validation data.
-
-    Args:
-        val_data: as ``GradDotProdEngine`` takes it.
-        loss_reduction: of the loop's loss over the joint batch's target tokens.
-        labels_shifted: whether labels are already one position ahead.
-
-    Raises:
-        ConfigError: one of them cannot be used.
-    """
+    """Joins batches with validation data, which is as ``GradDotProdEngine`` takes it."""
 
     def __init__(self, val_data: Any, loss_reduction: str, labels_shifted: bool) -> None:
         if loss_reduction not in ("mean", "sum"):
@@ -86,11 +77,7 @@ class JointBatcher:
 
 
 def loss_divisor(model: nn.Module) -> float:
-    """Return what a loop divided the summed loss of its last backward pass by.
-
-    Raises:
-        ModelError: the loss was not ``per_sample_loss``'s.
-    """
+    """Return what a loop divided the summed ``per_sample_loss`` of its last backward pass by."""
     weights = LOSS_WEIGHTS.get(loss_key(model))
     if weights is None:
         raise ModelError(
@@ -102,9 +89,7 @@ def loss_divisor(model: nn.Module) -> float:
 
 def _checked(name: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     y = x if y is None else y
-    shapes = [
-        tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in (x, y)
-    ]
+    shapes = [tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__ for p in (x, y)]
     if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or shapes[0] != shapes[1]:
         raise ConfigError(
             f"{name}: token ids and labels are (N, S) tensors of one shape, got {shapes[0]} and "
@@ -114,7 +99,6 @@ def _checked(name: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
 
 def _below(train: Tensor, validation: Tensor, pad: int) -> Tensor:
-    length = max(train.shape[1], validation.shape[1])
-    return torch.cat(
-        [F.pad(part, (0, length - part.shape[1]), value=pad) for part in (train, validation)]
-    )
+    parts = (train, validation)
+    length = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, length - part.shape[1]), value=pad) for part in parts])

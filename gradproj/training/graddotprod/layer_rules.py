@@ -22,6 +22,9 @@ SharesOf = Callable[[Any, Tensor, Tensor], Iterator[tuple[str, Share]]]
 """``(layer, its input, the gradient at its output (N, S, O)) -> (parameter name, share)``."""
 
 
+_WEIGHT_KINDS: dict[str, type] = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}
+
+
 @dataclass
 class DotLayer:
     """A layer with trainable parameters."""
@@ -39,8 +42,7 @@ class DotLayer:
 def find_dot_layers(model: nn.Module) -> list[DotLayer]:
     """Return every layer that has trainable parameters itself, not only in its children.
 
-    Raises:
-        ModelError: a trainable parameter is in a layer of unknown type, or sharded over ranks.
+    ``ModelError`` if one is of an unknown type, or sharded over ranks.
     """
     # FSDP's and tensor parallelism's parameters are DTensors, which have a mesh.
     if any(hasattr(p, "device_mesh") or hasattr(p, "_local_shard") for p in model.parameters()):
@@ -116,9 +118,7 @@ def _lookup(module: Any, ids: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:
 def _norm(module: nn.Module) -> SharesOf | None:
     """Return the rule of a layer norm or RMS norm of any class, found by trying both; else None."""
     parameters = dict(module.named_parameters(recurse=False))
-    if not parameters.keys() <= {"weight", "bias"}:
-        return None
-    if any(p.dim() != 1 for p in parameters.values()):
+    if parameters.keys() - {"weight", "bias"} or any(p.dim() != 1 for p in parameters.values()):
         return None
     for normalise in (_centred, _uncentred):
         if _agrees(module, normalise):

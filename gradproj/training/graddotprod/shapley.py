@@ -8,7 +8,7 @@ describes plain gradient steps; for Adam it is a guide only.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,15 @@ EXCERPT_CHARACTERS = 60
 def learning_rates(source: Any, parameters: list[nn.Parameter]) -> Tensor:
     """Return each parameter's current learning rate, float64.
 
-    Args:
-        source: a number, a function that returns one, or an optimizer; None gives NaN.
-        parameters: those that are not in the optimizer get 0.
+    The source is a number, a function that returns one, an optimizer (0 for parameters that are not
+    in it), or None for NaN.
     """
     if isinstance(source, torch.optim.Optimizer):
         rates = {p: float(group["lr"]) for group in source.param_groups for p in group["params"]}
         return torch.tensor([rates.get(p, 0.0) for p in parameters], dtype=torch.float64)
     rate = source() if callable(source) else source
-    return torch.full(
-        (len(parameters),), float("nan") if rate is None else float(rate), dtype=torch.float64
-    )
+    rate = float("nan") if rate is None else float(rate)
+    return torch.full((len(parameters),), rate, dtype=torch.float64)
 
 
 class RunValues:
@@ -79,28 +77,16 @@ def value_table(
     ]
     for name in order:
         total = means[name] * len(domains[name])
-        lines.append(
-            f"| {_cell(name)} | {len(domains[name]):,} | {means[name]:+.3e} | {total:+.3e} |"
-        )
+        counts = f"{len(domains[name]):,} | {means[name]:+.3e} | {total:+.3e}"
+        lines.append(f"| {_cell(name)} | {counts} |")
     for name in order:
         ranked = sorted(domains[name], key=lambda i: (-values[i], i))
-        lines += [
-            "",
-            f"### {_cell(name)}",
-            "",
-            "| value (nats) | sample | text |",
-            "| ---: | ---: | --- |",
-        ]
-        lines += [
-            f"| {values[i]:+.3e} | {i} | {_cell(excerpt_of(i))} |" for i in _ends(ranked, n_shown)
-        ]
+        lines += ["", f"### {_cell(name)}", "", "| value (nats) | sample | text |"]
+        lines += ["| ---: | ---: | --- |"]
+        if len(ranked) > 2 * n_shown:
+            ranked = ranked[:n_shown] + ranked[len(ranked) - n_shown :]
+        lines += [f"| {values[i]:+.3e} | {i} | {_cell(excerpt_of(i))} |" for i in ranked]
     return "\n".join(lines) + "\n"
-
-
-def _ends(ranked: list[int], n_shown: int) -> Iterable[int]:
-    if len(ranked) <= 2 * n_shown:
-        return ranked
-    return ranked[:n_shown] + ranked[len(ranked) - n_shown :]
 
 
 def _cell(text: str) -> str:

@@ -17,14 +17,8 @@ Row = Mapping[str, np.ndarray]
 class DotRows:
     """Rows since the last write, their table, and the run's values.
 
-    Args:
-        folder: of the table; None keeps no rows.
-        parameter_names: the columns of ``per_parameter``.
-        save_interval: steps between two writes; 0 = never due.
-        resume_step: the last step to keep; None for a new run.
-
-    Raises:
-        StoreError: the table has rows and ``resume_step`` is None, or it is of another model.
+    Without a ``folder`` no rows are kept. A table with rows is continued from ``resume_step``;
+    ``StoreError`` without one, or if it is of another model.
     """
 
     def __init__(
@@ -43,10 +37,8 @@ class DotRows:
             self._table = AppendTable(
                 folder,
                 {
-                    "step": (np.dtype(np.int64), None),
-                    "sample_id": (np.dtype(np.int64), None),
-                    "total": (np.dtype(np.float32), None),
-                    "value": (np.dtype(np.float32), None),
+                    **dict.fromkeys(("step", "sample_id"), (np.dtype(np.int64), None)),
+                    **dict.fromkeys(("total", "value"), (np.dtype(np.float32), None)),
                     "per_parameter": (np.dtype(np.float32), len(parameter_names)),
                 },
                 {"method": "GradDotProd", "parameters": parameter_names},
@@ -82,22 +74,14 @@ class DotRows:
         self._steps = set()
         if self._table is None or not self._waiting:
             return None
-        self._table.append(
-            {
-                name: np.concatenate([row[name] for row in self._waiting])
-                for name in self._waiting[0]
-            }
-        )
+        rows = self._waiting
+        self._table.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
         self._waiting = []
         return self._table.path
 
 
 def check_ids(sample_ids: Any, n: int) -> np.ndarray:
-    """Return a batch's sample ids, ``(n,)`` int64; -1 where none are given.
-
-    Raises:
-        ConfigError: there are not n of them.
-    """
+    """Return a batch's sample ids, ``(n,)`` int64; -1 where none are given."""
     if sample_ids is None:
         return np.full(n, -1)
     ids = np.asarray(torch.as_tensor(sample_ids).cpu(), np.int64)
