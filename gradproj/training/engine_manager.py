@@ -1,6 +1,5 @@
 """``GhostEngineManager``: the engine that a training loop selects by name."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,7 +76,5 @@ class GhostEngineManager:
     def __enter__(self) -> "GhostEngineManager":
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cleanup()
+    def __exit__(self, *_: object) -> None:
+        self.engine.cleanup()

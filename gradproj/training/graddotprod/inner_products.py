@@ -175,11 +175,8 @@ class OuterProductsAtRows:
     def of(cls, share: OuterProducts, ids: Tensor, n_train: int) -> "OuterProductsAtRows":
         """Select the columns of the looked-up ``ids``, ``(N, S)``."""
         train, validation = _sides(share.left, n_train)
-        train, validation = (
-            train[:, ids[n_train:].flatten()],
-            validation[:, ids[:n_train].flatten()],
-        )
-        return cls(train, validation, share.right)
+        train = train[:, ids[n_train:].flatten()]
+        return cls(train, validation[:, ids[:n_train].flatten()], share.right)
 
     def cross(self, lookup: Lookup, n_train: int) -> Tensor:
         """Return ``(n_train,)`` cross products of the two uses, each use's training side once."""

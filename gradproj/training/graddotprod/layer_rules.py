@@ -21,8 +21,9 @@ from gradproj.training.graddotprod.inner_products import (
 SharesOf = Callable[[Any, Tensor, Tensor], Iterator[tuple[str, Share]]]
 """``(layer, its input, the gradient at its output (N, S, O)) -> (parameter name, share)``."""
 
-
-_WEIGHT_KINDS: dict[str, type] = {"Linear": Dense, "Conv1D": Dense, "Embedding": Lookup}
+_WEIGHT_KINDS: dict[str, type] = {
+    "Linear": OuterProducts, "Conv1D": OuterProducts, "Embedding": Lookup,
+}  # fmt: skip
 
 
 @dataclass
@@ -60,12 +61,9 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
         if shares is None:
             unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in keys]
             continue
-        first = {"Linear": OuterProducts, "Conv1D": OuterProducts, "Embedding": Lookup}.get(
-            _type_name(module), Vector
-        )
-        layers.append(
-            DotLayer(module, {key: first if key == "weight" else Vector for key in keys}, shares)
-        )
+        first = _WEIGHT_KINDS.get(_type_name(module), Vector)
+        kinds = {key: first if key == "weight" else Vector for key in keys}
+        layers.append(DotLayer(module, kinds, shares))
     if unknown:
         more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
         shown = ", ".join(unknown[:6]) + more
