@@ -215,8 +215,7 @@ class Rendezvous:
 
     There is no process group: a rank inside gloo handles no signal while it waits for a dead one.
     These waits are Python's. The store outlives a restart of the ranks, with all that the earlier
-    ones wrote, so rank 0 chooses an unused prefix and sends it to each rank under the name that
-    rank announces.
+    ones wrote, so rank 0 chooses an unused prefix and sends it to each rank by its name.
     """
 
     def __init__(self, process: Process) -> None:
@@ -310,9 +309,7 @@ def wait_for_all(place: str) -> None:
 def report_errors_from_rank_0(rank: int, *, only: bool = False) -> Iterator[None]:
     """Report an error that is common to all ranks once, from rank 0.
 
-    Args:
-        rank: this process's rank.
-        only: the other ranks stay silent, since any error is common to all, as that of a flag.
+    With ``only`` the other ranks stay silent: any error is common to all, as that of a flag.
     """
     try:
         yield

@@ -30,7 +30,6 @@ from gradproj.job.identity import check_identity
 from gradproj.job.plan import Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
-from gradproj.model.loading import model_skeleton
 from gradproj.store.layout import FOLDERS, LOGS_DIR, RUN_CONFIG_NAME, STORE_NAME
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
