@@ -59,23 +59,12 @@ def flag(
         default_text: words for the default in ``--help``, if its value says too little or too much.
     """
     declared = {
-        "help": help,
-        "flag": name,
-        "positional": positional,
-        "comma_separated": comma_separated,
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "below": below,
-        "why": why,
-        "choices": tuple(choices),
-        "words": words,
-        "required": required,
-        "renamed_from": renamed_from,
-        "metavar": metavar,
-        "group": group,
+        "help": help, "flag": name, "positional": positional, "comma_separated": comma_separated,
+        "minimum": minimum, "above": above, "maximum": maximum, "below": below, "why": why,
+        "choices": tuple(choices), "words": words, "required": required,
+        "renamed_from": renamed_from, "metavar": metavar, "group": group,
         "default_text": default_text,
-    }
+    }  # fmt: skip
     # A bound of 0 is declared, though it is false.
     metadata = {k: v for k, v in declared.items() if v is not None and v != "" and v != ()}
     return dataclasses.field(default=default, metadata=metadata)
