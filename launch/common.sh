@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by one_node.sh and multi_node.sh: the settings that they share, and all checks of the job's
-# flags, "$@". An error ends the script that sources this.
+# Sourced by one_node.sh and multi_node.sh: the settings that they share, and all checks of the
+# job's flags, "$@". An error ends the script that sources this.
 
 # ---- Settings; each can be given in the environment as well.
 # Seconds that a process gets to save its work when the job receives a stop signal.
