@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST_COLUMNS = 100
+MAX_COLUMNS = 100
 SUFFIXES = {".py", ".sh", ".sbatch", ".md", ".html", ".toml"}
 # The log quotes what earlier versions said.
 EXEMPT = {"launch/check_prose.py", "tests/bench/LOG.md"}
@@ -63,8 +63,8 @@ def findings(path: Path) -> Iterator[str]:
                 yield f"{name}:{number}: {match[0]!r}: {better}"
         is_table = path.suffix == ".md" and line.startswith("|")
         # Ruff checks the length of Python lines.
-        if len(line) > MOST_COLUMNS and path.suffix in {".md", ".sh", ".sbatch"} and not is_table:
-            yield f"{name}:{number}: {len(line)} columns, at most {MOST_COLUMNS}"
+        if len(line) > MAX_COLUMNS and path.suffix in {".md", ".sh", ".sbatch"} and not is_table:
+            yield f"{name}:{number}: {len(line)} columns, at most {MAX_COLUMNS}"
     if path.suffix == ".py":
         for number, docstring in docstrings(text):
             if match := RIDDLES.match(docstring):

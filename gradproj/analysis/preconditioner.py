@@ -26,7 +26,7 @@ from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
 KINDS = ("kfac", "second_moment")
-LARGEST_WIDTH = 2048
+MAX_WIDTH = 2048
 """Widest layer whose second moment is stored whole: 32 MB, and seconds to factorize."""
 DIRECTIONS = 256
 """Directions stored of a wider one."""
@@ -84,7 +84,7 @@ class Preconditioner:
         layers: Sequence[str] | None = None,
         *,
         joint: bool = False,
-        largest_width: int = LARGEST_WIDTH,
+        largest_width: int = MAX_WIDTH,
         directions: int = DIRECTIONS,
         together: bool = False,
         device: str | torch.device = "cpu",

@@ -8,7 +8,7 @@ from gradproj.job.diagnose import SOUND, DiagnoseConfig, Diagnosis, diagnose
 from gradproj.job.precision import Agreement
 from gradproj.model.config import MODEL_DTYPES
 
-MOST_LAYERS_SHOWN = 5
+MAX_LAYERS_SHOWN = 5
 
 
 def diagnose_command(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def diagnosis_lines(diagnosis: Diagnosis) -> list[str]:
     layers = [
         layer
         for dtype in MODEL_DTYPES
-        for layer in [x for x in diagnosis.layers if x.dtype == dtype][:MOST_LAYERS_SHOWN]
+        for layer in [x for x in diagnosis.layers if x.dtype == dtype][:MAX_LAYERS_SHOWN]
     ]
     width = max(len(f"{layer.dtype}, {layer.layer}") for layer in diagnosis.layers)
     is_sound = diagnosis.exit_code == SOUND

@@ -25,7 +25,7 @@ from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, 
 from gradproj.store import STATUS, ProjectionStore
 
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
-MOST_IN_A_MATRIX = 24
+MAX_DOMAINS_IN_MATRIX = 24
 """Domains in a printed matrix: more columns are wider than a terminal."""
 PAIRS = 8
 _NAME = 26
@@ -150,7 +150,7 @@ def _matrices(facts: DomainFacts, places: dict[int, int]) -> list[str]:
         "influence: mean score over all pairs of documents (each with itself too), one domain's as "
         "queries"
     )
-    lines_of = _pairs if len(shown) > MOST_IN_A_MATRIX else _matrix
+    lines_of = _pairs if len(shown) > MAX_DOMAINS_IN_MATRIX else _matrix
     return [
         *lines_of("cosine of the mean gradients", facts.matrix.cosine, facts, places),
         *lines_of(influence, facts.matrix.influence, facts, places),

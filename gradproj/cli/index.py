@@ -12,7 +12,7 @@ from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags import Flags, flag, parse
 
-MOST_DOMAINS_SHOWN = 30
+MAX_DOMAINS_SHOWN = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ def _print_index(index: CorpusIndex, seconds: float | None = None) -> None:
     print(f"documents     {index.n_samples:,}{took}")
     counts = sorted(index.domain_counts().items(), key=lambda item: -item[1])
     print(f"domains       {len(counts):,} by {index.domain_field}")
-    for name, n in counts[:MOST_DOMAINS_SHOWN]:
+    for name, n in counts[:MAX_DOMAINS_SHOWN]:
         print(f"  {n:>12,}  {name}")
-    if len(counts) > MOST_DOMAINS_SHOWN:
-        print(f"  and {len(counts) - MOST_DOMAINS_SHOWN:,} smaller domains")
+    if len(counts) > MAX_DOMAINS_SHOWN:
+        print(f"  and {len(counts) - MAX_DOMAINS_SHOWN:,} smaller domains")
     print(f"fingerprint   {index.fingerprint}")

@@ -30,8 +30,8 @@ from gradproj.report.page import QueryAnswer, render
 from gradproj.store import ProjectionStore
 from gradproj.store.texts import text_of
 
-MOST_QUERIES = 200
-MOST_TOP_K = 200
+MAX_QUERIES = 200
+MAX_TOP_K = 200
 QUERY_CHARACTERS = 600
 
 
@@ -47,7 +47,7 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         "Number of documents in a table.",
         10,
         minimum=1,
-        maximum=MOST_TOP_K,
+        maximum=MAX_TOP_K,
         why="a page is for reading",
     )
 
@@ -143,10 +143,10 @@ def query_rows(store: ProjectionStore, config: ReportConfig) -> QueryRows | None
     if not config.queries:
         return None
     queries: list[Query] = read_queries(config.queries)
-    if len(queries) > MOST_QUERIES:
+    if len(queries) > MAX_QUERIES:
         raise ConfigError(
             f"--queries {config.queries} holds {len(queries):,} queries, and a page shows at most "
-            f"{MOST_QUERIES}: take fewer, or use `query --queries ... --format jsonl`"
+            f"{MAX_QUERIES}: take fewer, or use `query --queries ... --format jsonl`"
         )
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 

@@ -13,7 +13,7 @@ from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed
 from gradproj.maintenance.status import Status, StatusConfig, read_status
 from gradproj.store.layout import FAILED_NAME
 
-MOST_CLAIMS_SHOWN = 32
+MAX_CLAIMS_SHOWN = 32
 _RECLAIMED_AFTER = f"{human_seconds(STALE_AFTER_S + CONFIRM_AFTER_S)} of silence"
 
 
@@ -52,10 +52,10 @@ def status_lines(status: Status) -> list[str]:
         lines.append(f"speed         {_speed_text(status.speed)}")
     for label, claims in (("running", running), ("silent", silent), ("stale", over)):
         lines += [
-            f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MOST_CLAIMS_SHOWN]
+            f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MAX_CLAIMS_SHOWN]
         ]
-        if len(claims) > MOST_CLAIMS_SHOWN:
-            lines.append(f"              and {len(claims) - MOST_CLAIMS_SHOWN:,} more")
+        if len(claims) > MAX_CLAIMS_SHOWN:
+            lines.append(f"              and {len(claims) - MAX_CLAIMS_SHOWN:,} more")
     if status.partial:
         n_bytes = sum(p.n_bytes for p in status.partial)
         units = ranges_text([[p.unit, p.unit + 1] for p in status.partial])

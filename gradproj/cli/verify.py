@@ -29,8 +29,8 @@ from gradproj.store.layout import METADATA_NAME
 if TYPE_CHECKING:
     from gradproj.maintenance.recompute import Recomputation
 
-MOST_DAMAGE_SHOWN = 20
-MOST_ROWS_SHOWN = 10
+MAX_DAMAGE_SHOWN = 20
+MAX_ROWS_SHOWN = 10
 
 WAYS_OUT = {
     INDEX_NAME: "restore corpus.json, or delete it: the job's command indexes the tars again "
@@ -111,9 +111,9 @@ def verification_lines(verification: Verification) -> list[str]:
             "they do not count"
         )
     damage = verification.damage
-    lines += [f"DAMAGED       {_damage_text(d)}" for d in damage[:MOST_DAMAGE_SHOWN]]
-    if len(damage) > MOST_DAMAGE_SHOWN:
-        n_more = len(damage) - MOST_DAMAGE_SHOWN
+    lines += [f"DAMAGED       {_damage_text(d)}" for d in damage[:MAX_DAMAGE_SHOWN]]
+    if len(damage) > MAX_DAMAGE_SHOWN:
+        n_more = len(damage) - MAX_DAMAGE_SHOWN
         lines.append(f"              and {n_more:,} more; --json lists them all")
     return lines
 
@@ -186,10 +186,10 @@ def recomputation_lines(recomputation: "Recomputation") -> list[str]:
     lines += [
         f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) "
         f"{c.what}"
-        for c in wrong[:MOST_ROWS_SHOWN]
+        for c in wrong[:MAX_ROWS_SHOWN]
     ]
-    if len(wrong) > MOST_ROWS_SHOWN:
-        n_more = len(wrong) - MOST_ROWS_SHOWN
+    if len(wrong) > MAX_ROWS_SHOWN:
+        n_more = len(wrong) - MAX_ROWS_SHOWN
         lines.append(f"              and {n_more:,} more; --json lists them all")
     if not wrong and r.worst:
         ids = ", ".join(f"{c.sample_id} ({c.error:.1e})" for c in r.worst[:3])

@@ -26,9 +26,9 @@ from gradproj.store.unit_record import list_records
 
 LINE_EVERY_S = 10.0
 REFRESH_EVERY_S = 1.0
-MOST_UNITS_REFRESHED = 2000
+MAX_UNITS_REFRESHED = 2000
 """Above this many units, listing the records takes too long to refresh every second."""
-MOST_RANKS_LISTED = 16
+MAX_RANKS_LISTED = 16
 NAMED_AFTER_S = 30.0
 """A process that finishes no batch for this long is named while others wait for its units. Most
 ranks that are waited for finish their last unit sooner."""
@@ -121,7 +121,7 @@ class ProgressDisplay:
         self._ranks.read()
         self._done_at_start, self._started = first.done, time.monotonic()
         on_terminal = sys.stderr.isatty()
-        refresh_often = on_terminal and len(wanted) <= MOST_UNITS_REFRESHED
+        refresh_often = on_terminal and len(wanted) <= MAX_UNITS_REFRESHED
         self._every_s = REFRESH_EVERY_S if refresh_often else LINE_EVERY_S
         self._bar = tqdm(
             total=first.total,
@@ -174,7 +174,7 @@ class ProgressDisplay:
 
 def _spread(now: Snapshot) -> str:
     """Name the least, median and greatest rate and the slowest rank, above a few ranks."""
-    if now.n_ranks <= MOST_RANKS_LISTED:
+    if now.n_ranks <= MAX_RANKS_LISTED:
         return ""
     slowest = now.rates.index(min(now.rates))
     low, middle, high = min(now.rates), statistics.median(now.rates), max(now.rates)

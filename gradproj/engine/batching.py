@@ -19,7 +19,7 @@ LONG_DOCUMENTS = ("truncate", "windows")
 AUTO = 0
 """``--batch_tokens auto``: measured once, before the first unit."""
 
-MOST_PADDING = 0.05
+MAX_PADDING = 0.05
 """Fraction of a batch's tokens that may be padding."""
 
 FEW_TOKENS = 256
@@ -102,7 +102,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> 
 
     With the longest first, a batch that is too large for the device shows at once. A sequence
     longer than ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would
-    bring its padding above ``MOST_PADDING``, unless it has at most ``FEW_TOKENS``.
+    bring its padding above ``MAX_PADDING``, unless it has at most ``FEW_TOKENS``.
 
     Returns:
         Arrays of positions in ``lengths``; every position once.
@@ -114,7 +114,7 @@ def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> 
         width = sizes[start]
         chosen = sizes[start : start + max(1, min(batch_size, batch_tokens // width))]
         computed = width * np.arange(1, len(chosen) + 1)
-        fits = (chosen.cumsum() >= (1 - MOST_PADDING) * computed) | (computed <= FEW_TOKENS)
+        fits = (chosen.cumsum() >= (1 - MAX_PADDING) * computed) | (computed <= FEW_TOKENS)
         count = len(chosen) if fits.all() else int(np.argmin(fits))
         batches.append(order[start : start + count])
         start += count

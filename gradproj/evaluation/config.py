@@ -18,7 +18,7 @@ DEFAULT_METHODS = (
     "dot@full,cosine@full,relatif@full,kfac@full:0.01,kfac@full:0.03,kfac@full:0.1,"
     "kronfluence_kfac,kronfluence_ekfac"
 )
-FEWEST_SUBSETS = 3
+MIN_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
     "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
@@ -115,7 +115,7 @@ class LdsConfig(Flags, title="experiment"):
     subsets: int = flag(
         "Number of random halves of the documents to train on.",
         30,
-        minimum=FEWEST_SUBSETS,
+        minimum=MIN_SUBSETS,
         why="a rank correlation of fewer means nothing",
         group="model and training",
     )

@@ -29,10 +29,10 @@ from gradproj.job.startup import Job
 from gradproj.job.unit_reader import UnitSettings
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 
-MOST_TOKENS = 2**18
+MAX_TOKENS = 2**18
 """Largest batch tried."""
 
-LONGEST_TRIAL_S = 20.0
+MAX_TRIAL_S = 20.0
 """No larger batch is tried after one that took this long."""
 
 NEAR_THE_BEST = 0.97
@@ -146,7 +146,7 @@ def try_batches(
     limit = memory.free() - reserved_bytes
     trials: list[Trial] = []
     for n_sequences in (2**i for i in itertools.count()):
-        if n_sequences > 1 and n_sequences * max_length > MOST_TOKENS:
+        if n_sequences > 1 and n_sequences * max_length > MAX_TOKENS:
             break
         if trials and 2 * trials[-1].bytes > limit:
             break
@@ -162,7 +162,7 @@ def try_batches(
         trials.append(trial)
         megabytes = trial.bytes // 2**20
         log.info("batch of %d tokens: %.3f s, %d MB", trial.tokens, trial.seconds, megabytes)
-        if trial.seconds > LONGEST_TRIAL_S or _has_levelled_off(trials):
+        if trial.seconds > MAX_TRIAL_S or _has_levelled_off(trials):
             break
     return trials
 

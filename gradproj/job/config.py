@@ -12,7 +12,7 @@ from gradproj.flags import DEVICES, Flags, flag, flag_of, from_recorded, parse, 
 from gradproj.model.config import ModelConfig
 from gradproj.store.layout import StoreConfig
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """Far above any machine's cores; OpenMP crashes at numbers beyond what the kernel allows."""
 
 
@@ -32,7 +32,7 @@ class JobConfig(Flags, title="job"):
         "CPU threads of a rank; 0 = torch's own choice (torchrun sets 1).",
         0,
         minimum=0,
-        maximum=MOST_THREADS,
+        maximum=MAX_THREADS,
     )
     deterministic: bool = flag(
         "Use deterministic CUDA kernels (slower), meant to make stores bitwise equal.", False

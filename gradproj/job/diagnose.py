@@ -22,8 +22,8 @@ from gradproj.flags import Flags, flag
 from gradproj.job.config import RunConfig
 from gradproj.job.plan import Plan, make_plan
 from gradproj.job.precision import (
-    LEAST_COSINE,
-    MOST_ERROR,
+    MAX_ERROR,
+    MIN_COSINE,
     USUAL_COSINE,
     WAYS,
     Agreement,
@@ -176,7 +176,7 @@ def _judge(diagnosis: Diagnosis) -> None:
     """Set the verdicts in words and the exit code."""
     agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == "float32"]
     most = max(agreement.most_error for agreement in agreements)
-    if most <= MOST_ERROR:
+    if most <= MAX_ERROR:
         diagnosis.verdicts.append(
             f"float32: batching and padding move no row by more than {most:.1e} of its length"
         )
@@ -184,7 +184,7 @@ def _judge(diagnosis: Diagnosis) -> None:
         diagnosis.exit_code = BEYOND
         diagnosis.verdicts.append(
             f"float32: a row in a batch or beside padding is {most:.1e} of its length away from "
-            f"itself alone; rounding explains {MOST_ERROR:.0e}. The model mixes the documents of a "
+            f"itself alone; rounding explains {MAX_ERROR:.0e}. The model mixes the documents of a "
             "batch, or sees its padding: do not use these rows"
         )
     for dtype in MODEL_DTYPES:
@@ -206,7 +206,7 @@ def _judge_precision(diagnosis: Diagnosis, dtype: str) -> None:
         figure = f"{dtype}: {not_finite} of {len(diagnosis.sample_ids)} rows are not finite"
     layer = next(each.layer for each in diagnosis.layers if each.dtype == dtype)
     diagnosis.verdicts.append(
-        f"{figure}; a median of {USUAL_COSINE} and a least of {LEAST_COSINE} are required. Worst: "
+        f"{figure}; a median of {USUAL_COSINE} and a least of {MIN_COSINE} are required. Worst: "
         f"sample {diagnosis.sample_ids[worst.worst]}, layer {layer}. "
         f"{'Give' if chosen else 'Keep'} --model_dtype float32"
     )

@@ -45,7 +45,7 @@ from gradproj.store.layout import (
 )
 from gradproj.store.unit_record import list_records
 
-MOST_TARS_TO_INDEX = 1000
+MAX_TARS_TO_INDEX = 1000
 """With more tars, build the index in a job of its own."""
 
 DEFAULT_MAX_LENGTH = 1024
@@ -193,7 +193,7 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
         shards,
         output_index=Path(config.job.output_dir) / INDEX_NAME,
         domain_field=config.corpus.domain_field,
-        most_tars=MOST_TARS_TO_INDEX,
+        most_tars=MAX_TARS_TO_INDEX,
         progress=progress,
     )
     for tar in index.tars:

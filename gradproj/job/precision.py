@@ -23,11 +23,11 @@ FLOOR = 1e-2
 are taken relative to it: the gradient of a memorised document is a difference of nearly equal
 numbers, of which only rounding is left.
 """
-MOST_ERROR = 1e-4
+MAX_ERROR = 1e-4
 """Largest relative distance of a float32 row from itself alone that rounding explains."""
 USUAL_COSINE = 0.999
 """Least median cosine of rows in another precision with float32."""
-LEAST_COSINE = 0.9
+MIN_COSINE = 0.9
 """Least cosine of any such row. Documents whose gradient nearly cancels suffer more."""
 BREAKS_BELOW = 0.99
 """The job warns below this median cosine of a few documents; rounding moves a sound model less."""
@@ -70,7 +70,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether rows of a lower precision can replace their reference."""
-        usual = self.median_cosine >= USUAL_COSINE and self.least_cosine >= LEAST_COSINE
+        usual = self.median_cosine >= USUAL_COSINE and self.least_cosine >= MIN_COSINE
         return usual and not self.n_not_finite
 
     @classmethod
@@ -174,7 +174,7 @@ def check_precision(
             f"{dtype} rows have a cosine of {median:.4f} (least {least:.4f}) with float32's, of "
             f"{n} documents"
         )
-        if median >= BREAKS_BELOW and least >= LEAST_COSINE:
+        if median >= BREAKS_BELOW and least >= MIN_COSINE:
             return figure, False
     return (
         f"{figure}: {dtype} breaks down in this model. See python -m gradproj diagnose with the "

@@ -37,7 +37,7 @@ FLOOR = 1e-2
 The gradient of a memorised document is a difference of nearly equal numbers, mostly rounding."""
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
-MOST_SHOWN = 10
+MAX_SHOWN = 10
 _SPREAD = 4
 """Candidates drawn from a unit for each row wanted from it."""
 _NO_NUMBER = 1e30
@@ -283,7 +283,7 @@ def _summarize(result: Recomputation, checks: Iterator[tuple[RowCheck, bool]]) -
             continue
         if check.status == "ok":
             errors.append(check.error)
-            result.worst = sorted([*result.worst, check], key=lambda c: -c.error)[:MOST_SHOWN]
+            result.worst = sorted([*result.worst, check], key=lambda c: -c.error)[:MAX_SHOWN]
         elif check.status != "missing":
             result.n_others += 1
         if check.what:

@@ -28,7 +28,7 @@ from gradproj.store.unit_record import list_shards, record_name
 SOUND, DAMAGED, INCOMPLETE = 0, 1, 3
 """Exit codes. 2 is a user's error, as for every command."""
 
-MOST_RANGES_KEPT = 1000
+MAX_RANGES_KEPT = 1000
 READERS = 4
 """Units checked at once: a single stream does not saturate a network file system."""
 
@@ -70,7 +70,7 @@ class BoundedRanges:
         self.n_ids += stop - start
         if self.ranges and self.ranges[-1][1] == start:
             self.ranges[-1][1] = stop
-        elif len(self.ranges) < MOST_RANGES_KEPT:
+        elif len(self.ranges) < MAX_RANGES_KEPT:
             self.ranges.append([start, stop])
 
 

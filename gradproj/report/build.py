@@ -20,7 +20,7 @@ from gradproj.report.domain_charts import (
     why_no_matrix,
 )
 from gradproj.report.domain_summary import check_any_row_is_readable, facts_from_matrix
-from gradproj.report.figures import MOST_RANKS, throughput_chart
+from gradproj.report.figures import MAX_RANKS, throughput_chart
 from gradproj.report.number_format import when
 from gradproj.report.page import Figure, Page, QueryAnswer
 from gradproj.report.run_summary import (
@@ -107,7 +107,7 @@ def throughput_figure(times: UnitTimes | None) -> tuple[Figure | None, str]:
         n_pauses = count(len(speed.pauses), "pause")
         cut = f" Dashed lines: {n_pauses} in which no rank worked, cut out."
     many = ""
-    if len(times.ranks) > MOST_RANKS:
+    if len(times.ranks) > MAX_RANKS:
         shown = "the fastest, median and slowest at each time are shown"
         many = f" Of {len(times.ranks):,} ranks, {shown}."
     caption = (

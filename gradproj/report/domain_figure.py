@@ -16,7 +16,7 @@ from gradproj.report.svg import default_settings
 
 MAX_DRAWN_DOMAINS = 40
 """Domains in the PNG, those with the most rows: more cells cannot be read."""
-MOST_BESIDE = 10
+MAX_DOMAINS_BESIDE = 10
 """Matrices of more domains stand below each other."""
 _BARS = {
     "n_rows": "documents with a row",
@@ -35,7 +35,7 @@ def draw_domains(facts: DomainFacts, path: Path) -> None:
     shown = facts.largest(MAX_DRAWN_DOMAINS)
     n, names = len(shown), [facts.matrix.names[i] for i in shown]
     side, bars = max(2.6, 0.42 * n), 0.28 * n + 1.1
-    beside = n <= MOST_BESIDE
+    beside = n <= MAX_DOMAINS_BESIDE
     width = 2 * side + 6.4 if beside else max(11.0, side + 4.6)
     heights = [bars, side + 2.0] if beside else [bars, side + 2.0, side + 2.0]
     left_out = len(facts.matrix.names) - n

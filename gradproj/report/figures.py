@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
 
 WIDTH = 1100.0
-MOST_RANKS = 64
+MAX_RANKS = 64
 """With more ranks, the figure shows the fastest, the median and the slowest at each time."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _INK, _BLUE, _PALE, _GRID = "#1d2330", "#2f6297", "#b7cde3", "#e3e6ea"
@@ -100,7 +100,7 @@ def _joined(ranges: Sequence[tuple[int, int]], n_samples: int) -> list[tuple[int
 def throughput_chart(speed: Throughput, ranks: Sequence[str]) -> Drawing:
     """Draw the tokens a second of all ranks, and below a strip for each rank, darker if faster."""
     strips = [(f"rank {name}", values) for name, values in zip(ranks, speed.by_rank, strict=True)]
-    if len(strips) > MOST_RANKS:
+    if len(strips) > MAX_RANKS:
         ordered = np.sort(speed.by_rank, axis=0)
         rows = (ordered[-1], ordered[len(ordered) // 2], ordered[0])
         strips = list(zip(("fastest", "median", "slowest"), rows, strict=True))

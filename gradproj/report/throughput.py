@@ -15,10 +15,10 @@ from gradproj.store.layout import LOGS_DIR, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_stats, record_name
 
 N_BINS = 120
-LEAST_PAUSE_S = 600.0
+MIN_PAUSE_S = 600.0
 PAUSE_FRACTION = 0.05
 """Idle time of all ranks is cut out of the figure if it is longer than this fraction of the working
-time, and longer than ``LEAST_PAUSE_S``."""
+time, and longer than ``MIN_PAUSE_S``."""
 UNKNOWN_RANK = "unknown"
 
 _COMMITTED = re.compile(rb"unit (\d+) committed: .*'started_at': ([\d.e+]+)")
@@ -155,7 +155,7 @@ def _spans(times: UnitTimes) -> list[list[float]]:
 def _pieces(times: UnitTimes) -> tuple[list[tuple[float, float, float]], list[tuple[float, float]]]:
     """Return ``(start, stop, position)`` of the times that are shown, and the pauses between."""
     spans = _spans(times)
-    least = max(LEAST_PAUSE_S, PAUSE_FRACTION * sum(stop - start for start, stop in spans))
+    least = max(MIN_PAUSE_S, PAUSE_FRACTION * sum(stop - start for start, stop in spans))
     pieces: list[list[float]] = [[*spans[0], 0.0]]
     pauses = []
     for start, stop in spans[1:]:

@@ -34,7 +34,7 @@ _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
 _STATS_BYTES = 4096
-_MOST_HEADER_BYTES = 2**24
+_MAX_HEADER_BYTES = 2**24
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
 _SHARD_NAME = re.compile(r"c\.(\d+)\.0")
 
@@ -165,7 +165,7 @@ def read_stats(path: str | Path) -> dict[str, Any]:
         try:
             (header_bytes,) = struct.unpack_from("<Q", data)
             if header_bytes > len(data) - 8:
-                data += file.read(min(header_bytes, _MOST_HEADER_BYTES))
+                data += file.read(min(header_bytes, _MAX_HEADER_BYTES))
             about = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"]["about"])
             return dict(about["stats"])
         except (struct.error, ValueError, KeyError, TypeError) as error:

@@ -29,7 +29,7 @@ from gradproj.training.engine_base import EngineContext, TrainingEngine
 FOLDER = "projections"
 """In ``result_dir``."""
 
-MOST_WAITING_BYTES = 64 * 2**20
+MAX_WAITING_BYTES = 64 * 2**20
 """Rows on the device above which they move to the host before they are due to be written."""
 
 
@@ -113,7 +113,7 @@ class GradProjLoraTraining(TrainingEngine):
             )
         self._waiting.append(_Waiting(rows, n_tokens, losses, self._step, ids))
         self._unwritten_steps.add(self._step)
-        if sum(batch.rows.nbytes for batch in self._waiting) > MOST_WAITING_BYTES:
+        if sum(batch.rows.nbytes for batch in self._waiting) > MAX_WAITING_BYTES:
             self._to_host()
 
     def clear_gradients(self) -> None:

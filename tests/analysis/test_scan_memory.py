@@ -17,7 +17,7 @@ from gradproj.store.writer import shard_chunks, update_attributes, write_array, 
 
 N_LAYERS, SIDE, N_ROWS = 64, 8, 36_864
 STORE_BYTES = N_LAYERS * SIDE**2 * N_ROWS * 2  # 302 MB
-MOST_BYTES = 100e6
+MAX_BYTES = 100e6
 
 CHILD = """
 import json, sys
@@ -95,5 +95,5 @@ def test_scans_use_bounded_memory(large):
     )
     assert done.returncode == 0, done.stderr
     taken = json.loads(done.stdout)
-    assert STORE_BYTES > 3 * MOST_BYTES
-    assert {name: n_bytes for name, n_bytes in taken.items() if n_bytes > MOST_BYTES} == {}
+    assert STORE_BYTES > 3 * MAX_BYTES
+    assert {name: n_bytes for name, n_bytes in taken.items() if n_bytes > MAX_BYTES} == {}

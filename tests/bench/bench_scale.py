@@ -22,7 +22,7 @@ from pathlib import Path
 
 from measure import print_machine
 
-LEAST_SHARE = 0.95
+MIN_SHARE = 0.95
 ROWS = 8
 """Of a unit. One of them more than the other is what the ranks can be apart at the end."""
 
@@ -86,7 +86,7 @@ def report(runs: dict[int, list[dict[str, float]]], n_documents: int) -> dict[st
         "cpu": 2 * rates[2][1] / rates[1][1],
         "share": min(rates[1][2], rates[2][2]),
     }
-    judged = "wall" if ratios["share"] >= LEAST_SHARE else "cpu"
+    judged = "wall" if ratios["share"] >= MIN_SHARE else "cpu"
     print(
         f"two ranks over one: {ratios['wall']:.2f} by the wall clock, {ratios['cpu']:.2f} by CPU "
         f"seconds (twice the documents per CPU second over one rank's); judged by: {judged}"

@@ -62,7 +62,7 @@ def sizes_tried(monkeypatch, engine, most=64, reserved=0):
         return per_sample_loss(model, ids)
 
     monkeypatch.setattr(batch_size, "per_sample_loss", loss)
-    monkeypatch.setattr(batch_size, "MOST_TOKENS", 8 * 24)
+    monkeypatch.setattr(batch_size, "MAX_TOKENS", 8 * 24)
     monkeypatch.setattr(batch_size, "_has_levelled_off", lambda trials: False)
     return try_batches(engine.module, engine, 24, reserved, 1), tried
 

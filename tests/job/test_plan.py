@@ -182,7 +182,7 @@ def test_output_continues_with_touched_tars_after_reindexing(refused, files, tmp
 
 
 def test_more_than_a_thousand_tars_need_an_index_first(refused, files, monkeypatch):
-    monkeypatch.setattr("gradproj.job.plan.MOST_TARS_TO_INDEX", 4)
+    monkeypatch.setattr("gradproj.job.plan.MAX_TARS_TO_INDEX", 4)
     assert f"python -m gradproj index '{files.corpus}'" in refused()
 
 

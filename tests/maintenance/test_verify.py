@@ -137,7 +137,7 @@ def test_damaged_unit_is_recomputed_once_its_record_is_deleted(output, job):
 
 
 def test_many_damages_are_shown_in_part_and_all_in_json(output, monkeypatch):
-    monkeypatch.setattr("gradproj.cli.verify.MOST_DAMAGE_SHOWN", 2)
+    monkeypatch.setattr("gradproj.cli.verify.MAX_DAMAGE_SHOWN", 2)
     for unit in range(N_UNITS):
         flip_byte(shard_of(output, unit), 7)
     result = verify(output)
@@ -147,7 +147,7 @@ def test_many_damages_are_shown_in_part_and_all_in_json(output, monkeypatch):
 
 
 def test_id_ranges_join_and_are_bounded(monkeypatch):
-    monkeypatch.setattr("gradproj.maintenance.verify.MOST_RANGES_KEPT", 2)
+    monkeypatch.setattr("gradproj.maintenance.verify.MAX_RANGES_KEPT", 2)
     ids = BoundedRanges()
     for start, stop in [(0, 3), (3, 4), (6, 8), (10, 20)]:
         ids.add(start, stop)

@@ -5,7 +5,7 @@ import pytest
 from helpers.report_parts import histogram_of, times_of
 
 from gradproj.report.figures import (
-    MOST_RANKS,
+    MAX_RANKS,
     boxes_chart,
     colour_limit,
     coverage_chart,
@@ -91,7 +91,7 @@ def test_coverage_is_white_where_rows_are_missing_and_joins_gaps_closer_than_a_p
 
 
 def test_throughput_figure_of_many_ranks_shows_the_fastest_median_and_slowest():
-    n = MOST_RANKS + 1
+    n = MAX_RANKS + 1
     speed = throughput(times_of([(0, 10, 10 * (rank + 1), rank) for rank in range(n)], n))
     picture = throughput_chart(speed, [str(rank) for rank in range(n)])
     words = [shape.text for shape in picture.shapes if shape.tag == "text"]

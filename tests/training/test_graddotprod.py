@@ -62,7 +62,7 @@ def test_every_way_to_an_inner_product_matches_explicit_gradients(way, onednn, m
     monkeypatch.setattr(OuterProducts, "way", lambda *_: way)
     monkeypatch.setitem(inner_products.TILE_VALUES, "cpu", 23)
     if onednn:
-        monkeypatch.setattr(inner_products, "LEAST_ONEDNN_FLOPS", 0)
+        monkeypatch.setattr(inner_products, "MIN_ONEDNN_FLOPS", 0)
     left, right = torch.randn(5, 7, 13), torch.randn(5, 7, 11)
     each = torch.einsum("nsl,nsr->nlr", left.double(), right.double())
     gradient, dots = OuterProducts(left, right).sums(3, scale=1.7)

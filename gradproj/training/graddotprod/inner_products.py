@@ -26,7 +26,7 @@ Measured on a CPU; computed from an H100's bandwidths for a GPU."""
 START_FLOPS = 1e6
 """Cost of starting a product, in FLOPs."""
 
-LEAST_ONEDNN_FLOPS = 2**26
+MIN_ONEDNN_FLOPS = 2**26
 """oneDNN compiles a kernel for each new shape (1 to 2 ms), which a small product never repays."""
 
 
@@ -225,7 +225,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _pairs(x: Tensor, y: Tensor) -> Tensor:
     """Return ``x y^T`` of ``(X, K)`` and ``(Y, K)``, float32 (or float64)."""
     y = y.to(x.dtype)
-    small = 2 * x.numel() * len(y) < LEAST_ONEDNN_FLOPS
+    small = 2 * x.numel() * len(y) < MIN_ONEDNN_FLOPS
     return widened(x @ y.t() if small else linear(x, y))
 
 
