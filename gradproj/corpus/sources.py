@@ -194,7 +194,7 @@ def _read_line(stream: Any) -> tuple[bytes, bool]:
 def _decode_json(line: bytes, place: str) -> Record:
     try:
         return Record(place, msgspec.json.decode(line))
-    except (ValueError, RecursionError):
+    except (ValueError, msgspec.MsgspecError, RecursionError):  # before 0.21 not a ValueError
         return _decode_json_slowly(line, place)
 
 
