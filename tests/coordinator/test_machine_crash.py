@@ -215,9 +215,8 @@ def folder():
 
 @pytest.fixture
 def survivor(plan, undisturbed, folder, monkeypatch):
-    # Values that depend on the plan only are computed once.
-    skeleton, versions = startup.model_skeleton(plan.files), startup.versions()
-    monkeypatch.setattr(startup, "model_skeleton", lambda files: skeleton)
+    # The versions are the same in every start: looked up once.
+    versions = startup.versions()
     monkeypatch.setattr(startup, "versions", lambda: versions)
     # No heartbeat of another thread in between, and no real fsync: the simulated disk records it.
     monkeypatch.setattr(heartbeats, "TICK_S", 3600.0)
