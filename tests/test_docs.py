@@ -8,11 +8,14 @@ import contextlib
 import importlib
 import io
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.jobs import ENVIRONMENT
 from helpers.models import ragged_batch, small_model
 from transformers import TrainingArguments
 
@@ -152,3 +155,13 @@ def test_readme_fits_its_bounds():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 250
     assert max(map(len, lines)) <= 100
+
+
+def test_benchmarks_find_all_that_they_import():
+    folder = ROOT / "tests/bench"
+    names = ", ".join(sorted(path.stem for path in folder.glob("bench_*.py")))
+    script = f"import sys; sys.path.insert(0, {str(folder)!r}); import {names}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, RankProgress
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
-from gradproj.coordinator.units import FOLDERS, UnitQueue, UnitRows
+from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.store import (
     LayerSlice,
     StoreConfig,
@@ -44,7 +44,7 @@ from gradproj.store import (
     create_store,
     plan_layout,
 )
-from gradproj.store.layout import STATUS, STORE_NAME, empty_columns
+from gradproj.store.layout import FOLDERS, STATUS, STORE_NAME, empty_columns
 from gradproj.store.unit_record import encode_record, record_name
 
 N_RANKS, N_UNITS, UNIT_S, NETWORK_S = 512, 51_000, 100.0, 1e-3

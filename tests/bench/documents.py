@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gradproj.corpus.sources import SOURCES, Reading
+from gradproj.corpus.sources import SOURCES, InputReader
 
 VOCABULARY = 8192
 POSITIONS = 2048
@@ -70,7 +70,7 @@ def make_tars(documents: Path, folder: Path, n_documents: int) -> Path:
 
 
 def _library() -> list[str]:
-    records = SOURCES["stdlib:"](Reading("stdlib:"))
+    records = SOURCES["stdlib:"](InputReader("stdlib:"))
     return [record.value["text"] for record in records if record.value]
 
 
