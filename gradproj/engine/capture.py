@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.layers import TargetLayer, find_layers, sum_over_tokens
+from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 

@@ -4,7 +4,7 @@ For every type the row is that of ``P_o G P_i^T`` with ``G`` the gradient as an 
 matrix, whichever way round the type stores its weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradproj.errors import ModelError
 from gradproj.kernels.onednn import project
-
-ALIASES = {
-    "attn": ("attn", "attention", "self_attn", "self_attention"),
-    # OPT has no module around its two feed-forward layers.
-    "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
-}
-"""Pattern -> the components it matches, so that one flag fits all model families."""
 
 
 @dataclass(frozen=True)
@@ -98,80 +90,6 @@ def without_wrappers(model: Any) -> Any:
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
-
-
-def find_layers(
-    model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
-) -> list[TargetLayer]:
-    """Return the layers that the patterns match, in model order, each once.
-
-    A pattern matches whole dotted components (``h.1`` is not ``h.10``). ``mlp`` and ``attn`` stand
-    for each family's own names (``ALIASES``). The token embedding is included by
-    ``include_embeddings`` or by its name.
-
-    Raises:
-        ModelError: a pattern matches nothing (the message lists the layers), or matches weights
-            that no rule describes (fused experts, quantized layers).
-    """
-    model = without_wrappers(model)
-    embedding = _token_embedding(model) if include_embeddings else None
-    used: set[str] = set()
-    targets: list[TargetLayer] = []
-    unsupported: list[str] = []
-    for name, module in model.named_modules():
-        hits = {p for p in patterns if _matches(p, name)}
-        if not hits and module is not embedding:
-            continue
-        rule = rule_for(module)
-        if rule is not None:
-            used |= hits
-            targets.append(TargetLayer(name, module, rule))
-        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
-            unsupported.append(f"{name} ({type(module).__name__})")
-    if unsupported:
-        more = f" and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
-        supported = ", ".join(rule.type_name for rule in LAYER_RULES.values())
-        raise ModelError(
-            f"--proj_layers matches weights that gradproj cannot project: "
-            f"{', '.join(unsupported[:8])}{more}. It supports {supported}; fused expert weights "
-            "and quantized layers are not supported. Name other layers, for example --proj_layers "
-            "attn"
-        )
-    unmatched = [p for p in patterns if p not in used]
-    if unmatched:
-        raise ModelError(
-            f"--proj_layers: no layer of the model matches {', '.join(map(repr, unmatched))}. "
-            f"Its layers are: {', '.join(_summary(model))}"
-        )
-    return targets
-
-
-def _token_embedding(model: nn.Module) -> nn.Module:
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getter() if getter else None
-    if embedding is None or rule_for(embedding) is None:
-        raise ModelError(
-            f"--include_embeddings: {type(model).__name__} has no token embedding that gradproj "
-            "supports"
-        )
-    return embedding
-
-
-def _matches(pattern: str, name: str) -> bool:
-    parts = name.split(".")
-    options = [tuple(alias.split(".")) for alias in ALIASES.get(pattern, (pattern,))]
-    return any(
-        tuple(parts[i : i + len(o)]) == o for o in options for i in range(len(parts) - len(o) + 1)
-    )
-
-
-def _summary(model: nn.Module) -> Iterator[str]:
-    """Yield the supported layers' names, numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
-    seen: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if rule_for(module) is not None:
-            seen.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")))
-    yield from list(seen)[:40]
 
 
 def sum_over_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:

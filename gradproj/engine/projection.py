@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.layers import find_layers
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag, split_list
 from gradproj.store.layout import LayerSlice

@@ -7,8 +7,9 @@ from helpers.references import projected_gradient_by_autograd, relative_error, s
 from torch import nn
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.layers import LAYER_RULES, find_layers
+from gradproj.engine.layers import LAYER_RULES
 from gradproj.engine.loss import chunk_verdict, per_sample_loss
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import SLICE_VALUES
 

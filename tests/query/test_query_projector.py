@@ -11,8 +11,8 @@ from helpers.jobs import run_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
-from gradproj.engine.layers import find_layers
 from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError
 from gradproj.query import EXCERPT_CHARACTERS, Query, QueryProjector, projector
 
