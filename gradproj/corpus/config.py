@@ -4,9 +4,6 @@ from dataclasses import dataclass
 
 from gradproj.flags import Flags, flag, split_list
 
-SHARDS_HELP = (
-    "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json)."
-)
 SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
 
 
@@ -14,7 +11,11 @@ SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
 class CorpusConfig(Flags, title="corpus"):
     """The corpus and the part of it to project. Part of the run's identity."""
 
-    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
+    shards: str = flag(
+        "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json).",
+        required=SHARDS_REQUIRED,
+        metavar="TARS",
+    )
     domain_field: str = flag(
         "Field of a document's JSON that names its domain; dots reach into objects.",
         "meta.pile_set_name",

@@ -4,9 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
+from gradproj.corpus.config import CorpusConfig
 from gradproj.errors import ConfigError
-from gradproj.flags import DEVICES, Flags, flag, split_list
+from gradproj.flags import DEVICES, Flags, as_in, flag, split_list
 from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
@@ -32,7 +32,7 @@ NO_PART_OF_THE_EXPERIMENT = (
 class LdsConfig(Flags, title="experiment"):
     """A small corpus, a small model, and the scores that are compared with retraining it."""
 
-    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS", group="corpus")
+    shards: str = as_in(CorpusConfig, "shards", group="corpus")
     output_dir: str = flag(
         "Directory of the experiment. Started again on it, lds resumes.",
         required="give a folder",

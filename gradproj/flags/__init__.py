@@ -12,6 +12,7 @@ in Python code.
 from gradproj.flags.declaration import (
     DEVICES,
     Flags,
+    as_in,
     current_names,
     flag,
     flag_of,
@@ -25,6 +26,7 @@ from gradproj.flags.parsing import parse
 __all__ = [
     "DEVICES",
     "Flags",
+    "as_in",
     "current_names",
     "flag",
     "flag_of",

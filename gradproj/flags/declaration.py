@@ -70,6 +70,13 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def as_in(section: Any, name: str, **changes: Any) -> Any:
+    """Declare a field as ``section`` declares its field of this name, with other ``changes``."""
+    declared = section.__dataclass_fields__[name]
+    metadata = {k: v for k, v in declared.metadata.items() if k != "flag"}
+    return dataclasses.field(default=declared.default, metadata=metadata | changes)
+
+
 class Flags:
     """Base of all dataclasses of flags. ``title`` heads their group in ``--help``."""
 

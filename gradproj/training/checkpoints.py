@@ -51,10 +51,6 @@ def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
         yield
 
 
-def rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.pt"
-
-
 class Checkpoints:
     """The checkpoints of one run; only the newest is kept.
 
@@ -66,7 +62,7 @@ class Checkpoints:
         self, result_dir: Path, config: TrainConfig, world: World, corpora: Mapping[str, str]
     ) -> None:
         self._result_dir, self._folder = result_dir, result_dir / FOLDER
-        self._config, self._world = config, world
+        self._config, self._world, self._rank_file = config, world, f"rank-{world.rank:05d}.pt"
         self._settings = {**config.settings_of_the_run(), **corpora, "ranks": world.size}
 
     def newest(self) -> Path | None:
@@ -81,37 +77,35 @@ class Checkpoints:
         ``StoreError`` if there is one and ``--resume`` is not given, or if there is none and a
         start would overwrite results of another run.
         """
-        newest = self.newest()
-        if newest is None:
-            self._check_start_loses_nothing()
-        if newest is not None and not self._config.resume:
+        newest, folder, resume = self.newest(), self._result_dir, self._config.resume
+        if newest is not None:
+            if resume:
+                return newest
             raise StoreError(
-                f"--result_dir {self._result_dir} holds a run's checkpoint ({newest.name}): "
+                f"--result_dir {folder} holds a run's checkpoint ({newest.name}): "
                 "continue from it with --resume, or give a new folder"
             )
-        return newest
-
-    def _check_start_loses_nothing(self) -> None:
-        folder, interval = self._result_dir, self._config.checkpoint_interval
         models = [path.name for path in folder.glob("*.safetensors")] if folder.is_dir() else []
         if models:
             raise StoreError(
                 f"--result_dir {folder} holds a model ({models[0]}) and no checkpoint to continue "
                 "from: it would be overwritten. Give a new folder"
             )
-        n_steps = steps_in(folder)
-        if self._config.resume and interval and n_steps > interval:
+        curve, interval = folder / "loss.csv", self._config.checkpoint_interval
+        n_steps = max(0, len(curve.read_text().splitlines()) - 1) if curve.is_file() else 0
+        if resume and interval and n_steps > interval:
             raise StoreError(
                 f"--result_dir {folder} holds {n_steps} steps of a run and no checkpoint, though "
                 f"one is made every {interval} steps: restore {FOLDER}/, or give a new folder"
             )
-        if self._config.resume and n_steps and self._world.rank == 0:
+        if resume and n_steps and self._world.rank == 0:
             print(
                 f"no checkpoint in {folder} yet: starting from the beginning; the {n_steps} steps "
                 "there are repeated",
                 file=sys.stderr,
                 flush=True,
             )
+        return None
 
     def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return ``(shared state, this rank's state)`` of a checkpoint.
@@ -132,7 +126,7 @@ class Checkpoints:
         )
         if mismatch:
             raise ConfigError(mismatch)
-        return shared, _load(path, rank_file(self._world.rank))
+        return shared, _load(path, self._rank_file)
 
     def save(
         self,
@@ -145,8 +139,7 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint under a temporary name, publish it, and delete older ones.
 
-        The model is without its wrapper, and the optimizer's state is equal in all ranks.
-        ``rank_state`` is this rank's position in the data and engine state.
+        The model is without its wrapper; ``rank_state`` is this rank's data position and engine.
         """
         final = self._folder / f"step-{step:08d}"
         work = self._folder / f".saving-{final.name}"
@@ -160,7 +153,7 @@ class Checkpoints:
                 shared = {"step": step, "settings": self._settings}
                 shared |= {"optimizer": optimizer.state_dict(), "curve": curve}
                 _save(shared, work / STATE)
-            _save({**rank_state, "random": random_state()}, work / rank_file(self._world.rank))
+            _save({**rank_state, "random": random_state()}, work / self._rank_file)
             self._world.barrier()
             if self._world.rank == 0:
                 self._publish(work, final)
@@ -190,16 +183,11 @@ def publish_model(result_dir: Path, model: Any, tokenizer: Any) -> None:
             shutil.rmtree(work)
 
 
-def steps_in(result_dir: Path) -> int:
-    path = result_dir / "loss.csv"
-    return max(0, len(path.read_text().splitlines()) - 1) if path.is_file() else 0
-
-
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
     except RuntimeError as error:  # torch's writer raises it for a full disk
-        raise _no_space(path, _reason(error)) from error
+        raise _no_space(path, error) from error
 
 
 def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -207,7 +195,7 @@ def _save_model(folder: Path, model: Any, tokenizer: Any) -> None:
         with no_progress_bars():
             model.save_pretrained(folder)
     except SafetensorError as error:
-        raise _no_space(folder, str(error)) from error
+        raise _no_space(folder, error) from error
     tokenizer.save_pretrained(folder)
 
 
@@ -221,8 +209,8 @@ def _load(checkpoint: Path, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _no_space(path: Path, reason: str) -> StoreError:
-    return StoreError(f"cannot write {path}: {reason}. Free space there, then start again")
+def _no_space(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"cannot write {path}: {_reason(error)}. Free space there, then start again")
 
 
 def _reason(error: Exception) -> str:

@@ -3,15 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
+from gradproj.corpus.config import CorpusConfig
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
-from gradproj.flags import DEVICES, Flags, flag, join_list
-from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES, ModelConfig
+from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, join_list
+from gradproj.model.config import ARCHITECTURES, ModelConfig
 from gradproj.store.layout import StoreConfig
 
 METHODS: dict[str, Callable[[Any], Any]] = {}
@@ -28,33 +28,25 @@ NO_PART_OF_A_RUN = (
 """Settings that a resumed run may change. With more steps the schedule is the longer run's."""
 
 
-def _as_in(section: Any, name: str) -> Any:
-    """Declare a flag as the job declares it."""
-    declared = section.__dataclass_fields__[name]
-    metadata = {k: v for k, v in declared.metadata.items() if k != "flag"}
-    return field(default=declared.default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Flags, title="engine"):
     """Settings of an engine; ``of`` takes them from any object with some of these names."""
 
     method: str = flag("Engine.", "Regular", metavar="Regular|GradDotProd|GradProjLora")
     result_dir: str = flag("Directory for all results.", "", metavar="DIR")
-    proj_layers: str = _as_in(ProjectionConfig, "layers")
-    proj_rank_total: int = _as_in(ProjectionConfig, "rank_total")
-    proj_rank_min: int = _as_in(ProjectionConfig, "rank_min")
-    proj_seed: int = _as_in(ProjectionConfig, "seed")
-    proj_kind: str = _as_in(ProjectionConfig, "kind")
-    include_embeddings: bool = _as_in(ProjectionConfig, "include_embeddings")
-    loss_reduction: str = _as_in(BatchConfig, "loss_reduction")
-    proj_dtype: str = _as_in(StoreConfig, "proj_dtype")
-    compressor: str = _as_in(StoreConfig, "compressor")
-    rows_per_shard: int = flag(
-        "Rows of a shard; 0 = about 16 MB, and whole steps with several ranks.",
-        0,
-        minimum=1,
-        why="leave it out to have it chosen",
+    proj_layers: str = as_in(ProjectionConfig, "layers")
+    proj_rank_total: int = as_in(ProjectionConfig, "rank_total")
+    proj_rank_min: int = as_in(ProjectionConfig, "rank_min")
+    proj_seed: int = as_in(ProjectionConfig, "seed")
+    proj_kind: str = as_in(ProjectionConfig, "kind")
+    include_embeddings: bool = as_in(ProjectionConfig, "include_embeddings")
+    loss_reduction: str = as_in(BatchConfig, "loss_reduction")
+    proj_dtype: str = as_in(StoreConfig, "proj_dtype")
+    compressor: str = as_in(StoreConfig, "compressor")
+    rows_per_shard: int = as_in(
+        StoreConfig,
+        "rows_per_shard",
+        help="Rows of a shard; 0 = about 16 MB, and whole steps with several ranks.",
     )
     proj_save_interval: int = flag(
         "Write rows every so many steps; 0 = when a shard is full, and at checkpoints.",
@@ -84,22 +76,20 @@ class EngineConfig(Flags, title="engine"):
 
     @property
     def projection(self) -> ProjectionConfig:
-        return ProjectionConfig(
-            layers=self.proj_layers, rank_total=self.proj_rank_total, rank_min=self.proj_rank_min,
-            seed=self.proj_seed, kind=self.proj_kind, include_embeddings=self.include_embeddings,
-        )  # fmt: skip
+        fields = dataclasses.fields(ProjectionConfig)
+        return ProjectionConfig(**{f.name: getattr(self, flag_of(f)) for f in fields})
 
     @property
     def store(self) -> StoreConfig:
-        names = ("proj_dtype", "compressor", "rows_per_shard")
-        return StoreConfig(**{name: getattr(self, name) for name in names})
+        fields = dataclasses.fields(StoreConfig)
+        return StoreConfig(**{f.name: getattr(self, f.name) for f in fields})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(EngineConfig, title="training"):
     """Settings of a training run: data, model, optimizer, engine."""
 
-    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
+    shards: str = as_in(CorpusConfig, "shards")
     result_dir: str = flag(
         "Directory for model, tokenizer, loss curve, checkpoints and the engine's results.",
         "training",
@@ -140,10 +130,11 @@ class TrainConfig(EngineConfig, title="training"):
     weight_decay: float = flag("Weight decay, of matrices only.", 0.1, minimum=0)
     clip: float = flag("Largest norm of the gradient; 0 = no clipping.", 1.0, minimum=0)
     dropout: float = flag("Dropout probability throughout the model.", 0.0, minimum=0, below=1)
-    model_dtype: str = flag(
-        "Precision of the forward and backward pass. bfloat16 is autocast; weights stay float32.",
-        "float32",
-        choices=MODEL_DTYPES,
+    model_dtype: str = as_in(
+        ModelConfig,
+        "model_dtype",
+        help="Precision of the forward and backward pass. bfloat16 is autocast; weights stay "
+        "float32.",
         renamed_from="precision",
     )
     gradient_checkpointing: bool = flag(

@@ -1,6 +1,5 @@
 """Data-parallel training: ranks from a loop's own information, gradients averaged over them."""
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,21 +43,6 @@ def _entry(info: Any, name: str) -> Any:
 def totals(world: World, *values: float) -> list[float]:
     """Return each value's sum over all ranks, added in float64."""
     return world.sum(torch.tensor(values, dtype=torch.float64)).tolist()
-
-
-def data_parallel(model: nn.Module, world: World) -> nn.Module:
-    """Return a model whose gradients are averaged over the ranks; alone, the model itself."""
-    if world.size == 1:
-        return model
-    # Buffers of causal language models are constants.
-    return DistributedDataParallel(model, forward_sync_buffers=False)
-
-
-def sync_if_last(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Let the ranks exchange gradients in a step's last batch only."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
 
 
 class GradientAverager:

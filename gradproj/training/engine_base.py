@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class TrainingEngine:
     backward, ``prepare_gradients``, ``aggregate_and_log`` and ``clear_gradients``. After an
     optimizer step it calls ``save_metrics`` if ``should_save_metrics`` returns True. Evaluations
     are between ``detach_for_evaluation`` and ``reattach_after_evaluation``. ``cleanup`` comes last,
-    also after an exception.
+    also after an exception; leaving the engine's context calls it.
     """
 
     context: EngineContext
@@ -40,6 +40,12 @@ class TrainingEngine:
 
     def __init__(self, context: EngineContext) -> None:
         self.context = context
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()
 
     def attach_train_batch(
         self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None

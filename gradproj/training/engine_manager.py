@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradproj.training.config import METHODS, EngineConfig
 from gradproj.training.data_parallel import world_of
@@ -18,11 +18,19 @@ METHODS |= {
 }
 
 
-class GhostEngineManager:
-    """The engine of ``config.method`` behind the same calls for every method.
+def GhostEngineManager(
+    config: Any,
+    model: nn.Module,
+    optimizer: Any = None,
+    ddp_info: Any = None,
+    val_data: Any = None,
+    *,
+    loss: str = "mean",
+    resume_step: int | None = None,
+) -> TrainingEngine:
+    """Return the engine of ``config.method``. Use it as a context manager.
 
-    Use it as a context manager: leaving it calls ``cleanup``. Each call goes to the engine;
-    ``TrainingEngine`` documents them and their order.
+    The name is that of a class in earlier GradProjLora code, with the same arguments and calls.
 
     Args:
         config: any mapping or object with some of ``EngineConfig``'s names, as the loop's config.
@@ -41,40 +49,6 @@ class GhostEngineManager:
         ConfigError: an unknown method, or a setting that it cannot use.
         StoreError: results of another run are in the way.
     """
-
-    def __init__(
-        self,
-        config: Any,
-        model: nn.Module,
-        optimizer: Any = None,
-        ddp_info: Any = None,
-        val_data: Any = None,
-        *,
-        loss: str = "mean",
-        resume_step: int | None = None,
-    ) -> None:
-        settings = EngineConfig.of(config)
-        self.method = settings.method
-        world = world_of(ddp_info)
-        context = EngineContext(settings, model, optimizer, world, val_data, loss, resume_step)
-        self.engine: TrainingEngine = METHODS[settings.method](context)
-
-    def attach_train_batch(
-        self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
-    ) -> None:
-        self.engine.attach_train_batch(X, Y, iter_num, batch_idx)
-
-    def prepare_forward_input(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.engine.prepare_forward_input(X, Y)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only calls of a training loop: an engine's own attributes are reached by ``engine``.
-        if not hasattr(TrainingEngine, name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.engine, name)
-
-    def __enter__(self) -> "GhostEngineManager":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.cleanup()
+    settings, world = EngineConfig.of(config), world_of(ddp_info)
+    context = EngineContext(settings, model, optimizer, world, val_data, loss, resume_step)
+    return METHODS[settings.method](context)

@@ -1,7 +1,7 @@
 """GradProjLora in a training loop: projected gradients of every sample, in a store."""
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
 from gradproj.errors import ConfigError, StoreError
+from gradproj.flags import flag_of
 from gradproj.store.append_store import (
     AppendStore,
     check_same,
@@ -220,16 +221,11 @@ class GradProjLoraTraining(TrainingEngine):
         return {
             "layers": [asdict(layer) for layer in self._layers],
             "domains": [],
-            "projection": {**vars(projection)},
+            "projection": asdict(projection),
             "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
             "step[i]; status 1 = ok",
             "identity": {
-                **{
-                    f"--proj_{name}": value
-                    for name, value in vars(projection).items()
-                    if name != "include_embeddings"
-                },
-                "--include_embeddings": projection.include_embeddings,
+                **{f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)},
                 "--proj_dtype": settings.proj_dtype,
                 "--compressor": settings.compressor,
                 "--loss_reduction": settings.loss_reduction,

@@ -3,11 +3,12 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainingArguments
+from transformers import TrainerCallback
 
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, ModelError
 from gradproj.training.config import EngineConfig
+from gradproj.training.engine_base import TrainingEngine
 from gradproj.training.engine_manager import GhostEngineManager
 
 
@@ -40,9 +41,8 @@ class GradProjCallback(TrainerCallback):
         self._settings = EngineConfig.of({**settings, "method": "GradProjLora"})
         if not self._settings.result_dir:
             raise ConfigError("GradProjCallback: give a result_dir, in which projections/ is made")
-        self._manager: GhostEngineManager | None = None
+        self._engine: TrainingEngine | None = None
         self._handles: list[Any] = []
-        self._key: Any = None
         self._step = 0
         self._has_batch = False
 
@@ -57,15 +57,14 @@ class GradProjCallback(TrainerCallback):
             "max_steps": state.max_steps,
         }
         step = state.global_step
-        self._manager = GhostEngineManager(
+        self._engine = GhostEngineManager(
             {**vars(self._settings), **sizes},
             model,
             kwargs.get("optimizer"),
             resume_step=step or None,
         )
         if step:
-            self._manager.load_state_dict({"step": step})
-        self._key = loss_key(model)
+            self._engine.load_state_dict({"step": step})
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -76,19 +75,25 @@ class GradProjCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect a batch; ``on_pre_optimizer_step`` does the step's last."""
-        self._collect()
+        if self._engine is not None and self._has_batch:
+            self._engine.aggregate_and_log()
+            self._engine.clear_gradients()
+            self._has_batch = False
 
     on_pre_optimizer_step = on_substep_end
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save_before_checkpoint(args, control)
-        if self._manager is not None and self._manager.should_save_metrics(self._step):
-            self._manager.save_metrics(self._step)
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._save_before_checkpoint(args, control)
+        """Write the rows that a checkpoint counts on, in case the process dies after it."""
+        # With "best", the Trainer decides after the last callback whether to save.
+        if self._engine is not None and (control.should_save or args.save_strategy == "best"):
+            self._engine.state_dict()
 
     on_evaluate = on_epoch_end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_epoch_end(args, state, control)
+        if self._engine is not None and self._engine.should_save_metrics(self._step):
+            self._engine.save_metrics(self._step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.cleanup()
@@ -98,9 +103,9 @@ class GradProjCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._manager is not None:
-            self._manager.cleanup()
-        self._manager = None
+        if self._engine is not None:
+            self._engine.cleanup()
+        self._engine = None
 
     def __enter__(self) -> "GradProjCallback":
         return self
@@ -108,23 +113,11 @@ class GradProjCallback(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         self.cleanup()
 
-    def _save_before_checkpoint(self, args: TrainingArguments, control: TrainerControl) -> None:
-        """Write the rows that a checkpoint counts on, in case the process dies after it."""
-        # With "best", the Trainer decides after the last callback whether to save.
-        if self._manager is not None and (control.should_save or args.save_strategy == "best"):
-            self._manager.state_dict()
-
     # --- a batch ---
-
-    def _collect(self) -> None:
-        if self._manager is not None and self._has_batch:
-            self._manager.aggregate_and_log()
-            self._manager.clear_gradients()
-            self._has_batch = False
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         ids = kwargs.pop("sample_id", None)
-        if module.training and self._manager is not None:
+        if module.training and self._engine is not None:
             labels = kwargs.get("labels")
             if labels is None:
                 raise ModelError(
@@ -133,7 +126,7 @@ class GradProjCallback(TrainerCallback):
                 )
             inputs = kwargs.get("input_ids", labels)
             ids = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
-            self._manager.attach_train_batch(inputs, labels, self._step, ids)
+            self._engine.attach_train_batch(inputs, labels, self._step, ids)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -146,7 +139,7 @@ class GradProjCallback(TrainerCallback):
             n_items = (labels[:, 1:] != IGNORE).sum()
 
         def announce(gradient: Tensor) -> None:
-            LOSS_WEIGHTS[self._key] = (gradient / n_items).expand(len(labels))
+            LOSS_WEIGHTS[loss_key(module)] = (gradient / n_items).expand(len(labels))
 
         loss.register_hook(announce)
         self._has_batch = True

@@ -3,15 +3,18 @@
 It does not know which engine runs inside it; ``GhostEngineManager`` does.
 """
 
+import contextlib
 import itertools
 import math
 import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradproj.corpus.index_file import open_corpus
@@ -31,9 +34,9 @@ from gradproj.training.checkpoints import (
 )
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import DataPosition, TrainBatch, TrainedDocuments, batches_of
-from gradproj.training.data_parallel import data_parallel, sync_if_last, totals
+from gradproj.training.data_parallel import totals
 from gradproj.training.engine_manager import GhostEngineManager
-from gradproj.training.loss_curve import LossCurve, TrainResult
+from gradproj.training.loss_curve import LossCurve, TrainResult, draw_curve
 from gradproj.training.optimizer import make_optimizer, rate_at
 from gradproj.training.validation import Validation
 
@@ -62,14 +65,15 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     with process_group(process, backend, TIMEOUT) as world, lock_result_dir(folder, world):
         run = _Run(config, folder, device, world)
         stop.drain()
-        with run.manager:
+        with run.engine:
             for step in range(run.done + 1, config.max_steps + 1):
                 run.step(step)
                 stopping = bool(totals(world, stop())[0])
                 run.save(step, at_once=stopping)
                 if stopping and step < config.max_steps:
-                    return run.result()
-        return run.finish()
+                    return run.curve.result()
+        run.finish()
+        return run.curve.result()
 
 
 class _Run:
@@ -97,16 +101,19 @@ class _Run:
             name = "activation_checkpointing_enable"
             enable = getattr(self._model, name, self._model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self._shared_model = data_parallel(self._model, world)
+        self._shared_model: nn.Module = self._model
+        if world.size > 1:
+            # Buffers of causal language models are constants.
+            self._shared_model = DistributedDataParallel(self._model, forward_sync_buffers=False)
         self._optimizer = make_optimizer(self._model, config)
         self._validation = Validation(config, self._tokenizer, device, world)
         self.done = shared.get("step", 0)
-        self.manager = GhostEngineManager(
+        self.engine = GhostEngineManager(
             config, self._shared_model, self._optimizer, world, self._validation.pair,
             loss="sum", resume_step=self.done if config.resume else None,
         )  # fmt: skip
-        self._curve = LossCurve(folder, config.max_steps, visible=world.rank == 0)
-        self._curve.start(shared.get("curve", []))
+        points = shared.get("curve", [])
+        self.curve = LossCurve(folder, config.max_steps, points, visible=world.rank == 0)
         self._position = DataPosition.from_dict(rank_state["data"]) if saved else DataPosition()
         self._batches = batches_of(config, index, self._tokenizer, world, self._position)
         self._documents = TrainedDocuments(index)
@@ -114,14 +121,14 @@ class _Run:
             torch.manual_seed(config.seed + RANK_SEED * world.rank)
         if config.resume:
             # Also without a checkpoint: an empty state cuts the rows of steps that are repeated.
-            self.manager.load_state_dict(rank_state.get("engine", {}))
+            self.engine.load_state_dict(rank_state.get("engine", {}))
         if saved:
             self._optimizer.load_state_dict(shared["optimizer"])
             restore_random_state(rank_state["random"])
 
     def step(self, step: int) -> None:
         """Run the step's batches and the optimizer, and record the loss."""
-        config, manager = self._config, self.manager
+        config, engine = self._config, self.engine
         batches = list(itertools.islice(self._batches, config.grad_accumulation))
         counts = (sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches))
         targets, n_tokens = totals(self._world, *counts)
@@ -137,31 +144,34 @@ class _Run:
         norm = self._clip(step)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if manager.should_save_metrics(step):
-            manager.save_metrics(step)
+        if engine.should_save_metrics(step):
+            engine.save_metrics(step)
         self._position = batches[-1].position
         self._documents.add(batches)
         (loss,) = totals(self._world, torch.stack(sums).sum().item())
-        self._curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
+        self.curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
 
     def _forward_backward(
         self, step: int, batch: TrainBatch, n_targets: float, last: bool
     ) -> torch.Tensor:
         """Run one batch; return the detached sum of its samples' losses (nats)."""
-        manager = self.manager
+        engine = self.engine
         X, Y = batch.input_ids.to(self._device), batch.labels.to(self._device)
-        with sync_if_last(self._shared_model, last):
-            manager.attach_train_batch(X, Y, step, batch.sample_ids)
-            inputs, labels = manager.prepare_forward_input(X, Y)
+        shared: Any = self._shared_model
+        # The ranks exchange gradients in a step's last batch only.
+        alone = not last and isinstance(shared, DistributedDataParallel)
+        with shared.no_sync() if alone else contextlib.nullcontext():
+            engine.attach_train_batch(X, Y, step, batch.sample_ids)
+            inputs, labels = engine.prepare_forward_input(X, Y)
             autocast = self._config.model_dtype == "bfloat16"
             with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
                 joint = {"input_ids": inputs, "labels": labels}
-                losses = per_sample_loss(self._shared_model, joint, chunked=False)
+                losses = per_sample_loss(shared, joint, chunked=False)
             (losses.sum() / n_targets).backward()
         train_losses = losses.detach()[: len(X)]  # an engine's own rows come after the batch's
-        manager.prepare_gradients()
-        manager.aggregate_and_log(train_losses)
-        manager.clear_gradients()
+        engine.prepare_gradients()
+        engine.aggregate_and_log(train_losses)
+        engine.clear_gradients()
         return train_losses.sum()
 
     def _clip(self, step: int) -> float:
@@ -181,9 +191,9 @@ class _Run:
         due = step == self._config.max_steps or (interval and step % interval == 0)
         if not due or not self._validation.batches:
             return None
-        self.manager.detach_for_evaluation()
+        self.engine.detach_for_evaluation()
         loss = self._validation.loss(self._model)
-        self.manager.reattach_after_evaluation()
+        self.engine.reattach_after_evaluation()
         return loss
 
     def save(self, step: int, at_once: bool) -> None:
@@ -191,24 +201,21 @@ class _Run:
         interval = self._config.checkpoint_interval
         if at_once or (interval and (step % interval == 0 or step == self._config.max_steps)):
             # state_dict puts the engine's rows on disk, before the checkpoint that counts on them.
-            rank_state = {"data": self._position.as_dict(), "engine": self.manager.state_dict()}
-            parts = (self._model, self._tokenizer, self._optimizer, self._curve.as_list())
-            self._checkpoints.save(step, *parts, rank_state)
+            rank_state = {"data": self._position.as_dict(), "engine": self.engine.state_dict()}
+            parts = (self._model, self._tokenizer, self._optimizer)
+            curve = [asdict(point) for point in self.curve.points]
+            self._checkpoints.save(step, *parts, curve, rank_state)
 
-    def finish(self) -> TrainResult:
+    def finish(self) -> None:
         """Write the finished model, the curve's picture and the engine's reports."""
         if self._world.rank == 0:
-            self._curve.draw()
-            reports = self.manager.reports(self._documents.domain, self._documents.text)
+            draw_curve(self.curve.points, self._folder / "loss.png")
+            reports = self.engine.reports(self._documents.domain, self._documents.text)
             for name, text in reports.items():
                 with explain_os_errors(self._folder / name):
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)
         self._world.barrier()
-        return self.result()
-
-    def result(self) -> TrainResult:
-        return self._curve.result()
 
 
 def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[Any, nn.Module]:
@@ -217,11 +224,8 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
     The model is that of a run's checkpoint (``saved``), of ``--model``, of ``--architecture``, or a
     new GPT-2 of the configured shape.
     """
-    if saved is not None:
-        files = fetch(ModelConfig(model=str(saved)))
-        return load_tokenizer(files), load_model(files, torch.device("cpu"))
-    if config.model or config.architecture:
-        files = fetch(config.model_config())
+    if saved is not None or config.model or config.architecture:
+        files = fetch(ModelConfig(model=str(saved)) if saved else config.model_config())
         tokenizer, model = load_tokenizer(files), load_model(files, torch.device("cpu"))
         check_vocabulary(tokenizer, model.config)
         positions = positions_of(model.config)

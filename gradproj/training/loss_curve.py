@@ -1,10 +1,10 @@
 """The loss curve of a run: ``loss.csv``, ``loss.png`` and progress lines."""
 
 import csv
+import math
 import sys
 import time
-from collections import deque
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,51 +52,50 @@ COLUMNS = [f.name for f in fields(Point)]
 
 
 class LossCurve:
-    """The loss of each step, written to ``folder`` and printed if ``visible`` (on rank 0)."""
+    """The loss of each step, written to ``folder`` and printed if ``visible`` (on rank 0).
 
-    def __init__(self, folder: Path, max_steps: int, visible: bool = True) -> None:
+    It begins with a checkpoint's ``points``, or with none.
+    """
+
+    def __init__(
+        self, folder: Path, max_steps: int, points: list[dict[str, Any]], visible: bool
+    ) -> None:
         self._path, self._max_steps, self._visible = folder / "loss.csv", max_steps, visible
-        self.points: list[Point] = []
-        self._recent: deque[float] = deque(maxlen=SHOWN_STEPS)
-        self._before_s = 0.0
-        self._started_s = self._shown_s = time.monotonic()
-        self._steps_before = 0
-
-    def start(self, points: list[dict[str, Any]]) -> None:
-        """Begin with the points of a checkpoint, or with none."""
         self.points = [Point(**point) for point in points]
-        self._recent.extend(point.loss for point in self.points[-SHOWN_STEPS:])
-        self._before_s = self.points[-1].seconds if self.points else 0.0
-        self._steps_before = len(self.points)
+        self._first = self._last
         self._started_s = self._shown_s = time.monotonic()
-        if self._visible:
-            with explain_os_errors(self._path), self._path.open("w", newline="") as file:
-                csv.writer(file).writerows([COLUMNS, *(point.as_text() for point in self.points)])
+        if visible:
+            self._write("w", [COLUMNS, *(point.as_text() for point in self.points)])
+
+    @property
+    def _last(self) -> Point:
+        """The newest point; before the first step one of step 0."""
+        return self.points[-1] if self.points else Point(0, 0, math.nan, 0.0, 0.0, None, 0.0)
+
+    def _write(self, mode: str, rows: list[list[str]]) -> None:
+        with explain_os_errors(self._path), self._path.open(mode, newline="") as file:
+            csv.writer(file).writerows(rows)
 
     def add(
         self, loss: float, rate: float, norm: float, n_tokens: int, val_loss: float | None = None
     ) -> None:
         """Append a step to ``loss.csv``, and print it now and then."""
         now_s = time.monotonic()
-        total = n_tokens + (self.points[-1].tokens if self.points else 0)
-        seconds = round(self._before_s + now_s - self._started_s, 2)
+        total = n_tokens + self._last.tokens
+        seconds = round(self._first.seconds + now_s - self._started_s, 2)
         point = Point(len(self.points) + 1, total, loss, rate, norm, val_loss, seconds)
         self.points.append(point)
-        self._recent.append(loss)
         if not self._visible:
             return
-        with explain_os_errors(self._path), self._path.open("a", newline="") as file:
-            csv.writer(file).writerow(point.as_text())
+        self._write("a", [point.as_text()])
         due = now_s - self._shown_s > PROGRESS_EVERY_S
         if due or point.step in (1, self._max_steps) or val_loss is not None:
             self._shown_s = now_s
             self._show(point, now_s - self._started_s)
 
     def _show(self, point: Point, seconds: float) -> None:
-        done = max(1, point.step - self._steps_before)
-        left = seconds / done * (self._max_steps - point.step)
-        before = self.points[self._steps_before - 1].tokens if self._steps_before else 0
-        rate = (point.tokens - before) / max(seconds, 1e-9)
+        left = seconds / (point.step - self._first.step) * (self._max_steps - point.step)
+        rate = (point.tokens - self._first.tokens) / max(seconds, 1e-9)
         evaluated = "" if point.val_loss is None else f", validation {point.val_loss:.3f}"
         line = (
             f"step {point.step:,} of {self._max_steps:,}: loss {self.result().loss:.3f} nats per "
@@ -105,18 +104,9 @@ class LossCurve:
         print(line, file=sys.stderr, flush=True)
 
     def result(self) -> TrainResult:
-        mean = sum(self._recent) / max(1, len(self._recent))
-        last = self.points[-1] if self.points else None
-        tokens, seconds = (last.tokens, last.seconds) if last else (0, 0.0)
-        return TrainResult(mean, tokens, seconds, len(self.points))
-
-    def as_list(self) -> list[dict[str, Any]]:
-        return [asdict(point) for point in self.points]
-
-    def draw(self) -> None:
-        path = self._path.with_suffix(".png")
-        with explain_os_errors(path):
-            draw_curve(self.points, path)
+        recent = [point.loss for point in self.points[-SHOWN_STEPS:]]
+        mean = sum(recent) / max(1, len(recent))
+        return TrainResult(mean, self._last.tokens, self._last.seconds, len(self.points))
 
 
 def draw_curve(points: list[Point], path: Path) -> None:
@@ -147,4 +137,5 @@ def draw_curve(points: list[Point], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with explain_os_errors(path):
+        figure.savefig(path)

@@ -1,30 +1,29 @@
 """Trains a byte-level BPE on a corpus, with the ``tokenizers`` library."""
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gradproj.corpus.config import SHARDS_HELP, SHARDS_REQUIRED
+from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError
 from gradproj.files import explain_os_errors, make_folder
-from gradproj.flags import Flags, flag
+from gradproj.flags import Flags, as_in, flag
+from gradproj.formatting import shown
 
 END_OF_TEXT = "<|endoftext|>"
-PROGRESS_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Flags, title="tokenizer"):
     """Settings of a tokenizer: its corpus and its size."""
 
-    shards: str = flag(SHARDS_HELP, required=SHARDS_REQUIRED, metavar="TARS")
+    shards: str = as_in(CorpusConfig, "shards")
     output_dir: str = flag(
         "Directory for the tokenizer's files.", required="give a folder", metavar="DIR"
     )
@@ -70,16 +69,14 @@ def train_tokenizer(config: TokenizerConfig) -> int:
 
 
 def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
-    shown_s, n_texts = time.monotonic(), 0
-    for n_read, document in enumerate(read_documents(index, 0, n_samples), start=1):
+    has_text = False
+    documents = read_documents(index, 0, n_samples)
+    for document in shown(documents, n_samples, "tokenizer", "documents"):
         if document.text:
-            n_texts += 1
+            has_text = True
             # JSON can hold a lone surrogate, which no tokenizer takes.
             yield document.text.encode("utf-8", "replace").decode()
-        if time.monotonic() - shown_s > PROGRESS_EVERY_S:
-            shown_s = time.monotonic()
-            print(f"tokenizer: {n_read:,} of {n_samples:,} documents", file=sys.stderr, flush=True)
-    if not n_texts:
+    if not has_text:
         raise CorpusError(
             f"none of the first {n_samples:,} documents has a text to learn tokens from"
         )

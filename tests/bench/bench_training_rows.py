@@ -22,7 +22,7 @@ from torch.optim import AdamW
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradproj import per_sample_loss
-from gradproj.training import GhostEngineManager
+from gradproj.training import GhostEngineManager, TrainingEngine
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
@@ -75,7 +75,7 @@ def variants(model: nn.Module, n_samples: int, n_tokens: int, folder: str) -> di
     watching.detach_for_evaluation()
     steps = iter(range(10**9))
 
-    def step(manager: GhostEngineManager, loss: Loss) -> None:
+    def step(manager: TrainingEngine, loss: Loss) -> None:
         number = next(steps)
         manager.attach_train_batch(tokens, tokens, number, range(n_samples))
         loss(model, tokens).backward()

@@ -355,7 +355,7 @@ def test_status_marks_samples_without_target_and_non_finite_rows(tmp_path):
     losses = per_sample_loss(model, {"input_ids": X, "labels": Y})
     (losses * torch.tensor([1.0, 1.0, 1.0])).sum().backward()
     losses = losses.detach()
-    manager.engine._engine._capture.parts[0][2] = float("inf")
+    manager._engine._capture.parts[0][2] = float("inf")
     manager.aggregate_and_log(losses)
     manager.cleanup()
     with ProjectionStore(tmp_path / "projections") as store:

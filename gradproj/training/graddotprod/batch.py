@@ -12,31 +12,25 @@ from gradproj.training.graddotprod.inner_products import (
     OuterProducts,
     OuterProductsAtRows,
     Share,
+    joined,
 )
+from gradproj.training.graddotprod.joint_batch import JointBatch
 from gradproj.training.graddotprod.layer_rules import DotLayer
 
 Deliver = Callable[[nn.Parameter, Tensor], None]
 
 
 class DotBatch:
-    """Training samples first, then validation samples.
+    """What the layers record of a joint batch.
 
-    Args:
-        n_train: training samples.
-        shape: ``(n_samples, n_positions)`` of the whole batch.
-        scale: factor from the joint loss's gradient at the training samples to that of the training
-            batch's own loss.
-        deliver: called once for each parameter, with its complete gradient over the training
-            samples.
+    ``deliver`` is called once for each parameter, with its complete gradient over the training
+    samples.
     """
 
-    def __init__(
-        self, n_train: int, shape: tuple[int, int], scale: float, deliver: Deliver
-    ) -> None:
-        self.n_train = n_train
-        self.n_samples, self._n_positions = shape
+    def __init__(self, joint: JointBatch, deliver: Deliver) -> None:
+        self.joint, self._deliver = joint, deliver
+        self.n_samples, self._n_positions = joint.labels.shape
         self.n_taken = 0
-        self._scale, self._deliver = scale, deliver
         self._sums: dict[nn.Parameter, _ParameterSums] = {}
         self._over = False
 
@@ -89,13 +83,13 @@ class DotBatch:
 
         A parameter without a gradient has 0.
         """
-        zeros = torch.zeros(self.n_train, device=parameters[0].device)
+        zeros = torch.zeros(self.joint.n_train, device=parameters[0].device)
         columns = (self._sums[p].dots if p in self._sums else None for p in parameters)
         return torch.stack([zeros if dots is None else dots.to(zeros) for dots in columns], dim=1)
 
     def _of(self, parameter: nn.Parameter) -> "_ParameterSums":
         if parameter not in self._sums:
-            self._sums[parameter] = _ParameterSums(self.n_train, self._scale)
+            self._sums[parameter] = _ParameterSums(self.joint)
         return self._sums[parameter]
 
     def _deliver_whole(self, parameter: nn.Parameter) -> None:
@@ -166,11 +160,11 @@ class _ParameterSums:
     A tied weight is used as a table and as a matrix.
     """
 
-    def __init__(self, n_train: int, scale: float) -> None:
+    def __init__(self, joint: JointBatch) -> None:
         self.dots: Tensor | None = None
-        self._n_train, self._scale = n_train, scale
+        self._n_train, self._scale = joint.n_train, joint.train_scale
         self._expected: dict[type, int] = {}
-        self._shares: dict[type, list[Any]] = {}
+        self._shares: dict[type, list[Share]] = {}
         self._ids: list[Tensor] = []
         self._gradient: Tensor | None = None
         self._at_rows: OuterProductsAtRows | None = None
@@ -203,7 +197,7 @@ class _ParameterSums:
         return gradient
 
     def _close(self, kind: type) -> None:
-        share = kind.joined(self._shares.pop(kind))  # type: ignore[attr-defined]
+        share = joined(self._shares.pop(kind))
         del self._expected[kind]
         gradient, dots = share.sums(self._n_train, self._scale)
         self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)

@@ -21,7 +21,7 @@ from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 from gradproj.training.graddotprod.batch import DotBatch
 from gradproj.training.graddotprod.hooks import ModelHooks
-from gradproj.training.graddotprod.joint_batch import JointBatch, JointBatcher, loss_divisor
+from gradproj.training.graddotprod.joint_batch import JointBatcher, loss_divisor
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
 from gradproj.training.graddotprod.shapley import learning_rates, value_table
 from gradproj.training.graddotprod.table import DotRows, check_ids
@@ -37,19 +37,7 @@ class GradDotProdEngine(TrainingEngine):
     summed token loss over the number of target tokens of its training batch, with ``"sum"`` that of
     its summed token loss; both divided by ``accumulation`` and the number of ranks.
     ``g_validation`` is the gradient of the validation batch's mean loss per target token. The unit
-    is nats squared per unit of weight squared::
-
-        engine = GradDotProdEngine(model, (X_val, Y_val), learning_rate=optimizer, result_dir="out")
-        with engine:
-            for step, (X, Y, sample_ids) in enumerate(batches):
-                engine.attach_train_batch(X, Y, step, sample_ids)
-                X_joined, Y_joined = engine.prepare_forward_input(X, Y)
-                model(input_ids=X_joined, labels=Y_joined).loss.backward()
-                engine.prepare_gradients()
-                engine.aggregate_and_log()
-                optimizer.step(); optimizer.zero_grad()
-                if engine.should_save_metrics(step):
-                    engine.save_metrics(step)
+    is nats squared per unit of weight squared. The folder's README.md has an example.
 
     The model is causal; samples are padded on the right and need no attention mask. Its weights are
     used through their layers only (Linear, Conv1D, Embedding, layer and RMS norms), never directly.
@@ -123,7 +111,6 @@ class GradDotProdEngine(TrainingEngine):
         self._waiting: dict[nn.Parameter, Tensor] = {}
         self._step = 0
         self._ids: np.ndarray | None = None
-        self._joint: JointBatch | None = None
         self._prepared = False
 
     @classmethod
@@ -168,11 +155,7 @@ class GradDotProdEngine(TrainingEngine):
     def __enter__(self) -> "GradDotProdEngine":
         return self.attach()
 
-    def __exit__(self, *_: object) -> None:
-        self.cleanup()
-
-    def detach_for_evaluation(self) -> None:
-        self.detach()
+    detach_for_evaluation = detach
 
     def reattach_after_evaluation(self) -> None:
         self.attach()
@@ -189,14 +172,9 @@ class GradDotProdEngine(TrainingEngine):
     def attach_train_batch(
         self, X: Any, Y: Any = None, iter_num: int | None = None, batch_idx: Any = None
     ) -> None:
-        """Announce the next batch.
+        """Announce the next batch, of the step after the last if ``iter_num`` is None.
 
-        Args:
-            X: token ids ``(B, S)``.
-            Y: their labels; not used.
-            iter_num: the step; micro-batches of a step share it. None: the step after the last.
-            batch_idx: the samples' ids, B integers; None where they have none (kept as -1, with no
-                Shapley value).
+        Samples without ids are kept as -1, with no Shapley value.
         """
         self._ids = check_ids(batch_idx, len(X))
         self._step = self._step + 1 if iter_num is None else int(iter_num)
@@ -204,13 +182,9 @@ class GradDotProdEngine(TrainingEngine):
     def prepare_forward_input(self, X: Tensor, Y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Join the training rows with the validation batch, for the forward pass and the loss.
 
-        Args:
-            X: ``(B, S)`` int64 token ids, on the model's device.
-            Y: ``(B, S)`` labels, -100 = no target; None: the token ids.
-
         Returns:
             Joint ids and labels, ``(B + V, S')``: padded on the right to one length, with labels
-            -100 there.
+            -100 there. Without ``Y`` the labels are the token ids.
 
         Raises:
             ModelError: the engine is not attached, or the last batch was not collected.
@@ -229,9 +203,8 @@ class GradDotProdEngine(TrainingEngine):
             raise ConfigError(
                 f"prepare_forward_input: call attach_train_batch with these {len(X)} samples first"
             )
-        joint = self._joint = self._batcher.join(X, Y)
-        n, length = joint.labels.shape
-        self._hooks.batch = DotBatch(joint.n_train, (n, length), joint.train_scale, self._deliver)
+        joint = self._batcher.join(X, Y)
+        self._hooks.batch = DotBatch(joint, self._deliver)
         return joint.input_ids, joint.labels
 
     def prepare_gradients(self) -> None:
@@ -263,12 +236,12 @@ class GradDotProdEngine(TrainingEngine):
             order of ``parameter_names``, ``value (B,)`` (``lr * dot``; NaN without a learning
             rate); float32 on the CPU.
         """
-        batch, joint, ids = self._hooks.batch, self._joint, self._ids
-        if batch is None or joint is None or ids is None or not self._prepared:
+        batch, ids = self._hooks.batch, self._ids
+        if batch is None or ids is None or not self._prepared:
             raise ModelError(
                 "aggregate_and_log: call prepare_gradients() first, after loss.backward()"
             )
-        factor = joint.train_scale * joint.validation_scale / self._world.size
+        factor = batch.joint.train_scale * batch.joint.validation_scale / self._world.size
         # The loss was multiplied by loss_scale / accumulation, which is in both gradients; of this
         # only the training gradient keeps a part, 1 / accumulation.
         factor *= _now(self.accumulation) / _now(self.loss_scale) ** 2
@@ -286,7 +259,7 @@ class GradDotProdEngine(TrainingEngine):
 
     def clear_gradients(self) -> None:
         """Forget a batch that was not collected. ``.grad`` stays: zeroing it is up to the loop."""
-        self._joint, self._ids, self._waiting, self._prepared = None, None, {}, False
+        self._ids, self._waiting, self._prepared = None, {}, False
         self._hooks.drop_batch()
 
     def _deliver(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -301,7 +274,7 @@ class GradDotProdEngine(TrainingEngine):
     @property
     def shapley_values(self) -> dict[int, float]:
         """Sample id -> in-run data Shapley value so far, nats, of all ranks (``shapley.py``)."""
-        return self._rows.values.as_dict()
+        return dict(self._rows.values)
 
     def should_save_metrics(self, iter_num: int | None = None) -> bool:
         """Return whether ``save_interval`` steps are waiting to be written."""

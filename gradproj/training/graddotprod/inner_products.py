@@ -7,8 +7,9 @@ one sample's gradient exists at a time, or none if inner products of tokens repl
 arXiv:2009.03106 for norms, arXiv:2406.11011 for inner products).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,18 +40,10 @@ class OuterProducts:
     right: Tensor
     """``(N, S, R)``; the weight is ``(L, R)``."""
 
-    @staticmethod
-    def joined(shares: "Sequence[OuterProducts]") -> "OuterProducts":
-        """Join several calls' shares: a sample's tokens are those of all calls."""
-        if len(shares) == 1:
-            return shares[0]
-        return OuterProducts(
-            *(torch.cat([getattr(s, side) for s in shares], 1) for side in ("left", "right"))
-        )
-
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return gradient ``(L, R)`` and inner products; see ``Vector.sums``."""
-        train, validation = (self.left[:n_train], self.right[:n_train]), self._validation(n_train)
+        train = self.left[:n_train], self.right[:n_train]
+        validation = self.left[n_train:].flatten(0, 1), self.right[n_train:].flatten(0, 1)
         way = self.way(n_train)
         if way == "samples":
             return _sample_by_sample(*train, *validation, scale)
@@ -85,9 +78,6 @@ class OuterProducts:
         }
         return min(costs, key=lambda name: costs[name])
 
-    def _validation(self, n_train: int) -> tuple[Tensor, Tensor]:
-        return self.left[n_train:].flatten(0, 1), self.right[n_train:].flatten(0, 1)
-
 
 @dataclass
 class Lookup:
@@ -100,23 +90,16 @@ class Lookup:
     n_rows: int
     """L, of the ``(L, R)`` table."""
 
-    @staticmethod
-    def joined(shares: "Sequence[Lookup]") -> "Lookup":
-        """Join several calls' shares; see ``OuterProducts.joined``."""
-        if len(shares) == 1:
-            return shares[0]
-        ids = torch.cat([share.ids for share in shares], 1)
-        return Lookup(ids, torch.cat([share.values for share in shares], 1), shares[0].n_rows)
-
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return gradient ``(L, R)`` and inner products; see ``Vector.sums``."""
-        ids, values = self.ids[:n_train].flatten(), self.values[:n_train].flatten(0, 1)
+        ids, validation_ids = self.ids[:n_train].flatten(), self.ids[n_train:].flatten()
+        values, validation_values = _sides(self.values, n_train)
         backward = torch.ops.aten.embedding_dense_backward
         gradient = backward(values * scale, ids, self.n_rows, -1, False)
         # Only the rows of the validation table that are not zero are computed.
-        rows, place = self.ids[n_train:].flatten().unique(return_inverse=True)
+        rows, place = validation_ids.unique(return_inverse=True)
         validation = widened(values.new_zeros(len(rows), values.shape[-1]))
-        validation.index_add_(0, place, self.values[n_train:].flatten(0, 1).to(validation.dtype))
+        validation.index_add_(0, place, validation_values.to(validation.dtype))
         nearest = torch.searchsorted(rows, ids).clamp_max_(len(rows) - 1)
         dots = (values * validation[nearest]).sum(-1) * (rows[nearest] == ids)
         return gradient, dots.view(n_train, -1).sum(1)
@@ -128,15 +111,6 @@ class Vector:
 
     values: Tensor
     """``(N, S, H)``."""
-
-    @staticmethod
-    def joined(shares: "Sequence[Vector]") -> "Vector":
-        """Join several calls' shares; see ``OuterProducts.joined``."""
-        return (
-            shares[0]
-            if len(shares) == 1
-            else Vector(torch.cat([share.values for share in shares], 1))
-        )
 
     def sums(self, n_train: int, scale: float) -> tuple[Tensor, Tensor]:
         """Return the training gradient, and each training sample's inner product.
@@ -155,6 +129,16 @@ class Vector:
 
 
 Share = OuterProducts | Lookup | Vector
+
+
+def joined(shares: list[Any]) -> Any:
+    """Join the shares of several calls of one kind: a sample's tokens are those of all calls."""
+    if len(shares) == 1:
+        return shares[0]
+    sides = [name for name, side in vars(shares[0]).items() if isinstance(side, Tensor)]
+    return replace(
+        shares[0], **{name: torch.cat([getattr(s, name) for s in shares], 1) for name in sides}
+    )
 
 
 @dataclass

@@ -57,20 +57,21 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
         keys = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
         if not keys:
             continue
-        shares = _rule(module)
+        rule = rule_for(module)
+        type_name = "" if rule is None else rule.type_name
+        shares = _shares_of(module, type_name)
         if shares is None:
             unknown += [f"{name}.{key} ({type(module).__name__})".lstrip(".") for key in keys]
             continue
-        first = _WEIGHT_KINDS.get(_type_name(module), Vector)
+        first = _WEIGHT_KINDS.get(type_name, Vector)
         kinds = {key: first if key == "weight" else Vector for key in keys}
         layers.append(DotLayer(module, kinds, shares))
     if unknown:
         more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
-        shown = ", ".join(unknown[:6]) + more
         raise ModelError(
-            f"GradDotProd cannot take the gradient of {shown} sample by sample: it supports "
-            "Linear, Conv1D, Embedding, layer norm and RMS norm. Freeze these parameters with "
-            "requires_grad_(False), or use another method"
+            f"GradDotProd cannot take the gradient of {', '.join(unknown[:6])}{more} sample by "
+            "sample: it supports Linear, Conv1D, Embedding, layer norm and RMS norm. Freeze these "
+            "parameters with requires_grad_(False), or use another method"
         )
     if not layers:
         raise ModelError(
@@ -80,17 +81,11 @@ def find_dot_layers(model: nn.Module) -> list[DotLayer]:
     return layers
 
 
-def _type_name(module: nn.Module) -> str:
-    rule = rule_for(module)
-    return "" if rule is None else rule.type_name
-
-
-def _rule(module: nn.Module) -> SharesOf | None:
-    name = _type_name(module)
-    if name == "Embedding":
+def _shares_of(module: Any, type_name: str) -> SharesOf | None:
+    if type_name == "Embedding":
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return _lookup if plain else None
-    return {"Linear": _linear, "Conv1D": _conv1d}.get(name) or _norm(module)
+    return {"Linear": _linear, "Conv1D": _conv1d}.get(type_name) or _norm(module)
 
 
 def _linear(module: nn.Linear, a: Tensor, g: Tensor) -> Iterator[tuple[str, Share]]:

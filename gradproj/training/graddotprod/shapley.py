@@ -32,23 +32,6 @@ def learning_rates(source: Any, parameters: list[nn.Parameter]) -> Tensor:
     return torch.full((len(parameters),), rate, dtype=torch.float64)
 
 
-class RunValues:
-    """Sums of values by sample id."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, float] = {}
-
-    def add(self, sample_ids: np.ndarray, values: np.ndarray) -> None:
-        """Add a batch's values; skip samples without an id (-1) and values that are not finite."""
-        for sample_id, value in zip(sample_ids.tolist(), values.tolist(), strict=True):
-            if sample_id >= 0 and np.isfinite(value):
-                self._sums[sample_id] = self._sums.get(sample_id, 0.0) + value
-
-    def as_dict(self) -> dict[int, float]:
-        """Return sample id -> nats."""
-        return dict(self._sums)
-
-
 def value_table(
     values: Mapping[int, float],
     domain_of: Callable[[int], str],

@@ -9,7 +9,6 @@ import torch
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.append_table import AppendTable, refuse_gap
-from gradproj.training.graddotprod.shapley import RunValues
 
 Row = Mapping[str, np.ndarray]
 
@@ -28,7 +27,8 @@ class DotRows:
         save_interval: int,
         resume_step: int | None,
     ) -> None:
-        self.values = RunValues()
+        self.values: dict[int, float] = {}
+        """Sample id -> sum of its values, nats."""
         self._interval = save_interval
         self._waiting: list[Row] = []
         self._steps: set[int] = set()
@@ -56,15 +56,21 @@ class DotRows:
             refuse_gap(table.path, int(steps.max(initial=-1)), resume_step)
             later = np.flatnonzero(steps > resume_step)
             table.cut(int(later[0]) if len(later) else table.n_rows)
-            self.values.add(table.read("sample_id"), table.read("value"))
+            self._sum({name: table.read(name) for name in ("sample_id", "value")})
 
     def add(self, of_ranks: list[Row]) -> None:
         """Add a batch's rows, one entry for each rank."""
         for row in of_ranks:
-            self.values.add(row["sample_id"], row["value"])
+            self._sum(row)
             if self._table is not None:
                 self._waiting.append(row)
             self._steps.update(row["step"].tolist())
+
+    def _sum(self, row: Row) -> None:
+        """Add values to the sums, but not those without a sample id (-1) or not finite."""
+        for sample_id, value in zip(row["sample_id"].tolist(), row["value"].tolist(), strict=True):
+            if sample_id >= 0 and np.isfinite(value):
+                self.values[sample_id] = self.values.get(sample_id, 0.0) + value
 
     def is_due(self) -> bool:
         return bool(self._interval) and len(self._steps) >= self._interval
