@@ -21,7 +21,7 @@ Deliver = Callable[[nn.Parameter, Tensor], None]
 
 
 class DotBatch:
-    """What the layers record of a joint batch.
+    """Record of a joint batch: inputs and gradients of its layers.
 
     ``deliver`` is called once for each parameter, with its complete gradient over the training
     samples.
