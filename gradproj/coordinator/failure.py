@@ -1,4 +1,8 @@
-"""``failed.json``: the error that ended a job, read by whatever decides on requeueing it."""
+"""``failed.json``: the last error that ended a job on the store.
+
+A Slurm job also has a mark of its own, ``logs/slurm-70_1.failed``, which no other job overwrites
+and a full disk has room for. Its batch script reads that one.
+"""
 
 import json
 import time
@@ -10,10 +14,6 @@ from gradproj.coordinator.process_id import Owner
 from gradproj.errors import GradprojError, OtherSettingsError, StoreError
 from gradproj.files import write_and_replace
 from gradproj.store.layout import FAILED_NAME, LOGS_DIR, STORE_NAME
-
-"""Last error of any job on the store. A Slurm job also has a mark of its own,
-``logs/slurm-70_1.failed``, which no other job overwrites and a full disk has room for. Its batch
-script reads that one."""
 
 
 def note_failure(output: Path, owner: Owner, error: GradprojError) -> None:

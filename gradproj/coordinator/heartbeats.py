@@ -51,13 +51,7 @@ class RankProgress:
 
 @dataclass
 class Heartbeat:
-    """Writes ``heartbeats/NAME.json`` from its own thread, and deletes it on exit.
-
-    Args:
-        folder: ``OUTPUT/heartbeats``.
-        owner: this process.
-        progress: read at every beat.
-    """
+    """Writes ``heartbeats/NAME.json`` from its own thread, and deletes it on exit."""
 
     folder: Path
     owner: Owner
@@ -203,10 +197,6 @@ class LiveRanks:
 
     A heartbeat of another machine may be left by a dead process. It counts once it was seen to
     move, until it has stood still for ``ALIVE_FOR_S``.
-
-    Args:
-        folder: ``OUTPUT/heartbeats``.
-        observer: this process.
     """
 
     def __init__(self, folder: Path, observer: Owner) -> None:

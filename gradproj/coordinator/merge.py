@@ -30,7 +30,6 @@ from gradproj.store.layout import (
     empty_columns,
 )
 from gradproj.store.metadata import read_attributes, read_layout
-from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import list_records
 from gradproj.store.writer import update_attributes, write_array, write_column_block
 
@@ -49,16 +48,10 @@ def ranges_of(units: np.ndarray) -> list[list[int]]:
     return [[int(units[a]), int(units[b - 1]) + 1] for a, b in zip(starts, stops, strict=True)]
 
 
-def units_in(ranges: list[list[int]]) -> np.ndarray:
-    """Return the units of ``[first, last + 1]`` ranges, sorted."""
-    return np.concatenate(
-        [np.empty(0, np.int64), *(np.arange(a, b, dtype=np.int64) for a, b in ranges)]
-    )
-
-
 def wanted_units(attributes: dict[str, Any]) -> np.ndarray:
-    """Return the units that the store's job computes, sorted."""
-    return units_in(attributes["wanted_units"])
+    """Return the units that the store's job computes, sorted; the inverse of ``ranges_of``."""
+    ranges = (np.arange(a, b, dtype=np.int64) for a, b in attributes["wanted_units"])
+    return np.concatenate([np.empty(0, np.int64), *ranges])
 
 
 def is_complete(output: Path) -> bool:
@@ -86,12 +79,8 @@ def finish(
 ) -> bool:
     """Run the final merge, if every unit is recorded and no other process runs it.
 
-    Args:
-        output: output directory.
-        claims: of this process.
-        wait: if another process runs the merge, wait until it is done.
-        stopping: returns whether the job was asked to stop. Interrupts the merge.
-        progress: its counter moves with the merge, so that other processes see this one at work.
+    With ``wait``, another process's merge is waited for. The counter of ``progress`` moves with the
+    merge, so that other processes see this one at work; ``stopping`` interrupts it.
 
     Returns:
         Whether the store is now complete and merged.
@@ -129,11 +118,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge the existing records. Rows of units without a record keep the fill values.
 
-    Args:
-        output: output directory.
-        claims: of this process, which holds the merge's claim. None if no other process exists.
-        stopping: returns whether the merge was asked to stop.
-        progress: its counter moves with the merge.
+    The process holds the merge's claim; ``claims`` is None if no other process exists.
 
     Returns:
         The statistics, as in ``projection_stats.json``.
@@ -166,7 +151,10 @@ class _Merge:
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / UNITS_DIR)
         self._wanted = wanted_units(self._attributes)
-        self._sums, self._timing, self._covariance_tokens = CovarianceSums(), _Timing(), 0
+        self._sums: dict[str, np.ndarray] = {}
+        self._times: list[list[float]] = []
+        self._covariance_tokens = 0
+        self._statistics = _Statistics(self._attributes.get("domains", []))
 
     def run(self) -> dict[str, Any]:
         scratch = self._scratch
@@ -175,12 +163,15 @@ class _Merge:
             fault_points.reach("block merged")
         self._continue()
         for name, array in COVARIANCE_ARRAYS.items():
-            if name in self._sums.values:
-                write_array(self._store, array, self._sums.values[name], scratch)
+            if name in self._sums:
+                write_array(self._store, array, self._sums[name], scratch)
         fault_points.reach("sums merged")
         complete = not len(np.setdiff1d(self._wanted, self._recorded))
-        statistics = column_statistics(self._output)
-        stats = {"complete": complete, **statistics, "timing": self._timing.summary()}
+        stats = {
+            "complete": complete,
+            **self._statistics.summary(),
+            "timing": _timing(self._times),
+        }
         self._continue()
         _write_json(self._output / STATS_NAME, stats, scratch)
         fault_points.reach("statistics written")
@@ -194,19 +185,15 @@ class _Merge:
         fault_points.reach("metadata written")
         if complete:
             delete_failure(self._output)
-            self._delete_heartbeats()
+            # Those that dead ranks left. Live ranks write theirs again in seconds.
+            for owner, _ in read_heartbeats(self._output / HEARTBEATS_DIR):
+                if self._claims is None or owner != self._claims.owner:
+                    delete_heartbeat(self._output / HEARTBEATS_DIR, owner)
         # Last of all: this write marks the store as complete.
         self._continue()
         update_attributes(self._store, changes, scratch)
         fault_points.reach("attributes updated")
         return stats
-
-    def _delete_heartbeats(self) -> None:
-        """Delete the heartbeats that dead ranks left. Live ranks write theirs again in seconds."""
-        mine = None if self._claims is None else self._claims.owner
-        for owner, _ in read_heartbeats(self._output / HEARTBEATS_DIR):
-            if owner != mine:
-                delete_heartbeat(self._output / HEARTBEATS_DIR, owner)
 
     def _continue(self) -> None:
         """Show that this process is alive, and check before a write that it may go on."""
@@ -231,9 +218,9 @@ class _Merge:
             a, b = layout.unit_range(unit)
             for name, values in record.columns.items():
                 columns[name][a - start : b - start] = values
-            self._sums.add(record.token_covariances)
+            add_covariances(self._sums, record.token_covariances)
             self._covariance_tokens += record.stats["covariance_tokens"]
-            self._timing.add(record.stats)
+            self._times.append([record.stats[name] for name in _TIMES])
         self._continue()
         if self._attributes.get("complete"):
             # From the first write on, the columns are a mix of two merges until the end.
@@ -241,89 +228,62 @@ class _Merge:
             self._attributes["complete"] = False
             fault_points.reach("merge reopened")
         write_column_block(self._store, layout, block, columns, self._scratch)
+        self._statistics.add(columns)
 
 
-class CovarianceSums:
-    """Float64 sums of the records' token covariances. Records must be added in unit order."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, np.ndarray] = {}
-
-    def add(self, covariances: dict[str, np.ndarray]) -> None:
-        for name, value in covariances.items():
-            if name in self.values:
-                self.values[name] += value
-            else:
-                self.values[name] = value.astype(np.float64)
+def add_covariances(sums: dict[str, np.ndarray], covariances: dict[str, np.ndarray]) -> None:
+    """Add a record's token covariances to float64 sums. Records must come in unit order."""
+    for name, value in covariances.items():
+        sums[name] = sums[name] + value if name in sums else value.astype(np.float64)
 
 
-class _Timing:
-    """Time that the units took. Differs with the number of ranks, unlike all other statistics."""
-
-    def __init__(self) -> None:
-        self.rank_seconds, self.n_tokens, self.units = 0.0, 0, 0
-        self.started, self.finished = float("inf"), 0.0
-
-    def add(self, stats: dict[str, Any]) -> None:
-        self.rank_seconds += stats["seconds"]
-        self.n_tokens += stats["real_tokens"]
-        self.units += 1
-        self.started = min(self.started, stats["started_at"])
-        self.finished = max(self.finished, stats["finished_at"])
-
-    def summary(self) -> dict[str, Any]:
-        seconds = max(self.rank_seconds, 1e-9)
-        return {
-            "units": self.units,
-            "rank_seconds": round(self.rank_seconds, 3),
-            "seconds_per_unit": round(self.rank_seconds / max(self.units, 1), 3),
-            "tokens": self.n_tokens,
-            "tokens_per_rank_second": round(self.n_tokens / seconds, 1),
-            "wall_seconds": round(max(self.finished - self.started, 0.0), 3) if self.units else 0.0,
-        }
+_TIMES = ("seconds", "real_tokens", "started_at", "finished_at")
 
 
-def column_statistics(output: Path) -> dict[str, Any]:
-    """Return counts, mean loss and mean norm of the rows, in total and by domain.
-
-    Reads the columns only.
-    """
-    with ProjectionStore(output) as store:
-        domains = store.domains
-        totals = np.zeros((len(domains) + 1, 4))
-        statuses = np.zeros(256, dtype=np.int64)
-        for block in range(store.layout.n_column_blocks):
-            start, stop = store.layout.column_block_range(block)
-            columns = {name: store.column(name, start, stop) for name in _STATISTICS_OF}
-            statuses += np.bincount(columns["status"], minlength=256)
-            totals += _block_totals(columns, len(domains))
-    named = dict(zip([*domains, None], totals, strict=True))
-    nothing = named.pop(None)
+def _timing(times: list[list[float]]) -> dict[str, Any]:
+    """Summarize the units' ``_TIMES``, which unlike all other statistics differ with the ranks."""
+    seconds, tokens, started, finished = np.reshape(times, (-1, len(_TIMES))).T
+    total_s, n_tokens = float(seconds.sum()), int(tokens.sum())
+    wall_s = float(finished.max() - started.min()) if times else 0.0
     return {
-        "n_samples": int(statuses.sum()),
-        "by_status": {STATUS_NAMES[code]: int(n) for code, n in enumerate(statuses) if n},
-        "all": _summary(totals.sum(axis=0)),
-        "by_domain": {name: _summary(row) for name, row in named.items() if row[0]},
-        **({"without_domain": _summary(nothing)} if nothing[0] else {}),
+        "units": len(times),
+        "rank_seconds": round(total_s, 3),
+        "seconds_per_unit": round(total_s / max(len(times), 1), 3),
+        "tokens": n_tokens,
+        "tokens_per_rank_second": round(n_tokens / max(total_s, 1e-9), 1),
+        "wall_seconds": round(max(wall_s, 0.0), 3),
     }
 
 
-_STATISTICS_OF = ("status", "domain", "loss", "n_tokens", "grad_norm")
+class _Statistics:
+    """Counts, mean loss and mean norm of the rows, in total and by domain, from the columns."""
 
+    def __init__(self, domains: list[str]) -> None:
+        self._domains = domains
+        self._statuses = np.zeros(256, np.int64)
+        self._totals = np.zeros((len(domains) + 1, 4))
+        """A row for each domain, the last one for documents without. Its columns: ok rows, target
+        tokens, summed loss (nats), summed norm."""
 
-def _block_totals(columns: dict[str, np.ndarray], n_domains: int) -> np.ndarray:
-    """Return ``(n_domains + 1, 4)`` float64; the last row is for documents without a domain.
+    def add(self, columns: dict[str, np.ndarray]) -> None:
+        n_domains, ok = len(self._domains), columns["status"] == STATUS["ok"]
+        domain = np.where(columns["domain"] < 0, n_domains, columns["domain"])[ok].astype(np.int64)
+        tokens = columns["n_tokens"][ok].astype(np.float64)
+        losses = columns["loss"][ok].astype(np.float64) * tokens
+        weights = (None, tokens, losses, columns["grad_norm"][ok].astype(np.float64))
+        self._totals += np.stack([np.bincount(domain, w, n_domains + 1) for w in weights], axis=1)
+        self._statuses += np.bincount(columns["status"], minlength=256)
 
-    Its columns: ok rows, target tokens, summed loss (nats), summed norm.
-    """
-    ok = columns["status"] == STATUS["ok"]
-    domain = np.where(columns["domain"] < 0, n_domains, columns["domain"])[ok].astype(np.int64)
-    tokens = columns["n_tokens"][ok].astype(np.float64)
-    losses = columns["loss"][ok].astype(np.float64) * tokens
-    weights = (None, tokens, losses, columns["grad_norm"][ok].astype(np.float64))
-    return np.stack([np.bincount(domain, w, n_domains + 1) for w in weights], axis=1).astype(
-        np.float64
-    )
+    def summary(self) -> dict[str, Any]:
+        *named, nothing = map(_summary, self._totals)
+        by_domain = dict(zip(self._domains, named, strict=True))
+        return {
+            "n_samples": int(self._statuses.sum()),
+            "by_status": {STATUS_NAMES[code]: int(n) for code, n in enumerate(self._statuses) if n},
+            "all": _summary(self._totals.sum(axis=0)),
+            "by_domain": {name: of for name, of in by_domain.items() if of["n_rows"]},
+            **({"without_domain": nothing} if nothing["n_rows"] else {}),
+        }
 
 
 def _summary(row: np.ndarray) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from gradproj.files import (
 from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
+_SUMS, _COVARIANCE = ("touched", "rows", "losses", "failed"), "covariance."  # names of tensors
 
 
 @dataclass
@@ -55,16 +56,16 @@ class PartialLog:
 
     Args:
         folder: ``OUTPUT/partial/UNIT``.
-        scratch: this process's scratch directory.
+        scratch: this process's scratch directory, made again if it was fenced.
         key: hash of the settings and of the unit's batches.
-        owner: this process. If given, a fenced scratch directory is made again.
+        owner: this process.
         check: called before anything is written. Raises if the output was deleted or replaced.
     """
 
     folder: Path
     scratch: Path
     key: str
-    owner: Owner | None = None
+    owner: Owner
     check: Callable[[], None] = lambda: None
 
     def read(self) -> tuple[int, list[PartialRows]]:
@@ -89,13 +90,8 @@ class PartialLog:
         Raises:
             StoreError: the disk is full or read-only, or permission is denied.
         """
-        tensors = {
-            "touched": part.touched,
-            "rows": part.rows,
-            "losses": part.losses,
-            "failed": part.failed,
-            **{f"covariance.{name}": value for name, value in part.covariances.items()},
-        }
+        tensors = {name: getattr(part, name) for name in _SUMS}
+        tensors |= {_COVARIANCE + name: value for name, value in part.covariances.items()}
         data = save(
             {k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key}
         )
@@ -109,13 +105,12 @@ class PartialLog:
                 with explain_os_errors(self.folder):
                     self.folder.mkdir(exist_ok=True)
                     fsync_dir(self.folder.parent)
-                if self.owner is not None:
-                    make_scratch(self.scratch, self.owner)
+                make_scratch(self.scratch, self.owner)
                 write_file_durably(temporary, [data])
                 publish_exclusively(temporary, self.folder / name)
                 break
             except FileNotFoundError:
-                if self.owner is None or not self.folder.parent.is_dir():
+                if not self.folder.parent.is_dir():
                     raise
         fault_points.reach("partial published")
 
@@ -125,9 +120,6 @@ class PartialLog:
         if f"{crc32c(data):08x}" != checksum or self.key.encode() not in data[8 : 8 + header_bytes]:
             return None
         tensors = load(data)
-        prefix = "covariance."
-        covariances = {
-            k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-        }
-        sums = {k: tensors[k] for k in ("touched", "rows", "losses", "failed")}
+        sums = {name: tensors.pop(name) for name in _SUMS}
+        covariances = {name.removeprefix(_COVARIANCE): v for name, v in tensors.items()}
         return PartialRows(**sums, covariances=covariances)

@@ -17,6 +17,7 @@ from gradproj.coordinator.heartbeats import (
     CONFIRM_AFTER_S,
     STALE_AFTER_S,
     LiveRanks,
+    RankProgress,
     read_heartbeats,
 )
 from gradproj.coordinator.process_id import Owner
@@ -41,64 +42,26 @@ class Snapshot:
     done: int
     """Documents of committed units, and of finished batches in running ones."""
     total: int
-    n_tokens: int
-    """Tokens computed by the counted ranks since they started."""
-    seconds: float
-    """The longest time that a counted rank has been computing."""
-    tokens_per_second: float
-    """Sum over the counted ranks."""
     rates: tuple[float, ...]
-    """Tokens per second of each, in rank order."""
-
-    @property
-    def n_ranks(self) -> int:
-        return len(self.rates)
+    """Tokens per second of each counted rank, in rank order."""
 
 
 def take_snapshot(
-    output: Path,
-    layout: StoreLayout,
-    wanted: np.ndarray,
-    observer: Owner | None = None,
-    ranks: LiveRanks | None = None,
+    output: Path, layout: StoreLayout, wanted: np.ndarray, alive: list[tuple[Owner, RankProgress]]
 ) -> Snapshot:
-    """Read the records and heartbeats.
-
-    With ``ranks``, only ranks known to live count. Without, all count except those that
-    ``observer`` knows to be gone.
-    """
+    """Read the records, and add what the ranks ``alive`` have computed of units without one."""
     recorded = np.intersect1d(list_records(output / UNITS_DIR), wanted, assume_unique=True)
-    if ranks is not None:
-        alive = ranks.read()
-    else:
-        beats = read_heartbeats(output / HEARTBEATS_DIR)
-        alive = [b for b in beats if observer is None or not b[0].is_gone(observer)]
     running = {p.unit: p.unit_samples for _, p in alive if p.unit >= 0}
     open_units = np.setdiff1d(np.fromiter(running, np.int64, len(running)), recorded)
     done = layout.n_samples_in(recorded) + sum(running[unit] for unit in open_units.tolist())
     total = layout.n_samples_in(wanted)
     in_rank_order = [p for _, p in sorted(alive, key=lambda beat: beat[0].rank)]
     rates = tuple(p.n_tokens / p.seconds if p.seconds > 0 else 0.0 for p in in_rank_order)
-    return Snapshot(
-        done=min(done, total),
-        total=total,
-        n_tokens=sum(p.n_tokens for _, p in alive),
-        seconds=max((p.seconds for _, p in alive), default=0.0),
-        tokens_per_second=sum(rates),
-        rates=rates,
-    )
+    return Snapshot(min(done, total), total, rates)
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal, else a line every few seconds, on standard error.
-
-    Args:
-        output: output directory.
-        layout: of the store.
-        wanted: units to be computed.
-        observer: this process.
-        visible: False on ranks that show nothing.
-    """
+    """A progress bar on a terminal, else a line every few seconds, on standard error."""
 
     def __init__(
         self,
@@ -111,12 +74,14 @@ class ProgressDisplay:
         self._visible = visible
         if not visible:
             return
-        self._where = (output, layout, wanted, observer)
+        self._where = (output, layout, wanted)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         # The baseline counts every rank that may live: what those have computed so far was not
         # computed since this start, and must not shorten the estimate of the time left.
-        first = take_snapshot(*self._where)
+        beats = read_heartbeats(output / HEARTBEATS_DIR)
+        maybe_alive = [beat for beat in beats if not beat[0].is_gone(observer)]
+        first = take_snapshot(*self._where, maybe_alive)
         self._ranks = LiveRanks(output / HEARTBEATS_DIR, observer)
         self._ranks.read()
         self._done_at_start, self._started = first.done, time.monotonic()
@@ -151,9 +116,9 @@ class ProgressDisplay:
             pause = self._every_s
 
     def _show(self, last: bool = False) -> None:
-        now = take_snapshot(*self._where, self._ranks)
-        ranks = count(now.n_ranks, "rank")
-        speed = f"{now.tokens_per_second:,.0f} tokens/s, {ranks}{_spread(now)}"
+        now = take_snapshot(*self._where, self._ranks.read())
+        ranks = count(len(now.rates), "rank")
+        speed = f"{sum(now.rates):,.0f} tokens/s, {ranks}{_spread(now.rates)}"
         if not self._bar.disable:
             self._bar.set_postfix_str(speed, refresh=False)
             self._bar.n = now.done
@@ -172,21 +137,17 @@ class ProgressDisplay:
         return f"about {human_seconds(elapsed * (now.total - now.done) / done)} left"
 
 
-def _spread(now: Snapshot) -> str:
+def _spread(rates: tuple[float, ...]) -> str:
     """Name the least, median and greatest rate and the slowest rank, above a few ranks."""
-    if now.n_ranks <= MAX_RANKS_LISTED:
+    if len(rates) <= MAX_RANKS_LISTED:
         return ""
-    slowest = now.rates.index(min(now.rates))
-    low, middle, high = min(now.rates), statistics.median(now.rates), max(now.rates)
+    slowest = rates.index(min(rates))
+    low, middle, high = min(rates), statistics.median(rates), max(rates)
     return f" ({low:,.0f} / {middle:,.0f} / {high:,.0f} a rank, rank {slowest} slowest)"
 
 
 class WaitNotice:
-    """Names hosts whose units a rank waits for, one line on standard error each, at most once.
-
-    Args:
-        claims: of this process.
-    """
+    """Names hosts whose units a rank waits for, one line on standard error each, at most once."""
 
     def __init__(self, claims: ClaimBoard) -> None:
         self._claims = claims

@@ -30,12 +30,7 @@ class StoreReplaced(StoreError):
 
 
 class StoreGuard:
-    """Remembers which store a process works on, from the first time it sees one.
-
-    Args:
-        output: output directory.
-        identity: hash of this process's settings.
-    """
+    """Remembers which store a process works on, from the first time it sees one."""
 
     def __init__(self, output: Path, identity: str) -> None:
         self._output, self._identity = output, identity

@@ -45,8 +45,6 @@ from gradproj.store.writer import shard_chunks
 
 log = logging.getLogger(__name__)
 
-"""Directories of the job in the output, beside the store."""
-
 WAIT_S = (0.1, 5.0)
 """First and longest pause between two checks of other processes' claims, once no unit is free."""
 STOP_CHECK_S = 0.2
@@ -65,13 +63,8 @@ class UnitRows:
 class UnitQueue:
     """The units of one store, as one process works through them.
 
-    Args:
-        output: output directory. Its ``FOLDERS`` exist.
-        layout: of the store.
-        identity: hash of the settings that rows depend on.
-        wanted: units to be computed, sorted.
-        owner: this process.
-        stopping: called between units. Returns whether the job was asked to stop.
+    The output's ``FOLDERS`` exist. ``identity`` is the hash of the settings that rows depend on,
+    ``wanted`` are the units to be computed, sorted, and ``stopping`` is asked between units.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.merge import COVARIANCE_ARRAYS, CovarianceSums, ranges_of
+from gradproj.coordinator.merge import COVARIANCE_ARRAYS, ranges_of
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError, DamagedFile, StoreError
@@ -204,10 +204,10 @@ def _first_difference(merged: np.ndarray | None, recorded: np.ndarray) -> int | 
     return int(different[0]) if len(different) else None
 
 
-def check_sums(output: Output, sums: CovarianceSums) -> list[Damage]:
+def check_sums(output: Output, sums: dict[str, np.ndarray]) -> list[Damage]:
     """Compare the store's token covariances with the sums of all records, added in unit order."""
     damage = []
-    for name, values in sums.values.items():
+    for name, values in sums.items():
         array = COVARIANCE_ARRAYS[name]
         problem = _problem_of(partial(_check_sum, output, array, values))
         if problem:

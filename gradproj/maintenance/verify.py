@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradproj.coordinator.merge import CovarianceSums
+from gradproj.coordinator.merge import add_covariances
 from gradproj.errors import ConfigError, DamagedFile
 from gradproj.flags import flag
 from gradproj.formatting import shown
@@ -139,7 +139,7 @@ def verify(path: str | Path, *, checksums: bool = True) -> Verification:
         result.missing.add(start, stop)
     if not checksums:
         return result
-    merged, sums = MergedColumns(output), CovarianceSums()
+    merged, sums = MergedColumns(output), dict[str, np.ndarray]()
     statuses = np.zeros(256, np.int64)
     for unit in _checked_units(output, merged):
         result.damage += unit.damage
@@ -149,7 +149,7 @@ def verify(path: str | Path, *, checksums: bool = True) -> Verification:
         for start, stop in unit.non_finite:
             result.non_finite.add(start, stop)
         if unit.record is not None:
-            sums.add(unit.record.token_covariances)
+            add_covariances(sums, unit.record.token_covariances)
     result.by_status = {
         STATUS_NAMES.get(code, str(code)): int(n) for code, n in enumerate(statuses) if n
     }

@@ -41,16 +41,10 @@ MIN_ROWS, MAX_ROWS = 16, 4096
 
 
 def choose_rows(row_bytes: int, rows_per_step: int, max_steps: int, world_size: int) -> int:
-    """Choose the rows of a shard.
+    """Choose the rows of a shard. ``rows_per_step`` (one rank's) or ``max_steps`` 0 = unknown.
 
     With several ranks, the end of each rank's last unit stays empty unless the run fills it. So a
     shard has a number of whole steps that divides the run, if there is a suitable one.
-
-    Args:
-        row_bytes: bytes of a stored row.
-        rows_per_step: of one rank; 0 if unknown.
-        max_steps: steps of the run; 0 if unknown.
-        world_size: number of ranks.
     """
     limit = min(MAX_ROWS, max(MIN_ROWS, SHARD_BYTES // row_bytes))
     if world_size == 1 or not rows_per_step:
@@ -65,16 +59,9 @@ def choose_rows(row_bytes: int, rows_per_step: int, max_steps: int, world_size: 
 def create_row_store(
     folder: Path, layout: StoreLayout, attributes: dict[str, Any], matrices: np.ndarray
 ) -> None:
-    """Make an empty store in ``folder``, and publish it by a rename.
+    """Make an empty store in ``folder``, which is made if needed; see ``create_store``.
 
-    Args:
-        folder: made if it does not exist.
-        layout: its ``column_rows`` equal its ``rows_per_shard``, so that units share no file.
-        attributes: of the group.
-        matrices: packed by ``pack_matrices``.
-
-    Raises:
-        StoreError: the folder cannot be written.
+    The layout's ``column_rows`` equal its ``rows_per_shard``, so that units share no file.
     """
     scratch = folder / SCRATCH_DIR
     with explain_os_errors(folder):
@@ -84,13 +71,7 @@ def create_row_store(
 
 
 class AppendStore:
-    """One rank's part of a training run's store, open for writing.
-
-    Args:
-        folder: the folder of the store, which exists.
-        rank: the rank of this process.
-        world_size: number of processes that write.
-    """
+    """One rank's part of a training run's store, which exists in ``folder``, open for writing."""
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = find_store(folder), rank, world_size
@@ -113,12 +94,9 @@ class AppendStore:
         return self._number * self._height + self._filled
 
     def add(self, rows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
-        """Append rows. Full units are written to disk.
+        """Append rows ``(n, D)`` float32. Full units are written to disk.
 
-        Args:
-            rows: ``(n, D)`` float32.
-            columns: ``status``, ``loss``, ``n_tokens``, ``grad_norm``, ``step`` and ``sample_id``
-                of these rows.
+        Their columns are ``status``, ``loss``, ``n_tokens``, ``grad_norm``, and those of ``EXTRA``.
         """
         stored, scale = encode_rows(rows, self.layout.proj_dtype)
         bad = columns["status"] == STATUS["non_finite"]

@@ -32,10 +32,7 @@ Columns = Mapping[str, tuple[np.dtype, int | None]]
 class AppendTable:
     """A Zarr v3 group at ``path`` with one array a column, all of ``n_rows`` rows.
 
-    Args:
-        path: the group's folder, made if it does not exist.
-        columns: the arrays.
-        attributes: of the group. An existing table must have the same.
+    It is made if it does not exist; an existing table must have the same ``attributes``.
 
     Raises:
         StoreError: there is another table, a damaged one or something else; or the folder cannot
@@ -82,12 +79,10 @@ class AppendTable:
 
     def _write_chunks(self, name: str, values: np.ndarray) -> None:
         """Write values after row ``n_rows``; the chunk that they begin in is written again."""
-        (dtype, width), first = self._columns[name], self.n_rows // ROWS_PER_CHUNK
-        shape = (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
-        block = np.full(shape, np.nan if dtype.kind == "f" else -1, dtype.newbyteorder("<"))
-        filled = self.n_rows % ROWS_PER_CHUNK
+        (dtype, _), (first, filled) = self._columns[name], divmod(self.n_rows, ROWS_PER_CHUNK)
+        block = np.full(self._chunk_shape(name), _fill(dtype), dtype.newbyteorder("<"))
         if filled:
-            chunk = np.fromfile(self._chunk(name, first), block.dtype).reshape(shape)
+            chunk = np.fromfile(self._chunk(name, first), block.dtype).reshape(block.shape)
             block[:filled] = chunk[:filled]
         for at in range(-filled, len(values), ROWS_PER_CHUNK):
             part = values[max(0, at) : at + ROWS_PER_CHUNK]
@@ -95,6 +90,10 @@ class AppendTable:
             block[start : start + len(part)] = part
             number = first + (at + filled) // ROWS_PER_CHUNK
             write_and_replace(self._chunk(name, number), [block.tobytes()])
+
+    def _chunk_shape(self, name: str) -> tuple[int, ...]:
+        width = self._columns[name][1]
+        return (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
 
     def _chunk(self, name: str, number: int) -> Path:
         has_width = self._columns[name][1] is not None
@@ -112,14 +111,12 @@ class AppendTable:
         unfinished.mkdir(parents=True)
         group = zarr.create_group(str(unfinished), attributes={**attributes, "n_rows": 0})
         for name, (dtype, width) in self._columns.items():
-            shape = (0,) if width is None else (0, width)
-            chunks = (ROWS_PER_CHUNK,) if width is None else (ROWS_PER_CHUNK, max(1, width))
             group.create_array(
                 name,
-                shape=shape,
-                chunks=chunks,
+                shape=(0,) if width is None else (0, width),
+                chunks=self._chunk_shape(name),
                 dtype=dtype,
-                fill_value=np.nan if dtype.kind == "f" else -1,
+                fill_value=_fill(dtype),
                 compressors=None,
                 filters=None,
                 chunk_key_encoding={"name": "default", "separator": "."},
@@ -159,6 +156,10 @@ class AppendTable:
         metadata["attributes"]["n_rows"] = n_rows
         _write_json(self.path, metadata)
         self.n_rows = n_rows
+
+
+def _fill(dtype: np.dtype) -> float:
+    return np.nan if dtype.kind == "f" else -1
 
 
 def refuse_gap(path: Path, last_step: int, resume_step: int) -> None:

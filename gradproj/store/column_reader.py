@@ -1,6 +1,6 @@
 """Columns of a store at any sample ids, from the merged arrays or the units' records."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,7 @@ class Columns:
             here = np.flatnonzero(blocks == block)
             for name, chunk in self._chunks(values, int(block)):
                 values[name][here] = chunk[ids[here] - block * self.layout.column_rows]
-        if not values["status"].all():
-            unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
-            self._overlay(values, unmerged, ids[unmerged])
-        return values
+        return self._with_records(values, lambda positions: ids[positions])
 
     def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
         """Read values of the samples ``[start, stop)``; always includes the ``status``."""
@@ -83,10 +80,7 @@ class Columns:
             for name, chunk in self._chunks(values, block):
                 here = chunk[first - block * height : last - block * height]
                 values[name][first - start : last - start] = here
-        if not values["status"].all():
-            unmerged = np.flatnonzero(values["status"] == STATUS["missing"])
-            self._overlay(values, unmerged, start + unmerged)
-        return values
+        return self._with_records(values, lambda positions: start + positions)
 
     def clear(self) -> None:
         self._records.clear()
@@ -123,15 +117,19 @@ class Columns:
 
         return self._maps.get((name, block), load)
 
-    def _overlay(
-        self, values: dict[str, np.ndarray], positions: np.ndarray, ids: np.ndarray
-    ) -> None:
-        """Fill in the records' values of ``ids`` at ``positions``."""
-        for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
-            record = self._record(unit)
-            if record is not None:
-                for name, out in values.items():
-                    out[positions[group]] = record.columns[name][ids[group] - record.start]
+    def _with_records(
+        self, values: dict[str, np.ndarray], ids_at: Callable[[np.ndarray], np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Fill in the records' values of samples that are not merged yet."""
+        if not values["status"].all():
+            positions = np.flatnonzero(values["status"] == STATUS["missing"])
+            ids = ids_at(positions)
+            for unit, group in group_by_unit(ids, self.layout.rows_per_shard):
+                record = self._record(unit)
+                if record is not None:
+                    for name, out in values.items():
+                        out[positions[group]] = record.columns[name][ids[group] - record.start]
+        return values
 
     @cached_property
     def _identity(self) -> str | None:

@@ -26,10 +26,8 @@ class Sample:
 class LayerView:
     """One layer of a store as a lazy array ``(N, k_o, k_i)`` float32.
 
-    Args:
-        shape: ``(N, k_o, k_i)``.
-        read: returns the layer's values ``(n, k_o * k_i)`` of the given sample ids.
-        scan: ``(rows_per_block, start, stop)`` to blocks ``(ids, values)``, in order.
+    ``read`` returns the layer's values ``(n, k_o * k_i)`` of the given sample ids, and ``scan``
+    turns ``(rows_per_block, start, stop)`` into blocks ``(ids, values)``, in order.
     """
 
     def __init__(

@@ -137,10 +137,7 @@ class StoreLayout:
 
     def unit_range(self, unit: int) -> tuple[int, int]:
         """Return the first sample id of a unit and the one after its last."""
-        if not 0 <= unit < self.n_units:
-            raise IndexError(f"unit {unit} of a store with {self.n_units} units")
-        start = unit * self.rows_per_shard
-        return start, min(start + self.rows_per_shard, self.n_samples)
+        return self._ids("unit", unit, self.n_units, self.rows_per_shard)
 
     def n_samples_in(self, units: np.ndarray) -> int:
         """Return the number of samples of sorted units; the store's last unit may be short."""
@@ -150,10 +147,12 @@ class StoreLayout:
 
     def column_block_range(self, block: int) -> tuple[int, int]:
         """Return the first sample id of a block of column rows and the one after its last."""
-        if not 0 <= block < self.n_column_blocks:
-            raise IndexError(f"column block {block} of a store with {self.n_column_blocks} blocks")
-        start = block * self.column_rows
-        return start, min(start + self.column_rows, self.n_samples)
+        return self._ids("column block", block, self.n_column_blocks, self.column_rows)
+
+    def _ids(self, what: str, number: int, n: int, height: int) -> tuple[int, int]:
+        if not 0 <= number < n:
+            raise IndexError(f"{what} {number} of a store with {n}")
+        return number * height, min((number + 1) * height, self.n_samples)
 
     def shard_name(self, unit: int) -> str:
         """Return the unit's shard file, relative to the output directory."""

@@ -72,7 +72,7 @@ class MappedShard:
 
     def __init__(self, path: Path, layout: StoreLayout, index_at_end: bool) -> None:
         self.layout = layout
-        self._file = file = PagedFile(path)
+        self.file = file = PagedFile(path)
         grid = (layout.rows_per_shard // layout.chunk_rows, layout.dim // layout.chunk_width)
         offsets = self._read_offsets(path, grid, index_at_end)
         shape = (layout.chunk_rows, layout.chunk_width)
@@ -96,7 +96,7 @@ class MappedShard:
         write them; else None. A band is a row of chunks."""
 
     def _read_offsets(self, path: Path, grid: tuple[int, int], index_at_end: bool) -> np.ndarray:
-        data, index_bytes = self._file.data, grid[0] * grid[1] * 16
+        data, index_bytes = self.file.data, grid[0] * grid[1] * 16
         if len(data) < index_bytes + 4:
             raise damaged(path, f"{len(data)} bytes cannot hold its index")
         start = len(data) - index_bytes - 4 if index_at_end else 0
@@ -111,9 +111,9 @@ class MappedShard:
             # Only the ends are checked: rows are read as whole ranges, so what lies between has
             # been read with them.
             begin, end = self._byte_span(band, first, last, selection)
-            if end and not (self._file.is_cached(begin) and self._file.is_cached(end - 1)):
+            if end and not (self.file.is_cached(begin) and self.file.is_cached(end - 1)):
                 for begin, end in self._byte_ranges(band, first, last, selection):
-                    self._file.prefetch(begin, end)
+                    self.file.prefetch(begin, end)
 
     def copy_range(self, start: int, selection: Selection, out: np.ndarray) -> None:
         """Copy the stored rows from ``start`` on into ``out`` ``(n, selection.width)``."""
@@ -175,13 +175,9 @@ class MappedShard:
         begins = self._origin + self._chunk_bytes * places + inside * self._row_bytes
         at = 0
         for begin in begins.tolist():
-            self._file.read_into(view, begin)
+            self.file.read_into(view, begin)
             yield at, tile
             at += self.layout.chunk_width
-
-    def release(self) -> None:
-        """Release the memory of rows that were read."""
-        self._file.release()
 
     def read_range(
         self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray

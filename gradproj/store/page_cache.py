@@ -10,7 +10,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Generic, TypeVar
@@ -57,17 +56,19 @@ class LRUCache(Generic[K, V]):
     def __contains__(self, key: K) -> bool:
         return key in self._items
 
-    def __len__(self) -> int:
-        return len(self._items)
-
 
 def map_file(path: Path) -> mmap.mmap | None:
     """Map a file read-only. Returns None if it does not exist; an empty file is a StoreError."""
     try:
         with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return _map(file.fileno(), path)
     except FileNotFoundError:
         return None
+
+
+def _map(descriptor: int, path: Path) -> mmap.mmap:
+    try:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except ValueError as error:  # mmap refuses empty files
         raise damaged(path, "it is empty") from error
 
@@ -84,10 +85,7 @@ class PagedFile:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        try:
-            self.data = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-        except ValueError as error:  # mmap refuses empty files
-            raise damaged(path, "it is empty") from error
+        self.data = _map(self._descriptor, path)
         self.data.madvise(mmap.MADV_RANDOM)  # no read-ahead on page faults
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # nor on reads
         self._byte = [bytearray(1)]
@@ -105,19 +103,12 @@ class PagedFile:
         return self._is_mapped_page_cached(start)
 
     def _is_mapped_page_cached(self, start: int) -> bool:
-        if not self._is_owner:  # mincore reports every page of other users' files as cached
-            return False
+        if os.fstat(self._descriptor).st_uid != os.geteuid():
+            return False  # mincore reports every page of other users' files as cached
         answer = (ctypes.c_ubyte * 1)()
-        page = ctypes.c_void_p(self._address + (start & _PAGE_MASK))
-        return _libc.mincore(page, ctypes.c_size_t(1), answer) == 0 and bool(answer[0] & 1)
-
-    @cached_property
-    def _is_owner(self) -> bool:
-        return os.fstat(self._descriptor).st_uid == os.geteuid()
-
-    @cached_property
-    def _address(self) -> int:
-        return np.frombuffer(self.data, np.uint8).ctypes.data
+        address = np.frombuffer(self.data, np.uint8).ctypes.data + (start & _PAGE_MASK)
+        found = _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), answer) == 0
+        return found and bool(answer[0] & 1)
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill ``out`` with the bytes from ``start``, without mapping a page of the file.

@@ -22,13 +22,8 @@ from gradproj.store.texts import RecordedTexts
 if TYPE_CHECKING:
     import xarray as xr
 
-_NO_XARRAY = (
-    "to_xarray needs xarray and dask, which are not installed: pip install 'gradproj[xarray]' "
-    "brings both"
-)
 _MAX_MAPS = 64  # a store of the Pile has 51,000 shards
 _STATUS_ROWS = 2**18
-_NAMED_IDS = 8
 
 
 class ProjectionStore:
@@ -106,12 +101,7 @@ class ProjectionStore:
         """
         if missing not in ("raise", "nan"):
             raise StoreError(f'missing is {missing!r}; choose "raise" or "nan"')
-        sample_ids = self._checked_ids(ids)
-        selection = self._selection(layers)
-        columns = self._rows.columns(sample_ids)
-        if missing == "raise":
-            self._refuse_missing(sample_ids, columns["status"])
-        return self._rows.read(sample_ids, columns, selection, missing)
+        return self._rows.read(self._checked_ids(ids), self._selection(layers), missing)
 
     def layer(self, name: str) -> LayerView:
         """Return a lazy array ``(N, k_o, k_i)`` of one layer, which reads what is indexed."""
@@ -233,10 +223,13 @@ class ProjectionStore:
             ConfigError: xarray or dask is not installed.
         """
         if any(find_spec(name) is None for name in ("xarray", "dask")):
-            raise ConfigError(_NO_XARRAY)
-        from gradproj.store.xarray_dataset import dask_dataset
+            raise ConfigError(
+                "to_xarray needs xarray and dask, which are not installed: "
+                "pip install 'gradproj[xarray]' brings both"
+            )
+        from gradproj.store.xarray_dataset import lazy_dataset
 
-        return dask_dataset(self, rows_per_chunk)
+        return lazy_dataset(self).chunk({"sample": rows_per_chunk or self.layout.rows_per_shard})
 
     def missing_ranges(self) -> list[tuple[int, int]]:
         """Return ``[start, stop)`` of every run of missing samples, in order."""
@@ -297,16 +290,6 @@ class ProjectionStore:
             return np.asarray(zarr.open_array(str(self.path / name), mode="r")[...])
         except (ValueError, TypeError, KeyError, RuntimeError) as error:  # zarr's, of damaged files
             raise damaged(self.path / name, f"zarr cannot read it ({error})") from error
-
-    def _refuse_missing(self, ids: np.ndarray, status: np.ndarray) -> None:
-        if not status.all():
-            ids = ids[status == STATUS["missing"]]
-            named = ", ".join(map(str, ids[:_NAMED_IDS].tolist()))
-            more = ", ..." if len(ids) > _NAMED_IDS else ""
-            raise StoreError(
-                f"{len(ids)} of the requested samples are missing from {self.path}: {named}{more}. "
-                'Let the job finish, or pass missing="nan"'
-            )
 
     def _checked_ids(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         sample_ids = np.asarray(ids)

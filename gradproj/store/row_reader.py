@@ -18,6 +18,7 @@ from gradproj.store.shard_reader import Shards
 
 Missing = Literal["raise", "nan"]
 
+_NAMED_IDS = 8
 _FAULT_BYTES = 2**16
 """Bytes that the kernel maps around a touched one."""
 _MAX_TOUCHED_BYTES = 2**29
@@ -52,17 +53,6 @@ class Band:
         return self.first + len(self.status)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A band that a scan has yet to yield: rows of one unit from ``row`` on."""
-
-    unit: int
-    row: int
-    status: np.ndarray
-    row_scale: np.ndarray
-    has_rows: bool
-
-
 class Rows:
     """Reads rows of any units; NaN for samples without one."""
 
@@ -79,26 +69,20 @@ class Rows:
         self._shards = Shards(store_path, layout, maps)
         self._touched_bytes: dict[int, int] = {}
 
-    def columns(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Read ``status`` and ``row_scale`` of samples in any order."""
-        first, in_a_row = _range_of(ids)
-        if in_a_row:
-            return self._columns.read_range(["row_scale"], first, first + len(ids))
-        return self._columns.read(["row_scale"], ids)
-
-    def read(
-        self,
-        ids: np.ndarray,
-        columns: dict[str, np.ndarray],
-        selection: Selection,
-        missing: Missing,
-    ) -> np.ndarray:
+    def read(self, ids: np.ndarray, selection: Selection, missing: Missing) -> np.ndarray:
         """Decode rows in any order: ``(n, selection.width)`` float32.
 
-        ``columns`` are the status and scale of the same samples, as ``columns`` reads them.
+        Raises:
+            StoreError: samples are missing, and ``missing`` is ``raise``.
         """
-        out = np.empty((len(ids), selection.width), np.float32)
         first, in_a_row = _range_of(ids)
+        if in_a_row:
+            columns = self._columns.read_range(["row_scale"], first, first + len(ids))
+        else:
+            columns = self._columns.read(["row_scale"], ids)
+        if missing == "raise":
+            self._refuse_missing(ids[columns["status"] == STATUS["missing"]])
+        out = np.empty((len(ids), selection.width), np.float32)
         if in_a_row:
             self._prefetch(first, first + len(ids), selection)
             self._read_range(first, selection, columns, out, missing)
@@ -116,6 +100,15 @@ class Rows:
             else:
                 out[group] = np.nan
         return out
+
+    def _refuse_missing(self, ids: np.ndarray) -> None:
+        if len(ids):
+            named = ", ".join(map(str, ids[:_NAMED_IDS].tolist()))
+            more = ", ..." if len(ids) > _NAMED_IDS else ""
+            raise StoreError(
+                f"{len(ids)} of the requested samples are missing from {self._store_path}: "
+                f'{named}{more}. Let the job finish, or pass missing="nan"'
+            )
 
     # A scan keeps no reference to a block, so that malloc reuses its memory for a later one.
 
@@ -149,25 +142,18 @@ class Rows:
         height = min(rows_per_band or self.layout.chunk_rows, self._band_rows(selection))
         bytes_a_band = height * selection.width * self.layout.stored_dtype.itemsize
         n_ahead = 1 + _BLOCK_BYTES // max(1, bytes_a_band)
-        waiting: deque[_Span] = deque()
-        for span in self._band_spans(height, start, stop):
-            if span.has_rows:  # the disk reads it while earlier bands are worked on
-                self._shards.prefetch(span.unit, span.row, span.row + len(span.status), selection)
-            waiting.append(span)
+        waiting: deque[Band] = deque()
+        for band in self._bands_to_read(height, selection, start, stop):
+            waiting.append(band)
             if len(waiting) > n_ahead:
-                yield self._band(waiting.popleft(), selection)
+                yield waiting.popleft()
         while waiting:
-            yield self._band(waiting.popleft(), selection)
+            yield waiting.popleft()
 
-    def _band(self, span: _Span, selection: Selection) -> Band:
-        tiles: Iterator[tuple[int, np.ndarray]] = iter(())
-        if span.has_rows:
-            tiles = self._shards.tiles(span.unit, span.row, span.row + len(span.status), selection)
-        first = span.unit * self.layout.rows_per_shard + span.row
-        return Band(first, span.status, span.row_scale, span.has_rows, tiles)
-
-    def _band_spans(self, height: int, start: int, stop: int) -> Iterator[_Span]:
-        """Yield bands of at most ``height`` rows, each in one chunk; reads columns by unit."""
+    def _bands_to_read(
+        self, height: int, selection: Selection, start: int, stop: int
+    ) -> Iterator[Band]:
+        """Yield bands of at most ``height`` rows, each in one chunk, and begin to read each."""
         grid = self.layout.chunk_rows
         for unit, first, last in self._units(start, stop):
             columns, begin = self._columns.read_range(["row_scale"], first, last), first
@@ -176,8 +162,12 @@ class Rows:
                 end = min(first + height, (first // grid + 1) * grid, last)
                 here = slice(first - begin, end - begin)
                 row = first - unit * self.layout.rows_per_shard
+                tiles: Iterator[tuple[int, np.ndarray]] = iter(())
+                if has_rows:  # the disk reads it while earlier bands are worked on
+                    self._shards.prefetch(unit, row, row + end - first, selection)
+                    tiles = self._shards.tiles(unit, row, row + end - first, selection)
                 status, row_scale = columns["status"][here], columns["row_scale"][here]
-                yield _Span(unit, row, status, row_scale, has_rows)
+                yield Band(first, status, row_scale, has_rows, tiles)
                 first = end
 
     def blocks(

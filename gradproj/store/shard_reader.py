@@ -51,7 +51,7 @@ class Shards:
         """Release the memory of a unit's rows that were read, if it is mapped."""
         shard = self._shard(unit) if ("projections", unit) in self._maps else None
         if shard is not None:
-            shard.release()
+            shard.file.release()
 
     def tiles(
         self, unit: int, start: int, stop: int, selection: Selection

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load
 
 from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
@@ -28,11 +29,11 @@ _DTYPES: dict[np.dtype[Any], str] = {
     np.dtype(np.int16): "I16",
     np.dtype(np.uint8): "U8",
 }
-_DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 # The checksum comes first: 8 hexadecimal digits at a fixed offset, computed with zeros there.
 _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
 _CHECKSUM_AT = 8 + len(_HEAD)
+_ABOUT = ("unit", "start", "identity", "shard", "stats")
 _STATS_BYTES = 4096
 _MAX_HEADER_BYTES = 2**24
 _RECORD_NAME = re.compile(r"(\d{8,})\.safetensors")
@@ -90,27 +91,21 @@ def encode_record(record: UnitRecord) -> bytes:
     tensors |= {f"covariance.{name}": values for name, values in record.token_covariances.items()}
     # Widest types first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    about = {
-        "unit": record.unit,
-        "start": record.start,
-        "identity": record.identity,
-        "shard": record.shard,
-    }
+    about = {name: getattr(record, name) for name in _ABOUT}
     metadata = {
         "crc32c": _NO_CHECKSUM.decode(),
         "record_version": str(RECORD_VERSION),
-        "about": json.dumps(about | {"stats": record.stats}, allow_nan=False),
+        "about": json.dumps(about, allow_nan=False),
     }
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, values in ordered:
-        span = [offset, offset + values.nbytes]
         header[name] = {
             "dtype": _DTYPES[values.dtype],
             "shape": list(values.shape),
-            "data_offsets": span,
+            "data_offsets": [offset, offset + values.nbytes],
         }
-        offset = span[1]
+        offset += values.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data = b"".join(
@@ -120,28 +115,22 @@ def encode_record(record: UnitRecord) -> bytes:
 
 
 def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRecord:
-    """Decode a record. Its arrays are read-only views of ``data``; ``source`` names it in errors.
+    """Decode a record, which ``source`` names in errors.
 
     Raises:
         StoreError: the bytes are not a whole record, or were written by a newer gradproj.
     """
     _check_whole(data, source)
     (header_bytes,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + header_bytes])
-    metadata = header.pop("__metadata__")
+    metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
     if int(metadata["record_version"]) > RECORD_VERSION:
         raise DamagedFile(
             source, "was written by a newer gradproj", "Update gradproj to read this store"
         )
     groups: dict[str, dict[str, np.ndarray]] = {"column": {}, "covariance": {}}
-    for full_name, entry in header.items():
+    for full_name, values in load(data).items():
         group, name = full_name.split(".", 1)
-        first, last = entry["data_offsets"]
-        dtype = _DTYPES_BY_NAME[entry["dtype"]]
-        values = np.frombuffer(
-            data, dtype, (last - first) // dtype.itemsize, 8 + header_bytes + first
-        )
-        groups[group][name] = values.reshape(entry["shape"])
+        groups[group][name] = values
     about = json.loads(metadata["about"])
     return UnitRecord(columns=groups["column"], token_covariances=groups["covariance"], **about)
 
@@ -174,15 +163,11 @@ def read_stats(path: str | Path) -> dict[str, Any]:
 
 def _check_whole(data: bytes, source: str | Path) -> None:
     after = _CHECKSUM_AT + 8
-    if len(data) >= after and data[8:_CHECKSUM_AT] == _HEAD:
-        checksum = crc32c(data[:_CHECKSUM_AT] + _NO_CHECKSUM)
-        if len(data) > after:
-            checksum = crc32c(memoryview(data)[after:], checksum)
-        if data[_CHECKSUM_AT:after] == b"%08x" % checksum:
-            return
-    raise DamagedFile(
-        source,
-        f"is damaged (torn or altered; {len(data)} bytes)",
-        "Delete that file and start the job again: its unit is then computed again, all others are "
-        "kept",
-    )
+    checksum = b"%08x" % crc32c(data[:_CHECKSUM_AT] + _NO_CHECKSUM + data[after:])
+    if data[8:after] != _HEAD + checksum:
+        raise DamagedFile(
+            source,
+            f"is damaged (torn or altered; {len(data)} bytes)",
+            "Delete that file and start the job again: its unit is then computed again, all others "
+            "are kept",
+        )

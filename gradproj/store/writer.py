@@ -7,12 +7,11 @@ opens them, they can be memory-mapped, and the caller decides how to flush and p
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numcodecs
 import numpy as np
@@ -51,19 +50,12 @@ class StoreExists(StoreError):
     """There is a store at this path already; another process may just have made it."""
 
 
-class _Encoder(Protocol):
-    def encode(self, buf: Any) -> bytes: ...
-
-
 def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview | bytes]:
     """Yield the bytes of one shard file in order, a row of inner chunks at a time.
 
     The last chunks are padded with NaN; chunks without any row are left out and marked as absent in
-    the index. Missing rows among ``stored`` must be NaN already.
-
-    Args:
-        stored: ``(n, D)`` with n <= rows per shard, encoded by ``encode_rows``.
-        layout: the store's layout.
+    the index. ``stored`` is ``(n, D)`` with n <= rows per shard, encoded by ``encode_rows``, and
+    missing rows among them are NaN already.
 
     Raises:
         ValueError: the shape or type is not the layout's.
@@ -74,7 +66,7 @@ def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview
     height, width = layout.chunk_rows, layout.chunk_width
     n_across = dim // width
     index = np.full((layout.rows_per_shard // height, n_across, 2), _EMPTY_CHUNK, "<u8")
-    encoder = _encoder(layout)
+    encoder, _ = _compressors(layout)
     offset = 0
     for band, start in enumerate(range(0, n_rows, height)):
         rows = stored[start : start + height]
@@ -102,28 +94,16 @@ def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndar
     return tiles
 
 
-def _encoder(layout: StoreLayout) -> _Encoder | None:
-    """Return numcodecs' compressor with the settings of ``_zarr_compressors``."""
+def _compressors(layout: StoreLayout) -> tuple[Any, BloscCodec | ZstdCodec | None]:
+    """Return numcodecs' compressor, which writes chunks, and zarr's codec with its settings."""
     if layout.compressor == "blosc":
-        typesize = layout.stored_dtype.itemsize
-        shuffle = numcodecs.Blosc.SHUFFLE
-        return numcodecs.Blosc(
-            cname="zstd", clevel=_BLOSC_LEVEL, shuffle=shuffle, typesize=typesize
-        )
+        settings: dict[str, Any] = {"cname": "zstd", "clevel": _BLOSC_LEVEL}
+        settings["typesize"] = layout.stored_dtype.itemsize
+        compressor = numcodecs.Blosc(shuffle=numcodecs.Blosc.SHUFFLE, **settings)
+        return compressor, BloscCodec(shuffle="shuffle", **settings)
     if layout.compressor == "zstd":
-        return numcodecs.Zstd(level=_ZSTD_LEVEL)
-    return None
-
-
-def _zarr_compressors(layout: StoreLayout) -> tuple[BloscCodec | ZstdCodec, ...] | None:
-    if layout.compressor == "blosc":
-        typesize = layout.stored_dtype.itemsize
-        return (
-            BloscCodec(cname="zstd", clevel=_BLOSC_LEVEL, shuffle="shuffle", typesize=typesize),
-        )
-    if layout.compressor == "zstd":
-        return (ZstdCodec(level=_ZSTD_LEVEL),)
-    return None
+        return numcodecs.Zstd(level=_ZSTD_LEVEL), ZstdCodec(level=_ZSTD_LEVEL)
+    return None, None
 
 
 def create_store(
@@ -134,16 +114,12 @@ def create_store(
     scratch: Path | None = None,
     extra_columns: tuple[str, ...] = (),
 ) -> None:
-    """Make the whole Zarr group, without rows, and publish it by one rename.
+    """Make the whole Zarr group at ``path``, without rows, and publish it by one rename.
 
-    Args:
-        path: the ``projections.zarr`` to make; its parent exists.
-        layout: the shapes, types and compressor of its arrays.
-        attributes: JSON without NaN. Readers need ``layers`` (dicts of ``LayerSlice``) and
-            ``domains`` (names).
-        matrices: every layer's ``P_i`` then ``P_o``, flat float32, packed by ``pack_matrices``.
-        scratch: folder on the same file system for unpublished files. Default: beside ``path``.
-        extra_columns: names of int64 columns to add, with the fill value -1.
+    ``attributes`` are JSON without NaN; readers need ``layers`` (dicts of ``LayerSlice``) and
+    ``domains`` (names). ``matrices`` are packed by ``pack_matrices``. Unpublished files are in
+    ``scratch``, on the same file system (default: beside ``path``). ``extra_columns`` are int64,
+    with the fill value -1.
 
     Raises:
         StoreExists: there is a store already, or another process published one meanwhile.
@@ -188,7 +164,7 @@ def _fill_group(
         dtype=BFloat16() if layout.proj_dtype == "bfloat16" else layout.proj_dtype,
         shards=(layout.rows_per_shard, layout.dim),
         chunks=(layout.chunk_rows, layout.chunk_width),
-        compressors=_zarr_compressors(layout),
+        compressors=_compressors(layout)[1],
         fill_value=float("nan"),
         chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
         dimension_names=("sample", "value"),
@@ -224,14 +200,12 @@ def _write_files(path: Path, files: Mapping[str, Any]) -> None:
 
 
 def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
-    """Add a small array, chunked along its first axis."""
-    inner = tuple(max(1, n) for n in values.shape[1:])
-    chunks = (max(1, min(len(values), _MATRIX_CHUNK_VALUES // math.prod(inner))), *inner)
+    """Add a small flat array."""
     array = group.create_array(
         name,
         shape=values.shape,
         dtype=values.dtype,
-        chunks=chunks,
+        chunks=(max(1, min(len(values), _MATRIX_CHUNK_VALUES)),),
         compressors=None,
         chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
     )
@@ -242,7 +216,7 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
 def write_array(
     store_path: Path, name: str, values: np.ndarray, scratch: Path | None = None
 ) -> None:
-    """Add or replace a small array of 1 or more axes in the group, such as a covariance sum.
+    """Add or replace a small flat array in the group, such as a covariance sum.
 
     Only one process may do so at a time. A reader sees the old array, the new one or, for an
     instant, none. Unpublished files are in ``scratch`` (default: beside the store).
@@ -294,12 +268,8 @@ def write_column_block(
     Each file is written aside, flushed and renamed. ``status`` is written last, since a row counts
     as merged once its status is not 0.
 
-    Args:
-        store_path: the ``projections.zarr``.
-        layout: the store's layout.
-        block: number of the chunk.
-        columns: by name, the values of every row of the block, in the column's type.
-        scratch: folder for unpublished files. Default: beside the chunk.
+    ``columns`` holds the values of every row of the block, in the column's type. Unpublished files
+    are in ``scratch`` (default: beside the chunk).
 
     Raises:
         ValueError: an unknown column, or values of another shape or type.

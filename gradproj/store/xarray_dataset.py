@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from gradproj.store.layout import COLUMNS, STATUS, LayerSlice, StoreLayout, decode_key
-from gradproj.store.row_reader import Missing
+from gradproj.store.layout import COLUMNS, STATUS, decode_key
 
 _ABOUT: dict[str, dict[str, Any]] = {
     "rows": {
@@ -28,21 +26,8 @@ _ABOUT: dict[str, dict[str, Any]] = {
 }
 
 
-class Store(Protocol):
-    """Members of ``ProjectionStore`` that a dataset uses; the reader imports this module."""
-
-    path: Path
-    attributes: dict[str, Any]
-    layout: StoreLayout
-    layers: list[LayerSlice]
-    domains: list[str]
-
-    @property
-    def dim(self) -> int: ...
-    def __len__(self) -> int: ...
-    def rows(self, ids: Any, layers: Any = None, missing: Missing = "raise") -> np.ndarray: ...
-    def columns_at(self, names: Any, ids: Any) -> dict[str, np.ndarray]: ...
-    def check_domains(self, codes: np.ndarray) -> None: ...
+Store = Any
+"""A ``ProjectionStore``; its module imports this one."""
 
 
 def lazy_dataset(store: Store, dropped: Collection[str] = ()) -> xr.Dataset:
@@ -56,34 +41,21 @@ def lazy_dataset(store: Store, dropped: Collection[str] = ()) -> xr.Dataset:
     return xr.Dataset(variables, {"layer": ("value", layer_of_value)}, simple).set_xindex("layer")
 
 
-def dask_dataset(store: Store, rows_per_chunk: int | None) -> xr.Dataset:
-    """Return the store as dask arrays, in chunks of so many samples (None: those of a shard)."""
-    return lazy_dataset(store).chunk({"sample": rows_per_chunk or store.layout.rows_per_shard})
-
-
 def _variable(store: Store, name: str) -> xr.Variable:
     n, layout = len(store), store.layout
     if name == "rows":
-        rows = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
+        array = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
         chunks = {"sample": min(layout.rows_per_shard, n), "value": store.dim}
-        return xr.Variable(
-            ("sample", "value"),
-            indexing.LazilyIndexedArray(rows),
-            _ABOUT[name],
-            {"preferred_chunks": chunks},
-        )
-    dtypes = {
-        "domain": np.array([*store.domains, ""]).dtype,
-        "key": np.dtype(f"U{layout.key_bytes}"),
-    }
-    reader = partial(
-        {"domain": _read_domains, "key": _read_keys}.get(name, _read_column), store, name
-    )
-    column = _Lazy((n,), dtypes.get(name, COLUMNS[name][0]), reader)
-    chunks = {"sample": min(layout.column_rows, n)}
-    return xr.Variable(
-        ("sample",), indexing.LazilyIndexedArray(column), _ABOUT[name], {"preferred_chunks": chunks}
-    )
+    else:
+        dtype, read = COLUMNS[name][0], _read_column
+        if name == "domain":
+            dtype, read = np.array([*store.domains, ""]).dtype, _read_domains
+        elif name == "key":
+            dtype, read = np.dtype(f"U{layout.key_bytes}"), _read_keys
+        array = _Lazy((n,), dtype, partial(read, store, name))
+        chunks = {"sample": min(layout.column_rows, n)}
+    lazy = indexing.LazilyIndexedArray(array)
+    return xr.Variable(tuple(chunks), lazy, _ABOUT[name], {"preferred_chunks": chunks})
 
 
 class _Lazy(BackendArray):

@@ -10,10 +10,16 @@ import pytest
 from helpers.stores import make_layers
 
 from gradproj.files import write_file_durably
-from gradproj.store import STATUS, StoreConfig, create_store, plan_layout
+from gradproj.store import STATUS
 from gradproj.store.encoding import encode_rows
-from gradproj.store.layout import empty_columns
-from gradproj.store.writer import shard_chunks, update_attributes, write_array, write_column_block
+from gradproj.store.layout import StoreConfig, empty_columns, plan_layout
+from gradproj.store.writer import (
+    create_store,
+    shard_chunks,
+    update_attributes,
+    write_array,
+    write_column_block,
+)
 
 N_LAYERS, SIDE, N_ROWS = 64, 8, 36_864
 STORE_BYTES = N_LAYERS * SIDE**2 * N_ROWS * 2  # 302 MB

@@ -10,7 +10,7 @@ from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, score_blocks, scores
 from gradproj.analysis.scan import Scan
 from gradproj.analysis.top_k import TopK
-from gradproj.store import StoreConfig, StoreLayout
+from gradproj.store.layout import StoreConfig, StoreLayout
 
 LAYOUTS = {
     "one chunk per layer": {},

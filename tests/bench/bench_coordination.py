@@ -31,21 +31,23 @@ import numpy as np
 from measure import print_machine
 
 from gradproj.coordinator import units as units_module
-from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, RankProgress
+from gradproj.coordinator.heartbeats import INTERVAL_S, Heartbeat, RankProgress, read_heartbeats
 from gradproj.coordinator.merge import merge
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import LINE_EVERY_S, take_snapshot
 from gradproj.coordinator.units import UnitQueue, UnitRows
-from gradproj.store import (
+from gradproj.store.layout import (
+    FOLDERS,
+    STATUS,
+    STORE_NAME,
     LayerSlice,
     StoreConfig,
     StoreLayout,
-    UnitRecord,
-    create_store,
+    empty_columns,
     plan_layout,
 )
-from gradproj.store.layout import FOLDERS, STATUS, STORE_NAME, empty_columns
-from gradproj.store.unit_record import encode_record, record_name
+from gradproj.store.unit_record import UnitRecord, encode_record, record_name
+from gradproj.store.writer import create_store
 
 N_RANKS, N_UNITS, UNIT_S, NETWORK_S = 512, 51_000, 100.0, 1e-3
 OBSERVED, ROWS, LAYERS, WIDTH = 4, 4096, 48, 256
@@ -94,8 +96,8 @@ def measure(
         heartbeat = Heartbeat(folder / "heartbeats", simulation.queues[0].owner, RankProgress())
         repeat(cost, heartbeat.write, 200)
         show("heartbeat of a rank", cost, 200, job_s / INTERVAL_S, job_s, shares)
-        display = (folder, simulation.layout, np.arange(n_units), simulation.queues[0].owner)
-        repeat(cost, lambda: take_snapshot(*display), 5)
+        display = (folder, simulation.layout, np.arange(n_units))
+        repeat(cost, lambda: take_snapshot(*display, read_heartbeats(heartbeat.folder)), 5)
         show("rank 0's look at all others", cost, 5, job_s / LINE_EVERY_S, job_s, shares)
         repeat(cost, simulation.wait_once, 5)
         looks = UNIT_S / units_module.WAIT_S[1]

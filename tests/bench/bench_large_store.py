@@ -39,10 +39,9 @@ from measure import print_machine
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, top_k
 from gradproj.files import write_file_durably
-from gradproj.store import LayerSlice, StoreConfig, create_store, plan_layout
 from gradproj.store.encoding import encode_rows
-from gradproj.store.layout import STATUS, empty_columns
-from gradproj.store.writer import shard_chunks, write_column_block
+from gradproj.store.layout import STATUS, LayerSlice, StoreConfig, empty_columns, plan_layout
+from gradproj.store.writer import create_store, shard_chunks, write_column_block
 
 N_LAYERS, WIDTH = 48, 256
 QUESTIONS = [("dot", 1), ("dot", 16), ("kfac", 1), ("kfac", 16), ("relatif", 1), ("relatif", 16)]

@@ -33,10 +33,17 @@ import zarr
 from measure import Variant, interleave, print_machine, print_table
 
 from gradproj.files import write_file_durably
-from gradproj.store import LayerSlice, ProjectionStore, StoreConfig, create_store, plan_layout
+from gradproj.store import ProjectionStore
 from gradproj.store.encoding import decode_rows, encode_rows
-from gradproj.store.layout import STATUS, StoreLayout, empty_columns
-from gradproj.store.writer import shard_chunks, write_column_block
+from gradproj.store.layout import (
+    STATUS,
+    LayerSlice,
+    StoreConfig,
+    StoreLayout,
+    empty_columns,
+    plan_layout,
+)
+from gradproj.store.writer import create_store, shard_chunks, write_column_block
 
 WIDTH, BLOCK, N_SINGLE, N_MANY = 256, 512, 30, 1_000
 MAPPED, DECODED = "mapped file", "mapped file, our decoder"

@@ -24,7 +24,7 @@ from transformers import (
 from gradproj.engine.projection import ProjectionConfig, place_widths
 from gradproj.formatting import human_bytes
 from gradproj.job.plan import DEFAULT_MAX_LENGTH, Plan
-from gradproj.store import StoreConfig, plan_layout
+from gradproj.store.layout import StoreConfig, plan_layout
 
 N_DOCUMENTS, N_TARS, KEY_BYTES = 210_607_728, 26_000, 12
 

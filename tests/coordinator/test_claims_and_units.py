@@ -16,7 +16,7 @@ from gradproj.coordinator import heartbeats as heartbeats_module
 from gradproj.coordinator import units as units_module
 from gradproj.coordinator.claims import ClaimBoard
 from gradproj.coordinator.fencing import make_scratch
-from gradproj.coordinator.merge import ranges_of, units_in
+from gradproj.coordinator.merge import ranges_of, wanted_units
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows, unit_claim
 from gradproj.files import file_sum
@@ -329,4 +329,5 @@ def test_commits_work_without_hard_links(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("units", [[], [0], [3, 4, 5], [0, 1, 5, 7, 8]])
 def test_ranges_round_trip_units(units):
-    assert units_in(ranges_of(np.array(units, dtype=np.int64))).tolist() == units
+    attributes = {"wanted_units": ranges_of(np.array(units, dtype=np.int64))}
+    assert wanted_units(attributes).tolist() == units

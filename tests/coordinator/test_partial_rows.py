@@ -1,6 +1,7 @@
 """Saved rows of unfinished units."""
 
 import numpy as np
+from helpers.faults import fake_owner
 
 from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 
@@ -18,7 +19,8 @@ def part(first, n=3):
 
 def partial_log(tmp_path, key="key"):
     (tmp_path / "partial").mkdir(exist_ok=True)
-    return PartialLog(tmp_path / "partial" / "00000001", tmp_path, key)
+    folder, scratch = tmp_path / "partial" / "00000001", tmp_path / "tmp" / "rank"
+    return PartialLog(folder, scratch, key, fake_owner(0))
 
 
 def test_partial_rows_are_read_back_exactly_and_in_order(tmp_path):

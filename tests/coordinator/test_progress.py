@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gradproj.coordinator.heartbeats import LiveRanks, RankProgress
+from gradproj.coordinator.heartbeats import LiveRanks, RankProgress, read_heartbeats
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.progress import ProgressDisplay, take_snapshot
 from gradproj.formatting import human_seconds
@@ -45,15 +45,14 @@ def test_snapshot_counts_committed_units_and_finished_batches(output):
     record(output, 0, 6)
     beat(output, 0, unit=2, unit_samples=5, n_tokens=300, seconds=3.0)
     beat(output, 1, unit=6, unit_samples=4, n_tokens=100, seconds=2.0)  # committed meanwhile
-    now = take_snapshot(output, LAYOUT, np.arange(7))
+    now = take_snapshot(output, LAYOUT, np.arange(7), read_heartbeats(output / "heartbeats"))
     assert (now.done, now.total) == (16 + 4 + 5, 100)
     assert now.rates == (100.0, 50.0)
-    assert now.tokens_per_second == 150.0
 
 
 def test_snapshot_counts_wanted_units_only(output):
     record(output, 0, 1)
-    now = take_snapshot(output, LAYOUT, np.array([1, 2]))
+    now = take_snapshot(output, LAYOUT, np.array([1, 2]), [])
     assert (now.done, now.total) == (16, 32)
 
 
@@ -79,8 +78,8 @@ def test_remote_rank_counts_while_its_heartbeat_moves(output, monkeypatch):
             path for path in (output / "heartbeats").iterdir() if here.name not in path.name
         )
         os.utime(path, (1, 1))
-        shot = take_snapshot(output, LAYOUT, np.arange(7), here, ranks)
-        seen.append((at, shot.n_ranks, shot.done, shot.tokens_per_second))
+        shot = take_snapshot(output, LAYOUT, np.arange(7), ranks.read())
+        seen.append((at, len(shot.rates), shot.done, sum(shot.rates)))
     dead, alive = (1, 0, 50.0), (2, 5, 150.0)
     assert seen == [(0, *dead), (5, *dead), (10, *alive), (60, *alive), (71, *dead), (75, *alive)]
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
+from helpers.faults import fake_owner
 
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
@@ -39,6 +40,7 @@ def unit_of(
 def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:
     """Run the job's loop over a unit's batches, before anything is copied to the host."""
     projector = UnitProjector(model, engine, SETTINGS, RankProgress())
-    projected = projector.project(unit, PartialLog(folder / "partial", folder, "key"))
+    nothing_saved = PartialLog(folder / "partial", folder, "key", fake_owner(0))
+    projected = projector.project(unit, nothing_saved)
     assert projected is not None
     return projected

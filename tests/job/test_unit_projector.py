@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.corpora import make_corpus, mixed_documents
+from helpers.faults import fake_owner
 from helpers.jobs import flags
 from helpers.models import make_model
 
@@ -42,9 +43,8 @@ def project(parts, tmp_path):
     plan, model, reader = parts
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
         unit = UnitProjector(model, engine, plan.unit_settings, RankProgress())
-        return unit.project(
-            reader.read(0), PartialLog(tmp_path / "partial", tmp_path, "key")
-        ).on_host()
+        partial = PartialLog(tmp_path / "partial", tmp_path, "key", fake_owner(0))
+        return unit.project(reader.read(0), partial).on_host()
 
 
 def loss_that_fails(most, after_backward=False, message="out of memory"):

@@ -126,7 +126,7 @@ def test_unfinished_store_exports_its_committed_rows(job, tmp_path):
 
 @pytest.mark.parametrize("proj_dtype", ["float16", "bfloat16", "float32"])
 def test_rows_are_float32_for_every_storage_type(proj_dtype, tmp_path):
-    from gradproj.store import StoreConfig
+    from gradproj.store.layout import StoreConfig
 
     output = Output(
         tmp_path / "out", config=StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import zarr
+from helpers.faults import fake_owner
 from helpers.outputs import (
     N_SAMPLES,
     N_UNITS,
@@ -175,7 +176,8 @@ def test_running_merge_names_its_process(output, process):
 
 def test_partial_rows_are_listed_with_their_folder(output):
     uncommit(output, 1)
-    log = PartialLog(output / "partial" / "00000001", output / "tmp", "key")
+    scratch = output / "tmp" / "rank"
+    log = PartialLog(output / "partial" / "00000001", scratch, "key", fake_owner(0))
     nothing = np.empty(0, np.int64)
     rows = PartialRows(nothing, np.zeros((3, 5), np.float32), np.zeros(3, np.float32), nothing, {})
     log.append(0, 3, rows)

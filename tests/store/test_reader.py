@@ -16,8 +16,9 @@ import zarr
 from helpers.stores import MANY_CHUNKS, READER_CASES, Output, rewrite_with_zarr
 
 from gradproj.files import crc32c
-from gradproj.store import ProjectionStore, StoreConfig, StoreLayout
+from gradproj.store import ProjectionStore
 from gradproj.store.encoding import decode_rows
+from gradproj.store.layout import StoreConfig, StoreLayout
 from gradproj.store.writer import create_store
 from gradproj.store.zarr_threads import few_zarr_threads
 
@@ -167,9 +168,9 @@ def test_few_files_stay_mapped_and_close_unmaps_them(tmp_path):
     store = ProjectionStore(tmp_path)
     for _ in range(2):
         np.testing.assert_array_equal(store.rows(range(200)), output.decoded())
-        assert len(store._maps) == 64
+        assert len(store._maps._items) == 64
         store.close()
-        assert len(store._maps) == 0
+        assert len(store._maps._items) == 0
 
 
 def test_pickled_store_is_its_path(tmp_path):
@@ -279,7 +280,7 @@ store.rows([0], [read])  # the shard is mapped and its index has been read
 names = [layer.name for layer in store.layers]
 chunk = store.layout.chunk_rows * store.layout.chunk_width * 2
 assert chunk % mmap.PAGESIZE == 0
-address = np.frombuffer(made[0]._file.data, np.uint8).ctypes.data
+address = np.frombuffer(made[0].file.data, np.uint8).ctypes.data
 for band in range(2):
     for number, name in enumerate(names):
         if name != protect:  # touching these pages kills the process

@@ -10,8 +10,8 @@ import zarr
 from helpers.stores import DOMAINS, Output
 
 from gradproj.errors import StoreError
-from gradproj.store import ProjectionStore, StoreConfig
-from gradproj.store.layout import STATUS
+from gradproj.store import ProjectionStore
+from gradproj.store.layout import STATUS, StoreConfig
 from gradproj.store.unit_record import decode_record, encode_record, record_name
 from gradproj.store.writer import update_attributes
 

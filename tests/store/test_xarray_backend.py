@@ -12,7 +12,8 @@ from helpers.stores import DOMAINS, Output
 
 from gradproj import ProjectionStore
 from gradproj.errors import ConfigError
-from gradproj.store import STATUS, StoreConfig
+from gradproj.store import STATUS
+from gradproj.store.layout import StoreConfig
 from gradproj.store.row_reader import Rows
 from gradproj.store.xarray_backend import GradprojBackend
 
@@ -80,9 +81,9 @@ def ids_of(part, size):
 def test_selecting_a_layer_by_name_reads_no_other(output, dataset, monkeypatch):
     selections, read = [], Rows.read
 
-    def note(self, ids, columns, selection, missing):
+    def note(self, ids, selection, missing):
         selections.append(selection.ranges)
-        return read(self, ids, columns, selection, missing)
+        return read(self, ids, selection, missing)
 
     monkeypatch.setattr(Rows, "read", note)
     layer = output.layers[1]
