@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradproj.engine.compile import compiled_block
 from gradproj.errors import ModelError
-from gradproj.kernels.cpu_attention import ATTENDS, fits, register_sdpa, unregister_sdpa
+from gradproj.kernels.cpu_attention import ATTENDS, SDPA, fits
 from gradproj.kernels.onednn import linear, uses_onednn
 
 
@@ -60,7 +60,7 @@ class FrozenModel:
                 part.forward = form(part)
                 self._swapped.append(part)
         if self._attending:
-            register_sdpa()
+            SDPA.begin()
         flag = "gradient_checkpointing" if gradient_checkpointing else "compile"
         has_blocks = any(isinstance(part, GradientCheckpointingLayer) for part in self._swapped)
         if by_block and not has_blocks:
@@ -77,7 +77,7 @@ class FrozenModel:
         for part in self._attending:
             delattr(part, ATTENDS)
         if self._attending:
-            unregister_sdpa()
+            SDPA.end()
         for owner, attribute, value in reversed(self._before):
             setattr(owner, attribute, value)
         self._before, self._swapped, self._attending = [], [], []

@@ -88,7 +88,7 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
         batch: ``input_ids (N, S)`` int64, or a mapping with ``input_ids`` and optionally ``labels``
             (``(N, S)``, not shifted, -100 = no target), ``attention_mask`` (padding carries no
             target) or ``targets`` (a ``Targets``, in place of labels).
-        chunked: whether to make the logits in chunks; None takes the answer of ``can_chunk``.
+        chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
 
     Returns:
         ``(N,)`` float32, nats. A sample without a target has 0.
@@ -103,7 +103,7 @@ def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None
             labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE)
         targets = Targets.from_labels(labels)
     if chunked is None:
-        chunked = can_chunk(model)
+        chunked, _ = chunk_verdict(model)
     inner = unwrap(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
         hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
@@ -136,17 +136,12 @@ def _softcap(model: Any) -> float | None:
 _CHUNKABLE: "WeakKeyDictionary[nn.Module, tuple[bool, str]]" = WeakKeyDictionary()
 
 
-def can_chunk(model: nn.Module) -> bool:
-    """Return whether the chunked loss agrees with the model's own logits; tried once per model.
-
-    Models differ in logit scales, extra heads and the like. One short batch decides, not a list of
-    names.
-    """
-    return chunk_verdict(model)[0]
-
-
 def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
-    """Return ``can_chunk`` and the reason in words."""
+    """Return whether the chunked loss agrees with the model's own logits, and why in words.
+
+    Models differ in logit scales, extra heads and the like. One short batch decides, once per
+    model, not a list of names.
+    """
     inner = unwrap(model)
     if inner.training:
         return False, "the model is in training mode"

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gradproj.evaluation.retraining import LOSS_BATCH, load
 
-NGRAM = 4
-
 
 def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Return BM25 (Lucene's, the default of bm25s) of token ids as words, ``(Q, N)`` float32."""
@@ -24,16 +22,16 @@ def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.stack(scores).astype(np.float32)
 
 
-def ngram_overlap(documents: np.ndarray, queries: np.ndarray, n: int = NGRAM) -> np.ndarray:
-    """Count the distinct n-grams that query and document share, ``(Q, N)`` float32."""
-    document_ngrams = [ngrams(ids, n) for ids in documents.tolist()]
-    query_ngrams = [ngrams(ids, n) for ids in queries.tolist()]
+def ngram_overlap(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Count the distinct 4-grams that query and document share, ``(Q, N)`` float32."""
+    document_ngrams = [ngrams(ids) for ids in documents.tolist()]
+    query_ngrams = [ngrams(ids) for ids in queries.tolist()]
     shared = [[len(query & document) for document in document_ngrams] for query in query_ngrams]
     return np.array(shared, np.float32)
 
 
-def ngrams(ids: Sequence[int], n: int) -> set[tuple[int, ...]]:
-    return set(zip(*(ids[i:] for i in range(n)), strict=False))
+def ngrams(ids: Sequence[int]) -> set[tuple[int, ...]]:
+    return set(zip(*(ids[i:] for i in range(4)), strict=False))
 
 
 @torch.no_grad()

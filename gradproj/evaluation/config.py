@@ -147,10 +147,13 @@ class LdsConfig(Flags, title="experiment"):
         minimum=0,
         group="leave-out",
     )
-    leave_out_k: int = flag("Number of documents removed for each query.", 8, group="leave-out")
+    leave_out_k: int = flag(
+        "Number of documents removed for each query.", 8, minimum=1, group="leave-out"
+    )
     leave_out_group: int = flag(
         "Number of queries that share a training, which omits the documents of all of them.",
         8,
+        minimum=1,
         group="leave-out",
     )
     leave_out_methods: str = flag(
@@ -163,6 +166,7 @@ class LdsConfig(Flags, title="experiment"):
     leave_out_controls: int = flag(
         "Trainings that leave out the same number of random documents, as a control.",
         3,
+        minimum=1,
         group="leave-out",
     )
     bootstrap: int = flag(
@@ -192,13 +196,6 @@ class LdsConfig(Flags, title="experiment"):
                 f"--n_documents must be at least {2 * self.n_near_copies:,}, got "
                 f"{self.n_documents}: at most half of them may be near-copies (--n_near_copies)"
             )
-        if self.leave_out:
-            self._check_leave_out()
-
-    def _check_leave_out(self) -> None:
-        for name in ("leave_out_k", "leave_out_group", "leave_out_controls"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.leave_out > self.n_queries:
             raise ConfigError(
                 f"--leave_out {self.leave_out} is more than --n_queries {self.n_queries}"
@@ -209,7 +206,7 @@ class LdsConfig(Flags, title="experiment"):
                 f"{self.leave_out_group}"
             )
         removed = self.leave_out_k * self.leave_out_group
-        if removed > self.n_documents // 2:
+        if self.leave_out and removed > self.n_documents // 2:
             raise ConfigError(
                 f"--leave_out_k {self.leave_out_k} for each of --leave_out_group "
                 f"{self.leave_out_group} queries are {removed:,} documents, over half of the "

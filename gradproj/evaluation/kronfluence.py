@@ -9,10 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from gradproj.evaluation.retraining import load
 
 STRATEGIES = {"kronfluence_kfac": "kfac", "kronfluence_ekfac": "ekfac"}
+"""Method -> kronfluence's name of it."""
 BATCH = 32
 
 
@@ -36,7 +38,7 @@ def kronfluence_scores(
     torch.manual_seed(0)
     options: Any = {"cpu": True, "disable_tqdm": True, "log_level": 30}
     analyzer = Analyzer("lds", prepare_model(model, task), task, output_dir=str(work), **options)
-    data, query_data = _dataset(documents), _dataset(queries)
+    data, query_data = (TensorDataset(torch.from_numpy(ids)) for ids in (documents, queries))
     factor_args = FactorArguments(strategy=STRATEGIES[name])
     analyzer.fit_all_factors("factors", data, BATCH, factor_args=factor_args)
     sides: Any = (query_data, data, BATCH, BATCH)
@@ -63,16 +65,14 @@ def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
     return names
 
 
-def _dataset(ids: np.ndarray) -> Any:
-    return torch.utils.data.TensorDataset(torch.from_numpy(ids))
-
-
 def _task(layers: list[str]) -> Any:
     from kronfluence.task import Task
 
     class LanguageModelling(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits, targets = _logits_and_targets(batch[0], model)
+            (ids,) = batch
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
             if sample:
                 with torch.no_grad():
                     targets = torch.multinomial(logits.softmax(dim=-1), 1).flatten()
@@ -85,8 +85,3 @@ def _task(layers: list[str]) -> Any:
             return layers
 
     return LanguageModelling()
-
-
-def _logits_and_targets(ids: Tensor, model: Any) -> tuple[Tensor, Tensor]:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return logits.flatten(0, 1), ids[:, 1:].flatten()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import platform
 import shutil
 import sys
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -121,17 +119,9 @@ def save_results(
     save_array(folder / "subsets.npy", subsets)
     save_array(folder / "losses.npy", losses)
     content = {"settings": asdict(config), **asdict(results), "versions": versions()}
-    text = json.dumps(as_json(content), indent=1, allow_nan=False)
-    write_and_replace(folder / "lds.json", [text.encode()])
-
-
-def as_json(value: Any) -> Any:
-    """Replace NaN, which JSON lacks, by None."""
-    if isinstance(value, dict):
-        return {k: as_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    # JSON has no NaN: it becomes null.
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_and_replace(folder / "lds.json", [json.dumps(content, indent=1).encode()])
 
 
 def versions() -> dict[str, str]:

@@ -15,18 +15,9 @@ from gradproj.evaluation.leave_out import file_name
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
 
-MEANINGS = {
-    "random": "random numbers",
-    "loss": "the document's own loss, the same for every query",
-    "grad_norm": "the norm of the document's projected gradient, the same for every query",
-    "hidden": "cosine of mean hidden states",
-    "bm25": "BM25 over tokens",
-    "ngram": "number of distinct 4-grams of tokens in common",
-    "kronfluence_kfac": "K-FAC influence on whole gradients, by kronfluence",
-    "kronfluence_ekfac": "EK-FAC influence on whole gradients, by kronfluence",
-}
+OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", *STRATEGIES)
 """Methods that are not gradproj's own."""
-OPTIONAL = {"bm25": "bm25s", "kronfluence_kfac": "kronfluence", "kronfluence_ekfac": "kronfluence"}
+OPTIONAL = {"bm25": "bm25s"} | dict.fromkeys(STRATEGIES, "kronfluence")
 """Method -> the library that it needs, of the extra ``evaluation``."""
 
 
@@ -36,9 +27,9 @@ def names_of(listed: str, flag: str) -> list[str]:
     if not names:
         raise ConfigError(f"{flag} is empty; name at least one method")
     for name in names:
-        if name not in MEANINGS and GradientMethod.of(name) is None:
+        if name not in OTHERS and GradientMethod.of(name) is None:
             raise ConfigError(
-                f"{flag}: unknown method {name!r}; choose from {', '.join(MEANINGS)}, and "
+                f"{flag}: unknown method {name!r}; choose from {', '.join(OTHERS)}, and "
                 "SCORE@K[:DAMPING] such as kfac@16:0.03 or dot@full"
             )
         if names.count(name) > 1:
@@ -69,6 +60,7 @@ class Methods:
         config, experiment = self._config, self._experiment
         documents, queries = experiment.documents, experiment.queries
         shape = (len(queries), len(documents))
+        # A document's own loss and norm are the same for every query.
         makers: dict[str, Callable[[], np.ndarray]] = {
             "random": lambda: np.random.default_rng([config.seed, 2]).standard_normal(shape),
             "loss": lambda: np.broadcast_to(self._stores.column("loss", "16"), shape),

@@ -6,7 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,19 +64,8 @@ def losses_of(
             ]
             n_done = len(tasks) - len(missing)
             for training in tqdm(as_completed(running), label, len(tasks), initial=n_done):
-                _check_finished(training, config)
+                training.result()
     return np.stack([load_array(_file(folder, task)) for task in tasks])
-
-
-def _check_finished(training: Future, config: LdsConfig) -> None:
-    try:
-        training.result()
-    except BrokenProcessPool as error:
-        raise StoreError(
-            f"a training process was killed (out of memory?) while --workers {config.workers} of "
-            f"them ran; see {Path(config.output_dir) / 'training.log'}. Run the same command again "
-            "to resume"
-        ) from error
 
 
 def _file(folder: Path, task: Retraining) -> Path:
@@ -90,11 +79,16 @@ def workers(n: int, folder: Path) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(n, context, _begin_worker, (folder / "training.log",))
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         # A training takes minutes, and its result would not be used.
         pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise StoreError(
+                f"a training process was killed (out of memory?) while --workers {n} of them ran; "
+                f"see {folder / 'training.log'}. Run the same command again to resume"
+            ) from error
         raise
     pool.shutdown()
 

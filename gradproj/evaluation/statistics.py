@@ -60,13 +60,8 @@ def noise_ceiling(losses: np.ndarray) -> float:
 
     Let ``r`` be the correlation over subsets of two seeds' losses, averaged over queries and pairs
     of seeds. The mean of S seeds has reliability ``R = S r / (1 + (S - 1) r)`` (Spearman and Brown)
-    and correlates with the expected losses by ``sqrt(R)``.
-
-    Args:
-        losses: ``(M, S, Q)``.
-
-    Returns:
-        0 to 1; NaN for one seed, which cannot separate noise from signal.
+    and correlates with the expected losses by ``sqrt(R)``. ``losses`` are ``(M, S, Q)``. One seed
+    cannot separate noise from signal and gives NaN.
     """
     n_seeds = losses.shape[1]
     pairs = [(a, b) for a in range(n_seeds) for b in range(a)]

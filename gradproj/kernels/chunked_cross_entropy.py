@@ -5,7 +5,6 @@ relative to a running maximum, and multiplied back. The rescaling to a new maxim
 online softmax (arXiv:1805.02867).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,13 +70,10 @@ class _ChunkedSoftmax:
         column = torch.zeros(len(tokens), 1, device=hidden.device)
         self._top, self._total, self._chosen = column - torch.inf, column, column.clone()
         self._sum = torch.zeros(hidden.shape, device=hidden.device) if with_gradients else None
-        for part in self._slices():
-            self._add_chunk(part)
-
-    def _slices(self) -> Iterator[slice]:
-        n_values = SLICE_VALUES.get(self._hidden.device.type, SLICE_VALUES["cuda"])
-        width = max(64, n_values // max(1, len(self._hidden)) // 64 * 64)
-        return (slice(start, start + width) for start in range(0, len(self._weight), width))
+        n_values = SLICE_VALUES.get(hidden.device.type, SLICE_VALUES["cuda"])
+        width = max(64, n_values // max(1, len(hidden)) // 64 * 64)
+        for start in range(0, len(weight), width):
+            self._add_chunk(slice(start, start + width))
 
     def _add_chunk(self, part: slice) -> None:
         weight = self._weight[part]

@@ -7,14 +7,16 @@ weights), else in bfloat16. The backward pass gets the output and the log of eac
 computes the weights again, as FlashAttention does (arXiv:2205.14135).
 """
 
-import threading
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from gradproj.kernels.transformers_patches import Replacement
 
 ATTENDS = "_gradproj_attends"
 """Attribute of the modules whose attention ``attend`` may compute.
@@ -26,33 +28,6 @@ QUERIES = 64
 """Queries in a block: their weights over 512 keys and a dozen heads stay in a core's cache."""
 
 _NOT_PLAIN = ("position_bias", "cache", "softcap", "s_aux")
-_lock = threading.Lock()
-_n_users = 0
-_is_installed = False
-"""Stays True if another library has wrapped ``attend`` meanwhile: its wrapper still calls it."""
-_replaced: Callable[..., Any] = sdpa_attention_forward
-
-
-def register_sdpa() -> None:
-    """Make ``attend`` transformers' "sdpa", until ``unregister_sdpa`` was called as often."""
-    global _n_users, _is_installed, _replaced
-    with _lock:
-        current = AttentionInterface()["sdpa"]
-        # A function that wraps `attend` must not become the one that `attend` calls.
-        if _n_users == 0 and (not _is_installed or current is _replaced):
-            _replaced, _is_installed = current, True
-            AttentionInterface.register("sdpa", attend)
-        _n_users += 1
-
-
-def unregister_sdpa() -> None:
-    """Undo one ``register_sdpa``; the last one restores the function that was registered."""
-    global _n_users, _is_installed
-    with _lock:
-        _n_users -= 1
-        if _n_users == 0 and AttentionInterface()["sdpa"] is attend:
-            AttentionInterface.register("sdpa", _replaced)
-            _is_installed = False
 
 
 def attend(
@@ -65,18 +40,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Compute plain causal bfloat16 attention on a CPU; leave anything else to transformers.
 
-    Only in modules with the attribute ``ATTENDS``: those of a ``FrozenModel``.
-
-    Args:
-        module: the layer.
-        query: ``(N, heads, S, D)``.
-        key: ``(N, key heads, S, D)``, with as many heads as the query or fewer.
-        value: like the key.
-        attention_mask: None for causal attention.
-        settings: those of transformers.
-
-    Returns:
-        ``(N, S, heads, D)``, and None for the weights.
+    Only in modules with the attribute ``ATTENDS``: those of a ``FrozenModel``. The arguments are
+    those of transformers: a query ``(N, heads, S, D)``, key and value with as many heads or fewer,
+    and no mask for causal attention. Returns ``(N, S, heads, D)``, and None for the weights.
     """
     causal = settings.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -84,11 +50,19 @@ def attend(
     same_width = query.shape[2:] == key.shape[2:] == value.shape[2:]
     ours = getattr(module, ATTENDS, False)
     if not (ours and causal and plain and same_width and attention_mask is None and fits(query)):
-        return _replaced(module, query, key, value, attention_mask, **settings)
+        return SDPA.original(module, query, key, value, attention_mask, **settings)
     groups = query.shape[1] // key.shape[1]
     scaling = settings.get("scaling") or query.shape[-1] ** -0.5
     out = _Causal.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), scaling)
     return out.transpose(1, 2), None
+
+
+SDPA = Replacement(
+    attend,
+    lambda: AttentionInterface()["sdpa"],
+    functools.partial(AttentionInterface.register, "sdpa"),
+)
+"""Makes ``attend`` transformers' "sdpa"."""
 
 
 def fits(x: Tensor) -> bool:
@@ -153,7 +127,7 @@ def _attention_gradients(
     sums: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_query, to_key, to_value = _empty_gradients(gradient, query, key, value, out, sums, scaling)
+    to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
     for sample in range(len(query)):
         q, k, v, g = query[sample], key[sample], value[sample], gradient[sample].contiguous()
         q32, k32, v32, g32 = q.float(), k.float(), v.float(), g.float()
@@ -173,15 +147,7 @@ def _attention_gradients(
 
 
 @_attention_gradients.register_fake
-def _empty_gradients(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

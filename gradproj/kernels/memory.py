@@ -15,10 +15,9 @@ class CudaMemory:
         self._device = device
 
     def free(self) -> int:
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
-            self._device
-        )
-        return int(CUDA_SHARE * (torch.cuda.mem_get_info(self._device)[0] + unused))
+        free, _ = torch.cuda.mem_get_info(self._device)
+        cached = torch.cuda.memory_reserved(self._device)
+        return int(CUDA_SHARE * (free + cached - torch.cuda.memory_allocated(self._device)))
 
     def start(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -33,7 +32,7 @@ class HostMemory:
 
     def __init__(self, n_neighbours: int) -> None:
         self._n_neighbours = n_neighbours
-        self._before = _status_bytes("VmRSS")
+        self._before = _proc_bytes("self/status", "VmRSS")
 
     def free(self) -> int:
         return int(HOST_SHARE * available_host_bytes() / self._n_neighbours)
@@ -42,22 +41,19 @@ class HostMemory:
         """Do nothing: the peak only grows, and so do the measured batches."""
 
     def peak(self) -> int:
-        return max(0, _status_bytes("VmHWM") - self._before)
+        return max(0, _proc_bytes("self/status", "VmHWM") - self._before)
 
 
 def available_host_bytes() -> int:
     """Return the bytes that Linux can give without swapping; a huge number elsewhere."""
-    return 1024 * _kilobytes(Path("/proc/meminfo"), "MemAvailable") or 2**62
+    return _proc_bytes("meminfo", "MemAvailable") or 2**62
 
 
-def _status_bytes(field: str) -> int:
-    return 1024 * _kilobytes(Path("/proc/self/status"), field)
-
-
-def _kilobytes(path: Path, field: str) -> int:
-    """Return a field of one of Linux's tables; 0 if there is none."""
+def _proc_bytes(table: str, field: str) -> int:
+    """Return a field of one of Linux's tables in /proc; 0 if there is none."""
+    path = Path("/proc", table)
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith(field + ":")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -21,19 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     which runs an AVX2 kernel on other makers' processors even if they have AVX-512: half the speed
     on an EPYC 9005 (``tests/bench/bench_engine.py``). Both sum in float32.
     ``torch.backends.mkldnn.flags(enabled=False)`` turns it off.
-
-    Args:
-        x: contiguous or not.
-        weight: may be a transposed view.
-        bias: optional.
     """
     if not uses_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return (
-        _traced_onednn(x, weight, bias)
-        if torch.compiler.is_compiling()
-        else _onednn(x, weight, bias)
-    )
+    product = _traced_onednn if torch.compiler.is_compiling() else _onednn
+    return product(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

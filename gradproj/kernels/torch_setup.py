@@ -5,16 +5,18 @@ import os
 import torch
 
 ONEDNN_KERNELS = 64
+"""oneDNN and torch would each cache a kernel for 1,024 shapes, a gigabyte in all. Batches rarely
+repeat a shape, and one batch uses a few dozen.
+"""
 
 
 def prepare_torch(threads: int, deterministic: bool) -> None:
     """Set this process's threads, precision and determinism. Call before CUDA is initialised.
 
-    Args:
-        threads: CPU threads; 0 leaves torch's own number.
-        deterministic: use deterministic CUDA kernels only.
+    ``threads`` is the number of CPU threads; 0 leaves torch's own.
     """
-    limit_onednn_cache()
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(ONEDNN_KERNELS))
     if threads:
         torch.set_num_threads(threads)
     # TF32 would change rows in the fourth digit, and which products use it depends on the GPU.
@@ -23,20 +25,5 @@ def prepare_torch(threads: int, deterministic: bool) -> None:
     # A long sum must not be split into parts that are added in bfloat16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if deterministic:
-        use_deterministic_cublas()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def use_deterministic_cublas() -> None:
-    """Make cuBLAS deterministic. Must be called before CUDA is initialised."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def limit_onednn_cache() -> None:
-    """Keep few compiled oneDNN kernels. Must be called before torch's first product.
-
-    oneDNN and torch each cache a kernel for 1,024 shapes, a gigabyte in all. Batches rarely repeat
-    a shape, and one batch uses a few dozen.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(ONEDNN_KERNELS))

@@ -1,4 +1,4 @@
-"""A temporary change of a function of transformers, undone when its context ends."""
+"""Temporary changes of transformers' functions, undone when nothing needs them any more."""
 
 import functools
 import threading
@@ -11,6 +11,46 @@ from transformers import masking_utils
 _FIND = "find_packed_sequence_indices"
 
 
+class Replacement:
+    """A function in the place of another library's, from the first ``begin`` to the last ``end``.
+
+    Args:
+        function: the replacement. It passes on to ``original`` what it does not handle.
+        get: returns the function that is in place now; None if there is none to replace.
+        put: puts a function in place.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        get: Callable[[], Callable[..., Any] | None],
+        put: Callable[[Callable[..., Any]], None],
+    ) -> None:
+        self._function, self._get, self._put = function, get, put
+        self.original: Any = get()
+        self._lock = threading.Lock()
+        self._n_users = 0
+        # Stays True if a third library has wrapped ours meanwhile: its wrapper still calls ours.
+        self._is_in_place = False
+
+    def begin(self) -> None:
+        with self._lock:
+            current = self._get()
+            # A function that wraps ours must not become the one that ours calls.
+            is_ours = self._is_in_place and current is not self.original
+            if self._n_users == 0 and current is not None and not is_ours:
+                self.original, self._is_in_place = current, True
+                self._put(self._function)
+            self._n_users += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._n_users -= 1
+            if self._n_users == 0 and self._get() is self._function:
+                self._put(self.original)
+                self._is_in_place = False
+
+
 class _ThreadState(threading.local):
     """Not a context variable: ``torch.compile`` reads this without a graph break."""
 
@@ -18,16 +58,18 @@ class _ThreadState(threading.local):
 
 
 _STATE = _ThreadState()
-_lock = threading.Lock()
-_n_contexts = 0
-_is_installed = False
-"""Stays True if another library has wrapped our function meanwhile: its wrapper still calls it."""
-_replaced: Callable[..., Any] = getattr(masking_utils, _FIND, lambda *_, **__: None)
 
 
-@functools.wraps(_replaced)
 def _find_unless_known(*args: Any, **kwargs: Any) -> Any:
-    return None if _STATE.one_sequence_a_row else _replaced(*args, **kwargs)
+    return None if _STATE.one_sequence_a_row else _SEARCH.original(*args, **kwargs)
+
+
+_SEARCH = Replacement(
+    _find_unless_known,
+    # A release of transformers without this function does not look for packed rows.
+    functools.partial(getattr, masking_utils, _FIND, None),
+    functools.partial(setattr, masking_utils, _FIND),
+)
 
 
 @contextmanager
@@ -38,31 +80,10 @@ def one_sequence_a_row() -> Iterator[None]:
     position ids back to the host in every forward pass, for which a GPU stands still. A model
     that counts the positions itself cannot have packed rows. Other threads are not affected.
     """
-    with _find_replaced():
-        before, _STATE.one_sequence_a_row = _STATE.one_sequence_a_row, True
-        try:
-            yield
-        finally:
-            _STATE.one_sequence_a_row = before
-
-
-@contextmanager
-def _find_replaced() -> Iterator[None]:
-    """Replace transformers' function, until the last of all threads' contexts ends."""
-    global _n_contexts, _is_installed, _replaced
-    with _lock:
-        # A release of transformers without this function does not look for packed rows.
-        current = getattr(masking_utils, _FIND, None)
-        # A function that wraps ours must not become the one that ours calls.
-        if _n_contexts == 0 and current and (not _is_installed or current is _replaced):
-            _replaced, _is_installed = current, True
-            setattr(masking_utils, _FIND, _find_unless_known)
-        _n_contexts += 1
+    _SEARCH.begin()
+    before, _STATE.one_sequence_a_row = _STATE.one_sequence_a_row, True
     try:
         yield
     finally:
-        with _lock:
-            _n_contexts -= 1
-            if _n_contexts == 0 and getattr(masking_utils, _FIND, None) is _find_unless_known:
-                setattr(masking_utils, _FIND, _replaced)
-                _is_installed = False
+        _STATE.one_sequence_a_row = before
+        _SEARCH.end()

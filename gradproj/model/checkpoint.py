@@ -40,9 +40,7 @@ class ModelFiles:
 def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     """Find or download the files of model and tokenizer.
 
-    Args:
-        config: the model and the tokenizer to find.
-        may_download: False on all ranks but the first of a node, once that one has finished.
+    ``may_download`` is False on all ranks but the first of a node, once that one has finished.
 
     Raises:
         ModelError: the files do not exist, cannot be downloaded, or hold no usable weights.
@@ -72,18 +70,18 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         has_tokenizer = (model_dir / "tokenizer_config.json").is_file()
         tokenizer_dir = model_dir if has_tokenizer or base_dir is None else base_dir
     for path in weights:
-        _check_whole(path)
+        if path.suffix == ".safetensors":
+            _check_whole(path)
     return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
 
 
 def _check_whole(path: Path) -> None:
     # The header of a safetensors file holds the file's length, so a truncated file is noticed.
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="np"):
-                return
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
+    try:
+        with safe_open(path, framework="np"):
+            return
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
 
 
 def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
@@ -112,21 +110,13 @@ def _local_files(
         return Path(name), ""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{flag} {name}: no such directory")
-    patterns = [
-        "*.json",
-        "*.safetensors",
-        "*.model",
-        "*.txt",
-        "*.py",
-        "*.jinja",
-        *(["*.bin"] if pickled else []),
-    ]
+    endings = ["json", "safetensors", "model", "txt", "py", "jinja", *(["bin"] if pickled else [])]
     try:
         with no_progress_bars():
             folder = huggingface_hub.snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=patterns,
+                allow_patterns=[f"*.{ending}" for ending in endings],
                 local_files_only=not may_download,
             )
     except LocalEntryNotFoundError as error:

@@ -17,7 +17,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
 
-
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -21,8 +21,7 @@ def load_model_config(files: ModelFiles) -> Any:
     """
     config = files.config
     if files.model_dir is None:
-        shape = ARCHITECTURES[config.architecture][1]
-        return transformers.GPT2Config(**shape)
+        return transformers.GPT2Config(**ARCHITECTURES[config.architecture][1])
     folder = files.base_dir or files.model_dir
     try:
         return AutoConfig.from_pretrained(
@@ -151,14 +150,11 @@ def load_tokenizer(files: ModelFiles) -> Any:
             "give --tokenizer"
         ) from error
     tokenizer.model_max_length = int(1e30)
-    if "bos" in config.special_tokens and tokenizer.bos_token_id is None:
-        raise ModelError(
-            f"--special_tokens {config.special_tokens}: the tokenizer has no bos token"
-        )
-    if "eos" in config.special_tokens and tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"--special_tokens {config.special_tokens}: the tokenizer has no eos token"
-        )
+    for name in ("bos", "eos"):
+        if name in config.special_tokens and getattr(tokenizer, f"{name}_token_id") is None:
+            raise ModelError(
+                f"--special_tokens {config.special_tokens}: the tokenizer has no {name} token"
+            )
     return tokenizer
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import can_chunk, per_sample_loss
+from gradproj.engine.loss import chunk_verdict, per_sample_loss
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def measure(names: list[str], dtypes: list[torch.dtype], rounds: int) -> dict[st
 
 def _ratio(name: str, dtype: torch.dtype, rounds: int) -> float:
     model = MODELS[name]().to(dtype)
-    can_chunk(model)
+    chunk_verdict(model)
     plain, compiled = (_rows_of_a_batch(model, compiled) for compiled in (False, True))
     want = _rows(plain)
     print(

@@ -334,13 +334,10 @@ def test_damaged_file_is_named_with_the_way_out(data, tmp_path, in_this_process)
         evaluate(config)
 
 
-def test_killed_training_process_is_reported(data, tmp_path):
-    killed: Future = Future()
-    killed.set_exception(BrokenProcessPool("gone"))
-    with pytest.raises(
-        StoreError, match=r"a training process was killed .* --workers 1 .* see .*training\.log"
-    ):
-        retraining._check_finished(killed, config_of(data, tmp_path))
+def test_killed_training_process_is_reported(tmp_path):
+    message = r"a training process was killed .* --workers 1 .* see .*training\.log"
+    with pytest.raises(StoreError, match=message), retraining.workers(1, tmp_path):
+        raise BrokenProcessPool("gone")
 
 
 def test_second_command_in_a_directory_is_rejected(data, tmp_path):

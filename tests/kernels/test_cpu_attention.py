@@ -13,7 +13,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.loss import per_sample_loss
 from gradproj.kernels import cpu_attention
-from gradproj.kernels.cpu_attention import ATTENDS, attend
+from gradproj.kernels.cpu_attention import ATTENDS, SDPA, attend
 
 
 def tensors(length, heads=4, key_heads=4, n=2, width=8):
@@ -122,17 +122,17 @@ def test_sdpa_wrapped_by_another_library_does_not_recurse():
     registered = AttentionInterface()["sdpa"]
     inputs = [x.float() for x in tensors(5)]
     expected = registered(layer(), *inputs, None)[0]
-    cpu_attention.register_sdpa()
+    SDPA.begin()
     AttentionInterface.register("sdpa", lambda *args, **settings: attend(*args, **settings))
-    cpu_attention.unregister_sdpa()
+    SDPA.end()
     for _ in range(2):
-        cpu_attention.register_sdpa()
+        SDPA.begin()
         assert torch.equal(AttentionInterface()["sdpa"](layer(), *inputs, None)[0], expected)
-        cpu_attention.unregister_sdpa()
+        SDPA.end()
     AttentionInterface.register("sdpa", registered)  # the wrapper is removed
-    cpu_attention.register_sdpa()
+    SDPA.begin()
     assert AttentionInterface()["sdpa"] is attend
-    cpu_attention.unregister_sdpa()
+    SDPA.end()
     assert AttentionInterface()["sdpa"] is registered
 
 
