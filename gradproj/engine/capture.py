@@ -194,8 +194,9 @@ class BatchCapture:
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
         """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""
-        # One bad sample must not spoil a unit's sums. The mask stays on the device: nothing waits.
-        good = torch.isfinite(rows).all(dim=1)
+        # One bad sample, or one of weight 0, must not spoil a unit's sums. The mask stays on the
+        # device: nothing waits.
+        good = torch.isfinite(rows).all(dim=1) & (weights != 0).view(-1)
         pairs = [self._covariances[i] for i in range(len(self._layers))]
         a = torch.cat([pair[0].flatten(1) for pair in pairs], dim=1)
         g = torch.cat([pair[1].flatten(1) for pair in pairs], dim=1) / weights**2

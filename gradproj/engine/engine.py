@@ -252,7 +252,8 @@ class GradProjLoraEngine(OriginalInterface):
         weighted = self._capture.rows()
         weights = self._loss_weights(weighted)
         # Allocate everything before the sums change: a batch that fails is retried in halves.
-        rows = (weighted / weights).to(self.proj_dtype)
+        # A sample whose loss had the weight 0 left no gradient to divide: its row is 0.
+        rows = torch.where(weights == 0, 0.0, weighted / weights).to(self.proj_dtype)
         if self._covariances is not None:
             self._covariances.add(self._capture.covariances(weighted, weights))
         if self.proj_dir is not None:
