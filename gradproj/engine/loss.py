@@ -4,6 +4,8 @@ The loss is computed in slices of the vocabulary (``kernels/chunked_cross_entrop
 agrees with the model's own logits, so that neither ``(N, S, V)`` logits nor their fp32 copy exist.
 """
 
+import contextlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,15 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradproj.engine.layers import without_wrappers
+from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import TokenLoss
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
+from gradproj.model.probes import is_causal, measured
 
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
 
 IGNORE = -100
 """The label of a position without a target (torch's and transformers' convention)."""
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
 """``loss_key`` of a model -> ``(N,)`` factors of the samples' losses in the last backward pass.
@@ -42,9 +48,15 @@ class Targets:
     """``(T,)`` int64: the target token at each position."""
 
     @classmethod
-    def from_labels(cls, labels: Tensor) -> "Targets":
-        """Make them from unshifted ``(N, S)`` labels: position ``s`` predicts label ``s + 1``."""
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+    def from_labels(cls, labels: Tensor, mask: Tensor | None = None) -> "Targets":
+        """Make them from unshifted ``(N, S)`` labels: position ``s`` predicts label ``s + 1``.
+
+        Where ``mask``, an attention mask of that shape, is 0, nothing is predicted.
+        """
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if mask is not None:
+            shifted = shifted.masked_fill(mask == 0, IGNORE)
+        shifted = shifted.reshape(-1)
         positions = (shifted != IGNORE).nonzero().squeeze(1)
         return cls(positions, shifted[positions])
 
@@ -80,41 +92,93 @@ def loss_key(model: nn.Module) -> nn.Module:
     return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner
 
 
-def per_sample_loss(model: nn.Module, batch: Any, *, chunked: bool | None = None) -> Tensor:
+def per_sample_loss(
+    model: nn.Module, batch: Any, *, chunked: bool | None = None, causal: bool = True
+) -> Tensor:
     """Return every sample's cross-entropy, summed over its target tokens.
 
     Args:
         model: a causal language model of transformers, also wrapped by PEFT or DDP.
         batch: ``input_ids (N, S)`` int64, or a mapping with ``input_ids`` and optionally ``labels``
-            (``(N, S)``, not shifted, -100 = no target), ``attention_mask`` (padding carries no
-            target) or ``targets`` (a ``Targets``, in place of labels).
+            (``(N, S)``, not shifted, -100 = no target; default: every token that
+            ``attention_mask`` does not hide) or ``targets`` (a ``Targets``, in place of labels).
+            ``attention_mask``, ``position_ids`` and ``token_type_ids`` are the model's. A token
+            after a masked one is no target: padding predicts nothing. Padding on the left shifts
+            the positions that a model counts itself, so give ``position_ids`` with it.
         chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
+        causal: False allows a model that sees later tokens. Its rows are those of the samples
+            alone only in a batch without padding, or with an attention mask.
 
     Returns:
         ``(N,)`` float32, nats. A sample without a target has 0.
+
+    Raises:
+        ConfigError: the batch has a key that the loss or the model does not take.
+        ModelError: the model is not causal.
     """
-    if isinstance(batch, Tensor):
-        batch = {"input_ids": batch}
-    input_ids, mask = batch["input_ids"], batch.get("attention_mask")
-    targets = batch.get("targets")
-    if targets is None:
-        labels = batch.get("labels")
-        if labels is None:
-            labels = input_ids if mask is None else input_ids.masked_fill(mask == 0, IGNORE)
-        targets = Targets.from_labels(labels)
+    inputs, targets = _split_batch(batch)
+    inner = unwrap(model)
+    if causal and not is_causal(inner):
+        raise ModelError(
+            f"per_sample_loss: {type(inner).__name__} is not causal: a token changes the logits of "
+            "earlier positions, so padding would change the rows. Set is_decoder in its config, "
+            "or give causal=False with batches without padding or with an attention mask"
+        )
     if chunked is None:
         chunked, _ = chunk_verdict(model)
-    inner = unwrap(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
-        hidden = _hidden_states(model, input_ids, mask).flatten(0, 1)[targets.positions]
+        hidden = _run(inner.base_model, inputs)[0].flatten(0, 1)[targets.positions]
         losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
-        with one_sequence_a_row():
-            logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-        chosen = logits.flatten(0, 1)[targets.positions].float()
+        chosen = _run(model, inputs).logits.flatten(0, 1)[targets.positions].float()
         losses = F.cross_entropy(chosen, targets.tokens, reduction="none")
-    spread = losses.new_zeros(input_ids.numel()).index_copy(0, targets.positions, losses)
-    return _Announce.apply(spread.view(input_ids.shape).sum(dim=1), loss_key(model))
+    shape = inputs["input_ids"].shape
+    spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
+    return _Announce.apply(spread.view(shape).sum(dim=1), loss_key(model))
+
+
+def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:
+    """Return the model's inputs, and the targets."""
+    batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    given = {key: value for key, value in batch.items() if value is not None}
+    unknown = sorted(set(given) - {*_MODEL_INPUTS, "labels", "targets"})
+    if unknown or "input_ids" not in given:
+        problem = f"does not use {', '.join(unknown)}" if unknown else "got no input_ids"
+        raise ConfigError(
+            f"per_sample_loss {problem}: a batch has {', '.join(_MODEL_INPUTS)}, and labels or "
+            "targets; leave out what plays no part in the loss"
+        )
+    inputs = {key: given[key] for key in _MODEL_INPUTS if key in given}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        if "labels" not in given and "targets" not in given:
+            raise ConfigError(
+                f"per_sample_loss: an attention_mask of the shape {tuple(mask.shape)} does not say "
+                f"which of the {tuple(ids.shape)} tokens are targets; give labels"
+            )
+        mask = None
+    if "targets" in given:
+        return inputs, given["targets"]
+    labels = given.get("labels")
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORE)
+    return inputs, Targets.from_labels(labels, mask)
+
+
+def _run(module: Any, inputs: dict[str, Tensor]) -> Any:
+    """Run the model or its body, which must know every input by its name."""
+    if len(inputs) > 1:
+        # transformers' models drop what they do not know without a word.
+        named = inspect.signature(unwrap(module).forward).parameters
+        unknown = sorted(set(inputs) - set(named)) if "input_ids" in named else []
+        if unknown:
+            raise ConfigError(
+                f"per_sample_loss: {type(unwrap(module)).__name__} takes no {', '.join(unknown)}; "
+                "leave it out of the batch"
+            )
+    # Rows with position ids of their own may be packed.
+    with contextlib.nullcontext() if "position_ids" in inputs else one_sequence_a_row():
+        return module(**inputs, use_cache=False)
 
 
 def _head_is_bystander(head: nn.Module) -> bool:
@@ -122,34 +186,21 @@ def _head_is_bystander(head: nn.Module) -> bool:
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
-def _hidden_states(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``(N, S, H)``, the input of the vocabulary head."""
-    with one_sequence_a_row():
-        body = unwrap(model).base_model
-        return body(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-
-
 def _softcap(model: Any) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
-
-
-_CHUNKABLE: "WeakKeyDictionary[nn.Module, tuple[bool, str]]" = WeakKeyDictionary()
 
 
 def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
     """Return whether the chunked loss agrees with the model's own logits, and why in words.
 
-    Models differ in logit scales, extra heads and the like. One short batch decides, once per
-    model, not a list of names.
+    Models differ in logit scales, extra heads and the like. One short batch decides, not a list of
+    names, and again when the weights have changed.
     """
     inner = unwrap(model)
-    if inner.training:
-        return False, "the model is in training mode"
-    if inner not in _CHUNKABLE:
-        _CHUNKABLE[inner] = _try_chunk(inner)
-    return _CHUNKABLE[inner]
+    return (False, "the model is in training mode") if inner.training else _try_chunk(inner)
 
 
+@measured
 @torch.no_grad()
 def _try_chunk(model: Any) -> tuple[bool, str]:
     head = model.get_output_embeddings()
@@ -160,15 +211,23 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
     n_tokens = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
     ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = _hidden_states(model, ids, None)
+    expected = _run(model, {"input_ids": ids}).logits.float()
+    try:
+        hidden = _run(model.base_model, {"input_ids": ids})[0]
+    except Exception as error:  # a checkpoint's own code raises many types
+        return False, f"the model's body cannot run alone ({type(error).__name__}: {error})"
+    if hidden.shape[-1] != head.in_features:
+        return False, (
+            f"the model's head takes {head.in_features} values a token, its body gives "
+            f"{hidden.shape[-1]}"
+        )
     logits = head(hidden).float()
     cap = _softcap(model)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     dtype = head.weight.dtype
-    tolerance = 1e-5 if expected.dtype == dtype else 4 * torch.finfo(dtype).eps
-    error = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
-    if not error <= tolerance:
-        return False, f"logits from the hidden states differ from the model's own by {error:.1e}"
-    return True, f"logits in chunks agree with the model's own to {error:.1e}"
+    most = 1e-5 if expected.dtype == dtype else 4 * torch.finfo(dtype).eps
+    off = ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+    if not off <= most:
+        return False, f"logits from the hidden states differ from the model's own by {off:.1e}"
+    return True, f"logits in chunks agree with the model's own to {off:.1e}"

@@ -45,7 +45,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _IN_BFLOAT16 = WeakTensorKeyDictionary()
-"""Projection matrix -> its bfloat16 copy, if that is exact."""
+"""Projection matrix -> its exact bfloat16 copy, and the matrix's version when it was made."""
 
 
 def cache_bfloat16(p: Tensor) -> None:
@@ -55,8 +55,8 @@ def cache_bfloat16(p: Tensor) -> None:
     of two. Synchronises with the device once.
     """
     low = p.to(torch.bfloat16)
-    if torch.equal(low.float(), p):
-        _IN_BFLOAT16[p] = low
+    if torch.equal(low.float(), p) and not p.is_inference():
+        _IN_BFLOAT16[p] = low, p._version
 
 
 def project(x: Tensor, p: Tensor) -> Tensor:
@@ -69,8 +69,9 @@ def project(x: Tensor, p: Tensor) -> Tensor:
 
 
 def cached_bfloat16(p: Tensor) -> Tensor | None:
-    """Return the cached bfloat16 copy of a matrix. None if there is none."""
-    return _IN_BFLOAT16.get(p)
+    """Return the cached bfloat16 copy of a matrix. None if it has none or was written to since."""
+    low, version = _IN_BFLOAT16.get(p, (None, None))
+    return low if low is not None and p._version == version else None
 
 
 def project_with(x: Tensor, p: Tensor, low: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gradproj.errors import ModelError
 from gradproj.model.checkpoint import ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
+from gradproj.model.probes import is_causal
 
 
 def load_model_config(files: ModelFiles) -> Any:
@@ -66,29 +67,13 @@ def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
     dtype = MODEL_DTYPES[config.model_dtype]
     model = _random_model(files, dtype) if config.init == "random" else _load_weights(files, dtype)
     model = model.requires_grad_(False).eval().to(device)
-    _check_causal(model, config.model or config.architecture)
-    return model
-
-
-@torch.no_grad()
-def _check_causal(model: Any, name: str) -> None:
-    """Raise for a model in which a token changes the logits of earlier positions.
-
-    Batches are padded on the right without an attention mask, which only a causal model allows.
-    """
-    size = min(64, model.get_input_embeddings().weight.shape[0])
-    ids = torch.arange(8, device=model.device).remainder(size).unsqueeze(0)
-    changed = ids.clone()
-    changed[0, -1] = (ids[0, -1] + 1) % size
-    before, after = (
-        model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed)
-    )
-    # In a causal model both passes do the same arithmetic, so the logits agree to the last bit.
-    if (before - after).abs().max() > 1e-5 * before.abs().max():
+    if not is_causal(model):
         raise ModelError(
-            f"--model {name} ({type(model).__name__}) is not causal: a token changes the logits of "
-            "earlier positions (a bidirectional model needs is_decoder in its config)"
+            f"--model {config.model or config.architecture} ({type(model).__name__}) is not "
+            "causal: a token changes the logits of earlier positions (a bidirectional model needs "
+            "is_decoder in its config)"
         )
+    return model
 
 
 def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:

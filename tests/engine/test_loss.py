@@ -1,14 +1,28 @@
-"""What is a target, and what the loss does with weights, masks and models that it cannot chunk."""
+"""Targets, weights, masks, and models whose logits cannot be made in chunks."""
 
 import copy
 
+import pytest
 import torch
 from helpers.models import ragged_batch, small_model
 from helpers.references import relative_error
+from torch import nn
 from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RemBertConfig,
+    RemBertForCausalLM,
+)
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.loss import chunk_verdict, per_sample_loss
+from gradproj.errors import ConfigError, ModelError
+from gradproj.kernels.onednn import cache_bfloat16, project
 
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
 LENGTHS = [9, 21, 2, 14]
@@ -39,7 +53,9 @@ def test_sample_whose_loss_has_the_weight_0_has_a_zero_row_and_is_in_no_sum():
         rows, sums = engine.collect_batch(), engine.take_token_covariances()
         others = [0, 2, 3]
         engine.set_token_mask(mask[others])
-        per_sample_loss(model, {"input_ids": ids[others], "labels": labels[others]}).sum().backward()
+        per_sample_loss(
+            model, {"input_ids": ids[others], "labels": labels[others]}
+        ).sum().backward()
         engine.collect_batch()
         expected = engine.take_token_covariances()
     assert not rows[1].any()
@@ -49,3 +65,202 @@ def test_sample_whose_loss_has_the_weight_0_has_a_zero_row_and_is_in_no_sum():
     assert sums.n_tokens == expected.n_tokens
     assert relative_error(sums.a, expected.a) < 1e-5
     assert relative_error(sums.s, expected.s) < 1e-5
+
+
+# --- masks, positions and other keys ---
+
+
+def left_padded(lengths):
+    """Return ids, attention mask and position ids of a left-padded batch, and its samples."""
+    ids, _ = ragged_batch(lengths)
+    samples = [ids[n, :length] for n, length in enumerate(lengths)]
+    width = ids.shape[1]
+    padded, mask = torch.full_like(ids, 5), torch.zeros_like(ids)
+    for n, tokens in enumerate(samples):
+        padded[n, width - len(tokens) :] = tokens
+        mask[n, width - len(tokens) :] = 1
+    return padded, mask, (mask.cumsum(1) - 1).clamp_min(0), samples
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_left_padded_batch_gives_the_rows_of_the_samples_alone(family, with_labels):
+    model = small_model(family)
+    ids, mask, positions, samples = left_padded(LENGTHS)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    if with_labels:
+        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        losses = per_sample_loss(model, batch)
+        losses.sum().backward()
+        rows = engine.collect_batch()
+    for n, tokens in enumerate(samples):
+        assert relative_error(rows[n], row_in_float64(model, engine, tokens)) < 1e-5
+        alone = per_sample_loss(model, tokens[None])
+        torch.testing.assert_close(losses[n], alone[0], rtol=1e-5, atol=0)
+
+
+def test_position_ids_reach_the_model_in_both_ways_to_the_logits():
+    model = small_model("gpt2").requires_grad_(False)
+    ids, _ = ragged_batch([12, 12])
+    positions = torch.arange(20, 32).expand(2, 12)
+    for chunked in (True, False):
+        losses = per_sample_loss(
+            model, {"input_ids": ids, "position_ids": positions}, chunked=chunked
+        )
+        for n in range(2):
+            logits = model(input_ids=ids[n : n + 1], position_ids=positions[:1]).logits[0]
+            want = F.cross_entropy(logits[:-1], ids[n, 1:], reduction="sum")
+            torch.testing.assert_close(losses[n], want, rtol=1e-5, atol=0)
+
+
+def test_key_that_the_loss_would_ignore_is_rejected():
+    model = small_model("llama")
+    ids, _ = ragged_batch([9, 9])
+    with pytest.raises(ConfigError, match="does not use sample_id: a batch has input_ids, atten"):
+        per_sample_loss(model, {"input_ids": ids, "sample_id": torch.arange(2)})
+    with pytest.raises(ConfigError, match=r"Llama.* takes no token_type_ids"):
+        per_sample_loss(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
+    with pytest.raises(ConfigError, match="got no input_ids"):
+        per_sample_loss(model, {"labels": ids})
+
+
+def test_input_that_the_model_would_ignore_is_rejected():
+    model = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)).eval()
+    ids = torch.arange(8)[None]
+    with pytest.raises(ConfigError, match="takes no position_ids; leave it out"):
+        per_sample_loss(model, {"input_ids": ids, "position_ids": ids})
+
+
+def test_mask_that_does_not_tell_targets_needs_labels():
+    model = small_model("llama")
+    ids, _ = ragged_batch([9, 9])
+    mask = torch.ones(9, 9).tril().bool().expand(2, 1, 9, 9)
+    with pytest.raises(ConfigError, match=r"\(2, 1, 9, 9\) does not say which .* give labels"):
+        per_sample_loss(model, {"input_ids": ids, "attention_mask": mask})
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    torch.testing.assert_close(per_sample_loss(model, batch), per_sample_loss(model, ids))
+
+
+# --- models that are not causal ---
+
+
+def bert(**settings):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    return BertLMHeadModel(BertConfig(**shape, vocab_size=101, **settings)).eval()
+
+
+def test_bidirectional_model_is_rejected_unless_asked_for():
+    model = bert()
+    ids, _ = ragged_batch([9, 9])
+    with pytest.raises(ModelError, match=r"BertLMHeadModel is not causal.*causal=False"):
+        per_sample_loss(model, ids)
+    with pytest.raises(ModelError, match="is not causal"):
+        per_sample_loss(model.train(), ids)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    model.eval()
+    with GradProjLoraEngine(model, "attention", **ENGINE) as engine:
+        per_sample_loss(model, ids, causal=False).sum().backward()
+        rows = engine.collect_batch()
+    for n in range(2):
+        assert relative_error(rows[n], row_in_float64(model, engine, ids[n])) < 1e-5
+
+
+def test_bidirectional_architecture_made_a_decoder_works():
+    model = bert(is_decoder=True)
+    ids, labels = ragged_batch(LENGTHS)
+    with GradProjLoraEngine(model, "attention", **ENGINE) as engine:
+        per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+        rows = engine.collect_batch()
+    want = row_in_float64(model, engine, ids[0, : LENGTHS[0]])
+    assert relative_error(rows[0], want) < 1e-5
+
+
+# --- whether the logits may be made in chunks ---
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """A head whose logits are multiplied by a learned scale."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * self.scale
+        return out
+
+
+def test_verdict_on_chunked_logits_follows_the_weights():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    model = ScaledLlama(LlamaConfig(**shape, vocab_size=101)).eval()
+    ids, labels = ragged_batch(LENGTHS)
+    checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = copy.deepcopy(model)
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        for scale in (1.0, 3.0, 1.0):
+            for each in (model, plain):
+                each.load_state_dict(checkpoint | {"scale": torch.tensor(scale)})
+            assert chunk_verdict(model)[0] == (scale == 1.0)
+            per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+            rows = engine.collect_batch()
+            want = row_in_float64(plain, engine, ids[0, : LENGTHS[0]])
+            assert relative_error(rows[0], want) < 1e-5
+
+
+def test_verdict_is_measured_once_while_the_weights_stay(monkeypatch):
+    model = small_model("llama")
+    calls = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    chunk_verdict(model)
+    n_probes = len(calls)
+    chunk_verdict(model)
+    model.requires_grad_(False)
+    chunk_verdict(model)
+    assert len(calls) == n_probes > 0
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    chunk_verdict(model)
+    model.to(torch.bfloat16)
+    chunk_verdict(model)
+    assert len(calls) == 3 * n_probes
+
+
+def test_bfloat16_copy_of_a_matrix_follows_the_matrix():
+    p = torch.tensor([[0.5, -0.5], [0.5, 0.5]])
+    cache_bfloat16(p)
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16)
+    p.mul_(3)
+    torch.testing.assert_close(project(x, p), x.float() @ p.T)
+
+
+def test_head_of_another_width_than_the_body_falls_back_to_the_models_own_logits():
+    torch.manual_seed(0)
+    config = RemBertConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, input_embedding_size=16, output_embedding_size=40, is_decoder=True,
+    )  # fmt: skip
+    model = RemBertForCausalLM(config).eval()
+    assert chunk_verdict(model) == (
+        False, "the model's head takes 40 values a token, its body gives 32"
+    )  # fmt: skip
+    ids, labels = ragged_batch(LENGTHS)
+    with GradProjLoraEngine(model, "attention", **ENGINE) as engine:
+        per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+        rows = engine.collect_batch()
+    for n, length in enumerate(LENGTHS):
+        assert relative_error(rows[n], row_in_float64(model, engine, ids[n, :length])) < 1e-5
+
+
+def test_body_that_cannot_run_alone_falls_back_to_the_models_own_logits():
+    model = small_model("llama")
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs.pop("position_ids"), with_kwargs=True
+    )
+    allowed, why = chunk_verdict(model)
+    assert not allowed
+    assert why.startswith("the model's body cannot run alone (KeyError")

@@ -33,7 +33,7 @@ from gradproj.model.loading import load_model
 
 def remember(p):
     """Replace ``cache_bfloat16``, whose one comparison reads the device before the first unit."""
-    onednn._IN_BFLOAT16[p] = p.to(torch.bfloat16)
+    onednn._IN_BFLOAT16[p] = p.to(torch.bfloat16), p._version
 
 
 def some_unit():
@@ -49,7 +49,9 @@ def waits_of_a_unit(tmp_path, monkeypatch):
 
     def run(model, chunked=True, **settings):
         model = model.requires_grad_(False).to(META_DEVICE)
-        monkeypatch.setitem(loss._CHUNKABLE, model, (chunked, "tried once, before the first unit"))
+        # Both are measured before the first unit.
+        monkeypatch.setattr(loss, "chunk_verdict", lambda model: (chunked, ""))
+        monkeypatch.setattr(loss, "is_causal", lambda model: True)
         unit, done = some_unit(), []
         with GradProjLoraEngine(
             model, freeze_weights=True, token_covariances=True, **settings
@@ -213,6 +215,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     )
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(loss, "chunk_verdict", lambda model: (True, ""))
+    monkeypatch.setattr(loss, "is_causal", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)
     monkeypatch.setattr(unit_projector, "to_host", to_host)
     process = Process.from_environment()

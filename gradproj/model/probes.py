@@ -1,0 +1,87 @@
+"""What a few tokens show about a model, found out again when its weights change."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def measured(measure: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Cache what ``measure(model)`` returns until the model's weights change.
+
+    A change is another tensor, or a write into one that torch counts (``load_state_dict``, an
+    optimizer, any operation but one on ``weight.data``). While a model trains, its weights change
+    in every step, and the first result stays.
+    """
+    results: WeakKeyDictionary[nn.Module, tuple[list[tuple], T]] = WeakKeyDictionary()
+
+    @functools.wraps(measure)
+    def cached(model: Any) -> T:
+        if model not in results or not model.training:
+            state = [_version(tensor) for tensor in _weights(model)]
+            if model not in results or results[model][0] != state:
+                results[model] = state, measure(model)
+        return results[model][1]
+
+    return cached
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    # Buffers outside of the checkpoint hold no weights; rotary frequencies change with the length.
+    for module in model.modules():
+        passing = module._non_persistent_buffers_set
+        buffers = (b for name, b in module._buffers.items() if name not in passing)
+        yield from (
+            t for t in itertools.chain(module._parameters.values(), buffers) if t is not None
+        )
+
+
+def _version(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    # Tensors made in inference mode have no version.
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while, without gradients."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@measured
+def is_causal(model: Any) -> bool:
+    """Return whether a token changes no logits of earlier positions.
+
+    Batches are padded on the right without an attention mask, which only a causal model allows.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = next(model.parameters()) if embedding is None else embedding.weight
+    size = 2 if embedding is None else min(64, len(weight))
+    ids = torch.arange(8, device=weight.device).remainder(size).unsqueeze(0)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % size
+    with _evaluating(model):
+        before, after = (
+            model(input_ids=x, use_cache=False).logits[0, :-1].float() for x in (ids, changed)
+        )
+    # In a causal model both passes do the same arithmetic on the earlier positions, so the logits
+    # agree to the last bit, or to rounding where experts get another number of tokens.
+    return bool((before - after).abs().max() <= tolerance(weight.dtype) * before.abs().max())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative difference of logits that rounding explains."""
+    return max(1e-5, 2 * torch.finfo(dtype).eps)
