@@ -66,6 +66,11 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
+def bounded(lines: Sequence[str], most: int, rest: str) -> list[str]:
+    """Return at most ``most`` lines, and then ``rest`` with the number of the others."""
+    return [*lines[:most], *([rest.format(len(lines) - most)] if len(lines) > most else [])]
+
+
 def human_seconds(seconds: float) -> str:
     """Format a duration: 42 s, 3 min, 5.2 h, 2.1 d."""
     for limit, unit, size in ((90, "s", 1), (5400, "min", 60), (172800, "h", 3600)):

@@ -4,15 +4,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradproj.corpus.config import SHARDS_REQUIRED
+from gradproj.corpus.config import SHARDS_REQUIRED, CorpusConfig
 from gradproj.corpus.index import CorpusIndex, build_index, check_unchanged
 from gradproj.corpus.index_file import load_index, save_index
-from gradproj.corpus.prepare import FIELD_REQUIRED
+from gradproj.corpus.prepare import domain_lines
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import ConfigError, CorpusError
-from gradproj.flags import Flags, flag, parse
-
-MAX_DOMAINS_SHOWN = 30
+from gradproj.flags import Flags, as_in, flag, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +22,7 @@ class IndexConfig(Flags, title="index"):
         name="SHARDS",
         positional=True,
     )
-    domain_field: str = flag(
-        "Field of a document's JSON that names its domain; dots reach into objects.",
-        "meta.pile_set_name",
-        required=FIELD_REQUIRED,
-        metavar="FIELD",
-    )
+    domain_field: str = as_in(CorpusConfig, "domain_field")
     index_file: str = flag(
         "File of the index; default: corpus.json beside the tars.",
         "",
@@ -59,7 +52,7 @@ def index_command(argv: list[str]) -> None:
     )
     shards, started = config.shards[0], time.monotonic()
     paths = list_tars(shards)
-    path = Path(config.index_file) if config.index_file else default_index_path(shards)
+    path = Path(config.index_file) if config.index_file else default_index_path(paths)
     if path is None:
         raise ConfigError(
             "--index_file must be given: the tars lie in several folders; name a file for the index"
@@ -118,10 +111,6 @@ def _print_index(index: CorpusIndex, seconds: float | None = None) -> None:
     )
     print(f"tars          {len(index.tars):,}, {n_bytes / 1e6:,.1f} MB")
     print(f"documents     {index.n_samples:,}{took}")
-    counts = sorted(index.domain_counts().items(), key=lambda item: -item[1])
-    print(f"domains       {len(counts):,} by {index.domain_field}")
-    for name, n in counts[:MAX_DOMAINS_SHOWN]:
-        print(f"  {n:>12,}  {name}")
-    if len(counts) > MAX_DOMAINS_SHOWN:
-        print(f"  and {len(counts) - MAX_DOMAINS_SHOWN:,} smaller domains")
+    print(f"domains       {len(index.domains):,} by {index.domain_field}")
+    print("\n".join(domain_lines(index.domain_counts())))
     print(f"fingerprint   {index.fingerprint}")

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,12 @@ from gradproj.distributed import Process, choose_device, process_group, report_e
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.formatting import human_bytes
-from gradproj.job.config import RunConfig
-from gradproj.job.recorded import config_from, recorded_config, recorded_index
+from gradproj.job.recorded import config_from, recorded_index
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
 from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 from gradproj.store.texts import text_of
-
-_ALONE = Process(0, 1, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def _sigterm_as_interrupt(process: Process) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
+def query(config: QueryConfig, process: Process) -> Answer:
     """Score every document of a store in one scan and in bounded memory.
 
     Raises:
@@ -113,7 +110,7 @@ def query(config: QueryConfig, process: Process = _ALONE) -> Answer:
         n_top, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
         read_text = None
         if config.show_text:
-            read_text = document_texts(config.output, _run_with_shards(config))
+            read_text = document_texts(config.output, config.shards)
         options = _scan_options(config, store, process, note)
         config.check_joint(options["layers"], store)
         kind = config.curvature or SCORES[options["score"]].curvature
@@ -206,16 +203,10 @@ def _query_rows(config: QueryConfig, store: ProjectionStore) -> QueryRows:
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
 
-def _run_with_shards(config: QueryConfig) -> RunConfig:
-    """Return the recorded settings with the tars at ``--shards``; no checkpoint is opened."""
-    run = recorded_config(Path(config.output))
-    return replace(run, corpus=replace(run.corpus, shards=config.shards or run.corpus.shards))
-
-
-def document_texts(output: str | Path, run: RunConfig) -> Callable[[int], str]:
+def document_texts(output: str | Path, shards: str) -> Callable[[int], str]:
     """Return a function from a sample id to its document's text, read from the tars.
 
     Raises:
-        CorpusError: the tars are not where the job found them, or have changed.
+        CorpusError: the tars are not where the job found them, nor at ``shards``, or have changed.
     """
-    return functools.partial(text_of, recorded_index(Path(output), run))
+    return functools.partial(text_of, recorded_index(Path(output), shards))

@@ -15,7 +15,7 @@ from gradproj.errors import ConfigError, CorpusError, GradprojError
 from gradproj.files import make_folder, write_result
 from gradproj.flags import DEVICES, flag, parse
 from gradproj.formatting import human_bytes, one_line
-from gradproj.job.recorded import config_from, recorded_config, recorded_index
+from gradproj.job.recorded import config_from, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector, QueryRows, read_queries
 from gradproj.report.build import make_page
@@ -117,10 +117,7 @@ def excerpts_of(config: ReportConfig) -> TextExcerpts:
         CorpusError: ``--shards`` was given and has no tars of the corpus.
     """
     try:
-        run = recorded_config(Path(config.output))
-        if config.shards:
-            run = replace(run, corpus=replace(run.corpus, shards=config.shards))
-        index = recorded_index(Path(config.output), run)
+        index = recorded_index(Path(config.output), config.shards)
     except GradprojError as error:
         if config.shards:
             raise

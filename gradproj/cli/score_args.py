@@ -71,9 +71,7 @@ class ScoreArgs(Flags, title="score"):
     ) -> str:
         """Return ``--score``, or the default that this store supports.
 
-        Args:
-            store: finished or not.
-            note: called with a line for the user if the store cannot give the usual default.
+        ``note`` is called with a line for the user if that is not the usual default.
         """
         if self.score:
             return self.score
@@ -111,11 +109,8 @@ class ScoreArgs(Flags, title="score"):
     ) -> ScanOptions:
         """Return the arguments of a scan with one damping, including a cached second moment.
 
-        Args:
-            store: finished or not.
-            device: where the scan computes.
-            scores: scores that the scan supports. Another one is replaced by the inner product
-                with the same curvature: relatif by kfac.
+        A score that is not among ``scores``, those the scan supports, is replaced by the inner
+        product with the same curvature: relatif by kfac.
 
         Raises:
             StoreError: the score needs a second moment, and the store has no row.

@@ -8,7 +8,7 @@ from pathlib import Path
 from gradproj.coordinator.heartbeats import CONFIRM_AFTER_S, STALE_AFTER_S
 from gradproj.coordinator.process_id import Owner
 from gradproj.flags import parse
-from gradproj.formatting import count, human_seconds, ranges_text
+from gradproj.formatting import bounded, count, human_seconds, ranges_text
 from gradproj.maintenance.liveness import SILENT, UNKNOWN, ClaimedUnit, Speed
 from gradproj.maintenance.status import Status, StatusConfig, read_status
 from gradproj.store.layout import FAILED_NAME
@@ -51,11 +51,8 @@ def status_lines(status: Status) -> list[str]:
     if status.speed.n_ranks and status.missing_units:
         lines.append(f"speed         {_speed_text(status.speed)}")
     for label, claims in (("running", running), ("silent", silent), ("stale", over)):
-        lines += [
-            f"{label:<13} {_claim_text(c, status.watched_s)}" for c in claims[:MAX_CLAIMS_SHOWN]
-        ]
-        if len(claims) > MAX_CLAIMS_SHOWN:
-            lines.append(f"              and {len(claims) - MAX_CLAIMS_SHOWN:,} more")
+        texts = [f"{label:<13} {_claim_text(claim, status.watched_s)}" for claim in claims]
+        lines += bounded(texts, MAX_CLAIMS_SHOWN, "              and {:,} more")
     if status.partial:
         n_bytes = sum(p.n_bytes for p in status.partial)
         units = ranges_text([[p.unit, p.unit + 1] for p in status.partial])

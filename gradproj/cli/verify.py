@@ -12,7 +12,7 @@ from gradproj.coordinator.merge import ranges_of
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import StoreError
 from gradproj.flags import parse
-from gradproj.formatting import count, ranges_text
+from gradproj.formatting import bounded, count, ranges_text
 from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.repair import Repair, repair
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_DAMAGE_SHOWN = 20
 MAX_ROWS_SHOWN = 10
+MORE = "              and {:,} more; --json lists them all"
 
 WAYS_OUT = {
     INDEX_NAME: "restore corpus.json, or delete it: the job's command indexes the tars again "
@@ -93,6 +94,7 @@ def verification_lines(verification: Verification) -> list[str]:
     """Return the findings as lines of text, without a verdict."""
     megabytes, seconds = verification.n_bytes / 1e6, verification.seconds
     rows = ", ".join(f"{n:,} {name}" for name, n in verification.by_status.items())
+    damages = []
     lines = [
         f"checked       {count(verification.n_records, 'record')} of {verification.n_units:,}, "
         f"{count(verification.n_shards, 'shard')}: {megabytes:,.1f} MB in {seconds:.1f} s "
@@ -110,27 +112,15 @@ def verification_lines(verification: Verification) -> list[str]:
             f"{ranges_text(ranges_of(units))}: being committed, or left by a killed process; "
             "they do not count"
         )
-    damage = verification.damage
-    lines += [f"DAMAGED       {_damage_text(d)}" for d in damage[:MAX_DAMAGE_SHOWN]]
-    if len(damage) > MAX_DAMAGE_SHOWN:
-        n_more = len(damage) - MAX_DAMAGE_SHOWN
-        lines.append(f"              and {n_more:,} more; --json lists them all")
-    return lines
+    for damage in verification.damage:
+        unit = "" if damage.unit is None else f"unit {damage.unit}: "
+        damages.append(f"DAMAGED       {unit}{damage.path} {damage.what}")
+    return lines + bounded(damages, MAX_DAMAGE_SHOWN, MORE)
 
 
 def verdict_lines(verification: Verification, *, checksums: bool = True) -> list[str]:
-    """Return the ways to repair damage, and the verdict as the last line.
-
-    Args:
-        verification: the findings.
-        checksums: whether checksums were computed.
-    """
+    """Return the ways to repair damage, and the verdict as the last line."""
     return [*_ways_out(verification), f"result        {_verdict(verification, checksums)}"]
-
-
-def _damage_text(damage: Damage) -> str:
-    unit = "" if damage.unit is None else f"unit {damage.unit}: "
-    return f"{unit}{damage.path} {damage.what}"
 
 
 def _ways_out(verification: Verification) -> list[str]:
@@ -182,15 +172,12 @@ def recomputation_lines(recomputation: "Recomputation") -> list[str]:
         lines.append(
             f"not compared  {count(r.n_without_memory, 'document')} that ran out of memory"
         )
-    wrong = sorted(r.wrong, key=lambda check: -check.error)
-    lines += [
+    wrong = [
         f"WRONG         sample {c.sample_id} (unit {c.unit}, key {c.key!r}, stored as {c.status}) "
         f"{c.what}"
-        for c in wrong[:MAX_ROWS_SHOWN]
+        for c in sorted(r.wrong, key=lambda check: -check.error)
     ]
-    if len(wrong) > MAX_ROWS_SHOWN:
-        n_more = len(wrong) - MAX_ROWS_SHOWN
-        lines.append(f"              and {n_more:,} more; --json lists them all")
+    lines += bounded(wrong, MAX_ROWS_SHOWN, MORE)
     if not wrong and r.worst:
         ids = ", ".join(f"{c.sample_id} ({c.error:.1e})" for c in r.worst[:3])
         lines.append(f"farthest      samples {ids}")
@@ -198,12 +185,7 @@ def recomputation_lines(recomputation: "Recomputation") -> list[str]:
 
 
 def repair_lines(result: Repair, next_step: str) -> list[str]:
-    """Return what was repaired as lines of text.
-
-    Args:
-        result: the repair.
-        next_step: the command that computes missing units.
-    """
+    """Return what was repaired as lines of text; ``next_step`` computes missing units."""
     lines = []
     if result.units:
         units = ranges_text([[unit, unit + 1] for unit in result.units])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gradproj.flags import Flags, flag, split_list
 
 SHARDS_REQUIRED = "give a folder, a glob, braces or a list file of .tar files"
+FIELD_REQUIRED = "name a field, with dots to reach into objects"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class CorpusConfig(Flags, title="corpus"):
     domain_field: str = flag(
         "Field of a document's JSON that names its domain; dots reach into objects.",
         "meta.pile_set_name",
+        required=FIELD_REQUIRED,
         metavar="FIELD",
     )
     max_samples: int = flag(

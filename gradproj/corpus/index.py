@@ -4,7 +4,6 @@ A sample's id is its tar's start id plus its position in the tar. The index is b
 pass over every tar (``tar.scan``), and kept as one JSON file (``index_file``).
 """
 
-import base64
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,32 +22,15 @@ from gradproj.corpus.tar.scan_pool import scan_tars
 from gradproj.errors import CorpusError
 
 
-@dataclass(frozen=True)
-class Tar:
-    """One tar of the corpus as it was when it was indexed. Arrays are kept as base64 text."""
+@dataclass(frozen=True, kw_only=True)
+class Tar(TarFacts):
+    """One tar of the corpus as it was when it was indexed."""
 
     name: str
     path: Path
     size_bytes: int
     mtime_ns: int
-    n_samples: int
     start_id: int
-    digest: str
-    domain_counts: dict[str, int]
-    longest_key_bytes: int
-    largest_member_bytes: int
-    block_offsets_base64: str
-    block_key_crcs_base64: str
-
-    @property
-    def block_offsets(self) -> NDArray[np.int64]:
-        """Byte offset of every 64th sample's first header, long-name and pax headers included."""
-        return np.frombuffer(base64.b64decode(self.block_offsets_base64), "<i8")
-
-    @property
-    def block_key_crcs(self) -> NDArray[np.uint32]:
-        """crc32 of each block's keys, joined by newlines."""
-        return np.frombuffer(base64.b64decode(self.block_key_crcs_base64), "<u4")
 
 
 @dataclass(frozen=True)
@@ -143,11 +125,8 @@ def build_index(
 ) -> CorpusIndex:
     """Scan every tar once and number its samples, in the order of ``paths``.
 
-    Args:
-        paths: the tars, as :func:`gradproj.corpus.tar.paths.list_tars` returns them.
-        domain_field: dotted path of the field of ``{key}.json`` that names a sample's domain.
-        processes: worker processes; None for one per CPU, or none if there are less than 256 MB.
-        progress: show a progress bar on standard error.
+    ``processes`` is the number of worker processes; None for one per CPU, or none if there are less
+    than 256 MB to read.
 
     Raises:
         CorpusError: a tar is damaged, unreadable or changed during the scan; lists up to 20.
@@ -162,25 +141,19 @@ def build_index(
     for path, stat, facts in zip(
         paths, before, scan_tars(paths, sizes, domain_field, processes, progress), strict=True
     ):
-        tars.append(_tar(path, stat, facts, start_id))
+        tars.append(
+            Tar(
+                name=path.name,
+                path=path,
+                size_bytes=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+                start_id=start_id,
+                **vars(facts),
+            )
+        )
         check_unchanged(tars[-1])
         start_id += facts.n_samples
     return make_index(tuple(tars), domain_field)
-
-
-def _tar(path: Path, stat: os.stat_result, facts: TarFacts, start_id: int) -> Tar:
-    fields = dict(vars(facts))
-    offsets, crcs = fields.pop("block_offsets"), fields.pop("block_key_crcs")
-    return Tar(
-        name=path.name,
-        path=path,
-        size_bytes=stat.st_size,
-        mtime_ns=stat.st_mtime_ns,
-        start_id=start_id,
-        block_offsets_base64=base64.b64encode(np.array(offsets, "<i8").tobytes()).decode(),
-        block_key_crcs_base64=base64.b64encode(np.array(crcs, "<u4").tobytes()).decode(),
-        **fields,
-    )
 
 
 def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
@@ -224,20 +197,14 @@ def check_unchanged(tar: Tar) -> None:
     if stat.st_size != tar.size_bytes:
         changes.append(f"it has {stat.st_size:,} bytes, the index says {tar.size_bytes:,}")
     if stat.st_mtime_ns != tar.mtime_ns:
-        changes.append(
-            f"it was modified at {_seconds(stat.st_mtime_ns)}, "
-            f"the index says {_seconds(tar.mtime_ns)}"
-        )
+        times = (f"{ns // 10**9}.{ns % 10**9:09d} s" for ns in (stat.st_mtime_ns, tar.mtime_ns))
+        changes.append(f"it was modified at {next(times)}, the index says {next(times)}")
     if changes:
         raise CorpusError(
             f"{tar.path}: changed since it was indexed: {'; '.join(changes)}. "
             "Run `python -m gradproj index` again: if it was only touched or copied, the corpus "
             "keeps its fingerprint and a job can continue"
         )
-
-
-def _seconds(time_ns: int) -> str:
-    return f"{time_ns // 10**9}.{time_ns % 10**9:09d} s"
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -136,7 +135,7 @@ def load_index(path: Path) -> CorpusIndex:
         raise CorpusError(
             f"{path}: the corpus index is damaged or was edited: its checksum differs. {again}"
         )
-    body = msgspec.json.decode(content, type=_Body, dec_hook=_decode_path)
+    body = msgspec.json.decode(content, type=_Body, dec_hook=lambda kind, value: kind(value))
     del raw, envelope, content
     index = make_index(
         tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field
@@ -146,10 +145,6 @@ def load_index(path: Path) -> CorpusIndex:
             f"{path}: the corpus index's fingerprint is not that of its tars. {again}"
         )
     return index
-
-
-def _decode_path(kind: type, value: Any) -> Path:
-    return kind(value)
 
 
 def open_corpus(
@@ -163,16 +158,9 @@ def open_corpus(
 ) -> CorpusIndex:
     """Return the index of the corpus that ``shards`` names, building it if there is none.
 
-    An index file (``.json``) is loaded as it is. For tars the index is ``output_index`` or the one
-    beside the tars, with the tars' present paths; without either, every tar is scanned.
-
-    Args:
-        shards: the value of a ``--shards`` flag, see :func:`list_tars`.
-        flag: the name of that flag, for messages.
-        output_index: an index that an earlier run kept; it need not exist.
-        domain_field: the field that names a document's domain, for a new index.
-        most_tars: the most tars to scan here; None for no limit.
-        progress: show a progress bar while tars are scanned.
+    An index file (``.json``) is loaded as it is. For tars the index is ``output_index``, which an
+    earlier run kept, or the one beside the tars, with the tars' present paths; without either, at
+    most ``most_tars`` tars are scanned. ``flag`` names ``shards`` in messages.
 
     Raises:
         CorpusError: there is no such corpus, it has more than ``most_tars`` tars and no index, or
@@ -181,7 +169,7 @@ def open_corpus(
     if shards.endswith(".json"):
         return load_index(Path(shards))
     paths = list_tars(shards, flag)
-    beside = default_index_path(shards)
+    beside = default_index_path(paths)
     indexes = [load_index(p) for p in (output_index, beside) if p is not None and p.is_file()]
     # Tars that were touched or copied are indexed again beside them. If that is the same
     # corpus, the newer index is used: it has the tars' present times.

@@ -6,22 +6,24 @@ publishes tars. Equal inputs and settings give equal bytes.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from gradproj.corpus.config import FIELD_REQUIRED, CorpusConfig
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
 from gradproj.corpus.tar.scan import MAX_DOMAINS
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
 from gradproj.errors import CorpusError
-from gradproj.flags import Flags, flag
+from gradproj.flags import Flags, as_in, flag
+from gradproj.formatting import bounded
 
-MAX_BAD_EXAMPLES = 10
-FIELD_REQUIRED = "name a field, with dots to reach into objects"
+MAX_BAD_EXAMPLES, MAX_DOMAINS_SHOWN = 10, 30
 BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0
 
 
@@ -48,11 +50,10 @@ class PrepareConfig(Flags, title="tars"):
         required=FIELD_REQUIRED,
         metavar="FIELD",
     )
-    domain_field: str = flag(
-        "Field of a record with its domain's name; without it the domain is 'unknown'.",
-        "meta.pile_set_name",
-        required=FIELD_REQUIRED,
-        metavar="FIELD",
+    domain_field: str = as_in(
+        CorpusConfig,
+        "domain_field",
+        help="Field of a record with its domain's name; without it the domain is 'unknown'.",
     )
     group_by_domain: bool = flag(
         "Make each domain one contiguous range of ids (needs twice the disk space).", False
@@ -83,19 +84,24 @@ class PrepareReport:
 
     def summary(self) -> str:
         """Return lines for a person: counts, the largest domains, what was left out."""
-        largest = sorted(self.domains.items(), key=lambda item: -item[1])[:30]
         lines = [
-            f"{self.n_samples:,} documents of {len(self.domains):,} domains in {self.n_tars:,} tars"
+            f"{self.n_samples:,} documents of {len(self.domains):,} domains "
+            f"in {self.n_tars:,} tars",
+            *domain_lines(self.domains),
         ]
-        lines += [f"  {count:>12,}  {name}" for name, count in largest]
-        if len(self.domains) > len(largest):
-            lines.append(f"  and {len(self.domains) - len(largest):,} smaller domains")
         if self.n_bad:
             lines.append(
                 f"{self.n_bad:,} bad inputs were left out; the first {len(self.bad_examples)}:"
             )
             lines += [f"  {example}" for example in self.bad_examples]
         return "\n".join(lines)
+
+
+def domain_lines(counts: Mapping[str, int]) -> list[str]:
+    """Return a line for each of the largest domains, and one for the rest."""
+    items = sorted(counts.items(), key=lambda item: -item[1])
+    lines = [f"  {n:>12,}  {name}" for name, n in items]
+    return bounded(lines, MAX_DOMAINS_SHOWN, "  and {:,} smaller domains")
 
 
 def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
@@ -151,7 +157,7 @@ class _Documents:
         file_sizes = [size for size in sizes if size is not None]
         total = sum(file_sizes) if len(file_sizes) == len(sizes) else None
         before = 0
-        with _Progress("prepare", total, self._progress) as progress:
+        with closing(_Progress("prepare", total, self._progress)) as progress:
             for location, size in zip(self.config.inputs, sizes, strict=True):
                 text_field, domain_field = self.config.text_field, self.config.domain_field
                 if location == "stdlib:":
@@ -199,20 +205,14 @@ class _Progress:
         self.label, self.total_bytes = label, total_bytes
         self.n_samples = self.n_bytes = 0
         terminal = enabled and sys.stderr.isatty()
-        self._bar: Any = (
-            tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label, file=sys.stderr)
-            if terminal
-            else None
-        )
-        self._interval_s = (
-            BAR_INTERVAL_S if terminal else PLAIN_INTERVAL_S if enabled else float("inf")
-        )
+        self._bar: Any = None
+        self._interval_s = PLAIN_INTERVAL_S if enabled else float("inf")
+        if terminal:
+            self._interval_s = BAR_INTERVAL_S
+            self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=label)
         self._updated_s = self._start_s = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -244,7 +244,7 @@ def _write_grouped(reader: _Documents, tars: TarSequence, folder: Path, progress
     spools = DomainSpools(folder)
     for document in reader:
         spools.add(document)
-    with _Progress("group by domain", spools.n_bytes, progress) as bar:
+    with closing(_Progress("group by domain", spools.n_bytes, progress)) as bar:
         for payloads in spools.drain():
             for payload in payloads:
                 tars.add(payload)

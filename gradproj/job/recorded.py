@@ -83,14 +83,13 @@ def config_from(inputs: RecordedRunArgs) -> RunConfig:
     return replace(run, model=model, corpus=corpus, batch=batch)
 
 
-def recorded_index(output: Path, run: RunConfig) -> CorpusIndex:
-    """Return the output's own index, with the tars where the job or ``--shards`` finds them."""
-    index, shards = load_index(output / INDEX_NAME), run.corpus.shards
+def recorded_index(output: Path, shards: str = "") -> CorpusIndex:
+    """Return the output's own index, with its tars where the job found them or at ``shards``."""
+    recorded = recorded_config(output).corpus.shards
+    index, shards = load_index(output / INDEX_NAME), shards or recorded
     # The index holds absolute paths; the job's --shards may be relative to another folder.
-    as_recorded = shards == recorded_config(output).corpus.shards
-    if shards.endswith(".json") or (as_recorded and all(tar.path.is_file() for tar in index.tars)):
-        return index
-    return index.relocated(list_tars(shards))
+    in_place = shards == recorded and all(tar.path.is_file() for tar in index.tars)
+    return index if in_place or shards.endswith(".json") else index.relocated(list_tars(shards))
 
 
 @dataclass(frozen=True)

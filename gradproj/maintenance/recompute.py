@@ -106,7 +106,7 @@ def recompute(
     prepare_torch(run.job.threads, run.job.deterministic)
     with ProjectionStore(output.path) as store:
         choice = _choose(output, store, n_rows, seed, skip or set())
-        index = recorded_index(output.path, run)
+        index = recorded_index(output.path, inputs.shards)
         recorded = recorded_engine(store, run, inputs.device)
         settings = UnitSettings(
             output.layout,

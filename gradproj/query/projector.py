@@ -1,7 +1,7 @@
 """Project queries with the engine, model, settings and matrices of a store's job."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,11 +44,7 @@ class QueryRows:
 def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
     """Raise ``ConfigError`` if the rows of these queries do not fit the memory allowed for them.
 
-    Args:
-        source: flag and value that name the queries.
-        n_queries: their number.
-        dim: values per row.
-        way_out: last sentence of the message.
+    ``source`` is the flag and value that name the queries, ``way_out`` the message's last sentence.
     """
     n_bytes = 4 * n_queries * dim
     if n_bytes > MAX_ROWS_BYTES:
@@ -61,21 +57,13 @@ def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A query's token ids; those from ``first`` on are targets of the loss."""
+    """Token ids of a query, or of a window of a long one."""
 
     ids: np.ndarray
     first: int
-
-
-@dataclass
-class _Sequences:
-    """Inputs of the model: queries, or windows of long ones."""
-
-    tokens: list[np.ndarray]
-    first: list[int]
-    """First target of each sequence; at least 1, since the first token has no predecessor."""
-    query: list[int]
-    """Number of the query that each sequence belongs to."""
+    """The first target of the loss; at least 1, since the first token has no predecessor."""
+    query: int = -1
+    """Number of the query."""
 
 
 class QueryProjector:
@@ -116,10 +104,10 @@ class QueryProjector:
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
         tokens = [self._tokens_of(query) for query in queries]
-        sequences = self._split(tokens)
+        sequences = list(self._windows(tokens))
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
-        lengths = [len(sequence) for sequence in sequences.tokens]
+        lengths = [len(sequence.ids) for sequence in sequences]
         # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
         run = functools.partial(self._forward_backward, sequences)
@@ -128,11 +116,11 @@ class QueryProjector:
                 for part, result in run_in_halves(self._engine, chosen, run):
                     if result is None:
                         raise ConfigError(
-                            f"{queries[sequences.query[part[0]]].place}: does not fit the memory "
+                            f"{queries[sequences[part[0]].query].place}: does not fit the memory "
                             f"of {self._device}; try --device cpu"
                         )
                     part_rows, part_loss = result
-                    owners = [sequences.query[i] for i in part]
+                    owners = [sequences[i].query for i in part]
                     np.add.at(rows, owners, part_rows.cpu().numpy())
                     np.add.at(loss, owners, part_loss.double().cpu().numpy())
         n_tokens = np.array([len(t.ids) - t.first for t in tokens], np.int64)
@@ -183,22 +171,20 @@ class QueryProjector:
         ids = np.array([*before, *encoding.input_ids, *after], dtype=np.int64)
         return _Tokens(ids, max(1, len(before) + first))
 
-    def _split(self, tokens: Sequence[_Tokens]) -> _Sequences:
-        sequences = _Sequences([], [], [])
+    def _windows(self, tokens: Sequence[_Tokens]) -> Iterator[_Tokens]:
         for number, query in enumerate(tokens):
             start = 0
             for part in split_long(query.ids, self._batch.max_length, self._batch.long_documents):
                 first = max(1, query.first - start)
                 if first < len(part):  # a window within the prompt has no target
-                    sequences.tokens.append(part)
-                    sequences.first.append(first)
-                    sequences.query.append(number)
+                    yield _Tokens(part, first, number)
                 start += len(part) - 1  # windows overlap by one token
-        return sequences
 
-    def _forward_backward(self, sequences: _Sequences, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        batch = collate(sequences.tokens, chosen, pad=0)
-        batch = _only_targets_from(batch, [sequences.first[i] for i in chosen]).to(self._device)
+    def _forward_backward(
+        self, sequences: list[_Tokens], chosen: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        batch = collate([sequence.ids for sequence in sequences], chosen, pad=0)
+        batch = _only_targets_from(batch, [sequences[i].first for i in chosen]).to(self._device)
         result = run_batch(self._model, self._engine, batch)
         self._engine.take_token_covariances()  # a query needs none
         return result

@@ -18,6 +18,7 @@ from gradproj.cli.query import QueryConfig, query
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import list_tars
+from gradproj.distributed import Process
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries
@@ -280,7 +281,7 @@ def test_positive_score_means_training_on_the_document_lowers_the_loss(job, tmp_
     }
     run_job(shards=job.corpus, model=job.model, output_dir=output, proj_dtype="float32", **settings)
     config = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
-    top = query(config).rankings[0].top
+    top = query(config, Process(0, 1, 0, 1)).rankings[0].top
     texts = [d["text"] for d in mixed_documents(12)]
     rate = 1e-4
     assert len(top.ids[0]) == 11
@@ -307,7 +308,7 @@ def test_positive_score_means_training_on_the_document_lowers_the_loss(job, tmp_
 def test_control_characters_are_replaced_in_the_table(job, tmp_path, ask, monkeypatch):
     hostile = "control \x1b[31m and\n\n  spaces" + words(60, 3)
     monkeypatch.setattr(
-        "gradproj.cli.query.document_texts", lambda output, run: lambda sample_id: hostile
+        "gradproj.cli.query.document_texts", lambda output, shards: lambda sample_id: hostile
     )
     path = write_queries(tmp_path / "q.jsonl", {"text": "the of \x1b[0m", "id": "a\x1b[2Jb"})
     lines, _ = ask(job.output, "--queries", path, "--show_text", "--top_k", 6)

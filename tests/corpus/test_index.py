@@ -111,10 +111,10 @@ def test_link_to_a_listed_tar_counts_as_the_same_tar(folder):
 
 
 def test_default_index_path_is_in_the_common_folder_of_the_tars(folder):
-    assert default_index_path(str(folder)) == folder / "corpus.json"
+    assert default_index_path(list_tars(str(folder))) == folder / "corpus.json"
     (folder / "sub").mkdir()
     (folder / "sub" / "d.tar").touch()
-    assert default_index_path(f"{folder}/{{a.tar,sub/d.tar}}") is None
+    assert default_index_path(list_tars(f"{folder}/{{a.tar,sub/d.tar}}")) is None
 
 
 # ---- the index

@@ -6,6 +6,7 @@ Here any damage is an error that names the tar, the byte and the kind.
 
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ _MAX_PADDING = 2**20
 _CHUNK = 2**20
 
 _EXTENSIONS = b"LKxXg"
-_REGULAR = b"\x00" + b"07"
 _WITHOUT_DATA = b"123456"
 """Links, devices, folders and pipes: tarfile reads no data for them, whatever their size field."""
 
@@ -110,51 +110,44 @@ def read_member(data: TarBytes, offset: int) -> tuple[Member, int] | None:
             _check_end(data, position)
             return None
         payload = position + _BLOCK
-        stored = _number(head[124:136], position, data)
-        if head[156] not in _EXTENSIONS:
+        if head.type not in _EXTENSIONS:
             break
-        position = payload + (stored + 511 & ~511)
+        position = payload + (head.size + 511 & ~511)
         if position > len(data):
             raise data.damage(payload - _BLOCK, "cut inside an extension header")
-        body = data[payload : payload + stored]
+        body = data[payload : payload + head.size]
         # The first of several extension headers is the outermost, and has the last word.
-        if head[156] == ord("L") and name is None:
-            name = _text(body)
-        elif head[156] in b"xXg":
+        if head.type == b"L" and name is None:
+            name = body.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+        elif head.type in b"xXg":
             records = _pax_records(body, payload, data)
-            _reject_unsupported(records, head[156] == ord("g"), payload, data)
+            _reject_unsupported(records, head.type == b"g", payload, data)
             if name is None and b"path" in records:
                 name = records[b"path"].decode("utf-8", "surrogateescape").rstrip("/")
             if n_bytes is None and b"size" in records:
-                n_bytes = _decimal(records[b"size"], payload, data)
-    return _finish_member(data, offset, head, payload, name, stored if n_bytes is None else n_bytes)
-
-
-def _finish_member(
-    data: TarBytes, start: int, head: bytes, payload: int, name: str | None, n_bytes: int
-) -> tuple[Member, int]:
-    kind, short_name, prefix = head[156], _text(head[:100]), _text(head[345:500])
-    if kind == ord("S"):
+                if not records[b"size"].isdigit() or len(records[b"size"]) > 20:
+                    raise data.damage(payload, "a pax header's size is no number")
+                n_bytes = int(records[b"size"])
+    if head.type == tarfile.GNUTYPE_SPARSE:
         raise CorpusError(
-            f"{data.path}: at byte {start:,}: a GNU sparse member, which is not supported; "
+            f"{data.path}: at byte {offset:,}: a GNU sparse member, which is not supported; "
             "make the tar without --sparse"
         )
-    is_folder = kind == 0 and short_name.endswith("/")
-    if name is None:
-        name = f"{prefix}/{short_name}" if prefix else short_name
-    if is_folder or kind in _WITHOUT_DATA:
-        return Member(start, "", payload, 0), payload
+    if head.type in _WITHOUT_DATA:
+        return Member(offset, "", payload, 0), payload
+    name = head.name if name is None else name
+    n_bytes = head.size if n_bytes is None else n_bytes
     if payload + n_bytes > len(data):
         raise data.damage(
-            start,
+            offset,
             f"cut inside the member {name!r}, which ends at byte {payload + n_bytes:,}; "
             f"the file has {len(data):,}",
         )
     following = payload + (n_bytes + 511 & ~511)
-    return Member(start, name if kind in _REGULAR else "", payload, n_bytes), following
+    return Member(offset, name if head.isreg() else "", payload, n_bytes), following
 
 
-def _checked_header(data: TarBytes, offset: int) -> bytes | None:
+def _checked_header(data: TarBytes, offset: int) -> tarfile.TarInfo | None:
     """Return the header at ``offset`` after checking its checksum; None for a block of zeros."""
     head = data[offset : offset + _BLOCK]
     if offset > len(data):
@@ -175,17 +168,15 @@ def _checked_header(data: TarBytes, offset: int) -> bytes | None:
                     "found by offset"
                 )
     try:
-        written = _octal(head[148:156])
-    except ValueError:
-        written = -1
-    counted = head[:148] + b" " * 8 + head[156:]
-    # Some old writers summed signed bytes; tarfile accepts both.
-    signed_sum = sum(counted) - 256 * sum(byte > 127 for byte in counted)
-    if written not in (sum(counted), signed_sum):
+        info = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
         if offset == 0:
-            raise data.damage(0, "its first header's checksum is wrong, or it is no tar")
-        raise data.damage(offset, "a header's checksum is wrong")
-    return head
+            raise data.damage(0, "its first header's checksum is wrong, or it is no tar") from error
+        kind = "a header's checksum is wrong, or one of its numbers"
+        raise data.damage(offset, kind) from error
+    if info.size < 0:
+        raise data.damage(offset, f"a header's size is no number: {head[124:136]!r}")
+    return info
 
 
 def _check_end(data: TarBytes, offset: int) -> None:
@@ -207,31 +198,6 @@ def _check_end(data: TarBytes, offset: int) -> None:
             offset,
             f"{len(data) - offset:,} zero bytes to the end, as an interrupted copy leaves them",
         )
-
-
-def _text(raw: bytes) -> str:
-    return raw.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _octal(raw: bytes) -> int:
-    return int(raw.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _number(raw: bytes, offset: int, data: TarBytes) -> int:
-    # Octal digits, or base 256 after a byte of 0x80 (GNU, for 8 GiB and more).
-    try:
-        value = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else _octal(raw)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise data.damage(offset, f"a header's size is no number: {raw!r}")
-    return value
-
-
-def _decimal(raw: bytes, offset: int, data: TarBytes) -> int:
-    if not raw.isdigit() or len(raw) > 20:
-        raise data.damage(offset, f"a pax header's size is no number: {raw[:40]!r}")
-    return int(raw)
 
 
 def _pax_records(body: bytes, offset: int, data: TarBytes) -> dict[bytes, bytes]:

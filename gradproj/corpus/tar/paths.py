@@ -49,9 +49,9 @@ def list_tars(shards: str, flag: str = "--shards") -> list[Path]:
     return paths
 
 
-def default_index_path(shards: str) -> Path | None:
+def default_index_path(tars: Iterable[Path]) -> Path | None:
     """Return ``corpus.json`` in the folder of the tars; None if they lie in several folders."""
-    folders = {path.parent for path in list_tars(shards)}
+    folders = {path.parent for path in tars}
     return folders.pop() / INDEX_NAME if len(folders) == 1 else None
 
 

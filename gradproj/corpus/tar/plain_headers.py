@@ -64,13 +64,8 @@ class PlainHeaders:
     def __init__(self, chunk: bytes) -> None:
         n_blocks = len(chunk) // _BLOCK
         self._chunk = chunk
-        magic = (
-            np.ndarray((n_blocks,), "<u4", buffer=chunk, offset=257, strides=(_BLOCK,))
-            if n_blocks
-            else _NOTHING
-        )
-        candidates = np.flatnonzero(magic == _MAGIC)
         blocks = np.frombuffer(chunk, np.uint8, n_blocks * _BLOCK).reshape(-1, _BLOCK)
+        candidates = np.flatnonzero(blocks[:, 257:261].view("<u4") == _MAGIC)
         self._heads = heads = blocks[candidates]
         n_bytes, size_is_plain = _octal(heads, 124, 11)
         written, sum_is_plain = _octal(heads, 148, 6)
@@ -126,9 +121,6 @@ class PlainHeaders:
             n_bytes=self._n_bytes[members],
             following=int(self._following[stop - 1]),
         )
-
-
-_NOTHING = np.empty(0, np.uint32)
 
 
 def _octal(

@@ -5,6 +5,7 @@ webdataset, finds exactly the samples that were counted here. The tar is read in
 common form are checked a chunk at a time (``plain_headers``), the others one by one (``headers``).
 """
 
+import base64
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 from zlib import crc32
 
 import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
 
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, DomainReader
 from gradproj.corpus.tar.headers import TarBytes, read_member
@@ -34,15 +37,25 @@ _RESERVED_SUFFIXES = frozenset({"__key__", "__url__", "__local_path__", "__bad__
 
 @dataclass(frozen=True)
 class TarFacts:
-    """Result of a scan. Offsets are bytes from the start of the tar."""
+    """Result of a scan. Arrays are kept as base64 text, as in the index."""
 
     n_samples: int
     longest_key_bytes: int
     largest_member_bytes: int
     digest: str
     domain_counts: dict[str, int]
-    block_offsets: list[int]
-    block_key_crcs: list[int]
+    block_offsets_base64: str
+    block_key_crcs_base64: str
+
+    @property
+    def block_offsets(self) -> NDArray[np.int64]:
+        """Byte offset of every 64th sample's first header, long-name and pax headers included."""
+        return np.frombuffer(base64.b64decode(self.block_offsets_base64), "<i8")
+
+    @property
+    def block_key_crcs(self) -> NDArray[np.uint32]:
+        """crc32 of each block's keys, joined by newlines."""
+        return np.frombuffer(base64.b64decode(self.block_key_crcs_base64), "<u4")
 
 
 def scan_tar(path: Path, domain_field: str) -> TarFacts:
@@ -71,6 +84,10 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
 def crc_of_keys(keys: list[str]) -> int:
     """Return the crc32 of a block's keys, as the index keeps it."""
     return crc32("\n".join(keys).encode("utf-8", "surrogateescape"))
+
+
+def _base64(numbers: list[int], dtype: str) -> str:
+    return base64.b64encode(np.array(numbers, dtype).tobytes()).decode()
 
 
 def _longest_bytes(keys: list[str]) -> int:
@@ -223,8 +240,8 @@ class _Scan:
             largest_member_bytes=self._largest,
             digest=digest.hexdigest(),
             domain_counts=dict(sorted(self._domain_counts.items())),
-            block_offsets=self._starts[::SAMPLES_PER_BLOCK],
-            block_key_crcs=key_crcs,
+            block_offsets_base64=_base64(self._starts[::SAMPLES_PER_BLOCK], "<i8"),
+            block_key_crcs_base64=_base64(key_crcs, "<u4"),
         )
 
     def _not_grouped(self, start: int, problem: str) -> CorpusError:

@@ -31,14 +31,10 @@ def scan_tars(
     processes: int | None,
     progress: bool,
 ) -> list[TarFacts]:
-    """Scan every tar; the facts are in the order of ``paths``, whatever the number of processes.
+    """Scan tars of these sizes; the facts are in the order of ``paths``.
 
-    Args:
-        paths: the tars.
-        sizes: their sizes in bytes.
-        domain_field: dotted path of the field that names a sample's domain.
-        processes: worker processes; None for one per CPU, or none if there is little to read.
-        progress: show a progress bar on standard error.
+    ``processes`` is the number of worker processes; None for one per CPU, or none if there is
+    little to read.
 
     Raises:
         CorpusError: tars are damaged (lists up to 20), or a worker process died.
