@@ -120,6 +120,7 @@ class AppendTable:
                 compressors=None,
                 filters=None,
                 chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("row",) if width is None else ("row", f"{name}_value"),
             )
         fsync_tree(unfinished)
         unfinished.replace(self.path)

@@ -208,6 +208,7 @@ def _add_array(group: zarr.Group, name: str, values: np.ndarray) -> None:
         chunks=(max(1, min(len(values), _MATRIX_CHUNK_VALUES)),),
         compressors=None,
         chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
+        dimension_names=(f"{name}_value",),
     )
     if values.size:
         array[...] = values
