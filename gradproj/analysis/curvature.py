@@ -3,8 +3,9 @@
 All matrices are float64. Damping ``c`` adds ``c`` times a matrix's mean diagonal to its diagonal.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -13,17 +14,22 @@ from gradproj.errors import ConfigError
 from gradproj.kernels.onednn import linear
 
 
-class Inverse(Protocol):
+@dataclass(frozen=True)
+class Inverse(ABC):
     """``C^-1`` of one layer, or of several whose values are adjacent in a row."""
 
+    @abstractmethod
     def solve(self, x: Tensor) -> Tensor:
         """Return ``x C^-1`` for ``(n, D)``, in the precision and on the device of ``x``."""
 
+    @abstractmethod
     def self_products(self, x: Tensor) -> Tensor:
         """Return ``x C^-1 x^T`` of every row: ``(n, D)`` -> ``(n,)``."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Inverse":
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Convert the matrices once, so that not every block of a scan converts them."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: x.to(device, dtype) for name, x in tensors.items()})
 
 
 class Curvature(Protocol):
@@ -91,21 +97,17 @@ class Truncated:
                 f"{self.directions.shape[1]} directions, which has no inverse without damping: "
                 "give a damping above 0"
             )
-        return TruncatedInverse(self.directions, self.values + d, self._complement_mean() + d)
-
-    def _complement_mean(self) -> float:
-        """Return the mean eigenvalue of the complement of the directions."""
         n_directions, width = self.directions.shape
         trace = self.mean_diagonal.item() * width
         rest = trace - self.values.sum().item()
         # If the directions span all rows, the rest is rounding.
-        if n_directions < width and rest > 1e-9 * trace:
-            return rest / (width - n_directions)
-        return 0.0
+        has_rest = n_directions < width and rest > 1e-9 * trace
+        complement_mean = rest / (width - n_directions) if has_rest else 0.0
+        return TruncatedInverse(self.directions, self.values + d, complement_mean + d)
 
 
 @dataclass(frozen=True)
-class KroneckerInverse:
+class KroneckerInverse(Inverse):
     """``(S + d_o)^-1 (x) (A + d_i)^-1`` by the roots ``W`` with ``W^T W`` the inverse."""
 
     root_s: Tensor
@@ -118,9 +120,6 @@ class KroneckerInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(self._whitened(x), dim=(1, 2)).square()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "KroneckerInverse":
-        return KroneckerInverse(self.root_s.to(device, dtype), self.root_a.to(device, dtype))
-
     def _whitened(self, x: Tensor) -> Tensor:
         root_s, root_a = self.root_s.to(x), self.root_a.to(x)
         left = root_s @ x.reshape(len(x), len(root_s), len(root_a))
@@ -128,7 +127,7 @@ class KroneckerInverse:
 
 
 @dataclass(frozen=True)
-class DenseInverse:
+class DenseInverse(Inverse):
     """``(M + d)^-1`` by its root."""
 
     root: Tensor
@@ -140,12 +139,9 @@ class DenseInverse:
     def self_products(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(linear(x, self.root.to(x)), dim=1).square()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "DenseInverse":
-        return DenseInverse(self.root.to(device, dtype))
-
 
 @dataclass(frozen=True)
-class TruncatedInverse:
+class TruncatedInverse(Inverse):
     """``1 / along`` along the directions U and ``1 / across`` in their complement (Woodbury)."""
 
     directions: Tensor
@@ -161,11 +157,6 @@ class TruncatedInverse:
         along, across = self._split(x)
         return (along.square() / self.along.to(x)).sum(1) + across.square().sum(1) / (
             self.across or 1
-        )
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "TruncatedInverse":
-        return TruncatedInverse(
-            self.directions.to(device, dtype), self.along.to(device, dtype), self.across
         )
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,13 +22,8 @@ def fit_cached(
 ) -> Preconditioner:
     """Fit a preconditioner over all layers, or load the one that an earlier call saved.
 
-    Only a second moment is cached. kfac is fitted from sums that the store itself holds.
-
-    Args:
-        store: finished or not.
-        kind: kfac or second_moment.
-        options: of the scan that follows.
-        note: called with a line for the user if the cache cannot be read or written.
+    Only a second moment is cached. kfac is fitted from sums that the store itself holds. ``note``
+    is called with a line for the user if the cache cannot be read or written.
 
     Raises:
         StoreError: the store holds no token covariances, or no row.
@@ -36,10 +31,14 @@ def fit_cached(
     if kind != _KIND:
         return Preconditioner.fit(store, kind)
     path, world = _path(store), scan_world(options.get("together", False))
-    cached = _load(store, path, note)
+    cached = None
+    if path.exists():
+        try:
+            cached = Preconditioner.load(store, _KIND, path)
+        except StoreError as error:
+            note(f"{error}. Fitting it again")
     # All ranks or none: fitting is collective, so a rank must not fit while another has a file.
-    every_rank_has_it = all(world.gather(cached is not None))
-    if cached is not None and every_rank_has_it:
+    if all(world.gather(cached is not None)) and cached is not None:
         return cached
     fitted = fit_for_scan(store, _KIND, options)
     if world.rank == 0:
@@ -54,16 +53,6 @@ def _path(store: ProjectionStore) -> Path:
     n_ok = store.status_counts()["ok"]
     stamp = hashlib.sha256(f"{mtime_ns} {n_ok}".encode()).hexdigest()[:12]
     return folder_of(store) / f"{_KIND}-{stamp}.safetensors"
-
-
-def _load(store: ProjectionStore, path: Path, note: Callable[[str], None]) -> Preconditioner | None:
-    if not path.exists():
-        return None
-    try:
-        return Preconditioner.load(store, _KIND, path)
-    except StoreError as error:
-        note(f"{error}. Fitting it again")
-        return None
 
 
 def _save(

@@ -13,8 +13,9 @@ from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
 from gradproj.analysis.score_types import SCORES
-from gradproj.analysis.scores import TopDocuments, top_and_bottom
+from gradproj.analysis.scores import TopDocuments, add_all, both_ends, top_and_bottom
 from gradproj.analysis.top_k import TopK
+from gradproj.distributed import World
 from gradproj.store import ProjectionStore
 
 _QUERY_BYTES_PER_SCAN = 2**30
@@ -66,13 +67,15 @@ class Ranker:
         with ScoresFile(path, unfinished, shape) as file:
             for part in query_parts(rows):
                 scan = Scan.of(self.store, options)
-                for block in score_blocks(scan, scan.prepare_queries(rows[part])):
-                    file.write(part.start, block.first, block.values.cpu().numpy())
+                for first, values in score_blocks(scan, scan.prepare_queries(rows[part])):
+                    file.write(part.start, first, values.cpu().numpy())
             file.finish()
             world.barrier()  # rank 0 reads what every rank has written
             ends = None
             if world.rank == 0:
-                ends = _ends_of(file, shape, self.n_top, self.n_bottom)
+                cpu = torch.device("cpu")
+                top, bottom = TopK(len(rows), self.n_top, cpu), TopK(len(rows), self.n_bottom, cpu)
+                ends = both_ends(top, bottom, add_all(file.blocks(), top, bottom), rows, World())
                 file.publish()
         return Ranking(damping if self.preconditioner is not None else None, *world.broadcast(ends))
 
@@ -112,24 +115,6 @@ class Ranker:
         return top, bottom
 
 
-def _ends_of(
-    file: ScoresFile, shape: tuple[int, int], n_top: int, n_bottom: int
-) -> tuple[TopDocuments, TopDocuments]:
-    cpu = torch.device("cpu")
-    top, bottom = TopK(shape[0], n_top, cpu), TopK(shape[0], n_bottom, cpu)
-    n_scored = 0
-    for first, values in file.blocks():
-        n_scored += int((~np.isnan(values).any(axis=0)).sum())
-        top.add(first, torch.from_numpy(values))
-        bottom.add(first, torch.from_numpy(-values))
-
-    def result(best: TopK, sign: int) -> TopDocuments:
-        ids, values = (x[:, : min(best.k, n_scored)].numpy() for x in best.result())
-        return TopDocuments(ids, sign * values, n_scored)
-
-    return result(top, 1), result(bottom, -1)
-
-
 def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
     """Yield the spans of queries that one scan takes if each stands for ``copies`` queries."""
     step = max(1, _QUERY_BYTES_PER_SCAN // (8 * copies * rows.shape[1]))
@@ -150,13 +135,11 @@ def overlap(rankings: Sequence[Ranking]) -> np.ndarray:
     Compares the upper ends, or the lower ones if no upper end was requested.
     """
     lists = [(r.top if r.top.ids.shape[1] else r.bottom).ids for r in rankings]
-    fractions = np.ones((len(lists), len(lists)))
-    for i, one in enumerate(lists):
-        for j, other in enumerate(lists):
-            fractions[i, j] = np.mean(
-                [
-                    len(np.intersect1d(a, b)) / max(len(a), 1)
-                    for a, b in zip(one, other, strict=True)
-                ]
-            )
-    return fractions
+    return np.array([[_shared(one, other) for other in lists] for one in lists])
+
+
+def _shared(one: np.ndarray, other: np.ndarray) -> float:
+    if one is other:
+        return 1.0
+    pairs = zip(one, other, strict=True)
+    return float(np.mean([len(np.intersect1d(a, b)) / max(len(a), 1) for a, b in pairs]))

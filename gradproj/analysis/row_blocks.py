@@ -51,17 +51,9 @@ def scan_blocks(
 ) -> Iterator[Block]:
     """Yield the samples ``[start, stop)`` in order, reading each byte of a row once.
 
-    A GPU receives the rows as they are stored and decodes them itself.
-
-    Args:
-        store: finished or not.
-        layers: names; rows hold their values in this order. None for whole rows.
-        domains: names; samples of others are not ``ok``. None for all.
-        device: where the rows go.
-        progress: label of a progress bar on standard error; None for no bar.
-        rows_per_block: None for a default.
-        start: first sample id.
-        stop: end of the samples; None for all.
+    A GPU receives the rows as they are stored and decodes them itself. Rows hold the values of
+    ``layers``, in this order; samples of other than the ``domains`` are not ``ok``. ``progress`` is
+    the label of a progress bar on standard error.
 
     Raises:
         ConfigError: an unknown domain.
@@ -112,7 +104,17 @@ class SampleFilter:
     """
 
     def __init__(self, store: ProjectionStore, domains: Sequence[str] | None) -> None:
-        self._store, self._domains = store, _domain_numbers(store, domains)
+        self._store = store
+        self._domains: list[int] | None = None
+        if domains is None:
+            return
+        names = listed(store.domains) or "none"
+        unknown = [name for name in domains if name not in store.domains]
+        if unknown:
+            raise ConfigError(f"{store.path} has no domain {unknown[0]!r}; it has {names}")
+        if not domains:
+            raise ConfigError(f"domains is empty; {store.path} has {names}")
+        self._domains = [store.domains.index(name) for name in domains]
 
     def __call__(self, first: int, status: np.ndarray) -> np.ndarray:
         """Return ``(n,)`` bool for the samples ``first, first + 1, ...`` of this status."""
@@ -178,15 +180,3 @@ def chosen_layers(store: ProjectionStore, layers: Sequence[str] | None) -> list[
     if repeated:
         raise ConfigError(f"layers names {min(repeated)!r} more than once")
     return list(layers)
-
-
-def _domain_numbers(store: ProjectionStore, domains: Sequence[str] | None) -> list[int] | None:
-    if domains is None:
-        return None
-    names = listed(store.domains) or "none"
-    unknown = [name for name in domains if name not in store.domains]
-    if unknown:
-        raise ConfigError(f"{store.path} has no domain {unknown[0]!r}; it has {names}")
-    if not domains:
-        raise ConfigError(f"domains is empty; {store.path} has {names}")
-    return [store.domains.index(name) for name in domains]

@@ -225,10 +225,7 @@ class PreparedQueries:
     ) -> Tensor:
         """Turn products ``(Q, n)`` of weights and rows into scores.
 
-        Args:
-            products: inner products with ``weights``.
-            norms: ``(n,)``, by which the scores are divided.
-            row_scale: ``(n,)``, by which the scores are multiplied.
+        They are divided by ``norms (n,)`` and multiplied by ``row_scale (n,)``.
         """
         values = products.double() * self.scales[:, None]
         if norms is not None:

@@ -1,7 +1,6 @@
 """Stream score blocks over a store; the basis of ``score``, ``top_k`` and rankings."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,17 +19,12 @@ _ONEDNN_QUERIES = 6
 """Fewest queries for which oneDNN's products outweigh the cost of calling it."""
 
 
-@dataclass(frozen=True)
-class ScoreBlock:
-    """Consecutive samples of a store with their scores."""
-
-    first: int
-    """Id of the first sample."""
-    values: Tensor
-    """``(Q, n)`` float32 on the device; NaN for samples without a row or of other domains."""
+Blocks = Iterator[tuple[int, Tensor]]
+"""Consecutive samples: the first one's id, and their scores ``(Q, n)`` float32 on the device; NaN
+for samples without a row or of other domains."""
 
 
-def score_blocks(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+def score_blocks(scan: Scan, queries: PreparedQueries) -> Blocks:
     """Yield this process's share of the samples in order, reading each byte of a row once."""
     # Tiles suit the caches of a CPU; a GPU needs long blocks.
     if scan.device.type == "cpu" and _parts_fit_tiles(scan, queries):
@@ -63,17 +57,16 @@ def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:
     return width == scan.store.dim or all(stop - start == width for start, stop, _ in parts)
 
 
-def _score_rows(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+def _score_rows(scan: Scan, queries: PreparedQueries) -> Blocks:
     for block in scan.blocks():
         values = queries.scores_of(block.rows)
         if not block.ok.all():
-            values = torch.where(
-                to_device(torch.from_numpy(block.ok), scan.device), values, torch.nan
-            )
-        yield ScoreBlock(block.first, values)
+            ok = to_device(torch.from_numpy(block.ok), scan.device)
+            values = torch.where(ok, values, torch.nan)
+        yield block.first, values
 
 
-def _score_tiles(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
+def _score_tiles(scan: Scan, queries: PreparedQueries) -> Blocks:
     store, (start, stop) = scan.store, rank_range(scan.store, scan.world)
     sample_filter = SampleFilter(store, scan.options.get("domains"))
     products = TileProducts(queries, store.layout.proj_dtype)
@@ -81,41 +74,38 @@ def _score_tiles(scan: Scan, queries: PreparedQueries) -> Iterator[ScoreBlock]:
     # One band has few scores if there are few queries, so that several bands make up a block.
     most = height or max(1, _BLOCK_SCORES // len(queries.weights))
     with progress_bar(store, scan.progress_label, start, stop) as bar:
-        bands: list[_ScoredBand] = []
-        n_rows = 0
+        bands: list[tuple[np.ndarray, Tensor, Tensor, Tensor]] = []
+        first, n_rows = start, 0
         for band in store.scan_bands(height, scan.scanned_layers, start, stop):
             ok = sample_filter(band.first, band.status) & band.has_rows
             scale = torch.from_numpy(band.row_scale)
-            bands.append(_ScoredBand(band.first, ok, scale, *products.of(band, bool(ok.any()))))
+            bands.append((ok, scale, *products.of(band, bool(ok.any()))))
             n_rows += len(ok)
             bar.update(len(ok))
             if n_rows >= most:
-                yield _merge_bands(queries, bands)
-                bands, n_rows = [], 0
+                yield first, _merge_bands(queries, *zip(*bands, strict=True))
+                bands, first, n_rows = [], first + n_rows, 0
         if bands:
-            yield _merge_bands(queries, bands)
+            yield first, _merge_bands(queries, *zip(*bands, strict=True))
 
 
-@dataclass(frozen=True)
-class _ScoredBand:
-    first: int
-    ok: np.ndarray
-    row_scale: Tensor
-    products: Tensor
-    squares: Tensor
-
-
-def _merge_bands(queries: PreparedQueries, bands: list[_ScoredBand]) -> ScoreBlock:
-    products = torch.cat([band.products for band in bands]).T
+def _merge_bands(
+    queries: PreparedQueries,
+    ok: Sequence[np.ndarray],
+    row_scale: Sequence[Tensor],
+    products: Sequence[Tensor],
+    squares: Sequence[Tensor],
+) -> Tensor:
+    """Return the scores ``(Q, n)`` of consecutive bands."""
+    merged = torch.cat(products).T
     if queries.has_norms:
-        values = queries.finish(products, torch.cat([band.squares for band in bands]).sqrt())
+        values = queries.finish(merged, torch.cat(squares).sqrt())
     else:
-        row_scale = torch.cat([band.row_scale for band in bands])
-        values = queries.finish(products, row_scale=row_scale)
-    absent = ~np.concatenate([band.ok for band in bands])
+        values = queries.finish(merged, row_scale=torch.cat(row_scale))
+    absent = ~np.concatenate(ok)
     if absent.any():
         values[:, torch.from_numpy(absent)] = torch.nan
-    return ScoreBlock(bands[0].first, values)
+    return values
 
 
 class TileProducts:

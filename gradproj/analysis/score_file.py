@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.files import explain_os_errors, publish_exclusively, temporary_beside
@@ -98,17 +100,17 @@ class ScoresFile:
         with explain_os_errors(self.path):
             os.fsync(self._descriptor)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield what was written, ``(first sample, scores (Q, n))``, a few megabytes at a time."""
         n_queries, n_samples = self._shape
         step = max(1, _CHUNK_BYTES // (4 * n_queries))
         for first in range(0, n_samples, step):
             n = min(step, n_samples - first)
-            rows = [
+            rows = (
                 os.pread(self._descriptor, 4 * n, self._offset(query, first))
                 for query in range(n_queries)
-            ]
-            yield first, np.stack([np.frombuffer(row, "<f4") for row in rows])
+            )
+            yield first, torch.from_numpy(np.stack([np.frombuffer(row, "<f4") for row in rows]))
 
     def publish(self) -> None:
         """Rename the file to its final name, after every process has finished.

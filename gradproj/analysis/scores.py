@@ -12,17 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.scan import (
-    PreparedQueries,
-    Rows,
-    Scan,
-    ScanOptions,
-    query_tensor,
-    self_products,
-)
-from gradproj.analysis.score_blocks import on_host, score_blocks
+from gradproj.analysis.scan import Rows, Scan, ScanOptions, query_tensor, self_products
+from gradproj.analysis.score_blocks import Blocks, on_host, score_blocks
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
+from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.kernels.device_copy import to_device
 from gradproj.store import ProjectionStore
@@ -78,8 +72,7 @@ def iter_scores(
     """Yield ``score`` block by block: ``(ids (n,) int64, scores (Q, n) float32)`` in id order."""
     scan = Scan.alone(store, options, "score")
     blocks = score_blocks(scan, scan.prepare_queries(query_rows))
-    pairs = ((block.first, block.values) for block in blocks)
-    for first, values in on_host(pairs, scan.device):
+    for first, values in on_host(blocks, scan.device):
         yield np.arange(first, first + values.shape[1], dtype=np.int64), values
 
 
@@ -116,31 +109,39 @@ def top_and_bottom(
     queries = scan.prepare_queries(query_rows)
     n_queries = len(queries.weights)
     top, bottom = TopK(n_queries, n_top, scan.device), TopK(n_queries, n_bottom, scan.device)
-    total = int(scan.world.sum(_add_all(scan, queries, top, bottom)))
-
-    def result(best: TopK, sign: int) -> TopDocuments:
-        ids, values = (x[:, : min(best.k, total)] for x in best.merged(scan.world).result())
-        return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
-
-    return result(top, 1), result(bottom, -1)
+    n_scored = add_all(score_blocks(scan, queries), top, bottom)
+    return both_ends(top, bottom, n_scored, query_rows, scan.world)
 
 
-def _add_all(scan: Scan, queries: PreparedQueries, top: TopK, bottom: TopK) -> Tensor:
-    """Scan this process's share and return the number of documents with a score.
+def add_all(blocks: Blocks, top: TopK, bottom: TopK) -> Tensor:
+    """Add the blocks to both ends and return the number of documents with a score.
 
     Never waits for the device, so the result is a tensor there.
     """
-    n_scored = torch.zeros((), dtype=torch.int64, device=scan.device)
-    for block in score_blocks(scan, queries):
+    n_scored = torch.zeros((), dtype=torch.int64, device=top.device)
+    for first, values in blocks:
         # A NaN for one query only (an infinite row) removes the document for all queries, so that
         # all have equally many.
-        no_score = block.values.isnan().any(dim=0)
-        values = block.values.masked_fill_(no_score, torch.nan)
+        no_score = values.isnan().any(dim=0)
+        values = values.masked_fill_(no_score, torch.nan)
         n_scored += no_score.logical_not().sum()
-        top.add(block.first, values)
+        top.add(first, values)
         if bottom.k:
-            bottom.add(block.first, -values)
+            bottom.add(first, -values)
     return n_scored
+
+
+def both_ends(
+    top: TopK, bottom: TopK, n_scored: Tensor, query_rows: Rows, world: World
+) -> tuple[TopDocuments, TopDocuments]:
+    """Merge all ranks' ends; the results are of the type of the query rows."""
+    total = int(world.sum(n_scored))
+
+    def result(best: TopK, sign: int) -> TopDocuments:
+        ids, values = (x[:, : min(best.k, total)] for x in best.merged(world).result())
+        return TopDocuments(_like(ids, query_rows), _like(sign * values, query_rows), total)
+
+    return result(top, 1), result(bottom, -1)
 
 
 def self_influence(

@@ -89,21 +89,9 @@ def fit_second_moments(
 ) -> tuple[dict[str, Curvature], int]:
     """Sum the second moments of all documents' rows in one scan.
 
-    Args:
-        store: finished or not.
-        layers: names; rows hold their values in this order.
-        widths: name -> number of values of each part, from left to right.
-        largest_width: truncate a second moment with more values per side than this.
-        directions: number of directions of a truncated second moment.
-        together: share the scan among the ranks of ``torch.distributed``.
-        device: where the sums are computed.
-        progress: show a progress bar.
-
-    Returns:
-        The curvature of each part, and the number of documents with a row.
-
-    Raises:
-        StoreError: the store has no row.
+    ``widths`` are the numbers of values of each part of the layers' rows, from left to right; the
+    other arguments are those of ``Preconditioner.fit``. Returns the curvature of each part and the
+    number of documents with a row; a store without any is a ``StoreError``.
     """
     sums = {
         name: DenseSum(width, device)

@@ -18,7 +18,7 @@ class TopK:
     """
 
     def __init__(self, n_queries: int, k: int, device: torch.device) -> None:
-        self.k = k
+        self.k, self.device = k, device
         self._ids = torch.full((n_queries, k), -1, dtype=torch.int64, device=device)
         self._values = torch.full((n_queries, k), -torch.inf, device=device)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []

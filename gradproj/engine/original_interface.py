@@ -1,6 +1,6 @@
 """Calls of the earlier GradProjLora code, for training loops that were written for it."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,21 +9,15 @@ from gradproj.engine.loss import IGNORE
 from gradproj.errors import ConfigError
 
 
-class OriginalInterface(ABC):
+class OriginalInterface:
     """The earlier engine's calls, in terms of ``attach``, ``detach`` and ``collect_batch``."""
 
+    attach: Callable[[], Any]
+    detach: Callable[[], None]
+    collect_batch: Callable[..., Tensor]
     _loss_factor: Tensor | float | None = None
     """Factor on the next batch's summed losses, if the caller gave its reduction."""
     _batch_ids: Any = None
-
-    @abstractmethod
-    def attach(self) -> Any: ...
-
-    @abstractmethod
-    def detach(self) -> None: ...
-
-    @abstractmethod
-    def collect_batch(self, batch_indices: Any = None) -> Tensor: ...
 
     def attach_train_batch(
         self,

@@ -40,7 +40,7 @@ def both_ways(store, n_queries=3, **options):
     if not score_blocks._parts_fit_tiles(scan, queries):
         pytest.skip("this norm needs whole rows")
     return [
-        torch.cat([block.values for block in blocks(scan, queries)], dim=1).numpy()
+        torch.cat([values for _, values in blocks(scan, queries)], dim=1).numpy()
         for blocks in (score_blocks._score_tiles, score_blocks._score_rows)
     ]
 
@@ -88,8 +88,8 @@ def test_bands_without_selected_samples_are_not_read(store, monkeypatch):
     )
     scan = Scan.of(store, {"score": "dot"})
     queries = scan.prepare_queries(torch.ones(2, store.dim))
-    for block in score_blocks.score_blocks(scan, queries):
-        assert block.values.isnan().all()
+    for _, values in score_blocks.score_blocks(scan, queries):
+        assert values.isnan().all()
 
 
 @pytest.mark.parametrize("score", ["dot", "cosine", "relatif"])
@@ -102,5 +102,6 @@ def test_scan_never_waits_for_a_gpu_between_blocks(store, score):
     )
     queries = scan.prepare_queries(torch.ones(3, store.dim))
     top, bottom = TopK(3, 5, META_DEVICE), TopK(3, 2, META_DEVICE)
-    assert waits_of(lambda: scores._add_all(scan, queries, top, bottom)) == []
+    blocks = score_blocks.score_blocks(scan, queries)
+    assert waits_of(lambda: scores.add_all(blocks, top, bottom)) == []
     assert top.result()[0].shape == (3, 5)
