@@ -1,9 +1,9 @@
 """State that one batch leaves in the target layers: projected inputs, projected gradients, sums."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_wi
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32."""
@@ -84,15 +81,11 @@ def _on_device(matrix: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return matrix.to(device)
 
 
-def _in_full_precision(method: Callable[P, T]) -> Callable[P, T]:
+@contextmanager
+def _full_precision() -> Iterator[None]:
     """Switch autocast off: projections are float32 also in a training loop that uses it."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return method(*args, **kwargs)
-
-    return run
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def batch_shape(inputs: Any) -> tuple[int, int] | None:
@@ -149,7 +142,7 @@ class BatchCapture:
         self._covariances: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    @_in_full_precision
+    @_full_precision()
     def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
         """Return ``(N, S, k_i)`` float32, all that is kept of a layer's input."""
         layer = self._layers[index]
@@ -158,7 +151,7 @@ class BatchCapture:
         return self._by_sample(layer, a_p)
 
     @torch.no_grad()
-    @_in_full_precision
+    @_full_precision()
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
         """Project a layer's output gradient and sum it with ``a_p`` over each sample's tokens."""
         if serial != self.serial:
@@ -169,7 +162,7 @@ class BatchCapture:
         layer = self._layers[index]
         g_p = self._by_sample(layer, project(g, layer.p_o))
         part = sum_over_tokens(a_p, g_p)
-        # The gradient of a layer that is called twice (shared weights) is the sum of both calls.
+        # The gradient of a weight that is used twice is the sum of both uses.
         self.parts[index] = self.parts[index] + part if index in self.parts else part
         if self._sum_covariances:
             if self.token_mask is not None:

@@ -183,7 +183,8 @@ class GradProjLoraEngine(OriginalInterface):
             self._handles.append(body.register_forward_pre_hook(self._on_batch, with_kwargs=True))
         for index, layer in enumerate(self._layers):
             hook = self._forward_hook(index)
-            self._handles.append(layer.target.module.register_forward_hook(hook, with_kwargs=True))
+            for use in layer.target.uses.values():
+                self._handles.append(use.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def detach(self) -> None:

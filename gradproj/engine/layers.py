@@ -69,12 +69,20 @@ def rule_for(module: nn.Module) -> LayerRule | None:
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A layer whose gradient is projected."""
+    """A weight whose gradient is projected, and the modules that use it."""
 
-    name: str
-    """Dotted name in the model."""
-    module: nn.Module
+    uses: dict[str, nn.Module]
+    """Dotted name -> module, in model order; more than one if modules share the weight."""
     rule: LayerRule
+
+    @property
+    def name(self) -> str:
+        """Name of the first module: the layer's name in the store."""
+        return next(iter(self.uses))
+
+    @property
+    def module(self) -> nn.Module:
+        return self.uses[self.name]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -90,6 +98,23 @@ def without_wrappers(model: Any) -> Any:
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+
+def every_layer(model: nn.Module) -> list[TargetLayer]:
+    """Return every weight of the model that a rule describes, in model order.
+
+    Modules that share a weight are one layer. (A head tied to the embedding is two: as a matrix and
+    as a lookup, the weight has different projections.)
+    """
+    layers: dict[tuple[str, int], TargetLayer] = {}
+    for name, module in without_wrappers(model).named_modules():
+        rule = rule_for(module)
+        if rule is not None:
+            # A weight that is computed (by a parametrization) has no identity but its module's.
+            weight = module._parameters.get("weight")
+            key = rule.type_name, id(module if weight is None else weight)
+            layers.setdefault(key, TargetLayer({}, rule)).uses[name] = module
+    return list(layers.values())
 
 
 def sum_over_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from gradproj.engine.layers import LAYER_RULES, TargetLayer, rule_for, without_wrappers
+from gradproj.engine.layers import LAYER_RULES, TargetLayer, every_layer, rule_for, without_wrappers
 from gradproj.errors import ModelError
 
 ALIASES = {
@@ -22,7 +22,7 @@ def find_layers(
 
     A pattern matches whole dotted components (``h.1`` is not ``h.10``). ``mlp`` and ``attn`` stand
     for each family's own names (``ALIASES``). The token embedding is included by
-    ``include_embeddings`` or by its name.
+    ``include_embeddings`` or by its name. Of modules that share a weight one match is enough.
 
     Raises:
         ModelError: a pattern matches nothing (the message lists the layers), or matches weights
@@ -32,17 +32,18 @@ def find_layers(
     embedding = _token_embedding(model) if include_embeddings else None
     used: set[str] = set()
     targets: list[TargetLayer] = []
-    unsupported: list[str] = []
-    for name, module in model.named_modules():
-        hits = {p for p in patterns if _matches(p, name)}
-        if not hits and module is not embedding:
-            continue
-        rule = rule_for(module)
-        if rule is not None:
-            used |= hits
-            targets.append(TargetLayer(name, module, rule))
-        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)):
-            unsupported.append(f"{name} ({type(module).__name__})")
+    for layer in every_layer(model):
+        hits = {p for p in patterns for name in layer.uses if _matches(p, name)}
+        used |= hits
+        if hits or embedding in layer.uses.values():
+            targets.append(layer)
+    unsupported = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if any(_matches(p, name) for p in patterns)
+        and rule_for(module) is None
+        and any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    ]
     if unsupported:
         more = f" and {len(unsupported) - 8} more" if len(unsupported) > 8 else ""
         supported = ", ".join(rule.type_name for rule in LAYER_RULES.values())

@@ -15,6 +15,7 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.projection import place_widths
+from gradproj.engine.selection import find_layers
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
@@ -82,6 +83,8 @@ class Plan:
     n_selected: int
     """Upper bound of the chosen domains' documents among the first ``n_samples``."""
     n_weights: int
+    shared: list[list[str]]
+    """Names of the modules that share a layer's weight, for each layer of several modules."""
     identity: dict[str, Any]
     """Flag -> value of every setting that a row depends on."""
 
@@ -153,6 +156,10 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     skeleton = model_skeleton(files)
     layers = place_widths(skeleton, config.projection)
     n_weights = sum(p.numel() for p in skeleton.parameters())
+    targets = find_layers(
+        skeleton, config.projection.patterns, config.projection.include_embeddings
+    )
+    shared = [list(target.uses) for target in targets if len(target.uses) > 1]
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
     wanted, n_selected = _wanted_units(config, index, layout)
@@ -162,7 +169,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
-    counts = (vocabulary, wanted, n_selected, n_weights)
+    counts = (vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, layout, *counts, identity)
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)

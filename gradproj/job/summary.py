@@ -33,6 +33,12 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"{human_bytes(free_bytes(plan.output))} free at {plan.output}",
         f"host memory   about {human_bytes(plan.host_bytes(model_bytes(plan)))} a rank",
     ]
+    if plan.shared:
+        example = " = ".join(plan.shared[0])
+        lines.append(
+            f"shared        {len(plan.shared)} layers have a weight that several modules use "
+            f"({example}): one layer, its gradient the sum of all uses"
+        )
     seconds = seconds_per_unit(plan)
     if seconds is not None:
         left = (len(plan.wanted) - n_recorded) * seconds

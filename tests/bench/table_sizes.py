@@ -88,6 +88,7 @@ def plan_of(config: PretrainedConfig) -> Plan:
         wanted=np.arange(layout.n_units),
         n_selected=N_DOCUMENTS,
         n_weights=sum(p.numel() for p in model.parameters()),
+        shared=[],
         identity={},
     )
 
