@@ -26,6 +26,10 @@ class ModelError(GradprojError):
     """The model or tokenizer cannot be loaded, or has no layer that was requested."""
 
 
+class MixedSamplesError(ModelError):
+    """A layer's positions belong to no known samples of a batch."""
+
+
 class StoreError(GradprojError):
     """An output directory or store cannot be written, read, or continued with these settings."""
 

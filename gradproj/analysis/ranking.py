@@ -9,7 +9,7 @@ import torch
 
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.row_blocks import scan_world
-from gradproj.analysis.scan import Scan, ScanOptions
+from gradproj.analysis.scan import Rows, Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
 from gradproj.analysis.score_types import SCORES
@@ -138,7 +138,7 @@ def overlap(rankings: Sequence[Ranking]) -> np.ndarray:
     return np.array([[_shared(one, other) for other in lists] for one in lists])
 
 
-def _shared(one: np.ndarray, other: np.ndarray) -> float:
+def _shared(one: Rows, other: Rows) -> float:
     if one is other:
         return 1.0
     pairs = zip(one, other, strict=True)

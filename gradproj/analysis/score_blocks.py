@@ -1,6 +1,6 @@
 """Stream score blocks over a store; the basis of ``score``, ``top_k`` and rankings."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -91,10 +91,10 @@ def _score_tiles(scan: Scan, queries: PreparedQueries) -> Blocks:
 
 def _merge_bands(
     queries: PreparedQueries,
-    ok: Sequence[np.ndarray],
-    row_scale: Sequence[Tensor],
-    products: Sequence[Tensor],
-    squares: Sequence[Tensor],
+    ok: tuple[np.ndarray, ...],
+    row_scale: tuple[Tensor, ...],
+    products: tuple[Tensor, ...],
+    squares: tuple[Tensor, ...],
 ) -> Tensor:
     """Return the scores ``(Q, n)`` of consecutive bands."""
     merged = torch.cat(products).T

@@ -1,9 +1,9 @@
 """State that one batch leaves in the target layers: projected inputs, projected gradients, sums."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
 from gradproj.engine.selection import find_layers
-from gradproj.errors import ModelError
+from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32."""
+
+
+ONLY_ALONE = (
+    "leave it out of --proj_layers, or give --batch_size 1: rows of samples alone are exact"
+)
 
 
 @dataclass
@@ -96,7 +101,13 @@ def batch_shape(inputs: Any) -> tuple[int, int] | None:
 
 
 def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
-    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None for any other shape."""
+    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None for any other shape.
+
+    All positions belong to a sample that is alone. That several samples' positions are in the
+    batch's order is checked at the start (``probe.py``).
+    """
+    if n == 1:
+        return x.reshape(1, -1, x.shape[-1])
     if x.dim() >= 3 and x.shape[0] == n:
         return x.flatten(1, -2)
     if x.dim() == 2 and x.shape[0] == n * s:
@@ -106,23 +117,33 @@ def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
 
 def mixed_samples_error(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -> ModelError:
     """Return the error for a layer whose positions belong to no known sample."""
-    return ModelError(
+    return MixedSamplesError(
         f"layer {layer.target.name} works on {tuple(x.shape[:-1])} positions in a batch of "
-        f"{shape[0]} samples of {shape[1]} tokens, so its samples cannot be separated (an expert, "
-        "or an input shared by the batch); leave it out of --proj_layers"
+        f"{shape[0]} samples of {shape[1]} tokens (an expert, or an input shared by the batch), so "
+        f"its samples cannot be separated; {ONLY_ALONE}"
     )
 
 
 class BatchCapture:
     """One batch's state between its forward pass and ``rows``; the layers are in model order."""
 
+    probed: "ClassVar[BatchCapture | None]" = None
+    """The engine's that tries its samples (``probe.py``). Other engines of the model ignore them."""
+
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
         self._layers = layers
         self._sum_covariances = sum_covariances
         self.token_mask: Tensor | None = None
+        self.only_alone = ""
+        """Why batches of several samples are refused; empty if they are not."""
         self.serial = 0
         self.shape: tuple[int, int] | None = None
         self.forget()
+
+    def is_ignoring(self) -> bool:
+        """Return whether the present forward pass is none of this engine's."""
+        # An evaluation and the first pass of a checkpointed block make no gradient.
+        return not torch.is_grad_enabled() or BatchCapture.probed not in (None, self)
 
     def begin(self, shape: tuple[int, int] | None) -> None:
         """Start a batch of ``shape`` (samples, positions), None if unknown."""
@@ -131,6 +152,8 @@ class BatchCapture:
                 "the previous batch ran backward and was not collected: call collect_batch() after "
                 "each backward pass, or clear_gradients() to drop its rows"
             )
+        if self.only_alone and shape is not None and shape[0] > 1:
+            raise MixedSamplesError(self.only_alone)
         self.forget()
         self.shape = shape
 
@@ -165,8 +188,12 @@ class BatchCapture:
         # The gradient of a weight that is used twice is the sum of both uses.
         self.parts[index] = self.parts[index] + part if index in self.parts else part
         if self._sum_covariances:
-            if self.token_mask is not None:
-                a_p = a_p * self.token_mask.unsqueeze(-1)
+            mask = self.token_mask
+            if self.only_alone or (mask is not None and a_p.shape[:2] != mask.shape):
+                # The tokens' order is not known, but a token without a target has no gradient.
+                a_p = a_p * (g_p != 0).any(dim=-1, keepdim=True)
+            elif mask is not None:
+                a_p = a_p * mask.unsqueeze(-1)
             a, s = sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p)
             before = self._covariances.get(index)
             self._covariances[index] = (before[0] + a, before[1] + s) if before else (a, s)
@@ -179,6 +206,11 @@ class BatchCapture:
         if separated is None:
             raise mixed_samples_error(layer, x, self.shape)
         return separated
+
+    def parts_of(self, loss: Tensor, weights: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Return each layer's part of the rows; runs backward to weights that need a gradient."""
+        torch.autograd.grad(loss, weights, allow_unused=True)
+        return self.parts
 
     def rows(self) -> Tensor:
         """Return ``(N, D)`` float32, the gradient of the loss as it was weighted."""

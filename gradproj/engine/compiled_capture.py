@@ -5,6 +5,7 @@ and its token covariances. The compiled backward pass returns them like any othe
 block and its projections are one graph.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ class CompiledCapture(BatchCapture):
         self._batch.mask = None
         for hook in self.hooks:
             hook.grad_buffers = None
+
+    def parts_of(self, loss: Tensor, weights: Sequence[Tensor]) -> dict[int, Tensor]:
+        buffers = [buffer for hook in self.hooks for buffer in hook.grad_buffers or ()]
+        grads = torch.autograd.grad(loss, [*weights, *buffers], allow_unused=True)
+        for buffer, grad in zip(buffers, grads[len(weights) :], strict=True):
+            buffer.grad = grad
+        self._fetch()
+        return self.parts
 
     def rows(self) -> Tensor:
         self._fetch()

@@ -28,6 +28,7 @@ from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
 from gradproj.engine.original_interface import OriginalInterface
+from gradproj.engine.probe import check_rows
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.projection_files import RowBuffer
 from gradproj.errors import ConfigError, GradprojError, ModelError
@@ -116,8 +117,10 @@ class GradProjLoraEngine(OriginalInterface):
         self._capture = capture_type(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
         self._loss_key = loss_key(module)
+        self._root = torch.zeros((), device=self._layers[0].p_i.device, requires_grad=True)
         self._handles: list[Any] = []
         self._frozen: FrozenModel | None = None
+        self._checked = False
         self._unsaved = RowBuffer()
 
     @classmethod
@@ -167,10 +170,21 @@ class GradProjLoraEngine(OriginalInterface):
     def is_attached(self) -> bool:
         return bool(self._handles)
 
+    @property
+    def only_alone(self) -> str:
+        """Why the engine refuses batches of several samples; empty if it does not."""
+        return self._capture.only_alone
+
     # --- attach and detach ---
 
     def attach(self) -> "GradProjLoraEngine":
-        """Register the hooks. A second call does nothing."""
+        """Register the hooks, and check the rows of two short samples the first time.
+
+        A second call does nothing.
+
+        Raises:
+            ModelError: the model uses a layer's weight in a way that the engine does not know.
+        """
         if self._handles:
             return self
         if self._freeze:
@@ -185,6 +199,13 @@ class GradProjLoraEngine(OriginalInterface):
             hook = self._forward_hook(index)
             for use in layer.target.uses.values():
                 self._handles.append(use.register_forward_hook(hook, with_kwargs=True))
+        if not self._checked:
+            try:
+                self._capture.only_alone = check_rows(self.module, self._layers, self._capture)
+            except BaseException:
+                self.detach()
+                raise
+            self._checked = True
         return self
 
     def detach(self) -> None:
@@ -206,7 +227,7 @@ class GradProjLoraEngine(OriginalInterface):
 
     def _on_batch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the batch's shape, to separate the samples in layers that get them flattened."""
-        if not torch.is_grad_enabled():
+        if self._capture.is_ignoring():
             return
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         inputs = next((x for x in given if x is not None), None)
@@ -218,16 +239,16 @@ class GradProjLoraEngine(OriginalInterface):
         if isinstance(capture, CompiledCapture):
             return capture.hooks[index]
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            # An evaluation and the first pass of a checkpointed block make no gradient.
-            if not torch.is_grad_enabled():
-                return
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            if capture.is_ignoring():
+                return None
             a = args[0] if args else next(iter(kwargs.values()))
             a_p = capture.project_input(index, module, a)
             serial = capture.serial
             if not output.requires_grad:
-                output.requires_grad_(True)  # the graph starts here
+                output = _StartGraph.apply(output.detach(), self._root)
             output.register_hook(lambda g: capture.take_gradient(serial, index, a_p, g))
+            return output
 
         return hook
 
@@ -309,6 +330,19 @@ class GradProjLoraEngine(OriginalInterface):
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
+
+
+class _StartGraph(torch.autograd.Function):
+    """Identity that makes its output need a gradient. No leaf: a model may change it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -93,7 +93,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return linear(x, weight, bias)
+        # oneDNN's result is a view, which a model could not change in place (OLMo's clip_qkv does).
+        return linear(x, weight, bias).detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

@@ -4,6 +4,7 @@ For every type the row is that of ``P_o G P_i^T`` with ``G`` the gradient as an 
 matrix, whichever way round the type stores its weight.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
 
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense),
+    nn.Linear: LayerRule("Linear", lambda m: tuple(m.weight.t().shape), _project_dense),
     Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense),
     nn.Embedding: LayerRule("Embedding", lambda m: tuple(m.weight.shape), _project_lookup),
 }
@@ -56,15 +57,51 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base only if it runs the base's own ``forward``, which a quantized or
-    sparse layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count.
+    A subclass counts as its base if it runs the base's own ``forward``, which a quantized or sparse
+    layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count, and any
+    other layer whose output is shown to be ``input W^T + b``.
     """
     for kind, rule in LAYER_RULES.items():
-        if isinstance(module, kind):
-            same_forward = type(module).forward is kind.forward
-            scaled = kind is nn.Embedding and hasattr(module, "embed_scale")
-            return rule if same_forward or scaled else None
-    return None
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return rule
+    if isinstance(module, nn.Embedding) and hasattr(module, "embed_scale"):
+        return LAYER_RULES[nn.Embedding]
+    return LAYER_RULES[nn.Linear] if _is_linear(module) else None
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a layer of another type computes ``input W^T + b``, by trying a small one."""
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    weight, others = parameters.get("weight"), parameters.keys() - {"weight", "bias"}
+    if weight is None or weight.dim() != 2 or others or module._modules:
+        return False
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return False
+    # A copy without hooks, whose few weights are on the CPU: the layer's may be on no device.
+    n_i, n_o = 3, 2
+    values = (
+        torch.linspace(-1, 1, 2 * n_i + n_o * n_i + n_o, dtype=torch.float32)
+        .cos()
+        .split([2 * n_i, n_o * n_i, n_o])
+    )
+    x, small = values[0].view(1, 2, n_i), {"weight": values[1].view(n_o, n_i), "bias": values[2]}
+    trial = copy.copy(module)
+    vars(trial).update(
+        _parameters={
+            name: nn.Parameter(small[name]) if name in parameters else None
+            for name in module._parameters
+        },
+        in_features=n_i,
+        out_features=n_o,
+        training=False,
+    )
+    want = nn.functional.linear(x, small["weight"], small["bias"] if "bias" in parameters else None)
+    try:
+        got = type(module).forward(trial, x)
+    except Exception:  # it takes other inputs, or sees that it is not itself
+        return False
+    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want)
 
 
 @dataclass(frozen=True)

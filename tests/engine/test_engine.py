@@ -152,7 +152,8 @@ def test_gradient_checkpointing_of_transformers_does_not_change_rows():
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda m, a: calls.append(1))
     again, _ = rows_of(model, ids, labels)
-    assert len(calls) == 2, "the block was not computed again"
+    # Three times for the engine's check in eval mode, then twice for the batch.
+    assert len(calls) == 3 + 2, "the block was not computed again"
     assert relative_error(again, rows) < 1e-6
 
 
@@ -164,7 +165,8 @@ def test_gradient_checkpointing_of_the_engine_does_not_change_rows(family):
     calls = []
     engine.targets[0].module.register_forward_pre_hook(lambda m, a: calls.append(1))
     again, _ = rows_of(model, ids, labels, freeze_weights=True, gradient_checkpointing=True)
-    assert len(calls) == 2, "the block was not computed again"
+    # Three times for the engine's check, then for the batch.
+    assert len(calls) == 2 * (3 + 1), "the block was not computed again"
     assert torch.equal(again, rows)
 
 
@@ -483,7 +485,7 @@ def test_position_table_shared_by_the_batch_is_an_error():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     with pytest.raises(
-        ModelError, match=r"transformer\.wpe works on \(1, 21\).*samples cannot be separated"
+        ModelError, match=r"transformer\.wpe works on \(1, 9\).*samples cannot be separated"
     ):
         rows_of(model, ids, labels, proj_layers="wpe")
 
