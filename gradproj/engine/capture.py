@@ -128,7 +128,7 @@ class BatchCapture:
     """One batch's state between its forward pass and ``rows``; the layers are in model order."""
 
     probed: "ClassVar[BatchCapture | None]" = None
-    """The engine's that tries its samples (``probe.py``). Other engines of the model ignore them."""
+    """The engine's that tries its samples (``probe.py``). Other engines ignore them."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
         self._layers = layers

@@ -81,7 +81,7 @@ def _is_linear(module: nn.Module) -> bool:
     # A copy without hooks, whose few weights are on the CPU: the layer's may be on no device.
     n_i, n_o = 3, 2
     values = (
-        torch.linspace(-1, 1, 2 * n_i + n_o * n_i + n_o, dtype=torch.float32)
+        torch.linspace(-1, 1, 2 * n_i + n_o * n_i + n_o, dtype=torch.float32, device="cpu")
         .cos()
         .split([2 * n_i, n_o * n_i, n_o])
     )
