@@ -69,7 +69,7 @@ def place_layers(
     """Return the target layers in model order with their matrices (drawn, or the given ones)."""
     placed: list[PlacedLayer] = []
     targets = find_layers(module, config.patterns, config.include_embeddings)
-    for target, widths in zip(targets, place_widths(module, config), strict=True):
+    for target, widths in zip(targets, place_widths(targets, config), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
         columns = slice(widths.slice_start, widths.slice_end)

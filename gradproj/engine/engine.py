@@ -24,6 +24,7 @@ from gradproj.engine.capture import (
     place_layers,
 )
 from gradproj.engine.compiled_capture import CompiledCapture
+from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
@@ -165,6 +166,11 @@ class GradProjLoraEngine(OriginalInterface):
     @property
     def targets(self) -> list[TargetLayer]:
         return [layer.target for layer in self._layers]
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the row has of the model's linear layers, and what it leaves out."""
+        return coverage_of(self.module, self.targets)
 
     @property
     def is_attached(self) -> bool:

@@ -8,14 +8,15 @@ Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradproj.engine.selection import find_layers
+from gradproj.engine.layers import TargetLayer
+from gradproj.engine.selection import EXCLUDES
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag, split_list
 from gradproj.store.layout import LayerSlice
@@ -67,7 +68,8 @@ class ProjectionConfig(Flags, title="projection"):
     """Compression settings. Recorded in the store; part of the run's identity."""
 
     layers: str = flag(
-        "Layers to project: parts of their dotted names, as whole components.",
+        "Layers to project: parts of their dotted names, as whole components; * in a component "
+        "stands for any characters, and a - before a part leaves its layers out.",
         "mlp,attn",
         name="proj_layers",
         comma_separated=True,
@@ -96,10 +98,11 @@ class ProjectionConfig(Flags, title="projection"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.patterns and not self.include_embeddings:
-            raise ConfigError(
-                "--proj_layers is empty; name layers, for example --proj_layers mlp,attn"
-            )
+        if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
+            return
+        what = "names only layers to leave out" if self.patterns else "is empty"
+        way = ",".join(("mlp", "attn", *self.patterns))
+        raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -151,10 +154,10 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
 
 
-def place_widths(module: nn.Module, config: ProjectionConfig) -> list[LayerSlice]:
-    """Return every target layer in model order. A model on the meta device is enough."""
+def place_widths(targets: Sequence[TargetLayer], config: ProjectionConfig) -> list[LayerSlice]:
+    """Return every target layer's place in a row. Layers on the meta device are enough."""
     placed, start = [], 0
-    for target in find_layers(module, config.patterns, config.include_embeddings):
+    for target in targets:
         n_i, n_o = target.widths
         k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
         stop = start + k_i * k_o

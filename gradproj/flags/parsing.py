@@ -144,7 +144,7 @@ def _given(
     parser: argparse.ArgumentParser, argv: Sequence[str], fields: Mapping[str, dataclasses.Field]
 ) -> dict[str, Any]:
     """Return the values on the command line by flag."""
-    words = [_with_underscores(word, fields) for word in argv]
+    words = _joined([_with_underscores(word, fields) for word in argv], fields)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse(unknown[0], words, fields)
@@ -177,6 +177,19 @@ def _with_underscores(word: str, fields: Mapping[str, dataclasses.Field]) -> str
     if new_name:
         raise ConfigError(f"--{name} is now called --{new_name}")
     return word
+
+
+def _joined(words: Sequence[str], fields: Mapping[str, dataclasses.Field]) -> list[str]:
+    """Join a list's flag and its value if that begins with a dash, which argparse would refuse."""
+    joined: list[str] = []
+    for word in words:
+        f = fields.get(joined[-1].removeprefix("--")) if joined else None
+        is_dashed = word.startswith("-") and not word.startswith("--")
+        if f is not None and joined[-1].startswith("--") and takes_commas(f) and is_dashed:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _renamed(name: str, fields: Mapping[str, dataclasses.Field]) -> str:

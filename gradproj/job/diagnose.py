@@ -16,7 +16,6 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.projection import draw_matrices, place_widths
 from gradproj.errors import CorpusError, ModelError
 from gradproj.flags import Flags, flag
 from gradproj.job.config import RunConfig
@@ -111,9 +110,8 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
     reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
     rows = plan.layout.rows_per_shard
     wanted = len(plan.wanted) * rows
-    generator = np.random.default_rng(0)
-    few = wanted <= _TRIES * n_documents
-    size = _TRIES * n_documents
+    generator, size = np.random.default_rng(0), _TRIES * n_documents
+    few = wanted <= size
     places = generator.permutation(wanted) if few else generator.integers(0, wanted, size)
     ids: list[int] = []
     sequences: list[np.ndarray] = []
@@ -143,15 +141,16 @@ def _rows_in(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time."""
     files = replace(plan.files, config=replace(plan.files.config, model_dtype=dtype))
-    projection = plan.config.projection
+    options, batch = plan.config.job, plan.config.batch
     try:
         model = load_model(files, device)
-        matrices = {w.name: draw_matrices(projection, w) for w in place_widths(model, projection)}
-        options, batch = plan.config.job, plan.config.batch
         if not batch.batch_tokens:  # --batch_tokens auto, which the job has yet to measure
             batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
         engine = GradProjLoraEngine.from_config(
-            model, projection, matrices, options.gradient_checkpointing, options.compile
+            model,
+            plan.config.projection,
+            gradient_checkpointing=options.gradient_checkpointing,
+            compiled=options.compile,
         )
         with compiler_errors_explained(), engine:
             for way in WAYS:

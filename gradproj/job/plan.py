@@ -14,7 +14,9 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
+from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.projection import place_widths
+from gradproj.engine.reach import check_reached
 from gradproj.engine.selection import find_layers
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
@@ -38,7 +40,6 @@ from gradproj.store.layout import (
     RUN_CONFIG_NAME,
     STATS_NAME,
     STORE_NAME,
-    STORED_DTYPES,
     UNITS_DIR,
     LayerSlice,
     StoreLayout,
@@ -53,15 +54,9 @@ DEFAULT_MAX_LENGTH = 1024
 BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
-    *FOLDERS,
-    STORE_NAME,
-    INDEX_NAME,
-    BATCH_FILE,
-    METADATA_NAME,
-    RUN_CONFIG_NAME,
-    STATS_NAME,
+    *FOLDERS, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME, RUN_CONFIG_NAME, STATS_NAME,
     FAILED_NAME,
-}
+}  # fmt: skip
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1
 """``--domains`` that waste more than either limit needs ``--allow_sparse``."""
@@ -76,6 +71,7 @@ class Plan:
     files: ModelFiles
     index: CorpusIndex
     layers: list[LayerSlice]
+    coverage: Coverage
     layout: StoreLayout
     vocabulary: int
     wanted: np.ndarray
@@ -114,7 +110,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        return self.layout.dim * STORED_DTYPES[self.layout.proj_dtype].itemsize
+        return self.layout.dim * self.layout.stored_dtype.itemsize
 
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
@@ -154,12 +150,14 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     batch = replace(config.batch, max_length=_max_length(config, model_config))
     config = replace(config, batch=batch)
     skeleton = model_skeleton(files)
-    layers = place_widths(skeleton, config.projection)
+    projection = config.projection
+    targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
+    layers = place_widths(targets, projection)
+    coverage = coverage_of(skeleton, targets)
     n_weights = sum(p.numel() for p in skeleton.parameters())
-    targets = find_layers(
-        skeleton, config.projection.patterns, config.projection.include_embeddings
-    )
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
+    if not (Path(config.job.output_dir) / STORE_NAME).exists():
+        check_reached(skeleton, targets, projection.patterns)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
     wanted, n_selected = _wanted_units(config, index, layout)
@@ -170,7 +168,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         "layers": [layer.name for layer in layers],
     }
     counts = (vocabulary, wanted, n_selected, n_weights, shared)
-    plan = Plan(config, files, index, layers, layout, *counts, identity)
+    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
@@ -294,6 +292,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "complete": False,
         "how_to_read": "row = projections[id] * row_scale[id]; NaN = not there; status 1 = ok",
         "projection": asdict(projection),
+        "selection": asdict(plan.coverage),
         "model": {
             **asdict(model),
             "revision": plan.files.revision or model.revision,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gradproj.analysis import MEANINGS, SIGN, overview
 from gradproj.analysis.scan import ScanOptions
-from gradproj.formatting import count, one_line
+from gradproj.formatting import count, one_line, ranges_text
 from gradproj.maintenance.status import Status, read_status
 from gradproj.report.distributions import count_rows
 from gradproj.report.document_tables import TextExcerpts, outlier_tables
@@ -25,7 +25,6 @@ from gradproj.report.number_format import when
 from gradproj.report.page import Figure, Page, QueryAnswer
 from gradproj.report.run_summary import (
     coverage_figure,
-    missing_text,
     run_facts,
     statuses_of,
     verdict_of,
@@ -67,7 +66,7 @@ def make_page(
         facts=run_facts(store, status, times),
         versions=versions_text(store.attributes),
         coverage=coverage_figure(len(store), missing),
-        missing=missing_text(missing),
+        missing=ranges_text(missing, 40),
         statuses=statuses_of(counts),
         throughput=speed,
         throughput_note=speed_note,

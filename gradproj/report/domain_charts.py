@@ -16,7 +16,7 @@ from gradproj.report.distributions import (
 from gradproj.report.domain_summary import DomainFacts
 from gradproj.report.figures import boxes_chart, histogram_chart, matrix_chart
 from gradproj.report.number_format import digits, whole
-from gradproj.report.page import DomainLine, Figure
+from gradproj.report.page import Figure
 from gradproj.report.svg import Drawing
 from gradproj.store import ProjectionStore
 
@@ -85,8 +85,8 @@ def boxes_of(groups: Sequence[Group]) -> Figure | None:
     return Figure(chart, BOX_CAPTION)
 
 
-def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[DomainLine]:
-    """Return a row for each domain, those with the most rows first."""
+def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[list[str]]:
+    """Return the cells of a row for each domain, those with the most rows first."""
     if facts is None:
         return []
     matrix, counts, of_mean = facts.matrix, facts.counts, facts.norm_of_mean
@@ -97,6 +97,7 @@ def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[Dom
         n_drawn = matrix.n_drawn[i]
         rank = f"{matrix.effective_rank[i]:.0f} of {n_drawn}" if n_drawn else "–"
         cells = [
+            one_line(matrix.names[i], 60),
             whole(counts.n_documents[i]),
             whole(int(matrix.n_rows[i])),
             whole(counts.n_missing(i)),
@@ -107,7 +108,7 @@ def domain_lines(facts: DomainFacts | None, groups: Sequence[Group]) -> list[Dom
             digits(float(of_mean[i])),
             rank,
         ]
-        lines.append(DomainLine(one_line(matrix.names[i], 60), cells))
+        lines.append(cells)
     return lines
 
 

@@ -56,14 +56,6 @@ class QueryAnswer:
 
 
 @dataclass(frozen=True)
-class DomainLine:
-    """A row of the table of domains."""
-
-    name: str
-    cells: list[str]
-
-
-@dataclass(frozen=True)
 class Figure:
     """A drawing and its caption."""
 
@@ -93,7 +85,7 @@ class Page:
     histograms: list[Drawing]
     boxes: Figure | None
     domain_columns: list[str]
-    domain_lines: list[DomainLine]
+    domain_lines: list[list[str]]
     score: str
     meaning: str
     sign: str

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gradproj.formatting import count, human_seconds, ranges_text
+from gradproj.formatting import count, human_seconds
 from gradproj.maintenance.status import Status
 from gradproj.report.distributions import RowCounts
 from gradproj.report.domain_summary import lost_text
@@ -23,18 +23,30 @@ STATUS_MEANINGS = {
     "bad_input": "could not be read; see the ranks' logs for the reason",
     "out_of_memory": "did not fit the device's memory",
 }
+MODEL_FACTS = {
+    "model": "model",
+    "architecture": "architecture",
+    "init": "weights",
+    "revision": "revision",
+    "tokenizer": "tokenizer",
+    "special_tokens": "special tokens",
+    "model_dtype": "precision",
+    "max_length": "longest",
+    "long_documents": "longer ones",
+    "loss_reduction": "loss of a row",
+}
 Facts = list[tuple[str, list[tuple[str, str]]]]
 
 
 def run_facts(store: ProjectionStore, status: Status | None, times: UnitTimes | None) -> Facts:
     """Return the facts that the store records, in groups."""
-    facts = [
-        ("Model", _model(store.attributes)),
-        ("Rows", _rows(store)),
-        ("Corpus", _corpus(store)),
-        ("Work", _work(store, status, times)),
-    ]
-    return [(heading, group) for heading, group in facts if group]
+    facts = {
+        "Model": _set_values(_part(store.attributes, "model"), MODEL_FACTS),
+        "Rows": _rows(store),
+        "Corpus": _corpus(store),
+        "Work": _work(store, status, times),
+    }
+    return [(heading, group) for heading, group in facts.items() if group]
 
 
 def versions_text(attributes: Mapping[str, Any]) -> str:
@@ -57,22 +69,6 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _model(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = {
-        "model": "model",
-        "architecture": "architecture",
-        "init": "weights",
-        "revision": "revision",
-        "tokenizer": "tokenizer",
-        "special_tokens": "special tokens",
-        "model_dtype": "precision",
-        "max_length": "longest",
-        "long_documents": "longer ones",
-        "loss_reduction": "loss of a row",
-    }
-    return _set_values(_part(attributes, "model"), names)
-
-
 def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
     projection = _part(store.attributes, "projection")
     layout, compressor = store.layout, f"compressor {store.layout.compressor}"
@@ -88,13 +84,11 @@ def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
 
 
 def _corpus(store: ProjectionStore) -> list[tuple[str, str]]:
-    corpus = _part(store.attributes, "corpus")
     names = {"n_tars": "tars", "tars": "in", "domain_field": "domain by"}
-    names["fingerprint"] = "fingerprint"
     return [
         ("documents", f"{len(store):,}"),
         ("domains", f"{len(store.domains):,}"),
-        *_set_values(corpus, names),
+        *_set_values(_part(store.attributes, "corpus"), {**names, "fingerprint": "fingerprint"}),
     ]
 
 
@@ -147,11 +141,6 @@ def statuses_of(counts: RowCounts) -> list[tuple[str, str, str]]:
     """Return ``(status, documents, meaning)`` of the statuses that occur."""
     totals = ((name, counts.total(name)) for name in STATUS)
     return [(name, f"{n:,}", STATUS_MEANINGS[name]) for name, n in totals if n]
-
-
-def missing_text(ranges: list[tuple[int, int]]) -> str:
-    """Format ranges of ids, both ends included."""
-    return ranges_text(ranges, 40)
 
 
 def coverage_figure(n_samples: int, missing: list[tuple[int, int]]) -> Figure:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.layers import without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
@@ -73,7 +72,7 @@ class GradProjLoraTraining(TrainingEngine):
             settings.proj_rank_min, settings.proj_seed, proj_kind=settings.proj_kind,
             include_embeddings=settings.include_embeddings,
         )  # fmt: skip
-        self._layers = place_widths(without_wrappers(context.model), settings.projection)
+        self._layers = place_widths(self._engine.targets, settings.projection)
         self._waiting: list[_Waiting] = []
         self._step = 0
         self._ids: np.ndarray | None = None
@@ -222,6 +221,7 @@ class GradProjLoraTraining(TrainingEngine):
             "layers": [asdict(layer) for layer in self._layers],
             "domains": [],
             "projection": asdict(projection),
+            "selection": asdict(self._engine.coverage),
             "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
             "step[i]; status 1 = ok",
             "identity": {

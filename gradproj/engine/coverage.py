@@ -1,0 +1,103 @@
+"""What ``--proj_layers`` takes of a model's blocks, and what it leaves out."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradproj.engine.layers import TargetLayer, every_layer, without_wrappers
+from gradproj.engine.selection import folded
+
+MAX_NAMED = 8
+"""Names of a kind in the printed lines; the store's attributes have all."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Layers or weights of the blocks that are not projected, under one name."""
+
+    name: str
+    """Dotted name, numbers folded to ``*``. That of layers is a pattern for ``--proj_layers``."""
+    n: int
+    """Number of layers, or of weights that have no rule."""
+    fraction: float
+    """Their part of the blocks' weights."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The projected part of the blocks' linear layers.
+
+    Blocks are the model's numbered modules, or the whole model if it has none. Weights are entries
+    of matrices: biases and norms never have a part in a row.
+    """
+
+    n_layers: int
+    n_selected: int
+    fraction: float
+    """Part of the blocks' weights that is projected."""
+    not_selected: list[LeftOut]
+    """Layers that ``--proj_layers`` could take."""
+    not_projectable: list[LeftOut]
+    """Matrices that no rule describes, such as fused experts and convolutions."""
+
+    def lines(self) -> list[str]:
+        """Return the coverage as lines of text for people."""
+        if not self.not_selected and not self.not_projectable:
+            return [f"layers        all {self.n_layers:,} linear layers of the blocks"]
+        return [
+            f"layers        {self.n_selected:,} of {self.n_layers:,} linear layers of the blocks, "
+            f"{100 * self.fraction:.1f} % of their weights",
+            *_left_out_lines("not selected", self.not_selected),
+            *_left_out_lines("no rule for", self.not_projectable),
+        ]
+
+
+def _left_out_lines(label: str, left_out: list[LeftOut]) -> list[str]:
+    largest = sorted(left_out, key=lambda each: -each.fraction)
+    named = [f"{x.name} ({x.n:,}: {100 * x.fraction:.1f} %)" for x in largest[:MAX_NAMED]]
+    more = [f"and {len(largest) - MAX_NAMED} more"] if len(largest) > MAX_NAMED else []
+    return [f"{label:<14}{', '.join([*named, *more])}"] if named else []
+
+
+def coverage_of(model: nn.Module, targets: Sequence[TargetLayer]) -> Coverage:
+    """Compare the targets with all linear layers of the model's blocks."""
+    model, chosen = without_wrappers(model), {id(target.module) for target in targets}
+    every = every_layer(model)
+    with_rule = {id(p) for layer in every for m in layer.uses.values() for p in m.parameters()}
+    has_blocks = any("*" in folded(layer.name) for layer in every)
+    layers = {x.name: x for x in every if "*" in folded(x.name) or not has_blocks}
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) not in with_rule
+        and sum(width > 1 for width in p.shape) > 1
+        and ("*" in folded(name) or not has_blocks)
+    }
+    sizes = {name: math.prod(layer.widths) for name, layer in layers.items()}
+    total = (sum(sizes.values()) + sum(p.numel() for p in matrices.values())) or 1
+    selected = [name for name, layer in layers.items() if id(layer.module) in chosen]
+    taken = set(map(folded, selected))
+    rest = [(_shortest_name(folded(n), taken), sizes[n]) for n in layers if n not in selected]
+    return Coverage(
+        n_layers=len(layers),
+        n_selected=len(selected),
+        fraction=sum(sizes[name] for name in selected) / total,
+        not_selected=_left_out(rest, total),
+        not_projectable=_left_out([(folded(n), p.numel()) for n, p in matrices.items()], total),
+    )
+
+
+def _left_out(named_sizes: Iterable[tuple[str, int]], total: int) -> list[LeftOut]:
+    sizes: dict[str, list[int]] = {}
+    for name, size in named_sizes:
+        sizes.setdefault(name, []).append(size)
+    return [LeftOut(name, len(each), sum(each) / total) for name, each in sizes.items()]
+
+
+def _shortest_name(name: str, taken: Iterable[str]) -> str:
+    """Return the outermost part of a layer's name that holds no layer that is taken."""
+    parts = name.split(".")
+    outer = (".".join(parts[:length]) for length in range(1, len(parts)))
+    return next((o for o in outer if not any(f"{t}.".startswith(f"{o}.") for t in taken)), name)

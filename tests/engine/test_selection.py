@@ -1,0 +1,202 @@
+"""``--proj_layers``: what patterns take and leave out, and what is said about the rest."""
+
+import pytest
+import torch
+from helpers.models import VOCAB, ragged_batch, small_model
+from helpers.references import projected_gradient_by_autograd, relative_error
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from gradproj.engine.coverage import coverage_of
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.reach import check_reached
+from gradproj.engine.selection import exclusions, find_layers, matches
+from gradproj.errors import ConfigError, ModelError
+
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=64, head_dim=8,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def model_of(model_type, device="cpu", **changes):
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**SMALL, **changes})
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def names_of(model, *patterns):
+    return [target.name for target in find_layers(model, patterns)]
+
+
+def hybrid(device="cpu"):
+    """Three blocks with linear attention for one with full attention."""
+    return model_of(
+        "qwen3_5_text", device, num_hidden_layers=4, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+
+
+def with_images(device="meta"):
+    text = {**SMALL, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        image_size=28, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    config = CONFIG_MAPPING["gemma3"](
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=98,
+        boi_token_index=99, eoi_token_index=100,
+    )  # fmt: skip
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config).eval()
+
+
+# --- what is beside the layers ---
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "beside"),
+    [
+        ("cohere", {"use_qk_norm": True}, "model.layers.*.self_attn.q_norm.weight"),
+        ("rwkv", {"context_length": 64, "attention_hidden_size": 32}, None),
+    ],
+)
+def test_weights_beside_the_layers_are_left_out_and_the_rows_are_exact(model_type, changes, beside):
+    model = model_of(model_type, **changes)
+    ids, labels = ragged_batch([9, 5])
+    with GradProjLoraEngine(model, "mlp,attn", 24, 3) as engine:
+        per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
+        rows = engine.collect_batch()
+    for n, length in enumerate([9, 5]):
+        want = projected_gradient_by_autograd(model, engine, ids[n, :length])
+        assert relative_error(rows[n], want) < 1e-5
+    left_out = [each.name for each in engine.coverage.not_projectable]
+    assert beside is None or beside in left_out
+
+
+def test_pattern_of_unprojectable_weights_alone_names_the_other_patterns():
+    model = model_of("mixtral", "meta", num_local_experts=4)
+    for patterns in (["mlp"], ["mlp", "attn"]):
+        with pytest.raises(ModelError, match=r"cannot project: .* Give --proj_layers attn$"):
+            find_layers(model, patterns)
+
+
+def test_layer_that_is_no_linear_map_is_left_out_by_name():
+    class Quantized(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).round()
+
+    model = small_model("llama")
+    model.model.layers[0].mlp.up_proj = Quantized(32, 48, bias=False)
+    targets = find_layers(model, ["mlp"])
+    assert len(targets) == 5
+    (left_out,) = coverage_of(model, targets).not_projectable
+    assert (left_out.name, left_out.n) == ("model.layers.*.mlp.up_proj.weight", 1)
+    with pytest.raises(ModelError, match=r"cannot project: .*up_proj \(Quantized\).*--proj_layers"):
+        find_layers(model, ["layers.0.mlp.up_proj"])
+
+
+# --- patterns ---
+
+
+def test_star_stands_for_one_component():
+    model = small_model("llama")
+    assert names_of(model, "model.layers.*.mlp.up_proj") == names_of(model, "up_proj")
+    assert names_of(model, "*_proj") == names_of(model, "mlp", "attn")
+    assert not matches("layers.*.up_proj", "model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "same_as"),
+    [
+        (("layers.0", "-attn"), ("layers.0.mlp",)),
+        (("-o_proj", "attn"), ("q_proj", "k_proj", "v_proj")),
+        (("mlp", "-layers.0"), ("layers.1.mlp",)),
+        (("mlp", "-layers.*.mlp.gate_proj"), ("up_proj", "down_proj")),
+    ],
+)
+def test_dash_leaves_out_what_it_matches(patterns, same_as):
+    model = small_model("llama")
+    assert names_of(model, *patterns) == names_of(model, *same_as)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("mlp", "-router"), "no layer of the model matches '-router'"),
+        (("mlp", "attn", "-attn", "-mlp"), "-attn,-mlp leaves out all that 'mlp', 'attn' matches"),
+        (("h.*.mlp",), r"no layer of the model matches 'h\.\*\.mlp'"),
+    ],
+)
+def test_pattern_without_effect_is_an_error(patterns, message):
+    with pytest.raises(ModelError, match=message):
+        find_layers(small_model("llama"), patterns)
+
+
+def test_exclusions_alone_are_an_error_that_adds_the_layers():
+    with pytest.raises(ConfigError, match=r"only layers to leave out.*mlp,attn,-router"):
+        GradProjLoraEngine(small_model("llama"), ["-router"])
+
+
+def test_short_exclusions_leave_out_the_unwanted_and_keep_the_rest():
+    kept = ["model.layers.0.attn.q", "model.layers.10.mlp.up"]
+    unwanted = ["model.vision.0.attn.q", "model.layers.1.mlp.up", "model.layers.1.attn.q"]
+    assert exclusions(unwanted, kept) == ["-vision", "-layers.1"]
+
+
+# --- what is said ---
+
+
+def test_coverage_names_the_mixers_that_a_hybrid_model_loses():
+    model = hybrid("meta")
+    coverage = coverage_of(model, find_layers(model, ["mlp", "attn"]))
+    assert (coverage.n_selected, coverage.n_layers) == (16, 31)
+    (mixers,) = coverage.not_selected
+    assert (mixers.name, mixers.n) == ("model.layers.*.linear_attn", 15)
+    sizes = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if ".layers." in name and p.dim() >= 2
+    }
+    taken = [n for name, n in sizes.items() if ".mlp." in name or ".self_attn." in name]
+    assert coverage.fraction == pytest.approx(sum(taken) / sum(sizes.values()))
+    assert "16 of 31 linear layers of the blocks" in coverage.lines()[0]
+    # The name that is said is a pattern that takes them.
+    everything = coverage_of(model, find_layers(model, ["mlp", "attn", mixers.name]))
+    assert everything.n_selected == 31
+
+
+def test_coverage_of_a_whole_model_is_one_line():
+    model = small_model("gpt2")
+    coverage = coverage_of(model, find_layers(model, ["mlp", "attn"]))
+    assert (coverage.fraction, coverage.not_selected, coverage.not_projectable) == (1, [], [])
+    assert coverage.lines() == ["layers        all 8 linear layers of the blocks"]
+
+
+def test_coverage_counts_the_blocks_that_a_number_leaves_out():
+    model = small_model("gpt2")
+    coverage = coverage_of(model, find_layers(model, ["h.1"]))
+    assert (coverage.n_selected, coverage.n_layers) == (4, 8)
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert [each.name for each in coverage.not_selected] == [f"transformer.h.*.{x}" for x in layers]
+
+
+# --- layers that the loss never reaches ---
+
+
+def test_layers_without_a_gradient_are_named_before_any_weight_is_loaded():
+    model = with_images()
+    with pytest.raises(ModelError, match=r"never reaches 6 of 20 .*vision_tower") as error:
+        check_reached(model, find_layers(model, ["mlp", "attn"]), ["mlp", "attn"])
+    assert "--proj_layers mlp,attn,-vision_tower (it takes model.language_model" in str(error.value)
+    advice = ["mlp", "attn", "-vision_tower"]
+    assert check_reached(model, find_layers(model, advice), advice)
+
+
+def test_trial_reaches_every_layer_of_a_hybrid_model():
+    model = hybrid("meta")
+    assert check_reached(model, find_layers(model, ["layers"]), ["layers"])
