@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
-from gradproj.engine.selection import find_layers
+from gradproj.engine.selection import exclusions, find_layers
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 
@@ -244,7 +244,8 @@ class BatchCapture:
             uncalled = [name for i, name in enumerate(names) if i not in self.called]
             reason = "were never called" if uncalled else "got no gradient of the loss"
             shown = uncalled or missing
+            out = exclusions(missing, [name for name in names if name not in missing])
             raise ModelError(
                 f"{len(shown)} of {len(names)} target layers {reason}: {', '.join(shown[:5])}; "
-                "leave them out of --proj_layers"
+                f"leave them out: add {','.join(out)} to --proj_layers"
             )

@@ -1,4 +1,4 @@
-"""What ``--proj_layers`` takes of a model's blocks, and what it leaves out."""
+"""Lists what ``--proj_layers`` takes of a model's blocks and what it leaves out."""
 
 import math
 from collections.abc import Iterable, Sequence

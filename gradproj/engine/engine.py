@@ -169,7 +169,7 @@ class GradProjLoraEngine(OriginalInterface):
 
     @property
     def coverage(self) -> Coverage:
-        """What the row has of the model's linear layers, and what it leaves out."""
+        """The part of the blocks' linear layers that is projected, and what is left out."""
         return coverage_of(self.module, self.targets)
 
     @property

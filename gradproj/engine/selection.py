@@ -77,7 +77,8 @@ def folded(name: str) -> str:
 
 def exclusions(unwanted: Iterable[str], kept: Iterable[str]) -> list[str]:
     """Return short patterns that leave out the unwanted layers and none of those to keep."""
-    kept, chosen = list(kept), []
+    kept = list(kept)
+    chosen: list[str] = []
     for name in unwanted:
         if any(matches(pattern, name) for pattern in chosen):
             continue

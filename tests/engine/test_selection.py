@@ -1,4 +1,4 @@
-"""``--proj_layers``: what patterns take and leave out, and what is said about the rest."""
+"""``--proj_layers``: what patterns take and leave out, and the list of the rest."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_short_exclusions_leave_out_the_unwanted_and_keep_the_rest():
     assert exclusions(unwanted, kept) == ["-vision", "-layers.1"]
 
 
-# --- what is said ---
+# --- the list of what is left out ---
 
 
 def test_coverage_names_the_mixers_that_a_hybrid_model_loses():
@@ -165,7 +165,7 @@ def test_coverage_names_the_mixers_that_a_hybrid_model_loses():
     taken = [n for name, n in sizes.items() if ".mlp." in name or ".self_attn." in name]
     assert coverage.fraction == pytest.approx(sum(taken) / sum(sizes.values()))
     assert "16 of 31 linear layers of the blocks" in coverage.lines()[0]
-    # The name that is said is a pattern that takes them.
+    # The printed name is a pattern that takes them.
     everything = coverage_of(model, find_layers(model, ["mlp", "attn", mixers.name]))
     assert everything.n_selected == 31
 
