@@ -52,8 +52,16 @@ class OtherSettingsError(StoreError):
     """A store was made with settings other than this run's. The store itself is sound."""
 
 
+class RanksError(GradprojError):
+    """Another rank of this start does not come, or does not answer."""
+
+
 class ReportedError(GradprojError):
     """Rank 0 has reported the error; this rank exits silently."""
+
+    def __init__(self, exit_code: int = 2) -> None:
+        super().__init__()
+        self.exit_code = exit_code
 
 
 def damaged(path: str | Path, what: str) -> DamagedFile:

@@ -3,7 +3,7 @@
 Each rank claims a unit, reads it, projects it and commits it. Nothing in this loop is collective.
 """
 
-from gradproj.distributed import Process, choose_device, launcher_died, launcher_rank, start_group
+from gradproj.distributed import Process, Rendezvous, choose_device, launcher_died, launcher_rank
 from gradproj.job.shutdown import Stopped, StopRequest, leave  # isort: split
 
 from gradproj.store.layout import HEARTBEATS_DIR
@@ -26,7 +26,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import report_errors_from_rank_0
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.job.config import run_config
-from gradproj.job.prefetch import Prefetcher, Writer
+from gradproj.job.prefetch import Writer, prefetched
 from gradproj.job.rank_setup import set_up_rank
 from gradproj.job.startup import Job, log_to_file, start_job
 from gradproj.job.summary import print_result
@@ -51,9 +51,9 @@ def run(argv: list[str], stop: StopRequest) -> int:
     with report_errors_from_rank_0(process.rank, only=True):
         config = run_config(argv, "gradproj run")
     prepare_torch(config.job.threads, config.job.deterministic)
-    with start_group(process):
+    with Rendezvous(process) as ranks:
         device, warning = choose_device(config.job.device, process.local_rank)
-        job = start_job(config, process)
+        job = start_job(config, process, ranks)
     log_to_file(job.plan.output, job.owner, config.job.verbose)
     if warning:
         print(warning, file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def compute(
     with set_up_rank(job, queue, device, stop, progress) as rank, Writer() as writer:
         claimed = queue.take()
         # A thread claims and reads the next unit while the device computes this one.
-        read_ahead = Prefetcher(map(rank.reader.read, claimed), check=writer.check)
+        read_ahead = prefetched(map(rank.reader.read, claimed), writer.check)
         with read_ahead as units, stop.requested_on_error():
             for unit in units:
                 projected = rank.project(unit) if unit is not None else None

@@ -6,8 +6,8 @@
 
 set -uo pipefail
 
-# Name of this job or array element, as in gradproj/distributed.py. SLURM_JOB_ID will not do: that
-# of one element is the whole array's, and requeueing it would requeue all elements.
+# Name of this job or array element, as in gradproj/distributed/process.py. SLURM_JOB_ID will not
+# do: that of one element is the whole array's, and requeueing it would requeue all elements.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
 

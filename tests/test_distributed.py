@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from gradproj import distributed
 from gradproj.distributed import (
     JobName,
     Process,
@@ -20,9 +19,11 @@ from gradproj.distributed import (
     choose_device,
     launcher_died,
     launcher_rank,
+    process,
     process_group,
+    rendezvous,
 )
-from gradproj.errors import ConfigError, ReportedError
+from gradproj.errors import ConfigError, RanksError, ReportedError
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_two_manual_starts_are_two_jobs():
 
 def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distributed.Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(process.Path, "glob", lambda self, pattern: iter(()))
 
 
 def test_auto_warns_when_it_chooses_the_cpu_beside_a_gpu(monkeypatch):
@@ -188,12 +189,17 @@ def wait_in_vain(rank, folder, port):
         (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
 
 
-def test_timeout_of_a_collective_is_raised_and_then_ends_the_other_rank_silently(tmp_path):
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_timeout_of_a_collective_is_an_error_and_then_ends_the_other_rank_silently(tmp_path):
+    port = free_port()
     torch.multiprocessing.spawn(wait_in_vain, (tmp_path, port), nprocs=2)
     first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
-    assert re.match("RuntimeError: .*Timed out waiting 2000ms", first)
+    assert re.match("RanksError: rank 0 has waited 2 s for another rank, which hangs or", first)
+    assert "Timed out waiting 2000ms" in first
     assert second == "ReportedError: "
 
 
@@ -218,10 +224,9 @@ def on_all_ranks(world_size, action):
 
 def test_every_rank_gets_rank_0s_values_in_order(store):
     def start(process):
-        rendezvous = Rendezvous(process)
-        values = [rendezvous.from_rank_0((i, process.rank)) for i in range(2)]
-        rendezvous.wait_for_all("a place")
-        rendezvous.leave()
+        with Rendezvous(process) as ranks:
+            values = [ranks.from_rank_0((i, process.rank)) for i in range(2)]
+            ranks.wait_for_all("a place")
         return values
 
     assert on_all_ranks(3, start) == [[(0, 0), (1, 0)]] * 3
@@ -231,29 +236,62 @@ def test_restarted_ranks_ignore_values_of_dead_ranks(store):
     for generation in range(3):
 
         def start(process, generation=generation):
-            rendezvous = Rendezvous(process)
-            return rendezvous.from_rank_0(generation)  # and dies
+            return Rendezvous(process).from_rank_0(generation)  # and dies
 
         assert on_all_ranks(3, start) == [generation] * 3
 
 
-def test_rank_waits_in_python_while_rank_0_is_missing(store, monkeypatch):
-    class Interrupted(Exception):
-        """Raised by a signal's handler."""
+class Interrupted(Exception):
+    """Raised by a signal's handler."""
 
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("holder", ["agent", "rank 0"])
+def test_rank_waits_in_python_for_a_rank_that_is_missing(rank, holder, store, monkeypatch):
     def interrupt(seconds):
         raise Interrupted
 
-    monkeypatch.setattr(distributed.time, "sleep", interrupt)
+    if holder == "rank 0":
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(rendezvous.time, "sleep", interrupt)
     with pytest.raises(Interrupted):
-        Rendezvous(Process(1, 2, 1, 2, launched=True))
+        Rendezvous(Process(rank, 2, rank, 2, launched=True))
 
 
-def test_lost_rendezvous_store_ends_a_rank_silently(store):
-    rendezvous = Rendezvous(Process(0, 1, 0, 1, launched=True))
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(rendezvous, "REPORT_AFTER_S", 0.02)
+    monkeypatch.setattr(rendezvous, "COME_S", 0.2)
 
+
+def test_missing_ranks_are_named_and_the_wait_for_them_ends(store, impatient, capsys):
+    with pytest.raises(RanksError, match=r"^rank 0 has waited 0 s for rank 1, 2 of 3 to start; st"):
+        Rendezvous(Process(0, 3, 0, 3, launched=True))
+    message = "gradproj: rank 0 has waited 0 s for rank 1, 2 of 3 to start; it gives up after 0 s"
+    assert message in capsys.readouterr().err.splitlines()
+
+
+def test_rank_without_the_store_of_rank_0_names_its_address(store, impatient, monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
+    with pytest.raises(RanksError, match=f"rank 0, which does not answer at 127.0.0.1:{port} "):
+        Rendezvous(Process(1, 3, 1, 3, launched=True))
+    assert f"does not answer at 127.0.0.1:{port} ([Errno 111]" in capsys.readouterr().err
+
+
+def test_addresses_that_no_launcher_would_set_are_errors(store, monkeypatch):
+    port = os.environ["MASTER_PORT"]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    with pytest.raises(ConfigError, match=f"rank 0 cannot listen at 127.0.0.1:{port} "):
+        Rendezvous(Process(0, 2, 0, 2, launched=True))
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ConfigError, match="the launcher set MASTER_ADDR to '' and MASTER_PORT"):
+        Rendezvous(Process(0, 2, 0, 2, launched=True))
+
+
+def test_lost_rendezvous_store_ends_a_rank_silently():
     def look():
         raise torch_dist.DistNetworkError("connection reset by peer")
 
     with pytest.raises(ReportedError):
-        rendezvous._until(look)
+        Rendezvous(Process(0, 1, 0, 1))._until(look, lambda: "rank 1", 1)

@@ -296,7 +296,7 @@ UNPICKLERS = {
     "pandas",
     "yaml",
 }
-SPEAKS_TO_ITS_OWN_RANKS = "distributed.py"
+SPEAKS_TO_ITS_OWN_RANKS = "rendezvous.py"
 """May pickle: it sends rank 0's plan to the job's other ranks through torchrun's store, like
 torch.distributed's object collectives. No content of a corpus, checkpoint or store is sent."""
 

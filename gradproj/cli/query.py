@@ -60,7 +60,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
-        with process_group(process), _sigterm_as_interrupt(process):
+        with _signals(process), process_group(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):
@@ -68,19 +68,19 @@ def query_command(argv: list[str]) -> None:
 
 
 @contextmanager
-def _sigterm_as_interrupt(process: Process) -> Iterator[None]:
-    """Make SIGTERM raise, so that an unfinished score file is deleted.
+def _signals(process: Process) -> Iterator[None]:
+    """Make SIGTERM raise, as Ctrl-C does, so that an unfinished score file is deleted.
 
-    Not under torchrun: a rank that waits in a collective would then ignore SIGTERM.
+    With several ranks both end the process: one that waits in a collective runs no handler.
     """
+    number, handler = signal.SIGTERM, signal.default_int_handler
     if process.world_size > 1:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        number, handler = signal.SIGINT, signal.SIG_DFL  # type: ignore[assignment]
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def query(config: QueryConfig, process: Process) -> Answer:

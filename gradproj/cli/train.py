@@ -1,6 +1,5 @@
 """The command ``train``: trains a causal language model on a corpus."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -39,13 +38,11 @@ def train_command(argv: list[str]) -> int:
 @contextmanager
 def stop_on_signals() -> Iterator["StopRequest"]:
     """Turn signals and the launcher's death into a stop request; restore handlers on exit."""
-    from gradproj.job.shutdown import SIGNALS, StopRequest
+    from gradproj.job.shutdown import StopRequest
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     stop = StopRequest().attend(launcher_rank(), launcher_died)
     stop.begin()
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop.release()

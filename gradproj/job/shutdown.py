@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gradproj.errors import GradprojError, ReportedError
 
@@ -34,12 +34,6 @@ class Stopped(GradprojError):
         self.exit_code = 128 + number
 
 
-def _reported(number: int) -> ReportedError:
-    error = ReportedError()
-    error.exit_code = 128 + number
-    return error
-
-
 class StopRequest:
     """Stop flag set by signals. Calling it returns whether a stop was requested.
 
@@ -55,6 +49,8 @@ class StopRequest:
         self.reason = ""
         self.exit_code = 0
         """128 + the signal's number, as in a shell."""
+        self._handlers: dict[int, Any] = {}
+        self._wakeup = -1
 
     def __call__(self) -> bool:
         return self._requested_at is not None
@@ -69,11 +65,38 @@ class StopRequest:
         """
         if not self._attending:
             self._attending, self._announces = True, not rank
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
+            self._handlers = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
+            self._listen()
             if rank is not None:
                 self.watch_launcher(died_before=launcher_died)
         return self
+
+    def release(self) -> None:
+        """Restore the handlers that were there before ``attend``."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        os.close(self._wakeup)  # which ends the thread
+
+    def _listen(self) -> None:
+        """Let a thread end the process at a second signal.
+
+        The main thread may be inside a library that waits for a device or another rank: Python runs
+        no handler until it returns.
+        """
+        heard, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+
+        def listen() -> None:
+            first_at = None
+            while number := os.read(heard, 1):
+                first_at = first_at or self._requested_at or time.monotonic()
+                if number[0] in SIGNALS and time.monotonic() - first_at > SECOND_AFTER_S:
+                    os._exit(128 + number[0])
+            os.close(heard)
+
+        threading.Thread(target=listen, name="signals", daemon=True).start()
 
     def begin(self) -> None:
         """From now on, let a signal raise an exception."""
@@ -99,8 +122,6 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._requested_at is not None:
-            if time.monotonic() - self._requested_at > SECOND_AFTER_S:
-                os._exit(128 + number)
             return
         self.request(signal.Signals(number).name)
         self.exit_code = 128 + number
@@ -110,7 +131,7 @@ class StopRequest:
                 os.write(2, f"gradproj: {Stopped(number)}\n".encode())
             os._exit(self.exit_code)
         if not self._draining:
-            raise Stopped(number) if self._announces else _reported(number)
+            raise Stopped(number) if self._announces else ReportedError(128 + number)
         if self._announces:
             # os.write, since the signal may have interrupted a print.
             os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())

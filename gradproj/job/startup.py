@@ -21,10 +21,11 @@ from gradproj.coordinator.unmerge import (
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
-from gradproj.distributed import JobName, Process, from_rank_0, wait_for_all
+from gradproj.distributed import JobName, Process, Rendezvous
 from gradproj.engine.projection import draw_matrices
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
+from gradproj.formatting import clean_lines
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity
 from gradproj.job.plan import Plan, attributes_of, make_plan, versions
@@ -46,15 +47,15 @@ class Job:
     """Ranks of this job on this machine."""
 
 
-def start_job(config: RunConfig, process: Process) -> Job:
+def start_job(config: RunConfig, process: Process, ranks: Rendezvous) -> Job:
     """Check the settings, make or open the store, and share the plan with all ranks.
 
     Raises:
         GradprojError: on rank 0, a user error; printed there, once.
         ReportedError: on the other ranks, for the same reason.
     """
-    failure: GradprojError | None = None
     shared: tuple[Plan, JobName] | None = None
+    exit_code = GradprojError.exit_code
     if process.rank == 0:
         name = JobName.from_environment()
         try:
@@ -62,17 +63,15 @@ def start_job(config: RunConfig, process: Process) -> Job:
             shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
             # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
-            print(f"gradproj: {error}", file=sys.stderr, flush=True)
-            failure = error
-    shared = from_rank_0(shared)
+            print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
+            exit_code = error.exit_code
+    shared = ranks.from_rank_0(shared)
     if shared is None:
-        reported = ReportedError()
-        reported.exit_code = (failure or reported).exit_code
-        raise reported
+        raise ReportedError(exit_code)
     plan, name = shared
     # One rank of a node downloads the model's files for the others.
     files = fetch(plan.config.model) if process.local_rank == 0 else None
-    wait_for_all("the checkpoint is here")
+    ranks.wait_for_all("the model's files are here")
     files = files or fetch(plan.config.model, may_download=False)
     plan = replace(plan, files=files, index=load_index(plan.output / INDEX_NAME))
     owner = Owner.this_process(name.job_id, name.generation, process.rank)

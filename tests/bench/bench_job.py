@@ -39,7 +39,7 @@ from measure import print_machine
 import gradproj.run
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
-from gradproj.distributed import Process, choose_device, start_group
+from gradproj.distributed import Process, Rendezvous, choose_device
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
 from gradproj.job.batch_size import resolve_batch_tokens
@@ -192,8 +192,8 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
         StopRequest(),
     )
     prepare_torch(config.job.threads, config.job.deterministic)
-    with start_group(process):
-        job = start_job(config, process)
+    with Rendezvous(process) as ranks:
+        job = start_job(config, process, ranks)
     plan, (device, _) = job.plan, choose_device(config.job.device, process.local_rank)
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)

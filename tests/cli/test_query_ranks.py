@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from helpers.outputs import copy_of
 from helpers.query_command import TEXT, ask, write_queries
 
 from gradproj.distributed import (
-    LET_RANK_0_SPEAK_S,
     Process,
     process_group,
+    rendezvous,
     report_errors_from_rank_0,
 )
-from gradproj.errors import ReportedError, StoreError
+from gradproj.distributed.process import LET_RANK_0_SPEAK_S
+from gradproj.errors import RanksError, ReportedError, StoreError
 
 assert ask
 
@@ -102,10 +104,13 @@ def test_only_a_lost_peer_ends_a_rank_silently(monkeypatch):
     import torch.distributed as torch_dist
 
     monkeypatch.setattr(torch_dist, "init_process_group", lambda *a, **k: None)
+    monkeypatch.setattr(rendezvous, "Rendezvous", lambda process: SimpleNamespace(store=None))
     ranks = Process(1, 2, 1, 2, launched=True)
     for lost in ("Connection closed by peer", "Read error: Connection reset by peer"):
         with pytest.raises(ReportedError), process_group(ranks):
             raise RuntimeError(f"[gloo/transport/tcp/pair.cc:553] {lost}")
-    for ours in ("our own", "[gloo/x.cc:81] Timed out waiting 4000ms for recv", "gloo: 8 vs 4"):
+    with pytest.raises(RanksError, match="has waited 30 min for another"), process_group(ranks):
+        raise RuntimeError("[gloo/x.cc:81] Timed out waiting 1800000ms for recv")
+    for ours in ("our own", "gloo: 8 vs 4"):
         with pytest.raises(RuntimeError, match=re.escape(ours)), process_group(ranks):
             raise RuntimeError(ours)

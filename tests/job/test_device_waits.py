@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, masking_utils
 import gradproj.run
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
-from gradproj.distributed import Process, start_group
+from gradproj.distributed import Process, Rendezvous
 from gradproj.engine import capture, loss
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
@@ -219,8 +219,8 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     monkeypatch.setattr(UnitProjector, "project", watched_project)
     monkeypatch.setattr(unit_projector, "to_host", to_host)
     process = Process.from_environment()
-    with start_group(process):
-        job = start_job(run_config(flags(**settings), "test"), process)
+    with Rendezvous(process) as ranks:
+        job = start_job(run_config(flags(**settings), "test"), process, ranks)
     plan, progress = job.plan, RankProgress()
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     gradproj.run.compute(job, queue, META_DEVICE, StopRequest(), progress)

@@ -1,0 +1,47 @@
+"""Signals while the main thread is inside a library, where Python runs no handler."""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as torch_dist
+
+from gradproj.job import shutdown
+from gradproj.job.shutdown import StopRequest
+
+
+def test_second_signal_ends_a_process_that_waits_inside_a_library(monkeypatch):
+    store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    peer = torch_dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    ended_at = []
+
+    def end(code):
+        ended_at.append((code, handled()))
+        peer.set("the peer", "is here")
+
+    monkeypatch.setattr(shutdown, "SECOND_AFTER_S", 0.2)
+    monkeypatch.setattr(shutdown.os, "_exit", end)
+    handlers = [signal.getsignal(number) for number in shutdown.SIGNALS]
+    stop, handled = StopRequest(), lambda: stop()
+    stop.attend(None)
+    stop.begin()
+    stop.drain()
+
+    def send_twice():
+        for _ in range(2):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    sender = threading.Thread(target=send_twice)
+    sender.start()
+    try:
+        # Waits in C++: no handler runs until it returns.
+        store.wait(["the peer"], timedelta(seconds=20))
+    finally:
+        sender.join()
+        stop.release()
+    assert ended_at == [(128 + signal.SIGUSR1, False)]
+    assert stop.reason == "SIGUSR1"
+    assert [signal.getsignal(number) for number in shutdown.SIGNALS] == handlers
