@@ -1,13 +1,21 @@
 """Flags and TOML files become dataclasses: names, lists, bounds, renamed flags, help."""
 
+import dataclasses
+import importlib
+import os
+import pkgutil
+import re
+import socket
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import gradproj
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, current_names, flag, from_recorded, join_list, parse, split_list
+from gradproj.flags.declaration import type_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,8 @@ class Fruit(Flags, title="fruit"):
     ripe: bool = flag("Ripe ones only.", False, name="only_ripe")
     basket: str = flag("A basket.", "b", required="give a basket", metavar="NAME")
     stem: int = flag("Length of stems.", 30, words={"none": 0}, metavar="MM", default_text="long")
+    shelf: str = flag("Where it lies.", "", path="DIR")
+    lists: tuple[str, ...] = flag("What to buy.", (), path="FILE", streams=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +172,80 @@ def test_a_dataclass_built_in_python_is_checked_as_well(wrong, message):
     with pytest.raises(ConfigError) as refused:
         Fruit(where="here", **wrong)
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("file:///data/a%20b", "/data/a b"),
+        ("file://localhost/data", "/data"),
+        ("file:/data", "/data"),
+        ("a:b/c", "a:b/c"),
+        ("hf:/data", "hf:/data"),
+        ("./s3://x", "./s3://x"),
+        ("", ""),
+    ],
+)
+def test_a_path_is_taken_as_it_is_or_from_its_file_address(text, path):
+    assert fruit("--shelf", text).shelf == path
+    assert fruit("--lists", f"x,{text}").lists == (("x", path) if path else ("x",))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://b/o",
+        "S3://b",
+        "gs://b",
+        "hf://a/b",
+        "https://huggingface.co/a/b",
+        "s3:/b",
+        "file://h/x",
+    ],
+)
+def test_an_address_is_no_path(address, tmp_path):
+    for message in (mistake("--shelf", address), mistake("--lists", f"x,{address}")):
+        assert f" {address} is an address, and only local paths are read and written" in message
+        assert f"or write ./{address} if it is one" in message
+    assert ("OWNER/NAME" in message) == ("hf" in address or "huggingface" in address)
+    assert mistake("--config", address).startswith(f"--config {address} is an address")
+    (tmp_path / "flags.toml").write_text(f"shelf = '{address}'")
+    assert f"--shelf {address} is an address" in mistake("--config", str(tmp_path / "flags.toml"))
+    assert mistake("--shelf", "pipe:cat a").endswith("commands are not run; give a local path")
+
+
+def test_a_pipe_a_socket_and_a_device_are_named_unless_the_flag_reads_streams(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for path, kind in (
+        (tmp_path / "fifo", "a FIFO (named pipe)"),
+        (tmp_path / "socket", "a socket"),
+        (Path(os.devnull), "a device"),
+    ):
+        assert mistake("--shelf", str(path)) == f"--shelf {path} is {kind}; give a file or folder"
+        assert fruit("--lists", str(path)).lists == (str(path),)
+
+
+def test_every_flag_of_a_path_is_declared_as_one():
+    for module in pkgutil.walk_packages(gradproj.__path__, "gradproj."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    sections, fields = [Flags], {}
+    for section in sections:
+        sections += section.__subclasses__()
+        if section.__module__.startswith("gradproj.") and dataclasses.is_dataclass(section):
+            fields |= {f"{section.__name__}.{f.name}": f for f in dataclasses.fields(section)}
+    words = re.compile(r"director(y|ies)|folder|file|tars\b", re.I)
+    of_paths = {name for name, f in fields.items() if "path" in f.metadata}
+    spoken_of = {
+        name
+        for name, f in fields.items()
+        if type_of(f)[0] is str and words.search(f.metadata.get("help", ""))
+    }
+    # "Earlier GradProjLora files": a format, not a path.
+    assert spoken_of - of_paths <= {"ExportConfig.format", "ExportConfig.output"}
+    assert len(of_paths) > 30
 
 
 def test_a_default_is_valid_whatever_the_bounds():

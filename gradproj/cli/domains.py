@@ -35,8 +35,8 @@ _NAME = 26
 class DomainsConfig(ScoreArgs, title="domains"):
     """Which store to read, and where the files go."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
-    output_dir: str = flag("Directory for the files; default: OUTPUT/domains.", "", metavar="DIR")
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    output_dir: str = flag("Directory for the files; default: OUTPUT/domains.", "", path="DIR")
     format: str = flag("Output format.", "table", choices=("table", "json"))
     device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)
 

@@ -21,13 +21,14 @@ class IndexConfig(Flags, title="index"):
         "A directory, a glob or braces (quoted), a list file, or one tar.",
         name="SHARDS",
         positional=True,
+        path="TARS",
     )
     domain_field: str = as_in(CorpusConfig, "domain_field")
     index_file: str = flag(
         "File of the index; default: corpus.json beside the tars.",
         "",
         renamed_from="output",
-        metavar="FILE",
+        path="FILE",
     )
     processes: int = flag(
         "Tars scanned at once; 0 = one per CPU.", 0, minimum=0, why="0 = one per CPU"

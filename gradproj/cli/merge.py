@@ -14,7 +14,7 @@ from gradproj.maintenance.merge import merge_now
 class MergeConfig(Flags, title="merge"):
     """Which output to merge."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
 
 
 def merge_command(argv: list[str]) -> None:

@@ -26,13 +26,14 @@ class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
     queries: str = flag(
         'JSONL file of queries; each line has "text", "prompt" and "completion", or "input_ids".',
         "",
-        metavar="FILE",
+        path="FILE",
+        streams=True,
     )
     query_store: str = flag(
         "Output directory of another job with the same model, projection matrices and loss "
         "reduction; its documents are the queries.",
         "",
-        metavar="DIR",
+        path="DIR",
     )
     curvature: str = flag("Curvature used by --score relatif; default: kfac.", "", choices=KINDS)
     joint: bool = flag(
@@ -52,7 +53,7 @@ class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
         metavar="NAME",
     )
     save_scores: str = flag(
-        "Write all scores, [queries, documents] float32, to this .npy file.", "", metavar="FILE"
+        "Write all scores, [queries, documents] float32, to this .npy file.", "", path="FILE"
     )
     format: str = flag(
         "Output format. jsonl: one object per document and query on standard output, the "

@@ -39,9 +39,11 @@ QUERY_CHARACTERS = 600
 class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
     """Which store and queries the page shows, and where it goes."""
 
-    queries: str = flag("JSONL file of queries, as for `query --queries`.", "", metavar="FILE")
+    queries: str = flag(
+        "JSONL file of queries, as for `query --queries`.", "", path="FILE", streams=True
+    )
     page: str = flag(
-        "File of the page; default: OUTPUT/report.html.", "", renamed_from="output", metavar="FILE"
+        "File of the page; default: OUTPUT/report.html.", "", renamed_from="output", path="FILE"
     )
     top_k: int = flag(
         "Number of documents in a table.",

@@ -15,7 +15,7 @@ class CorpusConfig(Flags, title="corpus"):
     shards: str = flag(
         "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json).",
         required=SHARDS_REQUIRED,
-        metavar="TARS",
+        path="TARS",
     )
     domain_field: str = flag(
         "Field of a document's JSON that names its domain; dots reach into objects.",

@@ -36,12 +36,14 @@ class PrepareConfig(Flags, title="tars"):
         "hf:NAME[@CONFIG][:SPLIT] (also a local directory), or stdlib: (this Python's library).",
         name="INPUT",
         positional=True,
+        path="FILE",
+        streams=True,
         required="name at least one file, hf:NAME or stdlib:",
     )
     output_dir: str = flag(
         "Directory for the tars; new or empty.",
         required="name a folder for the tars",
-        metavar="DIR",
+        path="DIR",
     )
     samples_per_shard: int = flag("Number of documents in a tar.", 10_000, minimum=1)
     text_field: str = flag(

@@ -36,12 +36,12 @@ class LdsConfig(Flags, title="experiment"):
     output_dir: str = flag(
         "Directory of the experiment. Started again on it, lds resumes.",
         required="give a folder",
-        metavar="DIR",
+        path="DIR",
     )
     tokenizer: str = flag(
         "Tokenizer: a directory or hub name; default: one is trained on the corpus.",
         "",
-        metavar="DIR|NAME",
+        path="DIR|NAME",
         group="corpus",
     )
     vocab_size: int = flag(

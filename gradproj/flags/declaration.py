@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from gradproj.errors import ConfigError
+from gradproj.flags.paths import local_path, special_file
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ def flag(
     required: str = "",
     renamed_from: str = "",
     metavar: str = "",
+    path: str = "",
+    streams: bool = False,
     group: str = "",
     default_text: str = "",
 ) -> Any:
@@ -55,6 +58,9 @@ def flag(
         required: if set, an empty value is an error, which this text ends ("give a folder").
         renamed_from: an earlier name of the flag. Giving it is an error that names the new one.
         metavar: what stands for the value in ``--help``, in place of its type: DIR, FILE, NAME.
+        path: the value is a path, and this stands for it in ``--help``: DIR, FILE. An address such
+            as ``s3://...`` is refused; ``file:///x`` is ``/x``.
+        streams: the path may be a pipe or a device, such as ``/dev/stdin``.
         group: title of the flag's group in ``--help``, in place of its dataclass's.
         default_text: words for the default in ``--help``, if its value says too little or too much.
     """
@@ -62,8 +68,8 @@ def flag(
         "help": help, "flag": name, "positional": positional, "comma_separated": comma_separated,
         "minimum": minimum, "above": above, "maximum": maximum, "below": below, "why": why,
         "choices": tuple(choices), "words": words, "required": required,
-        "renamed_from": renamed_from, "metavar": metavar, "group": group,
-        "default_text": default_text,
+        "renamed_from": renamed_from, "metavar": path or metavar, "path": path or None,
+        "streams": streams or None, "group": group, "default_text": default_text,
     }  # fmt: skip
     # A bound of 0 is declared, though it is false.
     metadata = {k: v for k, v in declared.items() if v is not None and v != "" and v != ()}
@@ -88,15 +94,33 @@ class Flags:
             cls.title = title
 
     def __post_init__(self) -> None:
-        """Check every field's declared bounds and choices.
+        """Check every field's declared bounds and choices; make local paths of ``file://`` ones.
 
         Raises:
             ConfigError: names the flag, its bound, choices or type, and the value.
         """
         for f in dataclasses.fields(typing.cast(Any, self)):
-            problem = _problem(f, getattr(self, f.name))
+            value = getattr(self, f.name)
+            if "path" in f.metadata and value:
+                value = _as_paths(f, value)
+                object.__setattr__(self, f.name, value)  # of a frozen dataclass
+            problem = _problem(f, value)
             if problem:
                 raise ConfigError(f"{label_of(f)} {problem}")
+
+
+def _as_paths(f: dataclasses.Field, value: Any) -> Any:
+    """Return the value of a path's flag, a text or a tuple of texts, with local paths."""
+    if isinstance(value, tuple):
+        return tuple(_as_paths(f, item) for item in value)
+    try:
+        path = local_path(value)
+    except ConfigError as error:
+        raise ConfigError(f"{label_of(f)} {value} {error}") from error
+    kind = "" if "streams" in f.metadata else special_file(path)
+    if kind:
+        raise ConfigError(f"{label_of(f)} {value} is {kind}; give a file or folder")
+    return path
 
 
 def _problem(f: dataclasses.Field, value: Any) -> str:

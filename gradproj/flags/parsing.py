@@ -19,6 +19,7 @@ from gradproj.flags.declaration import (
     typed,
     word_of,
 )
+from gradproj.flags.paths import local_path
 
 
 def parse(
@@ -43,7 +44,7 @@ def parse(
                 fields[flag_of(f)] = f
                 titles[flag_of(f)] = f.metadata.get("group", homes[f].title)
     given = _given(_parser(prog, description, fields, titles), argv, fields)
-    from_file = _read_toml(Path(given.pop("config")), fields) if "config" in given else {}
+    from_file = _read_toml(given.pop("config"), fields) if "config" in given else {}
     values = {**from_file, **given}
     missing = [label_of(f) for name, f in fields.items() if is_required(f) and name not in values]
     if missing:
@@ -218,9 +219,11 @@ def _refuse(
 # --- reading TOML ---
 
 
-def _read_toml(path: Path, fields: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+def _read_toml(path: str, fields: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise ConfigError(f"--config {path} {error}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
     values = {}

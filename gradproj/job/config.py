@@ -23,7 +23,7 @@ class JobConfig(Flags, title="job"):
     output_dir: str = flag(
         "Output directory: the store and all about the job. Started again on it, the job resumes.",
         required="give a folder",
-        metavar="DIR",
+        path="DIR",
     )
     device: str = flag(
         "Device; auto takes one GPU per rank if torch sees any.", "auto", choices=DEVICES

@@ -14,10 +14,10 @@ class RecordedRunArgs(Flags, title="recorded inputs"):
     The output records the job's settings. What may run code is the caller's decision.
     """
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
-    model: str = flag("Directory of the job's model, if it has moved.", "", metavar="DIR")
-    tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", metavar="DIR")
-    shards: str = flag("The job's tars, if they have moved.", "", metavar="TARS")
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
+    model: str = flag("Directory of the job's model, if it has moved.", "", path="DIR")
+    tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", path="DIR")
+    shards: str = flag("The job's tars, if they have moved.", "", path="TARS")
     device: str = flag("Device on which gradients are computed.", "auto", choices=DEVICES)
     trust_remote_code: bool = flag("Run code that comes with the recorded checkpoint.", False)
     allow_pickle: bool = flag("Load the recorded .bin weights, which can run code.", False)

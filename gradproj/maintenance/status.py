@@ -37,7 +37,7 @@ COUNT_FOR_S = 1.0
 class StatusConfig(Flags, title="status"):
     """Which output to read, and how to print it."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
     as_json: bool = flag("Print one JSON object.", False, name="json")
     rows: bool | None = flag(
         "Count rows by status in all units, or in none; default: as many units as one second "

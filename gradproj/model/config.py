@@ -27,7 +27,7 @@ class ModelConfig(Flags, title="model"):
     model: str = flag(
         "Checkpoint: a local directory or a name on the hub (this or --architecture is required).",
         "",
-        metavar="DIR|NAME",
+        path="DIR|NAME",
     )
     architecture: str = flag(
         "In place of --model: the hub's checkpoint of this shape.", "", choices=ARCHITECTURES
@@ -41,7 +41,7 @@ class ModelConfig(Flags, title="model"):
     seed: int = flag("Seed of random weights.", 0)
     revision: str = flag("Branch, tag or commit of the checkpoint on the hub.", "", metavar="NAME")
     tokenizer: str = flag(
-        "Tokenizer: a directory or hub name; default: the model's own.", "", metavar="DIR|NAME"
+        "Tokenizer: a directory or hub name; default: the model's own.", "", path="DIR|NAME"
     )
     special_tokens: str = flag(
         "Special tokens put around a document: those that the tokenizer adds itself, or these.",

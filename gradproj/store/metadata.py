@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
+from gradproj.flags.paths import local_path
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
@@ -30,7 +31,10 @@ def find_store(path: str | Path) -> Path:
     Raises:
         StoreError: there is none.
     """
-    path = Path(path)
+    try:
+        path = Path(local_path(str(path)))
+    except ConfigError as error:
+        raise StoreError(f"{path} {error}") from error
     for candidate in (path / STORE_NAME, path):
         if (candidate / "zarr.json").is_file():
             return candidate

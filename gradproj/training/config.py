@@ -33,7 +33,7 @@ class EngineConfig(Flags, title="engine"):
     """Settings of an engine; ``of`` takes them from any object with some of these names."""
 
     method: str = flag("Engine.", "Regular", metavar="Regular|GradDotProd|GradProjLora")
-    result_dir: str = flag("Directory for all results.", "", metavar="DIR")
+    result_dir: str = flag("Directory for all results.", "", path="DIR")
     proj_layers: str = as_in(ProjectionConfig, "layers")
     proj_rank_total: int = as_in(ProjectionConfig, "rank_total")
     proj_rank_min: int = as_in(ProjectionConfig, "rank_min")
@@ -94,15 +94,15 @@ class TrainConfig(EngineConfig, title="training"):
         "Directory for model, tokenizer, loss curve, checkpoints and the engine's results.",
         "training",
         required="give a folder",
-        metavar="DIR",
+        path="DIR",
     )
-    model: str = flag("Checkpoint to start from: a directory or hub name.", "", metavar="DIR|NAME")
+    model: str = flag("Checkpoint to start from: a directory or hub name.", "", path="DIR|NAME")
     architecture: str = flag("Random weights of this shape.", "", choices=ARCHITECTURES)
     n_layer: int = flag("Layers of a new GPT-2 (without --model and --architecture).", 4, minimum=1)
     n_embd: int = flag("Width of a new GPT-2.", 256, minimum=1)
     n_head: int = flag("Attention heads of a new GPT-2.", 4, minimum=1)
     tokenizer: str = flag(
-        "Tokenizer: a directory or hub name; default: that of --model.", "", metavar="DIR|NAME"
+        "Tokenizer: a directory or hub name; default: that of --model.", "", path="DIR|NAME"
     )
     max_length: int = flag(
         "Longest sequence, in tokens; also the number of positions of a new GPT-2.",
@@ -144,7 +144,7 @@ class TrainConfig(EngineConfig, title="training"):
     )
     eval_interval: int = flag("Steps between two evaluations; 0 = at the end only.", 0, minimum=0)
     val_shards: str = flag(
-        "Tars to evaluate on; GradDotProd compares with their first batch.", "", metavar="TARS"
+        "Tars to evaluate on; GradDotProd compares with their first batch.", "", path="TARS"
     )
     val_batch_size: int = flag("Sequences in a validation batch.", 2, minimum=1)
     val_batches: int = flag(

@@ -25,7 +25,7 @@ class TokenizerConfig(Flags, title="tokenizer"):
 
     shards: str = as_in(CorpusConfig, "shards")
     output_dir: str = flag(
-        "Directory for the tokenizer's files.", required="give a folder", metavar="DIR"
+        "Directory for the tokenizer's files.", required="give a folder", path="DIR"
     )
     vocab_size: int = flag(
         "Number of tokens, the 256 bytes and one special token included.",

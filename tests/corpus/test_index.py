@@ -69,12 +69,12 @@ def test_shards_define_the_order_of_tars(shards, want, folder):
         ("{folder}/{{a,b,a}}.tar", "a.tar comes twice"),
         ("{folder}/{{a,b.tar", "braces do not match"),
         ("pipe:cat a.tar", "are not run"),
-        ("s3://bucket/a.tar", "remote tars are not read yet"),
-        ("https://host/{{0..9}}.tar", "remote tars are not read yet"),
+        ("s3://bucket/a.tar", "is an address, and only local paths are read"),
+        ("https://host/{{0..9}}.tar", "is an address, and only local paths are read"),
         ("{folder}/empty", "the folder has no .tar; it has 1 compressed file: a.tar.gz: unpack"),
         ("{folder}/none.list", "the list file names no tar"),
         ("{folder}/missing.txt", "the list file cannot be read"),
-        ("{folder}/remote.list", "'s3://b/a.tar' is not a local tar"),
+        ("{folder}/remote.list", "remote.list: s3://b/a.tar is an address"),
     ],
 )
 def test_unreadable_shards_are_rejected_with_the_reason(shards, words, folder):

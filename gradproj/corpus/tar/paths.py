@@ -2,20 +2,19 @@
 
 import glob
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from gradproj.errors import CorpusError
+from gradproj.errors import ConfigError, CorpusError
+from gradproj.flags.paths import local_path
 
 INDEX_NAME = "corpus.json"
 """The corpus index: beside the tars, and in an output directory."""
 
 _MAX_NAMES = 10
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".lz4", ".tbz2", ".txz")
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://").match
 
 
 def list_tars(shards: str, flag: str = "--shards") -> list[Path]:
@@ -63,13 +62,7 @@ def some(names: Iterable[str], noun: str) -> str:
 
 
 def _expand(shards: str, given: str) -> list[str]:
-    if shards.startswith("pipe:"):
-        raise CorpusError(f"{given}: commands (pipe:) are not run; give local .tar files")
-    if _REMOTE(shards):
-        raise CorpusError(
-            f"{given}: remote tars are not read yet; copy them to a local or shared folder"
-        )
-    path = Path(shards).expanduser()
+    path = Path(_local(shards, given)).expanduser()
     if path.is_dir():
         return _of_folder(path, given)
     if path.suffix in (".txt", ".list"):
@@ -110,12 +103,15 @@ def _of_list_file(path: Path, given: str) -> list[str]:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise CorpusError(f"{given}: the list file names no tar")
-    for entry in entries:
-        if entry.startswith("pipe:") or _REMOTE(entry):
-            raise CorpusError(
-                f"{given}: {entry!r} is not a local tar; pipes and addresses are not read"
-            )
-    return [str(path.parent / Path(entry).expanduser()) for entry in entries]
+    local = [_local(entry, f"{given}: {entry}") for entry in entries]
+    return [str(path.parent / Path(entry).expanduser()) for entry in local]
+
+
+def _local(path: str, given: str) -> str:
+    try:
+        return local_path(path)
+    except ConfigError as error:
+        raise CorpusError(f"{given} {error}") from error
 
 
 def _check_name(path: str, flag: str) -> None:
