@@ -122,7 +122,7 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
         if sample_id >= plan.layout.n_samples:
             continue
         prepared = reader.read_samples(unit, sample_id, sample_id + 1)
-        if prepared.columns["status"][0] == STATUS["ok"]:
+        if prepared is not None and prepared.columns["status"][0] == STATUS["ok"]:
             sequences += prepared.sequences
             document_of += [len(ids)] * len(prepared.sequences)
             ids.append(sample_id)

@@ -106,20 +106,17 @@ def rows_of(
     """
     device = next(model.parameters()).device
     rows = torch.zeros(documents.n_documents, engine.total_proj_dim)
-    for sequences in _batches(documents, way, batch):
+    batches = [np.array([i]) for i in range(len(documents.sequences))]
+    if way == "batched":
+        lengths = [len(tokens) for tokens in documents.sequences]
+        batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens)
+    for sequences in batches:
         prepared = collate(documents.sequences, sequences, pad=0)
         if way == "beside padding":
             prepared = _padded(prepared, positions_of(model.config))
         batch_rows = run_batch(model, engine, prepared.to(device))[0].float().cpu()
         rows.index_add_(0, torch.from_numpy(documents.document_of[sequences]), batch_rows)
     return rows
-
-
-def _batches(documents: Documents, way: str, batch: BatchConfig) -> list[np.ndarray]:
-    if way == "batched":
-        lengths = [len(tokens) for tokens in documents.sequences]
-        return plan_batches(lengths, batch.batch_size, batch.batch_tokens)
-    return [np.array([i]) for i in range(len(documents.sequences))]
 
 
 def _padded(batch: Batch, positions: int | None) -> Batch:

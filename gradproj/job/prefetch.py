@@ -1,71 +1,43 @@
-"""Threads beside the device: a bounded prefetch queue, and a writer. Errors reach the caller."""
+"""Threads beside the device: one makes items ahead of time, one writes. Errors reach the caller."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+AHEAD = 2
+"""Items made ahead: one is ready while the next is being made."""
 CHECK_EVERY_S = 0.2
 
 
-class Prefetcher(Generic[T]):
-    """Iterates over ``items`` made ahead of time by a thread, at most ``ahead`` waiting.
+@contextmanager
+def prefetched(items: Iterable[T], check: Callable[[], None]) -> Iterator[Iterator[T]]:
+    """Iterate over ``items``, which a thread makes ahead of time.
 
-    An error in the thread is raised in the loop. As a context manager it ends the thread on exit,
-    also in mid-iteration, after the item being made. ``check`` is called while waiting for an item;
-    its error ends the iteration.
+    An error in the thread is raised in the loop. ``check`` is called while waiting for an item; its
+    error ends the iteration. The exit waits for the item being made.
     """
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    ahead: deque[Future[Any]] = deque(pool.submit(next, iterator, end) for _ in range(AHEAD))
 
-    def __init__(
-        self, items: Iterable[T], ahead: int = 1, check: Callable[[], None] = lambda: None
-    ) -> None:
-        self._items, self._check = items, check
-        self._queue: queue.Queue[tuple[str, T | BaseException | None]]
-        self._queue = queue.Queue(maxsize=max(1, ahead))
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-
-    def __enter__(self) -> Iterator[T]:
-        self._thread.start()
-        return self._take()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            for item in self._items:
-                if not self._put(("item", item)):
-                    return
-            self._put(("end", None))
-        except BaseException as error:  # raised again in the thread that takes the items
-            self._put(("error", error))
-
-    def _put(self, message: tuple[str, T | BaseException | None]) -> bool:
-        while not self._ended.is_set():
-            try:
-                self._queue.put(message, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _take(self) -> Iterator[T]:
+    def take() -> Iterator[T]:
         while True:
-            try:
-                kind, value = self._queue.get(timeout=CHECK_EVERY_S)
-            except queue.Empty:
-                self._check()
-                continue
-            if kind == "end":
+            while not wait([ahead[0]], timeout=CHECK_EVERY_S).done:
+                check()
+            item = ahead.popleft().result()
+            if item is end:
                 return
-            if isinstance(value, BaseException):
-                raise value
-            yield value  # type: ignore[misc]
+            ahead.append(pool.submit(next, iterator, end))
+            yield item
+
+    try:
+        yield take()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Writer:

@@ -88,4 +88,5 @@ def report_precision(
         unit, settings = int(pending[0]), reader.settings
         start, stop = settings.layout.unit_range(unit)
         few = reader.read_samples(unit, start, min(start + PRECISION_DOCUMENTS, stop))
-        print_precision(*check_precision(model, engine, few, settings.batch))
+        if few is not None:
+            print_precision(*check_precision(model, engine, few, settings.batch))

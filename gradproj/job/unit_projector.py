@@ -55,13 +55,13 @@ class UnitProjector:
         self._started = time.monotonic()
 
     def project(
-        self, prepared: PreparedUnit, partial: PartialLog, save_interval: int = 0
+        self, prepared: PreparedUnit, partial: PartialLog | None = None, save_interval: int = 0
     ) -> "ProjectedUnit | None":
         """Return the unit's rows. None if a stop was requested, after saving the rows so far."""
         started_at, started = time.time(), time.perf_counter()
         begun = record_event(self._device)
         total = UnitSums(prepared, self._engine, self._device)
-        done, saved = partial.read()
+        done, saved = (0, []) if partial is None else partial.read()
         for part in saved:
             total.replay(part)
         for number in range(done, len(prepared.batches)):
@@ -70,8 +70,8 @@ class UnitProjector:
                 if fitted is None:
                     total.fail(sequences)
             self._count(prepared, number)
-            if number + 1 == len(prepared.batches):
-                break
+            if partial is None or number + 1 == len(prepared.batches):
+                continue
             if self._stopping():
                 try:
                     partial.append(done, number + 1, total.take_touched())

@@ -65,10 +65,6 @@ class PreparedUnit:
         return digest.hexdigest()[:32]
 
 
-class _Interrupted(Exception):
-    """A stop was requested."""
-
-
 class UnitReader:
     """Reads, tokenizes and batches units. The job runs it in a thread, ahead of the engine.
 
@@ -91,13 +87,10 @@ class UnitReader:
 
     def read(self, unit: int) -> PreparedUnit | None:
         """Return the prepared unit, or None if a stop was requested meanwhile."""
-        try:
-            return self.read_samples(unit, *self.settings.layout.unit_range(unit))
-        except _Interrupted:
-            return None
+        return self.read_samples(unit, *self.settings.layout.unit_range(unit))
 
-    def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit:
-        """Prepare samples ``[start, stop)`` of a unit."""
+    def read_samples(self, unit: int, start: int, stop: int) -> PreparedUnit | None:
+        """Prepare samples ``[start, stop)`` of a unit. None if a stop was requested meanwhile."""
         settings, layout = self.settings, self.settings.layout
         columns = empty_columns(stop - start, layout.key_bytes)
         sequences: list[np.ndarray] = []
@@ -129,7 +122,7 @@ class UnitReader:
             if len(pending) == _TOKENIZED_AT_ONCE or size > _CHARACTERS_AT_ONCE:
                 size = 0
                 if self._stopping():
-                    raise _Interrupted
+                    return None
                 tokenize_pending()
         tokenize_pending()
         columns["key"] = encode_keys(keys, layout.key_bytes)

@@ -206,13 +206,11 @@ def _first_difference(merged: np.ndarray | None, recorded: np.ndarray) -> int | 
 
 def check_sums(output: Output, sums: dict[str, np.ndarray]) -> list[Damage]:
     """Compare the store's token covariances with the sums of all records, added in unit order."""
-    damage = []
-    for name, values in sums.items():
-        array = COVARIANCE_ARRAYS[name]
-        problem = _problem_of(partial(_check_sum, output, array, values))
-        if problem:
-            damage.append(Damage("columns", None, str(output.store / array), problem))
-    return damage
+    arrays = {COVARIANCE_ARRAYS[name]: values for name, values in sums.items()}
+    return _found(
+        "columns",
+        {output.store / a: partial(_check_sum, output, a, values) for a, values in arrays.items()},
+    )
 
 
 def _check_sum(output: Output, array: str, summed: np.ndarray) -> None:
@@ -226,27 +224,30 @@ def _check_sum(output: Output, array: str, summed: np.ndarray) -> None:
 
 def check_group(output: Output) -> list[Damage]:
     """Check the projection matrices, the corpus index and the copy of the metadata."""
-    checks: dict[Path, Callable[[], None]] = {
-        output.store / "projection_matrices": partial(_check_matrices, output),
-        output.path / INDEX_NAME: partial(_check_index, output),
-        output.path / METADATA_NAME: partial(_check_metadata, output),
-    }
-    problems = {path: _problem_of(check) for path, check in checks.items()}
-    return [
-        Damage("other", None, str(path), problem.removeprefix(f"{path.absolute()}: "))
-        for path, problem in problems.items()
-        if problem
-    ]
+    return _found(
+        "other",
+        {
+            output.store / "projection_matrices": partial(_check_matrices, output),
+            output.path / INDEX_NAME: partial(_check_index, output),
+            output.path / METADATA_NAME: partial(_check_metadata, output),
+        },
+    )
 
 
-def _problem_of(check: Callable[[], None]) -> str:
-    try:
-        check()
-    except (StoreError, CorpusError) as error:
-        return str(error)
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
-    return ""
+def _found(kind: str, checks: dict[Path, Callable[[], None]]) -> list[Damage]:
+    """Run the checks of files, and return the errors that they raise."""
+    damage = []
+    for path, check in checks.items():
+        try:
+            check()
+        except (StoreError, CorpusError) as error:
+            problem = str(error).removeprefix(f"{path.absolute()}: ")
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read: {error}"
+        else:
+            continue
+        damage.append(Damage(kind, None, str(path), problem))
+    return damage
 
 
 def _check_matrices(output: Output) -> None:

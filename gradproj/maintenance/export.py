@@ -25,11 +25,11 @@ from gradproj.store.layout import METADATA_NAME
 class ExportConfig(Flags, title="files"):
     """Which rows to write where."""
 
-    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True)
+    output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
     to: str = flag(
         "Directory for the files; new or empty.",
         required="give a folder for the files",
-        metavar="DIR",
+        path="DIR",
     )
     format: str = flag("pt: the .pt files of earlier GradProjLora code.", "pt", choices=("pt",))
     rows_per_file: int = flag("Number of rows in a file.", 4096, minimum=1)
@@ -46,11 +46,7 @@ class ExportConfig(Flags, title="files"):
             )
 
     def id_range(self, n_samples: int) -> tuple[int, int]:
-        """``[start, stop)`` of the ids asked for.
-
-        Raises:
-            ConfigError: the store has no such ids, or none lie between the two.
-        """
+        """Return ``[start, stop)`` of ``--ids``; ``ConfigError`` if the store has none of them."""
         first, _, last = self.ids.partition(":")
         start, stop = int(first or 0), int(last or n_samples)
         if stop > n_samples or start >= n_samples:
@@ -69,15 +65,15 @@ class Export:
     start: int
     stop: int
     rows_per_file: int
-    ok: np.ndarray
-    """``(stop - start,)`` bool: the row's status is ok."""
+    ids: np.ndarray
+    """Sample ids of the rows, sorted int64."""
     left_out: dict[str, int]
     """Status -> number of rows left out for it."""
     n_bytes: int
 
     @property
     def n_rows(self) -> int:
-        return int(self.ok.sum())
+        return len(self.ids)
 
     @property
     def n_files(self) -> int:
@@ -93,15 +89,18 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
     """
     start, stop = config.id_range(len(store))
     target = Path(config.to)
-    _check_target(target)
+    if target.exists() and not target.is_dir():
+        raise StoreError(f"--to {target} is a file; give a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise StoreError(f"--to {target} is not empty; give a new folder")
     status = store.column("status", start, stop)
-    ok = status == STATUS["ok"]
+    ids = start + np.flatnonzero(status == STATUS["ok"])
     counts = np.bincount(status, minlength=256)
     left_out = {
         name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]
     }
-    n_bytes = int(counts[STATUS["ok"]]) * (store.dim * 4 + 8)
-    export = Export(start, stop, config.rows_per_file, ok, left_out, n_bytes)
+    n_bytes = len(ids) * (store.dim * 4 + 8)
+    export = Export(start, stop, config.rows_per_file, ids, left_out, n_bytes)
     if not export.n_rows:
         raise StoreError(
             f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export"
@@ -115,18 +114,11 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
     return export
 
 
-def _check_target(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise StoreError(f"--to {target} is a file; give a new folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise StoreError(f"--to {target} is not empty; give a new folder")
-
-
 def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -> Iterator[Path]:
     """Write the files, then ``metadata.json``; yields each path once it is written.
 
-    Holds the rows of two files and one block of the scan in memory. If the export fails or is
-    interrupted, its files are deleted.
+    Holds the rows of one file in memory. If the export fails or is interrupted, its files are
+    deleted.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
@@ -139,7 +131,15 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
         # A job's rows are at their sample ids; a training run's store has a column of them.
         has_column = (store.path / "sample_id").is_dir()
         sample_ids = store.array("sample_id") if has_column else None
-        for number, (ids, rows) in enumerate(_file_contents(store, export), 1):
+        for number in range(1, export.n_files + 1):
+            ids = export.ids[(number - 1) * export.rows_per_file :][: export.rows_per_file]
+            rows = store.rows(ids)
+            lost = ids[np.isnan(rows[:, 0])]
+            if len(lost):
+                raise StoreError(
+                    f"{store.path}: the row of sample {lost[0]} is recorded as ok and is missing. "
+                    "Run `python -m gradproj verify` to see all damage"
+                )
             named = ids if sample_ids is None else sample_ids[ids]
             with _explained(target):
                 path = write_projection_file(
@@ -151,7 +151,10 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
             path.write_text(json.dumps(original_metadata(store), indent=2) + "\n")
         yield path
     except BaseException:
-        _remove(target, existed)
+        for path in (*target.glob("proj_iter_*"), target / METADATA_NAME):
+            path.unlink(missing_ok=True)
+        if not existed and target.is_dir():
+            target.rmdir()
         raise
 
 
@@ -165,45 +168,6 @@ def _explained(target: Path) -> Iterator[None]:
             f"--to {target} cannot be written: {why}. Nothing was kept there; free space, fix the "
             "permissions, or choose another folder"
         ) from error
-
-
-def _file_contents(
-    store: ProjectionStore, export: Export
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the ids ``(n,)`` int64 and rows ``(n, D)`` float32 of each file.
-
-    n is ``rows_per_file``, except in the last file.
-    """
-    height = min(export.rows_per_file, export.n_rows)
-    left = export.n_rows
-    ids, rows, filled = np.empty(height, np.int64), np.empty((height, store.dim), np.float32), 0
-    for block_ids, block in store.scan(start=export.start, stop=export.stop):
-        chosen = np.flatnonzero(export.ok[block_ids - export.start])
-        lost = chosen[np.isnan(block[chosen, 0])]
-        if len(lost):
-            raise StoreError(
-                f"{store.path}: the row of sample {block_ids[lost[0]]} is recorded as ok and is "
-                "missing. Run `python -m gradproj verify` to see all damage"
-            )
-        while len(chosen):
-            taken, chosen = chosen[: height - filled], chosen[height - filled :]
-            ids[filled : filled + len(taken)] = block_ids[taken]
-            rows[filled : filled + len(taken)] = block[taken]
-            filled += len(taken)
-            if filled == height:
-                yield ids, rows
-                left -= filled
-                height, filled = min(height, left), 0
-                ids, rows = ids[:height], rows[:height]
-
-
-def _remove(target: Path, existed: bool) -> None:
-    """Delete the files of this export. The folder was new or empty."""
-    for path in target.glob("proj_iter_*"):
-        path.unlink()
-    (target / METADATA_NAME).unlink(missing_ok=True)
-    if not existed and target.is_dir():
-        target.rmdir()
 
 
 def original_metadata(store: ProjectionStore) -> dict[str, Any]:

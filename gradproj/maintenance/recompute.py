@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gradproj.coordinator.heartbeats import RankProgress
-from gradproj.coordinator.partial_rows import PartialLog, PartialRows
 from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
 from gradproj.formatting import count, shown
@@ -25,7 +24,7 @@ from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.encoding import decode_rows
-from gradproj.store.layout import STATUS_NAMES, StoreLayout, decode_key
+from gradproj.store.layout import STATUS_NAMES, decode_key
 
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 """``--proj_dtype`` -> largest relative error of one stored value."""
@@ -105,7 +104,7 @@ def recompute(
     run = config_from(inputs)
     prepare_torch(run.job.threads, run.job.deterministic)
     with ProjectionStore(output.path) as store:
-        choice = _choose(output, store, n_rows, seed, skip or set())
+        ids, usual_norm, unreadable = _choose(output, store, n_rows, seed, skip or set())
         index = recorded_index(output.path, inputs.shards)
         recorded = recorded_engine(store, run, inputs.device)
         settings = UnitSettings(
@@ -120,29 +119,18 @@ def recompute(
         )
         reader = UnitReader(index, recorded.tokenizer, settings)
         tolerance = ROUNDING[output.layout.proj_dtype] + COMPUTED[run.model.model_dtype]
-        result = Recomputation(seed, str(recorded.device), tolerance, wrong=choice.unreadable)
-        compare = _Comparison(
-            store, tolerance, LOSS_TOLERANCE[run.model.model_dtype], FLOOR * choice.usual_norm
-        )
+        result = Recomputation(seed, str(recorded.device), tolerance, wrong=unreadable)
+        loss_tolerance = LOSS_TOLERANCE[run.model.model_dtype]
+        compare = _Comparison(store, tolerance, loss_tolerance, FLOOR * usual_norm)
         with recorded.engine:
             projector = UnitProjector(recorded.model, recorded.engine, settings, RankProgress())
             checks = (
                 compare(int(i), _project(projector, reader, output, int(i)))
-                for i in shown(choice.ids, len(choice.ids), "recompute", "documents")
+                for i in shown(ids, len(ids), "recompute", "documents")
             )
             _summarize(result, checks)
     result.seconds = round(time.monotonic() - started, 3)
     return result
-
-
-class _NoPartialRows(PartialLog):
-    """Saves nothing: a single document is always computed as a whole."""
-
-    def __init__(self) -> None:
-        pass
-
-    def read(self) -> tuple[int, list[PartialRows]]:
-        return 0, []
 
 
 def _project(
@@ -150,27 +138,21 @@ def _project(
 ) -> UnitRows:
     unit = sample_id // output.layout.rows_per_shard
     prepared = reader.read_samples(unit, sample_id, sample_id + 1)
-    projected = projector.project(prepared, _NoPartialRows())
-    assert projected is not None  # this projector has no stop request
+    assert prepared is not None  # nothing requests a stop
+    projected = projector.project(prepared)
+    assert projected is not None
     return projected.on_host()
-
-
-@dataclass
-class _Choice:
-    """Documents to compute again."""
-
-    ids: np.ndarray
-    """Sample ids, sorted."""
-    usual_norm: float
-    """Median norm of the ok rows they were drawn from."""
-    unreadable: list[RowCheck]
-    """A check for each unit whose columns cannot be read."""
 
 
 def _choose(
     output: Output, store: ProjectionStore, n_rows: int, seed: int, skip: set[int]
-) -> _Choice:
-    """Draw rows from as many random units as rows are wanted, so that no column is read whole."""
+) -> tuple[np.ndarray, float, list[RowCheck]]:
+    """Draw rows from as many random units as rows are wanted, so that no column is read whole.
+
+    Returns:
+        Sorted sample ids, the median norm of the ok rows they were drawn from, and a check for each
+        unit whose columns cannot be read.
+    """
     generator = np.random.default_rng(seed)
     units = np.setdiff1d(output.committed, np.fromiter(skip, np.int64, len(skip)))
     if not len(units):
@@ -199,48 +181,49 @@ def _choose(
                 others.append(start + rows[: each // _SPREAD])
     chosen = [generator.permutation(np.concatenate(part))[:n_rows] for part in (ok, others)]
     usual_norm = float(np.median(np.concatenate(norms))) if n_ok else 0.0
-    return _Choice(np.sort(np.concatenate(chosen)), usual_norm, unreadable)
+    return np.sort(np.concatenate(chosen)), usual_norm, unreadable
 
 
 def _unreadable(sample_id: int, unit: int, error: StoreError) -> RowCheck:
     return RowCheck(sample_id, unit, "", "missing", _NO_NUMBER, f"cannot be read: {error}")
 
 
+@dataclass(frozen=True)
 class _Comparison:
     """Compares recomputed rows with stored ones."""
 
-    def __init__(
-        self, store: ProjectionStore, tolerance: float, loss_tolerance: float, floor: float
-    ) -> None:
-        self._store, self._layout = store, store.layout
-        self._tolerance, self._loss_tolerance, self._floor = tolerance, loss_tolerance, floor
+    store: ProjectionStore
+    tolerance: float
+    loss_tolerance: float
+    floor: float
 
     def __call__(self, sample_id: int, again: UnitRows) -> tuple[RowCheck, bool]:
         """Return ``(check, whether the document ran out of memory, here or in the job)``."""
         names = ("status", "loss", *_EXACT)
-        stored = {name: v[0] for name, v in self._store.columns_at(names, [sample_id]).items()}
+        stored = {name: v[0] for name, v in self.store.columns_at(names, [sample_id]).items()}
         computed = {name: again.record.columns[name][0] for name in names}
         status = int(stored["status"])
         without_memory = _WITHOUT_MEMORY in (status, int(computed["status"]))
-        unit = sample_id // self._layout.rows_per_shard
+        unit = again.record.unit
         try:
-            row = self._store.rows([sample_id], missing="nan")[0]
+            row = self.store.rows([sample_id], missing="nan")[0]
         except StoreError as unreadable:
             return _unreadable(sample_id, unit, unreadable), without_memory
-        error, what = self._difference(row, _decoded(again, self._layout), status == STATUS["ok"])
+        error, what = self._difference(row, self._decoded(again), status == STATUS["ok"])
         if status != computed["status"]:
             what = f"has status {STATUS_NAMES[int(computed['status'])]} now"
         elif not what:
             what = self._column_difference(stored, computed)
-        check = RowCheck(
-            sample_id,
-            unit,
-            decode_key(stored["key"], self._store.path),
-            STATUS_NAMES[status],
-            error,
-            what,
-        )
+        key = decode_key(stored["key"], self.store.path)
+        check = RowCheck(sample_id, unit, key, STATUS_NAMES[status], error, what)
         return check, without_memory
+
+    def _decoded(self, rows: UnitRows) -> np.ndarray:
+        """Return the row as a reader of the store decodes it, ``(D,)`` float32."""
+        if rows.stored is None:
+            return np.full(self.store.dim, np.nan, np.float32)
+        scale = rows.record.columns["row_scale"]
+        return decode_rows(rows.stored, scale, self.store.layout.proj_dtype)[0]
 
     def _difference(self, stored: np.ndarray, again: np.ndarray, is_ok: bool) -> tuple[float, str]:
         if not is_ok:
@@ -248,9 +231,9 @@ class _Comparison:
             return 0.0, "" if same else "has another row now"
         exact = again.astype(np.float64)
         tiny = float(np.finfo(np.float32).tiny)
-        norm = max(float(np.linalg.norm(exact)), self._floor, tiny)
+        norm = max(float(np.linalg.norm(exact)), self.floor, tiny)
         error = float(np.linalg.norm(exact - stored)) / norm
-        if error <= self._tolerance:
+        if error <= self.tolerance:
             return error, ""
         if not np.isfinite(error):
             return _NO_NUMBER, "is not finite, or was not"
@@ -263,16 +246,9 @@ class _Comparison:
             if not np.array_equal(stored[name], computed[name]):
                 return f"has another {name} now"
         a, b = float(stored["loss"]), float(computed["loss"])
-        if (np.isnan(a) and np.isnan(b)) or abs(a - b) <= self._loss_tolerance * max(abs(b), FLOOR):
+        if (np.isnan(a) and np.isnan(b)) or abs(a - b) <= self.loss_tolerance * max(abs(b), FLOOR):
             return ""
         return f"has the loss {b:.6g} now, stored is {a:.6g}"
-
-
-def _decoded(rows: UnitRows, layout: StoreLayout) -> np.ndarray:
-    """Return the row as a reader of the store decodes it, ``(D,)`` float32."""
-    if rows.stored is None:
-        return np.full(layout.dim, np.nan, np.float32)
-    return decode_rows(rows.stored, rows.record.columns["row_scale"], layout.proj_dtype)[0]
 
 
 def _summarize(result: Recomputation, checks: Iterator[tuple[RowCheck, bool]]) -> None:
