@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import without_wrappers
 from gradproj.errors import ConfigError, ModelError
-from gradproj.kernels.chunked_cross_entropy import TokenLoss
+from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
 from gradproj.model.probes import is_causal, measured
@@ -86,6 +86,14 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """Return the model's vocabulary head; None if it names none."""
+    try:
+        return unwrap(model).get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def loss_key(model: nn.Module) -> nn.Module:
     """Return a model's key in ``LOSS_WEIGHTS``: one module, however the model is wrapped."""
     inner = unwrap(model)
@@ -131,7 +139,7 @@ def per_sample_loss(
         losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
         chosen = _run(model, inputs).logits.flatten(0, 1)[targets.positions].float()
-        losses = F.cross_entropy(chosen, targets.tokens, reduction="none")
+        losses = LogitsLoss.apply(chosen, targets.tokens)
     shape = inputs["input_ids"].shape
     spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
     return _Announce.apply(spread.view(shape).sum(dim=1), loss_key(model))
@@ -203,7 +211,7 @@ def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
 @measured
 @torch.no_grad()
 def _try_chunk(model: Any) -> tuple[bool, str]:
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if type(head) is not nn.Linear:
         return False, f"the model's head is a {type(head).__name__}, not a Linear"
     if getattr(model, "base_model", model) is model:

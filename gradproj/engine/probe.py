@@ -151,7 +151,8 @@ class _Probe:
 
     def _parts(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return each layer's part ``(N, k_o, k_i)`` of the rows."""
-        losses = per_sample_loss(self._model, {"input_ids": ids, "labels": labels})
+        batch = {"input_ids": ids, "labels": labels}
+        losses = per_sample_loss(self._model, batch, causal=False)
         parts = self._capture.parts_of(losses.sum(), list(self._weights.values()))
         self._capture.forget()
         return {self._layers[i].target.name: part for i, part in parts.items()}

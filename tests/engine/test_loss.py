@@ -22,6 +22,7 @@ from transformers import (
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict, per_sample_loss
 from gradproj.errors import ConfigError, ModelError
+from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
 
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
@@ -264,3 +265,41 @@ def test_body_that_cannot_run_alone_falls_back_to_the_models_own_logits():
     allowed, why = chunk_verdict(model)
     assert not allowed
     assert why.startswith("the model's body cannot run alone (KeyError")
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_rows_over_a_large_vocabulary_agree_with_float64(chunked):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=49152)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(5)
+        # What all rows of a head have in common cancels in a softmax's gradient.
+        model.lm_head.weight.add_(torch.randn(16) * (1 if chunked else 10))
+    ids = torch.randint(0, 49152, (2, 20))
+    with GradProjLoraEngine(model, **ENGINE) as engine:
+        per_sample_loss(model, ids, chunked=chunked).sum().backward()
+        rows = engine.collect_batch()
+    for n in range(2):
+        assert relative_error(rows[n], row_in_float64(model, engine, ids[n])) < 1e-5
+
+
+def test_loss_from_logits_is_float64s_for_likely_and_unlikely_tokens():
+    logits = torch.zeros(3, 5000).index_fill(1, torch.tensor([7]), 15.0)
+    logits[1] = torch.randn(5000) * 4
+    tokens = torch.tensor([7, 3, 8])
+    given, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    losses = LogitsLoss.apply(given, tokens)
+    expected = F.cross_entropy(exact, tokens, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    weights = torch.tensor([1.0, 2.0, 0.0])
+    (losses * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for n in range(2):
+        assert relative_error(given.grad[n], exact.grad[n]) < 1e-6
+    assert not given.grad[2].any()
