@@ -179,6 +179,10 @@ def wait_in_vain(rank, folder, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     group = process_group(Process(rank, 2, rank, 2, launched=True), timeout=timedelta(seconds=2))
+    # The timeout holds for the meeting too, and a busy machine may start one process later.
+    (folder / f"{rank} started").touch()
+    while not (folder / f"{1 - rank} started").exists():
+        time.sleep(0.01)
     try:
         with group as world:
             world.barrier()

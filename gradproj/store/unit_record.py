@@ -21,14 +21,6 @@ from gradproj.store.layout import UNITS_DIR
 
 RECORD_VERSION = 1
 
-_DTYPES: dict[np.dtype[Any], str] = {
-    np.dtype(np.float64): "F64",
-    np.dtype(np.int64): "I64",
-    np.dtype(np.float32): "F32",
-    np.dtype(np.int32): "I32",
-    np.dtype(np.int16): "I16",
-    np.dtype(np.uint8): "U8",
-}
 # The checksum comes first: 8 hexadecimal digits at a fixed offset, computed with zeros there.
 _HEAD = b'{"__metadata__":{"crc32c":"'
 _NO_CHECKSUM = b"00000000"
@@ -101,7 +93,7 @@ def encode_record(record: UnitRecord) -> bytes:
     offset = 0
     for name, values in ordered:
         header[name] = {
-            "dtype": _DTYPES[values.dtype],
+            "dtype": f"{values.dtype.kind.upper()}{8 * values.dtype.itemsize}",  # F32, U8
             "shape": list(values.shape),
             "data_offsets": [offset, offset + values.nbytes],
         }

@@ -43,7 +43,7 @@ def rank_of_two(rank, folder):
         f"file://{folder / 'meeting'}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=90),
+        timeout=timedelta(minutes=5),
     )
     with ProjectionStore(folder / "out") as store:
         torch.save(results_of(store, together=True), folder / f"{rank}.pt")

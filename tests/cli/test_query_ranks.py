@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.jobs import ENVIRONMENT
+from helpers.jobs import ENVIRONMENT, PATIENCE_S
 from helpers.outputs import copy_of
 from helpers.query_command import TEXT, ask, write_queries
 
@@ -42,9 +42,9 @@ def start(output, *words):
     )
 
 
-def result_of(process, timeout=90):
+def result_of(process):
     try:
-        out, errors = process.communicate(timeout=timeout)
+        out, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     return process.returncode, out, errors

@@ -312,7 +312,7 @@ def test_stop_request_ends_a_pause(tmp_path, monkeypatch):
     started = time.monotonic()
     stopping = lambda: time.monotonic() - started > 0.5  # noqa: E731
     assert list(queue(tmp_path, owner_like_me(), wanted=[0], stopping=stopping).take()) == []
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_commits_work_without_hard_links(tmp_path, monkeypatch):

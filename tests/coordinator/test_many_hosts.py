@@ -55,14 +55,14 @@ def commit_in_a_thread(output, layout, pause_before):
 
     def work():
         queue = UnitQueue(output, layout, IDENTITY, [0], fake_owner(1))
-        with at_change(pause_before, lambda: (reached.set(), go_on.wait(10))):
+        with at_change(pause_before, lambda: (reached.set(), go_on.wait(120))):
             for unit in queue.take():
                 queue.commit(fake_rows(layout, unit, writer=1))
         reached.set()
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert reached.wait(10)
+    assert reached.wait(120)
     return thread, go_on
 
 

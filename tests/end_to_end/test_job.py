@@ -5,16 +5,24 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-import tensorstore
 import torch
 import zarr
 from helpers.corpora import make_corpus, mixed_documents, words
-from helpers.jobs import ENVIRONMENT, SMALL_JOB, arrays_of, assert_same_bits, job_command, run_job
+from helpers.gate import Gate
+from helpers.jobs import (
+    ORPHAN_S,
+    PATIENCE_S,
+    SMALL_JOB,
+    arrays_of,
+    assert_same_bits,
+    job_command,
+    run_job,
+    wait_for_a_record,
+)
 from helpers.models import make_model
 from helpers.references import projected_gradient_by_autograd, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,38 +152,6 @@ def test_token_covariances_are_the_sum_over_units(undisturbed, corpus, model_dir
         np.testing.assert_allclose(many[name][...], one[name][...], rtol=1e-4, atol=1e-3)
     assert many.attrs["covariance_tokens"] == one.attrs["covariance_tokens"]
     assert many.attrs["covariance_tokens"] == int(many["n_tokens"][...].sum())
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_other_zarr_readers_need_no_gradproj(tmp_path, corpus, model_dir, undisturbed, dtype):
-    output = tmp_path / "out"
-    run_job(
-        1,
-        shards=corpus,
-        model=model_dir,
-        output_dir=output,
-        proj_dtype=dtype,
-        max_samples=40,
-        **SMALL_JOB,
-    )
-    path = str(output / "projections.zarr")
-    with ProjectionStore(output) as store:
-        rows = store.rows(range(40))
-    scale = zarr.open_array(f"{path}/row_scale", mode="r")[...]
-    read = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/projections"}).result()
-    assert read.dtype.name == dtype
-    np.testing.assert_array_equal(
-        read[...].read().result().astype(np.float32) * scale[:, None], rows
-    )
-    if dtype != "bfloat16":
-        script = (
-            "import sys, zarr, numpy as np; g = zarr.open_group(sys.argv[1], mode='r'); "
-            "assert not any(m.startswith('gradproj') for m in sys.modules); "
-            "rows, scale = (g[name][...] for name in ('projections', 'row_scale')); "
-            "np.save(sys.argv[2], rows.astype('f4') * scale[:, None])"
-        )
-        subprocess.run([sys.executable, "-c", script, path, str(tmp_path / "rows.npy")], check=True)
-        np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
 
 
 ODD_TEXTS = [
@@ -318,16 +294,6 @@ def test_other_settings_are_refused_with_every_difference(corpus, model_dir, und
     assert arrays_of(undisturbed) == before
 
 
-def wait_for_records(output, at_least, process, timeout=60):
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and process.poll() is None:
-        if (output / "units").is_dir() and len(
-            list((output / "units").glob("*.safetensors"))
-        ) >= at_least:
-            return
-        time.sleep(0.005)
-
-
 def descendants(pid):
     """Return the running descendants of ``pid``, from /proc."""
     found, parents = [], {pid}
@@ -349,22 +315,23 @@ def descendants(pid):
 def test_stopped_job_resumes_with_any_number_of_ranks(
     tmp_path, corpus, model_dir, undisturbed, stop, ranks_after
 ):
-    output = tmp_path / "out"
+    output, gate = tmp_path / "out", Gate(tmp_path / "gate", batches=8)
     settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SMALL_JOB}
     first = subprocess.Popen(
         job_command(2, **settings),
-        env=ENVIRONMENT,
+        env=gate.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    wait_for_records(output, 1, first)
+    gate.wait_for(2, lambda: first.poll() is None, lambda: first.communicate()[0])
+    wait_for_a_record(output)
     workers = {pid: process_start(pid) for pid in descendants(first.pid)}
     if stop == signal.SIGKILL:
         for pid in workers:
             os.kill(pid, stop)
     first.send_signal(stop)
-    first.communicate(timeout=60)
-    deadline = time.monotonic() + 10
+    first.communicate(timeout=PATIENCE_S)
+    deadline = time.monotonic() + ORPHAN_S
     while any(start is not None and process_start(pid) == start for pid, start in workers.items()):
         assert time.monotonic() < deadline, "a worker outlived its launcher"
         time.sleep(0.1)
@@ -378,16 +345,14 @@ def test_stopped_job_resumes_with_any_number_of_ranks(
 def test_saved_partial_rows_are_used_and_give_the_same_bits(
     tmp_path, corpus, model_dir, undisturbed
 ):
-    output = tmp_path / "out"
+    output, gate = tmp_path / "out", Gate(tmp_path / "gate", batches=2)
     settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SMALL_JOB}
-    job = subprocess.Popen(job_command(1, proj_save_interval=1, **settings), env=ENVIRONMENT)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(list(output.glob("partial/*/*.safetensors"))) < 1:
-        time.sleep(0.002)
+    command = job_command(1, proj_save_interval=1, **settings)
+    job = subprocess.Popen(command, env=gate.environment)
+    gate.wait_for(1, lambda: job.poll() is None)
     job.kill()
     job.wait()
-    if not list(output.glob("partial/*/*.safetensors")):
-        pytest.fail("the job was killed between two units: nothing partial to take up")
+    assert len(list(output.glob("partial/*/*.safetensors"))) == 1  # the second batch has not ended
     run_job(1, verbose=True, **settings)
     assert_same_bits(output, undisturbed)
     assert not list(output.glob("partial/*/*.safetensors"))

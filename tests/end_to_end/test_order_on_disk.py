@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import ENVIRONMENT, SMALL_JOB, flags, job_command
+from helpers.jobs import ENVIRONMENT, PATIENCE_S, SMALL_JOB, flags, job_command
 
 N_UNITS = 3
 SETTINGS = SMALL_JOB | {"rows_per_shard": 16, "proj_save_interval": 1}
@@ -64,7 +64,7 @@ def events_by_strace(tmp_path, settings):
         str(log),
         *job_command(1, **settings),
     ]
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=PATIENCE_S)
     return list(events_in(whole_lines(log.read_text().splitlines())))
 
 

@@ -4,11 +4,19 @@ import os
 import resource
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-from helpers.jobs import ENVIRONMENT, arrays_of, assert_same_bits, flags, job_command, run_job
+from helpers.gate import Gate
+from helpers.jobs import (
+    ENVIRONMENT,
+    PATIENCE_S,
+    arrays_of,
+    assert_same_bits,
+    flags,
+    job_command,
+    run_job,
+    wait_for_a_record,
+)
 from helpers.outputs import tree_of
 
 from gradproj.maintenance.verify import verify
@@ -107,16 +115,18 @@ def small_disk(tmp_path):
 def test_full_disk_is_a_one_line_error_and_loses_nothing(tmp_path, corpus, model_dir, small_disk):
     settings = {"shards": corpus, "model": model_dir, "batch_size": 1, "max_length": 48}
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
+    gate = Gate(tmp_path / "gate", batches=24)  # of 16 a unit
     job = subprocess.Popen(
         job_command(1, output_dir=small_disk / "out", **settings),
-        env=ENVIRONMENT,
+        env=gate.environment,
         stderr=subprocess.PIPE,
         text=True,
     )
-    filler = threading.Thread(target=fill_after_first_record, args=(small_disk,))
-    filler.start()
-    _, errors = job.communicate(timeout=120)
-    filler.join()
+    gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
+    wait_for_a_record(small_disk / "out")
+    fill(small_disk)
+    gate.open()
+    _, errors = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 2, errors
     assert len(our_lines(errors)) == 1
     assert "No space left on device. Free space there, then start again" in our_lines(errors)[0]
@@ -141,20 +151,23 @@ def test_folder_turned_read_only_is_a_one_line_error_and_loses_nothing(
         **SETTINGS,
         "batch_size": 4,
     }
+    gate = Gate(tmp_path / "gate", batches=6)  # of 4 or more a unit
     job = subprocess.Popen(
         job_command(1, **settings),
-        env=ENVIRONMENT,
+        env=gate.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_first_record(small_disk)
+    gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
+    wait_for_a_record(output)
     # By a second mount over the first: a mount with files open for writing, such as the log, cannot
     # be made read-only.
     subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", small_disk], check=True)
+    gate.open()
     try:
-        errors = job.communicate(timeout=60)[1]
+        errors = job.communicate(timeout=PATIENCE_S)[1]
     finally:
         subprocess.run(["umount", small_disk], check=True)
     assert job.returncode == 2, errors
@@ -171,15 +184,7 @@ def test_folder_turned_read_only_is_a_one_line_error_and_loses_nothing(
     assert verify(output).exit_code == 0
 
 
-def wait_for_first_record(disk):
-    deadline = time.monotonic() + 60
-    while not list((disk / "out" / "units").glob("*.safetensors")):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def fill_after_first_record(disk):
-    wait_for_first_record(disk)
+def fill(disk):
     with open(disk / "filler", "wb", buffering=0) as file:
         while True:
             try:

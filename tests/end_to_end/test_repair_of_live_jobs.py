@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import time
 
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
-from helpers.jobs import ENVIRONMENT, assert_same_bits, flags, job_command, run_job
+from helpers.gate import Gate
+from helpers.jobs import assert_same_bits, flags, job_command, run_job
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.maintenance.repair import repair
@@ -22,35 +22,37 @@ SETTINGS = {
     "rows_per_shard": 16,
 }
 N_REPAIRS = 3
+BATCHES_A_REPAIR = 40
+"""More than two units: one is committed and its claim is deleted while the job waits."""
 
 
 def test_running_job_recomputes_units_repaired_meanwhile(tmp_path, model_dir):
-    corpus = make_corpus(tmp_path / "tars", mixed_documents(500))
+    corpus = make_corpus(tmp_path / "tars", mixed_documents(200))
     settings = {"shards": corpus, "model": model_dir, **SETTINGS}
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
-    output, repaired, flipped = tmp_path / "out", [], []
+    output, repaired = tmp_path / "out", []
+    gate = Gate(tmp_path / "gate", batches=BATCHES_A_REPAIR)
     job = subprocess.Popen(
         job_command(1, output_dir=output, **settings),
-        env=ENVIRONMENT,
+        env=gate.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while job.poll() is None:
+    for number in range(N_REPAIRS):
+        gate.admit(BATCHES_A_REPAIR * (number + 1))
+        gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[0])
         recorded = list_records(output / "units").tolist()
-        if len(repaired) < N_REPAIRS and len(recorded) > 5 * (len(repaired) + 1):
-            unit = next(unit for unit in recorded if unit not in repaired)
-            if unit not in flipped:  # else it was held, and another flip would put it right
-                flip_byte(shard_of(output, unit), 100)
-                flipped.append(unit)
+        unit = next(unit for unit in recorded if unit not in repaired)
+        flip_byte(shard_of(output, unit), 100)
+        while unit not in repaired:
             done = repair(verify(output))
             # A unit whose claim is about to be deleted still belongs to its owner.
             assert (done.units, list(done.held)) in (([unit], []), ([], [unit]))
             repaired += done.units
-        time.sleep(0.01)
+    gate.open()
     said = job.communicate()[0]
     assert job.returncode == 0, said
-    assert len(repaired) == N_REPAIRS, "the job was over too soon"
     assert verify(output).exit_code == 0
     assert_same_bits(output, tmp_path / "undisturbed")
 

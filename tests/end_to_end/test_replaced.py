@@ -4,11 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
-from helpers.jobs import ENVIRONMENT, SLOW_JOB, assert_same_bits, flags, run_job
+from helpers.gate import Gate
+from helpers.jobs import PATIENCE_S, assert_same_bits, job_command, run_job
 from helpers.outputs import tree_of
 
 from gradproj.maintenance.verify import verify
@@ -19,7 +18,6 @@ SETTINGS = {
     "batch_size": 4,
     "max_length": 48,
     "rows_per_shard": 16,
-    "device": "cpu",
 }
 
 
@@ -27,33 +25,28 @@ class Jobs:
     """Starts jobs that are suspended after some batches."""
 
     def __init__(self, folder):
-        self.folder, self.running = folder, []
+        self.folder, self.running = folder, {}
 
     def start(self, batches, **settings):
         """Start a job and suspend it (``kill -STOP``) after this many batches."""
-        asleep = self.folder / f"asleep-{len(self.running)}"
-        asleep.mkdir()
-        command = [sys.executable, SLOW_JOB, asleep, batches, 1, *flags(**SETTINGS | settings)]
+        gate = Gate(self.folder / f"gate-{len(self.running)}", batches)
         job = subprocess.Popen(
-            list(map(str, command)),
-            env=ENVIRONMENT,
+            job_command(1, **SETTINGS | settings),
+            env=gate.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.running.append(job)
-        deadline = time.monotonic() + 60
-        while not list(asleep.iterdir()):
-            assert job.poll() is None, job.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        self.running[job] = gate
+        gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
         job.send_signal(signal.SIGSTOP)
         return job
 
     def go_on(self, job):
         """Resume a job; return its exit code and output."""
+        self.running[job].open()
         job.send_signal(signal.SIGCONT)
-        errors = job.communicate(timeout=60)[1]
+        errors = job.communicate(timeout=PATIENCE_S)[1]
         return (
             job.returncode,
             [line for line in errors.splitlines() if line.startswith("gradproj:")],

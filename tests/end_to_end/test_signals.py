@@ -5,26 +5,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
+from helpers.gate import Gate
 from helpers.jobs import (
     DRAIN_S,
-    ENVIRONMENT,
     ORPHAN_S,
-    SLOW_JOB,
     Job,
     Scene,
     assert_same_bits,
-    flags,
+    job_command,
     processes_with,
     run_job,
 )
-
-import gradproj
 
 SETTINGS = {
     "proj_rank_total": 24,
@@ -33,7 +28,7 @@ SETTINGS = {
     "max_length": 48,
     "rows_per_shard": 16,
 }
-FOR_EVER_S = "600"
+FOR_EVER_S = 600
 BATCHES_DONE = 3
 """Batches of a unit that are done at the signal; a unit has eight or more."""
 
@@ -49,7 +44,7 @@ class Slow:
         return None
 
     def exec_module(module):
-        open(os.path.join(os.path.dirname(__file__), str(os.getpid())), "w").close()
+        open(os.path.join(os.path.dirname(__file__), str(os.getpid()) + ".0"), "w").close()
         time.sleep({FOR_EVER_S})
 
 sys.meta_path.insert(0, Slow)
@@ -66,40 +61,24 @@ def scene(tmp_path_factory, model_dir):
     return scene
 
 
-@pytest.fixture
-def slow(tmp_path):
-    """``slow(seconds)``: command of a job whose batches take this long, and its signal folder."""
-    folder = tmp_path / "asleep"
-    folder.mkdir()
-    return lambda seconds: ([str(SLOW_JOB), str(folder), str(BATCHES_DONE), str(seconds)], folder)
+class SlowImports(Gate):
+    """Ranks that start in its environment never finish importing; they wait for the test there."""
 
-
-@pytest.fixture
-def slow_imports(tmp_path):
-    """Environment of a job whose ranks never finish importing, and its signal folder."""
-    (tmp_path / "imports").mkdir()
-    (tmp_path / "imports" / "sitecustomize.py").write_text(SLOW_IMPORT)
-    home = str(Path(gradproj.__file__).parents[1])
-    return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "imports"), home])}, tmp_path / "imports"
-
-
-def wait_until_asleep(folder, ranks, lives, printed):
-    deadline = time.monotonic() + 120
-    while sum(path.name.isdigit() for path in folder.iterdir()) < ranks:
-        assert lives(), printed()
-        assert time.monotonic() < deadline, printed()
-        time.sleep(0.02)
+    def __init__(self, folder):
+        super().__init__(folder, batches=0)
+        (folder / "sitecustomize.py").write_text(SLOW_IMPORT)
 
 
 @pytest.fixture
 def start(scene, tmp_path):
-    """Start torchrun with two ranks, wait until both sleep, and end them afterwards."""
+    """Start torchrun with two ranks, wait until both wait at a gate, and end them afterwards."""
     started = []
 
-    def start(folder, **options):
-        job = Job(scene, tmp_path / "out", ranks=2, **options)
+    def start(gate):
+        environment = {"PYTHONPATH": gate.python_path}
+        job = Job(scene, tmp_path / "out", ranks=2, environment=environment)
         started.append(job)
-        wait_until_asleep(folder, 2, job.is_running, job.log_text)
+        gate.wait_for(2, job.is_running, job.log_text)
         return job
 
     yield start
@@ -107,23 +86,20 @@ def start(scene, tmp_path):
         job.end()
 
 
-def test_ranks_in_a_long_batch_exit_within_5_s_of_their_launchers_death(start, slow):
-    program, folder = slow(FOR_EVER_S)
-    job = start(folder, program=program)
+def test_ranks_in_a_long_batch_exit_soon_after_their_launchers_death(start, tmp_path):
+    job = start(Gate(tmp_path / "gate", BATCHES_DONE, deaf=True))
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait_until_gone(ORPHAN_S)
 
 
-def test_importing_ranks_exit_within_5_s_of_their_launchers_death(start, slow_imports):
-    environment, folder = slow_imports
-    job = start(folder, environment=environment)
+def test_importing_ranks_exit_soon_after_their_launchers_death(start, tmp_path):
+    job = start(SlowImports(tmp_path / "imports"))
     os.kill(job.process.pid, signal.SIGKILL)
     job.wait_until_gone(ORPHAN_S)
 
 
-def test_ctrl_c_during_imports_ends_all_ranks_with_one_line(start, slow_imports):
-    environment, folder = slow_imports
-    job = start(folder, environment=environment)
+def test_ctrl_c_during_imports_ends_all_ranks_with_one_line(start, tmp_path):
+    job = start(SlowImports(tmp_path / "imports"))
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_until_gone(DRAIN_S)
     printed = job.log.read_text()
@@ -162,9 +138,9 @@ def assert_drained(output, ranks):
     assert list(saved_batches(output).values()) == [BATCHES_DONE] * ranks
 
 
-def test_ctrl_c_saves_finished_rows_and_the_same_command_resumes(scene, start, slow, tmp_path):
-    output, (program, folder) = tmp_path / "out", slow(4)
-    job = start(folder, program=program)
+def test_ctrl_c_saves_finished_rows_and_the_same_command_resumes(scene, start, tmp_path):
+    output = tmp_path / "out"
+    job = start(Gate(tmp_path / "gate", BATCHES_DONE))
     os.killpg(job.process.pid, signal.SIGINT)
     job.wait_until_gone(DRAIN_S)
     printed = job.log.read_text()
@@ -187,15 +163,15 @@ def test_ctrl_c_saves_finished_rows_and_the_same_command_resumes(scene, start, s
 
 @pytest.fixture
 def start_alone(scene, tmp_path):
-    """Start one rank without a launcher, wait until it sleeps, and end it afterwards."""
+    """Start one rank without a launcher, wait until it is in a batch, and end it afterwards."""
     started = []
 
-    def start(program, folder):
-        command = [sys.executable, *program, *flags(**scene.flags(tmp_path / "out"))]
+    def start(gate):
+        command = job_command(1, **scene.flags(tmp_path / "out"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        rank = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+        rank = subprocess.Popen(command, env=gate.environment, **pipes)
         started.append(rank)
-        wait_until_asleep(folder, 1, lambda: rank.poll() is None, lambda: rank.communicate()[0])
+        gate.wait_for(1, lambda: rank.poll() is None, lambda: rank.communicate()[0])
         return rank
 
     yield start
@@ -204,11 +180,13 @@ def start_alone(scene, tmp_path):
         rank.wait()
 
 
-def test_signal_repeated_at_once_counts_as_one(start_alone, slow, tmp_path):
-    rank = start_alone(*slow(4))
+def test_signal_repeated_at_once_counts_as_one(start_alone, tmp_path):
+    gate = Gate(tmp_path / "gate", BATCHES_DONE, deaf=True)
+    rank = start_alone(gate)
     for _ in range(2):
         rank.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
+    gate.open()
     printed, _ = rank.communicate(timeout=DRAIN_S)
     assert rank.returncode == 128 + signal.SIGUSR1
     assert (
@@ -217,8 +195,8 @@ def test_signal_repeated_at_once_counts_as_one(start_alone, slow, tmp_path):
     assert_drained(tmp_path / "out", ranks=1)
 
 
-def test_second_signal_after_3_s_ends_the_job_at_once(start_alone, slow):
-    rank = start_alone(*slow(FOR_EVER_S))
+def test_second_signal_after_3_s_ends_the_job_at_once(start_alone, tmp_path):
+    rank = start_alone(Gate(tmp_path / "gate", BATCHES_DONE, deaf=True))
     rank.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
         rank.wait(4)

@@ -7,14 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import zarr
 from helpers.forked_ranks import Ranks
-from helpers.jobs import ENVIRONMENT, flags
+from helpers.gate import Gate
+from helpers.jobs import ENVIRONMENT, PATIENCE_S, flags
 from helpers.training_runs import config_of, make_data, rows_by_autograd, settings_of
 from safetensors.torch import load_file
 
@@ -38,7 +38,7 @@ def ranks(tmp_path_factory):
         yield started
 
 
-def start(ranks, world_size=1, **settings):
+def start(ranks, world_size=1, gate=None, **settings):
     """Start a run's processes, with the environment that torchrun gives them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -51,11 +51,10 @@ def start(ranks, world_size=1, **settings):
             "LOCAL_WORLD_SIZE": world_size,
         }
         environment = where | {name: str(place) for name, place in places.items()}
-        ranks.start(
-            ["gradproj.__main__", "train", *flags(**settings)], rank, environment=environment
-        )
+        command = ["gradproj.__main__", "train", *flags(**settings)]
+        ranks.start(command, rank, environment=environment, gate=gate)
     if world_size == 1:
-        ranks.start(["gradproj.__main__", "train", *flags(**settings)])
+        ranks.start(["gradproj.__main__", "train", *flags(**settings)], gate=gate)
 
 
 def run(ranks, world_size=1, **settings):
@@ -68,15 +67,12 @@ def run(ranks, world_size=1, **settings):
     return "".join(rank.output for rank in ended)
 
 
-def end_at(ranks, step, signal_number, log, world_size=1, **settings):
-    """Start a run, signal its processes once its curve reaches a step; return how they ended."""
-    start(ranks, world_size, **settings)
-    pids = list(ranks._running)
-    until = time.monotonic() + 60
-    while not log.exists() or len(log.read_text().splitlines()) <= step:
-        assert time.monotonic() < until, "it does not train"
-        time.sleep(0.002)
-    for pid in pids:
+def end_at(ranks, step, signal_number, folder, world_size=1, **settings):
+    """Start a run, signal its processes once they have done a step; return how they ended."""
+    gate = Gate(folder / f"gate-{step}", step)
+    start(ranks, world_size, str(gate.folder), **settings)
+    gate.wait_for(world_size)
+    for pid in list(ranks._running):
         os.kill(pid, signal_number)
     return ranks.wait_for_all()
 
@@ -104,14 +100,13 @@ def assert_same_run(a, b):
 def test_run_ended_three_times_and_resumed_equals_an_uninterrupted_one(ranks, data, tmp_path):
     changes = RUN | {"val_shards": str(data / "val")}
     settings = settings_of(data, tmp_path / "killed", **changes)
-    log = tmp_path / "killed" / "loss.csv"
     for step in (4, 28):  # before the first checkpoint, and between two
-        (killed,) = end_at(ranks, step, signal.SIGKILL, log, **settings, resume=True)
+        (killed,) = end_at(ranks, step, signal.SIGKILL, tmp_path, **settings, resume=True)
         assert killed.status == -signal.SIGKILL
-    (stopped,) = end_at(ranks, 43, signal.SIGTERM, log, **settings, resume=True)
+    (stopped,) = end_at(ranks, 43, signal.SIGTERM, tmp_path, **settings, resume=True)
     assert stopped.status == 128 + signal.SIGTERM
     assert re.search(
-        r"SIGTERM: stopped after step 4\d of 60, with a checkpoint; the same command",
+        r"SIGTERM: stopped after step 43 of 60, with a checkpoint; the same command",
         stopped.output,
     )
     run(ranks, **settings, resume=True)
@@ -169,8 +164,7 @@ def test_dot_products_of_two_killed_ranks_equal_an_uninterrupted_run(ranks, data
         "eval_interval": 20,
     }
     killed = settings_of(data, tmp_path / "killed", **changes, resume=True)
-    log = tmp_path / "killed" / "loss.csv"
-    ended = end_at(ranks, 24, signal.SIGKILL, log, 2, **killed)
+    ended = end_at(ranks, 24, signal.SIGKILL, tmp_path, 2, **killed)
     assert [rank.status for rank in ended] == [-signal.SIGKILL] * 2
     run(ranks, 2, **killed)
     run(ranks, 2, **settings_of(data, tmp_path / "whole", **changes))
@@ -202,7 +196,7 @@ def test_torchrun_starts_training_and_an_error_is_printed_once(tmp_path):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     message = "gradproj: --method is 'Ghost'; choose one of Regular, GradDotProd, GradProjLora"

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.faults import before_each_change
-from helpers.jobs import ENVIRONMENT
+from helpers.gate import hold_training
+from helpers.jobs import ENVIRONMENT, PATIENCE_S
 
 from gradproj.coordinator import fault_points
-
-PATIENCE_S = 60
-"""Time for a rank to exit; then all are killed."""
 
 SIGNALS = {"stop_at": signal.SIGTERM, "kill_at": signal.SIGKILL}
 
@@ -80,7 +78,8 @@ class Ranks:
             rank: the number to report in ``FinishedProcess``.
             options: ``environment``: more variables; ``kill_at``: the fault point at which it kills
                 itself (-9); ``stop_at``: the one at which it sends itself SIGTERM, once, before it
-                looks for ``kill_at``; ``changes``: the path of a ``ChangeLog``.
+                looks for ``kill_at``; ``changes``: the path of a ``ChangeLog``; ``gate``: that
+                of a ``Gate`` for the steps of a training run.
         """
         self._number += 1
         files = self._folder / str(self._number)
@@ -153,6 +152,8 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request.get("environment", {}))
     listen(os.open(files.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT, 0o600), request)
     module, *sys.argv[1:] = request["argv"]
+    if request.get("gate"):
+        hold_training(Path(request["gate"]))
     with ExitStack() as stack:
         if "changes" in request:
             stack.enter_context(before_each_change(ChangeLog(Path(request["changes"]))))

@@ -19,7 +19,7 @@ def run_bash(*words, path=None, cwd=ROOT, **env):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

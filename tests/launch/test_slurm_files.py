@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.jobs import PATIENCE_S
 from helpers.shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
@@ -211,8 +212,8 @@ def test_exit_code_of_torchrun_tells_the_signal():
     ]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE_S
     while not children.read_text() and time.monotonic() < until:
         time.sleep(0.05)
     child.terminate()
-    assert child.wait(60) == 128 + 15, child.stderr.read()
+    assert child.wait(PATIENCE_S) == 128 + 15, child.stderr.read()

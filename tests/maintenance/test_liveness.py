@@ -1,7 +1,7 @@
 """State of other hosts' processes in ``status``, with and without watching heartbeats."""
 
 import os
-import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -40,18 +40,28 @@ def test_remote_process_is_unknown_without_watching(far):
     assert "by 1 rank, 1 of them by their last report" in text
 
 
+@pytest.fixture
+def while_watching(monkeypatch):
+    """``while_watching(action)``: act between the two looks at the heartbeats."""
+    sleep = time.sleep
+
+    def set_action(action):
+        where = "gradproj.maintenance.liveness.time.sleep"
+        monkeypatch.setattr(where, lambda seconds: (action(), sleep(seconds)))
+
+    return set_action
+
+
 @pytest.mark.parametrize(
     "counted", [True, False], ids=["its counter moves", "only its file is written again"]
 )
-def test_moving_heartbeat_shows_a_live_process(far, counted):
+def test_moving_heartbeat_shows_a_live_process(far, counted, while_watching):
     def beat():
         later = RankProgress(n_tokens=90, unit=1, unit_samples=9, batches=1 + counted, seconds=2.5)
         write_heartbeat(far.output, far.owner, later)
 
-    timer = threading.Timer(0.1, beat)
-    timer.start()
-    status = read_status(far.output, watch_s=0.3)
-    timer.join()
+    while_watching(beat)
+    status = read_status(far.output, watch_s=0.01)
     assert process_of_unit_1(status) == "alive"
     assert (status.claimed[0].n_done, status.speed.n_unknown) == (9, 0)
 
@@ -91,17 +101,15 @@ def test_silent_process_is_not_counted_at_work(far, has_heartbeat):
 
 
 @pytest.mark.usefixtures("short_watch")
-def test_process_that_appears_while_watching_is_at_work(far, process):
+def test_process_that_appears_while_watching_is_at_work(far, process, while_watching):
     comes = replace(owner_of(process, rank=4), host="farther", boot_id="other")
 
     def come():
         write_claim(far.output, "00000001.1", comes)
         write_heartbeat(far.output, comes, RankProgress(unit=1, batches=1, seconds=1.0))
 
-    timer = threading.Timer(0.1, come)
-    timer.start()
-    status = read_status(far.output, watch_s=0.3)
-    timer.join()
+    while_watching(come)
+    status = read_status(far.output, watch_s=0.2)
     assert process_of_unit_1(status) == "alive"
     assert (status.speed.n_ranks, status.speed.n_unknown) == (1, 0)
     assert status_lines(status)[-1] == "complete      no, 1 unit missing: 1"

@@ -9,8 +9,11 @@ from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import run_job
 from helpers.models import make_model
 
-N_SAMPLES, ROWS_PER_UNIT = 3840, 16
-"""Enough for three starts of a job on a quiet machine: no disturbance may come after its end."""
+N_SAMPLES, ROWS_PER_UNIT = 960, 16
+"""60 units. Until a test opens its gate, each start of a rank commits at most three, and the most
+disturbed job starts five times with two ranks."""
+BATCHES_A_START = 3 * ROWS_PER_UNIT - 1
+"""Batches that each start of a rank does before it waits at the gate: two units and a part."""
 SETTINGS = {
     "proj_rank_total": 16,
     "proj_rank_min": 2,
@@ -19,7 +22,7 @@ SETTINGS = {
     "rows_per_shard": ROWS_PER_UNIT,
     "device": "cpu",
 }
-"""One document a batch: about 15 s of one core in all, a unit every few tenths of a second."""
+"""One document a batch."""
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, processes_with, wait_until
-from conftest import N_SAMPLES, ROWS_PER_UNIT, SETTINGS
+from conftest import BATCHES_A_START, N_SAMPLES, ROWS_PER_UNIT, SETTINGS
+from helpers.gate import Gate
 from helpers.jobs import assert_same_bits, flags
 from helpers.shell import ROOT
+
+from gradproj.coordinator.heartbeats import read_heartbeats
 
 pytestmark = pytest.mark.slurm
 
@@ -30,7 +33,7 @@ PREEMPT = [
     "--wrap=sleep 1",
 ]
 """A job that preempts the jobs on both nodes."""
-LONG_S = 300
+LONG_S = 600
 """Time for a job's next step, a start of several Python processes, on a busy machine."""
 
 
@@ -44,6 +47,10 @@ class Submitted:
     number: str
     elements: list[str]
     """The array's elements as Slurm names them, or the job alone."""
+    ranks: int
+    """Number of ranks of each."""
+    gate: Gate
+    """Holds its ranks until the test has done what it does to a running job."""
 
     @property
     def output(self) -> Path:
@@ -69,11 +76,20 @@ class Submitted:
     def running(self) -> list[str]:
         return [e for e in self.elements if self.cluster.state(e) == "RUNNING"]
 
-    def wait_for_units(self, *elements: str) -> None:
-        """Return when each of these has committed another unit."""
-        before = {element: len(self.units(element)) for element in elements}
-        for element, n in before.items():
-            self._wait(f"a unit by {element}", lambda e=element, n=n: len(self.units(e)) > n)
+    def wait_at_gate(self, *elements: str) -> None:
+        """Return when all ranks of these wait at the gate in their present start."""
+        for element in elements:
+            self._wait(
+                f"{self.ranks} ranks of {element} at the gate",
+                lambda e=element: self._ranks_at_gate(e) == self.ranks,
+            )
+
+    def _ranks_at_gate(self, element: str) -> int:
+        start = (f"slurm-{element}", self.cluster.restarts(element))
+        return sum(
+            (owner.job_id, owner.generation // 1000) == start and beat.batches == BATCHES_A_START
+            for owner, beat in read_heartbeats(self.output / "heartbeats")
+        )
 
     def wait_for_restarts(self, n: int) -> None:
         self._wait(f"{n} restarts", lambda: self.restarts() >= n)
@@ -82,27 +98,29 @@ class Submitted:
         """Return the elements' final states; check that no process is left."""
         ended = {"COMPLETED", "FAILED", "CANCELLED"}
         self._wait("its end", lambda: {self.cluster.state(e) for e in self.elements} <= ended)
-        wait_until("no process", lambda: not processes_with(str(self.output)), 10)
+        wait_until("no process", lambda: not processes_with(str(self.output)))
         return [self.cluster.state(e) for e in self.elements]
 
     def _wait(self, what: str, holds: Callable[[], object]) -> None:
         wait_until(f"{what} (job {self.number})", holds, LONG_S, self.logs)
 
 
-def submit(cluster, inputs, folder, file, *options, wrong=None, shards=None, **environment):
+def submit(cluster, inputs, folder, file, option, ranks=1, wrong=None, shards=None, **environment):
     """Submit a batch file unchanged, with settings in the environment; ``wrong`` adds flags."""
     folder.mkdir()
+    gate = Gate(folder / "gate", BATCHES_A_START)
     environment = {
         "PATH": os.environ["PATH"],
         "SLURM_CONF": cluster.environment["SLURM_CONF"],
         "OMP_NUM_THREADS": 1,
         "HF_HUB_OFFLINE": 1,
         "PYTHON": sys.executable,
-        "RANKS_PER_NODE": 1,
+        "RANKS_PER_NODE": ranks,
         "HEAD_HOST": "127.0.0.1",
         "SHARDS": shards or inputs.shards,
         "MODEL": inputs.model,
         "OUTPUT_DIR": folder / "out",
+        "PYTHONPATH": gate.python_path,
         **environment,
     }
     exported = ",".join(f"{name}={value}" for name, value in environment.items())
@@ -111,14 +129,17 @@ def submit(cluster, inputs, folder, file, *options, wrong=None, shards=None, **e
         "--parsable",
         f"--chdir={folder}",
         f"--export={exported}",
-        *options,
+        option,
         ROOT / "slurm" / file,
         *flags(**{**SETTINGS, **(wrong or {})}),
         cwd=ROOT,
     )
-    array = next((o for o in options if o.startswith("--array=")), None)
-    n = 0 if array is None else 1 + int(array.rpartition("-")[2])
-    return Submitted(cluster, folder, number, [f"{number}_{i}" for i in range(n)] or [number])
+    name, _, value = option.partition("=")
+    if name == "--array":
+        elements, nodes = [f"{number}_{i}" for i in range(1 + int(value.rpartition("-")[2]))], 1
+    else:
+        elements, nodes = [number], int(value)
+    return Submitted(cluster, folder, number, elements, nodes * ranks, gate)
 
 
 def disturb_job(job):
@@ -132,27 +153,24 @@ def disturb_job(job):
             ["scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test"],
         ]
     ):
-        job.wait_for_units(number)
+        job.wait_at_gate(number)
         cluster(*words)
         job.wait_for_restarts(n + 1)
 
 
 def disturb_array(array):
-    """Disturb each element in another way; one gets TERM in its ranks but not its batch shell.
-
-    All running elements are always disturbed, so that none finishes while the others start.
-    """
+    """Disturb each element in another way; one gets TERM in its ranks but not its batch shell."""
     cluster, (first, second, third) = array.cluster, array.elements
-    array.wait_for_units(first, second)
+    array.wait_at_gate(first, second)
     cluster("scancel", "--batch", "--signal=USR1", first)
     cluster("scancel", "--signal=TERM", second)
     array.wait_for_restarts(2)
-    array.wait_for_units(third)
+    array.wait_at_gate(third)
     cluster(*PREEMPT)
     array.wait_for_restarts(4)
     wait_until("two elements at work", lambda: len(array.running()) == 2, instead=array.logs)
     requeued, lost = array.running()
-    array.wait_for_units(requeued, lost)
+    array.wait_at_gate(requeued, lost)
     node = cluster.show(lost)["NodeList"]
     cluster("scontrol", "requeue", requeued)
     cluster("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
@@ -167,6 +185,7 @@ def test_job_stopped_preempted_requeued_and_losing_a_node_gives_the_same_bits(
 ):
     job = submit(cluster, inputs, tmp_path / "job", file, ON_TWO_NODES[file])
     disturb(job)
+    job.gate.open()
     assert set(job.wait_for_end()) == {"COMPLETED"}, job.logs()
     assert_same_bits(job.output, inputs.want)
     assert Counter(job.units()) == dict.fromkeys(range(N_SAMPLES // ROWS_PER_UNIT), 1), (
@@ -215,9 +234,10 @@ def test_error_found_during_the_run_is_not_requeued(cluster, inputs, tmp_path):
     """Change the tars under an array. Each element tells its own failure from the others'."""
     tars = shutil.copytree(inputs.shards, tmp_path / "tars")
     array = submit(cluster, inputs, tmp_path / "job", ARRAY, "--array=0-1", shards=tars, RESTARTS=0)
-    array.wait_for_units(*array.elements)
+    array.wait_at_gate(*array.elements)
     for tar in tars.glob("*.tar"):
         tar.write_bytes(tar.read_bytes()[:1024])
+    array.gate.open()
     assert array.wait_for_end() == ["FAILED", "FAILED"], array.logs()
     assert array.restarts() == 0
     for element in array.elements:
@@ -228,11 +248,11 @@ def test_error_found_during_the_run_is_not_requeued(cluster, inputs, tmp_path):
 
 def test_cancelled_job_leaves_no_process_and_is_not_requeued(cluster, inputs, tmp_path):
     jobs = [
-        submit(cluster, inputs, tmp_path / JOB, JOB, "--nodes=1", RANKS_PER_NODE=2),
+        submit(cluster, inputs, tmp_path / JOB, JOB, "--nodes=1", ranks=2),
         submit(cluster, inputs, tmp_path / ARRAY, ARRAY, "--array=0-0"),
     ]
     for job in jobs:
-        job.wait_for_units(job.elements[0])
+        job.wait_at_gate(job.elements[0])
         assert processes_with(str(job.output))
     cluster("scancel", *(job.number for job in jobs))
     for job in jobs:

@@ -300,7 +300,7 @@ def test_reading_one_layer_touches_no_bytes_of_others(tmp_path):
 
     def run(protect: str, read: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", ONE_LAYER_ALONE, str(tmp_path), protect, read]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     alone = run("h.2.mlp", "h.2.mlp")
     assert alone.stdout == "read 1\n", alone.stderr

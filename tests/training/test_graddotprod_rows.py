@@ -233,7 +233,7 @@ def rank_of_two(rank, folder):
     """Run two micro-batches under DistributedDataParallel; save gradients and rows to a file."""
     torch.set_num_threads(1)
     where = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(seconds=90))
+    dist.init_process_group("gloo", where, rank=rank, world_size=2, timeout=timedelta(minutes=5))
     model = small_model("llama_tied")
     wrapped = nn.parallel.DistributedDataParallel(model)
     validation = ragged_batch(VAL_LENGTHS, seed=5)
