@@ -20,7 +20,8 @@ Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, 
 
 
 ONLY_ALONE = (
-    "leave it out of --proj_layers, or give --batch_size 1: rows of samples alone are exact"
+    "leave it out of --proj_layers, or give --batch_size 1 without --compile: rows of samples "
+    "alone are exact"
 )
 
 

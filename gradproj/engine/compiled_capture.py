@@ -141,7 +141,7 @@ class _ProjectGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a_p, p_o, low_o, mask)
         ctx.with_covariances = len(grad_buffers) > 1
-        return output.view_as(output)
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

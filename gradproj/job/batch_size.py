@@ -146,7 +146,7 @@ def try_batches(
     limit = memory.free() - reserved_bytes
     trials: list[Trial] = []
     for n_sequences in (2**i for i in itertools.count()):
-        if n_sequences > 1 and n_sequences * max_length > MAX_TOKENS:
+        if n_sequences > 1 and (n_sequences * max_length > MAX_TOKENS or engine.only_alone):
             break
         if trials and 2 * trials[-1].bytes > limit:
             break

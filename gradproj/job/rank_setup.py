@@ -14,6 +14,7 @@ from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.warm_up import compile_now
+from gradproj.errors import ModelError
 from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.precision import check_precision
 from gradproj.job.shutdown import StopRequest
@@ -67,6 +68,8 @@ def set_up_rank(
     display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
     stop.drain()
     with compiler_errors_explained(), engine, display:
+        if engine.only_alone and (plan.config.batch.batch_size > 1 or options.compile):
+            raise ModelError(engine.only_alone)
         if options.compile:
             seconds = compile_now(model, engine, plan.config.batch.max_length)
             if is_first:

@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import ragged_batch, small_model
+from helpers.models import UNUSUAL, Experts, ragged_batch, small_model
 from helpers.references import relative_error
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from gradproj.engine.engine import GradProjLoraEngine
@@ -18,34 +17,6 @@ from gradproj.errors import MixedSamplesError, ModelError
 
 LENGTHS = [9, 21, 2, 14]
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
-
-_SIZES = dict(
-    vocab_size=101, hidden_size=32, intermediate_size=48, num_attention_heads=4, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-UNUSUAL = {
-    # The attention and MLP of one block are used by another, by names of their own.
-    "zamba": dict(
-        num_hidden_layers=3, layers_block_type=["hybrid", "mamba", "hybrid"], n_mamba_heads=2,
-        mamba_d_state=4, mamba_dt_rank=4, num_key_value_heads=4, attention_hidden_size=64,
-        max_position_embeddings=64, use_mamba_kernels=False,
-    ),
-    "falcon": dict(num_hidden_layers=2, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
-    # Clamps the outputs of three target layers in place.
-    "olmo": dict(num_hidden_layers=2, clip_qkv=0.5, max_position_embeddings=64),
-    "olmoe": dict(num_hidden_layers=2, clip_qkv=0.5, num_experts=4, num_experts_per_tok=2),
-}  # fmt: skip
-
-
-def unusual_model(model_type: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**_SIZES, **UNUSUAL[model_type])
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.mul_(5)
-    return model.eval()
 
 
 def row_in_float64(model, engine, tokens):
@@ -82,11 +53,11 @@ def assert_rows_are_autograds(model, **options):
 @pytest.mark.parametrize("model_type", UNUSUAL)
 def test_rows_of_unusual_models_are_autograds(model_type, freeze):
     layers = {"zamba": "attn,feed_forward", "olmoe": "attn"}.get(model_type, "mlp,attn")
-    assert_rows_are_autograds(unusual_model(model_type), proj_layers=layers, freeze_weights=freeze)
+    assert_rows_are_autograds(small_model(model_type), proj_layers=layers, freeze_weights=freeze)
 
 
 def test_weight_of_two_modules_is_one_layer_named_by_the_first():
-    model = unusual_model("zamba")
+    model = small_model("zamba")
     every = GradProjLoraEngine(model, proj_layers="attn", **ENGINE)
     names = ["model.layers.0.shared_transf.self_attn.q_proj", "model.layers.2.shared_transf"]
     assert names[0] in every.slice_ranges
@@ -98,7 +69,7 @@ def test_weight_of_two_modules_is_one_layer_named_by_the_first():
 
 
 def test_token_covariances_sum_over_all_uses_of_a_weight():
-    model = unusual_model("zamba").requires_grad_(False)
+    model = small_model("zamba").requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_(True)
     ids, _ = ragged_batch([7, 7])
     engine = GradProjLoraEngine(model, proj_layers="q_proj", token_covariances=True, **ENGINE)
@@ -116,25 +87,6 @@ def test_token_covariances_sum_over_all_uses_of_a_weight():
     for got_flat, p, values in ((got.a, p_i, inputs), (got.s, p_o, gradients)):
         want = sum((x.flatten(0, 1) @ p.T).T @ (x.flatten(0, 1) @ p.T) for x in values)
         torch.testing.assert_close(got_flat.float(), want.flatten(), rtol=1e-4, atol=1e-5)
-
-
-class Experts(nn.Module):
-    """Every token visits both experts, ordered by which of them it prefers (transformers 4)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.gate = nn.Linear(width, 2, bias=False)
-        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-
-    def forward(self, x):
-        flat = x.view(-1, x.shape[-1])
-        weights = self.gate(flat).softmax(-1)
-        choices = weights.argsort(dim=-1, descending=True)
-        total = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            _, token = torch.where(choices.T.eq(number))
-            total = total.index_add(0, token, expert(flat[token]) * weights[token, number, None])
-        return total.view_as(x)
 
 
 class PositionsFirst(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from helpers.corpora import words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 101
@@ -42,10 +43,34 @@ FAMILIES = {
 }  # fmt: skip
 """Family -> (model type, config): tied and untied heads, grouped queries, biases or none."""
 
+_SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
+)  # fmt: skip
+
+UNUSUAL = {
+    # The attention and MLP of one block are used by another, by names of their own.
+    "zamba": ("zamba", dict(
+        **_SIZES, num_hidden_layers=3, layers_block_type=["hybrid", "mamba", "hybrid"],
+        n_mamba_heads=2, mamba_d_state=4, mamba_dt_rank=4, num_key_value_heads=4,
+        attention_hidden_size=64, use_mamba_kernels=False,
+    )),
+    # Its linear layers are of a class of its own.
+    "falcon": ("falcon", dict(
+        **_SIZES, num_hidden_layers=2, alibi=False, new_decoder_architecture=True, num_kv_heads=2,
+    )),
+    # They clamp the outputs of three target layers in place.
+    "olmo": ("olmo", dict(**_SIZES, num_hidden_layers=2, clip_qkv=0.5)),
+    "olmoe": ("olmoe", dict(
+        **_SIZES, num_hidden_layers=2, clip_qkv=0.5, num_experts=4, num_experts_per_tok=2,
+    )),
+}  # fmt: skip
+"""Like ``FAMILIES``: models whose layers are special in some way."""
+
 
 def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     """Return a float32 model of about 30,000 random weights, larger than their initial scale."""
-    model_type, settings = FAMILIES[family]
+    model_type, settings = (FAMILIES | UNUSUAL)[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}))
     with torch.no_grad():
@@ -55,6 +80,25 @@ def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+class Experts(nn.Module):
+    """Every token visits both experts, ordered by which of them it prefers (transformers 4)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate = nn.Linear(width, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x):
+        flat = x.view(-1, x.shape[-1])
+        weights = self.gate(flat).softmax(-1)
+        choices = weights.argsort(dim=-1, descending=True)
+        total = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            _, token = torch.where(choices.T.eq(number))
+            total = total.index_add(0, token, expert(flat[token]) * weights[token, number, None])
+        return total.view_as(x)
 
 
 def ragged_batch(
@@ -90,7 +134,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
 def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """Save a small random checkpoint with its tokenizer."""
     tokenizer = make_tokenizer(folder)
-    model_type, settings = FAMILIES[family]
+    model_type, settings = (FAMILIES | UNUSUAL)[family]
     settings = {
         **settings,
         "vocab_size": len(tokenizer),

@@ -17,7 +17,7 @@ from helpers.graddotprod import (
     run_batch,
     trained,
 )
-from helpers.models import ragged_batch, small_model
+from helpers.models import Experts, ragged_batch, small_model
 from helpers.references import dot_products_by_autograd
 from torch import nn
 
@@ -358,3 +358,31 @@ def test_norm_is_recognised_by_trial_without_side_effects(layer):
     assert set(found_layer.kinds.values()) == {Vector}
     assert all(p.grad is None and p.requires_grad for p in layer.parameters())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_weight_of_two_layers_has_one_gradient_of_both_uses():
+    model = small_model("llama")
+    first, second = (block.self_attn.q_proj for block in model.model.layers)
+    second.weight = first.weight
+    train, validation = ragged_batch(LENGTHS), ragged_batch(VAL_LENGTHS, seed=5)
+    loss_of(model, *train).backward()
+    wanted = gradients_of(model)
+    model.zero_grad()
+    dots, sizes = dot_products_by_autograd(model, *train, validation)
+    with GradDotProdEngine(model, validation) as engine:
+        products = run_batch(engine, model, *train)
+    assert_same_gradients(model, wanted)
+    assert_close(products["per_parameter"], dots, sizes)
+
+
+def test_layer_that_gets_tokens_in_another_order_is_refused_unless_frozen():
+    model = small_model("llama")
+    model.model.layers[0].mlp = Experts(32)
+    validation = ragged_batch(VAL_LENGTHS, seed=5)
+    engine = GradDotProdEngine(model, validation)
+    with pytest.raises(ModelError, match=r"mlp\.experts\.0\.weight.*another order.*freeze"):
+        engine.attach()
+    assert not engine.is_attached
+    model.model.layers[0].mlp.experts.requires_grad_(False)
+    with GradDotProdEngine(model, validation) as engine:
+        run_batch(engine, model, *ragged_batch(LENGTHS))

@@ -20,7 +20,7 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 from gradproj.training.graddotprod.batch import DotBatch
-from gradproj.training.graddotprod.hooks import ModelHooks
+from gradproj.training.graddotprod.hooks import ModelHooks, check_samples
 from gradproj.training.graddotprod.joint_batch import JointBatcher, loss_divisor
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
 from gradproj.training.graddotprod.shapley import learning_rates, value_table
@@ -111,7 +111,7 @@ class GradDotProdEngine(TrainingEngine):
         self._waiting: dict[nn.Parameter, Tensor] = {}
         self._step = 0
         self._ids: np.ndarray | None = None
-        self._prepared = False
+        self._prepared = self._checked = False
 
     @classmethod
     def from_context(cls, context: EngineContext) -> "GradDotProdEngine":
@@ -143,8 +143,22 @@ class GradDotProdEngine(TrainingEngine):
         return self._hooks.is_attached
 
     def attach(self) -> "GradDotProdEngine":
-        """Put the hooks on; a second call does nothing."""
+        """Put the hooks on, and check the first time that they can tell samples apart.
+
+        A second call does nothing.
+
+        Raises:
+            ModelError: a layer sees a batch's tokens in another order than the batch's.
+        """
         self._hooks.attach()
+        if not self._checked:
+            try:
+                parameters = zip(self.parameter_names, self._parameters, strict=True)
+                check_samples(self._hooks, dict(parameters))
+            except BaseException:
+                self._hooks.detach()
+                raise
+            self._checked = True
         return self
 
     def detach(self) -> None:

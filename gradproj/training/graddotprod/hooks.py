@@ -1,14 +1,24 @@
 """Hooks that lead a model's forward pass through the joint batch of the moment."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, per_sample_loss
+from gradproj.engine.probe import short_samples, tolerance_of, trial_mode
 from gradproj.errors import ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.graddotprod.batch import DotBatch
+from gradproj.training.graddotprod.joint_batch import JointBatch
 from gradproj.training.graddotprod.layer_rules import DotLayer
+
+log = logging.getLogger(__name__)
+
+LENGTHS = (9, 6, 7)
+"""Of the samples of a check: two training samples and a validation sample."""
 
 
 class ModelHooks:
@@ -27,7 +37,7 @@ class ModelHooks:
     ) -> None:
         self.batch: DotBatch | None = None
         """The joint batch that the next forward pass is of."""
-        self._model, self._layers, self._averager = model, layers, averager
+        self.model, self._layers, self._averager = model, layers, averager
         self._parameters = parameters
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
@@ -42,8 +52,8 @@ class ModelHooks:
         if self._handles:
             return
         self._handles = [
-            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self._model.register_forward_hook(self._after_forward, always_call=True),
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
         for layer in self._layers:
             hook = self._hook_of(layer)
@@ -102,3 +112,47 @@ class ModelHooks:
             return self.batch.tap(layer, a, output, root, again=not self._in_forward)
 
         return hook
+
+
+def check_samples(hooks: ModelHooks, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise ``ModelError`` unless two samples' inner products exchange places with the samples.
+
+    A model may bring a batch's tokens into another order before a layer sees them, which no shape
+    shows. Does nothing for a model that token ids alone do not run.
+    """
+    model, device = hooks.model, next(iter(parameters.values())).device
+    if not hasattr(model, "config") or device.type == "meta":
+        return
+
+    def dots(order: list[int]) -> Tensor:
+        joint = JointBatch(ids[order], labels[order], 2, 1.0, 1.0)
+        batch = hooks.batch = DotBatch(joint, lambda parameter, gradient: None)
+        given = {"input_ids": joint.input_ids, "labels": joint.labels}
+        per_sample_loss(model, given, causal=False).sum().backward()
+        batch.finish()
+        found = batch.dots(list(parameters.values()))
+        hooks.drop_batch()
+        return found
+
+    try:
+        with trial_mode(model, device):
+            ids, labels = short_samples(model, LENGTHS, seed=0)
+            forth, back = dots([0, 1, 2]), dots([1, 0, 2]).flip(0)
+    except ModelError:
+        raise
+    except Exception as error:  # the model needs more than token ids
+        log.info("the samples of %s are not checked: %r", type(model).__name__, error)
+        return
+    finally:
+        hooks.drop_batch()
+        LOSS_WEIGHTS.pop(loss_key(model), None)
+    sizes = forth.abs().amax(dim=0).clamp_min(1e-3 * float(forth.abs().median()))
+    wrong = ((forth - back).abs() > tolerance_of(model) * sizes).any(dim=0).tolist()
+    names = [name for name, is_wrong in zip(parameters, wrong, strict=True) if is_wrong]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ModelError(
+            f"GradDotProd: {', '.join(names[:5])}{more}: the model brings a batch's tokens into "
+            "another order before this layer (an expert, for example), so its samples cannot be "
+            "distinguished; freeze it with requires_grad_(False)"
+        )
