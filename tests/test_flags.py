@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import gradproj
+from gradproj.corpus.config import CorpusConfig
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, current_names, flag, from_recorded, join_list, parse, split_list
 from gradproj.flags.declaration import type_of
@@ -113,6 +114,11 @@ def test_a_second_bare_word_is_an_error_that_says_how_lists_are_written(name):
     assert mistake(f"--{name}", "apple", "pear") == (
         f"unexpected argument 'pear'; --{name} takes one list with commas: --{name} A,B"
     )
+
+
+def test_a_glob_that_the_shell_expanded_is_an_error_that_says_to_quote_it():
+    with pytest.raises(ConfigError, match=r"takes one value: quote .*--shards 'tars/\*\.tar'\)"):
+        parse(["--shards", "tars/a.tar", "tars/b.tar"], "gradproj plan", CorpusConfig)
 
 
 @pytest.mark.parametrize("text", ["", " , "])

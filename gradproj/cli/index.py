@@ -112,6 +112,8 @@ def _print_index(index: CorpusIndex, seconds: float | None = None) -> None:
     )
     print(f"tars          {len(index.tars):,}, {n_bytes / 1e6:,.1f} MB")
     print(f"documents     {index.n_samples:,}{took}")
+    for line in index.unread_lines():
+        print(line)
     print(f"domains       {len(index.domains):,} by {index.domain_field}")
-    print("\n".join(domain_lines(index.domain_counts())))
+    print("\n".join(domain_lines(index.domain_counts(), index.domain_field)))
     print(f"fingerprint   {index.fingerprint}")

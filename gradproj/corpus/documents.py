@@ -204,7 +204,7 @@ def _content(
             text = _text(fields.get("text"))
             input_ids = _token_ids(fields.get("input_ids"))
         if text is None and input_ids is None and "txt" in members:
-            text = _utf8(_within_limit(members["txt"], "txt", limits), "txt", "utf-8")
+            text = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
         if text is None and input_ids is None:
             raise _BadInput(_nothing_to_read(members))
     except _BadInput as bad:
@@ -225,17 +225,16 @@ def _within_limit(data: bytes | None, suffix: str, limits: ReadLimits) -> bytes:
     return data
 
 
-def _utf8(data: bytes, suffix: str, encoding: str) -> str:
+def _utf8(data: bytes, suffix: str) -> str:
     try:
-        return data.decode(encoding)
+        return data.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
-        raise _BadInput(
-            f"not UTF-8: byte {error.start:,} of its .{suffix} is 0x{data[error.start]:02x}"
-        ) from None
+        at = error.start + len(data) - len(error.object)
+        raise _BadInput(f"not UTF-8: byte {at:,} of its .{suffix} is 0x{data[at]:02x}") from None
 
 
 def _json_object(data: bytes, limits: ReadLimits) -> dict[str, Any]:
-    string = _utf8(data, "json", "utf-8-sig")
+    string = _utf8(data, "json")
     if _deeper_than(limits.max_json_depth, data):
         raise _BadInput(f"invalid JSON: nested more than {limits.max_json_depth} deep")
     try:
@@ -273,15 +272,22 @@ def _text(value: Any) -> str | None:
 
 
 def _token_ids(value: Any) -> list[int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise _BadInput(f'"input_ids" is not a list but {json_type(value)}')
-    # All types at once, several times faster than item by item. `isinstance` would accept a bool.
-    if value and (set(map(type, value)) != {int} or min(value) < 0):
-        wrong = next(item for item in value if type(item) is not int or item < 0)
-        raise _BadInput(f'"input_ids" holds {json.dumps(wrong)[:40]}, which is not a token id')
+    problem = "" if value is None else problem_of_token_ids(value)
+    if problem:
+        raise _BadInput(problem)
     return value
+
+
+def problem_of_token_ids(value: Any) -> str:
+    """Return the reason why ``input_ids`` is not a list of token ids; empty if it is one."""
+    if not isinstance(value, list | tuple):
+        return f'"input_ids" is not a list but {json_type(value)}'
+    # All types at once, several times faster than item by item. `isinstance` would accept a bool.
+    if value and not (set(map(type, value)) == {int} and 0 <= min(value) <= max(value) < 2**31):
+        wrong = next(x for x in value if type(x) is not int or not 0 <= x < 2**31)
+        text = json.dumps(wrong, default=str)[:40]
+        return f'"input_ids" holds {text}, which is not a token id (0 to 2^31 - 1)'
+    return ""
 
 
 def json_type(value: Any) -> str:

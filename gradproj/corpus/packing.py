@@ -5,7 +5,12 @@ from typing import Any
 
 import msgspec
 
-from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, json_type
+from gradproj.corpus.documents import (
+    MAX_DOCUMENT_BYTES,
+    UNKNOWN_DOMAIN,
+    json_type,
+    problem_of_token_ids,
+)
 
 _ABSENT = object()
 _SCALARS = (str, int, float)
@@ -39,7 +44,8 @@ class PackedDocument:
 def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     """Convert a record to a document.
 
-    The text and the ``input_ids`` are kept, and so are the fields of the record's ``meta`` object;
+    The text and the ``input_ids`` are kept, and so are the fields of the record's ``meta``, which
+    may be an object, a map column's pairs, or an object written as JSON;
     its other top-level strings and numbers (``id``, ``url``) are added to ``meta``. NaN becomes
     null.
 
@@ -58,8 +64,9 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         for name, value in record.value.items()
         if isinstance(value, _SCALARS) and name not in (text_field, domain_field)
     }
-    record_meta = record.value.get("meta")
-    if isinstance(record_meta, dict):
+    record_meta = _as_object(record.value.get("meta"))
+    if record_meta is not None:
+        meta.pop("meta", None)
         meta |= record_meta
     try:
         payload = _encode(content | {"meta": meta | {"pile_set_name": domain}})
@@ -79,7 +86,10 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
 
 def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
     text, ids = _look_up(value, text_field), value.get("input_ids")
-    tokens = {} if ids is None else {"input_ids": _checked_ids(ids)}
+    problem = "" if ids is None else problem_of_token_ids(ids)
+    if problem:
+        raise BadRecordError(problem)
+    tokens = {} if ids is None else {"input_ids": ids}
     if isinstance(text, str):
         return {"text": text, **tokens}
     if tokens and (text is None or text is _ABSENT):
@@ -90,20 +100,6 @@ def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
             f"no field {text_field!r} and no 'input_ids' (its fields: {names}; see --text_field)"
         )
     raise BadRecordError(f"field {text_field!r} is {json_type(text)}, not a string")
-
-
-def _checked_ids(ids: Any) -> list[int]:
-    if not isinstance(ids, list):
-        raise BadRecordError(f"'input_ids' is {json_type(ids)}, not a list of token ids")
-    # All types at once, several times faster than id by id. `isinstance` would accept a bool.
-    wrong_types = set(map(type, ids)) - {int}
-    if wrong_types:
-        raise BadRecordError(f"'input_ids' holds {wrong_types.pop().__name__}, not only integers")
-    if ids and not (min(ids) >= 0 and max(ids) < 1 << 31):
-        raise BadRecordError(
-            f"'input_ids' reaches from {min(ids)} to {max(ids)}; ids are 0 to 2^31 - 1"
-        )
-    return ids
 
 
 def _domain(value: dict[str, Any], domain_field: str) -> str:
@@ -119,9 +115,22 @@ def _domain(value: dict[str, Any], domain_field: str) -> str:
 
 def _look_up(value: Any, field: str) -> Any:
     """Return ``value["a.b"]``, else ``value["a"]["b"]``, else ``_ABSENT``."""
-    if not isinstance(value, dict):
+    fields = _as_object(value)
+    if fields is None:
         return _ABSENT
-    if field in value:
-        return value[field]
+    if field in fields:
+        return fields[field]
     head, _, rest = field.partition(".")
-    return _look_up(value.get(head), rest) if rest else _ABSENT
+    return _look_up(fields.get(head), rest) if rest else _ABSENT
+
+
+def _as_object(value: Any) -> dict[str, Any] | None:
+    """Return an object's fields, also of a map column (pairs) and of an object written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = msgspec.json.decode(value)
+        except (ValueError, msgspec.MsgspecError, RecursionError):  # before 0.21 not a ValueError
+            return None
+    elif isinstance(value, list) and value and all(type(item) is tuple for item in value):
+        value = {str(name): item for name, item in value}
+    return value if isinstance(value, dict) else None

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gradproj.corpus.config import FIELD_REQUIRED, CorpusConfig
+from gradproj.corpus.documents import UNKNOWN_DOMAIN
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
 from gradproj.corpus.tar.scan import MAX_DOMAINS
@@ -32,8 +33,10 @@ class PrepareConfig(Flags, title="tars"):
     """The inputs and how their documents are packed."""
 
     inputs: tuple[str, ...] = flag(
-        "Documents, read in the order given: .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, "
-        "hf:NAME[@CONFIG][:SPLIT] (also a local directory), or stdlib: (this Python's library).",
+        "Documents, read in the order given: files of JSON lines (.jsonl, .ndjson or .json, "
+        "perhaps with .gz, .bz2, .xz, .zst or .zstd) or .parquet, - for JSON lines on standard "
+        "input, hf:NAME[@CONFIG][:SPLIT] (also a local directory), a directory that save_to_disk "
+        "wrote, or stdlib: (this Python's library).",
         name="INPUT",
         positional=True,
         path="FILE",
@@ -79,6 +82,7 @@ class PrepareReport:
     n_samples: int
     n_bad: int
     n_tars: int
+    domain_field: str
     domains: dict[str, int]
     """Samples of each domain, in order of first appearance."""
     bad_examples: tuple[str, ...]
@@ -89,7 +93,7 @@ class PrepareReport:
         lines = [
             f"{self.n_samples:,} documents of {len(self.domains):,} domains "
             f"in {self.n_tars:,} tars",
-            *domain_lines(self.domains),
+            *domain_lines(self.domains, self.domain_field),
         ]
         if self.n_bad:
             lines.append(
@@ -99,8 +103,11 @@ class PrepareReport:
         return "\n".join(lines)
 
 
-def domain_lines(counts: Mapping[str, int]) -> list[str]:
+def domain_lines(counts: Mapping[str, int], domain_field: str) -> list[str]:
     """Return a line for each of the largest domains, and one for the rest."""
+    if set(counts) == {UNKNOWN_DOMAIN}:
+        missing = f"no document has a text in the field {domain_field} (--domain_field)"
+        return [f"  {counts[UNKNOWN_DOMAIN]:>12,}  {UNKNOWN_DOMAIN}: {missing}"]
     items = sorted(counts.items(), key=lambda item: -item[1])
     lines = [f"  {n:>12,}  {name}" for name, n in items]
     return bounded(lines, MAX_DOMAINS_SHOWN, "  and {:,} smaller domains")
@@ -137,7 +144,12 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
             )
             raise CorpusError(f"no document in {', '.join(config.inputs)}{first}")
     return PrepareReport(
-        tars.n_samples, reader.n_bad, tars.n_tars, reader.domains, tuple(reader.bad)
+        tars.n_samples,
+        reader.n_bad,
+        tars.n_tars,
+        config.domain_field,
+        reader.domains,
+        tuple(reader.bad),
     )
 
 

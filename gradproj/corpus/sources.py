@@ -4,28 +4,27 @@ A reader streams records in the input's order and never ends early without an er
 cannot be read, such as a line that is not JSON, is yielded with the reason; the caller decides.
 """
 
-import gzip
 import io
 import json
 import os
+import sys
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
-import zstandard
 
+from gradproj.corpus.compression import DAMAGE, DECOMPRESS
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES
 from gradproj.corpus.packing import Record
 from gradproj.errors import ConfigError, CorpusError
 
 READ_BYTES = 1 << 20
-COMPRESSED_READ_BYTES = 1 << 16
 PARQUET_ROWS = 64
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 @dataclass
@@ -57,101 +56,69 @@ def read_records(source: InputReader) -> Iterator[Record]:
 
 
 def source_kind(location: str) -> str:
-    """Return an input's key in ``SOURCES``: a prefix such as ``hf:`` or a file name's end."""
+    """Return an input's key in ``SOURCES``: a file name's end, ``hf:``, ``stdlib:`` or ``-``."""
     for kind in SOURCES:
-        if location.startswith(kind) if kind.endswith(":") else location.lower().endswith(kind):
+        if kind.startswith("."):
+            found = location.lower().endswith(kind)
+        else:
+            found = location.startswith(kind) if kind.endswith(":") else location == kind
+        if found:
             return kind
-    prefixes = [kind for kind in SOURCES if kind.endswith(":")]
-    suffixes = [kind for kind in SOURCES if kind not in prefixes]
+    if os.path.isdir(location):
+        if _was_saved_to_disk(location):
+            return "hf:"
+        raise ConfigError(
+            f"INPUT {location!r} is a folder; name its files, for instance {location}/*.jsonl"
+        )
+    compressions = ", ".join(filter(None, DECOMPRESS))
     raise ConfigError(
-        f"INPUT {location!r} is of no known kind; give a file ending in {', '.join(suffixes)}, or "
-        f"an input that begins with {' or '.join(prefixes)}"
+        f"INPUT {location!r} is of no known kind; give a file ending in {', '.join(JSON_LINES)} "
+        f"(perhaps compressed: {compressions}) or .parquet, hf:NAME, stdlib:, or - for JSON lines "
+        "on standard input"
     )
 
 
 def check_input(location: str) -> None:
     """Raise ``CorpusError`` if an input file does not exist; a cheap check before any work."""
-    if source_kind(location).endswith(":") or os.path.isfile(location):
+    if not source_kind(location).startswith("."):
         return
     if os.path.isdir(location):
         raise CorpusError(
             f"INPUT {location} is a folder; name its files, for instance {location}/*.jsonl"
         )
-    raise CorpusError(
-        f"INPUT {location}: no such file; check the path (wildcards are the shell's, unquoted)"
-    )
+    if not os.path.exists(location):
+        raise CorpusError(
+            f"INPUT {location}: no such file; check the path (wildcards are the shell's, unquoted)"
+        )
 
 
 def input_bytes(location: str) -> int | None:
-    """Return the size of an input file on disk; None if the input is not a file."""
-    return None if source_kind(location).endswith(":") else os.path.getsize(location)
+    """Return the size of an input file on disk; None if the input is not a regular file."""
+    return os.path.getsize(location) if os.path.isfile(location) else None
 
 
 # ---- JSON lines
 
 
-def _read_jsonl(source: InputReader) -> Iterator[Record]:
+def _read_json_lines(source: InputReader) -> Iterator[Record]:
+    ending = source_kind(source.location)
+    suffix = next(s for s in sorted(DECOMPRESS, key=len, reverse=True) if ending.endswith(s))
     with open(source.location, "rb", buffering=READ_BYTES) as file:
-        source.position = file.tell
-        yield from _json_lines(file, source.location)
+        if file.seekable():  # not a pipe
+            source.position = file.tell
+            # No lines at all compress to some bytes, but gzip and bz2 accept a file of 0 bytes.
+            if suffix and os.fstat(file.fileno()).st_size == 0:
+                raise CorpusError(
+                    f"{source.location}: the file has 0 bytes, so it is cut short; fetch it again"
+                )
+        yield from _json_lines(DECOMPRESS[suffix](file), source.location)
 
 
-def _read_compressed(
-    source: InputReader, decompress: Callable[[BinaryIO], Any]
-) -> Iterator[Record]:
-    with open(source.location, "rb", buffering=READ_BYTES) as file:
-        source.position = file.tell
-        # No lines at all compress to some bytes, but Python's gzip accepts a file of 0 bytes.
-        if os.fstat(file.fileno()).st_size == 0:
-            raise CorpusError(
-                f"{source.location}: the file has 0 bytes, so it is cut short; fetch it again"
-            )
-        with decompress(file) as stream:
-            yield from _json_lines(stream, source.location)
+def _read_standard_input(source: InputReader) -> Iterator[Record]:
+    yield from _json_lines(sys.stdin.buffer, "standard input")
 
 
-def _read_jsonl_gz(source: InputReader) -> Iterator[Record]:
-    return _read_compressed(source, lambda file: gzip.GzipFile(fileobj=file))
-
-
-def _read_jsonl_zst(source: InputReader) -> Iterator[Record]:
-    return _read_compressed(source, lambda file: io.BufferedReader(_ZstdReader(file), READ_BYTES))
-
-
-class _ZstdReader(io.RawIOBase):
-    """The content of all frames of a zstandard file.
-
-    Raises ``EOFError`` if the last frame is cut short; zstandard's own stream readers end silently.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        # 2 GiB is the format's largest window (zstd --ultra --long=31), 128 MiB the default limit.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame: Any = None
-        self._packed = b""
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._packed = self._packed or self._file.read(COMPRESSED_READ_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the stream ends inside a zstandard frame")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            self._plain = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        n_bytes = min(len(buffer), len(self._plain))
-        buffer[:n_bytes] = self._plain[:n_bytes]
-        self._plain = self._plain[n_bytes:]
-        return n_bytes
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 def _json_lines(stream: Any, location: str) -> Iterator[Record]:
@@ -160,7 +127,9 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
     while True:
         try:
             line, whole = _read_line(stream)
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        except DAMAGE as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk, not of what is on it
             raise CorpusError(
                 f"{location}, line {number + 1}: the file is cut short or damaged here ({error}); "
                 f"{number} lines before it are intact; fetch the file again"
@@ -175,8 +144,8 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
                 "is the file JSON lines, one object a line?",
             )
             continue
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+        # Files that were joined have byte order marks in the middle.
+        line = line.removeprefix(b"\xef\xbb\xbf")
         if line and not line.isspace():
             yield _decode_json(line, f"line {number}")
 
@@ -269,7 +238,16 @@ def _read_hugging_face(source: InputReader) -> Iterator[Record]:
     try:
         import datasets
 
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        if _was_saved_to_disk(name):
+            rows = datasets.load_from_disk(name)
+            splits = rows if isinstance(rows, dict) else {str(rows.split or "train"): rows}
+            if (split or "train") not in splits and (split or len(splits) > 1):
+                raise ValueError(f"its splits are {', '.join(splits)}")
+            rows = splits.get(split or "train", next(iter(splits.values())))
+        else:
+            rows = datasets.load_dataset(
+                name, config or None, split=split or "train", streaming=True
+            )
         for row in rows:
             number += 1
             yield Record(f"row {number}", row)
@@ -280,6 +258,11 @@ def _read_hugging_face(source: InputReader) -> Iterator[Record]:
             f"INPUT {source.location}{place}: {reason}. Check name, configuration and split "
             "(hf:NAME[@CONFIG][:SPLIT]) and the network, or give a local folder: hf:./FOLDER"
         ) from error
+
+
+def _was_saved_to_disk(folder: str) -> bool:
+    """Return True for a folder that ``save_to_disk`` of a data set, or of several splits, wrote."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_TO_DISK)
 
 
 def _read_stdlib(source: InputReader) -> Iterator[Record]:
@@ -309,11 +292,10 @@ def _library_files(root: Path) -> list[Path]:
 
 
 SOURCES: dict[str, Callable[[InputReader], Iterator[Record]]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
-    ".jsonl.zst": _read_jsonl_zst,
+    **{name + suffix: _read_json_lines for name in JSON_LINES for suffix in DECOMPRESS},
     ".parquet": _read_parquet,
     "hf:": _read_hugging_face,
     "stdlib:": _read_stdlib,
+    "-": _read_standard_input,
 }
-"""Kind of input -> reader. A key that ends in a colon is a prefix of the input, others a suffix."""
+"""Kind of input -> reader: an end of a file's name, a prefix with a colon, or ``-``."""

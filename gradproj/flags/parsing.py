@@ -213,6 +213,12 @@ def _refuse(
     hint = "--help lists all flags"
     if flags and flags[-1] in fields and takes_commas(fields[flags[-1]]):
         hint = f"--{flags[-1]} takes one list with commas: --{flags[-1]} A,B"
+    elif flags and flags[-1] in fields and fields[flags[-1]].metadata.get("path") == "TARS":
+        path = Path(unknown)
+        hint = (
+            f"--{flags[-1]} takes one value: quote a pattern, so that the shell leaves it alone "
+            f"(--{flags[-1]} '{path.with_name('*' + path.suffix)}'), or name the folder"
+        )
     raise ConfigError(f"unexpected argument {unknown!r}; {hint}")
 
 
@@ -221,7 +227,7 @@ def _refuse(
 
 def _read_toml(path: str, fields: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
     try:
-        content = tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8"))
+        content = tomllib.loads(Path(local_path(path)).read_text(encoding="utf-8-sig"))
     except ConfigError as error:
         raise ConfigError(f"--config {path} {error}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from gradproj.corpus.documents import problem_of_token_ids
 from gradproj.errors import ConfigError
 
 FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}'
@@ -26,7 +26,7 @@ class Query:
     """Context before ``completion``, excluded from the loss. May be empty."""
     completion: str | None = None
     input_ids: Sequence[int] | None = None
-    """Used as is: no special token is added."""
+    """Used as they are, without special tokens, and instead of a ``text``, as in a document."""
     where: str = ""
     """Place named in messages; default: the query's name."""
 
@@ -40,31 +40,26 @@ class Query:
         """File and line, or the name."""
         return self.where or f"query {self.name!r}"
 
-    def _problem(self) -> str | None:
+    def _problem(self) -> str:
         if (self.prompt is None) != (self.completion is None):
             missing = "completion" if self.completion is None else "prompt"
             return f"there is no {missing}: prompt and completion come together. A query is {FORMS}"
-        n_forms = sum(form is not None for form in (self.text, self.completion, self.input_ids))
+        has_text = self.text is not None or self.input_ids is not None
+        n_forms = has_text + (self.completion is not None)
         if n_forms != 1:
             return f"{'no query' if n_forms == 0 else 'more than one query'}; give one of {FORMS}"
+        if self.input_ids is not None:
+            problem = problem_of_token_ids(self.input_ids)
+            if problem or self.input_ids:
+                return problem
+            return "input_ids is empty; give at least a token and its target"
         for key in ("text", "prompt", "completion"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 return f"{key} must be a text, got {value!r:.60}"
             if value is not None and key != "prompt" and not value.strip():
                 return f"{key} is empty; give the text of the query"
-        return None if self.input_ids is None else _problem_of_ids(self.input_ids)
-
-
-def _problem_of_ids(ids: Any) -> str | None:
-    if not isinstance(ids, Sequence) or isinstance(ids, str):
-        return f"input_ids must be a list of whole numbers, got {ids!r:.60}"
-    if not len(ids):
-        return "input_ids is empty; give at least a token and its target"
-    bad = next((x for x in ids if type(x) is not int or x < 0), None)
-    if bad is not None:
-        return f"input_ids must be whole numbers, 0 or more, and one is {bad!r:.60}"
-    return None
+        return ""
 
 
 def read_queries(path: str | Path) -> list[Query]:

@@ -1,5 +1,8 @@
 """Records of an input: the fields that are kept, and the errors of bad ones."""
 
+import json
+
+import pyarrow
 import pytest
 from helpers.corpora import (
     input_record,
@@ -9,6 +12,7 @@ from helpers.corpora import (
     run_prepare,
     write_jsonl,
 )
+from pyarrow import parquet
 
 from gradproj.corpus import sources
 from gradproj.corpus.prepare import PrepareConfig
@@ -108,6 +112,33 @@ def test_meta_object_is_kept_and_top_level_scalars_are_added(tmp_path):
     assert document == {"text": "t", "meta": {**want, "pile_set_name": "s"}}
 
 
+MAP = pyarrow.map_(pyarrow.string(), pyarrow.string())
+JSON_META = json.dumps({"pile_set_name": "A", "id": "7"})
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pyarrow.array([[("pile_set_name", "A"), ("id", "7")]], MAP), pyarrow.array([JSON_META])],
+    ids=["map", "JSON string"],
+)
+def test_meta_may_be_a_map_column_or_an_object_written_as_json(column, tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["t"], "meta": column}), tmp_path / "in.parquet")
+    report = run_prepare(str(tmp_path / "in.parquet"), tmp_path / "out")
+    assert report.domains == {"A": 1}
+    want = {"text": "t", "meta": {"pile_set_name": "A", "id": "7"}}
+    assert packed_documents(tmp_path / "out") == [want]
+
+
+def test_domain_field_that_no_document_has_is_named(tmp_path):
+    name = write_jsonl(tmp_path / "in.jsonl", [{"text": "t", "source": "web"}])
+    report = run_prepare(name, tmp_path / "out")
+    assert "no document has a text in the field meta.pile_set_name (--domain_field)" in (
+        report.summary()
+    )
+    report = run_prepare(name, tmp_path / "named", domain_field="source")
+    assert "--domain_field" not in report.summary()
+
+
 BAD_LINES = {
     b"{not json}": "not valid JSON (Expecting property name",
     b'{"text": "cut': "not valid JSON (Unterminated string starting at character 10)",
@@ -134,12 +165,12 @@ BAD_LINES = {
     b'{"text": "a", "meta": {"pile_set_name": ["x"]}}': (
         "field 'meta.pile_set_name' is a list, not a domain's name"
     ),
-    b'{"input_ids": "1 2"}': "'input_ids' is a string, not a list of token ids",
-    b'{"input_ids": [1, 2.0]}': "'input_ids' holds float, not only integers",
-    b'{"input_ids": [1, true]}': "'input_ids' holds bool, not only integers",
-    b'{"input_ids": [1, null]}': "'input_ids' holds NoneType, not only integers",
-    b'{"input_ids": [4, -1]}': "'input_ids' reaches from -1 to 4; ids are 0 to 2^31 - 1",
-    b'{"input_ids": [2147483648]}': "'input_ids' reaches from 2147483648 to 2147483648",
+    b'{"input_ids": "1 2"}': '"input_ids" is not a list but a string',
+    b'{"input_ids": [1, 2.0]}': '"input_ids" holds 2.0, which is not a token id',
+    b'{"input_ids": [1, true]}': '"input_ids" holds true, which is not a token id',
+    b'{"input_ids": [1, null]}': '"input_ids" holds null, which is not a token id',
+    b'{"input_ids": [4, -1]}': '"input_ids" holds -1, which is not a token id (0 to 2^31 - 1)',
+    b'{"input_ids": [2147483648]}': '"input_ids" holds 2147483648, which is not a token id',
     b'{"text": 3, "input_ids": [1]}': "field 'text' is a number, not a string",
 }
 

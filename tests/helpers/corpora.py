@@ -1,8 +1,10 @@
 """Documents, tars and inputs of `prepare` for the tests, and what the slow way reads in them."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import tarfile
 import zlib
@@ -153,14 +155,22 @@ def write_jsonl(path, values, **options):
     return str(path)
 
 
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": lambda raw: bz2.compress(raw, 1),  # in blocks of 100 kB
+    ".xz": lzma.compress,
+    ".zst": lambda raw: zstandard.ZstdCompressor(write_checksum=True).compress(raw),
+    ".zstd": lambda raw: zstandard.ZstdCompressor(write_checksum=True).compress(raw),
+}
+
+
 def write_as(kind, folder, values):
     """Write ``values`` as an input of the given kind. Returns its name for prepare."""
     folder.mkdir()
     raw = b"".join(line_of(value, ensure_ascii=False) for value in values)
-    if kind == ".jsonl.gz":
-        raw = gzip.compress(raw)
-    elif kind == ".jsonl.zst":
-        raw = zstandard.ZstdCompressor().compress(raw)
+    suffix = Path(kind).suffix
+    if suffix in COMPRESS:
+        raw = COMPRESS[suffix](raw)
     elif kind == ".parquet":
         parquet.write_table(
             pyarrow.Table.from_pylist(values), folder / "in.parquet", row_group_size=7

@@ -23,6 +23,7 @@ def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
         {"prompt": "p", "completion": " c", "name": "second", "label": 3},
         {"input_ids": [1, 2], "id": 7},
         {"prompt": "", "completion": "c", "text": None},
+        {"text": "a text that is not read", "input_ids": [3, 4], "id": "both"},
     )
     got = read_queries(path)
     assert [(q.name, q.text, q.prompt, q.completion, q.input_ids) for q in got] == [
@@ -30,6 +31,7 @@ def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
         ("second", None, "p", " c", None),
         ("7", None, None, None, [1, 2]),
         ("line 5", None, "", "c", None),
+        ("both", "a text that is not read", None, None, [3, 4]),
     ]
 
 
@@ -41,7 +43,7 @@ def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
         ('["text"]\n', "not an object but"),
         ({}, r'no query; give one of \{"text"'),
         ({"txt": "a"}, "no query; give one of"),
-        ({"text": "a", "input_ids": [1, 2]}, "more than one query"),
+        ({"prompt": "p", "completion": "c", "input_ids": [1, 2]}, "more than one query"),
         ({"text": "a", "prompt": "p", "completion": "c"}, "more than one query"),
         ({"prompt": "p"}, "there is no completion: prompt and completion come together"),
         ({"completion": "c"}, "there is no prompt: prompt and completion come together"),
@@ -50,11 +52,12 @@ def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
         ({"text": 3}, "text must be a text, got 3"),
         ({"prompt": ["p"], "completion": "c"}, r"prompt must be a text, got \['p'\]"),
         ({"input_ids": []}, "input_ids is empty"),
-        ({"input_ids": "12"}, "input_ids must be a list of whole numbers, got '12'"),
-        ({"input_ids": 12}, "input_ids must be a list of whole numbers, got 12"),
-        ({"input_ids": [1, -1]}, "input_ids must be whole numbers, 0 or more, and one is -1"),
-        ({"input_ids": [1, 2.0]}, "input_ids must be whole numbers, 0 or more, and one is 2.0"),
-        ({"input_ids": [1, True]}, "input_ids must be whole numbers, 0 or more, and one is True"),
+        ({"input_ids": "12"}, '"input_ids" is not a list but a string'),
+        ({"input_ids": 12}, '"input_ids" is not a list but a number'),
+        ({"input_ids": [1, -1]}, '"input_ids" holds -1, which is not a token id'),
+        ({"input_ids": [1, 2.0]}, '"input_ids" holds 2.0, which is not a token id'),
+        ({"input_ids": [1, True]}, '"input_ids" holds true, which is not a token id'),
+        ({"text": "a", "input_ids": []}, "input_ids is empty"),
         ({"text": "a", "id": [1]}, r"its id must be a text or a whole number, got \[1\]"),
         ({"text": "a", "id": "one"}, "the name 'one' is already used in line 1"),
     ],

@@ -97,7 +97,7 @@ def _of_folder(folder: Path, given: str) -> list[str]:
 
 def _of_list_file(path: Path, given: str) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{given}: the list file cannot be read: {error}") from error
     entries = [line for line in lines if line and not line.startswith("#")]
