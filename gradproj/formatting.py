@@ -39,6 +39,11 @@ def clean_lines(text: str) -> str:
     return "\n".join("".join(map(_printable, line)) for line in text.expandtabs().split("\n"))
 
 
+def escaped(name: str) -> str:
+    """Return a name of a tar with bytes that are not UTF-8 as ``\\xef``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def listed(names: Iterable[str]) -> str:
     """Join names from a store for a message."""
     return ", ".join(map(clean, names))

@@ -12,7 +12,7 @@ from gradproj.analysis import MEANINGS, SCORES, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.analysis.scan import ScanOptions
-from gradproj.formatting import clean_lines, listed, one_line
+from gradproj.formatting import clean_lines, escaped, listed, one_line
 from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
@@ -155,7 +155,7 @@ def _end_lines(
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = samples[sample_id]
         text = f"{value:+.3e}" if SCORES[score].unit else f"{value:+.4f}"
-        domain, key = one_line(sample.domain or "-", _NAME), one_line(sample.key, _NAME)
+        domain, key = one_line(sample.domain or "-", _NAME), one_line(escaped(sample.key), _NAME)
         yield f"{place:>5} {text:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
         if sample.text is not None:
             yield f"      {one_line(sample.text, _WIDTH - 6)}"
@@ -198,7 +198,7 @@ def json_lines(
                         "rank": place,
                         "score": _finite(value),
                         "id": sample_id,
-                        "key": sample.key,
+                        "key": escaped(sample.key),
                         "domain": sample.domain,
                         "loss": _finite(sample.loss),
                         "n_tokens": sample.n_tokens,

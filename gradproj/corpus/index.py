@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradproj.corpus.tar.paths import some
-from gradproj.corpus.tar.scan import MAX_DOMAINS, TarFacts
+from gradproj.corpus.tar.scan import MAX_DOMAINS, READ_SUFFIXES, TarFacts
 from gradproj.corpus.tar.scan_pool import scan_tars
 from gradproj.errors import CorpusError
+from gradproj.formatting import count
+
+_KINDS_SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,32 @@ class CorpusIndex:
         for tar in self.tars:
             total.update(tar.domain_counts)
         return {domain: total[domain] for domain in self.domains}
+
+    def unread_lines(self) -> list[str]:
+        """Return lines for a person on members that no document is read from; none if all are read.
+
+        An index that an older version wrote does not know them.
+        """
+        members: Counter[str] = Counter()
+        for tar in self.tars:
+            members.update(tar.members)
+        unread = [(kind, n) for kind, n in members.most_common() if kind[1:] not in READ_SUFFIXES]
+        if not unread:
+            return []
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in unread[:_KINDS_SHOWN])
+        examples = [f"; such as {tar.unread_example}" for tar in self.tars if tar.unread_example]
+        lines = [
+            f"not read      {sum(n for _, n in unread):,} of {members.total():,} members of the "
+            f"tars: {kinds}{', ...' if len(unread) > _KINDS_SHOWN else ''}{''.join(examples[:1])}.",
+            "              Only KEY.json and KEY.txt are read. A key ends at the first dot of a "
+            "file name,",
+            "              as in webdataset: a.json and a.b.json are members of one document, a",
+        ]
+        n_without = sum(tar.n_without_text for tar in self.tars)
+        if n_without:
+            documents = count(n_without, "document")
+            lines.append(f"bad input     {documents} without a .json or a .txt")
+        return lines
 
     def relocated(self, paths: Sequence[Path], flag: str = "--shards") -> "CorpusIndex":
         """Return the index with its tars at these paths.

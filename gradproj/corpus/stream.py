@@ -1,8 +1,8 @@
 """Stream the documents of a range of sample ids, in id order, with none missing.
 
-webdataset's own tar iterator and grouping do the decoding, from the byte offset of the block of 64
-samples in which the range begins. They end silently at damage, so every block's number of samples
-and keys are checked against the index.
+tarfile and webdataset's grouping read from the byte offset of the block of 64 samples in which the
+range begins. They end silently at damage, so every block's number of samples and keys are checked
+against the index.
 """
 
 import re
@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.tariterators import group_by_keys
 
 from gradproj.corpus.documents import (
     MAX_DOCUMENT_BYTES,
@@ -106,24 +106,19 @@ def _changed(tar: Tar, block: int, change: str) -> CorpusError:
 
 
 def _members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str, Any]]:
-    max_bytes = max(limits.max_document_bytes, MAX_DOCUMENT_BYTES)
-    if tar.largest_member_bytes <= max_bytes:
-        members = tar_file_iterator(file)
-    else:
-        members = _members_up_to(file, max_bytes)
-    for member in members:
-        member["__url__"] = tar.name
-        yield member
+    """Yield the members of a tar from the file's position on, as webdataset groups them.
 
-
-def _members_up_to(file: BinaryIO, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the members of a tar; the data of members over ``max_bytes`` is None.
-
-    Otherwise like ``tar_file_iterator``, which reads every member into memory.
+    webdataset's own iterator would read members of any size into memory, and would decode names by
+    the user's locale. Here the data of members over the limit is None, and bytes of names that are
+    not UTF-8 are surrogates, as in the index.
     """
-    with tarfile.open(fileobj=file, mode="r:") as members:
+    max_bytes = max(limits.max_document_bytes, MAX_DOCUMENT_BYTES)
+    with tarfile.open(
+        fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+    ) as members:
         for info in members:
+            members.members = []  # type: ignore[attr-defined]  # tarfile would remember them
             if info.isreg() and key_and_suffix(info.name) is not None:
                 reader = members.extractfile(info)
                 data = reader.read() if reader is not None and info.size <= max_bytes else None
-                yield {"fname": info.name, "data": data}
+                yield {"fname": info.name, "data": data, "__url__": tar.name}

@@ -14,7 +14,7 @@ import numpy as np
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitRows
 from gradproj.errors import StoreError
-from gradproj.formatting import count, shown
+from gradproj.formatting import count, escaped, shown
 from gradproj.job.recorded import config_from, recorded_engine, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.unit_projector import UnitProjector
@@ -214,7 +214,7 @@ class _Comparison:
             what = f"has status {STATUS_NAMES[int(computed['status'])]} now"
         elif not what:
             what = self._column_difference(stored, computed)
-        key = decode_key(stored["key"], self.store.path)
+        key = escaped(decode_key(stored["key"]))
         check = RowCheck(sample_id, unit, key, STATUS_NAMES[status], error, what)
         return check, without_memory
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gradproj.errors import ConfigError, settings_mismatch
+from gradproj.formatting import escaped
 from gradproj.query import QueryRows, check_rows_fit
 from gradproj.store import STATUS, ProjectionStore
 
@@ -41,7 +42,7 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     check_comparable(queries, store)
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
-        raise ConfigError(f"--query_store {queries.path} has no row yet, so there is no query")
+        raise ConfigError(f"--query_store {queries.path} has no row, so there is no query")
     check_rows_fit(
         f"--query_store {queries.path}",
         len(ids),
@@ -50,7 +51,10 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     )
     samples = queries.samples(ids)
     keys = Counter(sample.key for sample in samples)
-    names = [s.key if s.key and keys[s.key] == 1 else f"{s.key}#{s.sample_id}" for s in samples]
+    names = [
+        escaped(s.key) if s.key and keys[s.key] == 1 else f"{escaped(s.key)}#{s.sample_id}"
+        for s in samples
+    ]
     n_tokens, loss = (
         np.array([getattr(sample, name) for sample in samples]) for name in ("n_tokens", "loss")
     )

@@ -7,7 +7,7 @@ import numpy as np
 
 from gradproj.analysis import Overview
 from gradproj.errors import GradprojError
-from gradproj.formatting import one_line
+from gradproj.formatting import escaped, one_line
 from gradproj.report.distributions import Distributions
 from gradproj.report.number_format import digits, exponent_of, minus, places_for, power, scaled
 from gradproj.report.page import DocumentLine, Table
@@ -50,7 +50,7 @@ def documents_of(
         DocumentLine(
             value=value,
             sample_id=sample.sample_id,
-            key=one_line(sample.key, 80),
+            key=one_line(escaped(sample.key), 80),
             domain=None if sample.domain is None else one_line(sample.domain, 60),
             loss=digits(sample.loss, 4),
             n_tokens=sample.n_tokens,

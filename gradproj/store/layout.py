@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError, damaged
+from gradproj.errors import StoreError
 from gradproj.flags import Flags, flag
 
 FORMAT_VERSION = 1
@@ -236,12 +236,14 @@ def empty_columns(n_rows: int, key_bytes: int) -> dict[str, np.ndarray]:
 
 
 def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
-    """Encode WebDataset keys as UTF-8, zero-padded: ``(len(keys), key_bytes)`` uint8.
+    """Return the bytes of WebDataset keys, zero-padded: ``(len(keys), key_bytes)`` uint8.
+
+    They are those of the tar, UTF-8 or not: Python reads other bytes as lone surrogates.
 
     Raises:
         ValueError: a key is longer.
     """
-    encoded = [key.encode() for key in keys]
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     longest = max(map(len, encoded), default=0)
     if longest > key_bytes:
         raise ValueError(f"a key has {longest} bytes, the store holds {key_bytes}")
@@ -249,9 +251,6 @@ def encode_keys(keys: Sequence[str], key_bytes: int) -> np.ndarray:
     return np.frombuffer(padded, np.uint8).reshape(len(keys), key_bytes)
 
 
-def decode_key(row: np.ndarray, store_path: Path) -> str:
-    """Decode one row of the ``key`` column; a StoreError if it is not UTF-8."""
-    try:
-        return row.tobytes().rstrip(b"\0").decode()
-    except UnicodeDecodeError as error:
-        raise damaged(store_path / "key", f"a document's key is no UTF-8 ({error})") from error
+def decode_key(row: np.ndarray) -> str:
+    """Return the key in one row of the ``key`` column, as ``encode_keys`` took it."""
+    return row.tobytes().rstrip(b"\0").decode("utf-8", "surrogateescape")

@@ -178,7 +178,7 @@ class ProjectionStore:
         return [
             Sample(
                 sample_id=sample_id,
-                key=decode_key(columns["key"][i], self.path),
+                key=decode_key(columns["key"][i]),
                 domain=self.domains[columns["domain"][i]] if columns["domain"][i] >= 0 else None,
                 loss=float(columns["loss"][i]),
                 n_tokens=int(columns["n_tokens"][i]),

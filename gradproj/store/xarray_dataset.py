@@ -108,5 +108,5 @@ def _read_domains(store: Store, name: str, ids: np.ndarray) -> np.ndarray:
 
 
 def _read_keys(store: Store, name: str, ids: np.ndarray) -> np.ndarray:
-    keys = [decode_key(key, store.path) for key in _read_column(store, name, ids)]
+    keys = [decode_key(key) for key in _read_column(store, name, ids)]
     return np.array(keys, f"U{store.layout.key_bytes}")

@@ -172,17 +172,6 @@ def test_damage_is_one_line_with_file_and_way_out(output, ask, name):
     assert_all_report(ask, *parts, "python -m gradproj verify")
 
 
-def test_undecodable_key_is_damage_where_keys_are_shown(output, ask):
-    path = output / "projections.zarr" / "key" / "c.0.0"
-    flip(path, *range(len(path.read_bytes())))
-    assert_all_report(
-        ask,
-        "projections.zarr/key is damaged",
-        "python -m gradproj verify",
-        commands=["query", "report"],
-    )
-
-
 def test_output_path_that_cannot_be_created_is_named(ask):
     assert_all_report(
         ask,

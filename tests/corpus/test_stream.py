@@ -96,6 +96,10 @@ BAD = {
     "compressed": ({"json.gz": b"x"}, "no text: it has neither a .json nor a .txt, only .json.gz"),
     "latin-1 json": ({"json": b'{"text": "\xe9"}'}, "not UTF-8: byte 10 of its .json is 0xe9"),
     "latin-1 txt": ({"txt": b"caf\xe9"}, "not UTF-8: byte 3 of its .txt is 0xe9"),
+    "latin-1 after a byte order mark": (
+        {"txt": b"\xef\xbb\xbfcaf\xe9"},
+        "not UTF-8: byte 6 of its .txt is 0xe9",
+    ),
     "half a pair": (
         {"json": b'{"text": "\\ud83d"}'},
         '"text" is not Unicode: it has half of a surrogate pair',
@@ -135,6 +139,7 @@ GOOD = {
     "a text in both": ({"json": b'{"text": "json"}', "txt": b"txt"}, "json", None),
     "txt and metadata": ({"json": b'{"meta": {}}', "txt": b"txt"}, "txt", None),
     "a byte order mark": ({"json": b'\xef\xbb\xbf{"text": "x"}'}, "x", None),
+    "a byte order mark in txt": ({"txt": b"\xef\xbb\xbfx"}, "x", None),
     "nan": ({"json": b'{"text": "x", "score": NaN}'}, "x", None),
     "brackets in the text": ({"json": document('[{"' * 1000)}, '[{"' * 1000, None),
     "many brackets side by side": ({"json": document("x", None, a=[[], {}] * 200)}, "x", None),
@@ -201,6 +206,17 @@ def test_member_over_the_limit_is_not_read(tmp_path, monkeypatch):
         "too large: its .txt is over 4,000 bytes",
         "too large: its .json is over 4,000 bytes",
     ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1"])
+def test_keys_keep_their_bytes_whatever_the_locale(encoding, tmp_path, monkeypatch):
+    names = [b"na\xefve", "schl\u00fcssel".encode(), b"plain"]
+    members = [(f"{os.fsdecode(name)}.json", document("x")) for name in names]
+    index = index_of(write_tar(tmp_path / "a.tar", members))
+    assert index.longest_key_bytes == len("schl\u00fcssel".encode())
+    monkeypatch.setattr(tarfile.TarFile, "encoding", encoding)
+    keys = [d.key for d in read_documents(index, 0, 3)]
+    assert [key.encode("utf-8", "surrogateescape") for key in keys] == names
 
 
 def test_keys_are_never_used_as_paths(tmp_path):

@@ -21,6 +21,7 @@ from helpers.corpora import (
 from webdataset import TarWriter
 from webdataset.tariterators import base_plus_ext
 
+from gradproj.corpus.index import build_index
 from gradproj.corpus.tar import scan
 from gradproj.corpus.tar.scan import key_and_suffix, scan_tar
 from gradproj.errors import CorpusError
@@ -185,6 +186,53 @@ def test_names_are_split_and_skipped_as_webdataset_does(name, tmp_path):
         want = (samples[0]["__key__"], suffix)
     assert key_and_suffix(name) == want
     assert scan_tar(path, FIELD).n_samples == len(samples)
+
+
+UNREAD = {
+    "a name with two dots": (
+        [("a.json", b"{}"), ("a.b.json", b"{}"), ("c.json", b"{}")],
+        {".json": 2, ".*.json": 1},
+        "a.b.json",
+        0,
+    ),
+    "arXiv ids": (
+        [(f"2203.{i:05d}.txt", b"x") for i in range(8)],
+        {".*.txt": 8},
+        "2203.00000.txt",
+        1,
+    ),
+    "one suffix that is not read": (
+        [(f"{i}.md", b"x") for i in range(9)],
+        {".md": 9},
+        "0.md",
+        9,
+    ),
+    "compressed": ([("0.txt.gz", b"x"), ("1.txt", b"x")], {".*.gz": 1, ".txt": 1}, "0.txt.gz", 1),
+    "no suffix": (
+        [("noext", b"x"), ("__meta__", b"x"), ("a.txt", b"x")],
+        {"other names": 1, ".txt": 1},
+        "",
+        0,
+    ),
+    "many suffixes": (
+        [(f"a.{chr(97 + i)}", b"x") for i in range(26)],
+        {**{f".{chr(97 + i)}": 1 for i in range(20)}, "others": 6},
+        "a.a",
+        1,
+    ),
+    "a suffix that is not UTF-8": ([("a.\udce9", b"x")], {".\\xe9": 1}, "a.\\xe9", 1),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_members_that_no_document_is_read_from_are_counted(kind, tmp_path):
+    members, counts, example, n_without_text = UNREAD[kind]
+    facts = scan_tar(write_tar(tmp_path / "a.tar", members), FIELD)
+    assert (facts.members, facts.unread_example) == (counts, example)
+    assert facts.n_without_text == n_without_text
+    lines = "\n".join(build_index([tmp_path / "a.tar"], progress=False).unread_lines())
+    assert example in lines
+    assert "A key ends at the first dot" in lines
 
 
 def test_too_many_domains_are_rejected(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ common form are checked a chunk at a time (``plain_headers``), the others one by
 import base64
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from zlib import crc32
@@ -21,8 +21,12 @@ from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, Domain
 from gradproj.corpus.tar.headers import TarBytes, read_member
 from gradproj.corpus.tar.plain_headers import PlainHeaders, Run
 from gradproj.errors import CorpusError
+from gradproj.formatting import escaped
 
 SAMPLES_PER_BLOCK = 64
+READ_SUFFIXES = frozenset({"json", "txt"})
+"""Suffixes of the members that documents are read from."""
+MAX_MEMBER_KINDS = 20
 MAX_DOMAINS = 32_767
 """A store keeps a sample's domain as int16."""
 
@@ -46,6 +50,13 @@ class TarFacts:
     domain_counts: dict[str, int]
     block_offsets_base64: str
     block_key_crcs_base64: str
+    # Indexes of older versions lack these.
+    n_without_text: int = 0
+    """Samples without a ``json`` and a ``txt`` member."""
+    members: dict[str, int] = field(default_factory=dict)
+    """Members by the end of their names: ``.json``, ``.*.json`` with dots before."""
+    unread_example: str = ""
+    """Name of the first member that no document is read from."""
 
     @property
     def block_offsets(self) -> NDArray[np.int64]:
@@ -110,6 +121,9 @@ class _Scan:
         self._crcs: list[int] = []
         self._position = 0
         self._ended = False
+        self._n_without_text = 0
+        self._suffix_counts: Counter[str] = Counter()
+        self._unread_example = ""
         # The open sample: more of its members may follow.
         self._suffixes: list[str] = []
         self._domain = UNKNOWN_DOMAIN
@@ -145,6 +159,7 @@ class _Scan:
             return
         member, self._position = result
         split = key_and_suffix(member.name)
+        self._count([member.name], [split])
         if split is None:
             return
         self._largest = max(self._largest, member.n_bytes)
@@ -159,7 +174,9 @@ class _Scan:
         one_each = run.keys_of_one_suffix()
         if one_each is not None and self._add_samples(*one_each, run, chunk, first):
             return
-        splits = [key_and_suffix(name) for name in run.names()]
+        names = run.names()
+        splits = [key_and_suffix(name) for name in names]
+        self._count(names, splits)
         read = [i for i, split in enumerate(splits) if split is not None]
         with_json = [i for i in read if splits[i][1] == "json"]  # type: ignore[index]
         domains = dict(zip(with_json, self._domains_of(run, with_json, chunk), strict=True))
@@ -189,6 +206,10 @@ class _Scan:
         domains = (
             self._domains_of(run, slice(None), chunk) if is_json else [UNKNOWN_DOMAIN] * len(keys)
         )
+        self._suffix_counts[suffix] += len(keys)
+        if suffix not in READ_SUFFIXES:
+            self._n_without_text += len(keys) - 1  # and the open sample when it is closed
+            self._unread_example = self._unread_example or f"{keys[0]}.{suffix}"
         self._suffixes, self._domain = [suffix], domains.pop()
         self._domain_counts.update(domains)
         return True
@@ -216,10 +237,13 @@ class _Scan:
                 start, f"the suffix {suffix!r} of the sample {key!r} is webdataset's own"
             )
         self._suffixes.append(suffix)
+        if suffix not in READ_SUFFIXES and not self._unread_example:
+            self._unread_example = f"{key}.{suffix}"
 
     def _close_sample(self) -> None:
         if self._suffixes:
             self._domain_counts[self._domain] += 1
+            self._n_without_text += READ_SUFFIXES.isdisjoint(self._suffixes)
         self._suffixes, self._domain = [], UNKNOWN_DOMAIN
         if len(self._domain_counts) > MAX_DOMAINS:
             raise CorpusError(
@@ -242,7 +266,27 @@ class _Scan:
             domain_counts=dict(sorted(self._domain_counts.items())),
             block_offsets_base64=_base64(self._starts[::SAMPLES_PER_BLOCK], "<i8"),
             block_key_crcs_base64=_base64(key_crcs, "<u4"),
+            n_without_text=self._n_without_text,
+            members=self._members_by_ending(),
+            unread_example=escaped(self._unread_example),
         )
+
+    def _count(self, names: list[str], splits: list[tuple[str, str] | None]) -> None:
+        """Count members by suffix, except webdataset's own and what is no file."""
+        self._suffix_counts.update(
+            split[1] if split else ""
+            for name, split in zip(names, splits, strict=True)
+            if split or (name and not name.startswith("__"))
+        )
+
+    def _members_by_ending(self) -> dict[str, int]:
+        members: Counter[str] = Counter()
+        for suffix, n in self._suffix_counts.items():
+            *inner, end = suffix.split(".")
+            kind = f"{'.*' if inner else ''}.{end}" if suffix else "other names"
+            is_one_more = kind not in members and len(members) >= MAX_MEMBER_KINDS
+            members["others" if is_one_more else escaped(kind)] += n
+        return dict(members)
 
     def _not_grouped(self, start: int, problem: str) -> CorpusError:
         return CorpusError(
