@@ -12,7 +12,7 @@ import numpy as np
 
 from gradproj.analysis import MEANINGS, SIGN
 from gradproj.analysis.score_types import DOMAIN_SCORES
-from gradproj.cli.score_args import ScoreArgs
+from gradproj.cli.score_args import ScoreArgs, check_has_rows
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
 from gradproj.files import make_folder, write_result
@@ -69,10 +69,9 @@ def domains(config: DomainsConfig) -> list[str]:
         device, _ = choose_device(config.device, 0)
         facts = domain_facts(store, config.fitted_options(store, device, DOMAIN_SCORES))
         if not facts.shown:
-            raise StoreError(
-                f"{store.path} has no row of any domain yet ({facts.counts.total('missing'):,} of "
-                f"{len(store):,} documents are not computed yet); start the job again on it"
-            )
+            check_has_rows(store)
+            verify = f"python -m gradproj verify {store.path.parent}"
+            raise StoreError(f"{store.path}: no row of any domain can be read; see {verify}")
         content = as_json(facts, store, MEANS_NAME)
         folder = config.folder(store)
     written = _write(folder, content, facts)

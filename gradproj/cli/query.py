@@ -24,7 +24,7 @@ from gradproj.analysis.score_file import check_scores_path
 from gradproj.analysis.score_types import SCORES
 from gradproj.cli.query_config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query_text import Summary, describe, json_lines, overlap_lines, table_lines
-from gradproj.cli.score_args import is_job_store, print_note
+from gradproj.cli.score_args import check_has_rows, is_job_store, print_note
 from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
@@ -101,12 +101,8 @@ def query(config: QueryConfig, process: Process) -> Answer:
                 f"{store.path} was not written by the job and records no model, so text queries "
                 "cannot be projected. Give --query_store, or use gradproj.analysis"
             )
+        check_has_rows(store)
         counts = store.status_counts()
-        if not counts["ok"]:
-            raise StoreError(
-                f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents "
-                "are still to be computed); start the job again on it"
-            )
         n_top, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
         read_text = None
         if config.show_text:

@@ -10,7 +10,7 @@ import torch
 from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag, split_list
 from gradproj.formatting import clean_lines, listed
 from gradproj.store import ProjectionStore
@@ -131,6 +131,23 @@ class ScoreArgs(Flags, title="score"):
 def print_note(line: str) -> None:
     """Print a line about the answer to standard error."""
     print(f"gradproj: {clean_lines(line)}", file=sys.stderr, flush=True)
+
+
+def check_has_rows(store: ProjectionStore) -> None:
+    """Raise ``StoreError`` with the reason and a way out if a store has no row."""
+    counts = store.status_counts()
+    if counts["ok"]:
+        return
+    if counts["missing"]:
+        raise StoreError(
+            f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents are "
+            "still to be computed); start the job again on it"
+        )
+    others = ", ".join(f"{n:,} {status}" for status, n in counts.items() if n)
+    raise StoreError(
+        f"{store.path} is complete and has no row, of {len(store):,} documents: {others}. Why: in "
+        f"{store.path.parent}/logs. Make a new store from documents that can be used"
+    )
 
 
 def is_job_store(store: ProjectionStore) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradproj.coordinator.merge import ranges_of
+from gradproj.corpus.config import CorpusConfig
+from gradproj.corpus.documents import UNKNOWN_DOMAIN
 from gradproj.corpus.index import CorpusIndex, check_unchanged
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.paths import INDEX_NAME
@@ -22,6 +24,7 @@ from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
+from gradproj.job.document_check import check_documents
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
 from gradproj.job.unit_reader import UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
@@ -83,6 +86,8 @@ class Plan:
     """Names of the modules that share a layer's weight, for each layer of several modules."""
     identity: dict[str, Any]
     """Flag -> value of every setting that a row depends on."""
+    notes: tuple[str, ...] = ()
+    """Lines on members and documents of the corpus that will not be read."""
 
     @property
     def output(self) -> Path:
@@ -172,7 +177,13 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
-    return plan
+    notes = index.unread_lines()
+    field = config.corpus.domain_field
+    if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
+        notes.append(f"domains       no document has a text in the field {field} (--domain_field)")
+    if not len(list_records(plan.output / UNITS_DIR)):
+        notes += check_documents(index, plan.unit_settings)
+    return replace(plan, notes=tuple(notes))
 
 
 def check_output(output: Path) -> None:

@@ -5,11 +5,15 @@ import math
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradproj.coordinator.merge import is_complete
-from gradproj.formatting import human_bytes, human_seconds
+from gradproj.corpus.stream import read_documents
+from gradproj.errors import CorpusError, GradprojError
+from gradproj.formatting import escaped, human_bytes, human_seconds
 from gradproj.job.plan import Plan, free_bytes
+from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
 
@@ -33,6 +37,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"disk          {human_bytes(plan.store_bytes())} in {plan.n_files():,} files; "
         f"{human_bytes(free_bytes(plan.output))} free at {plan.output}",
         f"host memory   about {human_bytes(plan.host_bytes(model_bytes(plan)))} a rank",
+        *plan.notes,
     ]
     if plan.shared:
         example = " = ".join(plan.shared[0])
@@ -88,7 +93,11 @@ def print_precision(figure: str, warning: bool) -> None:
 
 
 def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
-    """Print what the run achieved and how to continue."""
+    """Print what the run achieved and how to continue.
+
+    Raises:
+        CorpusError: the store is complete, and no document has a row.
+    """
     if not complete:
         done = len(list_records(plan.output / UNITS_DIR))
         why = f"Stopped ({stopped_by})" if stopped_by else "Ended"
@@ -104,7 +113,27 @@ def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
     stats = json.loads((plan.output / STATS_NAME).read_text())
     for line in stats_lines(stats):
         print(line)
+    first = first_bad_input(plan) if stats["by_status"].get("bad_input") else ""
+    if first:
+        print(f"              the first: {first}", flush=True)
+    if not stats["by_status"].get("ok"):
+        raise CorpusError(
+            f"{plan.output}: every unit was computed, and no document has a row. Change the "
+            "documents or --shards, and give --output_dir a new path"
+        )
     print(f"The store is complete: {plan.output / 'projections.zarr'}", flush=True)
+
+
+def first_bad_input(plan: Plan) -> str:
+    """Return the first document of status bad input and its problem; empty if it is not found."""
+    try:
+        with ProjectionStore(plan.output) as store:
+            sample_id = int(np.argmax(store.column("status") == STATUS["bad_input"]))
+        (document,) = read_documents(plan.index, sample_id, sample_id + 1, plan.config.limits)
+    except GradprojError:
+        return ""  # the tars have gone meanwhile; the logs have the reasons
+    _, problem = plan.unit_settings.status_of(document)
+    return f"sample {sample_id} ({escaped(document.key)}): {problem}"
 
 
 def stats_lines(stats: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from gradproj.corpus.documents import Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.engine.batching import BatchConfig, plan_batches, split_long
+from gradproj.formatting import escaped
 from gradproj.model.tokenization import Tokenizing
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
 
@@ -40,6 +41,20 @@ class UnitSettings:
     chosen_domains: tuple[str, ...]
     """Empty: all."""
     limits: ReadLimits
+
+    def status_of(self, document: Document) -> tuple[str, str]:
+        """Return the status as far as the document alone decides it, and a bad input's problem."""
+        if self.chosen_domains and document.domain not in self.chosen_domains:
+            return "not_selected", ""
+        ids = document.input_ids
+        if document.problem is not None:
+            return "bad_input", document.problem
+        # Token ids take precedence over the text, also an empty list of them.
+        if not (document.text if ids is None else ids):
+            return "empty", ""
+        if ids is not None and max(ids) >= self.vocabulary:
+            return "bad_input", f"token id {max(ids)}, the model has {self.vocabulary}"
+        return "ok", ""
 
 
 @dataclass
@@ -114,7 +129,10 @@ class UnitReader:
             keys.append(document.key)
             columns["tar"][row] = document.tar
             columns["domain"][row] = self._domain_codes.get(document.domain, -1)
-            status = self._status_of(document)
+            status, problem = self.settings.status_of(document)
+            if problem:
+                key = escaped(document.key)
+                log.warning("sample %d (%s): bad input: %s", document.sample_id, key, problem)
             columns["status"][row] = STATUS[status]
             if status == "ok":
                 pending.append((row, document))
@@ -130,22 +148,6 @@ class UnitReader:
         batches = plan_batches(lengths, settings.batch.batch_size, settings.batch.batch_tokens)
         rows = np.asarray(row_of, dtype=np.int64)
         return PreparedUnit(unit, start, columns, sequences, rows, batches)
-
-    def _status_of(self, document: Document) -> str:
-        """Return the status as far as the document alone decides it."""
-        chosen = self.settings.chosen_domains
-        if chosen and document.domain not in chosen:
-            return "not_selected"
-        ids, problem = document.input_ids, document.problem
-        if problem is None:
-            # Token ids take precedence over the text, also an empty list of them.
-            if not (document.text if ids is None else ids):
-                return "empty"
-            if ids is None or max(ids) < self.settings.vocabulary:
-                return "ok"
-            problem = f"token id {max(ids)}, the model has {self.settings.vocabulary}"
-        log.warning("sample %d (%s): bad input: %s", document.sample_id, document.key, problem)
-        return "bad_input"
 
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""

@@ -306,8 +306,7 @@ def test_missing_and_damaged_stores_and_stores_without_domains_or_rows_are_rejec
     assert "there is no store at" in run(capsys, tmp_path / "nowhere")[2]
     empty = Output(tmp_path / "empty")
     assert (
-        "has no row of any domain yet (70 of 70 documents are not computed yet)"
-        in run(capsys, empty.path)[2]
+        "has no row yet (70 of 70 documents are still to be computed)" in run(capsys, empty.path)[2]
     )
     filled = Output(tmp_path / "filled").fill()
     update_attributes(filled.store_path, {"domains": ["only"]})
