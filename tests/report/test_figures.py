@@ -25,15 +25,15 @@ def words_of(drawing):
 
 
 @pytest.mark.parametrize(
-    ("values", "log", "ticks", "labels"),
+    ("values", "log", "labels"),
     [
-        (np.linspace(0, 10, 10_001), False, [0, 2, 4, 6, 8, 10], ["2", "4", "6", "8"]),
-        (np.linspace(0.21, 0.83, 10_001), False, [0.2, 0.4, 0.6, 0.8, 1], ["0.4", "0.6", "0.8"]),
-        (np.geomspace(0.01, 100, 10_001), True, [0.01, 0.1, 1, 10, 100], ["0.1", "1", "10"]),
-        (np.geomspace(3, 40, 10_001), True, [1, 2, 5, 10, 20, 50], ["5", "10", "20"]),
+        (np.linspace(0, 10, 10_001), False, ["2", "4", "6", "8"]),
+        (np.linspace(0.21, 0.83, 10_001), False, ["0.4", "0.6", "0.8"]),
+        (np.geomspace(0.01, 100, 10_001), True, ["0.1", "1", "10"]),
+        (np.geomspace(3, 40, 10_001), True, ["5", "10", "20"]),
     ],
 )
-def test_axis_has_round_ticks_and_ends_at_the_quantiles(monkeypatch, values, log, ticks, labels):
+def test_axis_has_round_ticks_and_ends_at_the_quantiles(monkeypatch, values, log, labels):
     figures = []
 
     def keep_figure(figure, title, description):
@@ -47,7 +47,10 @@ def test_axis_has_round_ticks_and_ends_at_the_quantiles(monkeypatch, values, log
     (axes,) = figures[0].axes
     ends = np.quantile(values, [0.001, 0.999])
     assert axes.get_xlim() == pytest.approx(ends, rel=0.005, abs=0.005)
-    assert axes.get_xticks() == pytest.approx(ticks)
+    low, high = axes.get_xlim()
+    # Releases of matplotlib differ in the ticks beyond the axis, which they do not draw.
+    ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert ticks == pytest.approx([float(label) for label in labels])
     words = words_of(drawing)
     assert words[: words.index("loss, nats")] == labels
 
