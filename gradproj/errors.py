@@ -1,5 +1,6 @@
 """User errors: one clear message, exit code 2, no traceback."""
 
+import io
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +102,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit code. A user error is printed as one message; its code is
     2.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # A screen that is not UTF-8 shows \u2026 for a character that it lacks.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except ReportedError as error:

@@ -1,5 +1,8 @@
 """Untrusted text reaches a terminal without control characters."""
 
+import io
+import sys
+
 import pytest
 
 from gradproj.errors import ConfigError, exit_code
@@ -33,3 +36,21 @@ def test_messages_hold_no_control_character(capsys):
 
     assert exit_code(command) == 2
     assert capsys.readouterr().err == f"gradproj: it has:\n  {SEEN}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_commands_print_on_any_screen(encoding, monkeypatch):
+    screens = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", screens[0])
+    monkeypatch.setattr(sys, "stderr", screens[1])
+
+    def command():
+        print("tar … \N{GREEK SMALL LETTER ALPHA} \udc80", file=sys.stdout)
+        raise ConfigError("no … \N{GREEK SMALL LETTER ALPHA} \udc80")
+
+    assert exit_code(command) == 2
+    shown = ("… α" if encoding == "utf-8" else r"\u2026 \u03b1").encode()
+    replaced = "\ufffd" if encoding == "utf-8" else r"\ufffd"
+    printed, errors = (screen.detach().getvalue() for screen in screens)
+    assert printed == b"tar " + shown + b" \\udc80\n"
+    assert errors == b"gradproj: no " + shown + f" {replaced}\n".encode()

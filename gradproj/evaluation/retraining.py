@@ -104,7 +104,7 @@ def _begin_worker(log: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
-    sys.stderr = log.open("a", buffering=1)
+    sys.stderr = log.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
 def train_base(config: LdsConfig, experiment: Experiment) -> Path:

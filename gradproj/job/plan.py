@@ -30,6 +30,7 @@ from gradproj.job.unit_reader import UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import (
+    attention_note,
     check_vocabulary,
     load_model_config,
     load_tokenizer,
@@ -178,6 +179,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
     notes = index.unread_lines()
+    if attention := attention_note(files):
+        notes.append(f"attention     {attention}")
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(f"domains       no document has a text in the field {field} (--domain_field)")

@@ -164,7 +164,9 @@ def log_to_file(output: Path, owner: Owner, verbose: bool) -> None:
     """
     job = f"-{owner.job_id}" if owner.job_id.startswith("slurm-") else ""
     handler = logging.FileHandler(
-        output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log", encoding="utf-8"
+        output / LOGS_DIR / f"rank-{owner.rank:05d}{job}.log",
+        encoding="utf-8",
+        errors="backslashreplace",
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger("gradproj")

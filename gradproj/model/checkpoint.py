@@ -92,7 +92,7 @@ def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"--model {folder} is a PEFT adapter: pip install 'gradproj[peft]'")
     try:
-        base = json.loads(settings.read_text())["base_model_name_or_path"]
+        base = json.loads(settings.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
         raise ModelError(f"{settings} does not name the adapter's base model: {error}") from error
     return _local_files("--model (the adapter's base)", base, "", may_download)[0]
@@ -159,7 +159,7 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of weights: {error}") from error
     missing = [name for name in names if not (index.parent / name).is_file()]

@@ -40,12 +40,14 @@ def adapter_fingerprint(files: ModelFiles) -> str:
         return ""
     content: list[object] = []
     if files.base_dir is not None:
-        settings = json.loads((files.model_dir / "adapter_config.json").read_text())
+        settings = json.loads((files.model_dir / "adapter_config.json").read_text("utf-8"))
         for key in ("base_model_name_or_path", "inference_mode", "peft_version", "revision"):
             settings.pop(key, None)
         content.append(settings)
     if files.config.trust_remote_code:
-        content += [[path.name, path.read_text()] for path in sorted(files.model_dir.glob("*.py"))]
+        content += [
+            [path.name, path.read_text("utf-8")] for path in sorted(files.model_dir.glob("*.py"))
+        ]
     return _hash(content) if content else ""
 
 

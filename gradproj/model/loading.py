@@ -1,6 +1,7 @@
 """Load a checkpoint's files as a frozen causal language model and its tokenizer."""
 
-import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +24,48 @@ def load_model_config(files: ModelFiles) -> Any:
     config = files.config
     if files.model_dir is None:
         return transformers.GPT2Config(**ARCHITECTURES[config.architecture][1])
+    loaded = _config_on_disk(files)
+    if attention_note(files):
+        loaded._attn_implementation = None
+    return loaded
+
+
+def _config_on_disk(files: ModelFiles) -> Any:
     folder = files.base_dir or files.model_dir
     try:
         return AutoConfig.from_pretrained(
-            folder, trust_remote_code=config.trust_remote_code, local_files_only=True
+            folder, trust_remote_code=files.config.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"--model {folder}: its config cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def attention_note(files: ModelFiles) -> str:
+    """Return why the attention that a checkpoint's config names is not used; empty if it is.
+
+    transformers' default takes its place, whose rows are equal up to rounding.
+    """
+    named = _config_on_disk(files)._attn_implementation if files.model_dir is not None else None
+    if not isinstance(named, str) or named in ("eager", "sdpa", "flex_attention"):
+        return ""
+    if "/" in named:
+        why = "is code from the hub, which is not downloaded"
+    elif not _is_installed(named):
+        why = "is not installed here"
+    elif files.config.model_dtype == "float32":
+        why = "takes no float32"
+    else:
+        return ""
+    return f"transformers' default: the config names {named}, which {why}"
+
+
+def _is_installed(attention: str) -> bool:
+    """Return whether a kind of flash attention can be used on this machine."""
+    number = attention.removeprefix("flash_attention_")
+    check = getattr(transformers.utils, f"is_flash_attn_{number}_available", None)
+    return check is not None and check()
 
 
 def model_skeleton(files: ModelFiles) -> nn.Module:
@@ -90,6 +124,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
             # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                **({"config": load_model_config(files)} if attention_note(files) else {}),
                 dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
@@ -131,7 +166,8 @@ def load_tokenizer(files: ModelFiles) -> Any:
         )
     except Exception as error:  # every tokenizer class raises its own types
         raise ModelError(
-            f"{files.tokenizer_dir} holds no tokenizer that loads ({_first_line(error)}); "
+            f"{files.tokenizer_dir} holds no tokenizer that loads "
+            f"{_missing_packages(files.tokenizer_dir) or f'({_first_line(error)}); '}"
             "give --tokenizer"
         ) from error
     tokenizer.model_max_length = int(1e30)
@@ -141,6 +177,28 @@ def load_tokenizer(files: ModelFiles) -> Any:
                 f"--special_tokens {config.special_tokens}: the tokenizer has no {name} token"
             )
     return tokenizer
+
+
+def _missing_packages(folder: Path) -> str:
+    """Return what to install for a tokenizer that is a sentencepiece model only."""
+    for path in sorted({*folder.glob("*.model"), *folder.glob("*.spm")}):
+        with path.open("rb") as file:
+            # The first field of its protobuf message. Files of tiktoken are lines of base64.
+            if file.read(1) != b"\n":
+                continue
+        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        missing = [name for name, module in needed.items() if not _is_there(module)]
+        if missing:
+            names = " ".join(missing)
+            return f"without {names}, which reads {path.name}: pip install {names}, or "
+    return ""
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
 
 
 def check_vocabulary(tokenizer: Any, model_config: Any) -> int:

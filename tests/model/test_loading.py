@@ -1,6 +1,8 @@
 """Loading: every family, the skeleton, adapters, fingerprints, damaged checkpoints."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from helpers.models import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
+from gradproj.model import loading
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import (
@@ -17,7 +21,13 @@ from gradproj.model.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from gradproj.model.loading import load_model, load_model_config, load_tokenizer, model_skeleton
+from gradproj.model.loading import (
+    attention_note,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    model_skeleton,
+)
 
 CPU = torch.device("cpu")
 
@@ -26,13 +36,16 @@ def files_of(path, **options):
     return fetch(ModelConfig(model=str(path), **options))
 
 
+def placed(model, config):
+    targets = find_layers(model, config.patterns, config.include_embeddings)
+    return place_widths(targets, config)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skeleton_has_the_layers_of_the_loaded_model(tmp_path, family):
     files = files_of(make_model(tmp_path, family))
     config = ProjectionConfig(rank_total=24, rank_min=3, include_embeddings=True)
-    assert place_widths(model_skeleton(files), config) == place_widths(
-        load_model(files, CPU), config
-    )
+    assert placed(model_skeleton(files), config) == placed(load_model(files, CPU), config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,6 +161,35 @@ def test_unusable_config_is_rejected(tmp_path):
         model_skeleton(files_of(tmp_path))
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("named", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_that_cannot_be_used_gives_way_to_the_default(tmp_path, key, named):
+    ids = torch.arange(8)[None]
+    files = files_of(make_model(tmp_path))
+    want, fingerprint = (
+        load_model(files, CPU)(ids).logits,
+        config_fingerprint(load_model_config(files)),
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: named}))
+    assert attention_note(files).startswith(f"transformers' default: the config names {named}, wh")
+    assert torch.equal(load_model(files, CPU)(ids).logits, want)
+    assert model_skeleton(files).config._attn_implementation == "sdpa"
+    assert config_fingerprint(load_model_config(files)) == fingerprint
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: "eager"}))
+    assert attention_note(files) == ""
+    assert load_model(files, CPU).config._attn_implementation == "eager"
+
+
+def test_packages_for_a_sentencepiece_model_are_named(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    files = replace(files_of(make_model(tmp_path / "model")), tokenizer_dir=tmp_path)
+    monkeypatch.setattr(loading, "_is_there", lambda module: module != "sentencepiece")
+    with pytest.raises(ModelError, match=r"tokenizer\.model: pip install sentencepiece, or give"):
+        load_tokenizer(files)
+
+
 def test_peft_adapter_loads_with_its_base(tmp_path):
     peft = pytest.importorskip("peft", reason="the peft extra is not installed")
     from transformers import AutoModelForCausalLM
@@ -164,8 +206,8 @@ def test_peft_adapter_loads_with_its_base(tmp_path):
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
     config = ProjectionConfig(layers="attn", rank_total=24, rank_min=3)
-    assert place_widths(model_skeleton(files), config) == place_widths(model, config)
-    assert any("lora_A" in layer.name for layer in place_widths(model, config))
+    assert placed(model_skeleton(files), config) == placed(model, config)
+    assert any("lora_A" in layer.name for layer in placed(model, config))
     assert load_tokenizer(files).get_vocab() == load_tokenizer(files_of(base)).get_vocab()
     before = model_identity(files, load_tokenizer(files))
     text = (tmp_path / "adapter" / "adapter_config.json").read_text()
