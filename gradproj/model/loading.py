@@ -32,6 +32,7 @@ def load_model_config(files: ModelFiles) -> Any:
 
 def _config_on_disk(files: ModelFiles) -> Any:
     folder = files.base_dir or files.model_dir
+    assert folder is not None  # --architecture with random weights has no files
     try:
         return AutoConfig.from_pretrained(
             folder, trust_remote_code=files.config.trust_remote_code, local_files_only=True
