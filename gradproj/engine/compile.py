@@ -1,10 +1,11 @@
 """torch.compile for a model's blocks: what the machine needs for it, and its errors in one line."""
 
 import importlib
+import struct
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from gradproj.errors import ConfigError, ModelError
+from gradproj.files import try_lock
 
 WAY_OUT = "or leave --compile out: the rows are the same up to rounding"
 
@@ -42,6 +44,39 @@ def _has_cpp_compiler() -> bool:
     except missing:
         return False
     return True
+
+
+def remove_torn_libraries() -> list[Path]:
+    """Delete libraries in torch's cache that a killed compiler left unfinished.
+
+    torch loads any library that is there: without this, each later start would end in an
+    ImportError. Libraries that a process is compiling now are locked, and left alone.
+    """
+    cache = Path(importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir())
+    removed = []
+    for path in cache.glob("*/*.so"):
+        lock_path = cache / "locks" / f"{path.name.partition('.')[0]}.lock"
+        with suppress(OSError):
+            if _is_torn(path):
+                lock_path.parent.mkdir(exist_ok=True)
+                with lock_path.open("a") as lock:
+                    if try_lock(lock) is not False:
+                        path.unlink()
+                        removed.append(path)
+    return removed
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether a library of Linux ends before the table of its sections, its last part."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if not header.startswith(b"\x7fELF"):
+        return not header.strip(b"\0")  # nothing was written yet; or of another system
+    if len(header) < 64:
+        return True
+    (start,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < start + size * count
 
 
 def compiled_block(block: nn.Module) -> Callable[..., Any]:
@@ -78,10 +113,19 @@ def nothing_compiled() -> Iterator[None]:
 
 @contextmanager
 def compiler_errors_explained() -> Iterator[None]:
-    """Turn errors of torch's compiler into a ``ModelError`` of one line."""
+    """Turn errors of torch's compiler, or of its cache, into a ``ModelError`` of one line."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ImportError, OSError) as error:
+        if "torch._inductor" not in sys.modules:
+            raise
+        cache = importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir()
+        is_import = isinstance(error, ImportError) or "Failed to import" in str(error)
+        if is_import and f"{cache}/" in str(error):
+            raise ModelError(
+                f"--compile: torch's cache of compiled code is damaged ({_telling_line(error)}). "
+                f"Delete it and start again: rm -r {cache}"
+            ) from error
         # Imported here because it takes seconds, and is loaded once something was compiled.
         kinds = importlib.import_module("torch._dynamo.exc").TorchDynamoException
         cause = getattr(error, "inner_exception", error)

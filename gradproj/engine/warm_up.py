@@ -1,12 +1,16 @@
 """Compiles the engine before the first unit, and makes random batches for trials."""
 
+import logging
 import time
 
 import torch
 from torch import Tensor, nn
 
+from gradproj.engine.compile import remove_torn_libraries
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
+
+log = logging.getLogger(__name__)
 
 COMPILED_TOKENS = 256
 """Length of the sequences that ``--compile`` compiles with."""
@@ -21,6 +25,8 @@ def compile_now(model: nn.Module, engine: GradProjLoraEngine, max_length: int) -
     the window, so its first longer batches compile once more.)
     """
     device, started = next(model.parameters()).device, time.perf_counter()
+    for path in remove_torn_libraries():
+        log.warning("%s: unfinished, left by a killed compiler: deleted", path)
     for n_sequences in (2, 1):
         ids = random_ids(model, n_sequences, min(COMPILED_TOKENS, max_length))
         per_sample_loss(model, ids).sum().backward()

@@ -1,9 +1,12 @@
 """``--compile``: equal rows up to rounding, a restored model, clear errors without a compiler."""
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 
+import google_crc32c
 import pytest
 import torch
 from helpers.corpora import make_corpus, mixed_documents
@@ -13,11 +16,17 @@ from torch import nn
 
 from gradproj.engine import compile as compile_module
 from gradproj.engine import warm_up
-from gradproj.engine.compile import check_compiler, compiler_errors_explained, nothing_compiled
+from gradproj.engine.compile import (
+    check_compiler,
+    compiler_errors_explained,
+    nothing_compiled,
+    remove_torn_libraries,
+)
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ConfigError, ModelError
+from gradproj.files import try_lock
 
 
 def why_not() -> str:
@@ -171,6 +180,44 @@ def test_compiler_failure_is_one_line_with_the_way_out():
     assert "--compile: torch's compiler failed" in str(caught.value)
     assert "ValueError: first line" in str(caught.value)
     assert "leave --compile out" in str(caught.value)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of torch's compiler with an intact library."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "locks").mkdir()
+    shutil.copy(google_crc32c._crc32c.__file__, tmp_path / "ab" / "whole.main.so")
+    return tmp_path
+
+
+def test_libraries_of_a_killed_compiler_are_deleted_and_others_kept(cache):
+    whole = (cache / "ab" / "whole.main.so").read_bytes()
+    torn = [cache / "ab" / f"{name}.so" for name in ("empty", "header", "half", "locked.main")]
+    for path, size in zip(torn, (0, 40, len(whole) // 2, 40), strict=True):
+        path.write_bytes(whole[:size])
+    (cache / "ab" / "zeros.so").write_bytes(bytes(4096))
+    with (cache / "locks" / "locked.lock").open("w") as lock:
+        assert try_lock(lock)
+        removed = {path.name for path in remove_torn_libraries()}
+        assert removed == {"empty.so", "header.so", "half.so", "zeros.so"}
+    assert {path.name for path in (cache / "ab").iterdir()} == {"whole.main.so", "locked.main.so"}
+    assert [path.name for path in remove_torn_libraries()] == ["locked.main.so"]
+
+
+def test_other_damage_of_the_cache_names_what_to_delete(cache):
+    importlib.import_module("torch._inductor.runtime.cache_dir_utils")
+    for error in (
+        ImportError(f"{cache}/ab/x.so: invalid ELF header"),
+        RuntimeError(f"Failed to import {cache}/ab/x.py\nSyntaxError: unterminated string"),
+    ):
+        expected = pytest.raises(ModelError, match=f"start again: rm -r {cache}$")
+        with expected as caught, compiler_errors_explained():
+            raise error
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ImportError), compiler_errors_explained():
+        raise ImportError("No module named 'peft'")
 
 
 def test_other_failures_pass_through_unchanged():
