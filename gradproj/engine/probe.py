@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from gradproj.engine.capture import ONLY_ALONE, BatchCapture, PlacedLayer
 from gradproj.engine.compile import nothing_compiled
+from gradproj.engine.layers import every_layer, without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, per_sample_loss, unwrap
+from gradproj.engine.selection import exclusions
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.model.loading import positions_of
 
@@ -39,7 +41,7 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
     """Try the attached engine with two short samples, alone and together.
 
     Leaves weights, gradients, flags, mode and random state as they are. Does nothing for a model
-    that token ids alone do not run.
+    that token ids alone do not run, or whose weights are sharded over ranks.
 
     Returns:
         The reason why samples must run alone, in which case their rows are right; else empty.
@@ -48,7 +50,7 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
         ModelError: a layer's part of a row is not the projected gradient of its weight.
     """
     inner = unwrap(model)
-    if not hasattr(inner, "config") or layers[0].p_i.device.type == "meta":
+    if not can_try(inner):
         return ""
     wrong = mixed = {layer.target.name for layer in layers}
     for attempt in range(TRIES):
@@ -64,18 +66,34 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
         except ModelError:
             raise
         except Exception as error:  # the model needs more than token ids
-            log.info("the rows of %s are not checked: %r", type(inner).__name__, error)
+            log.warning("the rows of %s are not checked: %r", type(inner).__name__, error)
             return ""
         if not wrong and not mixed:
             return ""
+    found = [layer.target for layer in layers if layer.target.name in (wrong or mixed)]
+    names = [target.name for target in found]
+    unwanted = {name for target in found for name in target.uses}
+    kept = [n for each in every_layer(without_wrappers(model)) for n in each.uses]
+    way_out = ",".join(exclusions(names, [name for name in kept if name not in unwanted]))
     if wrong:
         raise ModelError(
-            f"--proj_layers: {_listed(wrong)}: the model uses the weight in another way than "
-            "output = input W^T + b, so its gradient cannot be projected; leave it out"
+            f"--proj_layers: {shortened(names)}: the model uses the weight in another way than "
+            "output = input W^T + b, so its gradient cannot be projected; leave it out, by adding "
+            f"{way_out}"
         )
     return (
-        f"{_listed(mixed)}: works on a batch's tokens in another order than the batch's (an "
-        f"expert, for example), so its samples cannot be separated; {ONLY_ALONE}"
+        f"{shortened(names)}: works on a batch's tokens in another order than the batch's (an "
+        f"expert, for example), so its samples cannot be separated; {ONLY_ALONE} (adding "
+        f"{way_out} leaves it out)"
+    )
+
+
+def can_try(model: nn.Module) -> bool:
+    """Return whether a few tokens can be run: by a model of transformers, whole and with values."""
+    return hasattr(model, "config") and not any(
+        # FSDP's parameters.
+        p.is_meta or hasattr(p, "device_mesh") or hasattr(p, "_local_shard")
+        for p in model.parameters()
     )
 
 
@@ -108,14 +126,15 @@ def trial_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def tolerance_of(model: nn.Module) -> float:
-    """Return the largest relative error that is taken for rounding."""
+    """Return the largest relative error that rounding explains."""
     low = next(model.parameters()).element_size() < 4
     return LOW_PRECISION_TOLERANCE if low else TOLERANCE
 
 
-def _listed(names: set[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
+    """Join names for a message, the first five of many."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(sorted(names)[:5]) + more
+    return ", ".join(names[:5]) + more
 
 
 class _Probe:

@@ -277,6 +277,16 @@ def test_plan_writes_nothing_and_prints_what_the_run_takes(files, tmp_path):
     assert "13 of 16 rows" in text
 
 
+def test_plan_names_modules_that_share_a_weight(files, tmp_path):
+    model = make_model(tmp_path / "zamba", "zamba")
+    plan = plan_of(files, tmp_path, model=model, proj_layers="q_proj,gate_proj")
+    names = [f"model.layers.{block}.shared_transf.self_attn.q_proj" for block in (0, 2)]
+    assert plan.layers[0].name == names[0]
+    assert len(plan.layers) == 2
+    (line,) = [line for line in plan_lines(plan, 0) if line.startswith("shared")]
+    assert f"2 layers have a weight that several modules use ({names[0]} = {names[1]})" in line
+
+
 def test_planned_bytes_are_near_the_stores(files, tmp_path):
     from helpers.jobs import run_job
 

@@ -91,6 +91,26 @@ def test_rows_match_each_sample_alone_at_its_steps_weights(data, tmp_path, accum
     assert error.max() < 1e-4
 
 
+def test_row_of_a_shared_weight_has_all_its_uses(tmp_path):
+    model = small_model("llama").train()
+    first, second = (block.self_attn.q_proj for block in model.model.layers)
+    second.weight = first.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = {"method": "GradProjLora", "result_dir": str(tmp_path), "proj_layers": "q_proj"}
+    config |= {"proj_kind": "orthonormal", "proj_rank_total": 32 * 32, "proj_dtype": "float32"}
+    config |= {"loss_reduction": "sum"}
+    with GhostEngineManager(config, model, optimizer) as manager:
+        one_step(model, optimizer, manager, step=1)
+        manager.save_metrics(1)
+    X, _ = ragged_batch([7, 12, 5], seed=1)
+    with ProjectionStore(tmp_path / "projections") as store:
+        assert [layer.name for layer in store.layers] == ["model.layers.0.self_attn.q_proj"]
+        p_i, p_o = map(torch.tensor, store.projection_matrices[store.layers[0].name])
+        got = torch.tensor(store.rows([1])[0]).view(32, 32)
+    (gradient,) = torch.autograd.grad(sample_loss(model, X[1]), [first.weight])
+    torch.testing.assert_close(got, p_o @ gradient @ p_i.T, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, per_sample_loss
-from gradproj.engine.probe import short_samples, tolerance_of, trial_mode
+from gradproj.engine.probe import can_try, short_samples, shortened, tolerance_of, trial_mode
 from gradproj.errors import ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.graddotprod.batch import DotBatch
@@ -121,7 +121,7 @@ def check_samples(hooks: ModelHooks, parameters: Mapping[str, nn.Parameter]) -> 
     shows. Does nothing for a model that token ids alone do not run.
     """
     model, device = hooks.model, next(iter(parameters.values())).device
-    if not hasattr(model, "config") or device.type == "meta":
+    if not can_try(model):
         return
 
     def dots(order: list[int]) -> Tensor:
@@ -141,7 +141,7 @@ def check_samples(hooks: ModelHooks, parameters: Mapping[str, nn.Parameter]) -> 
     except ModelError:
         raise
     except Exception as error:  # the model needs more than token ids
-        log.info("the samples of %s are not checked: %r", type(model).__name__, error)
+        log.warning("the samples of %s are not checked: %r", type(model).__name__, error)
         return
     finally:
         hooks.drop_batch()
@@ -150,9 +150,8 @@ def check_samples(hooks: ModelHooks, parameters: Mapping[str, nn.Parameter]) -> 
     wrong = ((forth - back).abs() > tolerance_of(model) * sizes).any(dim=0).tolist()
     names = [name for name, is_wrong in zip(parameters, wrong, strict=True) if is_wrong]
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ModelError(
-            f"GradDotProd: {', '.join(names[:5])}{more}: the model brings a batch's tokens into "
+            f"GradDotProd: {shortened(names)}: the model brings a batch's tokens into "
             "another order before this layer (an expert, for example), so its samples cannot be "
             "distinguished; freeze it with requires_grad_(False)"
         )
