@@ -128,7 +128,9 @@ class _FrozenHead(_FrozenLinear):
 
 def _head(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        low = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        low = autocast or x.dtype != torch.float32
         if low or module.weight.dtype != torch.float32 or module.weight.requires_grad:
             return nn.Linear.forward(module, x)
         return _FrozenHead.apply(x, module.weight, module.bias)
