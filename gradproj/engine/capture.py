@@ -168,11 +168,10 @@ class BatchCapture:
     @torch.no_grad()
     @_full_precision()
     def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
-        """Return ``(N, S, k_i)`` float32, all that is kept of a layer's input."""
-        layer = self._layers[index]
+        """Return the projected input, ``(..., k_i)`` float32, all that is kept of it."""
         self.called.add(index)
-        a_p = layer.target.rule.project_input(module, a.detach(), layer.p_i)
-        return self._by_sample(layer, a_p)
+        layer = self._layers[index]
+        return layer.target.rule.project_input(module, a.detach(), layer.p_i)
 
     @torch.no_grad()
     @_full_precision()
@@ -184,6 +183,8 @@ class BatchCapture:
                 "backward and collect it before the next runs forward"
             )
         layer = self._layers[index]
+        # Not before: DoRA's layers also run on a unit matrix, which gets no gradient of the loss.
+        a_p = self._by_sample(layer, a_p)
         g_p = self._by_sample(layer, project(g, layer.p_o))
         part = sum_over_tokens(a_p, g_p)
         # The gradient of a weight that is used twice is the sum of both uses.

@@ -19,7 +19,7 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
-from gradproj.model.probes import is_causal, measured
+from gradproj.model.probes import acts_in_layers_alone, is_causal, measured
 
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
@@ -125,22 +125,32 @@ def per_sample_loss(
         ModelError: the model is not causal.
     """
     inputs, targets = _split_batch(batch)
-    inner = unwrap(model)
+    shape, inner = inputs["input_ids"].shape, unwrap(model)
     if causal and not is_causal(inner):
         raise ModelError(
             f"per_sample_loss: {type(inner).__name__} is not causal: a token changes the logits of "
             "earlier positions, so padding would change the rows. Set is_decoder in its config, "
             "or give causal=False with batches without padding or with an attention mask"
         )
+    if not _is_whole(model):
+        # PEFT drops these with a warning.
+        ignored = sorted({"position_ids", "token_type_ids"} & inputs.keys())
+        if ignored:
+            raise ConfigError(
+                f"per_sample_loss: PEFT does not use {', '.join(ignored)} with this adapter; leave "
+                "it out of the batch"
+            )
     if chunked is None:
         chunked, _ = chunk_verdict(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
         hidden = _run(inner.base_model, inputs)[0].flatten(0, 1)[targets.positions]
         losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
-        chosen = _run(model, inputs).logits.flatten(0, 1)[targets.positions].float()
+        logits = _run(model, inputs).logits
+        if logits.shape[1] > shape[1]:
+            logits = logits[:, -shape[1] :]  # the virtual tokens of prompt learning come first
+        chosen = logits.flatten(0, 1)[targets.positions].float()
         losses = LogitsLoss.apply(chosen, targets.tokens)
-    shape = inputs["input_ids"].shape
     spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
     return _Announce.apply(spread.view(shape).sum(dim=1), loss_key(model))
 
@@ -205,7 +215,15 @@ def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
     names, and again when the weights have changed.
     """
     inner = unwrap(model)
+    if not _is_whole(model):
+        return False, "the adapter acts on the input, not in the layers alone"
     return (False, "the model is in training mode") if inner.training else _try_chunk(inner)
+
+
+def _is_whole(model: nn.Module) -> bool:
+    """Return whether ``unwrap(model)`` computes all that the model does."""
+    outer = without_wrappers(model)
+    return not hasattr(outer, "get_base_model") or acts_in_layers_alone(outer)
 
 
 @measured

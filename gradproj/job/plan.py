@@ -31,7 +31,6 @@ from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import (
     attention_note,
-    check_vocabulary,
     load_model_config,
     load_tokenizer,
     model_skeleton,
@@ -77,6 +76,8 @@ class Plan:
     layers: list[LayerSlice]
     coverage: Coverage
     layout: StoreLayout
+    n_tokens: int
+    """Tokens of the tokenizer; some of them may not be in the model's vocabulary."""
     vocabulary: int
     wanted: np.ndarray
     """Units to compute, sorted."""
@@ -152,7 +153,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     files = fetch(config.model)
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
-    vocabulary = check_vocabulary(tokenizer, model_config)
+    vocabulary = model_config.get_text_config().vocab_size
     batch = replace(config.batch, max_length=_max_length(config, model_config))
     config = replace(config, batch=batch)
     skeleton = model_skeleton(files)
@@ -173,7 +174,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
-    counts = (vocabulary, wanted, n_selected, n_weights, shared)
+    counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)

@@ -13,6 +13,7 @@ from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError, GradprojError
 from gradproj.formatting import escaped, human_bytes, human_seconds
 from gradproj.job.plan import Plan, free_bytes
+from gradproj.model.loading import larger_tokenizer
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
@@ -45,6 +46,9 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
             f"shared        {len(plan.shared)} layers have a weight that several modules use "
             f"({example}): one layer, its gradient the sum of all uses"
         )
+    larger = larger_tokenizer(plan.n_tokens, plan.vocabulary)
+    if larger:
+        lines.append(f"tokenizer     {larger}: a document with one of the others is bad input")
     seconds = seconds_per_unit(plan)
     if seconds is not None:
         left = (len(plan.wanted) - n_recorded) * seconds

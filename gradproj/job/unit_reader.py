@@ -52,9 +52,13 @@ class UnitSettings:
         # Token ids take precedence over the text, also an empty list of them.
         if not (document.text if ids is None else ids):
             return "empty", ""
-        if ids is not None and max(ids) >= self.vocabulary:
-            return "bad_input", f"token id {max(ids)}, the model has {self.vocabulary}"
-        return "ok", ""
+        problem = "" if ids is None else self.problem_of_token(max(ids))
+        return ("bad_input", problem) if problem else ("ok", "")
+
+    def problem_of_token(self, largest: int) -> str:
+        """Return the problem of a document with this largest token id; empty if there is none."""
+        missing = largest >= self.vocabulary
+        return f"token id {largest}, the model has {self.vocabulary}" if missing else ""
 
 
 @dataclass
@@ -116,7 +120,12 @@ class UnitReader:
 
         def tokenize_pending() -> None:
             tokenized = self._tokenize([document for _, document in pending])
-            for (row, _), tokens in zip(pending, tokenized, strict=True):
+            for (row, document), tokens in zip(pending, tokenized, strict=True):
+                problem = settings.problem_of_token(int(tokens.max(initial=0)))
+                if problem:
+                    columns["status"][row] = STATUS["bad_input"]
+                    _warn(document, problem)
+                    continue
                 parts = split_long(tokens, settings.batch.max_length, settings.batch.long_documents)
                 columns["n_tokens"][row] = sum(len(part) - 1 for part in parts)
                 if not parts:
@@ -131,8 +140,7 @@ class UnitReader:
             columns["domain"][row] = self._domain_codes.get(document.domain, -1)
             status, problem = self.settings.status_of(document)
             if problem:
-                key = escaped(document.key)
-                log.warning("sample %d (%s): bad input: %s", document.sample_id, key, problem)
+                _warn(document, problem)
             columns["status"][row] = STATUS[status]
             if status == "ok":
                 pending.append((row, document))
@@ -157,3 +165,8 @@ class UnitReader:
             np.array(d.input_ids, dtype=np.int64) if d.input_ids is not None else next(tokenized)
             for d in documents
         ]
+
+
+def _warn(document: Document, problem: str) -> None:
+    key = escaped(document.key)
+    log.warning("sample %d (%s): bad input: %s", document.sample_id, key, problem)

@@ -1,6 +1,5 @@
 """Find or download a model's files and check that they are complete."""
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from huggingface_hub.utils import (
 from safetensors import SafetensorError, safe_open
 
 from gradproj.errors import ModelError
+from gradproj.model.adapter import base_of, is_adapter
 from gradproj.model.config import ARCHITECTURES, ModelConfig
 
 
@@ -36,6 +36,11 @@ class ModelFiles:
     revision: str
     """Commit on the hub; empty for a local directory."""
 
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The folder of a PEFT adapter; None for a whole model."""
+        return None if self.base_dir is None else self.model_dir
+
 
 def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     """Find or download the files of model and tokenizer.
@@ -52,7 +57,17 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         model_dir, revision = _local_files(
             "--model", name, config.revision, may_download, config.allow_pickle
         )
-        base_dir = _base_of_adapter(model_dir, may_download)
+        if is_adapter(model_dir):
+            base, base_revision = base_of(model_dir)
+            base_dir, _ = _local_files(
+                "--model (the adapter's base)",
+                base,
+                "" if Path(base).is_dir() else base_revision,
+                may_download,
+                config.allow_pickle,
+            )
+            if config.init:
+                raise ModelError(f"--init random draws a whole model; {name} is a PEFT adapter")
         if base_dir is None and not (model_dir / "config.json").is_file():
             raise ModelError(
                 f"--model {name}: {model_dir} holds no config.json; is it a model's directory?"
@@ -82,20 +97,6 @@ def _check_whole(path: Path) -> None:
             return
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}): copy or download it again") from error
-
-
-def _base_of_adapter(folder: Path, may_download: bool) -> Path | None:
-    """Return the folder of a PEFT adapter's base model; None if the folder is a whole model."""
-    settings = folder / "adapter_config.json"
-    if (folder / "config.json").is_file() or not settings.is_file():
-        return None
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError(f"--model {folder} is a PEFT adapter: pip install 'gradproj[peft]'")
-    try:
-        base = json.loads(settings.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{settings} does not name the adapter's base model: {error}") from error
-    return _local_files("--model (the adapter's base)", base, "", may_download)[0]
 
 
 def _local_files(

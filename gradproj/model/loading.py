@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gradproj.errors import ModelError
+from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
 from gradproj.model.checkpoint import ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 from gradproj.model.probes import is_causal
@@ -24,6 +25,16 @@ def load_model_config(files: ModelFiles) -> Any:
     config = files.config
     if files.model_dir is None:
         return transformers.GPT2Config(**ARCHITECTURES[config.architecture][1])
+    loaded = _usable_config(files)
+    if files.adapter_dir is not None and brings_embedding(files.adapter_dir):
+        with torch.device("meta"):
+            rows = vocabulary_size(files.adapter_dir, _from_config(files, loaded))
+        loaded.get_text_config().vocab_size = rows or loaded.get_text_config().vocab_size
+    return loaded
+
+
+def _usable_config(files: ModelFiles) -> Any:
+    """Load the config, of an attention that can be used; an adapter may resize its vocabulary."""
     loaded = _config_on_disk(files)
     if attention_note(files):
         loaded._attn_implementation = None
@@ -73,12 +84,7 @@ def model_skeleton(files: ModelFiles) -> nn.Module:
     """Build the model on the meta device: names and shapes of its modules, without memory."""
     with torch.device("meta"):
         model = _from_config(files, load_model_config(files))
-        if files.base_dir is not None:
-            peft = importlib.import_module("peft")
-            model = peft.inject_adapter_in_model(
-                peft.PeftConfig.from_pretrained(files.model_dir), model, "default"
-            )
-        return model
+        return model if files.adapter_dir is None else inject(files.adapter_dir, model)
 
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:
@@ -119,13 +125,13 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
 
 
 def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
-    config, folder = files.config, files.model_dir
+    config, folder = files.config, files.base_dir or files.model_dir
     try:
         with no_progress_bars():
             # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
-                **({"config": load_model_config(files)} if attention_note(files) else {}),
+                **({"config": _usable_config(files)} if attention_note(files) else {}),
                 dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
@@ -147,7 +153,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
             f"--model {folder}: {len(missing)} of the model's weights are not in the checkpoint or "
             f"have another shape: {', '.join(missing[:4])}"
         )
-    return model
+    return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model)
 
 
 def _first_line(error: Exception) -> str:
@@ -202,19 +208,14 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def check_vocabulary(tokenizer: Any, model_config: Any) -> int:
-    """Return the size of the model's vocabulary.
+def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
+    """Return words for a tokenizer with more tokens than the model's vocabulary; else nothing.
 
-    Raises:
-        ModelError: the tokenizer has more tokens.
+    Many models come with a token that has no embedding and that no text contains.
     """
-    size = model_config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the model's vocabulary only {size:,}: "
-            "give the --tokenizer that belongs to the model"
-        )
-    return size
+    if n_tokens <= vocabulary:
+        return ""
+    return f"{n_tokens:,} tokens, and the model's vocabulary only {vocabulary:,}"
 
 
 def positions_of(model_config: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""What a few tokens show about a model, found out again when its weights change."""
+"""Properties of a model that a few tokens show, found out again when its weights change."""
 
 import functools
 import itertools
@@ -80,6 +80,24 @@ def is_causal(model: Any) -> bool:
     # In a causal model both passes do the same arithmetic on the earlier positions, so the logits
     # agree to the last bit, or to rounding where experts get another number of tokens.
     return bool((before - after).abs().max() <= tolerance(weight.dtype) * before.abs().max())
+
+
+@measured
+def acts_in_layers_alone(model: Any) -> bool:
+    """Return whether a ``PeftModel`` computes what the model inside it computes by itself.
+
+    Prompt learning adds tokens; aLoRA looks for its invocation among the tokens.
+    """
+    if any(getattr(c, "alora_invocation_tokens", None) for c in model.peft_config.values()):
+        return False
+    inner = model.get_base_model()
+    weight = inner.get_input_embeddings().weight
+    ids = torch.arange(8, device=weight.device).remainder(min(64, len(weight))).unsqueeze(0)
+    with _evaluating(model):
+        whole, alone = (each(input_ids=ids, use_cache=False).logits for each in (model, inner))
+    if whole.shape != alone.shape:
+        return False
+    return bool((whole - alone).abs().max() <= tolerance(weight.dtype) * alone.abs().max())
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -149,12 +149,7 @@ class QueryProjector:
 
     def _encode(self, query: Query) -> _Tokens:
         if query.input_ids is not None:
-            largest = max(query.input_ids)
-            if largest >= self._vocabulary:
-                raise ConfigError(
-                    f"{query.place}: token id {largest}; the model has ids from 0 to "
-                    f"{self._vocabulary - 1:,}"
-                )
+            self._check_vocabulary(query, max(query.input_ids))
             return _Tokens(np.array(query.input_ids, dtype=np.int64), 1)
         prompt = _encodable(query.prompt or "")
         whole = prompt + _encodable(query.completion if query.text is None else query.text)
@@ -169,7 +164,15 @@ class QueryProjector:
         before = [self._tokenizer.bos_token_id] if "bos" in self._special else []
         after = [self._tokenizer.eos_token_id] if "eos" in self._special else []
         ids = np.array([*before, *encoding.input_ids, *after], dtype=np.int64)
+        self._check_vocabulary(query, int(ids.max(initial=0)))
         return _Tokens(ids, max(1, len(before) + first))
+
+    def _check_vocabulary(self, query: Query, largest: int) -> None:
+        if largest >= self._vocabulary:
+            raise ConfigError(
+                f"{query.place}: token id {largest}; the model has ids from 0 to "
+                f"{self._vocabulary - 1:,}"
+            )
 
     def _windows(self, tokens: Sequence[_Tokens]) -> Iterator[_Tokens]:
         for number, query in enumerate(tokens):

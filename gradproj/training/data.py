@@ -113,6 +113,17 @@ def make_batch(sequences: list[Sequence]) -> TrainBatch:
     return TrainBatch(batch.input_ids, labels, ids, domains, batch.n_tokens, sequences[-1].position)
 
 
+def check_tokens(batch: TrainBatch, vocabulary: int, flag: str) -> None:
+    """Raise ``CorpusError`` for a token that the model has no embedding for."""
+    largest, place = batch.input_ids.max(dim=1).values.max(dim=0)
+    if largest >= vocabulary:
+        raise CorpusError(
+            f"{flag}: document {batch.sample_ids[place]} has the token id {largest}, and the model "
+            f"{vocabulary:,} tokens: give the --tokenizer that belongs to the model, or a corpus "
+            "without that token"
+        )
+
+
 def _sequences(
     config: TrainConfig, index: CorpusIndex, tokenizer: Any, world: World, position: DataPosition
 ) -> Iterator[Sequence]:

@@ -1,5 +1,6 @@
 """GradProjLora inside transformers' ``Trainer``, as a callback."""
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class GradProjCallback(TrainerCallback):
     Each row is made at the weights of its step. Training is not changed. Accumulation, mixed
     precision, data parallelism and ``resume_from_checkpoint`` work; resuming cuts the rows after
     the checkpoint. Evaluations leave no rows. A dataset column ``sample_id`` becomes the rows' ids
-    (with ``remove_unused_columns=False``). The loss must be the model's own, from its labels.
+    with ``remove_unused_columns=False``; the Trainer's default drops it, which a line then says.
+    The loss must be the model's own, from its labels.
 
     Args:
         settings: fields of ``EngineConfig`` without ``method``.
@@ -45,6 +47,7 @@ class GradProjCallback(TrainerCallback):
         self._handles: list[Any] = []
         self._step = 0
         self._has_batch = False
+        self._says_ids_are_missing = False
 
     # --- the Trainer's events ---
 
@@ -56,6 +59,7 @@ class GradProjCallback(TrainerCallback):
             "grad_accumulation": args.gradient_accumulation_steps,
             "max_steps": state.max_steps,
         }
+        self._says_ids_are_missing = args.remove_unused_columns and state.is_world_process_zero
         step = state.global_step
         self._engine = GhostEngineManager(
             {**vars(self._settings), **sizes},
@@ -123,6 +127,15 @@ class GradProjCallback(TrainerCallback):
                 raise ModelError(
                     "GradProjCallback needs the model's own loss: give the model labels, and the "
                     "Trainer neither label_smoothing_factor nor compute_loss_func"
+                )
+            if ids is None and self._says_ids_are_missing:
+                self._says_ids_are_missing = False
+                print(
+                    "GradProjCallback: the batches have no sample_id, so every row's id is -1. The "
+                    "Trainer removes a dataset's column sample_id unless TrainingArguments have "
+                    "remove_unused_columns=False",
+                    file=sys.stderr,
+                    flush=True,
                 )
             inputs = kwargs.get("input_ids", labels)
             ids = ids.cpu().numpy() if isinstance(ids, Tensor) else ids

@@ -25,7 +25,7 @@ from gradproj.files import explain_os_errors, make_folder
 from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
-from gradproj.model.loading import check_vocabulary, load_model, load_tokenizer, positions_of
+from gradproj.model.loading import larger_tokenizer, load_model, load_tokenizer, positions_of
 from gradproj.training.checkpoints import (
     Checkpoints,
     lock_result_dir,
@@ -33,7 +33,13 @@ from gradproj.training.checkpoints import (
     restore_random_state,
 )
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import DataPosition, TrainBatch, TrainedDocuments, batches_of
+from gradproj.training.data import (
+    DataPosition,
+    TrainBatch,
+    TrainedDocuments,
+    batches_of,
+    check_tokens,
+)
 from gradproj.training.data_parallel import totals
 from gradproj.training.engine_manager import GhostEngineManager
 from gradproj.training.loss_curve import LossCurve, TrainResult, draw_curve
@@ -94,6 +100,10 @@ class _Run:
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
+        self._vocabulary = self._model.config.get_text_config().vocab_size
+        larger = larger_tokenizer(len(self._tokenizer), self._vocabulary)
+        if larger and world.rank == 0:
+            print(f"the tokenizer has {larger}", file=sys.stderr, flush=True)
         set_dropout(self._model, config.dropout)
         self._model.to(device).requires_grad_(True).train()
         if config.gradient_checkpointing:
@@ -107,6 +117,8 @@ class _Run:
             self._shared_model = DistributedDataParallel(self._model, forward_sync_buffers=False)
         self._optimizer = make_optimizer(self._model, config)
         self._validation = Validation(config, self._tokenizer, device, world)
+        for batch in self._validation.batches:
+            check_tokens(batch, self._vocabulary, "--val_shards")
         self.done = shared.get("step", 0)
         self.engine = GhostEngineManager(
             config, self._shared_model, self._optimizer, world, self._validation.pair,
@@ -130,6 +142,8 @@ class _Run:
         """Run the step's batches and the optimizer, and record the loss."""
         config, engine = self._config, self.engine
         batches = list(itertools.islice(self._batches, config.grad_accumulation))
+        for batch in batches:
+            check_tokens(batch, self._vocabulary, "--shards")
         counts = (sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches))
         targets, n_tokens = totals(self._world, *counts)
         rate = config.learning_rate * rate_at(step - 1, config)
@@ -226,8 +240,13 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
     """
     if saved is not None or config.model or config.architecture:
         files = fetch(ModelConfig(model=str(saved)) if saved else config.model_config())
+        if files.adapter_dir is not None:
+            raise ModelError(
+                f"--model {config.model} is a PEFT adapter, and gradproj train trains and saves "
+                "whole models: merge it first (peft's merge_and_unload, then save_pretrained), or "
+                "train it in a loop of your own"
+            )
         tokenizer, model = load_tokenizer(files), load_model(files, torch.device("cpu"))
-        check_vocabulary(tokenizer, model.config)
         positions = positions_of(model.config)
         if positions and config.max_length > positions:
             raise ModelError(

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 def sample_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Return one sample's summed cross-entropy from the model's own logits."""
-    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    # Virtual tokens of prompt learning come first.
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, -len(tokens) :]
     return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
 
 

@@ -13,12 +13,15 @@ from helpers.models import make_model, make_tokenizer
 from gradproj.coordinator.process_id import Owner
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import save_index
+from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import exit_code
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.startup import make_output
 from gradproj.job.summary import plan_lines
+from gradproj.job.unit_reader import UnitReader
+from gradproj.store.layout import STATUS
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +221,18 @@ def test_missing_weight_file_is_named(refused, files, tmp_path):
     assert "lacks model-00002-of-00002.safetensors" in refused(model=tmp_path / "model")
 
 
-def test_tokenizer_larger_than_the_vocabulary_is_rejected(refused, tmp_path):
-    make_tokenizer(tmp_path / "larger", vocab_size=340)
-    message = refused(tokenizer=tmp_path / "larger")
-    assert "the tokenizer has" in message
-    assert "the model's vocabulary only" in message
+def test_tokens_without_an_embedding_are_said_and_only_their_documents_are_bad(files, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "larger", vocab_size=340)
+    plan = plan_of(files, tmp_path, tokenizer=tmp_path / "larger")
+    assert (plan.n_tokens, plan.vocabulary) == (340, 300)
+    (line,) = (line for line in plan_lines(plan, 0) if line.startswith("tokenizer"))
+    assert "340 tokens, and the model's vocabulary only 300" in line
+    status = UnitReader(plan.index, tokenizer, plan.unit_settings).read(0).columns["status"]
+    documents = read_documents(plan.index, 0, len(status))
+    tokens = [tokenizer(d.text).input_ids[: plan.config.batch.max_length] for d in documents]
+    known = [max(ids, default=0) < 300 for ids in tokens]
+    assert 0 < sum(known) < len(known)
+    assert (status == STATUS["bad_input"]).tolist() == [not each for each in known]
 
 
 def test_folder_without_a_tokenizer_is_rejected(refused, tmp_path):

@@ -126,6 +126,17 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, strategy):
         assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
 
 
+def test_sample_ids_that_the_trainer_drops_are_said_once(tmp_path, capsys):
+    with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
+        train(tmp_path, [watching], max_steps=2, remove_unused_columns=True)
+    assert rows_of(tmp_path)[2] == [-1] * 4
+    assert capsys.readouterr().err.count("remove_unused_columns=False") == 1
+    with GradProjCallback(result_dir=tmp_path / "kept", **SETTINGS) as watching:
+        train(tmp_path, [watching], max_steps=2)
+    assert -1 not in rows_of(tmp_path / "kept")[2]
+    assert "remove_unused_columns" not in capsys.readouterr().err
+
+
 def test_unsupported_trainer_settings_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown proj_rank; it takes .*proj_rank_total"):
         GradProjCallback(result_dir=tmp_path, proj_rank=3)

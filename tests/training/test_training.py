@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.models import make_model
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from gradproj.cli.tokenizer import tokenizer_command
 from gradproj.cli.train import train_command
@@ -279,3 +279,23 @@ def test_corpus_without_targets_is_rejected(made, tmp_path, pack):
     config = config_of(made, tmp_path / "result", shards=str(tmp_path / "tars"), pack=pack)
     with pytest.raises(CorpusError, match="no document has two tokens"):
         train(config)
+
+
+def test_adapter_is_refused_before_the_first_step(made, tmp_path, capsys):
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    base = make_model(tmp_path / "base")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    config = config_of(made, tmp_path / "run", tokenizer="", model=str(tmp_path / "adapter"))
+    with pytest.raises(ModelError, match=r"is a PEFT adapter, and gradproj train .*merge it first"):
+        train(config)
+    assert not list((tmp_path / "run").glob("*.csv"))
+    assert not capsys.readouterr().out
+
+
+def test_token_without_an_embedding_names_its_document(made, tmp_path, capsys):
+    base = make_model(tmp_path / "base")
+    with pytest.raises(CorpusError, match=r"--shards: document \d+ has the token id \d+"):
+        train(config_of(made, tmp_path / "run", model=str(base)))
+    assert "400 tokens, and the model's vocabulary only 300" in capsys.readouterr().err
