@@ -1,6 +1,6 @@
 """State that one batch leaves in the target layers: projected inputs, projected gradients, sums."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
+from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
 from gradproj.engine.selection import exclusions, find_layers
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
-
-Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""Layer -> ``(P_i (k_i, n_i), P_o (k_o, n_o))``, float32."""
-
 
 ONLY_ALONE = (
     "leave it out of --proj_layers, or give --batch_size 1 without --compile: rows of samples "
@@ -70,7 +67,7 @@ def place_layers(
     """Return the target layers in model order with their matrices (drawn, or the given ones)."""
     placed: list[PlacedLayer] = []
     targets = find_layers(module, config.patterns, config.include_embeddings)
-    for target, widths in zip(targets, place_widths(targets, config), strict=True):
+    for target, widths in zip(targets, place_widths(targets, config, matrices), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
         columns = slice(widths.slice_start, widths.slice_end)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gradproj.engine.capture import (
     BatchCapture,
-    Matrices,
     TokenCovariances,
     batch_shape,
     place_layers,
@@ -28,6 +27,7 @@ from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.engine.matrix_file import Matrices, read_matrices
 from gradproj.engine.original_interface import OriginalInterface
 from gradproj.engine.probe import check_rows
 from gradproj.engine.projection import ProjectionConfig
@@ -136,6 +136,9 @@ class GradProjLoraEngine(OriginalInterface):
         """Return an engine for the job: weights frozen, token covariances summed."""
         # The flags of the configuration are the arguments' names.
         projection = {flag_of(field): getattr(config, field.name) for field in fields(config)}
+        path = projection.pop("matrices")
+        if matrices is None and path:
+            matrices = read_matrices(path)
         return cls(
             module,
             **projection,

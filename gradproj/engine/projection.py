@@ -9,16 +9,17 @@ Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradproj.engine.layers import TargetLayer
+from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
 from gradproj.engine.selection import EXCLUDES
 from gradproj.errors import ConfigError
-from gradproj.flags import Flags, flag, split_list
+from gradproj.flags import Flags, flag, flag_of, split_list
 from gradproj.store.layout import LayerSlice
 
 PROJECTION_VERSION = 1
@@ -95,9 +96,26 @@ class ProjectionConfig(Flags, title="projection"):
         choices=PROJECTIONS,
     )
     include_embeddings: bool = flag("Project the token embedding's gradient as well.", False)
+    matrices: str = flag(
+        "safetensors file of matrices to use in place of drawn ones: LAYER.p_i (k_i, n_i) and "
+        "LAYER.p_o (k_o, n_o) for each layer.",
+        "",
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        changed = [
+            f"--{flag_of(f)}"
+            for f in fields(self)
+            if f.name in ("rank_total", "rank_min", "seed", "kind")
+            and getattr(self, f.name) != f.default
+        ]
+        if self.matrices and changed:
+            raise ConfigError(
+                f"--matrices {self.matrices} holds the matrices and their widths: leave out "
+                f"{', '.join(changed)}"
+            )
         if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
             return
         what = "names only layers to leave out" if self.patterns else "is empty"
@@ -154,17 +172,35 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
 
 
-def place_widths(targets: Sequence[TargetLayer], config: ProjectionConfig) -> list[LayerSlice]:
-    """Return every target layer's place in a row. Layers on the meta device are enough."""
+def place_widths(
+    targets: Sequence[TargetLayer], config: ProjectionConfig, matrices: Matrices | None = None
+) -> list[LayerSlice]:
+    """Return every target layer's place in a row. Layers on the meta device are enough.
+
+    ``matrices``, if given, set the widths. ``ConfigError`` if they do not fit the layers.
+    """
     placed, start = [], 0
     for target in targets:
         n_i, n_o = target.widths
-        k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+        if matrices is None:
+            k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+        else:
+            k_i, k_o = given_widths(matrices, target.name, n_i, n_o)
         stop = start + k_i * k_o
         kind = target.rule.type_name
         placed.append(LayerSlice(target.name, kind, n_i, n_o, k_i, k_o, start, stop))
         start = stop
     return placed
+
+
+def job_matrices(
+    config: ProjectionConfig, layers: Sequence[LayerSlice]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the matrices of a new store's layers: those of ``--matrices``, or drawn ones."""
+    if config.matrices:
+        given = read_matrices(config.matrices)
+        return {layer.name: given[layer.name] for layer in layers}
+    return {layer.name: draw_matrices(config, layer) for layer in layers}
 
 
 def draw_matrices(config: ProjectionConfig, layer: LayerSlice) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage, coverage_of
+from gradproj.engine.matrix_file import matrices_digest, read_matrices
 from gradproj.engine.projection import place_widths
 from gradproj.engine.reach import check_reached
 from gradproj.engine.selection import find_layers
@@ -159,7 +160,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     skeleton = model_skeleton(files)
     projection = config.projection
     targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
-    layers = place_widths(targets, projection)
+    given = read_matrices(projection.matrices) if projection.matrices else None
+    layers = place_widths(targets, projection, given)
     coverage = coverage_of(skeleton, targets)
     n_weights = sum(p.numel() for p in skeleton.parameters())
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
@@ -174,6 +176,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         **model_identity(files, tokenizer),
         "layers": [layer.name for layer in layers],
     }
+    if given is not None:
+        identity["--matrices"] = matrices_digest(given, layers)
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
     _check_sparse(plan)
@@ -298,6 +302,7 @@ def free_bytes(path: Path) -> int:
 def attributes_of(plan: Plan) -> dict[str, Any]:
     """Return the attributes of the store's group."""
     projection, model = plan.config.projection, plan.config.model
+    drawn_by = {"kind": "given", "seed": None} if projection.matrices else {}
     return {
         "layers": [asdict(layer) for layer in plan.layers],
         "domains": list(plan.index.domains),
@@ -306,7 +311,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "wanted_units": ranges_of(plan.wanted),
         "complete": False,
         "how_to_read": "row = projections[id] * row_scale[id]; NaN = not there; status 1 = ok",
-        "projection": asdict(projection),
+        "projection": asdict(projection) | drawn_by,
         "selection": asdict(plan.coverage),
         "model": {
             **asdict(model),

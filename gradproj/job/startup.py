@@ -22,7 +22,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, Rendezvous
-from gradproj.engine.projection import draw_matrices
+from gradproj.engine.projection import job_matrices
 from gradproj.errors import GradprojError, ReportedError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
@@ -138,9 +138,9 @@ def _publish_index(plan: Plan, scratch: Path) -> None:
 
 def _publish_store(plan: Plan, scratch: Path) -> None:
     """Make the empty store. If another job was faster, its store must have our identity."""
-    # The matrices depend on names and shapes alone, so no weights are loaded.
-    drawn = {layer.name: draw_matrices(plan.config.projection, layer) for layer in plan.layers}
-    matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in drawn.items()}
+    # The matrices depend on names and shapes, or on a file, so no weights are loaded.
+    chosen = job_matrices(plan.config.projection, plan.layers)
+    matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
     packed = pack_matrices(plan.layers, matrices)
     try:
         attributes = {**attributes_of(plan), "store_id": new_store_id()}

@@ -26,6 +26,7 @@ _PROJECTION = (
     "--proj_rank_total",
     "--proj_rank_min",
     "--include_embeddings",
+    "--matrices",
 )
 _MATRICES = "layers or projection matrices"
 

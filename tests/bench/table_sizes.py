@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.engine.selection import find_layers
 from gradproj.formatting import human_bytes
 from gradproj.job.plan import DEFAULT_MAX_LENGTH, Plan
 from gradproj.store.layout import StoreConfig, plan_layout
@@ -73,7 +74,8 @@ def plan_of(config: PretrainedConfig) -> Plan:
     """The part of a job's plan that its sums need."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    layers = place_widths(model, ProjectionConfig())
+    projection = ProjectionConfig()
+    layers = place_widths(find_layers(model, projection.patterns), projection)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(N_DOCUMENTS, widths, KEY_BYTES, StoreConfig())
     settings: Any = SimpleNamespace(batch=SimpleNamespace(max_length=DEFAULT_MAX_LENGTH))
