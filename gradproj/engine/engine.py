@@ -27,7 +27,7 @@ from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.frozen_model import FrozenModel
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
-from gradproj.engine.matrix_file import Matrices, read_matrices
+from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.original_interface import OriginalInterface
 from gradproj.engine.probe import check_rows
 from gradproj.engine.projection import ProjectionConfig
@@ -135,10 +135,8 @@ class GradProjLoraEngine(OriginalInterface):
     ) -> "GradProjLoraEngine":
         """Return an engine for the job: weights frozen, token covariances summed."""
         # The flags of the configuration are the arguments' names.
-        projection = {flag_of(field): getattr(config, field.name) for field in fields(config)}
-        path = projection.pop("matrices")
-        if matrices is None and path:
-            matrices = read_matrices(path)
+        flags = fields(ProjectionConfig)
+        projection = {flag_of(field): getattr(config, field.name) for field in flags}
         return cls(
             module,
             **projection,

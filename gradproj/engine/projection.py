@@ -96,11 +96,29 @@ class ProjectionConfig(Flags, title="projection"):
         choices=PROJECTIONS,
     )
     include_embeddings: bool = flag("Project the token embedding's gradient as well.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
+            return
+        what = "names only layers to leave out" if self.patterns else "is empty"
+        way = ",".join(("mlp", "attn", *self.patterns))
+        raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return split_list(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobProjectionConfig(ProjectionConfig):
+    """Compression settings of the job, which can take matrices of one's own."""
+
     matrices: str = flag(
         "safetensors file of matrices to use in place of drawn ones: LAYER.p_i (k_i, n_i) and "
         "LAYER.p_o (k_o, n_o) for each layer.",
         "",
-        metavar="FILE",
+        path="FILE",
     )
 
     def __post_init__(self) -> None:
@@ -116,15 +134,6 @@ class ProjectionConfig(Flags, title="projection"):
                 f"--matrices {self.matrices} holds the matrices and their widths: leave out "
                 f"{', '.join(changed)}"
             )
-        if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
-            return
-        what = "names only layers to leave out" if self.patterns else "is empty"
-        way = ",".join(("mlp", "attn", *self.patterns))
-        raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return split_list(self.layers)
 
 
 def choose_ki_ko(n_i: int, n_o: int, rank_total: int = 256, rank_min: int = 8) -> tuple[int, int]:
@@ -194,7 +203,7 @@ def place_widths(
 
 
 def job_matrices(
-    config: ProjectionConfig, layers: Sequence[LayerSlice]
+    config: JobProjectionConfig, layers: Sequence[LayerSlice]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the matrices of a new store's layers: those of ``--matrices``, or drawn ones."""
     if config.matrices:

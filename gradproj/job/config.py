@@ -7,7 +7,7 @@ from typing import Any
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
 from gradproj.engine.batching import BatchConfig
-from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.projection import JobProjectionConfig
 from gradproj.flags import DEVICES, Flags, flag, flag_of, from_recorded, parse, word_of
 from gradproj.model.config import ModelConfig
 from gradproj.store.layout import StoreConfig
@@ -60,7 +60,7 @@ class RunConfig:
     corpus: CorpusConfig
     limits: ReadLimits
     model: ModelConfig
-    projection: ProjectionConfig
+    projection: JobProjectionConfig
     batch: BatchConfig
     store: StoreConfig
     job: JobConfig

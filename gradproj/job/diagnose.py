@@ -16,6 +16,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.projection import job_matrices
 from gradproj.errors import CorpusError, ModelError
 from gradproj.flags import Flags, flag
 from gradproj.job.config import RunConfig
@@ -146,11 +147,13 @@ def _rows_in(
         model = load_model(files, device)
         if not batch.batch_tokens:  # --batch_tokens auto, which the job has yet to measure
             batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
+        projection = plan.config.projection
         engine = GradProjLoraEngine.from_config(
             model,
-            plan.config.projection,
-            gradient_checkpointing=options.gradient_checkpointing,
-            compiled=options.compile,
+            projection,
+            job_matrices(projection, plan.layers),
+            options.gradient_checkpointing,
+            options.compile,
         )
         with compiler_errors_explained(), engine:
             for way in WAYS:

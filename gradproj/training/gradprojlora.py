@@ -225,11 +225,7 @@ class GradProjLoraTraining(TrainingEngine):
             "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
             "step[i]; status 1 = ok",
             "identity": {
-                **{
-                    f"--{flag_of(f)}": getattr(projection, f.name)
-                    for f in fields(projection)
-                    if f.name != "matrices"  # of the job alone
-                },
+                **{f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)},
                 "--proj_dtype": settings.proj_dtype,
                 "--compressor": settings.compressor,
                 "--loss_reduction": settings.loss_reduction,
