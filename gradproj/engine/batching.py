@@ -5,22 +5,21 @@ have the same bits for any number of ranks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradproj.flags import Flags, flag
 from gradproj.kernels.device_copy import to_device
+from gradproj.model.loading import positions_of
+from gradproj.model.probes import sees_padding
 
 LONG_DOCUMENTS = ("truncate", "windows")
 
 AUTO = 0
 """``--batch_tokens auto``: measured once, before the first unit."""
-
-MAX_PADDING = 0.05
-"""Fraction of a batch's tokens that may be padding."""
 
 FEW_TOKENS = 256
 """Smaller batches may have more padding: starting a batch costs more than their tokens."""
@@ -37,6 +36,14 @@ class BatchConfig(Flags, title="batches"):
         8192,
         minimum=1,
         words={"auto": AUTO},
+    )
+    max_padding: float = flag(
+        "Largest fraction of a batch's tokens that may be padding (batches of 256 tokens may have "
+        "more); 0 = sequences of one length in a batch, which is chosen by itself for a model "
+        "whose output depends on padding.",
+        0.05,
+        minimum=0,
+        below=1,
     )
     max_length: int = flag(
         "Longest sequence, in tokens; 0 = the smaller of 1024 and the model's positions.",
@@ -97,12 +104,26 @@ def split_long(
     return [tokens[i : i + max_length] for i in range(0, len(tokens) - 1, max_length - 1)]
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
+def fit_padding(model: nn.Module, batch: BatchConfig) -> BatchConfig:
+    """Return the settings for a model: without padding if its output depends on it."""
+    pads = batch.max_padding > 0 and batch.batch_size > 1
+    if pads and sees_padding(model, batch.max_length, positions_of(model.config)):
+        return replace(batch, max_padding=0.0)
+    return batch
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    batch_tokens: int,
+    max_padding: float = BatchConfig.max_padding,
+) -> list[np.ndarray]:
     """Group sequences into batches: longest first, within both budgets and with little padding.
 
     With the longest first, a batch that is too large for the device shows at once. A sequence
     longer than ``batch_tokens`` is a batch of its own. A batch ends before a sequence that would
-    bring its padding above ``MAX_PADDING``, unless it has at most ``FEW_TOKENS``.
+    bring its padding above ``max_padding``, a fraction of its tokens, unless it has at most
+    ``FEW_TOKENS``; with 0 it has none.
 
     Returns:
         Arrays of positions in ``lengths``; every position once.
@@ -114,7 +135,9 @@ def plan_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> 
         width = sizes[start]
         chosen = sizes[start : start + max(1, min(batch_size, batch_tokens // width))]
         computed = width * np.arange(1, len(chosen) + 1)
-        fits = (chosen.cumsum() >= (1 - MAX_PADDING) * computed) | (computed <= FEW_TOKENS)
+        fits = chosen.cumsum() >= (1 - max_padding) * computed
+        if max_padding:
+            fits |= computed <= FEW_TOKENS
         count = len(chosen) if fits.all() else int(np.argmin(fits))
         batches.append(order[start : start + count])
         start += count

@@ -112,7 +112,8 @@ def per_sample_loss(
             ``attention_mask`` does not hide) or ``targets`` (a ``Targets``, in place of labels).
             ``attention_mask``, ``position_ids`` and ``token_type_ids`` are the model's. A token
             after a masked one is no target: padding predicts nothing. Padding on the left shifts
-            the positions that a model counts itself, so give ``position_ids`` with it.
+            the positions that a model counts itself, so give ``position_ids`` with it. Some models
+            see padding on the right too (``probes.sees_padding``): give them samples of one length.
         chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
         causal: False allows a model that sees later tokens. Its rows are those of the samples
             alone only in a batch without padding, or with an attention mask.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradproj.distributed import choose_device
-from gradproj.engine.batching import BatchConfig
+from gradproj.engine.batching import BatchConfig, fit_padding
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.projection import job_matrices
@@ -140,11 +140,15 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
 def _rows_in(
     dtype: str, plan: Plan, documents: Documents, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time."""
+    """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time.
+
+    Nothing is padded where the job does not pad.
+    """
     files = replace(plan.files, config=replace(plan.files.config, model_dtype=dtype))
     options, batch = plan.config.job, plan.config.batch
     try:
         model = load_model(files, device)
+        batch = fit_padding(model, batch)
         if not batch.batch_tokens:  # --batch_tokens auto, which the job has yet to measure
             batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
         projection = plan.config.projection
@@ -156,7 +160,7 @@ def _rows_in(
             options.compile,
         )
         with compiler_errors_explained(), engine:
-            for way in WAYS:
+            for way in WAYS if batch.max_padding else WAYS[:2]:
                 yield way, rows_of(model, engine, documents, way, batch)
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -178,10 +182,15 @@ def _judge(diagnosis: Diagnosis) -> None:
     """Set the verdicts in words and the exit code."""
     agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == "float32"]
     most = max(agreement.most_error for agreement in agreements)
-    if most <= MAX_ERROR:
+    what = "batching and padding move"
+    if len(agreements) < len(WAYS):
+        what = "batching without padding moves"
         diagnosis.verdicts.append(
-            f"float32: batching and padding move no row by more than {most:.1e} of its length"
+            "the model's output depends on padding, or --max_padding is 0: the job puts sequences "
+            "of one length in a batch"
         )
+    if most <= MAX_ERROR:
+        diagnosis.verdicts.append(f"float32: {what} no row by more than {most:.1e} of its length")
     else:
         diagnosis.exit_code = BEYOND
         diagnosis.verdicts.append(

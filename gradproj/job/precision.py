@@ -109,7 +109,7 @@ def rows_of(
     batches = [np.array([i]) for i in range(len(documents.sequences))]
     if way == "batched":
         lengths = [len(tokens) for tokens in documents.sequences]
-        batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens)
+        batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
     for sequences in batches:
         prepared = collate(documents.sequences, sequences, pad=0)
         if way == "beside padding":

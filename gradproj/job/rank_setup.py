@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.progress import ProgressDisplay
 from gradproj.coordinator.units import UnitQueue
+from gradproj.engine.batching import fit_padding
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
@@ -19,7 +20,7 @@ from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.precision import check_precision
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import Job
-from gradproj.job.summary import print_compiled, print_precision, print_start
+from gradproj.job.summary import print_compiled, print_padding, print_precision, print_start
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.model.loading import load_model, load_tokenizer
@@ -75,6 +76,10 @@ def set_up_rank(
             if is_first:
                 print_compiled(seconds)
         settings = resolve_batch_tokens(job, queue, model, engine, stop)
+        batch = fit_padding(model, settings.batch)
+        if is_first and batch != settings.batch:
+            print_padding()
+        settings = replace(settings, batch=batch)
         reader = UnitReader(plan.index, tokenizer, settings, stop)
         if is_first:
             report_precision(queue, model, engine, reader)

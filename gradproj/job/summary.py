@@ -89,6 +89,11 @@ def print_compiled(seconds: float) -> None:
     print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
 
 
+def print_padding() -> None:
+    line = "padding       changes this model's output: a batch has sequences of one length"
+    print(line, flush=True)
+
+
 def print_precision(figure: str, warning: bool) -> None:
     if warning:
         print(f"WARNING: {figure}", file=sys.stderr, flush=True)

@@ -153,7 +153,8 @@ class UnitReader:
         tokenize_pending()
         columns["key"] = encode_keys(keys, layout.key_bytes)
         lengths = [len(tokens) for tokens in sequences]
-        batches = plan_batches(lengths, settings.batch.batch_size, settings.batch.batch_tokens)
+        batch = settings.batch
+        batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
         rows = np.asarray(row_of, dtype=np.int64)
         return PreparedUnit(unit, start, columns, sequences, rows, batches)
 

@@ -110,7 +110,7 @@ def recompute(
         settings = UnitSettings(
             output.layout,
             output.identity_hash,
-            run.batch,
+            recorded.batch,
             run.model.special_tokens,
             recorded.vocabulary,
             index.domains,

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -103,3 +106,33 @@ def acts_in_layers_alone(model: Any) -> bool:
 def tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference of logits that rounding explains."""
     return max(1e-5, 2 * torch.finfo(dtype).eps)
+
+
+def sees_padding(model: Any, length: int, positions: int | None) -> bool:
+    """Return whether the number of tokens after a position changes a causal model's output there.
+
+    So it does in sparse attention beyond its top k (ties between tokens fall by the length) and
+    with rotary positions that change beyond some length. A short sequence, and sequences of half
+    and of the whole ``length``, are compared with the beginning of a longer one, as far as the
+    model has positions.
+    """
+    width = min(length + max(8, length // 4), positions or sys.maxsize)
+    longest = length if width > length else width - max(1, width // 20)
+    lengths = {min(8, longest), max(1, longest // 2), longest}
+    vocabulary = model.get_input_embeddings().weight
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, len(vocabulary), (1, width), generator=seeded).to(vocabulary.device)
+    body = getattr(model, "base_model", model)
+    limit = 1e-4 if vocabulary.dtype == torch.float32 else 4 * torch.finfo(vocabulary.dtype).eps
+    try:
+        with _evaluating(model):
+            whole, *parts = (
+                body(input_ids=ids[:, :n], use_cache=False)[0].float() for n in (width, *lengths)
+            )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return any(
+        bool((part - whole[:, : part.shape[1]]).norm() > limit * part.norm()) for part in parts
+    )

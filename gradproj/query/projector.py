@@ -88,7 +88,7 @@ class QueryProjector:
         recorded = recorded_engine(store, run, device)
         self._tokenizer, self._vocabulary = recorded.tokenizer, recorded.vocabulary
         self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
-        self._special, self._batch = run.model.special_tokens, run.batch
+        self._special, self._batch = run.model.special_tokens, recorded.batch
 
     def rows(self, queries: Sequence[Query]) -> QueryRows:
         """Project queries by the recorded special tokens, length rule and loss reduction.
@@ -112,7 +112,8 @@ class QueryProjector:
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
         run = functools.partial(self._forward_backward, sequences)
         with self._engine:
-            for chosen in plan_batches(lengths, self._batch.batch_size, budget):
+            sizes = self._batch.batch_size, budget, self._batch.max_padding
+            for chosen in plan_batches(lengths, *sizes):
                 for part, result in run_in_halves(self._engine, chosen, run):
                     if result is None:
                         raise ConfigError(

@@ -1,10 +1,12 @@
 """Targets, weights, masks, and models whose logits cannot be made in chunks."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from helpers.models import ragged_batch, small_model
+from helpers.models import FAMILIES, ragged_batch, small_model
 from helpers.references import relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -13,14 +15,18 @@ from transformers import (
     BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     RemBertConfig,
     RemBertForCausalLM,
 )
 
+from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict, per_sample_loss
+from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
@@ -265,6 +271,66 @@ def test_body_that_cannot_run_alone_falls_back_to_the_models_own_logits():
     allowed, why = chunk_verdict(model)
     assert not allowed
     assert why.startswith("the model's body cannot run alone (KeyError")
+
+
+# --- padding that changes a model's output ---
+
+
+def sparse_attention():
+    """Sparse attention: which of equal scores are among the top k depends on the length."""
+    settings = dict(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        first_k_dense_replace=2, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16,
+        kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=8,
+        index_n_heads=2, index_head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return DeepseekV32ForCausalLM(DeepseekV32Config(**settings)).eval()
+
+
+def long_rope():
+    """Other rotary frequencies as soon as a batch is longer than 16 tokens."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [3.0] * 4, "original_max_position_embeddings": 16, "factor": 4.0,
+    }  # fmt: skip
+    return small_model("llama", rope_parameters=rope)
+
+
+@pytest.mark.parametrize("make", [sparse_attention, long_rope])
+def test_model_whose_output_depends_on_padding_is_batched_without(make):
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(2)
+    lengths = [12, 20, 12, 30, 15, 20]
+    settings = BatchConfig(max_length=40)
+    fitted = fit_padding(model, settings)
+    assert fitted == replace(settings, max_padding=0.0)
+    ids, _ = ragged_batch(lengths)
+    sequences = [ids[n, :length].numpy() for n, length in enumerate(lengths)]
+    batches = plan_batches(lengths, 256, 8192, fitted.max_padding)
+    assert [len(batch) for batch in batches] == [1, 2, 1, 2]
+    padded_error = 0.0
+    with GradProjLoraEngine(model, "mlp,o_proj", **ENGINE) as engine:
+        rows = {}
+        for chosen in batches:
+            made, _ = run_batch(model, engine, collate(sequences, chosen, pad=0))
+            rows |= dict(zip(chosen.tolist(), made, strict=True))
+        together, _ = run_batch(model, engine, collate(sequences, np.arange(6), pad=0))
+    for n, length in enumerate(lengths):
+        want = row_in_float64(model, engine, ids[n, :length])
+        assert relative_error(rows[n], want) < 1e-5
+        padded_error = max(padded_error, relative_error(together[n], want))
+    assert padded_error > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_model_that_does_not_see_its_padding_is_padded(family, dtype):
+    settings = BatchConfig(max_length=64)
+    assert fit_padding(small_model(family).to(dtype), settings) is settings
 
 
 # --- precision ---

@@ -214,6 +214,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
         rank_setup, "load_model", lambda files, device: load_model(files, "cpu").to(META_DEVICE)
     )
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
+    monkeypatch.setattr(rank_setup, "fit_padding", lambda model, batch: batch)
     monkeypatch.setattr(loss, "chunk_verdict", lambda model: (True, ""))
     monkeypatch.setattr(loss, "is_causal", lambda model: True)
     monkeypatch.setattr(UnitProjector, "project", watched_project)

@@ -50,6 +50,7 @@ OTHER_VALUES = {
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",
     "--compressor": "zstd", "--rows_per_shard": 32, "--max_samples": 50, "--domains": "Github",
     "--max_document_bytes": 1000, "--max_json_depth": 5, "--batch_size": 3, "--batch_tokens": 99,
+    "--max_padding": 0.2,
     "--device": "cpu", "--threads": 1, "--deterministic": None, "--compile": None,
     "--gradient_checkpointing": None, "--output_dir": "other", "--proj_save_interval": 3,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
