@@ -10,6 +10,7 @@ import torch
 from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
+from gradproj.engine.patterns import EXCLUDES, folded, matches
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag, split_list
 from gradproj.formatting import clean_lines, listed
@@ -37,7 +38,7 @@ class ScoreArgs(Flags, title="score"):
         metavar="auto|FLOAT",
     )
     layers: tuple[str, ...] = flag(
-        "Use these layers only: whole components of their dotted names, such as h.3,mlp.",
+        "Use these layers only: patterns as those of the job's --proj_layers, such as h.3,mlp.",
         (),
         metavar="NAME",
     )
@@ -159,19 +160,20 @@ def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] |
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]
     for word in words:
-        if not any(_is_part(word, name) for name in names):
-            patterns = dict.fromkeys(
-                ".".join("*" if part.isdigit() else part for part in name.split("."))
-                for name in names
-            )
+        if not any(matches(word.removeprefix(EXCLUDES), name) for name in names):
+            patterns = dict.fromkeys(map(folded, names))
             raise ConfigError(
                 f"--layers: {store.path} has no layer {word!r}; it has {listed(patterns)} "
                 "(* is a number)"
             )
-    chosen = [name for name in names if any(_is_part(word, name) for word in words)]
-    return chosen if 0 < len(chosen) < len(names) else None
-
-
-def _is_part(word: str, name: str) -> bool:
-    """Match whole components of a dotted name only, so that h.1 does not match h.10."""
-    return f".{word}." in f".{name}."
+    taken = [word for word in words if not word.startswith(EXCLUDES)] or ["*"]
+    left_out = [word.removeprefix(EXCLUDES) for word in words if word.startswith(EXCLUDES)]
+    chosen = [
+        name
+        for name in names
+        if any(matches(word, name) for word in taken)
+        and not any(matches(word, name) for word in left_out)
+    ]
+    if not chosen:
+        raise ConfigError(f"--layers {','.join(words)} leaves out all layers of {store.path}")
+    return chosen if len(chosen) < len(names) else None

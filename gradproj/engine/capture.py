@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.matrix_file import Matrices
+from gradproj.engine.patterns import exclusions
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
-from gradproj.engine.selection import exclusions, find_layers
+from gradproj.engine.selection import find_layers
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 

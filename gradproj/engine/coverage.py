@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradproj.engine.layers import TargetLayer, every_layer, without_wrappers
-from gradproj.engine.selection import folded
+from gradproj.engine.patterns import folded
 
 MAX_NAMED = 8
 """Names of a kind in the printed lines; the store's attributes have all."""

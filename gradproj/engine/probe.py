@@ -18,7 +18,7 @@ from gradproj.engine.capture import ONLY_ALONE, BatchCapture, PlacedLayer
 from gradproj.engine.compile import nothing_compiled
 from gradproj.engine.layers import every_layer, without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, per_sample_loss, unwrap
-from gradproj.engine.selection import exclusions
+from gradproj.engine.patterns import exclusions
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.model.loading import positions_of
 

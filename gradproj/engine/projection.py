@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
-from gradproj.engine.selection import EXCLUDES
+from gradproj.engine.patterns import EXCLUDES
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag, flag_of, split_list
 from gradproj.store.layout import LayerSlice

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradproj.engine.layers import TargetLayer
-from gradproj.engine.selection import exclusions, folded
+from gradproj.engine.patterns import exclusions, folded
 from gradproj.errors import ModelError
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 

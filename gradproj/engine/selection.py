@@ -1,21 +1,13 @@
 """Which layers of a model are projected: the patterns of ``--proj_layers``."""
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 
 from torch import nn
 
 from gradproj.engine.layers import LAYER_RULES, TargetLayer, every_layer, rule_for, without_wrappers
+from gradproj.engine.patterns import ALIASES, EXCLUDES, folded, matches
 from gradproj.errors import ModelError
 
-ALIASES = {
-    "attn": ("attn", "attention", "self_attn", "self_attention"),
-    # OPT has no module around its two feed-forward layers.
-    "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
-}
-"""Pattern -> the components it matches, so that one flag fits all model families."""
-EXCLUDES = "-"
-"""Begins a pattern of layers to leave out."""
 _MAX_NAMED = 8
 """Layers named in a message."""
 
@@ -59,41 +51,6 @@ def find_layers(
     return targets
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Return whether consecutive components of a dotted name are those of the pattern."""
-    parts = name.split(".")
-    options = [option.split(".") for option in ALIASES.get(pattern, (pattern,))]
-    return any(
-        all(map(fnmatchcase, parts[i : i + len(o)], o))
-        for o in options
-        for i in range(len(parts) - len(o) + 1)
-    )
-
-
-def folded(name: str) -> str:
-    """Replace numbers, so that a layer of all blocks has one name: ``h.*.mlp.c_fc``."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def exclusions(unwanted: Iterable[str], kept: Iterable[str]) -> list[str]:
-    """Return short patterns that leave out the unwanted layers and none of those to keep."""
-    kept = list(kept)
-    chosen: list[str] = []
-    for name in unwanted:
-        if any(matches(pattern, name) for pattern in chosen):
-            continue
-        parts = name.split(".")
-        runs = (
-            ".".join(parts[start : start + length])
-            for length in range(1, len(parts) + 1)
-            for start in range(len(parts) - length + 1)
-        )
-        fitting = (run for run in runs if not any(matches(run, other) for other in kept))
-        # A number alone says too little: it may be a block's or an expert's.
-        chosen.append(next((run for run in fitting if not run.isdigit()), name))
-    return [EXCLUDES + pattern for pattern in chosen]
-
-
 def _token_embedding(model: nn.Module) -> nn.Module:
     getter = getattr(model, "get_input_embeddings", None)
     embedding = getter() if getter else None
@@ -114,16 +71,16 @@ def _unmatched_error(
         if [*module.parameters(recurse=False)] and any(matches(p, name) for p in unmatched)
     ]
     names = ", ".join(map(repr, unmatched))
+    out = [p for p in patterns if p.startswith(EXCLUDES)]
+    rest = [p for p in patterns if p not in unmatched]
+    way = ",".join(rest if len(rest) > len(out) else _others(model, patterns))
     if not found:
         return ModelError(
             f"--proj_layers: no layer of the model matches {names}. Its layers are: "
-            f"{', '.join(_projectable(model)[:40])}"
+            f"{', '.join(_projectable(model)[:40])}. Give for example --proj_layers {way}"
         )
-    out = [p for p in patterns if p.startswith(EXCLUDES)]
     if any(rule_for(model.get_submodule(name)) for name in found):
         return ModelError(f"--proj_layers: {','.join(out)} leaves out all that {names} matches")
-    rest = [p for p in patterns if p not in {*unmatched, *out}]
-    way = ",".join([*rest, *out]) if rest else _others(model, patterns)
     return ModelError(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "
@@ -143,8 +100,10 @@ def _projectable(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(folded(n) for n, m in model.named_modules() if rule_for(m)))
 
 
-def _others(model: nn.Module, patterns: Sequence[str]) -> str:
+def _others(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Return patterns of layers that can be projected, none of which was given."""
     names = [name for name in _projectable(model) if not any(matches(p, name) for p in patterns)]
     aliases = [alias for alias in ALIASES if any(matches(alias, name) for name in names)]
-    return ",".join(aliases or names[:4])
+    # The component after a block's number: ``mixer`` of ``layers.*.mixer.in_proj``.
+    parts = [name.rpartition("*.")[2].partition(".")[0] for name in names if "*." in name]
+    return aliases or list(dict.fromkeys(parts))[:_MAX_NAMED] or names[:_MAX_NAMED]

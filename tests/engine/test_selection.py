@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from gradproj.engine.coverage import coverage_of
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.patterns import exclusions, matches
 from gradproj.engine.reach import check_reached
-from gradproj.engine.selection import exclusions, find_layers, matches
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError, ModelError
 
 SMALL = dict(

@@ -9,7 +9,9 @@ import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import flags
 from helpers.models import make_model, make_tokenizer
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from gradproj import ProjectionStore
 from gradproj.coordinator.process_id import Owner
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import save_index
@@ -295,6 +297,47 @@ def test_plan_names_modules_that_share_a_weight(files, tmp_path):
     assert len(plan.layers) == 2
     (line,) = [line for line in plan_lines(plan, 0) if line.startswith("shared")]
     assert f"2 layers have a weight that several modules use ({names[0]} = {names[1]})" in line
+
+
+def test_plan_and_store_list_the_layers_that_are_left_out(files, tmp_path):
+    plan = plan_of(files, tmp_path, proj_layers="mlp")
+    text = "\n".join(plan_lines(plan, 0))
+    assert "layers        6 of 14 linear layers of the blocks, 60.0 % of their weights" in text
+    assert "not selected  model.layers.*.self_attn (8: 40.0 %)" in text
+    make_output(plan, Owner.this_process("test", 0, 0))
+    with ProjectionStore(tmp_path / "out") as store:
+        selection = store.attributes["selection"]
+    assert (selection["n_layers"], selection["n_selected"]) == (14, 6)
+    assert [each["name"] for each in selection["not_selected"]] == ["model.layers.*.self_attn"]
+
+
+def test_dashed_list_needs_no_equals_sign(files, tmp_path):
+    plan = plan_of(files, tmp_path, proj_layers="-layers.0,mlp,attn")
+    assert len(plan.layers) == 7
+
+
+def test_layers_that_the_loss_never_reaches_are_refused_before_anything_is_written(
+    refused, tmp_path
+):
+    text = dict(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        layer_types=["full_attention"],
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        image_size=28, patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    message = refused(model=tmp_path / "model")
+    assert "the loss of a text never reaches 6 of 13 target layers: model.vision_tower." in message
+    assert "Give --proj_layers mlp,attn,-vision_tower (it takes model.language_model." in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_planned_bytes_are_near_the_stores(files, tmp_path):
