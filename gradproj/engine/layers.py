@@ -144,8 +144,12 @@ def every_layer(model: nn.Module) -> list[TargetLayer]:
     as a lookup, the weight has different projections.)
     """
     layers: dict[tuple[str, int], TargetLayer] = {}
+    never_called: set[nn.Module] = set()
     for name, module in without_wrappers(model).named_modules():
-        rule = rule_for(module)
+        if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):
+            # PEFT's target_parameters: the adapter's layers only hold the weights of a sum.
+            never_called |= {*module.lora_A.modules(), *module.lora_B.modules()}
+        rule = None if module in never_called else rule_for(module)
         if rule is not None:
             # A weight that is computed (by a parametrization) has no identity but its module's.
             weight = module._parameters.get("weight")

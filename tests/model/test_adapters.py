@@ -38,6 +38,17 @@ IN_LAYERS = {
     "pissa": lambda: peft.LoraConfig(**LORA | {"init_lora_weights": "pissa"}),
     "trainable tokens": lambda: peft.LoraConfig(**LORA, trainable_token_indices=[5, 6]),
     "saved modules": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "target_parameters": lambda: peft.LoraConfig(
+        **LORA | {"target_modules": []}, target_parameters=["self_attn.q_proj.weight"]
+    ),
+    "ia3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+    "loha": lambda: peft.LoHaConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_weights=False
+    ),
     "vera": lambda: peft.VeraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"], init_weights=False
     ),
