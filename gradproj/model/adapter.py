@@ -144,9 +144,11 @@ def load_adapter(folder: Path, base: Any) -> nn.Module:
     except Exception as error:
         raise _cannot_load(folder, error) from error
     missing = _not_loaded(model, report.missing_keys)
-    if missing or report.unexpected_keys:
+    # Weights that all layers share (VeRA's) have no layer's name, and are not read by every PEFT.
+    unexpected = [name for name in report.unexpected_keys if name.startswith(_PREFIX)]
+    if missing or unexpected:
         what = "lacks weights that its settings name" if missing else "has weights for other layers"
-        names = ", ".join((missing or report.unexpected_keys)[:4])
+        names = ", ".join((missing or unexpected)[:4])
         raise ModelError(
             f"--model {folder}: the adapter {what} ({names}): is it the whole file, and of the "
             f"base model that {SETTINGS} names?"
