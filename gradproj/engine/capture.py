@@ -123,6 +123,19 @@ def mixed_samples_error(layer: PlacedLayer, x: Tensor, shape: tuple[int, int]) -
     )
 
 
+class StartGraph(torch.autograd.Function):
+    """Identity that makes its output need a gradient. No leaf: a model may change it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class BatchCapture:
     """One batch's state between its forward pass and ``rows``; the layers are in model order."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gradproj.engine.capture import (
     BatchCapture,
+    StartGraph,
     TokenCovariances,
     batch_shape,
     place_layers,
@@ -253,7 +254,7 @@ class GradProjLoraEngine(OriginalInterface):
             a_p = capture.project_input(index, module, a)
             serial = capture.serial
             if not output.requires_grad:
-                output = _StartGraph.apply(output.detach(), self._root)
+                output = StartGraph.apply(output.detach(), self._root)
             output.register_hook(lambda g: capture.take_gradient(serial, index, a_p, g))
             return output
 
@@ -337,19 +338,6 @@ class GradProjLoraEngine(OriginalInterface):
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
-
-
-class _StartGraph(torch.autograd.Function):
-    """Identity that makes its output need a gradient. No leaf: a model may change it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

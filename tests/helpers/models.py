@@ -53,7 +53,7 @@ UNUSUAL = {
     "zamba": ("zamba", dict(
         **_SIZES, num_hidden_layers=3, layers_block_type=["hybrid", "mamba", "hybrid"],
         n_mamba_heads=2, mamba_d_state=4, mamba_dt_rank=4, num_key_value_heads=4,
-        attention_hidden_size=64, use_mamba_kernels=False,
+        attention_hidden_size=64,
     )),
     # Its linear layers are of a class of its own.
     "falcon": ("falcon", dict(

@@ -1,4 +1,4 @@
-"""A model whose samples cannot be told apart in a batch: refused at the start, exact alone."""
+"""A model whose samples cannot be separated in a batch: refused at the start, exact alone."""
 
 import copy
 
