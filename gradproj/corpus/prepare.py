@@ -106,7 +106,7 @@ class PrepareReport:
 def domain_lines(counts: Mapping[str, int], domain_field: str) -> list[str]:
     """Return a line for each of the largest domains, and one for the rest."""
     if set(counts) == {UNKNOWN_DOMAIN}:
-        missing = f"no document has a text in the field {domain_field} (--domain_field)"
+        missing = f"no document names a domain in the field {domain_field} (--domain_field)"
         return [f"  {counts[UNKNOWN_DOMAIN]:>12,}  {UNKNOWN_DOMAIN}: {missing}"]
     items = sorted(counts.items(), key=lambda item: -item[1])
     lines = [f"  {n:>12,}  {name}" for name, n in items]

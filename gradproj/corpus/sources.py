@@ -137,6 +137,13 @@ def _json_lines(stream: Any, location: str) -> Iterator[Record]:
         if not line:
             return
         number += 1
+        if number == 1 and (
+            line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") or line.strip() == b"{"
+        ):
+            raise CorpusError(
+                f"{location}: a JSON array or an object over several lines, not JSON lines; write "
+                f"one object a line: jq -c '.[]' {location} (or jq -c .)"
+            )
         if not whole:
             yield Record(
                 f"line {number}",

@@ -188,7 +188,9 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         notes.append(f"attention     {attention}")
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
-        notes.append(f"domains       no document has a text in the field {field} (--domain_field)")
+        notes.append(
+            f"domains       no document names a domain in the field {field} (--domain_field)"
+        )
     if not len(list_records(plan.output / UNITS_DIR)):
         notes += check_documents(index, plan.unit_settings)
     return replace(plan, notes=tuple(notes))

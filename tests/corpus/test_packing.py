@@ -132,7 +132,7 @@ def test_meta_may_be_a_map_column_or_an_object_written_as_json(column, tmp_path)
 def test_domain_field_that_no_document_has_is_named(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", [{"text": "t", "source": "web"}])
     report = run_prepare(name, tmp_path / "out")
-    assert "no document has a text in the field meta.pile_set_name (--domain_field)" in (
+    assert "no document names a domain in the field meta.pile_set_name (--domain_field)" in (
         report.summary()
     )
     report = run_prepare(name, tmp_path / "named", domain_field="source")

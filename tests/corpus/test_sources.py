@@ -172,6 +172,13 @@ def test_json_lines_come_from_standard_input_or_a_pipe(tmp_path, monkeypatch):
     writer.join()
 
 
+@pytest.mark.parametrize("raw", [b'[{"text": "a"}]', b"[\n{}\n]", b'{\n"text": "a"\n}'])
+def test_json_that_is_not_one_object_a_line_is_an_error_with_the_way_out(raw, tmp_path):
+    (tmp_path / "in.json").write_bytes(raw)
+    with pytest.raises(CorpusError, match=r"in\.json: a JSON array or an object .* jq -c '\.\[\]'"):
+        run_prepare(str(tmp_path / "in.json"), tmp_path / "out", on_bad_input="skip")
+
+
 def test_unreachable_hugging_face_name_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(

@@ -54,7 +54,7 @@ def test_domain_field_that_matches_nowhere_is_named_in_the_plan(model, tmp_path)
     corpus = make_corpus(tmp_path / "tars", mixed_documents(5))
     plan = plan_of(model, corpus, tmp_path / "out", domain_field="meta.source")
     assert plan.notes == (
-        "domains       no document has a text in the field meta.source (--domain_field)",
+        "domains       no document names a domain in the field meta.source (--domain_field)",
     )
     assert plan_of(model, corpus, tmp_path / "out").notes == ()
 
