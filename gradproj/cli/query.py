@@ -101,8 +101,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
                 f"{store.path} was not written by the job and records no model, so text queries "
                 "cannot be projected. Give --query_store, or use gradproj.analysis"
             )
-        check_has_rows(store)
-        counts = store.status_counts()
+        counts = check_has_rows(store)
         n_top, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
         read_text = None
         if config.show_text:

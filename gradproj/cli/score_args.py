@@ -134,11 +134,11 @@ def print_note(line: str) -> None:
     print(f"gradproj: {clean_lines(line)}", file=sys.stderr, flush=True)
 
 
-def check_has_rows(store: ProjectionStore) -> None:
-    """Raise ``StoreError`` with the reason and a way out if a store has no row."""
+def check_has_rows(store: ProjectionStore) -> dict[str, int]:
+    """Count samples by status; raise ``StoreError`` with the reason if a store has no row."""
     counts = store.status_counts()
     if counts["ok"]:
-        return
+        return counts
     if counts["missing"]:
         raise StoreError(
             f"{store.path} has no row yet ({counts['missing']:,} of {len(store):,} documents are "
