@@ -40,10 +40,6 @@ class DomainsConfig(ScoreArgs, title="domains"):
     format: str = flag("Output format.", "table", choices=("table", "json"))
     device: str = flag("Device on which rows are compared.", "auto", choices=DEVICES)
 
-    def folder(self, store: ProjectionStore) -> Path:
-        """Return the directory of the files."""
-        return Path(self.output_dir) if self.output_dir else store.path.parent / "domains"
-
 
 def domains_command(argv: list[str]) -> None:
     """``python -m gradproj domains OUTPUT``"""
@@ -73,7 +69,7 @@ def domains(config: DomainsConfig) -> list[str]:
             verify = f"python -m gradproj verify {store.path.parent}"
             raise StoreError(f"{store.path}: no row of any domain can be read; see {verify}")
         content = as_json(facts, store, MEANS_NAME)
-        folder = config.folder(store)
+        folder = Path(config.output_dir or store.path.parent / "domains")
     written = _write(folder, content, facts)
     if config.format == "json":
         return [json.dumps(content, indent=2, allow_nan=False)]

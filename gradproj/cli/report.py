@@ -60,10 +60,6 @@ class ReportConfig(ScoreArgs, RecordedRunArgs, title="page"):
         group="page",
     )
 
-    def page_of(self, store: ProjectionStore) -> Path:
-        """Return the path of the page."""
-        return Path(self.page) if self.page else store.path.parent / "report.html"
-
 
 def report_command(argv: list[str]) -> None:
     """``python -m gradproj report OUTPUT``"""
@@ -91,7 +87,7 @@ def report(config: ReportConfig) -> Path:
     with ProjectionStore(config.output) as store:
         # OUTPUT may name the store's own directory.
         config = replace(config, output=str(store.path.parent))
-        path = config.page_of(store)
+        path = Path(config.page or store.path.parent / "report.html")
         if path.is_dir():
             raise ConfigError(
                 f"--page {path} is a folder; name a file, such as {path / 'report.html'}"
