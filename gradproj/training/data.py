@@ -128,7 +128,7 @@ def _sequences(
     config: TrainConfig, index: CorpusIndex, tokenizer: Any, world: World, position: DataPosition
 ) -> Iterator[Sequence]:
     """Yield sequences with at least one target."""
-    left = position.left
+    left, problem = position.left, ""
     for epoch in itertools.count(position.epoch):
         done = position.document if epoch == position.epoch else 0
         has_sequence = done > 0
@@ -136,6 +136,7 @@ def _sequences(
         documents = shuffled_documents(index, config.seed, epoch, first)
         for document in itertools.islice(documents, 0, None, world.size):
             done += 1
+            problem = problem or document.problem or ""
             tokens = tokens_of(document, tokenizer, None if config.pack else config.max_length)
             if config.pack and len(tokens):
                 end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -154,7 +155,7 @@ def _sequences(
         if not has_sequence and left.shape[1] < 2:
             raise CorpusError(
                 f"--shards {config.shards}: no document has two tokens, so there is nothing to "
-                "learn"
+                f"learn{problem and f' (the first problem: {problem})'}"
             )
 
 

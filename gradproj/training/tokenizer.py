@@ -69,9 +69,10 @@ def train_tokenizer(config: TokenizerConfig) -> int:
 
 
 def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
-    has_text = False
+    has_text, problem = False, ""
     documents = read_documents(index, 0, n_samples)
     for document in shown(documents, n_samples, "tokenizer", "documents"):
+        problem = problem or document.problem or ""
         if document.text:
             has_text = True
             # JSON can hold a lone surrogate, which no tokenizer takes.
@@ -79,5 +80,6 @@ def _texts(index: CorpusIndex, n_samples: int) -> Iterator[str]:
     if not has_text:
         raise CorpusError(
             f"none of the first {n_samples:,} documents has a text to learn tokens from"
+            f"{problem and f' (the first problem: {problem})'}"
         )
     print("tokenizer: all read, merging pairs", file=sys.stderr, flush=True)
