@@ -273,15 +273,14 @@ class _Scan:
 
     def _count(self, names: list[str], splits: list[tuple[str, str] | None]) -> None:
         """Count members by suffix, except webdataset's own and what is no file."""
-        self._suffix_counts.update(
-            split[1] if split else ""
-            for name, split in zip(names, splits, strict=True)
-            if split or (name and not name.startswith("__"))
-        )
+        self._suffix_counts.update([split[1] for split in splits if split])
+        if None in splits:
+            skipped = [name for name, split in zip(names, splits, strict=True) if split is None]
+            self._suffix_counts[""] += sum(name[:2] not in ("", "__") for name in skipped)
 
     def _members_by_ending(self) -> dict[str, int]:
         members: Counter[str] = Counter()
-        for suffix, n in self._suffix_counts.items():
+        for suffix, n in (+self._suffix_counts).items():
             *inner, end = suffix.split(".")
             kind = f"{'.*' if inner else ''}.{end}" if suffix else "other names"
             is_one_more = kind not in members and len(members) >= MAX_MEMBER_KINDS
