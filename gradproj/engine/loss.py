@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradproj.engine.layers import without_wrappers
 from gradproj.errors import ConfigError, ModelError
@@ -36,6 +37,10 @@ A backward pass writes it where it leaves ``per_sample_loss``, and the engine re
 ``losses.sum()`` and ``losses.mean()`` both give rows of the summed loss. See "Loss weights" in
 README.md.
 """
+
+
+_POSITIONS = WeakTensorKeyDictionary()
+"""Weights in ``LOSS_WEIGHTS`` -> flat positions of the batch's targets, and the batch's length."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,29 @@ class _Announce(torch.autograd.Function):
     """Identity on the losses. Its backward stores each sample's weight in ``LOSS_WEIGHTS``."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, key: nn.Module) -> Tensor:
-        ctx.key = key
+    def forward(ctx: Any, losses: Tensor, key: nn.Module, positions: Tensor, length: int) -> Tensor:
+        ctx.key, ctx.positions = key, (positions, length)
         return losses.view_as(losses)
 
     @staticmethod
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None]:
-        LOSS_WEIGHTS[ctx.key] = weights.detach()
-        return weights, None
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None, None]:
+        stored = LOSS_WEIGHTS[ctx.key] = weights.detach()
+        _POSITIONS[stored] = ctx.positions
+        return weights, None, None, None
+
+
+def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
+    """Return ``(N,)`` int64: the targets of each sample in the last backward pass.
+
+    What an attention mask hides is no target, and only ``per_sample_loss`` knows it. Of another
+    loss the unshifted labels ``(N, S)`` tell.
+    """
+    weights = LOSS_WEIGHTS.get(loss_key(model))
+    positions, length = (None, 0) if weights is None else _POSITIONS.get(weights, (None, 0))
+    if positions is None:
+        return (labels[:, 1:] != IGNORE).sum(dim=1)
+    counts = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+    return counts.index_add(0, positions // length, torch.ones_like(positions))
 
 
 def unwrap(model: Any) -> Any:
@@ -153,7 +173,8 @@ def per_sample_loss(
         chosen = logits.flatten(0, 1)[targets.positions].float()
         losses = LogitsLoss.apply(chosen, targets.tokens)
     spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
-    return _Announce.apply(spread.view(shape).sum(dim=1), loss_key(model))
+    losses = spread.view(shape).sum(dim=1)
+    return _Announce.apply(losses, loss_key(model), targets.positions, shape[1])
 
 
 def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:

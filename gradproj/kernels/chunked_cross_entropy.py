@@ -68,7 +68,8 @@ class LogitsLoss(torch.autograd.Function):
         places = tokens.unsqueeze(1)
         top = logits.amax(dim=1, keepdim=True)
         shares = (logits - top).exp_()
-        n_rows = max(1, SLICE_VALUES["cpu"] // logits.shape[1])
+        n_values = SLICE_VALUES.get(logits.device.type, SLICE_VALUES["cuda"])
+        n_rows = max(1, n_values // logits.shape[1])
         sums = [part.sum(dim=1, keepdim=True, dtype=torch.float64) for part in shares.split(n_rows)]
         total = torch.cat(sums)
         losses = total.log() + (top.double() - logits.gather(1, places))

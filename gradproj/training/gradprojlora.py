@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.engine.loss import LOSS_WEIGHTS, count_targets, loss_key
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
 from gradproj.errors import ConfigError, StoreError
@@ -101,11 +101,11 @@ class GradProjLoraTraining(TrainingEngine):
         labels, ids = self._labels, self._ids
         self._labels = self._ids = None
         has_weights = loss_key(self.context.model) in LOSS_WEIGHTS
+        n_tokens = None if labels is None else count_targets(self.context.model, labels)
         rows = self._engine.collect_batch()
         if not has_weights:
             # The loss is a mean over the batch, divided by the number of accumulated batches.
             rows = rows * self.context.settings.grad_accumulation
-        n_tokens = None if labels is None else (labels[:, 1:] != IGNORE).sum(dim=1)
         if n_tokens is None and self.context.settings.loss_reduction == "mean":
             raise ConfigError(
                 "--loss_reduction mean divides a row by its number of targets: give "

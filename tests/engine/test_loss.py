@@ -25,7 +25,7 @@ from transformers import (
 
 from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import chunk_verdict, per_sample_loss
+from gradproj.engine.loss import chunk_verdict, count_targets, per_sample_loss
 from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
@@ -105,6 +105,15 @@ def test_left_padded_batch_gives_the_rows_of_the_samples_alone(family, with_labe
         assert relative_error(rows[n], row_in_float64(model, engine, tokens)) < 1e-5
         alone = per_sample_loss(model, tokens[None])
         torch.testing.assert_close(losses[n], alone[0], rtol=1e-5, atol=0)
+
+
+def test_targets_that_the_mask_hides_are_not_counted():
+    model = small_model("llama")
+    ids, mask, _, samples = left_padded(LENGTHS)
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    per_sample_loss(model, batch).sum().backward()
+    assert count_targets(model, labels).tolist() == [len(tokens) - 1 for tokens in samples]
 
 
 def test_position_ids_reach_the_model_in_both_ways_to_the_logits():

@@ -517,6 +517,31 @@ def test_sum_without_per_sample_loss_is_rejected():
             manager.aggregate_and_log()
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([0.0] * 4, None),
+        ([2.0, 2.0, 2.0, 1.0], "takes losses of one weight, got weights from 1 to 2"),
+    ],
+)
+def test_losses_of_weight_0_give_products_of_0_and_several_weights_are_rejected(weights, expected):
+    model = small_model("gpt2").train()
+    X, Y = ragged_batch([5, 6])
+    with GhostEngineManager(
+        {"method": "GradDotProd"}, model, val_data=(X, Y), loss="sum"
+    ) as manager:
+        manager.attach_train_batch(X, Y, 0)
+        inputs, labels = manager.prepare_forward_input(X, Y)
+        losses = per_sample_loss(model, {"input_ids": inputs, "labels": labels})
+        (losses * torch.tensor(weights)).sum().backward()
+        manager.prepare_gradients()
+        if expected:
+            with pytest.raises(ModelError, match=expected):
+                manager.aggregate_and_log()
+        else:
+            assert manager.aggregate_and_log()["total"].tolist() == [0.0, 0.0]
+
+
 def test_dot_products_of_the_loop_match_explicit_gradients(data, tmp_path):
     changes = {
         "val_shards": str(data / "val"),

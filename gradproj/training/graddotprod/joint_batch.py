@@ -84,7 +84,14 @@ def loss_divisor(model: nn.Module) -> float:
             'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
             'with the mean of transformers\' own loss leave loss="sum" out'
         )
-    return 1 / float(weights[0])
+    least, most = float(weights.min()), float(weights.max())
+    if least != most:
+        raise ModelError(
+            f"GradDotProd takes losses of one weight, got weights from {least:g} to {most:g}: give "
+            "per_sample_loss(model, ...).sum() times one number"
+        )
+    # A loss of weight 0 has no gradient, whatever it is multiplied by.
+    return 1 / most if most else 1.0
 
 
 def _checked(name: str, x: Any, y: Any) -> tuple[Tensor, Tensor]:
