@@ -11,7 +11,7 @@ from gradproj.errors import StoreError
 from gradproj.files import existing_ancestor
 from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
-from gradproj.job.summary import plan_lines
+from gradproj.job.summary import memory_line, plan_lines
 from gradproj.store.layout import UNITS_DIR
 from gradproj.store.unit_record import list_records
 
@@ -30,7 +30,8 @@ def plan_command(argv: list[str]) -> None:
     if warning:
         print(warning, file=sys.stderr, flush=True)
     n_recorded = len(np.intersect1d(plan.wanted, list_records(output / UNITS_DIR)))
-    print("\n".join([*plan_lines(plan, n_recorded), f"device        {device}"]))
+    lines = [*plan_lines(plan, n_recorded), memory_line(plan, device), f"device        {device}"]
+    print("\n".join(lines))
 
 
 def _check_writable(output: Path) -> None:

@@ -55,6 +55,8 @@ MAX_TARS_TO_INDEX = 1000
 """With more tars, build the index in a job of its own."""
 
 DEFAULT_MAX_LENGTH = 1024
+LIBRARY_BYTES = 600 * 2**20
+"""Memory of a process with torch and transformers."""
 BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
@@ -137,11 +139,16 @@ class Plan:
         """Return the number of files of the finished output: two a unit, columns, metadata."""
         return 2 * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
 
-    def host_bytes(self, model_bytes: int) -> int:
-        """Estimate a rank's host memory: model in transit, three units of rows, two of tokens."""
+    def host_bytes(self, model_bytes: int, batch_bytes: int = 0) -> int:
+        """Estimate a rank's host memory.
+
+        That is the libraries, the model (on a GPU: in transit), three units of rows, two of tokens,
+        and on the CPU a batch.
+        """
         rows = self.layout.rows_per_shard * self.layout.dim * 4
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
-        return 600 * 2**20 + model_bytes + 3 * rows + 2 * tokens + 14_000 * len(self.index.tars)
+        index = 14_000 * len(self.index.tars)
+        return LIBRARY_BYTES + model_bytes + batch_bytes + 3 * rows + 2 * tokens + index
 
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:

@@ -10,8 +10,10 @@ import torch
 
 from gradproj.coordinator.merge import is_complete
 from gradproj.corpus.stream import read_documents
+from gradproj.engine.batching import AUTO
 from gradproj.errors import CorpusError, GradprojError
 from gradproj.formatting import escaped, human_bytes, human_seconds
+from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
 from gradproj.model.loading import larger_tokenizer
 from gradproj.store import STATUS, ProjectionStore
@@ -37,7 +39,6 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         + (f", {n_recorded:,} of them done" if n_recorded else ""),
         f"disk          {human_bytes(plan.store_bytes())} in {plan.n_files():,} files; "
         f"{human_bytes(free_bytes(plan.output))} free at {plan.output}",
-        f"host memory   about {human_bytes(plan.host_bytes(model_bytes(plan)))} a rank",
         *plan.notes,
     ]
     if plan.shared:
@@ -60,6 +61,21 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         wasted = human_bytes(plan.wasted_bytes())
         lines.append(f"wasted        {wasted} of rows that no chosen document fills")
     return lines
+
+
+def memory_line(plan: Plan, device: torch.device) -> str:
+    """Return the line of a rank's host memory, on the CPU with the largest batch."""
+    config, in_batch, rest = plan.config, 0, ""
+    if device.type == "cpu" and config.batch.batch_tokens == AUTO:
+        rest = ", and batches that fit what is free"
+    elif device.type == "cpu":
+        counted = batch_bytes(
+            plan.files, config.projection, config.batch, config.job.gradient_checkpointing
+        )
+        in_batch = counted or 0
+        rest = "" if counted else ", and its batches, which cannot be counted for this model"
+    total = human_bytes(plan.host_bytes(model_bytes(plan), in_batch))
+    return f"host memory   about {total} a rank{rest}"
 
 
 def seconds_per_unit(plan: Plan) -> float | None:
