@@ -1,0 +1,47 @@
+"""Memory of a batch, counted without values, beside what torch's allocator gives a real one."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from helpers.models import make_model
+
+from gradproj.engine.batching import BatchConfig
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import Targets, per_sample_loss
+from gradproj.engine.projection import ProjectionConfig
+from gradproj.job.memory import batch_bytes
+from gradproj.model.checkpoint import fetch
+from gradproj.model.config import ModelConfig
+from gradproj.model.loading import load_model
+
+N, LENGTH = 12, 60
+
+
+def allocated(model, projection, checkpointing):
+    """Return the allocator's peak during a batch."""
+    ids = torch.arange(N * LENGTH).view(N, LENGTH).remainder(50)
+    targets = Targets.from_labels(ids)
+    engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
+    with torch.profiler.profile(profile_memory=True) as profile, engine:
+        losses = per_sample_loss(
+            model, {"input_ids": ids, "targets": targets}, chunked=True, causal=False
+        )
+        losses.sum().backward()
+        engine.collect_batch()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_counted_bytes_of_a_batch_are_those_that_a_real_one_allocates(
+    family, checkpointing, tmp_path
+):
+    files = fetch(ModelConfig(model=str(make_model(tmp_path, family))))
+    projection = ProjectionConfig(rank_total=16, rank_min=2)
+    model = load_model(files, torch.device("cpu"))
+    allocated(model, projection, checkpointing)  # measures the model, and warms torch up
+    want = allocated(model, projection, checkpointing)
+    batch = BatchConfig(max_length=LENGTH, batch_tokens=N * LENGTH + 1)
+    assert batch_bytes(files, projection, batch, checkpointing) == pytest.approx(want, rel=0.25)
