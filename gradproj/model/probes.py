@@ -1,7 +1,6 @@
 """Properties of a model that a few tokens show, found out again when its weights change."""
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +22,12 @@ def measured(measure: Callable[[Any], T]) -> Callable[[Any], T]:
     optimizer, any operation but one on ``weight.data``). While a model trains, its weights change
     in every step, and the first result stays.
     """
-    results: WeakKeyDictionary[nn.Module, tuple[list[tuple], T]] = WeakKeyDictionary()
+    results: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], T]] = WeakKeyDictionary()
 
     @functools.wraps(measure)
     def cached(model: Any) -> T:
         if model not in results or not model.training:
-            state = [_version(tensor) for tensor in _weights(model)]
+            state = _versions(model)
             if model not in results or results[model][0] != state:
                 results[model] = state, measure(model)
         return results[model][1]
@@ -36,19 +35,26 @@ def measured(measure: Callable[[Any], T]) -> Callable[[Any], T]:
     return cached
 
 
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    # Buffers outside of the checkpoint hold no weights; rotary frequencies change with the length.
-    for module in model.modules():
-        passing = module._non_persistent_buffers_set
-        buffers = (b for name, b in module._buffers.items() if name not in passing)
-        yield from (
-            t for t in itertools.chain(module._parameters.values(), buffers) if t is not None
-        )
-
-
-def _version(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    # Tensors made in inference mode have no version.
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return each weight's address and number of writes. Runs in every batch, so it is lean."""
+    versions = []
+    pending: list[nn.Module | None] = [model]
+    while pending:
+        module = pending.pop()
+        if module is None:
+            continue
+        pending += module._modules.values()
+        tensors: list[Tensor | None] = [*module._parameters.values()]
+        if module._buffers:
+            # Others hold no weights; rotary frequencies change with the length.
+            saved = module._buffers.keys() - module._non_persistent_buffers_set
+            tensors += [module._buffers[name] for name in sorted(saved)]
+        for tensor in tensors:
+            if tensor is not None:
+                # Tensors made in inference mode count no writes.
+                n_writes = 0 if tensor.is_inference() else tensor._version
+                versions.append((tensor.data_ptr(), n_writes))
+    return versions
 
 
 @contextmanager
