@@ -43,6 +43,6 @@ def exclusions(unwanted: Iterable[str], kept: Iterable[str]) -> list[str]:
             for start in range(len(parts) - length + 1)
         )
         fitting = (run for run in runs if not any(matches(run, other) for other in kept))
-        # A number alone says too little: it may be a block's or an expert's.
-        chosen.append(next((run for run in fitting if not run.isdigit()), name))
+        # A number says too little without the name before it: it may be a block's or an expert's.
+        chosen.append(next((run for run in fitting if not run[0].isdigit()), name))
     return [EXCLUDES + pattern for pattern in chosen]

@@ -90,9 +90,10 @@ def _unmatched_error(
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> str:
-    shown = [f"{name} ({type(model.get_submodule(name)).__name__})" for name in names[:_MAX_NAMED]]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(shown) + more
+    typed = [f"{folded(name)} ({type(model.get_submodule(name)).__name__})" for name in names]
+    typed = list(dict.fromkeys(typed))
+    more = f" and {len(typed) - _MAX_NAMED} more" if len(typed) > _MAX_NAMED else ""
+    return ", ".join(typed[:_MAX_NAMED]) + more
 
 
 def _projectable(model: nn.Module) -> list[str]:

@@ -173,7 +173,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     n_weights = sum(p.numel() for p in skeleton.parameters())
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
     if not (Path(config.job.output_dir) / STORE_NAME).exists():
-        check_reached(skeleton, targets, projection.patterns)
+        check_reached(skeleton, targets, projection.patterns, batch.max_length)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
     wanted, n_selected = _wanted_units(config, index, layout)

@@ -429,7 +429,7 @@ def test_fused_expert_weights_are_named():
         num_key_value_heads=2, num_local_experts=4, vocab_size=VOCAB,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match=r"cannot project: model\.layers\.0\.mlp\.\S+ \(Mixtral"):
+    with pytest.raises(ModelError, match=r"cannot project: model\.layers\.\*\.mlp\.\S+ \(Mixtral"):
         GradProjLoraEngine(model, "mlp")
     assert GradProjLoraEngine(model, "attn").total_proj_dim > 0
 

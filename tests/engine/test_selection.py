@@ -1,5 +1,7 @@
 """``--proj_layers``: what patterns take and leave out, and the list of the rest."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.models import VOCAB, ragged_batch, small_model
@@ -192,12 +194,35 @@ def test_coverage_counts_the_blocks_that_a_number_leaves_out():
 def test_layers_without_a_gradient_are_named_before_any_weight_is_loaded():
     model = with_images()
     with pytest.raises(ModelError, match=r"never reaches 6 of 20 .*vision_tower") as error:
-        check_reached(model, find_layers(model, ["mlp", "attn"]), ["mlp", "attn"])
+        check_reached(model, find_layers(model, ["mlp", "attn"]), ["mlp", "attn"], 64)
     assert "--proj_layers mlp,attn,-vision_tower (it takes model.language_model" in str(error.value)
     advice = ["mlp", "attn", "-vision_tower"]
-    assert check_reached(model, find_layers(model, advice), advice)
+    assert check_reached(model, find_layers(model, advice), advice, 64)
 
 
 def test_trial_reaches_every_layer_of_a_hybrid_model():
     model = hybrid("meta")
-    assert check_reached(model, find_layers(model, ["layers"]), ["layers"])
+    assert check_reached(model, find_layers(model, ["layers"]), ["layers"], 64)
+
+
+class ForLongTexts(nn.Module):
+    """Uses one of its layers in texts of 100 tokens and more."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.short, self.long = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids, use_cache):
+        x = self.embed(input_ids)
+        long = self.long(x) if input_ids.shape[1] >= 100 else 0
+        return SimpleNamespace(logits=self.short(x) + long)
+
+
+def test_layer_with_a_part_in_long_texts_alone_is_reached_if_the_job_has_such():
+    with torch.device("meta"):
+        model = ForLongTexts()
+    layers = ["short", "long"]
+    assert check_reached(model, find_layers(model, layers), layers, 100)
+    with pytest.raises(ModelError, match=r"1 of 2 target layers: long\. Give --proj_layers short,"):
+        check_reached(model, find_layers(model, layers), layers, 99)
