@@ -20,7 +20,7 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
-from gradproj.model.probes import acts_in_layers_alone, is_causal, measured
+from gradproj.model.probes import acts_in_layers_alone, adds_tokens, is_causal, measured
 
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
@@ -240,6 +240,20 @@ def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
     if not _is_whole(model):
         return False, "the adapter acts on the input, not in the layers alone"
     return (False, "the model is in training mode") if inner.training else _try_chunk(inner)
+
+
+def refuse_virtual_tokens(model: nn.Module, what: str) -> None:
+    """Raise ``ModelError`` for prompt learning, where the targets of the model's own loss differ.
+
+    A sample's first token follows a virtual one, so PEFT's loss predicts it too.
+    """
+    outer = without_wrappers(model)
+    if hasattr(outer, "get_base_model") and adds_tokens(outer):
+        raise ModelError(
+            f"{what}: the PEFT adapter puts virtual tokens before every sample, and its loss "
+            "predicts the first token too, which no count of targets knows. Use per_sample_loss "
+            "with GradProjLoraEngine, or an adapter of layers such as LoRA"
+        )
 
 
 def _is_whole(model: nn.Module) -> bool:

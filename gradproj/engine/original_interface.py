@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradproj.engine.loss import IGNORE
+from gradproj.engine.loss import IGNORE, refuse_virtual_tokens
 from gradproj.errors import ConfigError
 
 
@@ -15,6 +15,7 @@ class OriginalInterface:
     attach: Callable[[], Any]
     detach: Callable[[], None]
     collect_batch: Callable[..., Tensor]
+    module: nn.Module
     _loss_factor: Tensor | float | None = None
     """Factor on the next batch's summed losses, if the caller gave its reduction."""
     _batch_ids: Any = None
@@ -47,6 +48,7 @@ class OriginalInterface:
         elif loss_reduction == "sum":
             self._loss_factor = 1.0
         elif loss_reduction == "mean" and isinstance(labels, Tensor):
+            refuse_virtual_tokens(self.module, "attach_train_batch with loss_reduction='mean'")
             self._loss_factor = 1.0 / (labels[:, 1:] != IGNORE).sum().clamp_min(1)
         else:
             raise ConfigError(

@@ -109,6 +109,15 @@ def acts_in_layers_alone(model: Any) -> bool:
     return bool((whole - alone).abs().max() <= tolerance(weight.dtype) * alone.abs().max())
 
 
+@measured
+def adds_tokens(model: Any) -> bool:
+    """Return whether a ``PeftModel`` puts virtual tokens before its input."""
+    weight = model.get_base_model().get_input_embeddings().weight
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=weight.device)
+    with _evaluating(model):
+        return model(input_ids=ids, use_cache=False).logits.shape[1] > ids.shape[1]
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """Return the relative difference of logits that rounding explains."""
     return max(1e-5, 2 * torch.finfo(dtype).eps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import LOSS_WEIGHTS, count_targets, loss_key
+from gradproj.engine.loss import LOSS_WEIGHTS, count_targets, loss_key, refuse_virtual_tokens
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
 from gradproj.errors import ConfigError, StoreError
@@ -66,6 +66,7 @@ class GradProjLoraTraining(TrainingEngine):
             raise ConfigError(
                 "--method GradProjLora writes rows to result_dir/projections: give a result_dir"
             )
+        refuse_virtual_tokens(context.model, "--method GradProjLora")
         self._folder = Path(settings.result_dir) / FOLDER
         self._engine = GradProjLoraEngine(
             context.model, settings.proj_layers, settings.proj_rank_total,

@@ -13,7 +13,7 @@ from helpers.references import sample_loss
 from helpers.training_runs import config_of, index_of, make_data, rows_by_autograd
 from safetensors.torch import load_file
 
-from gradproj import ProjectionStore, per_sample_loss
+from gradproj import GradProjLoraEngine, ProjectionStore, per_sample_loss
 from gradproj.__main__ import main
 from gradproj.distributed import World
 from gradproj.errors import ConfigError, ModelError, StoreError
@@ -611,3 +611,17 @@ def test_values_sum_to_the_fall_of_the_validation_loss_under_sgd(data, tmp_path)
     assert fall > 0.01
     # To first order: what is left is quadratic in the learning rate.
     assert values.sum() == pytest.approx(fall, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["GradProjLora", "GradDotProd"])
+def test_adapter_with_virtual_tokens_is_refused(method, tmp_path):
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(small_model("llama"), settings).train()
+    batch = ragged_batch([5, 6])
+    config = {"method": method, "result_dir": str(tmp_path)}
+    with pytest.raises(ModelError, match=f"{method}: the PEFT adapter puts virtual tokens before"):
+        GhostEngineManager(config, model, val_data=batch)
+    engine = GradProjLoraEngine(model, "attn", 16, 2)
+    with pytest.raises(ModelError, match="loss_reduction='mean': the PEFT adapter puts virtual"):
+        engine.attach_train_batch(*batch, labels=batch[1], loss_reduction="mean")

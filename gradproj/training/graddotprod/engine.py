@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.layers import without_wrappers
+from gradproj.engine.loss import refuse_virtual_tokens
 from gradproj.errors import ConfigError, ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.engine_base import EngineContext, TrainingEngine
@@ -95,6 +96,7 @@ class GradDotProdEngine(TrainingEngine):
                 "GradDotProd cannot look into a compiled model: give it the model before "
                 "torch.compile"
             )
+        refuse_virtual_tokens(module, "GradDotProd")
         self.module, self.learning_rate = module, learning_rate
         self.accumulation, self.loss_scale = accumulation, loss_scale
         self._batcher = JointBatcher(val_data, loss_reduction, labels_shifted)
