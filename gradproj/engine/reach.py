@@ -32,12 +32,14 @@ def check_reached(
     """
     # A weight that is computed is none that a gradient is taken of; what it is computed from is.
     weights = [next(target.module.parameters()) for target in targets]
+    gradients: Sequence[Any] = ()
     for n_tokens in (min(_TOKENS, max_length), min(_MAX_TOKENS, max_length)):
-        gradients = _gradients(model, weights, n_tokens)
-        if gradients is None:
+        found = _gradients(model, weights, n_tokens)
+        if found is None:
             return False
-        if all(gradient is not None for gradient in gradients):
+        if all(gradient is not None for gradient in found):
             return True
+        gradients = found
     reached = [t.name for t, g in zip(targets, gradients, strict=True) if g is not None]
     unreached = [t.name for t, g in zip(targets, gradients, strict=True) if g is None]
     names = list(dict.fromkeys(map(folded, unreached)))
