@@ -1,6 +1,8 @@
 """The corpus index: stable ids, and an error for every damage or change."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from helpers.jobs import processes_with
 
 from gradproj.corpus.index import build_index, check_unchanged
 from gradproj.corpus.index_file import load_index, open_corpus, save_index
+from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar import scan_pool
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.errors import CorpusError
@@ -427,3 +430,20 @@ def test_all_damaged_tars_are_named_in_one_error(tmp_path):
     with pytest.raises(CorpusError) as caught:
         index_of(*tars)
     assert [str(path) in str(caught.value) for path in tars] == [False, True, False, True]
+
+
+def test_index_of_a_version_that_counted_no_members_is_read(tars, tmp_path):
+    index = index_of(*tars)
+    save_index(index, tmp_path / "corpus.json")
+    envelope = json.loads((tmp_path / "corpus.json").read_text())
+    body = envelope.pop("index")
+    for tar in body["tars"]:
+        for name in ("n_without_text", "members", "unread_example"):
+            del tar[name]
+    raw = json.dumps(body)
+    envelope["checksum"] = hashlib.blake2b(raw.encode(), digest_size=16).hexdigest()
+    (tmp_path / "corpus.json").write_text(f'{json.dumps(envelope)[:-1]}, "index": {raw}}}')
+    older = load_index(tmp_path / "corpus.json")
+    assert older.fingerprint == index.fingerprint
+    assert older.unread_lines() == []
+    assert list(read_documents(older, 0, 3)) == list(read_documents(index, 0, 3))
