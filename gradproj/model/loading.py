@@ -221,4 +221,6 @@ def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
 def positions_of(model_config: Any) -> int | None:
     """Return the model's maximum sequence length; None if its config has no such entry."""
     text = model_config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    maximum = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    # XLNet's config says by -1 that there is none.
+    return maximum if maximum is not None and maximum > 0 else None

@@ -78,8 +78,9 @@ def is_causal(model: Any) -> bool:
     """
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = next(model.parameters()) if embedding is None else embedding.weight
-    size = 2 if embedding is None else min(64, len(weight))
-    ids = torch.arange(8, device=weight.device).remainder(size).unsqueeze(0)
+    size = 2 if embedding is None else len(weight)
+    # From the middle of the vocabulary: a model may hide its special tokens, such as padding.
+    ids = torch.arange(size // 2, size // 2 + 8, device=weight.device).remainder(size).unsqueeze(0)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % size
     with _evaluating(model):
@@ -137,13 +138,10 @@ def sees_padding(model: Any, length: int, positions: int | None) -> bool:
     vocabulary = model.get_input_embeddings().weight
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(vocabulary), (1, width), generator=seeded).to(vocabulary.device)
-    body = getattr(model, "base_model", model)
     limit = 1e-4 if vocabulary.dtype == torch.float32 else 4 * torch.finfo(vocabulary.dtype).eps
     try:
         with _evaluating(model):
-            whole, *parts = (
-                body(input_ids=ids[:, :n], use_cache=False)[0].float() for n in (width, *lengths)
-            )
+            whole, *parts = (_output(model, ids[:, :n]) for n in (width, *lengths))
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -151,3 +149,11 @@ def sees_padding(model: Any, length: int, positions: int | None) -> bool:
     return any(
         bool((part - whole[:, : part.shape[1]]).norm() > limit * part.norm()) for part in parts
     )
+
+
+def _output(model: Any, ids: Tensor) -> Tensor:
+    """Return the last hidden states, or the logits of a model whose body cannot run alone."""
+    try:
+        return getattr(model, "base_model", model)(input_ids=ids, use_cache=False)[0].float()
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return model(input_ids=ids, use_cache=False)[0].float()

@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     RemBertConfig,
     RemBertForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
 )
 
 from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
@@ -182,6 +184,12 @@ def test_bidirectional_model_is_rejected_unless_asked_for():
         rows = engine.collect_batch()
     for n in range(2):
         assert relative_error(rows[n], row_in_float64(model, engine, ids[n])) < 1e-5
+
+
+def test_bidirectional_model_that_hides_its_special_tokens_is_rejected():
+    config = XLMConfig(vocab_size=101, emb_dim=32, n_layers=1, n_heads=2, pad_index=7)
+    with pytest.raises(ModelError, match="XLMWithLMHeadModel is not causal"):
+        per_sample_loss(XLMWithLMHeadModel(config).eval(), torch.arange(20, 30)[None])
 
 
 def test_bidirectional_architecture_made_a_decoder_works():

@@ -27,6 +27,7 @@ from gradproj.model.loading import (
     load_model_config,
     load_tokenizer,
     model_skeleton,
+    positions_of,
 )
 
 CPU = torch.device("cpu")
@@ -145,6 +146,13 @@ def test_bidirectional_model_is_rejected(tmp_path):
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\(BertLMHeadModel\) is not causal"):
         load_model(files_of(tmp_path), CPU)
+
+
+def test_config_without_a_number_of_positions_has_none():
+    from transformers import LlamaConfig, XLNetConfig
+
+    assert positions_of(XLNetConfig()) is None
+    assert positions_of(LlamaConfig(max_position_embeddings=77)) == 77
 
 
 def test_model_that_is_no_causal_language_model_is_rejected(tmp_path):
