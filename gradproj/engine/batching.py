@@ -107,7 +107,7 @@ def split_long(
 def fit_padding(model: nn.Module, batch: BatchConfig) -> BatchConfig:
     """Return the settings for a model: without padding if its output depends on it."""
     pads = batch.max_padding > 0 and batch.batch_size > 1
-    if pads and sees_padding(model, batch.max_length, positions_of(model.config)):
+    if pads and sees_padding(model, batch.max_length, positions_of(model)):
         return replace(batch, max_padding=0.0)
     return batch
 

@@ -271,7 +271,7 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     if getattr(model, "base_model", model) is model:
         return False, "the model has no base model apart from its head"
     size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
-    n_tokens = min(PROBE_TOKENS, positions_of(model.config) or PROBE_TOKENS)
+    n_tokens = min(PROBE_TOKENS, positions_of(model) or PROBE_TOKENS)
     ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
     expected = _run(model, {"input_ids": ids}).logits.float()
     try:

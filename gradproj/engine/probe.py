@@ -100,7 +100,7 @@ def can_try(model: nn.Module) -> bool:
 def short_samples(model: Any, lengths: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
     """Return random ids and labels ``(N, S)`` of samples of these lengths."""
     weight = model.get_input_embeddings().weight
-    n_tokens = min(max(lengths), positions_of(model.config) or max(lengths))
+    n_tokens = min(max(lengths), positions_of(model) or max(lengths))
     seeded = torch.Generator().manual_seed(seed)
     shape = len(lengths), n_tokens
     ids = torch.randint(0, weight.shape[0], shape, generator=seeded).to(weight.device)

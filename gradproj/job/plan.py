@@ -166,9 +166,9 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
     vocabulary = model_config.get_text_config().vocab_size
-    batch = replace(config.batch, max_length=_max_length(config, model_config))
-    config = replace(config, batch=batch)
     skeleton = model_skeleton(files)
+    batch = replace(config.batch, max_length=_max_length(config, skeleton))
+    config = replace(config, batch=batch)
     projection = config.projection
     targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
     given = read_matrices(projection.matrices) if projection.matrices else None
@@ -250,8 +250,8 @@ def find_index(config: RunConfig, *, progress: bool = True) -> CorpusIndex:
     return index
 
 
-def _max_length(config: RunConfig, model_config: Any) -> int:
-    positions = positions_of(model_config)
+def _max_length(config: RunConfig, model: Any) -> int:
+    positions = positions_of(model)
     wanted = config.batch.max_length
     if wanted and positions and wanted > positions:
         raise ModelError(f"--max_length {wanted} is more than the model's {positions} positions")

@@ -113,7 +113,7 @@ def rows_of(
     for sequences in batches:
         prepared = collate(documents.sequences, sequences, pad=0)
         if way == "beside padding":
-            prepared = _padded(prepared, positions_of(model.config))
+            prepared = _padded(prepared, positions_of(model))
         batch_rows = run_batch(model, engine, prepared.to(device))[0].float().cpu()
         rows.index_add_(0, torch.from_numpy(documents.document_of[sequences]), batch_rows)
     return rows

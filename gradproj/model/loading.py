@@ -218,9 +218,22 @@ def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
     return f"{n_tokens:,} tokens, and the model's vocabulary only {vocabulary:,}"
 
 
-def positions_of(model_config: Any) -> int | None:
-    """Return the model's maximum sequence length; None if its config has no such entry."""
-    text = model_config.get_text_config()
-    maximum = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    # XLNet's config says by -1 that there is none.
-    return maximum if maximum is not None and maximum > 0 else None
+def positions_of(model: Any) -> int | None:
+    """Return the model's maximum sequence length; None if it has no limit of its own.
+
+    Where positions are counted from behind the padding token's (RoBERTa), the first rows of the
+    table of positions are never used.
+    """
+    text = model.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if positions is None or positions <= 0:  # XLNet's config says by -1 that there is none
+        return None
+    unused = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and "position" in name.rpartition(".")[2]
+        and module.padding_idx is not None
+        and module.num_embeddings == positions
+    ]
+    return positions - max(unused, default=0)

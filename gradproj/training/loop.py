@@ -247,7 +247,7 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
                 "train it in a loop of your own"
             )
         tokenizer, model = load_tokenizer(files), load_model(files, torch.device("cpu"))
-        positions = positions_of(model.config)
+        positions = positions_of(model)
         if positions and config.max_length > positions:
             raise ModelError(
                 f"--max_length {config.max_length} is more than the model's {positions} positions"

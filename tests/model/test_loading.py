@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.models import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gradproj.engine.projection import ProjectionConfig, place_widths
 from gradproj.engine.selection import find_layers
@@ -224,3 +225,24 @@ def test_peft_adapter_loads_with_its_base(tmp_path):
     )
     after = model_identity(files, load_tokenizer(files))
     assert {name for name in before if before[name] != after[name]} == {"--model (adapter)"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "usable"),
+    [
+        ("llama", {}, 64),
+        ("opt", {}, 64),
+        # Positions start behind that of the padding token, 3.
+        ("roberta", {"is_decoder": True, "pad_token_id": 3}, 60),
+        ("xlnet", {}, None),
+    ],
+)
+def test_number_of_positions_is_that_of_the_longest_sequence_that_runs(family, settings, usable):
+    model_type, sizes = FAMILIES.get(family, (family, FAMILIES["llama"][1]))
+    if family == "xlnet":
+        sizes = {"vocab_size": 101, "d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 32}
+    config = CONFIG_MAPPING[model_type](**{**sizes, **settings})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert positions_of(model) == usable
+    if usable:
+        assert model(input_ids=torch.full((1, usable), 5)).logits.shape[1] == usable
