@@ -149,13 +149,6 @@ def test_bidirectional_model_is_rejected(tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
-def test_config_without_a_number_of_positions_has_none():
-    from transformers import LlamaConfig, XLNetConfig
-
-    assert positions_of(XLNetConfig()) is None
-    assert positions_of(LlamaConfig(max_position_embeddings=77)) == 77
-
-
 def test_model_that_is_no_causal_language_model_is_rejected(tmp_path):
     make_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
