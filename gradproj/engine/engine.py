@@ -53,7 +53,7 @@ class GradProjLoraEngine(OriginalInterface):
 
     Args:
         module: the model, on its device.
-        proj_layers: comma-separated parts of layers' dotted names; ``mlp`` and ``attn`` fit every
+        proj_layers: patterns of layers' names, as ``--proj_layers``; ``mlp`` and ``attn`` fit every
             family.
         proj_rank_total: most values kept per layer.
         proj_rank_min: least width on a side.
