@@ -143,7 +143,8 @@ def test_training_equals_a_plain_loop(made, tmp_path):
         optimizer.step()
     got = weights_in(tmp_path / "result")
     for name, want in model.state_dict().items():
-        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-6)
+        # The bias of keys has a gradient of exactly 0: AdamW steps along its rounding error.
+        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_loss_is_the_mean_over_real_targets(made, tmp_path):
