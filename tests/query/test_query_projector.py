@@ -235,7 +235,7 @@ def test_excerpts_are_one_line_and_mark_the_completion(projectors):
         ({"input_ids": [3]}, "query 'q': a single token: no target"),
         (
             {"input_ids": [3, 10**30]},
-            r"query 'q': token id 10{30}; the model has ids from 0 to \d+",
+            "query 'q': \"input_ids\" holds 10{30}, which is not a token id",
         ),
         ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model has ids from 0 to \d+"),
     ],
