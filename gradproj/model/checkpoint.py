@@ -58,14 +58,7 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
             "--model", name, config.revision, may_download, config.allow_pickle
         )
         if is_adapter(model_dir):
-            base, base_revision = base_of(model_dir)
-            base_dir, _ = _local_files(
-                "--model (the adapter's base)",
-                base,
-                "" if Path(base).is_dir() else base_revision,
-                may_download,
-                config.allow_pickle,
-            )
+            base_dir = _base_folder(model_dir, config, may_download)
             if config.init:
                 raise ModelError(f"--init random draws a whole model; {name} is a PEFT adapter")
         if base_dir is None and not (model_dir / "config.json").is_file():
@@ -88,6 +81,20 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         if path.suffix == ".safetensors":
             _check_whole(path)
     return ModelFiles(config, model_dir, base_dir, tokenizer_dir, tuple(weights), revision)
+
+
+def _base_folder(adapter: Path, config: ModelConfig, may_download: bool) -> Path:
+    name, revision = base_of(adapter)
+    revision = "" if Path(name).is_dir() else revision
+    folder, _ = _local_files(
+        "--model (the adapter's base)", name, revision, may_download, config.allow_pickle
+    )
+    if is_adapter(folder):
+        raise ModelError(
+            f"--model {adapter}: its base {name} is a PEFT adapter too; merge that one into its "
+            "own base first (merge_and_unload)"
+        )
+    return folder
 
 
 def _check_whole(path: Path) -> None:

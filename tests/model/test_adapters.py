@@ -227,6 +227,14 @@ def test_adapter_of_another_base_is_refused(base, tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
+def test_adapter_on_an_adapter_is_refused(base, tmp_path):
+    for name in ("first", "second"):
+        adapted(base, IN_LAYERS["lora"]()).save_pretrained(tmp_path / name)
+    edit_settings(tmp_path / "second", base_model_name_or_path=str(tmp_path / "first"))
+    with pytest.raises(ModelError, match="first is a PEFT adapter too; merge that one"):
+        files_of(tmp_path / "second")
+
+
 def test_random_weights_of_an_adapter_are_refused(base, tmp_path):
     adapted(base, IN_LAYERS["lora"]()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="--init random draws a whole model"):
