@@ -9,7 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradproj.errors import ModelError
 from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -130,7 +132,10 @@ def sees_padding(model: Any, length: int, positions: int | None) -> bool:
     So it does in sparse attention beyond its top k (ties between tokens fall by the length) and
     with rotary positions that change beyond some length. A short sequence, and sequences of half
     and of the whole ``length``, are compared with the beginning of a longer one, as far as the
-    model has positions.
+    model has positions. Ties are rare in a few tokens, so a ``topk`` among positions counts too.
+
+    Raises:
+        ModelError: the model cannot run a sequence as long as its configuration says.
     """
     width = min(length + max(8, length // 4), positions or sys.maxsize)
     longest = length if width > length else width - max(1, width // 20)
@@ -139,16 +144,45 @@ def sees_padding(model: Any, length: int, positions: int | None) -> bool:
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(vocabulary), (1, width), generator=seeded).to(vocabulary.device)
     limit = 1e-4 if vocabulary.dtype == torch.float32 else 4 * torch.finfo(vocabulary.dtype).eps
+    choices: list[list[int]] = []
+    outputs = []
     try:
         with _evaluating(model):
-            whole, *parts = (_output(model, ids[:, :n]) for n in (width, *lengths))
+            for n in (width, *lengths):
+                with _Choices() as chosen:
+                    outputs.append(_output(model, ids[:, :n]))
+                if n <= length:
+                    choices.append(chosen.sizes)
+    except IndexError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot run a sequence of {n} tokens, which its configuration "
+            f"allows ({error}); give a smaller --max_length"
+        ) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         return False
-    return any(
+    whole, *parts = outputs
+    return any(sizes != choices[0] for sizes in choices[1:]) or any(
         bool((part - whole[:, : part.shape[1]]).norm() > limit * part.norm()) for part in parts
     )
+
+
+class _Choices(TorchDispatchMode):
+    """Context that notes from how many values each ``topk`` chooses fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.aten.topk.default:
+            values, k, dim = (*args, -1)[:3]
+            if k < values.shape[dim]:
+                self.sizes.append(values.shape[dim])
+        return func(*args, **(kwargs or {}))
 
 
 def _output(model: Any, ids: Tensor) -> Tensor:

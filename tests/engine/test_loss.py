@@ -343,6 +343,24 @@ def test_model_whose_output_depends_on_padding_is_batched_without(make):
     assert padded_error > 1e-2
 
 
+def test_choice_among_positions_counts_although_no_tie_shows():
+    model = sparse_attention()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name:
+                parameter.zero_()  # attention has no effect on the output
+    settings = BatchConfig(max_length=40)
+    assert fit_padding(model, settings).max_padding == 0
+    assert fit_padding(model, BatchConfig(max_length=6)).max_padding > 0, "all positions are chosen"
+
+
+def test_model_with_fewer_positions_than_its_config_says_is_refused():
+    model = small_model("gpt2")
+    model.transformer.wpe = torch.nn.Embedding(40, model.config.n_embd)
+    with pytest.raises(ModelError, match=r"cannot run a sequence of \d+ tokens.*--max_length"):
+        fit_padding(model, BatchConfig(max_length=model.config.n_positions))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model_that_does_not_see_its_padding_is_padded(family, dtype):
