@@ -101,11 +101,17 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the tensors in an adapter's file."""
     path = next(folder / name for name in WEIGHTS if (folder / name).is_file())
-    if path.suffix == ".bin":
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        if path.suffix == ".bin":
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: tuple(file.get_slice(name).get_shape())
+                for name in file.keys()  # noqa: SIM118
+            }
+    except Exception as error:  # a damaged file raises many types
+        raise _cannot_load(folder, error) from error
 
 
 def inject(folder: Path, base: nn.Module) -> nn.Module:

@@ -214,6 +214,18 @@ def test_damaged_settings_are_refused(base, tmp_path):
         files_of(tmp_path)
 
 
+def test_cut_weights_are_refused(base, tmp_path):
+    adapted(base, IN_LAYERS["lora"]()).save_pretrained(tmp_path)
+    whole = tmp_path / "adapter_model.safetensors"
+    path = tmp_path / "adapter_model.bin"
+    torch.save(load_file(whole), path)
+    whole.unlink()
+    path.write_bytes(path.read_bytes()[:1000])
+    files = files_of(tmp_path, allow_pickle=True)
+    with pytest.raises(ModelError, match=r"cannot load the adapter: \w+: "):
+        model_skeleton(files)
+
+
 def test_adapter_of_another_base_is_refused(base, tmp_path):
     adapted(base, IN_LAYERS["lora"]()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
