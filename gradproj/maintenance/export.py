@@ -58,6 +58,10 @@ class ExportConfig(Flags, title="files"):
         return start, stop
 
 
+_BLOCK = 2**17
+"""Samples whose status is read and turned into ids at once."""
+
+
 @dataclass(frozen=True)
 class Export:
     """Rows that an export will write. Rows that are not ok are left out."""
@@ -65,19 +69,28 @@ class Export:
     start: int
     stop: int
     rows_per_file: int
-    ids: np.ndarray
-    """Sample ids of the rows, sorted int64."""
+    ok: np.ndarray
+    """``(stop - start,)`` bool: whether the sample's row is written."""
+    n_rows: int
     left_out: dict[str, int]
     """Status -> number of rows left out for it."""
     n_bytes: int
 
     @property
-    def n_rows(self) -> int:
-        return len(self.ids)
-
-    @property
     def n_files(self) -> int:
         return -(-self.n_rows // self.rows_per_file)
+
+    def ids_of_files(self) -> Iterator[np.ndarray]:
+        """Yield the sample ids of each file's rows, sorted int64."""
+        waiting = np.empty(0, np.int64)
+        for first in range(0, len(self.ok), _BLOCK):
+            found = np.flatnonzero(self.ok[first : first + _BLOCK])
+            waiting = np.concatenate([waiting, self.start + first + found])
+            while len(waiting) >= self.rows_per_file:
+                yield waiting[: self.rows_per_file]
+                waiting = waiting[self.rows_per_file :]
+        if len(waiting):
+            yield waiting
 
 
 def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
@@ -93,15 +106,19 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
         raise StoreError(f"--to {target} is a file; give a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise StoreError(f"--to {target} is not empty; give a new folder")
-    status = store.column("status", start, stop)
-    ids = start + np.flatnonzero(status == STATUS["ok"])
-    counts = np.bincount(status, minlength=256)
+    # A whole column of a large corpus takes gigabytes.
+    ok, counts = np.empty(stop - start, bool), np.zeros(256, np.int64)
+    for first in range(start, stop, _BLOCK):
+        status = store.column("status", first, min(first + _BLOCK, stop))
+        ok[first - start :][: len(status)] = status == STATUS["ok"]
+        counts += np.bincount(status, minlength=256)
+    n_rows = int(counts[STATUS["ok"]])
     left_out = {
         name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]
     }
-    n_bytes = len(ids) * (store.dim * 4 + 8)
-    export = Export(start, stop, config.rows_per_file, ids, left_out, n_bytes)
-    if not export.n_rows:
+    n_bytes = n_rows * (store.dim * 4 + 8)
+    export = Export(start, stop, config.rows_per_file, ok, n_rows, left_out, n_bytes)
+    if not n_rows:
         raise StoreError(
             f"{store.path}: none of the samples {start} to {stop - 1} has an ok row to export"
         )
@@ -117,8 +134,8 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
 def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -> Iterator[Path]:
     """Write the files, then ``metadata.json``; yields each path once it is written.
 
-    Holds the rows of one file in memory. If the export fails or is interrupted, its files are
-    deleted.
+    Holds the rows of one file in memory, and one byte a sample. If the export fails or is
+    interrupted, its files are deleted.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
@@ -131,8 +148,7 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
         # A job's rows are at their sample ids; a training run's store has a column of them.
         has_column = (store.path / "sample_id").is_dir()
         sample_ids = store.array("sample_id") if has_column else None
-        for number in range(1, export.n_files + 1):
-            ids = export.ids[(number - 1) * export.rows_per_file :][: export.rows_per_file]
+        for number, ids in enumerate(export.ids_of_files(), 1):
             rows = store.rows(ids)
             lost = ids[np.isnan(rows[:, 0])]
             if len(lost):

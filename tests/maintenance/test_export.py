@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from helpers.stores import Output
 from gradproj.cli.export import export_lines
 from gradproj.errors import ConfigError, StoreError
 from gradproj.maintenance.export import ExportConfig, original_metadata, plan_export, write_export
-from gradproj.store import ProjectionStore
+from gradproj.store import STATUS, ProjectionStore
 
 
 def config_of(target, **settings):
@@ -108,6 +109,33 @@ def test_plan_counts_rows_and_files_before_writing(job, tmp_path):
     assert first.startswith("3 files of at most 30 rows: 68 ok rows of samples 0 to 69, ")
     assert second == "left out: 1 empty, 1 no_target"
     assert not (tmp_path / "to").exists()
+
+
+class EveryFifthIsEmpty:
+    """Stands for a store whose columns are large."""
+
+    dim, path = 4, "store"
+
+    def __len__(self):
+        return 2**23
+
+    def column(self, name, start, stop):
+        codes = np.full(stop - start, STATUS["ok"], np.uint8)
+        codes[-start % 5 :: 5] = STATUS["empty"]
+        return codes
+
+
+def test_plan_and_ids_of_the_files_take_less_than_two_bytes_a_sample(tmp_path):
+    store = EveryFifthIsEmpty()
+    tracemalloc.start()
+    try:
+        export = plan_export(store, config_of(tmp_path / "to", ids="3:"))
+        n_rows = sum(map(len, export.ids_of_files()))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert export.n_rows == n_rows == sum(1 for i in range(3, len(store)) if i % 5)
+    assert peak < 2 * len(store)
 
 
 def test_unfinished_store_exports_its_committed_rows(job, tmp_path):
