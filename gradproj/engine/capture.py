@@ -148,6 +148,8 @@ class BatchCapture:
         self.token_mask: Tensor | None = None
         self.only_alone = ""
         """Why batches of several samples are refused; empty if they are not."""
+        self.unchecked = ""
+        """Why the model's rows were not checked; empty if they were."""
         self.serial = 0
         self.shape: tuple[int, int] | None = None
         self.forget()

@@ -183,6 +183,11 @@ class GradProjLoraEngine(OriginalInterface):
         """Why the engine refuses batches of several samples; empty if it does not."""
         return self._capture.only_alone
 
+    @property
+    def unchecked(self) -> str:
+        """Why ``attach`` could not check the model's rows; empty if it could."""
+        return self._capture.unchecked
+
     # --- attach and detach ---
 
     def attach(self) -> "GradProjLoraEngine":
@@ -191,7 +196,8 @@ class GradProjLoraEngine(OriginalInterface):
         A second call does nothing.
 
         Raises:
-            ModelError: the model uses a layer's weight in a way that the engine does not know.
+            ModelError: the model uses a layer's weight in a way that the engine does not know, or
+                the device has no memory for the check.
         """
         if self._handles:
             return self
@@ -209,7 +215,7 @@ class GradProjLoraEngine(OriginalInterface):
                 self._handles.append(use.register_forward_hook(hook, with_kwargs=True))
         if not self._checked:
             try:
-                self._capture.only_alone = check_rows(self.module, self._layers, self._capture)
+                check_rows(self.module, self._layers, self._capture)
             except BaseException:
                 self.detach()
                 raise

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradproj.engine.layers import without_wrappers
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
 from gradproj.model.probes import acts_in_layers_alone, adds_tokens, is_causal, measured
@@ -277,6 +278,8 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     try:
         hidden = _run(model.base_model, {"input_ids": ids})[0]
     except Exception as error:  # a checkpoint's own code raises many types
+        if is_out_of_memory(error):
+            raise
         return False, f"the model's body cannot run alone ({type(error).__name__}: {error})"
     if hidden.shape[-1] != head.in_features:
         return False, (

@@ -20,6 +20,7 @@ from gradproj.engine.layers import every_layer, without_wrappers
 from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, per_sample_loss, unwrap
 from gradproj.engine.patterns import exclusions
 from gradproj.errors import MixedSamplesError, ModelError
+from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
 
 log = logging.getLogger(__name__)
@@ -37,21 +38,21 @@ FLOOR = 1e-3
 """Of the layers' median length: shorter parts are rounding errors or exactly zero."""
 
 
-def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCapture) -> str:
+def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCapture) -> None:
     """Try the attached engine with two short samples, alone and together.
 
-    Leaves weights, gradients, flags, mode and random state as they are. Does nothing for a model
-    that token ids alone do not run, or whose weights are sharded over ranks.
-
-    Returns:
-        The reason why samples must run alone, in which case their rows are right; else empty.
+    Leaves weights, gradients, flags, mode and random state as they are. Notes in ``capture`` why
+    samples must run alone, in which case their rows are right, or why nothing was tried: token ids
+    alone do not run the model, or its weights are sharded over ranks.
 
     Raises:
-        ModelError: a layer's part of a row is not the projected gradient of its weight.
+        ModelError: a layer's part of a row is not the projected gradient of its weight, or the
+            device has no memory for the samples.
     """
     inner = unwrap(model)
     if not can_try(inner):
-        return ""
+        capture.unchecked = "it is no whole model of transformers with values"
+        return
     wrong = mixed = {layer.target.name for layer in layers}
     for attempt in range(TRIES):
         try:
@@ -62,14 +63,17 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
                 if not wrong:
                     mixed = mixed & probe.not_exchanged(ids, labels)
         except MixedSamplesError as error:
-            return str(error)
+            capture.only_alone = str(error)
+            return
         except ModelError:
             raise
         except Exception as error:  # the model needs more than token ids
+            refuse_without_memory(error, layers[0].p_i.device)
             log.warning("the rows of %s are not checked: %r", type(inner).__name__, error)
-            return ""
+            capture.unchecked = repr(error)
+            return
         if not wrong and not mixed:
-            return ""
+            return
     found = [layer.target for layer in layers if layer.target.name in (wrong or mixed)]
     names = [target.name for target in found]
     unwanted = {name for target in found for name in target.uses}
@@ -81,11 +85,20 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
             "output = input W^T + b, so its gradient cannot be projected; leave it out, by adding "
             f"{way_out}"
         )
-    return (
+    capture.only_alone = (
         f"{shortened(names)}: works on a batch's tokens in another order than the batch's (an "
         f"expert, for example), so its samples cannot be separated; {ONLY_ALONE} (adding "
         f"{way_out} leaves it out)"
     )
+
+
+def refuse_without_memory(error: Exception, device: torch.device) -> None:
+    """Raise ``ModelError`` if ``error`` left a model unchecked that memory would have checked."""
+    if is_out_of_memory(error):
+        raise ModelError(
+            f"{device} has no memory to check the model with samples of {LENGTHS[0]} tokens: free "
+            "memory there, or choose another device"
+        ) from error
 
 
 def can_try(model: nn.Module) -> bool:

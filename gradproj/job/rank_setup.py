@@ -20,7 +20,13 @@ from gradproj.job.batch_size import resolve_batch_tokens
 from gradproj.job.precision import check_precision
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import Job
-from gradproj.job.summary import print_compiled, print_padding, print_precision, print_start
+from gradproj.job.summary import (
+    print_compiled,
+    print_padding,
+    print_precision,
+    print_start,
+    print_unchecked,
+)
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.model.loading import load_model, load_tokenizer
@@ -71,6 +77,8 @@ def set_up_rank(
     with compiler_errors_explained(), engine, display:
         if engine.only_alone and (plan.config.batch.batch_size > 1 or options.compile):
             raise ModelError(engine.only_alone)
+        if is_first and engine.unchecked:
+            print_unchecked(engine.unchecked)
         if options.compile:
             seconds = compile_now(model, engine, plan.config.batch.max_length)
             if is_first:

@@ -12,7 +12,7 @@ from gradproj.coordinator.merge import is_complete
 from gradproj.corpus.stream import read_documents
 from gradproj.engine.batching import AUTO
 from gradproj.errors import CorpusError, GradprojError
-from gradproj.formatting import escaped, human_bytes, human_seconds
+from gradproj.formatting import escaped, human_bytes, human_seconds, one_line
 from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
 from gradproj.model.loading import larger_tokenizer
@@ -103,6 +103,10 @@ def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> 
 
 def print_compiled(seconds: float) -> None:
     print(f"compile       the model's blocks, in {human_seconds(seconds)}", flush=True)
+
+
+def print_unchecked(reason: str) -> None:
+    print(f"rows          not checked: {one_line(reason, 200)}", flush=True)
 
 
 def print_padding() -> None:

@@ -60,7 +60,7 @@ _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STAT
 """Words of errors of the CPU's allocator, CUDA and cuBLAS, which have no class of their own."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error means that the device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in _NO_MEMORY

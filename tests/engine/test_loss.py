@@ -290,6 +290,21 @@ def test_body_that_cannot_run_alone_falls_back_to_the_models_own_logits():
     assert why.startswith("the model's body cannot run alone (KeyError")
 
 
+def test_want_of_memory_is_no_verdict_on_the_body():
+    model = small_model("llama")
+    passes = []
+
+    def fill(module, args):
+        passes.append(module)
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.register_forward_pre_hook(fill)
+    with pytest.raises(torch.OutOfMemoryError):
+        chunk_verdict(model)
+    assert chunk_verdict(model)[0]
+
+
 # --- padding that changes a model's output ---
 
 

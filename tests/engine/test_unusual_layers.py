@@ -185,6 +185,35 @@ def test_layer_counts_as_linear_if_it_computes_what_linear_does(device):
             assert rule_for(layer) is None
 
 
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"]
+)
+def test_check_without_memory_is_refused(message, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+
+    engine = GradProjLoraEngine(small_model("gpt2"), **ENGINE)
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(ModelError, match=r"^cpu has no memory to check the model.*free memory"):
+        engine.attach()
+    assert not engine.is_attached
+    monkeypatch.undo()
+    with engine.attach():
+        assert engine.unchecked == ""
+
+
+def test_model_that_needs_more_than_token_ids_says_why_it_is_unchecked():
+    model = small_model("gpt2")
+
+    def refuse(module, args, kwargs):
+        raise ValueError("give pixels")
+
+    with model.register_forward_pre_hook(refuse, with_kwargs=True):
+        model.transformer.register_forward_pre_hook(refuse, with_kwargs=True)
+        with GradProjLoraEngine(model, **ENGINE) as engine:
+            assert engine.unchecked == "ValueError('give pixels')"
+
+
 def test_check_at_the_start_changes_nothing():
     model = small_model("gpt2").train()
     model.lm_head.weight.requires_grad_(False)

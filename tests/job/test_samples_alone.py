@@ -15,6 +15,7 @@ from gradproj import ProjectionStore
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, Rendezvous
+from gradproj.engine import probe
 from gradproj.errors import ModelError
 from gradproj.job import plan, rank_setup
 from gradproj.job.config import run_config
@@ -44,6 +45,23 @@ def compute(settings):
         job.plan.output, job.plan.layout, job.plan.identity_hash, job.plan.wanted, job.owner
     )
     gradproj.run.compute(job, queue, torch.device("cpu"), StopRequest(), RankProgress())
+
+
+def test_job_prints_why_rows_are_unchecked(tmp_path, monkeypatch, capsys):
+    def refuse(*args):
+        raise ValueError("give\npixels")
+
+    monkeypatch.setattr(probe, "short_samples", refuse)
+    compute(
+        {
+            "shards": make_corpus(tmp_path / "tars", [{"input_ids": [3, 5, 9]}]),
+            "model": make_model(tmp_path / "model"),
+            "output_dir": tmp_path / "out",
+            "device": "cpu",
+        }
+    )
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "not checked" in each]
+    assert line == r"rows          not checked: ValueError('give\npixels')"
 
 
 def test_experts_are_refused_in_batches_and_exact_alone(tmp_path, monkeypatch):

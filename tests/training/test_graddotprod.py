@@ -22,7 +22,7 @@ from helpers.references import dot_products_by_autograd
 from torch import nn
 
 from gradproj.errors import ModelError
-from gradproj.training.graddotprod import inner_products
+from gradproj.training.graddotprod import hooks, inner_products
 from gradproj.training.graddotprod.engine import GradDotProdEngine
 from gradproj.training.graddotprod.inner_products import OuterProducts, Vector
 from gradproj.training.graddotprod.layer_rules import find_dot_layers
@@ -373,6 +373,17 @@ def test_weight_of_two_layers_has_one_gradient_of_both_uses():
         products = run_batch(engine, model, *train)
     assert_same_gradients(model, wanted)
     assert_close(products["per_parameter"], dots, sizes)
+
+
+def test_check_without_memory_is_refused(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(hooks, "per_sample_loss", full)
+    engine = GradDotProdEngine(small_model("gpt2"), ragged_batch(VAL_LENGTHS, seed=5))
+    with pytest.raises(ModelError, match="no memory to check the model"):
+        engine.attach()
+    assert not engine.is_attached
 
 
 def test_layer_that_gets_tokens_in_another_order_is_refused_unless_frozen():

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, per_sample_loss
-from gradproj.engine.probe import can_try, short_samples, shortened, tolerance_of, trial_mode
+from gradproj.engine.probe import (
+    can_try,
+    refuse_without_memory,
+    short_samples,
+    shortened,
+    tolerance_of,
+    trial_mode,
+)
 from gradproj.errors import ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.graddotprod.batch import DotBatch
@@ -141,6 +148,7 @@ def check_samples(hooks: ModelHooks, parameters: Mapping[str, nn.Parameter]) -> 
     except ModelError:
         raise
     except Exception as error:  # the model needs more than token ids
+        refuse_without_memory(error, device)
         log.warning("the samples of %s are not checked: %r", type(model).__name__, error)
         return
     finally:
