@@ -166,7 +166,7 @@ def per_sample_loss(
         chunked, _ = chunk_verdict(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
         hidden = _run(inner.base_model, inputs)[0].flatten(0, 1)[targets.positions]
-        losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
+        losses = TokenLoss.apply(hidden, head, targets.tokens, softcap_of(inner))
     else:
         logits = _run(model, inputs).logits
         if logits.shape[1] > shape[1]:
@@ -227,7 +227,8 @@ def _head_is_bystander(head: nn.Module) -> bool:
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
-def _softcap(model: Any) -> float | None:
+def softcap_of(model: Any) -> float | None:
+    """Return the bound of a model's final tanh on the logits; None without one."""
     return getattr(model.config, "final_logit_softcapping", None)
 
 
@@ -287,7 +288,7 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
             f"{hidden.shape[-1]}"
         )
     logits = head(hidden).float()
-    cap = _softcap(model)
+    cap = softcap_of(model)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     dtype = head.weight.dtype

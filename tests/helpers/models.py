@@ -64,6 +64,8 @@ UNUSUAL = {
     "olmoe": ("olmoe", dict(
         **_SIZES, num_hidden_layers=2, clip_qkv=0.5, num_experts=4, num_experts_per_tok=2,
     )),
+    # Its logits are the head's output times a number.
+    "cohere": ("cohere", dict(**_SIZES, num_hidden_layers=2, logit_scale=0.25)),
 }  # fmt: skip
 """Like ``FAMILIES``: models whose layers are special in some way."""
 
