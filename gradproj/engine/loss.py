@@ -92,7 +92,7 @@ def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
     positions, length = (None, 0) if weights is None else _POSITIONS.get(weights, (None, 0))
     if positions is None:
         return (labels[:, 1:] != IGNORE).sum(dim=1)
-    counts = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
+    counts = torch.zeros(len(labels), dtype=torch.int64, device=positions.device)
     return counts.index_add(0, positions // length, torch.ones_like(positions))
 
 

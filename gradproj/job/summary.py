@@ -157,12 +157,24 @@ def first_bad_input(plan: Plan) -> str:
     """Return the first document of status bad input and its problem; empty if it is not found."""
     try:
         with ProjectionStore(plan.output) as store:
-            sample_id = int(np.argmax(store.column("status") == STATUS["bad_input"]))
+            sample_id = _first_of_status(store, "bad_input")
+        if sample_id is None:
+            return ""
         (document,) = read_documents(plan.index, sample_id, sample_id + 1, plan.config.limits)
     except GradprojError:
         return ""  # the tars have gone meanwhile; the logs have the reasons
     _, problem = plan.unit_settings.status_of(document)
     return f"sample {sample_id} ({escaped(document.key)}): {problem}"
+
+
+def _first_of_status(store: ProjectionStore, name: str) -> int | None:
+    block = 2**20  # a large corpus's column is not held whole
+    for start in range(0, len(store), block):
+        status = store.column("status", start, min(start + block, len(store)))
+        found = np.flatnonzero(status == STATUS[name])
+        if len(found):
+            return start + int(found[0])
+    return None
 
 
 def stats_lines(stats: dict[str, Any]) -> list[str]:

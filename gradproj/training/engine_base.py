@@ -41,6 +41,15 @@ class TrainingEngine:
     def __init__(self, context: EngineContext) -> None:
         self.context = context
 
+    # Names of earlier code: its manager held the engine and passed calls on.
+    @property
+    def engine(self) -> Self:
+        return self
+
+    @property
+    def method(self) -> str:
+        return self.context.settings.method
+
     def __enter__(self) -> Self:
         return self
 

@@ -116,6 +116,8 @@ def test_targets_that_the_mask_hides_are_not_counted():
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     per_sample_loss(model, batch).sum().backward()
     assert count_targets(model, labels).tolist() == [len(tokens) - 1 for tokens in samples]
+    elsewhere = labels.to("meta")  # only their number is read
+    assert count_targets(model, elsewhere).tolist() == [len(tokens) - 1 for tokens in samples]
 
 
 def test_position_ids_reach_the_model_in_both_ways_to_the_logits():

@@ -111,6 +111,11 @@ def test_row_of_a_shared_weight_has_all_its_uses(tmp_path):
     torch.testing.assert_close(got, p_o @ gradient @ p_i.T, rtol=1e-4, atol=1e-5)
 
 
+def test_manager_keeps_the_names_of_earlier_code():
+    manager = GhostEngineManager({"method": "Regular"}, small_model("gpt2"))
+    assert (manager.engine, manager.method) == (manager, "Regular")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

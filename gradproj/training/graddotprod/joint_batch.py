@@ -84,7 +84,7 @@ def loss_divisor(model: nn.Module) -> float:
             'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
             'with the mean of transformers\' own loss leave loss="sum" out'
         )
-    least, most = float(weights.min()), float(weights.max())
+    least, most = torch.stack(weights.aminmax()).tolist()
     if least != most:
         raise ModelError(
             f"GradDotProd takes losses of one weight, got weights from {least:g} to {most:g}: give "
