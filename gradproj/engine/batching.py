@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gradproj.flags import Flags, flag
 from gradproj.kernels.device_copy import to_device
-from gradproj.model.loading import positions_of
 from gradproj.model.probes import sees_padding
 
 LONG_DOCUMENTS = ("truncate", "windows")
@@ -104,10 +103,13 @@ def split_long(
     return [tokens[i : i + max_length] for i in range(0, len(tokens) - 1, max_length - 1)]
 
 
-def fit_padding(model: nn.Module, batch: BatchConfig) -> BatchConfig:
-    """Return the settings for a model: without padding if its output depends on it."""
+def fit_padding(model: nn.Module, batch: BatchConfig, longest: int | None = None) -> BatchConfig:
+    """Return the settings for a model: without padding if its output depends on it.
+
+    ``longest`` is the length of the longest sequence, if it is known to be below ``max_length``.
+    """
     pads = batch.max_padding > 0 and batch.batch_size > 1
-    if pads and sees_padding(model, batch.max_length, positions_of(model)):
+    if pads and sees_padding(model, longest or batch.max_length):
         return replace(batch, max_padding=0.0)
     return batch
 

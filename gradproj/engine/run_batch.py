@@ -18,15 +18,21 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def run_batch(model: nn.Module, engine: GradProjLoraEngine, batch: Batch) -> tuple[Tensor, Tensor]:
+def run_batch(
+    model: nn.Module, engine: GradProjLoraEngine, batch: Batch, chunked: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """Run a batch forward and backward through a model with its engine attached.
+
+    ``chunked`` is the answer of ``chunk_verdict`` for a causal model whose weights do not change;
+    if it is None, the model is examined in every batch.
 
     Returns:
         ``(rows (N, D), losses (N,))``, both of summed losses in nats, on the device.
     """
     engine.set_token_mask(batch.token_mask)
     targets = Targets(batch.positions, batch.targets)
-    losses = per_sample_loss(model, {"input_ids": batch.input_ids, "targets": targets})
+    inputs = {"input_ids": batch.input_ids, "targets": targets}
+    losses = per_sample_loss(model, inputs, chunked=chunked, causal=chunked is None)
     losses.sum().backward()
     return engine.collect_batch(), losses.detach()
 

@@ -18,7 +18,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.distributed import choose_device
-from gradproj.engine.batching import AUTO, BatchConfig, fit_padding
+from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.flags import flag_of
@@ -103,7 +103,7 @@ class RecordedEngine:
     engine: GradProjLoraEngine
     device: torch.device
     batch: BatchConfig
-    """The recorded settings; without padding if the model's output depends on it."""
+    """The recorded settings."""
 
 
 def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
@@ -115,8 +115,7 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
         model, run.projection, store.projection_matrices, run.job.gradient_checkpointing
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
-    batch = fit_padding(model, run.batch)
-    return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, batch)
+    return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch)
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:

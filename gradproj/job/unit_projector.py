@@ -17,6 +17,7 @@ from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.row_columns import ZERO_ROWS, finish_rows
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
@@ -52,6 +53,7 @@ class UnitProjector:
         self._model, self._engine, self._settings = model, engine, settings
         self._progress, self._stopping = progress, stopping
         self._device = next(model.parameters()).device
+        self._chunked, _ = chunk_verdict(model)
         self._started = time.monotonic()
 
     def project(
@@ -88,7 +90,7 @@ class UnitProjector:
 
     def _forward_backward(self, total: "UnitSums", sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
-        total.add(sequences, *run_batch(self._model, self._engine, batch))
+        total.add(sequences, *run_batch(self._model, self._engine, batch, self._chunked))
         return True
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:

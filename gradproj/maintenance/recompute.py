@@ -13,6 +13,7 @@ import numpy as np
 
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitRows
+from gradproj.engine.batching import fit_padding
 from gradproj.errors import StoreError
 from gradproj.formatting import count, escaped, shown
 from gradproj.job.recorded import config_from, recorded_engine, recorded_index
@@ -107,10 +108,13 @@ def recompute(
         ids, usual_norm, unreadable = _choose(output, store, n_rows, seed, skip or set())
         index = recorded_index(output.path, inputs.shards)
         recorded = recorded_engine(store, run, inputs.device)
+        batch = recorded.batch
+        if batch.long_documents == "windows":  # else every document is a sequence alone
+            batch = fit_padding(recorded.model, batch)
         settings = UnitSettings(
             output.layout,
             output.identity_hash,
-            recorded.batch,
+            batch,
             run.model.special_tokens,
             recorded.vocabulary,
             index.domains,

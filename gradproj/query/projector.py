@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.engine.batching import Batch, BatchConfig, collate, plan_batches, split_long
+from gradproj.engine.batching import (
+    Batch,
+    BatchConfig,
+    collate,
+    fit_padding,
+    plan_batches,
+    split_long,
+)
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes, one_line
@@ -111,8 +118,11 @@ class QueryProjector:
         # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
         run = functools.partial(self._forward_backward, sequences)
+        padding = self._batch.max_padding
+        if len(set(lengths)) > 1:
+            padding = fit_padding(self._model, self._batch, max(lengths)).max_padding
         with self._engine:
-            sizes = self._batch.batch_size, budget, self._batch.max_padding
+            sizes = self._batch.batch_size, budget, padding
             for chosen in plan_batches(lengths, *sizes):
                 for part, result in run_in_halves(self._engine, chosen, run):
                     if result is None:

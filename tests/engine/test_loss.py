@@ -32,6 +32,7 @@ from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
+from gradproj.model import probes
 
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
 LENGTHS = [9, 21, 2, 14]
@@ -371,9 +372,43 @@ def test_choice_among_positions_counts_although_no_tie_shows():
     assert fit_padding(model, BatchConfig(max_length=6)).max_padding > 0, "all positions are chosen"
 
 
+@pytest.mark.parametrize(("max_length", "pads"), [(16, True), (20, False)])
+def test_only_lengths_that_batches_have_count(max_length, pads):
+    fitted = fit_padding(long_rope(), BatchConfig(max_length=max_length))
+    assert (fitted.max_padding > 0) == pads
+    fitted = fit_padding(long_rope(), BatchConfig(max_length=40), longest=max_length)
+    assert (fitted.max_padding > 0) == pads
+
+
+def test_rounding_of_a_deep_model_in_bfloat16_is_not_taken_for_padding():
+    model = small_model("llama", num_hidden_layers=40).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+
+    def flip(module, args, output):  # as kernels that differ by length do
+        flipped = torch.rand(output.shape, generator=generator) < 0.5
+        return torch.where(flipped, output * (1 + 2**-7), output)
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(flip)
+    settings = BatchConfig(max_length=40)
+    assert fit_padding(model, settings) is settings
+    sparse = sparse_attention().to(torch.bfloat16)
+    assert fit_padding(sparse, settings).max_padding == 0
+
+
+def test_check_of_padding_without_memory_gives_up_padding(monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probes, "_output", no_memory)
+    assert fit_padding(small_model("gpt2"), BatchConfig(max_length=40)).max_padding == 0
+
+
 def test_model_with_fewer_positions_than_its_config_says_is_refused():
     model = small_model("gpt2")
     model.transformer.wpe = torch.nn.Embedding(40, model.config.n_embd)
+    settings = BatchConfig(max_length=40)
+    assert fit_padding(model, settings) is settings
     with pytest.raises(ModelError, match=r"cannot run a sequence of \d+ tokens.*--max_length"):
         fit_padding(model, BatchConfig(max_length=model.config.n_positions))
 

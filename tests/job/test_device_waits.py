@@ -50,8 +50,7 @@ def waits_of_a_unit(tmp_path, monkeypatch):
     def run(model, chunked=True, **settings):
         model = model.requires_grad_(False).to(META_DEVICE)
         # Both are measured before the first unit.
-        monkeypatch.setattr(loss, "chunk_verdict", lambda model: (chunked, ""))
-        monkeypatch.setattr(loss, "is_causal", lambda model: True)
+        monkeypatch.setattr(unit_projector, "chunk_verdict", lambda model: (chunked, ""))
         unit, done = some_unit(), []
         with GradProjLoraEngine(
             model, freeze_weights=True, token_covariances=True, **settings
@@ -215,8 +214,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
     )
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(rank_setup, "fit_padding", lambda model, batch: batch)
-    monkeypatch.setattr(loss, "chunk_verdict", lambda model: (True, ""))
-    monkeypatch.setattr(loss, "is_causal", lambda model: True)
+    monkeypatch.setattr(unit_projector, "chunk_verdict", lambda model: (True, ""))
     monkeypatch.setattr(UnitProjector, "project", watched_project)
     monkeypatch.setattr(unit_projector, "to_host", to_host)
     process = Process.from_environment()
