@@ -166,7 +166,7 @@ def per_sample_loss(
         chunked, _ = chunk_verdict(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
         hidden = _run(inner.base_model, inputs)[0].flatten(0, 1)[targets.positions]
-        losses = TokenLoss.apply(hidden, head, targets.tokens, softcap_of(inner))
+        losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
         logits = _run(model, inputs).logits
         if logits.shape[1] > shape[1]:
@@ -227,8 +227,7 @@ def _head_is_bystander(head: nn.Module) -> bool:
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
-def softcap_of(model: Any) -> float | None:
-    """Return the bound of a model's final tanh on the logits; None without one."""
+def _softcap(model: Any) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
@@ -288,7 +287,7 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
             f"{hidden.shape[-1]}"
         )
     logits = head(hidden).float()
-    cap = softcap_of(model)
+    cap = _softcap(model)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     dtype = head.weight.dtype
@@ -297,3 +296,29 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     if not off <= most:
         return False, f"logits from the hidden states differ from the model's own by {off:.1e}"
     return True, f"logits in chunks agree with the model's own to {off:.1e}"
+
+
+@torch.no_grad()
+def logits_are_the_heads(model: Any) -> bool:
+    """Return whether a float32 model's logits are its head's output as it is, or capped.
+
+    For a model on the meta device, where ``chunk_verdict`` has no values to compare: a model that
+    changes what its head puts out (Cohere scales it) gets False.
+    """
+    head = output_head(model)
+    if type(head) is not nn.Linear or model.base_model is model:
+        return False
+    if _softcap(model) is not None:
+        return True
+    outputs: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+        logits = _run(model, {"input_ids": ids}).logits
+    finally:
+        handle.remove()
+    return any(
+        output.untyped_storage()._cdata == logits.untyped_storage()._cdata
+        and not output._version  # nothing was written over it
+        for output in outputs
+    )

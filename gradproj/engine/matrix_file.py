@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gradproj.errors import ConfigError
+from gradproj.formatting import count, listed
 from gradproj.store.layout import LayerSlice
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]] | Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -25,7 +25,7 @@ def read_matrices(path: str) -> dict[str, tuple[Tensor, Tensor]]:
             values that are not finite.
     """
     try:
-        tensors = safetensors.torch.load(Path(path).read_bytes())
+        tensors = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--matrices {path} cannot be read: {error}") from error
     for key, tensor in tensors.items():
@@ -60,6 +60,15 @@ def given_widths(matrices: Matrices, layer: str, n_i: int, n_o: int) -> tuple[in
             f"p_i must be (k_i, {n_i}) and p_o (k_o, {n_o})"
         )
     return p_i.shape[0], p_o.shape[0]
+
+
+def unused_lines(matrices: Matrices, layers: Sequence[LayerSlice]) -> list[str]:
+    """Return the plan's line on matrices of layers that a row has not; their names may be wrong."""
+    unused = sorted(set(matrices) - {layer.name for layer in layers})
+    if not unused:
+        return []
+    names = listed(unused[:4]) + (" and more" if unused[4:] else "")
+    return [f"matrices      {count(len(unused), 'layer')} not chosen, so not used: {names}"]
 
 
 def matrices_digest(

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import Targets, output_head, per_sample_loss, softcap_of
+from gradproj.engine.loss import Targets, logits_are_the_heads, per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
-from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import model_skeleton
@@ -33,7 +32,8 @@ def batch_bytes(
     model = model_skeleton(files).float()
     n = max(1, min(batch.batch_size, batch.batch_tokens // batch.max_length))
     try:
-        chunked = _logits_are_the_heads(model)
+        with torch.device("meta"), _LiveBytes([]):
+            chunked = logits_are_the_heads(model)
         model.to(MODEL_DTYPES[files.config.model_dtype])
         weights = [*model.parameters(), *model.buffers()]
         with torch.device("meta"), _LiveBytes(weights) as live, _fused_attention():
@@ -50,32 +50,6 @@ def batch_bytes(
     except Exception:  # what a model cannot do on the meta device raises many types
         return None
     return live.most
-
-
-@torch.no_grad()
-def _logits_are_the_heads(model: Any) -> bool:
-    """Return whether a float32 model's logits are its head's output as it is, or capped.
-
-    Only then can the loss take them in chunks. The job compares values (``chunk_verdict``), which
-    the meta device has not. Plain logits are counted in doubt: they take more.
-    """
-    head = output_head(model)
-    if type(head) is not nn.Linear or model.base_model is model:
-        return False
-    if softcap_of(model) is not None:
-        return True
-    outputs: list[Tensor] = []
-    handle = head.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-    try:
-        with torch.device("meta"), _LiveBytes([]), one_sequence_a_row():
-            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    finally:
-        handle.remove()
-    return any(
-        output.untyped_storage()._cdata == logits.untyped_storage()._cdata
-        and not output._version  # nothing was written over it
-        for output in outputs
-    )
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -17,7 +17,7 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage, coverage_of
-from gradproj.engine.matrix_file import matrices_digest, read_matrices
+from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
 from gradproj.engine.projection import place_widths
 from gradproj.engine.reach import check_reached
 from gradproj.engine.selection import find_layers
@@ -197,6 +197,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     notes = index.unread_lines()
     if attention := attention_note(files):
         notes.append(f"attention     {attention}")
+    notes += unused_lines(given or {}, layers)
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(

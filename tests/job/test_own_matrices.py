@@ -88,6 +88,15 @@ def test_other_matrices_are_another_identity_and_another_path_is_not(inputs, mat
         make_plan(run_config(flags(**inputs, output_dir=tmp_path / "out"), "plan"), progress=False)
 
 
+def test_layers_of_the_file_that_are_not_chosen_are_named(inputs, matrices, tmp_path):
+    assert plan_of(inputs, tmp_path, matrices).notes == ()
+    more = {"model.layers.1.self_attn.q_prj.p_i": torch.ones(3, 32)}
+    more["model.layers.1.self_attn.q_prj.p_o"] = torch.ones(5, 32)
+    assert plan_of(inputs, tmp_path, matrices | more).notes == (
+        "matrices      1 layer not chosen, so not used: model.layers.1.self_attn.q_prj",
+    )
+
+
 def without(tensors, name):
     return {key: tensor for key, tensor in tensors.items() if name not in key}
 
