@@ -10,6 +10,7 @@ from helpers.references import relative_error
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
+from gradproj.engine.capture import BatchCapture
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import rule_for
 from gradproj.engine.loss import per_sample_loss
@@ -149,6 +150,28 @@ def test_weight_that_is_used_in_another_way_is_refused(freeze):
         ).attach()
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not model.model.layers[0].mlp.inner._forward_hooks
+
+
+def test_gradient_that_is_nan_hides_no_other_layers_fault():
+    model = model_with_mlp(TwiceUsed)
+    q_proj = model.model.layers[0].self_attn.q_proj.weight
+    with q_proj.register_hook(lambda gradient: gradient * torch.nan):
+        engine = GradProjLoraEngine(model, proj_layers="mlp,attn", **ENGINE)
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.inner.*adding -mlp$") as error:
+            engine.attach()
+    assert "q_proj" not in str(error.value)
+
+
+def test_row_that_is_nan_where_the_gradient_is_finite_is_refused(monkeypatch):
+    parts_of = BatchCapture.parts_of
+
+    def spoiled(capture, *args):
+        parts = parts_of(capture, *args)
+        return {i: part * torch.nan if i == 0 else part for i, part in parts.items()}
+
+    monkeypatch.setattr(BatchCapture, "parts_of", spoiled)
+    with pytest.raises(ModelError, match=r"layers\.0\..*another way"):
+        GradProjLoraEngine(small_model("llama"), **ENGINE).attach()
 
 
 class OwnLinear(nn.Module):

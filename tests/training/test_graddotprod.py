@@ -375,6 +375,22 @@ def test_weight_of_two_layers_has_one_gradient_of_both_uses():
     assert_close(products["per_parameter"], dots, sizes)
 
 
+def test_inner_product_that_is_nan_hides_no_other_layers_fault(monkeypatch):
+    dots = hooks.DotBatch.dots
+
+    def spoiled(batch, parameters):
+        found = dots(batch, parameters)
+        found[:, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(hooks.DotBatch, "dots", spoiled)
+    model = small_model("llama")
+    model.model.layers[0].mlp = Experts(32)
+    engine = GradDotProdEngine(model, ragged_batch(VAL_LENGTHS, seed=5))
+    with pytest.raises(ModelError, match=r"GradDotProd: model\.layers\.0\.mlp\.experts\.0\.weight"):
+        engine.attach()
+
+
 def test_check_without_memory_is_refused(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
