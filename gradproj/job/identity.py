@@ -7,8 +7,9 @@ from typing import Any
 
 from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
-from gradproj.store.layout import StoreLayout
+from gradproj.store.layout import UNITS_DIR, StoreLayout
 from gradproj.store.metadata import read_attributes
+from gradproj.store.unit_record import list_records, list_shards
 
 
 def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
@@ -47,6 +48,11 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
     if not store.exists():
         return
     theirs = read_attributes(store)["identity"]
+    way_out = "Run with the store's settings, or give --output_dir a new path."
+    output = store.parent
+    if not list_records(output / UNITS_DIR).size and not list_shards(store / "projections").size:
+        # A model may be refused after its store was made, and then these settings lead nowhere.
+        way_out += f" No unit is done there: unless a job is running, {output} can be deleted."
     every = {**dict.fromkeys(theirs), **ours}
     # The layers follow from other settings. If one of those differs, the long list would hide it.
     flags = {name: value for name, value in every.items() if name != "layers"}
@@ -55,7 +61,7 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
             f"cannot add to {store}: it was made with other settings",
             theirs,
             settings,
-            "Run with the store's settings, or give --output_dir a new path.",
+            way_out,
         )
         if mismatch:
             raise OtherSettingsError(mismatch)

@@ -16,7 +16,7 @@ from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, Rendezvous
 from gradproj.engine import probe
-from gradproj.errors import ModelError
+from gradproj.errors import ModelError, ReportedError
 from gradproj.job import plan, rank_setup
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
@@ -64,7 +64,7 @@ def test_job_prints_why_rows_are_unchecked(tmp_path, monkeypatch, capsys):
     assert line == r"rows          not checked: ValueError('give\npixels')"
 
 
-def test_experts_are_refused_in_batches_and_exact_alone(tmp_path, monkeypatch):
+def test_experts_are_refused_in_batches_and_exact_alone(tmp_path, monkeypatch, capsys):
     documents = [
         {"input_ids": [3 + 7 * n % 90, 5, 9 + n, 4, 8, 30 + n][: 4 + n % 3]} for n in range(6)
     ]
@@ -85,7 +85,12 @@ def test_experts_are_refused_in_batches_and_exact_alone(tmp_path, monkeypatch):
     )
     with pytest.raises(ModelError, match=r"mlp\.experts\.0.*another order.*--batch_size 1"):
         compute(settings)
-    compute({**settings, "batch_size": 1})
+    for is_empty in (True, False):
+        with pytest.raises(ReportedError):
+            compute({**settings, "proj_layers": "attn"})
+        assert ("out can be deleted" in capsys.readouterr().err) == is_empty
+        if is_empty:
+            compute({**settings, "batch_size": 1})
     model = copy.deepcopy(models[-1]).double().requires_grad_(True)
     with ProjectionStore(tmp_path / "out") as store:
         for n, document in enumerate(documents):
