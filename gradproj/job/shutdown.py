@@ -75,8 +75,9 @@ class StopRequest:
         """Restore the handlers that were there before ``attend``."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(-1)
-        os.close(self._wakeup)  # which ends the thread
+        if self._attending:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)  # which ends the thread
 
     def _listen(self) -> None:
         """Let a thread end the process at a second signal.
@@ -91,8 +92,10 @@ class StopRequest:
         def listen() -> None:
             first_at = None
             while number := os.read(heard, 1):
+                if number[0] not in SIGNALS:  # of a program that embeds the job
+                    continue
                 first_at = first_at or self._requested_at or time.monotonic()
-                if number[0] in SIGNALS and time.monotonic() - first_at > SECOND_AFTER_S:
+                if time.monotonic() - first_at > SECOND_AFTER_S:
                     os._exit(128 + number[0])
             os.close(heard)
 

@@ -46,3 +46,25 @@ def test_second_signal_ends_a_process_that_waits_inside_a_library(monkeypatch):
     assert ended_at[0] == (128 + signal.SIGUSR1, False)
     assert stop.reason == "SIGUSR1"
     assert [signal.getsignal(number) for number in shutdown.SIGNALS] == handlers
+
+
+def test_other_signals_of_a_program_count_as_no_stop(monkeypatch):
+    ended = []
+    monkeypatch.setattr(shutdown, "SECOND_AFTER_S", 0.1)
+    monkeypatch.setattr(shutdown.os, "_exit", ended.append)
+    previous = signal.signal(signal.SIGUSR2, lambda *_: None)
+    stop = StopRequest()
+    stop.release()  # nothing to restore
+    stop.attend(None)
+    stop.begin()
+    stop.drain()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    finally:
+        stop.release()
+        signal.signal(signal.SIGUSR2, previous)
+    assert stop.reason == "SIGTERM"
+    assert not ended
