@@ -18,8 +18,8 @@ from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.onednn import cache_bfloat16, project
 
 ONLY_ALONE = (
-    "leave it out of --proj_layers, or give --batch_size 1 without --compile: rows of samples "
-    "alone are exact"
+    "leave it out of proj_layers, or give batches of one sample, uncompiled (the job's "
+    "--batch_size 1 without --compile): rows of samples alone are exact"
 )
 
 

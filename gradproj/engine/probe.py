@@ -81,14 +81,14 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
     way_out = ",".join(exclusions(names, [name for name in kept if name not in unwanted]))
     if wrong:
         raise ModelError(
-            f"--proj_layers: {shortened(names)}: the model uses the weight in another way than "
-            "output = input W^T + b, so its gradient cannot be projected; leave it out, by adding "
+            f"the model uses the weight of {shortened(names)} in another way than output = input "
+            "W^T + b, so its gradient cannot be projected; leave it out of proj_layers, by adding "
             f"{way_out}"
         )
     capture.only_alone = (
-        f"{shortened(names)}: works on a batch's tokens in another order than the batch's (an "
+        f"{shortened(names)} works on a batch's tokens in another order than the batch's (an "
         f"expert, for example), so its samples cannot be separated; {ONLY_ALONE} (adding "
-        f"{way_out} leaves it out)"
+        f"{way_out} to proj_layers leaves it out)"
     )
 
 
@@ -181,6 +181,9 @@ class _Probe:
                     weight.requires_grad_(True)
                     hook = functools.partial(self._take_reference, layer)
                     stack.callback(weight.register_hook(hook).remove)
+            # A mask that waits for the first batch has that batch's shape.
+            stack.callback(setattr, self._capture, "token_mask", self._capture.token_mask)
+            self._capture.token_mask = None
             stack.callback(setattr, BatchCapture, "probed", BatchCapture.probed)
             BatchCapture.probed = self._capture
             stack.callback(LOSS_WEIGHTS.pop, loss_key(self._model), None)

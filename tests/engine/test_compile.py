@@ -62,6 +62,17 @@ def relative_errors(got, want):
     return ((got - want).norm(dim=-1) / want.norm(dim=-1)).max().item()
 
 
+def test_mask_that_waits_for_the_first_batch_has_no_part_in_the_check():
+    engine = GradProjLoraEngine(small_model("llama"), **SETTINGS, compiled=True)
+    mask = torch.ones(3, 5)
+    engine.set_token_mask(mask)
+    engine.attach()
+    assert engine.unchecked == ""
+    assert engine.only_alone == ""
+    assert engine._capture.token_mask is mask
+    engine.detach()
+
+
 @needs_compiler
 def test_compiled_blocks_give_equal_rows_for_all_lengths_and_restore_the_model():
     torch.compiler.reset()
