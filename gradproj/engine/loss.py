@@ -300,10 +300,11 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
 
 @torch.no_grad()
 def logits_are_the_heads(model: Any) -> bool:
-    """Return whether a float32 model's logits are its head's output as it is, or capped.
+    """Return whether a model's logits are its head's output as it is, or capped.
 
     For a model on the meta device, where ``chunk_verdict`` has no values to compare: a model that
-    changes what its head puts out (Cohere scales it) gets False.
+    changes what its head puts out (Cohere scales it) gets False, also if it only makes a float32
+    copy.
     """
     head = output_head(model)
     if type(head) is not nn.Linear or model.base_model is model:

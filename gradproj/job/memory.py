@@ -29,13 +29,12 @@ def batch_bytes(
         Bytes of the engine's matrices and of all tensors but the weights. None if nothing is known,
         since the model's path depends on values.
     """
-    model = model_skeleton(files).float()
+    model = model_skeleton(files).to(MODEL_DTYPES[files.config.model_dtype])
     n = max(1, min(batch.batch_size, batch.batch_tokens // batch.max_length))
+    weights = [*model.parameters(), *model.buffers()]
     try:
         with torch.device("meta"), _LiveBytes([]):
             chunked = logits_are_the_heads(model)
-        model.to(MODEL_DTYPES[files.config.model_dtype])
-        weights = [*model.parameters(), *model.buffers()]
         with torch.device("meta"), _LiveBytes(weights) as live, _fused_attention():
             engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
             with engine:
