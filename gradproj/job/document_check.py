@@ -4,33 +4,40 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import CorpusError
 from gradproj.formatting import count, escaped
-from gradproj.job.unit_reader import UnitSettings
+from gradproj.job.unit_reader import UnitReader
 
 MAX_KINDS = 16
 """Kinds of tars from which documents are read. A kind is a set of endings of members' names."""
 DOCUMENTS_AT_AN_END = 2
+PLACES, DOCUMENTS_AT_A_PLACE = 64, 16
+"""Documents that are read over the whole corpus before it is refused."""
 
 
-def check_documents(index: CorpusIndex, settings: UnitSettings) -> list[str]:
+def check_documents(index: CorpusIndex, reader: UnitReader) -> list[str]:
     """Read documents at both ends of the first, middle and last tar of each kind.
 
     Returns:
         A line for each kind of which none can be used.
 
     Raises:
-        CorpusError: none can be used at all; names the first problem.
+        CorpusError: none of these can be used, nor any of about a thousand all over the corpus;
+            names the first problem.
     """
+    layout = reader.settings.layout
     kinds: dict[tuple[str, ...], list[int]] = {}
     for number, tar in enumerate(index.tars):
-        if tar.n_samples and tar.start_id < settings.layout.n_samples:
+        if tar.n_samples and tar.start_id < layout.n_samples:
             kinds.setdefault(tuple(sorted(tar.members)), []).append(number)
-    n_read, any_usable, first = 0, False, ""
+    any_usable, first = False, ""
     lines = []
     for numbers in list(kinds.values())[:MAX_KINDS]:
-        chosen = {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
-        found = [_problems(index, number, settings) for number in sorted(chosen)]
-        problems = [problem for of_tar in found for problem in of_tar]
-        n_read += len(problems)
+        problems = []
+        for number in sorted({numbers[0], numbers[len(numbers) // 2], numbers[-1]}):
+            start = index.tars[number].start_id
+            stop = min(start + index.tars[number].n_samples, layout.n_samples)
+            first_end = min(start + DOCUMENTS_AT_AN_END, stop)
+            problems += _problems(index, reader, start, first_end)
+            problems += _problems(index, reader, max(first_end, stop - DOCUMENTS_AT_AN_END), stop)
         bad = [problem for problem in problems if problem]
         any_usable |= len(bad) < len(problems)
         if bad and len(bad) == len(problems):
@@ -39,27 +46,36 @@ def check_documents(index: CorpusIndex, settings: UnitSettings) -> list[str]:
             lines.append(f"bad input     all {len(bad)} documents read of {tars}: {bad[0]}")
             first = first or bad[0]
     if first and not any_usable:
-        raise CorpusError(
-            f"none of the {n_read} documents read from the corpus can be used: {first}. A document "
-            'is KEY.json with "text" or "input_ids", or KEY.txt; python -m gradproj prepare makes '
-            "such tars"
-        )
+        _check_everywhere(index, reader, first)
     return lines
 
 
-def _problems(index: CorpusIndex, number: int, settings: UnitSettings) -> list[str]:
-    """Return the problem of each document at the ends of a tar, empty for those without one."""
-    tar = index.tars[number]
-    stop = min(tar.start_id + tar.n_samples, settings.layout.n_samples)
-    first_end = min(tar.start_id + DOCUMENTS_AT_AN_END, stop)
-    last_end = max(first_end, stop - DOCUMENTS_AT_AN_END)
+def _check_everywhere(index: CorpusIndex, reader: UnitReader, first: str) -> None:
+    """Raise ``CorpusError`` with the ``first`` problem unless a usable document is found."""
+    n_samples = reader.settings.layout.n_samples
+    n_read = 0
+    for part in range(PLACES):
+        start, end = part * n_samples // PLACES, (part + 1) * n_samples // PLACES
+        end = min(end, start + DOCUMENTS_AT_A_PLACE)
+        problems = _problems(index, reader, start, end) if start < end else []
+        n_read += len(problems)
+        if not all(problems):
+            return
+    raise CorpusError(
+        f"none of {n_read:,} documents read all over the corpus can be used: {first}. A document "
+        'is KEY.json with "text" or "input_ids", or KEY.txt; python -m gradproj prepare makes such '
+        "tars"
+    )
+
+
+def _problems(index: CorpusIndex, reader: UnitReader, start: int, stop: int) -> list[str]:
+    """Return the problem of each selected document of a range, empty for those without one."""
     problems = []
-    for begin, end in ((tar.start_id, first_end), (last_end, stop)):
-        for document in read_documents(index, begin, end, settings.limits):
-            status, problem = settings.status_of(document)
-            if status == "bad_input":
-                key = escaped(document.key)
-                problems.append(f"sample {document.sample_id} ({key} in {tar.path}): {problem}")
-            elif status != "not_selected":
-                problems.append("")
+    for document in read_documents(index, start, stop, reader.settings.limits):
+        status, problem = reader.status_of(document)
+        if status == "bad_input":
+            where = f"{escaped(document.key)} in {index.tars[document.tar].path}"
+            problems.append(f"sample {document.sample_id} ({where}): {problem}")
+        elif status != "not_selected":
+            problems.append("")
     return problems

@@ -27,7 +27,7 @@ from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
-from gradproj.job.unit_reader import UnitSettings
+from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import (
@@ -204,7 +204,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
             f"domains       no document names a domain in the field {field} (--domain_field)"
         )
     if not len(list_records(plan.output / UNITS_DIR)):
-        notes += check_documents(index, plan.unit_settings)
+        notes += check_documents(index, UnitReader(index, tokenizer, plan.unit_settings))
     return replace(plan, notes=tuple(notes))
 
 

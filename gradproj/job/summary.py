@@ -15,7 +15,8 @@ from gradproj.errors import CorpusError, GradprojError
 from gradproj.formatting import escaped, human_bytes, human_seconds, one_line
 from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
-from gradproj.model.loading import larger_tokenizer
+from gradproj.job.unit_reader import UnitReader
+from gradproj.model.loading import larger_tokenizer, load_tokenizer
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
@@ -148,7 +149,7 @@ def print_result(plan: Plan, complete: bool, stopped_by: str) -> None:
     if not stats["by_status"].get("ok"):
         raise CorpusError(
             f"{plan.output}: every unit was computed, and no document has a row. Change the "
-            "documents or --shards, and give --output_dir a new path"
+            "documents, --shards or --tokenizer, and give --output_dir a new path"
         )
     print(f"The store is complete: {plan.output / 'projections.zarr'}", flush=True)
 
@@ -161,9 +162,10 @@ def first_bad_input(plan: Plan) -> str:
         if sample_id is None:
             return ""
         (document,) = read_documents(plan.index, sample_id, sample_id + 1, plan.config.limits)
+        reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
     except GradprojError:
         return ""  # the tars have gone meanwhile; the logs have the reasons
-    _, problem = plan.unit_settings.status_of(document)
+    _, problem = reader.status_of(document)
     return f"sample {sample_id} ({escaped(document.key)}): {problem}"
 
 

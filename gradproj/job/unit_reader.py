@@ -158,6 +158,14 @@ class UnitReader:
         rows = np.asarray(row_of, dtype=np.int64)
         return PreparedUnit(unit, start, columns, sequences, rows, batches)
 
+    def status_of(self, document: Document) -> tuple[str, str]:
+        """Return a document's status before it is computed, and a bad input's problem."""
+        status, problem = self.settings.status_of(document)
+        if status == "ok":
+            (tokens,) = self._tokenize([document])
+            problem = self.settings.problem_of_token(int(tokens.max(initial=0)))
+        return ("bad_input" if problem else status), problem
+
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""
         texts = [d.text for d in documents if d.text is not None and d.input_ids is None]

@@ -33,11 +33,29 @@ def test_corpus_without_a_usable_document_is_refused_with_the_first_reason(model
     write_tar(tmp_path / "tars" / "a.tar", members)
     with pytest.raises(CorpusError) as caught:
         plan_of(model, tmp_path / "tars", tmp_path / "out")
-    assert "none of the 4 documents read from the corpus can be used: sample 0 (k0 in " in str(
+    assert "none of 8 documents read all over the corpus can be used: sample 0 (k0 in " in str(
         caught.value
     )
     assert "no text: it has neither a .json nor a .txt, only .txt.gz" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_corpus_whose_ends_alone_are_bad_is_planned_with_a_note(model, tmp_path):
+    (tmp_path / "tars").mkdir()
+    members = [
+        (f"{i}.json", b'{"text": "A good text."}' if 2 <= i < 62 else b"{") for i in range(64)
+    ]
+    write_tar(tmp_path / "tars" / "a.tar", members)
+    notes = plan_of(model, tmp_path / "tars", tmp_path / "out").notes
+    assert len(notes) == 1
+    assert notes[0].startswith("bad input     all 4 documents read of ")
+
+
+def test_texts_of_tokens_beyond_the_vocabulary_are_bad_input_with_their_reason(model, tmp_path):
+    small = make_model(tmp_path / "small", vocab_size=20)
+    corpus = make_corpus(tmp_path / "tars", [{"text": "~~~"}] * 5)
+    with pytest.raises(CorpusError, match=r"sample 0 .*token id \d+, the model has 20"):
+        plan_of(small, corpus, tmp_path / "out", tokenizer=model)
 
 
 def test_kind_of_tar_without_a_usable_document_is_named_in_the_plan(model, tmp_path):
