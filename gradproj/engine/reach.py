@@ -1,13 +1,14 @@
 """Target layers that the loss of a text never reaches: vision towers, unused experts, indexers."""
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import nn
 
-from gradproj.engine.layers import TargetLayer
-from gradproj.engine.patterns import exclusions, folded
+from gradproj.engine.layers import TargetLayer, every_layer
+from gradproj.engine.patterns import ALIASES, EXCLUDES, exclusions, folded, matches
+from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 
@@ -30,42 +31,79 @@ def check_reached(
     Raises:
         ModelError: names the targets that the loss does not reach, and what to write instead.
     """
-    # A weight that is computed is none that a gradient is taken of; what it is computed from is.
-    weights = [next(target.module.parameters()) for target in targets]
-    gradients: Sequence[Any] = ()
+    reached: list[TargetLayer] = []
     for n_tokens in (min(_TOKENS, max_length), min(_MAX_TOKENS, max_length)):
-        found = _gradients(model, weights, n_tokens)
+        found = _reached(model, targets, n_tokens)
         if found is None:
             return False
-        if all(gradient is not None for gradient in found):
+        if len(found) == len(targets):
             return True
-        gradients = found
-    reached = [t.name for t, g in zip(targets, gradients, strict=True) if g is not None]
-    unreached = [t.name for t, g in zip(targets, gradients, strict=True) if g is None]
-    names = list(dict.fromkeys(map(folded, unreached)))
+        reached = found
+    unreached = _without(targets, reached)
+    names = list(dict.fromkeys(folded(target.name) for target in unreached))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    way = ",".join([*patterns, *exclusions(unreached, reached)])
-    left = list(dict.fromkeys(folded(name).rpartition(".")[0] for name in reached))
-    raise ModelError(
+    what = (
         f"the loss of a text never reaches {len(unreached)} of {len(targets)} target layers: "
-        f"{', '.join(names[:8])}{more}. Give --proj_layers {way}"
-        + (f" (it takes {', '.join(left[:4])})" if left else "")
+        f"{', '.join(names[:8])}{more}"
+    )
+    if not reached:
+        patterns, layers = list(ALIASES), every_layer(model)
+        reached = _reached(model, layers, n_tokens) or []
+        unreached = _without(layers, reached)
+    way, taken = _way_out(model, patterns, reached, unreached)
+    if not taken:
+        raise ModelError(f"{what}. It reaches no other layer either: no row can be computed")
+    blocks = list(dict.fromkeys(folded(target.name).rpartition(".")[0] for target in taken))
+    raise ModelError(
+        f"{what}. Give --proj_layers {','.join(way)} (it takes {', '.join(blocks[:4])})"
     )
 
 
-def _gradients(
-    model: nn.Module, weights: list[nn.Parameter], n_tokens: int
-) -> Sequence[Any] | None:
-    """Return the gradient of each weight, None where there is none; None if the model fails."""
+def _without(layers: Sequence[TargetLayer], others: Sequence[TargetLayer]) -> list[TargetLayer]:
+    names = {layer.name for layer in others}
+    return [layer for layer in layers if layer.name not in names]
+
+
+def _way_out(
+    model: nn.Module,
+    patterns: Sequence[str],
+    reached: Sequence[TargetLayer],
+    unreached: Sequence[TargetLayer],
+) -> tuple[list[str], list[TargetLayer]]:
+    """Return patterns that are accepted and take reached layers alone, and these layers."""
+    kept = [name for target in reached for name in target.uses]
+    unwanted = [name for target in unreached for name in target.uses]
+    # A pattern of unreached layers alone would be an error beside the exclusion of all it matches.
+    given = [p for p in patterns if p.startswith(EXCLUDES) or any(matches(p, n) for n in kept)]
+    short = [
+        p for p in dict.fromkeys(map(folded, kept)) if not any(matches(p, n) for n in unwanted)
+    ]
+    for way in ([*given, *exclusions(unwanted, kept)], short, kept):
+        with suppress(ModelError):
+            taken = find_layers(model, way)
+            if not _without(taken, reached):
+                return way, taken
+    return [], []
+
+
+def _reached(
+    model: nn.Module, targets: Sequence[TargetLayer], n_tokens: int
+) -> list[TargetLayer] | None:
+    """Return the targets whose weight gets a gradient; None if the model fails."""
     model.to(torch.bfloat16).requires_grad_(False).eval()
+    # A weight that is computed is none that a gradient is taken of; what it is computed from is.
+    weights = [next(target.module.parameters()) for target in targets]
     for weight in weights:
         weight.requires_grad_(True)
     ids = torch.zeros((2, n_tokens), dtype=torch.int64, device=weights[0].device)
     try:
         with one_sequence_a_row():
             logits = model(input_ids=ids, use_cache=False).logits
-        return torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
+        if not logits.requires_grad:
+            return []
+        found = torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # what a model cannot do on the meta device raises many types
         return None
+    return [t for t, gradient in zip(targets, found, strict=True) if gradient is not None]

@@ -80,7 +80,10 @@ def _unmatched_error(
             f"{', '.join(_projectable(model)[:40])}. Give for example --proj_layers {way}"
         )
     if any(rule_for(model.get_submodule(name)) for name in found):
-        return ModelError(f"--proj_layers: {','.join(out)} leaves out all that {names} matches")
+        return ModelError(
+            f"--proj_layers: {','.join(out)} leaves out all that {names} matches. Give "
+            f"--proj_layers {way}"
+        )
     return ModelError(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "

@@ -132,6 +132,7 @@ def test_dash_leaves_out_what_it_matches(patterns, same_as):
     [
         (("mlp", "-router"), "no layer of the model matches '-router'"),
         (("mlp", "attn", "-attn", "-mlp"), "-attn,-mlp leaves out all that 'mlp', 'attn' matches"),
+        (("mlp", "attn", "-attn"), "-attn leaves out all that 'attn' .* --proj_layers mlp,-attn$"),
         (("h.*.mlp",), r"no layer of the model matches 'h\.\*\.mlp'"),
     ],
 )
@@ -198,6 +199,40 @@ def test_layers_without_a_gradient_are_named_before_any_weight_is_loaded():
     assert "--proj_layers mlp,attn,-vision_tower (it takes model.language_model" in str(error.value)
     advice = ["mlp", "attn", "-vision_tower"]
     assert check_reached(model, find_layers(model, advice), advice, 64)
+
+
+def git(device):
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    return model_of("git", device, vision_config=vision)
+
+
+def trocr(device):
+    return model_of(
+        "trocr", device, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "patterns", "advice"),
+    [
+        (git, "mlp,attn", "attn,-image_encoder"),
+        (git, "mlp", "attn,-image_encoder,-visual_projection"),
+        (trocr, "fc1,self_attn,encoder_attn", "fc1,self_attn,-encoder_attn"),
+        (trocr, "encoder_attn", "attn,mlp,-encoder_attn"),
+    ],
+)
+def test_advice_for_unreached_layers_is_accepted_when_followed(make, patterns, advice):
+    model = make("meta")
+    given = patterns.split(",")
+    with pytest.raises(ModelError, match="never reaches") as error:
+        check_reached(model, find_layers(model, given), given, 64)
+    advised = str(error.value).partition("--proj_layers ")[2].partition(" ")[0]
+    assert advised == advice
+    follow = advised.split(",")
+    assert check_reached(model, find_layers(model, follow), follow, 64)
 
 
 def test_trial_reaches_every_layer_of_a_hybrid_model():
