@@ -21,7 +21,13 @@ from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
-from gradproj.model.probes import acts_in_layers_alone, adds_tokens, is_causal, measured
+from gradproj.model.probes import (
+    acts_in_layers_alone,
+    adds_tokens,
+    counts_padding,
+    is_causal,
+    measured,
+)
 
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
@@ -132,9 +138,11 @@ def per_sample_loss(
             (``(N, S)``, not shifted, -100 = no target; default: every token that
             ``attention_mask`` does not hide) or ``targets`` (a ``Targets``, in place of labels).
             ``attention_mask``, ``position_ids`` and ``token_type_ids`` are the model's. A token
-            after a masked one is no target: padding predicts nothing. Padding on the left shifts
-            the positions that a model counts itself, so give ``position_ids`` with it. Some models
-            see padding on the right too (``probes.sees_padding``): give them samples of one length.
+            after a masked one is no target: padding predicts nothing. Without ``position_ids`` a
+            sample's positions begin at its first token that an ``(N, S)`` mask shows, unless the
+            model counts in a way of its own (``probes.counts_padding``). A model without position
+            ids, or an adapter that drops them, may need its padding on the right. Some models see
+            padding on the right too (``probes.sees_padding``): give them samples of one length.
         chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
         causal: False allows a model that sees later tokens. Its rows are those of the samples
             alone only in a batch without padding, or with an attention mask.
@@ -154,7 +162,12 @@ def per_sample_loss(
             "earlier positions, so padding would change the rows. Set is_decoder in its config, "
             "or give causal=False with batches without padding or with an attention mask"
         )
-    if not _is_whole(model):
+    packed = "position_ids" in inputs
+    if _is_whole(model):
+        mask = inputs.get("attention_mask")
+        if not packed and mask is not None and mask.shape == shape and counts_padding(inner):
+            inputs["position_ids"] = _positions_after_padding(mask)
+    else:
         # PEFT drops these with a warning.
         ignored = sorted({"position_ids", "token_type_ids"} & inputs.keys())
         if ignored:
@@ -165,10 +178,10 @@ def per_sample_loss(
     if chunked is None:
         chunked, _ = chunk_verdict(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
-        hidden = _run(inner.base_model, inputs)[0].flatten(0, 1)[targets.positions]
+        hidden = _run(inner.base_model, inputs, packed)[0].flatten(0, 1)[targets.positions]
         losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
     else:
-        logits = _run(model, inputs).logits
+        logits = _run(model, inputs, packed).logits
         if logits.shape[1] > shape[1]:
             logits = logits[:, -shape[1] :]  # the virtual tokens of prompt learning come first
         chosen = logits.flatten(0, 1)[targets.positions].float()
@@ -206,8 +219,20 @@ def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:
     return inputs, Targets.from_labels(labels, mask)
 
 
-def _run(module: Any, inputs: dict[str, Tensor]) -> Any:
-    """Run the model or its body, which must know every input by its name."""
+def _positions_after_padding(mask: Tensor) -> Tensor:
+    """Return ``(N, S)`` positions, 0 up to the first token that the mask shows.
+
+    On batches without padding on the left they are 0, 1, 2, ..., as the model counts itself.
+    """
+    has_begun = (mask != 0).cumsum(dim=1) > 0
+    return (has_begun.cumsum(dim=1) - 1).clamp_min(0)
+
+
+def _run(module: Any, inputs: dict[str, Tensor], packed: bool = False) -> Any:
+    """Run the model or its body, which must know every input by its name.
+
+    Rows are ``packed`` if they may hold several sequences: the caller gave position ids.
+    """
     if len(inputs) > 1:
         # transformers' models drop what they do not know without a word.
         named = inspect.signature(unwrap(module).forward).parameters
@@ -217,8 +242,7 @@ def _run(module: Any, inputs: dict[str, Tensor]) -> Any:
                 f"per_sample_loss: {type(unwrap(module)).__name__} takes no {', '.join(unknown)}; "
                 "leave it out of the batch"
             )
-    # Rows with position ids of their own may be packed.
-    with contextlib.nullcontext() if "position_ids" in inputs else one_sequence_a_row():
+    with contextlib.nullcontext() if packed else one_sequence_a_row():
         return module(**inputs, use_cache=False)
 
 
@@ -235,7 +259,7 @@ def chunk_verdict(model: nn.Module) -> tuple[bool, str]:
     """Return whether the chunked loss agrees with the model's own logits, and why in words.
 
     Models differ in logit scales, extra heads and the like. One short batch decides, not a list of
-    names, and again when the weights have changed.
+    names, and again when the model has changed.
     """
     inner = unwrap(model)
     if not _is_whole(model):

@@ -1,6 +1,7 @@
-"""Properties of a model that a few tokens show, found out again when its weights change."""
+"""Properties of a model that a few tokens show, found out again when the model changes."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -71,6 +72,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _ordinary_tokens(size: int, device: torch.device) -> Tensor:
+    """Return ``(1, 8)`` ids from the middle of a vocabulary, far from padding and the like."""
+    return torch.arange(size // 2, size // 2 + 8, device=device).remainder(size).unsqueeze(0)
+
+
 @measured
 def is_causal(model: Any) -> bool:
     """Return whether a token changes no logits of earlier positions.
@@ -80,8 +86,7 @@ def is_causal(model: Any) -> bool:
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = next(model.parameters()) if embedding is None else embedding.weight
     size = 2 if embedding is None else len(weight)
-    # From the middle of the vocabulary: a model may hide its special tokens, such as padding.
-    ids = torch.arange(size // 2, size // 2 + 8, device=weight.device).remainder(size).unsqueeze(0)
+    ids = _ordinary_tokens(size, weight.device)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % size
     with _evaluating(model):
@@ -93,6 +98,33 @@ def is_causal(model: Any) -> bool:
     # A model whose logits are not finite may be causal.
     before, after = before.nan_to_num(), after.nan_to_num()
     return bool((before - after).abs().max() <= tolerance(weight.dtype) * before.abs().max())
+
+
+@measured
+def counts_padding(model: Any) -> bool:
+    """Return whether a model takes position ids, and without them counts padding on the left.
+
+    Such a model numbers the positions 0, 1, 2, ... whatever the attention mask hides. Others count
+    from the mask or begin at another number.
+    """
+    for module in (model, getattr(model, "base_model", model)):
+        if "position_ids" not in inspect.signature(module.forward).parameters:
+            return False
+    weight = model.get_input_embeddings().weight
+    ids = _ordinary_tokens(len(weight), weight.device)
+    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+    inputs = {"input_ids": ids, "attention_mask": (positions >= 3).long(), "use_cache": False}
+    try:
+        with _evaluating(model):
+            own, counted = (
+                model(**inputs, **more).logits[0, 3:].float()
+                for more in ({}, {"position_ids": positions})
+            )
+    except Exception as error:  # a checkpoint's own code raises many types
+        if is_out_of_memory(error):
+            raise
+        return False
+    return bool((own - counted).abs().max() <= tolerance(weight.dtype) * own.abs().max())
 
 
 @measured

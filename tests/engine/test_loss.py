@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.meta_device import META_DEVICE, waits_of
 from helpers.models import FAMILIES, ragged_batch, small_model
 from helpers.references import relative_error
 from torch import nn
@@ -21,15 +22,19 @@ from transformers import (
     LlamaForCausalLM,
     RemBertConfig,
     RemBertForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     XLMConfig,
     XLMWithLMHeadModel,
 )
 
+from gradproj.engine import loss
 from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict, count_targets, per_sample_loss
 from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
+from gradproj.kernels import transformers_patches
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
 from gradproj.model import probes
@@ -92,14 +97,13 @@ def left_padded(lengths):
     return padded, mask, (mask.cumsum(1) - 1).clamp_min(0), samples
 
 
-@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("given", [(), ("labels",), ("position_ids",), ("position_ids", "labels")])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_left_padded_batch_gives_the_rows_of_the_samples_alone(family, with_labels):
+def test_left_padded_batch_gives_the_rows_of_the_samples_alone(family, given):
     model = small_model(family)
     ids, mask, positions, samples = left_padded(LENGTHS)
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    if with_labels:
-        batch["labels"] = ids.masked_fill(mask == 0, -100)
+    more = {"position_ids": positions, "labels": ids.masked_fill(mask == 0, -100)}
+    batch = {"input_ids": ids, "attention_mask": mask} | {key: more[key] for key in given}
     with GradProjLoraEngine(model, **ENGINE) as engine:
         losses = per_sample_loss(model, batch)
         losses.sum().backward()
@@ -108,6 +112,80 @@ def test_left_padded_batch_gives_the_rows_of_the_samples_alone(family, with_labe
         assert relative_error(rows[n], row_in_float64(model, engine, tokens)) < 1e-5
         alone = per_sample_loss(model, tokens[None])
         torch.testing.assert_close(losses[n], alone[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_positions_counted_from_the_mask_are_exact_in_float64(family, chunked):
+    model = small_model(family).double().requires_grad_(False)
+    ids, mask, _, samples = left_padded(LENGTHS)
+    weight = [p for p in model.base_model.parameters() if p.dim() == 2][-1].requires_grad_(True)
+    for n, tokens in enumerate(samples):
+        batch = {"input_ids": ids, "attention_mask": mask}
+        losses = per_sample_loss(model, batch, chunked=chunked)
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        want = F.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
+        row, alone = (torch.autograd.grad(x, weight)[0] for x in (losses[n], want))
+        assert relative_error(row, alone) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_padding_on_the_right_and_gaps_keep_the_models_own_positions(family, monkeypatch):
+    model = small_model(family)
+    ids, labels = ragged_batch(LENGTHS)
+    mask = (labels != -100).long()
+    mask[1, 3] = 0
+
+    def rows():
+        with GradProjLoraEngine(model, **ENGINE) as engine:
+            batch = {"input_ids": ids, "attention_mask": mask}
+            per_sample_loss(model, batch).sum().backward()
+            return engine.collect_batch()
+
+    ours = rows()
+    monkeypatch.setattr(loss, "counts_padding", lambda model: False)
+    assert torch.equal(ours, rows())
+
+
+def test_models_that_count_padding_on_the_left():
+    counts = {family: probes.counts_padding(small_model(family)) for family in FAMILIES}
+    assert [family for family in counts if not counts[family]] == ["opt"]  # from its mask
+    shape = dict(vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    shape |= dict(intermediate_size=48, is_decoder=True)
+    for pad in (0, 1):  # they count from the padding token's id on
+        roberta = RobertaForCausalLM(RobertaConfig(**shape, pad_token_id=pad))
+        assert not probes.counts_padding(roberta)
+    bloom = BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+    assert not probes.counts_padding(BloomForCausalLM(bloom))  # takes no position ids
+
+
+def test_left_padded_batch_does_not_wait_for_its_device(monkeypatch):
+    # Eager: for SDPA transformers itself asks the device whether the mask hides anything.
+    model = small_model("gpt2", attn_implementation="eager").requires_grad_(False).to(META_DEVICE)
+    monkeypatch.setattr(loss, "counts_padding", lambda model: True)  # measured before
+    ids, mask, _, _ = left_padded(LENGTHS)
+    targets = loss.Targets.from_labels(ids, mask)
+    on_device = loss.Targets(targets.positions.to("meta"), targets.tokens.to("meta"))
+    batch = {"input_ids": ids.to("meta"), "attention_mask": mask.to("meta"), "targets": on_device}
+    shifted = []
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, inputs: shifted.append("position_ids" in inputs), with_kwargs=True
+    )
+    assert waits_of(lambda: per_sample_loss(model, batch, chunked=True, causal=False)) == []
+    assert shifted == [True]
+
+
+def test_rows_are_searched_for_packed_sequences_only_with_the_callers_position_ids():
+    model, searched = small_model("gpt2"), []
+    ids, mask, positions, _ = left_padded(LENGTHS)
+    model.transformer.register_forward_pre_hook(
+        lambda *_: searched.append(not transformers_patches._STATE.one_sequence_a_row)
+    )
+    batch = {"input_ids": ids, "attention_mask": mask}
+    per_sample_loss(model, batch)
+    assert not searched[-1]
+    per_sample_loss(model, batch | {"position_ids": positions})
+    assert searched[-1]
 
 
 def test_targets_that_the_mask_hides_are_not_counted():
