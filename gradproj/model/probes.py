@@ -18,18 +18,20 @@ T = TypeVar("T")
 
 
 def measured(measure: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Cache what ``measure(model)`` returns until the model's weights change.
+    """Cache what ``measure(model)`` returns until the model changes.
 
     A change is another tensor, or a write into one that torch counts (``load_state_dict``, an
-    optimizer, any operation but one on ``weight.data``). While a model trains, its weights change
-    in every step, and the first result stays.
+    optimizer, any operation but one on ``weight.data``), or another number among the attributes of
+    the model itself and of its config (``model.logit_scale``). The attributes of the modules inside
+    are too many to compare in every batch. While a model trains, its weights change in every step,
+    and the first result stays.
     """
-    results: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], T]] = WeakKeyDictionary()
+    results: WeakKeyDictionary[nn.Module, tuple[tuple[list, list], T]] = WeakKeyDictionary()
 
     @functools.wraps(measure)
     def cached(model: Any) -> T:
         if model not in results or not model.training:
-            state = _versions(model)
+            state = _versions(model), _numbers(model)
             if model not in results or results[model][0] != state:
                 results[model] = state, measure(model)
         return results[model][1]
@@ -57,6 +59,20 @@ def _versions(model: nn.Module) -> list[tuple[int, int]]:
                 n_writes = 0 if tensor.is_inference() else tensor._version
                 versions.append((tensor.data_ptr(), n_writes))
     return versions
+
+
+def _numbers(model: Any) -> list[tuple[str, float]]:
+    """Return the public numbers and switches of a model and of its config, by name."""
+    attributes = [*vars(model).items()]
+    attributes += getattr(getattr(model, "config", None), "__dict__", {}).items()
+    return [
+        (name, value)
+        for name, value in attributes
+        # How transformers and torch keep house (a cache, the mode) plays no part.
+        if isinstance(value, int | float)
+        and name[0] != "_"
+        and name not in ("training", "use_cache")
+    ]
 
 
 @contextmanager

@@ -317,6 +317,24 @@ def test_verdict_on_chunked_logits_follows_the_weights():
             assert relative_error(rows[0], want) < 1e-5
 
 
+def test_verdict_on_chunked_logits_follows_a_number_of_the_model():
+    model = small_model("cohere", logit_scale=1.0)
+    ids, _ = ragged_batch([12, 12])
+    for model.logit_scale in (1.0, 0.25, 1.0):
+        logits = model(input_ids=ids, use_cache=False).logits
+        want = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").sum(dim=1)
+        assert chunk_verdict(model)[0] == (model.logit_scale == 1.0)
+        torch.testing.assert_close(per_sample_loss(model, ids), want, rtol=1e-5, atol=0)
+
+
+def test_verdict_is_measured_again_for_another_number_in_the_config(monkeypatch):
+    model, calls = small_model("gemma2"), []
+    monkeypatch.setattr(loss, "_softcap", lambda model: calls.append(1) or 3.0)
+    for model.config.final_logit_softcapping in (3.0, 3.0, 2.0, 3.0):
+        chunk_verdict(model)
+    assert len(calls) == 3
+
+
 def test_verdict_is_measured_once_while_the_weights_stay(monkeypatch):
     model = small_model("llama")
     calls = []
@@ -325,6 +343,8 @@ def test_verdict_is_measured_once_while_the_weights_stay(monkeypatch):
     n_probes = len(calls)
     chunk_verdict(model)
     model.requires_grad_(False)
+    model.config.use_cache = False
+    model.train().eval()
     chunk_verdict(model)
     assert len(calls) == n_probes > 0
     with torch.no_grad():
