@@ -19,6 +19,7 @@ SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
+_MERGE = "Merge it where it was trained (merge_and_unload) and save the whole model"
 _PREFIX = "base_model.model."
 """Prefix of the base model's names in an adapter's file."""
 
@@ -45,7 +46,7 @@ def base_of(folder: Path) -> tuple[str, str]:
 
     Raises:
         ModelError: PEFT is missing, the settings name no base, or the adapter is of a kind that
-            acts outside of the model's layers.
+            acts outside of the model's layers, or on more than tokens.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"--model {folder} is a PEFT adapter: pip install 'gradproj[peft]'")
@@ -61,6 +62,11 @@ def base_of(folder: Path) -> tuple[str, str]:
             f"{json.dumps(base)}; write the base model's directory or hub name there"
         )
     config = _config(folder)
+    if config.peft_type == "POLY":
+        raise ModelError(
+            f"--model {folder} is a PEFT adapter of kind POLY, which needs a task's number with "
+            "each text: gradproj has none to give. It loads adapters of layers, such as LoRA"
+        )
     if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
         raise _outside_of_the_layers(folder)
     return base, revision if isinstance(revision, str) else ""
@@ -126,7 +132,14 @@ def _wrapped(folder: Path, base: nn.Module) -> Any:
             base, _config(folder), autocast_adapter_dtype=False
         )
     except Exception as error:
-        raise _cannot_load(folder, error) from error
+        refused = _cannot_load(folder, error)
+        if next(base.parameters()).is_meta and "meta" in str(error):
+            kind = _kind(_config(folder))
+            refused = ModelError(
+                f"--model {folder}: PEFT cannot build an adapter of kind {kind} without "
+                f"weights, as the plan does. {_MERGE}"
+            )
+        raise refused from error
 
 
 def load_adapter(folder: Path, base: Any) -> nn.Module:
@@ -159,7 +172,13 @@ def load_adapter(folder: Path, base: Any) -> nn.Module:
             f"--model {folder}: the adapter {what} ({names}): is it the whole file, and of the "
             f"base model that {SETTINGS} names?"
         )
-    if not acts_in_layers_alone(model.eval()):
+    try:
+        in_layers = acts_in_layers_alone(model.eval())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it needs more than token ids
+        raise _cannot_load(folder, error) from error
+    if not in_layers:
         raise _outside_of_the_layers(folder)
     return model.get_base_model()
 
@@ -171,8 +190,7 @@ def _check_head(folder: Path, base: Any) -> None:
     if f"{_PREFIX}{_name_of(base, head)}.weight" not in _shapes(folder):
         raise ModelError(
             f"--model {folder}: the adapter's vocabulary was resized to {len(head.weight):,} "
-            "tokens, but its file lacks the resized head. Merge it where it was trained "
-            "(merge_and_unload) and save the whole model"
+            f"tokens, but its file lacks the resized head. {_MERGE}"
         )
 
 
@@ -186,15 +204,17 @@ def _not_loaded(model: nn.Module, missing: list[str]) -> list[str]:
 
 
 def _outside_of_the_layers(folder: Path) -> ModelError:
-    config = _config(folder)
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if getattr(config, "alora_invocation_tokens", None):
-        kind = "aLoRA"
     return ModelError(
-        f"--model {folder} is a PEFT adapter of kind {kind}, which acts on "
+        f"--model {folder} is a PEFT adapter of kind {_kind(_config(folder))}, which acts on "
         "the input and not in the layers alone: the job cannot load it. It loads adapters of "
         "layers, such as LoRA; in Python, per_sample_loss takes the PeftModel itself"
     )
+
+
+def _kind(config: Any) -> str:
+    if getattr(config, "alora_invocation_tokens", None):
+        return "aLoRA"
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _cannot_load(folder: Path, error: Exception) -> ModelError:

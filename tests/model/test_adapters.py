@@ -135,6 +135,32 @@ def test_adapter_that_acts_on_the_input_is_refused_by_name(kind, base, tmp_path)
         files_of(tmp_path)
 
 
+def test_adapter_that_needs_a_task_is_refused_by_name(base, tmp_path):
+    poly = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, n_tasks=2)
+    adapted(base, poly).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="kind POLY, which needs a task's number"):
+        files_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        lambda: peft.BOFTConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], boft_block_size=4
+        ),
+        lambda: peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
+    ],
+    ids=["BOFT", "SHIRA"],
+)
+def test_adapter_that_cannot_be_built_without_weights_names_the_way_out(
+    settings, base, tmp_path, request
+):
+    adapted(base, settings()).save_pretrained(tmp_path)
+    kind = request.node.callspec.id
+    with pytest.raises(ModelError, match=rf"kind {kind} without weights.*merge_and_unload"):
+        model_skeleton(files_of(tmp_path))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in OUTSIDE if kind != "aLoRA"])
 def test_rows_in_python_are_those_of_the_model_with_its_virtual_tokens(kind, base):
     model = adapted(base, OUTSIDE[kind]())
