@@ -119,16 +119,18 @@ def compiler_errors_explained() -> Iterator[None]:
     except (RuntimeError, ImportError, OSError) as error:
         if "torch._inductor" not in sys.modules:
             raise
+        cause = getattr(error, "inner_exception", error)
         cache = importlib.import_module("torch._inductor.runtime.cache_dir_utils").cache_dir()
         is_import = isinstance(error, ImportError) or "Failed to import" in str(error)
-        if is_import and f"{cache}/" in str(error):
+        # A module of the cache that is empty or cut short lacks what it was made for.
+        is_cut = "module 'torch._inductor.runtime.compile_tasks." in str(cause)
+        if is_cut or (is_import and f"{cache}/" in str(error)):
             raise ModelError(
-                f"--compile: torch's cache of compiled code is damaged ({_telling_line(error)}). "
+                f"--compile: torch's cache of compiled code is damaged ({_telling_line(cause)}). "
                 f"Delete it and start again: rm -r {cache}"
             ) from error
         # Imported here because it takes seconds, and is loaded once something was compiled.
         kinds = importlib.import_module("torch._dynamo.exc").TorchDynamoException
-        cause = getattr(error, "inner_exception", error)
         if not isinstance(error, kinds) or isinstance(cause, torch.OutOfMemoryError):
             raise
         raise ModelError(

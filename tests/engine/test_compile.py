@@ -231,6 +231,24 @@ def test_other_damage_of_the_cache_names_what_to_delete(cache):
         raise ImportError("No module named 'peft'")
 
 
+@pytest.mark.parametrize("left", [0, 12])
+def test_module_of_the_cache_that_was_cut_names_what_to_delete(left, cache):
+    codecache = importlib.import_module("torch._inductor.codecache")
+    dynamo = importlib.import_module("torch._dynamo.exc")
+    path = cache / "ab" / "cabc.py"
+    path.write_text("import torch\n\ndef call(args):\n    return args\n"[:left])
+
+    def backend(graph, inputs):
+        return codecache.PyCodeCache.load_by_key_path(f"cut{left}", str(path)).call
+
+    function = torch.compile(lambda x: x * 2 + left, backend=backend)
+    expected = pytest.raises(ModelError, match=f"start again: rm -r {cache}$")
+    with expected as caught, compiler_errors_explained():
+        function(torch.ones(3))
+    assert "has no attribute 'call'" in str(caught.value)
+    assert isinstance(caught.value.__cause__, dynamo.TorchDynamoException)
+
+
 def test_other_failures_pass_through_unchanged():
     with pytest.raises(RuntimeError, match="mine"), compiler_errors_explained():
         raise RuntimeError("mine")
