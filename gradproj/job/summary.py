@@ -188,8 +188,8 @@ def stats_lines(stats: dict[str, Any]) -> list[str]:
         f"computed      {timing['tokens']:,} tokens in {human_seconds(timing['rank_seconds'])} of "
         f"ranks' time, {timing['tokens_per_rank_second']:,.0f} tokens/s a rank",
     ]
-    if stats["by_status"].get("bad_input"):
-        lines.append("bad input     why, document by document: in logs/rank-*.log")
     if stats["all"]["loss"] is not None:
         lines.append(f"loss          {stats['all']['loss']:.4f} nats per target token")
+    if stats["by_status"].get("bad_input"):
+        lines.append("bad input     why, document by document: in logs/rank-*.log")
     return lines

@@ -14,7 +14,7 @@ from gradproj.__main__ import main
 from gradproj.errors import CorpusError
 from gradproj.job.config import run_config
 from gradproj.job.plan import make_plan
-from gradproj.job.summary import plan_lines
+from gradproj.job.summary import plan_lines, stats_lines
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,18 @@ def test_domain_field_that_matches_nowhere_is_named_in_the_plan(model, tmp_path)
         "domains       no document names a domain in the field meta.source (--domain_field)",
     )
     assert plan_of(model, corpus, tmp_path / "out").notes == ()
+
+
+def test_line_of_bad_input_is_the_last_so_that_the_first_one_follows_it():
+    lines = stats_lines(
+        {
+            "n_samples": 3,
+            "by_status": {"ok": 2, "bad_input": 1},
+            "timing": {"tokens": 9, "rank_seconds": 1.0, "tokens_per_rank_second": 9.0},
+            "all": {"loss": 3.0},
+        }
+    )
+    assert [line.split()[0] for line in lines] == ["rows", "computed", "loss", "bad"]
 
 
 def test_store_without_a_row_is_no_success(model, tmp_path, capsys):
