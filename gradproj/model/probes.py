@@ -88,9 +88,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _ordinary_tokens(size: int, device: torch.device) -> Tensor:
-    """Return ``(1, 8)`` ids from the middle of a vocabulary, far from padding and the like."""
-    return torch.arange(size // 2, size // 2 + 8, device=device).remainder(size).unsqueeze(0)
+def _ordinary_tokens(model: Any) -> tuple[Tensor, int, torch.dtype]:
+    """Return ``(1, 8)`` ids that are no special tokens, the vocabulary's size and the dtype.
+
+    They are from its middle: a model may hide its special tokens, such as padding.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = next(model.parameters()) if embedding is None else embedding.weight
+    size = 2 if embedding is None else len(weight)
+    ids = torch.arange(size // 2, size // 2 + 8, device=weight.device).remainder(size)
+    return ids.unsqueeze(0), size, weight.dtype
 
 
 @measured
@@ -99,10 +106,7 @@ def is_causal(model: Any) -> bool:
 
     Batches are padded on the right without an attention mask, which only a causal model allows.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = next(model.parameters()) if embedding is None else embedding.weight
-    size = 2 if embedding is None else len(weight)
-    ids = _ordinary_tokens(size, weight.device)
+    ids, size, dtype = _ordinary_tokens(model)
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % size
     with _evaluating(model):
@@ -113,7 +117,7 @@ def is_causal(model: Any) -> bool:
     # agree to the last bit, or to rounding where experts get another number of tokens.
     # A model whose logits are not finite may be causal.
     before, after = before.nan_to_num(), after.nan_to_num()
-    return bool((before - after).abs().max() <= tolerance(weight.dtype) * before.abs().max())
+    return bool((before - after).abs().max() <= tolerance(dtype) * before.abs().max())
 
 
 @measured
@@ -126,8 +130,7 @@ def counts_padding(model: Any) -> bool:
     for module in (model, getattr(model, "base_model", model)):
         if "position_ids" not in inspect.signature(module.forward).parameters:
             return False
-    weight = model.get_input_embeddings().weight
-    ids = _ordinary_tokens(len(weight), weight.device)
+    ids, _, dtype = _ordinary_tokens(model)
     positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
     inputs = {"input_ids": ids, "attention_mask": (positions >= 3).long(), "use_cache": False}
     try:
@@ -140,7 +143,7 @@ def counts_padding(model: Any) -> bool:
         if is_out_of_memory(error):
             raise
         return False
-    return bool((own - counted).abs().max() <= tolerance(weight.dtype) * own.abs().max())
+    return bool((own - counted).abs().max() <= tolerance(dtype) * own.abs().max())
 
 
 @measured

@@ -159,6 +159,28 @@ def test_models_that_count_padding_on_the_left():
     assert not probes.counts_padding(BloomForCausalLM(bloom))  # takes no position ids
 
 
+class NamelessGPT2(nn.Module):
+    """A model that does not say which of its modules is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = small_model("gpt2")
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=False):
+        return self.inside(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+        )
+
+
+def test_left_padded_batch_of_a_model_that_names_no_embedding():
+    model = NamelessGPT2().eval()
+    ids, mask, _, samples = left_padded(LENGTHS)
+    losses = per_sample_loss(model, {"input_ids": ids, "attention_mask": mask})
+    for n, tokens in enumerate(samples):
+        alone = per_sample_loss(model, tokens[None])
+        torch.testing.assert_close(losses[n], alone[0], rtol=1e-5, atol=0)
+
+
 def test_left_padded_batch_does_not_wait_for_its_device(monkeypatch):
     # Eager: for SDPA transformers itself asks the device whether the mask hides anything.
     model = small_model("gpt2", attn_implementation="eager").requires_grad_(False).to(META_DEVICE)
