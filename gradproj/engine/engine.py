@@ -65,15 +65,12 @@ class GradProjLoraEngine(OriginalInterface):
             lookup's share).
         proj_save_interval: with ``proj_dir``, write after this many batches all rows since the last
             write.
-        freeze_weights: while attached, no weight has a gradient and the model is in eval mode. This
-            is fast, but rules out training.
+        freeze_weights: while attached, no weight has a gradient; eval mode. Fast, without training.
         matrices: layer -> ``(P_i, P_o)``, tensors or arrays, to use instead of drawing them.
         token_covariances: sum ``TokenCovariances`` as well.
         gradient_checkpointing: with ``freeze_weights``: keep only the inputs of the model's blocks
-            and run each block forward again during the backward pass. The rows are the same and
-            need less memory.
-        compiled: with ``freeze_weights``: run the model's blocks, projections included, through
-            ``torch.compile``.
+            and run each block again in the backward pass, for the same rows in less memory.
+        compiled: with ``freeze_weights``: run blocks and projections through ``torch.compile``.
 
     Raises:
         ModelError: no such layer, or one of an unsupported type.

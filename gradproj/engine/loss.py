@@ -164,17 +164,12 @@ def per_sample_loss(
         )
     packed = "position_ids" in inputs
     if _is_whole(model):
-        mask = inputs.get("attention_mask")
-        if not packed and mask is not None and mask.shape == shape and counts_padding(inner):
-            inputs["position_ids"] = _positions_after_padding(mask)
-    else:
-        # PEFT drops these with a warning.
-        ignored = sorted({"position_ids", "token_type_ids"} & inputs.keys())
-        if ignored:
-            raise ConfigError(
-                f"per_sample_loss: PEFT does not use {', '.join(ignored)} with this adapter; leave "
-                "it out of the batch"
-            )
+        _number_after_padding(inner, inputs)
+    elif ignored := sorted({"position_ids", "token_type_ids"} & inputs.keys()):
+        raise ConfigError(  # PEFT drops them with a warning
+            f"per_sample_loss: PEFT does not use {', '.join(ignored)} with this adapter; leave it "
+            "out of the batch"
+        )
     if chunked is None:
         chunked, _ = chunk_verdict(model)
     if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
@@ -189,6 +184,19 @@ def per_sample_loss(
     spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
     losses = spread.view(shape).sum(dim=1)
     return _Announce.apply(losses, loss_key(model), targets.positions, shape[1])
+
+
+def _number_after_padding(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Add position ids, 0 up to the first token that the mask shows, if the model ignores it.
+
+    On batches without padding on the left they are 0, 1, 2, ..., as the model counts itself.
+    """
+    mask = inputs.get("attention_mask")
+    if "position_ids" in inputs or mask is None or mask.shape != inputs["input_ids"].shape:
+        return
+    if counts_padding(model):
+        has_begun = (mask != 0).cumsum(dim=1) > 0
+        inputs["position_ids"] = (has_begun.cumsum(dim=1) - 1).clamp_min(0)
 
 
 def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:
@@ -217,15 +225,6 @@ def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:
     if labels is None:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORE)
     return inputs, Targets.from_labels(labels, mask)
-
-
-def _positions_after_padding(mask: Tensor) -> Tensor:
-    """Return ``(N, S)`` positions, 0 up to the first token that the mask shows.
-
-    On batches without padding on the left they are 0, 1, 2, ..., as the model counts itself.
-    """
-    has_begun = (mask != 0).cumsum(dim=1) > 0
-    return (has_begun.cumsum(dim=1) - 1).clamp_min(0)
 
 
 def _run(module: Any, inputs: dict[str, Tensor], packed: bool = False) -> Any:
