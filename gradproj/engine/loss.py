@@ -27,7 +27,8 @@ from gradproj.model.probes import (
     counts_padding,
     is_causal,
     measured,
-)
+    sees_left_padding,
+)  # fmt: skip
 
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
@@ -40,11 +41,9 @@ _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids"
 LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
 """``loss_key`` of a model -> ``(N,)`` factors of the samples' losses in the last backward pass.
 
-A backward pass writes it where it leaves ``per_sample_loss``, and the engine reads it. So
-``losses.sum()`` and ``losses.mean()`` both give rows of the summed loss. See "Loss weights" in
-README.md.
+A backward pass writes it where it leaves ``per_sample_loss``, and the engine reads it ("Loss
+weights" in README.md).
 """
-
 
 _POSITIONS = WeakTensorKeyDictionary()
 """Weights in ``LOSS_WEIGHTS`` -> flat positions of the batch's targets, and the batch's length."""
@@ -138,14 +137,12 @@ def per_sample_loss(
             (``(N, S)``, not shifted, -100 = no target; default: every token that
             ``attention_mask`` does not hide) or ``targets`` (a ``Targets``, in place of labels).
             ``attention_mask``, ``position_ids`` and ``token_type_ids`` are the model's. A token
-            after a masked one is no target: padding predicts nothing. Without ``position_ids`` a
-            sample's positions begin at its first token that an ``(N, S)`` mask shows, unless the
-            model counts in a way of its own (``probes.counts_padding``). A model without position
-            ids, or an adapter that drops them, may need its padding on the right. Some models see
-            padding on the right too (``probes.sees_padding``): give them samples of one length.
+            after a masked one is no target: padding predicts nothing. Positions begin at a sample's
+            first token that an ``(N, S)`` mask shows; a model that cannot do so is refused padding
+            on the left (an adapter that drops position ids is not). Some models see padding on the
+            right too (``probes.sees_padding``): give them samples of one length.
         chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
-        causal: False allows a model that sees later tokens. Its rows are those of the samples
-            alone only in a batch without padding, or with an attention mask.
+        causal: False allows a model that sees later tokens; padding then needs an attention mask.
 
     Returns:
         ``(N,)`` float32, nats. A sample without a target has 0.
@@ -197,6 +194,11 @@ def _number_after_padding(model: Any, inputs: dict[str, Tensor]) -> None:
     if counts_padding(model):
         has_begun = (mask != 0).cumsum(dim=1) > 0
         inputs["position_ids"] = (has_begun.cumsum(dim=1) - 1).clamp_min(0)
+    elif sees_left_padding(model) and bool((mask[:, 0] == 0).any()):
+        raise ConfigError(
+            f"per_sample_loss: padding on the left changes what {type(model).__name__} computes, "
+            "and it takes no position ids; put the padding on the right"
+        )
 
 
 def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:

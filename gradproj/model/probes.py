@@ -147,6 +147,23 @@ def counts_padding(model: Any) -> bool:
 
 
 @measured
+def sees_left_padding(model: Any) -> bool:
+    """Return whether padding on the left changes later logits, although the mask hides it."""
+    ids, _, dtype = _ordinary_tokens(model)
+    mask = (torch.arange(ids.shape[1], device=ids.device) >= 3).long().unsqueeze(0)
+    try:
+        with _evaluating(model):
+            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, 3:]
+            alone = model(input_ids=ids[:, 3:], use_cache=False).logits[0]
+    except Exception as error:  # a checkpoint's own code raises many types
+        if is_out_of_memory(error):
+            raise
+        return False
+    difference = (padded - alone).float().abs().max()
+    return bool(difference > max(1e-3, 8 * tolerance(dtype)) * alone.float().abs().max())
+
+
+@measured
 def acts_in_layers_alone(model: Any) -> bool:
     """Return whether a ``PeftModel`` computes what the model inside it computes by itself.
 

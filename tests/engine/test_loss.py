@@ -12,6 +12,8 @@ from helpers.references import relative_error
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertLMHeadModel,
     BloomConfig,
@@ -179,6 +181,23 @@ def test_left_padded_batch_of_a_model_that_names_no_embedding():
     for n, tokens in enumerate(samples):
         alone = per_sample_loss(model, tokens[None])
         torch.testing.assert_close(losses[n], alone[0], rtol=1e-5, atol=0)
+
+
+def test_left_padding_of_a_model_without_position_ids_is_refused():
+    config = BartConfig(
+        vocab_size=101, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=48, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForCausalLM(config).eval()
+    ids, mask, _, _ = left_padded(LENGTHS)
+    with pytest.raises(ConfigError, match=r"BartForCausalLM computes.*on the right"):
+        per_sample_loss(model, {"input_ids": ids, "attention_mask": mask})
+    right = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+    losses = per_sample_loss(model, right)
+    for n, length in enumerate(LENGTHS):
+        alone = per_sample_loss(model, right["input_ids"][n : n + 1, :length])
+        torch.testing.assert_close(losses[n : n + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_left_padded_batch_does_not_wait_for_its_device(monkeypatch):
