@@ -50,13 +50,13 @@ def project(parts, tmp_path):
 def loss_that_fails(most, after_backward=False, message="out of memory"):
     """``per_sample_loss`` on a device that runs out of memory above ``most`` sequences."""
 
-    def loss(model, batch):
+    def loss(model, batch, **options):
         ids = batch["input_ids"]
         if ids.shape[0] > most:
             if after_backward:
-                per_sample_loss(model, batch).sum().backward()
+                per_sample_loss(model, batch, **options).sum().backward()
             raise torch.OutOfMemoryError(message)
-        return per_sample_loss(model, batch)
+        return per_sample_loss(model, batch, **options)
 
     return loss
 
@@ -102,10 +102,10 @@ def test_document_that_does_not_fit_alone_gets_status_7_and_others_their_rows(
 ):
     want = project(parts, tmp_path)
 
-    def loss(model, batch):
+    def loss(model, batch, **options):
         if batch["input_ids"].shape[1] == 24:
             raise torch.OutOfMemoryError("out of memory")
-        return per_sample_loss(model, batch)
+        return per_sample_loss(model, batch, **options)
 
     monkeypatch.setattr(run_batch, "per_sample_loss", loss)
     got = project(parts, tmp_path)
@@ -117,7 +117,7 @@ def test_document_that_does_not_fit_alone_gets_status_7_and_others_their_rows(
 
 
 def test_other_errors_are_not_treated_as_out_of_memory(parts, tmp_path, monkeypatch):
-    def loss(model, batch):
+    def loss(model, batch, **options):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(run_batch, "per_sample_loss", loss)
@@ -153,8 +153,8 @@ def test_out_of_memory_is_recognised_for_each_library(error, want):
 def test_non_finite_gradient_gives_a_nan_row_with_status_5(parts, tmp_path, monkeypatch, bad):
     want = project(parts, tmp_path)
 
-    def loss(model, batch):
-        losses = per_sample_loss(model, batch)
+    def loss(model, batch, **options):
+        losses = per_sample_loss(model, batch, **options)
         weights = torch.ones_like(losses)
         weights[0] = bad
         return losses * weights
