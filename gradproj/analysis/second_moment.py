@@ -104,9 +104,11 @@ def fit_second_moments(
     label = "second moments" if progress and world.rank == 0 else None
     for block in scan_blocks(store, layers, None, device, label, start=start, stop=stop):
         rows = block.ok_rows()
-        rows = rows[torch.isfinite(rows).all(dim=1)].double()
+        # By the extremes, which need no array of the block's size.
+        finite = torch.isfinite(rows.amin(dim=1)) & torch.isfinite(rows.amax(dim=1))
+        rows = rows if finite.all() else rows[finite]
         for part, x in zip(sums.values(), rows.split(list(widths.values()), dim=1), strict=True):
-            part.add(x)
+            part.add(x.double())
         n_rows += len(rows)
     n_rows = int(world.sum(torch.tensor(n_rows)))
     if not n_rows:
