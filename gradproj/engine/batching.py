@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradproj.flags import Flags, flag
 from gradproj.kernels.device_copy import to_device
-from gradproj.model.probes import sees_padding
+from gradproj.model.properties import sees_padding
 
 LONG_DOCUMENTS = ("truncate", "windows")
 

@@ -103,7 +103,7 @@ def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
     """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None for any other shape.
 
     All positions belong to a sample that is alone. That several samples' positions are in the
-    batch's order is checked at the start (``probe.py``).
+    batch's order is checked at the start (``row_check.py``).
     """
     if n == 1:
         return x.reshape(1, -1, x.shape[-1])
@@ -140,7 +140,7 @@ class BatchCapture:
     """One batch's state between its forward pass and ``rows``; the layers are in model order."""
 
     probed: "ClassVar[BatchCapture | None]" = None
-    """The engine's that tries its samples (``probe.py``). Other engines ignore them."""
+    """The engine's that tries its samples (``row_check.py``). Other engines ignore them."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
         self._layers = layers

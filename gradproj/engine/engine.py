@@ -26,13 +26,13 @@ from gradproj.engine.capture import (
 from gradproj.engine.compiled_capture import CompiledCapture
 from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.frozen_model import FrozenModel
-from gradproj.engine.layers import TargetLayer
-from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, unwrap
+from gradproj.engine.layers import TargetLayer, unwrap
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.original_interface import OriginalInterface
-from gradproj.engine.probe import check_rows
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.projection_files import RowBuffer
+from gradproj.engine.row_check import check_rows
+from gradproj.engine.targets import LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, GradprojError, ModelError
 from gradproj.flags import flag_of
 
@@ -309,7 +309,7 @@ class GradProjLoraEngine(OriginalInterface):
         """Return ``(B, 1)`` or a scalar: the factor on each sample's loss before backward."""
         announced = LOSS_WEIGHTS.pop(self._loss_key, None)
         if announced is not None:
-            return announced.to(rows).unsqueeze(1)
+            return announced.values.to(rows).unsqueeze(1)
         if self._loss_factor is None:
             raise ModelError(
                 "the engine does not know how the loss was reduced over the batch: use "

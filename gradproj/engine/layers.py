@@ -137,6 +137,17 @@ def without_wrappers(model: Any) -> Any:
     return model
 
 
+def unwrap(model: Any) -> Any:
+    """Return the transformers model inside wrappers of DDP, ``torch.compile`` or PEFT."""
+    while True:
+        inner = without_wrappers(model)
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        if inner is model:
+            return model
+        model = inner
+
+
 def every_layer(model: nn.Module) -> list[TargetLayer]:
     """Return every weight of the model that a rule describes, in model order.
 

@@ -6,22 +6,19 @@ agrees with the model's own logits, so that neither ``(N, S, V)`` logits nor the
 
 import contextlib
 import inspect
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradproj.engine.layers import without_wrappers
+from gradproj.engine.layers import unwrap, without_wrappers
+from gradproj.engine.targets import IGNORE, Announce, Targets, loss_key
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss, TokenLoss
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import positions_of
-from gradproj.model.probes import (
+from gradproj.model.properties import (
     acts_in_layers_alone,
     adds_tokens,
     counts_padding,
@@ -33,83 +30,7 @@ from gradproj.model.probes import (
 PROBE_TOKENS = 24
 """Length of the batch that decides whether the chunked loss is used."""
 
-IGNORE = -100
-"""The label of a position without a target (torch's and transformers' convention)."""
-
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-
-LOSS_WEIGHTS: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
-"""``loss_key`` of a model -> ``(N,)`` factors of the samples' losses in the last backward pass.
-
-A backward pass writes it where it leaves ``per_sample_loss``, and the engine reads it ("Loss
-weights" in README.md).
-"""
-
-_POSITIONS = WeakTensorKeyDictionary()
-"""Weights in ``LOSS_WEIGHTS`` -> flat positions of the batch's targets, and the batch's length."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """A batch's targets as flat indices, made on the host so that no device is read for them."""
-
-    positions: Tensor
-    """``(T,)`` int64 flat positions in ``(N * S)`` that predict a target."""
-    tokens: Tensor
-    """``(T,)`` int64: the target token at each position."""
-
-    @classmethod
-    def from_labels(cls, labels: Tensor, mask: Tensor | None = None) -> "Targets":
-        """Make them from unshifted ``(N, S)`` labels: position ``s`` predicts label ``s + 1``.
-
-        Where ``mask``, an attention mask of that shape, is 0, nothing is predicted.
-        """
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        if mask is not None:
-            shifted = shifted.masked_fill(mask == 0, IGNORE)
-        shifted = shifted.reshape(-1)
-        positions = (shifted != IGNORE).nonzero().squeeze(1)
-        return cls(positions, shifted[positions])
-
-
-class _Announce(torch.autograd.Function):
-    """Identity on the losses. Its backward stores each sample's weight in ``LOSS_WEIGHTS``."""
-
-    @staticmethod
-    def forward(ctx: Any, losses: Tensor, key: nn.Module, positions: Tensor, length: int) -> Tensor:
-        ctx.key, ctx.positions = key, (positions, length)
-        return losses.view_as(losses)
-
-    @staticmethod
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor, None, None, None]:
-        stored = LOSS_WEIGHTS[ctx.key] = weights.detach()
-        _POSITIONS[stored] = ctx.positions
-        return weights, None, None, None
-
-
-def count_targets(model: nn.Module, labels: Tensor) -> Tensor:
-    """Return ``(N,)`` int64: the targets of each sample in the last backward pass.
-
-    What an attention mask hides is no target, and only ``per_sample_loss`` knows it. Of another
-    loss the unshifted labels ``(N, S)`` tell.
-    """
-    weights = LOSS_WEIGHTS.get(loss_key(model))
-    positions, length = (None, 0) if weights is None else _POSITIONS.get(weights, (None, 0))
-    if positions is None:
-        return (labels[:, 1:] != IGNORE).sum(dim=1)
-    counts = torch.zeros(len(labels), dtype=torch.int64, device=positions.device)
-    return counts.index_add(0, positions // length, torch.ones_like(positions))
-
-
-def unwrap(model: Any) -> Any:
-    """Return the transformers model inside wrappers of DDP, ``torch.compile`` or PEFT."""
-    while True:
-        inner = without_wrappers(model)
-        if hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        if inner is model:
-            return model
-        model = inner
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -118,12 +39,6 @@ def output_head(model: Any) -> nn.Module | None:
         return unwrap(model).get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-
-
-def loss_key(model: nn.Module) -> nn.Module:
-    """Return a model's key in ``LOSS_WEIGHTS``: one module, however the model is wrapped."""
-    inner = unwrap(model)
-    return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else inner
 
 
 def per_sample_loss(
@@ -140,7 +55,7 @@ def per_sample_loss(
             after a masked one is no target: padding predicts nothing. Positions begin at a sample's
             first token that an ``(N, S)`` mask shows; a model that cannot do so is refused padding
             on the left (an adapter that drops position ids is not). Some models see padding on the
-            right too (``probes.sees_padding``): give them samples of one length.
+            right too (``properties.sees_padding``): give them samples of one length.
         chunked: whether to make the logits in chunks; None takes the answer of ``chunk_verdict``.
         causal: False allows a model that sees later tokens; padding then needs an attention mask.
 
@@ -180,7 +95,7 @@ def per_sample_loss(
         losses = LogitsLoss.apply(chosen, targets.tokens)
     spread = losses.new_zeros(shape.numel()).index_copy(0, targets.positions, losses)
     losses = spread.view(shape).sum(dim=1)
-    return _Announce.apply(losses, loss_key(model), targets.positions, shape[1])
+    return Announce.apply(losses, loss_key(model), targets.positions, shape[1])
 
 
 def _number_after_padding(model: Any, inputs: dict[str, Tensor]) -> None:

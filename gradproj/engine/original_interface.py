@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradproj.engine.loss import IGNORE, refuse_virtual_tokens
+from gradproj.engine.loss import refuse_virtual_tokens
+from gradproj.engine.targets import IGNORE
 from gradproj.errors import ConfigError
 
 

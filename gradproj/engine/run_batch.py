@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gradproj.engine.batching import Batch
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import Targets, per_sample_loss
+from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.targets import Targets
 from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import Targets, logits_are_the_heads, per_sample_loss
+from gradproj.engine.loss import logits_are_the_heads, per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.targets import Targets
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import model_skeleton

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from gradproj.errors import ModelError
-from gradproj.model.probes import acts_in_layers_alone
+from gradproj.model.properties import acts_in_layers_alone
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -13,7 +13,7 @@ from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
 from gradproj.model.checkpoint import ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
-from gradproj.model.probes import is_causal
+from gradproj.model.properties import is_causal
 
 
 def load_model_config(files: ModelFiles) -> Any:

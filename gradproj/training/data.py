@@ -15,7 +15,7 @@ from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
 from gradproj.distributed import World
 from gradproj.engine.batching import collate
-from gradproj.engine.loss import IGNORE
+from gradproj.engine.targets import IGNORE
 from gradproj.errors import CorpusError
 from gradproj.training.config import TrainConfig
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import LOSS_WEIGHTS, count_targets, loss_key, refuse_virtual_tokens
+from gradproj.engine.loss import refuse_virtual_tokens
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
+from gradproj.engine.targets import LOSS_WEIGHTS, count_targets, loss_key
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import flag_of
 from gradproj.store.append_store import (

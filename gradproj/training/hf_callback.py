@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, LossWeights, loss_key
 from gradproj.errors import ConfigError, ModelError
 from gradproj.training.config import EngineConfig
 from gradproj.training.engine_base import TrainingEngine
@@ -152,7 +152,8 @@ class GradProjCallback(TrainerCallback):
             n_items = (labels[:, 1:] != IGNORE).sum()
 
         def announce(gradient: Tensor) -> None:
-            LOSS_WEIGHTS[loss_key(module)] = (gradient / n_items).expand(len(labels))
+            weights = (gradient / n_items).expand(len(labels))
+            LOSS_WEIGHTS[loss_key(module)] = LossWeights(weights)
 
         loss.register_hook(announce)
         self._has_batch = True

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradproj.engine.batching import BatchConfig, collate, plan_batches, split_long
-from gradproj.engine.loss import Targets
+from gradproj.engine.targets import Targets
 from gradproj.errors import ConfigError
 
 LENGTHS = np.random.default_rng(0).integers(2, 100, 137).tolist()

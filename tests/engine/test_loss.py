@@ -33,13 +33,14 @@ from transformers import (
 from gradproj.engine import loss
 from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import chunk_verdict, count_targets, per_sample_loss
+from gradproj.engine.loss import chunk_verdict, per_sample_loss
 from gradproj.engine.run_batch import run_batch
+from gradproj.engine.targets import count_targets
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels import transformers_patches
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
-from gradproj.model import probes
+from gradproj.model import properties
 
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
 LENGTHS = [9, 21, 2, 14]
@@ -150,15 +151,15 @@ def test_padding_on_the_right_and_gaps_keep_the_models_own_positions(family, mon
 
 
 def test_models_that_count_padding_on_the_left():
-    counts = {family: probes.counts_padding(small_model(family)) for family in FAMILIES}
+    counts = {family: properties.counts_padding(small_model(family)) for family in FAMILIES}
     assert [family for family in counts if not counts[family]] == ["opt"]  # from its mask
     shape = dict(vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     shape |= dict(intermediate_size=48, is_decoder=True)
     for pad in (0, 1):  # they count from the padding token's id on
         roberta = RobertaForCausalLM(RobertaConfig(**shape, pad_token_id=pad))
-        assert not probes.counts_padding(roberta)
+        assert not properties.counts_padding(roberta)
     bloom = BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
-    assert not probes.counts_padding(BloomForCausalLM(bloom))  # takes no position ids
+    assert not properties.counts_padding(BloomForCausalLM(bloom))  # takes no position ids
 
 
 class NamelessGPT2(nn.Module):
@@ -539,7 +540,7 @@ def test_check_of_padding_without_memory_gives_up_padding(monkeypatch):
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(probes, "_output", no_memory)
+    monkeypatch.setattr(properties, "_output", no_memory)
     assert fit_padding(small_model("gpt2"), BatchConfig(max_length=40)).max_padding == 0
 
 

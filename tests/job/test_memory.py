@@ -8,8 +8,9 @@ from helpers.models import make_model
 
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.engine.loss import Targets, per_sample_loss
+from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
+from gradproj.engine.targets import Targets
 from gradproj.job.memory import batch_bytes
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig

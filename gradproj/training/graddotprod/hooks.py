@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.engine.loss import LOSS_WEIGHTS, loss_key, per_sample_loss
-from gradproj.engine.probe import (
+from gradproj.engine.loss import per_sample_loss
+from gradproj.engine.row_check import (
     can_try,
     refuse_without_memory,
     short_samples,
@@ -16,6 +16,7 @@ from gradproj.engine.probe import (
     tolerance_of,
     trial_mode,
 )
+from gradproj.engine.targets import LOSS_WEIGHTS, loss_key
 from gradproj.errors import ModelError
 from gradproj.training.data_parallel import GradientAverager
 from gradproj.training.graddotprod.batch import DotBatch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key
+from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, ModelError
 
 
@@ -84,7 +84,7 @@ def loss_divisor(model: nn.Module) -> float:
             'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
             'with the mean of transformers\' own loss leave loss="sum" out'
         )
-    least, most = torch.stack(weights.aminmax()).tolist()
+    least, most = torch.stack(weights.values.aminmax()).tolist()
     if least != most:
         raise ModelError(
             f"GradDotProd takes losses of one weight, got weights from {least:g} to {most:g}: give "

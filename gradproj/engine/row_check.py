@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from gradproj.engine.capture import ONLY_ALONE, BatchCapture, PlacedLayer
 from gradproj.engine.compile import nothing_compiled
-from gradproj.engine.layers import every_layer, without_wrappers
-from gradproj.engine.loss import IGNORE, LOSS_WEIGHTS, loss_key, per_sample_loss, unwrap
+from gradproj.engine.layers import every_layer, unwrap, without_wrappers
+from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.patterns import exclusions
+from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
