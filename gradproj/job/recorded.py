@@ -25,7 +25,7 @@ from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import ModelFiles, fetch
-from gradproj.model.fingerprint import model_identity
+from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import RUN_CONFIG_NAME
@@ -120,40 +120,66 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
     """Return ``(files, tokenizer)`` of the store's model; ``ModelError`` if either has changed."""
-    recorded_model, identity = (store.attributes.get(key) for key in ("model", "identity"))
-    if not isinstance(recorded_model, dict) or not isinstance(identity, dict):
+    files, identity = _recorded_files(store, run)
+    tokenizer = load_tokenizer(files)
+    _check_unchanged(store, files, identity, model_identity(files, tokenizer))
+    return files, tokenizer
+
+
+def recorded_tokenizer(store: ProjectionStore, run: RunConfig) -> tuple[Any, int]:
+    """Return ``(tokenizer, number of the model's token ids)``, without reading any weight.
+
+    Raises:
+        ModelError: the tokenizer has changed, or the model's files are not there.
+    """
+    files, identity = _recorded_files(store, run)
+    tokenizer = load_tokenizer(files)
+    _check_unchanged(store, files, identity, {"--tokenizer": tokenizer_fingerprint(tokenizer)})
+    return tokenizer, load_model_config(files).get_text_config().vocab_size
+
+
+def _recorded_files(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, dict[str, Any]]:
+    """Find the files of the store's model; return them with the identity it was made with."""
+    recorded, identity = (store.attributes.get(key) for key in ("model", "identity"))
+    if not isinstance(recorded, dict) or not isinstance(identity, dict):
         raise StoreError(
             f"{store.path} does not record the model of its rows: it was not written by the job, "
             "or its attributes are damaged (gradproj.analysis takes rows of your own)"
         )
-    commit = str(recorded_model.get("revision") or "")  # of a hub's model; else empty
+    commit = str(recorded.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
     is_local = Path(name).is_dir() if name else False
     if name and not commit and not is_local:  # only a hub's model has a commit
-        recorded = recorded_config(store.path.parent).model.model
-        if name != recorded:
+        original = recorded_config(store.path.parent).model.model
+        if name != original:
             raise ModelError(
                 f"--model {name} is no directory here; give one that holds the job's model, "
-                f"{recorded}"
+                f"{original}"
             )
         raise ModelError(
             f"--model {name}, as the job recorded it, is no directory here: change to the folder "
             "in which the job was started, or give --model DIR with its present place"
         )
     files = fetch(replace(run.model, revision="" if is_local else commit))
-    tokenizer = load_tokenizer(files)
-    present = model_identity(files, tokenizer)
+    return files, identity
+
+
+def _check_unchanged(
+    store: ProjectionStore, files: ModelFiles, identity: dict[str, Any], present: dict[str, str]
+) -> None:
+    """Raise ``ModelError`` if a fingerprint is not the recorded one."""
     changed = [name for name, value in present.items() if identity.get(name) != value]
     if changed:
         # If only the tokenizer changed, name its folder.
         of_tokenizer = changed == ["--tokenizer"]
-        place = files.tokenizer_dir if of_tokenizer else files.model_dir or run.model.architecture
+        place = (
+            files.tokenizer_dir if of_tokenizer else files.model_dir or files.config.architecture
+        )
         raise ModelError(
             f"{place} is not what {store.path} was made with; its {' and '.join(changed)} changed "
             f"since. Restore it, give {'--tokenizer' if of_tokenizer else '--model'} DIR with the "
             "original, or make a new store"
         )
-    return files, tokenizer
 
 
 def job_command(output: Path) -> str:

@@ -111,7 +111,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
         for cut in range(1, len(TEXT))
     ]
     want = projectors[0].rows(whole).n_tokens
-    fast = projectors[0]._tokenizer
+    fast = projectors[0]._tokenizer._tokenizer
 
     class Slow:
         is_fast = False
@@ -120,7 +120,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
             assert not return_offsets_mapping
             return fast(text, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(projectors[0], "_tokenizer", Slow())
+    monkeypatch.setattr(projectors[0]._tokenizer, "_tokenizer", Slow())
     got = projectors[0].rows(whole).n_tokens
     # It may count tokens of the prompt's end, never leave out one of the completion.
     assert (got >= want).all()
@@ -130,7 +130,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
 def test_final_special_tokens_are_targets_of_a_completion(projectors):
     (whole,) = projectors[1].rows([Query(name="q", text=TEXT)]).n_tokens
     last = projectors[1].rows([Query(name="q", prompt=TEXT[:-1], completion=TEXT[-1:])])
-    ids = projectors[1]._tokenizer(TEXT).input_ids
+    ids = projectors[1]._tokenizer._tokenizer(TEXT).input_ids
     assert whole == len(ids) + 1  # <s> is no target, </s> is
     assert last.n_tokens.tolist() == [2]
 
