@@ -103,6 +103,31 @@ def split_long(
     return [tokens[i : i + max_length] for i in range(0, len(tokens) - 1, max_length - 1)]
 
 
+@dataclass(frozen=True)
+class Window:
+    """A sequence of a text whose loss may begin late, as that of a completion does."""
+
+    ids: np.ndarray
+    """``(S,)`` int64."""
+    first: int
+    """The first target of the loss; at least 1, since the first token has no predecessor."""
+    owner: int
+    """Number of the text."""
+
+
+def windows_of(ids: np.ndarray, first: int, owner: int, batch: BatchConfig) -> list[Window]:
+    """Return the windows of a text in which the loss on the tokens from ``first`` on has a target.
+
+    ``batch`` has the rule for long documents.
+    """
+    windows, start = [], 0
+    for part in split_long(ids, batch.max_length, batch.long_documents):
+        if max(1, first - start) < len(part):  # a window within the prompt has no target
+            windows.append(Window(part, max(1, first - start), owner))
+        start += len(part) - 1  # windows overlap by one token
+    return windows
+
+
 def fit_padding(model: nn.Module, batch: BatchConfig, longest: int | None = None) -> BatchConfig:
     """Return the settings for a model: without padding if its output depends on it.
 
@@ -166,3 +191,22 @@ def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Ba
         torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
         torch.from_numpy(mask), np.asarray(chosen, dtype=np.int64), sum(map(len, parts)),
     )  # fmt: skip
+
+
+def collate_windows(windows: Sequence[Window], chosen: np.ndarray, pad: int = 0) -> Batch:
+    """Pad the chosen windows into one batch on the host, with the loss from their first targets on.
+
+    ``chosen`` are positions in ``windows``, ``(N,)``.
+    """
+    batch = collate([window.ids for window in windows], chosen, pad)
+    mask = batch.token_mask.numpy().copy()
+    for n, number in enumerate(chosen):
+        mask[n, : windows[number].first - 1] = False  # position s predicts token s + 1
+    positions = np.flatnonzero(mask)
+    targets = batch.input_ids.numpy().reshape(-1)[positions + 1]
+    return replace(
+        batch,
+        positions=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        token_mask=torch.from_numpy(mask),
+    )

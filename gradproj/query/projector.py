@@ -1,20 +1,19 @@
 """Project queries with the engine, model, settings and matrices of a store's job."""
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradproj.engine.batching import (
-    Batch,
     BatchConfig,
-    collate,
+    Window,
+    collate_windows,
     fit_padding,
     plan_batches,
-    split_long,
+    windows_of,
 )
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ConfigError
@@ -102,7 +101,11 @@ class QueryProjector:
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
         tokens = [self._tokenizer.tokens_of(query) for query in queries]
-        sequences = list(self._windows(tokens))
+        sequences = [
+            window
+            for number, query in enumerate(tokens)
+            for window in windows_of(query.ids, query.first, number, self._batch)
+        ]
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
         lengths = [len(sequence.ids) for sequence in sequences]
@@ -118,11 +121,11 @@ class QueryProjector:
                 for part, result in run_in_halves(self._engine, chosen, run):
                     if result is None:
                         raise ConfigError(
-                            f"{queries[sequences[part[0]].query].place}: does not fit the memory "
+                            f"{queries[sequences[part[0]].owner].place}: does not fit the memory "
                             f"of {self._device}; try --device cpu"
                         )
                     part_rows, part_loss = result
-                    owners = [sequences[i].query for i in part]
+                    owners = [sequences[i].owner for i in part]
                     np.add.at(rows, owners, part_rows.cpu().numpy())
                     np.add.at(loss, owners, part_loss.double().cpu().numpy())
         n_tokens = np.array([len(t.ids) - t.first for t in tokens], np.int64)
@@ -134,35 +137,10 @@ class QueryProjector:
         names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
         return QueryRows(names, rows, n_tokens, loss / n_tokens, excerpts, tuple(tokens))
 
-    def _windows(self, tokens: Sequence[QueryTokens]) -> Iterator[QueryTokens]:
-        for number, query in enumerate(tokens):
-            start = 0
-            for part in split_long(query.ids, self._batch.max_length, self._batch.long_documents):
-                first = max(1, query.first - start)
-                if first < len(part):  # a window within the prompt has no target
-                    yield QueryTokens(part, first, number)
-                start += len(part) - 1  # windows overlap by one token
-
     def _forward_backward(
-        self, sequences: list[QueryTokens], chosen: np.ndarray
+        self, sequences: list[Window], chosen: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        batch = collate([sequence.ids for sequence in sequences], chosen, pad=0)
-        batch = _only_targets_from(batch, [sequences[i].first for i in chosen]).to(self._device)
+        batch = collate_windows(sequences, chosen).to(self._device)
         result = run_batch(self._model, self._engine, batch)
         self._engine.take_token_covariances()  # a query needs none
         return result
-
-
-def _only_targets_from(batch: Batch, first: Sequence[int]) -> Batch:
-    """Return the batch with its loss on the tokens from ``first`` on, of each sequence."""
-    mask = batch.token_mask.numpy().copy()
-    for n, start in enumerate(first):
-        mask[n, : start - 1] = False  # position s predicts token s + 1
-    positions = np.flatnonzero(mask)
-    targets = batch.input_ids.numpy().reshape(-1)[positions + 1]
-    return replace(
-        batch,
-        positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        token_mask=torch.from_numpy(mask),
-    )

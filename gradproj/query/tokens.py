@@ -16,14 +16,12 @@ _PROMPT_FRACTION = 0.4
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """Token ids of a query, or of a window of a long one."""
+    """Token ids of a query, however long."""
 
     ids: np.ndarray
     """``(S,)`` int64."""
     first: int
     """The first target of the loss; at least 1, since the first token has no predecessor."""
-    query: int = -1
-    """Number of the query."""
 
 
 class QueryTokenizer:
