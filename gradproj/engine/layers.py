@@ -26,15 +26,30 @@ class LayerRule:
     """``module -> (n_i, n_o)``."""
     project_input: Callable[[Any, Tensor, Tensor], Tensor]
     """``(module, a, P_i (k_i, n_i)) -> (..., k_i)`` float32."""
+    whole_input: Callable[[Any, Tensor], Tensor]
+    """``(module, a) -> (..., n_i)`` float32: ``project_input`` with the identity as ``P_i``."""
 
 
 def _project_dense(module: Any, a: Tensor, p_i: Tensor) -> Tensor:
     return project(a, p_i)
 
 
+def _dense(module: Any, a: Tensor) -> Tensor:
+    return a.float()
+
+
 def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
     """Gather rows of ``P_i^T``: a token's one-hot vector times ``P_i^T`` is one of them."""
-    rows = p_i.t()[ids]
+    return _scaled_as_rows(module, ids, p_i.t()[ids])
+
+
+def _one_hot(module: Any, ids: Tensor) -> Tensor:
+    one_hot = torch.nn.functional.one_hot(ids, len(module.weight))
+    return _scaled_as_rows(module, ids, one_hot.float())
+
+
+def _scaled_as_rows(module: Any, ids: Tensor, rows: Tensor) -> Tensor:
+    """Scale what stands for a token, ``(..., k)``, as the module scales its embedding."""
     if getattr(module, "padding_idx", None) is not None:
         # torch gives the padding token's embedding no gradient.
         rows = rows * (ids != module.padding_idx).unsqueeze(-1)
@@ -47,9 +62,11 @@ def _project_lookup(module: Any, ids: Tensor, p_i: Tensor) -> Tensor:
 
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule("Linear", lambda m: tuple(m.weight.t().shape), _project_dense),
-    Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense),
-    nn.Embedding: LayerRule("Embedding", lambda m: tuple(m.weight.shape), _project_lookup),
+    nn.Linear: LayerRule("Linear", lambda m: tuple(m.weight.t().shape), _project_dense, _dense),
+    Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense, _dense),
+    nn.Embedding: LayerRule(
+        "Embedding", lambda m: tuple(m.weight.shape), _project_lookup, _one_hot
+    ),
 }
 """Type -> rule. The tests need a case for each."""
 

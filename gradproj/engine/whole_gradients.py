@@ -148,7 +148,9 @@ class WholeGradients:
             known = g.shape[1] == s
             mask = self._mask if known else (g != 0).any(dim=-1)
             parts.append((a.squeeze(-1) if lookup else a, g, mask))
-        a, g, mask = (torch.cat(x, dim=1) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True))
+        a, g, mask = (
+            torch.cat(x, dim=1) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True)
+        )
         assert self._visit is not None
         self._visit(number, LayerBatch(layer, a, g, mask))
 
