@@ -77,10 +77,14 @@ def flag(
 
 
 def as_in(section: Any, name: str, **changes: Any) -> Any:
-    """Declare a field as ``section`` declares its field of this name, with other ``changes``."""
+    """Declare a field as ``section`` declares its field of this name, with other ``changes``.
+
+    ``default`` is another default value.
+    """
     declared = section.__dataclass_fields__[name]
+    default = changes.pop("default", declared.default)
     metadata = {k: v for k, v in declared.metadata.items() if k != "flag"}
-    return dataclasses.field(default=declared.default, metadata=metadata | changes)
+    return dataclasses.field(default=default, metadata=metadata | changes)
 
 
 class Flags:

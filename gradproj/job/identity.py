@@ -15,7 +15,10 @@ from gradproj.store.unit_record import list_records, list_shards
 def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
+    # Stores of version 1 do not name the encoding, which is dense.
+    encoding = {"--encoding": layout.encoding} if layout.is_packed else {}
     return {
+        **encoding,
         "--revision": model.revision,
         "--special_tokens": model.special_tokens,
         "--model_dtype": model.model_dtype,

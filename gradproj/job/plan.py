@@ -47,6 +47,7 @@ from gradproj.store.layout import (
     UNITS_DIR,
     LayerSlice,
     StoreLayout,
+    place_stored,
     plan_layout,
 )
 from gradproj.store.unit_record import list_records
@@ -123,7 +124,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        return self.layout.dim * self.layout.stored_dtype.itemsize
+        return self.layout.row_bytes
 
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
@@ -180,6 +181,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         check_reached(skeleton, targets, projection.patterns, batch.max_length)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
+    layers = place_stored(layers, layout)
     wanted, n_selected = _wanted_units(config, index, layout)
     identity = {
         **identity_of_flags(config, layout),
@@ -324,7 +326,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "identity_hash": plan.identity_hash,
         "wanted_units": ranges_of(plan.wanted),
         "complete": False,
-        "how_to_read": "row = projections[id] * row_scale[id]; NaN = not there; status 1 = ok",
+        "how_to_read": f"{plan.layout.how_to_read}; NaN = not there; status 1 = ok",
         "projection": asdict(projection) | drawn_by,
         "selection": asdict(plan.coverage),
         "model": {

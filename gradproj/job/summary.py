@@ -32,7 +32,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     lines = [
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
         f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
-        f"{layout.proj_dtype}, {human_bytes(plan.row_bytes)}",
+        f"{layout.stored_as}, {human_bytes(plan.row_bytes)}",
         *plan.coverage.lines(),
         f"sequences     at most {batch.max_length} tokens ({batch.long_documents}); "
         f"batches of {batch.batch_size} sequences, {batch.batch_tokens or 'auto'} tokens",

@@ -23,7 +23,7 @@ from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.kernels.device_copy import record_event, seconds_between, to_device, to_host
-from gradproj.store.encoding import encode_rows, nan_rows
+from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import STATUS
 from gradproj.store.unit_record import UnitRecord
 
@@ -201,7 +201,7 @@ class ProjectedUnit:
         ok = columns["status"] == STATUS["ok"]
         has_row = ok | np.isin(columns["status"], ZERO_ROWS)
         stored, scale = encode_rows(rows, settings.layout.proj_dtype)
-        stored[~has_row] = nan_rows((1, 1), settings.layout.proj_dtype)
+        stored[~has_row] = settings.layout.fill
         columns["loss"][:] = np.where(ok, loss, np.nan)
         columns["row_scale"][:] = np.where(has_row, scale, 1.0)
         sequences = prepared.sequences

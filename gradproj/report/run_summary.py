@@ -72,12 +72,12 @@ def _text(value: Any) -> str:
 def _rows(store: ProjectionStore) -> list[tuple[str, str]]:
     projection = _part(store.attributes, "projection")
     layout, compressor = store.layout, f"compressor {store.layout.compressor}"
-    n_bytes = store.dim * layout.stored_dtype.itemsize
+    n_bytes = layout.row_bytes
     widths = sorted({layer.slice_end - layer.slice_start for layer in store.layers})
     each = f" of {widths[0]:,}" if len(widths) == 1 else ""
     return [
         ("values", f"{store.dim:,} in {count(len(store.layers), 'layer')}{each}"),
-        ("stored as", f"{layout.proj_dtype}, {n_bytes:,} bytes a row, {compressor}"),
+        ("stored as", f"{layout.stored_as}, {n_bytes:,} bytes a row, {compressor}"),
         *_set_values(projection, {"kind": "projection", "seed": "its seed", "layers": "layers"}),
         ("shards", f"{layout.n_units:,} of {layout.rows_per_shard:,} rows"),
     ]

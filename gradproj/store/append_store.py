@@ -18,7 +18,7 @@ import numpy as np
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, fsync_file, temporary_beside
 from gradproj.store.append_table import refuse_gap
-from gradproj.store.encoding import encode_rows, nan_rows
+from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import (
     COLUMNS,
     SCRATCH_DIR,
@@ -100,7 +100,7 @@ class AppendStore:
         """
         stored, scale = encode_rows(rows, self.layout.proj_dtype)
         bad = columns["status"] == STATUS["non_finite"]
-        stored[bad] = nan_rows((), self.layout.proj_dtype)
+        stored[bad] = self.layout.fill
         columns = {**columns, "row_scale": scale}
         done = 0
         while done < len(rows):
@@ -197,7 +197,7 @@ class AppendStore:
     def _open_unit(self, number: int) -> None:
         layout = self.layout
         self._number, self._filled = number, 0
-        self._stored = nan_rows((self._height, layout.dim), layout.proj_dtype)
+        self._stored = np.full((self._height, layout.stored_width), layout.fill)
         self._columns = empty_columns(self._height, layout.key_bytes)
         self._columns |= {name: np.full(self._height, -1, np.int64) for name in EXTRA}
 

@@ -13,7 +13,7 @@ from zarr.core.dtype.npy.common import endianness_to_numpy_str
 from zarr.core.dtype.wrapper import ZDType
 from zarr.dtype import data_type_registry
 
-NAN_BITS = 0x7FC0
+from gradproj.store.layout import NAN_BITS
 
 
 def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:

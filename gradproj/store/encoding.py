@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradproj.store.bfloat16 import NAN_BITS, bfloat16_to_float32, float32_to_bfloat16
+from gradproj.store.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
 from gradproj.store.layout import STORED_DTYPES
 
 _MIN_EXPONENT = -126  # of a normal float32: a denormal scale could be flushed to zero
@@ -101,12 +101,6 @@ def _decode_float16_into(stored: np.ndarray, row_scale: np.ndarray, out: np.ndar
         with np.errstate(invalid="ignore"):  # signalling NaN are expected here
             values = stored[special].view(np.float16).astype(np.float32)
             out[special] = values * row_scale[special, None]
-
-
-def nan_rows(shape: tuple[int, ...], proj_dtype: str) -> np.ndarray:
-    """Return stored values that decode to NaN, the fill of missing rows."""
-    fill = NAN_BITS if proj_dtype == "bfloat16" else np.nan
-    return np.full(shape, fill, STORED_DTYPES[proj_dtype])
 
 
 def _steps(rows: np.ndarray) -> Iterator[slice]:

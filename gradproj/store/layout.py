@@ -2,17 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag
+from gradproj.store.chunk_shapes import (
+    MAX_CHUNK_ROWS,
+    choose_chunk_rows,
+    choose_chunk_width,
+    choose_rows_per_shard,
+    packed_chunk_rows,
+    packed_widths,
+)
 
-FORMAT_VERSION = 1
-"""An attribute of the group. A reader refuses a newer version."""
+FORMAT_VERSION = 2
+"""An attribute of the group, of every new store. A reader refuses a newer version, and reads and
+continues version 1."""
 
 # Names in an output directory. That of the corpus index is in corpus/tar/paths.py.
 
@@ -41,12 +50,20 @@ STATUS = {
 }
 STATUS_NAMES = {code: name for name, code in STATUS.items()}
 
+NAN_BITS = 0x7FC0
+"""A NaN of bfloat16."""
+
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(np.uint16),  # numpy has no bfloat16; these are its bits
     "float32": np.dtype(np.float32),
 }
 
+PACKED_BITS = {"signs": 1, "int2": 2, "int4": 4, "int8": 8}
+"""Packed encodings -> bits of a value's code."""
+ENCODINGS = (*PACKED_BITS, "dense")
+NO_ROW_BYTE = 255
+"""Every byte of a packed row that does not exist. Its scales are then NaN, and so is the row."""
 COMPRESSORS = ("none", "blosc", "zstd")
 
 COLUMNS: dict[str, tuple[np.dtype, float]] = {
@@ -63,11 +80,6 @@ COLUMNS: dict[str, tuple[np.dtype, float]] = {
 }
 """Column name -> (dtype, fill value). ``key`` is ``[N, key_bytes]``, the others ``[N]``."""
 
-_MAX_SHARD_BYTES = 512_000_000
-_MAX_ROWS_PER_SHARD = 4096
-_MIN_ROWS_PER_SHARD = 16
-_MIN_UNITS = 64
-_MAX_CHUNK_ROWS = 512
 _COLUMN_ROWS = 2**20
 
 
@@ -75,9 +87,14 @@ _COLUMN_ROWS = 2**20
 class StoreConfig(Flags, title="store"):
     """Form of the stored rows. All of it is part of the store's identity."""
 
+    encoding: str = flag(
+        "Form of a stored value: its sign, an integer of 2, 4 or 8 bits, each with one scale a "
+        "layer, or dense, a number of --proj_dtype.",
+        "dense",
+        choices=ENCODINGS,
+    )
     proj_dtype: str = flag(
-        "Type of the stored rows; float16 rows carry a power-of-two scale, so small rows keep 11 "
-        "bits.",
+        "Type of dense rows; float16 rows carry a power-of-two scale, so small rows keep 11 bits.",
         "float16",
         choices=STORED_DTYPES,
     )
@@ -93,10 +110,22 @@ class StoreConfig(Flags, title="store"):
         why="leave it out to have it chosen",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoding != "dense" and self.proj_dtype != StoreConfig.proj_dtype:
+            raise ConfigError(
+                f"--proj_dtype {self.proj_dtype} is a type of dense rows, and --encoding "
+                f"{self.encoding} stores codes: leave it out, or give --encoding dense"
+            )
+
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """One layer's ``k_o x k_i`` row-major values: ``[slice_start, slice_end)`` of a row."""
+    """One layer's ``k_o x k_i`` row-major values: ``[slice_start, slice_end)`` of a decoded row.
+
+    In a stored row they are the elements ``[stored_start, stored_end)``, which ``place_stored``
+    sets; those of dense rows are the same.
+    """
 
     name: str
     type: str
@@ -106,6 +135,13 @@ class LayerSlice:
     k_o: int
     slice_start: int
     slice_end: int
+    stored_start: int = -1
+    stored_end: int = -1
+
+    def __post_init__(self) -> None:
+        if self.stored_end < 0:
+            object.__setattr__(self, "stored_start", self.slice_start)
+            object.__setattr__(self, "stored_end", self.slice_end)
 
 
 @dataclass(frozen=True)
@@ -114,13 +150,20 @@ class StoreLayout:
 
     n_samples: int
     dim: int
+    """Values of a decoded row."""
     rows_per_shard: int
     chunk_rows: int
     chunk_width: int
     proj_dtype: str
+    """Zarr's type of the array ``projections``: ``uint8`` for packed rows."""
     compressor: str
     key_bytes: int
     column_rows: int
+    encoding: str = "dense"
+    header_width: int = 0
+    """Bytes of a packed row before its first layer; they hold the layers' scales."""
+    packed_width: int = 0
+    """Bytes of a packed row."""
 
     @property
     def n_units(self) -> int:
@@ -131,9 +174,49 @@ class StoreLayout:
         return -(-self.n_samples // self.column_rows)
 
     @property
+    def is_packed(self) -> bool:
+        return self.encoding != "dense"
+
+    @property
+    def stored_width(self) -> int:
+        """Elements of a stored row: bytes of a packed one, values of a dense one."""
+        return self.packed_width or self.dim
+
+    @property
     def stored_dtype(self) -> np.dtype:
         """The numpy type of stored rows; uint16 bits for bfloat16."""
-        return STORED_DTYPES[self.proj_dtype]
+        return np.dtype(np.uint8) if self.is_packed else STORED_DTYPES[self.proj_dtype]
+
+    @property
+    def stored_as(self) -> str:
+        """The form of a stored value: the encoding of packed rows, the type of dense ones."""
+        return self.encoding if self.is_packed else self.proj_dtype
+
+    @property
+    def how_to_read(self) -> str:
+        """A row as a formula, for people who have the store and no documentation."""
+        if not self.is_packed:
+            return "row = projections[i] * row_scale[i]"
+        return (
+            f"row = (2 code - {2**self.bits - 1}) * scale of the layer * row_scale[i]; a stored "
+            f"row has a float16 scale for each layer, then from each layer's stored_start on codes "
+            f"of {self.bits} bits in little bit order"
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        return self.stored_width * self.stored_dtype.itemsize
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value."""
+        return PACKED_BITS.get(self.encoding) or 8 * self.stored_dtype.itemsize
+
+    @property
+    def fill(self) -> Any:
+        """The element that a row which does not exist is full of; such a row decodes to NaN."""
+        nan = NAN_BITS if self.proj_dtype == "bfloat16" else math.nan
+        return self.stored_dtype.type(NO_ROW_BYTE if self.is_packed else nan)
 
     def unit_range(self, unit: int) -> tuple[int, int]:
         """Return the first sample id of a unit and the one after its last."""
@@ -169,28 +252,16 @@ def column_shape(name: str, n_rows: int, key_bytes: int) -> tuple[int, ...]:
     return (n_rows, key_bytes) if name == "key" else (n_rows,)
 
 
-def choose_rows_per_shard(n_samples: int, dim: int, itemsize: int) -> int:
-    """Return the largest power of two <= 4096 with shards <= 512 MB and >= 64 shards; >= 16."""
-    rows = _MAX_ROWS_PER_SHARD
-    while rows > _MIN_ROWS_PER_SHARD and (
-        rows * dim * itemsize > _MAX_SHARD_BYTES or n_samples < _MIN_UNITS * rows
-    ):
-        rows //= 2
-    return rows
-
-
-def choose_chunk_width(widths: Sequence[int]) -> int:
-    """Return the layers' common width, else their gcd if at least 64, else the whole row's."""
-    common = math.gcd(*widths)
-    if len(set(widths)) == 1 or common >= 64:
-        return common
-    return sum(widths)
-
-
 def plan_layout(
-    n_samples: int, widths: Sequence[int], key_bytes: int, config: StoreConfig
+    n_samples: int,
+    widths: Sequence[int],
+    key_bytes: int,
+    config: StoreConfig,
+    more_bytes: int = 0,
 ) -> StoreLayout:
     """Plan a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
+
+    ``more_bytes`` are those of a packed row that follow the layers' codes.
 
     Raises:
         StoreError: there is nothing to store.
@@ -201,30 +272,42 @@ def plan_layout(
         raise StoreError(
             f"there is nothing to store in a row: the layers' widths are {list(widths)}"
         )
-    dim = sum(widths)
-    itemsize = STORED_DTYPES[config.proj_dtype].itemsize
-    rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, dim, itemsize)
+    dim, proj_dtype, header, packed = sum(widths), config.proj_dtype, 0, 0
+    if config.encoding == "dense":
+        row_bytes = dim * STORED_DTYPES[proj_dtype].itemsize
+        chunk_width, chunk_rows = choose_chunk_width(widths), MAX_CHUNK_ROWS
+    else:
+        bits, proj_dtype = PACKED_BITS[config.encoding], "uint8"
+        header, packed, chunk_width = packed_widths(widths, bits, more_bytes)
+        row_bytes, chunk_rows = packed, packed_chunk_rows(chunk_width)
+    rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, row_bytes)
     n_units = -(-n_samples // rows_per_shard)
     return StoreLayout(
         n_samples=n_samples,
         dim=dim,
         rows_per_shard=rows_per_shard,
-        chunk_rows=_choose_chunk_rows(rows_per_shard),
-        chunk_width=choose_chunk_width(widths),
-        proj_dtype=config.proj_dtype,
+        chunk_rows=choose_chunk_rows(rows_per_shard, chunk_rows),
+        chunk_width=chunk_width,
+        proj_dtype=proj_dtype,
         compressor=config.compressor,
         key_bytes=max(1, key_bytes),
         column_rows=rows_per_shard * min(n_units, max(1, _COLUMN_ROWS // rows_per_shard)),
+        encoding=config.encoding,
+        header_width=header,
+        packed_width=packed,
     )
 
 
-def _choose_chunk_rows(rows_per_shard: int) -> int:
-    if rows_per_shard <= _MAX_CHUNK_ROWS:
-        return rows_per_shard
-    # A shard is a whole number of chunks; chunks of a few rows would make the index as large as
-    # the data.
-    divisors = (rows for rows in range(_MAX_CHUNK_ROWS, 63, -1) if rows_per_shard % rows == 0)
-    return next(divisors, rows_per_shard)
+def place_stored(layers: Sequence[LayerSlice], layout: StoreLayout) -> list[LayerSlice]:
+    """Return the layers with the places of their elements in a stored row of this layout."""
+    if not layout.is_packed:
+        return list(layers)
+    placed, at = [], layout.header_width
+    for layer in layers:
+        end = at + -(-layer.k_o * layer.k_i * layout.bits // 8)
+        placed.append(replace(layer, stored_start=at, stored_end=end))
+        at = end
+    return placed
 
 
 def empty_columns(n_rows: int, key_bytes: int) -> dict[str, np.ndarray]:

@@ -5,61 +5,21 @@ faults, and the pages of a store larger than memory do not count as this process
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from gradproj.errors import damaged
 from gradproj.files import crc32c
-from gradproj.store.encoding import VALUES_PER_STEP, decode_into, nan_rows
+from gradproj.store.encoding import VALUES_PER_STEP
 from gradproj.store.layout import StoreLayout
 from gradproj.store.page_cache import PagedFile
+from gradproj.store.selection import Selection
 
 _EMPTY_CHUNK = 2**64 - 1
 _MAX_ROWS_ONE_BY_ONE = 4  # gathering more of them at once is cheaper than copying each
 _MIN_ROWS_READ = 32  # of a chunk; fewer are copied from mapped pages instead of read
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Values ``first`` to ``stop`` of each of ``n_chunks`` neighbouring chunks across."""
-
-    first_chunk: int
-    n_chunks: int
-    first: int
-    stop: int
-
-    @property
-    def width(self) -> int:
-        return self.n_chunks * (self.stop - self.first)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Values of a row: as ``[start, end)`` ranges, and as pieces of the chunks that hold them."""
-
-    ranges: tuple[tuple[int, int], ...]
-    width: int
-    pieces: tuple[Piece, ...]
-
-
-@lru_cache(maxsize=256)
-def select_values(layout: StoreLayout, ranges: tuple[tuple[int, int], ...]) -> Selection:
-    """Return the selection of ``[start, end)`` ranges of a row, one after the other."""
-    width = layout.chunk_width
-    pieces: list[Piece] = []
-    for start, end in ranges:
-        for chunk in range(start // width, -(-end // width)):
-            piece = Piece(chunk, 1, max(start - chunk * width, 0), min(end - chunk * width, width))
-            last = pieces[-1] if pieces else None
-            whole = last and last.width + piece.width == (last.n_chunks + 1) * width
-            if last and whole and chunk == last.first_chunk + last.n_chunks:
-                pieces[-1] = Piece(last.first_chunk, last.n_chunks + 1, 0, width)
-            else:
-                pieces.append(piece)
-    return Selection(ranges, sum(end - start for start, end in ranges), tuple(pieces))
 
 
 class MappedShard:
@@ -73,7 +33,10 @@ class MappedShard:
     def __init__(self, path: Path, layout: StoreLayout, index_at_end: bool) -> None:
         self.layout = layout
         self.file = file = PagedFile(path)
-        grid = (layout.rows_per_shard // layout.chunk_rows, layout.dim // layout.chunk_width)
+        grid = (
+            layout.rows_per_shard // layout.chunk_rows,
+            layout.stored_width // layout.chunk_width,
+        )
         offsets = self._read_offsets(path, grid, index_at_end)
         shape = (layout.chunk_rows, layout.chunk_width)
         self._row_bytes = shape[1] * layout.stored_dtype.itemsize
@@ -126,7 +89,7 @@ class MappedShard:
             elif self._grid is None:
                 self._gather(np.arange(begin, begin + len(target)), selection, target)
             elif band >= len(self._grid):
-                target[...] = nan_rows((), self.layout.proj_dtype)
+                target[...] = self.layout.fill
             else:
                 self._copy_from_grid(self._grid[band, :, first:last], selection, target)
 
@@ -182,16 +145,18 @@ class MappedShard:
     def read_range(
         self, start: int, selection: Selection, row_scale: np.ndarray, out: np.ndarray
     ) -> None:
-        """Decode the rows from ``start`` on into ``out`` ``(n, selection.width)`` float32."""
+        """Decode the rows from ``start`` on into ``out`` ``(n, decoded width)`` float32."""
         for band, first, last in self._bands(start, start + len(out)):
             begin = band * self.layout.chunk_rows + first
             here = slice(begin - start, begin - start + last - first)
-            if last - first >= _MIN_ROWS_READ and self.has_tiles(begin, selection):
+            tiled = selection.packed is None and self.has_tiles(begin, selection)
+            if last - first >= _MIN_ROWS_READ and tiled:
                 for value, tile in self.tiles(begin, begin + last - first, selection):
                     target = out[here, value : value + tile.shape[1]]
-                    decode_into(tile, row_scale[here], self.layout.proj_dtype, target)
+                    selection.decode_into(tile, row_scale[here], target)
             else:
-                self._decode(partial(self._copy_part, begin, selection), row_scale[here], out[here])
+                copy = partial(self._copy_part, begin, selection)
+                self._decode(copy, selection, row_scale[here], out[here])
 
     def _copy_part(self, start: int, selection: Selection, rows: slice, stored: np.ndarray) -> None:
         self.copy_range(start + rows.start, selection, stored)
@@ -199,32 +164,42 @@ class MappedShard:
     def read_rows(
         self, rows: np.ndarray, selection: Selection, row_scale: np.ndarray
     ) -> np.ndarray:
-        """Decode rows (positions in the shard, any order): ``(n, selection.width)`` float32."""
+        """Decode rows (positions in the shard, any order): ``(n, decoded width)`` float32."""
         for row in rows.tolist():
             self.prefetch(row, row + 1, selection)
-        out = np.empty((len(rows), selection.width), np.float32)
+        out = np.empty((len(rows), selection.decoded_width), np.float32)
         self._decode(
-            lambda part, stored: self._gather(rows[part], selection, stored), row_scale, out
+            lambda part, stored: self._gather(rows[part], selection, stored),
+            selection,
+            row_scale,
+            out,
         )
         return out
 
     def _decode(
-        self, copy: Callable[[slice, np.ndarray], None], row_scale: np.ndarray, out: np.ndarray
+        self,
+        copy: Callable[[slice, np.ndarray], None],
+        selection: Selection,
+        row_scale: np.ndarray,
+        out: np.ndarray,
     ) -> None:
         """Decode what ``copy(rows, stored)`` writes, a few rows at a time so that they stay cached.
 
-        float32 rows are copied to ``out`` at once and scaled in place.
+        float32 rows are copied to ``out`` at once and scaled in place. Packed rows are copied at
+        once, too: they are small beside ``out``.
         """
         step = max(1, VALUES_PER_STEP // max(1, out.shape[1]))
+        if selection.packed:
+            step = max(1, len(out))
         in_place = self.layout.stored_dtype == out.dtype
         buffer = np.empty(
-            (0 if in_place else min(step, len(out)), out.shape[1]), self.layout.stored_dtype
+            (0 if in_place else min(step, len(out)), selection.width), self.layout.stored_dtype
         )
         for at in range(0, len(out), step):
             rows = slice(at, min(at + step, len(out)))
             stored = out[rows] if in_place else buffer[: rows.stop - at]
             copy(rows, stored)
-            decode_into(stored, row_scale[rows], self.layout.proj_dtype, out[rows])
+            selection.decode_into(stored, row_scale[rows], out[rows])
 
     def _gather(self, rows: np.ndarray, selection: Selection, out: np.ndarray) -> None:
         """Copy the stored values of rows in any order."""
@@ -233,14 +208,13 @@ class MappedShard:
                 self.copy_range(row, selection, out[i : i + 1])
             return
         bands, inside = np.divmod(rows, self.layout.chunk_rows)
-        nan = nan_rows((), self.layout.proj_dtype)
         at = 0
         for piece in selection.pieces:
             target = out[:, at : at + piece.width].reshape(len(rows), piece.n_chunks, -1)
             places = self._place[bands, piece.first_chunk : piece.first_chunk + piece.n_chunks]
             if len(self._chunks):
                 target[...] = self._chunks[places, inside[:, None], piece.first : piece.stop]
-            target[places < 0] = nan
+            target[places < 0] = self.layout.fill
             at += piece.width
 
     def _bands(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

@@ -5,20 +5,24 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
+from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
+    PACKED_BITS,
     STORE_NAME,
     STORED_DTYPES,
     LayerSlice,
     StoreLayout,
 )
 
+_DTYPES = (*STORED_DTYPES, "uint8")
 _WAY_OUT = (
     "Restore that file from a copy (OUTPUT/metadata.json has the attributes); no row is lost with "
     "it. Then `python -m gradproj verify` shows other damage"
@@ -122,7 +126,9 @@ def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
     names = LayerSlice.__dataclass_fields__
     try:
         return [
-            LayerSlice(**{name: layer[name] for name in names}) for layer in attributes["layers"]
+            # Stores of version 1 lack the places in a stored row.
+            LayerSlice(**{name: layer[name] for name in names if name in layer})
+            for layer in attributes["layers"]
         ]
     except (KeyError, TypeError) as error:
         raise StoreError(
@@ -147,19 +153,19 @@ def read_layout(store_path: Path) -> StoreLayout:
         column_rows = columns["status"]["chunk_grid"]["configuration"]["chunk_shape"][0]
     with _explained(path):
         sharding = rows["codecs"][0]
-        if sharding["name"] != "sharding_indexed" or rows["data_type"] not in STORED_DTYPES:
+        if sharding["name"] != "sharding_indexed" or rows["data_type"] not in _DTYPES:
             raise StoreError(
-                f"{store_path}/projections is not a sharded array of {', '.join(STORED_DTYPES)}"
+                f"{store_path}/projections is not a sharded array of {', '.join(_DTYPES)}"
             )
         inner = sharding["configuration"]
         for key in ("index_codecs", "codecs"):  # the shard reader needs their names
             [codec["name"] for codec in inner[key]]
         rows["chunk_key_encoding"].get("configuration", {}).get("separator")
-        n_samples, dim = rows["shape"]
+        n_samples, width = rows["shape"]
         chunk_rows, chunk_width = inner["chunk_shape"]
-        return StoreLayout(
+        layout = StoreLayout(
             n_samples=n_samples,
-            dim=dim,
+            dim=width,
             rows_per_shard=rows["chunk_grid"]["configuration"]["chunk_shape"][0],
             chunk_rows=chunk_rows,
             chunk_width=chunk_width,
@@ -170,6 +176,46 @@ def read_layout(store_path: Path) -> StoreLayout:
             key_bytes=key_bytes,
             column_rows=column_rows,
         )
+    return _packed_layout(store_path, layout) if layout.proj_dtype == "uint8" else layout
+
+
+def _packed_layout(store_path: Path, layout: StoreLayout) -> StoreLayout:
+    """Complete the layout of packed rows from the group's attributes."""
+    path = store_path / "zarr.json"
+    attributes = read_attributes(store_path)
+    with _explained(path):
+        layers, encoding = layers_of(attributes), attributes["encoding"]
+        layout = replace(
+            layout,
+            dim=layers[-1].slice_end,
+            encoding=encoding["name"],
+            header_width=encoding["header_bytes"],
+            packed_width=layout.dim,
+        )
+        check_packed(layout, layers)
+    return layout
+
+
+def check_packed(layout: StoreLayout, layers: list[LayerSlice]) -> None:
+    """Check that the layers follow each other in decoded rows and in packed ones.
+
+    Raises:
+        ValueError: names the layer that is not where its bytes are.
+    """
+    if layout.encoding not in PACKED_BITS:
+        raise ValueError(f"the encoding {layout.encoding!r} is unknown")
+    if layout.header_width < SCALE_BYTES * len(layers):
+        raise ValueError(f"a header of {layout.header_width} bytes holds no {len(layers)} scales")
+    value, byte = 0, layout.header_width
+    for layer in layers:
+        width = layer.k_o * layer.k_i
+        want = (value, value + width, byte, byte + -(-width * layout.bits // 8))
+        places = (layer.slice_start, layer.slice_end, layer.stored_start, layer.stored_end)
+        if places != want:
+            raise ValueError(f"layer {layer.name} is at {places}, not at {want}")
+        value, byte = want[1], want[3]
+    if value != layout.dim or byte > layout.stored_width:
+        raise ValueError(f"the layers end at {value} and {byte}, a row at {layout.stored_width}")
 
 
 @contextmanager

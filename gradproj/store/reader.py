@@ -11,12 +11,13 @@ import zarr
 
 from gradproj.errors import ConfigError, StoreError, damaged
 from gradproj.store.column_reader import Columns
+from gradproj.store.layer_arrays import unpack_layers
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.mapped_shard import Selection, select_values
 from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
 from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
+from gradproj.store.selection import Selection, select_layers
 from gradproj.store.texts import RecordedTexts
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class ProjectionStore:
         self._maps: LRUCache[tuple[str, int], Any] = LRUCache(_MAX_MAPS)
         self._columns = Columns(self.path, self.layout, self._maps)
         self._rows = Rows(self.path, self.layout, self._columns, self._maps)
+        self._selections: dict[tuple[str, ...] | None, Selection] = {}
 
     def __len__(self) -> int:
         return self.layout.n_samples
@@ -127,9 +129,8 @@ class ProjectionStore:
         Missing rows are NaN. By default a block has at most 8 MB.
         """
         selection = self._selection(layers)
-        for first, last in self._rows.blocks(
-            rows_per_block, selection, np.dtype(np.float32), start, stop
-        ):
+        row_bytes = 4 * selection.decoded_width
+        for first, last in self._rows.blocks(rows_per_block, selection, row_bytes, start, stop):
             yield np.arange(first, last, dtype=np.int64), self._rows.decoded(first, last, selection)
 
     def scan_stored(
@@ -139,15 +140,16 @@ class ProjectionStore:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield ``(ids (n,) int64, stored (n, D), row_scale (n,) float32)``, not decoded.
+        """Yield ``(ids (n,) int64, stored (n, w), row_scale (n,) float32)``, not decoded.
 
-        ``row = stored * row_scale``. ``stored`` has ``layout.stored_dtype`` (bfloat16 as uint16
-        bits); missing rows and their scales are NaN. Use it to decode on a GPU.
+        ``stored`` has ``layout.stored_dtype``. Of dense rows it holds the layers' values (bfloat16
+        as uint16 bits) and ``row = stored * row_scale``; of packed rows the header and then the
+        layers' codes, or without ``layers`` the whole stored row. Missing rows are full of
+        ``layout.fill``, and their scales are NaN. Use it to decode on a GPU.
         """
         selection = self._selection(layers)
-        for first, last in self._rows.blocks(
-            rows_per_block, selection, self.layout.stored_dtype, start, stop
-        ):
+        row_bytes = selection.width * self.layout.stored_dtype.itemsize
+        for first, last in self._rows.blocks(rows_per_block, selection, row_bytes, start, stop):
             yield np.arange(first, last, dtype=np.int64), *self._rows.stored(first, last, selection)
 
     def scan_bands(
@@ -258,22 +260,32 @@ class ProjectionStore:
     @cached_property
     def projection_matrices(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Each layer's ``(P_i (k_i, n_i), P_o (k_o, n_o))`` of the rows, float32."""
-        flat = self.array("projection_matrices")
-        matrices, at = {}, 0
-        for layer in self.layers:
-            middle = at + layer.k_i * layer.n_i
-            end = middle + layer.k_o * layer.n_o
-            if end > len(flat):
-                raise StoreError(
-                    f"{self.path}/projection_matrices ends before those of layer {layer.name}"
-                )
-            p_i, p_o = flat[at:middle], flat[middle:end]
-            matrices[layer.name] = (
-                p_i.reshape(layer.k_i, layer.n_i),
-                p_o.reshape(layer.k_o, layer.n_o),
-            )
-            at = end
-        return matrices
+        return self._layer_arrays("projection_matrices")
+
+    @cached_property
+    def basis(self) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+        """Each layer's ``(R_i (k_i, k_i), R_o (k_o, k_o))`` float32; None for the random basis.
+
+        A layer's row is ``R_o (P_o G P_i^T) R_i^T``.
+        """
+        return self._layer_arrays("basis_matrices") if self._has_basis else None
+
+    @cached_property
+    def basis_eigenvalues(self) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
+        """Each layer's eigenvalues ``(E_i (k_i,), E_o (k_o,))`` float64; None as for ``basis``."""
+        return self._layer_arrays("basis_eigenvalues") if self._has_basis else None
+
+    @property
+    def _has_basis(self) -> bool:
+        basis = self.attributes.get("basis")
+        return isinstance(basis, dict) and basis.get("kind") != "random"
+
+    def _layer_arrays(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        flat = self.array(name)
+        try:
+            return unpack_layers(name, self.layers, flat)
+        except ValueError as error:
+            raise damaged(self.path / name, str(error)) from error
 
     def array(self, name: str) -> np.ndarray:
         """Read a small array of the group whole, such as ``projection_matrices``.
@@ -313,10 +325,12 @@ class ProjectionStore:
         raise StoreError(f"{self.path} has no layer {name!r}; it has {names}")
 
     def _selection(self, layers: Sequence[str] | None) -> Selection:
-        if layers is None:
-            return select_values(self.layout, ((0, self.dim),))
-        slices = map(self._layer, layers)
-        return select_values(self.layout, tuple((x.slice_start, x.slice_end) for x in slices))
+        names = None if layers is None else tuple(layers)
+        if names not in self._selections:
+            for name in names or ():
+                self._layer(name)  # raises if there is none
+            self._selections[names] = select_layers(self.layout, self.layers, names)
+        return self._selections[names]
 
     def _statuses(self) -> Iterator[tuple[int, np.ndarray]]:
         for first in range(0, len(self), _STATUS_ROWS):

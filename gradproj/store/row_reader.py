@@ -10,10 +10,9 @@ import numpy as np
 
 from gradproj.errors import StoreError
 from gradproj.store.column_reader import Columns, group_by_unit
-from gradproj.store.encoding import nan_rows
 from gradproj.store.layout import STATUS, StoreLayout
-from gradproj.store.mapped_shard import Selection
 from gradproj.store.page_cache import LRUCache
+from gradproj.store.selection import Selection
 from gradproj.store.shard_reader import Shards
 
 Missing = Literal["raise", "nan"]
@@ -43,9 +42,10 @@ class Band:
     has_rows: bool
     """Whether there is a shard. Without one ``tiles`` is empty."""
     tiles: Iterator[tuple[int, np.ndarray]]
-    """``(at, stored)``: ``stored (n, w)`` are the values ``at`` to ``at + w`` of the selection, in
-    the layout's ``stored_dtype``. All tiles together hold each value once. Take them before the
-    next band; each overwrites the one before. Nothing is read before the first is taken."""
+    """``(at, stored)``: ``stored (n, w)`` are the elements ``at`` to ``at + w`` of the selection,
+    in the layout's ``stored_dtype``, in ascending order: of packed rows the header comes first. All
+    tiles together hold each element once. Take them before the next band; each overwrites the one
+    before. Nothing is read before the first is taken."""
 
     @property
     def last(self) -> int:
@@ -70,7 +70,7 @@ class Rows:
         self._touched_bytes: dict[int, int] = {}
 
     def read(self, ids: np.ndarray, selection: Selection, missing: Missing) -> np.ndarray:
-        """Decode rows in any order: ``(n, selection.width)`` float32.
+        """Decode rows in any order: ``(n, selection.decoded_width)`` float32.
 
         Raises:
             StoreError: samples are missing, and ``missing`` is ``raise``.
@@ -82,7 +82,7 @@ class Rows:
             columns = self._columns.read(["row_scale"], ids)
         if missing == "raise":
             self._refuse_missing(ids[columns["status"] == STATUS["missing"]])
-        out = np.empty((len(ids), selection.width), np.float32)
+        out = np.empty((len(ids), selection.decoded_width), np.float32)
         if in_a_row:
             self._prefetch(first, first + len(ids), selection)
             self._read_range(first, selection, columns, out, missing)
@@ -115,7 +115,7 @@ class Rows:
     def decoded(self, first: int, last: int, selection: Selection) -> np.ndarray:
         """Read the rows ``[first, last)``, float32."""
         columns = self._columns.read_range(["row_scale"], first, last)
-        out = np.empty((last - first, selection.width), np.float32)
+        out = np.empty((last - first, selection.decoded_width), np.float32)
         self._read_range(first, selection, columns, out, "nan")
         return out
 
@@ -127,7 +127,7 @@ class Rows:
             if has_rows:
                 self._shards.copy_range(unit, row, selection, out[here])
             else:
-                out[here] = nan_rows((), self.layout.proj_dtype)
+                out[here] = self.layout.fill
         return out, columns["row_scale"]
 
     def bands(
@@ -174,17 +174,19 @@ class Rows:
         self,
         rows_per_block: int | None,
         selection: Selection,
-        dtype: np.dtype,
+        row_bytes: int,
         start: int,
         stop: int | None,
     ) -> Iterator[tuple[int, int]]:
         """Yield ``[first, last)`` of a scan's blocks, while the disk reads ahead by whole chunks.
 
+        ``row_bytes`` are those of a row in a block.
+
         Raises:
             StoreError: ``start`` or ``stop`` is out of range.
         """
         stop, band = self._checked_stop(start, stop), self.layout.chunk_rows
-        height = rows_per_block or self._block_rows(selection.width * dtype.itemsize)
+        height = rows_per_block or self._block_rows(row_bytes)
         fetched = released = start
         for first in range(start, stop, height):
             last = min(first + height, stop)
@@ -266,7 +268,7 @@ class Rows:
     def _count_touched(self, unit: int, n_rows: int, selection: Selection) -> None:
         """Count the memory of touched pages, which stay mapped, and release it above a limit."""
         pieces = sum(piece.n_chunks for piece in selection.pieces)
-        row_bytes = self.layout.dim * self.layout.stored_dtype.itemsize
+        row_bytes = self.layout.row_bytes
         touched = self._touched_bytes.get(unit, 0) + n_rows * pieces * _FAULT_BYTES
         self._touched_bytes[unit] = min(touched, self.layout.rows_per_shard * row_bytes)
         counted = list(self._touched_bytes.items())  # a copy, since threads may share a store

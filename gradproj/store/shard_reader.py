@@ -9,10 +9,10 @@ import numpy as np
 import zarr
 
 from gradproj.errors import StoreError
-from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import StoreLayout
-from gradproj.store.mapped_shard import MappedShard, Selection
+from gradproj.store.mapped_shard import MappedShard
 from gradproj.store.page_cache import LRUCache
+from gradproj.store.selection import Selection
 
 
 class Shards:
@@ -78,25 +78,27 @@ class Shards:
     def read_range(
         self, unit: int, start: int, selection: Selection, scale: np.ndarray, out: np.ndarray
     ) -> None:
-        """Decode the unit's rows from ``start`` on into ``out`` ``(n, selection.width)``."""
+        """Decode the unit's rows from ``start`` on into ``out`` ``(n, decoded width)``."""
         shard = self._shard(unit)
         if shard is not None:
             shard.read_range(start, selection, scale, out)
         else:
             first = unit * self.layout.rows_per_shard + start
             stored = self._read_with_zarr(slice(first, first + len(scale)), selection)
-            out[:] = decode_rows(stored, scale, self.layout.proj_dtype)
+            selection.decode_into(stored, scale, out)
 
     def read_rows(
         self, unit: int, rows: np.ndarray, selection: Selection, scale: np.ndarray
     ) -> np.ndarray:
-        """Decode rows (positions in the unit, ascending): ``(n, selection.width)`` float32."""
+        """Decode rows (positions in the unit, ascending): ``(n, decoded width)`` float32."""
         shard = self._shard(unit)
         if shard is not None:
             return shard.read_rows(rows, selection, scale)
         ids, inverse = np.unique(rows + unit * self.layout.rows_per_shard, return_inverse=True)
         stored = self._read_with_zarr(ids, selection)[inverse]
-        return decode_rows(stored, scale, self.layout.proj_dtype)
+        out = np.empty((len(rows), selection.decoded_width), np.float32)
+        selection.decode_into(stored, scale, out)
+        return out
 
     def _shard(self, unit: int) -> MappedShard | None:
         """Return the unit's mapped shard; None if zarr-python has to read it."""

@@ -29,7 +29,7 @@ from gradproj.files import (
     write_and_replace,
 )
 from gradproj.store.bfloat16 import BFloat16
-from gradproj.store.encoding import nan_rows
+from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
@@ -38,6 +38,7 @@ from gradproj.store.layout import (
     column_chunk_path,
     column_shape,
 )
+from gradproj.store.metadata import check_packed, layers_of
 
 _FLAT_KEYS = {"name": "default", "separator": "."}  # "c.12.0": all shards lie in one folder
 _EMPTY_CHUNK = 2**64 - 1
@@ -53,18 +54,21 @@ class StoreExists(StoreError):
 def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview | bytes]:
     """Yield the bytes of one shard file in order, a row of inner chunks at a time.
 
-    The last chunks are padded with NaN; chunks without any row are left out and marked as absent in
-    the index. ``stored`` is ``(n, D)`` with n <= rows per shard, encoded by ``encode_rows``, and
-    missing rows among them are NaN already.
+    The last chunks are padded with the layout's fill; chunks without any row are left out and
+    marked as absent in the index. ``stored`` is ``(n, stored width)`` with n <= rows per shard,
+    encoded by ``RowEncoder``, and missing rows among them are full of the fill already.
 
     Raises:
         ValueError: the shape or type is not the layout's.
     """
-    n_rows, dim = stored.shape
-    if dim != layout.dim or n_rows > layout.rows_per_shard or stored.dtype != layout.stored_dtype:
+    n_rows, width = stored.shape
+    if (
+        width != layout.stored_width
+        or n_rows > layout.rows_per_shard
+        or stored.dtype != layout.stored_dtype
+    ):
         raise ValueError(f"{stored.dtype} {stored.shape} is no shard of {layout}")
-    height, width = layout.chunk_rows, layout.chunk_width
-    n_across = dim // width
+    height, n_across = layout.chunk_rows, width // layout.chunk_width
     index = np.full((layout.rows_per_shard // height, n_across, 2), _EMPTY_CHUNK, "<u8")
     encoder, _ = _compressors(layout)
     offset = 0
@@ -72,7 +76,7 @@ def shard_chunks(stored: np.ndarray, layout: StoreLayout) -> Iterator[memoryview
         rows = stored[start : start + height]
         tiles = _band_tiles(rows, n_across, layout)
         if encoder is None:
-            sizes = np.full(n_across, height * width * stored.itemsize, np.uint64)
+            sizes = np.full(n_across, height * layout.chunk_width * stored.itemsize, np.uint64)
             yield tiles.view(np.uint8).reshape(-1).data
         else:
             encoded = [encoder.encode(tile) for tile in tiles]
@@ -89,7 +93,9 @@ def _band_tiles(rows: np.ndarray, n_across: int, layout: StoreLayout) -> np.ndar
     """Split up to ``chunk_rows`` rows into chunks ``(n_across, chunk_rows, chunk_width)``."""
     shape = (n_across, layout.chunk_rows, layout.chunk_width)
     whole = len(rows) == layout.chunk_rows
-    tiles = np.empty(shape, layout.stored_dtype) if whole else nan_rows(shape, layout.proj_dtype)
+    tiles = np.empty(shape, layout.stored_dtype)
+    if not whole:
+        tiles[...] = layout.fill
     tiles[:, : len(rows)] = rows.reshape(len(rows), n_across, layout.chunk_width).transpose(1, 0, 2)
     return tiles
 
@@ -113,13 +119,15 @@ def create_store(
     matrices: np.ndarray,
     scratch: Path | None = None,
     extra_columns: tuple[str, ...] = (),
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Make the whole Zarr group at ``path``, without rows, and publish it by one rename.
 
-    ``attributes`` are JSON without NaN; readers need ``layers`` (dicts of ``LayerSlice``) and
-    ``domains`` (names). ``matrices`` are packed by ``pack_matrices``. Unpublished files are in
-    ``scratch``, on the same file system (default: beside ``path``). ``extra_columns`` are int64,
-    with the fill value -1.
+    ``attributes`` are JSON without NaN; readers need ``layers`` (dicts of ``LayerSlice``, placed by
+    ``place_stored``) and ``domains`` (names). ``matrices`` are packed by ``pack_matrices``.
+    Unpublished files are in ``scratch``, on the same file system (default: beside ``path``).
+    ``extra_columns`` are int64, with the fill value -1. ``arrays`` are further flat arrays, such as
+    those of the basis, packed by ``pack_layers``.
 
     Raises:
         StoreExists: there is a store already, or another process published one meanwhile.
@@ -128,13 +136,21 @@ def create_store(
     path = Path(path)
     if os.path.lexists(path):
         raise StoreExists(f"{path} exists already")
-    attributes = {"format_version": FORMAT_VERSION} | dict(attributes)
+    encoding = {
+        "name": layout.encoding,
+        "bits": layout.bits,
+        "header_bytes": layout.header_width,
+    }
+    attributes = {"format_version": FORMAT_VERSION, "encoding": encoding} | dict(attributes)
+    if layout.is_packed:
+        check_packed(layout, layers_of(attributes))
     json.dumps(attributes, allow_nan=False)  # other readers refuse NaN, so fail early
     tmp_path = temporary_beside(path, scratch)
     try:
         with explain_os_errors(path):
             tmp_path.mkdir()
-            _fill_group(tmp_path, layout, attributes, matrices, extra_columns)
+            flat = {"projection_matrices": matrices.astype(np.float32, copy=False)}
+            _fill_group(tmp_path, layout, attributes, flat | dict(arrays or {}), extra_columns)
             fsync_tree(tmp_path)
             try:
                 os.rename(tmp_path, path)
@@ -153,21 +169,21 @@ def _fill_group(
     path: Path,
     layout: StoreLayout,
     attributes: dict[str, Any],
-    matrices: np.ndarray,
+    flat_arrays: Mapping[str, np.ndarray],
     extra_columns: tuple[str, ...],
 ) -> None:
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
     group.create_array(
         "projections",
-        shape=(layout.n_samples, layout.dim),
+        shape=(layout.n_samples, layout.stored_width),
         dtype=BFloat16() if layout.proj_dtype == "bfloat16" else layout.proj_dtype,
-        shards=(layout.rows_per_shard, layout.dim),
+        shards=(layout.rows_per_shard, layout.stored_width),
         chunks=(layout.chunk_rows, layout.chunk_width),
         compressors=_compressors(layout)[1],
-        fill_value=float("nan"),
+        fill_value=int(layout.fill) if layout.is_packed else float("nan"),
         chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
-        dimension_names=("sample", "value"),
+        dimension_names=("sample", "byte" if layout.is_packed else "value"),
     )
     extra = dict.fromkeys(extra_columns, (np.dtype(np.int64), -1))
     for name, (dtype, fill) in (COLUMNS | extra).items():
@@ -179,9 +195,10 @@ def _fill_group(
             compressors=None,
             fill_value=fill,
             chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
-            dimension_names=("sample", "byte") if name == "key" else ("sample",),
+            dimension_names=("sample", "key_byte") if name == "key" else ("sample",),
         )
-    _add_array(group, "projection_matrices", matrices.astype(np.float32, copy=False))
+    for name, values in flat_arrays.items():
+        _add_array(group, name, values)
     _write_files(path, files)
 
 
@@ -246,15 +263,7 @@ def pack_matrices(
     layers: list[LayerSlice], matrices: Mapping[str, tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray:
     """Join every layer's ``P_i (k_i, n_i)`` and ``P_o (k_o, n_o)``, in order, to flat float32."""
-    parts = [np.empty(0, np.float32)]
-    for layer in layers:
-        p_i, p_o = matrices[layer.name]
-        if p_i.shape != (layer.k_i, layer.n_i) or p_o.shape != (layer.k_o, layer.n_o):
-            raise ValueError(
-                f"matrices of {layer.name} are {p_i.shape} and {p_o.shape}, but it is {layer}"
-            )
-        parts += [np.asarray(p_i, np.float32).reshape(-1), np.asarray(p_o, np.float32).reshape(-1)]
-    return np.concatenate(parts)
+    return pack_layers("projection_matrices", layers, matrices)
 
 
 def write_column_block(

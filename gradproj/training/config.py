@@ -41,6 +41,7 @@ class EngineConfig(Flags, title="engine"):
     proj_kind: str = as_in(ProjectionConfig, "kind")
     include_embeddings: bool = as_in(ProjectionConfig, "include_embeddings")
     loss_reduction: str = as_in(BatchConfig, "loss_reduction")
+    encoding: str = as_in(StoreConfig, "encoding", default="dense")
     proj_dtype: str = as_in(StoreConfig, "proj_dtype")
     compressor: str = as_in(StoreConfig, "compressor")
     rows_per_shard: int = as_in(

@@ -23,7 +23,7 @@ from gradproj.store.append_store import (
     create_row_store,
     holds_rows,
 )
-from gradproj.store.layout import STATUS, STORE_NAME, STORED_DTYPES, StoreLayout, plan_layout
+from gradproj.store.layout import STATUS, STORE_NAME, StoreLayout, place_stored, plan_layout
 from gradproj.store.writer import pack_matrices
 from gradproj.training.engine_base import EngineContext, TrainingEngine
 
@@ -184,7 +184,9 @@ class GradProjLoraTraining(TrainingEngine):
         self._store.add(rows, columns)
 
     def _open_store(self) -> AppendStore:
-        world, attributes, folder = self.context.world, self._attributes(), self._folder
+        layout = self._layout()
+        self._layers = place_stored(self._layers, layout)
+        world, attributes, folder = self.context.world, self._attributes(layout), self._folder
         # All ranks look before rank 0 creates it.
         exists, empty = (folder / STORE_NAME).exists(), not holds_rows(folder)
         world.barrier()
@@ -200,14 +202,14 @@ class GradProjLoraTraining(TrainingEngine):
             drawn = self._engine.projection_matrices.items()
             matrices = {name: (p_i.cpu().numpy(), p_o.cpu().numpy()) for name, (p_i, p_o) in drawn}
             packed = pack_matrices(self._layers, matrices)
-            create_row_store(folder, self._layout(), attributes, packed)
+            create_row_store(folder, layout, attributes, packed)
         world.barrier()
         return AppendStore(folder, world.rank, world.size)
 
     def _layout(self) -> StoreLayout:
         settings, world = self.context.settings, self.context.world
         widths = [layer.slice_end - layer.slice_start for layer in self._layers]
-        row_bytes = sum(widths) * STORED_DTYPES[settings.proj_dtype].itemsize
+        row_bytes = plan_layout(1, widths, 1, settings.store).row_bytes
         rows_per_step = settings.batch_size * settings.grad_accumulation
         height = settings.rows_per_shard
         height = height or choose_rows(row_bytes, rows_per_step, settings.max_steps, world.size)
@@ -216,18 +218,21 @@ class GradProjLoraTraining(TrainingEngine):
         # One chunk of each column per unit, so that a unit's files belong to one rank.
         return replace(layout, column_rows=height)
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self, layout: StoreLayout) -> dict[str, Any]:
         settings = self.context.settings
+        # Stores of version 1 do not name the encoding, which is dense.
+        encoding = {"--encoding": layout.encoding} if layout.is_packed else {}
         projection = settings.projection
         return {
             "layers": [asdict(layer) for layer in self._layers],
             "domains": [],
             "projection": asdict(projection),
             "selection": asdict(self._engine.coverage),
-            "how_to_read": "row = projections[i] * row_scale[i], of sample sample_id[i] at "
-            "step[i]; status 1 = ok",
+            "how_to_read": f"{layout.how_to_read}, of sample sample_id[i] at step[i]; status 1 = "
+            "ok",
             "identity": {
                 **{f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)},
+                **encoding,
                 "--proj_dtype": settings.proj_dtype,
                 "--compressor": settings.compressor,
                 "--loss_reduction": settings.loss_reduction,

@@ -40,7 +40,7 @@ for name, path in json.loads(sys.argv[1]).items():
     data = xarray.open_zarr(path)
     assert isinstance(data.projections.data, dask.array.Array)
     assert data.projections.dims == ("sample", "value")
-    assert data.key.dims == ("sample", "byte")
+    assert data.key.dims == ("sample", "key_byte")
     rows = data.projections.astype("float32") * data.row_scale
     found[f"{name} xarray"] = rows.where(data.status == 1).compute().values
 table = xarray.open_zarr(sys.argv[2])

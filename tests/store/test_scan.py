@@ -9,7 +9,6 @@ from helpers.stores import MANY_CHUNKS, READER_CASES, Output
 
 from gradproj.errors import StoreError
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.encoding import nan_rows
 
 
 @pytest.fixture(scope="module", params=READER_CASES)
@@ -19,12 +18,12 @@ def filled(request, tmp_path_factory):
 
 def joined(store, layers=None, width=None, **options):
     """All bands' values as one array, and how often each was given; ids and scales."""
-    width = width or store.dim
+    width = width or store.layout.stored_width
     bands, first = [], options.get("start", 0)
     for band in store.scan_bands(layers=layers, **options):
         assert band.first == first
         first = band.last
-        stored = nan_rows((len(band.status), width), store.layout.proj_dtype)
+        stored = np.full((len(band.status), width), store.layout.fill)
         times = np.zeros(stored.shape, int)
         for at, tile in band.tiles:
             assert tile.dtype == stored.dtype

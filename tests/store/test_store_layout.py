@@ -1,17 +1,23 @@
 """The layout of a store: shard size, chunk shape, units, keys."""
 
+import numpy as np
 import pytest
+from helpers.stores import make_layers
 
 from gradproj.errors import ConfigError, StoreError
+from gradproj.store.chunk_shapes import (
+    choose_chunk_width,
+    choose_rows_per_shard,
+    packed_widths,
+)
 from gradproj.store.layout import (
     COLUMNS,
     STATUS,
     StoreConfig,
-    choose_chunk_width,
-    choose_rows_per_shard,
     decode_key,
     empty_columns,
     encode_keys,
+    place_stored,
     plan_layout,
 )
 
@@ -26,7 +32,7 @@ def test_rows_per_shard_is_the_largest_power_of_two_within_all_bounds(n_samples,
         return rows <= 4096 and rows * dim * itemsize <= 512 * MB and n_samples / rows >= 64
 
     want = max([rows for rows in (2**e for e in range(20)) if fits(rows)], default=0)
-    assert choose_rows_per_shard(n_samples, dim, itemsize) == max(want, 16)
+    assert choose_rows_per_shard(n_samples, dim * itemsize) == max(want, 16)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,49 @@ def test_rows_per_shard_is_the_largest_power_of_two_within_all_bounds(n_samples,
 def test_chunk_width_is_the_common_width_or_a_divisor_from_64_or_the_row(widths, want):
     assert choose_chunk_width(widths) == want
     assert sum(widths) % want == 0
+
+
+@pytest.mark.parametrize(
+    ("widths", "bits", "more_bytes", "want"),
+    [
+        ([4096] * 48, 1, 0, (512, 49 * 512, 512)),  # 416 of 25,088 bytes are padding
+        ([4096] * 12, 1, 0, (128, 128 + 12 * 512, 128)),  # with chunks of 256 bytes 3.6 % would be
+        ([4096] * 210, 1, 700, (512, 213 * 512, 512)),
+        ([4096] * 48, 8, 0, (4096, 49 * 4096, 4096)),
+        ([4096, 2048] * 30, 2, 0, (512, 512 + 30 * 1536, 512)),
+        ([10, 10], 1, 0, (4, 8, 8)),
+        ([10, 3], 4, 5, (4, 4 + 5 + 2 + 5, 16)),
+    ],
+)
+def test_packed_chunk_is_as_wide_as_divides_the_layers_unless_padding_costs_much(
+    widths, bits, more_bytes, want
+):
+    assert packed_widths(widths, bits, more_bytes) == want
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_layers_follow_the_header_and_each_other_in_whole_chunks(seed):
+    generator = np.random.default_rng(seed)
+    sides = generator.choice([1, 3, 16, 64, 128], (int(generator.integers(1, 60)), 2)).tolist()
+    encoding = ("signs", "int2", "int4", "int8")[seed % 4]
+    layers, more = make_layers(sides), int(generator.integers(0, 800))
+    widths = [k_o * k_i for k_o, k_i in sides]
+    config = StoreConfig(encoding=encoding, rows_per_shard=1024)
+    layout = plan_layout(5_000, widths, 9, config, more)
+    placed, at = place_stored(layers, layout), layout.header_width
+    assert at >= 2 * len(layers)
+    for layer, width in zip(placed, widths, strict=True):
+        assert layer.stored_start == at
+        at += -(-width * layout.bits // 8)
+        assert layer.stored_end == at
+    assert (layout.dim, layout.row_bytes) == (sum(widths), layout.stored_width)
+    assert 0 <= layout.stored_width - at - more <= 0.02 * layout.stored_width
+    assert layout.stored_width % layout.chunk_width == 0
+    if layout.chunk_width < layout.stored_width:
+        assert all(layer.stored_start % layout.chunk_width == 0 for layer in placed)
+    chunk_bytes = layout.chunk_rows * layout.chunk_width
+    assert chunk_bytes <= 512_000 or layout.chunk_rows == 1
+    assert chunk_bytes > 256_000 or layout.chunk_rows == 1024
 
 
 @pytest.mark.parametrize("rows_per_shard", [1, 2, 500, 512, 513, 1_000, 1_009, 4_096, 3_000_000])
@@ -100,6 +149,10 @@ def test_empty_columns_hold_fill_values():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (
+            {"encoding": "int8", "proj_dtype": "float32"},
+            r"--proj_dtype float32 is a type of dense rows, and --encoding int8 stores codes",
+        ),
         (
             {"proj_dtype": "float64"},
             r"--proj_dtype is 'float64'; choose one of float16, bfloat16, float32",

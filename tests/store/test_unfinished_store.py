@@ -199,10 +199,10 @@ def test_path_without_a_readable_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match="no format_version or layers"):
         ProjectionStore(tmp_path / "other")
     output = Output(tmp_path / "output")
-    update_attributes(output.store_path, {"format_version": 2})
-    with pytest.raises(StoreError, match=r"has format 2, newer than the 1 .* update gradproj"):
+    update_attributes(output.store_path, {"format_version": 3})
+    with pytest.raises(StoreError, match=r"has format 3, newer than the 2 .* update gradproj"):
         ProjectionStore(output.path)
-    update_attributes(output.store_path, {"format_version": 1})
+    update_attributes(output.store_path, {"format_version": 2})
     (output.store_path / "loss" / "zarr.json").write_text("{")
     with pytest.raises(StoreError, match="damaged or not a gradproj store"):
         ProjectionStore(output.path)

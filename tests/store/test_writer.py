@@ -217,7 +217,7 @@ def test_updating_one_attribute_keeps_others_and_arrays(tmp_path):
     attributes = zarr.open_group(str(output.store_path), mode="r").attrs.asdict()
     assert attributes["complete"] is True
     assert attributes["note"] == "changed"
-    assert attributes["format_version"] == 1
+    assert attributes["format_version"] == 2
     assert len(attributes["layers"]) == 2
     np.testing.assert_array_equal(from_zarr(output.store_path, "projections"), before)
     with pytest.raises(ValueError, match="JSON"):
@@ -234,7 +234,7 @@ def test_matrices_are_packed_in_layer_order_and_their_shapes_checked(tmp_path):
     )
     np.testing.assert_array_equal(from_zarr(output.store_path, "projection_matrices"), want)
     swapped = {name: (p_o, p_i) for name, (p_i, p_o) in output.matrices.items()}
-    with pytest.raises(ValueError, match=r"matrices of h\.0\.mlp"):
+    with pytest.raises(ValueError, match=r"projection_matrices of h\.0\.mlp"):
         pack_matrices(output.layers, swapped)
 
 
