@@ -31,6 +31,8 @@ LEVEL_OF = {stage: number for number, stages in enumerate(LEVELS) for stage in s
 HOME_OF = {
     "zarr": {"store"},
     "numcodecs": {"store"},
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
     "webdataset": {"corpus"},
     "datasets": {"corpus"},
     "pyarrow": {"corpus"},
