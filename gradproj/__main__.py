@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenizer": "train a byte-level BPE tokenizer on a corpus",
     "train": "train a causal language model on a corpus",
     "lds": "evaluate scores against retraining on parts of a small corpus",
+    "text": "read tokens and count n-grams of a store, for scores by shared text",
     "query": "find the documents with the highest and lowest scores for a query",
     "domains": "compare a store's domains: mean gradients, cosines, influences",
     "report": "write one HTML page on a store",

@@ -17,7 +17,7 @@ LEVELS = [
     {"engine", "coordinator"},
     {"analysis"},
     {"job"},
-    {"query", "training", "maintenance", "run"},
+    {"query", "training", "maintenance", "run", "text"},
     {"report", "evaluation"},
     {"cli", "examples", "__main__", "__init__"},
 ]
@@ -39,6 +39,7 @@ HOME_OF = {
     "huggingface_hub": {"model"},
     "transformers": {"kernels", "model", "engine", "training"},
     "tokenizers": {"training"},
+    "numba": {"analysis", "text"},
     "bm25s": {"evaluation"},
     "kronfluence": {"evaluation"},
     "xarray": {"store", "examples"},

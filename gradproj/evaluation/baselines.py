@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradproj.evaluation.retraining import LOSS_BATCH, load
+from gradproj.text.scores import QueryText, text_scores
 
 
 def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -28,6 +29,11 @@ def ngram_overlap(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     query_ngrams = [ngrams(ids) for ids in queries.tolist()]
     shared = [[len(query & document) for document in document_ngrams] for query in query_ngrams]
     return np.array(shared, np.float32)
+
+
+def text_kernel(documents: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the text score of ``gradproj query``, ``(Q, N)`` float32, with exact frequencies."""
+    return text_scores([QueryText(ids) for ids in queries], documents).astype(np.float32)
 
 
 def ngrams(ids: Sequence[int]) -> set[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from gradproj.flags import DEVICES, Flags, as_in, flag, split_list
 from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
-    "random,loss,grad_norm,hidden,bm25,ngram,"
+    "random,loss,grad_norm,hidden,bm25,ngram,text,"
     "dot@16,cosine@16,relatif@16,kfac@16:0.003,kfac@16:0.01,kfac@16:0.03,kfac@16:0.1,kfac@16:1,"
     "preconditioned@16:0.01,preconditioned@16:0.1,preconditioned@16:1,"
     "dot@32,relatif@32,kfac@32:0.01,kfac@32:0.03,kfac@32:0.1,preconditioned@32:0.1,preconditioned@32:1,"
@@ -128,7 +128,7 @@ class LdsConfig(Flags, title="experiment"):
     methods: str = flag(
         "Methods. SCORE@K or SCORE@K:DAMPING is gradproj's with K x K values per layer, or whole "
         "gradients with K = full; the others are random, loss, grad_norm, hidden, bm25, ngram, "
-        "kronfluence_kfac, kronfluence_ekfac.",
+        "text, kronfluence_kfac, kronfluence_ekfac.",
         DEFAULT_METHODS,
         default_text=f"{len(split_list(DEFAULT_METHODS))} methods, see evaluation/README.md",
         comma_separated=True,

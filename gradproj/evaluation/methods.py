@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import ConfigError, StoreError
-from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap
+from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment
 from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
@@ -15,7 +15,7 @@ from gradproj.evaluation.leave_out import file_name
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
 
-OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", *STRATEGIES)
+OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", *STRATEGIES)
 """Methods that are not gradproj's own."""
 OPTIONAL = {"bm25": "bm25s"} | dict.fromkeys(STRATEGIES, "kronfluence")
 """Method -> the library that it needs, of the extra ``evaluation``."""
@@ -68,6 +68,7 @@ class Methods:
             "hidden": lambda: hidden_cosine(self._model, documents, queries, config.device),
             "bm25": lambda: bm25(documents, queries),
             "ngram": lambda: ngram_overlap(documents, queries),
+            "text": lambda: text_kernel(list(documents), list(queries)),
         }
         if name in makers:
             return makers[name]()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import make_model, small_model
+from helpers.text import text_score
 
-from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap
+from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
 from gradproj.evaluation.kronfluence import kronfluence_scores, linear_in_place_of_conv1d
 from gradproj.evaluation.retraining import load, query_losses
 
@@ -54,6 +55,13 @@ def test_hidden_is_the_cosine_of_centred_mean_states(folder, documents):
     np.testing.assert_allclose(
         hidden_cosine(folder, documents, documents[1:3], "cpu"), want, atol=1e-4
     )
+
+
+def test_text_is_the_kernel_of_ngrams_weighted_by_their_rarity():
+    documents = np.random.default_rng(0).integers(0, 9, (6, 24))
+    lists = documents.tolist()
+    want = [[text_score(query, document, lists) for document in lists] for query in lists[1:3]]
+    np.testing.assert_allclose(text_kernel(list(documents), list(documents[1:3])), want, rtol=1e-6)
 
 
 def test_query_loss_is_the_mean_over_target_tokens(folder, documents):

@@ -1,0 +1,123 @@
+"""Document frequencies of n-grams: a count sketch of fixed size, and the weight made from them."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gradproj.text.ngrams import Documents, compiled, distinct_hashes
+
+N_PLACES = 3
+"""Counters of an n-gram."""
+N_SEGMENTS = 64
+"""Parts of the table; all counters of an n-gram lie in one, so threads can share the parts."""
+MIN_COUNTERS = 2**12
+_SEGMENT_SHIFT, _STEP_SHIFT, _ODD = np.uint64(58), np.uint64(29), np.uint64(1)
+_LARGEST = np.uint32(2**32 - 1)
+
+
+class Frequencies(Protocol):
+    """Document frequencies of a corpus."""
+
+    @property
+    def n_documents(self) -> int: ...
+
+    def counts(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the number of documents ``(m,)`` that hold the n-grams of these hashes."""
+
+
+def weight_of(counts: np.ndarray, n_documents: int) -> np.ndarray:
+    """Return ``ln(N / df + 1)^3`` of document frequencies ``(m,)``, float64.
+
+    An n-gram of no document counts as one of one document.
+    """
+    return np.log(n_documents / np.maximum(counts, 1) + 1) ** 3
+
+
+def n_counters(n_tokens: int, most_bytes: int) -> int:
+    """Return the size of a sketch of a corpus: a power of two, 8 to 16 counters a token at most.
+
+    ``most_bytes`` limits it.
+    """
+    wanted = max(MIN_COUNTERS, 8 * n_tokens)
+    return 2 ** min((wanted - 1).bit_length(), max(MIN_COUNTERS, most_bytes // 4).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class FrequencySketch:
+    """Counters that several n-grams share; an n-gram's count is the smallest of its own.
+
+    A count is never too small. With C counters and M counts in total (4 per token at most) it is
+    too large by more than ``e M N_PLACES / C`` for less than ``e^-3 = 5 %`` of the n-grams, by the
+    bound of the count-min sketch (Cormode and Muthukrishnan 2005); only the smallest counters are
+    raised (conservative update, Estan and Varghese 2002), so that it is far less in practice.
+    """
+
+    table: np.ndarray
+    """``(C,)`` uint32."""
+    n_documents: int
+    """Documents of the whole corpus."""
+
+    def counts(self, hashes: np.ndarray) -> np.ndarray:
+        return _smallest(self.table, hashes)
+
+    def add(self, documents: Documents, pool: ThreadPoolExecutor, n_threads: int) -> None:
+        """Count the n-grams of further documents. The result does not depend on the threads."""
+        pieces = documents.pieces(n_threads)
+        hashes = list(pool.map(lambda piece: distinct_hashes(piece.tokens, piece.ends), pieces))
+        edges = [N_SEGMENTS * i // n_threads for i in range(n_threads + 1)]
+
+        def count(thread: int) -> None:
+            for part in hashes:
+                _count(self.table, part, edges[thread], edges[thread + 1])
+
+        for _ in pool.map(count, range(n_threads)):
+            pass
+
+    def error_quantiles(self, quantiles: Iterable[float]) -> list[int]:
+        """Return quantiles of the counts of n-grams that no document holds, which should be 0."""
+        absent = np.random.default_rng(0).integers(1, 2**64, 2**16, np.uint64)
+        return np.quantile(self.counts(absent), list(quantiles), method="higher").tolist()
+
+
+@compiled
+def _places(value: np.uint64, n_places: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64]:
+    """Return the first counter of a hash's segment, and its first place and step in there."""
+    base = (value >> _SEGMENT_SHIFT) * n_places
+    return base, value, (value >> _STEP_SHIFT) | _ODD
+
+
+@compiled
+def _count(table: np.ndarray, hashes: np.ndarray, first: int, stop: int) -> None:
+    """Count the n-grams of the segments ``[first, stop)``."""
+    n_places = np.uint64(len(table) // N_SEGMENTS)
+    mask = n_places - _ODD
+    for value in hashes:
+        if not first <= np.int64(value >> _SEGMENT_SHIFT) < stop:
+            continue
+        base, place, step = _places(value, n_places)
+        smallest = _LARGEST
+        for i in range(N_PLACES):
+            smallest = min(smallest, table[base + ((place + np.uint64(i) * step) & mask)])
+        if smallest == _LARGEST:
+            continue
+        for i in range(N_PLACES):
+            at = base + ((place + np.uint64(i) * step) & mask)
+            table[at] = max(table[at], smallest + np.uint32(1))
+
+
+@compiled
+def _smallest(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Return the count of each hash, int64."""
+    n_places = np.uint64(len(table) // N_SEGMENTS)
+    mask = n_places - _ODD
+    counts = np.empty(len(hashes), np.int64)
+    for number in range(len(hashes)):
+        base, place, step = _places(hashes[number], n_places)
+        smallest = _LARGEST
+        for i in range(N_PLACES):
+            smallest = min(smallest, table[base + ((place + np.uint64(i) * step) & mask)])
+        counts[number] = smallest
+    return counts

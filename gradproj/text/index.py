@@ -1,0 +1,172 @@
+"""The text index of a store: its documents' token ids, and document frequencies of their n-grams.
+
+Both are made from the tars by ``gradproj text``, or by the first query that needs them, and kept
+in ``OUTPUT/text``.
+"""
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.files import explain_os_errors, file_sum, write_and_replace
+from gradproj.formatting import shown
+from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.store import ProjectionStore
+from gradproj.text.frequencies import FrequencySketch, n_counters
+from gradproj.text.ngrams import thread_pool
+from gradproj.text.token_files import TokenFiles, TokenWriter
+
+MAX_SKETCH_BYTES = 2**31
+FACTS_NAME, SKETCH_NAME = "text.json", "document_frequencies.npy"
+SAVE_EVERY_S = 600.0
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The content of ``text.json``, which is written last."""
+
+    n_documents: int
+    """Documents with at least one n-gram."""
+    n_tokens: int
+    sketch: dict[str, int]
+    """``{"bytes", "crc32c"}`` of the sketch's file."""
+
+
+@dataclass(frozen=True)
+class TextIndex:
+    """Tokens and document frequencies of a store's documents."""
+
+    files: TokenFiles
+    frequencies: FrequencySketch
+    """Mapped from its file."""
+    facts: TextFacts
+
+    def tokens_at(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Return the token ids ``(S,)`` uint32 of documents; empty for one that has none."""
+        height, found = self.files.layout.rows_per_shard, {}
+        for unit in np.unique(ids // height).tolist():
+            documents = self.files.read(unit)
+            for sample_id in ids[ids // height == unit].tolist():
+                row = sample_id - unit * height
+                found[sample_id] = documents.tokens[documents.ends[row] : documents.ends[row + 1]]
+        return [found[sample_id] for sample_id in ids.tolist()]
+
+
+def open_text_index(store: ProjectionStore) -> TextIndex | None:
+    """Return the index of a store, or None if it was not made yet or not to its end.
+
+    Raises:
+        StoreError: a part of it is damaged, or the store was not written by the job.
+    """
+    files = TokenFiles(store)
+    path, sketch = files.folder / FACTS_NAME, files.folder / SKETCH_NAME
+    if not path.is_file() or files.missing():
+        return None
+    try:
+        facts = TextFacts(**json.loads(path.read_text()))
+        if file_sum(sketch) != facts.sketch:
+            raise ValueError(f"the checksum of {SKETCH_NAME} does not match")
+        table = np.load(sketch, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(
+            f"{files.folder} is damaged ({error}). Delete {path.name} there, and `python -m "
+            f"gradproj text {files.output}` counts again"
+        ) from error
+    return TextIndex(files, FrequencySketch(table, facts.n_documents), facts)
+
+
+def make_text_index(
+    store: ProjectionStore,
+    inputs: RecordedRunArgs,
+    max_sketch_bytes: int = MAX_SKETCH_BYTES,
+    share: tuple[int, int] = (0, 1),
+    note: Callable[[str], None] = lambda line: None,
+) -> TextIndex | None:
+    """Make what a store's text index lacks.
+
+    Args:
+        store: finished or not; the tokens do not depend on its rows.
+        inputs: the output, and the present places of its model and tars.
+        max_sketch_bytes: most memory of the sketch.
+        share: ``(rank, number of ranks)`` of processes that make it at the same time. All read
+            documents, and rank 0 counts n-grams.
+        note: called with a line for the user before a long step.
+
+    Returns:
+        The index; None on ranks other than 0.
+
+    Raises:
+        StoreError: the folder cannot be written.
+        ModelError: the tokenizer is not the recorded one.
+        CorpusError: the tars are not where the job found them, or have changed.
+    """
+    index = open_text_index(store)
+    if index is not None:
+        return index
+    files, (rank, n_ranks) = TokenFiles(store), share
+    missing = files.missing()
+    if missing:
+        note(f"reading the tokens of {len(missing):,} of {len(files.units):,} units")
+        writer = TokenWriter(store, files, inputs)
+        # Each rank begins at its own place and takes what no other has finished, up to the end.
+        start = len(missing) * rank // n_ranks
+        for unit in shown(missing[start:] + missing[:start], len(missing), "tokens", "units"):
+            if not files.path(unit).is_file():
+                writer.write(unit)
+    if rank:
+        return None
+    if not (files.folder / FACTS_NAME).is_file():
+        _make_sketch(files, max_sketch_bytes)
+    for other in files.folder.parent.iterdir():  # of earlier stores in this output directory
+        if other != files.folder and other.is_dir():
+            shutil.rmtree(other, ignore_errors=True)
+    return open_text_index(store)
+
+
+def _make_sketch(files: TokenFiles, max_bytes: int) -> None:
+    """Count the n-grams of all token files. A killed call continues from its last saved table."""
+    n_documents, n_tokens = files.totals()
+    table, n_counted = _saved_table(files, n_counters(n_tokens, max_bytes))
+    sketch = FrequencySketch(table, n_documents)
+    units, saved_at = files.units[n_counted:].tolist(), time.monotonic()
+    pool, n_threads = thread_pool()
+    with pool:
+        for unit in shown(units, len(units), "n-grams", "units"):
+            sketch.add(files.read(unit), pool, n_threads)
+            n_counted += 1
+            if time.monotonic() - saved_at >= SAVE_EVERY_S:
+                _save_table(table, files.folder / f"counted-{n_counted:08d}.npy")
+                saved_at = time.monotonic()
+    path = files.folder / SKETCH_NAME
+    _save_table(table, path)
+    facts = TextFacts(n_documents, n_tokens, file_sum(path))
+    with explain_os_errors(files.folder):
+        write_and_replace(files.folder / FACTS_NAME, [json.dumps(asdict(facts)).encode()])
+    for unfinished in files.folder.glob("counted-*.npy"):
+        unfinished.unlink(missing_ok=True)
+
+
+def _saved_table(files: TokenFiles, n_counters: int) -> tuple[np.ndarray, int]:
+    """Return the table of the most units that a killed call saved, and their number; else zeros."""
+    for path in sorted(files.folder.glob("counted-*.npy"), reverse=True):
+        table = np.load(path, allow_pickle=False)
+        if len(table) == n_counters:
+            return table, int(path.stem.removeprefix("counted-"))
+    return np.zeros(n_counters, np.uint32), 0
+
+
+def _save_table(table: np.ndarray, path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(table))
+    with explain_os_errors(path):
+        write_and_replace(path, [header.getvalue(), table.data])
+    for older in path.parent.glob("counted-*.npy"):
+        if older != path:
+            older.unlink(missing_ok=True)

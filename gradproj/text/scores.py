@@ -1,0 +1,184 @@
+"""The n-gram kernel of queries and documents, alone or beside a store.
+
+``K(q, d)`` is the sum over the n-grams w of 1 to 4 tokens of ``c_q(w) c_d(w) ln(N / df(w) + 1)^3``
+with counts c in query and document, and the document frequency df among N documents.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.analysis import TopDocuments
+from gradproj.analysis.row_blocks import SampleFilter, progress_bar, rank_range, scan_world
+from gradproj.analysis.scores import add_all, both_ends
+from gradproj.analysis.top_k import TopK
+from gradproj.store import ProjectionStore
+from gradproj.text.frequencies import Frequencies, weight_of
+from gradproj.text.index import TextIndex
+from gradproj.text.ngrams import (
+    Documents,
+    add_scores,
+    document_counts,
+    make_table,
+    ngram_hashes,
+    thread_pool,
+)
+
+_BLOCK_SCORES = 2**22
+"""Scores computed at a time, in float64: 34 MB."""
+
+
+@dataclass(frozen=True)
+class QueryText:
+    """Token ids of a query."""
+
+    ids: np.ndarray
+    """``(S,)``, any integer type."""
+    first: int = 0
+    """N-grams count that end at this token or later: those with a token of a completion."""
+
+
+class QueryNgrams:
+    """The n-grams of several queries, in a table that documents are matched with."""
+
+    def __init__(self, queries: Sequence[QueryText]) -> None:
+        found = [
+            np.unique(ngram_hashes(query.ids.astype(np.uint32), query.first), return_counts=True)
+            for query in queries
+        ]
+        hashes, of_query = (
+            np.concatenate([hashes for hashes, _ in found]),
+            np.repeat(np.arange(len(queries)), [len(hashes) for hashes, _ in found]),
+        )
+        self.n_queries = len(queries)
+        self.hashes, number = np.unique(hashes, return_inverse=True)
+        order = np.argsort(number, kind="stable")
+        self._queries = of_query[order]
+        self._counts = np.concatenate([counts for _, counts in found])[order].astype(np.float64)
+        self._starts = np.searchsorted(number[order], np.arange(len(self.hashes) + 1))
+        self._table = make_table(self.hashes)
+
+    def weights(self, frequencies: Frequencies) -> np.ndarray:
+        """Return ``c_q(w) ln(N / df(w) + 1)^3`` of every query's n-grams, float64."""
+        counts = frequencies.counts(self.hashes)
+        idf = weight_of(counts, frequencies.n_documents)
+        return self._counts * np.repeat(idf, np.diff(self._starts))
+
+    def scores(self, documents: Documents, weights: np.ndarray) -> np.ndarray:
+        """Return ``K`` of documents, ``(n, Q)`` float64."""
+        scores = np.zeros((len(documents), self.n_queries))
+        add_scores(
+            documents.tokens, documents.ends, *self._table, self._starts, self._queries, weights,
+            scores,
+        )  # fmt: skip
+        return scores
+
+    def document_counts(self, documents: Documents) -> np.ndarray:
+        """Return the number of documents that hold each n-gram of ``hashes``, int64."""
+        counted = np.zeros(len(self.hashes), np.int64)
+        document_counts(documents.tokens, documents.ends, *self._table, counted)
+        return counted
+
+
+@dataclass(frozen=True)
+class ExactFrequencies:
+    """Document frequencies of the n-grams of some queries."""
+
+    n_documents: int
+    of_queries: np.ndarray
+    """``(m,)``, in the order of ``QueryNgrams.hashes``."""
+
+    def counts(self, hashes: np.ndarray) -> np.ndarray:
+        assert len(hashes) == len(self.of_queries)
+        return self.of_queries
+
+
+def text_scores(queries: Sequence[QueryText], documents: Sequence[np.ndarray]) -> np.ndarray:
+    """Return ``K`` of documents in memory with exact document frequencies, ``(Q, N)`` float64."""
+    ngrams, joined = QueryNgrams(queries), Documents.of(documents)
+    frequencies = ExactFrequencies(len(documents), ngrams.document_counts(joined))
+    return ngrams.scores(joined, ngrams.weights(frequencies)).T
+
+
+@dataclass(frozen=True)
+class TextScan:
+    """Scores of all documents of a store by text."""
+
+    store: ProjectionStore
+    index: TextIndex
+    domains: Sequence[str] | None = None
+    """Names of the domains whose documents are scored; default all."""
+    together: bool = False
+    """Ranks of ``torch.distributed`` share the units."""
+    progress: bool = False
+
+    def blocks(self, queries: Sequence[QueryText]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield this rank's share: ``(first sample id, scores (Q, n) float32)`` in id order.
+
+        A document without a row, of another domain, or without a token has NaN.
+        """
+        store, ngrams = self.store, QueryNgrams(queries)
+        weights = ngrams.weights(self.index.frequencies)
+        sample_filter = SampleFilter(store, self.domains)
+        world = scan_world(self.together)
+        start, stop = rank_range(store, world)
+        height, most = store.layout.rows_per_shard, max(1, _BLOCK_SCORES // len(queries))
+        label = "text scores" if self.progress and world.rank == 0 else None
+        wanted = set(self.index.files.units.tolist())
+        pool, n_threads = thread_pool()
+        with progress_bar(store, label, start, stop) as bar, pool:
+            for first in range(start, stop, height):
+                n = min(height, stop - first)
+                if first // height not in wanted:
+                    yield first, np.full((len(queries), n), np.nan, np.float32)
+                    continue
+                unit = self.index.files.read(first // height)
+                ok = sample_filter(first, store.column("status", first, first + n))
+                ok &= np.diff(unit.ends) > 0
+                for row in range(0, n, most):
+                    documents = unit[row : row + most]
+                    parts = pool.map(
+                        lambda piece: ngrams.scores(piece, weights), documents.pieces(n_threads)
+                    )
+                    scores = np.concatenate(list(parts)).T.astype(np.float32)
+                    scores[:, ~ok[row : row + most]] = np.nan
+                    yield first + row, scores
+                bar.update(n)
+
+    def rank(
+        self, queries: Sequence[QueryText], n_top: int, n_bottom: int = 0
+    ) -> tuple[TopDocuments, TopDocuments]:
+        """Return both ends of the scores; ids and scores are numpy arrays ``(Q, k)``."""
+        blocks = ((first, torch.from_numpy(values)) for first, values in self.blocks(queries))
+        return rank_blocks(blocks, len(queries), n_top, n_bottom, self.together)
+
+    def scores_at(self, queries: Sequence[QueryText], ids: np.ndarray) -> np.ndarray:
+        """Return ``K`` of some documents only, ``(Q, m)`` float64; NaN without a token."""
+        ngrams = QueryNgrams(queries)
+        documents = Documents.of(self.index.tokens_at(ids))
+        scores = ngrams.scores(documents, ngrams.weights(self.index.frequencies)).T
+        scores[:, np.diff(documents.ends) == 0] = np.nan
+        return scores
+
+
+def text_top_k(
+    store: ProjectionStore, index: TextIndex, queries: Sequence[QueryText], k: int
+) -> TopDocuments:
+    """Return the ``k`` documents of each query with the highest text scores."""
+    return TextScan(store, index).rank(queries, k)[0]
+
+
+def rank_blocks(
+    blocks: Iterator[tuple[int, Tensor]],
+    n_queries: int,
+    n_top: int,
+    n_bottom: int,
+    together: bool = False,
+) -> tuple[TopDocuments, TopDocuments]:
+    """Return both ends of blocks ``(first id, scores (Q, n))`` on the CPU."""
+    cpu = torch.device("cpu")
+    top, bottom = TopK(n_queries, n_top, cpu), TopK(n_queries, n_bottom, cpu)
+    return both_ends(top, bottom, add_all(blocks, top, bottom), np.empty(0), scan_world(together))

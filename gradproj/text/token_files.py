@@ -1,0 +1,132 @@
+"""Token ids of a store's documents in ``OUTPUT/text``, a file per unit, read from the tars once.
+
+A file is an uncompressed ``.npz``: ``tokens`` of all the unit's documents, uint16 or uint32, and
+``lengths`` of them. Files are published atomically, so that a killed pass continues.
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.coordinator.merge import wanted_units
+from gradproj.errors import StoreError
+from gradproj.files import explain_os_errors, save_arrays
+from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
+from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.job.unit_reader import PreparedUnit, UnitReader, UnitSettings
+from gradproj.store import ProjectionStore
+from gradproj.text.ngrams import Documents
+
+FOLDER = "text"
+FORMAT_VERSION = 1
+_DEPENDS_ON = (
+    "--shards (corpus index)", "--tokenizer", "--special_tokens", "--max_length",
+    "--long_documents", "--rows_per_shard", "--max_samples", "--domains", "--max_document_bytes",
+    "--max_json_depth",
+)  # fmt: skip
+"""Settings of the job that decide which tokens a unit's file holds."""
+
+
+class TokenFiles:
+    """Token files of one store.
+
+    The folder's name is a digest of the settings that the tokens depend on, so files of another
+    corpus or tokenizer are never read.
+    """
+
+    def __init__(self, store: ProjectionStore) -> None:
+        identity = store.attributes.get("identity")
+        if "wanted_units" not in store.attributes or not isinstance(identity, dict):
+            raise StoreError(
+                f"{store.path} was not written by the job: it does not record from which tars and "
+                "with which tokenizer its documents come, so they have no text scores"
+            )
+        settings = [FORMAT_VERSION, {name: identity.get(name) for name in _DEPENDS_ON}]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        self.layout, self.units = store.layout, wanted_units(store.attributes)
+        self.output = store.path.parent
+        self.folder = self.output / FOLDER / digest
+
+    def path(self, unit: int) -> Path:
+        return self.folder / f"{unit:08d}.npz"
+
+    def missing(self) -> list[int]:
+        """Return the units without a file."""
+        present = {path.name for path in self.folder.glob("*.npz")}
+        return [unit for unit in self.units.tolist() if self.path(unit).name not in present]
+
+    def read(self, unit: int) -> Documents:
+        """Return a unit's documents; one that cannot have a row has no tokens.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        path = self.path(unit)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                tokens, lengths = file["tokens"], file["lengths"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}). Delete it, and `python -m gradproj text "
+                f"{self.output}` reads its documents again"
+            ) from error
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return Documents(tokens.astype(np.uint32), ends)
+
+    def totals(self) -> tuple[int, int]:
+        """Return the numbers of documents with tokens and of tokens in all files."""
+        n_documents = n_tokens = 0
+        for unit in self.units.tolist():
+            with np.load(self.path(unit), allow_pickle=False) as file:
+                n_documents += int(np.count_nonzero(file["lengths"]))
+                n_tokens += int(file["lengths"].sum(dtype=np.int64))
+        return n_documents, n_tokens
+
+
+class TokenWriter:
+    """Reads units from the tars with the job's own reader and tokenizer, and writes their files.
+
+    Raises:
+        ModelError: the tokenizer is not the recorded one.
+        CorpusError: the tars are not where the job found them, or have changed.
+    """
+
+    def __init__(self, store: ProjectionStore, files: TokenFiles, inputs: RecordedRunArgs) -> None:
+        run = config_from(inputs)
+        tokenizer, vocabulary = recorded_tokenizer(store, run)
+        index = recorded_index(files.output, inputs.shards)
+        settings = UnitSettings(
+            files.layout,
+            store.attributes["identity_hash"],
+            run.batch,
+            run.model.special_tokens,
+            vocabulary,
+            index.domains,
+            run.corpus.chosen_domains,
+            run.limits,
+        )
+        self._files, self._reader = files, UnitReader(index, tokenizer, settings)
+        self._dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
+        with explain_os_errors(files.folder):
+            files.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, unit: int) -> None:
+        prepared = self._reader.read(unit)
+        assert prepared is not None  # nothing requests a stop
+        documents = Documents.of(_whole_documents(prepared))
+        tokens = documents.tokens.astype(self._dtype)
+        lengths = np.diff(documents.ends).astype(np.int32)
+        with explain_os_errors(self._files.folder):
+            save_arrays(self._files.path(unit), tokens=tokens, lengths=lengths)
+
+
+def _whole_documents(unit: PreparedUnit) -> list[np.ndarray]:
+    """Return every document's tokens, joining the windows of a long one."""
+    parts: list[list[np.ndarray]] = [[] for _ in unit.columns["status"]]
+    for sequence, row in zip(unit.sequences, unit.row_of.tolist(), strict=True):
+        # Windows overlap by one token.
+        parts[row].append(sequence[1:] if parts[row] else sequence)
+    return [np.concatenate(p) if p else np.empty(0, np.int64) for p in parts]
