@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, fsync_dir, fsync_file, temporary_beside
 from gradproj.store.append_table import refuse_gap
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import (
     COLUMNS,
     SCRATCH_DIR,
@@ -28,8 +28,9 @@ from gradproj.store.layout import (
     column_chunk_path,
     empty_columns,
 )
-from gradproj.store.metadata import find_store, read_attributes, read_layout
+from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
 from gradproj.store.reader import ProjectionStore
+from gradproj.store.row_encoder import RowEncoder
 from gradproj.store.writer import create_store, shard_chunks
 
 EXTRA = ("step", "sample_id")
@@ -76,6 +77,7 @@ class AppendStore:
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = find_store(folder), rank, world_size
         self.layout = read_layout(self._store)
+        self._encoder = RowEncoder(self.layout, layers_of(read_attributes(self._store)))
         self._height = self.layout.rows_per_shard
         self._scratch = folder / SCRATCH_DIR / f"rank-{rank:05d}"
         self._lock = folder / SCRATCH_DIR / "lock"
@@ -98,10 +100,11 @@ class AppendStore:
 
         Their columns are ``status``, ``loss``, ``n_tokens``, ``grad_norm``, and those of ``EXTRA``.
         """
-        stored, scale = encode_rows(rows, self.layout.proj_dtype)
+        encoded, row_scale = self._encoder.encode(torch.from_numpy(rows))
+        stored = encoded.numpy()
         bad = columns["status"] == STATUS["non_finite"]
         stored[bad] = self.layout.fill
-        columns = {**columns, "row_scale": scale}
+        columns = {**columns, "row_scale": row_scale.numpy()}
         done = 0
         while done < len(rows):
             taken = slice(done, done + min(len(rows) - done, self._height - self._filled))

@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from helpers.encoding import encode_rows
 from helpers.stores import make_layers
 
 from gradproj.files import write_file_durably
 from gradproj.store import STATUS
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import StoreConfig, empty_columns, plan_layout
 from gradproj.store.writer import (
     create_store,

@@ -16,6 +16,7 @@ from helpers.analysis_stores import (
     ok_rows,
     rewrite_rows,
 )
+from helpers.encoding import encode_rows
 
 from gradproj import ProjectionStore, analysis
 from gradproj.analysis import (
@@ -32,7 +33,6 @@ from gradproj.analysis import (
 from gradproj.analysis.row_blocks import decoded_on
 from gradproj.analysis.score_types import DEFAULT_SCORE, DOMAIN_SCORES, SCORES, SELF_SCORES
 from gradproj.errors import ConfigError, StoreError
-from gradproj.store.encoding import encode_rows
 
 DTYPES = ("float32", "float16", "bfloat16")
 C = 0.2

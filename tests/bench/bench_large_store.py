@@ -39,8 +39,8 @@ from measure import print_machine
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, top_k
 from gradproj.files import write_file_durably
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import STATUS, LayerSlice, StoreConfig, empty_columns, plan_layout
+from gradproj.store.row_encoder import RowEncoder
 from gradproj.store.writer import create_store, shard_chunks, write_column_block
 
 N_LAYERS, WIDTH = 48, 256
@@ -133,7 +133,8 @@ def write_store(output: Path, gigabytes: float) -> int:
     path = output / "projections.zarr"
     create_store(path, layout, {"layers": layers, "domains": []}, np.empty(0, np.float32))
     first = generator.standard_normal((layout.rows_per_shard, dim), np.float32)
-    stored, scale = encode_rows(first, layout.proj_dtype)
+    encoded = RowEncoder(layout, ()).encode(torch.from_numpy(first))
+    stored, scale = (tensor.numpy() for tensor in encoded)
     columns = empty_columns(layout.n_samples, layout.key_bytes)
     columns["status"][:] = STATUS["ok"]
     shifts = generator.permutation(dim)  # no row is there twice

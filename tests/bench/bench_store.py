@@ -34,7 +34,7 @@ from measure import Variant, interleave, print_machine, print_table
 
 from gradproj.files import write_file_durably
 from gradproj.store import ProjectionStore
-from gradproj.store.encoding import decode_rows, encode_rows
+from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import (
     STATUS,
     LayerSlice,
@@ -43,6 +43,7 @@ from gradproj.store.layout import (
     empty_columns,
     plan_layout,
 )
+from gradproj.store.row_encoder import RowEncoder
 from gradproj.store.writer import create_store, shard_chunks, write_column_block
 
 WIDTH, BLOCK, N_SINGLE, N_MANY = 256, 512, 30, 1_000
@@ -126,7 +127,8 @@ class Sides:
         config = StoreConfig(proj_dtype=proj_dtype, rows_per_shard=n_rows // 2)
         self.layout = plan_layout(n_rows, [WIDTH] * n_layers, 16, config)
         rows = np.random.default_rng(0).standard_normal((n_rows, self.layout.dim), np.float32)
-        self.stored, self.row_scale = encode_rows(rows, proj_dtype)
+        encoded = RowEncoder(self.layout, ()).encode(torch.from_numpy(rows))
+        self.stored, self.row_scale = (tensor.numpy() for tensor in encoded)
         self.stored.tofile(folder / "raw")
         for side in ("gradproj", "zarr"):
             (folder / side).mkdir()

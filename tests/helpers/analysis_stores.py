@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from helpers.encoding import encode_rows
 from helpers.stores import Output, make_layers
 
 from gradproj import ProjectionStore
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import STATUS, StoreConfig
 from gradproj.store.writer import update_attributes, write_array, write_column_block
 

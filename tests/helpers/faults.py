@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.encoding import encode_rows
 
 from gradproj.coordinator.merge import finish
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.files import file_sum
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import (
     FOLDERS,
     STATUS,

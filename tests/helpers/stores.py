@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import zarr
+from helpers.encoding import decode, encode
 
 from gradproj.files import publish_exclusively, temporary_beside, write_file_durably
 from gradproj.store.append_store import AppendStore, create_row_store
-from gradproj.store.encoding import decode_rows, encode_rows
 from gradproj.store.layout import (
     STATUS,
     LayerSlice,
@@ -22,6 +22,7 @@ from gradproj.store.layout import (
     StoreLayout,
     empty_columns,
     encode_keys,
+    place_stored,
     plan_layout,
 )
 from gradproj.store.unit_record import UnitRecord, encode_record, record_name
@@ -84,7 +85,8 @@ class Output:
             n_samples, [k_o * k_i for k_o, k_i in widths], 8, config
         )
         self.rows = make_rows(n_samples, self.layout.dim)
-        self.stored, self.row_scale = encode_rows(self.rows, self.layout.proj_dtype)
+        self.layers = place_stored(self.layers, self.layout)
+        self.stored, self.row_scale = encode(self.rows, self.layout, self.layers)
         self.matrices = {
             layer.name: (make_rows(layer.k_i, layer.n_i, 1), make_rows(layer.k_o, layer.n_o, 2))
             for layer in self.layers
@@ -100,7 +102,7 @@ class Output:
 
     def decoded(self) -> np.ndarray:
         """Return the rows that every reader must return, decoded by the definition."""
-        return decode_rows(self.stored, self.row_scale, self.layout.proj_dtype)
+        return decode(self.stored, self.row_scale, self.layout, self.layers)
 
     @property
     def store_path(self) -> Path:
@@ -148,6 +150,12 @@ def filled(path: Path, **settings) -> Output:
     return Output(path, **settings).fill()
 
 
+def stored_part(output: Output, layers: list[LayerSlice]) -> np.ndarray:
+    """Return the stored elements of some layers; those of packed rows begin with the header."""
+    parts = [output.stored[:, x.stored_start : x.stored_end] for x in layers]
+    return np.concatenate([output.stored[:, : output.layout.header_width], *parts], axis=1)
+
+
 def rewrite_with_zarr(output: Output, stored: np.ndarray, index_location="end", **config) -> None:
     """Replace our shards with zarr-python's, whose chunks have Morton order."""
     shutil.rmtree(output.store_path / "projections")
@@ -156,8 +164,8 @@ def rewrite_with_zarr(output: Output, stored: np.ndarray, index_location="end", 
         str(output.store_path / "projections"),
         shape=stored.shape,
         dtype=stored.dtype,
-        chunks=(layout.rows_per_shard, layout.dim),
-        fill_value=float("nan"),
+        chunks=(layout.rows_per_shard, layout.stored_width),
+        fill_value=layout.fill,
         compressors=None,
         config=config or None,
         serializer=zarr.codecs.ShardingCodec(
@@ -169,16 +177,16 @@ def rewrite_with_zarr(output: Output, stored: np.ndarray, index_location="end", 
     array[...] = stored
 
 
-def written_by_zarr(path: Path) -> Output:
+def written_by_zarr(path: Path, **settings) -> Output:
     """Return an output whose shards are zarr-python's."""
-    output = filled(path, **MANY_CHUNKS)
+    output = filled(path, **settings)
     rewrite_with_zarr(output, output.stored)
     return output
 
 
-def training_store(path: Path) -> Output:
+def training_store(path: Path, **settings) -> Output:
     """Return a training run's store, whose rows were appended in parts."""
-    output = Output(path / "job")
+    output = Output(path / "job", **settings)
     n = output.layout.n_samples
     layout = replace(output.layout, n_samples=16, key_bytes=1, column_rows=16)
     attributes = {"layers": [asdict(layer) for layer in output.layers], "domains": []}
@@ -201,6 +209,12 @@ def training_store(path: Path) -> Output:
     return output
 
 
+def packed(encoding: str, rows_per_shard: int = 16, **settings) -> StoreConfig:
+    return StoreConfig(encoding=encoding, rows_per_shard=rows_per_shard, **settings)
+
+
+PACKED_CHUNKS = {"n_samples": 40, "widths": ((32, 32),) * 60}
+"""Sixty layers of 128 bytes of signs: wide enough for a chunk of its own for each."""
 MANY_CHUNKS = {
     "n_samples": 150,
     "layout": StoreLayout(150, 12, 64, 32, 6, "float16", "none", 8, 128),
@@ -219,6 +233,15 @@ READER_CASES: dict[str, Callable[[Path], Output]] = {
     "one row a shard": partial(filled, config=StoreConfig(rows_per_shard=1), n_samples=9),
     "one sample": partial(filled, n_samples=1),
     "many chunks a shard": partial(filled, **MANY_CHUNKS),
-    "written by zarr-python": written_by_zarr,
+    "written by zarr-python": partial(written_by_zarr, **MANY_CHUNKS),
     "training store": training_store,
+    "signs in whole rows": partial(filled, widths=((3, 5), (1, 7), (4, 1)), config=packed("signs")),
+    "signs, a chunk a layer": partial(filled, **PACKED_CHUNKS, config=packed("signs", 32)),
+    "int2 blosc": partial(
+        filled, widths=((3, 5), (1, 7)), config=packed("int2", compressor="blosc")
+    ),
+    "int4 written by zarr-python": partial(
+        written_by_zarr, **PACKED_CHUNKS, config=packed("int4", 32)
+    ),
+    "int8 training store": partial(training_store, widths=((3, 5), (1, 7)), config=packed("int8")),
 }

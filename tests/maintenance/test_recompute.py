@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
+from helpers.encoding import encode_rows
 from helpers.jobs import assert_same_bits, run_job
 from helpers.models import make_model
 from helpers.outputs import (
@@ -33,7 +34,7 @@ from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recompute
 from gradproj.maintenance.verify import verify
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.encoding import decode_rows, encode_rows
+from gradproj.store.encoding import decode_rows
 from gradproj.store.unit_record import encode_record, read_record, record_name
 from gradproj.store.writer import shard_chunks
 

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import tensorstore
+from helpers.encoding import encode_rows
 from helpers.stores import make_rows
 
 from gradproj.store.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
-from gradproj.store.encoding import decode_rows, encode_rows
+from gradproj.store.encoding import decode_rows
 
 DTYPES = ["float16", "bfloat16", "float32"]
 

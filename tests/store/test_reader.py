@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zarr
-from helpers.stores import MANY_CHUNKS, READER_CASES, Output, rewrite_with_zarr
+from helpers.encoding import decode
+from helpers.stores import MANY_CHUNKS, READER_CASES, Output, rewrite_with_zarr, stored_part
 
 from gradproj.files import crc32c
 from gradproj.store import ProjectionStore
-from gradproj.store.encoding import decode_rows
 from gradproj.store.layout import StoreConfig, StoreLayout
 from gradproj.store.writer import create_store
 from gradproj.store.zarr_threads import few_zarr_threads
@@ -49,7 +49,8 @@ def test_rows_are_returned_in_the_order_of_the_ids(filled):
 
 def test_rows_equal_what_zarr_reads_times_the_scale(filled):
     group = zarr.open_group(str(filled.store_path), mode="r")
-    want = decode_rows(group["projections"][...], group["row_scale"][...], filled.layout.proj_dtype)
+    stored, scale = group["projections"][...], group["row_scale"][...]
+    want = decode(stored, scale, filled.layout, filled.layers)
     np.testing.assert_array_equal(ProjectionStore(filled.store_path).rows(range(len(want))), want)
 
 
@@ -117,7 +118,7 @@ def test_shards_written_by_zarr_python_in_morton_order_are_read(
     stored = output.stored.copy()
     stored[32:64, :6] = np.nan  # an inner chunk that a writer may leave out
     rewrite_with_zarr(output, stored, index_location, write_empty_chunks=write_empty)
-    want = decode_rows(stored, output.row_scale, "float16")
+    want = decode(stored, output.row_scale, output.layout, output.layers)
     store = ProjectionStore(tmp_path)
     ids = np.random.default_rng(0).permutation(len(want))
     np.testing.assert_array_equal(store.rows(ids), want[ids])
@@ -250,7 +251,7 @@ def test_scan_stored_yields_stored_bytes_and_scales(filled):
         )
     chosen = filled.layers[-1]
     part = np.concatenate([rows for _, rows, _ in store.scan_stored(layers=[chosen.name])])
-    assert part.tobytes() == filled.stored[:, chosen.slice_start : chosen.slice_end].tobytes()
+    assert part.tobytes() == stored_part(filled, [chosen]).tobytes()
 
 
 def test_scan_stored_yields_nan_for_a_missing_unit(tmp_path):

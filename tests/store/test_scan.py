@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers.stores import MANY_CHUNKS, READER_CASES, Output
+from helpers.stores import MANY_CHUNKS, READER_CASES, Output, stored_part
 
 from gradproj.errors import StoreError
 from gradproj.store import STATUS, ProjectionStore
@@ -44,7 +44,7 @@ def test_bands_hold_stored_rows_and_their_scales(filled, rows_per_band):
 
 def test_bands_of_selected_layers_and_samples(filled):
     chosen = filled.layers[::-1]
-    want = np.concatenate([filled.stored[:, x.slice_start : x.slice_end] for x in chosen], axis=1)
+    want = stored_part(filled, chosen)
     names = [layer.name for layer in chosen]
     n = filled.layout.n_samples
     start, stop = n // 10, n - n // 15

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from helpers.encoding import encode_rows
 from helpers.stores import Output, make_rows
 
 from gradproj.files import write_and_replace
 from gradproj.store.bfloat16 import bfloat16_to_float32
-from gradproj.store.encoding import encode_rows
 from gradproj.store.layout import COLUMNS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.writer import (
     StoreExists,
