@@ -160,7 +160,11 @@ def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] |
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]
     for word in words:
-        if not any(matches(word.removeprefix(EXCLUDES), name) for name in names):
+        if any(matches(word.removeprefix(EXCLUDES), name) for name in names):
+            continue
+        if word.startswith(EXCLUDES):
+            print_note(f"--layers {word}: {store.path} has no such layer to leave out")
+        else:
             patterns = dict.fromkeys(map(folded, names))
             raise ConfigError(
                 f"--layers: {store.path} has no layer {word!r}; it has {listed(patterns)} "

@@ -69,7 +69,8 @@ class DomainReader:
     A document that cannot be decoded, or has no such non-empty string, belongs to "unknown". Three
     ways are tried in turn: the last field alone (0.4 us; in the Pile ``meta`` is last), msgspec,
     which skips the other fields (2 us for 5 kB), and the standard library. They agree on valid
-    JSON; on invalid JSON the first still returns the domain that an intact last field names.
+    JSON; on invalid JSON the first still returns the domain that an intact last field names. An
+    object on the path may be written as a JSON string, which only the last way reads.
     """
 
     def __init__(self, domain_field: str) -> None:
@@ -153,8 +154,20 @@ class DomainReader:
         except (ValueError, RecursionError):
             return UNKNOWN_DOMAIN
         for name in self._path:
-            value = value.get(name) if isinstance(value, dict) else None
+            value = (as_object(value) or {}).get(name)
         return value if isinstance(value, str) and value and _is_unicode(value) else UNKNOWN_DOMAIN
+
+
+def as_object(value: Any) -> dict[str, Any] | None:
+    """Return an object's fields, also of a map column (pairs) and of an object written as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = msgspec.json.decode(value)
+        except (ValueError, msgspec.MsgspecError, RecursionError):  # before 0.21 not a ValueError
+            return None
+    elif isinstance(value, list) and value and all(type(item) is tuple for item in value):
+        value = {str(name): item for name, item in value}
+    return value if isinstance(value, dict) else None
 
 
 def _nested(path: list[str]) -> Any:

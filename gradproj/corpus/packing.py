@@ -8,6 +8,7 @@ import msgspec
 from gradproj.corpus.documents import (
     MAX_DOCUMENT_BYTES,
     UNKNOWN_DOMAIN,
+    as_object,
     json_type,
     problem_of_token_ids,
 )
@@ -64,7 +65,7 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         for name, value in record.value.items()
         if isinstance(value, _SCALARS) and name not in (text_field, domain_field)
     }
-    record_meta = _as_object(record.value.get("meta"))
+    record_meta = as_object(record.value.get("meta"))
     if record_meta is not None:
         meta.pop("meta", None)
         meta |= record_meta
@@ -115,22 +116,10 @@ def _domain(value: dict[str, Any], domain_field: str) -> str:
 
 def _look_up(value: Any, field: str) -> Any:
     """Return ``value["a.b"]``, else ``value["a"]["b"]``, else ``_ABSENT``."""
-    fields = _as_object(value)
+    fields = as_object(value)
     if fields is None:
         return _ABSENT
     if field in fields:
         return fields[field]
     head, _, rest = field.partition(".")
     return _look_up(fields.get(head), rest) if rest else _ABSENT
-
-
-def _as_object(value: Any) -> dict[str, Any] | None:
-    """Return an object's fields, also of a map column (pairs) and of an object written as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = msgspec.json.decode(value)
-        except (ValueError, msgspec.MsgspecError, RecursionError):  # before 0.21 not a ValueError
-            return None
-    elif isinstance(value, list) and value and all(type(item) is tuple for item in value):
-        value = {str(name): item for name, item in value}
-    return value if isinstance(value, dict) else None

@@ -20,8 +20,9 @@ def find_layers(
     A pattern matches whole dotted components (``h.1`` is not ``h.10``); ``*`` stands for any
     characters of one component. ``mlp`` and ``attn`` stand for each family's own names
     (``ALIASES``). A pattern that begins with ``-`` leaves out what it matches, whatever the others
-    say. The token embedding is included by ``include_embeddings`` or by its name. Of modules that
-    share a weight one match is enough.
+    say; if it matches nothing that is no error (``idle_exclusions``). The token embedding is
+    included by ``include_embeddings`` or by its name. Of modules that share a weight one match is
+    enough.
 
     Matched weights of no layer with a rule (norms, convolutions, fused experts, quantized layers)
     are left out, which ``coverage_of`` reports.
@@ -41,14 +42,20 @@ def find_layers(
         if not is_excluded and (hits or embedding in layer.uses.values()):
             used |= hits
             targets.append(layer)
-    # Excluded may be what no rule describes.
-    used |= {EXCLUDES + p for p in excluded if any(matches(p, n) for n, _ in model.named_modules())}
-    unmatched = [p for p in patterns if p not in used]
+    unmatched = [p for p in wanted if p not in used]
     if unmatched:
         raise _unmatched_error(model, unmatched, patterns)
     if not targets:
         raise ModelError(f"--proj_layers {','.join(patterns)} leaves no layer to project")
     return targets
+
+
+def idle_exclusions(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return a line for people if some exclusions match nothing: one list may fit many models."""
+    names = [name for name, _ in model.named_modules()]
+    idle = [p for p in patterns if p.startswith(EXCLUDES)]
+    idle = [p for p in idle if not any(matches(p.removeprefix(EXCLUDES), name) for name in names)]
+    return [f"proj_layers   {','.join(idle)}: the model has nothing of that name"] if idle else []
 
 
 def _token_embedding(model: nn.Module) -> nn.Module:
@@ -73,7 +80,12 @@ def _unmatched_error(
     names = ", ".join(map(repr, unmatched))
     out = [p for p in patterns if p.startswith(EXCLUDES)]
     rest = [p for p in patterns if p not in unmatched]
-    way = ",".join(rest if len(rest) > len(out) else _others(model, patterns))
+    if len(rest) == len(out) or any(p in ALIASES for p in unmatched):
+        # All that the model has in place of its feed-forward or attention layers.
+        rest += _others(model, patterns)
+    if len(rest) == len(out):
+        rest += _projectable(model)[:_MAX_NAMED]
+    way = ",".join(sorted(rest, key=lambda p: p.startswith(EXCLUDES)))
     if not found:
         return ModelError(
             f"--proj_layers: no layer of the model matches {names}. Its layers are: "
@@ -105,9 +117,18 @@ def _projectable(model: nn.Module) -> list[str]:
 
 
 def _others(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Return patterns of layers that can be projected, none of which was given."""
-    names = [name for name in _projectable(model) if not any(matches(p, name) for p in patterns)]
+    """Return patterns that take what the given ones leave of the blocks' layers.
+
+    Each is the component after a block's number (``mixer`` of ``layers.*.mixer.in_proj``), or that
+    before it (``ffns`` of ``ffns.*.lin1``).
+    """
+    given = [p.removeprefix(EXCLUDES) for p in patterns]
+    names = [name for name in _projectable(model) if not any(matches(p, name) for p in given)]
     aliases = [alias for alias in ALIASES if any(matches(alias, name) for name in names)]
-    # The component after a block's number: ``mixer`` of ``layers.*.mixer.in_proj``.
-    parts = [name.rpartition("*.")[2].partition(".")[0] for name in names if "*." in name]
-    return aliases or list(dict.fromkeys(parts))[:_MAX_NAMED] or names[:_MAX_NAMED]
+    parts = []
+    for name in names:
+        before, number, after = name.partition(".*.")
+        if number and not any(matches(alias, name) for alias in aliases):
+            inside, _, _ = after.partition(".")
+            parts.append(inside if inside != after else before.rpartition(".")[2])
+    return [*aliases, *dict.fromkeys(parts)]

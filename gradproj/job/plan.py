@@ -20,7 +20,7 @@ from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
 from gradproj.engine.projection import place_widths
 from gradproj.engine.reach import check_reached
-from gradproj.engine.selection import find_layers
+from gradproj.engine.selection import find_layers, idle_exclusions
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
@@ -196,7 +196,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     _check_sparse(plan)
     check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
-    notes = index.unread_lines()
+    notes = [*index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
     if attention := attention_note(files):
         notes.append(f"attention     {attention}")
     notes += unused_lines(given or {}, layers)

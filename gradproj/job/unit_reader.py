@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.corpus.documents import Document, ReadLimits
+from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.engine.batching import BatchConfig, plan_batches, split_long
@@ -103,6 +103,8 @@ class UnitReader:
         self._tokenizing = Tokenizing(tokenizer, settings.special_tokens, most)
         self._stopping = stopping
         self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
+        # An index of an earlier version read no objects written as strings.
+        self._no_code = self._domain_codes.get(UNKNOWN_DOMAIN, -1)
 
     def read(self, unit: int) -> PreparedUnit | None:
         """Return the prepared unit, or None if a stop was requested meanwhile."""
@@ -137,7 +139,7 @@ class UnitReader:
         for row, document in enumerate(read_documents(self._index, start, stop, settings.limits)):
             keys.append(document.key)
             columns["tar"][row] = document.tar
-            columns["domain"][row] = self._domain_codes.get(document.domain, -1)
+            columns["domain"][row] = self._domain_codes.get(document.domain, self._no_code)
             status, problem = self.settings.status_of(document)
             if problem:
                 _warn(document, problem)

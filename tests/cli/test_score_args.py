@@ -27,11 +27,15 @@ def test_layers_are_chosen_as_by_proj_layers(words, chosen):
     assert matching_layers(words, STORE) == chosen
 
 
+def test_exclusion_of_no_layer_is_a_note(capsys):
+    assert matching_layers(["mlp", "-router"], STORE) == matching_layers(["mlp"], STORE)
+    assert "--layers -router: out has no such layer to leave out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["ayers.0"], r"has no layer 'ayers.0'; it has layers\.\*\.self_attn\.q"),
-        (["mlp", "-router"], "has no layer '-router'"),
         (["mlp", "-layers"], "mlp,-layers leaves out all layers"),
     ],
 )

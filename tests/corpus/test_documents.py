@@ -55,6 +55,8 @@ def test_domain_equals_the_one_from_decoding_the_whole_document(field):
                 "text": random_value(rng),
                 "meta": {"meta": {"pile_set_name": random_value(rng, 4)}},
             }
+        if isinstance(value, dict) and rng.random() < 0.2:  # an object written as a string
+            value["meta"] = json.dumps(value.get("meta"))
         separators = rng.choice([None, (",", ":"), (", ", ":  ")])
         data = json.dumps(value, ensure_ascii=rng.random() < 0.5, separators=separators).encode()
         if (

@@ -14,7 +14,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.patterns import exclusions, matches
 from gradproj.engine.reach import check_reached
-from gradproj.engine.selection import find_layers
+from gradproj.engine.selection import find_layers, idle_exclusions
 from gradproj.errors import ConfigError, ModelError
 
 SMALL = dict(
@@ -130,7 +130,6 @@ def test_dash_leaves_out_what_it_matches(patterns, same_as):
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (("mlp", "-router"), "no layer of the model matches '-router'"),
         (("mlp", "attn", "-attn", "-mlp"), "-attn,-mlp leaves out all that 'mlp', 'attn' matches"),
         (("mlp", "attn", "-attn"), "-attn leaves out all that 'attn' .* --proj_layers mlp,-attn$"),
         (("h.*.mlp",), r"no layer of the model matches 'h\.\*\.mlp'"),
@@ -139,6 +138,34 @@ def test_dash_leaves_out_what_it_matches(patterns, same_as):
 def test_pattern_without_effect_is_an_error(patterns, message):
     with pytest.raises(ModelError, match=message):
         find_layers(small_model("llama"), patterns)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "advice"),
+    [
+        ("bert", {"is_decoder": True}, "attn,intermediate,output"),
+        ("ctrl", {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}, "mlp,multi_head_attention"),
+        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True}, "attentions,ffns"),
+    ],
+)
+def test_advice_for_a_family_with_other_names_takes_all_layers_of_its_blocks(
+    model_type, changes, advice
+):
+    model = model_of(model_type, "meta", **changes)
+    for exclusion in ("", ",-router"):
+        with pytest.raises(ModelError, match=f"--proj_layers {advice}{exclusion}$"):
+            find_layers(model, f"mlp,attn{exclusion}".split(","))
+    coverage = coverage_of(model, find_layers(model, advice.split(",")))
+    assert coverage.n_selected == coverage.n_layers > 0
+
+
+def test_exclusion_of_nothing_is_a_line_for_people():
+    model = small_model("llama")
+    patterns = ["mlp", "-router", "-o_proj", "-vision_tower"]
+    assert names_of(model, *patterns) == names_of(model, "mlp")
+    (line,) = idle_exclusions(model, patterns)
+    assert line == "proj_layers   -router,-vision_tower: the model has nothing of that name"
+    assert idle_exclusions(model, ["mlp", "-norm"]) == []
 
 
 def test_exclusions_alone_are_an_error_that_adds_the_layers():

@@ -1,6 +1,7 @@
 """Documents, tars and inputs of `prepare` for the tests, and what the slow way reads in them."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -113,6 +114,9 @@ def slow_domain(data: bytes | None, path: tuple[str, ...] = ("meta", "pile_set_n
     except (ValueError, RecursionError):
         return "unknown"
     for name in path:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = json.loads(value, parse_constant=lambda text: int(text))  # NaN is no JSON
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, str) and value else "unknown"
 
