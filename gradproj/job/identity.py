@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
-from gradproj.store.layout import UNITS_DIR, StoreLayout
+from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreLayout
 from gradproj.store.metadata import read_attributes
-from gradproj.store.unit_record import list_records, list_shards
+from gradproj.store.unit_record import list_records
 
 
 def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
@@ -46,16 +47,26 @@ def identity_hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def is_untouched(output: Path) -> bool:
+    """Return whether no row was ever computed in an output; it may have a job's empty store.
+
+    That is left if the first check of a model refuses it. Nothing else may be lost with it.
+    """
+    store = output / STORE_NAME
+    if list_records(output / UNITS_DIR).size or any((output / PARTIAL_DIR).glob("*")):
+        return False
+    if not store.exists():
+        return True
+    is_jobs = not store.is_symlink() and "wanted_units" in read_attributes(store)
+    return is_jobs and os.listdir(store / "projections") == ["zarr.json"]
+
+
 def check_identity(store: Path, ours: dict[str, Any]) -> None:
     """Raise ``OtherSettingsError`` with every setting that differs from an existing store's."""
     if not store.exists():
         return
     theirs = read_attributes(store)["identity"]
     way_out = "Run with the store's settings, or give --output_dir a new path."
-    output = store.parent
-    if not list_records(output / UNITS_DIR).size and not list_shards(store / "projections").size:
-        # A model may be refused after its store was made, and then these settings lead nowhere.
-        way_out += f" No unit is done there: unless a job is running, {output} can be deleted."
     every = {**dict.fromkeys(theirs), **ours}
     # The layers follow from other settings. If one of those differs, the long list would hide it.
     flags = {name: value for name, value in every.items() if name != "layers"}

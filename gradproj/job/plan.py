@@ -26,7 +26,7 @@ from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
-from gradproj.job.identity import check_identity, identity_hash, identity_of_flags
+from gradproj.job.identity import check_identity, identity_hash, identity_of_flags, is_untouched
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
@@ -168,8 +168,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     tokenizer = load_tokenizer(files)
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
-    batch = replace(config.batch, max_length=_max_length(config, skeleton))
-    config = replace(config, batch=batch)
+    config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))
     projection = config.projection
     targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
     given = read_matrices(projection.matrices) if projection.matrices else None
@@ -177,8 +176,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     coverage = coverage_of(skeleton, targets)
     n_weights = sum(p.numel() for p in skeleton.parameters())
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
-    if not (Path(config.job.output_dir) / STORE_NAME).exists():
-        check_reached(skeleton, targets, projection.patterns, batch.max_length)
+    if untouched := is_untouched(Path(config.job.output_dir)):
+        check_reached(skeleton, targets, projection.patterns, config.batch.max_length)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
     layers = place_stored(layers, layout)
@@ -194,7 +193,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
     _check_sparse(plan)
-    check_identity(plan.output / STORE_NAME, plan.identity)
+    if not untouched:  # the job's start replaces an empty store
+        check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
     notes = [*index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
     if attention := attention_note(files):

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradproj.corpus.index import CorpusIndex
-from gradproj.corpus.index_file import load_index
+from gradproj.corpus.index import CorpusIndex, check_unchanged
+from gradproj.corpus.index_file import default_index_path, load_index
 from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.errors import ConfigError, ModelError, StoreError
+from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded_args import RecordedRunArgs
@@ -89,7 +89,21 @@ def recorded_index(output: Path, shards: str = "") -> CorpusIndex:
     index, shards = load_index(output / INDEX_NAME), shards or recorded
     # The index holds absolute paths; the job's --shards may be relative to another folder.
     in_place = shards == recorded and all(tar.path.is_file() for tar in index.tars)
-    return index if in_place or shards.endswith(".json") else index.relocated(list_tars(shards))
+    if not in_place and not shards.endswith(".json"):
+        index = index.relocated(list_tars(shards))
+    return _with_present_times(index)
+
+
+def _with_present_times(index: CorpusIndex) -> CorpusIndex:
+    """Return the index that ``gradproj index`` made beside tars of the same content, if it did."""
+    try:
+        for tar in index.tars:
+            check_unchanged(tar)
+    except CorpusError:
+        beside = default_index_path([tar.path for tar in index.tars])
+        newer = load_index(beside) if beside and beside.is_file() else index
+        return newer if newer.fingerprint == index.fingerprint else index
+    return index
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import secrets
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import cast
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
+from gradproj.coordinator.heartbeats import read_heartbeats
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.coordinator.unmerge import (
@@ -23,15 +26,23 @@ from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, Rendezvous
 from gradproj.engine.projection import job_matrices
-from gradproj.errors import GradprojError, ReportedError
+from gradproj.errors import GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
 from gradproj.job.config import RunConfig
-from gradproj.job.identity import check_identity
-from gradproj.job.plan import Plan, attributes_of, make_plan, versions
+from gradproj.job.identity import check_identity, is_untouched
+from gradproj.job.plan import BATCH_FILE, Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
-from gradproj.store.layout import FOLDERS, LOGS_DIR, RUN_CONFIG_NAME, STORE_NAME
+from gradproj.store.layout import (
+    FOLDERS,
+    HEARTBEATS_DIR,
+    LOGS_DIR,
+    RUN_CONFIG_NAME,
+    SCRATCH_DIR,
+    STORE_NAME,
+)
+from gradproj.store.metadata import read_attributes
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
 log = logging.getLogger(__name__)
@@ -105,6 +116,8 @@ def make_output(plan: Plan, owner: Owner) -> None:
         fsync_dir(output)
         fsync_dir(output.absolute().parent)
     fault_points.reach("folders made")
+    if (output / STORE_NAME).exists():
+        _remove_store_of_other_settings(plan, owner)
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
         _publish_index(plan, queue.scratch)
@@ -122,6 +135,32 @@ def make_output(plan: Plan, owner: Owner) -> None:
     flags |= {"rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
     write_and_replace(output / RUN_CONFIG_NAME, [text.encode()], queue.scratch)
+
+
+def _remove_store_of_other_settings(plan: Plan, owner: Owner) -> None:
+    """Delete a store that never had a row; ``make_plan`` has refused all others.
+
+    Raises:
+        StoreError: another job may be about to compute its first unit there.
+    """
+    output = plan.output
+    if read_attributes(output / STORE_NAME)["identity_hash"] == plan.identity_hash:
+        return
+    if not is_untouched(output):  # another job computed rows since
+        check_identity(output / STORE_NAME, plan.identity)
+    others = [other for other, _ in read_heartbeats(output / HEARTBEATS_DIR)]
+    at_work = [other for other in others if not other.is_gone(owner)]
+    if at_work:
+        raise StoreError(
+            f"cannot replace {output / STORE_NAME}, which was made with other settings and has no "
+            f"row: process {at_work[0].pid} of {at_work[0].host} works on it, or died there. Wait "
+            "for its end, run with its settings, or give --output_dir a new path"
+        )
+    (output / BATCH_FILE).unlink(missing_ok=True)
+    away = output / SCRATCH_DIR / f".{owner.name}.empty"  # hidden: a leftover if this process dies
+    os.rename(output / STORE_NAME, away)
+    shutil.rmtree(away)
+    fault_points.reach("empty store removed")
 
 
 def _publish_index(plan: Plan, scratch: Path) -> None:

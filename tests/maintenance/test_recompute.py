@@ -1,6 +1,7 @@
 """``verify --recompute``: rows agree with their recomputation, and changed rows are named."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -26,9 +27,11 @@ from helpers.outputs import (
 from gradproj.__main__ import main
 from gradproj.cli.verify import recomputation_lines
 from gradproj.coordinator.merge import merge
+from gradproj.corpus.index import build_index, check_unchanged
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import file_sum
+from gradproj.job.recorded import recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.job_output import read_output
 from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recompute
@@ -302,6 +305,20 @@ def test_moved_inputs_are_named_and_found_by_flags(output, job, tmp_path):
     other = make_corpus(tmp_path / "other", mixed_documents(3))
     with pytest.raises(CorpusError, match="other"):
         again(output, model=str(job.model), shards=str(other))
+
+
+def test_touched_tars_are_read_after_index_as_the_message_says(output, job, tmp_path):
+    moved = shutil.copytree(job.corpus, tmp_path / "tars")
+    flags = json.loads((output / "run_config.json").read_text())
+    (output / "run_config.json").write_text(json.dumps({**flags, "shards": str(moved)}))
+    paths = sorted(moved.glob("*.tar"))
+    index = load_index(output / "corpus.json").relocated(paths)
+    save_index(index, output / "corpus.json", replace_existing=True)
+    os.utime(paths[-1], ns=(0, 12345))
+    with pytest.raises(CorpusError, match="Run `python -m gradproj index` again"):
+        check_unchanged(recorded_index(output).tars[-1])
+    save_index(build_index(paths, domain_field=index.domain_field), moved / "corpus.json")
+    check_unchanged(recorded_index(output).tars[-1])
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
