@@ -5,6 +5,7 @@ Only imported code is shared: the parent runs nothing, starts no thread, and doe
 modules that note at import which process started them.
 """
 
+import atexit
 import gc
 import hashlib
 import json
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -37,7 +39,9 @@ class FinishedProcess:
     steps: list[str]
     """Fault points that it reached, in order."""
     output: str
-    """Standard output and error."""
+    """Standard output, and standard error if it was not asked for apart."""
+    errors: str = ""
+    """Standard error, if it was asked for apart."""
 
 
 class Ranks:
@@ -79,7 +83,8 @@ class Ranks:
             options: ``environment``: more variables; ``kill_at``: the fault point at which it kills
                 itself (-9); ``stop_at``: the one at which it sends itself SIGTERM, once, before it
                 looks for ``kill_at``; ``changes``: the path of a ``ChangeLog``; ``gate``: that
-                of a ``Gate`` for the steps of a training run.
+                of a ``Gate`` for the steps of a training run; ``folder``: the working directory;
+                ``errors_apart``: keep standard error apart from standard output.
         """
         self._number += 1
         files = self._folder / str(self._number)
@@ -99,8 +104,12 @@ class Ranks:
         pid, status = self._ask({"wait": True})
         timer.cancel()
         rank, files = self._running.pop(pid)
-        output, steps = (files.with_suffix(ending).read_text() for ending in (".out", ".steps"))
-        return FinishedProcess(rank, os.waitstatus_to_exitcode(status), steps.splitlines(), output)
+        output, errors, steps = (
+            path.read_text() if path.exists() else ""
+            for path in map(files.with_suffix, (".out", ".err", ".steps"))
+        )
+        code = os.waitstatus_to_exitcode(status)
+        return FinishedProcess(rank, code, steps.splitlines(), output, errors)
 
     def wait_for_all(self) -> list[FinishedProcess]:
         """Wait for every rank; in the order of their exits."""
@@ -120,6 +129,24 @@ class Ranks:
         answer = self._parent.stdout.readline()
         assert answer, "the parent of the ranks has died"
         return json.loads(answer)
+
+
+_shared: Ranks | None = None
+_lock = threading.Lock()
+
+
+def run_forked(argv: list[str]) -> subprocess.CompletedProcess:
+    """Run ``python -m ARGV`` in the working directory, from one parent for all tests."""
+    global _shared
+    with _lock:
+        if _shared is None:
+            folder = tempfile.TemporaryDirectory()
+            _shared = Ranks(Path(folder.name)).__enter__()
+            atexit.register(_shared.__exit__)
+            atexit.register(folder.cleanup)
+        _shared.start(argv, folder=os.getcwd(), errors_apart=True)
+        done = _shared.wait_for_one()
+    return subprocess.CompletedProcess(argv, done.status, done.output, done.errors)
 
 
 # --- the parent ---
@@ -144,11 +171,12 @@ def serve() -> None:
 def become(request: dict[str, Any]) -> None:
     """Run a request in the forked process."""
     files = Path(request["files"])
-    for number, path in ((0, os.devnull), (1, files.with_suffix(".out"))):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    errors = files.with_suffix(".err" if request.get("errors_apart") else ".out")
+    for number, path in enumerate((os.devnull, files.with_suffix(".out"), errors)):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(handle, number)
         os.close(handle)
-    os.dup2(1, 2)
+    os.chdir(request.get("folder", "."))
     os.environ.update(request.get("environment", {}))
     listen(os.open(files.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT, 0o600), request)
     module, *sys.argv[1:] = request["argv"]

@@ -64,16 +64,28 @@ def job_command(ranks: int, **settings: Any) -> list[str]:
 
 
 def run_job(
-    ranks: int = 1, expect: int | None = 0, timeout: float = PATIENCE_S, **settings: Any
+    ranks: int = 1,
+    expect: int | None = 0,
+    timeout: float = PATIENCE_S,
+    fresh_process: bool = False,
+    **settings: Any,
 ) -> subprocess.CompletedProcess:
-    """Run the job and check that it exits with ``expect`` (None: any code)."""
-    done = subprocess.run(
-        job_command(ranks, **settings),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    """Run the job and check that it exits with ``expect`` (None: any code).
+
+    One rank is forked from a process that has imported everything; ``fresh_process`` starts Python.
+    """
+    if ranks == 1 and not fresh_process:
+        from helpers.forked_ranks import run_forked
+
+        done = run_forked(job_command(ranks, **settings)[2:])
+    else:
+        done = subprocess.run(
+            job_command(ranks, **settings),
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     assert expect is None or done.returncode == expect, (
         f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     )

@@ -350,9 +350,14 @@ def test_planned_bytes_are_near_the_stores(files, tmp_path):
     assert 0.7 < plan.n_files() / len(written) < 1.5
 
 
-def test_other_identity_lists_every_difference(refused, files, tmp_path):
-    plan = plan_of(files, tmp_path)
+def make_begun_output(plan):
+    """Make an output in which a rank computes its first rows."""
     make_output(plan, Owner.this_process("test", 0, 0))
+    (plan.output / "partial" / "00000000").mkdir()
+
+
+def test_other_identity_lists_every_difference(refused, files, tmp_path):
+    make_begun_output(plan_of(files, tmp_path))
     message = refused(
         proj_seed=1, max_length=32, domains="Github", allow_sparse=True, special_tokens="bos"
     )
@@ -368,7 +373,7 @@ def test_other_identity_lists_every_difference(refused, files, tmp_path):
 
 
 def test_other_weights_are_another_identity(refused, files, tmp_path):
-    make_output(plan_of(files, tmp_path), Owner.this_process("test", 0, 0))
+    make_begun_output(plan_of(files, tmp_path))
     make_model(tmp_path / "other", rms_norm_eps=1e-3)
     assert "--model (config)" in refused(model=tmp_path / "other")
     moved = shutil.copytree(files.model, tmp_path / "moved")
