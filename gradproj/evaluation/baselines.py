@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.evaluation.retraining import LOSS_BATCH, load
+from gradproj.evaluation.corpus import PAD, unpadded
+from gradproj.evaluation.losses import LOSS_BATCH, load
 from gradproj.text.scores import QueryText, text_scores
 
 
@@ -17,16 +18,20 @@ def bm25(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     import bm25s
 
     index = bm25s.BM25()
-    index.index([[str(token) for token in ids] for ids in documents.tolist()], show_progress=False)
+    index.index([_words(ids) for ids in unpadded(documents)], show_progress=False)
     # A token that occurs twice in a query counts twice; one that no document has counts nothing.
-    scores = [index.get_scores([str(token) for token in ids]) for ids in queries.tolist()]
+    scores = [index.get_scores(_words(ids)) for ids in unpadded(queries)]
     return np.stack(scores).astype(np.float32)
+
+
+def _words(ids: np.ndarray) -> list[str]:
+    return [str(token) for token in ids.tolist()]
 
 
 def ngram_overlap(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Count the distinct 4-grams that query and document share, ``(Q, N)`` float32."""
-    document_ngrams = [ngrams(ids) for ids in documents.tolist()]
-    query_ngrams = [ngrams(ids) for ids in queries.tolist()]
+    document_ngrams = [ngrams(ids.tolist()) for ids in unpadded(documents)]
+    query_ngrams = [ngrams(ids.tolist()) for ids in unpadded(queries)]
     shared = [[len(query & document) for document in document_ngrams] for query in query_ngrams]
     return np.array(shared, np.float32)
 
@@ -44,9 +49,12 @@ def ngrams(ids: Sequence[int]) -> set[tuple[int, ...]]:
 def mean_hidden_states(folder: Path, ids: np.ndarray, device: str) -> Tensor:
     """Average the last hidden states of ids ``(n, S)`` over tokens, ``(n, H)`` float32."""
     model = load(folder, device)
-    batches = torch.from_numpy(ids).to(model.device).split(LOSS_BATCH)
-    states = (model.base_model(input_ids=batch, use_cache=False)[0] for batch in batches)
-    return torch.cat([batch.mean(dim=1).cpu() for batch in states])
+    means = []
+    for batch in torch.from_numpy(ids).to(model.device).split(LOSS_BATCH):
+        states = model.base_model(input_ids=batch.clamp(min=0), use_cache=False)[0]
+        shown = (batch != PAD)[:, :, None]
+        means.append(((states * shown).sum(dim=1) / shown.sum(dim=1)).cpu())
+    return torch.cat(means)
 
 
 def hidden_cosine(

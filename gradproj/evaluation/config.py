@@ -50,7 +50,14 @@ class LdsConfig(Flags, title="experiment"):
     n_documents: int = flag(
         "Number of training documents.", 1024, minimum=1, renamed_from="documents", group="corpus"
     )
-    max_length: int = flag("Length of every document, in tokens.", 128, minimum=2, group="corpus")
+    max_length: int = flag("Longest document, in tokens.", 128, minimum=2, group="corpus")
+    min_length: int = flag(
+        "Shortest document, in tokens: lengths are drawn evenly from here to --max_length; 0 = all "
+        "have --max_length.",
+        0,
+        minimum=2,
+        group="corpus",
+    )
     windows_per_document: int = flag(
         "Largest number of consecutive training documents cut from one document of the corpus.",
         4,
@@ -80,6 +87,20 @@ class LdsConfig(Flags, title="experiment"):
         renamed_from="changed",
         group="corpus",
     )
+    model: str = flag(
+        "Checkpoint to fine-tune on each subset and to score with, a directory; default: a small "
+        "GPT-2 is trained.",
+        "",
+        path="DIR",
+        group="model and training",
+    )
+    train_layers: int = flag(
+        "With --model: number of upper blocks that are trained, with what follows them (norm and "
+        "head); 0 = the whole model.",
+        0,
+        minimum=0,
+        group="model and training",
+    )
     pretrain: int = flag(
         "Number of other documents of max_length tokens to train the model on first; every "
         "training starts from it. 0 = from random weights.",
@@ -102,7 +123,13 @@ class LdsConfig(Flags, title="experiment"):
         "Documents in a training step.", 8, minimum=1, group="model and training"
     )
     learning_rate: float = flag(
-        "Peak learning rate of AdamW.", 1e-3, above=0, below=math.inf, group="model and training"
+        "Peak learning rate of AdamW; auto = 1e-3, with --model 1e-4.",
+        0.0,
+        above=0,
+        below=math.inf,
+        words={"auto": 0.0},
+        default_text="auto",
+        group="model and training",
     )
     model_dtype: str = flag(
         "Precision of all trainings. bfloat16 is autocast with float32 weights, faster on CPUs "
@@ -112,8 +139,14 @@ class LdsConfig(Flags, title="experiment"):
         renamed_from="precision",
         group="model and training",
     )
+    subset_size: int = flag(
+        "Documents of a random subset; 0 = half of --n_documents.",
+        0,
+        minimum=1,
+        group="model and training",
+    )
     subsets: int = flag(
-        "Number of random halves of the documents to train on.",
+        "Number of random subsets of the documents to train on.",
         30,
         minimum=MIN_SUBSETS,
         why="a rank correlation of fewer means nothing",
@@ -189,6 +222,17 @@ class LdsConfig(Flags, title="experiment"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.min_length > self.max_length:
+            raise ConfigError(
+                f"--min_length {self.min_length} is more than --max_length {self.max_length}"
+            )
+        if self.subset_size >= self.n_documents:
+            raise ConfigError(
+                f"--subset_size {self.subset_size} must be less than --n_documents "
+                f"{self.n_documents}"
+            )
+        if self.train_layers and not self.model:
+            raise ConfigError("--train_layers is for the fine-tuning of a --model")
         if self.n_embd % self.n_head:
             raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.n_documents < 2 * self.n_near_copies:
@@ -213,5 +257,12 @@ class LdsConfig(Flags, title="experiment"):
                 f"{self.n_documents:,}: take fewer of either"
             )
 
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        return self.learning_rate or (1e-4 if self.model else 1e-3)
+
     def experiment(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k not in NO_PART_OF_THE_EXPERIMENT}
+        """Return the settings that every call on a directory must share."""
+        settings = asdict(self) | {"learning_rate": self.rate}
+        return {k: v for k, v in settings.items() if k not in NO_PART_OF_THE_EXPERIMENT}

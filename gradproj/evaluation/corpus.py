@@ -1,4 +1,4 @@
-"""The experiment's documents, queries and near-copies: windows of equal length of a corpus."""
+"""The experiment's documents, queries and near-copies: windows of a corpus."""
 
 import json
 from dataclasses import dataclass, replace
@@ -23,11 +23,13 @@ PRETRAIN_WINDOWS = 64
 """Most windows from one document of the pretraining."""
 TOKENIZER_SAMPLES = 2000
 """Documents that train the tokenizer, if none is given."""
+PAD = -1
+"""Follows the token ids of a document that is shorter than the longest."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Documents and queries as token ids; the tars hold the same."""
+    """Documents and queries as token ids, ``PAD`` after the end; the tars hold the same."""
 
     documents: np.ndarray
     """``(N, S)`` int64."""
@@ -57,7 +59,7 @@ class _Window:
 def make_experiment(config: LdsConfig) -> Experiment:
     """Cut and write the documents, or read those of an earlier call."""
     folder = Path(config.output_dir)
-    tokenizer_dir = Path(config.tokenizer) if config.tokenizer else folder / "tokenizer"
+    tokenizer_dir = Path(config.tokenizer or config.model or folder / "tokenizer")
     if not (folder / "tokens.npz").is_file():
         tokenizer = _tokenizer(config, tokenizer_dir)
         candidates, pretrain = _windows(config, tokenizer)
@@ -68,21 +70,35 @@ def make_experiment(config: LdsConfig) -> Experiment:
                 write_tars(folder / name, [_payload(window, tokenizer) for window in windows])
         save_arrays(
             folder / "tokens.npz",
-            documents=np.stack([window.ids for window in documents]),
-            queries=np.stack([window.ids for window in queries]),
+            documents=_padded(documents),
+            queries=_padded(queries),
             copies=copies,
         )
     arrays = np.load(folder / "tokens.npz", allow_pickle=False)
+    start = Path(config.model) if config.model else folder / "start"
     return Experiment(
         arrays["documents"], arrays["queries"], arrays["copies"],
         folder / "documents", folder / "queries", tokenizer_dir,
-        folder / "start" if config.pretrain else None,
+        start if config.model or config.pretrain else None,
     )  # fmt: skip
 
 
+def unpadded(ids: np.ndarray) -> list[np.ndarray]:
+    """Return the token ids of each row of ``(n, S)`` without ``PAD``."""
+    return [row[row != PAD] for row in ids]
+
+
+def _padded(windows: "list[_Window]") -> np.ndarray:
+    ids = np.full((len(windows), max(len(window.ids) for window in windows)), PAD, np.int64)
+    for row, window in zip(ids, windows, strict=True):
+        row[: len(window.ids)] = window.ids
+    return ids
+
+
 def _tokenizer(config: LdsConfig, folder: Path) -> Any:
-    """Load the given tokenizer, or train one on the corpus."""
-    if not config.tokenizer and not (folder / "tokenizer.json").is_file():
+    """Load the given tokenizer or the model's, or train one on the corpus."""
+    trained = not config.tokenizer and not config.model
+    if trained and not (folder / "tokenizer.json").is_file():
         train_tokenizer(
             TokenizerConfig(
                 shards=config.shards, output_dir=str(folder), vocab_size=config.vocab_size,
@@ -94,33 +110,40 @@ def _tokenizer(config: LdsConfig, folder: Path) -> Any:
 
 
 def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Window]]:
-    """Return full windows to draw from and others to pretrain on.
+    """Return windows to draw from and others, of the greatest length, to pretrain on.
 
     Documents are in a shuffled order, and none has windows of both.
     """
-    index, length = open_corpus(config.shards), config.max_length
+    index, longest = open_corpus(config.shards), config.max_length
+    shortest = config.min_length or longest
+    lengths = np.random.default_rng([config.seed, 5])
     needed = config.n_documents + config.n_queries  # near-copies take the place of documents
+    n_pretrain = 0 if config.model else config.pretrain
     candidates: list[_Window] = []
     pretrain: list[_Window] = []
     for document in shuffled_documents(index, config.seed, epoch=0):
-        if len(candidates) >= needed and len(pretrain) >= config.pretrain:
+        if len(candidates) >= needed and len(pretrain) >= n_pretrain:
             break
-        target, most = pretrain, PRETRAIN_WINDOWS
+        target, most, least = pretrain, PRETRAIN_WINDOWS, longest
         if len(candidates) < needed:
-            target, most = candidates, config.windows_per_document
-        tokens = tokens_of(document, tokenizer, most * length)
-        for begin in range(0, len(tokens) - length + 1, length):
+            target, most, least = candidates, config.windows_per_document, shortest
+        tokens, begin = tokens_of(document, tokenizer, most * longest), 0
+        for length in lengths.integers(least, longest + 1, most).tolist():
+            if begin + length > len(tokens):
+                break
             ids, source = tokens[begin : begin + length], f"{document.key} {begin}"
             target.append(_Window(ids, document.domain, source))
-    if len(candidates) < needed or (config.pretrain and not pretrain):
+            begin += length
+    if len(candidates) < needed or (n_pretrain and not pretrain):
+        of_tokens = f"{shortest} to {longest}" if shortest < longest else str(longest)
         raise CorpusError(
-            f"--shards {config.shards} has {len(candidates):,} windows of {length} tokens (at most "
-            f"--windows_per_document {config.windows_per_document}) and {len(pretrain):,} of other "
-            f"documents to pretrain on; --n_documents {config.n_documents:,} and --n_queries "
+            f"--shards {config.shards} has {len(candidates):,} windows of {of_tokens} tokens (at "
+            f"most --windows_per_document {config.windows_per_document}) and {len(pretrain):,} of "
+            f"other documents to pretrain on; --n_documents {config.n_documents:,} and --n_queries "
             f"{config.n_queries:,} need {needed:,}, and --pretrain needs at least one: give fewer "
             "of them, a smaller --max_length, or more --windows_per_document"
         )
-    return candidates[:needed], pretrain[: config.pretrain]
+    return candidates[:needed], pretrain[:n_pretrain]
 
 
 def _draw(
@@ -162,7 +185,8 @@ def _payload(window: _Window, tokenizer: Any) -> bytes:
 
 def write_subset(folder: Path, documents: np.ndarray) -> None:
     """Write tars of these documents ``(n, S)``, for one training."""
-    write_tars(folder, [json.dumps({"input_ids": ids}).encode() for ids in documents.tolist()])
+    rows = unpadded(documents)
+    write_tars(folder, [json.dumps({"input_ids": ids.tolist()}).encode() for ids in rows])
 
 
 def write_tars(folder: Path, payloads: list[bytes]) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from gradproj.evaluation.retraining import load
+from gradproj.evaluation.corpus import PAD
+from gradproj.evaluation.losses import load
 
 STRATEGIES = {"kronfluence_kfac": "kfac", "kronfluence_ekfac": "ekfac"}
 """Method -> kronfluence's name of it."""
@@ -71,12 +72,14 @@ def _task(layers: list[str]) -> Any:
     class LanguageModelling(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
             (ids,) = batch
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            inputs = ids.clamp(min=0)  # padding, on the right, is PAD
+            logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()
             if sample:
                 with torch.no_grad():
-                    targets = torch.multinomial(logits.softmax(dim=-1), 1).flatten()
-            return F.cross_entropy(logits, targets, reduction="sum")
+                    sampled = torch.multinomial(logits.softmax(dim=-1), 1).flatten()
+                    targets = torch.where(targets == PAD, PAD, sampled)
+            return F.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum")
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
             return self.compute_train_loss(batch, model)

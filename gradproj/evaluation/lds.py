@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -56,10 +56,10 @@ def available(names: list[str]) -> list[str]:
 
 
 def draw_subsets(config: LdsConfig, n: int) -> np.ndarray:
-    """Draw random halves, ``(M, N)`` bool; more subsets extend fewer."""
-    subsets = np.zeros((config.subsets, n), bool)
+    """Draw random subsets, ``(M, N)`` bool; more subsets extend fewer."""
+    subsets, size = np.zeros((config.subsets, n), bool), config.subset_size or n // 2
     for number, subset in enumerate(subsets):
-        subset[np.random.default_rng([config.seed, 3, number]).permutation(n)[: n // 2]] = True
+        subset[np.random.default_rng([config.seed, 3, number]).permutation(n)[:size]] = True
     return subsets
 
 
@@ -90,6 +90,8 @@ def check_settings(folder: Path, config: LdsConfig) -> None:
         recorded = current_names(LdsConfig, json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise StoreError(f"{path} is damaged ({error}); give --output_dir a new path") from error
+    # An experiment of an earlier version has the defaults of the settings that came later.
+    recorded = {f.name: f.default for f in fields(config) if f.name in settings} | recorded
     mismatch = settings_mismatch(
         f"cannot continue in {folder}: it has another experiment",
         {f"--{name}": value for name, value in recorded.items()},

@@ -8,7 +8,7 @@ import numpy as np
 from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
 from gradproj.evaluation.config import LdsConfig
-from gradproj.evaluation.corpus import Experiment
+from gradproj.evaluation.corpus import Experiment, unpadded
 from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
 from gradproj.evaluation.kronfluence import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name

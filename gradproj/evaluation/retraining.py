@@ -16,22 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from gradproj.corpus.index_file import open_corpus
-from gradproj.distributed import choose_device
-from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, write_subset
+from gradproj.evaluation.finetuning import finetuning_of
+from gradproj.evaluation.losses import load, query_losses
 from gradproj.files import load_array, save_array
-from gradproj.model.checkpoint import fetch
-from gradproj.model.config import ModelConfig
-from gradproj.model.loading import load_model
 from gradproj.training import TrainConfig, train
-
-LOSS_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -56,11 +50,11 @@ def losses_of(
     folder = Path(config.output_dir) / "losses"
     folder.mkdir(exist_ok=True)
     missing = [task for task in tasks if not _file(folder, task).is_file()]
+    run = _finetune if config.model else _retrain
     if missing:
         with workers(config.workers, Path(config.output_dir)) as pool:
             running = [
-                pool.submit(_retrain, config, experiment, task, _file(folder, task))
-                for task in missing
+                pool.submit(run, config, experiment, task, _file(folder, task)) for task in missing
             ]
             n_done = len(tasks) - len(missing)
             for training in tqdm(as_completed(running), label, len(tasks), initial=n_done):
@@ -108,8 +102,10 @@ def _begin_worker(log: Path) -> None:
 
 
 def train_base(config: LdsConfig, experiment: Experiment) -> Path:
-    """Train the scored model on all documents; return its directory."""
+    """Train the scored model on all documents, if none is given; return its directory."""
     folder = Path(config.output_dir)
+    if config.model:
+        return Path(config.model)
     if experiment.start is not None and not _is_trained(experiment.start):
         print("pretraining the model that all trainings start from", file=sys.stderr, flush=True)
         pretraining = replace(config, epochs=config.pretrain_epochs)
@@ -137,6 +133,10 @@ def _retrain(config: LdsConfig, experiment: Experiment, task: Retraining, path: 
     shutil.rmtree(work)
 
 
+def _finetune(config: LdsConfig, experiment: Experiment, task: Retraining, path: Path) -> None:
+    save_array(path, finetuning_of(config, experiment).losses_after(task.chosen, task.seed))
+
+
 def train_config(
     config: LdsConfig, experiment: Experiment, tars: Path, folder: Path, seed: int
 ) -> TrainConfig:
@@ -147,18 +147,6 @@ def train_config(
     return TrainConfig(
         shards=str(tars), result_dir=str(folder), tokenizer=str(experiment.tokenizer), **start,
         max_length=config.max_length, batch_size=config.batch_size, max_steps=steps,
-        warmup_steps=min(20, steps // 10), learning_rate=config.learning_rate, seed=seed,
+        warmup_steps=min(20, steps // 10), learning_rate=config.rate, seed=seed,
         device=config.device, model_dtype=config.model_dtype, checkpoint_interval=0,
     )  # fmt: skip
-
-
-def load(folder: Path, device: str) -> Any:
-    return load_model(fetch(ModelConfig(model=str(folder))), choose_device(device, 0)[0])
-
-
-@torch.no_grad()
-def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
-    """Return the losses of token ids ``(Q, S)``, mean nats per target token, ``(Q,)`` float64."""
-    batches = torch.from_numpy(queries).to(next(model.parameters()).device).split(LOSS_BATCH)
-    losses = torch.cat([per_sample_loss(model, batch, chunked=False) for batch in batches])
-    return losses.cpu().numpy().astype(np.float64) / (queries.shape[1] - 1)

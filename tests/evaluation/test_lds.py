@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.corpora import make_corpus, mixed_documents, words
 from helpers.jobs import ENVIRONMENT
-from helpers.models import make_tokenizer
+from helpers.models import make_model, make_tokenizer
 
 from gradproj.__main__ import main
 from gradproj.cli.lds import table_lines
@@ -24,9 +25,11 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError, ModelError, OtherSettingsError, StoreError
 from gradproj.evaluation import retraining
+from gradproj.evaluation.baselines import mean_hidden_states
 from gradproj.evaluation.config import LdsConfig
-from gradproj.evaluation.corpus import make_experiment
+from gradproj.evaluation.corpus import make_experiment, unpadded
 from gradproj.evaluation.lds import available, check_settings, draw_subsets, evaluate, locked
+from gradproj.evaluation.losses import load, query_losses
 from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retraining import train_config
 
@@ -239,6 +242,31 @@ def test_documents_are_windows_of_one_length_with_near_copies_of_the_last_querie
     assert (again.documents == experiment.documents).all()
 
 
+def test_documents_of_mixed_lengths_are_windows_within_the_bounds(data, tmp_path, in_this_process):
+    config = config_of(
+        data, tmp_path, min_length=6, pretrain=3, leave_out=0, subsets=3, seeds=1,
+        methods="random,ngram,hidden,loss",
+    )  # fmt: skip
+    evaluate(config)
+    experiment = make_experiment(config)
+    windows = unpadded(np.concatenate([experiment.documents, experiment.queries]))
+    lengths = {len(ids) for ids in windows}
+    assert min(lengths) >= 6
+    assert max(lengths) <= 24
+    assert len(lengths) > 3
+    index = open_corpus(str(experiment.document_tars))
+    in_tars = [document.input_ids for document in read_documents(index, 0, index.n_samples)]
+    assert in_tars == [ids.tolist() for ids in unpadded(experiment.documents)]
+    # Padding changes neither a loss, which is a mean over a query's own targets, nor a state.
+    model = load(tmp_path / "model", "cpu")
+    alone = [query_losses(model, ids[None]).item() for ids in unpadded(experiment.queries)]
+    np.testing.assert_allclose(query_losses(model, experiment.queries), alone, rtol=1e-5)
+    states = mean_hidden_states(tmp_path / "model", experiment.queries, "cpu")
+    for got, ids in zip(states, unpadded(experiment.queries), strict=True):
+        want = model.base_model(input_ids=torch.from_numpy(ids)[None])[0][0].mean(dim=0)
+        torch.testing.assert_close(got, want)
+
+
 def test_trainings_start_from_a_model_pretrained_on_other_documents(
     data, tmp_path, in_this_process
 ):
@@ -264,6 +292,25 @@ def sources_of(folder: Path) -> set[str]:
                 json.load(tar.extractfile(member))["meta"]["source"].split()[0] for member in tar
             }
     return keys
+
+
+def test_subsets_have_the_size_that_is_asked_for(data, tmp_path):
+    subsets = draw_subsets(config_of(data, tmp_path, subsets=5, subset_size=3), 9)
+    assert (subsets.sum(axis=1) == 3).all()
+
+
+def test_checkpoint_is_fine_tuned_and_scored_in_place_of_a_new_model(
+    data, tmp_path, in_this_process, capsys
+):
+    make_model(tmp_path / "model", "llama", vocab_size=300)
+    make_tokenizer(tmp_path / "model")
+    changes = {"model": str(tmp_path / "model"), "tokenizer": "", "train_layers": 1}
+    config = config_of(data, tmp_path / "out", leave_out=0, subsets=3, seeds=1, **changes)
+    results = evaluate(config)
+    assert in_this_process == [f"subset-000{i}-seed-1" for i in range(3)]
+    assert 0 < results.loss_spread < results.mean_loss
+    assert not (tmp_path / "out/model").exists()
+    assert config.experiment()["learning_rate"] == 1e-4
 
 
 def test_first_halves_do_not_depend_on_their_number(data, tmp_path):
@@ -311,6 +358,8 @@ def test_settings_recorded_under_old_names_of_flags_are_the_same_experiment(data
         "windows_per_document": "windows", "corruption": "changed", "model_dtype": "precision",
     }  # fmt: skip
     recorded = {old_names.get(k, k): v for k, v in config.experiment().items()}
+    for later in ("min_length", "model", "train_layers", "subset_size"):
+        del recorded[later]  # an earlier version had no such setting
     assert set(old_names.values()) <= set(recorded)
     (tmp_path / "settings.json").write_text(json.dumps(recorded))
     (tmp_path / "tokens.npz").touch()
@@ -381,6 +430,9 @@ def test_interrupt_exits_with_130_and_a_line(data, tmp_path, in_this_process, mo
         ({"output_dir": ""}, "--output_dir is empty; give a folder"),
         ({"shards": " "}, "--shards is empty; give a folder, a glob"),
         ({"learning_rate": float("nan")}, "--learning_rate must be more than 0 and finite"),
+        ({"min_length": 129}, "--min_length 129 is more than --max_length 128"),
+        ({"subset_size": 1024}, "--subset_size 1024 must be less than --n_documents 1024"),
+        ({"train_layers": 2}, "--train_layers is for the fine-tuning of a --model"),
         ({"n_head": 3}, "--n_embd 128 is not a multiple of --n_head 3"),
         ({"vocab_size": 256}, "--vocab_size must be at least 257, got 256"),
         ({"seed": -1}, "--seed must be at least 0"),
