@@ -68,7 +68,7 @@ class Methods:
             "hidden": lambda: hidden_cosine(self._model, documents, queries, config.device),
             "bm25": lambda: bm25(documents, queries),
             "ngram": lambda: ngram_overlap(documents, queries),
-            "text": lambda: text_kernel(list(documents), list(queries)),
+            "text": lambda: text_kernel(unpadded(documents), unpadded(queries)),
         }
         if name in makers:
             return makers[name]()

@@ -245,7 +245,7 @@ def test_documents_are_windows_of_one_length_with_near_copies_of_the_last_querie
 def test_documents_of_mixed_lengths_are_windows_within_the_bounds(data, tmp_path, in_this_process):
     config = config_of(
         data, tmp_path, min_length=6, pretrain=3, leave_out=0, subsets=3, seeds=1,
-        methods="random,ngram,hidden,loss",
+        methods="random,ngram,hidden,text",
     )  # fmt: skip
     evaluate(config)
     experiment = make_experiment(config)
