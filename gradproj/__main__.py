@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a causal language model on a corpus",
     "lds": "evaluate scores against retraining on parts of a small corpus",
     "text": "read tokens and count n-grams of a store, for scores by shared text",
+    "curvature": "measure the exact curvature of a store's model, for query --rescore",
     "query": "find the documents with the highest and lowest scores for a query",
     "domains": "compare a store's domains: mean gradients, cosines, influences",
     "report": "write one HTML page on a store",

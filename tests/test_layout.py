@@ -17,7 +17,7 @@ LEVELS = [
     {"engine", "coordinator"},
     {"analysis"},
     {"job"},
-    {"query", "training", "maintenance", "run", "text"},
+    {"curvature", "query", "training", "maintenance", "run", "text"},
     {"report", "evaluation"},
     {"cli", "examples", "__main__", "__init__"},
 ]

@@ -21,6 +21,9 @@ from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.targets import LOSS_WEIGHTS, Targets, loss_key
 from gradproj.errors import MixedSamplesError
 
+VALUES_AT_ONCE = 2**26
+"""Values of whole gradients, or of inputs and output gradients, that are made at once: 268 MB."""
+
 
 @dataclass(frozen=True)
 class LayerBatch:
@@ -42,11 +45,11 @@ class LayerBatch:
         """Return the samples' whole weight gradients, ``(n, n_o, n_i)`` float32."""
         return sum_over_tokens(self.inputs(samples), self.g[samples].float())
 
-    def parts(self, values_at_once: int) -> Iterator[slice]:
-        """Yield spans of samples whose whole gradients have at most so many values; at least 1."""
+    def parts(self) -> Iterator[slice]:
+        """Yield spans of samples, at least one, that have at most ``VALUES_AT_ONCE`` values."""
         n_i, n_o = self.layer.widths
         positions = self.mask.shape[1]
-        step = max(1, values_at_once // max(n_i * n_o, positions * (n_i + n_o)))
+        step = max(1, VALUES_AT_ONCE // max(n_i * n_o, positions * (n_i + n_o)))
         for first in range(0, len(self.g), step):
             yield slice(first, first + step)
 

@@ -1,0 +1,1 @@
+"""Exact curvature of a store's layers, and scores with whole gradients."""
