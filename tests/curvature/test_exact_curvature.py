@@ -183,7 +183,8 @@ def test_killed_run_continues_where_it_was(measured, tmp_path, monkeypatch):
     for path in sorted((measured / "curvature").glob("*.safetensors")):
         continued = load_file(output / "curvature" / path.name)
         for name, tensor in load_file(path).items():
-            assert torch.equal(tensor, continued[name])
+            # A group with the head makes the logits at once, others in chunks.
+            torch.testing.assert_close(continued[name], tensor, rtol=1e-4, atol=1e-9)
 
 
 def test_wide_side_keeps_its_diagonal(output, monkeypatch):
