@@ -27,7 +27,7 @@ VALUES_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """What one batch leaves at one layer. A weight used twice has twice as many positions."""
+    """One layer in one batch. A weight that is used twice has twice as many positions."""
 
     layer: TargetLayer
     a: Tensor
