@@ -31,7 +31,7 @@ LEVEL_OF = {stage: number for number, stages in enumerate(LEVELS) for stage in s
 HOME_OF = {
     "zarr": {"store"},
     "numcodecs": {"store"},
-    "numba": {"kernels"},
+    "numba": {"kernels", "text"},
     "llvmlite": {"kernels"},
     "webdataset": {"corpus"},
     "datasets": {"corpus"},
@@ -39,7 +39,6 @@ HOME_OF = {
     "huggingface_hub": {"model"},
     "transformers": {"kernels", "model", "engine", "training"},
     "tokenizers": {"training"},
-    "numba": {"analysis", "text"},
     "bm25s": {"evaluation"},
     "kronfluence": {"evaluation"},
     "xarray": {"store", "examples"},
