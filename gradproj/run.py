@@ -53,7 +53,7 @@ def run(argv: list[str], stop: StopRequest) -> int:
     prepare_torch(config.job.threads, config.job.deterministic)
     with Rendezvous(process) as ranks:
         device, warning = choose_device(config.job.device, process.local_rank)
-        job = start_job(config, process, ranks)
+        job = start_job(config, process, ranks, device)
     log_to_file(job.plan.output, job.owner, config.job.verbose)
     if warning:
         print(warning, file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@ STEPS = (
     # start
     "folders made",
     "index published",
+    "pilot batch done",
+    "pilot done",
     "store published",
     "merge undone",
     "metadata published",

@@ -72,21 +72,22 @@ def place_layers(
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
         device = next(target.module.parameters()).device
         columns = slice(widths.slice_start, widths.slice_end)
-        p_i, p_o = _on_device(p_i, device), _on_device(p_o, device)
+        p_i, p_o = on_device(p_i, device), on_device(p_o, device)
         for p in (p_i, p_o):
             cache_bfloat16(p)
         placed.append(PlacedLayer(target, p_i, p_o, columns))
     return placed
 
 
-def _on_device(matrix: Tensor | np.ndarray, device: torch.device) -> Tensor:
+def on_device(matrix: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Return a matrix, a tensor or an array, as a tensor on ``device``."""
     # A store's arrays are read-only views of its file, hence the copy.
     matrix = matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.array(matrix))
     return matrix.to(device)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Switch autocast off: projections are float32 also in a training loop that uses it."""
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         yield
@@ -179,7 +180,7 @@ class BatchCapture:
         self._covariances: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    @_full_precision()
+    @full_precision()
     def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
         """Return the projected input, ``(..., k_i)`` float32, all that is kept of it."""
         self.called.add(index)
@@ -187,7 +188,7 @@ class BatchCapture:
         return layer.target.rule.project_input(module, a.detach(), layer.p_i)
 
     @torch.no_grad()
-    @_full_precision()
+    @full_precision()
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
         """Project a layer's output gradient and sum it with ``a_p`` over each sample's tokens."""
         if serial != self.serial:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradproj.engine.basis import RowBasis
 from gradproj.engine.capture import (
     BatchCapture,
     StartGraph,
@@ -30,7 +31,7 @@ from gradproj.engine.layers import TargetLayer, unwrap
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.original_interface import OriginalInterface
 from gradproj.engine.projection import ProjectionConfig
-from gradproj.engine.projection_files import RowBuffer
+from gradproj.engine.projection_files import RowBuffer, row_dtype
 from gradproj.engine.row_check import check_rows
 from gradproj.engine.targets import LOSS_WEIGHTS, loss_key
 from gradproj.errors import ConfigError, GradprojError, ModelError
@@ -55,7 +56,7 @@ class GradProjLoraEngine(OriginalInterface):
         module: the model, on its device.
         proj_layers: patterns of layers' names, as ``--proj_layers``; ``mlp`` and ``attn`` fit every
             family.
-        proj_rank_total: most values kept per layer.
+        proj_rank_total: most values kept per layer; or by patterns, as the flag.
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
         proj_dtype: dtype of the returned rows (``"float32"`` or a torch dtype).
@@ -67,6 +68,7 @@ class GradProjLoraEngine(OriginalInterface):
             write.
         freeze_weights: while attached, no weight has a gradient; eval mode. Fast, without training.
         matrices: layer -> ``(P_i, P_o)``, tensors or arrays, to use instead of drawing them.
+        basis: layer -> ``(R_i, R_o)``, for rows of ``R_o (P_o G P_i^T) R_i^T`` (``basis.py``).
         token_covariances: sum ``TokenCovariances`` as well.
         gradient_checkpointing: with ``freeze_weights``: keep only the inputs of the model's blocks
             and run each block again in the backward pass, for the same rows in less memory.
@@ -81,7 +83,7 @@ class GradProjLoraEngine(OriginalInterface):
         self,
         module: nn.Module,
         proj_layers: str | Sequence[str] = "mlp,attn",
-        proj_rank_total: int = 256,
+        proj_rank_total: str | int = 256,
         proj_rank_min: int = 8,
         proj_seed: int = 42,
         proj_dtype: str | torch.dtype = torch.float32,
@@ -92,6 +94,7 @@ class GradProjLoraEngine(OriginalInterface):
         proj_save_interval: int = 1,
         freeze_weights: bool = False,
         matrices: Matrices | None = None,
+        basis: Matrices | None = None,
         token_covariances: bool = False,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
@@ -102,7 +105,7 @@ class GradProjLoraEngine(OriginalInterface):
             seed=proj_seed, kind=proj_kind, include_embeddings=include_embeddings,
         )  # fmt: skip
         self.module = module
-        self.proj_dtype = _dtype(proj_dtype)
+        self.proj_dtype = row_dtype(proj_dtype)
         self.proj_dir = None if proj_dir is None else Path(proj_dir)
         self.proj_save_interval = proj_save_interval
         if compiled and not freeze_weights:
@@ -112,6 +115,7 @@ class GradProjLoraEngine(OriginalInterface):
         self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
         self._compiled = compiled
         self._layers = place_layers(module, config, matrices)
+        self._basis = None if basis is None else RowBasis(self._layers, basis)
         capture_type = CompiledCapture if compiled else BatchCapture
         self._capture = capture_type(self._layers, token_covariances)
         self._covariances = TokenCovariances.zeros(self._layers) if token_covariances else None
@@ -130,8 +134,9 @@ class GradProjLoraEngine(OriginalInterface):
         matrices: Matrices | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
+        basis: Matrices | None = None,
     ) -> "GradProjLoraEngine":
-        """Return an engine for the job: weights frozen, token covariances summed."""
+        """Return an engine for the job: weights frozen; without a basis, covariances summed."""
         # The flags of the configuration are the arguments' names.
         flags = fields(ProjectionConfig)
         projection = {flag_of(field): getattr(config, field.name) for field in flags}
@@ -139,8 +144,9 @@ class GradProjLoraEngine(OriginalInterface):
             module,
             **projection,
             matrices=matrices,
+            basis=basis,
             freeze_weights=True,
-            token_covariances=True,
+            token_covariances=basis is None,
             gradient_checkpointing=gradient_checkpointing,
             compiled=compiled,
         )
@@ -286,7 +292,8 @@ class GradProjLoraEngine(OriginalInterface):
         weights = self._loss_weights(weighted)
         # Allocate everything before the sums change: a batch that fails is retried in halves.
         # A sample whose loss had the weight 0 left no gradient to divide: its row is 0.
-        rows = torch.where(weights == 0, 0.0, weighted / weights).to(self.proj_dtype)
+        rows = torch.where(weights == 0, 0.0, weighted / weights)
+        rows = (rows if self._basis is None else self._basis.transform(rows)).to(self.proj_dtype)
         if self._covariances is not None:
             self._covariances.add(self._capture.covariances(weighted, weights))
         if self.proj_dir is not None:
@@ -296,13 +303,11 @@ class GradProjLoraEngine(OriginalInterface):
         self.clear_gradients()
         return rows
 
-    def take_token_covariances(self) -> TokenCovariances:
-        """Return the sums since the last call and start from zero."""
-        if self._covariances is None:
-            raise ConfigError(
-                "the engine sums no token covariances: make it with token_covariances=True"
-            )
-        taken, self._covariances = self._covariances, TokenCovariances.zeros(self._layers)
+    def take_token_covariances(self) -> TokenCovariances | None:
+        """Return the sums since the last call and start from zero; None if nothing is summed."""
+        taken = self._covariances
+        if taken is not None:
+            self._covariances = TokenCovariances.zeros(self._layers)
         return taken
 
     def _loss_weights(self, rows: Tensor) -> Tensor:
@@ -341,10 +346,3 @@ class GradProjLoraEngine(OriginalInterface):
         if self.proj_dir is not None:
             self.save_projections()
         self.detach()
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if chosen not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ConfigError(f"--proj_dtype is {dtype!r}; choose float16, bfloat16 or float32")
-    return chosen

@@ -18,10 +18,12 @@ from torch import Tensor
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
 from gradproj.engine.patterns import EXCLUDES
+from gradproj.engine.rank_totals import RankTotals
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag, flag_of, split_list
 from gradproj.store.layout import LayerSlice
 
+BASES = ("eigen", "random")
 PROJECTION_VERSION = 1
 """Part of every matrix's key. Raise it if a change gives other numbers for the same seed."""
 
@@ -76,11 +78,13 @@ class ProjectionConfig(Flags, title="projection"):
         comma_separated=True,
         metavar="NAME",
     )
-    rank_total: int = flag(
-        "Largest number of values stored per layer, k_i * k_o.",
+    rank_total: str | int = flag(
+        "Largest number of values stored per layer, k_i * k_o; or by parts of layers' names, such "
+        "as down_proj:16384,o_proj:4096,-q_proj, where a - leaves layers out.",
         256,
         name="proj_rank_total",
-        minimum=1,
+        comma_separated=True,
+        metavar="N|NAME:N",
     )
     rank_min: int = flag(
         "Smallest projected width of a side (or the side's own width, if that is less).",
@@ -99,6 +103,10 @@ class ProjectionConfig(Flags, title="projection"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        text = str(self.rank_total).strip()
+        RankTotals.parse(text, 1)  # raises
+        if text.isdigit():  # recorded as a number, as by format 1
+            object.__setattr__(self, "rank_total", int(text))
         if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
             return
         what = "names only layers to leave out" if self.patterns else "is empty"
@@ -106,8 +114,13 @@ class ProjectionConfig(Flags, title="projection"):
         raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
 
     @property
+    def rank_totals(self) -> RankTotals:
+        return RankTotals.parse(self.rank_total, int(type(self).rank_total))
+
+    @property
     def patterns(self) -> tuple[str, ...]:
-        return split_list(self.layers)
+        """The patterns of ``layers``, and of what ``rank_total`` leaves out."""
+        return split_list(self.layers) + self.rank_totals.excluded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +133,18 @@ class JobProjectionConfig(ProjectionConfig):
         "",
         path="FILE",
     )
+    basis: str = flag(
+        "Basis of a layer's values: eigen, the eigenvectors of token covariances that a pilot pass "
+        "measures before the store is made, scaled to equal variance; or random, the matrices as "
+        "they are drawn.",
+        "random",
+        choices=BASES,
+    )
+    pilot_tokens: int = flag(
+        "Fewest target tokens of the pilot, from documents all over the corpus.",
+        131072,
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +152,7 @@ class JobProjectionConfig(ProjectionConfig):
             f"--{flag_of(f)}"
             for f in fields(self)
             if f.name in ("rank_total", "rank_min", "seed", "kind")
-            and getattr(self, f.name) != f.default
+            and getattr(self, f.name) not in (f.default, getattr(ProjectionConfig, f.name))
         ]
         if self.matrices and changed:
             raise ConfigError(
@@ -188,11 +213,13 @@ def place_widths(
 
     ``matrices``, if given, set the widths. ``ConfigError`` if they do not fit the layers.
     """
-    placed, start = [], 0
+    placed, start, totals = [], 0, config.rank_totals
+    if matrices is None:
+        totals.check_used(target.name for target in targets)
     for target in targets:
         n_i, n_o = target.widths
         if matrices is None:
-            k_i, k_o = choose_ki_ko(n_i, n_o, config.rank_total, config.rank_min)
+            k_i, k_o = choose_ki_ko(n_i, n_o, totals.of(target.name), config.rank_min)
         else:
             k_i, k_o = given_widths(matrices, target.name, n_i, n_o)
         stop = start + k_i * k_o

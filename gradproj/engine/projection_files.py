@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.errors import ConfigError
+
 
 def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor | None) -> Path:
     """Write ``proj_iter_{number:06d}.pt``, readable by ``torch.load(..., weights_only=True)``.
@@ -25,6 +27,14 @@ def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor |
     torch.save(content, temporary)
     os.replace(temporary, path)
     return path
+
+
+def row_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype of rows; ``ConfigError`` if rows cannot have it."""
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ConfigError(f"--proj_dtype is {dtype!r}; choose float16, bfloat16 or float32")
+    return chosen
 
 
 class RowBuffer:

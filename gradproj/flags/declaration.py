@@ -219,7 +219,8 @@ def typed(name: str, value: Any, f: dataclasses.Field) -> Any:
     items = value if takes_list and isinstance(value, list) else [value]
     if kind is float:
         items = [float(item) if type(item) is int else item for item in items]
-    if any(type(item) is not kind for item in items):
+    kinds = typing.get_args(f.type) if isinstance(f.type, types.UnionType) else (kind,)
+    if any(type(item) not in kinds for item in items):
         wanted = f"a list of {kind.__name__}" if takes_list else f"one {kind.__name__}"
         raise ConfigError(f"{name} must be {wanted}, got {value!r}")
     if is_list:

@@ -12,14 +12,18 @@ from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreLayou
 from gradproj.store.metadata import read_attributes
 from gradproj.store.unit_record import list_records
 
+FORMAT_1 = {"--encoding": "dense", "--basis": "random"}
+"""Values of flags that format 1 did not have. An identity names them only if it has others, so that
+a store of format 1 has the identity of its job's settings today."""
+
 
 def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
-    # Stores of version 1 do not name the encoding, which is dense.
-    encoding = {"--encoding": layout.encoding} if layout.is_packed else {}
+    later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
+    if projection.basis != "random":
+        later["--pilot_tokens"] = projection.pilot_tokens
     return {
-        **encoding,
         "--revision": model.revision,
         "--special_tokens": model.special_tokens,
         "--model_dtype": model.model_dtype,
@@ -39,6 +43,7 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
         "--domains": list(config.corpus.chosen_domains),
         "--max_document_bytes": config.limits.max_document_bytes,
         "--max_json_depth": config.limits.max_json_depth,
+        **{name: value for name, value in later.items() if FORMAT_1.get(name) != value},
     }
 
 
@@ -65,7 +70,7 @@ def check_identity(store: Path, ours: dict[str, Any]) -> None:
     """Raise ``OtherSettingsError`` with every setting that differs from an existing store's."""
     if not store.exists():
         return
-    theirs = read_attributes(store)["identity"]
+    theirs, ours = FORMAT_1 | read_attributes(store)["identity"], FORMAT_1 | ours
     way_out = "Run with the store's settings, or give --output_dir a new path."
     every = {**dict.fromkeys(theirs), **ours}
     # The layers follow from other settings. If one of those differs, the long list would hide it.

@@ -61,7 +61,8 @@ def set_up_rank(
     """
     plan, options = job.plan, job.plan.config.job
     is_first = job.owner.rank == 0
-    tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
+    tokenizer = load_tokenizer(plan.files)
+    model = load_model(plan.files, device) if job.model is None else job.model
     if is_first:
         print_start(plan, device, chunk_verdict(model))
     with ProjectionStore(plan.output) as store:
@@ -71,6 +72,7 @@ def set_up_rank(
             store.projection_matrices,
             options.gradient_checkpointing,
             options.compile,
+            store.basis,
         )
     display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
     stop.drain()

@@ -121,12 +121,16 @@ class RecordedEngine:
 
 
 def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
-    """Load a store's unchanged model and make an engine with the store's own matrices."""
+    """Load a store's unchanged model and make an engine with the store's matrices and basis."""
     files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
     model = load_model(files, chosen)
     engine = GradProjLoraEngine.from_config(
-        model, run.projection, store.projection_matrices, run.job.gradient_checkpointing
+        model,
+        run.projection,
+        store.projection_matrices,
+        run.job.gradient_checkpointing,
+        basis=store.basis,
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import torch
+from torch import nn
+
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.failure import clear_failure, note_failure
@@ -31,6 +34,7 @@ from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, wr
 from gradproj.formatting import clean_lines
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, is_untouched
+from gradproj.job.pilot import run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, attributes_of, make_plan, versions
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
@@ -56,22 +60,33 @@ class Job:
     owner: Owner
     n_neighbours: int
     """Ranks of this job on this machine."""
+    model: nn.Module | None = None
+    """The model on its device, if this rank has loaded it already."""
 
 
-def start_job(config: RunConfig, process: Process, ranks: Rendezvous) -> Job:
+CPU = torch.device("cpu")
+
+
+def start_job(
+    config: RunConfig, process: Process, ranks: Rendezvous, device: torch.device = CPU
+) -> Job:
     """Check the settings, make or open the store, and share the plan with all ranks.
+
+    Rank 0 loads the model on ``device`` if the new store's rows need a basis.
 
     Raises:
         GradprojError: on rank 0, a user error; printed there, once.
         ReportedError: on the other ranks, for the same reason.
     """
     shared: tuple[Plan, JobName] | None = None
+    model: nn.Module | None = None
     exit_code = GradprojError.exit_code
     if process.rank == 0:
         name = JobName.from_environment()
         try:
+            plan, model = _start(config, name, device)
             # The index can be large. The other ranks read it from the output directory.
-            shared = (replace(_start(config, name), index=cast(CorpusIndex, None)), name)
+            shared = (replace(plan, index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
             # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
             print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
@@ -89,26 +104,29 @@ def start_job(config: RunConfig, process: Process, ranks: Rendezvous) -> Job:
     if process.local_rank == 0:
         # Leftovers of dead processes can only be recognised on their own machine.
         remove_leftovers(plan.output, owner)
-    return Job(plan, owner, process.local_world_size)
+    return Job(plan, owner, process.local_world_size, model)
 
 
-def _start(config: RunConfig, name: JobName) -> Plan:
+def _start(config: RunConfig, name: JobName, device: torch.device) -> tuple[Plan, nn.Module | None]:
     """Run rank 0's checks and prepare the output directory. Notes failures in ``failed.json``."""
     owner = Owner.this_process(name.job_id, name.generation, 0)
     try:
         plan = make_plan(config)
-        make_output(plan, owner)
+        model = make_output(plan, owner, device)
     except GradprojError as error:
         if not isinstance(error, Stopped):
             note_failure(Path(config.job.output_dir), owner, error)
         raise
     clear_failure(plan.output, name.job_id)
-    return plan
+    return plan, model
 
 
-def make_output(plan: Plan, owner: Owner) -> None:
-    """Make the output directory, its folders, the frozen index and the empty store if missing."""
-    output = plan.output
+def make_output(plan: Plan, owner: Owner, device: torch.device = CPU) -> nn.Module | None:
+    """Make the output directory, its folders, the frozen index and the empty store if missing.
+
+    Returns the model if a new store's basis was measured with it, on ``device``.
+    """
+    output, model = plan.output, None
     check_records_have_store(output)
     with explain_os_errors(output):
         for folder in FOLDERS:
@@ -121,7 +139,7 @@ def make_output(plan: Plan, owner: Owner) -> None:
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
         _publish_index(plan, queue.scratch)
-        _publish_store(plan, queue.scratch)
+        model = _publish_store(plan, queue.scratch, device)
     elif not (output / INDEX_NAME).exists():
         _publish_index(plan, queue.scratch)
     elif load_index(output / INDEX_NAME).tars != plan.index.tars:
@@ -135,6 +153,7 @@ def make_output(plan: Plan, owner: Owner) -> None:
     flags |= {"rows_per_shard": plan.layout.rows_per_shard, "versions": versions()}
     text = json.dumps(flags, indent=2, default=list) + "\n"
     write_and_replace(output / RUN_CONFIG_NAME, [text.encode()], queue.scratch)
+    return model
 
 
 def _remove_store_of_other_settings(plan: Plan, owner: Owner) -> None:
@@ -175,18 +194,26 @@ def _publish_index(plan: Plan, scratch: Path) -> None:
     fault_points.reach("index published")
 
 
-def _publish_store(plan: Plan, scratch: Path) -> None:
-    """Make the empty store. If another job was faster, its store must have our identity."""
-    # The matrices depend on names and shapes, or on a file, so no weights are loaded.
+def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module | None:
+    """Make the empty store. If another job was faster, its store must have our identity.
+
+    Returns the model if the pilot has loaded it.
+    """
+    store, model = plan.output / STORE_NAME, None
+    attributes, arrays = {**attributes_of(plan), "store_id": new_store_id()}, {}
+    # The matrices depend on names and shapes, or on a file, so they need no weights.
     chosen = job_matrices(plan.config.projection, plan.layers)
-    matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
-    packed = pack_matrices(plan.layers, matrices)
     try:
-        attributes = {**attributes_of(plan), "store_id": new_store_id()}
-        create_store(plan.output / STORE_NAME, plan.layout, attributes, packed, scratch)
+        if plan.config.projection.basis == "eigen":
+            pilot = run_pilot(plan, chosen, device, published=store.exists)
+            arrays, attributes["basis"], model = pilot.arrays, pilot.attribute, pilot.model
+        matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
+        packed = pack_matrices(plan.layers, matrices)
+        create_store(store, plan.layout, attributes, packed, scratch, arrays=arrays)
         fault_points.reach("store published")
     except StoreExists:
-        check_identity(plan.output / STORE_NAME, plan.identity)
+        check_identity(store, plan.identity)
+    return model
 
 
 def new_store_id() -> str:

@@ -130,8 +130,9 @@ class UnitSums:
         self.rows.index_add_(0, index, rows)
         self.losses.index_add_(0, index, losses)
         self._touched.append(touched)
-        # Add batch by batch, so that a unit that was interrupted and continued has the same bits.
-        self.covariances.add(covariances)
+        if self.covariances is not None and covariances is not None:
+            # Batch by batch, so that a unit that was interrupted and continued has the same bits.
+            self.covariances.add(covariances)
 
     def fail(self, sequences: np.ndarray) -> None:
         """Note that the document of a sequence did not fit the device's memory."""
@@ -149,7 +150,9 @@ class UnitSums:
             self.rows[index].cpu().numpy(),
             self.losses[index].cpu().numpy(),
             self.failed(),
-            {k: v.cpu().numpy() for k, v in vars(self.covariances).items()},
+            {k: v.cpu().numpy() for k, v in vars(self.covariances).items()}
+            if self.covariances is not None
+            else {},
         )
 
     def replay(self, part: PartialRows) -> None:
@@ -158,9 +161,13 @@ class UnitSums:
         self.rows[index] = torch.from_numpy(part.rows.copy()).to(self._device)
         self.losses[index] = torch.from_numpy(part.losses.copy()).to(self._device)
         self._failed = [part.failed]
-        self.covariances = TokenCovariances(
-            **{k: torch.from_numpy(v.copy()).to(self._device) for k, v in part.covariances.items()}
-        )
+        if part.covariances:
+            self.covariances = TokenCovariances(
+                **{
+                    k: torch.from_numpy(v.copy()).to(self._device)
+                    for k, v in part.covariances.items()
+                }
+            )
 
     def failed(self) -> np.ndarray:
         """Return the rows of documents that did not fit the device's memory."""
@@ -182,8 +189,9 @@ class ProjectedUnit:
         begun: torch.cuda.Event | None = None,
     ) -> None:
         self._total, self._settings, self._stats, self._begun = total, settings, stats, begun
-        sums = total.covariances
-        self._tensors = [total.rows, total.losses, sums.a.float(), sums.s.float(), sums.n_tokens]
+        self._tensors = [total.rows, total.losses]
+        if (sums := total.covariances) is not None:
+            self._tensors += [sums.a.float(), sums.s.float(), sums.n_tokens]
         self._computed = record_event(total.rows.device)
 
     def on_host(self) -> UnitRows:
@@ -194,7 +202,8 @@ class ProjectedUnit:
         on_device = seconds_between(self._begun, self._computed)
         if on_device is not None:
             stats |= {"seconds": on_device, "finished_at": time.time()}
-        rows, losses, a, s, n_tokens = (tensor.numpy() for tensor in fetched)
+        rows, losses, *covariances = (tensor.numpy() for tensor in fetched)
+        *sums, n_tokens = covariances or [np.zeros(())]
         columns["status"][total.failed()] = STATUS["out_of_memory"]
         reduction = settings.batch.loss_reduction
         loss, columns["grad_norm"][:] = finish_rows(rows, losses, columns, reduction)
@@ -210,6 +219,6 @@ class ProjectedUnit:
             "computed_tokens": sum(len(b) * len(sequences[b[0]]) for b in prepared.batches),
             "covariance_tokens": int(n_tokens),
         }
-        place, sums = (prepared.unit, prepared.start), {"a": a, "s": s}
-        record = UnitRecord(*place, settings.identity, None, columns, stats, sums)
+        place, named = (prepared.unit, prepared.start), dict(zip("as", sums, strict=False))
+        record = UnitRecord(*place, settings.identity, None, columns, stats, named)
         return UnitRows(record, stored if has_row.any() else None)

@@ -168,6 +168,16 @@ class UnitReader:
             problem = self.settings.problem_of_token(int(tokens.max(initial=0)))
         return ("bad_input" if problem else status), problem
 
+    def sequences_of(self, document: Document) -> list[np.ndarray]:
+        """Return the token sequences of one document; none if it makes no row of its own."""
+        if self.settings.status_of(document)[0] != "ok":
+            return []
+        (tokens,) = self._tokenize([document])
+        if self.settings.problem_of_token(int(tokens.max(initial=0))):
+            return []
+        batch = self.settings.batch
+        return split_long(tokens, batch.max_length, batch.long_documents)
+
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""
         texts = [d.text for d in documents if d.text is not None and d.input_ids is None]

@@ -1,0 +1,231 @@
+"""The pilot: some documents, run before the store is made, give the eigenbasis of its rows.
+
+Every process that starts the same job on the same machine with the same batch settings gets the
+same bits. The first to publish its store decides for all: ranks read the basis from there.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradproj.coordinator import fault_points
+from gradproj.corpus.documents import Document
+from gradproj.corpus.sampling import spread_order
+from gradproj.corpus.stream import read_documents
+from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
+from gradproj.engine.basis import eigenbasis
+from gradproj.engine.batching import AUTO, BatchConfig, collate, fit_padding, plan_batches
+from gradproj.engine.capture import TokenCovariances
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.matrix_file import Matrices
+from gradproj.engine.run_batch import run_batch, run_in_halves
+from gradproj.errors import CorpusError, ModelError
+from gradproj.formatting import count, human_seconds
+from gradproj.job.plan import Plan
+from gradproj.job.unit_reader import UnitReader
+from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.store.basis import DAMPING
+from gradproj.store.layer_arrays import pack_layers
+from gradproj.store.layout import LayerSlice
+from gradproj.store.writer import StoreExists
+
+RECIPE = (
+    "documents in the order of their positions' reversed bits; of each, windows from its beginning "
+    "up to its share: a 64th of pilot_tokens, or more if there are fewer documents"
+)
+MOST_SHARES = 64
+"""Least number of documents that the pilot's tokens come from, if there are as many."""
+_FIRST_ROUND, _LARGEST_ROUND = 256, 4096  # documents read at once
+_REPORT_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """The measured basis, and the model that measured it."""
+
+    model: nn.Module
+    arrays: dict[str, np.ndarray]
+    """Of the store's group: the matrices and the eigenvalues."""
+    attribute: dict[str, Any]
+    """The group's attribute ``basis``."""
+
+
+def run_pilot(
+    plan: Plan, matrices: Matrices, device: torch.device, published: Callable[[], bool]
+) -> Pilot:
+    """Measure the token covariances of the pilot's documents, and return their eigenbasis.
+
+    ``matrices`` are the new store's.
+
+    Raises:
+        StoreExists: ``published``, asked between batches, was true: another job has made the store.
+        CorpusError: no document of the corpus has a target token with a finite gradient.
+    """
+    started, wanted = time.monotonic(), plan.config.projection.pilot_tokens
+    print(f"pilot         measures the rows' basis on at least {wanted:,} tokens", flush=True)
+    reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
+    sequences, n_documents = pilot_sequences(plan, reader)
+    if not sequences:
+        raise _no_basis(plan, "no document has a target token")
+    model = load_model(plan.files, device)
+    sums = _sum_covariances(plan, model, matrices, sequences, published)
+    n_tokens = int(sums.n_tokens)
+    if not n_tokens:
+        raise _no_basis(plan, f"no gradient of the pilot's {n_documents:,} documents is finite")
+    arrays = _arrays(plan.layers, sums)
+    line = f"{n_tokens:,} target tokens of {count(n_documents, 'document')}"
+    print(f"pilot         {line}, in {human_seconds(time.monotonic() - started)}", flush=True)
+    recipe = {"pilot_tokens": wanted, "recipe": RECIPE}
+    measured = {"tokens": n_tokens, "documents": n_documents}
+    fault_points.reach("pilot done")
+    return Pilot(model, arrays, {"kind": "eigen", "damping": DAMPING, **measured, **recipe})
+
+
+def _no_basis(plan: Plan, why: str) -> CorpusError:
+    return CorpusError(
+        f"{why}, so --basis eigen has nothing to measure. Look at the documents of --shards "
+        f"{plan.config.corpus.shards} and at --max_length {plan.config.batch.max_length}, or give "
+        "--basis random"
+    )
+
+
+# --- which documents ---
+
+
+def pilot_sequences(plan: Plan, reader: UnitReader) -> tuple[list[np.ndarray], int]:
+    """Return ``(token sequences, number of their documents)`` of the pilot, by ``RECIPE``.
+
+    Documents that make no row are passed over. All the corpus is taken if it has fewer tokens.
+    """
+    ranges = _candidate_ranges(plan)
+    n_candidates = sum(stop - start for start, stop in ranges)
+    wanted = plan.config.projection.pilot_tokens
+    share = -(-wanted // min(MOST_SHARES, n_candidates))
+    sequences: list[np.ndarray] = []
+    n_tokens = n_documents = 0
+    for document in _in_order(plan, ranges):
+        taken, before = [], n_tokens
+        for sequence in reader.sequences_of(document):
+            taken.append(sequence)
+            n_tokens += len(sequence) - 1
+            if n_tokens - before >= share:
+                break
+        sequences += taken
+        n_documents += bool(taken)
+        if n_tokens >= wanted:
+            break
+    return sequences, n_documents
+
+
+def _candidate_ranges(plan: Plan) -> list[tuple[int, int]]:
+    """Return the ranges of sample ids ``[start, stop)`` that can hold a chosen document."""
+    n_samples, chosen = plan.layout.n_samples, plan.config.corpus.chosen_domains
+    if not chosen:
+        return [(0, n_samples)]
+    spans = [
+        (tar.start_id, min(tar.start_id + tar.n_samples, n_samples))
+        for tar in plan.index.tars
+        if any(tar.domain_counts.get(name, 0) for name in chosen)
+    ]
+    return [(start, stop) for start, stop in spans if start < stop]
+
+
+def _in_order(plan: Plan, ranges: list[tuple[int, int]]) -> Iterator[Document]:
+    """Yield the documents of the ranges in ``spread_order``; some hundreds are read at once."""
+    starts = np.cumsum([0, *(stop - start for start, stop in ranges)])
+    order, size = spread_order(int(starts[-1])), _FIRST_ROUND
+    while places := [place for place, _ in zip(order, range(size), strict=False)]:
+        numbers = np.searchsorted(starts, places, side="right") - 1
+        ids = [ranges[n][0] + p - int(starts[n]) for n, p in zip(numbers, places, strict=True)]
+        documents = _read(plan, sorted(ids))
+        yield from (documents[sample_id] for sample_id in ids)
+        size = min(2 * size, _LARGEST_ROUND)
+
+
+def _read(plan: Plan, ids: list[int]) -> dict[int, Document]:
+    """Read the documents of sorted ids. Those of one block of the tars are read together."""
+    documents: dict[int, Document] = {}
+    wanted, at = set(ids), 0
+    while at < len(ids):
+        start = end = ids[at]
+        while at < len(ids) and ids[at] - end < SAMPLES_PER_BLOCK:
+            end, at = ids[at], at + 1
+        for document in read_documents(plan.index, start, end + 1, plan.config.limits):
+            if document.sample_id in wanted:
+                documents[document.sample_id] = document
+    return documents
+
+
+# --- their covariances ---
+
+
+def _sum_covariances(
+    plan: Plan,
+    model: nn.Module,
+    matrices: Matrices,
+    sequences: list[np.ndarray],
+    published: Callable[[], bool],
+) -> TokenCovariances:
+    """Return the sums over the sequences' target tokens."""
+    projection, options, batch = plan.config.projection, plan.config.job, plan.config.batch
+    if batch.batch_tokens == AUTO:  # measured later, with the basis
+        batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
+    engine = GradProjLoraEngine.from_config(
+        model, projection, matrices, options.gradient_checkpointing
+    )
+    run = functools.partial(_forward_backward, model, engine, sequences)
+    with engine:
+        if engine.only_alone and batch.batch_size > 1:
+            raise ModelError(engine.only_alone)
+        batch = fit_padding(model, batch)
+        lengths = [len(tokens) for tokens in sequences]
+        batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
+        total = engine.take_token_covariances()
+        assert total is not None  # an engine without a basis
+        reported = time.monotonic()
+        for number, chosen in enumerate(batches, start=1):
+            if published():
+                raise StoreExists("another job has made the store meanwhile")
+            for part, sums in run_in_halves(engine, chosen, run):
+                if sums is None:
+                    n = len(sequences[part[0]])
+                    log.warning("pilot: a sequence of %d tokens does not fit the memory", n)
+                else:
+                    total.add(sums)
+            fault_points.reach("pilot batch done")
+            if time.monotonic() - reported > _REPORT_S:
+                reported = time.monotonic()
+                print(f"pilot         {number:,} of {len(batches):,} batches", flush=True)
+    return total
+
+
+def _forward_backward(
+    model: nn.Module, engine: GradProjLoraEngine, sequences: list[np.ndarray], chosen: np.ndarray
+) -> TokenCovariances | None:
+    device = next(model.parameters()).device
+    run_batch(model, engine, collate(sequences, chosen, pad=0).to(device))
+    return engine.take_token_covariances()
+
+
+def _arrays(layers: list[LayerSlice], sums: TokenCovariances) -> dict[str, np.ndarray]:
+    """Return the eigenbasis of the mean covariances as the store's arrays."""
+    n_tokens, at_i, at_o = int(sums.n_tokens), 0, 0
+    a, s = (flat.cpu().numpy() / n_tokens for flat in (sums.a, sums.s))
+    basis, eigenvalues = {}, {}
+    for layer in layers:
+        k_i, k_o = layer.k_i, layer.k_o
+        r_i, e_i = eigenbasis(a[at_i : at_i + k_i**2].reshape(k_i, k_i))
+        r_o, e_o = eigenbasis(s[at_o : at_o + k_o**2].reshape(k_o, k_o))
+        basis[layer.name], eigenvalues[layer.name] = (r_i, r_o), (e_i, e_o)
+        at_i, at_o = at_i + k_i**2, at_o + k_o**2
+    pairs = {"basis_matrices": basis, "basis_eigenvalues": eigenvalues}
+    return {name: pack_layers(name, layers, values) for name, values in pairs.items()}
