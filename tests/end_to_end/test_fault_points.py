@@ -18,6 +18,7 @@ from gradproj.store.layout import FOLDERS
 PACKAGE = Path(__file__).parents[2] / "gradproj"
 N_SAMPLES, N_UNITS = 48, 3
 SETTINGS = SMALL_JOB | {"rows_per_shard": 16, "proj_save_interval": 1, "device": "cpu"}
+SETTINGS |= {"basis": "eigen"}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ TABLE = [
     for flags, effect, identity in re.findall(r"^\| (`--.*?) \| (.*?) \| (.*?) \|$", SECTION, re.M)
 ]
 REQUIRED = ["--shards", "tars", "--model", "m", "--output_dir", "out", "--basis", "eigen"]
+REQUIRED += ["--encoding", "dense"]
 
 
 def listed(word):
@@ -49,7 +50,7 @@ OTHER_VALUES = {
     "--include_embeddings": None, "--max_length": 32,
     "--long_documents": "windows", "--loss_reduction": "sum", "--special_tokens": "bos",
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",
-    "--compressor": "zstd", "--rows_per_shard": 32, "--max_samples": 50, "--domains": "Github",
+    "--encoding": "signs", "--compressor": "zstd", "--rows_per_shard": 32, "--max_samples": 50, "--domains": "Github",
     "--max_document_bytes": 1000, "--max_json_depth": 5, "--batch_size": 3, "--batch_tokens": 99,
     "--max_padding": 0.2,
     "--device": "cpu", "--threads": 1, "--deterministic": None, "--compile": None,
@@ -65,6 +66,8 @@ def test_flag_changes_its_own_key_of_the_identity_or_none(flag):
     changed = {name for name in before if before[name] != after.get(name)}
     if flag == "--basis":  # a pilot belongs to one of its values
         changed -= {"--pilot_tokens"}
+    if flag == "--encoding":  # a type belongs to dense rows
+        changed -= {"--proj_dtype"}
     assert changed == ({flag} if flag in listed("compared") else set())
 
 
