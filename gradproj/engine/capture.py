@@ -151,6 +151,8 @@ class BatchCapture:
         """Why batches of several samples are refused; empty if they are not."""
         self.unchecked = ""
         """Why the model's rows were not checked; empty if they were."""
+        self.mixed: set[str] = set()
+        """Layers whose positions belonged to no known sample when a batch was tried."""
         self.serial = 0
         self.shape: tuple[int, int] | None = None
         self.forget()
@@ -219,9 +221,12 @@ class BatchCapture:
         if self.shape is None:
             return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
         separated = by_sample(x, *self.shape)
-        if separated is None:
+        if separated is not None:
+            return separated
+        if BatchCapture.probed is not self:
             raise mixed_samples_error(layer, x, self.shape)
-        return separated
+        self.mixed.add(layer.target.name)
+        return x.reshape(1, -1, x.shape[-1])
 
     def parts_of(self, loss: Tensor, weights: Sequence[Tensor]) -> dict[int, Tensor]:
         """Return each layer's part of the rows; runs backward to weights that need a gradient."""

@@ -88,7 +88,8 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
         )
     capture.only_alone = (
         f"{shortened(names)} works on a batch's tokens in another order than the batch's (an "
-        f"expert, for example), so its samples cannot be separated; {ONLY_ALONE} (adding "
+        "expert, for example) or on an input that the batch shares, so its samples cannot be "
+        f"separated; {ONLY_ALONE} (adding "
         f"{way_out} to proj_layers leaves it out)"
     )
 
@@ -197,8 +198,11 @@ class _Probe:
         return self._different(parts, {n: x[None] for n, x in self._references.items()})
 
     def not_exchanged(self, ids: Tensor, labels: Tensor) -> set[str]:
-        """Return the layers whose parts do not exchange places with the samples."""
+        """Return the layers whose parts are not one a sample, or do not go with the samples."""
+        self._capture.mixed.clear()
         parts = self._parts(ids, labels)
+        if self._capture.mixed:
+            return set(self._capture.mixed)
         exchanged = self._parts(ids.flip(0), labels.flip(0))
         return self._different(parts, {name: x.flip(0) for name, x in exchanged.items()})
 

@@ -20,6 +20,12 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WHOLE_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 _MERGE = "Merge it where it was trained (merge_and_unload) and save the whole model"
+_REFUSED = {
+    "POLY": "needs a task's number with each text: gradproj has none to give. It loads adapters of "
+    "layers, such as LoRA",
+    "HRA": "multiplies by copies of its layers' weights, so that these get no gradient. " + _MERGE,
+}
+"""PEFT's kind -> why it is refused, and a way out."""
 _PREFIX = "base_model.model."
 """Prefix of the base model's names in an adapter's file."""
 
@@ -62,10 +68,10 @@ def base_of(folder: Path) -> tuple[str, str]:
             f"{json.dumps(base)}; write the base model's directory or hub name there"
         )
     config = _config(folder)
-    if config.peft_type == "POLY":
+    if config.peft_type in _REFUSED:
         raise ModelError(
-            f"--model {folder} is a PEFT adapter of kind POLY, which needs a task's number with "
-            "each text: gradproj has none to give. It loads adapters of layers, such as LoRA"
+            f"--model {folder} is a PEFT adapter of kind {_kind(config)}, which "
+            f"{_REFUSED[config.peft_type]}"
         )
     if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
         raise _outside_of_the_layers(folder)

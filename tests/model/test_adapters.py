@@ -135,11 +135,38 @@ def test_adapter_that_acts_on_the_input_is_refused_by_name(kind, base, tmp_path)
         files_of(tmp_path)
 
 
-def test_adapter_that_needs_a_task_is_refused_by_name(base, tmp_path):
-    poly = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, n_tasks=2)
-    adapted(base, poly).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="kind POLY, which needs a task's number"):
+Q_PROJ = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda: peft.PolyConfig(**Q_PROJ, n_tasks=2), "kind POLY, which needs a task's number"),
+        (lambda: peft.HRAConfig(**Q_PROJ), "kind HRA, which multiplies .*merge_and_unload"),
+    ],
+    ids=["POLY", "HRA"],
+)
+def test_adapter_whose_layers_have_no_gradient_of_a_text_is_refused_by_name(
+    settings, message, base, tmp_path
+):
+    adapted(base, settings()).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
         files_of(tmp_path)
+
+
+def test_layers_on_an_input_that_the_batch_shares_are_named_at_once_and_exact_alone(base):
+    # Two layers of a block also run on the adapter's own three vectors.
+    model = adapted(
+        base, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)
+    ).get_base_model()
+    ids, _, _ = samples()
+    with GradProjLoraEngine(model, "mlp,attn", 24, 2, freeze_weights=True) as engine:
+        shared = {t.name for t in engine.targets if t.name.endswith(("k_proj", "v_proj"))}
+        assert all(name in engine.only_alone for name in shared)
+        assert "adding -k_proj,-v_proj" in engine.only_alone
+        per_sample_loss(model, ids[:1]).sum().backward()
+        (row,) = engine.collect_batch()
+    assert relative_error(row, projected_gradient_by_autograd(model, engine, ids[0])) < 1e-5
 
 
 @pytest.mark.parametrize(
