@@ -31,9 +31,9 @@ class TextConfig(Flags, title="text"):
     )
 
     def inputs(self) -> RecordedRunArgs:
-        """Return where the model and the tars are. No weights are loaded, pickled or not."""
+        """Return where the tokenizer and the tars are."""
         names = ("output", "model", "tokenizer", "shards", "trust_remote_code")
-        return RecordedRunArgs(allow_pickle=True, **{name: getattr(self, name) for name in names})
+        return RecordedRunArgs(**{name: getattr(self, name) for name in names})
 
 
 def text_command(argv: list[str]) -> None:

@@ -21,7 +21,7 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
 from gradproj.text.frequencies import FrequencySketch, n_counters
 from gradproj.text.ngrams import thread_pool
-from gradproj.text.token_files import TokenFiles, TokenWriter
+from gradproj.text.token_files import TokenFiles, make_token_files
 
 MAX_SKETCH_BYTES = 2**31
 FACTS_NAME, SKETCH_NAME = "text.json", "document_frequencies.npy"
@@ -47,16 +47,6 @@ class TextIndex:
     frequencies: FrequencySketch
     """Mapped from its file."""
     facts: TextFacts
-
-    def tokens_at(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Return the token ids ``(S,)`` uint32 of documents; empty for one that has none."""
-        height, found = self.files.layout.rows_per_shard, {}
-        for unit in np.unique(ids // height).tolist():
-            documents = self.files.read(unit)
-            for sample_id in ids[ids // height == unit].tolist():
-                row = sample_id - unit * height
-                found[sample_id] = documents.tokens[documents.ends[row] : documents.ends[row + 1]]
-        return [found[sample_id] for sample_id in ids.tolist()]
 
 
 def open_text_index(store: ProjectionStore) -> TextIndex | None:
@@ -110,17 +100,8 @@ def make_text_index(
     index = open_text_index(store)
     if index is not None:
         return index
-    files, (rank, n_ranks) = TokenFiles(store), share
-    missing = files.missing()
-    if missing:
-        note(f"reading the tokens of {len(missing):,} of {len(files.units):,} units")
-        writer = TokenWriter(store, files, inputs)
-        # Each rank begins at its own place and takes what no other has finished, up to the end.
-        start = len(missing) * rank // n_ranks
-        for unit in shown(missing[start:] + missing[:start], len(missing), "tokens", "units"):
-            if not files.path(unit).is_file():
-                writer.write(unit)
-    if rank:
+    files = make_token_files(store, inputs, share, note)
+    if share[0] != 0:
         return None
     if not (files.folder / FACTS_NAME).is_file():
         _make_sketch(files, max_sketch_bytes)

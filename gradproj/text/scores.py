@@ -158,7 +158,7 @@ class TextScan:
     def scores_at(self, queries: Sequence[QueryText], ids: np.ndarray) -> np.ndarray:
         """Return ``K`` of some documents only, ``(Q, m)`` float64; NaN without a token."""
         ngrams = QueryNgrams(queries)
-        documents = Documents.of(self.index.tokens_at(ids))
+        documents = Documents.of(self.index.files.tokens_at(ids))
         scores = ngrams.scores(documents, ngrams.weights(self.index.frequencies)).T
         scores[:, np.diff(documents.ends) == 0] = np.nan
         return scores

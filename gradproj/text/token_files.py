@@ -7,6 +7,8 @@ A file is an uncompressed ``.npz``: ``tokens`` of all the unit's documents, uint
 import hashlib
 import json
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from gradproj.coordinator.merge import wanted_units
 from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, save_arrays
+from gradproj.formatting import shown
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.unit_reader import PreparedUnit, UnitReader, UnitSettings
@@ -76,6 +79,16 @@ class TokenFiles:
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return Documents(tokens.astype(np.uint32), ends)
 
+    def tokens_at(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Return the token ids ``(S,)`` uint32 of documents; empty for one that has none."""
+        height, found = self.layout.rows_per_shard, {}
+        for unit in np.unique(ids // height).tolist():
+            documents = self.read(unit)
+            for sample_id in ids[ids // height == unit].tolist():
+                row = sample_id - unit * height
+                found[sample_id] = documents.tokens[documents.ends[row] : documents.ends[row + 1]]
+        return [found[sample_id] for sample_id in ids.tolist()]
+
     def totals(self) -> tuple[int, int]:
         """Return the numbers of documents with tokens and of tokens in all files."""
         n_documents = n_tokens = 0
@@ -84,6 +97,26 @@ class TokenFiles:
                 n_documents += int(np.count_nonzero(file["lengths"]))
                 n_tokens += int(file["lengths"].sum(dtype=np.int64))
         return n_documents, n_tokens
+
+
+def make_token_files(
+    store: ProjectionStore,
+    inputs: RecordedRunArgs,
+    share: tuple[int, int] = (0, 1),
+    note: Callable[[str], None] = lambda line: None,
+) -> TokenFiles:
+    """Write the token files that a store lacks. Arguments and errors: see ``make_text_index``."""
+    files, (rank, n_ranks) = TokenFiles(store), share
+    missing = files.missing()
+    if missing:
+        note(f"reading the tokens of {len(missing):,} of {len(files.units):,} units")
+        writer = TokenWriter(store, files, inputs)
+        # Each rank begins at its own place and takes what no other has finished, up to the end.
+        start = len(missing) * rank // n_ranks
+        for unit in shown(missing[start:] + missing[:start], len(missing), "tokens", "units"):
+            if not files.path(unit).is_file():
+                writer.write(unit)
+    return files
 
 
 class TokenWriter:
@@ -95,7 +128,7 @@ class TokenWriter:
     """
 
     def __init__(self, store: ProjectionStore, files: TokenFiles, inputs: RecordedRunArgs) -> None:
-        run = config_from(inputs)
+        run = config_from(replace(inputs, allow_pickle=True))  # no weights are loaded
         tokenizer, vocabulary = recorded_tokenizer(store, run)
         index = recorded_index(files.output, inputs.shards)
         settings = UnitSettings(

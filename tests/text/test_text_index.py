@@ -35,7 +35,7 @@ def index(output):
 
 def test_token_files_hold_the_tokens_of_every_row(index, job):
     wanted = job_tokens(job)
-    got = index.tokens_at(np.arange(N_SAMPLES))
+    got = index.files.tokens_at(np.arange(N_SAMPLES))
     for sample_id, tokens in enumerate(got):
         assert tokens.tolist() == wanted.get(sample_id, [])
     assert index.facts.n_documents == len(wanted)
@@ -181,10 +181,10 @@ def test_index_of_another_corpus_or_tokenizer_is_made_again(output, index):
 def test_damaged_files_name_the_way_out(output, index):
     cut(index.files.path(2))
     with pytest.raises(StoreError, match=r"00000002\.npz cannot be read .*gradproj text"):
-        index.tokens_at(np.array([2 * ROWS_PER_UNIT]))
+        index.files.tokens_at(np.array([2 * ROWS_PER_UNIT]))
     index.files.path(2).unlink()
     whole = make(output)
-    assert len(whole.tokens_at(np.array([2 * ROWS_PER_UNIT]))[0])
+    assert len(whole.files.tokens_at(np.array([2 * ROWS_PER_UNIT]))[0])
     table = index.files.folder / "document_frequencies.npy"
     data = bytearray(table.read_bytes())
     data[-1] ^= 1
@@ -197,5 +197,5 @@ def test_damaged_files_name_the_way_out(output, index):
 
 
 def test_documents_without_a_row_have_no_tokens(index):
-    assert [len(t) for t in index.tokens_at(np.array([EMPTY, ONE_TOKEN]))] == [0, 0]
+    assert [len(t) for t in index.files.tokens_at(np.array([EMPTY, ONE_TOKEN]))] == [0, 0]
     assert len(mixed_documents(N_SAMPLES)) == N_SAMPLES
