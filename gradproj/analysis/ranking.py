@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import Rows, Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
@@ -53,7 +52,7 @@ class Ranker:
         if len(dampings) > 1 and SCORES[self.options["score"]].is_inner_product:
             return self._rank_in_one_scan(rows, self.preconditioner, dampings)
         # Each damping changes the documents' own norms, so scans have nothing to share.
-        return [Ranking(c, *self._scan(rows, self._damped_by(c))) for c in dampings]
+        return [Ranking(c, *self._scan(rows, self.damped_by(c))) for c in dampings]
 
     def rank_and_save(self, rows: np.ndarray, damping: float | str, path: Path) -> Ranking:
         """Write every score to a file and rank the documents from there.
@@ -61,25 +60,18 @@ class Ranker:
         Raises:
             StoreError: there is no room for the file, or it cannot be created.
         """
-        options = self._damped_by(damping)
-        world, shape = scan_world(options.get("together", False)), (len(rows), len(self.store))
-        unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
-        with ScoresFile(path, unfinished, shape) as file:
-            for part in query_parts(rows):
-                scan = Scan.of(self.store, options)
-                for first, values in score_blocks(scan, scan.prepare_queries(rows[part])):
-                    file.write(part.start, first, values.cpu().numpy())
-            file.finish()
-            world.barrier()  # rank 0 reads what every rank has written
-            ends = None
-            if world.rank == 0:
-                cpu = torch.device("cpu")
-                top, bottom = TopK(len(rows), self.n_top, cpu), TopK(len(rows), self.n_bottom, cpu)
-                ends = both_ends(top, bottom, add_all(file.blocks(), top, bottom), rows, World())
-                file.publish()
-        return Ranking(damping if self.preconditioner is not None else None, *world.broadcast(ends))
+        scan = Scan.of(self.store, self.damped_by(damping))
+        blocks = (
+            (part.start, first, values.cpu().numpy())
+            for part in query_parts(rows)
+            for first, values in score_blocks(scan, scan.prepare_queries(rows[part]))
+        )
+        shape = len(rows), len(self.store)
+        ends = save_and_rank(path, shape, blocks, self.n_top, self.n_bottom, scan.world)
+        return Ranking(damping if self.preconditioner is not None else None, *ends)
 
-    def _damped_by(self, damping: float | str) -> ScanOptions:
+    def damped_by(self, damping: float | str) -> ScanOptions:
+        """Return the options of a scan with this damping of the preconditioner."""
         if self.preconditioner is None:
             return self.options
         return {**self.options, "preconditioner": self.preconditioner, "damping": damping}
@@ -102,7 +94,7 @@ class Ranker:
                     tuple(TopDocuments(x.ids[span], x.scores[span], x.n_scored) for x in ends)
                 )
         return [
-            Ranking(damping, *(_concatenate(end) for end in zip(*ends, strict=True)))
+            Ranking(damping, *(concatenate(end) for end in zip(*ends, strict=True)))
             for damping, ends in zip(dampings, parts, strict=True)
         ]
 
@@ -111,8 +103,48 @@ class Ranker:
             top_and_bottom(rows[part], self.store, self.n_top, self.n_bottom, **options)
             for part in query_parts(rows)
         ]
-        top, bottom = (_concatenate(end) for end in zip(*ends, strict=True))
+        top, bottom = (concatenate(end) for end in zip(*ends, strict=True))
         return top, bottom
+
+
+def save_and_rank(
+    path: Path,
+    shape: tuple[int, int],
+    blocks: Iterator[tuple[int, int, np.ndarray]],
+    n_top: int,
+    n_bottom: int,
+    world: World,
+) -> tuple[TopDocuments, TopDocuments]:
+    """Write scores to a file and rank the documents from there.
+
+    Args:
+        path: the file, which does not exist.
+        shape: ``(Q, N)``.
+        blocks: this rank's ``(first query, first sample, scores (q, n))``, in order.
+        n_top: documents at the upper end, for each query.
+        n_bottom: documents at the lower end, for each query.
+        world: the ranks that share the scores.
+
+    Returns:
+        Both ends, on every rank.
+
+    Raises:
+        StoreError: there is no room for the file, or it cannot be created.
+    """
+    unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
+    with ScoresFile(path, unfinished, shape) as file:
+        for query, first, values in blocks:
+            file.write(query, first, values)
+        file.finish()
+        world.barrier()  # rank 0 reads what every rank has written
+        ends = None
+        if world.rank == 0:
+            cpu = torch.device("cpu")
+            top, bottom = TopK(shape[0], n_top, cpu), TopK(shape[0], n_bottom, cpu)
+            n_scored = add_all(file.blocks(), top, bottom)
+            ends = both_ends(top, bottom, n_scored, np.empty(0), World())
+            file.publish()
+    return world.broadcast(ends)
 
 
 def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
@@ -122,7 +154,8 @@ def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
         yield slice(first, min(first + step, len(rows)))
 
 
-def _concatenate(parts: Sequence[TopDocuments]) -> TopDocuments:
+def concatenate(parts: Sequence[TopDocuments]) -> TopDocuments:
+    """Join the documents of consecutive queries."""
     ids, scores = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "scores")
     )

@@ -2,21 +2,20 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from gradproj.analysis.ranking import Ranker, Ranking, query_parts, save_and_rank
+from gradproj.analysis import TopDocuments
+from gradproj.analysis.ranking import Ranker, Ranking, concatenate, query_parts, save_and_rank
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import Scan
 from gradproj.analysis.score_blocks import on_host, score_blocks
 from gradproj.analysis.score_types import SCORES
-from gradproj.distributed import World
 from gradproj.text.scores import QueryText, TextScan, rank_blocks
+from gradproj.text.z_scores import sums_of_z_scores
 
 TEXT = "text"
 WITH_TEXT = tuple(f"{name}+{TEXT}" for name in SCORES)
@@ -37,16 +36,17 @@ class TextRanker:
 
     scan: TextScan
     n_top: int
+    """Documents at the upper end, for each query."""
     n_bottom: int
+    """Documents at the lower end, for each query."""
 
-    def rank(self, queries: Sequence[QueryText]) -> Ranking:
-        return Ranking(None, *self.scan.rank(queries, self.n_top, self.n_bottom))
-
-    def rank_and_save(self, queries: Sequence[QueryText], path: Path) -> Ranking:
-        """Write every score to a file too, as ``Ranker.rank_and_save`` does."""
-        blocks = ((0, first, values) for first, values in self.scan.blocks(queries))
-        shape, world = (len(queries), len(self.scan.store)), scan_world(self.scan.together)
-        return Ranking(None, *save_and_rank(path, shape, blocks, self.n_top, self.n_bottom, world))
+    def rank(self, queries: Sequence[QueryText], path: Path | None = None) -> Ranking:
+        """Rank for queries, and write every score to a file if a path is given."""
+        ends = _rank_parts(
+            lambda part: self.scan.blocks(queries[part]), [slice(0, len(queries))], self.scan,
+            self.n_top, self.n_bottom, path,
+        )  # fmt: skip
+        return Ranking(None, *ends)
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,51 @@ class HybridRanker:
     text: TextScan
 
     def rank(
-        self, rows: np.ndarray, queries: Sequence[QueryText], damping: float | str
+        self,
+        rows: np.ndarray,
+        queries: Sequence[QueryText],
+        damping: float | str,
+        path: Path | None = None,
     ) -> Ranking:
-        """Rank for query rows ``(Q, D)`` and the same queries' tokens."""
-        ends = []
-        for part in query_parts(rows):
-            blocks = self._blocks(rows[part], queries[part], damping)
-            tensors = ((first, torch.from_numpy(values)) for first, values in blocks)
-            n_top, n_bottom = self.gradients.n_top, self.gradients.n_bottom
-            ends.append(
-                rank_blocks(
-                    tensors, part.stop - part.start, n_top, n_bottom, self.text.together
-                )
-            )
-        top, bottom = (concatenate(end) for end in zip(*ends, strict=True))
-        return Ranking(self._named(damping), top, bottom)
+        """Rank for query rows ``(Q, D)`` and the same queries' tokens.
 
-    def rank_and_save(
-        self, rows: np.ndarray, queries: Sequence[QueryText], damping: float | str, path: Path
-    ) -> Ranking:
-        """Write every score to a file too, as ``Ranker.rank_and_save`` does."""
-        blocks = (
-            (part.start, first, values)
-            for part in query_parts(rows)
-            for first, values in self._blocks(rows[part], queries[part], damping)
-        )
-        shape, world = (len(rows), len(self.text.store)), scan_world(self.text.together)
+        With a path, every score is written to a file too.
+        """
         ranker = self.gradients
-        ends = save_and_rank(path, shape, blocks, ranker.n_top, ranker.n_bottom, world)
-        return Ranking(self._named(damping), *ends)
-
-    def _named(self, damping: float | str) -> float | str | None:
-        return damping if self.gradients.preconditioner is not None else None
-
-    def _blocks(
-        self, rows: np.ndarray, queries: Sequence[QueryText], damping: float | str
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        scan = Scan.of(self.text.store, self.gradients.damped_by(damping))
-        scores = on_host(score_blocks(scan, scan.prepare_queries(rows)), scan.device)
+        scan = Scan.of(ranker.store, ranker.damped_by(damping))
         folder = self.text.index.files.folder
-        with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
-            yield from sums_of_z_scores(scores, self.text.blocks(queries), scan.world, file)
+        place = folder if os.access(folder, os.W_OK) else None
+
+        def blocks(part: slice) -> Iterator[tuple[int, np.ndarray]]:
+            scores = on_host(score_blocks(scan, scan.prepare_queries(rows[part])), scan.device)
+            with tempfile.TemporaryFile(dir=place) as file:
+                yield from sums_of_z_scores(
+                    scores, self.text.blocks(queries[part]), scan.world, file
+                )
+
+        parts = list(query_parts(rows))
+        ends = _rank_parts(blocks, parts, self.text, ranker.n_top, ranker.n_bottom, path)
+        return Ranking(damping if ranker.preconditioner is not None else None, *ends)
+
+
+def _rank_parts(
+    blocks_of: Callable[[slice], Iterator[tuple[int, np.ndarray]]],
+    parts: Sequence[slice],
+    scan: TextScan,
+    n_top: int,
+    n_bottom: int,
+    path: Path | None,
+) -> tuple[TopDocuments, TopDocuments]:
+    """Rank for queries part by part, or write the scores of all and rank from the file."""
+    if path is not None:
+        blocks = (
+            (part.start, first, values) for part in parts for first, values in blocks_of(part)
+        )
+        shape, world = (parts[-1].stop, len(scan.store)), scan_world(scan.together)
+        return save_and_rank(path, shape, blocks, n_top, n_bottom, world)
+    ends = [
+        rank_blocks(blocks_of(part), part.stop - part.start, n_top, n_bottom, scan.together)
+        for part in parts
+    ]
+    top, bottom = (concatenate(end) for end in zip(*ends, strict=True))
+    return top, bottom

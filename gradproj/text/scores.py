@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.row_blocks import SampleFilter, progress_bar, rank_range, scan_world
@@ -152,8 +151,7 @@ class TextScan:
         self, queries: Sequence[QueryText], n_top: int, n_bottom: int = 0
     ) -> tuple[TopDocuments, TopDocuments]:
         """Return both ends of the scores; ids and scores are numpy arrays ``(Q, k)``."""
-        blocks = ((first, torch.from_numpy(values)) for first, values in self.blocks(queries))
-        return rank_blocks(blocks, len(queries), n_top, n_bottom, self.together)
+        return rank_blocks(self.blocks(queries), len(queries), n_top, n_bottom, self.together)
 
     def scores_at(self, queries: Sequence[QueryText], ids: np.ndarray) -> np.ndarray:
         """Return ``K`` of some documents only, ``(Q, m)`` float64; NaN without a token."""
@@ -172,13 +170,13 @@ def text_top_k(
 
 
 def rank_blocks(
-    blocks: Iterator[tuple[int, Tensor]],
+    blocks: Iterator[tuple[int, np.ndarray]],
     n_queries: int,
     n_top: int,
     n_bottom: int,
     together: bool = False,
 ) -> tuple[TopDocuments, TopDocuments]:
-    """Return both ends of blocks ``(first id, scores (Q, n))`` on the CPU."""
-    cpu = torch.device("cpu")
+    """Return both ends of blocks ``(first id, scores (Q, n))``, numpy arrays."""
+    cpu, tensors = torch.device("cpu"), ((i, torch.from_numpy(values)) for i, values in blocks)
     top, bottom = TopK(n_queries, n_top, cpu), TopK(n_queries, n_bottom, cpu)
-    return both_ends(top, bottom, add_all(blocks, top, bottom), np.empty(0), scan_world(together))
+    return both_ends(top, bottom, add_all(tensors, top, bottom), np.empty(0), scan_world(together))
