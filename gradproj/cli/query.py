@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.preconditioner_cache import fit_cached
@@ -23,7 +24,15 @@ from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.analysis.score_types import SCORES
 from gradproj.cli.query_config import MAX_JOINT_WIDTH, QueryConfig
-from gradproj.cli.query_text import Summary, describe, json_lines, overlap_lines, table_lines
+from gradproj.cli.query_rescore import FirstStage, SecondStage, Source
+from gradproj.cli.query_text import (
+    Summary,
+    describe,
+    json_lines,
+    overlap_lines,
+    rescored_lines,
+    table_lines,
+)
 from gradproj.cli.score_args import check_has_rows, is_job_store, print_note
 from gradproj.distributed import Process, choose_device, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
@@ -47,6 +56,8 @@ class Answer:
     """One per damping."""
     samples: dict[int, Sample]
     """The ranked documents; empty on ranks other than 0."""
+    first_stage: FirstStage | None = None
+    """Of a rescored answer, on rank 0."""
 
 
 def query_command(argv: list[str]) -> None:
@@ -102,12 +113,14 @@ def query(config: QueryConfig, process: Process) -> Answer:
                 "cannot be projected. Give --query_store, or use gradproj.analysis"
             )
         counts = check_has_rows(store)
-        n_top, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
+        k, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
+        n_top = min(max(k, config.rescore), len(store))
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
         options = _scan_options(config, store, process, note)
         config.check_joint(options["layers"], store)
+        second = SecondStage.of(config, store, options["layers"])
         kind = config.curvature or SCORES[options["score"]].curvature
         fit = functools.partial(_preconditioner, config, kind, store, options, note)
         # Missing token covariances show at once; a scan must wait until the queries are valid.
@@ -123,8 +136,25 @@ def query(config: QueryConfig, process: Process) -> Answer:
                 "damage"
             )
         summary = Summary(store, options, kind, counts, n_scored, config.joint)
-        samples = describe(store, rankings, read_text) if process.rank == 0 else {}
-        return Answer(summary, queries, rankings, samples)
+        if process.rank:
+            return Answer(summary, queries, rankings, {})
+        first_stage = None
+        if second is not None and n_scored:
+            rankings[0], first_stage = second.rescored(
+                rankings[0], queries, k, _source(config, options)
+            )
+        samples = describe(store, rankings, read_text)
+        return Answer(summary, queries, rankings, samples, first_stage)
+
+
+def _source(config: QueryConfig, options: ScanOptions) -> Source:
+    return Source(
+        config_from(config),
+        torch.device(options["device"]),
+        config.shards,
+        config.query_store,
+        options["domains"],
+    )
 
 
 def _scan_options(
@@ -170,13 +200,17 @@ def _rank(
 def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
     """Yield the lines for standard output; for jsonl, print the summary to standard error."""
     if config.format == "table":
-        yield from table_lines(answer.summary, answer.queries, answer.rankings, answer.samples)
+        yield from table_lines(
+            answer.summary, answer.queries, answer.rankings, answer.samples, answer.first_stage
+        )
         return
     lines = answer.summary.lines([ranking.damping for ranking in answer.rankings])
+    if answer.first_stage is not None:
+        lines += rescored_lines(answer.first_stage)
     if len(answer.rankings) > 1:
         lines += ["", *overlap_lines(answer.rankings)]
     print("\n".join(lines), file=sys.stderr)
-    yield from json_lines(answer.queries, answer.rankings, answer.samples)
+    yield from json_lines(answer.queries, answer.rankings, answer.samples, answer.first_stage)
 
 
 def _note(process: Process, line: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import SCORES
+from gradproj.cli.query_rescore import RescoreArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, flag
@@ -19,7 +20,7 @@ MAX_JOINT_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
+class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
     """Queries, the store they are compared with, and the form of the answer."""
 
     text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
@@ -93,14 +94,37 @@ class QueryConfig(ScoreArgs, RecordedRunArgs, title="query"):
             raise ConfigError(
                 "--joint requires --score preconditioned; kfac factors belong to one layer each"
             )
+        self._check_rescore()
         if len(self.dampings) > 1 and self.save_scores:
             raise ConfigError(
                 "--save_scores takes one --damping; run the query once for each damping"
             )
 
+    def _check_rescore(self) -> None:
+        given = [f"--{name}" for name in ("rescore_text",) if getattr(self, name)]
+        given += ["--rescore_damping"] if self.rescore_damping != "auto" else []
+        _ = self.exact_damping
+        if given and not self.rescore:
+            raise ConfigError(f"{' and '.join(given)} requires --rescore N")
+        if not self.rescore:
+            return
+        if self.top_k is not None and self.top_k > self.rescore:
+            raise ConfigError(
+                f"--top_k {self.top_k} is more than --rescore {self.rescore}: only documents that "
+                "were scored again are listed"
+            )
+        if self.bottom_k:
+            raise ConfigError(
+                "--rescore scores the upper end of the scan again: leave --bottom_k out"
+            )
+        if len(self.dampings) > 1:
+            raise ConfigError("--rescore takes one --damping, that of the scan")
+
     def k(self, name: str, store: ProjectionStore) -> int:
         """Return ``--top_k`` or ``--bottom_k``."""
         k = getattr(self, name)
+        if self.rescore and k is None:
+            return 0 if name == "bottom_k" else min(DEFAULT_K, self.rescore, len(store))
         if k is not None and k > len(store):
             raise ConfigError(
                 f"--{name} is {k:,}, and {store.path} has {len(store):,} documents: give at most "

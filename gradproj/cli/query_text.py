@@ -12,6 +12,7 @@ from gradproj.analysis import MEANINGS, SCORES, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.analysis.scan import ScanOptions
+from gradproj.cli.query_rescore import FirstStage
 from gradproj.formatting import clean_lines, escaped, listed, one_line
 from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
@@ -110,20 +111,34 @@ def describe(
 
 
 def table_lines(
-    summary: Summary, queries: QueryRows, rankings: Sequence[Ranking], samples: Mapping[int, Sample]
+    summary: Summary,
+    queries: QueryRows,
+    rankings: Sequence[Ranking],
+    samples: Mapping[int, Sample],
+    first: FirstStage | None = None,
 ) -> Iterator[str]:
     """Yield the lines of the table, with control characters of texts and keys replaced."""
     yield from summary.lines([ranking.damping for ranking in rankings])
+    if first is not None:
+        yield from rescored_lines(first)
     for ranking in rankings:
         for number in range(len(queries.names)):
             yield ""
             yield from _query_lines(queries, number, ranking.damping if len(rankings) > 1 else None)
             for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
                 if end.ids.shape[1]:
-                    yield from _end_lines(name, end, number, samples, summary.options["score"])
+                    score = summary.options["score"]
+                    yield from _end_lines(name, end, number, samples, score, first)
     if len(rankings) > 1:
         yield ""
         yield from overlap_lines(rankings)
+
+
+def rescored_lines(first: FirstStage) -> list[str]:
+    """Describe the second stage, as lines of the summary."""
+    columns = "scan: place and score in the scan"
+    columns += "" if first.text is None else "; text: place by shared text"
+    return [*_labelled("rescored", first.note).splitlines(), _labelled("", columns)]
 
 
 def overlap_lines(rankings: Sequence[Ranking]) -> Iterator[str]:
@@ -148,13 +163,21 @@ def _query_lines(queries: QueryRows, number: int, damping: float | str | None) -
 
 
 def _end_lines(
-    name: str, end: TopDocuments, number: int, samples: Mapping[int, Sample], score: str
+    name: str,
+    end: TopDocuments,
+    number: int,
+    samples: Mapping[int, Sample],
+    score: str,
+    first: FirstStage | None,
 ) -> Iterator[str]:
-    yield f"{name:<6}{'score':>11}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
+    before = "" if first is None else first.header()
+    yield f"{name:<6}{'score':>11}{before}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
     ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = samples[sample_id]
-        text = f"{value:+.3e}" if SCORES[score].unit else f"{value:+.4f}"
+        exact = first is not None  # an influence, whatever the score of the scan is
+        text = f"{value:+.3e}" if exact or SCORES[score].unit else f"{value:+.4f}"
+        text += "" if first is None else first.columns(number, sample_id)
         domain, key = one_line(sample.domain or "-", _NAME), one_line(escaped(sample.key), _NAME)
         yield f"{place:>5} {text:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
         if sample.text is not None:
@@ -179,7 +202,10 @@ def _damping_name(damping: float | str | None) -> str:
 
 
 def json_lines(
-    queries: QueryRows, rankings: Sequence[Ranking], samples: Mapping[int, Sample]
+    queries: QueryRows,
+    rankings: Sequence[Ranking],
+    samples: Mapping[int, Sample],
+    first: FirstStage | None = None,
 ) -> Iterator[str]:
     """Yield one object per ranked document, all with the same keys.
 
@@ -206,6 +232,8 @@ def json_lines(
                         "query_n_tokens": int(queries.n_tokens[number]),
                         "damping": ranking.damping,
                     }
+                    if first is not None:
+                        fields |= first.fields(number, sample_id)
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)

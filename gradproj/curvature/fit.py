@@ -76,7 +76,7 @@ def fit_curvature(config: CurvatureConfig, note: Callable[[str], None]) -> Curva
         wanted = list(dict.fromkeys([*known, *layers]))
         folder.begin(config.curvature_tokens, sample_ids, n_tokens, wanted)
         note(f"sample: {count(len(sample_ids), 'document')}, {n_tokens:,} target tokens")
-        budget = int(config.memory * 1e9) or recorded.free_bytes()
+        budget = recorded.budget(config.memory)
         fit = _Fit(recorded, folder, windows, n_tokens)
         for kind, size, task in (
             ("kfac", _factor_bytes, fit.factors),

@@ -23,7 +23,7 @@ from gradproj.engine.whole_gradients import LayerBatch, WholeGradients
 from gradproj.errors import ModelError, StoreError
 from gradproj.formatting import shown
 from gradproj.job.config import RunConfig
-from gradproj.job.recorded import recorded_index, recorded_model
+from gradproj.job.recorded import recorded_config, recorded_index, recorded_model
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 from gradproj.kernels.torch_setup import prepare_torch
@@ -63,15 +63,9 @@ class RecordedModel:
         layers: Sequence[str] = (),
     ) -> None:
         prepare_torch(run.job.threads, run.job.deterministic)
-        files, tokenizer = recorded_model(store, run)
-        vocabulary = load_model_config(files).get_text_config().vocab_size
-        self._store, self._run, self.device = store, run, device
-        self._index = recorded_index(store.path.parent, shards)
-        settings = UnitSettings(
-            store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
-            vocabulary, self._index.domains, run.corpus.chosen_domains, run.limits,
-        )  # fmt: skip
-        self._reader = UnitReader(self._index, tokenizer, settings)
+        files, self._tokenizer = recorded_model(store, run)
+        self._vocabulary = load_model_config(files).get_text_config().vocab_size
+        self._store, self._run, self.device, self._shards = store, run, device, shards
         self.model = load_model(files, device)
         # An engine finds the layers and checks their gradients against autograd's.
         chosen = ProjectionConfig(
@@ -85,31 +79,52 @@ class RecordedModel:
         self._chunked, _ = chunk_verdict(self.model)
         self._batch_tokens = run.batch.batch_tokens or BatchConfig.batch_tokens
 
-    def windows(self, sample_ids: np.ndarray) -> list[Window]:
+    def windows(self, sample_ids: np.ndarray, other: ProjectionStore | None = None) -> list[Window]:
         """Read documents from their tars; a window's owner is its document's place in the ids.
+
+        ``other`` is another job's store with the same model, whose documents these are.
 
         Raises:
             CorpusError: a tar is missing or has changed.
             StoreError: a document has no target token now.
         """
-        windows: list[Window] = []
-        height = self._store.layout.rows_per_shard
+        store = other or self._store
+        reader, windows = self._reader(other), []
         for place, sample_id in enumerate(sample_ids.tolist()):
-            prepared = self._reader.read_samples(sample_id // height, sample_id, sample_id + 1)
+            unit = sample_id // store.layout.rows_per_shard
+            prepared = reader.read_samples(unit, sample_id, sample_id + 1)
             assert prepared is not None  # nothing requests a stop
             if not prepared.sequences:
                 raise StoreError(
-                    f"{self._store.path} is damaged: it has a row of document {sample_id}, which "
-                    "has no target token"
+                    f"{store.path} is damaged: it has a row of document {sample_id}, which has no "
+                    "target token"
                 )
             windows += [Window(ids, 1, place) for ids in prepared.sequences]
         return windows
 
-    def free_bytes(self) -> int:
-        """Return the memory that matrices may take, beside a batch's activations."""
-        on_gpu = self.device.type == "cuda"
-        memory = CudaMemory(self.device) if on_gpu else HostMemory(1)
-        return memory.free() // 2
+    def _reader(self, other: ProjectionStore | None) -> UnitReader:
+        run = self._run if other is None else recorded_config(other.path.parent)
+        store = other or self._store
+        index = recorded_index(store.path.parent, "" if other else self._shards)
+        settings = UnitSettings(
+            store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
+            self._vocabulary, index.domains, run.corpus.chosen_domains, run.limits,
+        )  # fmt: skip
+        return UnitReader(index, self._tokenizer, settings)
+
+    @property
+    def memory(self) -> CudaMemory | HostMemory:
+        """Memory of the device."""
+        return CudaMemory(self.device) if self.device.type == "cuda" else HostMemory(1)
+
+    def budget(self, gigabytes: float) -> int:
+        """Return the bytes that matrices may take: so many GB, or half of what is free for 0."""
+        return int(gigabytes * 1e9) or self.memory.free() // 2
+
+    @property
+    def batch(self) -> BatchConfig:
+        """The job's batch settings."""
+        return self._run.batch
 
     def run(
         self, layers: Sequence[str], windows: Sequence[Window], label: str, begin: Begin
