@@ -43,7 +43,7 @@ HOME_OF = {
     "kronfluence": {"evaluation"},
     "xarray": {"store", "examples"},
     "dask": {"store", "examples"},
-    "matplotlib": {"training", "report"},
+    "matplotlib": {"training", "report", "evaluation"},
     "jinja2": {"report"},
 }
 

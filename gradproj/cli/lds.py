@@ -2,6 +2,7 @@
 
 import math
 
+from gradproj.evaluation.checks import TOP
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.lds import evaluate
 from gradproj.evaluation.results import RECALL_AT, MethodResult, Results
@@ -9,8 +10,12 @@ from gradproj.evaluation.statistics import Estimate
 from gradproj.flags import parse
 
 LDS_NOTE = (
-    "LDS: Spearman's correlation between the summed scores of a random half of the documents and",
-    "     minus the query's loss after training on that half; mean over the queries",
+    "LDS: Spearman's correlation between the summed scores of a random subset of the documents and",
+    "     minus the query's loss after training on that subset; mean over the queries",
+)
+TOP_NOTE = (
+    f"top {TOP}: distinct documents among the best {TOP} of all queries, as a fraction of the most",
+    "     that are possible; bytes: of a document's rows that the method reads",
 )
 COPIES_NOTE = (
     "copies: recall@k and reciprocal rank of a query's first near-copy (the planted one, or",
@@ -21,7 +26,7 @@ LEFT_OUT_NOTE = (
     "     removed, minus the rise when as many random documents are removed",
 )
 ERRORS_NOTE = (
-    "+-q: standard error over the queries; +-s: over the halves (bootstrap); paired differences",
+    "+-q: standard error over the queries; +-s: over the subsets (bootstrap); paired differences",
 )
 
 
@@ -32,9 +37,10 @@ def lds_command(argv: list[str]) -> None:
         "gradproj lds",
         LdsConfig,
         description="Linear datamodeling score (LDS): train a small GPT-2 on many random halves of "
-        "a small corpus, and correlate the scores of each method with the measured losses. Prints "
-        "a table and writes lds.json, losses and scores to --output_dir. With 80 trainings in "
-        "bfloat16 and two workers it takes about an hour on two cores.",
+        "a small corpus, or fine-tune a checkpoint (--model) on random subsets, and correlate the "
+        "scores of each method with the measured losses. Prints a table and writes lds.json, a "
+        "figure, losses and scores to --output_dir. With 80 trainings in bfloat16 and two workers "
+        "it takes about an hour on two cores.",
     )
     for line in table_lines(evaluate(config)):
         print(line)
@@ -48,9 +54,11 @@ def table_lines(results: Results) -> list[str]:
     with_left = any(result.leave_out for result in methods.values())
     heads = [
         f"{'method':<{width}}",
+        f"{'bytes':>9}",
         f"{'LDS':>6}",
         " +-q   +-s ",
-        f"{'less ' + results.reference:>22}",
+        f"{'less ' + results.reference:>{difference_width(results)}}",
+        f"top {TOP}",
     ]
     heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + [
         "  left out: nats"
@@ -59,29 +67,52 @@ def table_lines(results: Results) -> list[str]:
     trainings = f"{results.n_seeds} training{'s' if results.n_seeds > 1 else ''}"
     return [
         f"{results.n_documents:,} documents, {results.n_queries} queries; {results.n_subsets} "
-        f"random halves, {trainings} of each; queries' loss {results.mean_loss:.3f} nats per "
-        f"token, +-{results.loss_spread:.4f} over the halves",
+        f"random subsets of {results.subset_size:,}, {trainings} of each; queries' loss "
+        f"{results.mean_loss:.3f} nats per token, +-{results.loss_spread:.4f} over the subsets",
         f"noise ceiling {ceiling}; chance (shuffled documents) {results.chance[0]:+.3f} +- "
         f"{results.chance[1]:.3f}",
+        *_randomized_line(results),
         "",
         "  ".join(heads).rstrip(),
-        *(_line(name, result, width, with_copies, with_left) for name, result in methods.items()),
+        *(
+            _line(name, result, width, difference_width(results), with_copies, with_left)
+            for name, result in methods.items()
+        ),
         "",
         *LDS_NOTE,
+        *TOP_NOTE,
         *(COPIES_NOTE if with_copies else ()),
         *(LEFT_OUT_NOTE if with_left else ()),
         *ERRORS_NOTE,
     ]
 
 
-def _line(name: str, result: MethodResult, width: int, with_copies: bool, with_left: bool) -> str:
+def _randomized_line(results: Results) -> list[str]:
+    if results.randomized is None:
+        return []
+    return [
+        f"rank agreement of {results.reference} with the same score under random weights: "
+        f"{results.randomized:+.3f}"
+    ]
+
+
+def difference_width(results: Results) -> int:
+    """Return the width of the column of differences to the reference."""
+    return max(22, len(f"less {results.reference}"))
+
+
+def _line(
+    name: str, result: MethodResult, width: int, wide: int, with_copies: bool, with_left: bool
+) -> str:
     lds = result.lds
     cells = [
         f"{name:<{width}}",
+        f"{'-' if result.row_bytes is None else f'{result.row_bytes:,}':>9}",
         f"{lds.mean:>+6.3f}",
         f"{lds.over_queries:.3f} {lds.over_subsets:.3f}",
     ]
-    cells.append(f"{_difference(result.over_reference):>22}")
+    cells.append(f"{_difference(result.over_reference):>{wide}}")
+    cells.append(f"{result.distinct_top:>6.2f}")
     if with_copies and result.duplicates:
         recall, mrr = result.duplicates.recall, result.duplicates.mrr
         cells.append(f"  {recall[RECALL_AT[0]]:>9.2f} {recall[RECALL_AT[1]]:>5.2f} {mrr:>5.2f}")

@@ -22,7 +22,7 @@ MIN_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
     "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
-    "leave_out_methods", "leave_out_controls", "leave_out_group", "bootstrap",
+    "leave_out_methods", "leave_out_controls", "leave_out_group", "bootstrap", "randomized",
     "permutations", "workers",
 )  # fmt: skip
 """Settings that a later call may change: finished work stays valid."""
@@ -160,8 +160,10 @@ class LdsConfig(Flags, title="experiment"):
     )
     methods: str = flag(
         "Methods. SCORE@K or SCORE@K:DAMPING is gradproj's with K x K values per layer, or whole "
-        "gradients with K = full; the others are random, loss, grad_norm, hidden, bm25, ngram, "
-        "text, kronfluence_kfac, kronfluence_ekfac.",
+        "gradients with K = full, by default dense values of random projections of the mean loss; "
+        "SCORE@K/signs (or /int2, /int4, /int8, /dense) takes the eigenbasis (then /random not) "
+        "and the summed loss (then /mean not); the others are random, loss, grad_norm, hidden, "
+        "bm25, ngram, text, kronfluence_kfac, kronfluence_ekfac. A+B adds two methods' z-scores.",
         DEFAULT_METHODS,
         default_text=f"{len(split_list(DEFAULT_METHODS))} methods, see evaluation/README.md",
         comma_separated=True,
@@ -172,6 +174,11 @@ class LdsConfig(Flags, title="experiment"):
         "Method with which the others are compared.",
         "kfac@16:0.03",
         metavar="NAME",
+        group="methods",
+    )
+    randomized: bool = flag(
+        "Compare the reference's scores with those of a model with random weights.",
+        True,
         group="methods",
     )
     leave_out: int = flag(

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from gradproj.errors import OtherSettingsError, StoreError, settings_mismatch
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
+from gradproj.evaluation.figure import draw
 from gradproj.evaluation.leave_out import LeaveOut, leave_out
-from gradproj.evaluation.methods import OPTIONAL, Methods, names_of
-from gradproj.evaluation.results import Results, evaluate_methods
+from gradproj.evaluation.methods import JOINED, OPTIONAL, Methods, names_of
+from gradproj.evaluation.results import Results, evaluate_methods, reference_of
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.files import make_folder, save_array, try_lock, write_and_replace
 from gradproj.flags import current_names
@@ -41,16 +42,26 @@ def evaluate(config: LdsConfig) -> Results:
         if left_out:
             left_scores = {name: methods.scores(name) for name in available(left_out)}
             left = leave_out(config, experiment, left_scores)
-        results = evaluate_methods(config, experiment, scores, subsets, losses, left)
+        sizes = {name: methods.row_bytes(name) for name in scores}
+        randomized = None
+        if config.randomized:
+            randomized = methods.randomized_scores(reference_of(config, scores))
+        results = evaluate_methods(
+            config, experiment, scores, subsets, losses, left, sizes, randomized
+        )
         save_results(folder, config, results, subsets, losses)
     return results
 
 
 def available(names: list[str]) -> list[str]:
     """Return the methods whose library is installed; print a line for each of the others."""
-    missing = [n for n in names if n in OPTIONAL and importlib.util.find_spec(OPTIONAL[n]) is None]
-    for name in missing:
-        needs = f"needs {OPTIONAL[name]} (pip install 'gradproj[evaluation]')"
+    missing: dict[str, str] = {}
+    for name in names:
+        libraries = [OPTIONAL[part] for part in name.split(JOINED) if part in OPTIONAL]
+        absent = [library for library in libraries if importlib.util.find_spec(library) is None]
+        missing |= {name: absent[0]} if absent else {}
+    for name, library in missing.items():
+        needs = f"needs {library} (pip install 'gradproj[evaluation]')"
         print(f"left out: {name}, which {needs}", file=sys.stderr, flush=True)
     return [name for name in names if name not in missing]
 
@@ -117,13 +128,14 @@ def locked(folder: Path) -> Iterator[None]:
 def save_results(
     folder: Path, config: LdsConfig, results: Results, subsets: np.ndarray, losses: np.ndarray
 ) -> None:
-    """Write ``lds.json``, ``subsets.npy`` and ``losses.npy``."""
+    """Write ``lds.json``, ``lds.svg``, ``subsets.npy`` and ``losses.npy``."""
     save_array(folder / "subsets.npy", subsets)
     save_array(folder / "losses.npy", losses)
     content = {"settings": asdict(config), **asdict(results), "versions": versions()}
     # JSON has no NaN: it becomes null.
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     write_and_replace(folder / "lds.json", [json.dumps(content, indent=1).encode()])
+    draw({"": content}, folder / "lds.svg")
 
 
 def versions() -> dict[str, str]:

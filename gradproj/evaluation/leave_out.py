@@ -78,4 +78,4 @@ def best_of_all(scores: np.ndarray, n: int) -> np.ndarray:
 
 def file_name(name: str) -> str:
     """Return a method's name as part of a file name."""
-    return name.replace(":", "-")
+    return name.replace(":", "-").replace("/", "_")

@@ -1,6 +1,6 @@
 """Computes ``(Q, N)`` scores of a method by its name, cached in files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +9,17 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
-from gradproj.evaluation.gradproj_methods import GradientMethod, GradientStores
+from gradproj.evaluation.gradproj_methods import GradientStores
 from gradproj.evaluation.kronfluence import STRATEGIES, kronfluence_scores
 from gradproj.evaluation.leave_out import file_name
+from gradproj.evaluation.method_names import FORM, GradientMethod, RowKind
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
 
 OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", *STRATEGIES)
 """Methods that are not gradproj's own."""
+JOINED = "+"
+"""Joins two methods whose scores are added."""
 OPTIONAL = {"bm25": "bm25s"} | dict.fromkeys(STRATEGIES, "kronfluence")
 """Method -> the library that it needs, of the extra ``evaluation``."""
 
@@ -27,11 +30,12 @@ def names_of(listed: str, flag: str) -> list[str]:
     if not names:
         raise ConfigError(f"{flag} is empty; name at least one method")
     for name in names:
-        if name not in OTHERS and GradientMethod.of(name) is None:
-            raise ConfigError(
-                f"{flag}: unknown method {name!r}; choose from {', '.join(OTHERS)}, and "
-                "SCORE@K[:DAMPING] such as kfac@16:0.03 or dot@full"
-            )
+        for part in name.split(JOINED):
+            if part not in OTHERS and GradientMethod.of(part) is None:
+                raise ConfigError(
+                    f"{flag}: unknown method {part!r}; choose from {', '.join(OTHERS)}, and {FORM} "
+                    f"such as kfac@64/signs or dot@full; A{JOINED}B adds two"
+                )
         if names.count(name) > 1:
             raise ConfigError(f"{flag} names {name} twice")
     return names
@@ -45,6 +49,17 @@ class Methods:
         self._folder = Path(config.output_dir) / "scores"
         self._stores = GradientStores(config, experiment, model)
 
+    def randomized_scores(self, name: str) -> np.ndarray | None:
+        """Return a method's scores with random weights in the model; None if it has no rows."""
+        method = GradientMethod.of(name)
+        if method is None:
+            return None
+        path = self._folder / f"{file_name(name)}-randomized.npy"
+        if not path.is_file():
+            stores = GradientStores(self._config, self._experiment, self._model, randomized=True)
+            save_array(path, stores.scores(method).astype(np.float32))
+        return load_array(path)
+
     def scores(self, name: str) -> np.ndarray:
         """Return ``(Q, N)`` float32, from an earlier call's file if there is one."""
         path = self._folder / f"{file_name(name)}.npy"
@@ -56,15 +71,22 @@ class Methods:
             save_array(path, scores)
         return load_array(path)
 
+    def row_bytes(self, name: str) -> int | None:
+        """Return the bytes of a document that a method reads; None if it reads no rows."""
+        kinds = [method.rows for part in name.split(JOINED) if (method := GradientMethod.of(part))]
+        return sum(self._stores.row_bytes(rows) for rows in dict.fromkeys(kinds)) if kinds else None
+
     def _compute(self, name: str) -> np.ndarray:
+        if JOINED in name:
+            return sum_of_z_scores([self.scores(part) for part in name.split(JOINED)])
         config, experiment = self._config, self._experiment
         documents, queries = experiment.documents, experiment.queries
-        shape = (len(queries), len(documents))
+        shape, small = (len(queries), len(documents)), RowKind("16")
         # A document's own loss and norm are the same for every query.
         makers: dict[str, Callable[[], np.ndarray]] = {
             "random": lambda: np.random.default_rng([config.seed, 2]).standard_normal(shape),
-            "loss": lambda: np.broadcast_to(self._stores.column("loss", "16"), shape),
-            "grad_norm": lambda: np.broadcast_to(self._stores.column("grad_norm", "16"), shape),
+            "loss": lambda: np.broadcast_to(self._stores.column("loss", small), shape),
+            "grad_norm": lambda: np.broadcast_to(self._stores.column("grad_norm", small), shape),
             "hidden": lambda: hidden_cosine(self._model, documents, queries, config.device),
             "bm25": lambda: bm25(documents, queries),
             "ngram": lambda: ngram_overlap(documents, queries),
@@ -78,3 +100,16 @@ class Methods:
         method = GradientMethod.of(name)
         assert method is not None
         return self._stores.scores(method)
+
+
+def sum_of_z_scores(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Add scores ``(Q, N)`` that have mean 0 and standard deviation 1 over a query's documents.
+
+    Equal scores for all documents of a query are zeros.
+    """
+    total = np.zeros(parts[0].shape)
+    for scores in parts:
+        centred = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
+        spread = centred.std(axis=1, keepdims=True)
+        total += centred / np.where(spread > 0, spread, 1)
+    return total

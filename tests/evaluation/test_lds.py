@@ -96,7 +96,7 @@ def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys
         == 0
     )
     shown = capsys.readouterr().out
-    assert "8 documents, 3 queries; 3 random halves, 1 training of each" in shown
+    assert "8 documents, 3 queries; 3 random subsets of 4, 1 training of each" in shown
     results = json.loads((tmp_path / "out/lds.json").read_text())
     assert set(results["methods"]) == set(settings["methods"].split(","))
     assert results["training_seeds"] == [1]
