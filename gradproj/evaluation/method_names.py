@@ -17,7 +17,7 @@ _BASES, _REDUCTIONS = ("eigen", "random"), ("sum", "mean")
 
 @dataclass(frozen=True)
 class RowKind:
-    """How documents' rows are stored."""
+    """A way to store documents' rows."""
 
     k: str
     """Values kept on each side of a layer, or ``full``."""
