@@ -24,11 +24,15 @@ from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.encoding import decode_rows
-from gradproj.store.layout import STATUS_NAMES, decode_key
+from gradproj.store.layout import STATUS_NAMES, StoreLayout, decode_key
 
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 """``--proj_dtype`` -> largest relative error of one stored value."""
+STEPS = {"signs": 2.0, "int2": 1.0, "int4": 0.34, "int8": 0.08}
+"""``--encoding`` -> distance of two levels, in units of the root mean square of a layer's values;
+of int8 if the largest is ten times that."""
+_MARGIN = 4
+"""Codes that may differ: so many times the expected ones, and so many more."""
 COMPUTED = {"float32": 1e-4, "bfloat16": 5e-2}
 """``--model_dtype`` -> largest relative difference of a row computed in another batch, on another
 device or with another version of torch."""
@@ -122,7 +126,7 @@ def recompute(
             run.limits,
         )
         reader = UnitReader(index, recorded.tokenizer, settings)
-        tolerance = ROUNDING[output.layout.proj_dtype] + COMPUTED[run.model.model_dtype]
+        tolerance = tolerance_of(output.layout, len(store.layers), run.model.model_dtype)
         result = Recomputation(seed, str(recorded.device), tolerance, wrong=unreadable)
         loss_tolerance = LOSS_TOLERANCE[run.model.model_dtype]
         compare = _Comparison(store, tolerance, loss_tolerance, FLOOR * usual_norm)
@@ -135,6 +139,23 @@ def recompute(
             _summarize(result, checks)
     result.seconds = round(time.monotonic() - started, 3)
     return result
+
+
+def tolerance_of(layout: StoreLayout, n_layers: int, model_dtype: str) -> float:
+    """Return the largest relative error of a row that was computed again, after decoding both.
+
+    A packed value that lies nearer to the middle of two levels than it was computed exactly may
+    have another code now, which is a whole step away. If values have the relative error e, and a
+    step is d of their root mean square, then about 0.8 e / d of the codes differ: the mean error of
+    a normal distribution over the step. A few codes more may differ by chance, in the part of the
+    layers that makes up most of the row.
+    """
+    computed = COMPUTED[model_dtype]
+    if not layout.is_packed:
+        return ROUNDING[layout.proj_dtype] + computed
+    step, n_values = STEPS[layout.encoding], layout.dim / n_layers**0.5
+    differing = _MARGIN * (0.8 * computed / step + 1 / n_values)
+    return computed + ROUNDING["float16"] + step * differing**0.5
 
 
 def _project(
@@ -226,8 +247,7 @@ class _Comparison:
         """Return the row as a reader of the store decodes it, ``(D,)`` float32."""
         if rows.stored is None:
             return np.full(self.store.dim, np.nan, np.float32)
-        scale = rows.record.columns["row_scale"]
-        return decode_rows(rows.stored, scale, self.store.layout.proj_dtype)[0]
+        return self.store.decode(rows.stored, rows.record.columns["row_scale"])[0]
 
     def _difference(self, stored: np.ndarray, again: np.ndarray, is_ok: bool) -> tuple[float, str]:
         if not is_ok:

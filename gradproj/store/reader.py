@@ -152,6 +152,12 @@ class ProjectionStore:
         for first, last in self._rows.blocks(rows_per_block, selection, row_bytes, start, stop):
             yield np.arange(first, last, dtype=np.int64), *self._rows.stored(first, last, selection)
 
+    def decode(
+        self, stored: np.ndarray, row_scale: np.ndarray, layers: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Decode stored rows, as ``scan_stored`` yields them for these layers, to float32."""
+        return self._selection(layers).decode(stored, row_scale)
+
     def scan_bands(
         self,
         rows_per_band: int | None = None,

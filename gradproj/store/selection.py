@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradproj.store.encoding import decode_into
+from gradproj.store.encoding import decode_into, decode_rows
 from gradproj.store.layout import LayerSlice, StoreLayout
 from gradproj.store.packing import PackedDecoder
 
@@ -40,6 +40,12 @@ class Selection:
     def decoded_width(self) -> int:
         """Values of a decoded row."""
         return self.packed.width if self.packed else self.width
+
+    def decode(self, stored: np.ndarray, row_scale: np.ndarray) -> np.ndarray:
+        """Decode ``(n, width)`` elements to ``(n, decoded_width)`` float32."""
+        if self.packed:
+            return self.packed.decode(stored, row_scale)
+        return decode_rows(stored, row_scale, self.proj_dtype)
 
     def decode_into(self, stored: np.ndarray, row_scale: np.ndarray, out: np.ndarray) -> None:
         """Decode ``(n, width)`` elements into ``out`` ``(n, decoded_width)`` float32."""

@@ -85,7 +85,7 @@ class Shards:
         else:
             first = unit * self.layout.rows_per_shard + start
             stored = self._read_with_zarr(slice(first, first + len(scale)), selection)
-            selection.decode_into(stored, scale, out)
+            out[:] = selection.decode(stored, scale)
 
     def read_rows(
         self, unit: int, rows: np.ndarray, selection: Selection, scale: np.ndarray
@@ -96,9 +96,7 @@ class Shards:
             return shard.read_rows(rows, selection, scale)
         ids, inverse = np.unique(rows + unit * self.layout.rows_per_shard, return_inverse=True)
         stored = self._read_with_zarr(ids, selection)[inverse]
-        out = np.empty((len(rows), selection.decoded_width), np.float32)
-        selection.decode_into(stored, scale, out)
-        return out
+        return selection.decode(stored, scale)
 
     def _shard(self, unit: int) -> MappedShard | None:
         """Return the unit's mapped shard; None if zarr-python has to read it."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
-from helpers.encoding import encode_rows
+from helpers.encoding import decode, encode, encode_rows
 from helpers.jobs import assert_same_bits, run_job
 from helpers.models import make_model
 from helpers.outputs import (
@@ -23,6 +23,7 @@ from helpers.outputs import (
     tree_of,
     uncommit,
 )
+from helpers.stores import make_layers
 
 from gradproj.__main__ import main
 from gradproj.cli.verify import recomputation_lines
@@ -34,10 +35,11 @@ from gradproj.files import file_sum
 from gradproj.job.recorded import recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.job_output import read_output
-from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recompute
+from gradproj.maintenance.recompute import COMPUTED, ROUNDING, recompute, tolerance_of
 from gradproj.maintenance.verify import verify
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.encoding import decode_rows
+from gradproj.store.layout import PACKED_BITS, StoreConfig, place_stored, plan_layout
 from gradproj.store.unit_record import encode_record, read_record, record_name
 from gradproj.store.writer import shard_chunks
 
@@ -371,3 +373,30 @@ def test_tolerances_exceed_the_rounding_of_a_stored_value():
         off = np.abs(decode_rows(stored, scale, dtype) - values) / values
         assert off.max() <= most
         assert dtype == "float32" or off.max() > 0.4 * most
+
+
+@pytest.mark.parametrize("side", [8, 64])
+@pytest.mark.parametrize("model_dtype", COMPUTED)
+@pytest.mark.parametrize("encoding", PACKED_BITS)
+def test_rounding_of_packed_rows_passes_and_the_row_of_another_document_does_not(
+    encoding, model_dtype, side
+):
+    layout = plan_layout(1, [side**2] * 12, 1, StoreConfig(encoding=encoding))
+    layers = place_stored(make_layers([(side, side)] * 12), layout)
+    generator = np.random.default_rng(side)
+
+    def decoded(rows):
+        return decode(*encode(rows.astype(np.float32), layout, layers), layout, layers)
+
+    def relative(a, b):
+        return np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
+
+    # Student's distribution: a few large values, many near zero. Few layers make up the rows.
+    rows = generator.standard_t(3, (20, layout.dim))
+    rows[:, 3 * side**2 :] *= 1e-2
+    others = 0.3 * rows + generator.permuted(rows, axis=1)
+    error = generator.standard_normal(rows.shape) * np.abs(rows).mean(axis=1, keepdims=True)
+    error *= COMPUTED[model_dtype] * (np.linalg.norm(rows) / np.linalg.norm(error)) / 2
+    most = tolerance_of(layout, len(layers), model_dtype)
+    assert relative(decoded(rows), decoded(rows + error)).max() <= most
+    assert relative(decoded(rows), decoded(others)).min() > most
