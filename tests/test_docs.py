@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.jobs import ENVIRONMENT
 from helpers.models import ragged_batch, small_model
+from helpers.stores import filled, packed
 from transformers import TrainingArguments
 
 from gradproj.__main__ import COMMANDS, main
@@ -49,8 +50,14 @@ def blocks_of(text: str, language: str) -> list[str]:
 
 @pytest.fixture
 def demo(job, tmp_path, monkeypatch):
-    """A folder with a finished job in ``demo``, as ``launch/demo.sh`` leaves it."""
+    """A folder with a finished job in ``demo``, as ``launch/demo.sh`` leaves it.
+
+    Beside its output are stores of signs and of dense rows.
+    """
     (tmp_path / "demo").mkdir()
+    for encoding in ("signs", "dense"):
+        widths = ((2, 3), (3, 5), (1, 7), (4, 6))
+        filled(tmp_path / "demo" / encoding, widths=widths, config=packed(encoding))
     for name, target in (("out", job.output), ("tars", job.corpus), ("model", job.model)):
         (tmp_path / "demo" / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
