@@ -14,8 +14,17 @@ import numpy as np
 import pytest
 import zarr
 from helpers.encoding import decode
-from helpers.stores import MANY_CHUNKS, READER_CASES, Output, rewrite_with_zarr, stored_part
+from helpers.stores import (
+    MANY_CHUNKS,
+    PACKED_CHUNKS,
+    READER_CASES,
+    Output,
+    packed,
+    rewrite_with_zarr,
+    stored_part,
+)
 
+from gradproj.errors import StoreError
 from gradproj.files import crc32c
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import StoreConfig, StoreLayout
@@ -252,6 +261,34 @@ def test_scan_stored_yields_stored_bytes_and_scales(filled):
     chosen = filled.layers[-1]
     part = np.concatenate([rows for _, rows, _ in store.scan_stored(layers=[chosen.name])])
     assert part.tobytes() == stored_part(filled, [chosen]).tobytes()
+
+
+@pytest.mark.parametrize("settings", [{}, PACKED_CHUNKS | {"config": packed("int4")}])
+def test_rows_of_packed_and_dense_units_that_are_missing_are_nan(tmp_path, settings):
+    output = Output(tmp_path, **{"n_samples": 40, **settings})
+    output.commit(0)
+    output.commit(2)
+    want = output.decoded()
+    want[16:32] = np.nan
+    store = ProjectionStore(tmp_path)
+    assert store.missing().tolist() == list(range(16, 32))
+    np.testing.assert_array_equal(store.rows(range(40), missing="nan"), want)
+    np.testing.assert_array_equal(store.rows([33, 20, 3], missing="nan"), want[[33, 20, 3]])
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.scan(7)]), want)
+    _, stored, scale = next(store.scan_stored(40))
+    np.testing.assert_array_equal(stored[16:32], np.full_like(stored[16:32], store.layout.fill))
+    np.testing.assert_array_equal(store.decode(stored, scale), want)
+    with pytest.raises(StoreError, match="16 of the requested samples are missing"):
+        store.rows(range(40))
+
+
+def test_stored_parts_of_packed_rows_are_decoded_with_their_layers(tmp_path):
+    output = Output(tmp_path, **PACKED_CHUNKS, config=packed("int2")).fill()
+    store, chosen = ProjectionStore(tmp_path), ["h.7.mlp", "h.3.mlp"]
+    want = np.concatenate([store.layer(name)[:].reshape(40, -1) for name in chosen], axis=1)
+    (ids, stored, scale) = next(store.scan_stored(40, chosen))
+    assert stored.shape == (40, output.layout.header_width + 2 * 256)
+    np.testing.assert_array_equal(store.decode(stored, scale, chosen), want[ids])
 
 
 def test_scan_stored_yields_nan_for_a_missing_unit(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zarr
-from helpers.stores import DOMAINS, Output
+from helpers.stores import DOMAINS, Output, packed
 
 from gradproj.errors import StoreError
 from gradproj.store import ProjectionStore
@@ -188,6 +188,23 @@ def test_record_of_other_settings_is_refused_even_if_its_shape_fits(unfinished):
             StoreError, match=r"made with other settings \(other, .* identity\)\. .*verify --repair"
         ):
             read([20])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoding": None}, "zarr.json is damaged"),
+        ({"encoding": {"name": "int3", "header_bytes": 4}}, "the encoding 'int3' is unknown"),
+        ({"encoding": {"name": "signs", "header_bytes": 2}}, "a header of 2 bytes holds no 2"),
+        ({"encoding": {"name": "int2", "header_bytes": 4}}, r"layer h\.0\.mlp is at .* not at"),
+        ({"layers": []}, "zarr.json is damaged"),
+    ],
+)
+def test_packed_store_whose_attributes_do_not_fit_its_rows_is_refused(tmp_path, changes, message):
+    output = Output(tmp_path, widths=((3, 5), (1, 7)), config=packed("signs"))
+    update_attributes(output.store_path, changes)
+    with pytest.raises(StoreError, match=message):
+        ProjectionStore(output.path)
 
 
 def test_path_without_a_readable_store_is_refused(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 import tensorstore
 import zarr
 from helpers.encoding import encode_rows
-from helpers.stores import Output, make_rows
+from helpers.stores import Output, make_rows, packed
 
 from gradproj.files import write_and_replace
 from gradproj.store.bfloat16 import bfloat16_to_float32
-from gradproj.store.layout import COLUMNS, StoreConfig, empty_columns, plan_layout
+from gradproj.store.layout import COLUMNS, PACKED_BITS, StoreConfig, empty_columns, plan_layout
 from gradproj.store.writer import (
     StoreExists,
     create_store,
@@ -72,6 +72,25 @@ def test_zarr_and_tensorstore_read_the_written_rows(tmp_path, proj_dtype, compre
     row_scale = from_zarr(output.store_path, "row_scale")
     np.testing.assert_array_equal(row_scale, output.row_scale)
     np.testing.assert_allclose(want * row_scale[:, None], output.rows, rtol=2**-8)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("encoding", PACKED_BITS)
+def test_zarr_and_tensorstore_read_packed_rows_and_255_where_none_is(
+    tmp_path, encoding, compressor
+):
+    config = packed(encoding, 32, compressor=compressor)
+    output = Output(tmp_path, 70, ((3, 5), (1, 7)), config)
+    output.commit(0)
+    output.commit(2)  # of six rows
+    want = output.stored.copy()
+    want[32:64] = 255
+    np.testing.assert_array_equal(from_zarr(output.store_path, "projections"), want)
+    np.testing.assert_array_equal(from_tensorstore(output.store_path, "projections"), want)
+    if compressor == "none":
+        data = (output.path / output.layout.shard_name(2)).read_bytes()
+        rows = np.frombuffer(data, np.uint8, 32 * want.shape[1]).reshape(32, -1)
+        assert (rows[6:] == 255).all()
 
 
 @pytest.mark.parametrize("name", list(COLUMNS))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from helpers.stores import DOMAINS, Output
+from helpers.stores import DOMAINS, Output, packed
 
 from gradproj import ProjectionStore
 from gradproj.errors import ConfigError
@@ -20,9 +20,15 @@ from gradproj.store.xarray_backend import GradprojBackend
 MISSING = slice(16, 32)
 
 
-@pytest.fixture(scope="module", params=["float16", "bfloat16", "float32"])
+CONFIGS = {
+    **{t: StoreConfig(proj_dtype=t, rows_per_shard=16) for t in ("float16", "bfloat16", "float32")},
+    **{encoding: packed(encoding) for encoding in ("signs", "int4")},
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
 def output(request, tmp_path_factory):
-    config = StoreConfig(proj_dtype=request.param, rows_per_shard=16)
+    config = CONFIGS[request.param]
     output = Output(
         tmp_path_factory.mktemp("labelled"),
         widths=((2, 3), (4, 16), (2, 3)),
@@ -92,7 +98,8 @@ def test_selecting_a_layer_by_name_reads_no_other(output, dataset, monkeypatch):
     np.testing.assert_array_equal(
         got.values, expected_rows(output)[:, layer.slice_start : layer.slice_end]
     )
-    assert set(selections) == {((layer.slice_start, layer.slice_end),)}
+    header = ((0, output.layout.header_width),) if output.layout.is_packed else ()
+    assert set(selections) == {(*header, (layer.stored_start, layer.stored_end))}
     assert (
         list(dataset.layer.values)
         == np.repeat([x.name for x in output.layers], [6, 64, 6]).tolist()
