@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as torch_dist
+from helpers.forked_ranks import call_as_two_ranks, free_port
 
 from gradproj.distributed import (
     JobName,
@@ -167,7 +168,7 @@ def exchange(rank, folder):
 
 
 def test_two_ranks_exchange_sums_lists_and_rank_0s_value(tmp_path):
-    torch.multiprocessing.spawn(exchange, (tmp_path,), nprocs=2)
+    call_as_two_ranks(exchange, tmp_path)
     for rank in range(2):
         world, total, values, first = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert world == World(rank, 2)
@@ -193,14 +194,9 @@ def wait_in_vain(rank, folder, port):
         (folder / str(rank)).write_text(f"{type(error).__name__}: {error}")
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def test_timeout_of_a_collective_is_an_error_and_then_ends_the_other_rank_silently(tmp_path):
     port = free_port()
-    torch.multiprocessing.spawn(wait_in_vain, (tmp_path, port), nprocs=2)
+    call_as_two_ranks(wait_in_vain, tmp_path, port)
     first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
     assert re.match("RanksError: rank 0 has waited 2 s for another rank, which hangs or", first)
     assert "Timed out waiting 2000ms" in first

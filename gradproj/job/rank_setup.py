@@ -74,6 +74,7 @@ def set_up_rank(
             options.compile,
             store.basis,
         )
+        is_old = store.attributes["format_version"] == 1
     display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
     stop.drain()
     with compiler_errors_explained(), engine, display:
@@ -88,7 +89,7 @@ def set_up_rank(
         settings = resolve_batch_tokens(job, queue, model, engine, stop)
         batch = fit_padding(model, settings.batch)
         if is_first and batch != settings.batch:
-            print_padding()
+            print_padding(plan, is_old)
         settings = replace(settings, batch=batch)
         reader = UnitReader(plan.index, tokenizer, settings, stop)
         if is_first:

@@ -110,9 +110,18 @@ def print_unchecked(reason: str) -> None:
     print(f"rows          not checked: {one_line(reason, 200)}", flush=True)
 
 
-def print_padding() -> None:
+def print_padding(plan: Plan, is_old: bool) -> None:
     line = "padding       changes this model's output: a batch has sequences of one length"
     print(line, flush=True)
+    if is_old and len(list_records(plan.output / UNITS_DIR)):
+        # Stores of format 1 may be older than the check of padding.
+        print(
+            "WARNING: rows that an earlier version of gradproj put into this store may be wrong, "
+            "since it padded them. Which are: python -m gradproj verify "
+            f"{plan.output} --recompute 64, and --repair gives up their units",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def print_precision(figure: str, warning: bool) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.analysis_stores import NAMES, make_store
+from helpers.forked_ranks import call_as_two_ranks
 
 from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, domain_matrix, score, self_influence, top_and_bottom
@@ -52,7 +53,7 @@ def rank_of_two(rank, folder):
 
 def test_two_ranks_return_the_results_of_one_process(tmp_path):
     make_store(tmp_path / "out")
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
+    call_as_two_ranks(rank_of_two, tmp_path)
     with ProjectionStore(tmp_path / "out") as store:
         want = results_of(store, together=False)
     for rank in range(2):

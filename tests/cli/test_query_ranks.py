@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.forked_ranks import run_forked
 from helpers.jobs import ENVIRONMENT, PATIENCE_S
 from helpers.outputs import copy_of
 from helpers.query_command import TEXT, ask, write_queries
@@ -59,18 +60,18 @@ def queries(tmp_path):
 
 def test_two_ranks_give_the_answer_and_file_of_one_process(output, queries, tmp_path, ask):
     flags = ("--queries", queries, "--score", "preconditioned", "--format", "jsonl", "--top_k", 8)
-    job = start(output, *flags, "--save_scores", tmp_path / "two.npy")
+    question = ["gradproj.__main__", "query", str(output), "--device", "cpu", *map(str, flags)]
+    job = run_forked([*question, "--save_scores", str(tmp_path / "two.npy")], ranks=2)
     alone = copy_of(output, tmp_path / "alone")
     want = ask.objects(alone, *flags, "--save_scores", tmp_path / "one.npy")
-    code, out, errors = result_of(job)
-    assert code == 0, errors
-    got = [json.loads(line) for line in out.splitlines()]
+    assert job.returncode == 0, job.stderr
+    got = [json.loads(line) for line in job.stdout.splitlines()]
     for a, b in zip(got, want, strict=True):
         assert a.pop("score") == pytest.approx(b.pop("score"), rel=1e-4)
         assert a == b
     one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
-    assert errors.count("two.npy will hold") == 1
+    assert job.stderr.count("two.npy will hold") == 1
     assert len(list((output / "preconditioners").iterdir())) == 1
     assert not list(tmp_path.glob(".two.npy*"))
 

@@ -4,7 +4,6 @@ import csv
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers.forked_ranks import Ranks
+from helpers.forked_ranks import Ranks, environments
 from helpers.gate import Gate
 from helpers.jobs import ENVIRONMENT, PATIENCE_S, flags
 from helpers.training_runs import config_of, make_data, rows_by_autograd, settings_of
@@ -40,21 +39,9 @@ def ranks(tmp_path_factory):
 
 def start(ranks, world_size=1, gate=None, **settings):
     """Start a run's processes, with the environment that torchrun gives them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    for rank in range(world_size) if world_size > 1 else ():
-        places = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world_size,
-            "LOCAL_WORLD_SIZE": world_size,
-        }
-        environment = where | {name: str(place) for name, place in places.items()}
-        command = ["gradproj.__main__", "train", *flags(**settings)]
+    command = ["gradproj.__main__", "train", *flags(**settings)]
+    for rank, environment in enumerate(environments(world_size)):
         ranks.start(command, rank, environment=environment, gate=gate)
-    if world_size == 1:
-        ranks.start(["gradproj.__main__", "train", *flags(**settings)], gate=gate)
 
 
 def run(ranks, world_size=1, **settings):

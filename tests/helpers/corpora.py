@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -162,7 +163,7 @@ def write_jsonl(path, values, **options):
 COMPRESS = {
     ".gz": gzip.compress,
     ".bz2": lambda raw: bz2.compress(raw, 1),  # in blocks of 100 kB
-    ".xz": lzma.compress,
+    ".xz": functools.partial(lzma.compress, preset=0),
     ".zst": lambda raw: zstandard.ZstdCompressor(write_checksum=True).compress(raw),
     ".zstd": lambda raw: zstandard.ZstdCompressor(write_checksum=True).compress(raw),
 }

@@ -9,12 +9,15 @@ import atexit
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +138,12 @@ _shared: Ranks | None = None
 _lock = threading.Lock()
 
 
-def run_forked(argv: list[str]) -> subprocess.CompletedProcess:
-    """Run ``python -m ARGV`` in the working directory, from one parent for all tests."""
+def run_forked(argv: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
+    """Run ``python -m ARGV`` in the working directory, from one parent for all tests.
+
+    Several ranks have the environment that torchrun gives them. Their output comes in the order of
+    ranks; the exit code is the first that is not 0.
+    """
     global _shared
     with _lock:
         if _shared is None:
@@ -144,9 +151,36 @@ def run_forked(argv: list[str]) -> subprocess.CompletedProcess:
             _shared = Ranks(Path(folder.name)).__enter__()
             atexit.register(_shared.__exit__)
             atexit.register(folder.cleanup)
-        _shared.start(argv, folder=os.getcwd(), errors_apart=True)
-        done = _shared.wait_for_one()
-    return subprocess.CompletedProcess(argv, done.status, done.output, done.errors)
+        for rank, environment in enumerate(environments(ranks)):
+            options = {"folder": os.getcwd(), "errors_apart": True}
+            _shared.start(argv, rank, environment=environment, **options)
+        done = sorted(_shared.wait_for_all(), key=lambda each: each.rank)
+    code = next((each.status for each in done if each.status), 0)
+    output, errors = "".join(each.output for each in done), "".join(each.errors for each in done)
+    return subprocess.CompletedProcess(argv, code, output, errors)
+
+
+def environments(ranks: int) -> list[dict[str, str]]:
+    """Return the variables that torchrun gives its ranks; none to a process alone."""
+    if ranks == 1:
+        return [{}]
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **sizes}
+    return [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def call_as_two_ranks(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(rank, *args)`` in two processes, and raise the error of one that fails."""
+    import torch  # not at the top: the parent of the ranks imports this module first
+
+    # Its server imports these once; the processes are forked from it.
+    multiprocessing.set_forkserver_preload(["torch", "helpers.models", "gradproj.analysis"])
+    torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver")
 
 
 # --- the parent ---

@@ -72,12 +72,13 @@ def run_job(
 ) -> subprocess.CompletedProcess:
     """Run the job and check that it exits with ``expect`` (None: any code).
 
-    One rank is forked from a process that has imported everything; ``fresh_process`` starts Python.
+    The ranks are forked from a process that has imported everything. With ``fresh_process`` they
+    are new processes, several from torchrun, and so they are if torchrun's exit code is wanted.
     """
-    if ranks == 1 and not fresh_process:
+    if not fresh_process and (ranks == 1 or expect == 0):
         from helpers.forked_ranks import run_forked
 
-        done = run_forked(job_command(ranks, **settings)[2:])
+        done = run_forked(job_command(1, **settings)[2:], ranks)
     else:
         done = subprocess.run(
             job_command(ranks, **settings),

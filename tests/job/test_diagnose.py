@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.outputs import SETTINGS, tree_of
 from gradproj.__main__ import main
 from gradproj.job import diagnose
 from gradproj.job.precision import WAYS, Agreement
+from gradproj.job.summary import print_padding
 
 
 def command(job, tmp_path, **settings):
@@ -99,6 +101,15 @@ def test_model_that_sees_padding_is_batched_without_it(job, tmp_path, capsys, mo
     assert ways == ["alone", "batched"]
     assert diagnosis["verdicts"][0].startswith("the model's output depends on padding")
     assert "batching without padding moves no row by more than" in diagnosis["verdicts"][1]
+
+
+def test_old_store_of_a_model_that_sees_padding_may_hold_wrong_rows(job, tmp_path, capsys):
+    warnings = []
+    for output, is_old in ((job.output, True), (job.output, False), (tmp_path, True)):
+        print_padding(SimpleNamespace(output=output), is_old)
+        warnings.append(capsys.readouterr().err)
+    assert f"python -m gradproj verify {job.output} --recompute 64" in warnings[0]
+    assert warnings[1:] == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import zarr
+from helpers.forked_ranks import call_as_two_ranks
 from helpers.graddotprod import (
     IDS,
     LENGTHS,
@@ -262,7 +263,7 @@ def rank_of_two(rank, folder):
 
 
 def test_two_ranks_average_gradients_and_keep_one_table(tmp_path):
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), nprocs=2)
+    call_as_two_ranks(rank_of_two, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model, validation = small_model("llama_tied"), ragged_batch(VAL_LENGTHS, seed=5)
     totals = {}
