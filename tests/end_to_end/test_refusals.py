@@ -3,9 +3,9 @@
 import os
 import resource
 import subprocess
-import sys
 
 import pytest
+from helpers.forked_ranks import run_forked
 from helpers.gate import Gate
 from helpers.jobs import (
     ENVIRONMENT,
@@ -201,12 +201,7 @@ def test_plan_prints_the_same_line_as_the_job(tmp_path, corpus, model_dir):
         "proj_layers": "nope",
     }
     job = run_job(1, expect=2, **settings)
-    plan = subprocess.run(
-        [sys.executable, "-m", "gradproj", "plan", *flags(**settings)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    plan = run_forked(["gradproj.__main__", "plan", *flags(**settings)])
     assert plan.returncode == 2
     assert our_lines(plan.stderr) == our_lines(job.stderr)
     assert len(our_lines(plan.stderr)) == 1
