@@ -252,15 +252,19 @@ def test_full_shard_is_written_at_once_and_units_are_consecutive(tmp_path):
         np.testing.assert_array_equal(store.rows(range(21)), cut)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 6, 21])
-def test_rows_after_a_checkpoint_are_cut_and_replaced(tmp_path, kept):
-    model, optimizer, manager = by_hand(tmp_path, rows_per_shard=4)
+@pytest.mark.parametrize(
+    ("kept", "encoding"),
+    [(0, "dense"), (4, "dense"), (6, "dense"), (21, "dense"), (6, "signs"), (6, "int8")],
+)
+def test_rows_after_a_checkpoint_are_cut_and_replaced(tmp_path, kept, encoding):
+    settings = {"rows_per_shard": 4, "encoding": encoding}
+    model, optimizer, manager = by_hand(tmp_path, **settings)
     for step in range(7):
         one_step(model, optimizer, manager, step)
     manager.cleanup()
     with ProjectionStore(tmp_path / "projections") as store:
         before = store.rows(range(21))
-    model, optimizer, manager = by_hand(tmp_path, 1, rows_per_shard=4)
+    model, optimizer, manager = by_hand(tmp_path, 1, **settings)
     manager.load_state_dict({"n_rows": kept})
     assert written(tmp_path) == kept
     for step in range(100, 102):
@@ -373,8 +377,9 @@ def test_transformers_mean_loss_gives_equal_rows(tmp_path):
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-4, atol=1e-6)
 
 
-def test_status_marks_samples_without_target_and_non_finite_rows(tmp_path):
-    model, _, manager = by_hand(tmp_path)
+@pytest.mark.parametrize("encoding", ["dense", "int4"])
+def test_status_marks_samples_without_target_and_non_finite_rows(tmp_path, encoding):
+    model, _, manager = by_hand(tmp_path, encoding=encoding)
     X, Y = ragged_batch([7, 1, 5])
     manager.attach_train_batch(X, Y, 0)
     losses = per_sample_loss(model, {"input_ids": X, "labels": Y})
