@@ -5,6 +5,7 @@ for hours inside C++ for a rank that never comes, deaf to SIGTERM and Ctrl-C.
 """
 
 import contextlib
+import gc
 import pickle
 import socket
 import sys
@@ -213,5 +214,8 @@ def process_group(
                 f"rank, which hangs or whose machine is lost ({error}); start all ranks again"
             ) from error
         raise
+    # A DistributedDataParallel wrapper in a cycle of references would end the group later, while it
+    # holds the interpreter's lock, for which gloo's thread may be waiting: a rank that never ends.
+    gc.collect()
     # Not after an error: the other ranks may be in a collective that this call would wait for.
     torch_dist.destroy_process_group()

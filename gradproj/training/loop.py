@@ -69,17 +69,21 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     folder = make_folder("--result_dir", config.result_dir)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with process_group(process, backend, TIMEOUT) as world, lock_result_dir(folder, world):
-        run = _Run(config, folder, device, world)
-        stop.drain()
-        with run.engine:
-            for step in range(run.done + 1, config.max_steps + 1):
-                run.step(step)
-                stopping = bool(totals(world, stop())[0])
-                run.save(step, at_once=stopping)
-                if stopping and step < config.max_steps:
-                    return run.curve.result()
-        run.finish()
-        return run.curve.result()
+        # A function of its own, so that nothing of the run outlives the group.
+        return _train(_Run(config, folder, device, world), config, stop)
+
+
+def _train(run: "_Run", config: TrainConfig, stop: StopRequest) -> TrainResult:
+    stop.drain()
+    with run.engine:
+        for step in range(run.done + 1, config.max_steps + 1):
+            run.step(step)
+            stopping = bool(totals(run.world, stop())[0])
+            run.save(step, at_once=stopping)
+            if stopping and step < config.max_steps:
+                return run.curve.result()
+    run.finish()
+    return run.curve.result()
 
 
 class _Run:
@@ -88,7 +92,7 @@ class _Run:
     def __init__(
         self, config: TrainConfig, folder: Path, device: torch.device, world: World
     ) -> None:
-        self._config, self._folder, self._device, self._world = config, folder, device, world
+        self._config, self._folder, self._device, self.world = config, folder, device, world
         index = open_corpus(config.shards)
         corpora = {"shards": index.fingerprint, "val_shards": ""}
         if config.val_shards:
@@ -145,12 +149,12 @@ class _Run:
         for batch in batches:
             check_tokens(batch, self._vocabulary, "--shards")
         counts = (sum(b.n_targets for b in batches), sum(b.n_tokens for b in batches))
-        targets, n_tokens = totals(self._world, *counts)
+        targets, n_tokens = totals(self.world, *counts)
         rate = config.learning_rate * rate_at(step - 1, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         # Gradients are averaged over the W ranks, so each rank divides by a W-th of all targets.
-        per_rank = targets / self._world.size
+        per_rank = targets / self.world.size
         sums = [
             self._forward_backward(step, batch, per_rank, last=number == len(batches))
             for number, batch in enumerate(batches, 1)
@@ -162,7 +166,7 @@ class _Run:
             engine.save_metrics(step)
         self._position = batches[-1].position
         self._documents.add(batches)
-        (loss,) = totals(self._world, torch.stack(sums).sum().item())
+        (loss,) = totals(self.world, torch.stack(sums).sum().item())
         self.curve.add(loss / targets, rate, norm, int(n_tokens), self._evaluate(step))
 
     def _forward_backward(
@@ -222,14 +226,14 @@ class _Run:
 
     def finish(self) -> None:
         """Write the finished model, the curve's picture and the engine's reports."""
-        if self._world.rank == 0:
+        if self.world.rank == 0:
             draw_curve(self.curve.points, self._folder / "loss.png")
             reports = self.engine.reports(self._documents.domain, self._documents.text)
             for name, text in reports.items():
                 with explain_os_errors(self._folder / name):
                     (self._folder / name).write_text(text, encoding="utf-8")
             publish_model(self._folder, self._model, self._tokenizer)
-        self._world.barrier()
+        self.world.barrier()
 
 
 def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[Any, nn.Module]:
