@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.eigenbasis import has_weighted_rows
+from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.row_blocks import Block
 from gradproj.analysis.scan import Scan, ScanOptions, self_products
 from gradproj.analysis.score_types import DOMAIN_SCORES, SCORES
@@ -39,13 +41,15 @@ class DomainMatrix:
     """``(G,)``: mean norm of the rows."""
     effective_rank: np.ndarray
     """``(G,)``: exponential of the entropy of the spectrum of a random sample of rows, each scaled
-    to length 1; between 1 (all alike) and the number of rows in the sample."""
+    to length 1 (plain gradients, as for the cosines); between 1 (all alike) and the number of
+    rows in the sample."""
     n_drawn: np.ndarray
     """``(G,)`` int64: rows drawn for that sample, at most ``RANK_ROWS``."""
     mean: np.ndarray
     """``(G, W)``: mean row."""
     cosine: np.ndarray
-    """``(G, G)``: cosines of the mean rows."""
+    """``(G, G)``: cosines of the mean rows; of rows weighted in an eigenbasis, of the plain
+    gradients that they stand for."""
     influence: np.ndarray
     """``(G, G)``: mean score over all pairs of a query from the row's domain and a document from
     the column's; symmetric, in the unit of the score."""
@@ -71,7 +75,7 @@ def domain_matrix(store: ProjectionStore, **options: Unpack[ScanOptions]) -> Dom
     """
     scan = Scan.alone(store, options, "domain_matrix", DOMAIN_SCORES)
     sums = DomainSums(scan)
-    for block in scan.blocks():
+    for block in scan.reduced_blocks():
         sums.add(block)
     return sums.matrix()
 
@@ -107,7 +111,7 @@ def overview(store: ProjectionStore, k: int = 20, **options: Unpack[ScanOptions]
     sums = DomainSums(scan) if store.domains else None
     preconditioner = scan.row_preconditioner()
     ids, values, n_read = np.empty(0, np.int64), np.empty(0, np.float32), 0
-    for block in scan.blocks():
+    for block in scan.reduced_blocks():
         if sums is not None:
             sums.add(block)
         else:
@@ -146,6 +150,9 @@ class DomainSums:
         # The mean cosine over all pairs is the inner product of the mean directions.
         by_direction = SCORES[scan.score].divisor == "norms"
         self._directions = torch.zeros_like(self._rows) if by_direction else None
+        self._plain = None
+        if has_weighted_rows(store):
+            self._plain = Preconditioner.unweighted(store, scan.layers)
         self._norm, self._loss = np.zeros(n), np.zeros(n)
         self._n_tokens = np.zeros(n, np.int64)
         n_rank_rows = max(MIN_RANK_ROWS, min(RANK_ROWS, RANK_BYTES // (4 * width * n)))
@@ -194,7 +201,8 @@ class DomainSums:
             index = torch.from_numpy(numbers).to(rows.device)
             self._rows.index_add_(0, index, exact)
             if self._directions is not None:
-                exact /= torch.where(norm > 0, norm, 1.0)[:, None]
+                length = norm if self._plain is None else self._plain.self_products(exact).sqrt()
+                exact /= torch.where(length > 0, length, 1.0)[:, None]
                 self._directions.index_add_(0, index, exact)
         return torch.cat(norms) if norms else rows.new_zeros(0, dtype=torch.float64)
 
@@ -205,9 +213,8 @@ class DomainSums:
         left = right = mean
         if self._directions is not None:
             left = right = torch.where(count > 0, self._directions.cpu() / count, torch.nan)
-        elif scan.preconditioner is not None:
-            left = scan.preconditioner.solve(mean)
-        unit = mean / mean.norm(dim=1, keepdim=True)
+        if scan.preconditioner is not None:
+            left = scan.preconditioner.solve(left)
         with np.errstate(invalid="ignore", divide="ignore"):
             loss, grad_norm = self._loss / self._n_tokens, self._norm / self._count
         return DomainMatrix(
@@ -216,10 +223,12 @@ class DomainSums:
             n_tokens=self._n_tokens,
             loss=loss,
             grad_norm=grad_norm,
-            effective_rank=np.array([sample.effective_rank() for sample in self._rank_rows]),
+            effective_rank=np.array(
+                [sample.effective_rank(self._plain) for sample in self._rank_rows]
+            ),
             n_drawn=np.array([len(sample) for sample in self._rank_rows], np.int64),
             mean=mean.numpy(),
-            cosine=(unit @ unit.T).numpy(),
+            cosine=_cosines(mean, self._plain).numpy(),
             influence=(left @ right.T).numpy(),
             score=scan.score,
             n_read=self._n_read,
@@ -255,17 +264,26 @@ class _RowSample:
         self._hashes[free] = hashes[new]
         return self._hashes.max()
 
-    def effective_rank(self) -> float:
+    def effective_rank(self, plain: Preconditioner | None) -> float:
         if self._rows is None:
             return float("nan")
         rows = self._rows.double()
         rows = rows[rows.norm(dim=1) > 0]  # unused places are zero
         if not len(rows):
             return float("nan")
-        unit = rows / rows.norm(dim=1, keepdim=True)
-        weights = torch.linalg.eigvalsh(unit @ unit.T).clamp(min=0)
+        weights = torch.linalg.eigvalsh(_cosines(rows, plain)).clamp(min=0)
         weights = weights[weights > 0] / weights.sum()
         return float(torch.exp(-(weights * weights.log()).sum()))
+
+
+def _cosines(rows: Tensor, plain: Preconditioner | None) -> Tensor:
+    """Return the cosines ``(n, n)`` of rows or, by ``plain``, of the gradients they stand for."""
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    if plain is None:
+        return unit @ unit.T
+    products = plain.solve(unit) @ unit.T
+    norms = products.diagonal().sqrt()
+    return products / norms[:, None] / norms
 
 
 def _hash(ids: np.ndarray) -> np.ndarray:

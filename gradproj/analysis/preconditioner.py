@@ -1,7 +1,7 @@
 """Inverse curvature of a store's rows, layer by layer, fitted in at most one scan."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Inverse
+from gradproj.analysis.eigenbasis import (
+    DiagonalInverse,
+    Eigenvalues,
+    has_weighted_rows,
+    read_eigenvalues,
+    unweighted,
+)
 from gradproj.analysis.preconditioner_file import (
     folder_of,
     identity_of,
@@ -93,12 +100,13 @@ class Preconditioner:
         """Measure a store's curvature.
 
         ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job
-        summed; it reads no row. ``second_moment`` is ``(M + d)^-1`` with M the mean of
+        summed, or from the pilot's eigenvalues for rows weighted in an eigenbasis; it reads no
+        row. ``second_moment`` is ``(M + d)^-1`` with M the mean of
         ``row^T row`` over the documents that have a row, in one scan. Sums and factorizations are
         float64.
 
         Args:
-            store: finished or not; for kfac, its units must be merged.
+            store: finished or not; for kfac of a store without basis, its units must be merged.
             kind: kfac or second_moment.
             damping: c in ``d = c mean(diagonal)`` of each matrix; for auto see ``auto_damping``.
             layers: names; None for all.
@@ -119,7 +127,10 @@ class Preconditioner:
         _check_damping(damping)
         names = chosen_layers(store, layers)
         widths = _widths(store, names, joint)
-        if kind == "kfac":
+        curvatures: Mapping[str, Curvature]
+        if kind == "kfac" and has_weighted_rows(store):
+            curvatures, n_rows = read_eigenvalues(store)
+        elif kind == "kfac":
             curvatures, n_rows = read_kronecker_factors(store)
         else:
             curvatures, n_rows = fit_second_moments(
@@ -133,6 +144,19 @@ class Preconditioner:
         parts = [_Part(name, width, curvatures[name]) for name, width in widths.items()]
         fitted = cls(settings, parts)
         return fitted if damping == "auto" else fitted.ready()
+
+    @classmethod
+    def unweighted(
+        cls, store: ProjectionStore, layers: Sequence[str] | None = None
+    ) -> "Preconditioner":
+        """Return that by which weighted rows have the inner products of plain gradients."""
+        curvatures, names = unweighted(store), chosen_layers(store, layers)
+        settings = {
+            "kind": "none", "damping": "auto", "layers": names, "n_rows": 0,
+            "joint": False, "store": identity_of(store),
+        }  # fmt: skip
+        widths = _widths(store, names, joint=False)
+        return cls(settings, [_Part(name, w, curvatures[name]) for name, w in widths.items()])
 
     def ready(self) -> "Preconditioner":
         """Factorize now and return self; ``ConfigError`` if a matrix has no inverse."""
@@ -183,6 +207,16 @@ class Preconditioner:
         stops = list(accumulate(part.width for part in self._parts))
         return list(zip([0, *stops[:-1]], stops, self._inverses, strict=True))
 
+    @property
+    def is_identity(self) -> bool:
+        return all(isinstance(i, DiagonalInverse) and i.is_identity for i in self._inverses)
+
+    def traces(self) -> list[float] | None:
+        """Return each layer's score with itself of values 1 and -1; None if it is not diagonal."""
+        if not all(isinstance(i, DiagonalInverse) for i in self._inverses):
+            return None
+        return [i.trace for i in self._inverses if isinstance(i, DiagonalInverse)]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Preconditioner":
         """Return a copy that is fast for many rows of this device and precision."""
         moved = copy.copy(self)
@@ -221,6 +255,8 @@ class Preconditioner:
         )
 
     def _damping_of(self, part: _Part) -> float:
+        if isinstance(self.damping, str) and isinstance(part.curvature, Eigenvalues):
+            return part.curvature.damping.item()
         if isinstance(self.damping, str):
             return auto_damping(self.kind, part.width)
         return self.damping

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Dense, Kronecker, Truncated
+from gradproj.analysis.eigenbasis import Eigenvalues
 from gradproj.analysis.tensor_file import read_tensors, write_tensors
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.store import ProjectionStore
 
 _TYPES = {
-    frozenset(field.name for field in fields(cls)): cls for cls in (Kronecker, Dense, Truncated)
+    frozenset(field.name for field in fields(cls)): cls
+    for cls in (Kronecker, Dense, Truncated, Eigenvalues)
 }
 
 
@@ -28,8 +30,12 @@ def identity_of(store: ProjectionStore) -> dict[str, Any]:
         "store_id": store.attributes.get("store_id"),
         "identity_hash": store.attributes.get("identity_hash"),
         "n_samples": len(store),
-        "proj_dtype": store.layout.proj_dtype,
-        "layers": [asdict(layer) for layer in store.layers],
+        "proj_dtype": store.layout.stored_as,
+        # Without the places in a stored row, which files of format 1 stores do not have.
+        "layers": [
+            {name: value for name, value in asdict(layer).items() if not name.startswith("stored_")}
+            for layer in store.layers
+        ],
     }
 
 

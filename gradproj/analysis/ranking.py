@@ -12,7 +12,7 @@ from gradproj.analysis.scan import Rows, Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
 from gradproj.analysis.score_file import ScoresFile
 from gradproj.analysis.score_types import SCORES
-from gradproj.analysis.scores import TopDocuments, add_all, both_ends, top_and_bottom
+from gradproj.analysis.scores import TopDocuments, add_all, both_ends, both_ends_of, top_and_bottom
 from gradproj.analysis.top_k import TopK
 from gradproj.distributed import World
 from gradproj.store import ProjectionStore
@@ -81,13 +81,15 @@ class Ranker:
     ) -> list[Ranking]:
         """Score ``q C^-1`` of every damping by inner products, as if they were further queries."""
         chosen = preconditioner.for_layers(self.options["layers"] or preconditioner.layers)
+        scan = Scan.of(self.store, self.damped_by(dampings[0]))
         spans = {x.name: slice(x.slice_start, x.slice_end) for x in self.store.layers}
         parts: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
         for part in query_parts(rows, len(dampings)):
             values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
             queries = torch.from_numpy(values).double()
-            solved = [chosen.with_damping(c).solve(queries).numpy() for c in dampings]
-            ends = self._scan(np.concatenate(solved), {**self.options, "score": "dot"})
+            solved = torch.cat([chosen.with_damping(c).solve(queries) for c in dampings])
+            prepared = scan.prepare_solved(solved)
+            ends = both_ends_of(scan, prepared, self.n_top, self.n_bottom, rows)
             for number, ends_of_damping in enumerate(parts):
                 span = slice(number * len(queries), (number + 1) * len(queries))
                 ends_of_damping.append(

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradproj.analysis.packed_rows import DeviceDecoder
 from gradproj.distributed import World, has_process_group
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
 from gradproj.kernels.device_copy import to_device
 from gradproj.store import STATUS, ProjectionStore
 
-_DEVICE_BLOCK_BYTES = 2**26  # a GPU needs longer blocks than the cache of a CPU holds
+_DEVICE_BLOCK_VALUES = 2**25  # a GPU needs longer blocks than the cache of a CPU holds
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,13 @@ def decoded_on(
     stop: int | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield ``(ids, rows (n, W) float32)``, copied to the device as stored and decoded there."""
-    row_bytes = width_of(store, layers) * store.layout.stored_dtype.itemsize
-    rows_per_block = rows_per_block or max(1, _DEVICE_BLOCK_BYTES // row_bytes)
+    rows_per_block = rows_per_block or max(1, _DEVICE_BLOCK_VALUES // width_of(store, layers))
+    packed = store.layout.is_packed
+    decoder = DeviceDecoder(store, chosen_layers(store, layers)) if packed else None
     for ids, stored, row_scale in store.scan_stored(rows_per_block, layers, start, stop):
         values = to_device(as_tensor(stored, store.layout.proj_dtype), device)
-        yield ids, values.float() * to_device(torch.from_numpy(row_scale), device)[:, None]
+        scale = to_device(torch.from_numpy(row_scale), device)
+        yield ids, decoder.decode(values, scale) if decoder else values.float() * scale[:, None]
 
 
 def as_tensor(stored: np.ndarray, proj_dtype: str) -> Tensor:

@@ -1,14 +1,16 @@
 """Scan options, and queries prepared for multiplication with rows."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.reduction import check_reduction, reduction_factors
 from gradproj.analysis.row_blocks import (
     Block,
     chosen_layers,
@@ -17,9 +19,11 @@ from gradproj.analysis.row_blocks import (
     scan_world,
     width_of,
 )
+from gradproj.analysis.row_norms import RowNorms, norms_without_rows
 from gradproj.analysis.score_types import DEFAULT_SCORE, SCORES
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
+from gradproj.kernels.device_copy import to_device
 from gradproj.store import ProjectionStore
 
 Rows = np.ndarray | Tensor
@@ -44,6 +48,10 @@ class ScanOptions(TypedDict, total=False):
     """Show a progress bar on standard error."""
     rows_per_block: int | None
     """Default: chosen for the device."""
+    reduction: str
+    """Loss of the documents' rows: ``sum`` over a document's target tokens (default) or their
+    ``mean``. Rows of either kind are converted exactly by ``n_tokens``. Does not change relatif and
+    cosine, which divide by the row."""
     together: bool
     """For ``top_k``, ``bottom_k`` and ``top_and_bottom``: every rank of ``torch.distributed``
     makes the call, scans its share of the units and returns the whole answer. The ranks also fit a
@@ -61,6 +69,8 @@ class Scan:
     options: ScanOptions
     device: torch.device
     world: World
+    norms: RowNorms | None
+    """Norms of the rows by ``preconditioner`` if they can be had without the rows."""
 
     @classmethod
     def alone(
@@ -93,9 +103,11 @@ class Scan:
             raise ConfigError(f"score is {score!r}; choose one of {', '.join(SCORES)}")
         layers = chosen_layers(store, options.get("layers"))
         device = torch.device(options.get("device", "cpu"))
+        check_reduction(options.get("reduction", "sum"))
         preconditioner = _preconditioner(store, score, layers, options)
         world = scan_world(options.get("together", False))
-        return cls(store, score, preconditioner, layers, options, device, world)
+        norms = norms_without_rows(store, layers, preconditioner)
+        return cls(store, score, preconditioner, layers, options, device, world, norms)
 
     @property
     def width(self) -> int:
@@ -126,6 +138,25 @@ class Scan:
             stop,
         )
 
+    def reduced_blocks(self) -> Iterator[Block]:
+        """Yield ``blocks`` with the rows of the reduction."""
+        for block in self.blocks():
+            factors = self.row_factors(block.first, block.first + len(block.ok))
+            if factors is not None:
+                block = replace(block, rows=block.rows * factors.float()[:, None])
+            yield block
+
+    def row_factors(self, first: int, last: int) -> Tensor | None:
+        """Return by how much rows of the reduction are larger than stored ones.
+
+        ``(n,)`` float64 on the device; None for 1.
+
+        Raises:
+            StoreError: a row's number of tokens is not known.
+        """
+        factors = reduction_factors(self.store, self.options.get("reduction", "sum"), first, last)
+        return None if factors is None else to_device(torch.from_numpy(factors), self.device)
+
     def prepare_queries(self, query_rows: Rows) -> "PreparedQueries":
         """Apply the preconditioner to the queries, once instead of to every row."""
         queries = _select_layers(query_tensor(query_rows), self.store, self.layers)
@@ -133,17 +164,24 @@ class Scan:
             raise ConfigError(
                 "a query row has a value that is not finite: its text has no gradient"
             )
-        divisor = SCORES[self.score].divisor
-        if self.preconditioner is not None:
-            queries = self.preconditioner.solve(queries.double())
-        elif divisor == "norms":
-            norms = torch.linalg.vector_norm(queries, dim=1, keepdim=True, dtype=torch.float64)
-            queries = queries / torch.where(norms > 0, norms, 1.0)
+        solved = (
+            queries.double()
+            if self.preconditioner is None
+            else self.preconditioner.solve(queries.double())
+        )
+        if SCORES[self.score].divisor == "norms":
+            norms = (queries.double() * solved).sum(dim=1, keepdim=True).sqrt()
+            solved = solved / torch.where(norms > 0, norms, 1.0)
+        return self.prepare_solved(solved)
+
+    def prepare_solved(self, queries: Tensor) -> "PreparedQueries":
+        """Prepare queries to which the preconditioner was applied, ``(Q, W)`` float64."""
         # Scaling by powers of two is exact. Unscaled, a query and a row may each be far outside of
         # float32's range even if their product is not.
         scales = torch.from_numpy(np.ldexp(1.0, np.frexp(_max_abs(queries))[1] - 1))
-        weights = (queries / scales.to(queries.dtype)[:, None]).float().to(self.device)
-        for_rows = self.row_preconditioner() if divisor == "self_influence" else None
+        weights = (queries / scales[:, None]).float().to(self.device)
+        divisor = SCORES[self.score].divisor
+        for_rows = None if divisor is None else self.row_preconditioner()
         return PreparedQueries(weights, scales.to(self.device), divisor, for_rows)
 
     def row_preconditioner(self) -> Preconditioner | None:
@@ -177,7 +215,8 @@ def _preconditioner(
                 f"score {score!r} takes no preconditioner; leave it out, or take a score of "
                 f"curvature {given.kind}"
             )
-        return None
+        # Of weighted rows, dot and cosine are those of the plain gradients.
+        return Preconditioner.unweighted(store, layers) if has_weighted_rows(store) else None
     if given is None:
         damping = options.get("damping", "auto")
         return fit_for_scan(store, kind, options, damping=damping, layers=layers).ready()
@@ -202,7 +241,7 @@ class PreparedQueries:
     divisor: str | None
     """See ``ScoreType.divisor``."""
     preconditioner: Preconditioner | None
-    """For divisor ``self_influence``: gives a row's score with itself."""
+    """If there is a divisor: gives a row's score with itself; None for its squared norm."""
 
     @property
     def has_norms(self) -> bool:

@@ -1,16 +1,21 @@
 """Stream score blocks over a store; the basis of ``score``, ``top_k`` and rankings."""
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar, rank_range
+from gradproj.analysis.row_norms import RowNorms
 from gradproj.analysis.scan import PreparedQueries, Scan
 from gradproj.kernels.device_copy import record_event, to_device, to_host
 from gradproj.kernels.onednn import linear
 from gradproj.store import Band
+
+if TYPE_CHECKING:
+    from gradproj.analysis.packed_products import PackedProducts
 
 _TILE_VALUES = 2**17
 """Values decoded at a time: half a megabyte, which stays in a core's cache until multiplied."""
@@ -27,9 +32,10 @@ for samples without a row or of other domains."""
 def score_blocks(scan: Scan, queries: PreparedQueries) -> Blocks:
     """Yield this process's share of the samples in order, reading each byte of a row once."""
     # Tiles suit the caches of a CPU; a GPU needs long blocks.
-    if scan.device.type == "cpu" and _parts_fit_tiles(scan, queries):
-        return _score_tiles(scan, queries)
-    return _score_rows(scan, queries)
+    by_tiles = scan.device.type == "cpu" and _parts_fit_tiles(scan, queries)
+    for first, values in (_score_tiles if by_tiles else _score_rows)(scan, queries):
+        factors = None if queries.has_norms else scan.row_factors(first, first + values.shape[1])
+        yield first, values if factors is None else (values.double() * factors).float()
 
 
 def on_host(
@@ -51,6 +57,10 @@ def on_host(
 
 def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:
     """Return whether each tile holds whole parts of the preconditioner that norms need."""
+    if scan.norms is not None or not queries.has_norms:
+        return True
+    if scan.store.layout.is_packed:
+        return False
     if queries.preconditioner is None:
         return True
     parts, width = queries.preconditioner.by_part(), scan.store.layout.chunk_width
@@ -69,7 +79,7 @@ def _score_rows(scan: Scan, queries: PreparedQueries) -> Blocks:
 def _score_tiles(scan: Scan, queries: PreparedQueries) -> Blocks:
     store, (start, stop) = scan.store, rank_range(scan.store, scan.world)
     sample_filter = SampleFilter(store, scan.options.get("domains"))
-    products = TileProducts(queries, store.layout.proj_dtype)
+    products = _products_of(scan, queries)
     height = scan.options.get("rows_per_block")
     # One band has few scores if there are few queries, so that several bands make up a block.
     most = height or max(1, _BLOCK_SCORES // len(queries.weights))
@@ -87,6 +97,16 @@ def _score_tiles(scan: Scan, queries: PreparedQueries) -> Blocks:
                 bands, first, n_rows = [], first + n_rows, 0
         if bands:
             yield first, _merge_bands(queries, *zip(*bands, strict=True))
+
+
+def _products_of(scan: Scan, queries: PreparedQueries) -> "TileProducts | PackedProducts":
+    norms = scan.norms if queries.has_norms else None
+    if not scan.store.layout.is_packed:
+        return TileProducts(queries, scan.store.layout.proj_dtype, norms)
+    # Only for packed rows: it compiles, and loads a compiler.
+    from gradproj.analysis.packed_products import PackedProducts
+
+    return PackedProducts(scan.store, scan.layers, queries.weights, norms)
 
 
 def _merge_bands(
@@ -115,13 +135,16 @@ class TileProducts:
     values with each other are needed.
     """
 
-    def __init__(self, queries: PreparedQueries, proj_dtype: str) -> None:
-        self._queries, self._proj_dtype = queries, proj_dtype
+    def __init__(
+        self, queries: PreparedQueries, proj_dtype: str, norms: RowNorms | None = None
+    ) -> None:
+        self._queries, self._proj_dtype, self._norms = queries, proj_dtype, norms
         self._n_queries = len(queries.weights)
         # float16 rows were scaled to one size when stored. For the other dtypes, the squares of
         # small values would underflow in float32.
         self._norm_dtype = torch.float32 if proj_dtype == "float16" else torch.float64
-        parts = [] if queries.preconditioner is None else queries.preconditioner.by_part()
+        needed = queries.preconditioner if norms is None else None
+        parts = [] if needed is None else needed.by_part()
         self._inverses = {(start, stop): inverse for start, stop, inverse in parts}
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._buffer = torch.empty(0)
@@ -135,7 +158,8 @@ class TileProducts:
         products, squares = torch.zeros(n, self._n_queries), torch.zeros(n, dtype=torch.float64)
         if not needed:
             return products, squares
-        source, cuts, has_norms = None, [], self._queries.has_norms
+        source, cuts = None, []
+        has_norms = self._queries.has_norms and self._norms is None
         for column, stored in band.tiles:
             if stored is not source:  # most tiles come in the same array as the one before
                 source, cuts = stored, self._cut(stored, column)
@@ -148,6 +172,8 @@ class TileProducts:
                 self._multiply(tile, column + first, column + last, products)
                 if has_norms:
                     squares += self._squares(tile, column + first, column + last)
+        if self._norms is not None:
+            squares = torch.from_numpy(self._norms.of_band(band, None))
         return products, squares
 
     def _cut(self, stored: np.ndarray, column: int) -> list[tuple[int, int, Tensor, Tensor]]:

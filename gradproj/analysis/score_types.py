@@ -75,6 +75,7 @@ MEANINGS = {name: score.meaning for name, score in SCORES.items()}
 DEFAULT_SCORE = "kfac"
 """Best on average in the retraining experiments (``python -m gradproj lds``)."""
 FALLBACK_SCORE = "cosine"
-"""Replaces the default for a store without token covariances, which the merge writes."""
+"""Replaces the default for a store without basis and without token covariances, which the merge
+writes."""
 SELF_SCORES = tuple(name for name, score in SCORES.items() if score.is_inner_product)
 DOMAIN_SCORES = tuple(name for name, score in SCORES.items() if score.has_domain_means)

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.scan import Rows, Scan, ScanOptions, query_tensor, self_products
+from gradproj.analysis.row_blocks import SampleFilter
+from gradproj.analysis.scan import (
+    PreparedQueries,
+    Rows,
+    Scan,
+    ScanOptions,
+    query_tensor,
+    self_products,
+)
 from gradproj.analysis.score_blocks import Blocks, on_host, score_blocks
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
@@ -106,11 +114,17 @@ def top_and_bottom(
         if not 0 <= k <= len(store):
             raise ConfigError(f"{k:,} documents requested; {store.path} has {len(store):,}")
     scan = Scan.of(store, options)
-    queries = scan.prepare_queries(query_rows)
+    return both_ends_of(scan, scan.prepare_queries(query_rows), n_top, n_bottom, query_rows)
+
+
+def both_ends_of(
+    scan: Scan, queries: PreparedQueries, n_top: int, n_bottom: int, like: Rows
+) -> tuple[TopDocuments, TopDocuments]:
+    """Return both ends of the scores of prepared queries, of the type of ``like``."""
     n_queries = len(queries.weights)
     top, bottom = TopK(n_queries, n_top, scan.device), TopK(n_queries, n_bottom, scan.device)
     n_scored = add_all(score_blocks(scan, queries), top, bottom)
-    return both_ends(top, bottom, n_scored, query_rows, scan.world)
+    return both_ends(top, bottom, n_scored, like, scan.world)
 
 
 def add_all(blocks: Blocks, top: TopK, bottom: TopK) -> Tensor:
@@ -169,10 +183,24 @@ def self_influence(
 
 
 def _self_scores(scan: Scan) -> Iterator[tuple[int, Tensor]]:
-    preconditioner = scan.row_preconditioner()
-    for block in scan.blocks():
-        ok = to_device(torch.from_numpy(block.ok), scan.device)
-        yield block.first, torch.where(ok, self_products(block.rows, preconditioner), torch.nan)
+    for first, ok, products in _self_products(scan):
+        factors = scan.row_factors(first, first + len(ok))
+        if factors is not None:
+            products = (products.double() * factors.square()).float()
+        yield first, torch.where(to_device(torch.from_numpy(ok), scan.device), products, torch.nan)
+
+
+def _self_products(scan: Scan) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Yield first id, ``ok (n,)`` and ``r C^-1 r (n,)`` float32 of the stored rows, by blocks."""
+    if scan.norms is None:
+        preconditioner = scan.row_preconditioner()
+        for block in scan.blocks():
+            yield block.first, block.ok, self_products(block.rows, preconditioner)
+        return
+    sample_filter = SampleFilter(scan.store, scan.options.get("domains"))
+    for first, squares in scan.norms.blocks():
+        ok = sample_filter(first, scan.store.column("status", first, first + len(squares)))
+        yield first, ok, to_device(torch.from_numpy(squares.astype(np.float32)), scan.device)
 
 
 def _like(values: np.ndarray | Tensor, example: Rows) -> Rows:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
@@ -77,7 +78,7 @@ class ScoreArgs(Flags, title="score"):
         if self.score:
             return self.score
         # Only the attribute decides: if it is set and the arrays are gone, the scan reports damage.
-        needs_sums = SCORES[DEFAULT_SCORE].curvature == "kfac"
+        needs_sums = SCORES[DEFAULT_SCORE].curvature == "kfac" and not has_weighted_rows(store)
         if not needs_sums or store.attributes.get("covariance_tokens"):
             return DEFAULT_SCORE
         if self.damping != "auto":

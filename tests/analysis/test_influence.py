@@ -27,7 +27,7 @@ class Exact:
     """Gradients and factors of one layer from plain autograd, float64."""
 
     gradients: np.ndarray
-    """``(N, O, I)`` of each document's mean loss."""
+    """``(N, O, I)`` of each document's summed loss."""
     a: np.ndarray
     """``(I, I)`` mean over tokens of the layer's inputs' squares."""
     s: np.ndarray
@@ -42,6 +42,7 @@ def made(tmp_path_factory):
     make_model(folder / "model", "gpt2", n_embd=8, n_head=2)
     settings = {"shards": folder / "tars", "model": folder / "model", "proj_kind": "orthonormal"}
     settings |= {"proj_layers": "mlp", "proj_dtype": "float32", "proj_rank_min": 1}
+    settings["loss_reduction"] = "sum"
     run_job(**settings, output_dir=folder / "full", proj_rank_total=2**20)
     return folder, exact_numbers(folder / "model", texts())
 
@@ -69,12 +70,11 @@ def exact_numbers(model_path, texts):
     n_tokens = 0
     for text in texts:
         tokens = torch.tensor(tokenizer(text).input_ids[:64])
-        n_targets = len(tokens) - 1
         backward(model, tokens)
-        n_tokens += n_targets
+        n_tokens += len(tokens) - 1
         for name in targets:
             a, g = (x[:-1] for x in seen[name])  # the last token predicts nothing
-            gradients[name].append((g.T @ a / n_targets).numpy())
+            gradients[name].append((g.T @ a).numpy())
             sums[name][0] += (a.T @ a).numpy()
             sums[name][1] += (g.T @ g).numpy()
     for handle in handles:
@@ -172,7 +172,7 @@ def narrow_store(folder, k):
                 model, {"input_ids": tokens[None], "labels": tokens[None]}
             ).sum().backward()
             n_tokens += len(tokens) - 1
-            rows.append(engine.collect_batch()[0] / (len(tokens) - 1))
+            rows.append(engine.collect_batch()[0])
         sums = engine.take_token_covariances()
     output = Output(
         folder / f"k{k}",

@@ -3,27 +3,37 @@
 from pathlib import Path
 
 import numpy as np
-from helpers.encoding import encode_rows
+from helpers.encoding import encode
 from helpers.stores import Output, make_layers
 
 from gradproj import ProjectionStore
+from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import STATUS, StoreConfig
 from gradproj.store.writer import update_attributes, write_array, write_column_block
 
 WIDTHS = ((2, 3), (4, 2), (3, 3))
 NAMES = [layer.name for layer in make_layers(list(WIDTHS))]
 N_SAMPLES, N_TOKENS = 70, 900
+PILOT_DAMPING = 0.03
 # Rows 32 to 47 are missing, and two documents have no text.
 MISSING_UNIT, EMPTY = 2, (5, 40 + 25)
 
 
 def make_store(
-    path: Path, proj_dtype: str = "float32", sizes: float = 1.0, **settings: object
+    path: Path,
+    proj_dtype: str = "float32",
+    sizes: float = 1.0,
+    eigen: bool = False,
+    loss_reduction: str = "sum",
+    **settings: object,
 ) -> Output:
-    """Write 70 rows in shards of 16, one unit missing, two rows empty, with token covariances."""
-    output = Output(
-        path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype, **settings)
-    )
+    """Write 70 rows in shards of 16, one unit missing, two rows empty.
+
+    The store has token covariances, or with ``eigen`` the eigenvalues of a basis.
+    """
+    if settings.get("encoding", "dense") == "dense":
+        settings["proj_dtype"] = proj_dtype
+    output = Output(path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, **settings))
     generator = np.random.default_rng(7)
     scale = sizes ** generator.uniform(-1, 1, (N_SAMPLES, 1))
     # Layers of different scales and correlated values, so that a preconditioner changes scores.
@@ -32,7 +42,7 @@ def make_store(
     )
     mixed[:, 6:14] *= 50
     output.rows = (mixed * scale).astype(np.float32)
-    output.stored, output.row_scale = encode_rows(output.rows, proj_dtype)
+    output.stored, output.row_scale = encode(output.rows, output.layout, output.layers)
     units = [unit for unit in range(output.layout.n_units) if unit != MISSING_UNIT]
     for unit in units:
         output.commit(unit)
@@ -40,7 +50,20 @@ def make_store(
     with ProjectionStore(path) as store:
         status = store.column("status")
     status[list(EMPTY)] = STATUS["empty"]
-    write_column_block(output.store_path, output.layout, 0, {"status": status})
+    norms = np.linalg.norm(output.rows.astype(float), axis=1).astype(np.float32)
+    columns = {"status": status, "grad_norm": norms}
+    write_column_block(output.store_path, output.layout, 0, columns)
+    about = {"store_id": str(path), "identity": {"--loss_reduction": loss_reduction}}
+    if eigen:
+        pairs = {
+            x.name: (generator.random(x.k_i) ** 4, generator.random(x.k_o) ** 4)
+            for x in output.layers
+        }
+        flat = pack_layers("basis_eigenvalues", output.layers, pairs)
+        write_array(output.store_path, "basis_eigenvalues", flat)
+        about["basis"] = {"kind": "eigen", "damping": PILOT_DAMPING, "tokens": N_TOKENS}
+        update_attributes(output.store_path, about)
+        return output
     for name, sides in (("s", [k_o for k_o, _ in WIDTHS]), ("a", [k_i for _, k_i in WIDTHS])):
         flat = [
             tokens.T @ tokens
@@ -50,7 +73,7 @@ def make_store(
         write_array(
             output.store_path, f"token_covariance_{name}", np.concatenate([m.ravel() for m in flat])
         )
-    update_attributes(output.store_path, {"covariance_tokens": N_TOKENS, "store_id": str(path)})
+    update_attributes(output.store_path, {"covariance_tokens": N_TOKENS, **about})
     return output
 
 
@@ -88,7 +111,14 @@ def dense_curvature(
     """Return the damped curvature of all chosen values as one block-diagonal float64 matrix."""
     rows = output.decoded().astype(np.float64)[ok_rows(output)]
     with ProjectionStore(output.path) as store:
-        s, a = (store.array(f"token_covariance_{name}") / N_TOKENS for name in "sa")
+        eigenvalues = store.basis_eigenvalues
+        if eigenvalues is None:
+            s, a = (store.array(f"token_covariance_{name}") / N_TOKENS for name in "sa")
+        else:  # the covariances are diagonal in their eigenbasis
+            a, s = (
+                np.concatenate([np.diag(pair[side]).ravel() for pair in eigenvalues.values()])
+                for side in (0, 1)
+            )
     at_s = at_a = 0
     blocks = {}
     for layer, (k_o, k_i) in zip(make_layers(list(WIDTHS)), WIDTHS, strict=True):
@@ -99,6 +129,12 @@ def dense_curvature(
         at_s, at_a = at_s + k_o**2, at_a + k_i**2
         if kind == "kfac":
             blocks[layer.name] = np.kron(damped(s_l, c), damped(a_l, c))
+            if eigenvalues is not None:  # rows were divided by the roots of the pilot's
+                pilot = np.kron(damped(s_l, PILOT_DAMPING), damped(a_l, PILOT_DAMPING))
+                blocks[layer.name] /= np.where(pilot, pilot, 1)
+        elif kind == "plain":
+            pilot = np.kron(damped(s_l, PILOT_DAMPING), damped(a_l, PILOT_DAMPING))
+            blocks[layer.name] = np.diag(1 / np.diagonal(pilot))
         else:
             x = rows[:, layer.slice_start : layer.slice_end]
             blocks[layer.name] = damped(x.T @ x / len(x), c)
@@ -128,6 +164,12 @@ def dense_scores(
     columns = columns_of(layers)
     rows = output.decoded().astype(np.float64)[:, columns]
     queries = queries.astype(np.float64)[:, columns]
+    with ProjectionStore(output.path) as store:
+        is_weighted = store.basis_eigenvalues is not None
+    if is_weighted and score in ("dot", "cosine"):
+        # Those of the plain gradients, which the rows are weights times.
+        root = np.diagonal(dense_curvature(output, "plain", 0, layers)) ** -0.5
+        rows, queries = rows * root, queries * root
     if score == "dot":
         values = queries @ rows.T
     elif score == "cosine":
