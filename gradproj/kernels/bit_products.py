@@ -256,8 +256,7 @@ class BitProducts:
     def __init__(self, weights: np.ndarray, widths: list[int], bits: int) -> None:
         self._bits, self._n_queries = bits, len(weights)
         n_bytes = [-(-width * bits // 8) for width in widths]
-        self._stops = list(accumulate(n_bytes))
-        """Where each layer ends, in bytes of the codes of all."""
+        self._stops = list(accumulate(n_bytes))  # of each layer, in bytes of the codes of all
         self._n_threads = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
         self._by_masks = self._n_queries <= _MASK_QUERIES

@@ -115,7 +115,7 @@ def test_self_influence_is_the_score_with_itself(output, store, kind, layers):
 
 
 def weight_of_plain(store):
-    """What makes plain gradients of rows, ``(D,)``."""
+    """Factors that make plain gradients of rows, ``(D,)``."""
     eigenvalues = store.basis_eigenvalues
     if eigenvalues is None:
         return np.ones(store.dim)
