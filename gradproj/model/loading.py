@@ -218,6 +218,10 @@ def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
     return f"{n_tokens:,} tokens, and the model's vocabulary only {vocabulary:,}"
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Fields of configs for the longest sequence. MPT's is the last: it makes biases of that length."""
+
+
 def positions_of(model: Any) -> int | None:
     """Return the model's maximum sequence length; None if it has no limit of its own.
 
@@ -225,8 +229,9 @@ def positions_of(model: Any) -> int | None:
     table of positions are never used.
     """
     text = model.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if positions is None or positions <= 0:  # XLNet's config says by -1 that there is none
+    given = (getattr(text, name, None) for name in _POSITIONS)
+    positions = next((n for n in given if n), -1)
+    if positions <= 0:  # XLNet's config says by -1 that there is none
         return None
     unused = [
         module.padding_idx + 1

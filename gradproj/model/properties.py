@@ -221,15 +221,13 @@ def sees_padding(model: Any, length: int) -> bool:
                     outputs.append(_output(model, ids[:, :n]))
                 choices.append(set(chosen.sizes))
             twice = _output(model, ids[:, :longest].expand(2, -1))[:1]
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            return True
         raise ModelError(
             f"{type(model).__name__} cannot run a sequence of {n} tokens, which its configuration "
             f"allows ({error}); give a smaller --max_length"
         ) from error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return True
     whole, *parts = outputs
     limit = 1e-4 if vocabulary.dtype == torch.float32 else 4 * torch.finfo(vocabulary.dtype).eps
     limit = max(limit, 3 * _difference(twice, whole[:, :longest]))
