@@ -10,10 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from gradproj.analysis import Preconditioner
@@ -23,9 +22,11 @@ from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.analysis.score_types import SCORES
+from gradproj.cli.query_by_text import query_texts, text_column, text_scan, tokenized, with_tokens
 from gradproj.cli.query_config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query_rescore import FirstStage, SecondStage, Source
 from gradproj.cli.query_text import (
+    Columns,
     Summary,
     describe,
     json_lines,
@@ -44,6 +45,8 @@ from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 from gradproj.store.texts import text_of
+from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
+from gradproj.text.scores import TextScan
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Answer:
     """The ranked documents; empty on ranks other than 0."""
     first_stage: FirstStage | None = None
     """Of a rescored answer, on rank 0."""
+    columns: Columns = field(default_factory=dict)
+    """Further columns of the ranked documents; empty on ranks other than 0."""
 
 
 def query_command(argv: list[str]) -> None:
@@ -105,7 +110,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
     """
     if config.save_scores:
         check_scores_path(config.save_scores)
-    world, note = scan_world(process.world_size > 1), functools.partial(_note, process)
+    note = functools.partial(_note, process)
     with ProjectionStore(config.output) as store:
         if not config.query_store and not is_job_store(store):
             raise StoreError(
@@ -118,33 +123,30 @@ def query(config: QueryConfig, process: Process) -> Answer:
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
-        options = _scan_options(config, store, process, note)
-        config.check_joint(options["layers"], store)
-        second = SecondStage.of(config, store, options["layers"])
-        kind = config.curvature or SCORES[options["score"]].curvature
-        fit = functools.partial(_preconditioner, config, kind, store, options, note)
-        # Missing token covariances show at once; a scan must wait until the queries are valid.
-        fitted = fit() if kind == "kfac" else None
-        queries = world.broadcast(_query_rows(config, store) if process.rank == 0 else None)
-        ranker = Ranker(store, n_top, n_bottom, options, fitted or fit())
-        rankings = _rank(config, ranker, queries.rows, note)
-        n_scored = rankings[0].top.n_scored
-        if not n_scored and not options["domains"]:
+        rank = _rank_by_text if config.score == TEXT else _rank_by_gradients
+        ranked = rank(config, store, process, (n_top, n_bottom), note)
+        rankings, n_scored = ranked.rankings, ranked.rankings[0].top.n_scored
+        if not n_scored and not ranked.options["domains"]:
             raise StoreError(
                 f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them "
                 f"can be read. Run `python -m gradproj verify {store.path.parent}` to see all "
                 "damage"
             )
-        summary = Summary(store, options, kind, counts, n_scored, config.joint)
+        summary = Summary(
+            store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint
+        )
         if process.rank:
-            return Answer(summary, queries, rankings, {})
-        first_stage = None
-        if second is not None and n_scored:
-            rankings[0], first_stage = second.rescored(
-                rankings[0], queries, k, _source(config, options)
+            return Answer(summary, ranked.queries, rankings, {})
+        first_stage, columns = None, Columns()
+        if ranked.second is not None and n_scored:
+            rankings[0], first_stage = ranked.second.rescored(
+                rankings[0], ranked.queries, k, _source(config, ranked.options)
             )
+        if config.text_scores and ranked.text:
+            texts = query_texts(ranked.queries)
+            columns["text score"] = text_column(ranked.text, texts, rankings)
         samples = describe(store, rankings, read_text)
-        return Answer(summary, queries, rankings, samples, first_stage)
+        return Answer(summary, ranked.queries, rankings, samples, first_stage, columns)
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:
@@ -155,6 +157,77 @@ def _source(config: QueryConfig, options: ScanOptions) -> Source:
         config.query_store,
         options["domains"],
     )
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Rankings, and the options that they were made with."""
+
+    name: str
+    """The score."""
+    options: ScanOptions
+    kind: str | None
+    """Kind of the score's preconditioner."""
+    queries: QueryRows
+    rankings: list[Ranking]
+    """One per damping."""
+    second: SecondStage | None
+    """None without ``--rescore``."""
+    text: TextScan | None
+    """Set if text scores are used."""
+
+
+def _rank_by_text(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> _Ranked:
+    world = scan_world(process.world_size > 1)
+    second = SecondStage.of(config, store, None)
+    queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
+    path = _scores_path(config, len(queries.names), len(store), note)
+    scan = text_scan(config, store, process, note)
+    ranking = TextRanker(scan, *n_ends).rank(query_texts(queries), path)
+    device, _ = choose_device(config.device, process.local_rank)
+    options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
+    return _Ranked(TEXT, {**options, "device": device}, None, queries, [ranking], second, scan)
+
+
+def _rank_by_gradients(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> _Ranked:
+    """Rank by a gradient score, alone or with text."""
+    world = scan_world(process.world_size > 1)
+    options = _scan_options(config, store, process, note)
+    config.check_joint(options["layers"], store)
+    second = SecondStage.of(config, store, options["layers"])
+    kind = config.curvature or SCORES[options["score"]].curvature
+    fit = functools.partial(_preconditioner, config, kind, store, options, note)
+    # Missing token covariances show at once; a scan must wait until the queries are valid.
+    fitted = fit() if kind == "kfac" else None
+    queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
+    # What a long scan would wait for comes before it.
+    text = text_scan(config, store, process, note) if config.uses_text else None
+    ranker = Ranker(store, *n_ends, options, fitted or fit())
+    path = _scores_path(config, len(queries.names), len(store), note)
+    if config.score in WITH_TEXT and text:
+        both = HybridRanker(ranker, replace(text, progress=False))
+        texts = query_texts(queries)
+        dampings = config.dampings if kind else config.dampings[:1]
+        rankings = [both.rank(queries.rows, texts, c, path) for c in dampings]
+    elif path is not None:
+        (damping,) = config.dampings
+        rankings = [ranker.rank_and_save(queries.rows, damping, path)]
+    else:
+        rankings = ranker.rank(queries.rows, config.dampings)
+    name = config.score or options["score"]
+    return _Ranked(name, options, kind, queries, rankings, second, text)
 
 
 def _scan_options(
@@ -185,23 +258,26 @@ def _preconditioner(
     return fit_cached(store, kind, options, note)
 
 
-def _rank(
-    config: QueryConfig, ranker: Ranker, rows: np.ndarray, note: Callable[[str], None]
-) -> list[Ranking]:
+def _scores_path(
+    config: QueryConfig, n_queries: int, n_samples: int, note: Callable[[str], None]
+) -> Path | None:
     if not config.save_scores:
-        return ranker.rank(rows, config.dampings)
-    path, n_queries, n_samples = Path(config.save_scores), len(rows), len(ranker.store)
-    n_bytes = human_bytes(4 * n_queries * n_samples)
+        return None
+    path, n_bytes = Path(config.save_scores), human_bytes(4 * n_queries * n_samples)
     note(f"{path} will hold {n_queries:,} x {n_samples:,} scores, {n_bytes}")
-    (damping,) = config.dampings
-    return [ranker.rank_and_save(rows, damping, path)]
+    return path
 
 
 def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
     """Yield the lines for standard output; for jsonl, print the summary to standard error."""
     if config.format == "table":
         yield from table_lines(
-            answer.summary, answer.queries, answer.rankings, answer.samples, answer.first_stage
+            answer.summary,
+            answer.queries,
+            answer.rankings,
+            answer.samples,
+            answer.first_stage,
+            answer.columns,
         )
         return
     lines = answer.summary.lines([ranking.damping for ranking in answer.rankings])
@@ -210,7 +286,9 @@ def lines_of(config: QueryConfig, answer: Answer) -> Iterator[str]:
     if len(answer.rankings) > 1:
         lines += ["", *overlap_lines(answer.rankings)]
     print("\n".join(lines), file=sys.stderr)
-    yield from json_lines(answer.queries, answer.rankings, answer.samples, answer.first_stage)
+    yield from json_lines(
+        answer.queries, answer.rankings, answer.samples, answer.first_stage, answer.columns
+    )
 
 
 def _note(process: Process, line: str) -> None:
@@ -218,14 +296,19 @@ def _note(process: Process, line: str) -> None:
         print_note(line)
 
 
-def _query_rows(config: QueryConfig, store: ProjectionStore) -> QueryRows:
+def _query_rows(
+    config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]
+) -> QueryRows:
     if config.query_store:
         with ProjectionStore(config.query_store) as other:
-            return rows_of_query_store(other, store)
+            rows = rows_of_query_store(other, store)
+            return with_tokens(rows, config, other, note) if config.uses_text else rows
     if config.text:
         queries = [Query(name="text", text=config.text, where="--text")]
     else:
         queries = read_queries(config.queries)
+    if config.score == TEXT:
+        return tokenized(config, store, queries)
     check_rows_fit(
         f"--queries {config.queries}", len(queries), store.dim, "Split the file into several"
     )

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
-from gradproj.analysis.score_types import SCORES
+from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
 from gradproj.cli.query_rescore import RescoreArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
-from gradproj.flags import DEVICES, flag
+from gradproj.flags import DEVICES, as_in, flag
 from gradproj.formatting import listed
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
+from gradproj.text.ranking import TEXT, WITH_TEXT
 
 DEFAULT_K = 20
 MAX_JOINT_WIDTH = 4096
@@ -23,6 +24,15 @@ MAX_JOINT_WIDTH = 4096
 class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
     """Queries, the store they are compared with, and the form of the answer."""
 
+    score: str = as_in(
+        ScoreArgs,
+        "score",
+        help=f"Score of a document; default: {DEFAULT_SCORE}, or {FALLBACK_SCORE} for a store that "
+        "has not been merged yet. text: rare n-grams in common, without gradients; SCORE+text: "
+        "z-scores of both, added.",
+        choices=(*SCORES, TEXT, *WITH_TEXT),
+        group="score",
+    )
     text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
     queries: str = flag(
         'JSONL file of queries; each line has "text", "prompt" and "completion", or "input_ids".',
@@ -46,7 +56,9 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         f"Number of documents with the highest scores (default: {DEFAULT_K}).", None, minimum=0
     )
     bottom_k: int | None = flag(
-        f"Number of documents with the lowest scores (default: {DEFAULT_K}).", None, minimum=0
+        f"Number of documents with the lowest scores (default: {DEFAULT_K}; 0 by text).",
+        None,
+        minimum=0,
     )
     domains: tuple[str, ...] = flag(
         r"Score the documents of these domains only. Write \, for a comma in a name.",
@@ -68,6 +80,7 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         choices=DEVICES,
         group="query",
     )
+    text_scores: bool = flag("Add the text score of each listed document, as a column.", False)
     show_text: bool = flag("Print the beginning of each document's text, from its tar.", False)
 
     def __post_init__(self) -> None:
@@ -84,13 +97,15 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
             raise ConfigError(
                 "--top_k and --bottom_k are 0 and there is no --save_scores: nothing to answer"
             )
-        score = SCORES.get(self.score)
+        if self.score == TEXT and self.layers:
+            raise ConfigError("--score text uses no gradients; leave --layers out")
+        score = SCORES.get(self.gradient_score)
         if self.curvature and (score is None or not score.any_curvature):
             raise ConfigError(
                 f"--curvature {self.curvature} requires --score relatif; kfac and preconditioned "
                 "have one curvature each"
             )
-        if self.joint and self.score != "preconditioned":
+        if self.joint and self.gradient_score != "preconditioned":
             raise ConfigError(
                 "--joint requires --score preconditioned; kfac factors belong to one layer each"
             )
@@ -120,6 +135,16 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         if len(self.dampings) > 1:
             raise ConfigError("--rescore takes one --damping, that of the scan")
 
+    @property
+    def gradient_score(self) -> str:
+        """``--score`` without the text that is added to it; ``text`` for text alone."""
+        return self.score.removesuffix(f"+{TEXT}")
+
+    @property
+    def uses_text(self) -> bool:
+        """True if text scores are needed, to rank or as a column."""
+        return self.text_scores or self.score == TEXT or self.score in WITH_TEXT
+
     def k(self, name: str, store: ProjectionStore) -> int:
         """Return ``--top_k`` or ``--bottom_k``."""
         k = getattr(self, name)
@@ -130,6 +155,8 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
                 f"--{name} is {k:,}, and {store.path} has {len(store):,} documents: give at most "
                 "that many"
             )
+        if k is None and name == "bottom_k" and self.score == TEXT:
+            return 0  # of nearly all documents, the lowest score is 0
         return min(DEFAULT_K, len(store)) if k is None else k
 
     def domains_of(self, store: ProjectionStore) -> list[str] | None:

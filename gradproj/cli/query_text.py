@@ -17,6 +17,7 @@ from gradproj.formatting import clean_lines, escaped, listed, one_line
 from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
+from gradproj.text.ranking import MEANING, MEANING_WITH_TEXT, TEXT, WITH_TEXT
 
 JSON_TEXT_CHARACTERS = 1000
 """Longest text in the JSON lines; the table has one line of it."""
@@ -25,7 +26,12 @@ _NAME = 200
 """Longest name of a query, key or domain in the table."""
 _RANGES_SHOWN, _LAYERS_SHOWN = 4, 8
 _LABEL = 9
+_COLUMN = 12
 _STATUS_WORDS = {"missing": "not computed yet", "no_target": "with no target token"}
+
+
+Columns = dict[str, dict[tuple[int, int], float]]
+"""Title of a column of scores -> (number of the query, sample id) -> value."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +45,41 @@ class Summary:
     counts: Mapping[str, int]
     """Samples of the store by status."""
     n_scored: int
+    name: str
+    """The score: that of ``options``, or a text score."""
     joint: bool = False
     """One second moment over all layers."""
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """Describe the rows compared and the score's meaning, sign, unit and damping."""
-        score, layers = self.options["score"], self.options["layers"]
+        layers = self.options["layers"]
         lines = [_labelled("store", str(self.store.path)), _labelled("rows", self._rows())]
         if layers is not None:
             names = list(layers[:_LAYERS_SHOWN])
             if len(layers) > _LAYERS_SHOWN:
                 names.append(f"and {len(layers) - _LAYERS_SHOWN} more")
             lines.append(_labelled("layers", ", ".join(names)))
-        variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
-        variant += ", all layers jointly" if self.joint else ""
-        lines.append(_labelled("score", f"{score}{variant}: {MEANINGS[score]}"))
-        lines.append(_labelled("", SIGN))
+        lines += self._score_lines()
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))
         return [line for labelled in lines for line in labelled.splitlines()]
+
+    @property
+    def has_wide_range(self) -> bool:
+        """True if scores are not numbers around 1."""
+        return self.name == TEXT or bool(self.name in SCORES and SCORES[self.name].unit)
+
+    def _score_lines(self) -> list[str]:
+        if self.name == TEXT:
+            return [_labelled("score", f"{TEXT}: {MEANING}")]
+        score = self.options["score"]
+        variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
+        variant += ", all layers jointly" if self.joint else ""
+        meaning = f"{score}{variant}: {MEANINGS[score]}"
+        if self.name not in WITH_TEXT:
+            return [_labelled("score", meaning), _labelled("", SIGN)]
+        parts = [f"{self.name}: {MEANING_WITH_TEXT}", meaning, f"{TEXT}: {MEANING}"]
+        return [_labelled("" if n else "score", part) for n, part in enumerate(parts)]
 
     def _rows(self) -> str:
         domains = self.options["domains"]
@@ -115,7 +137,8 @@ def table_lines(
     queries: QueryRows,
     rankings: Sequence[Ranking],
     samples: Mapping[int, Sample],
-    first: FirstStage | None = None,
+    first: FirstStage | None,
+    columns: Columns,
 ) -> Iterator[str]:
     """Yield the lines of the table, with control characters of texts and keys replaced."""
     yield from summary.lines([ranking.damping for ranking in rankings])
@@ -127,8 +150,9 @@ def table_lines(
             yield from _query_lines(queries, number, ranking.damping if len(rankings) > 1 else None)
             for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
                 if end.ids.shape[1]:
-                    score = summary.options["score"]
-                    yield from _end_lines(name, end, number, samples, score, first)
+                    # Rescored, it is an influence, whatever the score of the scan is.
+                    wide = first is not None or summary.has_wide_range
+                    yield from _end_lines(name, end, number, samples, first, columns, wide)
     if len(rankings) > 1:
         yield ""
         yield from overlap_lines(rankings)
@@ -155,7 +179,7 @@ def overlap_lines(rankings: Sequence[Ranking]) -> Iterator[str]:
 def _query_lines(queries: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
     n_tokens, loss = queries.n_tokens[number], queries.loss[number]
     text = f"{one_line(queries.names[number], _NAME)}: {n_tokens:,} target tokens"
-    text += f", loss {loss:.3f} nats per token"
+    text += "" if math.isnan(loss) else f", loss {loss:.3f} nats per token"
     text += "" if damping is None else f"; damping {_damping_name(damping)}"
     yield from _labelled("query", text).splitlines()
     if queries.excerpts[number]:
@@ -167,19 +191,22 @@ def _end_lines(
     end: TopDocuments,
     number: int,
     samples: Mapping[int, Sample],
-    score: str,
     first: FirstStage | None,
+    columns: Columns,
+    wide: bool,
 ) -> Iterator[str]:
-    before = "" if first is None else first.header()
-    yield f"{name:<6}{'score':>11}{before}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
+    titles = "" if first is None else first.header()
+    titles += "".join(f"{title:>{_COLUMN}}" for title in columns)
+    yield f"{name:<6}{'score':>11}{titles}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
     ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = samples[sample_id]
-        exact = first is not None  # an influence, whatever the score of the scan is
-        text = f"{value:+.3e}" if exact or SCORES[score].unit else f"{value:+.4f}"
+        text = f"{f'{value:+.3e}' if wide else f'{value:+.4f}':>11}"
         text += "" if first is None else first.columns(number, sample_id)
+        for column in columns.values():
+            text += f"{column[number, sample_id]:>{_COLUMN}.3e}"
         domain, key = one_line(sample.domain or "-", _NAME), one_line(escaped(sample.key), _NAME)
-        yield f"{place:>5} {text:>11}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
+        yield f"{place:>5} {text}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
         if sample.text is not None:
             yield f"      {one_line(sample.text, _WIDTH - 6)}"
 
@@ -205,7 +232,8 @@ def json_lines(
     queries: QueryRows,
     rankings: Sequence[Ranking],
     samples: Mapping[int, Sample],
-    first: FirstStage | None = None,
+    first: FirstStage | None,
+    columns: Columns,
 ) -> Iterator[str]:
     """Yield one object per ranked document, all with the same keys.
 
@@ -234,6 +262,8 @@ def json_lines(
                     }
                     if first is not None:
                         fields |= first.fields(number, sample_id)
+                    for title, column in columns.items():
+                        fields[title.replace(" ", "_")] = _finite(column[number, sample_id])
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)

@@ -47,8 +47,14 @@ class ScoreArgs(Flags, title="score"):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.dampings
-        if self.score and self.score not in WITH_DAMPING and self.damping != "auto":
+        score = self.gradient_score
+        if score and score not in WITH_DAMPING and self.damping != "auto":
             raise ConfigError(f"--score {self.score} has no damping; leave --damping out")
+
+    @property
+    def gradient_score(self) -> str:
+        """``--score``, or the gradient score in it."""
+        return self.score
 
     @property
     def dampings(self) -> list[float | str]:
@@ -75,8 +81,8 @@ class ScoreArgs(Flags, title="score"):
 
         ``note`` is called with a line for the user if that is not the usual default.
         """
-        if self.score:
-            return self.score
+        if self.gradient_score:
+            return self.gradient_score
         # Only the attribute decides: if it is set and the arrays are gone, the scan reports damage.
         needs_sums = SCORES[DEFAULT_SCORE].curvature == "kfac" and not has_weighted_rows(store)
         if not needs_sums or store.attributes.get("covariance_tokens"):

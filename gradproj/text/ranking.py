@@ -24,9 +24,9 @@ MEANING = (
     "shared n-grams of 1 to 4 tokens: the sum of their counts in query and document times the cube "
     "of ln(documents / documents that hold it + 1); 0 or more, comparable within a query only"
 )
-MEANING_WITH = (
-    "z-scores of {} and of text, added: each less its mean over the documents compared, divided by "
-    "its standard deviation; comparable within a query only"
+MEANING_WITH_TEXT = (
+    "z-scores of both, added: each less its mean over the documents compared, divided by its "
+    "standard deviation; comparable within a query only"
 )
 
 
