@@ -117,7 +117,7 @@ def test_text_scores_are_a_column_of_any_ranking(indexed, wanted, tmp_path, ask)
         assert x["text_score"] == pytest.approx(wanted[number[x["query"]], x["id"]], rel=1e-5)
     lines, _ = ask(*flags)
     head = next(line for line in lines if line.startswith("top "))
-    assert head.split() == ["top", "score", "text", "id", "loss", "domain", "key"]
+    assert head.split() == ["top", "score", "text", "score", "id", "loss", "domain", "key"]
     row = lines[lines.index(head) + 1].split()
     assert float(row[2]) == pytest.approx(answers[0]["text_score"], rel=1e-2)
 
