@@ -223,11 +223,12 @@ def _check_sum(output: Output, array: str, summed: np.ndarray) -> None:
 
 
 def check_group(output: Output) -> list[Damage]:
-    """Check the projection matrices, the corpus index and the copy of the metadata."""
+    """Check the matrices and the basis, the corpus index and the copy of the metadata."""
     return _found(
         "other",
         {
             output.store / "projection_matrices": partial(_check_matrices, output),
+            output.store / "basis_matrices": partial(_check_basis, output),
             output.path / INDEX_NAME: partial(_check_index, output),
             output.path / METADATA_NAME: partial(_check_metadata, output),
         },
@@ -255,6 +256,14 @@ def _check_matrices(output: Output) -> None:
         for name, (p_i, p_o) in store.projection_matrices.items():
             if not (np.isfinite(p_i).all() and np.isfinite(p_o).all()):
                 raise StoreError(f"holds values of layer {name} that are not finite")
+
+
+def _check_basis(output: Output) -> None:
+    with ProjectionStore(output.path) as store:
+        for arrays in (store.basis, store.basis_eigenvalues):
+            for name, pair in (arrays or {}).items():
+                if not all(np.isfinite(part).all() for part in pair):
+                    raise StoreError(f"holds values of layer {name} that are not finite")
 
 
 def _check_index(output: Output) -> None:

@@ -190,7 +190,8 @@ def original_metadata(store: ProjectionStore) -> dict[str, Any]:
     """Return ``metadata.json`` of earlier GradProjLora code, with layers in this store's order.
 
     That code sorts layers by name and derives its matrices from seeds. Here the slices give the
-    order, and the store holds the matrices (``ProjectionStore(...).projection_matrices``).
+    order, and the store holds the matrices (``ProjectionStore(...).projection_matrices``) and the
+    basis (``.basis``): the exported rows are those of ``rows()``.
     """
     projection = store.attributes.get("projection", {})
     layers = store.attributes["layers"]
@@ -207,4 +208,6 @@ def original_metadata(store: ProjectionStore) -> dict[str, Any]:
         "written_by": "gradproj",
         "store": str(store.path.resolve()),
         "identity_hash": store.attributes.get("identity_hash"),
+        "encoding": store.layout.stored_as,
+        "basis": store.attributes.get("basis", {"kind": "random"}),
     }

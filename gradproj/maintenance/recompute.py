@@ -23,19 +23,10 @@ from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import Output, read_output
+from gradproj.maintenance.row_tolerance import RowTolerance, tolerance_of
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.layout import STATUS_NAMES, StoreLayout, decode_key
+from gradproj.store.layout import STATUS_NAMES, decode_key
 
-ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
-"""``--proj_dtype`` -> largest relative error of one stored value."""
-STEPS = {"signs": 2.0, "int2": 1.0, "int4": 0.34, "int8": 0.08}
-"""``--encoding`` -> distance of two levels, in units of the root mean square of a layer's values;
-of int8 if the largest is ten times that."""
-_MARGIN = 4
-"""Codes that may differ: so many times the expected ones, and so many more."""
-COMPUTED = {"float32": 1e-4, "bfloat16": 5e-2}
-"""``--model_dtype`` -> largest relative difference of a row computed in another batch, on another
-device or with another version of torch."""
 FLOOR = 1e-2
 """Fraction of the median norm below which errors are relative to that fraction instead of the row.
 The gradient of a memorised document is a difference of nearly equal numbers, mostly rounding."""
@@ -127,7 +118,7 @@ def recompute(
         )
         reader = UnitReader(index, recorded.tokenizer, settings)
         tolerance = tolerance_of(output.layout, len(store.layers), run.model.model_dtype)
-        result = Recomputation(seed, str(recorded.device), tolerance, wrong=unreadable)
+        result = Recomputation(seed, str(recorded.device), tolerance.row, wrong=unreadable)
         loss_tolerance = LOSS_TOLERANCE[run.model.model_dtype]
         compare = _Comparison(store, tolerance, loss_tolerance, FLOOR * usual_norm)
         with recorded.engine:
@@ -139,23 +130,6 @@ def recompute(
             _summarize(result, checks)
     result.seconds = round(time.monotonic() - started, 3)
     return result
-
-
-def tolerance_of(layout: StoreLayout, n_layers: int, model_dtype: str) -> float:
-    """Return the largest relative error of a row that was computed again, after decoding both.
-
-    A packed value that lies nearer to the middle of two levels than it was computed exactly may
-    have another code now, which is a whole step away. If values have the relative error e, and a
-    step is d of their root mean square, then about 0.8 e / d of the codes differ: the mean error of
-    a normal distribution over the step. A few codes more may differ by chance, in the part of the
-    layers that makes up most of the row.
-    """
-    computed = COMPUTED[model_dtype]
-    if not layout.is_packed:
-        return ROUNDING[layout.proj_dtype] + computed
-    step, n_values = STEPS[layout.encoding], layout.dim / n_layers**0.5
-    differing = _MARGIN * (0.8 * computed / step + 1 / n_values)
-    return computed + ROUNDING["float16"] + step * differing**0.5
 
 
 def _project(
@@ -218,7 +192,7 @@ class _Comparison:
     """Compares recomputed rows with stored ones."""
 
     store: ProjectionStore
-    tolerance: float
+    tolerance: RowTolerance
     loss_tolerance: float
     floor: float
 
@@ -257,11 +231,18 @@ class _Comparison:
         tiny = float(np.finfo(np.float32).tiny)
         norm = max(float(np.linalg.norm(exact)), self.floor, tiny)
         error = float(np.linalg.norm(exact - stored)) / norm
-        if error <= self.tolerance:
-            return error, ""
+        moved = float(np.linalg.norm(self._layer_norms(exact) - self._layer_norms(stored))) / norm
         if not np.isfinite(error):
             return _NO_NUMBER, "is not finite, or was not"
-        return error, f"is {error:.1e} from its row now"
+        if error > self.tolerance.row:
+            return error, f"is {error:.1e} from its row now"
+        if moved > self.tolerance.layer_norms:
+            return error, f"has layers whose norms are {moved:.1e} from those now"
+        return error, ""
+
+    def _layer_norms(self, row: np.ndarray) -> np.ndarray:
+        layers = self.store.layers
+        return np.array([np.linalg.norm(row[x.slice_start : x.slice_end]) for x in layers])
 
     def _column_difference(
         self, stored: dict[str, np.ndarray], computed: dict[str, np.ndarray]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN, copy_of, tree_of, uncommit
-from helpers.stores import Output
+from helpers.stores import Output, filled, packed
 
 from gradproj.cli.export import export_lines
 from gradproj.errors import ConfigError, StoreError
 from gradproj.maintenance.export import ExportConfig, original_metadata, plan_export, write_export
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.layout import PACKED_BITS
 
 
 def config_of(target, **settings):
@@ -50,6 +51,17 @@ def test_files_hold_every_ok_row_once_and_in_order(rows_per_file, job, tmp_path)
     )
     assert torch.cat([file["batch_idx"] for file in files]).tolist() == ok_ids
     np.testing.assert_array_equal(torch.cat([file["proj"] for file in files]).numpy(), want)
+
+
+@pytest.mark.parametrize("encoding", PACKED_BITS)
+def test_packed_rows_are_exported_decoded(tmp_path, encoding):
+    output = filled(tmp_path / "out", widths=((3, 5), (1, 7)), config=packed(encoding))
+    with ProjectionStore(output.path) as store:
+        export_to(tmp_path / "to", store, rows_per_file=32)
+    rows = torch.cat([file["proj"] for file in files_in(tmp_path / "to")]).numpy()
+    np.testing.assert_array_equal(rows, output.decoded())
+    about = json.loads((tmp_path / "to" / "metadata.json").read_text())
+    assert (about["encoding"], about["total_proj_dim"]) == (encoding, 22)
 
 
 def test_files_are_numbered_from_one_and_hold_only_their_rows(job, tmp_path):
