@@ -16,7 +16,7 @@ _HALF_STEPS = {2: 0.4978, 4: 0.1676}
 """Bits -> half the step of the best uniform quantizer of a Gaussian of deviation 1 (J. Max,
 Quantizing for minimum distortion, 1960)."""
 _VALUES_PER_STEP = 2**18  # on the CPU, where the temporaries then stay in the cache
-_VALUES_PER_STEP_ON_DEVICE = 2**26
+_VALUES_PER_STEP_ON_DEVICE = 2**24  # three temporaries of 64 MB
 _MIN_EXPONENT = -126  # of a normal float32: a denormal scale could be flushed to zero
 
 
