@@ -1,4 +1,4 @@
-"""Rows encoded on a GPU: dense ones to the CPU's bits, packed ones to its codes but for rounding."""
+"""Rows encoded on a GPU: dense ones to the CPU's bits, packed ones to its codes but for few."""
 
 import numpy as np
 import pytest
