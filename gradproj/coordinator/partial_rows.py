@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -26,23 +27,28 @@ from gradproj.files import (
 from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
-_SUMS, _COVARIANCE = ("touched", "rows", "losses", "failed"), "covariance."  # names of tensors
+_ARRAYS = ("finished", "stored", "unfinished", "sums", "failed")
+_GROUPS = ("by_row", "covariances")  # a name in one is a tensor's name after its group's
 
 
 @dataclass
 class PartialRows:
-    """Row sums after some batch, of the rows touched since the previous file."""
+    """A unit's rows after some batch: those that changed since the previous file."""
 
-    touched: np.ndarray
-    """``(n,)`` int64 positions in the unit."""
-    rows: np.ndarray
-    """``(n, D)`` float32, of the summed loss."""
-    losses: np.ndarray
-    """``(n,)`` float32, summed nats."""
+    finished: np.ndarray
+    """``(n,)`` int64 positions in the unit of documents whose last sequence has run."""
+    stored: np.ndarray
+    """``(n, bytes)`` uint8: their encoded rows."""
+    unfinished: np.ndarray
+    """``(m,)`` int64 positions of documents of which sequences are left."""
+    sums: np.ndarray
+    """``(m, D)`` float32: their rows so far, of the summed loss."""
+    by_row: dict[str, np.ndarray]
+    """One float32 number for each document of the unit: ``row_scale``, ``norms``, ``losses``."""
     failed: np.ndarray
-    """``(m,)`` int64 positions of documents that ran out of memory, since the first batch."""
+    """Positions (int64) of documents that ran out of memory, since the first batch."""
     covariances: dict[str, np.ndarray]
-    """Sums since the first batch: ``a``, ``g`` float64, ``n_tokens`` int64."""
+    """Sums since the first batch: ``a``, ``s`` float64, ``n_tokens`` int64; empty without any."""
 
 
 def partial_folder(output: Path, unit: int) -> Path:
@@ -68,12 +74,13 @@ class PartialLog:
     owner: Owner
     check: Callable[[], None] = lambda: None
 
-    def read(self) -> tuple[int, list[PartialRows]]:
-        """Return ``(number of batches, their rows)``.
+    def read(self) -> tuple[int, list[tuple[int, PartialRows]]]:
+        """Return the number of batches, and of each file the batches so far and its rows.
 
         Reads on as long as intact files of this key continue where the previous one ended.
         """
-        done, parts = 0, []
+        done = 0
+        parts: list[tuple[int, PartialRows]] = []
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             match = _NAME.fullmatch(path.name)
             if match is None or int(match[1]) != done:
@@ -81,7 +88,7 @@ class PartialLog:
             part = self._decode(path.read_bytes(), match[3])
             if part is not None:
                 done = int(match[2])
-                parts.append(part)
+                parts.append((done, part))
         return done, parts
 
     def append(self, first: int, last: int, part: PartialRows) -> None:
@@ -90,8 +97,9 @@ class PartialLog:
         Raises:
             StoreError: the disk is full or read-only, or permission is denied.
         """
-        tensors = {name: getattr(part, name) for name in _SUMS}
-        tensors |= {_COVARIANCE + name: value for name, value in part.covariances.items()}
+        tensors = {name: getattr(part, name) for name in _ARRAYS}
+        for group in _GROUPS:
+            tensors |= {f"{group}.{name}": value for name, value in getattr(part, group).items()}
         data = save(
             {k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata={"key": self.key}
         )
@@ -119,7 +127,9 @@ class PartialLog:
         header_bytes = int.from_bytes(data[:8], "little")
         if f"{crc32c(data):08x}" != checksum or self.key.encode() not in data[8 : 8 + header_bytes]:
             return None
-        tensors = load(data)
-        sums = {name: tensors.pop(name) for name in _SUMS}
-        covariances = {name.removeprefix(_COVARIANCE): v for name, v in tensors.items()}
-        return PartialRows(**sums, covariances=covariances)
+        tensors: dict[str, Any] = load(data)
+        part: dict[str, Any] = {name: tensors.pop(name) for name in _ARRAYS}
+        for group in _GROUPS:
+            start = f"{group}."
+            part[group] = {n.removeprefix(start): v for n, v in tensors.items() if start in n}
+        return PartialRows(**part)

@@ -71,13 +71,11 @@ def unused_lines(matrices: Matrices, layers: Sequence[LayerSlice]) -> list[str]:
     return [f"matrices      {count(len(unused), 'layer')} not chosen, so not used: {names}"]
 
 
-def matrices_digest(
-    matrices: Mapping[str, tuple[Tensor, Tensor]], layers: Sequence[LayerSlice]
-) -> str:
+def matrices_digest(matrices: Matrices, layers: Sequence[LayerSlice]) -> str:
     """Return a 32-character digest of the layers' matrices."""
     digest = hashlib.sha256()
     for layer in layers:
         for matrix in matrices[layer.name]:
             digest.update(f"{layer.name} {tuple(matrix.shape)}".encode())
-            digest.update(matrix.numpy().tobytes())
+            digest.update(np.asarray(matrix).tobytes())
     return digest.hexdigest()[:32]

@@ -25,13 +25,24 @@ def finish_rows(
         ``(loss, grad_norm)``, both ``(N,)``: nats per target token, and the row's length (NaN for
         a document that has no row).
     """
-    status = columns["status"]
-    targets = np.maximum(columns["n_tokens"], 1).astype(np.float32)
     if loss_reduction == "mean":
-        rows /= targets[:, None]
+        rows /= _targets(columns)[:, None]
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
-        loss = losses / targets
+    return finish_columns(norms, losses, columns)
+
+
+def _targets(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.maximum(columns["n_tokens"], 1).astype(np.float32)
+
+
+def finish_columns(
+    norms: np.ndarray, losses: np.ndarray, columns: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what ``finish_rows`` does, of rows of these lengths: ``norms`` ``(N,)`` float32."""
+    status = columns["status"]
+    with np.errstate(over="ignore", invalid="ignore"):
+        loss = losses / _targets(columns)
     has_row = np.isin(status, (STATUS["ok"], *ZERO_ROWS))
     status[has_row & ~np.isfinite(norms)] = STATUS["non_finite"]
     return loss, np.where(has_row & np.isfinite(norms), norms, np.nan)

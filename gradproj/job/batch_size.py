@@ -100,8 +100,7 @@ def resolve_batch_tokens(
         if time.monotonic() < deadline:
             time.sleep(0.2)
             continue
-        # A unit's sums are on the device up to three times: growing, the previous unit's, a copy.
-        reserved = 3 * 4 * plan.layout.rows_per_shard * plan.layout.dim
+        reserved = plan.unit_bytes()
         trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
         _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
     if tokens is not None and job.owner.rank == 0:

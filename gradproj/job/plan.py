@@ -129,9 +129,12 @@ class Plan:
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
         columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
-        covariances = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
+        squares = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
+        has_basis = self.config.projection.basis == "eigen"
         matrices = 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
-        unit = self.layout.rows_per_shard * (self.row_bytes + columns) + covariances
+        unit = self.layout.rows_per_shard * (self.row_bytes + columns)
+        # Either the basis, once, or token covariances in every unit's record.
+        unit, matrices = (unit, matrices + squares) if has_basis else (unit + squares, matrices)
         return len(self.wanted) * unit + self.layout.n_samples * columns + matrices
 
     def wasted_bytes(self) -> int:
@@ -143,17 +146,25 @@ class Plan:
         """Return the number of files of the finished output: two a unit, columns, metadata."""
         return 2 * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
 
+    def unit_bytes(self) -> int:
+        """Return the most bytes that rows of units take on a device.
+
+        A unit's stored rows are there up to three times: growing, the previous unit's, a copy.
+        Sums of windows are float32, of all documents if each has a window in the last batch.
+        """
+        rows, windows = self.layout.rows_per_shard, self.config.batch.long_documents == "windows"
+        return rows * (3 * self.row_bytes + 4 * self.layout.dim * windows)
+
     def host_bytes(self, model_bytes: int, batch_bytes: int = 0) -> int:
         """Estimate a rank's host memory.
 
-        That is the libraries, the model (on a GPU: in transit), three units of rows, two of tokens,
-        and on the CPU a batch.
+        That is the libraries, the model (on a GPU: in transit), units' rows, two units' tokens, and
+        on the CPU a batch.
         """
-        rows = self.layout.rows_per_shard * self.layout.dim * 4
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
         index = 14_000 * len(self.index.tars)
         batch = int(HEAP_FACTOR * batch_bytes)
-        return LIBRARY_BYTES + model_bytes + batch + 3 * rows + 2 * tokens + index
+        return LIBRARY_BYTES + model_bytes + batch + self.unit_bytes() + 2 * tokens + index
 
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:

@@ -14,6 +14,7 @@ from gradproj.engine.batching import fit_padding
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
+from gradproj.engine.matrix_file import matrices_digest
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ModelError
 from gradproj.job.batch_size import resolve_batch_tokens
@@ -31,6 +32,7 @@ from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
+from gradproj.store.row_encoder import RowEncoder
 
 PRECISION_DOCUMENTS = 16
 
@@ -44,10 +46,12 @@ class Rank:
     queue: UnitQueue
     save_interval: int
     """``--proj_save_interval``."""
+    basis: str
+    """Digest of the rows' basis."""
 
     def project(self, unit: PreparedUnit) -> ProjectedUnit | None:
         """Project a unit, continuing from its partial rows. None if a stop was requested."""
-        partial = self.queue.partial_log(unit.unit, unit.key(self.reader.settings))
+        partial = self.queue.partial_log(unit.unit, unit.key(self.reader.settings, self.basis))
         return self.projector.project(unit, partial, self.save_interval)
 
 
@@ -75,6 +79,7 @@ def set_up_rank(
             store.basis,
         )
         is_old = store.attributes["format_version"] == 1
+        basis = matrices_digest(store.basis, plan.layers) if store.basis else ""
     display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
     stop.drain()
     with compiler_errors_explained(), engine, display:
@@ -94,8 +99,9 @@ def set_up_rank(
         reader = UnitReader(plan.index, tokenizer, settings, stop)
         if is_first:
             report_precision(queue, model, engine, reader)
-        projector = UnitProjector(model, engine, settings, progress, stop)
-        yield Rank(reader, projector, queue, options.proj_save_interval)
+        encoder = RowEncoder(plan.layout, plan.layers)
+        projector = UnitProjector(model, engine, settings, encoder, progress, stop)
+        yield Rank(reader, projector, queue, options.proj_save_interval, basis)
 
 
 def report_precision(

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.heartbeats import RankProgress
-from gradproj.coordinator.partial_rows import PartialLog, PartialRows
+from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
-from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import chunk_verdict
-from gradproj.engine.row_columns import ZERO_ROWS, finish_rows
+from gradproj.engine.row_columns import ZERO_ROWS, finish_columns
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
-from gradproj.kernels.device_copy import record_event, seconds_between, to_device, to_host
-from gradproj.store.encoding import encode_rows
+from gradproj.job.unit_sums import UnitSums
+from gradproj.kernels.device_copy import record_event, seconds_between, to_host
 from gradproj.store.layout import STATUS
+from gradproj.store.row_encoder import RowEncoder
 from gradproj.store.unit_record import UnitRecord
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 class UnitProjector:
     """Runs a prepared unit through the engine.
 
-    Rows are summed on the device. They reach the host once a unit, in the thread that writes them,
-    while the next unit runs. Within a unit no value is read back and nothing waits for the device.
-    (A few models wait in each forward pass: BioGPT, GPT-Neo, rotary embeddings of the type
-    ``dynamic``.)
+    Rows are summed and encoded on the device. They reach the host once a unit, in the thread that
+    writes them, while the next unit runs. Within a unit no value is read back and nothing waits for
+    the device. (A few models wait in each forward pass: BioGPT, GPT-Neo, rotary embeddings of the
+    type ``dynamic``.)
 
-    The engine is attached to the frozen model and sums token covariances. ``stopping`` is called
-    after every batch; True saves the rows so far and returns None.
+    The engine is attached to the frozen model, and ``encoder`` is the store's. ``stopping`` is
+    called after every batch; True saves the rows so far and returns None.
     """
 
     def __init__(
@@ -47,10 +47,12 @@ class UnitProjector:
         model: nn.Module,
         engine: GradProjLoraEngine,
         settings: UnitSettings,
+        encoder: RowEncoder,
         progress: RankProgress,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self._engine, self._settings = model, engine, settings
+        self._encoder = encoder
         self._progress, self._stopping = progress, stopping
         self._device = next(model.parameters()).device
         self._chunked, _ = chunk_verdict(model)
@@ -62,10 +64,11 @@ class UnitProjector:
         """Return the unit's rows. None if a stop was requested, after saving the rows so far."""
         started_at, started = time.time(), time.perf_counter()
         begun = record_event(self._device)
-        total = UnitSums(prepared, self._engine, self._device)
+        reduction = self._settings.batch.loss_reduction
+        total = UnitSums(prepared, self._engine, self._encoder, reduction, self._device)
         done, saved = (0, []) if partial is None else partial.read()
-        for part in saved:
-            total.replay(part)
+        for n_batches, part in saved:
+            total.replay(part, n_batches)
         for number in range(done, len(prepared.batches)):
             run = functools.partial(self._forward_backward, total)
             for sequences, fitted in run_in_halves(self._engine, prepared.batches[number], run):
@@ -88,7 +91,7 @@ class UnitProjector:
         stats["finished_at"] = time.time()
         return ProjectedUnit(total, self._settings, stats, begun)
 
-    def _forward_backward(self, total: "UnitSums", sequences: np.ndarray) -> bool:
+    def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
         total.add(sequences, *run_batch(self._model, self._engine, batch, self._chunked))
         return True
@@ -106,74 +109,6 @@ class UnitProjector:
         fault_points.reach("batch done")
 
 
-class UnitSums:
-    """A unit's rows while they are summed, on the device."""
-
-    def __init__(
-        self, prepared: PreparedUnit, engine: GradProjLoraEngine, device: torch.device
-    ) -> None:
-        n = len(prepared.columns["status"])
-        self.prepared, self._engine, self._device = prepared, engine, device
-        self.rows = torch.zeros(n, engine.total_proj_dim, device=device)
-        self.losses = torch.zeros(n, device=device)
-        self._touched: list[np.ndarray] = []
-        self._failed: list[np.ndarray] = []
-        engine.take_token_covariances()  # drop those of an interrupted unit
-        self.covariances = engine.take_token_covariances()
-
-    def add(self, sequences: np.ndarray, rows: Tensor, losses: Tensor) -> None:
-        """Add sequences' rows to those of their documents."""
-        touched = self.prepared.row_of[sequences]
-        # Allocate everything before the sums change: a batch that fails here is retried in halves.
-        index = to_device(torch.from_numpy(touched), self._device)
-        covariances = self._engine.take_token_covariances()
-        self.rows.index_add_(0, index, rows)
-        self.losses.index_add_(0, index, losses)
-        self._touched.append(touched)
-        if self.covariances is not None and covariances is not None:
-            # Batch by batch, so that a unit that was interrupted and continued has the same bits.
-            self.covariances.add(covariances)
-
-    def fail(self, sequences: np.ndarray) -> None:
-        """Note that the document of a sequence did not fit the device's memory."""
-        n_tokens = len(self.prepared.sequences[sequences[0]])
-        log.warning("a sequence of %d tokens does not fit the device's memory", n_tokens)
-        self._failed.append(self.prepared.row_of[sequences])
-
-    def take_touched(self) -> PartialRows:
-        """Return the sums of the rows that changed since the last call."""
-        touched = np.unique(np.concatenate([np.empty(0, np.int64), *self._touched]))
-        self._touched = []
-        index = torch.from_numpy(touched).to(self._device)
-        return PartialRows(
-            touched,
-            self.rows[index].cpu().numpy(),
-            self.losses[index].cpu().numpy(),
-            self.failed(),
-            {k: v.cpu().numpy() for k, v in vars(self.covariances).items()}
-            if self.covariances is not None
-            else {},
-        )
-
-    def replay(self, part: PartialRows) -> None:
-        """Restore saved sums."""
-        index = torch.from_numpy(part.touched.copy()).to(self._device)
-        self.rows[index] = torch.from_numpy(part.rows.copy()).to(self._device)
-        self.losses[index] = torch.from_numpy(part.losses.copy()).to(self._device)
-        self._failed = [part.failed]
-        if part.covariances:
-            self.covariances = TokenCovariances(
-                **{
-                    k: torch.from_numpy(v.copy()).to(self._device)
-                    for k, v in part.covariances.items()
-                }
-            )
-
-    def failed(self) -> np.ndarray:
-        """Return the rows of documents that did not fit the device's memory."""
-        return np.unique(np.concatenate([np.empty(0, np.int64), *self._failed]))
-
-
 class ProjectedUnit:
     """A unit whose batches have all been submitted to the device.
 
@@ -189,27 +124,26 @@ class ProjectedUnit:
         begun: torch.cuda.Event | None = None,
     ) -> None:
         self._total, self._settings, self._stats, self._begun = total, settings, stats, begun
-        self._tensors = [total.rows, total.losses]
+        self._tensors = [total.stored, total.row_scale, total.norms, total.losses]
         if (sums := total.covariances) is not None:
             self._tensors += [sums.a.float(), sums.s.float(), sums.n_tokens]
-        self._computed = record_event(total.rows.device)
+        self._computed = record_event(total.stored.device)
 
     def on_host(self) -> UnitRows:
-        """Copy the rows to the host, finish and encode them, and fill the columns."""
+        """Copy the encoded rows to the host and fill the columns."""
         total, settings, stats = self._total, self._settings, self._stats
         columns, prepared = total.prepared.columns, total.prepared
         fetched = to_host(self._tensors, self._computed)
         on_device = seconds_between(self._begun, self._computed)
         if on_device is not None:
             stats |= {"seconds": on_device, "finished_at": time.time()}
-        rows, losses, *covariances = (tensor.numpy() for tensor in fetched)
+        stored, scale, norms, losses, *covariances = (tensor.numpy() for tensor in fetched)
         *sums, n_tokens = covariances or [np.zeros(())]
         columns["status"][total.failed()] = STATUS["out_of_memory"]
-        reduction = settings.batch.loss_reduction
-        loss, columns["grad_norm"][:] = finish_rows(rows, losses, columns, reduction)
+        loss, columns["grad_norm"][:] = finish_columns(norms, losses, columns)
         ok = columns["status"] == STATUS["ok"]
         has_row = ok | np.isin(columns["status"], ZERO_ROWS)
-        stored, scale = encode_rows(rows, settings.layout.proj_dtype)
+        stored = stored.view(settings.layout.stored_dtype)
         stored[~has_row] = settings.layout.fill
         columns["loss"][:] = np.where(ok, loss, np.nan)
         columns["row_scale"][:] = np.where(has_row, scale, 1.0)

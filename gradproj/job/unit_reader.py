@@ -18,6 +18,9 @@ from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_key
 
 log = logging.getLogger(__name__)
 
+PARTIAL_VERSION = 2
+"""Of the files of partial rows. Those of another version are computed again."""
+
 _TOKENIZED_AT_ONCE = 256
 """Documents handed to the tokenizer in one call."""
 
@@ -74,9 +77,12 @@ class PreparedUnit:
     batches: list[np.ndarray]
     """Positions in ``sequences``."""
 
-    def key(self, settings: UnitSettings) -> str:
-        """Return a digest of everything that partial rows of this unit depend on."""
-        digest = hashlib.sha256(settings.identity.encode())
+    def key(self, settings: UnitSettings, basis: str) -> str:
+        """Return a digest of everything that partial rows of this unit depend on.
+
+        ``basis`` is a digest of the rows' basis.
+        """
+        digest = hashlib.sha256(f"{PARTIAL_VERSION} {settings.identity} {basis} ".encode())
         for chosen in self.batches:
             digest.update(chosen.tobytes() + b"|")
         for tokens in self.sequences:

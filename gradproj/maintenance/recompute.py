@@ -26,6 +26,7 @@ from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.row_tolerance import RowTolerance, tolerance_of
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATUS_NAMES, decode_key
+from gradproj.store.row_encoder import RowEncoder
 
 FLOOR = 1e-2
 """Fraction of the median norm below which errors are relative to that fraction instead of the row.
@@ -122,7 +123,10 @@ def recompute(
         loss_tolerance = LOSS_TOLERANCE[run.model.model_dtype]
         compare = _Comparison(store, tolerance, loss_tolerance, FLOOR * usual_norm)
         with recorded.engine:
-            projector = UnitProjector(recorded.model, recorded.engine, settings, RankProgress())
+            encoder = RowEncoder(output.layout, store.layers)
+            projector = UnitProjector(
+                recorded.model, recorded.engine, settings, encoder, RankProgress()
+            )
             checks = (
                 compare(int(i), _project(projector, reader, output, int(i)))
                 for i in shown(ids, len(ids), "recompute", "documents")

@@ -51,6 +51,7 @@ from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
+from gradproj.store.row_encoder import RowEncoder
 
 ENVIRONMENT = {
     **os.environ,
@@ -198,13 +199,17 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
     queue = UnitQueue(plan.output, plan.layout, plan.identity_hash, plan.wanted, job.owner)
     tokenizer, model = load_tokenizer(plan.files), load_model(plan.files, device)
     with ProjectionStore(plan.output) as store:
-        engine = GradProjLoraEngine.from_config(model, config.projection, store.projection_matrices)
+        engine = GradProjLoraEngine.from_config(
+            model, config.projection, store.projection_matrices, basis=store.basis
+        )
     chunk_verdict(model)
     with engine:
         settings = resolve_batch_tokens(job, queue, model, engine, stop)
         reader, projector = (
             UnitReader(plan.index, tokenizer, settings),
-            UnitProjector(model, engine, settings, RankProgress()),
+            UnitProjector(
+                model, engine, settings, RowEncoder(plan.layout, plan.layers), RankProgress()
+            ),
         )
         units = [reader.read(int(unit)) for unit in queue.pending()]
         assert len(units) == N_UNITS

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.crash_disk import Disk, put
-from helpers.faults import dead_owner, fake_rows
+from helpers.faults import dead_owner, fake_rows, partial_rows
 from helpers.jobs import flags
 from helpers.models import make_model
 from helpers.outputs import flip_byte, shard_of
@@ -23,7 +23,6 @@ from gradproj.coordinator import heartbeats
 from gradproj.coordinator.cleanup import remove_leftovers
 from gradproj.coordinator.heartbeats import Heartbeat, RankProgress
 from gradproj.coordinator.merge import finish
-from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.process_id import Owner
 from gradproj.coordinator.units import UnitQueue
 from gradproj.job import startup
@@ -36,13 +35,7 @@ from gradproj.maintenance.verify import verify
 from gradproj.store import ProjectionStore
 from gradproj.store.unit_record import record_name
 
-PART = PartialRows(
-    np.arange(3),
-    np.ones((3, 2), np.float32),
-    np.ones(3, np.float32),
-    np.array([1]),
-    {"a": np.ones(2)},
-)
+PART = partial_rows()
 
 
 @pytest.fixture(scope="module", autouse=True)

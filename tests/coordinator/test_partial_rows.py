@@ -2,19 +2,9 @@
 
 import numpy as np
 from helpers.faults import fake_owner
+from helpers.faults import partial_rows as part
 
-from gradproj.coordinator.partial_rows import PartialLog, PartialRows
-
-
-def part(first, n=3):
-    generator = np.random.default_rng(first)
-    return PartialRows(
-        np.arange(first, first + n),
-        generator.normal(size=(n, 5)).astype(np.float32),
-        generator.normal(size=n).astype(np.float32),
-        np.array([7]),
-        {"a": generator.normal(size=4), "g": generator.normal(size=4), "n_tokens": np.array(12)},
-    )
+from gradproj.coordinator.partial_rows import PartialLog
 
 
 def partial_log(tmp_path, key="key"):
@@ -30,12 +20,10 @@ def test_partial_rows_are_read_back_exactly_and_in_order(tmp_path):
     log.append(2, 7, part(3))
     done, parts = log.read()
     assert done == 7
-    for got, want in zip(parts, [part(0), part(3)], strict=True):
-        for name in ("touched", "rows", "losses", "failed"):
-            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
-        assert {k: v.tolist() for k, v in got.covariances.items()} == {
-            k: v.tolist() for k, v in want.covariances.items()
-        }
+    assert [n_batches for n_batches, _ in parts] == [2, 7]
+    for (_, got), want in zip(parts, [part(0), part(3)], strict=True):
+        for name, value in vars(want).items():
+            np.testing.assert_equal(getattr(got, name), value)
 
 
 def test_partial_rows_of_other_settings_are_ignored(tmp_path):

@@ -7,11 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, make_store
+from helpers.faults import IDENTITY, at_change, fake_owner, fake_rows, make_store, partial_rows
 from helpers.outputs import tree_of
 
 from gradproj.coordinator.merge import read_unit
-from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.store_guard import StoreReplaced
 from gradproj.coordinator.units import UnitQueue
 from gradproj.errors import StoreError
@@ -19,9 +18,7 @@ from gradproj.store.layout import FOLDERS
 from gradproj.store.metadata import WhichStore
 from gradproj.store.unit_record import encode_record, record_name
 
-PART = PartialRows(
-    np.arange(3), np.ones((3, 2), np.float32), np.ones(3, np.float32), np.array([1]), {}
-)
+PART = partial_rows()
 MADE = {"with other settings": "other", "with the same settings": IDENTITY}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from helpers.encoding import encode_rows
 
 from gradproj.coordinator.merge import finish
+from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.coordinator.process_id import Owner, process_start
 from gradproj.coordinator.units import UnitQueue, UnitRows
 from gradproj.files import file_sum
@@ -172,3 +173,22 @@ def at_change(number: int, action: Callable[[], None]) -> Iterator[itertools.cou
 
     with before_each_change(hook):
         yield counter
+
+
+def partial_rows(first: int = 0, n: int = 3) -> PartialRows:
+    """Return what a unit of 16 documents may have saved: some finished rows, and one sum."""
+    generator = np.random.default_rng(first)
+    by_row = {
+        name: generator.normal(size=16).astype(np.float32)
+        for name in ("row_scale", "norms", "losses")
+    }
+    sums = {"a": generator.normal(size=4), "s": generator.normal(size=4), "n_tokens": np.array(12)}
+    return PartialRows(
+        np.arange(first, first + n),
+        generator.integers(0, 256, (n, 10), np.uint8),
+        np.array([first + n]),
+        generator.normal(size=(1, 5)).astype(np.float32),
+        by_row,
+        np.array([7]),
+        sums,
+    )

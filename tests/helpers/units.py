@@ -1,10 +1,13 @@
 """Prepare a unit of random tokens without a corpus, and project it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from helpers.faults import fake_owner
+from torch import nn
 
 from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
@@ -12,12 +15,15 @@ from gradproj.engine.batching import BatchConfig, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit
-from gradproj.store.layout import empty_columns
-
-SETTINGS = SimpleNamespace(
-    layout=SimpleNamespace(proj_dtype="float32"), batch=BatchConfig(), identity="the identity"
+from gradproj.store.layout import (
+    LayerSlice,
+    StoreConfig,
+    StoreLayout,
+    empty_columns,
+    place_stored,
+    plan_layout,
 )
-"""The part of ``UnitSettings`` that leads from sums on the device to a record."""
+from gradproj.store.row_encoder import RowEncoder
 
 
 def unit_of(
@@ -37,9 +43,31 @@ def unit_of(
     )
 
 
-def project_unit(model, engine: GradProjLoraEngine, unit: PreparedUnit, folder) -> ProjectedUnit:
+def layout_of(engine: GradProjLoraEngine, **form: Any) -> tuple[StoreLayout, list[LayerSlice]]:
+    """Return the layout of a store of this engine's rows, float32 if nothing else is said."""
+    layers, at = [], 0
+    for name, (p_i, p_o) in engine.projection_matrices.items():
+        (k_i, n_i), (k_o, n_o) = p_i.shape, p_o.shape
+        layers.append(LayerSlice(name, "Linear", n_i, n_o, k_i, k_o, at, at + k_i * k_o))
+        at += k_i * k_o
+    form = {
+        "encoding": "dense",
+        **({} if "encoding" in form else {"proj_dtype": "float32"}),
+        **form,
+    }
+    widths = [layer.slice_end - layer.slice_start for layer in layers]
+    layout = plan_layout(64, widths, 4, StoreConfig(**form))
+    return layout, place_stored(layers, layout)
+
+
+def project_unit(
+    model: nn.Module, engine: GradProjLoraEngine, unit: PreparedUnit, folder: Path, **form: Any
+) -> ProjectedUnit:
     """Run the job's loop over a unit's batches, before anything is copied to the host."""
-    projector = UnitProjector(model, engine, SETTINGS, RankProgress())
+    layout, layers = layout_of(engine, **form)
+    settings = SimpleNamespace(layout=layout, batch=BatchConfig(), identity="the identity")
+    encoder = RowEncoder(layout, layers)
+    projector = UnitProjector(model, engine, settings, encoder, RankProgress())
     nothing_saved = PartialLog(folder / "partial", folder, "key", fake_owner(0))
     projected = projector.project(unit, nothing_saved)
     assert projected is not None

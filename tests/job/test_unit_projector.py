@@ -20,6 +20,7 @@ from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.layout import STATUS
+from gradproj.store.row_encoder import RowEncoder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def parts(tmp_path_factory):
 def project(parts, tmp_path):
     plan, model, reader = parts
     with GradProjLoraEngine.from_config(model, plan.config.projection) as engine:
-        unit = UnitProjector(model, engine, plan.unit_settings, RankProgress())
+        encoder = RowEncoder(plan.layout, plan.layers)
+        unit = UnitProjector(model, engine, plan.unit_settings, encoder, RankProgress())
         partial = PartialLog(tmp_path / "partial", tmp_path, "key", fake_owner(0))
         return unit.project(reader.read(0), partial).on_host()
 

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import zarr
-from helpers.faults import fake_owner
+from helpers.faults import fake_owner, partial_rows
 from helpers.outputs import (
     N_SAMPLES,
     N_UNITS,
@@ -27,7 +26,7 @@ from helpers.outputs import (
 
 from gradproj.cli.status import status_lines
 from gradproj.coordinator.heartbeats import RankProgress
-from gradproj.coordinator.partial_rows import PartialLog, PartialRows
+from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.errors import StoreError
 from gradproj.maintenance.status import read_status
 from gradproj.maintenance.verify import verify
@@ -178,10 +177,8 @@ def test_partial_rows_are_listed_with_their_folder(output):
     uncommit(output, 1)
     scratch = output / "tmp" / "rank"
     log = PartialLog(output / "partial" / "00000001", scratch, "key", fake_owner(0))
-    nothing = np.empty(0, np.int64)
-    rows = PartialRows(nothing, np.zeros((3, 5), np.float32), np.zeros(3, np.float32), nothing, {})
-    log.append(0, 3, rows)
-    log.append(3, 7, rows)
+    log.append(0, 3, partial_rows())
+    log.append(3, 7, partial_rows())
     (partial,) = read_status(output).partial
     size = sum(path.stat().st_size for path in (output / "partial" / "00000001").iterdir())
     assert (partial.unit, partial.n_batches, partial.n_bytes) == (1, 7, size)
