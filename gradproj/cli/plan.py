@@ -9,10 +9,12 @@ import numpy as np
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
 from gradproj.files import existing_ancestor
+from gradproj.job.allocation import dimension_lines
 from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
 from gradproj.job.summary import memory_line, plan_lines
-from gradproj.store.layout import UNITS_DIR
+from gradproj.store import ProjectionStore
+from gradproj.store.layout import STORE_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records
 
 
@@ -31,6 +33,9 @@ def plan_command(argv: list[str]) -> None:
         print(warning, file=sys.stderr, flush=True)
     n_recorded = len(np.intersect1d(plan.wanted, list_records(output / UNITS_DIR)))
     lines = [*plan_lines(plan, n_recorded), memory_line(plan, device), f"device        {device}"]
+    if (output / STORE_NAME).exists():
+        with ProjectionStore(output) as store:
+            lines += dimension_lines(store)
     print("\n".join(lines))
 
 

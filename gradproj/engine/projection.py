@@ -140,6 +140,12 @@ class JobProjectionConfig(ProjectionConfig):
         "random",
         choices=BASES,
     )
+    bytes_per_document: str = flag(
+        "Bytes that a row may take, such as 5k or 24k: chooses layers, widths and encoding by what "
+        "was measured to answer best, in place of --proj_rank_total.",
+        "",
+        metavar="N",
+    )
     pilot_tokens: int = flag(
         "Fewest target tokens of the pilot, from documents all over the corpus.",
         131072,
@@ -154,6 +160,11 @@ class JobProjectionConfig(ProjectionConfig):
             if f.name in ("rank_total", "rank_min", "seed", "kind")
             and getattr(self, f.name) not in (f.default, getattr(ProjectionConfig, f.name))
         ]
+        if self.bytes_per_document and (changed or self.matrices):
+            raise ConfigError(
+                "--bytes_per_document chooses the widths of the rows: leave out "
+                f"{', '.join(changed or ['--matrices'])}"
+            )
         if self.matrices and changed:
             raise ConfigError(
                 f"--matrices {self.matrices} holds the matrices and their widths: leave out "

@@ -1,14 +1,12 @@
 """Everything that can be checked before a model is loaded: printed by ``plan``, used by the job."""
 
-import importlib.metadata
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradproj.coordinator.merge import ranges_of
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
 from gradproj.corpus.index import CorpusIndex, check_unchanged
@@ -24,6 +22,7 @@ from gradproj.engine.selection import find_layers, idle_exclusions
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
+from gradproj.job.allocation import with_allocation
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags, is_untouched
@@ -180,6 +179,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))
+    config, allocation = with_allocation(config, skeleton)
     projection = config.projection
     targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
     given = read_matrices(projection.matrices) if projection.matrices else None
@@ -207,7 +207,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     if not untouched:  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
     _check_space(plan)
-    notes = [*index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
+    notes = [*allocation, *index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
     if attention := attention_note(files):
         notes.append(f"attention     {attention}")
     notes += unused_lines(given or {}, layers)
@@ -324,40 +324,3 @@ def _check_space(plan: Plan) -> None:
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that ``path`` is or will be on."""
     return shutil.disk_usage(existing_ancestor(path)).free
-
-
-def attributes_of(plan: Plan) -> dict[str, Any]:
-    """Return the attributes of the store's group."""
-    projection, model = plan.config.projection, plan.config.model
-    drawn_by = {"kind": "given", "seed": None} if projection.matrices else {}
-    return {
-        "layers": [asdict(layer) for layer in plan.layers],
-        "domains": list(plan.index.domains),
-        "identity": plan.identity,
-        "identity_hash": plan.identity_hash,
-        "wanted_units": ranges_of(plan.wanted),
-        "complete": False,
-        "how_to_read": f"{plan.layout.how_to_read}; NaN = not there; status 1 = ok",
-        "projection": asdict(projection) | drawn_by,
-        "selection": asdict(plan.coverage),
-        "model": {
-            **asdict(model),
-            "revision": plan.files.revision or model.revision,
-            "max_length": plan.config.batch.max_length,
-            "long_documents": plan.config.batch.long_documents,
-            "loss_reduction": plan.config.batch.loss_reduction,
-        },
-        "corpus": {
-            "n_samples": plan.layout.n_samples,
-            "n_tars": len(plan.index.tars),
-            "fingerprint": plan.index.fingerprint,
-            "domain_field": plan.index.domain_field,
-            "tars": str(plan.index.tars[0].path.parent.resolve()),
-        },
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    names = ("gradproj", "torch", "transformers", "tokenizers", "webdataset", "zarr", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}

@@ -32,10 +32,11 @@ from gradproj.engine.projection import job_matrices
 from gradproj.errors import GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
+from gradproj.job.attributes import attributes_of, versions
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, is_untouched
 from gradproj.job.pilot import run_pilot
-from gradproj.job.plan import BATCH_FILE, Plan, attributes_of, make_plan, versions
+from gradproj.job.plan import BATCH_FILE, Plan, make_plan
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
 from gradproj.store.layout import (

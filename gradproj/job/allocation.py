@@ -1,0 +1,237 @@
+"""``--bytes_per_document``: the layers and widths that answer best in rows of so many bytes.
+
+The rule follows ``MEASURED``, the project's own table of linear datamodeling scores (LDS, the rank
+correlation of scores with what retraining shows; evaluation/README.md). Signs in the eigenbasis
+lose nothing to 16 bits a value, so an allocation chooses only whose signs are kept:
+
+- those of all layers of ``--proj_layers``, if each can have 64 x 64 (the least that was measured on
+  a trained model, where leaving layers out cost 0.06);
+- else those of the MLPs' output projections, which on small models answer better than all layers in
+  as many bytes.
+
+More than 128 x 128 was not measured and is not given.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from gradproj.engine.layers import TargetLayer
+from gradproj.engine.patterns import EXCLUDES, folded, matches
+from gradproj.engine.selection import find_layers
+from gradproj.errors import ConfigError
+from gradproj.job.config import RunConfig
+from gradproj.store import ProjectionStore
+from gradproj.store.basis import DAMPING
+
+ENCODING, BASIS = "signs", "eigen"
+ALL_FROM_K = 64
+"""All layers are taken if each can have this width on both sides."""
+MIN_K, MAX_K, STEP = 16, 128, 4
+"""Widths of a side; with steps of 4 the signs of a layer are whole bytes."""
+OVERSAMPLING = 2
+"""Width of a side over its effective dimension that counts as enough. The theorem has a constant of
+this kind that it does not name."""
+
+_SIZES = {"": 1, "k": 1024, "m": 1024**2}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """LDS of sign rows with ``k x k`` values a layer: on A, B and C of evaluation/README.md."""
+
+    layers: str
+    k: int
+    scores: tuple[float, ...]
+
+
+ALL, OUTPUTS = "all layers", "the MLPs' output projections"
+BENCHMARKS = ("GPT-2 3 x 128", "GPT-2 3 x 384", "SmolLM2-135M")
+"""The models of the scores; the first two were trained anew for each subset, the last fine-tuned.
+The errors over queries are 0.03."""
+MEASURED = (
+    Measured(ALL, 16, (0.351, 0.290)),
+    Measured(ALL, 64, (0.567, 0.472, 0.498)),
+    Measured(OUTPUTS, 128, (0.638, 0.507)),
+)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is kept of a document in a number of bytes."""
+
+    layers: str
+    """``ALL`` or ``OUTPUTS``."""
+    n_layers: int
+    k: int
+    patterns: tuple[str, ...]
+    """``--proj_layers``."""
+
+    def lines(self) -> list[str]:
+        """Return the allocation and its expected quality as lines of text."""
+        flags = f"--proj_layers {','.join(self.patterns)} --proj_rank_total {self.k**2}"
+        lines = [
+            f"allocation    {self.k} x {self.k} signs of {self.layers} ({self.n_layers}), as by "
+            f"{flags} --encoding {ENCODING}"
+        ]
+        same = sorted((m for m in MEASURED if m.layers == self.layers), key=lambda m: m.k)
+        nearest = next((m for m in reversed(same) if m.k <= self.k), same[0])
+        relation = "less than of" if nearest.k > self.k else "at least of"
+        pairs = zip(nearest.scores, BENCHMARKS, strict=False)
+        scores = ", ".join(f"{score:.2f} on {name}" for score, name in pairs)
+        relation = "of" if nearest.k == self.k else relation
+        return [*lines, f"quality       LDS {relation} {nearest.k} x {nearest.k} signs: {scores}"]
+
+
+def read_bytes(text: str) -> int:
+    """Return the number of ``24k`` or ``1.5k``: k is 1,024.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise ConfigError(f"--bytes_per_document is {text!r}; give a number such as 800, 5k or 24k")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+def allocate(
+    n_bytes: int, targets: Sequence[TargetLayer], patterns: Sequence[str], model: nn.Module
+) -> Allocation:
+    """Choose layers and widths for ``n_bytes`` bytes of signs a document.
+
+    Args:
+        n_bytes: the budget.
+        targets: the layers to choose from.
+        patterns: ``--proj_layers``, which takes them.
+        model: the model, of which the returned patterns take the chosen layers.
+
+    Raises:
+        ConfigError: the budget is too small for any allocation.
+    """
+    k = _width(n_bytes, len(targets))
+    outputs = [target for target in targets if _is_mlp_output(target)]
+    if k >= ALL_FROM_K or not outputs:
+        chosen = Allocation(ALL, len(targets), k, tuple(patterns))
+    else:
+        names = _patterns_of(outputs, patterns, model)
+        chosen = Allocation(OUTPUTS, len(outputs), _width(n_bytes, len(outputs)), names)
+    if chosen.k < MIN_K:
+        least = chosen.n_layers * MIN_K**2 // 8
+        raise ConfigError(
+            f"--bytes_per_document {n_bytes:,} is too little for the signs of {chosen.layers} "
+            f"({chosen.n_layers}): give at least {least:,}, or --proj_layers that takes fewer"
+        )
+    return chosen
+
+
+def _width(n_bytes: int, n_layers: int) -> int:
+    """Return the largest ``k`` whose ``k x k`` signs of every layer fit, a multiple of ``STEP``."""
+    return min(MAX_K, int((8 * n_bytes / n_layers) ** 0.5) // STEP * STEP)
+
+
+def _is_mlp_output(target: TargetLayer) -> bool:
+    """Return whether a layer leads from an MLP's inner width back to the model's."""
+    n_i, n_o = target.widths
+    return n_i > n_o and any(matches("mlp", name) for name in target.uses)
+
+
+def _patterns_of(
+    layers: Sequence[TargetLayer], given: Sequence[str], model: nn.Module
+) -> tuple[str, ...]:
+    """Return short patterns that take these layers alone: ``mlp.down_proj``.
+
+    ``given``: patterns that take more than them.
+    """
+    names = [name for layer in layers for name in layer.uses]
+    wanted = sorted(layer.name for layer in layers)
+    excluded = [pattern for pattern in given if pattern.startswith(EXCLUDES)]
+    for length in (1, 2, 3):
+        ends = [name.split(".")[-length:] for name in names]
+        short = sorted({".".join(part for part in end if not part.isdigit()) for end in ends})
+        taken = find_layers(model, [*short, *excluded])
+        if sorted(target.name for target in taken) == wanted:
+            return (*short, *excluded)
+    return (*wanted,)
+
+
+def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, list[str]]:
+    """Return the settings with the flags that ``--bytes_per_document`` stands for, and lines.
+
+    Without that flag they are as they were. The returned settings are explicit, so that a store
+    records what its rows are and not by which rule that was chosen.
+
+    Raises:
+        ConfigError: one of those flags was given as well, or the bytes are too few.
+    """
+    projection, store = config.projection, config.store
+    if not projection.bytes_per_document:
+        return config, []
+    for name, value, default, ours in (
+        ("encoding", store.encoding, type(store).encoding, ENCODING),
+        ("basis", projection.basis, type(projection).basis, BASIS),
+    ):
+        if value not in (default, ours):
+            raise ConfigError(
+                f"--bytes_per_document chooses --{name} {ours}: leave out --{name} {value}, or "
+                "choose --proj_rank_total yourself"
+            )
+    targets = find_layers(model, projection.patterns, projection.include_embeddings)
+    n_bytes = read_bytes(projection.bytes_per_document)
+    chosen = allocate(n_bytes, targets, projection.patterns, model)
+    projection = replace(
+        projection,
+        layers=",".join(chosen.patterns),
+        rank_total=chosen.k**2,
+        basis=BASIS,
+        bytes_per_document="",
+    )
+    config = replace(config, projection=projection, store=replace(store, encoding=ENCODING))
+    return config, chosen.lines()
+
+
+# --- effective dimensions ---
+
+
+def effective_dimension(eigenvalues: np.ndarray, damping: float = DAMPING) -> float:
+    """Return ``sum E / (E + damping mean(E))`` of a covariance's eigenvalues ``(k,)``.
+
+    A sketch keeps damped influence up to an error that falls with its width over this number, for
+    Kronecker factors side by side (arXiv:2602.10449). Of a covariance that was itself projected to
+    k dimensions it is a lower bound, close to k if k is too small.
+    """
+    kept = np.clip(np.asarray(eigenvalues, np.float64), 0, None)
+    scale = damping * kept.mean()
+    return float((kept / (kept + scale)).sum()) if kept.any() else 0.0
+
+
+def dimension_lines(store: ProjectionStore, most: int = 12) -> list[str]:
+    """Return the effective dimensions of a store's layers, and the widths that are enough.
+
+    Layers of all blocks are one line, with the largest of their dimensions.
+    """
+    groups: dict[str, list[tuple[float, int, float, int]]] = {}
+    eigenvalues = store.basis_eigenvalues or {}
+    for layer in store.layers:
+        if layer.name in eigenvalues:
+            e_i, e_o = (effective_dimension(e) for e in eigenvalues[layer.name])
+            groups.setdefault(folded(layer.name), []).append((e_i, layer.k_i, e_o, layer.k_o))
+    lines = []
+    for name, sides in groups.items():
+        e_i, k_i, e_o, k_o = map(max, zip(*sides, strict=True))
+        lines.append(
+            f"dimension     {name}: A {e_i:.0f} of {k_i}, S {e_o:.0f} of {k_o}; "
+            f"{_enough(e_i, k_i, e_o, k_o)}"
+        )
+    more = [f"dimension     and {len(lines) - most} more names"] if len(lines) > most else []
+    return lines[:most] + more
+
+
+def _enough(e_i: float, k_i: int, e_o: float, k_o: int) -> str:
+    wide = [int(np.ceil(OVERSAMPLING * e / STEP) * STEP) for e in (e_i, e_o)]
+    if wide[0] <= k_i and wide[1] <= k_o:
+        return f"{wide[0]} x {wide[1]} is enough"
+    return f"at least {wide[0]} x {wide[1]} would be enough"

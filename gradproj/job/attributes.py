@@ -1,0 +1,45 @@
+"""The attributes of a job's store."""
+
+import importlib.metadata
+from dataclasses import asdict
+from typing import Any
+
+from gradproj.coordinator.merge import ranges_of
+from gradproj.job.plan import Plan
+
+
+def attributes_of(plan: Plan) -> dict[str, Any]:
+    """Return the attributes of the store's group."""
+    projection, model = plan.config.projection, plan.config.model
+    drawn_by = {"kind": "given", "seed": None} if projection.matrices else {}
+    return {
+        "layers": [asdict(layer) for layer in plan.layers],
+        "domains": list(plan.index.domains),
+        "identity": plan.identity,
+        "identity_hash": plan.identity_hash,
+        "wanted_units": ranges_of(plan.wanted),
+        "complete": False,
+        "how_to_read": f"{plan.layout.how_to_read}; NaN = not there; status 1 = ok",
+        "projection": asdict(projection) | drawn_by,
+        "selection": asdict(plan.coverage),
+        "model": {
+            **asdict(model),
+            "revision": plan.files.revision or model.revision,
+            "max_length": plan.config.batch.max_length,
+            "long_documents": plan.config.batch.long_documents,
+            "loss_reduction": plan.config.batch.loss_reduction,
+        },
+        "corpus": {
+            "n_samples": plan.layout.n_samples,
+            "n_tars": len(plan.index.tars),
+            "fingerprint": plan.index.fingerprint,
+            "domain_field": plan.index.domain_field,
+            "tars": str(plan.index.tars[0].path.parent.resolve()),
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("gradproj", "torch", "transformers", "tokenizers", "webdataset", "zarr", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
