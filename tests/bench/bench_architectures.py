@@ -240,7 +240,7 @@ def examine(family: str, folder: Path) -> Result:
 
 def advice(message: str, proj_layers: str) -> str:
     """Return the ``--proj_layers`` that a message advises; empty without advice."""
-    if given := re.search(r"Give --proj_layers (\S+)", message):
+    if given := re.search(r"Give (?:for example )?--proj_layers (\S+)", message):
         return given[1]
     if added := re.search(r"add (-\S+) to --proj_layers", message):
         return f"{proj_layers or 'mlp,attn'},{added[1]}"
@@ -379,6 +379,9 @@ def run_job(folder: Path, output: Path, batch_size: int, proj_layers: str) -> st
         "output_dir": output,
         "device": "cpu",
         "batch_size": batch_size,
+        "encoding": "dense",
+        "basis": "random",
+        "loss_reduction": "mean",
         "proj_dtype": "float32",
         "proj_rank_total": 64,
         "threads": 1,
