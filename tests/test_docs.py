@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -58,8 +59,9 @@ def demo(job, tmp_path, monkeypatch):
     for encoding in ("signs", "dense"):
         widths = ((2, 3), (3, 5), (1, 7), (4, 6))
         filled(tmp_path / "demo" / encoding, widths=widths, config=packed(encoding))
-    for name, target in (("out", job.output), ("tars", job.corpus), ("model", job.model)):
+    for name, target in (("tars", job.corpus), ("model", job.model)):
         (tmp_path / "demo" / name).symlink_to(target)
+    shutil.copytree(job.output, tmp_path / "demo" / "out")  # some examples write into it
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from gradproj.curvature.fit import split_layers
 from gradproj.curvature.folder import CurvatureFolder
+from gradproj.curvature.layer_curvature import AUTO_DAMPING
 from gradproj.curvature.recorded_model import RecordedModel, WindowVisit
+from gradproj.distributed import choose_device
 from gradproj.engine.batching import Window
 from gradproj.engine.whole_gradients import LayerBatch
+from gradproj.job.recorded import config_from
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.onednn import linear
+from gradproj.store import STATUS, ProjectionStore
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,42 @@ def rescore(
         total += _document_scores(recorded, group, documents, matrices, n_documents)
     most = max(sum(size_of[name] for name in group) for group in groups)
     return Rescored(total.numpy(), len(groups), most, time.monotonic() - started)
+
+
+def exact_scores(
+    inputs: RecordedRunArgs,
+    queries: Sequence[Window],
+    sample_ids: np.ndarray | None = None,
+    *,
+    kind: str = "ekfac",
+    damping: float = AUTO_DAMPING,
+    gigabytes: float = 0.0,
+) -> Rescored:
+    """Score documents of a store, all by default, with whole gradients and its measured curvature.
+
+    Args:
+        inputs: the output, and the present places of its model and tars.
+        queries: windows of token ids; owners are 0 to Q - 1.
+        sample_ids: of documents with a row.
+        kind: kfac or ekfac.
+        damping: see ``rescore``.
+        gigabytes: most memory of the queries' matrices; 0 = half of what is free.
+
+    Raises:
+        StoreError: the curvature is not measured, or belongs to another model.
+        ModelError, CorpusError: the model or a tar has changed.
+    """
+    run = config_from(inputs)
+    device, _ = choose_device(inputs.device, 0)
+    with ProjectionStore(inputs.output) as store:
+        folder = CurvatureFolder(store)
+        layers = folder.recipe()["layers"]
+        if sample_ids is None:
+            sample_ids = np.flatnonzero(store.column("status") == STATUS["ok"])
+        recorded = RecordedModel(store, run, device, inputs.shards, layers)
+        documents = recorded.windows(sample_ids)
+        budget, texts = recorded.budget(gigabytes), (queries, documents)
+        return rescore(recorded, folder, layers, *texts, kind=kind, damping=damping, budget=budget)
 
 
 def _query_gradients(

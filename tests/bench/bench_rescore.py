@@ -18,22 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench_lds import WHOLE
 from measure import print_machine
 
 from gradproj import ProjectionStore
 from gradproj.__main__ import main as gradproj
 from gradproj.analysis import score
-from gradproj.curvature.folder import CurvatureFolder
-from gradproj.curvature.layer_curvature import AUTO_DAMPING, KINDS
-from gradproj.curvature.recorded_model import RecordedModel
-from gradproj.curvature.rescore import rescore
+from gradproj.curvature.layer_curvature import KINDS
+from gradproj.curvature.rescore import exact_scores
 from gradproj.engine.batching import Window
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
 from gradproj.evaluation.retraining import train_base
-from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
 from gradproj.text.scores import QueryText, text_scores
@@ -73,7 +69,7 @@ def measure(folder: Path, by: str, top: int) -> dict[str, dict[int, float]]:
     experiment = make_experiment(config)
     model = train_base(config, experiment)
     outputs = {name: make_store(folder, experiment, model, name) for name in STORES}
-    exact = exact_scores(outputs["16 x 16 fp16"], experiment.queries, by)
+    exact = scores_of_all(outputs["16 x 16 fp16"], experiment.queries, by)
     first = {name: scan_scores(path, experiment.queries) for name, path in outputs.items()}
     first["shared text"] = text_scores(
         [QueryText(ids) for ids in experiment.queries], list(experiment.documents)
@@ -101,20 +97,12 @@ def scan_scores(output: Path, queries: np.ndarray) -> np.ndarray:
         return np.asarray(score(rows, store, score="kfac"))
 
 
-def exact_scores(output: Path, queries: np.ndarray, by: str) -> np.ndarray:
+def scores_of_all(output: Path, queries: np.ndarray, by: str) -> np.ndarray:
     """Return the second stage's scores of every document, ``(Q, N)``."""
     assert gradproj(["curvature", str(output), "--device", "cpu"]) == 0
-    run = config_from(RecordedRunArgs(output=str(output)))
-    with ProjectionStore(output) as store:
-        folder = CurvatureFolder(store)
-        recorded = RecordedModel(store, run, torch.device("cpu"))
-        asked = [Window(ids, 1, n) for n, ids in enumerate(queries)]
-        documents = recorded.windows(np.arange(len(store)))
-        result = rescore(
-            recorded, folder, list(recorded.targets), asked, documents,
-            kind=by, damping=AUTO_DAMPING, budget=2**33,
-        )  # fmt: skip
-    print(f"exact {by} of {len(store):,} documents, {len(queries)} queries: {result.seconds:.0f} s")
+    asked = [Window(ids, 1, n) for n, ids in enumerate(queries)]
+    result = exact_scores(RecordedRunArgs(output=str(output), device="cpu"), asked, kind=by)
+    print(f"exact {by}, {result.scores.shape} queries and documents: {result.seconds:.0f} s")
     return result.scores
 
 
