@@ -179,7 +179,7 @@ def call_as_two_ranks(function: Callable[..., None], *args: Any) -> None:
     import torch  # not at the top: the parent of the ranks imports this module first
 
     # Its server imports these once; the processes are forked from it.
-    multiprocessing.set_forkserver_preload(["torch", "helpers.models", "gradproj.analysis"])
+    multiprocessing.set_forkserver_preload(["torch", "helpers.models", "gradproj.text.ranking"])
     torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver")
 
 
