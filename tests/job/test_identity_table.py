@@ -54,7 +54,8 @@ OTHER_VALUES = {
     "--domains": "Github",
     "--max_document_bytes": 1000, "--max_json_depth": 5, "--batch_size": 3, "--batch_tokens": 99,
     "--max_padding": 0.2,
-    "--bytes_per_document": "5k", "--device": "cpu", "--threads": 1, "--deterministic": None, "--compile": None,
+    "--bytes_per_document": "5k", "--device": "cpu", "--threads": 1, "--deterministic": None,
+    "--compile": None,
     "--gradient_checkpointing": None, "--output_dir": "other", "--proj_save_interval": 3,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
