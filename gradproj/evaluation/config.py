@@ -4,9 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradproj.corpus.config import CorpusConfig
+from gradproj.corpus.config import SHARDS_REQUIRED
 from gradproj.errors import ConfigError
-from gradproj.flags import DEVICES, Flags, as_in, flag, split_list
+from gradproj.flags import DEVICES, Flags, flag, split_list
 from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
@@ -21,7 +21,7 @@ DEFAULT_METHODS = (
 MIN_SUBSETS = 3
 
 NO_PART_OF_THE_EXPERIMENT = (
-    "output_dir", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
+    "output_dir", "store", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
     "leave_out_methods", "leave_out_controls", "leave_out_group", "bootstrap", "randomized",
     "permutations", "workers",
 )  # fmt: skip
@@ -32,7 +32,19 @@ NO_PART_OF_THE_EXPERIMENT = (
 class LdsConfig(Flags, title="experiment"):
     """A small corpus, a small model, and the scores that are compared with retraining it."""
 
-    shards: str = as_in(CorpusConfig, "shards", group="corpus")
+    shards: str = flag(
+        "WebDataset tars: a directory, a glob, braces, a list file, or a corpus index (.json); "
+        "default: those of --store.",
+        "",
+        path="TARS",
+        group="corpus",
+    )
+    store: str = flag(
+        "OUTPUT of a job: its tars, model and tokenizer are those that are not given.",
+        "",
+        path="DIR",
+        group="corpus",
+    )
     output_dir: str = flag(
         "Directory of the experiment. Started again on it, lds resumes.",
         required="give a folder",
@@ -229,6 +241,8 @@ class LdsConfig(Flags, title="experiment"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.shards.strip() and not self.store:
+            raise ConfigError(f"--shards is empty; {SHARDS_REQUIRED}, or --store OUTPUT")
         if self.min_length > self.max_length:
             raise ConfigError(
                 f"--min_length {self.min_length} is more than --max_length {self.max_length}"

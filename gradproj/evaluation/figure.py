@@ -10,9 +10,10 @@ from gradproj.formatting import human_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#2f6297", "#d94801", "#3b8a3b", "#7b4ba0", "#8c564b", "#b8860b", "#17859b", "#555555")
-PANEL_INCHES = (5.2, 4.2)
+PANEL_INCHES = (5.0, 4.6)
 
 
 def draw(experiments: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -37,9 +38,24 @@ def draw(experiments: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for axes, (title, results) in zip(panels, experiments.items(), strict=True):
         _panel(axes, results["methods"], colours)
         axes.set_title(title, fontsize=10)
+    _legend(figure, panels)
     panels[0].set_ylabel("linear datamodeling score")
     with explain_os_errors(path):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
+    """Name every kind of rows once, below the panels."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        lines, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, lines, strict=True))
+    if handles:
+        title = "score/rows; a point's number is K, for K x K values of each layer"
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
+            fontsize=8, title=title, title_fontsize=8,
+        )  # fmt: skip
 
 
 def _family(name: str) -> str:
@@ -67,11 +83,17 @@ def _panel(axes: "Axes", methods: Mapping[str, Any], colours: Mapping[str, str])
             point = (result["row_bytes"], mean, error, name)
             points.setdefault(_family(name), []).append(point)
     for family, found in points.items():
-        xs, ys, errors, _ = zip(*sorted(found), strict=True)
+        xs, ys, errors, names = zip(*sorted(found), strict=True)
         axes.errorbar(
             xs, ys, errors, marker="o", markersize=4, linewidth=1.2, capsize=2, label=family,
             color=colours[family],
         )  # fmt: skip
+        for x, y, name in zip(xs, ys, names, strict=True):
+            method = GradientMethod.of(name.split("+")[0])
+            axes.annotate(
+                method.rows.k if method else "", (x, y), xytext=(4, 3), fontsize=7,
+                textcoords="offset points", color=colours[family],
+            )  # fmt: skip
     for mean, name in lines:
         axes.axhline(mean, color="#8a8f98", linestyle="--", linewidth=0.9, zorder=0)
         axes.annotate(
@@ -84,5 +106,3 @@ def _panel(axes: "Axes", methods: Mapping[str, Any], colours: Mapping[str, str])
     axes.set_xlabel("bytes per document")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if points:
-        axes.legend(frameon=False, fontsize=8)

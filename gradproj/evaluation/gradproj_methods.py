@@ -45,12 +45,11 @@ class GradientStores:
                 if (kind, method.rows) not in self._fitted:
                     self._fitted[kind, method.rows] = Preconditioner.fit(documents, kind)
                 fitted = self._fitted[kind, method.rows].with_damping(method.damping)
-            found = score(queries, documents, score=method.score, preconditioner=fitted)
-            scores = np.asarray(found)
-            if method.reduction != method.rows.loss_reduction:
-                assert method.reduction == "mean"
-                scores = scores / documents.column("n_tokens")
-            return scores
+            found = score(
+                queries, documents, score=method.score, preconditioner=fitted,
+                reduction=method.reduction,
+            )  # fmt: skip
+            return np.asarray(found)
 
     def column(self, name: str, rows: RowKind) -> np.ndarray:
         """Return a column of the documents' store, ``(N,)``."""

@@ -7,14 +7,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from gradproj.errors import OtherSettingsError, StoreError, settings_mismatch
+from gradproj.errors import ModelError, OtherSettingsError, StoreError, settings_mismatch
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
 from gradproj.evaluation.figure import draw
@@ -24,10 +24,14 @@ from gradproj.evaluation.results import Results, evaluate_methods, reference_of
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
 from gradproj.files import make_folder, save_array, try_lock, write_and_replace
 from gradproj.flags import current_names
+from gradproj.job.recorded import config_from
+from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.model.checkpoint import fetch
 
 
 def evaluate(config: LdsConfig) -> Results:
     """Run the parts of the experiment that ``--output_dir`` lacks; write ``lds.json`` there."""
+    config = with_store(config)
     names = names_of(config.methods, "--methods")
     left_out = names_of(config.leave_out_methods, "--leave_out_methods") if config.leave_out else []
     folder = make_folder("--output_dir", config.output_dir)
@@ -51,6 +55,27 @@ def evaluate(config: LdsConfig) -> Results:
         )
         save_results(folder, config, results, subsets, losses)
     return results
+
+
+def with_store(config: LdsConfig) -> LdsConfig:
+    """Return the settings with tars, model and tokenizer of ``--store`` where none are given.
+
+    Raises:
+        ModelError: the store's model is an adapter, which is not fine-tuned, or has no files.
+    """
+    if not config.store:
+        return config
+    run = config_from(RecordedRunArgs(output=config.store, model=config.model))
+    files = fetch(run.model)
+    if files.model_dir is None or files.adapter_dir is not None:
+        raise ModelError(
+            f"--store {config.store}: its model is {run.model.model or run.model.architecture}, "
+            "and lds fine-tunes whole checkpoints: give --model DIR"
+        )
+    return replace(
+        config, store="", shards=config.shards or run.corpus.shards, model=str(files.model_dir),
+        tokenizer=config.tokenizer or run.model.tokenizer,
+    )  # fmt: skip
 
 
 def available(names: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,18 @@ from gradproj.evaluation import retraining
 from gradproj.evaluation.baselines import mean_hidden_states
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment, unpadded
-from gradproj.evaluation.lds import available, check_settings, draw_subsets, evaluate, locked
+from gradproj.evaluation.lds import (
+    available,
+    check_settings,
+    draw_subsets,
+    evaluate,
+    locked,
+    with_store,
+)
 from gradproj.evaluation.losses import load, query_losses
 from gradproj.evaluation.methods import names_of
 from gradproj.evaluation.retraining import train_config
+from gradproj.store import ProjectionStore
 
 SMALL = {
     "n_documents": 8, "n_queries": 3, "n_near_copies": 2, "max_length": 24,
@@ -82,7 +91,8 @@ def in_this_process(monkeypatch):
 
 def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
     settings = SMALL | {
-        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16:0.1"
+        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@8/dense+text",
+        "reference": "dot@16",
     }
     settings |= {
         "shards": data / "tars",
@@ -101,11 +111,18 @@ def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys
     assert set(results["methods"]) == set(settings["methods"].split(","))
     assert results["training_seeds"] == [1]
     assert all(name in shown for name in results["methods"])
-    assert -1 <= results["methods"]["kfac@16:0.1"]["lds"]["mean"] <= 1
+    hybrid = results["methods"]["kfac@8/dense+text"]
+    assert -1 <= hybrid["lds"]["mean"] <= 1
+    with ProjectionStore(tmp_path / "out/stores/documents-8-dense-eigen-sum") as store:
+        assert hybrid["row_bytes"] == store.layout.row_bytes
+    assert results["methods"]["ngram"]["row_bytes"] is None
+    assert -1 <= results["randomized"] <= 1
+    assert "dot@16 with the same score under random weights" in shown
+    assert (tmp_path / "out/lds.svg").read_text().count("kfac/dense+text") == 1
     losses, subsets = np.load(tmp_path / "out/losses.npy"), np.load(tmp_path / "out/subsets.npy")
     assert losses.shape == (3, 1, 5)
     assert (subsets.sum(axis=1) == 4).all()
-    assert np.load(tmp_path / "out/scores/kfac@16-0.1.npy").shape == (5, 8)
+    assert np.load(tmp_path / "out/scores/kfac@8_dense+text.npy").shape == (5, 8)
     assert not list((tmp_path / "out/losses").glob("*.training"))
 
 
@@ -313,6 +330,14 @@ def test_checkpoint_is_fine_tuned_and_scored_in_place_of_a_new_model(
     assert config.experiment()["learning_rate"] == 1e-4
 
 
+def test_store_gives_the_tars_model_and_tokenizer_that_are_not_given(job, tmp_path):
+    config = LdsConfig(store=str(job.output), output_dir=str(tmp_path))
+    found, given = with_store(config), with_store(replace(config, shards="others"))
+    assert (found.shards, found.model) == (str(job.corpus), str(job.model))
+    assert (given.shards, given.model) == ("others", str(job.model))
+    assert found.experiment() == replace(found, store="elsewhere").experiment()
+
+
 def test_first_halves_do_not_depend_on_their_number(data, tmp_path):
     few, many = (draw_subsets(config_of(data, tmp_path, subsets=n), 9) for n in (3, 7))
     assert (many[:3] == few).all()
@@ -450,7 +475,10 @@ def test_invalid_settings_are_rejected(given, message):
         ("bm25,trak", "unknown method 'trak'; choose from random, .*SCORE@K"),
         ("bm25,bm25", "--methods names bm25 twice"),
         ("euclid@16", "there is no score 'euclid'; choose one of kfac"),
-        ("dot@16:0.1", "dot has no damping; write dot@16"),
+        ("dot@16:0.1/signs", "dot has no damping; write dot@16/signs"),
+        ("kfac@16/sign", r"kfac@16/sign: write SCORE@K.*ENCODING is one of signs, int2"),
+        ("kfac@16/signs/eigen/total", "write SCORE@K"),
+        ("kfac@16+trak", "unknown method 'trak'"),
         ("kfac@0", "K must be at least 1"),
         ("kfac@16:1.2.3", "'1.2.3' is not a number"),
     ],
