@@ -18,6 +18,7 @@ import torch
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.ranking import Ranker, Ranking
+from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_file import check_scores_path
@@ -156,6 +157,7 @@ def _source(config: QueryConfig, options: ScanOptions) -> Source:
         config.shards,
         config.query_store,
         options["domains"],
+        options.get("reduction", DEFAULT_REDUCTION),
     )
 
 

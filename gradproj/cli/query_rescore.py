@@ -11,6 +11,7 @@ import torch
 
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking
+from gradproj.analysis.reduction import stored_reduction
 from gradproj.curvature.folder import CurvatureFolder
 from gradproj.curvature.layer_curvature import AUTO_DAMPING, KINDS
 from gradproj.curvature.recorded_model import RecordedModel
@@ -165,7 +166,7 @@ class SecondStage:
             np.array(sorted({*scan[n], *(text[n] if text else ())}), np.int64)
             for n in range(n_queries)
         ]
-        scores, note = self._scores(recorded, asked, queries.n_tokens, candidates)
+        scores, note = self._scores(recorded, asked, queries.n_tokens, candidates, source.reduction)
         width = min(k, *map(len, candidates))
         best = [np.argsort(-of, kind="stable")[:width] for of in scores]
         top = TopDocuments(
@@ -183,6 +184,7 @@ class SecondStage:
         asked: Sequence[Window],
         query_tokens: np.ndarray,
         candidates: Sequence[np.ndarray],
+        reduction: str,
     ) -> tuple[list[np.ndarray], str]:
         """Return every query's scores of its candidates, and what it took in words."""
         budget = recorded.budget(self.config.rescore_memory)
@@ -206,8 +208,10 @@ class SecondStage:
                 budget=budget,
             )
             values = result.scores
-            if recorded.batch.loss_reduction == "mean":
-                values = values / np.outer(query_tokens[part], lengths)
+            if stored_reduction(self.store) == "mean":  # as the scan has the queries' rows
+                values = values / query_tokens[part, None]
+            if reduction == "mean":
+                values = values / lengths
             scores += [
                 row[np.searchsorted(ids, chosen)]
                 for row, chosen in zip(values, candidates[part], strict=True)
@@ -250,6 +254,8 @@ class Source:
     """Output directory whose documents are the queries; empty if they are texts."""
     domains: Sequence[str] | None
     """Domains that the query is restricted to."""
+    reduction: str
+    """Of the documents' losses: sum or mean."""
 
 
 def _query_windows(recorded: RecordedModel, queries: QueryRows, query_store: str) -> list[Window]:

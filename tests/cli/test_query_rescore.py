@@ -52,7 +52,6 @@ def exact_scores(measured):
     gradients = [exact.gradient(each) for each in documents]
     factors, place = exact.factors(sample), {int(i): n for n, i in enumerate(ids)}
     of_sample = [gradients[place[int(i)]] for i in recipe["sample_ids"]]
-    lengths = np.array([len(each) - 1 for each in documents], np.float64)
     query_lengths = np.array([len(each.ids) - each.first for each in tokens], np.float64)
 
     def scores(kind):
@@ -62,7 +61,7 @@ def exact_scores(measured):
             n_tokens = recipe["n_tokens"]
             of_rows = ekfac_scores(factors, of_sample, n_tokens, queries, gradients, 0.03)
         if run.batch.loss_reduction == "mean":
-            of_rows = of_rows / torch.from_numpy(np.outer(query_lengths, lengths))
+            of_rows = of_rows / torch.from_numpy(query_lengths)[:, None]  # documents: summed
         all_scores = np.full((2, N_SAMPLES), np.nan)
         all_scores[:, ids] = of_rows.numpy()
         return all_scores
