@@ -50,8 +50,8 @@ class Measured:
 
 ALL, OUTPUTS = "all layers", "the MLPs' output projections"
 BENCHMARKS = ("GPT-2 3 x 128", "GPT-2 3 x 384", "SmolLM2-135M")
-"""The models of the scores; the first two were trained anew for each subset, the last fine-tuned.
-The errors over queries are 0.03."""
+"""The models of the scores; the first two were trained from scratch for each subset, the last
+fine-tuned. The errors over queries are 0.03."""
 MEASURED = (
     Measured(ALL, 16, (0.351, 0.290)),
     Measured(ALL, 64, (0.567, 0.472, 0.498)),
@@ -61,7 +61,7 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Allocation:
-    """What is kept of a document in a number of bytes."""
+    """The layers and widths that a number of bytes a document buys."""
 
     layers: str
     """``ALL`` or ``OUTPUTS``."""

@@ -3,9 +3,9 @@ gradproj plan`.
 
     python tests/bench/table_sizes.py
 
-The layers are those of the models' published shapes, found on models without weights; everything
-else is gradproj's default (16 x 16 values of each linear layer, float16 rows, documents cut at
-1,024 tokens). Keys of 12 bytes.
+The layers are those of the models' published shapes, found on models without weights; documents are
+cut at 1,024 tokens, keys have 12 bytes. Rows: the default (signs of 64 x 64 values of each linear
+layer in the eigenbasis), what ``--bytes_per_document`` chooses, and 16 x 16 float16 values.
 """
 
 from types import SimpleNamespace
@@ -21,11 +21,14 @@ from transformers import (
     PretrainedConfig,
 )
 
-from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.engine.coverage import coverage_of
+from gradproj.engine.projection import place_widths
 from gradproj.engine.selection import find_layers
 from gradproj.formatting import human_bytes
-from gradproj.job.plan import DEFAULT_MAX_LENGTH, Plan
-from gradproj.store.layout import StoreConfig, plan_layout
+from gradproj.job.allocation import with_allocation
+from gradproj.job.config import run_config
+from gradproj.job.plan import Plan
+from gradproj.store.layout import plan_layout
 
 N_DOCUMENTS, N_TARS, KEY_BYTES = 210_607_728, 26_000, 12
 
@@ -49,44 +52,56 @@ MODELS: dict[str, PretrainedConfig] = {
 }
 
 
+SIGNS = ("--encoding", "signs", "--basis", "eigen", "--proj_rank_total", "4096")
+ROWS: dict[str, tuple[str, ...]] = {
+    "64 x 64 signs": SIGNS,
+    "`--bytes_per_document 24k`": ("--bytes_per_document", "24k"),
+    "`--bytes_per_document 5k`": ("--bytes_per_document", "5k"),
+    "16 x 16 float16": ("--encoding", "dense", "--basis", "random", "--proj_rank_total", "256"),
+}
+NEEDED = ("--shards", "pile", "--model", "m", "--output_dir", "out", "--max_length", "1024")
+
+
 def main() -> None:
-    """One line a model."""
+    """Print a line for each model and kind of row."""
     print(
         f"{N_DOCUMENTS:,} documents in {N_TARS:,} tars; host memory of a rank with float32 and "
         "bfloat16 weights\n"
     )
-    print("| model | weights | row | units of rows | disk | files | host memory a rank |")
+    print("| model | rows | layers | bytes a document | disk | files | host memory a rank |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, config in MODELS.items():
-        plan = plan_of(config)
-        host = [human_bytes(plan.host_bytes(plan.n_weights * itemsize)) for itemsize in (4, 2)]
-        print(
-            f"| {name} | {plan.n_weights / 1e6:,.0f} M "
-            f"| {len(plan.layers)} layers, {plan.layout.dim:,} values, "
-            f"{human_bytes(plan.row_bytes)} "
-            f"| {plan.layout.n_units:,} of {plan.layout.rows_per_shard:,} | "
-            f"{human_bytes(plan.store_bytes())} "
-            f"| {plan.n_files():,} | {host[0]}, {host[1]} |"
-        )
+    for name, shape in MODELS.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape)
+        for rows, flags in ROWS.items():
+            plan = plan_of(model, flags)
+            host = [human_bytes(plan.host_bytes(plan.n_weights * itemsize)) for itemsize in (4, 2)]
+            widths = f"{plan.layers[0].k_o} x {plan.layers[0].k_i}"
+            print(
+                f"| {name}, {plan.n_weights / 1e6:,.0f} M | {rows} "
+                f"| {len(plan.layers)} of {widths} | {plan.row_bytes:,} "
+                f"| {human_bytes(plan.store_bytes())} | {plan.n_files():,} "
+                f"| {host[0]}, {host[1]} |"
+            )
 
 
-def plan_of(config: PretrainedConfig) -> Plan:
-    """The part of a job's plan that its sums need."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    projection = ProjectionConfig()
-    layers = place_widths(find_layers(model, projection.patterns), projection)
+def plan_of(model: Any, flags: tuple[str, ...]) -> Plan:
+    """Return the part of a job's plan that its sums need."""
+    config, _ = with_allocation(run_config([*NEEDED, *flags], "table"), model)
+    targets = find_layers(model, config.projection.patterns)
+    layers = place_widths(targets, config.projection)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
-    layout = plan_layout(N_DOCUMENTS, widths, KEY_BYTES, StoreConfig())
-    settings: Any = SimpleNamespace(batch=SimpleNamespace(max_length=DEFAULT_MAX_LENGTH))
+    layout = plan_layout(N_DOCUMENTS, widths, KEY_BYTES, config.store)
     index: Any = SimpleNamespace(tars=range(N_TARS))
     return Plan(
-        config=settings,
+        config=config,
         files=cast(Any, None),
         index=index,
         layers=layers,
+        coverage=coverage_of(model, targets),
         layout=layout,
-        vocabulary=config.vocab_size,
+        n_tokens=0,
+        vocabulary=0,
         wanted=np.arange(layout.n_units),
         n_selected=N_DOCUMENTS,
         n_weights=sum(p.numel() for p in model.parameters()),
