@@ -1,54 +1,15 @@
-"""Encoding of float32 rows for storage, and decoding: ``row = stored * row_scale``."""
+"""Decoding of dense rows: ``row = stored * row_scale``. ``row_encoder.py`` encodes."""
 
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from gradproj.store.bfloat16 import bfloat16_to_float32, float32_to_bfloat16
-from gradproj.store.layout import STORED_DTYPES
+from gradproj.store.bfloat16 import bfloat16_to_float32
 
-_MIN_EXPONENT = -126  # of a normal float32: a denormal scale could be flushed to zero
 VALUES_PER_STEP = 2**17
-"""Values to encode or decode at once. The temporaries stay in the cache, which is several times
+"""Values to decode at once. The temporaries stay in the cache, which is several times
 faster than whole arrays."""
-
-
-def encode_rows(rows: np.ndarray, proj_dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Encode float32 rows for storage.
-
-    A float16 row is divided by a power of two that brings its largest magnitude into
-    [2^14, 2^15). So rows of any size keep 11 bits, and division and multiplication are exact. The
-    scale is at least 2^-126 (for a largest magnitude under 2^-111). Rows of zeros, rows with a NaN
-    or infinity, and rows of the other types have scale 1.
-
-    Args:
-        rows: ``(n, D)`` float32.
-        proj_dtype: float16, bfloat16 or float32.
-
-    Returns:
-        The stored rows ``(n, D)`` (bfloat16 as uint16 bits; float32 rows are not copied) and
-        ``row_scale`` ``(n,)`` float32.
-    """
-    rows = np.ascontiguousarray(rows, np.float32)
-    row_scale = np.ones(len(rows), np.float32)
-    if proj_dtype == "float32":
-        return rows, row_scale
-    stored = np.empty(rows.shape, STORED_DTYPES[proj_dtype])
-    if proj_dtype == "bfloat16":
-        for step in _steps(rows):
-            stored[step] = float32_to_bfloat16(rows[step])
-        return stored, row_scale
-    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1))
-    scalable = np.isfinite(largest) & (largest > 0)
-    exponents = np.maximum(np.frexp(largest[scalable])[1] - 15, _MIN_EXPONENT)
-    row_scale[scalable] = np.ldexp(np.float32(1), exponents)
-    inverse = 1 / row_scale
-    # Only rows that hold a NaN or infinity overflow.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for step in _steps(rows):
-            stored[step] = rows[step] * inverse[step, None]
-    return stored, row_scale
 
 
 def decode_rows(stored: np.ndarray, row_scale: np.ndarray, proj_dtype: str) -> np.ndarray:
