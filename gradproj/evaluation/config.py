@@ -175,7 +175,9 @@ class LdsConfig(Flags, title="experiment"):
         "gradients with K = full, by default dense values of random projections of the mean loss; "
         "SCORE@K/signs (or /int2, /int4, /int8, /dense) takes the eigenbasis (then /random not) "
         "and the summed loss (then /mean not); the others are random, loss, grad_norm, hidden, "
-        "bm25, ngram, text, kronfluence_kfac, kronfluence_ekfac. A+B adds two methods' z-scores.",
+        "bm25, ngram, text, exact_kfac, exact_ekfac (whole gradients), kronfluence_kfac, "
+        "kronfluence_ekfac. /rescoredN gives the N best documents exact_ekfac's scores; A+B adds "
+        "two methods' z-scores.",
         DEFAULT_METHODS,
         default_text=f"{len(split_list(DEFAULT_METHODS))} methods, see evaluation/README.md",
         comma_separated=True,

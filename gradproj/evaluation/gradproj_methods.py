@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.analysis import SCORES, Preconditioner, score
+from gradproj.curvature.fit import CurvatureConfig, fit_curvature
+from gradproj.curvature.rescore import exact_scores
+from gradproj.engine.batching import Window
 from gradproj.errors import StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
@@ -15,6 +18,8 @@ from gradproj.files import load_array, save_array
 from gradproj.query.projector import QueryProjector
 from gradproj.query.queries import Query
 from gradproj.store import STATUS, ProjectionStore
+
+SMALLEST = RowKind("16", "signs", "eigen", "sum")
 
 
 class GradientStores:
@@ -50,6 +55,16 @@ class GradientStores:
                 reduction=method.reduction,
             )  # fmt: skip
             return np.asarray(found)
+
+    def exact(self, kind: str) -> np.ndarray:
+        """Return scores of whole gradients with curvature ``kfac`` or ``ekfac``, ``(Q, N)``."""
+        with self.open(SMALLEST) as store:  # for its model and tars
+            output = str(store.path.parent)
+        config = CurvatureConfig(output=output, device=self._config.device)
+        fit_curvature(config, lambda _: None)
+        ids = unpadded(self._experiment.queries)
+        queries = [Window(x, 1, number) for number, x in enumerate(ids)]
+        return exact_scores(config, queries, kind=kind).scores
 
     def column(self, name: str, rows: RowKind) -> np.ndarray:
         """Return a column of the documents' store, ``(N,)``."""

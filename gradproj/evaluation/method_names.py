@@ -8,10 +8,11 @@ from gradproj.errors import ConfigError
 from gradproj.store.layout import ENCODINGS
 
 FULL = "full"
-FORM = "SCORE@K[:DAMPING][/ENCODING[/random][/mean]]"
+FORM = "SCORE@K[:DAMPING][/ENCODING[/random][/mean][/rescoredN]]"
 _SPECIFIED = re.compile(
     r"(?P<score>\w+)@(?P<k>\d+|full)(:(?P<damping>[\d.e-]+|auto))?(?P<options>(/\w+)*)"
 )
+_RESCORED = re.compile(r"rescored(\d+)")
 _BASES, _REDUCTIONS = ("eigen", "random"), ("sum", "mean")
 
 
@@ -42,6 +43,8 @@ class GradientMethod:
     damping: float | str = "auto"
     reduction: str = "mean"
     """Loss whose scores these are, the sum over a document's targets or their mean."""
+    rescored: int = 0
+    """Number of a query's best documents that have ``exact_ekfac``'s scores instead."""
 
     @classmethod
     def of(cls, name: str) -> "GradientMethod | None":
@@ -65,28 +68,33 @@ class GradientMethod:
             )
         if match["k"] != FULL and int(match["k"]) < 1:
             raise ConfigError(f"--methods: {name}: K must be at least 1")
-        rows, reduction = _rows(name, match["k"], match["options"].split("/")[1:])
+        rows, reduction, rescored = _rows(name, match["k"], match["options"].split("/")[1:])
         try:
             value = "auto" if damping in (None, "auto") else float(damping)
         except ValueError as error:
             raise ConfigError(f"--methods: {name}: {damping!r} is not a number") from error
-        return cls(kind, rows, value, reduction)
+        return cls(kind, rows, value, reduction, rescored)
 
 
-def _rows(name: str, k: str, options: list[str]) -> tuple[RowKind, str]:
-    """Return the rows that options name, and the loss's reduction."""
+def _rows(name: str, k: str, options: list[str]) -> tuple[RowKind, str, int]:
+    """Return the rows that options name, the loss's reduction, and how many are rescored."""
     if not options:
-        return RowKind(k), "mean"
+        return RowKind(k), "mean", 0
     encoding, *others = options
-    chosen = {"basis": "eigen", "reduction": "sum"}
+    basis, reduction, rescored = "eigen", "sum", 0
     for option in others:
-        key = "basis" if option in _BASES else "reduction"
-        if option not in (*_BASES, *_REDUCTIONS):
+        number = _RESCORED.fullmatch(option)
+        if option in _BASES:
+            basis = option
+        elif option in _REDUCTIONS:
+            reduction = option
+        elif number:
+            rescored = int(number[1])
+        else:
             encoding = ""
-        chosen[key] = option
     if encoding not in ENCODINGS:
         raise ConfigError(
             f"--methods: {name}: write {FORM}, where ENCODING is one of {', '.join(ENCODINGS)}"
         )
     # A mean is the sum over the number of targets, so both come from one store.
-    return RowKind(k, encoding, chosen["basis"], "sum"), chosen["reduction"]
+    return RowKind(k, encoding, basis, "sum"), reduction, rescored

@@ -16,7 +16,9 @@ from gradproj.evaluation.method_names import FORM, GradientMethod, RowKind
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
 
-OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", *STRATEGIES)
+EXACT = {"exact_kfac": "kfac", "exact_ekfac": "ekfac"}
+"""Method -> curvature of whole gradients (``gradproj.curvature``)."""
+OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", *EXACT, *STRATEGIES)
 """Methods that are not gradproj's own."""
 JOINED = "+"
 """Joins two methods whose scores are added."""
@@ -97,9 +99,29 @@ class Methods:
         if name in STRATEGIES:
             work = Path(config.output_dir) / "kronfluence"
             return kronfluence_scores(name, self._model, documents, queries, work)
+        if name in EXACT:
+            return self._stores.exact(EXACT[name])
         method = GradientMethod.of(name)
         assert method is not None
-        return self._stores.scores(method)
+        scores = self._stores.scores(method)
+        if not method.rescored:
+            return scores
+        return rescored(scores, self.scores("exact_ekfac"), method.rescored)
+
+
+def rescored(scores: np.ndarray, exact: np.ndarray, n: int) -> np.ndarray:
+    """Return scores ``(Q, N)`` with the exact ones of each query's ``n`` best documents.
+
+    The others are brought to the exact ones' unit by the factor that fits the n best by least
+    squares, as a second stage would have it.
+    """
+    result = scores.astype(np.float64)
+    for row, whole in zip(result, exact, strict=True):
+        best = np.argsort(-row, kind="stable")[:n]
+        length = row[best] @ row[best]
+        row *= row[best] @ whole[best] / length if length > 0 else 1.0
+        row[best] = whole[best]
+    return result
 
 
 def sum_of_z_scores(parts: Sequence[np.ndarray]) -> np.ndarray:

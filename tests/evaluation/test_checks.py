@@ -1,5 +1,7 @@
 """Checks of scores without training, names of rows, sums of z-scores, the figure."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from gradproj.evaluation.checks import distinct_top, rank_agreement
 from gradproj.evaluation.figure import draw
 from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.method_names import GradientMethod, RowKind
-from gradproj.evaluation.methods import sum_of_z_scores
+from gradproj.evaluation.methods import rescored, sum_of_z_scores
 
 
 def test_distinct_top_documents_go_from_the_same_to_different_ones_for_all_queries():
@@ -31,21 +33,33 @@ def test_sum_of_z_scores_weighs_methods_equally_within_a_query():
     np.testing.assert_allclose(got[1], (b[1] - b[1].mean()) / b[1].std())
 
 
+def test_best_documents_have_exact_scores_and_the_others_follow_in_their_unit():
+    scores, exact = np.array([[4.0, 1, 2, -3]]), np.array([[40.0, 100, 20, 7]])
+    np.testing.assert_allclose(rescored(scores, exact, 2), [[40, 10, 20, -30]])
+
+
 @pytest.mark.parametrize(
     ("name", "want"),
     [
-        ("kfac@16:0.03", GradientMethod("kfac", RowKind("16"), 0.03, "mean")),
+        ("kfac@16:0.03", GradientMethod("kfac", RowKind("16"), 0.03)),
+        (
+            "kfac@8/int4/rescored20",
+            GradientMethod("kfac", RowKind("8", "int4", "eigen", "sum"), rescored=20),
+        ),
         ("kfac@64/signs", GradientMethod("kfac", RowKind("64", "signs", "eigen", "sum"))),
         (
             "dot@full/dense/random/mean",
-            GradientMethod("dot", RowKind("full", "dense", "random", "sum"), reduction="mean"),
+            GradientMethod(
+                "dot",
+                RowKind("full", "dense", "random", "sum"),
+            ),
         ),
     ],
 )
 def test_name_tells_rows_and_score(name, want):
     found = GradientMethod.of(name)
-    assert (found.score, found.rows, found.damping) == (want.score, want.rows, want.damping)
-    assert found.reduction == ("mean" if "mean" in name or "/" not in name else "sum")
+    reduction = "mean" if "mean" in name or "/" not in name else "sum"
+    assert found == replace(want, reduction=reduction)
     assert "/" not in file_name(name)
 
 

@@ -91,7 +91,8 @@ def in_this_process(monkeypatch):
 
 def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
     settings = SMALL | {
-        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@8/dense+text",
+        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16/signs+text,"
+        "kfac@16/signs/rescored2",
         "reference": "dot@16",
     }
     settings |= {
@@ -111,18 +112,18 @@ def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys
     assert set(results["methods"]) == set(settings["methods"].split(","))
     assert results["training_seeds"] == [1]
     assert all(name in shown for name in results["methods"])
-    hybrid = results["methods"]["kfac@8/dense+text"]
+    hybrid = results["methods"]["kfac@16/signs+text"]
     assert -1 <= hybrid["lds"]["mean"] <= 1
-    with ProjectionStore(tmp_path / "out/stores/documents-8-dense-eigen-sum") as store:
+    with ProjectionStore(tmp_path / "out/stores/documents-16-signs-eigen-sum") as store:
         assert hybrid["row_bytes"] == store.layout.row_bytes
     assert results["methods"]["ngram"]["row_bytes"] is None
     assert -1 <= results["randomized"] <= 1
     assert "dot@16 with the same score under random weights" in shown
-    assert (tmp_path / "out/lds.svg").read_text().count("kfac/dense+text") == 1
+    assert (tmp_path / "out/lds.svg").read_text().count("kfac/signs+text") == 1
     losses, subsets = np.load(tmp_path / "out/losses.npy"), np.load(tmp_path / "out/subsets.npy")
     assert losses.shape == (3, 1, 5)
     assert (subsets.sum(axis=1) == 4).all()
-    assert np.load(tmp_path / "out/scores/kfac@8_dense+text.npy").shape == (5, 8)
+    assert np.load(tmp_path / "out/scores/kfac@16_signs+text.npy").shape == (5, 8)
     assert not list((tmp_path / "out/losses").glob("*.training"))
 
 
