@@ -74,7 +74,7 @@ def with_tokens(
 
 def query_texts(queries: QueryRows) -> list[QueryText]:
     """Return the tokens whose n-grams count: all of a text, and those of a completion."""
-    return [QueryText(t.ids, t.first if t.first > 1 else 0) for t in queries.tokens]
+    return [QueryText.of_targets(t.ids, t.first) for t in queries.tokens]
 
 
 def text_column(

@@ -235,7 +235,7 @@ class SecondStage:
         for n in range(n_queries):
             first, *others = [window for window in asked if window.owner == n]
             ids = np.concatenate([first.ids, *(window.ids[1:] for window in others)])
-            queries.append(QueryText(ids, first.first))
+            queries.append(QueryText.of_targets(ids, first.first))
         top, _ = TextScan(self.store, index, source.domains).rank(queries, self.config.rescore)
         return [
             {int(i): rank for rank, i in enumerate(ids, 1) if i >= 0} for ids in np.asarray(top.ids)

@@ -13,7 +13,9 @@ N_PLACES = 3
 """Counters of an n-gram."""
 N_SEGMENTS = 64
 """Parts of the table; all counters of an n-gram lie in one, so threads can share the parts."""
-MIN_COUNTERS = 2**12
+MIN_COUNTERS = 2**16
+_TOKENS_AT_ONCE = 2**20
+"""Tokens of which a thread keeps the hashes, 32 bytes for each; a longer document is one piece."""
 _SEGMENT_SHIFT, _STEP_SHIFT, _ODD = np.uint64(58), np.uint64(29), np.uint64(1)
 _LARGEST = np.uint32(2**32 - 1)
 
@@ -65,16 +67,18 @@ class FrequencySketch:
 
     def add(self, documents: Documents, pool: ThreadPoolExecutor, n_threads: int) -> None:
         """Count the n-grams of further documents. The result does not depend on the threads."""
-        pieces = documents.pieces(n_threads)
-        hashes = list(pool.map(lambda piece: distinct_hashes(piece.tokens, piece.ends), pieces))
+        n_tokens = int(documents.ends[-1] - documents.ends[0])
+        pieces = documents.pieces(max(n_threads, -(-n_tokens // _TOKENS_AT_ONCE)))
         edges = [N_SEGMENTS * i // n_threads for i in range(n_threads + 1)]
 
         def count(thread: int) -> None:
             for part in hashes:
                 _count(self.table, part, edges[thread], edges[thread + 1])
 
-        for _ in pool.map(count, range(n_threads)):
-            pass
+        for start in range(0, len(pieces), n_threads):
+            chosen = pieces[start : start + n_threads]
+            hashes = list(pool.map(lambda piece: distinct_hashes(piece.tokens, piece.ends), chosen))
+            list(pool.map(count, range(n_threads)))
 
     def error_quantiles(self, quantiles: Iterable[float]) -> list[int]:
         """Return quantiles of the counts of n-grams that no document holds, which should be 0."""

@@ -37,7 +37,15 @@ class QueryText:
     ids: np.ndarray
     """``(S,)``, any integer type."""
     first: int = 0
-    """N-grams count that end at this token or later: those with a token of a completion."""
+    """N-grams count that end at this token or later."""
+
+    @classmethod
+    def of_targets(cls, ids: np.ndarray, first: int) -> "QueryText":
+        """Return a query whose loss begins at token ``first``, 1 for a text without a prompt.
+
+        The n-grams that end in a completion count; without a prompt, all do.
+        """
+        return cls(ids, first if first > 1 else 0)
 
 
 class QueryNgrams:

@@ -109,11 +109,13 @@ def make_token_files(
     files, (rank, n_ranks) = TokenFiles(store), share
     missing = files.missing()
     if missing:
-        note(f"reading the tokens of {len(missing):,} of {len(files.units):,} units")
+        if rank == 0:
+            note(f"reading the tokens of {len(missing):,} of {len(files.units):,} units")
         writer = TokenWriter(store, files, inputs)
         # Each rank begins at its own place and takes what no other has finished, up to the end.
         start = len(missing) * rank // n_ranks
-        for unit in shown(missing[start:] + missing[:start], len(missing), "tokens", "units"):
+        units = missing[start:] + missing[:start]
+        for unit in shown(units, len(units), "tokens", "units") if rank == 0 else units:
             if not files.path(unit).is_file():
                 writer.write(unit)
     return files

@@ -10,10 +10,11 @@ from helpers.outputs import EMPTY, N_SAMPLES, N_UNITS, ONE_TOKEN, ROWS_PER_UNIT,
 from helpers.text import job_tokens, ngrams
 
 from gradproj import ProjectionStore
+from gradproj.__main__ import main
 from gradproj.errors import StoreError
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.text import frequencies, token_files
 from gradproj.text import index as index_module
-from gradproj.text import token_files
 from gradproj.text.frequencies import FrequencySketch, n_counters, weight_of
 from gradproj.text.index import make_text_index, open_text_index
 from gradproj.text.ngrams import Documents, distinct_hashes, ngram_hashes, thread_pool
@@ -42,6 +43,17 @@ def test_token_files_hold_the_tokens_of_every_row(index, job):
     assert index.facts.n_tokens == sum(map(len, wanted.values()))
 
 
+def test_command_makes_the_index_once_and_describes_it(output, capsys):
+    for notes in (1, 0):
+        assert main(["text", str(output)]) == 0
+        printed = capsys.readouterr()
+        lines = [line.split()[0] for line in printed.out.splitlines()]
+        assert lines == ["folder", "documents", "frequencies"]
+        assert "68 documents with" in printed.out
+        assert "(median), 99 % as at most 0 documents" in printed.out
+        assert printed.err.count("reading the tokens of 5 of 5 units") == notes
+
+
 def test_sketch_counts_the_documents_of_each_ngram(index, job):
     documents = [ngrams(tokens) for tokens in job_tokens(job).values()]
     for document in documents[:5]:
@@ -57,7 +69,8 @@ def random_documents(n=300, length=40, vocabulary=300):
 
 
 @pytest.mark.parametrize("n_counters", [2**17, 2**12])
-def test_sketch_never_counts_too_few_and_has_the_stated_error(n_counters):
+def test_sketch_never_counts_too_few_and_has_the_stated_error(n_counters, monkeypatch):
+    monkeypatch.setattr(frequencies, "_TOKENS_AT_ONCE", 900)
     documents = Documents.of(random_documents())
     hashes = distinct_hashes(documents.tokens, documents.ends)
     distinct, exact = np.unique(hashes, return_counts=True)
@@ -87,7 +100,7 @@ def test_distinct_ngrams_have_distinct_hashes():
 
 
 def test_size_of_a_sketch_follows_the_corpus_up_to_the_limit():
-    assert n_counters(0, 2**31) == 2**12
+    assert n_counters(0, 2**31) == 2**16
     assert 8 * 10**6 <= n_counters(10**6, 2**31) < 16 * 10**6
     assert 4 * n_counters(10**11, 2**31) == 2**31
     wanted = [np.log(10) ** 3, np.log(10) ** 3, np.log(2) ** 3]
