@@ -11,12 +11,10 @@ from gradproj.model.config import MODEL_DTYPES
 
 DEFAULT_METHODS = (
     "random,loss,grad_norm,hidden,bm25,ngram,text,"
-    "dot@16,cosine@16,relatif@16,kfac@16:0.003,kfac@16:0.01,kfac@16:0.03,kfac@16:0.1,kfac@16:1,"
-    "preconditioned@16:0.01,preconditioned@16:0.1,preconditioned@16:1,"
-    "dot@32,relatif@32,kfac@32:0.01,kfac@32:0.03,kfac@32:0.1,preconditioned@32:0.1,preconditioned@32:1,"
-    "dot@64,relatif@64,kfac@64:0.01,kfac@64:0.03,kfac@64:0.1,preconditioned@64:0.1,preconditioned@64:1,"
-    "dot@full,cosine@full,relatif@full,kfac@full:0.01,kfac@full:0.03,kfac@full:0.1,"
-    "kronfluence_kfac,kronfluence_ekfac"
+    "kfac@16,dot@16,relatif@16,preconditioned@16,kfac@64,"
+    "kfac@16/signs,kfac@32/signs,kfac@64/signs,kfac@64/signs/mean,relatif@64/signs,dot@64/signs,"
+    "kfac@64/int2,kfac@64/dense,kfac@64/signs+text,kfac@16+text,kfac@64/signs/rescored50,"
+    "exact_kfac,exact_ekfac,kronfluence_kfac,kronfluence_ekfac"
 )
 MIN_SUBSETS = 3
 
@@ -186,7 +184,7 @@ class LdsConfig(Flags, title="experiment"):
     )
     reference: str = flag(
         "Method with which the others are compared.",
-        "kfac@16:0.03",
+        "kfac@64/signs",
         metavar="NAME",
         group="methods",
     )
@@ -212,7 +210,7 @@ class LdsConfig(Flags, title="experiment"):
     )
     leave_out_methods: str = flag(
         "Methods whose top documents are removed.",
-        "kfac@16:0.03,kfac@64:0.03,dot@16,bm25",
+        "kfac@64/signs,kfac@16,text,bm25",
         comma_separated=True,
         metavar="NAME",
         group="leave-out",

@@ -10,7 +10,7 @@ from gradproj.analysis import SCORES, Preconditioner, score
 from gradproj.curvature.fit import CurvatureConfig, fit_curvature
 from gradproj.curvature.rescore import exact_scores
 from gradproj.engine.batching import Window
-from gradproj.errors import StoreError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
 from gradproj.evaluation.method_names import FULL, GradientMethod, RowKind
@@ -106,7 +106,7 @@ class GradientStores:
             "shards": self._experiment.document_tars, "output_dir": output, "model": self._model,
             "device": config.device, "max_length": config.max_length, "threads": 1,
             "encoding": rows.encoding, "basis": rows.basis, "loss_reduction": rows.loss_reduction,
-            **_size(rows, config.n_embd), **self._init,
+            **_size(rows, config), **self._init,
         }  # fmt: skip
         arguments = [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
         command = [sys.executable, "-m", "gradproj.run", *arguments]
@@ -115,12 +115,14 @@ class GradientStores:
             raise StoreError(f"the job for {output} failed:\n{done.stderr.strip()[-2000:]}")
 
 
-def _size(rows: RowKind, n_embd: int) -> dict[str, object]:
+def _size(rows: RowKind, config: LdsConfig) -> dict[str, object]:
     if rows.k != FULL:
         return {"proj_rank_total": int(rows.k) ** 2, "proj_rank_min": int(rows.k)}
+    if config.model:
+        raise ConfigError("--methods: K = full is for lds's own GPT-2; take exact_kfac")
     # As wide as a GPT-2 block's widest matrix: square orthonormal projections lose nothing.
     precise = {"proj_dtype": "float32"} if rows.encoding == "dense" else {}
-    return {"proj_rank_total": 4 * n_embd**2, "proj_kind": "orthonormal", **precise}
+    return {"proj_rank_total": 4 * config.n_embd**2, "proj_kind": "orthonormal", **precise}
 
 
 def _is_finished(output: Path) -> bool:

@@ -50,10 +50,10 @@ def kronfluence_scores(
     return scores
 
 
-def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
+def linear_in_place_of_conv1d(model: Any) -> list[str]:
     """Replace each ``Conv1D``, which kronfluence does not know, by an equal ``nn.Linear``.
 
-    Returns the names of the replaced layers.
+    Returns the names of the model's linear layers without its head.
     """
     names = [name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"]
     for name in names:
@@ -63,7 +63,9 @@ def linear_in_place_of_conv1d(model: nn.Module) -> list[str]:
         linear.weight.data = conv.weight.data.T.contiguous()
         linear.bias.data = conv.bias.data.clone()
         setattr(model.get_submodule(parent), attribute, linear)
-    return names
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    return [name for name, m in modules if isinstance(m, nn.Linear) and m is not head]
 
 
 def _task(layers: list[str]) -> Any:

@@ -18,7 +18,7 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.lds import evaluate
 from gradproj.evaluation.results import Results
 
-WHOLE = {"subsets": 40, "seeds": 2, "epochs": 5, "model_dtype": "bfloat16", "device": "cpu"}
+WHOLE = {"subsets": 40, "seeds": 2, "model_dtype": "bfloat16", "device": "cpu"}
 QUICK = WHOLE | {
     "n_documents": 256,
     "n_queries": 32,
@@ -27,7 +27,7 @@ QUICK = WHOLE | {
     "subsets": 12,
     "seeds": 2,
     "leave_out": 0,
-    "methods": "random,bm25,ngram,dot@16,cosine@16,kfac@16:0.03,preconditioned@16:0.1,kfac@32:0.03",
+    "methods": "random,bm25,text,dot@16,kfac@16,kfac@16/signs,kfac@64/signs,kfac@64/signs+text",
 }
 
 
