@@ -17,7 +17,7 @@ from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.training import TrainConfig, train
 
-ARCHIVES = sorted((Path(__file__).parent / "data").glob("format-*.tar.xz"))
+ARCHIVES = sorted((Path(__file__).parent / "data").glob("format-1.tar.xz"))
 DTYPES = ("float16", "bfloat16", "float32")
 JOB = {
     "shards": "tars",
