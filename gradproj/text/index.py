@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, file_sum, write_and_replace
+from gradproj.files import explain_os_errors, file_sum, load_array, write_and_replace
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
@@ -130,14 +130,15 @@ def _make_sketch(files: TokenFiles, max_bytes: int) -> None:
     facts = TextFacts(n_documents, n_tokens, file_sum(path))
     with explain_os_errors(files.folder):
         write_and_replace(files.folder / FACTS_NAME, [json.dumps(asdict(facts)).encode()])
-    for unfinished in files.folder.glob("counted-*.npy"):
-        unfinished.unlink(missing_ok=True)
+    for pattern in ("counted-*.npy", ".counted-*.tmp", f".{SKETCH_NAME}.*.tmp"):
+        for unfinished in files.folder.glob(pattern):
+            unfinished.unlink(missing_ok=True)
 
 
 def _saved_table(files: TokenFiles, n_counters: int) -> tuple[np.ndarray, int]:
     """Return the table of the most units that a killed call saved, and their number; else zeros."""
     for path in sorted(files.folder.glob("counted-*.npy"), reverse=True):
-        table = np.load(path, allow_pickle=False)
+        table = load_array(path)
         if len(table) == n_counters:
             return table, int(path.stem.removeprefix("counted-"))
     return np.zeros(n_counters, np.uint32), 0

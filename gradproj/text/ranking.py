@@ -14,6 +14,7 @@ from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import Scan
 from gradproj.analysis.score_blocks import on_host, score_blocks
 from gradproj.analysis.score_types import SCORES
+from gradproj.files import explain_os_errors
 from gradproj.text.scores import QueryText, TextScan, rank_blocks
 from gradproj.text.z_scores import sums_of_z_scores
 
@@ -74,14 +75,13 @@ class HybridRanker:
         ranker = self.gradients
         scan = Scan.of(ranker.store, ranker.damped_by(damping))
         folder = self.text.index.files.folder
-        place = folder if os.access(folder, os.W_OK) else None
+        place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
         def blocks(part: slice) -> Iterator[tuple[int, np.ndarray]]:
             scores = on_host(score_blocks(scan, scan.prepare_queries(rows[part])), scan.device)
-            with tempfile.TemporaryFile(dir=place) as file:
-                yield from sums_of_z_scores(
-                    scores, self.text.blocks(queries[part]), scan.world, file
-                )
+            others = self.text.blocks(queries[part])
+            with explain_os_errors(place), tempfile.TemporaryFile(dir=place) as file:
+                yield from sums_of_z_scores(scores, others, scan.world, file)
 
         parts = list(query_parts(rows))
         ends = _rank_parts(blocks, parts, self.text, ranker.n_top, ranker.n_bottom, path)

@@ -67,15 +67,7 @@ class TokenFiles:
         Raises:
             StoreError: the file is missing or damaged.
         """
-        path = self.path(unit)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                tokens, lengths = file["tokens"], file["lengths"]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise StoreError(
-                f"{path} cannot be read ({error}). Delete it, and `python -m gradproj text "
-                f"{self.output}` reads its documents again"
-            ) from error
+        tokens, lengths = self._load(unit, "tokens", "lengths")
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return Documents(tokens.astype(np.uint32), ends)
 
@@ -93,10 +85,21 @@ class TokenFiles:
         """Return the numbers of documents with tokens and of tokens in all files."""
         n_documents = n_tokens = 0
         for unit in self.units.tolist():
-            with np.load(self.path(unit), allow_pickle=False) as file:
-                n_documents += int(np.count_nonzero(file["lengths"]))
-                n_tokens += int(file["lengths"].sum(dtype=np.int64))
+            (lengths,) = self._load(unit, "lengths")
+            n_documents += int(np.count_nonzero(lengths))
+            n_tokens += int(lengths.sum(dtype=np.int64))
         return n_documents, n_tokens
+
+    def _load(self, unit: int, *names: str) -> list[np.ndarray]:
+        path = self.path(unit)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return [file[name] for name in names]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}). Delete it, and `python -m gradproj text "
+                f"{self.output}` reads its documents again"
+            ) from error
 
 
 def make_token_files(

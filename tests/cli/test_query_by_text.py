@@ -1,5 +1,7 @@
 """The query command ranks by text, adds it to a gradient score, and shows it as a column."""
 
+import errno
+import os
 import re
 
 import numpy as np
@@ -142,3 +144,22 @@ def test_documents_of_another_store_are_queries_by_text(indexed, job, output, as
 )
 def test_flags_that_mean_nothing_by_text_are_refused(indexed, ask, words, message):
     assert message in ask.mistake(indexed, "--text", TEXT, *words)
+
+
+def test_full_disk_is_an_error_that_names_the_folder(indexed, ask, monkeypatch):
+    class FullDisk:
+        def __init__(self, dir):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
+    message = ask.mistake(indexed, "--text", TEXT, "--score", "cosine+text")
+    assert re.search(r"cannot write .*/text/\w+: No space left on device\. Free space", message)
