@@ -1,10 +1,12 @@
 """Computes ``(Q, N)`` scores of a method by its name, cached in files."""
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from gradproj.distributed import World
 from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
 from gradproj.evaluation.config import LdsConfig
@@ -15,6 +17,7 @@ from gradproj.evaluation.leave_out import file_name
 from gradproj.evaluation.method_names import FORM, GradientMethod, RowKind
 from gradproj.files import load_array, save_array
 from gradproj.flags import split_list
+from gradproj.text.z_scores import sums_of_z_scores
 
 EXACT = {"exact_kfac": "kfac", "exact_ekfac": "ekfac"}
 """Method -> curvature of whole gradients (``gradproj.curvature``)."""
@@ -32,6 +35,8 @@ def names_of(listed: str, flag: str) -> list[str]:
     if not names:
         raise ConfigError(f"{flag} is empty; name at least one method")
     for name in names:
+        if name.count(JOINED) > 1:
+            raise ConfigError(f"{flag}: {name} adds more than two methods")
         for part in name.split(JOINED):
             if part not in OTHERS and GradientMethod.of(part) is None:
                 raise ConfigError(
@@ -80,7 +85,7 @@ class Methods:
 
     def _compute(self, name: str) -> np.ndarray:
         if JOINED in name:
-            return sum_of_z_scores([self.scores(part) for part in name.split(JOINED)])
+            return sum_of_z_scores(*(self.scores(part) for part in name.split(JOINED)))
         config, experiment = self._config, self._experiment
         documents, queries = experiment.documents, experiment.queries
         shape, small = (len(queries), len(documents)), RowKind("16")
@@ -124,14 +129,7 @@ def rescored(scores: np.ndarray, exact: np.ndarray, n: int) -> np.ndarray:
     return result
 
 
-def sum_of_z_scores(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Add scores ``(Q, N)`` that have mean 0 and standard deviation 1 over a query's documents.
-
-    Equal scores for all documents of a query are zeros.
-    """
-    total = np.zeros(parts[0].shape)
-    for scores in parts:
-        centred = scores - scores.mean(axis=1, keepdims=True, dtype=np.float64)
-        spread = centred.std(axis=1, keepdims=True)
-        total += centred / np.where(spread > 0, spread, 1)
-    return total
+def sum_of_z_scores(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the score ``A+B`` of ``gradproj query`` of two ``(Q, N)`` scores."""
+    blocks = sums_of_z_scores(iter([(0, one)]), iter([(0, other)]), World(), io.BytesIO())
+    return next(blocks)[1]

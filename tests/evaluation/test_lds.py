@@ -480,6 +480,7 @@ def test_invalid_settings_are_rejected(given, message):
         ("kfac@16/sign", r"kfac@16/sign: write SCORE@K.*ENCODING is one of signs, int2"),
         ("kfac@16/signs/eigen/total", "write SCORE@K"),
         ("kfac@16+trak", "unknown method 'trak'"),
+        ("dot@16+ngram+text", "adds more than two methods"),
         ("kfac@0", "K must be at least 1"),
         ("kfac@16:1.2.3", "'1.2.3' is not a number"),
     ],
