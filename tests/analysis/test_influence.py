@@ -178,7 +178,7 @@ def narrow_store(folder, k):
         folder / f"k{k}",
         N_DOCUMENTS,
         ((k, k),) * len(engine.targets),
-        StoreConfig(proj_dtype="float32"),
+        StoreConfig(encoding="dense", proj_dtype="float32"),
     )
     output.stored = output.rows = torch.stack(rows).numpy()
     output.row_scale = np.ones(N_DOCUMENTS, np.float32)

@@ -72,7 +72,9 @@ def large(tmp_path_factory):
     output = tmp_path_factory.mktemp("large")
     path = output / "projections.zarr"
     layers = make_layers([(SIDE, SIDE)] * N_LAYERS)
-    layout = plan_layout(N_ROWS, [SIDE**2] * N_LAYERS, 8, StoreConfig(rows_per_shard=4096))
+    layout = plan_layout(
+        N_ROWS, [SIDE**2] * N_LAYERS, 8, StoreConfig(encoding="dense", rows_per_shard=4096)
+    )
     create_store(
         path,
         layout,

@@ -16,8 +16,8 @@ LAYOUTS = {
     "one chunk per layer": {},
     "one chunk per row": {"widths": ((3, 5), (1, 7), (4, 1)), "n_samples": 50},
     "several chunks per layer": {"widths": ((8, 8), (16, 8), (8, 24)), "n_samples": 50},
-    "bfloat16": {"config": StoreConfig(proj_dtype="bfloat16", rows_per_shard=16)},
-    "compressed": {"config": StoreConfig(compressor="blosc", rows_per_shard=16)},
+    "bfloat16": {"config": StoreConfig(encoding="dense", proj_dtype="bfloat16", rows_per_shard=16)},
+    "compressed": {"config": StoreConfig(encoding="dense", compressor="blosc", rows_per_shard=16)},
     "many chunks per shard": {
         "n_samples": 150,
         "layout": StoreLayout(150, 12, 64, 32, 6, "float16", "none", 8, 128),

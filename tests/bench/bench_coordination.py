@@ -268,7 +268,9 @@ def make_output(folder: Path, n_units: int) -> StoreLayout:
     """An output as rank 0 makes it."""
     for name in FOLDERS:
         (folder / name).mkdir()
-    layout = plan_layout(n_units * ROWS, [WIDTH] * LAYERS, 12, StoreConfig(rows_per_shard=ROWS))
+    layout = plan_layout(
+        n_units * ROWS, [WIDTH] * LAYERS, 12, StoreConfig(encoding="dense", rows_per_shard=ROWS)
+    )
     layers = [
         asdict(LayerSlice(f"h.{i}", "Linear", 16, 16, 16, 16, i * WIDTH, (i + 1) * WIDTH))
         for i in range(LAYERS)

@@ -125,7 +125,7 @@ def write_store(output: Path, gigabytes: float) -> int:
     generator = np.random.default_rng(0)
     dim = N_LAYERS * WIDTH
     n_rows = max(64, round(gigabytes * 1e9 / dim / 2))
-    layout = plan_layout(n_rows, [WIDTH] * N_LAYERS, 8, StoreConfig())
+    layout = plan_layout(n_rows, [WIDTH] * N_LAYERS, 8, StoreConfig(encoding="dense"))
     layers = [
         asdict(LayerSlice(f"h.{n}", "Linear", 16, 16, 16, 16, n * WIDTH, (n + 1) * WIDTH))
         for n in range(N_LAYERS)

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def make_output(output: Path, n_units: int) -> StoreLayout:
-    config = StoreConfig(rows_per_shard=ROWS_PER_UNIT)
+    config = StoreConfig(encoding="dense", rows_per_shard=ROWS_PER_UNIT)
     layout = plan_layout(n_units * ROWS_PER_UNIT, [WIDTH] * 48, 8, config)
     layers = [
         LayerSlice(f"h.{i}", "Linear", 16, 16, 16, 16, i * WIDTH, (i + 1) * WIDTH)

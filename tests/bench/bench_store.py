@@ -124,7 +124,7 @@ class Sides:
     def __init__(self, folder: Path, proj_dtype: str, n_rows: int) -> None:
         n_layers = 48
         self.folder, self.proj_dtype = folder, proj_dtype
-        config = StoreConfig(proj_dtype=proj_dtype, rows_per_shard=n_rows // 2)
+        config = StoreConfig(encoding="dense", proj_dtype=proj_dtype, rows_per_shard=n_rows // 2)
         self.layout = plan_layout(n_rows, [WIDTH] * n_layers, 16, config)
         rows = np.random.default_rng(0).standard_normal((n_rows, self.layout.dim), np.float32)
         encoded = RowEncoder(self.layout, ()).encode(torch.from_numpy(rows))

@@ -144,7 +144,10 @@ def test_table_shows_domains_counts_score_and_sign(made, tmp_path, capsys):
 def many_domains(path, names, n_samples=260):
     """Make a store with rows of every named domain but the last."""
     output = Output(
-        path, n_samples, ((2, 3), (3, 3)), StoreConfig(rows_per_shard=130, proj_dtype="float32")
+        path,
+        n_samples,
+        ((2, 3), (3, 3)),
+        StoreConfig(encoding="dense", rows_per_shard=130, proj_dtype="float32"),
     )
     generator = np.random.default_rng(3)
     domain = np.arange(n_samples) % (len(names) - 1)

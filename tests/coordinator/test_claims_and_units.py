@@ -195,7 +195,7 @@ def test_owner_name_is_a_valid_file_name(tmp_path):
 
 # --- units ---
 
-LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(rows_per_shard=16))
+LAYOUT = plan_layout(40, [8, 8], 12, StoreConfig(encoding="dense", rows_per_shard=16))
 
 
 def queue(tmp_path, owner, wanted=(0, 1, 2), **options):

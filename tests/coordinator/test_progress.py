@@ -17,7 +17,7 @@ from gradproj.store.layout import StoreConfig, plan_layout
 from gradproj.store.unit_record import record_name
 
 LAYOUT = plan_layout(
-    100, [8], 12, StoreConfig(rows_per_shard=16)
+    100, [8], 12, StoreConfig(encoding="dense", rows_per_shard=16)
 )  # 7 units, the last one of 4 rows
 
 

@@ -33,7 +33,12 @@ def make_store(
     """
     if settings.get("encoding", "dense") == "dense":
         settings["proj_dtype"] = proj_dtype
-    output = Output(path, N_SAMPLES, WIDTHS, StoreConfig(rows_per_shard=16, **settings))
+    output = Output(
+        path,
+        N_SAMPLES,
+        WIDTHS,
+        StoreConfig(**{"encoding": "dense", "rows_per_shard": 16, **settings}),
+    )
     generator = np.random.default_rng(7)
     scale = sizes ** generator.uniform(-1, 1, (N_SAMPLES, 1))
     # Layers of different scales and correlated values, so that a preconditioner changes scores.

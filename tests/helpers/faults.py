@@ -44,7 +44,9 @@ def make_store(
     output: Path, n_samples: int = 40, rows_per_shard: int = 16, identity: str = IDENTITY
 ):
     """Create an output with an empty store, as a start leaves it. Returns the layout."""
-    layout = plan_layout(n_samples, [6, 6], 12, StoreConfig(rows_per_shard=rows_per_shard))
+    layout = plan_layout(
+        n_samples, [6, 6], 12, StoreConfig(encoding="dense", rows_per_shard=rows_per_shard)
+    )
     for folder in FOLDERS:
         (output / folder).mkdir(parents=True, exist_ok=True)
     matrices = {

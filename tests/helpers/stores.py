@@ -80,7 +80,7 @@ class Output:
         path.mkdir(parents=True, exist_ok=True)
         (path / "units").mkdir()
         self.layers = make_layers(list(widths))
-        config = config or StoreConfig(rows_per_shard=16)
+        config = config or StoreConfig(encoding="dense", rows_per_shard=16)
         self.layout = layout or plan_layout(
             n_samples, [k_o * k_i for k_o, k_i in widths], 8, config
         )
@@ -222,15 +222,26 @@ MANY_CHUNKS = {
 
 READER_CASES: dict[str, Callable[[Path], Output]] = {
     "float16": filled,
-    "bfloat16": partial(filled, config=StoreConfig(proj_dtype="bfloat16", rows_per_shard=16)),
-    "float32": partial(filled, config=StoreConfig(proj_dtype="float32", rows_per_shard=16)),
-    "blosc": partial(filled, config=StoreConfig(compressor="blosc", rows_per_shard=16)),
+    "bfloat16": partial(
+        filled, config=StoreConfig(encoding="dense", proj_dtype="bfloat16", rows_per_shard=16)
+    ),
+    "float32": partial(
+        filled, config=StoreConfig(encoding="dense", proj_dtype="float32", rows_per_shard=16)
+    ),
+    "blosc": partial(
+        filled, config=StoreConfig(encoding="dense", compressor="blosc", rows_per_shard=16)
+    ),
     "zstd bfloat16": partial(
-        filled, config=StoreConfig(compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16)
+        filled,
+        config=StoreConfig(
+            encoding="dense", compressor="zstd", proj_dtype="bfloat16", rows_per_shard=16
+        ),
     ),
     "whole rows in a chunk": partial(filled, widths=((3, 5), (1, 7), (4, 1)), n_samples=50),
     "several chunks a layer": partial(filled, widths=((8, 8), (16, 8), (8, 24)), n_samples=50),
-    "one row a shard": partial(filled, config=StoreConfig(rows_per_shard=1), n_samples=9),
+    "one row a shard": partial(
+        filled, config=StoreConfig(encoding="dense", rows_per_shard=1), n_samples=9
+    ),
     "one sample": partial(filled, n_samples=1),
     "many chunks a shard": partial(filled, **MANY_CHUNKS),
     "written by zarr-python": partial(written_by_zarr, **MANY_CHUNKS),

@@ -166,7 +166,8 @@ def test_rows_are_float32_for_every_storage_type(proj_dtype, tmp_path):
     from gradproj.store.layout import StoreConfig
 
     output = Output(
-        tmp_path / "out", config=StoreConfig(rows_per_shard=16, proj_dtype=proj_dtype)
+        tmp_path / "out",
+        config=StoreConfig(encoding="dense", rows_per_shard=16, proj_dtype=proj_dtype),
     ).fill()
     with ProjectionStore(output.path) as store:
         export_to(tmp_path / "to", store)

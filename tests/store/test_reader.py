@@ -174,7 +174,9 @@ def test_layers_attributes_and_layout_are_read_back(tmp_path):
 
 
 def test_few_files_stay_mapped_and_close_unmaps_them(tmp_path):
-    output = Output(tmp_path, n_samples=200, config=StoreConfig(rows_per_shard=1)).fill()
+    output = Output(
+        tmp_path, n_samples=200, config=StoreConfig(encoding="dense", rows_per_shard=1)
+    ).fill()
     store = ProjectionStore(tmp_path)
     for _ in range(2):
         np.testing.assert_array_equal(store.rows(range(200)), output.decoded())
@@ -193,7 +195,9 @@ def test_pickled_store_is_its_path(tmp_path):
 
 
 def test_threads_share_a_store(tmp_path):
-    output = Output(tmp_path, n_samples=200, config=StoreConfig(rows_per_shard=1)).fill()
+    output = Output(
+        tmp_path, n_samples=200, config=StoreConfig(encoding="dense", rows_per_shard=1)
+    ).fill()
     store = ProjectionStore(tmp_path)
     orders = [np.random.default_rng(seed).permutation(200) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
@@ -219,7 +223,10 @@ def test_few_zarr_threads_are_a_setting_of_the_context_only():
 
 def test_scan_needs_memory_for_its_blocks_only(tmp_path):
     output = Output(
-        tmp_path, n_samples=4_096, widths=((16, 16),), config=StoreConfig(rows_per_shard=512)
+        tmp_path,
+        n_samples=4_096,
+        widths=((16, 16),),
+        config=StoreConfig(encoding="dense", rows_per_shard=512),
     ).fill()
     store = ProjectionStore(tmp_path)
     tracemalloc.start()

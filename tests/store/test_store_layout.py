@@ -96,7 +96,9 @@ def test_packed_layers_follow_the_header_and_each_other_in_whole_chunks(seed):
 
 @pytest.mark.parametrize("rows_per_shard", [1, 2, 500, 512, 513, 1_000, 1_009, 4_096, 3_000_000])
 def test_shard_is_whole_chunks_and_column_chunk_is_whole_shards(rows_per_shard):
-    layout = plan_layout(5_000, [256] * 3, 9, StoreConfig(rows_per_shard=rows_per_shard))
+    layout = plan_layout(
+        5_000, [256] * 3, 9, StoreConfig(encoding="dense", rows_per_shard=rows_per_shard)
+    )
     assert layout.rows_per_shard == rows_per_shard
     assert rows_per_shard % layout.chunk_rows == 0
     assert layout.chunk_rows == rows_per_shard or 64 <= layout.chunk_rows <= 512
@@ -105,7 +107,7 @@ def test_shard_is_whole_chunks_and_column_chunk_is_whole_shards(rows_per_shard):
 
 
 def test_columns_of_a_large_store_have_chunks_of_a_million_rows():
-    layout = plan_layout(210_000_000, [256] * 48, 20, StoreConfig())
+    layout = plan_layout(210_000_000, [256] * 48, 20, StoreConfig(encoding="dense"))
     assert layout.rows_per_shard == 4096
     assert layout.column_rows == 2**20
     assert layout.column_block_range(layout.n_column_blocks - 1)[1] == 210_000_000
@@ -114,7 +116,7 @@ def test_columns_of_a_large_store_have_chunks_of_a_million_rows():
 
 @pytest.mark.parametrize("n_samples", [1, 16, 17, 100])
 def test_units_cover_every_sample_once(n_samples):
-    layout = plan_layout(n_samples, [4], 1, StoreConfig(rows_per_shard=16))
+    layout = plan_layout(n_samples, [4], 1, StoreConfig(encoding="dense", rows_per_shard=16))
     ids = [i for unit in range(layout.n_units) for i in range(*layout.unit_range(unit))]
     assert ids == list(range(n_samples))
     with pytest.raises(IndexError):
@@ -124,7 +126,7 @@ def test_units_cover_every_sample_once(n_samples):
 
 
 def test_all_shards_lie_in_one_folder():
-    layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
+    layout = plan_layout(100, [4], 1, StoreConfig(encoding="dense", rows_per_shard=16))
     assert layout.shard_name(3) == "projections.zarr/projections/c.3.0"
 
 
@@ -168,7 +170,7 @@ def test_invalid_setting_names_its_flag_and_choices(wrong, message):
 
 def test_store_without_samples_or_layers_is_refused():
     with pytest.raises(StoreError, match="no sample to store"):
-        plan_layout(0, [4], 1, StoreConfig())
+        plan_layout(0, [4], 1, StoreConfig(encoding="dense"))
     with pytest.raises(StoreError, match="nothing to store in a row"):
-        plan_layout(3, [], 1, StoreConfig())
-    assert plan_layout(3, [4], 0, StoreConfig()).key_bytes == 1
+        plan_layout(3, [], 1, StoreConfig(encoding="dense"))
+    assert plan_layout(3, [4], 0, StoreConfig(encoding="dense")).key_bytes == 1

@@ -147,7 +147,9 @@ def test_damaged_shard_is_named(tmp_path, damage):
 
 
 def test_damaged_shard_of_a_compressed_store_is_an_error(tmp_path):
-    output = Output(tmp_path, config=StoreConfig(compressor="zstd", rows_per_shard=16)).fill()
+    output = Output(
+        tmp_path, config=StoreConfig(encoding="dense", compressor="zstd", rows_per_shard=16)
+    ).fill()
     path = tmp_path / output.layout.shard_name(1)
     data = bytearray(path.read_bytes())
     data[-10] ^= 1

@@ -60,7 +60,10 @@ def as_float(stored: np.ndarray, proj_dtype: str) -> np.ndarray:
 def test_zarr_and_tensorstore_read_the_written_rows(tmp_path, proj_dtype, compressor, shape):
     n_samples, widths, rows_per_shard = SHAPES[shape]
     config = StoreConfig(
-        proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=rows_per_shard
+        encoding="dense",
+        proj_dtype=proj_dtype,
+        compressor=compressor,
+        rows_per_shard=rows_per_shard,
     )
     output = Output(tmp_path, n_samples, widths, config).fill()
     want = as_float(output.stored, proj_dtype)
@@ -109,7 +112,9 @@ def test_zarr_and_tensorstore_read_the_written_columns(tmp_path, name):
 
 @pytest.mark.parametrize("proj_dtype", DTYPES)
 def test_unwritten_rows_read_as_nan(tmp_path, proj_dtype):
-    output = Output(tmp_path, config=StoreConfig(proj_dtype=proj_dtype, rows_per_shard=16))
+    output = Output(
+        tmp_path, config=StoreConfig(encoding="dense", proj_dtype=proj_dtype, rows_per_shard=16)
+    )
     output.commit(2)
     want = np.full(output.rows.shape, np.nan, np.float32)
     want[32:48] = as_float(output.stored[32:48], proj_dtype)
@@ -139,7 +144,9 @@ def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(tmp_path):
     )
     want = half.rows[5:9]
     np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), want, rtol=2**-11)
-    brain = Output(tmp_path / "brain", config=StoreConfig(proj_dtype="bfloat16")).fill()
+    brain = Output(
+        tmp_path / "brain", config=StoreConfig(encoding="dense", proj_dtype="bfloat16")
+    ).fill()
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{brain.store_path}/projections"},
@@ -150,7 +157,9 @@ def test_zarr_alone_reads_float16_and_tensorstore_reads_bfloat16(tmp_path):
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_short_shard_leaves_out_empty_chunks(compressor):
-    layout = plan_layout(2_000, [4, 4], 1, StoreConfig(rows_per_shard=1_024, compressor=compressor))
+    layout = plan_layout(
+        2_000, [4, 4], 1, StoreConfig(encoding="dense", rows_per_shard=1_024, compressor=compressor)
+    )
     stored, _ = encode_rows(make_rows(100, 8), "float16")
     data = b"".join(map(bytes, shard_chunks(stored, layout)))
     index = np.frombuffer(data[-4 - 2 * 2 * 16 : -4], "<u8").reshape(2, 2, 2)
@@ -164,7 +173,9 @@ def test_short_shard_leaves_out_empty_chunks(compressor):
 def test_rows_beyond_a_short_shard_read_as_nan(tmp_path, proj_dtype, compressor):
     output = Output(
         tmp_path,
-        config=StoreConfig(proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16),
+        config=StoreConfig(
+            encoding="dense", proj_dtype=proj_dtype, compressor=compressor, rows_per_shard=16
+        ),
     )
     chunks = shard_chunks(output.stored[:10], output.layout)
     (tmp_path / output.layout.shard_name(0)).write_bytes(b"".join(map(bytes, chunks)))
@@ -174,7 +185,7 @@ def test_rows_beyond_a_short_shard_read_as_nan(tmp_path, proj_dtype, compressor)
 
 
 def test_shard_of_wrong_shape_or_type_is_refused():
-    layout = plan_layout(100, [4], 1, StoreConfig(rows_per_shard=16))
+    layout = plan_layout(100, [4], 1, StoreConfig(encoding="dense", rows_per_shard=16))
     for wrong in (
         np.zeros((17, 4), np.float16),
         np.zeros((16, 5), np.float16),
@@ -188,7 +199,7 @@ def test_shard_of_wrong_shape_or_type_is_refused():
 
 
 def test_one_of_many_concurrent_creators_wins(tmp_path):
-    layout = plan_layout(20, [4], 1, StoreConfig())
+    layout = plan_layout(20, [4], 1, StoreConfig(encoding="dense"))
     barrier, outcomes = threading.Barrier(6), []
 
     def create():
@@ -212,7 +223,7 @@ def test_one_of_many_concurrent_creators_wins(tmp_path):
 
 
 def test_creator_that_loses_at_the_last_moment_leaves_the_winners_store(tmp_path, monkeypatch):
-    layout = plan_layout(20, [4], 1, StoreConfig())
+    layout = plan_layout(20, [4], 1, StoreConfig(encoding="dense"))
     path = tmp_path / "projections.zarr"
     monkeypatch.setattr("os.path.lexists", lambda _: False)
     create_store(path, layout, {"layers": [], "winner": 1}, np.zeros(3, np.float32))
@@ -223,7 +234,7 @@ def test_creator_that_loses_at_the_last_moment_leaves_the_winners_store(tmp_path
 
 
 def test_attributes_with_nan_are_refused_before_anything_is_made(tmp_path):
-    layout = plan_layout(20, [4], 1, StoreConfig())
+    layout = plan_layout(20, [4], 1, StoreConfig(encoding="dense"))
     with pytest.raises(ValueError, match="JSON"):
         create_store(tmp_path / "s", layout, {"loss": float("nan")}, np.zeros(0, np.float32))
     assert os.listdir(tmp_path) == []
@@ -258,7 +269,12 @@ def test_matrices_are_packed_in_layer_order_and_their_shapes_checked(tmp_path):
 
 
 def test_store_without_matrices_can_be_created(tmp_path):
-    create_store(tmp_path / "s", plan_layout(3, [4], 1, StoreConfig()), {}, np.empty(0, np.float32))
+    create_store(
+        tmp_path / "s",
+        plan_layout(3, [4], 1, StoreConfig(encoding="dense")),
+        {},
+        np.empty(0, np.float32),
+    )
     assert from_zarr(tmp_path / "s", "projection_matrices").shape == (0,)
 
 

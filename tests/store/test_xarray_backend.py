@@ -21,7 +21,10 @@ MISSING = slice(16, 32)
 
 
 CONFIGS = {
-    **{t: StoreConfig(proj_dtype=t, rows_per_shard=16) for t in ("float16", "bfloat16", "float32")},
+    **{
+        t: StoreConfig(encoding="dense", proj_dtype=t, rows_per_shard=16)
+        for t in ("float16", "bfloat16", "float32")
+    },
     **{encoding: packed(encoding) for encoding in ("signs", "int4")},
 }
 
