@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Inverse
+from gradproj.analysis.eigen_moments import fit_eigen_moments
 from gradproj.analysis.eigenbasis import (
     DiagonalInverse,
     Eigenvalues,
@@ -32,25 +33,25 @@ from gradproj.analysis.token_covariances import read_kronecker_factors
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore
 
-KINDS = ("kfac", "second_moment")
+KINDS = ("kfac", "ekfac", "second_moment")
 MAX_WIDTH = 2048
 """Widest layer whose second moment is stored whole: 32 MB, and seconds to factorize."""
 DIRECTIONS = 256
 """Directions stored of a wider one."""
 JOINT = "all layers"
-_KFAC_DAMPING = 0.03
+_KRONECKER_DAMPING = {"kfac": 0.03, "ekfac": 0.01}
 _NARROW_DAMPING, _WIDE_DAMPING, _WIDE = 0.1, 1.0, 1024
 
 
 def auto_damping(kind: str, width: int) -> float:
     """Return the damping that ``auto`` stands for, in units of the mean diagonal.
 
-    kfac: 0.03, in the middle of the range 0.01 to 0.1 that measured best. second_moment: 0.1 for
-    layers of fewer than 1,024 values (16 x 16), 1 for wider ones (32 x 32 and above), whose second
-    moment is estimated from fewer rows per direction.
+    kfac: 0.03, ekfac: 0.01, in the ranges that measured best or equal. second_moment:
+    0.1 for layers of fewer than 1,024 values (16 x 16), 1 for wider ones (32 x 32 and above), whose
+    second moment is estimated from fewer rows per direction.
     """
-    if kind == "kfac":
-        return _KFAC_DAMPING
+    if kind in _KRONECKER_DAMPING:
+        return _KRONECKER_DAMPING[kind]
     return _WIDE_DAMPING if width >= _WIDE else _NARROW_DAMPING
 
 
@@ -101,13 +102,15 @@ class Preconditioner:
 
         ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job
         summed, or from the pilot's eigenvalues for rows weighted in an eigenbasis; it reads no
-        row. ``second_moment`` is ``(M + d)^-1`` with M the mean of
+        row. ``ekfac`` is ``(L + d)^-1`` in the
+        eigenbasis of these covariances, with L the second moments of at most ``MAX_ROWS`` rows
+        there. ``second_moment`` is ``(M + d)^-1`` with M the mean of
         ``row^T row`` over the documents that have a row, in one scan. Sums and factorizations are
         float64.
 
         Args:
             store: finished or not; for kfac of a store without basis, its units must be merged.
-            kind: kfac or second_moment.
+            kind: kfac, ekfac or second_moment.
             damping: c in ``d = c mean(diagonal)`` of each matrix; for auto see ``auto_damping``.
             layers: names; None for all.
             joint: fit one second moment over all layers instead of one per layer.
@@ -128,11 +131,12 @@ class Preconditioner:
         names = chosen_layers(store, layers)
         widths = _widths(store, names, joint)
         curvatures: Mapping[str, Curvature]
-        if kind == "kfac" and has_weighted_rows(store):
-            curvatures, n_rows = read_eigenvalues(store)
-        elif kind == "kfac":
-            curvatures, n_rows = read_kronecker_factors(store)
-        else:
+        if kind != "second_moment":
+            read = read_eigenvalues if has_weighted_rows(store) else read_kronecker_factors
+            curvatures, n_rows = read(store)
+        if kind == "ekfac":
+            curvatures, n_rows = fit_eigen_moments(store, names, curvatures)
+        if kind == "second_moment":
             curvatures, n_rows = fit_second_moments(
                 store, names, widths, largest_width=largest_width, directions=directions,
                 together=together, device=torch.device(device), progress=progress,
@@ -275,7 +279,7 @@ def _check_arguments(kind: str, joint: bool, largest_width: int, directions: int
         raise ConfigError(
             f"the preconditioner's kind is {kind!r}; choose one of {', '.join(KINDS)}"
         )
-    if joint and kind == "kfac":
+    if joint and kind != "second_moment":
         raise ConfigError(
             "joint requires kind second_moment: Kronecker factors belong to one layer each"
         )

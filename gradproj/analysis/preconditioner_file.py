@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gradproj.analysis.curvature import Curvature, Dense, Kronecker, Truncated
+from gradproj.analysis.eigen_moments import EigenMoments, WeightedMoments
 from gradproj.analysis.eigenbasis import Eigenvalues
 from gradproj.analysis.tensor_file import read_tensors, write_tensors
 from gradproj.errors import StoreError, settings_mismatch
@@ -15,7 +16,7 @@ from gradproj.store import ProjectionStore
 
 _TYPES = {
     frozenset(field.name for field in fields(cls)): cls
-    for cls in (Kronecker, Dense, Truncated, Eigenvalues)
+    for cls in (Kronecker, Dense, Truncated, Eigenvalues, EigenMoments, WeightedMoments)
 }
 
 

@@ -45,6 +45,13 @@ SCORES = {
         "nats per unit of weight, up to a factor",
         curvature="kfac",
     ),
+    "ekfac": ScoreType(
+        "influence with K-FAC's directions and the curvature in each measured on rows (EK-FAC in "
+        f"the projected space): about how many {_NATS} fall per unit of the document's weight in "
+        "training, up to a factor that all documents share",
+        "nats per unit of weight, up to a factor",
+        curvature="ekfac",
+    ),
     "preconditioned": ScoreType(
         "influence with the curvature taken from the second moment of the rows: about how many "
         f"{_NATS} fall per unit of the document's weight in training, up to a factor that all "

@@ -102,7 +102,7 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         score = SCORES.get(self.gradient_score)
         if self.curvature and (score is None or not score.any_curvature):
             raise ConfigError(
-                f"--curvature {self.curvature} requires --score relatif; kfac and preconditioned "
+                f"--curvature {self.curvature} requires --score relatif; the other scores "
                 "have one curvature each"
             )
         if self.joint and self.gradient_score != "preconditioned":

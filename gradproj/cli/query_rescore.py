@@ -39,7 +39,8 @@ class RescoreArgs(Flags, title="second stage"):
     )
     rescore_by: str = flag("Curvature of the second stage.", "ekfac", choices=KINDS)
     rescore_damping: str = flag(
-        f"Damping of the second stage, as a multiple of the mean diagonal; auto is {AUTO_DAMPING}.",
+        "Damping of the second stage, as a multiple of the mean diagonal; auto: "
+        f"{', '.join(f'{value} for {kind}' for kind, value in AUTO_DAMPING.items())}.",
         "auto",
         metavar="auto|FLOAT",
     )
@@ -59,7 +60,7 @@ class RescoreArgs(Flags, title="second stage"):
     def exact_damping(self) -> float:
         """The number that ``--rescore_damping`` stands for."""
         if self.rescore_damping == "auto":
-            return AUTO_DAMPING
+            return AUTO_DAMPING[self.rescore_by]
         try:
             value = float(self.rescore_damping)
         except ValueError:

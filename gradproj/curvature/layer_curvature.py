@@ -11,8 +11,9 @@ from torch import Tensor
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.onednn import linear
 
-KINDS = ("kfac", "ekfac")
-AUTO_DAMPING = 0.03
+AUTO_DAMPING = {"kfac": 0.03, "ekfac": 0.01}
+"""Kind of curvature -> the damping that ``auto`` stands for, in units of the mean diagonal."""
+KINDS = tuple(AUTO_DAMPING)
 MAX_SIDE = 20_000
 """Wider sides, which are vocabularies, keep the diagonal of their factor only."""
 

@@ -94,7 +94,7 @@ def exact_scores(
     sample_ids: np.ndarray | None = None,
     *,
     kind: str = "ekfac",
-    damping: float = AUTO_DAMPING,
+    damping: float | None = None,
     gigabytes: float = 0.0,
 ) -> Rescored:
     """Score documents of a store, all by default, with whole gradients and its measured curvature.
@@ -104,7 +104,7 @@ def exact_scores(
         queries: windows of token ids; owners are 0 to Q - 1.
         sample_ids: of documents with a row.
         kind: kfac or ekfac.
-        damping: see ``rescore``.
+        damping: see ``rescore``; None for the kind's ``AUTO_DAMPING``.
         gigabytes: most memory of the queries' matrices; 0 = half of what is free.
 
     Raises:
@@ -120,6 +120,7 @@ def exact_scores(
             sample_ids = np.flatnonzero(store.column("status") == STATUS["ok"])
         recorded = RecordedModel(store, run, device, inputs.shards, layers)
         documents = recorded.windows(sample_ids)
+        damping = AUTO_DAMPING[kind] if damping is None else damping
         budget, texts = recorded.budget(gigabytes), (queries, documents)
         return rescore(recorded, folder, layers, *texts, kind=kind, damping=damping, budget=budget)
 

@@ -150,7 +150,7 @@ def test_unsupported_score_and_missing_domains_are_rejected(output):
     with ProjectionStore(output.path) as store:
         with pytest.raises(
             ConfigError,
-            match="domain_matrix does not support score 'relatif'; choose one of kfac, preco",
+            match="domain_matrix does not support score 'relatif'; choose one of kfac, ekf",
         ):
             domain_matrix(store, score="relatif")
         store.domains = []

@@ -1,5 +1,7 @@
 """Preconditioners equal damped inverses, survive a file, and belong to one store."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from gradproj import ProjectionStore
 from gradproj.analysis import Preconditioner, curvature
 from gradproj.analysis.preconditioner import _Part, auto_damping
 from gradproj.analysis.second_moment import DenseSum, TruncatedSum
+from gradproj.corpus.sampling import spread_order
 from gradproj.errors import ConfigError, StoreError
 from gradproj.store.writer import update_attributes
 
@@ -333,7 +336,7 @@ def test_singular_matrix_is_reported_with_its_layer(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "ekfac"}, "kind is 'ekfac'; choose one of kfac, second_moment"),
+        ({"kind": "shampoo"}, "kind is 'shampoo'; choose one of kfac, ekfac, second_moment"),
         ({"joint": True}, "joint requires kind second_moment"),
         ({"directions": 0}, "largest_width and directions must be at least 1"),
         ({"damping": float("nan")}, "damping is nan"),
@@ -350,3 +353,19 @@ def test_rows_of_another_width_are_rejected(store):
         ConfigError, match=r"rows are \(4, 5\); this preconditioner takes \(n, 23\)"
     ):
         Preconditioner.fit(store).solve(some_rows(5))
+
+
+def test_ekfac_is_measured_on_summed_losses_at_equal_steps(tmp_path, monkeypatch):
+    """A store of means has the curvature that its rows times their tokens have."""
+    monkeypatch.setattr("gradproj.analysis.eigen_moments.MAX_ROWS", 6)
+    output = make_store(tmp_path / "mean", loss_reduction="mean")
+    with ProjectionStore(output.path) as store:
+        ids = [i for i in islice(spread_order(70), 40) if ok_rows(output)[i]][:6]
+        fitted = Preconditioner.fit(store, "ekfac")
+        assert fitted.n_rows == 6
+        n_tokens = store.column("n_tokens")[ids]
+        layer, of = store.layers[0], fitted._parts[0].curvature
+    rows = output.rows[ids, layer.slice_start : layer.slice_end].astype(float) * n_tokens[:, None]
+    x = torch.from_numpy(rows).view(-1, layer.k_o, layer.k_i)
+    want = (of.u_o.T @ x @ of.u_i).square().mean(0)
+    torch.testing.assert_close(of.moments, want)

@@ -288,7 +288,7 @@ def test_readme_table_agrees_with_the_scores():
     [
         (
             {"score": "dott"},
-            "score is 'dott'; choose one of kfac, preconditioned, dot, cosine, relatif",
+            "score is 'dott'; choose one of kfac, ekfac, preconditioned, dot, cosine, relatif",
         ),
         ({"layers": ["h.9"]}, r"has no layer 'h\.9'; it has h\.0\.mlp"),
         ({"layers": []}, "layers is empty; name some of"),

@@ -286,7 +286,7 @@ def test_similar_domains_are_neighbours_and_those_without_rows_last():
     [
         (
             ["--score", "euclid"],
-            "--score is 'euclid'; choose one of kfac, preconditioned, dot, cosine, relatif",
+            "--score is 'euclid'; choose one of kfac, ekfac, preconditioned, dot, cosine, relatif",
         ),
         (["--damping", "much"], "--damping is 'much'; give auto or a number"),
         (["--damping", "-1"], "damping"),

@@ -59,7 +59,7 @@ def exact_scores(measured):
             of_rows = kfac_scores(factors, queries, gradients, 0.03)
         else:
             n_tokens = recipe["n_tokens"]
-            of_rows = ekfac_scores(factors, of_sample, n_tokens, queries, gradients, 0.03)
+            of_rows = ekfac_scores(factors, of_sample, n_tokens, queries, gradients, 0.01)
         if run.batch.loss_reduction == "mean":
             of_rows = of_rows / torch.from_numpy(query_lengths)[:, None]  # documents: summed
         all_scores = np.full((2, N_SAMPLES), np.nan)
@@ -94,7 +94,7 @@ def test_rescoring_all_documents_gives_the_exact_ranking(
 def test_only_the_best_of_the_scan_are_scored_again_and_the_table_says_so(measured, ask):
     lines, _ = ask(measured, "--text", TEXT, "--rescore", 7, "--top_k", 5, "--score", "cosine")
     text = "\n".join(lines)
-    assert "rescored by ekfac of whole gradients, damping 0.03: 7 documents of" in text
+    assert "rescored by ekfac of whole gradients, damping 0.01: 7 documents of" in text
     assert "4 layers in 1 group;" in text
     assert "of memory beside the model" in " ".join(text.split())
     head = next(n for n, line in enumerate(lines) if line.startswith("top"))

@@ -137,6 +137,16 @@ def dense_curvature(
             if eigenvalues is not None:  # rows were divided by the roots of the pilot's
                 pilot = np.kron(damped(s_l, PILOT_DAMPING), damped(a_l, PILOT_DAMPING))
                 blocks[layer.name] /= np.where(pilot, pilot, 1)
+        elif kind == "ekfac":
+            x = rows[:, layer.slice_start : layer.slice_end]
+            basis = np.kron(np.linalg.eigh(s_l)[1], np.linalg.eigh(a_l)[1])
+            weights = np.ones(len(basis))
+            if eigenvalues is not None:  # the rows are in their basis, with weights
+                pilot = np.kron(damped(s_l, PILOT_DAMPING), damped(a_l, PILOT_DAMPING))
+                basis, weights = np.eye(len(basis)), np.diagonal(pilot) ** -0.5
+            moments = ((x / weights @ basis) ** 2).mean(0)
+            middle = np.diag(moments + c * moments.mean())
+            blocks[layer.name] = weights[:, None] * (basis @ middle @ basis.T) * weights
         elif kind == "plain":
             pilot = np.kron(damped(s_l, PILOT_DAMPING), damped(a_l, PILOT_DAMPING))
             blocks[layer.name] = np.diag(1 / np.diagonal(pilot))
@@ -185,7 +195,8 @@ def dense_scores(
             / np.linalg.norm(rows, axis=1)
         )
     else:
-        kind = {"kfac": "kfac", "preconditioned": "second_moment"}.get(score, kind)
+        kinds = {"kfac": "kfac", "ekfac": "ekfac", "preconditioned": "second_moment"}
+        kind = kinds.get(score, kind)
         inverse = np.linalg.inv(dense_curvature(output, kind, c, layers))
         values = queries @ inverse @ rows.T
         if score == "relatif":
