@@ -74,14 +74,14 @@ class RescoreArgs(Flags, title="second stage"):
 
 @dataclass(frozen=True)
 class FirstStage:
-    """Where the documents of a rescored ranking stood before, and how they were rescored."""
+    """Earlier places of the documents of a rescored ranking, and how they were rescored."""
 
     scan: list[dict[int, tuple[int, float]]]
     """For each query: sample id -> its rank and score in the scan."""
     text: list[dict[int, int]] | None
     """For each query: sample id -> its rank by text. None without ``--rescore_text``."""
     note: str
-    """What the second stage computed, and took."""
+    """Documents, layers, time and memory of the second stage, in words."""
 
     def header(self) -> str:
         """Return the heads of the table's columns of the earlier stages."""
@@ -245,7 +245,7 @@ class SecondStage:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the second stage finds the model and its texts."""
+    """Inputs of the second stage: the model, and its texts."""
 
     run: RunConfig
     """The job's settings, with the model's present place."""

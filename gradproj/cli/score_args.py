@@ -32,8 +32,8 @@ class ScoreArgs(Flags, title="score"):
     )
     damping: str = flag(
         f"Damping of {', '.join(WITH_DAMPING)}, as a multiple of the mean diagonal. auto is 0.03 "
-        "for kfac, 0.01 for ekfac; for second moments, 0.1 in layers of fewer than 1,024 values and "
-        "1 in others. Only query takes a list, and compares the answers.",
+        "for kfac and 0.01 for ekfac; for second moments, 0.1 in layers of fewer than 1,024 values "
+        "and 1 in others. Only query takes a list, and compares the answers.",
         "auto",
         comma_separated=True,
         metavar="auto|FLOAT",
