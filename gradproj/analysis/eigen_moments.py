@@ -41,7 +41,7 @@ class EigenMoments:
 
 @dataclass(frozen=True)
 class WeightedMoments:
-    """The same of rows that are weighted in an eigenbasis, whose values are its coordinates."""
+    """Second moments of rows that are weighted in an eigenbasis: their values are coordinates."""
 
     moments: Tensor
     """``(k_o, k_i)`` float64, of rows without their weights."""
