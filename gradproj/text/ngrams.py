@@ -7,10 +7,11 @@ in a query only if its ends do, which is how the loops stop early. Hashes have 6
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,9 +25,6 @@ _MULTIPLIERS = (
 )
 _M0, _M1, _M2 = _MULTIPLIERS
 _ONE, _SHIFT = np.uint64(1), np.uint64(31)
-
-compiled = numba.njit(nogil=True, cache=True)
-"""Compiles a loop that threads run at the same time; the machine code is kept beside the file."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,14 @@ class Documents:
         wanted = np.linspace(first, last, n + 1)[1:-1]
         cuts = np.unique([0, *np.searchsorted(self.ends, wanted), len(self)]).tolist()
         return [self[a:b] for a, b in pairwise(cuts)]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop that threads run at the same time; cached if numba finds a folder for that."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder for its cache can be written to
+        return numba.njit(nogil=True)(function)
 
 
 def thread_pool() -> tuple[ThreadPoolExecutor, int]:
