@@ -2,6 +2,7 @@
 
 STEPS = (
     # start
+    "empty store removed",
     "folders made",
     "index published",
     "pilot batch done",

@@ -130,13 +130,13 @@ def make_output(plan: Plan, owner: Owner, device: torch.device = CPU) -> nn.Modu
     output, model = plan.output, None
     check_records_have_store(output)
     with explain_os_errors(output):
+        if (output / STORE_NAME).exists():
+            _remove_store_of_other_settings(plan, owner)
         for folder in FOLDERS:
             (output / folder).mkdir(parents=True, exist_ok=True)
         fsync_dir(output)
         fsync_dir(output.absolute().parent)
     fault_points.reach("folders made")
-    if (output / STORE_NAME).exists():
-        _remove_store_of_other_settings(plan, owner)
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
         _publish_index(plan, queue.scratch)
@@ -177,6 +177,7 @@ def _remove_store_of_other_settings(plan: Plan, owner: Owner) -> None:
             "for its end, run with its settings, or give --output_dir a new path"
         )
     (output / BATCH_FILE).unlink(missing_ok=True)
+    (output / SCRATCH_DIR).mkdir(exist_ok=True)
     away = output / SCRATCH_DIR / f".{owner.name}.empty"  # hidden: a leftover if this process dies
     os.rename(output / STORE_NAME, away)
     shutil.rmtree(away)

@@ -218,8 +218,8 @@ def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
     return f"{n_tokens:,} tokens, and the model's vocabulary only {vocabulary:,}"
 
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Fields of configs for the longest sequence. MPT's is the last: it makes biases of that length."""
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+"""Fields of configs for the longest sequence; the last two are MPT's and Whisper's."""
 
 
 def positions_of(model: Any) -> int | None:

@@ -48,7 +48,7 @@ class Launch:
 
     def __init__(self, ranks, output, small_corpus, model_dir):
         self.ranks, self.output = ranks, output
-        self._argv = [
+        self.argv = [
             "gradproj.run",
             *flags(shards=small_corpus, model=model_dir, output_dir=output, **SETTINGS),
         ]
@@ -67,7 +67,7 @@ class Launch:
         for rank in range(world_size):
             variables = {**shared, "RANK": rank, "LOCAL_RANK": rank}
             environment = {name: str(value) for name, value in variables.items()}
-            self.ranks.start(self._argv, rank, environment=environment, **how)
+            self.ranks.start(self.argv, rank, environment=environment, **how)
 
     def die_at(self, step, world_size=2, **how):
         """Start the job, and kill all ranks (-9) as soon as one has reached a step."""
@@ -127,7 +127,14 @@ def die_merging_a_finished_store(launch, undisturbed):
     launch.die_merging_at("merge reopened")
 
 
+def die_replacing_an_empty_store(launch, undisturbed):
+    launch.ranks.start([*launch.argv, "--proj_seed", "7"], kill_at="metadata published")
+    launch.killed_at("metadata published")
+    launch.die_at("empty store removed")
+
+
 REACHED_BY = {
+    "empty store removed": die_replacing_an_empty_store,
     "old owner fenced": die_with_a_dead_owners_claim,
     "merge reopened": die_merging_a_finished_store,
 }

@@ -21,6 +21,7 @@ from helpers.jobs import (
     assert_same_bits,
     job_command,
     run_job,
+    start_at_gate,
     wait_for_a_record,
 )
 from helpers.models import make_model
@@ -348,9 +349,7 @@ def test_saved_partial_rows_are_used_and_give_the_same_bits(
 ):
     output, gate = tmp_path / "out", Gate(tmp_path / "gate", batches=2)
     settings = {"shards": corpus, "model": model_dir, "output_dir": output, **SMALL_JOB}
-    command = job_command(1, proj_save_interval=1, **settings)
-    job = subprocess.Popen(command, env=gate.environment)
-    gate.wait_for(1, lambda: job.poll() is None)
+    job = start_at_gate(gate, proj_save_interval=1, **settings)
     job.kill()
     job.wait()
     assert len(list(output.glob("partial/*/*.safetensors"))) == 1  # the second batch has not ended

@@ -15,6 +15,7 @@ from helpers.jobs import (
     flags,
     job_command,
     run_job,
+    start_at_gate,
     wait_for_a_record,
 )
 from helpers.outputs import tree_of
@@ -116,13 +117,7 @@ def test_full_disk_is_a_one_line_error_and_loses_nothing(tmp_path, corpus, model
     settings = {"shards": corpus, "model": model_dir, "batch_size": 1, "max_length": 48}
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
     gate = Gate(tmp_path / "gate", batches=24)  # of 16 a unit
-    job = subprocess.Popen(
-        job_command(1, output_dir=small_disk / "out", **settings),
-        env=gate.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
+    job = start_at_gate(gate, output_dir=small_disk / "out", **settings)
     wait_for_a_record(small_disk / "out")
     fill(small_disk)
     gate.open()
@@ -152,14 +147,7 @@ def test_folder_turned_read_only_is_a_one_line_error_and_loses_nothing(
         "batch_size": 4,
     }
     gate = Gate(tmp_path / "gate", batches=6)  # of 4 or more a unit
-    job = subprocess.Popen(
-        job_command(1, **settings),
-        env=gate.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
+    job = start_at_gate(gate, **settings)
     wait_for_a_record(output)
     # By a second mount over the first: a mount with files open for writing, such as the log, cannot
     # be made read-only.

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
 
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import Ranks
 from helpers.gate import Gate
-from helpers.jobs import assert_same_bits, flags, job_command, run_job
+from helpers.jobs import assert_same_bits, flags, run_job, start_at_gate
 from helpers.outputs import flip_byte, shard_of
 
 from gradproj.maintenance.repair import repair
@@ -32,13 +31,7 @@ def test_running_job_recomputes_units_repaired_meanwhile(tmp_path, model_dir):
     run_job(1, output_dir=tmp_path / "undisturbed", **settings)
     output, repaired = tmp_path / "out", []
     gate = Gate(tmp_path / "gate", batches=BATCHES_A_REPAIR)
-    job = subprocess.Popen(
-        job_command(1, output_dir=output, **settings),
-        env=gate.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = start_at_gate(gate, output_dir=output, **settings)
     for number in range(N_REPAIRS):
         gate.admit(BATCHES_A_REPAIR * (number + 1))
         gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[0])
@@ -51,8 +44,8 @@ def test_running_job_recomputes_units_repaired_meanwhile(tmp_path, model_dir):
             assert (done.units, list(done.held)) in (([unit], []), ([], [unit]))
             repaired += done.units
     gate.open()
-    said = job.communicate()[0]
-    assert job.returncode == 0, said
+    _, errors = job.communicate()
+    assert job.returncode == 0, errors
     assert verify(output).exit_code == 0
     assert_same_bits(output, tmp_path / "undisturbed")
 

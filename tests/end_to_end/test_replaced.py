@@ -3,11 +3,10 @@
 import os
 import shutil
 import signal
-import subprocess
 
 import pytest
 from helpers.gate import Gate
-from helpers.jobs import PATIENCE_S, assert_same_bits, job_command, run_job
+from helpers.jobs import PATIENCE_S, assert_same_bits, run_job, start_at_gate
 from helpers.outputs import tree_of
 
 from gradproj.maintenance.verify import verify
@@ -30,15 +29,8 @@ class Jobs:
     def start(self, batches, **settings):
         """Start a job and suspend it (``kill -STOP``) after this many batches."""
         gate = Gate(self.folder / f"gate-{len(self.running)}", batches)
-        job = subprocess.Popen(
-            job_command(1, **SETTINGS | settings),
-            env=gate.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        job = start_at_gate(gate, **SETTINGS | settings)
         self.running[job] = gate
-        gate.wait_for(1, lambda: job.poll() is None, lambda: job.communicate()[1])
         job.send_signal(signal.SIGSTOP)
         return job
 

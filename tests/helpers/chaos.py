@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 from helpers.jobs import (
     DRAIN_S,
-    ENVIRONMENT,
     ORPHAN_S,
     Job,
     Scene,
@@ -28,6 +25,7 @@ from helpers.jobs import (
 
 from gradproj import ProjectionStore
 from gradproj.coordinator.merge import is_merged
+from gradproj.maintenance.verify import verify
 from gradproj.store.layout import STORE_NAME
 from gradproj.store.unit_record import list_records
 
@@ -264,9 +262,8 @@ def assert_as_undisturbed(scene: Scene, output: Path, ended_in_order: bool = Tru
             s.key for s in wanted.samples(range(wanted.layout.n_samples))
         ]
     assert statistics(output) == statistics(scene.undisturbed)
-    verify = [sys.executable, "-m", "gradproj", "verify", str(output)]
-    verified = subprocess.run(verify, env=ENVIRONMENT, capture_output=True, text=True)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
+    verification = verify(output)
+    assert verification.exit_code == 0, verification.damage
 
 
 def statistics(output: Path) -> dict[str, Any]:

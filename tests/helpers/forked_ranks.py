@@ -6,6 +6,7 @@ modules that note at import which process started them.
 """
 
 import atexit
+import functools
 import gc
 import hashlib
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.faults import before_each_change
-from helpers.gate import hold_training
+from helpers.gate import hold_job, hold_training
 from helpers.jobs import ENVIRONMENT, PATIENCE_S
 
 from gradproj.coordinator import fault_points
@@ -47,38 +49,71 @@ class FinishedProcess:
     """Standard error, if it was asked for apart."""
 
 
+class _Parent:
+    """The parent of all forked processes of a test run, in a session of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "helpers.forked_ranks"]
+        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        )
+        self.pid, self._lock = self._process.pid, threading.Lock()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        assert answer, "the parent of the ranks has died"
+        return json.loads(answer)
+
+    def end(self) -> None:
+        for pid in children_in(self.pid):
+            os.kill(pid, signal.SIGKILL)
+        self._process.communicate()
+
+
+@functools.cache
+def shared_parent() -> _Parent:
+    """Return the parent, which the first call starts."""
+    parent = _Parent()
+    atexit.register(parent.end)
+    return parent
+
+
+def children_in(session: int) -> list[int]:
+    """Return the living processes of a session except its leader."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with suppress(ProcessLookupError):
+            if os.getsid(pid) == session != pid:
+                found.append(pid)
+    return found
+
+
 class Ranks:
-    """Starts ranks and waits for them. Leaving the context kills the parent and all ranks."""
+    """Starts ranks and waits for them. Leaving the context kills them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._number = folder, 0
         self._running: dict[int, tuple[int, Path]] = {}
 
     def __enter__(self) -> "Ranks":
-        command = [sys.executable, "-m", "helpers.forked_ranks"]
-        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        pipe = subprocess.PIPE
-        # In its own session, by which all ranks are found.
-        self._parent = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
-        )
         return self
 
     def __exit__(self, *error: object) -> None:
         self.kill_all()
-        self._parent.communicate()
 
     def alive(self) -> list[int]:
-        """Return the living processes of the session except the parent."""
-        found = []
-        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-            with suppress(ProcessLookupError):
-                if os.getsid(pid) == self._parent.pid != pid:
-                    found.append(pid)
-        return found
+        """Return the living processes of the parent's session except the parent."""
+        return children_in(shared_parent().pid)
 
-    def start(self, argv: list[str], rank: int = 0, **options: Any) -> None:
-        """Start a process.
+    def start(self, argv: list[str], rank: int = 0, **options: Any) -> int:
+        """Start a process and return its pid.
 
         Args:
             argv: module and arguments, as after ``python -m``.
@@ -86,13 +121,15 @@ class Ranks:
             options: ``environment``: more variables; ``kill_at``: the fault point at which it kills
                 itself (-9); ``stop_at``: the one at which it sends itself SIGTERM, once, before it
                 looks for ``kill_at``; ``changes``: the path of a ``ChangeLog``; ``gate``: that
-                of a ``Gate`` for the steps of a training run; ``folder``: the working directory;
-                ``errors_apart``: keep standard error apart from standard output.
+                of a ``Gate`` for the steps of a training run, ``job_gate`` for the batches of a
+                job; ``folder``: the working directory; ``errors_apart``: keep standard error apart
+                from standard output.
         """
         self._number += 1
         files = self._folder / str(self._number)
-        pid = self._ask({"argv": argv, "files": str(files), **options})
+        pid = shared_parent().ask({"argv": argv, "files": str(files), **options})
         self._running[pid] = (rank, files)
+        return pid
 
     def running(self) -> int:
         """Return the number of ranks that have not been waited for."""
@@ -104,8 +141,16 @@ class Ranks:
             PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in self._running]
         )
         timer.start()
-        pid, status = self._ask({"wait": True})
+        pid, status = shared_parent().ask({"wait": list(self._running)})
         timer.cancel()
+        return self._finished(pid, status)
+
+    def poll(self, pid: int) -> FinishedProcess | None:
+        """Return a rank if it has exited, without waiting for it."""
+        answer = shared_parent().ask({"poll": [pid]})
+        return None if answer is None else self._finished(*answer)
+
+    def _finished(self, pid: int, status: int) -> FinishedProcess:
         rank, files = self._running.pop(pid)
         output, errors, steps = (
             path.read_text() if path.exists() else ""
@@ -124,39 +169,57 @@ class Ranks:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
         return self.wait_for_all()
 
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._parent.stdin is not None
-        assert self._parent.stdout is not None
-        self._parent.stdin.write(json.dumps(request) + "\n")
-        self._parent.stdin.flush()
-        answer = self._parent.stdout.readline()
-        assert answer, "the parent of the ranks has died"
-        return json.loads(answer)
 
+class ForkedProcess:
+    """A forked process with the part of ``subprocess.Popen`` that tests use."""
 
-_shared: Ranks | None = None
-_lock = threading.Lock()
+    def __init__(self, argv: list[str], **options: Any) -> None:
+        """Run ``python -m ARGV`` in the working directory; ``options`` of ``Ranks.start``."""
+        self._folder = tempfile.TemporaryDirectory()
+        self._ranks = Ranks(Path(self._folder.name))
+        self._done: FinishedProcess | None = None
+        self.pid = self._ranks.start(argv, folder=os.getcwd(), errors_apart=True, **options)
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._done is None else self._done.status
+
+    def poll(self) -> int | None:
+        if self._done is None:
+            self._done = self._ranks.poll(self.pid)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float = PATIENCE_S) -> int:
+        until = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.01)
+        return code
+
+    def communicate(self, timeout: float = PATIENCE_S) -> tuple[str, str]:
+        """Wait for the end and return standard output and error."""
+        self.wait(timeout)
+        assert self._done is not None
+        return self._done.output, self._done.errors
 
 
 def run_forked(argv: list[str], ranks: int = 1) -> subprocess.CompletedProcess:
-    """Run ``python -m ARGV`` in the working directory, from one parent for all tests.
+    """Run ``python -m ARGV`` in the working directory, to its end.
 
     Several ranks have the environment that torchrun gives them. Their output comes in the order of
     ranks; the exit code is the first that is not 0.
     """
-    global _shared
-    with _lock:
-        if _shared is None:
-            folder = tempfile.TemporaryDirectory()
-            _shared = Ranks(Path(folder.name)).__enter__()
-            atexit.register(_shared.__exit__)
-            atexit.register(folder.cleanup)
-        for rank, environment in enumerate(environments(ranks)):
-            options = {"folder": os.getcwd(), "errors_apart": True}
-            _shared.start(argv, rank, environment=environment, **options)
-        done = sorted(_shared.wait_for_all(), key=lambda each: each.rank)
-    code = next((each.status for each in done if each.status), 0)
-    output, errors = "".join(each.output for each in done), "".join(each.errors for each in done)
+    started = [ForkedProcess(argv, environment=each) for each in environments(ranks)]
+    output, errors = map("".join, zip(*(each.communicate() for each in started), strict=True))
+    code = next((each.returncode for each in started if each.returncode), 0)
     return subprocess.CompletedProcess(argv, code, output, errors)
 
 
@@ -192,7 +255,10 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            answer: Any = os.wait()
+            while (answer := first_exited(request["wait"])) is None:
+                time.sleep(0.002)
+        elif "poll" in request:
+            answer = first_exited(request["poll"])
         else:
             answer = os.fork()
             if answer == 0:
@@ -200,6 +266,12 @@ def serve() -> None:
                 become(request)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def first_exited(pids: list[int]) -> tuple[int, int] | None:
+    """Return pid and status of a child that has exited, if there is one."""
+    waited = (os.waitpid(pid, os.WNOHANG) for pid in pids)
+    return next((each for each in waited if each[0]), None)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -216,6 +288,8 @@ def become(request: dict[str, Any]) -> None:
     module, *sys.argv[1:] = request["argv"]
     if request.get("gate"):
         hold_training(Path(request["gate"]))
+    if request.get("job_gate"):
+        hold_job(Path(request["job_gate"]) / "any file")
     with ExitStack() as stack:
         if "changes" in request:
             stack.enter_context(before_each_change(ChangeLog(Path(request["changes"]))))

@@ -93,6 +93,15 @@ def run_job(
     return done
 
 
+def start_at_gate(gate: Any, **settings: Any) -> Any:
+    """Start a job of one rank and wait until it is at a ``Gate``. Returns a ``ForkedProcess``."""
+    from helpers.forked_ranks import ForkedProcess
+
+    job = ForkedProcess(job_command(1, **settings)[2:], job_gate=str(gate.folder))
+    gate.wait_for(1, lambda: job.poll() is None, lambda: "".join(job.communicate()))
+    return job
+
+
 def wait_for_a_record(output: Path) -> None:
     """Return when the first unit is committed, which a thread of the job does."""
     until = time.monotonic() + PATIENCE_S

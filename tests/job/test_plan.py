@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from gradproj.corpus.index_file import save_index
 from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import exit_code
-from gradproj.job.config import run_config
+from gradproj.job.config import RunConfig, run_config
 from gradproj.job.plan import make_plan
 from gradproj.job.startup import make_output
 from gradproj.job.summary import plan_lines
@@ -348,6 +349,15 @@ def test_planned_bytes_are_near_the_stores(files, tmp_path):
     written = [p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert 0.7 < plan.store_bytes() / sum(written) < 1.5
     assert 0.7 < plan.n_files() / len(written) < 1.5
+
+
+def test_plan_of_a_budget_is_that_of_the_flags_that_it_prints(files, tmp_path):
+    plan = plan_of(files, tmp_path, bytes_per_document="600")
+    (line,) = [note for note in plan.notes if note.startswith("allocation")]
+    chosen = dict(re.findall(r"--(\w+) (\S+)", line))
+    assert chosen.keys() == {"proj_layers", "proj_rank_total", "encoding"}
+    assert plan.identity == plan_of(files, tmp_path, basis="eigen", **chosen).identity
+    assert RunConfig.from_flags(plan.config.as_flags()) == plan.config
 
 
 def make_begun_output(plan):

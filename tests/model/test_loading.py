@@ -227,16 +227,18 @@ def test_peft_adapter_loads_with_its_base(tmp_path):
         ("opt", {}, 64),
         # Positions start behind that of the padding token, 3.
         ("roberta", {"is_decoder": True, "pad_token_id": 3}, 60),
-        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 24}, 24),
+        ("mpt", {"max_seq_len": 24}, 24),
+        ("whisper", {"max_target_positions": 24, "pad_token_id": 0}, 24),
         ("xlnet", {}, None),
     ],
 )
 def test_number_of_positions_is_that_of_the_longest_sequence_that_runs(family, settings, usable):
     model_type, sizes = FAMILIES.get(family, (family, FAMILIES["llama"][1]))
-    if family == "xlnet":
-        sizes = {"vocab_size": 101, "d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 32}
-    if family == "mpt":
-        sizes = {"vocab_size": 101}
+    sizes = {
+        "xlnet": {"d_model": 32, "n_head": 4, "n_layer": 1, "d_inner": 32},
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 1},
+        "whisper": {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4},
+    }.get(family, sizes) | {"vocab_size": 101}
     config = CONFIG_MAPPING[model_type](**{**sizes, **settings})
     model = AutoModelForCausalLM.from_config(config).eval()
     assert positions_of(model) == usable
