@@ -1,7 +1,7 @@
 """``--bytes_per_document``: the layers and widths that answer best in rows of so many bytes.
 
 The rule follows ``MEASURED``, the project's own table of linear datamodeling scores (LDS, the rank
-correlation of scores with what retraining shows; evaluation/README.md). Signs in the eigenbasis
+correlation of scores with what retraining shows; ``gradproj lds``). Signs in the eigenbasis
 lose nothing to 16 bits a value, so an allocation chooses only whose signs are kept:
 
 - those of all layers of ``--proj_layers``, if each can have 64 x 64 (the least that was measured on
@@ -41,7 +41,7 @@ _SIZES = {"": 1, "k": 1024, "m": 1024**2}
 
 @dataclass(frozen=True)
 class Measured:
-    """LDS of sign rows with ``k x k`` values a layer: on A, B and C of evaluation/README.md."""
+    """LDS of sign rows with ``k x k`` values a layer, on ``BENCHMARKS`` as far as measured."""
 
     layers: str
     k: int
