@@ -228,7 +228,8 @@ def check_group(output: Output) -> list[Damage]:
         "other",
         {
             output.store / "projection_matrices": partial(_check_matrices, output),
-            output.store / "basis_matrices": partial(_check_basis, output),
+            output.store / "basis_matrices": partial(_check_basis, output, "basis"),
+            output.store / "basis_eigenvalues": partial(_check_basis, output, "basis_eigenvalues"),
             output.path / INDEX_NAME: partial(_check_index, output),
             output.path / METADATA_NAME: partial(_check_metadata, output),
         },
@@ -258,12 +259,11 @@ def _check_matrices(output: Output) -> None:
                 raise StoreError(f"holds values of layer {name} that are not finite")
 
 
-def _check_basis(output: Output) -> None:
+def _check_basis(output: Output, member: str) -> None:
     with ProjectionStore(output.path) as store:
-        for arrays in (store.basis, store.basis_eigenvalues):
-            for name, pair in (arrays or {}).items():
-                if not all(np.isfinite(part).all() for part in pair):
-                    raise StoreError(f"holds values of layer {name} that are not finite")
+        for name, pair in (getattr(store, member) or {}).items():
+            if not all(np.isfinite(part).all() for part in pair):
+                raise StoreError(f"holds values of layer {name} that are not finite")
 
 
 def _check_index(output: Output) -> None:

@@ -1,5 +1,6 @@
 """Jobs with packed rows: what verify, recompute, repair, merge and export find and restore."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,9 @@ from gradproj.coordinator.merge import merge
 from gradproj.files import file_sum
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.recompute import recompute
+from gradproj.maintenance.verify import verify
 from gradproj.store.unit_record import encode_record, read_record, record_name
-from gradproj.store.writer import shard_chunks
+from gradproj.store.writer import shard_chunks, write_array
 
 PACKED = {"encoding": "signs", "basis": "eigen", "pilot_tokens": 300}
 
@@ -94,6 +96,23 @@ def test_damaged_unit_is_found_and_computed_again_to_equal_bits(
     run_job(**packed_job | {"output_dir": packed_output})
     assert shard_of(packed_output, 2).read_bytes() == whole
     np.testing.assert_array_equal(rows_of(packed_output), rows_of(packed_job["output_dir"]))
+
+
+@pytest.mark.parametrize("name", ["basis_matrices", "basis_eigenvalues"])
+@pytest.mark.parametrize("happens", ["lost", "short", "nan"])
+def test_damaged_basis_is_named(packed_output, name, happens):
+    store = packed_output / "projections.zarr"
+    if happens == "lost":
+        shutil.rmtree(store / name)
+    else:
+        with ProjectionStore(packed_output) as opened:
+            values = opened.array(name)
+        write_array(store, name, values[:-1] if happens == "short" else np.nan * values)
+    (damage,) = verify(packed_output).damage
+    assert (damage.kind, damage.unit, damage.path) == ("other", None, str(store / name))
+    assert {"lost": "has no array", "short": "ends before", "nan": "not finite"}[happens] in (
+        damage.what
+    )
 
 
 def test_unmerged_store_is_merged_and_exported(packed_job, packed_output, tmp_path):
