@@ -29,9 +29,7 @@ class PackedProducts:
         weights: Tensor,
         norms: RowNorms | None = None,
     ) -> None:
-        self._header_width, self._n_queries, self._norms = (
-            store.layout.header_width, len(weights), norms,
-        )  # fmt: skip
+        self._header_width, self._norms = store.layout.header_width, norms
         self._numbers = numbers_of(store, layers)
         widths = [x.slice_end - x.slice_start for x in store.layers]
         of_layers = [widths[number] for number in self._numbers]
@@ -43,7 +41,7 @@ class PackedProducts:
         Both are zero unless ``needed``; the norms also if the scores need none.
         """
         n = len(band.status)
-        products, squares = np.zeros((n, self._n_queries)), np.zeros(n)
+        products, squares = self._products.zeros(n), np.zeros(n)
         header, scales = np.empty((n, self._header_width), np.uint8), None
         for at, stored in band.tiles if needed else ():
             of_header = min(max(self._header_width - at, 0), stored.shape[1])
@@ -56,4 +54,4 @@ class PackedProducts:
                 self._products.add(stored[:, of_header:], first, scales, products)
         if needed and self._norms is not None:
             squares = self._norms.of_band(band, scales)
-        return torch.from_numpy(products), torch.from_numpy(squares)
+        return torch.from_numpy(self._products.by_row(products)), torch.from_numpy(squares)

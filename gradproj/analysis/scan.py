@@ -164,22 +164,20 @@ class Scan:
             raise ConfigError(
                 "a query row has a value that is not finite: its text has no gradient"
             )
-        solved = (
-            queries.double()
-            if self.preconditioner is None
-            else self.preconditioner.solve(queries.double())
-        )
+        solved = queries
+        if self.preconditioner is not None and not self.preconditioner.is_identity:
+            solved = self.preconditioner.solve(queries.double())
         if SCORES[self.score].divisor == "norms":
             norms = (queries.double() * solved).sum(dim=1, keepdim=True).sqrt()
             solved = solved / torch.where(norms > 0, norms, 1.0)
         return self.prepare_solved(solved)
 
     def prepare_solved(self, queries: Tensor) -> "PreparedQueries":
-        """Prepare queries to which the preconditioner was applied, ``(Q, W)`` float64."""
+        """Prepare queries to which the preconditioner was applied, ``(Q, W)``."""
         # Scaling by powers of two is exact. Unscaled, a query and a row may each be far outside of
         # float32's range even if their product is not.
         scales = torch.from_numpy(np.ldexp(1.0, np.frexp(_max_abs(queries))[1] - 1))
-        weights = (queries / scales[:, None]).float().to(self.device)
+        weights = (queries / scales.to(queries.dtype)[:, None]).float().to(self.device)
         divisor = SCORES[self.score].divisor
         for_rows = None if divisor is None else self.row_preconditioner()
         return PreparedQueries(weights, scales.to(self.device), divisor, for_rows)

@@ -169,24 +169,22 @@ def _compiled(*signature: Any) -> Any:
 
 
 _CODES, _SCALES = types.Array(uint8, 2, "A"), types.Array(float32, 2, "A")
-_WEIGHTS, _PRODUCTS = types.Array(float32, 2, "C"), types.Array(float64, 2, "A")
+_SPANS, _PRODUCTS = int64[:, ::1], float64[:, ::1]
 
 
-@_compiled(_CODES, int64[:, ::1], _WEIGHTS, int64, _SCALES, _PRODUCTS)
-def _add_by_masks(codes, spans, weights, bits, scales, products):
-    longest = 0
+@_compiled(_CODES, _SPANS, types.Array(float32, 2, "A"), _PRODUCTS, int64, _SCALES, _PRODUCTS)
+def _add_by_masks(codes, spans, weights, totals, bits, scales, products):
+    """Add to ``products (n, lanes)``; ``weights (lanes, V)``, and their sums over each span."""
+    n, stride, longest = codes.shape[0], codes.strides[0], 0
     for start, stop, _, _ in spans:
         longest = max(longest, stop - start)
-    of_bits, sums = np.empty((1, 8 * longest), np.float32), np.empty((_ROWS, _LANES), np.float32)
-    n, stride = codes.shape[0], codes.strides[0]
-    for start, stop, layer, value in spans:
+    of_bits, sums = np.empty(8 * longest, np.float32), np.empty((_ROWS, _LANES), np.float32)
+    for span, (start, stop, layer, value) in enumerate(spans):
         sums[:] = 0  # in case there is no pair of bytes
-        for query in range(products.shape[1]):
-            total = 0.0
-            for bit in range(8 * (stop - start)):
-                of_bit = weights[value + bit // bits, query] * np.float32(1 << (bit % bits))
-                of_bits[0, bit] = of_bit
-                total += of_bit
+        for query in range(totals.shape[1]):
+            for j in range(bits):
+                for i in range(8 * (stop - start) // bits):
+                    of_bits[i * bits + j] = weights[query, value + i] * np.float32(1 << j)
             row = 0
             while row < n:
                 group = _ROWS if row + _ROWS <= n else 1
@@ -199,20 +197,22 @@ def _add_by_masks(codes, spans, weights, bits, scales, products):
                         sums.ctypes.data,
                     )
                 for k in range(group):
-                    of_row = 0.0
+                    of_row = np.float32(0)
                     for lane in range(_LANES):
                         of_row += sums[k, lane]
                     if (stop - start) % 2:
                         last = codes[row + k, stop - 1]
                         for j in range(8):
                             if (last >> j) & 1:
-                                of_row += of_bits[0, 8 * (stop - 1 - start) + j]
-                    products[row + k, query] += (2 * of_row - total) * scales[row + k, layer]
+                                of_row += of_bits[8 * (stop - 1 - start) + j]
+                    signed = 2 * np.float64(of_row) - totals[span, query]
+                    products[row + k, query] += signed * scales[row + k, layer]
                 row += group
 
 
-@_compiled(_CODES, int64[:, ::1], _WEIGHTS, int64, _SCALES, _PRODUCTS)
+@_compiled(_CODES, _SPANS, float32[:, ::1], int64, _SCALES, _PRODUCTS)
 def _add_by_tables(codes, spans, weights, bits, scales, products):
+    """Add to ``products (n, _LANES)``; ``weights (V, _LANES)``."""
     n, stride = codes.shape[0], codes.strides[0]
     sums = np.empty((n, _LANES), np.float32)
     tables, four = np.empty((2 * _WORD * 16, _LANES), np.float32), np.empty((4, _LANES), np.float32)
@@ -222,7 +222,7 @@ def _add_by_tables(codes, spans, weights, bits, scales, products):
             n_bytes = min(_WORD, stop - byte)
             for half in range(2 * n_bytes):
                 bit = 8 * (byte - start) + 4 * half
-                of_four = weights[value + bit // bits :].ctypes.data
+                of_four = weights.ctypes.data + (value + bit // bits) * _VECTOR_BYTES
                 if bits > 1:
                     of_four = four.ctypes.data
                     for j in range(4):
@@ -239,8 +239,9 @@ def _add_by_tables(codes, spans, weights, bits, scales, products):
                     for b in range(n_bytes):
                         _add_byte(of_row, at + b, tables.ctypes.data + 2 * b * _TABLE_BYTES)
         for row in range(n):
-            for query in range(products.shape[1]):
-                products[row, query] += np.float64(sums[row, query]) * scales[row, layer]
+            scale = np.float64(scales[row, layer])
+            for lane in range(_LANES):
+                products[row, lane] += sums[row, lane] * scale
     tables[0, 0] = four[0, 0]  # keeps both alive, since their addresses alone do not
 
 
@@ -259,19 +260,27 @@ class BitProducts:
         self._stops = list(accumulate(n_bytes))  # of each layer, in bytes of the codes of all
         self._n_threads = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self._n_threads) if self._n_threads > 1 else None
-        self._by_masks = self._n_queries <= _MASK_QUERIES
-        n_lanes = self._n_queries if self._by_masks else _LANES
-        by_value = np.zeros((self._stops[-1] * 8 // bits, -(-len(weights) // n_lanes) * n_lanes))
-        at = 0
-        for width, size, stop in zip(widths, n_bytes, self._stops, strict=True):
-            first = (stop - size) * 8 // bits
-            by_value[first : first + width, : len(weights)] = weights[:, at : at + width].T
-            at += width
-        self._blocks = [
-            np.ascontiguousarray(by_value[:, q : q + n_lanes], np.float32)
-            for q in range(0, by_value.shape[1], n_lanes)
-        ]
-        self._spans: dict[tuple[int, int], np.ndarray] = {}
+        self._few = self._n_queries <= _MASK_QUERIES
+        self._n_lanes = self._n_queries if self._few else _LANES
+        self._blocks: list[np.ndarray] = []
+        """``(lanes, V)`` for few vectors, ``(V, lanes)`` for more; V counts places in the bytes."""
+        firsts = [(stop - n) * 8 // bits for stop, n in zip(self._stops, n_bytes, strict=True)]
+        for query in range(0, self._n_queries, self._n_lanes):
+            of_block = weights[query : query + self._n_lanes].T
+            block, at = np.zeros((self._stops[-1] * 8 // bits, self._n_lanes), np.float32), 0
+            for width, first in zip(widths, firsts, strict=True):
+                block[first : first + width, : of_block.shape[1]] = of_block[at : at + width]
+                at += width
+            self._blocks.append(np.ascontiguousarray(block.T) if self._few else block)
+        self._spans: dict[tuple[int, int], tuple[np.ndarray, list[np.ndarray]]] = {}
+
+    def zeros(self, n: int) -> np.ndarray:
+        """Return the products of ``n`` rows before anything is added: ``(blocks, n, lanes)``."""
+        return np.zeros((len(self._blocks), n, self._n_lanes))
+
+    def by_row(self, products: np.ndarray) -> np.ndarray:
+        """Return finished products as ``(n, Q)`` float64."""
+        return products.transpose(1, 0, 2).reshape(products.shape[1], -1)[:, : self._n_queries]
 
     def add(self, codes: np.ndarray, at: int, scales: np.ndarray, products: np.ndarray) -> None:
         """Add the products with some bytes of rows.
@@ -280,7 +289,7 @@ class BitProducts:
             codes: ``(n, w)`` uint8: the bytes ``at`` to ``at + w`` of the rows' codes.
             at: a position in the codes of all layers.
             scales: ``(n, L)`` float32: the factor of each row's values in each layer.
-            products: ``(n, Q)`` float64, to which is added.
+            products: of ``zeros``, to which is added.
         """
         spans = self._spans_of(at, codes.shape[1])
         n_parts = min(self._n_threads, max(1, len(codes) // _ROWS_PER_THREAD))
@@ -289,32 +298,46 @@ class BitProducts:
             return
         cuts = np.linspace(0, len(codes), n_parts + 1).astype(int).tolist()
         parts = [
-            self._threads.submit(self._add, spans, codes[a:b], scales[a:b], products[a:b])
+            self._threads.submit(self._add, spans, codes[a:b], scales[a:b], products[:, a:b])
             for a, b in pairwise(cuts)
         ]
         for part in parts:
             part.result()
 
     def _add(
-        self, spans: np.ndarray, codes: np.ndarray, scales: np.ndarray, products: np.ndarray
+        self,
+        spans: tuple[np.ndarray, list[np.ndarray]],
+        codes: np.ndarray,
+        scales: np.ndarray,
+        products: np.ndarray,
     ) -> None:
-        add = _add_by_masks if self._by_masks or len(codes) < _TABLE_ROWS else _add_by_tables
-        for number, weights in enumerate(self._blocks):
-            of_block = products[:, number * _LANES : (number + 1) * _LANES]
-            add(codes, spans, weights, self._bits, scales, of_block)
+        bits, by_masks = self._bits, self._few or len(codes) < _TABLE_ROWS
+        for weights, totals, of_block in zip(self._blocks, spans[1], products, strict=True):
+            if by_masks:
+                by_query = weights if self._few else weights.T
+                _add_by_masks(codes, spans[0], by_query, totals, bits, scales, of_block)
+            else:
+                _add_by_tables(codes, spans[0], weights, bits, scales, of_block)
 
-    def _spans_of(self, at: int, width: int) -> np.ndarray:
-        """Return ``(start, stop, layer, first value)`` of every layer's part of some bytes.
+    def _spans_of(self, at: int, width: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return every layer's part of some bytes, and the sums of the weights of its bits.
 
-        Start and stop count from the first of these bytes, values in what ``_blocks`` hold.
+        The parts are ``(start, stop, layer, first value)``: start and stop count from the first of
+        these bytes, values in what ``_blocks`` hold. The sums are ``(parts, queries)`` float64 for
+        each block.
         """
-        spans = self._spans.get((at, width))
-        if spans is None:
+        if (at, width) not in self._spans:
             found, begin = [], 0
             for layer, end in enumerate(self._stops):
                 start, stop = max(begin, at), min(end, at + width)
                 if start < stop:
                     found.append((start - at, stop - at, layer, start * 8 // self._bits))
                 begin = end
-            spans = self._spans[at, width] = np.array(found, np.int64).reshape(-1, 4)
-        return spans
+            totals = [np.empty((len(found), self._n_lanes)) for _ in self._blocks]
+            for span, (start, stop, _, value) in enumerate(found):
+                values = slice(value, value + (stop - start) * 8 // self._bits)
+                for block, total in zip(self._blocks, totals, strict=True):
+                    of_span = block[:, values].T if self._few else block[values]
+                    total[span] = of_span.sum(axis=0, dtype=np.float64) * (2**self._bits - 1)
+            self._spans[at, width] = np.array(found, np.int64).reshape(-1, 4), totals
+        return self._spans[at, width]
