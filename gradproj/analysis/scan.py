@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner import Preconditioner
-from gradproj.analysis.reduction import check_reduction, reduction_factors
+from gradproj.analysis.reduction import DEFAULT_REDUCTION, check_reduction, reduction_factors
 from gradproj.analysis.row_blocks import (
     Block,
     chosen_layers,
@@ -103,7 +103,7 @@ class Scan:
             raise ConfigError(f"score is {score!r}; choose one of {', '.join(SCORES)}")
         layers = chosen_layers(store, options.get("layers"))
         device = torch.device(options.get("device", "cpu"))
-        check_reduction(options.get("reduction", "sum"))
+        check_reduction(options.get("reduction", DEFAULT_REDUCTION))
         preconditioner = _preconditioner(store, score, layers, options)
         world = scan_world(options.get("together", False))
         norms = norms_without_rows(store, layers, preconditioner)
@@ -154,7 +154,9 @@ class Scan:
         Raises:
             StoreError: a row's number of tokens is not known.
         """
-        factors = reduction_factors(self.store, self.options.get("reduction", "sum"), first, last)
+        factors = reduction_factors(
+            self.store, self.options.get("reduction", DEFAULT_REDUCTION), first, last
+        )
         return None if factors is None else to_device(torch.from_numpy(factors), self.device)
 
     def prepare_queries(self, query_rows: Rows) -> "PreparedQueries":

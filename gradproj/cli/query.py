@@ -18,7 +18,7 @@ import torch
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.preconditioner_cache import fit_cached
 from gradproj.analysis.ranking import Ranker, Ranking
-from gradproj.analysis.reduction import DEFAULT_REDUCTION
+from gradproj.analysis.reduction import DEFAULT_REDUCTION, length_percentiles
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_file import check_scores_path
@@ -48,6 +48,9 @@ from gradproj.store.layer_view import Sample
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
 from gradproj.text.scores import TextScan
+
+_LENGTH_RATIO = 4
+"""Of the 90th to the 10th percentile of documents' tokens, from which on ``query`` mentions it."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,7 @@ def _rank_by_gradients(
         rankings = [ranker.rank_and_save(queries.rows, damping, path)]
     else:
         rankings = ranker.rank(queries.rows, config.dampings)
+    _note_lengths(store, options, note)
     name = config.score or options["score"]
     return _Ranked(name, options, kind, queries, rankings, second, text)
 
@@ -243,6 +247,22 @@ def _scan_options(
     options["domains"] = config.domains_of(store)
     options["together"] = process.world_size > 1
     return options
+
+
+def _note_lengths(
+    store: ProjectionStore, options: ScanOptions, note: Callable[[str], None]
+) -> None:
+    """Say if documents of very different lengths compete by a score that grows with length."""
+    lengths = length_percentiles(store, options.get("domains"))
+    if not SCORES[options["score"]].is_inner_product or lengths is None:
+        return
+    short, long = lengths
+    if long > _LENGTH_RATIO * max(short, 1):
+        note(
+            f"documents of very different lengths compete: a tenth has fewer than {short:,.0f} "
+            f"target tokens, a tenth more than {long:,.0f}. --score relatif divides by each "
+            "document's own influence"
+        )
 
 
 def _preconditioner(

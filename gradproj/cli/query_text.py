@@ -11,6 +11,7 @@ import numpy as np
 from gradproj.analysis import MEANINGS, SCORES, SIGN, TopDocuments
 from gradproj.analysis.preconditioner import auto_damping
 from gradproj.analysis.ranking import Ranking, overlap
+from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.cli.query_rescore import FirstStage
 from gradproj.formatting import clean_lines, escaped, listed, one_line
@@ -76,6 +77,9 @@ class Summary:
         variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
         variant += ", all layers jointly" if self.joint else ""
         meaning = f"{score}{variant}: {MEANINGS[score]}"
+        if SCORES[score].is_inner_product:
+            reduction = self.options.get("reduction", DEFAULT_REDUCTION)
+            meaning += f"; trained by the {reduction} of the document's token losses"
         if self.name not in WITH_TEXT:
             return [_labelled("score", meaning), _labelled("", SIGN)]
         parts = [f"{self.name}: {MEANING_WITH_TEXT}", meaning, f"{TEXT}: {MEANING}"]

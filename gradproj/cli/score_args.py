@@ -9,6 +9,7 @@ import torch
 
 from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner_cache import fit_cached
+from gradproj.analysis.reduction import DEFAULT_REDUCTION, REDUCTIONS
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
 from gradproj.engine.patterns import EXCLUDES, folded, matches
@@ -37,6 +38,12 @@ class ScoreArgs(Flags, title="score"):
         "auto",
         comma_separated=True,
         metavar="auto|FLOAT",
+    )
+    reduction: str = flag(
+        "Loss of a document, whichever of the two its row is made of: summed over its target "
+        "tokens or their mean. Does not change relatif and cosine.",
+        DEFAULT_REDUCTION,
+        choices=REDUCTIONS,
     )
     layers: tuple[str, ...] = flag(
         "Use these layers only: patterns as those of the job's --proj_layers, such as h.3,mlp.",
@@ -108,6 +115,7 @@ class ScoreArgs(Flags, title="score"):
         return {
             "score": self.score_for(store, note),
             "layers": matching_layers(self.layers, store),
+            "reduction": self.reduction,
             "device": device,
             "progress": sys.stderr.isatty(),
         }

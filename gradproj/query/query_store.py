@@ -27,8 +27,10 @@ _PROJECTION = (
     "--proj_rank_min",
     "--include_embeddings",
     "--matrices",
+    "--basis",
+    "--pilot_tokens",
 )
-_MATRICES = "layers or projection matrices"
+_MATRICES = "layers, projection matrices or basis"
 
 
 def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> QueryRows:
@@ -77,8 +79,8 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
         f"--query_store {queries.path} does not fit {store.path}: their rows are not comparable",
         theirs,
         {name: ours.get(name) for name in names},
-        "Make the query store with the store's model and settings; gradproj.analysis takes any "
-        "rows.",
+        "Make the query store with the store's model and settings, or give its texts by --queries; "
+        "gradproj.analysis takes any rows.",
         labels=("queries", "store"),
         show=_short,
     )
@@ -87,9 +89,15 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
 
 
 def _comparable_settings(store: ProjectionStore) -> dict[str, Any]:
-    """Return the store's identity with a digest of its layers and projection matrices."""
-    digest = hashlib.sha256(json.dumps([vars(layer) for layer in store.layers]).encode())
+    """Return the store's identity with a digest of its layers, projection matrices and basis."""
+    layers = [
+        {name: value for name, value in vars(layer).items() if not name.startswith("stored_")}
+        for layer in store.layers  # rows of any encoding are comparable
+    ]
+    digest = hashlib.sha256(json.dumps(layers).encode())
     digest.update(np.ascontiguousarray(store.array("projection_matrices")).data)
+    if store.basis is not None:
+        digest.update(np.ascontiguousarray(store.array("basis_matrices")).data)
     return {**store.attributes.get("identity", {}), _MATRICES: digest.hexdigest()[:32]}
 
 

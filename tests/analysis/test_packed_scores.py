@@ -23,11 +23,12 @@ from gradproj.analysis import (
     self_influence,
 )
 from gradproj.analysis.ranking import Ranker
+from gradproj.analysis.reduction import length_percentiles
 from gradproj.analysis.row_blocks import Block, SampleFilter, decoded_on
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.cli.score_args import ScoreArgs
-from gradproj.errors import ConfigError
-from gradproj.store.writer import write_array
+from gradproj.errors import ConfigError, StoreError
+from gradproj.store.writer import write_array, write_column_block
 
 STORES = {
     "signs": {"encoding": "signs", "eigen": True},
@@ -210,3 +211,44 @@ def test_domains_have_the_mean_score_of_their_documents(output, store, kind):
         own = self_influence(store, **settings_for(kind))
         want = np.argsort(-np.nan_to_num(own, nan=-1), kind="stable")[:3]
         np.testing.assert_array_equal(seen.ids, want)
+
+
+@pytest.mark.parametrize("stored", ["sum", "mean"])
+@pytest.mark.parametrize("kind", ["kfac", "dot", "relatif"])
+def test_reduction_turns_rows_of_sums_and_of_means_into_each_other(tmp_path, kind, stored):
+    output = make_store(tmp_path / "out", loss_reduction=stored)
+    queries, n_tokens = queries_for(output), np.arange(1, N_SAMPLES + 1)
+    plain = dense_scores(output, queries, kind, C)
+    factors = {"sum": 1.0, "mean": 1 / n_tokens}
+    with ProjectionStore(output.path) as store:
+        for wanted in ("sum", "mean"):
+            got = score(queries, store, reduction=wanted, **settings_for(kind))
+            factor = 1 if kind == "relatif" else factors[wanted] / factors[stored]
+            assert_scores(got, plain * factor)
+            if kind != "relatif":
+                rows = np.nan_to_num(output.decoded())
+                own = np.diagonal(dense_scores(output, rows, kind, C)) * factor**2
+                assert_scores(self_influence(store, reduction=wanted, **settings_for(kind)), own)
+        default = score(queries, store, **settings_for(kind))
+        np.testing.assert_array_equal(
+            default, score(queries, store, reduction="sum", **settings_for(kind))
+        )
+        with pytest.raises(ConfigError, match="reduction is 'max'; choose one of sum, mean"):
+            score(queries, store, reduction="max")
+
+
+def test_reduction_is_refused_where_numbers_of_tokens_are_unknown(tmp_path):
+    output = make_store(tmp_path / "out")
+    tokens = np.zeros(N_SAMPLES, np.int32)
+    write_column_block(output.store_path, output.layout, 0, {"n_tokens": tokens})
+    with ProjectionStore(output.path) as store:
+        assert np.isfinite(score(queries_for(output), store, score="dot")).any()
+        with pytest.raises(StoreError, match=r"how many tokens sample 0 has(.|\n)*--reduction sum"):
+            score(queries_for(output), store, score="dot", reduction="mean")
+
+
+def test_lengths_are_those_of_documents_with_a_row(tmp_path):
+    output = make_store(tmp_path / "out")
+    with ProjectionStore(output.path) as store:
+        want = np.percentile(np.arange(1, N_SAMPLES + 1)[ok_rows(output)], (10, 90))
+        assert length_percentiles(store) == pytest.approx(want)

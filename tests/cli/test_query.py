@@ -13,7 +13,7 @@ from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN
 from helpers.query_command import TEXT, ask, ok_ids, write_queries
 
 from gradproj import ProjectionStore
-from gradproj.analysis import MEANINGS, SIGN, ranking, score
+from gradproj.analysis import MEANINGS, SIGN, ranking, score, scores
 from gradproj.cli.query import QueryConfig, query
 from gradproj.corpus.index import build_index
 from gradproj.corpus.index_file import load_index, save_index
@@ -157,8 +157,8 @@ def test_several_dampings_are_ranked_and_compared(output, ask, monkeypatch, kind
     flags = (output, "--text", TEXT, "--score", kind, "--layers", "mlp", "--top_k", 5)
     one = {c: ask.objects(*flags, "--damping", c) for c in ("0.001", "30")}
     scans = []
-    scan = ranking.top_and_bottom
-    monkeypatch.setattr(ranking, "top_and_bottom", lambda *a, **k: scans.append(1) or scan(*a, **k))
+    scan = scores.score_blocks
+    monkeypatch.setattr(scores, "score_blocks", lambda *a: scans.append(1) or scan(*a))
     both = ask.objects(*flags, "--damping", "0.001,30")
     assert len(scans) == (2 if kind == "relatif" else 1)
     for x, y in zip(both, one["0.001"] + one["30"], strict=True):
@@ -180,6 +180,7 @@ def test_joint_inverts_one_second_moment_of_all_layers(output, tmp_path, ask, la
     flags += ("--layers", layers) if layers else ()
     with ProjectionStore(output) as store:
         ids = ok_ids(store)
+        flags += ("--reduction", store.attributes["identity"]["--loss_reduction"])
         chosen = np.concatenate(
             [
                 np.arange(x.slice_start, x.slice_end)
@@ -227,16 +228,16 @@ def test_many_queries_with_several_dampings_take_several_scans(output, tmp_path,
     )
     want = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
     assert [x["damping"] for x in want] == [0.001] * 21 + [30] * 21
-    sizes, scan = [], ranking.top_and_bottom
+    sizes, scan = [], scores.score_blocks
     monkeypatch.setattr(
-        ranking,
-        "top_and_bottom",
-        lambda rows, *a, **k: sizes.append(len(rows)) or scan(rows, *a, **k),
+        scores,
+        "score_blocks",
+        lambda scanned, queries: sizes.append(len(queries.weights)) or scan(scanned, queries),
     )
     with ProjectionStore(output) as store:
         monkeypatch.setattr(ranking, "_QUERY_BYTES_PER_SCAN", 5 * 8 * store.dim)
     got = ask.objects(*flags, "--top_k", 4, "--bottom_k", 3)
-    assert sizes == [4, 2]  # of two dampings each
+    assert sizes == [4, 2]  # of two queries and one, by two dampings each
     for x, y in zip(got, want, strict=True):
         assert x.pop("score") == pytest.approx(y.pop("score"), rel=1e-5)
         assert x == y
@@ -278,9 +279,11 @@ def test_positive_score_means_training_on_the_document_lowers_the_loss(job, tmp_
         "proj_kind": "orthonormal",
         "proj_layers": "mlp",
         "max_samples": 12,
+        "loss_reduction": "mean",
     }
     run_job(shards=job.corpus, model=job.model, output_dir=output, proj_dtype="float32", **settings)
-    config = QueryConfig(output=str(output), text=words(9, 77), score="dot", top_k=12, device="cpu")
+    asked = {"text": words(9, 77), "score": "dot", "reduction": "mean"}
+    config = QueryConfig(output=str(output), top_k=12, device="cpu", **asked)
     top = query(config, Process(0, 1, 0, 1)).rankings[0].top
     texts = [d["text"] for d in mixed_documents(12)]
     rate = 1e-4
