@@ -1,6 +1,7 @@
 """Inverse curvature of a store's rows, layer by layer, fitted in at most one scan."""
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,6 +211,14 @@ class Preconditioner:
         """Return ``(start, stop, inverse)`` of each independent part of a row."""
         stops = list(accumulate(part.width for part in self._parts))
         return list(zip([0, *stops[:-1]], stops, self._inverses, strict=True))
+
+    def fingerprint(self) -> str:
+        """Return a text that is another one for another inverse."""
+        digest = hashlib.sha256(repr((self.kind, self.damping, self.layers)).encode())
+        for part in self._parts:
+            for tensor in vars(part.curvature).values():
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def is_identity(self) -> bool:

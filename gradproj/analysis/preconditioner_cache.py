@@ -30,7 +30,10 @@ def fit_cached(
     """
     if kind != _KIND:
         return Preconditioner.fit(store, kind)
-    path, world = _path(store), scan_world(options.get("together", False))
+    path, world = (
+        folder_of(store) / f"{_KIND}-{state_of(store)}.safetensors",
+        scan_world(options.get("together", False)),
+    )
     cached = None
     if path.exists():
         try:
@@ -46,13 +49,13 @@ def fit_cached(
     return fitted
 
 
-def _path(store: ProjectionStore) -> Path:
+def state_of(store: ProjectionStore) -> str:
+    """Return a short hash that changes when rows are added, repaired or removed."""
     # Publishing, repairing or removing a shard changes the mtime of the shards' directory; a
     # unit's rows count once its record is there, which changes the number of ok rows.
     mtime_ns = (store.path / "projections").stat().st_mtime_ns
     n_ok = store.status_counts()["ok"]
-    stamp = hashlib.sha256(f"{mtime_ns} {n_ok}".encode()).hexdigest()[:12]
-    return folder_of(store) / f"{_KIND}-{stamp}.safetensors"
+    return hashlib.sha256(f"{mtime_ns} {n_ok}".encode()).hexdigest()[:12]
 
 
 def _save(

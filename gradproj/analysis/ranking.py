@@ -1,12 +1,13 @@
 """Highest- and lowest-scoring documents, for one damping or several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gradproj.analysis.norm_cache import with_self_influences
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.scan import Rows, Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
@@ -44,6 +45,8 @@ class Ranker:
     """Score, layers, domains, device, progress, together."""
     preconditioner: Preconditioner | None
     """Preconditioner of the score; None for a score without damping."""
+    note: Callable[[str], None] = lambda line: None
+    """Called with a line for the user if self-influences cannot be kept beside the store."""
 
     def rank(self, rows: np.ndarray, dampings: Sequence[float | str]) -> list[Ranking]:
         """Rank by each damping, in one scan for all, or one scan each for relatif."""
@@ -74,7 +77,8 @@ class Ranker:
         """Return the options of a scan with this damping of the preconditioner."""
         if self.preconditioner is None:
             return self.options
-        return {**self.options, "preconditioner": self.preconditioner, "damping": damping}
+        options: ScanOptions = {**self.options, "preconditioner": self.preconditioner}
+        return with_self_influences(self.store, {**options, "damping": damping}, self.note)
 
     def _rank_in_one_scan(
         self, rows: np.ndarray, preconditioner: Preconditioner, dampings: Sequence[float | str]

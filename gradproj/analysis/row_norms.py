@@ -73,6 +73,20 @@ class ColumnNorms:
         return np.square(self._store.column("grad_norm", first, last), dtype=np.float64)
 
 
+class GivenNorms:
+    """Those of an earlier scan: ``r C^-1 r``, ``(N,)``."""
+
+    def __init__(self, squares: np.ndarray) -> None:
+        self._all = squares
+
+    def of_band(self, band: Band, scales: np.ndarray | None) -> np.ndarray:
+        squares = self._all[band.first : band.last].astype(np.float64)
+        return squares / np.square(band.row_scale, dtype=np.float64)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        yield 0, self._all.astype(np.float64)
+
+
 def norms_without_rows(
     store: ProjectionStore, layers: list[str], preconditioner: Preconditioner | None
 ) -> RowNorms | None:

@@ -19,7 +19,7 @@ from gradproj.analysis.row_blocks import (
     scan_world,
     width_of,
 )
-from gradproj.analysis.row_norms import RowNorms, norms_without_rows
+from gradproj.analysis.row_norms import GivenNorms, RowNorms, norms_without_rows
 from gradproj.analysis.score_types import DEFAULT_SCORE, SCORES
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
@@ -52,6 +52,9 @@ class ScanOptions(TypedDict, total=False):
     """Loss of the documents' rows: ``sum`` over a document's target tokens (default) or their
     ``mean``. Rows of either kind are converted exactly by ``n_tokens``. Does not change relatif and
     cosine, which divide by the row."""
+    self_influences: np.ndarray
+    """For relatif: ``r C^-1 r`` of every row by this preconditioner, ``(N,)`` float32, which are
+    then not computed; see ``norm_cache.py``."""
     together: bool
     """For ``top_k``, ``bottom_k`` and ``top_and_bottom``: every rank of ``torch.distributed``
     makes the call, scans its share of the units and returns the whole answer. The ranks also fit a
@@ -106,7 +109,10 @@ class Scan:
         check_reduction(options.get("reduction", DEFAULT_REDUCTION))
         preconditioner = _preconditioner(store, score, layers, options)
         world = scan_world(options.get("together", False))
+        given = options.get("self_influences")
         norms = norms_without_rows(store, layers, preconditioner)
+        if given is not None and SCORES[score].divisor == "self_influence":
+            norms = GivenNorms(given)
         return cls(store, score, preconditioner, layers, options, device, world, norms)
 
     @property

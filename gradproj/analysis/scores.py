@@ -183,14 +183,14 @@ def self_influence(
 
 
 def _self_scores(scan: Scan) -> Iterator[tuple[int, Tensor]]:
-    for first, ok, products in _self_products(scan):
+    for first, ok, products in self_products_of_blocks(scan):
         factors = scan.row_factors(first, first + len(ok))
         if factors is not None:
             products = (products.double() * factors.square()).float()
         yield first, torch.where(to_device(torch.from_numpy(ok), scan.device), products, torch.nan)
 
 
-def _self_products(scan: Scan) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+def self_products_of_blocks(scan: Scan) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Yield first id, ``ok (n,)`` and ``r C^-1 r (n,)`` float32 of the stored rows, by blocks."""
     if scan.norms is None:
         preconditioner = scan.row_preconditioner()

@@ -219,7 +219,7 @@ def _rank_by_gradients(
     queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
     # What a long scan would wait for comes before it.
     text = text_scan(config, store, process, note) if config.uses_text else None
-    ranker = Ranker(store, *n_ends, options, fitted or fit())
+    ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
     path = _scores_path(config, len(queries.names), len(store), note)
     if config.score in WITH_TEXT and text:
         both = HybridRanker(ranker, replace(text, progress=False))

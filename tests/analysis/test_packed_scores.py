@@ -10,6 +10,7 @@ from helpers.analysis_stores import (
     dense_scores,
     make_store,
     ok_rows,
+    rewrite_rows,
 )
 
 from gradproj import ProjectionStore
@@ -252,3 +253,36 @@ def test_lengths_are_those_of_documents_with_a_row(tmp_path):
     with ProjectionStore(output.path) as store:
         want = np.percentile(np.arange(1, N_SAMPLES + 1)[ok_rows(output)], (10, 90))
         assert length_percentiles(store) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "signs"])
+def test_self_influences_are_computed_once_and_again_after_a_change(
+    tmp_path, encoding, monkeypatch
+):
+    output = make_store(tmp_path / "out", encoding=encoding)
+    queries, notes = queries_for(output), []
+    options = {"score": "relatif", "layers": None, "domains": None}
+    folder = output.path / "preconditioners"
+
+    def top(damping):
+        with ProjectionStore(output.path) as store:
+            ranker = Ranker(store, 5, 0, options, Preconditioner.fit(store), notes.append)
+            ends = ranker.rank(queries, [damping])[0].top
+        scores = dense_scores(output, queries, "relatif", damping)
+        want = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :5]
+        np.testing.assert_array_equal(ends.ids, want)
+        np.testing.assert_allclose(ends.scores, np.take_along_axis(scores, want, 1), rtol=1e-4)
+
+    top(C)
+    (kept,) = folder.iterdir()
+    monkeypatch.setattr("gradproj.analysis.norm_cache.self_products_of_blocks", None)
+    top(C)  # from the file
+    monkeypatch.undo()
+    top(0.5)
+    assert len(list(folder.iterdir())) == 2
+    kept.write_bytes(kept.read_bytes()[:-1] + b"!")
+    top(C)
+    assert [note for note in notes if "damaged" in note]
+    rewrite_rows(output)
+    top(C)
+    (kept,) = folder.iterdir()  # those of the rows before are gone
