@@ -77,11 +77,11 @@ class Summary:
         variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
         variant += ", all layers jointly" if self.joint else ""
         meaning = f"{score}{variant}: {MEANINGS[score]}"
-        if SCORES[score].is_inner_product:
-            reduction = self.options.get("reduction", DEFAULT_REDUCTION)
-            meaning += f"; trained by the {reduction} of the document's token losses"
         if self.name not in WITH_TEXT:
-            return [_labelled("score", meaning), _labelled("", SIGN)]
+            reduction = self.options.get("reduction", DEFAULT_REDUCTION)
+            loss = f"{reduction} over a document's target tokens (--reduction)"
+            lines = [_labelled("score", meaning), _labelled("", SIGN)]
+            return lines + [_labelled("loss", loss)] * SCORES[score].is_inner_product
         parts = [f"{self.name}: {MEANING_WITH_TEXT}", meaning, f"{TEXT}: {MEANING}"]
         return [_labelled("" if n else "score", part) for n, part in enumerate(parts)]
 

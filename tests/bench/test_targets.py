@@ -129,6 +129,14 @@ def test_scores_foretell_retraining_and_find_near_copies(tmp_path):
     assert kfac.duplicates.recall[1] >= 0.95
 
 
+def test_signs_are_scanned_eight_times_as_fast_as_float16_rows():
+    import bench_packed
+
+    ratios = bench_packed.measure(quick=True)
+    assert ratios["signs Q=1"] >= 8
+    assert ratios["signs Q=16"] >= 8
+
+
 @pytest.mark.parametrize("proj_dtype", ["float16", "bfloat16", "float32"])
 def test_a_question_is_near_what_the_machine_can_do(proj_dtype):
     import bench_query
