@@ -37,7 +37,7 @@ from gradproj.text.scores import QueryText, text_scores
 CANDIDATES = (20, 50, 100, 200)
 DENSE = ["--encoding", "dense", "--basis", "random"]
 STORES = {
-    "64 x 64 signs": ["--encoding", "signs", "--proj_rank_total", "4096"],
+    "64 x 64 signs": ["--encoding", "signs", "--basis", "eigen", "--proj_rank_total", "4096"],
     "64 x 64 fp16": [*DENSE, "--proj_rank_total", "4096"],
     "16 x 16 fp16": [*DENSE, "--proj_rank_total", "256"],
 }
