@@ -99,6 +99,7 @@ def test_older_store_answers_a_query_with_the_same_scores(older, capsys):
     expected = [json.loads(line) for line in Path("query-expected.jsonl").read_text().splitlines()]
     assert len(expected) == 80
     question = ["query", "float32", "--text", QUERY, "--score", "dot", "--device", "cpu"]
+    question += ["--reduction", "mean"]
     question += ["--reduction", "mean"]  # as its rows are
     assert main([*question, "--top_k", "80", "--bottom_k", "0", "--format", "jsonl"]) == 0
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -123,7 +124,8 @@ def test_older_job_is_continued_and_keeps_its_rows(older, dtype):
     before = np.load(f"{dtype}-expected.npz")["rows"]
     committed = ~np.isnan(before).any(axis=1)
     assert 0 < committed.sum() < 80
-    run_job(output_dir=dtype, proj_dtype=dtype, **JOB)
+    # Flags that are not given have the defaults of the store's version.
+    run_job(output_dir=dtype, proj_dtype=dtype, dense_rows=False, **JOB)
     store = ProjectionStore(dtype)
     rows = store.rows(np.arange(80))
     np.testing.assert_array_equal(rows[committed], before[committed])
@@ -134,7 +136,7 @@ def test_older_job_is_continued_and_keeps_its_rows(older, dtype):
 
 def test_older_complete_store_has_nothing_left_to_compute(older):
     shards = {path: path.read_bytes() for path in Path("float32").rglob("c/*") if path.is_file()}
-    run_job(output_dir="float32", proj_dtype="float32", **JOB)
+    run_job(output_dir="float32", proj_dtype="float32", dense_rows=False, **JOB)
     assert shards == {path: path.read_bytes() for path in shards}
     assert_close(
         ProjectionStore("float32").rows(np.arange(80)), undisturbed_rows("float32"), "float32"

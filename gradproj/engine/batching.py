@@ -58,7 +58,7 @@ class BatchConfig(Flags, title="batches"):
     )
     loss_reduction: str = flag(
         "A row is the gradient of this reduction of the loss over a document's target tokens.",
-        "mean",
+        "sum",
         choices=("mean", "sum"),
     )
 

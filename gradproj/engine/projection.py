@@ -20,10 +20,12 @@ from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
 from gradproj.engine.patterns import EXCLUDES
 from gradproj.engine.rank_totals import RankTotals
 from gradproj.errors import ConfigError
-from gradproj.flags import Flags, flag, flag_of, split_list
+from gradproj.flags import Flags, as_in, flag, flag_of, split_list
 from gradproj.store.layout import LayerSlice
 
 BASES = ("eigen", "random")
+DEFAULT_RANK_TOTAL = 4096
+"""Of the job: 64 x 64. A training run, whose rows are dense, keeps fewer."""
 PROJECTION_VERSION = 1
 """Part of every matrix's key. Raise it if a change gives other numbers for the same seed."""
 
@@ -115,7 +117,7 @@ class ProjectionConfig(Flags, title="projection"):
 
     @property
     def rank_totals(self) -> RankTotals:
-        return RankTotals.parse(self.rank_total, int(type(self).rank_total))
+        return RankTotals.parse(self.rank_total, DEFAULT_RANK_TOTAL)
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -127,6 +129,9 @@ class ProjectionConfig(Flags, title="projection"):
 class JobProjectionConfig(ProjectionConfig):
     """Compression settings of the job, which can take matrices of one's own."""
 
+    rank_total: str | int = as_in(
+        ProjectionConfig, "rank_total", default=DEFAULT_RANK_TOTAL, flag="proj_rank_total"
+    )
     matrices: str = flag(
         "safetensors file of matrices to use in place of drawn ones: LAYER.p_i (k_i, n_i) and "
         "LAYER.p_o (k_o, n_o) for each layer.",
@@ -137,7 +142,7 @@ class JobProjectionConfig(ProjectionConfig):
         "Basis of a layer's values: eigen, the eigenvectors of token covariances that a pilot pass "
         "measures before the store is made, scaled to equal variance; or random, the matrices as "
         "they are drawn.",
-        "random",
+        "eigen",
         choices=BASES,
     )
     bytes_per_document: str = flag(
@@ -150,6 +155,12 @@ class JobProjectionConfig(ProjectionConfig):
         "Fewest target tokens of the pilot, from documents all over the corpus.",
         131072,
         minimum=1,
+    )
+    basis_from: str = flag(
+        "Output of a job whose basis this store takes, without a pilot: so one store's rows can be "
+        "the other's queries.",
+        "",
+        path="DIR",
     )
 
     def __post_init__(self) -> None:
@@ -165,6 +176,8 @@ class JobProjectionConfig(ProjectionConfig):
                 "--bytes_per_document chooses the widths of the rows: leave out "
                 f"{', '.join(changed or ['--matrices'])}"
             )
+        if self.basis_from and self.basis != "eigen":
+            raise ConfigError(f"--basis_from {self.basis_from} needs --basis eigen")
         if self.matrices and changed:
             raise ConfigError(
                 f"--matrices {self.matrices} holds the matrices and their widths: leave out "

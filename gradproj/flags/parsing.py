@@ -23,13 +23,18 @@ from gradproj.flags.paths import local_path
 
 
 def parse(
-    argv: Sequence[str], prog: str, *sections: type, description: str | None = None
+    argv: Sequence[str],
+    prog: str,
+    *sections: type,
+    description: str | None = None,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: {},
 ) -> tuple[Any, ...]:
     """Build the dataclasses ``sections`` from flags.
 
     ``--config FILE.toml`` gives flags that are not on the command line. A flag's name may be
     written with ``-`` for ``_``. ``--help`` groups flags by the dataclass that declares them, a
-    derived one before its bases.
+    derived one before its bases. ``defaults`` returns other defaults, flag -> value, for the flags
+    that are given.
 
     Raises:
         ConfigError: an unknown flag or key (names the nearest known one), a value of the wrong
@@ -46,6 +51,7 @@ def parse(
     given = _given(_parser(prog, description, fields, titles), argv, fields)
     from_file = _read_toml(given.pop("config"), fields) if "config" in given else {}
     values = {**from_file, **given}
+    values = {**defaults(values), **values}
     missing = [label_of(f) for name, f in fields.items() if is_required(f) and name not in values]
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be given; --help lists all flags")

@@ -2,18 +2,36 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.projection import JobProjectionConfig
-from gradproj.flags import DEVICES, Flags, flag, flag_of, from_recorded, parse, word_of
+from gradproj.errors import GradprojError
+from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
+from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
-from gradproj.store.layout import StoreConfig
+from gradproj.store.layout import STORE_NAME, StoreConfig
+from gradproj.store.metadata import read_attributes
 
+FORMAT_1_DEFAULTS: Mapping[str, Any] = {
+    "encoding": "dense",
+    "basis": "random",
+    "proj_rank_total": 256,
+    "loss_reduction": "mean",
+}
+"""Defaults of the job that have changed since format 1."""
 MAX_THREADS = 1024
 """Far above any machine's cores; OpenMP crashes at numbers beyond what the kernel allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStoreConfig(StoreConfig):
+    """Form of the job's rows. By default they are signs; those of a training run are dense."""
+
+    encoding: str = as_in(StoreConfig, "encoding", default="signs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +80,7 @@ class RunConfig:
     model: ModelConfig
     projection: JobProjectionConfig
     batch: BatchConfig
-    store: StoreConfig
+    store: JobStoreConfig
     job: JobConfig
 
     @staticmethod
@@ -72,7 +90,11 @@ class RunConfig:
 
     @staticmethod
     def from_flags(recorded: Mapping[str, Any]) -> "RunConfig":
-        """Build the settings that ``as_flags`` returned. ``TypeError`` if a flag is missing."""
+        """Build the settings that ``as_flags`` returned. ``TypeError`` if a flag is missing.
+
+        Format 1 recorded no flags of the rows' form.
+        """
+        recorded = {**FORMAT_1_DEFAULTS, **recorded}
         sections = RunConfig.sections().items()
         return RunConfig(**{name: from_recorded(section, recorded) for name, section in sections})
 
@@ -85,12 +107,26 @@ class RunConfig:
         }
 
 
+def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return format 1's defaults for an output directory that holds a store of it, else none.
+
+    So the command line that began such a store continues it.
+    """
+    try:
+        store = Path(local_path(given.get("output_dir", ""))) / STORE_NAME
+        is_old = store.exists() and read_attributes(store)["format_version"] == 1
+    except GradprojError:  # said later
+        return {}
+    return FORMAT_1_DEFAULTS if is_old else {}
+
+
 def parse_run(
     argv: list[str], prog: str, *more: type, description: str | None = None
 ) -> tuple[Any, ...]:
     """Return the job's settings from a command line, then those of the sections ``more``."""
     sections = RunConfig.sections()
-    values = parse(argv, prog, *sections.values(), *more, description=description)
+    every = (*sections.values(), *more)
+    values = parse(argv, prog, *every, description=description, defaults=_defaults_of_output)
     return RunConfig(**dict(zip(sections, values, strict=False))), *values[len(sections) :]
 
 

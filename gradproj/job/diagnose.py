@@ -1,8 +1,8 @@
 """Compares rows alone, batched and padded, in float32 and bfloat16: the command ``diagnose``.
 
 Some documents of the corpus run through the engine alone, in the job's batches and beside padding,
-in each precision. Every row is compared with the document's own in float32 alone. Nothing is
-written.
+in each precision. Every row is compared with the document's own in float32 alone. Rows are in the
+basis of the output's store, if there is one. Nothing is written.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import BatchConfig, fit_padding
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.projection import job_matrices
 from gradproj.errors import CorpusError, ModelError
 from gradproj.flags import Flags, flag
@@ -34,7 +35,8 @@ from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import load_model, load_tokenizer
-from gradproj.store.layout import STATUS
+from gradproj.store import ProjectionStore
+from gradproj.store.layout import STATUS, STORE_NAME
 
 SOUND, BEYOND = 0, 1
 _TRIES = 8
@@ -158,6 +160,7 @@ def _rows_in(
             job_matrices(projection, plan.layers),
             options.gradient_checkpointing,
             options.compile,
+            _basis_of(plan),
         )
         with compiler_errors_explained(), engine:
             for way in WAYS if batch.max_padding else WAYS[:2]:
@@ -167,6 +170,14 @@ def _rows_in(
             f"the device has no memory for the comparison in {dtype}: give a smaller "
             "--batch_tokens, or --device cpu"
         ) from error
+
+
+def _basis_of(plan: Plan) -> Matrices | None:
+    """Return the basis of a store that is there; before a pilot has run, rows have none."""
+    if not (plan.output / STORE_NAME).exists():
+        return None
+    with ProjectionStore(plan.output) as store:
+        return store.basis
 
 
 def _by_layer(plan: Plan, dtype: str, rows: Tensor, reference: Tensor) -> list[LayerComparison]:

@@ -21,7 +21,7 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
     later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
-    if projection.basis != "random":
+    if projection.basis != "random" and not projection.basis_from:
         later["--pilot_tokens"] = projection.pilot_tokens
     return {
         "--revision": model.revision,

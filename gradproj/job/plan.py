@@ -16,13 +16,14 @@ from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
-from gradproj.engine.projection import place_widths
+from gradproj.engine.projection import job_matrices, place_widths
 from gradproj.engine.reach import check_reached
 from gradproj.engine.selection import find_layers, idle_exclusions
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
 from gradproj.job.allocation import with_allocation
+from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags, is_untouched
@@ -201,6 +202,10 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     }
     if given is not None:
         identity["--matrices"] = matrices_digest(given, layers)
+    if projection.basis_from:
+        matrices = job_matrices(projection, layers)
+        basis = borrowed_basis(projection.basis_from, layers, matrices)
+        identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
     _check_sparse(plan)

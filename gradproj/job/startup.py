@@ -33,6 +33,7 @@ from gradproj.errors import GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
+from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, is_untouched
 from gradproj.job.pilot import run_pilot
@@ -206,7 +207,10 @@ def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module
     # The matrices depend on names and shapes, or on a file, so they need no weights.
     chosen = job_matrices(plan.config.projection, plan.layers)
     try:
-        if plan.config.projection.basis == "eigen":
+        if source := plan.config.projection.basis_from:
+            basis = borrowed_basis(source, plan.layers, chosen)
+            arrays, attributes["basis"] = basis.arrays, basis.attribute
+        elif plan.config.projection.basis == "eigen":
             pilot = run_pilot(plan, chosen, device, published=store.exists)
             arrays, attributes["basis"], model = pilot.arrays, pilot.attribute, pilot.model
         matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}

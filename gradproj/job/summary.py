@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from gradproj.store.unit_record import list_records, read_record, record_name
 def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     """Return the plan as lines of text: the work ahead and what it takes."""
     layout, batch = plan.layout, plan.config.batch
-    widths = {layer.slice_end - layer.slice_start for layer in plan.layers}
+    shapes = Counter(f"{layer.k_o} x {layer.k_i}" for layer in plan.layers)
+    widths = {layer.k_o * layer.k_i for layer in plan.layers}
     each = f" x {widths.pop()}" if len(widths) == 1 else ""
     by_domain = bool(plan.config.corpus.chosen_domains)
     selected = f", at most {plan.n_selected:,} of the chosen domains" if by_domain else ""
@@ -33,6 +35,8 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
         f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
         f"{layout.stored_as}, {human_bytes(plan.row_bytes)}",
+        f"widths        {', '.join(f'{shape} in {n} layers' for shape, n in shapes.most_common())}",
+        f"basis         {_basis_of(plan)}",
         *plan.coverage.lines(),
         f"sequences     at most {batch.max_length} tokens ({batch.long_documents}); "
         f"batches of {batch.batch_size} sequences, {batch.batch_tokens or 'auto'} tokens",
@@ -62,6 +66,15 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         wasted = human_bytes(plan.wasted_bytes())
         lines.append(f"wasted        {wasted} of rows that no chosen document fills")
     return lines
+
+
+def _basis_of(plan: Plan) -> str:
+    projection = plan.config.projection
+    if projection.basis == "random":
+        return "random: the matrices as they are drawn"
+    if projection.basis_from:
+        return f"eigen, that of {projection.basis_from}"
+    return f"eigen, measured by a pilot of at least {projection.pilot_tokens:,} target tokens"
 
 
 def memory_line(plan: Plan, device: torch.device) -> str:

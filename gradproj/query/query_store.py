@@ -29,6 +29,7 @@ _PROJECTION = (
     "--matrices",
     "--basis",
     "--pilot_tokens",
+    "--basis_from",
 )
 _MATRICES = "layers, projection matrices or basis"
 
@@ -75,12 +76,13 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
     if theirs[_MATRICES] != ours[_MATRICES]:
         # Name the flags that explain it, if there are any.
         names += [n for n in _PROJECTION if theirs.get(n) != ours.get(n)] or [_MATRICES]
+    basis = f", its basis by --basis_from {store.path.parent}" if store.basis else ""
     mismatch = settings_mismatch(
         f"--query_store {queries.path} does not fit {store.path}: their rows are not comparable",
         theirs,
         {name: ours.get(name) for name in names},
-        "Make the query store with the store's model and settings, or give its texts by --queries; "
-        "gradproj.analysis takes any rows.",
+        f"Make the query store with the store's model and settings{basis}, or give its texts by "
+        "--queries; gradproj.analysis takes any rows.",
         labels=("queries", "store"),
         show=_short,
     )

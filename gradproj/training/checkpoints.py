@@ -113,9 +113,11 @@ class Checkpoints:
         ``ConfigError`` if it has other settings, documents or another number of ranks.
         """
         shared = _load(path, STATE)
+        # Checkpoints from before --encoding hold runs of dense rows.
+        recorded = {"encoding": "dense"} | current_names(TrainConfig, shared["settings"])
         theirs, ours = (
             {name if name == "ranks" else f"--{name}": value for name, value in settings.items()}
-            for settings in (current_names(TrainConfig, shared["settings"]), self._settings)
+            for settings in (recorded, self._settings)
         )
         mismatch = settings_mismatch(
             f"cannot resume from {path}: it was made with other settings",

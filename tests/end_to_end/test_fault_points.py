@@ -18,7 +18,7 @@ from gradproj.store.layout import FOLDERS
 PACKAGE = Path(__file__).parents[2] / "gradproj"
 N_SAMPLES, N_UNITS = 48, 3
 SETTINGS = SMALL_JOB | {"rows_per_shard": 16, "proj_save_interval": 1, "device": "cpu"}
-SETTINGS |= {"basis": "eigen"}
+SETTINGS |= {"basis": "eigen", "encoding": "signs"}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,17 @@ def test_job_killed_at_any_step_resumes_to_the_same_bits(launch, undisturbed, st
 @pytest.mark.parametrize("step", ["partial published", "claim released", "scratch removed"])
 def test_job_killed_at_any_step_of_a_stop_resumes_to_the_same_bits(launch, undisturbed, step):
     launch.die_at(step, 1, stop_at="batch done")
+    launch.finish(2)
+    assert_like_undisturbed(launch.output, undisturbed, launch.ranks)
+
+
+def test_job_stopped_in_the_pilot_ends_in_order_and_resumes_to_the_same_bits(launch, undisturbed):
+    launch.start(2, stop_at="pilot batch done")
+    ended = launch.ranks.wait_for_all()
+    # Rank 0 runs the pilot and got the signal; the other one ends because it did.
+    assert {rank.rank: rank.status for rank in ended} == {0: 128 + 15, 1: 2}
+    assert "stopped by SIGTERM before the first unit" in "".join(rank.output for rank in ended)
+    assert not (launch.output / "projections.zarr").exists()
     launch.finish(2)
     assert_like_undisturbed(launch.output, undisturbed, launch.ranks)
 

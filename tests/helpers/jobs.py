@@ -20,8 +20,24 @@ from gradproj.store.unit_record import list_records
 assert gradproj.store
 
 
-def flags(**settings: Any) -> list[str]:
-    """Return keyword arguments as command-line flags; True is a bare flag."""
+DENSE_ROWS = {
+    "encoding": "dense",
+    "basis": "random",
+    "proj_rank_total": 256,
+    "loss_reduction": "mean",
+}
+"""The job's defaults of format 1, whose rows are compared with plain gradients by most tests."""
+
+
+def flags(*, dense_rows: bool = True, **settings: Any) -> list[str]:
+    """Return keyword arguments as command-line flags; True is a bare flag.
+
+    The flags of a job have those of ``DENSE_ROWS`` that are not given, unless ``dense_rows`` is
+    false: its defaults are then today's.
+    """
+    is_job = {"shards", "output_dir"} <= settings.keys()
+    if is_job and dense_rows and "bytes_per_document" not in settings:
+        settings = DENSE_ROWS | settings
     given = []
     for name, value in settings.items():
         given += [f"--{name}"] if value is True else [f"--{name}", str(value)]

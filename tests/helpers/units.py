@@ -44,7 +44,7 @@ def unit_of(
 
 
 def layout_of(engine: GradProjLoraEngine, **form: Any) -> tuple[StoreLayout, list[LayerSlice]]:
-    """Return the layout of a store of this engine's rows, float32 if nothing else is said."""
+    """Return the layout of a store of this engine's rows, by default dense float32."""
     layers, at = [], 0
     for name, (p_i, p_o) in engine.projection_matrices.items():
         (k_i, n_i), (k_o, n_o) = p_i.shape, p_o.shape

@@ -117,8 +117,7 @@ def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
     """A rank as ``resolve_batch_tokens`` needs it."""
     config = run_config(flags(**inputs, output_dir=tmp_path, batch_tokens="auto"), "test")
     settings = Settings(config.batch)
-    layout = SimpleNamespace(rows_per_shard=16, dim=16)
-    plan = SimpleNamespace(output=tmp_path, unit_settings=settings, layout=layout)
+    plan = SimpleNamespace(output=tmp_path, unit_settings=settings, unit_bytes=lambda: 1024)
     (tmp_path / "scratch").mkdir(exist_ok=True)
     job = SimpleNamespace(plan=plan, owner=SimpleNamespace(rank=rank), n_neighbours=1)
     return job, SimpleNamespace(pending=lambda: pending, scratch=tmp_path / "scratch")

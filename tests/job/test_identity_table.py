@@ -18,8 +18,7 @@ TABLE = [
     (re.findall(r"`(--\w+)`", flags), effect.strip(), identity.strip())
     for flags, effect, identity in re.findall(r"^\| (`--.*?) \| (.*?) \| (.*?) \|$", SECTION, re.M)
 ]
-REQUIRED = ["--shards", "tars", "--model", "m", "--output_dir", "out", "--basis", "eigen"]
-REQUIRED += ["--encoding", "dense"]
+REQUIRED = ["--shards", "tars", "--model", "m", "--output_dir", "out", "--encoding", "dense"]
 
 
 def listed(word):
@@ -48,7 +47,7 @@ OTHER_VALUES = {
     "--proj_layers": "attn", "--proj_rank_total": 64, "--proj_rank_min": 4, "--proj_seed": 1,
     "--proj_kind": "gaussian", "--basis": "random", "--pilot_tokens": 99,
     "--include_embeddings": None, "--max_length": 32,
-    "--long_documents": "windows", "--loss_reduction": "sum", "--special_tokens": "bos",
+    "--long_documents": "windows", "--loss_reduction": "mean", "--special_tokens": "bos",
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",
     "--encoding": "signs", "--compressor": "zstd", "--rows_per_shard": 32, "--max_samples": 50,
     "--domains": "Github",
