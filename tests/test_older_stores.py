@@ -99,7 +99,6 @@ def test_older_store_answers_a_query_with_the_same_scores(older, capsys):
     expected = [json.loads(line) for line in Path("query-expected.jsonl").read_text().splitlines()]
     assert len(expected) == 80
     question = ["query", "float32", "--text", QUERY, "--score", "dot", "--device", "cpu"]
-    question += ["--reduction", "mean"]
     question += ["--reduction", "mean"]  # as its rows are
     assert main([*question, "--top_k", "80", "--bottom_k", "0", "--format", "jsonl"]) == 0
     hits = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
