@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#2f6297", "#d94801", "#3b8a3b", "#7b4ba0", "#8c564b", "#b8860b", "#17859b", "#555555")
+COLOURS = (
+    "#2f6297", "#d94801", "#3b8a3b", "#7b4ba0", "#8c564b", "#b8860b", "#17859b", "#222222",
+    "#c2578f", "#8a9a2b",
+)  # fmt: skip
 PANEL_INCHES = (5.0, 4.6)
 
 
@@ -33,7 +36,8 @@ def draw(experiments: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(width * len(experiments), height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(experiments), squeeze=False)[0]
-    names = [name for results in experiments.values() for name in results["methods"]]
+    methods = [item for results in experiments.values() for item in results["methods"].items()]
+    names = sorted(name for name, result in methods if result["row_bytes"] is not None)
     colours = _colours(dict.fromkeys(map(_family, names)))
     for axes, (title, results) in zip(panels, experiments.items(), strict=True):
         _panel(axes, results["methods"], colours)
@@ -53,8 +57,8 @@ def _legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
     if handles:
         title = "score/rows; a point's number is K, for K x K values of each layer"
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
-            fontsize=8, title=title, title_fontsize=8,
+            handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(panels),
+            frameon=False, fontsize=8, title=title, title_fontsize=8,
         )  # fmt: skip
 
 
@@ -97,8 +101,8 @@ def _panel(axes: "Axes", methods: Mapping[str, Any], colours: Mapping[str, str])
     for mean, name in lines:
         axes.axhline(mean, color="#8a8f98", linestyle="--", linewidth=0.9, zorder=0)
         axes.annotate(
-            name, (1, mean), xycoords=("axes fraction", "data"), xytext=(-2, 2), fontsize=8,
-            textcoords="offset points", ha="right", color="#5a5f68",
+            name, (1, mean), xycoords=("axes fraction", "data"), xytext=(3, -3), fontsize=8,
+            textcoords="offset points", color="#5a5f68",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: human_bytes(int(value)))
