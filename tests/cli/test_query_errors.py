@@ -181,8 +181,14 @@ def test_incomparable_query_store_is_rejected_with_every_difference(job, output,
 def test_query_store_with_other_matrices_is_rejected(job, output, ask):
     def short_hash():
         with ProjectionStore(output) as store:
-            layers = json.dumps([vars(layer) for layer in store.layers]).encode()
+            layers = [
+                {name: x for name, x in vars(layer).items() if not name.startswith("stored_")}
+                for layer in store.layers
+            ]
+            layers = json.dumps(layers).encode()
             matrices = store.array("projection_matrices").tobytes()
+            if store.basis is not None:
+                matrices += store.array("basis_matrices").tobytes()
         return hashlib.sha256(layers + matrices).hexdigest()[:8]
 
     before = short_hash()
@@ -192,7 +198,7 @@ def test_query_store_with_other_matrices_is_rejected(job, output, ask):
         write_array(store.path, "projection_matrices", matrices)
     message = ask.mistake(job.output, "--query_store", output)
     assert message.splitlines()[1:-1] == [
-        f"  layers or projection matrices: queries {short_hash()}..., store {before}..."
+        f"  layers, projection matrices or basis: queries {short_hash()}..., store {before}..."
     ]
     assert short_hash() != before
     identity = read_attributes(output / "projections.zarr")["identity"]
