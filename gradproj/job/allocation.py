@@ -79,11 +79,13 @@ class Allocation:
         ]
         same = sorted((m for m in MEASURED if m.layers == self.layers), key=lambda m: m.k)
         nearest = next((m for m in reversed(same) if m.k <= self.k), same[0])
-        relation = "less than of" if nearest.k > self.k else "at least of"
+        relation = "less than that of" if nearest.k > self.k else "at least that of"
         pairs = zip(nearest.scores, BENCHMARKS, strict=False)
         scores = ", ".join(f"{score:.2f} on {name}" for score, name in pairs)
-        relation = "of" if nearest.k == self.k else relation
-        return [*lines, f"quality       LDS {relation} {nearest.k} x {nearest.k} signs: {scores}"]
+        return [
+            *lines,
+            f"quality       LDS {relation} {nearest.k} x {nearest.k} signs: {scores}",
+        ]
 
 
 def read_bytes(text: str) -> int:
@@ -213,25 +215,27 @@ def dimension_lines(store: ProjectionStore, most: int = 12) -> list[str]:
 
     Layers of all blocks are one line, with the largest of their dimensions.
     """
-    groups: dict[str, list[tuple[float, int, float, int]]] = {}
+    groups: dict[str, list[tuple[float, ...]]] = {}
     eigenvalues = store.basis_eigenvalues or {}
     for layer in store.layers:
         if layer.name in eigenvalues:
             e_i, e_o = (effective_dimension(e) for e in eigenvalues[layer.name])
-            groups.setdefault(folded(layer.name), []).append((e_i, layer.k_i, e_o, layer.k_o))
+            # Wider than the layer is not possible.
+            wide = [min(n, _enough(e)) for e, n in ((e_i, layer.n_i), (e_o, layer.n_o))]
+            sides = (e_i, layer.k_i, e_o, layer.k_o, *wide)
+            groups.setdefault(folded(layer.name), []).append(sides)
     lines = []
-    for name, sides in groups.items():
-        e_i, k_i, e_o, k_o = map(max, zip(*sides, strict=True))
+    for name, group in groups.items():
+        e_i, k_i, e_o, k_o, wide_i, wide_o = map(max, zip(*group, strict=True))
+        is_enough = wide_i <= k_i and wide_o <= k_o
         lines.append(
             f"dimension     {name}: A {e_i:.0f} of {k_i}, S {e_o:.0f} of {k_o}; "
-            f"{_enough(e_i, k_i, e_o, k_o)}"
+            f"{wide_i} x {wide_o} {'is' if is_enough else 'or more would be'} enough"
         )
     more = [f"dimension     and {len(lines) - most} more names"] if len(lines) > most else []
     return lines[:most] + more
 
 
-def _enough(e_i: float, k_i: int, e_o: float, k_o: int) -> str:
-    wide = [int(np.ceil(OVERSAMPLING * e / STEP) * STEP) for e in (e_i, e_o)]
-    if wide[0] <= k_i and wide[1] <= k_o:
-        return f"{wide[0]} x {wide[1]} is enough"
-    return f"at least {wide[0]} x {wide[1]} would be enough"
+def _enough(dimension: float) -> int:
+    """Return the width of a side that is enough for an effective dimension."""
+    return int(np.ceil(OVERSAMPLING * dimension / STEP) * STEP)

@@ -60,7 +60,7 @@ def test_all_layers_are_taken_where_each_has_64_by_64_and_else_the_mlps_outputs(
     assert config.projection.layers == OUTPUTS[family]
     assert len(layers) == 2
     # Four layers of 64 x 64 a block are one of 128 x 128.
-    k, relation = (124, "less than of") if n == 8 else (128, "of")
+    k, relation = (124, "less than that of") if n == 8 else (128, "at least that of")
     assert {(layer.k_i, layer.k_o) for layer in layers} == {(k, k)}
     quality = f"LDS {relation} 128 x 128 signs: 0.64 on GPT-2 3 x 128, 0.51 on GPT-2 3 x 384"
     assert lines[1].endswith(quality)
@@ -124,13 +124,15 @@ def test_effective_dimension_counts_what_damping_leaves():
 def test_plan_names_the_width_that_is_enough_for_each_kind_of_layer():
     flat, steep = np.ones(64), np.r_[np.ones(8), np.zeros(56)]
     names = [f"layers.{i}.{part}" for i in range(2) for part in ("up", "down")]
-    layers = [SimpleNamespace(name=name, k_i=64, k_o=64) for name in names]
+    layers = [SimpleNamespace(name=name, k_i=64, k_o=64, n_i=900, n_o=900) for name in names]
     eigenvalues = {name: (flat if name.endswith("up") else steep, steep) for name in names}
     store = SimpleNamespace(layers=layers, basis_eigenvalues=eigenvalues)
     up, down = dimension_lines(store)
-    assert up.endswith("layers.*.up: A 62 of 64, S 8 of 64; at least 128 x 16 would be enough")
+    assert up.endswith("layers.*.up: A 62 of 64, S 8 of 64; 128 x 16 or more would be enough")
     assert down.endswith("layers.*.down: A 8 of 64, S 8 of 64; 16 x 16 is enough")
     assert dimension_lines(SimpleNamespace(layers=layers, basis_eigenvalues=None)) == []
+    layers[0].n_i = layers[2].n_i = 64
+    assert dimension_lines(store)[0].endswith("64 x 16 is enough")
     many = [replace_name(layer, n) for layer in layers[:1] for n in range(20)]
     store = SimpleNamespace(layers=many, basis_eigenvalues={x.name: (flat, flat) for x in many})
     assert dimension_lines(store)[12:] == ["dimension     and 8 more names"]
