@@ -47,7 +47,7 @@ def waits_of_a_unit(tmp_path, monkeypatch):
     """``(model, chunked, **engine's) -> waits in the loop over a unit's batches``."""
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
 
-    def run(model, chunked=True, **settings):
+    def run(model, chunked=True, form=None, **settings):
         model = model.requires_grad_(False).to(META_DEVICE)
         # Both are measured before the first unit.
         monkeypatch.setattr(unit_projector, "chunk_verdict", lambda model: (chunked, ""))
@@ -55,7 +55,9 @@ def waits_of_a_unit(tmp_path, monkeypatch):
         with GradProjLoraEngine(
             model, freeze_weights=True, token_covariances=True, **settings
         ) as engine:
-            waits = waits_of(lambda: done.append(project_unit(model, engine, unit, tmp_path)))
+            waits = waits_of(
+                lambda: done.append(project_unit(model, engine, unit, tmp_path, **(form or {})))
+            )
         assert waits or (done and len(unit.batches) > 3)
         return waits
 
@@ -74,6 +76,15 @@ def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(
     assert waits_of_a_unit(small_model(family).to(torch.bfloat16)) == []
     assert waits_of_a_unit(small_model(family), chunked=False) == []
     assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
+
+
+@pytest.mark.parametrize("encoding", ["signs", "int4"])
+def test_no_batch_waits_with_a_basis_and_packed_rows(encoding, waits_of_a_unit):
+    model = small_model("llama")
+    widths = GradProjLoraEngine(model).projection_matrices.items()
+    basis = {name: (torch.eye(len(p_i)), torch.eye(len(p_o))) for name, (p_i, p_o) in widths}
+    form = {"encoding": encoding}
+    assert waits_of_a_unit(model, form=form, basis=basis) == []
 
 
 ROPES = {
