@@ -84,11 +84,11 @@ def per_sample_loss(
         )
     if chunked is None:
         chunked, _ = chunk_verdict(model)
-    if chunked and _head_is_bystander(head := inner.get_output_embeddings()):
-        hidden = _run(inner.base_model, inputs, packed)[0].flatten(0, 1)[targets.positions]
-        losses = TokenLoss.apply(hidden, head, targets.tokens, _softcap(inner))
+    if chunked and head_is_bystander(head := inner.get_output_embeddings()):
+        hidden = run_model(inner.base_model, inputs, packed)[0].flatten(0, 1)[targets.positions]
+        losses = TokenLoss.apply(hidden, head, targets.tokens, softcap_of(inner))
     else:
-        logits = _run(model, inputs, packed).logits
+        logits = run_model(model, inputs, packed).logits
         if logits.shape[1] > shape[1]:
             logits = logits[:, -shape[1] :]  # the virtual tokens of prompt learning come first
         chosen = logits.flatten(0, 1)[targets.positions].float()
@@ -144,7 +144,7 @@ def _split_batch(batch: Any) -> tuple[dict[str, Tensor], Targets]:
     return inputs, Targets.from_labels(labels, mask)
 
 
-def _run(module: Any, inputs: dict[str, Tensor], packed: bool = False) -> Any:
+def run_model(module: Any, inputs: dict[str, Tensor], packed: bool = False) -> Any:
     """Run the model or its body, which must know every input by its name.
 
     Rows are ``packed`` if they may hold several sequences: the caller gave position ids.
@@ -162,12 +162,12 @@ def _run(module: Any, inputs: dict[str, Tensor], packed: bool = False) -> Any:
         return module(**inputs, use_cache=False)
 
 
-def _head_is_bystander(head: nn.Module) -> bool:
+def head_is_bystander(head: nn.Module) -> bool:
     """Return whether the head needs no gradient: neither trained nor hooked as a target layer."""
     return not head._forward_hooks and not any(p.requires_grad for p in head.parameters())
 
 
-def _softcap(model: Any) -> float | None:
+def softcap_of(model: Any) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
@@ -214,9 +214,9 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
     size = min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0])
     n_tokens = min(PROBE_TOKENS, positions_of(model) or PROBE_TOKENS)
     ids = (torch.arange(n_tokens, device=head.weight.device) * 7919 % size).view(1, n_tokens)
-    expected = _run(model, {"input_ids": ids}).logits.float()
+    expected = run_model(model, {"input_ids": ids}).logits.float()
     try:
-        hidden = _run(model.base_model, {"input_ids": ids})[0]
+        hidden = run_model(model.base_model, {"input_ids": ids})[0]
     except Exception as error:  # a checkpoint's own code raises many types
         if is_out_of_memory(error):
             raise
@@ -227,7 +227,7 @@ def _try_chunk(model: Any) -> tuple[bool, str]:
             f"{hidden.shape[-1]}"
         )
     logits = head(hidden).float()
-    cap = _softcap(model)
+    cap = softcap_of(model)
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     dtype = head.weight.dtype
@@ -249,13 +249,13 @@ def logits_are_the_heads(model: Any) -> bool:
     head = output_head(model)
     if type(head) is not nn.Linear or model.base_model is model:
         return False
-    if _softcap(model) is not None:
+    if softcap_of(model) is not None:
         return True
     outputs: list[Tensor] = []
     handle = head.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     try:
         ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
-        logits = _run(model, {"input_ids": ids}).logits
+        logits = run_model(model, {"input_ids": ids}).logits
     finally:
         handle.remove()
     return any(

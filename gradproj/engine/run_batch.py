@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from gradproj.engine.batching import Batch
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import head_loss
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.targets import Targets
+from gradproj.kernels.head_rows import HeadSink
 from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")
@@ -20,20 +22,28 @@ log = logging.getLogger(__name__)
 
 
 def run_batch(
-    model: nn.Module, engine: GradProjLoraEngine, batch: Batch, chunked: bool | None = None
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    batch: Batch,
+    chunked: bool | None = None,
+    head: HeadSink | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a batch forward and backward through a model with its engine attached.
 
     ``chunked`` is the answer of ``chunk_verdict`` for a causal model whose weights do not change;
-    if it is None, the model is examined in every batch.
+    if it is None, the model is examined in every batch. ``head`` gets the gradients of the
+    vocabulary head, of a model that ``check_head`` accepts.
 
     Returns:
         ``(rows (N, D), losses (N,))``, both of summed losses in nats, on the device.
     """
     engine.set_token_mask(batch.token_mask)
-    targets = Targets(batch.positions, batch.targets)
-    inputs = {"input_ids": batch.input_ids, "targets": targets}
-    losses = per_sample_loss(model, inputs, chunked=chunked, causal=chunked is None)
+    if head is None:
+        targets = Targets(batch.positions, batch.targets)
+        inputs = {"input_ids": batch.input_ids, "targets": targets}
+        losses = per_sample_loss(model, inputs, chunked=chunked, causal=chunked is None)
+    else:
+        losses = head_loss(model, batch, head)
     losses.sum().backward()
     return engine.collect_batch(), losses.detach()
 

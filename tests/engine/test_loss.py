@@ -375,7 +375,7 @@ def test_verdict_on_chunked_logits_follows_a_number_of_the_model():
 
 def test_verdict_is_measured_again_for_another_number_in_the_config(monkeypatch):
     model, calls = small_model("gemma2"), []
-    monkeypatch.setattr(loss, "_softcap", lambda model: calls.append(1) or 3.0)
+    monkeypatch.setattr(loss, "softcap_of", lambda model: calls.append(1) or 3.0)
     for model.config.final_logit_softcapping in (3.0, 3.0, 2.0, 3.0):
         chunk_verdict(model)
     assert len(calls) == 3

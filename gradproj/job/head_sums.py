@@ -1,0 +1,74 @@
+"""A unit's head rows while they are computed: encoded as soon as a document is complete."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradproj.engine.head_rows import WINDOW_ROWS, HeadBasis, encode_head, sum_windows
+from gradproj.kernels.device_copy import to_device
+from gradproj.kernels.head_rows import HeadRows
+from gradproj.store.head_rows import HeadSegment
+
+
+class HeadSums:
+    """Head rows of a unit's documents, on the device.
+
+    A document of one sequence is encoded at once. Of a longer one, each window keeps
+    ``WINDOW_ROWS`` times as many rows as are stored; they are added by token when the last window
+    is there, in the windows' order, and the largest sums are stored.
+
+    Args:
+        basis: on the device.
+        segment: form of the stored rows.
+        row_of: ``(n_sequences,)`` int64, the document of a sequence.
+        divisor: ``(n_documents,)`` float32 on the host: what a document's gradient is divided by.
+    """
+
+    def __init__(
+        self, basis: HeadBasis, segment: HeadSegment, row_of: np.ndarray, divisor: np.ndarray
+    ) -> None:
+        self._basis, self._segment, self._row_of = basis, segment, row_of
+        self._device = basis.matrix.device
+        n_documents = len(divisor)
+        self.stored = torch.zeros(
+            n_documents, segment.n_bytes, dtype=torch.uint8, device=self._device
+        )
+        """``(n_documents, n_bytes)``: encoded rows; unused entries for incomplete documents."""
+        self._factors = to_device(torch.from_numpy(1 / divisor), self._device)
+        self._n_windows = np.bincount(row_of, minlength=n_documents)
+        self._keeps_more = bool((self._n_windows > 1).any())
+        self._windows: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def sink(self) -> HeadRows:
+        """Return what takes the rows of one batch."""
+        n_rows = self._segment.n_rows * (WINDOW_ROWS if self._keeps_more else 1)
+        return HeadRows(self._basis.matrix, self._basis.scale, n_rows)
+
+    def add(self, sequences: np.ndarray, rows: HeadRows) -> None:
+        """Take the rows of a batch of sequences."""
+        ids, values = rows.largest()
+        documents = self._row_of[sequences]
+        whole = np.flatnonzero(self._n_windows[documents] == 1)
+        if len(whole):
+            chosen = to_device(torch.from_numpy(whole), self._device)
+            n_rows = self._segment.n_rows
+            self._encode(documents[whole], ids[chosen, :n_rows], values[chosen, :n_rows])
+        for place in np.flatnonzero(self._n_windows[documents] > 1):
+            # A copy, or the whole batch would stay.
+            self._add_window(int(sequences[place]), ids[place].clone(), values[place].clone())
+
+    def _add_window(self, sequence: int, ids: Tensor, values: Tensor) -> None:
+        document = int(self._row_of[sequence])
+        windows = self._windows.setdefault(document, {})
+        windows[sequence] = ids, values
+        if len(windows) == self._n_windows[document]:
+            del self._windows[document]
+            parts = [windows[number] for number in sorted(windows)]
+            all_ids, all_values = (torch.stack(x) for x in zip(*parts, strict=True))
+            summed = sum_windows(all_ids, all_values, self._segment.n_rows)
+            self._encode(np.array([document]), *summed)
+
+    def _encode(self, documents: np.ndarray, ids: Tensor, values: Tensor) -> None:
+        index = to_device(torch.from_numpy(documents), self._device)
+        values = values * self._factors[index, None, None]
+        self.stored.index_copy_(0, index, encode_head(ids, values, self._segment))
