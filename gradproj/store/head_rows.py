@@ -14,8 +14,9 @@ SCALE_BIAS = 128
 UNUSED = 0
 NO_ROW = 255
 
-_SCALES = np.exp2((np.arange(256) - SCALE_BIAS) / 2).astype(np.float32)
-_SCALES[UNUSED], _SCALES[NO_ROW] = 0.0, math.nan
+SCALES = np.exp2((np.arange(256) - SCALE_BIAS) / 2).astype(np.float32)
+"""Scale byte -> scale."""
+SCALES[UNUSED], SCALES[NO_ROW] = 0.0, math.nan
 
 
 @dataclass(frozen=True)
@@ -68,4 +69,4 @@ def decode_head(stored: np.ndarray, segment: HeadSegment) -> DecodedHead:
     ids = np.zeros(entries.shape[:2], np.int64)
     for byte in range(n_bytes):
         ids |= entries[:, :, byte].astype(np.int64) << (8 * byte)
-    return DecodedHead(ids, _SCALES[entries[:, :, n_bytes]], entries[:, :, n_bytes + 1 :])
+    return DecodedHead(ids, SCALES[entries[:, :, n_bytes]], entries[:, :, n_bytes + 1 :])

@@ -1,0 +1,89 @@
+"""Scores of sparse head rows: the few rows of a document against the queries' rows of its tokens."""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from gradproj.errors import ConfigError
+from gradproj.store.head_rows import NO_ROW, SCALES, UNUSED, HeadSegment
+
+
+@dataclass(frozen=True)
+class HeadQueries:
+    """The largest head rows of queries, in full precision."""
+
+    ids: np.ndarray
+    """``(Q, M)`` int64 token ids."""
+    values: np.ndarray
+    """``(Q, M, k)`` float32: x of these tokens; rows of zeros are unused."""
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "HeadQueries":
+        return HeadQueries(self.ids[chosen], self.values[chosen])
+
+
+class HeadScorer:
+    """Scores documents' head segments for all queries: ``sum_v scale_v <x_v, sign_v>``.
+
+    The queries' rows are sorted by token, so that a document's row meets those of its token, and no
+    others, in one piece of memory.
+    """
+
+    def __init__(self, queries: HeadQueries, segment: HeadSegment) -> None:
+        n_queries, n_rows, k = queries.values.shape
+        if k != segment.k:
+            raise ConfigError(
+                f"the queries' head rows have {k} values, those of the store {segment.k}: project "
+                "them with the store's own settings"
+            )
+        self._segment, self._n_queries = segment, n_queries
+        ids, values = queries.ids.ravel(), queries.values.reshape(-1, k)
+        order = np.argsort(ids, kind="stable")
+        self._first = np.searchsorted(ids[order], np.arange(segment.vocabulary + 1))
+        self._owner = (order // n_rows).astype(np.int32)
+        self._values = np.ascontiguousarray(values[order], np.float32)
+
+    def scores(self, stored: np.ndarray) -> np.ndarray:
+        """Return ``(Q, n)`` float32 of segments ``(n, n_bytes)`` uint8; NaN without a row."""
+        segment = self._segment
+        entries = stored.reshape(len(stored), segment.n_rows, segment.entry_bytes)
+        out = np.zeros((len(stored), self._n_queries), np.float32)
+        found = self._first, self._owner, self._values
+        _add_scores(entries, segment.id_bytes, SCALES, *found, out)
+        return out.T
+
+
+@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)
+def _add_scores(
+    entries: np.ndarray,
+    id_bytes: int,
+    scales: np.ndarray,
+    first: np.ndarray,
+    owner: np.ndarray,
+    values: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    k, vocabulary = values.shape[1], len(first) - 1
+    row = np.empty(k, np.float32)
+    for n in range(entries.shape[0]):
+        if entries[n, 0, id_bytes] == NO_ROW:
+            out[n] = np.nan
+            continue
+        for j in range(entries.shape[1]):
+            entry = entries[n, j]
+            if entry[id_bytes] == UNUSED:
+                continue
+            token = 0
+            for byte in range(id_bytes):
+                token |= np.int64(entry[byte]) << (8 * byte)
+            if token >= vocabulary or first[token] == first[token + 1]:
+                continue
+            scale = scales[entry[id_bytes]]
+            for i in range(k):
+                bit = (entry[id_bytes + 1 + (i >> 3)] >> (i & 7)) & 1
+                row[i] = scale if bit else -scale
+            for hit in range(first[token], first[token + 1]):
+                total = np.float32(0)
+                for i in range(k):
+                    total += values[hit, i] * row[i]
+                out[n, owner[hit]] += total
