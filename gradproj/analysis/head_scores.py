@@ -1,4 +1,4 @@
-"""Scores of sparse head rows: the few rows of a document against the queries' rows of its tokens."""
+"""Scores of sparse head rows: a document's few rows against the queries' of the same tokens."""
 
 from dataclasses import dataclass
 
@@ -73,7 +73,7 @@ def _add_scores(
             entry = entries[n, j]
             if entry[id_bytes] == UNUSED:
                 continue
-            token = 0
+            token = np.int64(0)
             for byte in range(id_bytes):
                 token |= np.int64(entry[byte]) << (8 * byte)
             if token >= vocabulary or first[token] == first[token + 1]:

@@ -28,10 +28,7 @@ from gradproj.engine.projection import projection_matrix
 from gradproj.engine.targets import Announce, loss_key
 from gradproj.errors import ConfigError, ModelError
 from gradproj.kernels.head_rows import HeadLoss, HeadSink
-from gradproj.store.head_rows import NO_ROW, SCALE_BIAS, UNUSED, HeadSegment
-
-HEAD_NAME = "lm_head rows"
-"""Name of the head rows among a store's layers."""
+from gradproj.store.head_rows import HEAD_NAME, NO_ROW, SCALE_BIAS, UNUSED, HeadSegment
 
 INPUT_DAMPING = 0.03
 """Of the hidden states' eigenvalues, relative to their mean, as of every layer."""

@@ -1,14 +1,22 @@
-"""The head segment of a packed row: a document's largest rows of the vocabulary head's gradient.
+"""The head rows of packed rows: each document's largest rows of the vocabulary head's gradient.
 
 An entry is a token id (little-endian), a byte for the scale and the signs of the k values, one bit
 each (1: not negative; little bit order, as ``numpy.unpackbits(bitorder="little")``). The scale byte
-b is ``2^((b - 128) / 2)``; 0 marks an unused entry, 255 a sample without a row.
+b is ``2^((b - 128) / 2)``; 0 marks an unused entry, 255 a sample without a row. The entries of a
+document follow the layers of its row. ``engine/head_rows.py`` encodes.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+
+HEAD_NAME = "lm_head rows"
+"""Name of the head rows where layers are chosen by name."""
+HEAD_MATRIX, HEAD_SCALE = "head_matrix", "head_scale"
+"""Arrays of the group, flat float32: M ``(k, H)`` and D ``(V,)``."""
 
 SCALE_BIAS = 128
 UNUSED = 0
@@ -21,7 +29,7 @@ SCALES[UNUSED], SCALES[NO_ROW] = 0.0, math.nan
 
 @dataclass(frozen=True)
 class HeadSegment:
-    """Place and form of the head rows in a stored row."""
+    """Form of the head rows, and their place in a stored row."""
 
     n_rows: int
     """Entries of a document."""
@@ -29,6 +37,25 @@ class HeadSegment:
     """Values of an entry."""
     vocabulary: int
     """Rows of the head."""
+    stored_start: int = 0
+    """First byte in a stored row."""
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any], row_bytes: int) -> "HeadSegment | None":
+        """Return the segment of a store's attributes; None for a store without head rows.
+
+        Raises:
+            KeyError, TypeError, ValueError: the attribute is damaged.
+        """
+        recorded = attributes.get("head")
+        if recorded is None:
+            return None
+        segment = cls(**{name: int(recorded[name]) for name in cls.__dataclass_fields__})
+        if min(segment.n_rows, segment.k, segment.vocabulary) < 1:
+            raise ValueError(f"head rows of this form do not exist: {segment}")
+        if not 0 <= segment.stored_start <= segment.stored_end <= row_bytes:
+            raise ValueError(f"the head rows end at {segment.stored_end}, a row at {row_bytes}")
+        return segment
 
     @property
     def id_bytes(self) -> int:
@@ -44,17 +71,26 @@ class HeadSegment:
         """Bytes of the segment."""
         return self.n_rows * self.entry_bytes
 
+    @property
+    def stored_end(self) -> int:
+        return self.stored_start + self.n_bytes
+
+    def as_attribute(self) -> dict[str, int]:
+        """Return the attribute ``head`` of a store's group."""
+        derived = {"id_bytes": self.id_bytes, "stored_end": self.stored_end}
+        return asdict(self) | derived
+
 
 @dataclass(frozen=True)
 class DecodedHead:
-    """Head rows of n documents: ``value[j] = scale * (1 if the sign's bit is set, else -1)``."""
+    """Head rows of n documents: a value is its entry's scale, with the sign of its bit."""
 
     ids: np.ndarray
     """``(n, m)`` int64 token ids; of no meaning in unused entries."""
     scale: np.ndarray
     """``(n, m)`` float32: 0 in unused entries, NaN in samples without a row."""
     signs: np.ndarray
-    """``(n, m, ceil(k / 8))`` uint8."""
+    """``(n, m, ceil(k / 8))`` uint8; a set bit is a value that is not negative."""
 
     def values(self, k: int) -> np.ndarray:
         """Return ``(n, m, k)`` float32."""

@@ -12,6 +12,7 @@ from typing import Any
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
 from gradproj.store.chunk_shapes import SCALE_BYTES
+from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
@@ -135,6 +136,18 @@ def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:
             f"zarr.json is damaged: its attribute layers is no list of layers ({error!r}). "
             f"{_WAY_OUT}"
         ) from error
+
+
+def head_of(
+    store_path: Path, attributes: dict[str, Any], layout: StoreLayout
+) -> HeadSegment | None:
+    """Return the place of the head rows; None for a store without them.
+
+    Raises:
+        StoreError: the attribute is damaged.
+    """
+    with _explained(store_path / "zarr.json"):
+        return HeadSegment.of(attributes, layout.stored_width)
 
 
 def read_layout(store_path: Path) -> StoreLayout:

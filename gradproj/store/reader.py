@@ -11,10 +11,16 @@ import zarr
 
 from gradproj.errors import ConfigError, StoreError, damaged
 from gradproj.store.column_reader import Columns
+from gradproj.store.head_view import HeadView
 from gradproj.store.layer_arrays import unpack_layers
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
+from gradproj.store.metadata import (
+    find_store,
+    layers_of,
+    read_attributes,
+    read_layout,
+)
 from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
 from gradproj.store.selection import Selection, select_layers
@@ -116,6 +122,11 @@ class ProjectionStore:
             return self.scan(height, [name], start, stop)
 
         return LayerView((len(self), layer.k_o, layer.k_i), read, scan)
+
+    @cached_property
+    def head(self) -> HeadView | None:
+        """The sparse head rows of the documents; None for a store without them."""
+        return HeadView.of(self.path, self.attributes, self._rows)
 
     def scan(
         self,
