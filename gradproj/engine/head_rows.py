@@ -7,10 +7,12 @@ only the diagonal is kept), and Q is a fixed rotation that spreads a vector over
 loss of rows and signs, ``sum_v <x_v, x'_v>`` is the K-FAC influence of the head.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,8 +29,18 @@ from gradproj.engine.loss import (
 from gradproj.engine.projection import projection_matrix
 from gradproj.engine.targets import Announce, loss_key
 from gradproj.errors import ConfigError, ModelError
-from gradproj.kernels.head_rows import HeadLoss, HeadSink
-from gradproj.store.head_rows import HEAD_NAME, NO_ROW, SCALE_BIAS, UNUSED, HeadSegment
+from gradproj.flags import Flags, flag
+from gradproj.kernels.head_gradients import HeadLoss, HeadMoments, HeadSink
+from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import (
+    HEAD_MATRIX,
+    HEAD_NAME,
+    HEAD_SCALE,
+    NO_ROW,
+    SCALE_BIAS,
+    UNUSED,
+    HeadSegment,
+)
 
 INPUT_DAMPING = 0.03
 """Of the hidden states' eigenvalues, relative to their mean, as of every layer."""
@@ -40,24 +52,38 @@ WINDOW_ROWS = 4
 """A window of a longer document keeps this multiple of a document's rows."""
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    """``--head_rows 64x64``: rows kept of a document, and values of each."""
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(Flags, title="head rows"):
+    """Sparse rows of the vocabulary head. Part of the store's identity."""
 
-    n_rows: int
-    k: int
+    head_rows: str = flag(
+        "ROWSxVALUES, such as 64x64: the rows of the vocabulary head's gradient that are kept of a "
+        "document, and the signs of each; 0 = none. Needs --basis eigen and packed rows.",
+        "0",
+        metavar="ROWSxVALUES",
+    )
+    head_damping: float = flag(
+        "Damping of the words' second moments, relative to their mean over the pilot's tokens; "
+        "less of it favours rare words.",
+        0.03,
+        above=0,
+        below=math.inf,
+    )
 
-    @classmethod
-    def parse(cls, text: str) -> "HeadShape | None":
-        """Return the shape; None for ``0``. ``ConfigError`` for any other text."""
-        if text.strip() == "0":
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.segment(1)
+
+    def segment(self, vocabulary: int, stored_start: int = 0) -> HeadSegment | None:
+        """Return the form of the rows for a head of so many words; None without head rows."""
+        if self.head_rows == "0":
             return None
-        match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-        if match is None or not int(match[1]) or not int(match[2]):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.head_rows)
+        if match is None:
             raise ConfigError(
-                f"--head_rows is {text!r}; give ROWSxVALUES such as 64x64, or 0 for none"
+                f"--head_rows is {self.head_rows!r}; give ROWSxVALUES such as 64x64, or 0 for none"
             )
-        return cls(int(match[1]), int(match[2]))
+        return HeadSegment(int(match[1]), int(match[2]), vocabulary, stored_start)
 
 
 @dataclass(frozen=True)
@@ -90,6 +116,44 @@ class HeadBasis:
         matrix = (rotation.double() * whitening) @ vectors.T @ p.double()
         scale = (logits + damping * logits.square().sum() / logits.sum()).rsqrt()
         return cls(matrix.float(), scale.float())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays of a store's group."""
+        named = {HEAD_MATRIX: self.matrix, HEAD_SCALE: self.scale}
+        return {name: values.cpu().numpy().reshape(-1) for name, values in named.items()}
+
+    @classmethod
+    def of_store(cls, store: ProjectionStore, device: torch.device) -> "HeadBasis | None":
+        """Return the basis of a store's head rows, on a device; None if it has none."""
+        if store.head is None:
+            return None
+        k = store.head.segment.k
+        matrix, scale = (torch.from_numpy(store.array(x)) for x in (HEAD_MATRIX, HEAD_SCALE))
+        return cls(matrix.view(k, -1).to(device), scale.to(device))
+
+
+class HeadPilot:
+    """Sums the second moments of the pilot's batches, and makes the basis of them."""
+
+    def __init__(self, model: nn.Module, kind: str, seed: int, k: int) -> None:
+        check_head(model)
+        weight: Tensor = unwrap(model).get_output_embeddings().weight
+        p, self._rotation = draw_head_matrices(kind, seed, k, weight.shape[1])
+        self._p, self._vocabulary = p.to(weight.device), len(weight)
+        self._total = self.sink()
+
+    def sink(self) -> HeadMoments:
+        """Return what takes one batch, which may fail."""
+        return HeadMoments(self._p, self._vocabulary)
+
+    def add(self, batch: HeadMoments) -> None:
+        self._total += batch
+
+    def basis(self, damping: float) -> HeadBasis:
+        """Return the basis of all batches, on the CPU."""
+        total = self._total
+        hidden, logits = ((x / total.n_tokens).cpu() for x in (total.hidden, total.logits))
+        return HeadBasis.fit(hidden, logits, self._p.cpu(), self._rotation, damping)
 
 
 def draw_head_matrices(kind: str, seed: int, k: int, n: int) -> tuple[Tensor, Tensor]:

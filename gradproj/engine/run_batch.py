@@ -13,7 +13,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import head_loss
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.targets import Targets
-from gradproj.kernels.head_rows import HeadSink
+from gradproj.kernels.head_gradients import HeadSink
 from gradproj.kernels.memory import is_out_of_memory
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradproj.engine.head_rows import WINDOW_ROWS, HeadBasis, encode_head, sum_windows
 from gradproj.kernels.device_copy import to_device
-from gradproj.kernels.head_rows import HeadRows
+from gradproj.kernels.head_gradients import HeadRows
 from gradproj.store.head_rows import HeadSegment
 
 

@@ -11,7 +11,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import (
     INPUT_DAMPING,
     HeadBasis,
-    HeadShape,
+    HeadConfig,
     check_head,
     draw_head_matrices,
     encode_head,
@@ -21,7 +21,7 @@ from gradproj.engine.head_rows import (
 from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
 from gradproj.job.head_sums import HeadSums
-from gradproj.kernels.head_rows import HeadMoments, HeadRows
+from gradproj.kernels.head_gradients import HeadMoments, HeadRows
 from gradproj.store.head_rows import HeadSegment, decode_head
 
 LENGTHS = (9, 14, 5, 20, 2, 11)
@@ -56,12 +56,10 @@ def head_gradient(model, tokens):
 
 
 def moments_of(model, p, chosen):
-    moments, n_tokens = HeadMoments(p, VOCAB), 0
-    for tokens in chosen:
-        batch = collate([tokens], np.array([0]), pad=0)
-        head_loss(model, batch, moments)
-        n_tokens += len(tokens) - 1
-    return moments.hidden / n_tokens, moments.logits / n_tokens
+    moments = HeadMoments(p, VOCAB)
+    head_loss(model, collate(chosen, np.arange(len(chosen)), pad=0), moments)
+    assert moments.n_tokens == sum(len(tokens) - 1 for tokens in chosen)
+    return moments.hidden / moments.n_tokens, moments.logits / moments.n_tokens
 
 
 def basis_of(model, k, chosen, kind="orthonormal"):
@@ -170,11 +168,11 @@ def test_a_unit_has_one_encoded_row_a_document_whatever_its_batches(n_together):
 
 
 def test_shapes_are_parsed_or_refused():
-    assert HeadShape.parse("0") is None
-    assert HeadShape.parse("64x16") == HeadShape(64, 16)
-    for text in ("64", "0x4", "64x64x2", "-1x4"):
+    assert HeadConfig().segment(VOCAB) is None
+    assert HeadConfig(head_rows="64x16").segment(VOCAB, 9) == HeadSegment(64, 16, VOCAB, 9)
+    for text in ("64", "0x4", "64x64x2", "-1x4", ""):
         with pytest.raises(ConfigError, match="--head_rows is"):
-            HeadShape.parse(text)
+            HeadConfig(head_rows=text)
 
 
 def test_models_without_head_rows_are_refused_by_name():

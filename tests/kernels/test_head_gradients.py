@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradproj.kernels.head_rows import GROUP_VALUES, HeadLoss, HeadMoments, HeadRows
+from gradproj.kernels.head_gradients import GROUP_VALUES, HeadLoss, HeadMoments, HeadRows
 
 N, LENGTH, WIDTH, VOCAB = 5, 7, 6, 83
 

@@ -22,8 +22,8 @@ class HeadSink(Protocol):
     width: int
     """Values that it holds for each sample and word of the vocabulary meanwhile."""
 
-    def add(self, gradients: Tensor, hidden: Tensor) -> None:
-        """Take ``(n, s, V)`` float32 and ``(n, s, H)``; both are 0 where there is no target."""
+    def add(self, gradients: Tensor, hidden: Tensor, is_target: Tensor) -> None:
+        """Take ``(n, s, V)`` float32, ``(n, s, H)``, and ``(n, s)`` bool: both are 0 elsewhere."""
 
     def close(self) -> None:
         """The group of n samples is complete."""
@@ -99,7 +99,7 @@ def _part(
         shares.mul_(slope)
     # Not a product: padding may overflow in the model, and 0 times infinity is no 0.
     shares = shares.masked_fill_(~is_target, 0.0)
-    sink.add(shares, torch.where(is_target, hidden, 0.0))
+    sink.add(shares, torch.where(is_target, hidden, 0.0), is_target.squeeze(-1))
     return losses.squeeze(-1).float(), linear(shares.to(weight.dtype), weight.t())
 
 
@@ -117,14 +117,22 @@ class HeadMoments:
         """``(k, k)`` float64."""
         self.logits = torch.zeros(vocabulary, dtype=torch.float64, device=p.device)
         """``(V,)`` float64: of ``(p_tv - [y_t = v])^2``."""
+        self.n_tokens = torch.zeros((), dtype=torch.int64, device=p.device)
 
-    def add(self, gradients: Tensor, hidden: Tensor) -> None:
+    def add(self, gradients: Tensor, hidden: Tensor, is_target: Tensor) -> None:
         projected = linear(hidden.float(), self._p).flatten(0, 1)
         squares = gradients.flatten(0, 1).square()
         is_good = (squares.sum(dim=1) + projected.sum(dim=1)).isfinite().unsqueeze(1)
         projected = projected.where(is_good, 0.0)
         self.hidden += projected.T @ projected
         self.logits += squares.where(is_good, 0.0).sum(dim=0)
+        self.n_tokens += (is_good.squeeze(1) & is_target.flatten()).sum()
+
+    def __iadd__(self, other: "HeadMoments") -> "HeadMoments":
+        self.hidden += other.hidden
+        self.logits += other.logits
+        self.n_tokens += other.n_tokens
+        return self
 
     def close(self) -> None:
         pass
@@ -146,7 +154,7 @@ class HeadRows:
         self._ids: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def add(self, gradients: Tensor, hidden: Tensor) -> None:
+    def add(self, gradients: Tensor, hidden: Tensor, is_target: Tensor) -> None:
         part = gradients.transpose(1, 2) @ linear(hidden.float(), self._matrix)
         self._sum = part if self._sum is None else self._sum.add_(part)
 
