@@ -88,7 +88,7 @@ class HeadConfig(Flags, title="head rows"):
 
 @dataclass(frozen=True)
 class HeadBasis:
-    """What makes a head's gradient into rows."""
+    """The matrices that make a head's gradient into rows."""
 
     matrix: Tensor
     """M ``(k, H)`` float32."""

@@ -17,7 +17,7 @@ GROUP_VALUES = {"cpu": 2**23, "cuda": 2**27}
 
 
 class HeadSink(Protocol):
-    """What takes the logit gradients of a pass."""
+    """A taker of the logit gradients of a pass."""
 
     width: int
     """Values that it holds for each sample and word of the vocabulary meanwhile."""
