@@ -26,7 +26,7 @@ from gradproj.engine.loss import (
     run_model,
     softcap_of,
 )
-from gradproj.engine.projection import projection_matrix
+from gradproj.engine.projection import ProjectionConfig, projection_matrix
 from gradproj.engine.targets import Announce, loss_key
 from gradproj.errors import ConfigError, ModelError
 from gradproj.flags import Flags, flag
@@ -141,6 +141,15 @@ class HeadPilot:
         p, self._rotation = draw_head_matrices(kind, seed, k, weight.shape[1])
         self._p, self._vocabulary = p.to(weight.device), len(weight)
         self._total = self.sink()
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, projection: ProjectionConfig, segment: HeadSegment | None
+    ) -> "HeadPilot | None":
+        """Return the pilot of a run's head rows; None if it has none."""
+        if segment is None:
+            return None
+        return cls(model, projection.kind, projection.seed, segment.k)
 
     def sink(self) -> HeadMoments:
         """Return what takes one batch, which may fail."""

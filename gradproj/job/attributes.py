@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gradproj.coordinator.merge import ranges_of
+from gradproj.job.head import head_attribute
 from gradproj.job.plan import Plan
 
 
@@ -22,6 +23,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "how_to_read": f"{plan.layout.how_to_read}; NaN = not there; status 1 = ok",
         "projection": asdict(projection) | drawn_by,
         "selection": asdict(plan.coverage),
+        **head_attribute(plan.config, plan.head),
         "model": {
             **asdict(model),
             "revision": plan.files.revision or model.revision,

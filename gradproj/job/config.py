@@ -8,6 +8,7 @@ from typing import Any
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import ReadLimits
 from gradproj.engine.batching import BatchConfig
+from gradproj.engine.head_rows import HeadConfig
 from gradproj.engine.projection import JobProjectionConfig
 from gradproj.errors import GradprojError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
@@ -79,6 +80,7 @@ class RunConfig:
     limits: ReadLimits
     model: ModelConfig
     projection: JobProjectionConfig
+    head: HeadConfig
     batch: BatchConfig
     store: JobStoreConfig
     job: JobConfig

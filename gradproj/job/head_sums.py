@@ -21,7 +21,7 @@ class HeadSums:
         basis: on the device.
         segment: form of the stored rows.
         row_of: ``(n_sequences,)`` int64, the document of a sequence.
-        divisor: ``(n_documents,)`` float32 on the host: what a document's gradient is divided by.
+        divisor: ``(n_documents,)`` float32: what a document's gradient is divided by.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class HeadSums:
     ) -> None:
         self._basis, self._segment, self._row_of = basis, segment, row_of
         self._device = basis.matrix.device
-        n_documents = len(divisor)
-        self.stored = torch.zeros(
-            n_documents, segment.n_bytes, dtype=torch.uint8, device=self._device
-        )
+        shape = len(divisor), segment.n_bytes
+        self.stored = torch.zeros(shape, dtype=torch.uint8, device=self._device)
         """``(n_documents, n_bytes)``: encoded rows; unused entries for incomplete documents."""
         self._factors = to_device(torch.from_numpy(1 / divisor), self._device)
-        self._n_windows = np.bincount(row_of, minlength=n_documents)
+        self._n_windows = np.bincount(row_of, minlength=len(divisor))
         self._keeps_more = bool((self._n_windows > 1).any())
         self._windows: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._encoded: list[np.ndarray] = []
+        self._new_windows: list[int] = []
 
     def sink(self) -> HeadRows:
         """Return what takes the rows of one batch."""
@@ -47,13 +47,12 @@ class HeadSums:
     def add(self, sequences: np.ndarray, rows: HeadRows) -> None:
         """Take the rows of a batch of sequences."""
         ids, values = rows.largest()
-        documents = self._row_of[sequences]
-        whole = np.flatnonzero(self._n_windows[documents] == 1)
-        if len(whole):
-            chosen = to_device(torch.from_numpy(whole), self._device)
-            n_rows = self._segment.n_rows
-            self._encode(documents[whole], ids[chosen, :n_rows], values[chosen, :n_rows])
-        for place in np.flatnonzero(self._n_windows[documents] > 1):
+        documents, n_rows = self._row_of[sequences], self._segment.n_rows
+        is_whole = self._n_windows[documents] == 1
+        if is_whole.any():
+            whole = to_device(torch.from_numpy(np.flatnonzero(is_whole)), self._device)
+            self._encode(documents[is_whole], ids[whole, :n_rows], values[whole, :n_rows])
+        for place in np.flatnonzero(~is_whole):
             # A copy, or the whole batch would stay.
             self._add_window(int(sequences[place]), ids[place].clone(), values[place].clone())
 
@@ -61,6 +60,7 @@ class HeadSums:
         document = int(self._row_of[sequence])
         windows = self._windows.setdefault(document, {})
         windows[sequence] = ids, values
+        self._new_windows.append(sequence)
         if len(windows) == self._n_windows[document]:
             del self._windows[document]
             parts = [windows[number] for number in sorted(windows)]
@@ -72,3 +72,31 @@ class HeadSums:
         index = to_device(torch.from_numpy(documents), self._device)
         values = values * self._factors[index, None, None]
         self.stored.index_copy_(0, index, encode_head(ids, values, self._segment))
+        self._encoded.append(documents)
+
+    def take_new(self) -> dict[str, np.ndarray]:
+        """Return what changed since the last call: encoded documents, and windows of others."""
+        documents = np.unique(np.concatenate([np.empty(0, np.int64), *self._encoded]))
+        index = torch.from_numpy(documents).to(self._device)
+        open_windows = [n for n in self._new_windows if int(self._row_of[n]) in self._windows]
+        self._encoded, self._new_windows = [], []
+        found = {"documents": documents, "stored": self.stored[index].cpu().numpy()}
+        found["windows"] = np.array(open_windows, np.int64)
+        if open_windows:
+            parts = [self._windows[int(self._row_of[n])][n] for n in open_windows]
+            ids, values = (torch.stack(x).cpu().numpy() for x in zip(*parts, strict=True))
+            found |= {"ids": ids, "values": values}
+        return found
+
+    def replay(self, saved: dict[str, np.ndarray]) -> None:
+        """Restore what ``take_new`` returned."""
+        index = torch.from_numpy(saved["documents"].copy()).to(self._device)
+        self.stored[index] = torch.from_numpy(saved["stored"].copy()).to(self._device)
+        for document in saved["documents"].tolist():
+            self._windows.pop(document, None)
+        for number, sequence in enumerate(saved["windows"].tolist()):
+            ids, values = (
+                torch.from_numpy(saved[name][number].copy()).to(self._device)
+                for name in ("ids", "values")
+            )
+            self._windows.setdefault(int(self._row_of[sequence]), {})[sequence] = ids, values

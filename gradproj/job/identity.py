@@ -12,7 +12,7 @@ from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreLayou
 from gradproj.store.metadata import read_attributes
 from gradproj.store.unit_record import list_records
 
-FORMAT_1 = {"--encoding": "dense", "--basis": "random"}
+FORMAT_1 = {"--encoding": "dense", "--basis": "random", "--head_rows": "0"}
 """Values of flags that format 1 did not have. An identity names them only if it has others, so that
 a store of format 1 has the identity of its job's settings today."""
 
@@ -21,6 +21,9 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
     later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
+    later["--head_rows"] = config.head.head_rows
+    if config.head.head_rows != "0":
+        later["--head_damping"] = config.head.head_damping
     if projection.basis != "random" and not projection.basis_from:
         later["--pilot_tokens"] = projection.pilot_tokens
     return {

@@ -24,12 +24,14 @@ from gradproj.engine.basis import eigenbasis
 from gradproj.engine.batching import AUTO, BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadPilot
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import CorpusError, ModelError
 from gradproj.formatting import count, human_seconds
 from gradproj.job.plan import Plan
 from gradproj.job.unit_reader import UnitReader
+from gradproj.kernels.head_gradients import HeadMoments
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store.basis import DAMPING
 from gradproj.store.layer_arrays import pack_layers
@@ -77,11 +79,14 @@ def run_pilot(
     if not sequences:
         raise _no_basis(plan, "no document has a target token")
     model = load_model(plan.files, device)
-    sums = _sum_covariances(plan, model, matrices, sequences, published)
+    head = HeadPilot.of(model, plan.config.projection, plan.head)
+    sums = _sum_covariances(plan, model, matrices, sequences, published, head)
     n_tokens = int(sums.n_tokens)
     if not n_tokens:
         raise _no_basis(plan, f"no gradient of the pilot's {n_documents:,} documents is finite")
     arrays = _arrays(plan.layers, sums)
+    if head is not None:
+        arrays |= head.basis(plan.config.head.head_damping).arrays()
     line = f"{n_tokens:,} target tokens of {count(n_documents, 'document')}"
     print(f"pilot         {line}, in {human_seconds(time.monotonic() - started)}", flush=True)
     recipe = {"pilot_tokens": wanted, "recipe": RECIPE}
@@ -174,15 +179,16 @@ def _sum_covariances(
     matrices: Matrices,
     sequences: list[np.ndarray],
     published: Callable[[], bool],
+    head: HeadPilot | None,
 ) -> TokenCovariances:
-    """Return the sums over the sequences' target tokens."""
+    """Return the sums over the sequences' target tokens, and add the head's to ``head``."""
     projection, options, batch = plan.config.projection, plan.config.job, plan.config.batch
     if batch.batch_tokens == AUTO:  # measured later, with the basis
         batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
     engine = GradProjLoraEngine.from_config(
         model, projection, matrices, options.gradient_checkpointing
     )
-    run = functools.partial(_forward_backward, model, engine, sequences)
+    run = functools.partial(_forward_backward, model, engine, sequences, head)
     with engine:
         if engine.only_alone and batch.batch_size > 1:
             raise ModelError(engine.only_alone)
@@ -200,7 +206,9 @@ def _sum_covariances(
                     n = len(sequences[part[0]])
                     log.warning("pilot: a sequence of %d tokens does not fit the memory", n)
                 else:
-                    total.add(sums)
+                    total.add(sums[0])
+                    if head is not None and sums[1] is not None:
+                        head.add(sums[1])
             fault_points.reach("pilot batch done")
             if time.monotonic() - reported > _REPORT_S:
                 reported = time.monotonic()
@@ -209,11 +217,18 @@ def _sum_covariances(
 
 
 def _forward_backward(
-    model: nn.Module, engine: GradProjLoraEngine, sequences: list[np.ndarray], chosen: np.ndarray
-) -> TokenCovariances | None:
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    sequences: list[np.ndarray],
+    head: HeadPilot | None,
+    chosen: np.ndarray,
+) -> tuple[TokenCovariances, HeadMoments | None]:
     device = next(model.parameters()).device
-    run_batch(model, engine, collate(sequences, chosen, pad=0).to(device))
-    return engine.take_token_covariances()
+    moments = None if head is None else head.sink()
+    run_batch(model, engine, collate(sequences, chosen, pad=0).to(device), head=moments)
+    covariances = engine.take_token_covariances()
+    assert covariances is not None  # an engine without a basis
+    return covariances, moments
 
 
 def _arrays(layers: list[LayerSlice], sums: TokenCovariances) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from gradproj.job.allocation import with_allocation
 from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
+from gradproj.job.head import plan_head
 from gradproj.job.identity import check_identity, identity_hash, identity_of_flags, is_untouched
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
@@ -37,6 +38,7 @@ from gradproj.model.loading import (
     model_skeleton,
     positions_of,
 )
+from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     FAILED_NAME,
     FOLDERS,
@@ -95,6 +97,8 @@ class Plan:
     """Names of the modules that share a layer's weight, for each layer of several modules."""
     identity: dict[str, Any]
     """Flag -> value of every setting that a row depends on."""
+    head: HeadSegment | None = None
+    """The head rows' form and place in a row."""
     notes: tuple[str, ...] = ()
     """Lines on members and documents of the corpus that will not be read."""
 
@@ -191,8 +195,11 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     if untouched := is_untouched(Path(config.job.output_dir)):
         check_reached(skeleton, targets, projection.patterns, config.batch.max_length)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
-    layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store)
+    head = plan_head(config, skeleton)
+    more_bytes = head.n_bytes if head else 0
+    layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store, more_bytes)
     layers = place_stored(layers, layout)
+    head = replace(head, stored_start=layers[-1].stored_end) if head else None
     wanted, n_selected = _wanted_units(config, index, layout)
     identity = {
         **identity_of_flags(config, layout),
@@ -207,7 +214,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         basis = borrowed_basis(projection.basis_from, layers, matrices)
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
-    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity)
+    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity, head)
     _check_sparse(plan)
     if not untouched:  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)

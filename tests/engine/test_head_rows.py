@@ -150,9 +150,14 @@ def test_windows_of_a_document_are_added_by_token():
 def test_a_unit_has_one_encoded_row_a_document_whatever_its_batches(n_together):
     model, chosen = small_model("gpt2").requires_grad_(False), sequences()
     basis, segment = basis_of(model, 8, chosen), HeadSegment(6, 8, VOCAB)
+    parts: list[dict[str, np.ndarray]] = []
     row_of, divisor = np.array([0, 1, 1, 2, 4, 1]), np.array([8, 27, 19, 1, 1], np.float32)
     sums = HeadSums(basis, segment, row_of, divisor)
     for first in reversed(range(0, len(chosen), n_together)):
+        saved, sums = sums.take_new(), HeadSums(basis, segment, row_of, divisor)
+        parts.append(saved)
+        for part in parts:  # stopped after every batch, and continued
+            sums.replay(part)
         numbers, sink = np.arange(first, first + n_together), sums.sink()
         head_loss(model, collate(chosen, numbers, pad=0), sink)
         sums.add(numbers, sink)
