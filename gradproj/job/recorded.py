@@ -20,6 +20,7 @@ from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.config import RunConfig
@@ -118,6 +119,8 @@ class RecordedEngine:
     device: torch.device
     batch: BatchConfig
     """The recorded settings."""
+    head: HeadBasis | None
+    """The basis of the store's head rows, on the device."""
 
 
 def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
@@ -133,7 +136,8 @@ def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto"
         basis=store.basis,
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
-    return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch)
+    head = HeadBasis.of_store(store, chosen)
+    return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:

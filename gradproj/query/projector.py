@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from gradproj.analysis.head_scores import HeadQueries
 from gradproj.engine.batching import (
     BatchConfig,
     Window,
@@ -15,12 +17,14 @@ from gradproj.engine.batching import (
     plan_batches,
     windows_of,
 )
+from gradproj.engine.head_rows import QUERY_ROWS, HeadBasis, sum_windows
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded import config_from, recorded_engine
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.kernels.head_gradients import HeadRows
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.query.queries import Query
 from gradproj.query.tokens import QueryTokenizer, QueryTokens
@@ -45,6 +49,8 @@ class QueryRows:
     """One line per query, of at most ``EXCERPT_CHARACTERS`` characters."""
     tokens: tuple[QueryTokens, ...] = ()
     """Token ids of each query; empty if they have not been read."""
+    head: HeadQueries | None = None
+    """Head rows, if the store has them."""
 
 
 def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
@@ -82,7 +88,7 @@ class QueryProjector:
         prepare_torch(run.job.threads, run.job.deterministic)
         recorded = recorded_engine(store, run, device)
         self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
-        self._batch = recorded.batch
+        self._batch, self._head = recorded.batch, recorded.head
         self._tokenizer = QueryTokenizer(
             recorded.tokenizer, recorded.vocabulary, run.model.special_tokens, recorded.batch
         )
@@ -108,10 +114,11 @@ class QueryProjector:
         ]
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
+        head = _HeadWindows(self._head, len(queries))
         lengths = [len(sequence.ids) for sequence in sequences]
         # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
-        run = functools.partial(self._forward_backward, sequences)
+        run = functools.partial(self._forward_backward, sequences, head)
         padding = self._batch.max_padding
         if len(set(lengths)) > 1:
             padding = fit_padding(self._model, self._batch, max(lengths)).max_padding
@@ -135,12 +142,49 @@ class QueryProjector:
             if not np.isfinite(row).all():
                 raise ConfigError(f"{query.place}: its gradient is not finite; leave the query out")
         names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
-        return QueryRows(names, rows, n_tokens, loss / n_tokens, excerpts, tuple(tokens))
+        divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
+        made = names, rows, n_tokens, loss / n_tokens, excerpts, tuple(tokens)
+        return QueryRows(*made, head.queries(divisor))
 
     def _forward_backward(
-        self, sequences: list[Window], chosen: np.ndarray
+        self, sequences: list[Window], head: "_HeadWindows", chosen: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         batch = collate_windows(sequences, chosen).to(self._device)
-        result = run_batch(self._model, self._engine, batch)
+        sink = head.sink()
+        result = run_batch(self._model, self._engine, batch, head=sink)
         self._engine.take_token_covariances()  # a query needs none
+        if sink is not None:
+            head.add([sequences[i].owner for i in chosen], sink)
         return result
+
+
+class _HeadWindows:
+    """The head rows of queries while their windows run; none without a basis."""
+
+    def __init__(self, basis: HeadBasis | None, n_queries: int) -> None:
+        self._basis = basis
+        self._windows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n_queries)]
+
+    def sink(self) -> HeadRows | None:
+        basis = self._basis
+        return None if basis is None else HeadRows(basis.matrix, basis.scale, QUERY_ROWS)
+
+    def add(self, owners: Sequence[int], sink: HeadRows) -> None:
+        for owner, ids, values in zip(owners, *(x.cpu() for x in sink.largest()), strict=True):
+            self._windows[owner].append((ids, values))
+
+    def queries(self, divisor: np.ndarray) -> HeadQueries | None:
+        """Return the sums over each query's windows, divided by ``divisor`` ``(Q,)``."""
+        if self._basis is None:
+            return None
+        sums = []
+        for windows in self._windows:
+            ids, values = (torch.stack(x) for x in zip(*windows, strict=True))
+            sums.append(sum_windows(ids, values, QUERY_ROWS))
+        n_rows = max(ids.shape[1] for ids, _ in sums)
+        shape = len(sums), n_rows, len(self._basis.matrix)
+        all_ids, all_values = np.zeros(shape[:2], np.int64), np.zeros(shape, np.float32)
+        for query, (ids, values) in enumerate(sums):
+            all_ids[query, : ids.shape[1]] = ids
+            all_values[query, : ids.shape[1]] = values / float(divisor[query])
+        return HeadQueries(all_ids, all_values)

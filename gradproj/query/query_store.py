@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.analysis.head_scores import HeadQueries
 from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.formatting import escaped
 from gradproj.query import QueryRows, check_rows_fit
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
 
 _SAME = (
     "--model (weights)",
@@ -30,6 +32,8 @@ _PROJECTION = (
     "--basis",
     "--pilot_tokens",
     "--basis_from",
+    "--head_rows",
+    "--head_damping",
 )
 _MATRICES = "layers, projection matrices or basis"
 
@@ -62,7 +66,12 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     n_tokens, loss = (
         np.array([getattr(sample, name) for sample in samples]) for name in ("n_tokens", "loss")
     )
-    return QueryRows(names, queries.rows(ids), n_tokens, loss.astype(np.float64), [""] * len(ids))
+    head = None
+    if queries.head is not None:
+        rows = queries.head.rows(ids)
+        head = HeadQueries(rows.ids, rows.values(queries.head.segment.k))
+    losses, excerpts = loss.astype(np.float64), [""] * len(ids)
+    return QueryRows(names, queries.rows(ids), n_tokens, losses, excerpts, head=head)
 
 
 def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
@@ -97,9 +106,11 @@ def _comparable_settings(store: ProjectionStore) -> dict[str, Any]:
         for layer in store.layers  # rows of any encoding are comparable
     ]
     digest = hashlib.sha256(json.dumps(layers).encode())
-    digest.update(np.ascontiguousarray(store.array("projection_matrices")).data)
-    if store.basis is not None:
-        digest.update(np.ascontiguousarray(store.array("basis_matrices")).data)
+    arrays = ["projection_matrices", *(["basis_matrices"] if store.basis is not None else [])]
+    if store.head is not None:
+        arrays += [HEAD_MATRIX, HEAD_SCALE]
+    for name in arrays:
+        digest.update(np.ascontiguousarray(store.array(name)).data)
     return {**store.attributes.get("identity", {}), _MATRICES: digest.hexdigest()[:32]}
 
 
