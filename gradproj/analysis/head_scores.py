@@ -1,25 +1,10 @@
 """Scores of sparse head rows: a document's few rows against the queries' of the same tokens."""
 
-from dataclasses import dataclass
-
 import numba
 import numpy as np
 
 from gradproj.errors import ConfigError
-from gradproj.store.head_rows import NO_ROW, SCALES, UNUSED, HeadSegment
-
-
-@dataclass(frozen=True)
-class HeadQueries:
-    """The largest head rows of queries, in full precision."""
-
-    ids: np.ndarray
-    """``(Q, M)`` int64 token ids."""
-    values: np.ndarray
-    """``(Q, M, k)`` float32: x of these tokens; rows of zeros are unused."""
-
-    def __getitem__(self, chosen: slice | np.ndarray) -> "HeadQueries":
-        return HeadQueries(self.ids[chosen], self.values[chosen])
+from gradproj.store.head_rows import NO_ROW, SCALES, UNUSED, HeadQueries, HeadSegment
 
 
 class HeadScorer:

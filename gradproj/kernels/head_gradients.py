@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradproj.kernels.onednn import linear
 
-GROUP_VALUES = {"cpu": 2**23, "cuda": 2**27}
+GROUP_VALUES = {"cpu": 2**23, "cuda": 2**26}
 """Logits in memory at once: all of the vocabulary for a group of tokens."""
 
 

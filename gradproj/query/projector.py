@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.analysis.head_scores import HeadQueries
 from gradproj.engine.batching import (
     BatchConfig,
     Window,
@@ -29,6 +28,7 @@ from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.query.queries import Query
 from gradproj.query.tokens import QueryTokenizer, QueryTokens
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HeadQueries
 
 MAX_ROWS_BYTES = 2**32
 """Most bytes of query rows, which stay in memory while a store is scanned."""

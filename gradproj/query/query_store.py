@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.analysis.head_scores import HeadQueries
 from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.formatting import escaped
 from gradproj.query import QueryRows, check_rows_fit
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
+from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE, HeadQueries
 
 _SAME = (
     "--model (weights)",

@@ -98,6 +98,19 @@ class DecodedHead:
         return (bits.astype(np.float32) * 2 - 1) * self.scale[:, :, None]
 
 
+@dataclass(frozen=True)
+class HeadQueries:
+    """The largest head rows of queries, in full precision."""
+
+    ids: np.ndarray
+    """``(Q, M)`` int64 token ids."""
+    values: np.ndarray
+    """``(Q, M, k)`` float32: x of these tokens; rows of zeros are unused."""
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "HeadQueries":
+        return HeadQueries(self.ids[chosen], self.values[chosen])
+
+
 def decode_head(stored: np.ndarray, segment: HeadSegment) -> DecodedHead:
     """Decode the segments ``(n, n_bytes)`` uint8 of n rows."""
     entries = stored.reshape(len(stored), segment.n_rows, segment.entry_bytes)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradproj.analysis.head_scores import HeadQueries, HeadScorer
+from gradproj.analysis.head_scores import HeadScorer
 from gradproj.engine.head_rows import encode_head
 from gradproj.errors import ConfigError
-from gradproj.store.head_rows import HeadSegment, decode_head
+from gradproj.store.head_rows import HeadQueries, HeadSegment, decode_head
 
 VOCABULARY, K, N, M, Q, QUERY_ROWS = 70_000, 12, 9, 5, 3, 40
 
