@@ -28,7 +28,7 @@ from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 _ARRAYS = ("finished", "stored", "unfinished", "sums", "failed")
-_GROUPS = ("by_row", "covariances")  # a name in one is a tensor's name after its group's
+_GROUPS = ("by_row", "covariances", "head")  # a name in one is a tensor's name after its group's
 
 
 @dataclass
@@ -49,6 +49,8 @@ class PartialRows:
     """Positions (int64) of documents that ran out of memory, since the first batch."""
     covariances: dict[str, np.ndarray]
     """Sums since the first batch: ``a``, ``s`` float64, ``n_tokens`` int64; empty without any."""
+    head: dict[str, np.ndarray]
+    """The job's arrays of head rows; empty without any."""
 
 
 def partial_folder(output: Path, unit: int) -> Path:

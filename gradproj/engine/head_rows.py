@@ -7,6 +7,7 @@ only the diagonal is kept), and Q is a fixed rotation that spreads a vector over
 loss of rows and signs, ``sum_v <x_v, x'_v>`` is the K-FAC influence of the head.
 """
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -121,6 +122,13 @@ class HeadBasis:
         """Return the arrays of a store's group."""
         named = {HEAD_MATRIX: self.matrix, HEAD_SCALE: self.scale}
         return {name: values.cpu().numpy().reshape(-1) for name, values in named.items()}
+
+    def digest(self) -> str:
+        """Return a digest of the arrays."""
+        digest = hashlib.sha256()
+        for values in self.arrays().values():
+            digest.update(values.data)
+        return digest.hexdigest()[:32]
 
     @classmethod
     def of_store(cls, store: ProjectionStore, device: torch.device) -> "HeadBasis | None":

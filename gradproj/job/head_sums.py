@@ -74,6 +74,10 @@ class HeadSums:
         self.stored.index_copy_(0, index, encode_head(ids, values, self._segment))
         self._encoded.append(documents)
 
+    def write_into(self, stored: Tensor) -> None:
+        """Copy the segments to their place in whole stored rows, ``(n_documents, bytes)`` uint8."""
+        stored[:, self._segment.stored_start : self._segment.stored_end] = self.stored
+
     def take_new(self) -> dict[str, np.ndarray]:
         """Return what changed since the last call: encoded documents, and windows of others."""
         documents = np.unique(np.concatenate([np.empty(0, np.int64), *self._encoded]))

@@ -13,6 +13,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.engine.batching import fit_padding
 from gradproj.engine.compile import compiler_errors_explained
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis, check_head
 from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.matrix_file import matrices_digest
 from gradproj.engine.warm_up import compile_now
@@ -80,6 +81,7 @@ def set_up_rank(
         )
         is_old = store.attributes["format_version"] == 1
         basis = matrices_digest(store.basis, plan.layers) if store.basis else ""
+        head = HeadBasis.of_store(store, device)
     display = ProgressDisplay(plan.output, plan.layout, plan.wanted, job.owner, visible=is_first)
     stop.drain()
     with compiler_errors_explained(), engine, display:
@@ -100,7 +102,11 @@ def set_up_rank(
         if is_first:
             report_precision(queue, model, engine, reader)
         encoder = RowEncoder(plan.layout, plan.layers)
-        projector = UnitProjector(model, engine, settings, encoder, progress, stop)
+        with_head = None
+        if head is not None and plan.head is not None:
+            check_head(model)
+            with_head, basis = (head, plan.head), basis + head.digest()
+        projector = UnitProjector(model, engine, settings, encoder, progress, stop, with_head)
         yield Rank(reader, projector, queue, options.proj_save_interval, basis)
 
 

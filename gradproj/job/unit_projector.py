@@ -16,13 +16,16 @@ from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis
 from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.row_columns import ZERO_ROWS, finish_columns
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
+from gradproj.job.head_sums import HeadSums
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.job.unit_sums import UnitSums
 from gradproj.kernels.device_copy import record_event, seconds_between, to_host
+from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import STATUS
 from gradproj.store.row_encoder import RowEncoder
 from gradproj.store.unit_record import UnitRecord
@@ -38,8 +41,9 @@ class UnitProjector:
     the device. (A few models wait in each forward pass: BioGPT, GPT-Neo, rotary embeddings of the
     type ``dynamic``.)
 
-    The engine is attached to the frozen model, and ``encoder`` is the store's. ``stopping`` is
-    called after every batch; True saves the rows so far and returns None.
+    The engine is attached to the frozen model; ``encoder`` is the store's, and ``head`` what makes
+    its head rows, if it has any. ``stopping`` is called after every batch; True saves the rows so
+    far and returns None.
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class UnitProjector:
         encoder: RowEncoder,
         progress: RankProgress,
         stopping: Callable[[], bool] = lambda: False,
+        head: tuple[HeadBasis, HeadSegment] | None = None,
     ) -> None:
         self._model, self._engine, self._settings = model, engine, settings
-        self._encoder = encoder
+        self._encoder, self._head = encoder, head
         self._progress, self._stopping = progress, stopping
         self._device = next(model.parameters()).device
         self._chunked, _ = chunk_verdict(model)
@@ -64,8 +69,7 @@ class UnitProjector:
         """Return the unit's rows. None if a stop was requested, after saving the rows so far."""
         started_at, started = time.time(), time.perf_counter()
         begun = record_event(self._device)
-        reduction = self._settings.batch.loss_reduction
-        total = UnitSums(prepared, self._engine, self._encoder, reduction, self._device)
+        total = self._sums_of(prepared)
         done, saved = (0, []) if partial is None else partial.read()
         for n_batches, part in saved:
             total.replay(part, n_batches)
@@ -91,9 +95,21 @@ class UnitProjector:
         stats["finished_at"] = time.time()
         return ProjectedUnit(total, self._settings, stats, begun)
 
+    def _sums_of(self, prepared: PreparedUnit) -> UnitSums:
+        head, reduction = None, self._settings.batch.loss_reduction
+        if self._head is not None:
+            divisor = prepared.columns["n_tokens"].astype(np.float32).clip(1)
+            divisor = divisor if reduction == "mean" else np.ones_like(divisor)
+            head = HeadSums(*self._head, prepared.row_of, divisor)
+        return UnitSums(prepared, self._engine, self._encoder, reduction, self._device, head)
+
     def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
-        total.add(sequences, *run_batch(self._model, self._engine, batch, self._chunked))
+        head = None if total.head is None else total.head.sink()
+        rows = run_batch(self._model, self._engine, batch, self._chunked, head)
+        total.add(sequences, *rows)
+        if total.head is not None and head is not None:
+            total.head.add(sequences, head)
         return True
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:
@@ -124,6 +140,8 @@ class ProjectedUnit:
         begun: torch.cuda.Event | None = None,
     ) -> None:
         self._total, self._settings, self._stats, self._begun = total, settings, stats, begun
+        if total.head is not None:
+            total.head.write_into(total.stored)
         self._tensors = [total.stored, total.row_scale, total.norms, total.losses]
         if (sums := total.covariances) is not None:
             self._tensors += [sums.a.float(), sums.s.float(), sums.n_tokens]

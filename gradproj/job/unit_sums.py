@@ -9,6 +9,7 @@ from torch import Tensor
 from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.job.head_sums import HeadSums
 from gradproj.job.unit_reader import PreparedUnit
 from gradproj.kernels.device_copy import to_device
 from gradproj.store.row_encoder import RowEncoder
@@ -22,7 +23,8 @@ class UnitSums:
     The row of a document whose last sequence has run is finished and encoded at once. Only those of
     documents with sequences left (windows in other batches) are kept as float32 sums.
 
-    ``encoder`` is the store's; ``loss_reduction`` is ``mean`` or ``sum``.
+    ``encoder`` is the store's; ``loss_reduction`` is ``mean`` or ``sum``. ``head`` sums the head
+    rows, if the store has any.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class UnitSums:
         encoder: RowEncoder,
         loss_reduction: str,
         device: torch.device,
+        head: HeadSums | None = None,
     ) -> None:
         n = len(prepared.columns["status"])
         self.prepared, self._engine, self._encoder, self._device = prepared, engine, encoder, device
+        self.head = head
         self._divides = loss_reduction == "mean"
         # A document without a target token has a row of zeros.
         zeros, _ = encoder.encode(torch.zeros(1, engine.total_proj_dim, device=device))
@@ -129,6 +133,7 @@ class UnitSums:
             {k: v.cpu().numpy() for k, v in vars(self.covariances).items()}
             if self.covariances is not None
             else {},
+            {} if self.head is None else self.head.take_new(),
         )
 
     def replay(self, part: PartialRows, n_batches: int) -> None:
@@ -142,6 +147,8 @@ class UnitSums:
         sums = zip(part.unfinished.tolist(), self._on_device(part.sums), strict=True)
         self._keep_open(dict(sums))
         self._failed = [part.failed]
+        if self.head is not None:
+            self.head.replay(part.head)
         if part.covariances:
             saved = {name: self._on_device(value) for name, value in part.covariances.items()}
             self.covariances = TokenCovariances(**saved)

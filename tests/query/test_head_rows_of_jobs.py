@@ -1,0 +1,91 @@
+"""Head rows of a small job and of its queries against autograd of the head's weight in float64."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.corpora import mixed_documents
+from helpers.jobs import run_job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradproj import ProjectionStore
+from gradproj.analysis.head_scores import HeadScorer
+from gradproj.engine.head_rows import QUERY_ROWS, WINDOW_ROWS
+from gradproj.query import Query, QueryProjector
+from gradproj.store.layout import STATUS
+
+N_DOCUMENTS, MAX_LENGTH, N_ROWS, K = 20, 10, 6, 8
+SETTINGS = {
+    "proj_rank_total": 16, "proj_rank_min": 4, "max_samples": N_DOCUMENTS, "pilot_tokens": 200,
+    "max_length": MAX_LENGTH, "long_documents": "windows", "basis": "eigen", "encoding": "signs",
+    "head_rows": f"{N_ROWS}x{K}", "proj_save_interval": 1, "batch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sum", "mean"])
+def made(request, job, tmp_path_factory):
+    """Return ``(store, model folder, loss reduction)`` of a job with head rows."""
+    output = tmp_path_factory.mktemp("head") / "out"
+    settings = SETTINGS | {"loss_reduction": request.param}
+    run_job(shards=job.corpus, model=job.model, output_dir=output, **settings)
+    with ProjectionStore(output) as store:
+        yield store, job.model, request.param
+
+
+def slow_rows(model, store, ids, reduction, kept):
+    """Return x of all words ``(V, k)`` float64, by the definition and the store's arrays.
+
+    Of each window of a longer document, the ``kept`` largest rows count.
+    """
+    head = model.get_output_embeddings()
+    matrix = torch.tensor(store.array("head_matrix"), dtype=torch.float64).view(K, -1)
+    scale = torch.tensor(store.array("head_scale"), dtype=torch.float64)
+    total = torch.zeros(len(scale), K, dtype=torch.float64)
+    for start in range(0, len(ids) - 1, MAX_LENGTH - 1):
+        tokens = torch.tensor(ids[start : start + MAX_LENGTH])
+        hidden = model.base_model(input_ids=tokens[None], use_cache=False)[0][0].detach()
+        weight = head.weight.detach().clone().requires_grad_()
+        logits = F.linear(hidden, weight, head.bias)
+        loss = F.cross_entropy(logits[:-1], tokens[1:], reduction="sum")
+        rows = scale[:, None] * (torch.autograd.grad(loss, weight)[0] @ matrix.T)
+        largest = rows.norm(dim=1).argsort(descending=True)[:kept]
+        total[largest] += rows[largest]
+    return total / (len(ids) - 1) if reduction == "mean" else total
+
+
+def test_stored_rows_and_scores_are_those_of_autograd(made):
+    store, folder, reduction = made
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [document["text"] for document in mixed_documents(N_DOCUMENTS)]
+    ok = np.flatnonzero(store.column("status") == STATUS["ok"])
+    decoded = store.head.rows(ok)
+    dense = np.zeros((len(ok), len(store.array("head_scale")), K))
+    n_long = 0
+    for n, sample_id in enumerate(ok):
+        ids = tokenizer(texts[sample_id]).input_ids
+        n_long += len(ids) > MAX_LENGTH
+        want = slow_rows(model, store, ids, reduction, WINDOW_ROWS * N_ROWS)
+        largest = want.norm(dim=1).argsort(descending=True)[:N_ROWS]
+        assert sorted(decoded.ids[n]) == sorted(largest.tolist())
+        exact = want[decoded.ids[n]]
+        octaves = np.log2(exact.abs().mean(dim=1).numpy() / decoded.scale[n])
+        assert np.abs(octaves).max() < 0.2501
+        signs = decoded.values(K)[n] > 0
+        assert (signs == (exact.numpy() >= 0)).mean() > 0.97  # of values near 0 either is right
+        dense[n, decoded.ids[n]] = decoded.values(K)[n]
+    assert 3 < n_long < len(ok)
+    absent = np.setdiff1d(np.arange(N_DOCUMENTS), ok)
+    assert not np.nan_to_num(store.head.rows(absent).scale, nan=0.0).any()
+
+    chosen = ok[:4]
+    queries = QueryProjector(store, device="cpu").rows(
+        [Query(name=str(i), text=texts[i]) for i in chosen]
+    )
+    rows = [
+        slow_rows(model, store, tokenizer(texts[i]).input_ids, reduction, QUERY_ROWS)
+        for i in chosen
+    ]
+    want = torch.stack(rows).flatten(1).numpy() @ dense.reshape(len(ok), -1).T
+    got = HeadScorer(queries.head, store.head.segment).scores(store.head.stored(0, N_DOCUMENTS))
+    np.testing.assert_allclose(got[:, ok], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
