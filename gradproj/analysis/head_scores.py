@@ -1,10 +1,16 @@
 """Scores of sparse head rows: a document's few rows against the queries' of the same tokens."""
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
 from gradproj.errors import ConfigError
+from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.head_rows import NO_ROW, SCALES, UNUSED, HeadQueries, HeadSegment
+
+_RUNS, _RUN_LENGTH = 32, 64
+"""Runs of samples, and samples of each, that deviations are measured on."""
 
 
 class HeadScorer:
@@ -36,6 +42,34 @@ class HeadScorer:
         found = self._first, self._owner, self._values
         _add_scores(entries, segment.id_bytes, SCALES, *found, out)
         return out.T
+
+
+def equal_factors(
+    scorer: HeadScorer,
+    store: ProjectionStore,
+    layer_scores: Callable[[int, int], np.ndarray],
+    factors_of: Callable[[int, int], np.ndarray | None],
+) -> np.ndarray:
+    """Return what gives the head's scores the standard deviation of the layers', ``(Q, 1)``.
+
+    Deviations are measured on up to 2,048 samples, in runs at equal steps over the store, so that
+    every rank finds the same. ``layer_scores`` returns those of ``[first, last)``, ``(Q, n)``;
+    ``factors_of`` what scores are multiplied by there, ``(n,)``.
+    """
+    assert store.head is not None
+    layers, head = [], []
+    n_runs = min(_RUNS, -(-len(store) // _RUN_LENGTH))
+    for first in np.linspace(0, max(0, len(store) - _RUN_LENGTH), n_runs).astype(int).tolist():
+        last = min(first + _RUN_LENGTH, len(store))
+        ok = store.column("status", first, last) == STATUS["ok"]
+        factors = factors_of(first, last)
+        by = 1.0 if factors is None else factors[ok]
+        layers.append(layer_scores(first, last)[:, ok] * by)
+        head.append(scorer.scores(store.head.stored(first, last))[:, ok] * by)
+    of_layers, of_head = (
+        np.concatenate(x, axis=1).std(axis=1, keepdims=True) for x in (layers, head)
+    )
+    return np.divide(of_layers, of_head, out=np.zeros_like(of_head), where=of_head > 0)
 
 
 @numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)

@@ -17,6 +17,7 @@ from gradproj.analysis.scores import TopDocuments, add_all, both_ends, both_ends
 from gradproj.analysis.top_k import TopK
 from gradproj.distributed import World
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HeadQueries
 
 _QUERY_BYTES_PER_SCAN = 2**30
 """Most bytes of queries in float64; more queries take several scans."""
@@ -67,7 +68,9 @@ class Ranker:
         blocks = (
             (part.start, first, values.cpu().numpy())
             for part in query_parts(rows)
-            for first, values in score_blocks(scan, scan.prepare_queries(rows[part]))
+            for first, values in score_blocks(
+                scan, scan.prepare_queries(rows[part], self.head_of(part))
+            )
         )
         shape = len(rows), len(self.store)
         ends = save_and_rank(path, shape, blocks, self.n_top, self.n_bottom, scan.world)
@@ -79,6 +82,13 @@ class Ranker:
             return self.options
         options: ScanOptions = {**self.options, "preconditioner": self.preconditioner}
         return with_self_influences(self.store, {**options, "damping": damping}, self.note)
+
+    def head_of(self, part: slice, copies: int = 1) -> HeadQueries | None:
+        """Return the head rows of some queries, ``copies`` times one after the other."""
+        head = self.options.get("head")
+        if head is None:
+            return None
+        return head[np.tile(np.arange(part.start, part.stop), copies)]
 
     def _rank_in_one_scan(
         self, rows: np.ndarray, preconditioner: Preconditioner, dampings: Sequence[float | str]
@@ -92,7 +102,7 @@ class Ranker:
             values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
             queries = torch.from_numpy(values).double()
             solved = torch.cat([chosen.with_damping(c).solve(queries) for c in dampings])
-            prepared = scan.prepare_solved(solved)
+            prepared = scan.prepare_solved(solved, self.head_of(part, len(dampings)))
             ends = both_ends_of(scan, prepared, self.n_top, self.n_bottom, rows)
             for number, ends_of_damping in enumerate(parts):
                 span = slice(number * len(queries), (number + 1) * len(queries))
@@ -105,10 +115,12 @@ class Ranker:
         ]
 
     def _scan(self, rows: np.ndarray, options: ScanOptions) -> tuple[TopDocuments, TopDocuments]:
-        ends = [
-            top_and_bottom(rows[part], self.store, self.n_top, self.n_bottom, **options)
-            for part in query_parts(rows)
-        ]
+        ends = []
+        for part in query_parts(rows):
+            of_part: ScanOptions = {**options, "head": self.head_of(part)}
+            ends.append(
+                top_and_bottom(rows[part], self.store, self.n_top, self.n_bottom, **of_part)
+            )
         top, bottom = (concatenate(end) for end in zip(*ends, strict=True))
         return top, bottom
 

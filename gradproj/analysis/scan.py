@@ -25,8 +25,12 @@ from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.kernels.device_copy import to_device
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HeadQueries
 
 Rows = np.ndarray | Tensor
+
+HEAD_SUMS = ("plain", "equal")
+"""How the scores of head rows are added to those of the layers; the first is the default."""
 
 
 class ScanOptions(TypedDict, total=False):
@@ -55,6 +59,10 @@ class ScanOptions(TypedDict, total=False):
     self_influences: np.ndarray
     """For relatif: ``r C^-1 r`` of every row by this preconditioner, ``(N,)`` float32, which are
     then not computed; see ``norm_cache.py``."""
+    head: HeadQueries | None
+    """The queries' head rows, whose scores are added to those of the layers; for kfac."""
+    head_sum: str
+    """``plain`` (default), or ``equal``: head and layers with the same deviation, per query."""
     together: bool
     """For ``top_k``, ``bottom_k`` and ``top_and_bottom``: every rank of ``torch.distributed``
     makes the call, scans its share of the units and returns the whole answer. The ranks also fit a
@@ -107,6 +115,7 @@ class Scan:
         layers = chosen_layers(store, options.get("layers"))
         device = torch.device(options.get("device", "cpu"))
         check_reduction(options.get("reduction", DEFAULT_REDUCTION))
+        _check_head(store, options)
         preconditioner = _preconditioner(store, score, layers, options)
         world = scan_world(options.get("together", False))
         given = options.get("self_influences")
@@ -165,8 +174,13 @@ class Scan:
         )
         return None if factors is None else to_device(torch.from_numpy(factors), self.device)
 
-    def prepare_queries(self, query_rows: Rows) -> "PreparedQueries":
-        """Apply the preconditioner to the queries, once instead of to every row."""
+    def prepare_queries(
+        self, query_rows: Rows, head: HeadQueries | None = None
+    ) -> "PreparedQueries":
+        """Apply the preconditioner to the queries, once instead of to every row.
+
+        ``head`` are these queries' head rows, by default those of the options.
+        """
         queries = _select_layers(query_tensor(query_rows), self.store, self.layers)
         if not np.isfinite(_max_abs(queries)).all():
             raise ConfigError(
@@ -178,23 +192,39 @@ class Scan:
         if SCORES[self.score].divisor == "norms":
             norms = (queries.double() * solved).sum(dim=1, keepdim=True).sqrt()
             solved = solved / torch.where(norms > 0, norms, 1.0)
-        return self.prepare_solved(solved)
+        return self.prepare_solved(solved, head or self.options.get("head"))
 
-    def prepare_solved(self, queries: Tensor) -> "PreparedQueries":
+    def prepare_solved(self, queries: Tensor, head: HeadQueries | None = None) -> "PreparedQueries":
         """Prepare queries to which the preconditioner was applied, ``(Q, W)``."""
+        if head is not None and len(head.ids) != len(queries):
+            raise ConfigError(f"there are head rows of {len(head.ids)} queries for {len(queries)}")
         # Scaling by powers of two is exact. Unscaled, a query and a row may each be far outside of
         # float32's range even if their product is not.
         scales = torch.from_numpy(np.ldexp(1.0, np.frexp(_max_abs(queries))[1] - 1))
         weights = (queries / scales.to(queries.dtype)[:, None]).float().to(self.device)
         divisor = SCORES[self.score].divisor
         for_rows = None if divisor is None else self.row_preconditioner()
-        return PreparedQueries(weights, scales.to(self.device), divisor, for_rows)
+        return PreparedQueries(weights, scales.to(self.device), divisor, for_rows, head)
 
     def row_preconditioner(self) -> Preconditioner | None:
         """Return the preconditioner in the precision and on the device of the rows."""
         if self.preconditioner is None:
             return None
         return self.preconditioner.to(self.device, torch.float32)
+
+
+def _check_head(store: ProjectionStore, options: ScanOptions) -> None:
+    if options.get("head_sum", HEAD_SUMS[0]) not in HEAD_SUMS:
+        raise ConfigError(
+            f"head_sum is {options['head_sum']!r}; choose one of {', '.join(HEAD_SUMS)}"
+        )
+    if options.get("head") is None:
+        return
+    if store.head is None:
+        raise ConfigError(f"{store.path} has no head rows: leave head out")
+    score = options.get("score", DEFAULT_SCORE)
+    if score != "kfac":
+        raise ConfigError(f"score {score!r} takes no head rows: leave head out, or take kfac")
 
 
 def fit_for_scan(
@@ -248,6 +278,8 @@ class PreparedQueries:
     """See ``ScoreType.divisor``."""
     preconditioner: Preconditioner | None
     """If there is a divisor: gives a row's score with itself; None for its squared norm."""
+    head: HeadQueries | None = None
+    """Head rows, whose scores are added."""
 
     @property
     def has_norms(self) -> bool:

@@ -1,6 +1,6 @@
 """Stream score blocks over a store; the basis of ``score``, ``top_k`` and rankings."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from gradproj.analysis.scan import PreparedQueries, Scan
 from gradproj.kernels.device_copy import record_event, to_device, to_host
 from gradproj.kernels.onednn import linear
 from gradproj.store import Band
+from gradproj.store.head_rows import HeadQueries
 
 if TYPE_CHECKING:
     from gradproj.analysis.packed_products import PackedProducts
@@ -33,9 +34,43 @@ def score_blocks(scan: Scan, queries: PreparedQueries) -> Blocks:
     """Yield this process's share of the samples in order, reading each byte of a row once."""
     # Tiles suit the caches of a CPU; a GPU needs long blocks.
     by_tiles = scan.device.type == "cpu" and _parts_fit_tiles(scan, queries)
+    head = None if queries.head is None else _head_scores(scan, queries, queries.head)
     for first, values in (_score_tiles if by_tiles else _score_rows)(scan, queries):
+        if head is not None:
+            values += head(first, first + values.shape[1])
         factors = None if queries.has_norms else scan.row_factors(first, first + values.shape[1])
         yield first, values if factors is None else (values.double() * factors).float()
+
+
+def _head_scores(
+    scan: Scan, queries: PreparedQueries, head_queries: HeadQueries
+) -> Callable[[int, int], Tensor]:
+    """Return the function from ``[first, last)`` to the head rows' scores ``(Q, n)``."""
+    # It compiles, and loads a compiler.
+    from gradproj.analysis.head_scores import HeadScorer, equal_factors
+
+    store, head = scan.store, scan.store.head
+    assert head is not None
+    scorer, factors = HeadScorer(head_queries, head.segment), None
+    if scan.options.get("head_sum") == "equal":
+
+        def of_layers(first: int, last: int) -> np.ndarray:
+            rows = store.rows(np.arange(first, last), scan.layers, missing="nan")
+            rows_there = to_device(torch.from_numpy(rows), scan.device)
+            return queries.scores_of(rows_there).cpu().numpy()
+
+        def reduced(first: int, last: int) -> np.ndarray | None:
+            factors = scan.row_factors(first, last)
+            return None if factors is None else factors.cpu().numpy()
+
+        factors = equal_factors(scorer, store, of_layers, reduced)
+
+    def scores(first: int, last: int) -> Tensor:
+        values = scorer.scores(head.stored(first, last))
+        values = values if factors is None else (values * factors).astype(np.float32)
+        return to_device(torch.from_numpy(np.ascontiguousarray(values)), scan.device)
+
+    return scores
 
 
 def on_host(

@@ -217,6 +217,8 @@ def _rank_by_gradients(
     # Missing token covariances show at once; a scan must wait until the queries are valid.
     fitted = fit() if kind == "kfac" else None
     queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
+    if queries.head is not None and config.uses_head(options["score"]):
+        options |= {"head": queries.head, "head_sum": config.head_sum}
     # What a long scan would wait for comes before it.
     text = text_scan(config, store, process, note) if config.uses_text else None
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)

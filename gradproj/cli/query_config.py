@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
+from gradproj.analysis.scan import HEAD_SUMS
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, SCORES
 from gradproj.cli.query_rescore import RescoreArgs
 from gradproj.cli.score_args import ScoreArgs
@@ -13,6 +14,7 @@ from gradproj.flags import DEVICES, as_in, flag
 from gradproj.formatting import listed
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HEAD_NAME
 from gradproj.text.ranking import TEXT, WITH_TEXT
 
 DEFAULT_K = 20
@@ -47,6 +49,14 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         path="DIR",
     )
     curvature: str = flag("Curvature used by --score relatif; default: kfac.", "", choices=KINDS)
+    head_sum: str = flag(
+        "How kfac adds the score of sparse head rows, in a store that has them: plain, or equal, "
+        "with the standard deviation of the layers' score. With --layers they count only if named, "
+        f"as {HEAD_NAME}.",
+        HEAD_SUMS[0],
+        choices=HEAD_SUMS,
+        group="score",
+    )
     joint: bool = flag(
         "With --score preconditioned: fit one second moment over all layers (or those of --layers) "
         "instead of one per layer. It is fitted for this query and not cached.",
@@ -134,6 +144,10 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
             )
         if len(self.dampings) > 1:
             raise ConfigError("--rescore takes one --damping, that of the scan")
+
+    def uses_head(self, score: str) -> bool:
+        """Return whether ``score`` counts a store's head rows."""
+        return score == "kfac" and (not self.layers or HEAD_NAME in self.layers)
 
     @property
     def gradient_score(self) -> str:

@@ -60,6 +60,9 @@ class Summary:
             if len(layers) > _LAYERS_SHOWN:
                 names.append(f"and {len(layers) - _LAYERS_SHOWN} more")
             lines.append(_labelled("layers", ", ".join(names)))
+        if self.options.get("head") is not None:
+            how = self.options.get("head_sum")
+            lines.append(_labelled("head rows", f"their score is added ({how})"))
         lines += self._score_lines()
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))

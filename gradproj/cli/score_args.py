@@ -17,6 +17,7 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag, split_list
 from gradproj.formatting import clean_lines, listed
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HEAD_NAME
 
 WITH_DAMPING = [name for name, score in SCORES.items() if score.curvature]
 
@@ -174,6 +175,10 @@ def is_job_store(store: ProjectionStore) -> bool:
 def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] | None:
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]
+    if store.head is not None and words:
+        words = [word for word in words if word.removeprefix(EXCLUDES) != HEAD_NAME]
+        if not words:
+            raise ConfigError(f"--layers {HEAD_NAME}: name a layer too; head rows are added to it")
     for word in words:
         if any(matches(word.removeprefix(EXCLUDES), name) for name in names):
             continue

@@ -78,7 +78,8 @@ class HybridRanker:
         place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
 
         def blocks(part: slice) -> Iterator[tuple[int, np.ndarray]]:
-            scores = on_host(score_blocks(scan, scan.prepare_queries(rows[part])), scan.device)
+            prepared = scan.prepare_queries(rows[part], ranker.head_of(part))
+            scores = on_host(score_blocks(scan, prepared), scan.device)
             others = self.text.blocks(queries[part])
             with explain_os_errors(place), tempfile.TemporaryFile(dir=place) as file:
                 yield from sums_of_z_scores(scores, others, scan.world, file)

@@ -9,9 +9,13 @@ from helpers.jobs import run_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
+from gradproj.analysis import Preconditioner, score
 from gradproj.analysis.head_scores import HeadScorer
+from gradproj.analysis.ranking import Ranker
 from gradproj.engine.head_rows import QUERY_ROWS, WINDOW_ROWS
+from gradproj.errors import ConfigError
 from gradproj.query import Query, QueryProjector
+from gradproj.store.head_rows import HeadQueries
 from gradproj.store.layout import STATUS
 
 N_DOCUMENTS, MAX_LENGTH, N_ROWS, K = 20, 10, 6, 8
@@ -89,3 +93,45 @@ def test_stored_rows_and_scores_are_those_of_autograd(made):
     want = torch.stack(rows).flatten(1).numpy() @ dense.reshape(len(ok), -1).T
     got = HeadScorer(queries.head, store.head.segment).scores(store.head.stored(0, N_DOCUMENTS))
     np.testing.assert_allclose(got[:, ok], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("head_sum", ["plain", "equal"])
+def test_kfac_adds_the_head_rows_scores(made, head_sum):
+    store, _, reduction = made
+    ok = np.flatnonzero(store.column("status") == STATUS["ok"])
+    queries = HeadQueries(*decoded_queries(store, ok[:3]))
+    rows, n_tokens = store.rows(ok[:3]), store.column("n_tokens")
+    layers = score(rows, store, score="kfac", reduction=reduction)
+    head = HeadScorer(queries, store.head.segment).scores(store.head.stored(0, N_DOCUMENTS))
+    if head_sum == "equal":
+        head *= layers[:, ok].std(axis=1, keepdims=True) / head[:, ok].std(axis=1, keepdims=True)
+    want = (layers + head)[:, ok]
+    options = {"score": "kfac", "head": queries, "head_sum": head_sum, "reduction": reduction}
+    got = score(rows, store, **options)
+    np.testing.assert_allclose(got[:, ok], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    ranked = Ranker(store, len(ok), 0, options, Preconditioner.fit(store, "kfac"))
+    for ranking in ranked.rank(rows, ["auto", 0.03]):  # one scan for both
+        by_id = np.take_along_axis(got, ranking.top.ids, axis=1)
+        np.testing.assert_allclose(by_id, ranking.top.scores, rtol=1e-4)
+    if head_sum == "plain":
+        other = "mean" if reduction == "sum" else "sum"
+        factors = n_tokens if other == "sum" else 1 / np.maximum(n_tokens, 1)
+        got = score(rows, store, **{**options, "reduction": other})
+        np.testing.assert_allclose(got[:, ok], want * factors[ok], rtol=1e-3, atol=1e-3)
+
+
+def decoded_queries(store, ids):
+    rows = store.head.rows(ids)
+    return rows.ids, rows.values(K)
+
+
+def test_head_rows_are_refused_where_they_do_not_count(made):
+    store, _, _ = made
+    queries = HeadQueries(*decoded_queries(store, [0]))
+    rows = np.ones((1, store.dim), np.float32)
+    with pytest.raises(ConfigError, match="score 'dot' takes no head rows"):
+        score(rows, store, score="dot", head=queries)
+    with pytest.raises(ConfigError, match="head_sum is 'best'; choose one of plain, equal"):
+        score(rows, store, head=queries, head_sum="best")
+    with pytest.raises(ConfigError, match="head rows of 1 queries for 2"):
+        score(np.concatenate([rows, rows]), store, head=queries)
