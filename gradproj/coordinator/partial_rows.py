@@ -7,7 +7,7 @@ the same settings and batches, which ``key`` identifies.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class PartialRows:
     """Positions (int64) of documents that ran out of memory, since the first batch."""
     covariances: dict[str, np.ndarray]
     """Sums since the first batch: ``a``, ``s`` float64, ``n_tokens`` int64; empty without any."""
-    head: dict[str, np.ndarray]
+    head: dict[str, np.ndarray] = field(default_factory=dict)
     """The job's arrays of head rows; empty without any."""
 
 

@@ -66,7 +66,7 @@ class HeadConfig(Flags, title="head rows"):
     head_damping: float = flag(
         "Damping of the words' second moments, relative to their mean over the pilot's tokens; "
         "less of it favours rare words.",
-        0.03,
+        0.2,
         above=0,
         below=math.inf,
     )

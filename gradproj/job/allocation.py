@@ -15,11 +15,13 @@ More than 128 x 128 was not measured and is not given.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from gradproj.engine.layers import TargetLayer
+from gradproj.engine.loss import output_head
 from gradproj.engine.patterns import EXCLUDES, folded, matches
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError
@@ -183,6 +185,9 @@ def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, lis
             )
     targets = find_layers(model, projection.patterns, projection.include_embeddings)
     n_bytes = read_bytes(projection.bytes_per_document)
+    vocabulary: Any = output_head(model)
+    if vocabulary is not None and (head := config.head.segment(len(vocabulary.weight))):
+        n_bytes -= head.n_bytes
     chosen = allocate(n_bytes, targets, projection.patterns, model)
     projection = replace(
         projection,

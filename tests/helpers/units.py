@@ -13,8 +13,10 @@ from gradproj.coordinator.heartbeats import RankProgress
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine.batching import BatchConfig, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit
+from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     LayerSlice,
     StoreConfig,
@@ -61,13 +63,18 @@ def layout_of(engine: GradProjLoraEngine, **form: Any) -> tuple[StoreLayout, lis
 
 
 def project_unit(
-    model: nn.Module, engine: GradProjLoraEngine, unit: PreparedUnit, folder: Path, **form: Any
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    unit: PreparedUnit,
+    folder: Path,
+    head: tuple[HeadBasis, HeadSegment] | None = None,
+    **form: Any,
 ) -> ProjectedUnit:
     """Run the job's loop over a unit's batches, before anything is copied to the host."""
     layout, layers = layout_of(engine, **form)
     settings = SimpleNamespace(layout=layout, batch=BatchConfig(), identity="the identity")
     encoder = RowEncoder(layout, layers)
-    projector = UnitProjector(model, engine, settings, encoder, RankProgress())
+    projector = UnitProjector(model, engine, settings, encoder, RankProgress(), head=head)
     nothing_saved = PartialLog(folder / "partial", folder, "key", fake_owner(0))
     projected = projector.project(unit, nothing_saved)
     assert projected is not None

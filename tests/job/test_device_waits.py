@@ -20,6 +20,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, Rendezvous
 from gradproj.engine import capture, loss
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis
 from gradproj.engine.loss import per_sample_loss
 from gradproj.job import rank_setup, unit_projector
 from gradproj.job.config import run_config
@@ -29,6 +30,7 @@ from gradproj.job.unit_projector import UnitProjector, UnitSums
 from gradproj.kernels import onednn
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 from gradproj.model.loading import load_model
+from gradproj.store.head_rows import HeadSegment
 
 
 def remember(p):
@@ -85,6 +87,13 @@ def test_no_batch_waits_with_a_basis_and_packed_rows(encoding, waits_of_a_unit):
     basis = {name: (torch.eye(len(p_i)), torch.eye(len(p_o))) for name, (p_i, p_o) in widths}
     form = {"encoding": encoding}
     assert waits_of_a_unit(model, form=form, basis=basis) == []
+
+
+def test_no_batch_waits_with_head_rows(waits_of_a_unit):
+    model = small_model("gpt2")
+    width = model.get_output_embeddings().in_features
+    basis = HeadBasis(*(x.to(META_DEVICE) for x in (torch.randn(8, width), torch.ones(VOCAB))))
+    assert waits_of_a_unit(model, form={"head": (basis, HeadSegment(4, 8, VOCAB))}) == []
 
 
 ROPES = {

@@ -19,6 +19,7 @@ TABLE = [
     for flags, effect, identity in re.findall(r"^\| (`--.*?) \| (.*?) \| (.*?) \|$", SECTION, re.M)
 ]
 REQUIRED = ["--shards", "tars", "--model", "m", "--output_dir", "out", "--encoding", "dense"]
+REQUIRED += ["--head_rows", "9x9"]
 
 
 def listed(word):
@@ -45,7 +46,8 @@ def test_compared_flags_are_the_keys_of_the_identity():
 
 OTHER_VALUES = {
     "--proj_layers": "attn", "--proj_rank_total": 64, "--proj_rank_min": 4, "--proj_seed": 1,
-    "--proj_kind": "gaussian", "--basis": "random", "--pilot_tokens": 99,
+    "--proj_kind": "gaussian", "--basis": "random", "--pilot_tokens": 99, "--head_rows": "8x8",
+    "--head_damping": 0.1,
     "--include_embeddings": None, "--max_length": 32,
     "--long_documents": "windows", "--loss_reduction": "mean", "--special_tokens": "bos",
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",

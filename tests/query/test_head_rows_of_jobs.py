@@ -106,7 +106,8 @@ def test_kfac_adds_the_head_rows_scores(made, head_sum):
     if head_sum == "equal":
         head *= layers[:, ok].std(axis=1, keepdims=True) / head[:, ok].std(axis=1, keepdims=True)
     want = (layers + head)[:, ok]
-    options = {"score": "kfac", "head": queries, "head_sum": head_sum, "reduction": reduction}
+    options = {"score": "kfac", "layers": None, "reduction": reduction}
+    options |= {"head": queries, "head_sum": head_sum}
     got = score(rows, store, **options)
     np.testing.assert_allclose(got[:, ok], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
     ranked = Ranker(store, len(ok), 0, options, Preconditioner.fit(store, "kfac"))
