@@ -29,7 +29,7 @@ from gradproj.engine.loss import (
 )
 from gradproj.engine.projection import ProjectionConfig, projection_matrix
 from gradproj.engine.targets import Announce, loss_key
-from gradproj.errors import ConfigError, ModelError
+from gradproj.errors import ConfigError, ModelError, damaged
 from gradproj.flags import Flags, flag
 from gradproj.kernels.head_gradients import HeadLoss, HeadMoments, HeadSink
 from gradproj.store import ProjectionStore
@@ -135,9 +135,11 @@ class HeadBasis:
         """Return the basis of a store's head rows, on a device; None if it has none."""
         if store.head is None:
             return None
-        k = store.head.segment.k
+        segment = store.head.segment
         matrix, scale = (torch.from_numpy(store.array(x)) for x in (HEAD_MATRIX, HEAD_SCALE))
-        return cls(matrix.view(k, -1).to(device), scale.to(device))
+        if len(matrix) % segment.k or len(scale) != segment.vocabulary:
+            raise damaged(store.path, f"{HEAD_MATRIX} or {HEAD_SCALE} is not of its head rows")
+        return cls(matrix.view(segment.k, -1).to(device), scale.to(device))
 
 
 class HeadPilot:
