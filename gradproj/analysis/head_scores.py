@@ -1,6 +1,7 @@
 """Scores of sparse head rows: a document's few rows against the queries' of the same tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
@@ -44,6 +45,15 @@ class HeadScorer:
         return out.T
 
 
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a loop; cached if numba finds a folder for that."""
+    settings: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
+    try:
+        return numba.njit(cache=True, **settings)(function)
+    except RuntimeError:  # no folder for its cache can be written to
+        return numba.njit(**settings)(function)
+
+
 def equal_factors(
     scorer: HeadScorer,
     store: ProjectionStore,
@@ -72,7 +82,7 @@ def equal_factors(
     return np.divide(of_layers, of_head, out=np.zeros_like(of_head), where=of_head > 0)
 
 
-@numba.njit(cache=True, fastmath={"reassoc", "contract", "nsz"}, nogil=True)
+@_compiled
 def _add_scores(
     entries: np.ndarray,
     id_bytes: int,
