@@ -20,7 +20,7 @@ from gradproj.analysis.row_blocks import (
     width_of,
 )
 from gradproj.analysis.row_norms import GivenNorms, RowNorms, norms_without_rows
-from gradproj.analysis.score_types import DEFAULT_SCORE, SCORES
+from gradproj.analysis.score_types import DEFAULT_SCORE, HEAD_SUMS, SCORES
 from gradproj.distributed import World
 from gradproj.errors import ConfigError
 from gradproj.kernels.device_copy import to_device
@@ -28,9 +28,6 @@ from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import HeadQueries
 
 Rows = np.ndarray | Tensor
-
-HEAD_SUMS = ("plain", "equal")
-"""How the scores of head rows are added to those of the layers; the first is the default."""
 
 
 class ScanOptions(TypedDict, total=False):

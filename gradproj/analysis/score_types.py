@@ -86,3 +86,6 @@ FALLBACK_SCORE = "cosine"
 writes."""
 SELF_SCORES = tuple(name for name, score in SCORES.items() if score.is_inner_product)
 DOMAIN_SCORES = tuple(name for name, score in SCORES.items() if score.has_domain_means)
+
+HEAD_SUMS = ("plain", "equal")
+"""How the scores of head rows are added to those of the layers; the first is the default."""
