@@ -15,12 +15,7 @@ from gradproj.store.head_view import HeadView
 from gradproj.store.layer_arrays import unpack_layers
 from gradproj.store.layer_view import LayerView, Sample
 from gradproj.store.layout import STATUS, STATUS_NAMES, LayerSlice, decode_key
-from gradproj.store.metadata import (
-    find_store,
-    layers_of,
-    read_attributes,
-    read_layout,
-)
+from gradproj.store.metadata import find_store, layers_of, read_attributes, read_layout
 from gradproj.store.page_cache import LRUCache
 from gradproj.store.row_reader import Band, Missing, Rows
 from gradproj.store.selection import Selection, select_layers
