@@ -27,6 +27,11 @@ def plan_head(config: RunConfig, skeleton: nn.Module) -> HeadSegment | None:
             f"{shape} needs the pilot of --basis eigen, which measures its basis: give that, or "
             "leave --head_rows out"
         )
+    if config.projection.basis_from:
+        raise ConfigError(
+            f"{shape} measures its own basis by a pilot, and --basis_from runs none: leave one of "
+            "them out"
+        )
     if config.store.encoding == "dense":
         raise ConfigError(
             f"{shape} are bytes of packed rows, and --encoding is dense: give --encoding signs, or "
