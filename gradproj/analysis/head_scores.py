@@ -1,14 +1,13 @@
 """Scores of sparse head rows: a document's few rows against the queries' of the same tokens."""
 
 from collections.abc import Callable
-from typing import Any
 
-import numba
 import numpy as np
 
 from gradproj.errors import ConfigError
+from gradproj.kernels.entry_products import add_entry_products
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.store.head_rows import NO_ROW, SCALES, UNUSED, HeadQueries, HeadSegment
+from gradproj.store.head_rows import SCALES, HeadQueries, HeadSegment
 
 _RUNS, _RUN_LENGTH = 32, 64
 """Runs of samples, and samples of each, that deviations are measured on."""
@@ -41,17 +40,8 @@ class HeadScorer:
         entries = stored.reshape(len(stored), segment.n_rows, segment.entry_bytes)
         out = np.zeros((len(stored), self._n_queries), np.float32)
         found = self._first, self._owner, self._values
-        _add_scores(entries, segment.id_bytes, SCALES, *found, out)
+        add_entry_products(entries, segment.id_bytes, SCALES, *found, out)
         return out.T
-
-
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a loop; cached if numba finds a folder for that."""
-    settings: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
-    try:
-        return numba.njit(cache=True, **settings)(function)
-    except RuntimeError:  # no folder for its cache can be written to
-        return numba.njit(**settings)(function)
 
 
 def equal_factors(
@@ -80,39 +70,3 @@ def equal_factors(
         np.concatenate(x, axis=1).std(axis=1, keepdims=True) for x in (layers, head)
     )
     return np.divide(of_layers, of_head, out=np.zeros_like(of_head), where=of_head > 0)
-
-
-@_compiled
-def _add_scores(
-    entries: np.ndarray,
-    id_bytes: int,
-    scales: np.ndarray,
-    first: np.ndarray,
-    owner: np.ndarray,
-    values: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    k, vocabulary = values.shape[1], len(first) - 1
-    row = np.empty(k, np.float32)
-    for n in range(entries.shape[0]):
-        if entries[n, 0, id_bytes] == NO_ROW:
-            out[n] = np.nan
-            continue
-        for j in range(entries.shape[1]):
-            entry = entries[n, j]
-            if entry[id_bytes] == UNUSED:
-                continue
-            token = np.int64(0)
-            for byte in range(id_bytes):
-                token |= np.int64(entry[byte]) << (8 * byte)
-            if token >= vocabulary or first[token] == first[token + 1]:
-                continue
-            scale = scales[entry[id_bytes]]
-            for i in range(k):
-                bit = (entry[id_bytes + 1 + (i >> 3)] >> (i & 7)) & 1
-                row[i] = scale if bit else -scale
-            for hit in range(first[token], first[token + 1]):
-                total = np.float32(0)
-                for i in range(k):
-                    total += values[hit, i] * row[i]
-                out[n, owner[hit]] += total
