@@ -82,8 +82,8 @@ def run(plan, owner, disk=None, stop_after=2):
 
 
 def save_part(log, disk):
-    done, matches = log.read()
-    assert all(np.array_equal(part.rows, PART.rows) for part in matches)
+    done, parts = log.read()
+    assert all(np.array_equal(part.stored, PART.stored) for _, part in parts)
     if not done:
         log.append(0, 1, PART)
     if disk is not None:
