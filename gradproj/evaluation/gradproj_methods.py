@@ -92,7 +92,8 @@ class GradientStores:
 
     def _query_rows(self, documents: ProjectionStore, rows: RowKind) -> np.ndarray:
         """Return the queries' rows in the coordinates of the documents' store, ``(Q, D)``."""
-        path = self._folder / f"queries-{rows.name}.npy"
+        # A store that was made again may have another basis: its rows are not the first one's.
+        path = self._folder / f"queries-{rows.name}-{documents.attributes.get('store_id')}.npy"
         if not path.is_file():
             ids = unpadded(self._experiment.queries)
             queries = [Query(name=str(i), input_ids=x.tolist()) for i, x in enumerate(ids)]

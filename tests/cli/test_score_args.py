@@ -8,7 +8,9 @@ from gradproj.cli.score_args import matching_layers
 from gradproj.errors import ConfigError
 
 NAMES = [f"layers.{i}.{part}" for i in (0, 1, 10) for part in ("self_attn.q", "mlp.up", "mlp.gate")]
-STORE = SimpleNamespace(path="out", head=None, layers=[SimpleNamespace(name=name) for name in NAMES])
+STORE = SimpleNamespace(
+    path="out", head=None, layers=[SimpleNamespace(name=name) for name in NAMES]
+)
 
 
 @pytest.mark.parametrize(

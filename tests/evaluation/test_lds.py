@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,10 +26,11 @@ from gradproj.cli.lds import table_lines
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.errors import ConfigError, CorpusError, ModelError, OtherSettingsError, StoreError
-from gradproj.evaluation import retraining
+from gradproj.evaluation import gradproj_methods, retraining
 from gradproj.evaluation.baselines import mean_hidden_states
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import make_experiment, unpadded
+from gradproj.evaluation.gradproj_methods import SMALLEST, GradientStores
 from gradproj.evaluation.lds import (
     available,
     check_settings,
@@ -329,6 +331,30 @@ def test_checkpoint_is_fine_tuned_and_scored_in_place_of_a_new_model(
     assert 0 < results.loss_spread < results.mean_loss
     assert not (tmp_path / "out/model").exists()
     assert config.experiment()["learning_rate"] == 1e-4
+
+
+def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_path, monkeypatch):
+    made: list[str] = []
+
+    class Projector:
+        def __init__(self, store, device):
+            made.append(store.attributes["store_id"])
+
+        def rows(self, queries):
+            return SimpleNamespace(rows=np.full((len(queries), 2), len(made)))
+
+    monkeypatch.setattr(gradproj_methods, "QueryProjector", Projector)
+    config = config_of(data, tmp_path)
+    experiment = SimpleNamespace(queries=np.array([[3, 4, 5]]))
+    monkeypatch.setattr(gradproj_methods, "unpadded", list)
+    (tmp_path / "stores").mkdir()
+    stores = GradientStores(config, experiment, tmp_path)
+    rows = [
+        stores._query_rows(SimpleNamespace(attributes={"store_id": name}), SMALLEST)
+        for name in ("first", "first", "second")
+    ]
+    assert made == ["first", "second"]
+    assert [float(x[0, 0]) for x in rows] == [1, 1, 2]
 
 
 def test_store_gives_the_tars_model_and_tokenizer_that_are_not_given(job, tmp_path):
