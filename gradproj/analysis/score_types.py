@@ -88,4 +88,4 @@ SELF_SCORES = tuple(name for name, score in SCORES.items() if score.is_inner_pro
 DOMAIN_SCORES = tuple(name for name, score in SCORES.items() if score.has_domain_means)
 
 HEAD_SUMS = ("plain", "equal")
-"""How the scores of head rows are added to those of the layers; the first is the default."""
+"""Ways of adding the scores of head rows to those of the layers; the first is the default."""
