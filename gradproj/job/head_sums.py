@@ -36,6 +36,7 @@ class HeadSums:
         self._n_windows = np.bincount(row_of, minlength=len(divisor))
         self._keeps_more = bool((self._n_windows > 1).any())
         self._windows: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._done: set[int] = set()  # documents of several windows that are encoded
         self._encoded: list[np.ndarray] = []
         self._new_windows: list[int] = []
 
@@ -45,7 +46,10 @@ class HeadSums:
         return HeadRows(self._basis.matrix, self._basis.scale, n_rows)
 
     def add(self, sequences: np.ndarray, rows: HeadRows) -> None:
-        """Take the rows of a batch of sequences."""
+        """Take the rows of a batch of sequences.
+
+        It may be called again for the same sequences, as when a batch is retried in halves.
+        """
         ids, values = rows.largest()
         documents, n_rows = self._row_of[sequences], self._segment.n_rows
         is_whole = self._n_windows[documents] == 1
@@ -58,15 +62,20 @@ class HeadSums:
 
     def _add_window(self, sequence: int, ids: Tensor, values: Tensor) -> None:
         document = int(self._row_of[sequence])
+        if document in self._done:
+            return
         windows = self._windows.setdefault(document, {})
+        if sequence not in windows:
+            self._new_windows.append(sequence)
         windows[sequence] = ids, values
-        self._new_windows.append(sequence)
         if len(windows) == self._n_windows[document]:
-            del self._windows[document]
             parts = [windows[number] for number in sorted(windows)]
             all_ids, all_values = (torch.stack(x) for x in zip(*parts, strict=True))
             summed = sum_windows(all_ids, all_values, self._segment.n_rows)
             self._encode(np.array([document]), *summed)
+            # Only now: if memory ran out above, the windows are needed again.
+            del self._windows[document]
+            self._done.add(document)
 
     def _encode(self, documents: np.ndarray, ids: Tensor, values: Tensor) -> None:
         index = to_device(torch.from_numpy(documents), self._device)

@@ -107,9 +107,10 @@ class UnitProjector:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
         head = None if total.head is None else total.head.sink()
         rows = run_batch(self._model, self._engine, batch, self._chunked, head)
-        total.add(sequences, *rows)
         if total.head is not None and head is not None:
+            # First, since it can run out of memory and be repeated; `total.add` counts sequences.
             total.head.add(sequences, head)
+        total.add(sequences, *rows)
         return True
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:
