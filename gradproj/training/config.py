@@ -62,7 +62,8 @@ class EngineConfig(Flags, title="engine"):
         super().__post_init__()
         if self.method not in METHODS:
             raise ConfigError(f"--method is {self.method!r}; choose one of {', '.join(METHODS)}")
-        _ = self.projection  # proj_layers may be empty
+        # Raises for layers that are empty. A number is one, whether a flag or Python gave it.
+        object.__setattr__(self, "proj_rank_total", self.projection.rank_total)
 
     @classmethod
     def of(cls, config: Any) -> "EngineConfig":

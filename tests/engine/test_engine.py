@@ -482,7 +482,7 @@ def test_position_table_shared_by_the_batch_is_an_error():
     model = small_model("gpt2")
     ids, labels = ragged_batch(LENGTHS)
     with pytest.raises(
-        ModelError, match=r"transformer\.wpe works on \(1, 9\).*samples cannot be separated"
+        ModelError, match=r"transformer\.wpe works .* the batch shares.*samples cannot be separated"
     ):
         rows_of(model, ids, labels, proj_layers="wpe")
 

@@ -155,10 +155,10 @@ def test_corpus_without_a_target_token_is_an_error_with_the_way_out(inputs, tmp_
 def test_store_that_another_job_publishes_during_the_pilot_is_used(inputs, tmp_path, monkeypatch):
     plan, run_batch = plan_of(inputs, tmp_path / "out"), pilot.run_batch
 
-    def publish_first(*args):
+    def publish_first(*args, **kwargs):
         monkeypatch.setattr(pilot, "run_batch", run_batch)
         make_output(plan, Owner.this_process("other", 0, 0))
-        return run_batch(*args)
+        return run_batch(*args, **kwargs)
 
     monkeypatch.setattr(pilot, "run_batch", publish_first)
     assert make_output(plan, owner()) is None

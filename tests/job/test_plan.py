@@ -356,7 +356,7 @@ def test_plan_of_a_budget_is_that_of_the_flags_that_it_prints(files, tmp_path):
     (line,) = [note for note in plan.notes if note.startswith("allocation")]
     chosen = dict(re.findall(r"--(\w+) (\S+)", line))
     assert chosen.keys() == {"proj_layers", "proj_rank_total", "encoding"}
-    assert plan.identity == plan_of(files, tmp_path, basis="eigen", **chosen).identity
+    assert plan.identity == plan_of(files, tmp_path, dense_rows=False, **chosen).identity
     assert RunConfig.from_flags(plan.config.as_flags()) == plan.config
 
 
