@@ -13,6 +13,7 @@ from gradproj.analysis.eigenbasis import Eigenvalues
 from gradproj.analysis.tensor_file import read_tensors, write_tensors
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import PRECONDITIONERS_DIR
 
 _TYPES = {
     frozenset(field.name for field in fields(cls)): cls
@@ -22,7 +23,7 @@ _TYPES = {
 
 def folder_of(store: ProjectionStore) -> Path:
     """Return the directory of a store's preconditioner files, in its output directory."""
-    return store.path.parent / "preconditioners"
+    return store.path.parent / PRECONDITIONERS_DIR
 
 
 def identity_of(store: ProjectionStore) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gradproj.report.domain_figure import draw_domains
 from gradproj.report.domain_summary import DomainFacts, as_json, domain_facts, lost_text
 from gradproj.report.number_format import digits, exponent_of, in_cell, scaled, whole
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.layout import DOMAINS_DIR
 
 JSON_NAME, MEANS_NAME, FIGURE_NAME = "domains.json", "mean_rows.npy", "domains.png"
 MAX_DOMAINS_IN_MATRIX = 24
@@ -69,7 +70,7 @@ def domains(config: DomainsConfig) -> list[str]:
             verify = f"python -m gradproj verify {store.path.parent}"
             raise StoreError(f"{store.path}: no row of any domain can be read; see {verify}")
         content = as_json(facts, store, MEANS_NAME)
-        folder = Path(config.output_dir or store.path.parent / "domains")
+        folder = Path(config.output_dir or store.path.parent / DOMAINS_DIR)
     written = _write(folder, content, facts)
     if config.format == "json":
         return [json.dumps(content, indent=2, allow_nan=False)]

@@ -28,6 +28,7 @@ from gradproj.report.document_tables import (
 from gradproj.report.number_format import digits
 from gradproj.report.page import QueryAnswer, render
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import REPORT_NAME
 from gradproj.store.texts import text_of
 
 MAX_QUERIES = 200
@@ -87,7 +88,7 @@ def report(config: ReportConfig) -> Path:
     with ProjectionStore(config.output) as store:
         # OUTPUT may name the store's own directory.
         config = replace(config, output=str(store.path.parent))
-        path = Path(config.page or store.path.parent / "report.html")
+        path = Path(config.page or store.path.parent / REPORT_NAME)
         if path.is_dir():
             raise ConfigError(
                 f"--page {path} is a folder; name a file, such as {path / 'report.html'}"

@@ -14,6 +14,7 @@ from gradproj.curvature.layer_curvature import LayerCurvature, Side
 from gradproj.errors import StoreError, settings_mismatch
 from gradproj.files import explain_os_errors, write_and_replace
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import CURVATURE_DIR
 
 _FORMAT_VERSION = 1
 _DEPENDS_ON = (
@@ -39,7 +40,7 @@ class CurvatureFolder:
 
     def __init__(self, store: ProjectionStore) -> None:
         self._store = store
-        self.path = store.path.parent / "curvature"
+        self.path = store.path.parent / CURVATURE_DIR
         self._command = f"python -m gradproj curvature {store.path.parent}"
 
     @property

@@ -42,6 +42,7 @@ from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     FAILED_NAME,
     FOLDERS,
+    LATER_NAMES,
     METADATA_NAME,
     RUN_CONFIG_NAME,
     STATS_NAME,
@@ -67,7 +68,7 @@ BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
     *FOLDERS, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME, RUN_CONFIG_NAME, STATS_NAME,
-    FAILED_NAME,
+    FAILED_NAME, *LATER_NAMES,
 }  # fmt: skip
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1

@@ -37,6 +37,13 @@ PARTIAL_DIR = "partial"
 SCRATCH_DIR = "tmp"
 LOGS_DIR = "logs"
 FOLDERS = (UNITS_DIR, CLAIMS_DIR, HEARTBEATS_DIR, PARTIAL_DIR, SCRATCH_DIR, LOGS_DIR)
+PRECONDITIONERS_DIR = "preconditioners"
+TEXT_DIR = "text"
+CURVATURE_DIR = "curvature"
+DOMAINS_DIR = "domains"
+REPORT_NAME = "report.html"
+LATER_NAMES = (PRECONDITIONERS_DIR, TEXT_DIR, CURVATURE_DIR, DOMAINS_DIR, REPORT_NAME)
+"""What commands that read the store add to the output directory."""
 
 STATUS = {
     "missing": 0,

@@ -21,9 +21,9 @@ from gradproj.job.recorded import config_from, recorded_index, recorded_tokenize
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.unit_reader import PreparedUnit, UnitReader, UnitSettings
 from gradproj.store import ProjectionStore
+from gradproj.store.layout import TEXT_DIR
 from gradproj.text.ngrams import Documents
 
-FOLDER = "text"
 FORMAT_VERSION = 1
 _DEPENDS_ON = (
     "--shards (corpus index)", "--tokenizer", "--special_tokens", "--max_length",
@@ -51,7 +51,7 @@ class TokenFiles:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.layout, self.units = store.layout, wanted_units(store.attributes)
         self.output = store.path.parent
-        self.folder = self.output / FOLDER / digest
+        self.folder = self.output / TEXT_DIR / digest
 
     def path(self, unit: int) -> Path:
         return self.folder / f"{unit:08d}.npz"

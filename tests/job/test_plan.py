@@ -20,7 +20,7 @@ from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import exit_code
 from gradproj.job.config import RunConfig, run_config
-from gradproj.job.plan import make_plan
+from gradproj.job.plan import check_output, make_plan
 from gradproj.job.startup import make_output
 from gradproj.job.summary import plan_lines
 from gradproj.job.unit_reader import UnitReader
@@ -259,6 +259,12 @@ def test_foreign_folder_is_rejected_and_unchanged(refused, tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("x")
     assert "is not a gradproj output: it holds thesis.tex" in refused()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_outputs_own_folders_without_a_store_are_taken(tmp_path):
+    for name in ("preconditioners", "text", "curvature", "domains", "logs"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    check_output(tmp_path / "out")
 
 
 def test_file_as_output_is_rejected(refused, tmp_path):
