@@ -45,7 +45,7 @@ def text_scan(
 
 def tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Query]) -> QueryRows:
     """Return queries with their tokens and without rows or losses; no model is loaded."""
-    run = config_from(replace(config, allow_pickle=True))  # no weights are loaded
+    run = config_from(config, loads_weights=False)
     tokenizer, vocabulary = recorded_tokenizer(store, run)
     tokenizer = QueryTokenizer(tokenizer, vocabulary, run.model.special_tokens, run.batch)
     tokens = tuple(tokenizer.tokens_of(query) for query in queries)

@@ -59,20 +59,25 @@ def _as_recorded(output: Path) -> RunConfig:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
 
 
-def config_from(inputs: RecordedRunArgs) -> RunConfig:
+def config_from(inputs: RecordedRunArgs, loads_weights: bool = True) -> RunConfig:
     """Return the recorded settings with the given paths and permissions.
+
+    ``loads_weights`` is False if the caller reads only the tokenizer and the model's configuration:
+    then pickled weights are no danger.
 
     ``ModelError`` if the job's checkpoint could run code, which ``inputs`` does not allow.
     """
     run = _as_recorded(Path(inputs.output))
+    allowed = {name: getattr(inputs, name) for name in _NEEDS_CONSENT}
+    allowed["allow_pickle"] |= not loads_weights
     for name, effect in _NEEDS_CONSENT.items():
-        if getattr(run.model, name) and not getattr(inputs, name):
+        if getattr(run.model, name) and not allowed[name]:
             raise ModelError(
                 f"the job of {inputs.output} was started with --{name}, which {effect}: give "
                 f"--{name} here too if you trust "
                 f"{inputs.model or run.model.model or run.model.architecture}"
             )
-    model = replace(run.model, **{name: getattr(inputs, name) for name in _NEEDS_CONSENT})
+    model = replace(run.model, **allowed)
     if inputs.model:
         model = replace(model, model=inputs.model, architecture="")
     if inputs.tokenizer:

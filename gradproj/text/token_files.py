@@ -8,7 +8,6 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +132,7 @@ class TokenWriter:
     """
 
     def __init__(self, store: ProjectionStore, files: TokenFiles, inputs: RecordedRunArgs) -> None:
-        run = config_from(replace(inputs, allow_pickle=True))  # no weights are loaded
+        run = config_from(inputs, loads_weights=False)
         tokenizer, vocabulary = recorded_tokenizer(store, run)
         index = recorded_index(files.output, inputs.shards)
         settings = UnitSettings(
