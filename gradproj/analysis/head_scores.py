@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradproj.errors import ConfigError
+from gradproj.analysis.row_blocks import SampleFilter
+from gradproj.errors import ConfigError, StoreError
 from gradproj.kernels.entry_products import add_entry_products
-from gradproj.store import STATUS, ProjectionStore
+from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import SCALES, HeadQueries, HeadSegment
 
 _RUNS, _RUN_LENGTH = 32, 64
@@ -47,26 +48,37 @@ class HeadScorer:
 def equal_factors(
     scorer: HeadScorer,
     store: ProjectionStore,
+    is_scored: SampleFilter,
     layer_scores: Callable[[int, int], np.ndarray],
     factors_of: Callable[[int, int], np.ndarray | None],
 ) -> np.ndarray:
     """Return what gives the head's scores the standard deviation of the layers', ``(Q, 1)``.
 
     Deviations are measured on up to 2,048 samples, in runs at equal steps over the store, so that
-    every rank finds the same. ``layer_scores`` returns those of ``[first, last)``, ``(Q, n)``;
-    ``factors_of`` what scores are multiplied by there, ``(n,)``.
+    every rank finds the same. Of these, only samples count that are scored and whose rows can be
+    read. ``layer_scores`` returns the scores of ``[first, last)``, ``(Q, n)``; ``factors_of`` what
+    they are multiplied by there, ``(n,)``.
+
+    Raises:
+        StoreError: fewer than two samples count.
     """
     assert store.head is not None
     layers, head = [], []
     n_runs = min(_RUNS, -(-len(store) // _RUN_LENGTH))
     for first in np.linspace(0, max(0, len(store) - _RUN_LENGTH), n_runs).astype(int).tolist():
         last = min(first + _RUN_LENGTH, len(store))
-        ok = store.column("status", first, last) == STATUS["ok"]
+        ok = is_scored(first, store.column("status", first, last))
         factors = factors_of(first, last)
         by = 1.0 if factors is None else factors[ok]
         layers.append(layer_scores(first, last)[:, ok] * by)
         head.append(scorer.scores(store.head.stored(first, last))[:, ok] * by)
-    of_layers, of_head = (
-        np.concatenate(x, axis=1).std(axis=1, keepdims=True) for x in (layers, head)
-    )
+    of_both = [np.concatenate(parts, axis=1) for parts in (layers, head)]
+    known = np.isfinite(of_both).all(axis=(0, 1))  # a lost row has no score
+    if known.sum() < 2:
+        raise StoreError(
+            f"{store.path}: {known.sum()} of {known.size} sampled documents of these domains have "
+            "a row that can be read, too few for the deviation of their scores: take --head_sum "
+            "plain, leave --domains out, or see the damage by `gradproj verify`"
+        )
+    of_layers, of_head = (scores[:, known].std(axis=1, keepdims=True) for scores in of_both)
     return np.divide(of_layers, of_head, out=np.zeros_like(of_head), where=of_head > 0)

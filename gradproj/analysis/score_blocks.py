@@ -53,6 +53,7 @@ def _head_scores(
     assert head is not None
     scorer, factors = HeadScorer(head_queries, head.segment), None
     if scan.options.get("head_sum") == "equal":
+        is_scored = SampleFilter(store, scan.options.get("domains"))
 
         def of_layers(first: int, last: int) -> np.ndarray:
             rows = store.rows(np.arange(first, last), scan.layers, missing="nan")
@@ -63,7 +64,7 @@ def _head_scores(
             factors = scan.row_factors(first, last)
             return None if factors is None else factors.cpu().numpy()
 
-        factors = equal_factors(scorer, store, of_layers, reduced)
+        factors = equal_factors(scorer, store, is_scored, of_layers, reduced)
 
     def scores(first: int, last: int) -> Tensor:
         values = scorer.scores(head.stored(first, last))

@@ -13,7 +13,7 @@ from gradproj.analysis import Preconditioner, score
 from gradproj.analysis.head_scores import HeadScorer
 from gradproj.analysis.ranking import Ranker
 from gradproj.engine.head_rows import QUERY_ROWS, WINDOW_ROWS
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.query import Query, QueryProjector
 from gradproj.store.head_rows import HeadQueries
 from gradproj.store.layout import STATUS
@@ -136,3 +136,36 @@ def test_head_rows_are_refused_where_they_do_not_count(made):
         score(rows, store, head=queries, head_sum="best")
     with pytest.raises(ConfigError, match="head rows of 1 queries for 2"):
         score(np.concatenate([rows, rows]), store, head=queries)
+
+
+def test_equal_sums_count_scored_documents_whose_rows_can_be_read(made, monkeypatch):
+    store, _, reduction = made
+    ok = np.flatnonzero(store.column("status") == STATUS["ok"])
+    queries, rows = HeadQueries(*decoded_queries(store, ok[:2])), store.rows(ok[:2])
+    options = {"score": "kfac", "reduction": reduction, "head": queries}
+    read, domain = store.rows, store.column("domain")
+    lost = [int(ok[-1])]
+
+    def with_lost(ids, *args, **kwargs):
+        found = read(ids, *args, **kwargs)
+        found[np.isin(ids, lost)] = np.nan
+        return found
+
+    monkeypatch.setattr(store, "rows", with_lost)
+    layers, both = (score(rows, store, **(options | {"head": h})) for h in (None, queries))
+    kept = np.setdiff1d(ok, lost)
+    factors = layers[:, kept].std(axis=1) / (both - layers)[:, kept].std(axis=1)
+    want = layers + (both - layers) * factors[:, None]
+    got = score(rows, store, **options, head_sum="equal")
+    np.testing.assert_allclose(got[:, kept], want[:, kept], rtol=1e-3, atol=1e-3)
+    # Of one domain, only its documents count.
+    names, of_last = [store.domains[domain[kept[-1]]]], domain == domain[kept[-1]]
+    assert 2 <= of_last[kept].sum() < len(kept)
+    kept = kept[of_last[kept]]
+    factors = layers[:, kept].std(axis=1) / (both - layers)[:, kept].std(axis=1)
+    want = layers + (both - layers) * factors[:, None]
+    got = score(rows, store, **options, head_sum="equal", domains=names)
+    np.testing.assert_allclose(got[:, kept], want[:, kept], rtol=1e-3, atol=1e-3)
+    lost[:] = ok[1:].tolist()
+    with pytest.raises(StoreError, match=r"1 of \d+ sampled documents of these domains"):
+        score(rows, store, **options, head_sum="equal")
