@@ -42,8 +42,8 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         streams=True,
     )
     query_store: str = flag(
-        "Output directory of another job with the same model, projection matrices and loss "
-        "reduction; its documents are the queries.",
+        "Output directory of another job with the same model, projection matrices, basis (by its "
+        "--basis_from) and loss reduction; its documents are the queries.",
         "",
         path="DIR",
     )

@@ -43,7 +43,7 @@ CURVATURE_DIR = "curvature"
 DOMAINS_DIR = "domains"
 REPORT_NAME = "report.html"
 LATER_NAMES = (PRECONDITIONERS_DIR, TEXT_DIR, CURVATURE_DIR, DOMAINS_DIR, REPORT_NAME)
-"""What commands that read the store add to the output directory."""
+"""Further names in the output directory, of commands that read the store."""
 
 STATUS = {
     "missing": 0,
