@@ -140,6 +140,7 @@ class GradProjLoraEngine(OriginalInterface):
         # The flags of the configuration are the arguments' names.
         flags = fields(ProjectionConfig)
         projection = {flag_of(field): getattr(config, field.name) for field in flags}
+        projection["proj_rank_total"] = str(config.rank_totals)  # with the job's default
         return cls(
             module,
             **projection,

@@ -117,7 +117,8 @@ class ProjectionConfig(Flags, title="projection"):
 
     @property
     def rank_totals(self) -> RankTotals:
-        return RankTotals.parse(self.rank_total, DEFAULT_RANK_TOTAL)
+        """``rank_total``; layers that no pattern names have this class's default."""
+        return RankTotals.parse(self.rank_total, int(type(self).rank_total))
 
     @property
     def patterns(self) -> tuple[str, ...]:

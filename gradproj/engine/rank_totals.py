@@ -43,6 +43,11 @@ class RankTotals:
             raise ConfigError(f"--proj_rank_total {value} is not one number; give {EXAMPLE}")
         return cls(numbers[0] if numbers else default, tuple(by_pattern), tuple(excluded))
 
+    def __str__(self) -> str:
+        """Return the flag's value that names the default as well."""
+        by_pattern = [f"{pattern}:{number}" for pattern, number in self.by_pattern]
+        return ",".join([*by_pattern, str(self.default), *self.excluded])
+
     def of(self, name: str) -> int:
         """Return the most values of the layer of this name."""
         return next((n for pattern, n in self.by_pattern if matches(pattern, name)), self.default)

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers.models import small_model
 
+from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.projection import (
     PROJECTIONS,
+    JobProjectionConfig,
     ProjectionConfig,
     choose_ki_ko,
     projection_matrix,
@@ -106,3 +109,15 @@ EXPECTED_SIGNS = [[-1, 1, 1, -1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, -1, -1]]
 def test_wrong_setting_names_its_flag(wrong, message):
     with pytest.raises(ConfigError, match=message):
         ProjectionConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"), [(ProjectionConfig, 256), (JobProjectionConfig, 4096)]
+)
+def test_layers_that_no_pattern_names_keep_what_their_job_or_training_run_keeps(settings, width):
+    config = settings(rank_total="c_fc:64,-c_proj", layers="mlp,attn")
+    model = small_model("gpt2")
+    engine = GradProjLoraEngine.from_config(model, config)
+    shapes = [(p_i.shape[1], p_o.shape[1]) for p_i, p_o in engine.projection_matrices.values()]
+    values = [stop - start for start, stop in engine.slice_ranges.values()]
+    assert sorted(set(values)) == [64, min(width, min(i * o for i, o in shapes))], shapes
