@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
-from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreLayout
+from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreConfig, StoreLayout
 from gradproj.store.metadata import read_attributes
 from gradproj.store.unit_record import list_records
 
@@ -67,6 +68,18 @@ def is_untouched(output: Path) -> bool:
         return True
     is_jobs = not store.is_symlink() and "wanted_units" in read_attributes(store)
     return is_jobs and os.listdir(store / "projections") == ["zarr.json"]
+
+
+def store_to_plan(config: RunConfig) -> StoreConfig:
+    """Return the settings of the form; those of a store that is begun keep its shards' rows.
+
+    How many rows a shard has by default depends on the version that began the store.
+    """
+    output = Path(config.job.output_dir)
+    if config.store.rows_per_shard or is_untouched(output) or not (output / STORE_NAME).exists():
+        return config.store
+    recorded = read_attributes(output / STORE_NAME).get("identity", {})
+    return replace(config.store, rows_per_shard=recorded.get("--rows_per_shard", 0))
 
 
 def check_identity(store: Path, ours: dict[str, Any]) -> None:

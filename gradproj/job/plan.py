@@ -27,7 +27,13 @@ from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
 from gradproj.job.head import plan_head
-from gradproj.job.identity import check_identity, identity_hash, identity_of_flags, is_untouched
+from gradproj.job.identity import (
+    check_identity,
+    identity_hash,
+    identity_of_flags,
+    is_untouched,
+    store_to_plan,
+)
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
@@ -197,8 +203,11 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         check_reached(skeleton, targets, projection.patterns, config.batch.max_length)
     widths = [layer.slice_end - layer.slice_start for layer in layers]
     head = plan_head(config, skeleton)
-    more_bytes = head.n_bytes if head else 0
-    layout = plan_layout(n_samples, widths, index.longest_key_bytes, config.store, more_bytes)
+    more_bytes, store = head.n_bytes if head else 0, store_to_plan(config)
+    # A unit's longest documents come first: the sums of all that have windows can be there at once.
+    has_sums = config.batch.long_documents == "windows"
+    sizes = (n_samples, widths, index.longest_key_bytes)
+    layout = plan_layout(*sizes, store, more_bytes, keeps_sums=has_sums)
     layers = place_stored(layers, layout)
     head = replace(head, stored_start=layers[-1].stored_end) if head else None
     wanted, n_selected = _wanted_units(config, index, layout)

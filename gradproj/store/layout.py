@@ -265,10 +265,12 @@ def plan_layout(
     key_bytes: int,
     config: StoreConfig,
     more_bytes: int = 0,
+    keeps_sums: bool = False,
 ) -> StoreLayout:
     """Plan a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
 
-    ``more_bytes`` are those of a packed row that follow the layers' codes.
+    ``more_bytes`` are those of a packed row that follow the layers' codes. ``keeps_sums``: all of a
+    unit's rows may be in memory as float32, so the rows of a unit are chosen for that size too.
 
     Raises:
         StoreError: there is nothing to store.
@@ -287,7 +289,8 @@ def plan_layout(
         bits, proj_dtype = PACKED_BITS[config.encoding], "uint8"
         header, packed, chunk_width = packed_widths(widths, bits, more_bytes)
         row_bytes, chunk_rows = packed, packed_chunk_rows(chunk_width)
-    rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, row_bytes)
+    largest = max(row_bytes, 4 * dim * keeps_sums)
+    rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, largest)
     n_units = -(-n_samples // rows_per_shard)
     return StoreLayout(
         n_samples=n_samples,

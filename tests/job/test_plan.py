@@ -372,6 +372,12 @@ def make_begun_output(plan):
     (plan.output / "partial" / "00000000").mkdir()
 
 
+def test_begun_store_keeps_the_rows_of_its_shards(files, tmp_path):
+    make_begun_output(plan_of(files, tmp_path, rows_per_shard=32))
+    assert plan_of(files, tmp_path).layout.rows_per_shard == 32
+    assert plan_of(files, tmp_path / "other").layout.rows_per_shard == 16
+
+
 def test_other_identity_lists_every_difference(refused, files, tmp_path):
     make_begun_output(plan_of(files, tmp_path))
     message = refused(

@@ -114,6 +114,17 @@ def test_columns_of_a_large_store_have_chunks_of_a_million_rows():
     assert layout.n_units == 51_270
 
 
+def test_units_of_summed_windows_have_fewer_rows_where_float32_rows_are_large():
+    rows = {
+        (side, sums): plan_layout(
+            10**6, [side**2] * 48, 20, StoreConfig(encoding="signs"), keeps_sums=sums
+        ).rows_per_shard
+        for side in (16, 64)
+        for sums in (False, True)
+    }
+    assert rows == {(16, False): 4096, (16, True): 4096, (64, False): 4096, (64, True): 512}
+
+
 @pytest.mark.parametrize("n_samples", [1, 16, 17, 100])
 def test_units_cover_every_sample_once(n_samples):
     layout = plan_layout(n_samples, [4], 1, StoreConfig(encoding="dense", rows_per_shard=16))
