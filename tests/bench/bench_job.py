@@ -8,6 +8,10 @@ add.
 its last commit.
 - engine: ``UnitProjector`` over the very same units, read, tokenized and batched before the clock
 starts; rows stay where the engine sums them.
+- 16 x 16: the job with version 1's default rows, float16 of 256 values a layer in a random basis.
+
+The last line is the default job over that one: signs of 64 x 64 values in the eigenbasis. The pilot
+runs before the clock starts.
 
 Each run is a process of its own with a new output, job and engine in turn, one thread, tied to
 ``--cores`` cores (default 1: there nothing runs beside the engine, so all that the job does besides
@@ -22,6 +26,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -61,11 +66,14 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 N_UNITS = 4
+VERSION_1 = "--encoding dense --basis random --proj_rank_total 256 --loss_reduction mean".split()
 
 
 def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in PARTS:
-        print(json.dumps(PARTS[sys.argv[1]](sys.argv[2:])))
+        result = PARTS[sys.argv[1]](sys.argv[2:])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps(result | {"peak": peak}))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +95,7 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
     seconds: dict[tuple[str, str], list[float]] = {
         (p, clock): [] for clock in ("cpu", "wall") for p in PARTS
     }
+    memory: dict[str, list[float]] = {part: [] for part in PARTS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = make_documents(folder, n_documents)
@@ -96,6 +105,7 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
             for part in PARTS:
                 output = folder / f"{part}-{number}"
                 run = measure(part, cores, tars, checkpoint, output, n_documents)
+                memory[part].append(run["peak"])
                 for clock in ("cpu", "wall"):
                     seconds[part, clock].append(run[clock])
         print(
@@ -109,7 +119,12 @@ def compare(model: str, n_documents: int, rounds: int, cores: int = 1) -> dict[s
         print(
             f"{part:7} {clock:4} {medians[part, clock]:8.2f} s {spread:18} {ratio:6.3f}", flush=True
         )
-    return {clock: medians["job", clock] / medians["engine", clock] for clock in ("cpu", "wall")}
+    peaks = {part: statistics.median(values) for part, values in memory.items()}
+    over = {clock: medians["job", clock] / medians["16 x 16", clock] for clock in ("cpu", "wall")}
+    over["memory"] = peaks["job"] / peaks["16 x 16"]
+    print("job over 16 x 16: " + ", ".join(f"{value:.3f} {name}" for name, value in over.items()))
+    result = {clock: medians["job", clock] / medians["engine", clock] for clock in ("cpu", "wall")}
+    return result | {f"{name} over 16 x 16": value for name, value in over.items()}
 
 
 def measure(
@@ -134,6 +149,7 @@ def measure(
         "2048",
         "--rows_per_shard",
         str(n_documents // N_UNITS),
+        *(VERSION_1 if part == "16 x 16" else ("--pilot_tokens", "2048")),
     ]
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     done = subprocess.run(
@@ -227,6 +243,7 @@ def timed_engine(flags: list[str]) -> dict[str, float]:
 PARTS: dict[str, Callable[[list[str]], dict[str, float]]] = {
     "job": timed_job,
     "engine": timed_engine,
+    "16 x 16": timed_job,
 }
 
 
