@@ -54,6 +54,20 @@ def read_tensors(path: Path, way_out: str) -> tuple[dict[str, Any], dict[str, Te
         raise StoreError(f"{path} is damaged ({error}): delete it and {way_out}") from error
 
 
+def read_settings(path: Path, way_out: str) -> tuple[dict[str, Any], str]:
+    """Return a file's settings and the checksum that it states; the tensors are not read.
+
+    Raises:
+        StoreError: a damaged file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["settings"]), metadata["crc32c"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}): delete it and {way_out}") from error
+
+
 def _checksum(settings: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the checksum of the settings and of every tensor with its name."""
     value = crc32c(settings.encode())

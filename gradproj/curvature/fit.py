@@ -59,13 +59,16 @@ def fit_curvature(config: CurvatureConfig, note: Callable[[str], None]) -> Curva
     sample, the groups and the sizes.
 
     Raises:
-        StoreError: no row yet; the folder holds curvature of another model or sample.
+        StoreError: no row yet; the folder holds curvature of another model or sample; another
+            process measures in it.
         ModelError: the model has changed, or a layer's gradients are not finite.
         CorpusError: the tars are not where the job found them, or have changed.
     """
     run = config_from(config)
-    with ProjectionStore(config.output) as store:
-        folder = CurvatureFolder(store)
+    with (
+        ProjectionStore(config.output) as store,
+        CurvatureFolder(store).locked() as folder,
+    ):
         sample_ids = _sample(folder, store, config.curvature_tokens)
         device, _ = choose_device(config.device, 0)
         recorded = RecordedModel(store, run, device, config.shards, config.layers)
@@ -197,6 +200,7 @@ class _Fit:
     def second_moments(self, layers: Sequence[str]) -> None:
         """Sum ``(U_o^T G U_i)^2`` over the sample's windows."""
         device = self.recorded.device
+        factors_sums = [self.folder.factors_sum(name) for name in layers]
         sides = [
             (curvature.i.to(device), curvature.o.to(device))
             for curvature in (self.folder.read(name, "kfac") for name in layers)
@@ -220,8 +224,8 @@ class _Fit:
                 sums[number] += coordinates.square_().sum(0)
 
         self.recorded.run(layers, self.windows, "second moments", begin)
-        for name, total in zip(layers, sums, strict=True):
-            self.folder.write_second_moments(name, total / self.n_tokens)
+        for name, total, factors_sum in zip(layers, sums, factors_sums, strict=True):
+            self.folder.write_second_moments(name, total / self.n_tokens, factors_sum)
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:

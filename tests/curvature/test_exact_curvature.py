@@ -14,6 +14,7 @@ from gradproj.__main__ import main
 from gradproj.curvature import layer_curvature
 from gradproj.curvature.fit import CurvatureConfig, draw_sample, fit_curvature, split_layers
 from gradproj.curvature.folder import CurvatureFolder
+from gradproj.curvature.layer_curvature import Side
 from gradproj.curvature.recorded_model import RecordedModel
 from gradproj.curvature.rescore import rescore
 from gradproj.engine import whole_gradients
@@ -168,11 +169,11 @@ def test_killed_run_continues_where_it_was(measured, tmp_path, monkeypatch):
     shutil.copytree(measured, output, ignore=shutil.ignore_patterns("curvature"))
     write, calls = CurvatureFolder.write_second_moments, []
 
-    def write_two(self, layer, moments):
+    def write_two(self, layer, moments, factors_sum):
         calls.append(layer)
         if len(calls) == 3:
             raise Killed
-        write(self, layer, moments)
+        write(self, layer, moments, factors_sum)
 
     monkeypatch.setattr(CurvatureFolder, "write_second_moments", write_two)
     with pytest.raises(Killed):
@@ -221,6 +222,40 @@ def test_curvature_of_another_model_is_refused_by_the_setting(output):
         CurvatureFolder(store).recipe()
     assert "--model (weights): curvature '0123', store '" in str(error.value)
     assert "curvature" in str(error.value).splitlines()[-1]
+
+
+def test_second_moments_of_other_eigenvectors_are_missing(output):
+    name = "model.layers.0.mlp.up_proj"
+    settings = {"layers": ("layers.0.mlp.up_proj",), "curvature_tokens": 100}
+    fitted(output, **settings)
+    path = output / "curvature" / f"{name}.kfac.safetensors"
+    tensors = load_file(path)
+    basis = tensors["i.basis"].flip(1)
+    with ProjectionStore(output) as store:
+        folder = CurvatureFolder(store)
+        assert folder.lacking([name], "ekfac") == []
+        i = Side(tensors["i.values"].flip(0), basis)
+        folder.write_factors(name, i, Side(tensors["o.values"], tensors["o.basis"]))
+        assert folder.lacking([name], "kfac") == []
+        assert folder.lacking([name], "ekfac") == [name]
+        with pytest.raises(StoreError, match=r"along other eigenvectors .* run `.*curvature"):
+            folder.read(name, "ekfac")
+        lines = fitted(output, **settings)
+        assert [line.split(":")[0] for line in lines[1:]] == ["ekfac"]
+        path.unlink()
+        assert folder.lacking([name], "ekfac") == [name]
+        lines = fitted(output, **settings)
+        assert [line.split(":")[0] for line in lines[1:]] == ["kfac", "ekfac"]
+        assert folder.read(name, "ekfac").second_moments is not None
+
+
+def test_two_calls_at_once_are_refused(output):
+    with (
+        ProjectionStore(output) as store,
+        CurvatureFolder(store).locked(),
+        pytest.raises(StoreError, match="another `gradproj curvature` measures in"),
+    ):
+        fitted(output)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format_version": 1}'])
