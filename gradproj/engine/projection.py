@@ -147,8 +147,8 @@ class JobProjectionConfig(ProjectionConfig):
         choices=BASES,
     )
     bytes_per_document: str = flag(
-        "Bytes that a row may take, such as 5k or 24k: chooses layers, widths and encoding by what "
-        "was measured to answer best, in place of --proj_rank_total.",
+        "Most bytes of a row, such as 5k or 25k, scales and padding too: chooses layers, widths "
+        "and encoding by what was measured to answer best, in place of --proj_rank_total.",
         "",
         metavar="N",
     )

@@ -6,12 +6,15 @@ lose nothing to 16 bits a value, so an allocation chooses only whose signs are k
 
 - those of all layers of ``--proj_layers``, if each can have 64 x 64 (the least that was measured on
   a trained model, where leaving layers out cost 0.06);
-- else those of the MLPs' output projections, which on small models answer better than all layers in
-  as many bytes.
+- else those of the MLPs' output projections, which with 128 x 128 on small models answer better
+  than all layers in as many bytes. Below 128 x 128, and on trained models, that is not measured:
+  the rule extrapolates.
 
-More than 128 x 128 was not measured and is not given.
+More than 128 x 128 was not measured and is not given. The bytes are those of a whole row: signs,
+the layers' scales, head rows and padding.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +26,13 @@ from torch import nn
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import output_head
 from gradproj.engine.patterns import EXCLUDES, folded, matches
+from gradproj.engine.projection import ProjectionConfig, choose_ki_ko
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError
 from gradproj.job.config import RunConfig
 from gradproj.store import ProjectionStore
 from gradproj.store.basis import DAMPING
+from gradproj.store.chunk_shapes import packed_widths
 
 ENCODING, BASIS = "signs", "eigen"
 ALL_FROM_K = 64
@@ -79,15 +84,13 @@ class Allocation:
             f"allocation    {self.k} x {self.k} signs of {self.layers} ({self.n_layers}), as by "
             f"{flags} --encoding {ENCODING}"
         ]
-        same = sorted((m for m in MEASURED if m.layers == self.layers), key=lambda m: m.k)
-        nearest = next((m for m in reversed(same) if m.k <= self.k), same[0])
-        relation = "less than that of" if nearest.k > self.k else "at least that of"
+        same = (m for m in MEASURED if m.layers == self.layers)
+        nearest = min(same, key=lambda m: abs(m.k - self.k))
         pairs = zip(nearest.scores, BENCHMARKS, strict=False)
         scores = ", ".join(f"{score:.2f} on {name}" for score, name in pairs)
-        return [
-            *lines,
-            f"quality       LDS {relation} {nearest.k} x {nearest.k} signs: {scores}",
-        ]
+        other = "" if nearest.k == self.k else "not measured at this width; nearest: "
+        what = f"{nearest.k} x {nearest.k} signs of {nearest.layers}"
+        return [*lines, f"quality       {other}{what}, LDS {scores}"]
 
 
 def read_bytes(text: str) -> int:
@@ -103,12 +106,17 @@ def read_bytes(text: str) -> int:
 
 
 def allocate(
-    n_bytes: int, targets: Sequence[TargetLayer], patterns: Sequence[str], model: nn.Module
+    n_bytes: int,
+    head_bytes: int,
+    targets: Sequence[TargetLayer],
+    patterns: Sequence[str],
+    model: nn.Module,
 ) -> Allocation:
-    """Choose layers and widths for ``n_bytes`` bytes of signs a document.
+    """Choose layers and widths for rows of at most ``n_bytes`` bytes.
 
     Args:
-        n_bytes: the budget.
+        n_bytes: the budget of a row.
+        head_bytes: those of it that head rows take.
         targets: the layers to choose from.
         patterns: ``--proj_layers``, which takes them.
         model: the model, of which the returned patterns take the chosen layers.
@@ -116,25 +124,37 @@ def allocate(
     Raises:
         ConfigError: the budget is too small for any allocation.
     """
-    k = _width(n_bytes, len(targets))
+    k = _width(n_bytes, head_bytes, targets)
     outputs = [target for target in targets if _is_mlp_output(target)]
     if k >= ALL_FROM_K or not outputs:
+        layers = targets
         chosen = Allocation(ALL, len(targets), k, tuple(patterns))
     else:
-        names = _patterns_of(outputs, patterns, model)
-        chosen = Allocation(OUTPUTS, len(outputs), _width(n_bytes, len(outputs)), names)
+        layers, names = outputs, _patterns_of(outputs, patterns, model)
+        chosen = Allocation(OUTPUTS, len(outputs), _width(n_bytes, head_bytes, outputs), names)
     if chosen.k < MIN_K:
-        least = chosen.n_layers * MIN_K**2 // 8
+        of_head = f" and {head_bytes:,} bytes of --head_rows" if head_bytes else ""
+        fewer = "--proj_layers that takes fewer" + (" or fewer --head_rows" if head_bytes else "")
         raise ConfigError(
             f"--bytes_per_document {n_bytes:,} is too little for the signs of {chosen.layers} "
-            f"({chosen.n_layers}): give at least {least:,}, or --proj_layers that takes fewer"
+            f"({chosen.n_layers}){of_head}: give at least "
+            f"{_row_bytes(MIN_K, head_bytes, layers):,}, or {fewer}"
         )
     return chosen
 
 
-def _width(n_bytes: int, n_layers: int) -> int:
-    """Return the largest ``k`` whose ``k x k`` signs of every layer fit, a multiple of ``STEP``."""
-    return min(MAX_K, int((8 * n_bytes / n_layers) ** 0.5) // STEP * STEP)
+def _width(n_bytes: int, head_bytes: int, layers: Sequence[TargetLayer]) -> int:
+    """Return the largest ``k`` whose rows fit, by steps of ``STEP``; 0 if that of MIN_K is none."""
+    widths = range(MAX_K, MIN_K - 1, -STEP)
+    return next((k for k in widths if _row_bytes(k, head_bytes, layers) <= n_bytes), 0)
+
+
+def _row_bytes(k: int, head_bytes: int, layers: Sequence[TargetLayer]) -> int:
+    """Return the bytes of a row with ``k x k`` signs of every layer: all that the store keeps."""
+    rank_min = ProjectionConfig.rank_min
+    shapes = {layer.widths for layer in layers}
+    kept = {shape: math.prod(choose_ki_ko(*shape, k**2, rank_min)) for shape in shapes}
+    return packed_widths([kept[layer.widths] for layer in layers], 1, head_bytes)[1]
 
 
 def _is_mlp_output(target: TargetLayer) -> bool:
@@ -186,9 +206,9 @@ def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, lis
     targets = find_layers(model, projection.patterns, projection.include_embeddings)
     n_bytes = read_bytes(projection.bytes_per_document)
     vocabulary: Any = output_head(model)
-    if vocabulary is not None and (head := config.head.segment(len(vocabulary.weight))):
-        n_bytes -= head.n_bytes
-    chosen = allocate(n_bytes, targets, projection.patterns, model)
+    head = config.head.segment(len(vocabulary.weight)) if vocabulary is not None else None
+    head_bytes = head.n_bytes if head else 0
+    chosen = allocate(n_bytes, head_bytes, targets, projection.patterns, model)
     projection = replace(
         projection,
         layers=",".join(chosen.patterns),

@@ -55,7 +55,7 @@ MODELS: dict[str, PretrainedConfig] = {
 SIGNS = ("--encoding", "signs", "--basis", "eigen", "--proj_rank_total", "4096")
 ROWS: dict[str, tuple[str, ...]] = {
     "64 x 64 signs": SIGNS,
-    "`--bytes_per_document 24k`": ("--bytes_per_document", "24k"),
+    "`--bytes_per_document 25k`": ("--bytes_per_document", "25k"),
     "`--bytes_per_document 5k`": ("--bytes_per_document", "5k"),
     "16 x 16 float16": ("--encoding", "dense", "--basis", "random", "--proj_rank_total", "256"),
 }

@@ -1,5 +1,6 @@
 """``--bytes_per_document``: the layers and widths it stands for, and effective dimensions."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from gradproj.job.allocation import (
     with_allocation,
 )
 from gradproj.job.config import run_config
+from gradproj.store.layout import StoreConfig, plan_layout
 
 WIDE = {
     "gpt2": {"n_embd": 128, "n_head": 4},
@@ -38,50 +40,77 @@ def config_of(*words, **settings):
     return run_config([*flags(**needed, **settings), *words], "test")
 
 
-def allocated(family, n_bytes, **settings):
-    """Return the settings, the placed layers and the lines of a budget."""
+def model_of(family, wide=True):
     with torch.device("meta"):
-        model = small_model(family, **WIDE[family])
-    config, lines = with_allocation(config_of(bytes_per_document=n_bytes, **settings), model)
-    projection = config.projection
-    layers = place_widths(find_layers(model, projection.patterns), projection)
+        return small_model(family, **(WIDE[family] if wide else {}))
+
+
+def targets_of(family, projection, wide=True):
+    return find_layers(model_of(family, wide), projection.patterns)
+
+
+def allocated(family, n_bytes, wide=True, **settings):
+    """Return the settings, the placed layers and the lines of a budget."""
+    config = config_of(bytes_per_document=n_bytes, **settings)
+    config, lines = with_allocation(config, model_of(family, wide))
+    layers = place_widths(targets_of(family, config.projection, wide), config.projection)
     return config, layers, lines
+
+
+def values(layer):
+    return layer.k_i * layer.k_o
+
+
+def row_bytes(widths, more_bytes=0):
+    """Return the bytes of a row of a store with layers of so many values."""
+    config = StoreConfig(encoding="signs")
+    return plan_layout(1, list(widths), 8, config, more_bytes).row_bytes
 
 
 @pytest.mark.parametrize("family", WIDE)
 def test_all_layers_are_taken_where_each_has_64_by_64_and_else_the_mlps_outputs(family):
     n = N_LAYERS[family]
-    config, layers, lines = allocated(family, n * 512)
+    least = row_bytes([4096] * n)
+    config, layers, lines = allocated(family, least)
     assert [(layer.k_i, layer.k_o) for layer in layers] == [(64, 64)] * n
     assert config.projection.layers == "mlp,attn"
     assert f"64 x 64 signs of all layers ({n})" in lines[0]
-    assert "0.57 on GPT-2 3 x 128, 0.47 on GPT-2 3 x 384, 0.50 on SmolLM2-135M" in lines[1]
-    config, layers, lines = allocated(family, n * 512 - 1)
+    quality = "0.57 on GPT-2 3 x 128, 0.47 on GPT-2 3 x 384, 0.50 on SmolLM2-135M"
+    assert lines[1] == f"quality       64 x 64 signs of all layers, LDS {quality}"
+    config, layers, lines = allocated(family, least - 1)
     assert config.projection.layers == OUTPUTS[family]
     assert len(layers) == 2
     # Four layers of 64 x 64 a block are one of 128 x 128.
-    k, relation = (124, "less than that of") if n == 8 else (128, "at least that of")
-    assert {(layer.k_i, layer.k_o) for layer in layers} == {(k, k)}
-    quality = f"LDS {relation} 128 x 128 signs: 0.64 on GPT-2 3 x 128, 0.51 on GPT-2 3 x 384"
-    assert lines[1].endswith(quality)
+    assert {(layer.k_i, layer.k_o) for layer in layers} == {(128, 128)}
+    quality = "128 x 128 signs of the MLPs' output projections, LDS 0.64 on GPT-2 3 x 128, "
+    quality += "0.51 on GPT-2 3 x 384"
+    assert lines[1] == f"quality       {quality}"
+    _, _, lines = allocated(family, 4096)
+    assert lines[1] == f"quality       not measured at this width; nearest: {quality}"
     assert (config.store.encoding, config.projection.basis) == ("signs", "eigen")
     assert config.projection.bytes_per_document == ""
 
 
-@pytest.mark.parametrize("n_bytes", ["64", "200", "1k", "1.5k", "4k", "7k", "20k", "1m"])
-def test_signs_take_as_many_bytes_as_fit(n_bytes):
-    _, layers, lines = allocated("llama", n_bytes)
-    used = sum(-(-layer.k_i * layer.k_o // 8) for layer in layers)
-    k = layers[0].k_i
-    assert used <= read_bytes(n_bytes)
-    assert k == 128 or len(layers) * (k + 4) ** 2 / 8 > read_bytes(n_bytes)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("head_rows", ["0", "8x16"])
+@pytest.mark.parametrize("n_bytes", ["200", "1k", "1.5k", "4k", "7k", "20k", "1m"])
+@pytest.mark.parametrize("wide", [True, False])
+def test_whole_row_takes_as_many_bytes_as_fit(family, head_rows, n_bytes, wide):
+    config, layers, lines = allocated(family, n_bytes, wide=wide, head_rows=head_rows)
+    head = config.head.segment(64)
+    more = head.n_bytes if head else 0
+    assert row_bytes(map(values, layers), more) <= read_bytes(n_bytes)
+    k = int(config.projection.rank_total**0.5)
     assert f"{k} x {k} signs" in lines[0]
+    projection = replace(config.projection, rank_total=(k + 4) ** 2)
+    wider = place_widths(targets_of(family, projection, wide), projection)
+    assert k == 128 or row_bytes(map(values, wider), more) > read_bytes(n_bytes)
 
 
 def test_layers_are_chosen_from_proj_layers():
     config, layers, _ = allocated("llama", "1k", proj_layers="attn")
     assert config.projection.layers == "attn"
-    assert {(layer.k_i, layer.k_o) for layer in layers} == {(32, 32)}
+    assert {(layer.k_i, layer.k_o) for layer in layers} == {(28, 28)}
     config, layers, _ = allocated("llama", "1k", proj_layers="mlp,-layers.0")
     assert [layer.name for layer in layers] == ["model.layers.1.mlp.down_proj"]
     assert config.projection.layers == "down_proj,-layers.0"
@@ -92,7 +121,11 @@ def test_layers_are_chosen_from_proj_layers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bytes_per_document": "63"}, r"63 is too little for the signs .* at least 64,"),
+        ({"bytes_per_document": "67"}, r"67 is too little for the signs .* at least 68,"),
+        (
+            {"bytes_per_document": "500", "head_rows": "64x64"},
+            r"500 is too little .* \(2\) and 704 bytes of --head_rows: give at least 772, .*fewer",
+        ),
         ({"bytes_per_document": "5kk"}, "'5kk'; give a number such as 800, 5k"),
         ({"bytes_per_document": "0"}, "'0'; give a number"),
         ({"bytes_per_document": "5k", "proj_rank_total": 99}, "leave out --proj_rank_total"),
