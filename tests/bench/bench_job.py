@@ -66,7 +66,10 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 N_UNITS = 4
-VERSION_1 = "--encoding dense --basis random --proj_rank_total 256 --loss_reduction mean".split()
+VERSION_1 = (
+    "--encoding", "dense", "--basis", "random", "--proj_rank_total", "256",
+    "--loss_reduction", "mean",
+)  # fmt: skip
 
 
 def main() -> None:
