@@ -150,13 +150,12 @@ def test_relatif_divides_by_the_norm_of_the_row_and_cosine_by_the_plain_one(
     queries = queries_for(output)
     want = dense_scores(output, queries, kind, PILOT_DAMPING)
     with ProjectionStore(output.path) as store:
-        if kind == "relatif" and encoding != "signs":  # by the norms before they were encoded
-            norms = np.linalg.norm(output.decoded().astype(float), axis=1)
-            want *= norms / np.linalg.norm(output.rows.astype(float), axis=1)
-        if kind == "relatif" or encoding == "signs":
+        turned = score(queries, store, score=kind, layers=NAMES)
+        if encoding == "signs" or (kind == "relatif" and encoding == "dense"):
             monkeypatch.setattr("gradproj.analysis.score_blocks._score_rows", None)  # no row needed
-        got = score(queries, store, **({"score": kind}))
+        got = score(queries, store, score=kind)
     assert_scores(got, want)
+    assert_scores(turned, want)
 
 
 def test_curvatures_in_an_eigenbasis_are_saved_and_loaded(output, store):
