@@ -42,6 +42,7 @@ from gradproj.flags import parse
 from gradproj.formatting import human_bytes
 from gradproj.job.recorded import config_from, recorded_index
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
+from gradproj.query.projector import query_head_bytes
 from gradproj.query.query_store import rows_of_query_store
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
@@ -219,6 +220,8 @@ def _rank_by_gradients(
     queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
     if queries.head is not None and config.uses_head(options["score"]):
         options |= {"head": queries.head, "head_sum": config.head_sum}
+    elif store.head is not None and config.uses_head(options["score"]):
+        note("the queries have no head rows: scores are those of the layers alone")
     # What a long scan would wait for comes before it.
     text = text_scan(config, store, process, note) if config.uses_text else None
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
@@ -333,9 +336,8 @@ def _query_rows(
         queries = read_queries(config.queries)
     if config.score == TEXT:
         return tokenized(config, store, queries)
-    check_rows_fit(
-        f"--queries {config.queries}", len(queries), store.dim, "Split the file into several"
-    )
+    source, head_bytes = f"--queries {config.queries}", query_head_bytes(store)
+    check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
     return QueryProjector(store, config_from(config), config.device).rows(queries)
 
 

@@ -53,18 +53,33 @@ class QueryRows:
     """Head rows, if the store has them."""
 
 
-def check_rows_fit(source: str, n_queries: int, dim: int, way_out: str) -> None:
+def check_rows_fit(source: str, n_queries: int, dim: int, head_bytes: int, way_out: str) -> None:
     """Raise ``ConfigError`` if the rows of these queries do not fit the memory allowed for them.
 
-    ``source`` is the flag and value that name the queries, ``way_out`` the message's last sentence.
+    ``source`` is the flag and value that name the queries, ``head_bytes`` what the head rows of a
+    query take, ``way_out`` the message's last sentence.
     """
-    n_bytes = 4 * n_queries * dim
-    if n_bytes > MAX_ROWS_BYTES:
+    row_bytes = 4 * dim + head_bytes
+    if n_queries * row_bytes > MAX_ROWS_BYTES:
+        with_head = f" and head rows of {human_bytes(head_bytes)}" if head_bytes else ""
         raise ConfigError(
-            f"{source} has {n_queries:,} queries, whose rows of {dim:,} values take "
-            f"{human_bytes(n_bytes)} of memory; the limit is {human_bytes(MAX_ROWS_BYTES)}, "
-            f"{MAX_ROWS_BYTES // (4 * dim):,} queries. {way_out}"
+            f"{source} has {n_queries:,} queries, whose rows of {dim:,} values{with_head} take "
+            f"{human_bytes(n_queries * row_bytes)} of memory; the limit is "
+            f"{human_bytes(MAX_ROWS_BYTES)}, {MAX_ROWS_BYTES // row_bytes:,} queries. {way_out}"
         )
+
+
+def entry_bytes(k: int) -> int:
+    """Return the bytes of one head row of ``k`` values in memory: a token id and float32."""
+    return 8 + 4 * k
+
+
+def query_head_bytes(store: ProjectionStore) -> int:
+    """Return the most bytes that the head rows of a projected query take; 0 without head rows."""
+    if store.head is None:
+        return 0
+    segment = store.head.segment
+    return min(QUERY_ROWS, segment.vocabulary) * entry_bytes(segment.k)
 
 
 class QueryProjector:

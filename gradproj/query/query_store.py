@@ -10,6 +10,7 @@ import numpy as np
 from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.formatting import escaped
 from gradproj.query import QueryRows, check_rows_fit
+from gradproj.query.projector import entry_bytes
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE, HeadQueries
 
@@ -31,16 +32,16 @@ _PROJECTION = (
     "--basis",
     "--pilot_tokens",
     "--basis_from",
-    "--head_rows",
-    "--head_damping",
 )
 _MATRICES = "layers, projection matrices or basis"
+_HEAD = "matrix or scale of head rows"
 
 
 def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> QueryRows:
     """Return every row of status ok, named by its key.
 
-    The sample id is appended to a key that is empty or repeated.
+    The sample id is appended to a key that is empty or repeated. Head rows are those of two stores
+    that both have them; else the layers alone are comparable.
 
     Raises:
         ConfigError: the stores differ in model, matrices or loss reduction, or there is no row, or
@@ -50,10 +51,12 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
     ids = np.flatnonzero(queries.column("status") == STATUS["ok"])
     if not len(ids):
         raise ConfigError(f"--query_store {queries.path} has no row, so there is no query")
+    head_rows = queries.head if store.head is not None else None
     check_rows_fit(
         f"--query_store {queries.path}",
         len(ids),
         queries.dim,
+        0 if head_rows is None else head_rows.segment.n_rows * entry_bytes(head_rows.segment.k),
         "Query some at a time in Python: gradproj.analysis.top_k(other.rows(ids), store, k)",
     )
     samples = queries.samples(ids)
@@ -66,9 +69,9 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
         np.array([getattr(sample, name) for sample in samples]) for name in ("n_tokens", "loss")
     )
     head = None
-    if queries.head is not None:
-        rows = queries.head.rows(ids)
-        head = HeadQueries(rows.ids, rows.values(queries.head.segment.k))
+    if head_rows is not None:
+        rows = head_rows.rows(ids)
+        head = HeadQueries(rows.ids, rows.values(head_rows.segment.k))
     losses, excerpts = loss.astype(np.float64), [""] * len(ids)
     return QueryRows(names, queries.rows(ids), n_tokens, losses, excerpts, head=head)
 
@@ -84,6 +87,8 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
     if theirs[_MATRICES] != ours[_MATRICES]:
         # Name the flags that explain it, if there are any.
         names += [n for n in _PROJECTION if theirs.get(n) != ours.get(n)] or [_MATRICES]
+    elif theirs.get(_HEAD, ours.get(_HEAD)) != ours.get(_HEAD, theirs.get(_HEAD)):
+        names.append(_HEAD)
     basis = f", its basis by --basis_from {store.path.parent}" if store.basis else ""
     mismatch = settings_mismatch(
         f"--query_store {queries.path} does not fit {store.path}: their rows are not comparable",
@@ -99,18 +104,26 @@ def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:
 
 
 def _comparable_settings(store: ProjectionStore) -> dict[str, Any]:
-    """Return the store's identity with a digest of its layers, projection matrices and basis."""
+    """Return the store's identity with digests of its layers, matrices and basis, and of its head.
+
+    The latter only if there are head rows.
+    """
     layers = [
         {name: value for name, value in vars(layer).items() if not name.startswith("stored_")}
         for layer in store.layers  # rows of any encoding are comparable
     ]
-    digest = hashlib.sha256(json.dumps(layers).encode())
     arrays = ["projection_matrices", *(["basis_matrices"] if store.basis is not None else [])]
+    digests = {_MATRICES: _digest(store, arrays, json.dumps(layers).encode())}
     if store.head is not None:
-        arrays += [HEAD_MATRIX, HEAD_SCALE]
+        digests[_HEAD] = _digest(store, [HEAD_MATRIX, HEAD_SCALE])
+    return {**store.attributes.get("identity", {}), **digests}
+
+
+def _digest(store: ProjectionStore, arrays: list[str], start: bytes = b"") -> str:
+    digest = hashlib.sha256(start)
     for name in arrays:
         digest.update(np.ascontiguousarray(store.array(name)).data)
-    return {**store.attributes.get("identity", {}), _MATRICES: digest.hexdigest()[:32]}
+    return digest.hexdigest()[:32]
 
 
 def _short(value: Any) -> str:

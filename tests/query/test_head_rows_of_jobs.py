@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from helpers.corpora import mixed_documents
 from helpers.jobs import run_job
+from helpers.query_command import ask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradproj import ProjectionStore
@@ -14,9 +15,13 @@ from gradproj.analysis.head_scores import HeadScorer
 from gradproj.analysis.ranking import Ranker
 from gradproj.engine.head_rows import QUERY_ROWS, WINDOW_ROWS
 from gradproj.errors import ConfigError, StoreError
-from gradproj.query import Query, QueryProjector
+from gradproj.query import Query, QueryProjector, check_rows_fit
+from gradproj.query.projector import query_head_bytes
+from gradproj.query.query_store import rows_of_query_store
 from gradproj.store.head_rows import HeadQueries
 from gradproj.store.layout import STATUS
+
+assert ask
 
 N_DOCUMENTS, MAX_LENGTH, N_ROWS, K = 20, 10, 6, 8
 SETTINGS = {
@@ -169,3 +174,25 @@ def test_equal_sums_count_scored_documents_whose_rows_can_be_read(made, monkeypa
     lost[:] = ok[1:].tolist()
     with pytest.raises(StoreError, match=r"1 of \d+ sampled documents of these domains"):
         score(rows, store, **options, head_sum="equal")
+
+
+def test_stores_are_queries_by_their_layers_if_one_has_head_rows(made, job, tmp_path, ask):
+    store, model, reduction = made
+    changes = {"loss_reduction": reduction, "head_rows": "0", "max_samples": 4}
+    inputs = {"shards": job.corpus, "model": model, "basis_from": store.path.parent}
+    run_job(output_dir=tmp_path / "out", **inputs, **{**SETTINGS, **changes})
+    with ProjectionStore(tmp_path / "out") as plain:
+        assert rows_of_query_store(plain, store).head is None
+        assert rows_of_query_store(store, plain).head is None
+    head = rows_of_query_store(store, store).head
+    assert head.values.shape[1:] == (N_ROWS, K)
+    _, errors = ask(store.path.parent, "--query_store", tmp_path / "out", "--top_k", 2)
+    assert "the queries have no head rows: scores are those of the layers alone" in errors
+
+
+def test_head_rows_of_queries_count_against_the_memory_of_rows(made):
+    n_bytes = query_head_bytes(made[0])
+    assert n_bytes == min(QUERY_ROWS, len(made[0].array("head_scale"))) * (8 + 4 * K)
+    check_rows_fit("--queries q", 4, 2**28, 0, "")
+    with pytest.raises(ConfigError, match=r"and head rows of .* take 4\.\d+ G"):
+        check_rows_fit("--queries q", 4, 2**28, n_bytes, "")
