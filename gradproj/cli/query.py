@@ -236,7 +236,8 @@ def _rank_by_gradients(
         rankings = [ranker.rank_and_save(queries.rows, damping, path)]
     else:
         rankings = ranker.rank(queries.rows, config.dampings)
-    _note_lengths(store, options, note)
+    if process.rank == 0 and SCORES[options["score"]].is_inner_product:
+        _note_lengths(store, options, note)
     name = config.score or options["score"]
     return _Ranked(name, options, kind, queries, rankings, second, text)
 
@@ -257,9 +258,9 @@ def _scan_options(
 def _note_lengths(
     store: ProjectionStore, options: ScanOptions, note: Callable[[str], None]
 ) -> None:
-    """Say if documents of very different lengths compete by a score that grows with length."""
+    """Say if documents of very different lengths compete; of scores that grow with length."""
     lengths = length_percentiles(store, options.get("domains"))
-    if not SCORES[options["score"]].is_inner_product or lengths is None:
+    if lengths is None:
         return
     short, long = lengths
     if long > _LENGTH_RATIO * max(short, 1):

@@ -125,11 +125,13 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
             )
 
     def _check_rescore(self) -> None:
-        given = [f"--{name}" for name in ("rescore_text",) if getattr(self, name)]
+        flags = ("rescore_by", "rescore_text", "rescore_memory")
+        given = [f"--{name}" for name in flags if getattr(self, name)]
         given += ["--rescore_damping"] if self.rescore_damping != "auto" else []
         _ = self.exact_damping
         if given and not self.rescore:
-            raise ConfigError(f"{' and '.join(given)} requires --rescore N")
+            verb = "requires" if len(given) == 1 else "require"
+            raise ConfigError(f"{' and '.join(given)} {verb} --rescore N")
         if not self.rescore:
             return
         if self.top_k is not None and self.top_k > self.rescore:

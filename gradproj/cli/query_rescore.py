@@ -26,6 +26,8 @@ from gradproj.store import STATUS, ProjectionStore
 from gradproj.text.index import open_text_index
 from gradproj.text.scores import QueryText, TextScan
 
+DEFAULT_KIND = "ekfac"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RescoreArgs(Flags, title="second stage"):
@@ -37,7 +39,9 @@ class RescoreArgs(Flags, title="second stage"):
         0,
         minimum=0,
     )
-    rescore_by: str = flag("Curvature of the second stage.", "ekfac", choices=KINDS)
+    rescore_by: str = flag(
+        f"Curvature of the second stage; default: {DEFAULT_KIND}.", "", choices=KINDS
+    )
     rescore_damping: str = flag(
         "Damping of the second stage, as a multiple of the mean diagonal; auto: "
         f"{', '.join(f'{value} for {kind}' for kind, value in AUTO_DAMPING.items())}.",
@@ -57,10 +61,15 @@ class RescoreArgs(Flags, title="second stage"):
     )
 
     @property
+    def exact_kind(self) -> str:
+        """The curvature that ``--rescore_by`` stands for."""
+        return self.rescore_by or DEFAULT_KIND
+
+    @property
     def exact_damping(self) -> float:
         """The number that ``--rescore_damping`` stands for."""
         if self.rescore_damping == "auto":
-            return AUTO_DAMPING[self.rescore_by]
+            return AUTO_DAMPING[self.exact_kind]
         try:
             value = float(self.rescore_damping)
         except ValueError:
@@ -130,12 +139,12 @@ class SecondStage:
         folder = CurvatureFolder(store)
         measured = folder.recipe()["layers"]
         chosen = [name for name in measured if layers is None or name in layers]
-        kinds = ["kfac"] if config.rescore_by == "kfac" else ["kfac", "ekfac"]
+        kinds = ["kfac"] if config.exact_kind == "kfac" else ["kfac", "ekfac"]
         lacking = {name for kind in kinds for name in folder.lacking(chosen, kind)}
         lacking |= set(layers or ()) - set(measured)
         if lacking:
             raise StoreError(
-                f"{folder.path} lacks {config.rescore_by} curvature of "
+                f"{folder.path} lacks {config.exact_kind} curvature of "
                 f"{count(len(lacking), 'layer')}, such as {min(lacking)}: run `python -m gradproj "
                 f"curvature {store.path.parent}`, which computes what is missing"
             )
@@ -204,7 +213,7 @@ class SecondStage:
                 self.layers,
                 [replace(w, owner=w.owner - first) for w in asked if first <= w.owner < part.stop],
                 documents,
-                kind=self.config.rescore_by,
+                kind=self.config.exact_kind,
                 damping=self.config.exact_damping,
                 budget=budget,
             )
@@ -219,7 +228,7 @@ class SecondStage:
             ]
             n_documents, n_tokens = n_documents + len(ids), n_tokens + int(lengths.sum())
             n_groups += result.n_groups
-        kind, damping = self.config.rescore_by, self.config.exact_damping
+        kind, damping = self.config.exact_kind, self.config.exact_damping
         note = (
             f"by {kind} of whole gradients, damping {damping:g}: "
             f"{count(n_documents, 'document')} of {n_tokens:,} target tokens, "

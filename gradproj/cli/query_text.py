@@ -62,7 +62,9 @@ class Summary:
             lines.append(_labelled("layers", ", ".join(names)))
         if self.options.get("head") is not None:
             how = self.options.get("head_sum")
-            lines.append(_labelled("head rows", f"their score is added ({how})"))
+            lines.append(
+                _labelled("head rows", f"their score is added ({how}), with the store's damping")
+            )
         lines += self._score_lines()
         if dampings != [None]:
             lines.append(_labelled("damping", "; ".join(self._damping(d) for d in dampings)))

@@ -140,6 +140,8 @@ class ScoreArgs(Flags, title="score"):
             if len(self.dampings) > 1:
                 raise ConfigError(f"--damping is {self.damping!r}; this command takes one value")
             (options["damping"],) = self.dampings
+        if options["score"] == "kfac" and store.head is not None:
+            print_note("kfac without the store's head rows, which only query adds")
         if curvature == "second_moment":
             options["preconditioner"] = fit_cached(store, curvature, options, print_note)
         return options

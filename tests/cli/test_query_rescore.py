@@ -150,6 +150,10 @@ def test_best_by_text_join_the_candidates(measured, ask, tmp_path):
         ("--rescore 5 --rescore_damping -1", "--rescore_damping is '-1'"),
         ("--rescore_damping 1", "--rescore_damping requires --rescore N"),
         ("--rescore_text", "--rescore_text requires --rescore N"),
+        (
+            "--rescore_by ekfac --rescore_memory 1",
+            "--rescore_by and --rescore_memory require --rescore N",
+        ),
         ("--rescore 5 --layers mlp", "lacks ekfac curvature of 4 layers"),
     ],
 )

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from gradproj.cli.score_args import matching_layers
+from gradproj.cli.score_args import ScoreArgs, matching_layers
 from gradproj.errors import ConfigError
 
 NAMES = [f"layers.{i}.{part}" for i in (0, 1, 10) for part in ("self_attn.q", "mlp.up", "mlp.gate")]
@@ -32,6 +33,13 @@ def test_layers_are_chosen_as_by_proj_layers(words, chosen):
 def test_exclusion_of_no_layer_is_a_note(capsys):
     assert matching_layers(["mlp", "-router"], STORE) == matching_layers(["mlp"], STORE)
     assert "--layers -router: out has no such layer to leave out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("score", "named"), [("kfac", True), ("dot", False)])
+def test_domains_say_that_kfac_is_without_head_rows(score, named, capsys):
+    store = SimpleNamespace(**vars(STORE) | {"head": object()})
+    ScoreArgs(score=score).fitted_options(store, torch.device("cpu"))
+    assert ("without the store's head rows" in capsys.readouterr().err) is named
 
 
 @pytest.mark.parametrize(
