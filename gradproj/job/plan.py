@@ -221,7 +221,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         identity["--matrices"] = matrices_digest(given, layers)
     if projection.basis_from:
         matrices = job_matrices(projection, layers)
-        basis = borrowed_basis(projection.basis_from, layers, matrices)
+        output = Path(config.job.output_dir)
+        basis = borrowed_basis(projection.basis_from, output, layers, matrices, identity)
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     plan = Plan(config, files, index, layers, coverage, layout, *counts, identity, head)

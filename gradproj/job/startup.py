@@ -208,7 +208,7 @@ def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module
     chosen = job_matrices(plan.config.projection, plan.layers)
     try:
         if source := plan.config.projection.basis_from:
-            basis = borrowed_basis(source, plan.layers, chosen)
+            basis = borrowed_basis(source, plan.output, plan.layers, chosen, plan.identity)
             arrays, attributes["basis"] = basis.arrays, basis.attribute
         elif plan.config.projection.basis == "eigen":
             pilot = run_pilot(plan, chosen, device, published=store.exists)

@@ -1,5 +1,7 @@
 """The pilot: which documents it takes, what it measures, and the rows in its basis."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gradproj import ProjectionStore
 from gradproj.coordinator.process_id import Owner
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.errors import ConfigError, CorpusError
+from gradproj.errors import ConfigError, CorpusError, StoreError
 from gradproj.job import pilot
 from gradproj.job.config import run_config
 from gradproj.job.pilot import pilot_sequences
@@ -236,3 +238,17 @@ def test_query_store_takes_its_basis_from_the_store(inputs, jobs, tmp_path):
         check_comparable(ProjectionStore(tmp_path / "taken"), store)
     with pytest.raises(ConfigError, match="other layers or matrices"):
         plan_of(settings, tmp_path / "other", basis_from=jobs / "signs", proj_seed=7)
+    model = make_model(tmp_path / "model", initializer_range=0.03)
+    with pytest.raises(ConfigError, match=r"measured on another model \(--model \(weights\)"):
+        plan_of(settings, tmp_path / "other", basis_from=jobs / "signs", model=model)
+
+
+def test_store_with_another_s_basis_resumes_without_it(inputs, jobs, tmp_path):
+    settings = {**inputs, "max_samples": 8, "basis_from": tmp_path / "first"}
+    shutil.copytree(jobs / "signs", tmp_path / "first")
+    plan = plan_of(settings, tmp_path / "out")
+    make_output(plan, owner())
+    shutil.rmtree(tmp_path / "first")
+    assert plan_of(settings, tmp_path / "out").identity == plan.identity
+    with pytest.raises(StoreError, match="first"):
+        plan_of(settings, tmp_path / "new")
