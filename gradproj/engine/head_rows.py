@@ -110,7 +110,15 @@ class HeadBasis:
             damping: added to s, relative to the second moment that a token's gradient meets on
                 average, ``sum s^2 / sum s``. The plain mean over the vocabulary would shrink with
                 its size, and rare words would take all places.
+
+        Raises:
+            ModelError: the moments are not finite.
         """
+        if not (hidden.isfinite().all() and logits.isfinite().all()):
+            raise ModelError(
+                "the vocabulary head's second moments are not finite: its inputs or gradients are "
+                "too large for float32. Leave --head_rows out"
+            )
         values, vectors = torch.linalg.eigh(hidden)
         values = values.clamp_min(0)
         whitening = (values + INPUT_DAMPING * values.mean()).rsqrt()

@@ -11,6 +11,7 @@ from gradproj.engine.matrix_file import Matrices, matrices_digest
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
 from gradproj.store import ProjectionStore
+from gradproj.store.array_digests import check_digests
 from gradproj.store.layout import STORE_NAME, LayerSlice
 
 
@@ -69,6 +70,7 @@ def borrowed_basis(
                 "--proj_layers, --proj_rank_total, --proj_rank_min, --proj_seed and --proj_kind"
             )
         names = ("basis_matrices", "basis_eigenvalues")
+        check_digests(store, *names)
         arrays = {name: store.array(name) for name in names}
         digest = matrices_digest(store.basis, layers)
         return BorrowedBasis(arrays, store.attributes["basis"], digest)

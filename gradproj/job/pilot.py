@@ -71,6 +71,7 @@ def run_pilot(
     Raises:
         StoreExists: ``published``, asked between batches, was true: another job has made the store.
         CorpusError: no document of the corpus has a target token with a finite gradient.
+        ModelError: a layer's covariances, or those of the vocabulary head, are not finite.
     """
     started, wanted = time.monotonic(), plan.config.projection.pilot_tokens
     print(f"pilot         measures the rows' basis on at least {wanted:,} tokens", flush=True)
@@ -232,14 +233,25 @@ def _forward_backward(
 
 
 def _arrays(layers: list[LayerSlice], sums: TokenCovariances) -> dict[str, np.ndarray]:
-    """Return the eigenbasis of the mean covariances as the store's arrays."""
+    """Return the eigenbasis of the mean covariances as the store's arrays.
+
+    Raises:
+        ModelError: a layer's covariances are not finite.
+    """
     n_tokens, at_i, at_o = int(sums.n_tokens), 0, 0
     a, s = (flat.cpu().numpy() / n_tokens for flat in (sums.a, sums.s))
     basis, eigenvalues = {}, {}
     for layer in layers:
         k_i, k_o = layer.k_i, layer.k_o
-        r_i, e_i = eigenbasis(a[at_i : at_i + k_i**2].reshape(k_i, k_i))
-        r_o, e_o = eigenbasis(s[at_o : at_o + k_o**2].reshape(k_o, k_o))
+        of_layer = a[at_i : at_i + k_i**2], s[at_o : at_o + k_o**2]
+        if not all(np.isfinite(values).all() for values in of_layer):
+            raise ModelError(
+                f"the token covariances of layer {layer.name} are not finite, so it has no "
+                "eigenbasis: its inputs or gradients are too large for float32. Leave the layer "
+                "out of --proj_layers, or give --basis random"
+            )
+        r_i, e_i = eigenbasis(of_layer[0].reshape(k_i, k_i))
+        r_o, e_o = eigenbasis(of_layer[1].reshape(k_o, k_o))
         basis[layer.name], eigenvalues[layer.name] = (r_i, r_o), (e_i, e_o)
         at_i, at_o = at_i + k_i**2, at_o + k_o**2
     pairs = {"basis_matrices": basis, "basis_eigenvalues": eigenvalues}

@@ -33,6 +33,7 @@ from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.model.loading import load_model, load_tokenizer
 from gradproj.store import ProjectionStore
+from gradproj.store.array_digests import check_digests
 from gradproj.store.row_encoder import RowEncoder
 
 PRECISION_DOCUMENTS = 16
@@ -71,6 +72,7 @@ def set_up_rank(
     if is_first:
         print_start(plan, device, chunk_verdict(model))
     with ProjectionStore(plan.output) as store:
+        check_digests(store)
         engine = GradProjLoraEngine.from_config(
             model,
             plan.config.projection,

@@ -40,6 +40,7 @@ from gradproj.job.pilot import run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
+from gradproj.store.array_digests import with_digests
 from gradproj.store.layout import (
     FOLDERS,
     HEARTBEATS_DIR,
@@ -215,6 +216,7 @@ def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module
             arrays, attributes["basis"], model = pilot.arrays, pilot.attribute, pilot.model
         matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
         packed = pack_matrices(plan.layers, matrices)
+        attributes = with_digests(attributes, arrays)
         create_store(store, plan.layout, attributes, packed, scratch, arrays=arrays)
         fault_points.reach("store published")
     except StoreExists:

@@ -17,7 +17,9 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.errors import CorpusError, DamagedFile, StoreError
 from gradproj.files import file_sum
 from gradproj.maintenance.job_output import Output
+from gradproj.store.array_digests import check_digests
 from gradproj.store.column_reader import read_column_chunk
+from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
 from gradproj.store.layout import COLUMNS, METADATA_NAME, STATUS, STATUS_NAMES, column_shape
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
@@ -223,13 +225,15 @@ def _check_sum(output: Output, array: str, summed: np.ndarray) -> None:
 
 
 def check_group(output: Output) -> list[Damage]:
-    """Check the matrices and the basis, the corpus index and the copy of the metadata."""
+    """Check the matrices and bases, the corpus index and the copy of the metadata."""
     return _found(
         "other",
         {
             output.store / "projection_matrices": partial(_check_matrices, output),
             output.store / "basis_matrices": partial(_check_basis, output, "basis"),
             output.store / "basis_eigenvalues": partial(_check_basis, output, "basis_eigenvalues"),
+            output.store / HEAD_MATRIX: partial(_check_head, output, HEAD_MATRIX),
+            output.store / HEAD_SCALE: partial(_check_head, output, HEAD_SCALE),
             output.path / INDEX_NAME: partial(_check_index, output),
             output.path / METADATA_NAME: partial(_check_metadata, output),
         },
@@ -264,6 +268,20 @@ def _check_basis(output: Output, member: str) -> None:
         for name, pair in (getattr(store, member) or {}).items():
             if not all(np.isfinite(part).all() for part in pair):
                 raise StoreError(f"holds values of layer {name} that are not finite")
+        check_digests(store, "basis_matrices" if member == "basis" else member)
+
+
+def _check_head(output: Output, name: str) -> None:
+    with ProjectionStore(output.path) as store:
+        if store.head is None:
+            return
+        values, segment = store.array(name), store.head.segment
+        sizes = {HEAD_MATRIX: len(values) % segment.k, HEAD_SCALE: len(values) - segment.vocabulary}
+        if not len(values) or sizes[name]:
+            raise StoreError(f"has {len(values):,} values, which are not those of {segment}")
+        if not np.isfinite(values).all() or (name == HEAD_SCALE and (values <= 0).any()):
+            raise StoreError("holds values that are not finite, or scales that are not positive")
+        check_digests(store, name)
 
 
 def _check_index(output: Output) -> None:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from gradproj import ProjectionStore
 from gradproj.coordinator.process_id import Owner
+from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
-from gradproj.errors import ConfigError, CorpusError, StoreError
+from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.job import pilot
 from gradproj.job.config import run_config
 from gradproj.job.pilot import pilot_sequences
@@ -165,6 +166,19 @@ def test_store_that_another_job_publishes_during_the_pilot_is_used(inputs, tmp_p
     monkeypatch.setattr(pilot, "run_batch", publish_first)
     assert make_output(plan, owner()) is None
     assert ProjectionStore(tmp_path / "out").basis is not None
+
+
+def test_layer_whose_covariances_overflow_is_named(inputs, tmp_path):
+    plan = plan_of(inputs, tmp_path / "out")
+    first = plan.layers[0]
+    sums = TokenCovariances(
+        *(torch.ones(10**6, dtype=torch.float64) for _ in "as"), torch.tensor(9)
+    )
+    sums.s[first.k_o**2] = torch.inf
+    with pytest.raises(
+        ModelError, match=f"covariances of layer {plan.layers[1].name} are not finite"
+    ):
+        pilot._arrays(plan.layers, sums)
 
 
 # --- whole jobs ---

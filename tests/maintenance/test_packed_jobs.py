@@ -99,20 +99,32 @@ def test_damaged_unit_is_found_and_computed_again_to_equal_bits(
 
 
 @pytest.mark.parametrize("name", ["basis_matrices", "basis_eigenvalues"])
-@pytest.mark.parametrize("happens", ["lost", "short", "nan"])
+@pytest.mark.parametrize("happens", ["lost", "short", "nan", "bit"])
 def test_damaged_basis_is_named(packed_output, name, happens):
     store = packed_output / "projections.zarr"
     if happens == "lost":
         shutil.rmtree(store / name)
     else:
         with ProjectionStore(packed_output) as opened:
-            values = opened.array(name)
-        write_array(store, name, values[:-1] if happens == "short" else np.nan * values)
+            values = opened.array(name).copy()
+        values.view(np.uint8)[100] ^= happens == "bit"
+        changed = {"short": values[:-1], "nan": np.nan * values, "bit": values}
+        write_array(store, name, changed[happens])
     (damage,) = verify(packed_output).damage
     assert (damage.kind, damage.unit, damage.path) == ("other", None, str(store / name))
-    assert {"lost": "has no array", "short": "ends before", "nan": "not finite"}[happens] in (
-        damage.what
-    )
+    said = {"lost": "has no array", "short": "ends before", "nan": "not finite"}
+    assert said.get(happens, "another digest") in damage.what
+
+
+def test_no_row_is_computed_in_a_damaged_basis(packed_job, packed_output):
+    flip_byte(shard_of(packed_output, 2))
+    assert main(["verify", str(packed_output), "--repair"]) == 3
+    with ProjectionStore(packed_output) as store:
+        values = store.array("basis_matrices").copy()
+    values[7] *= 1.25
+    write_array(packed_output / "projections.zarr", "basis_matrices", values)
+    done = run_job(**packed_job | {"output_dir": packed_output}, expect=2)
+    assert "basis_matrices is damaged: its values are not those that were written" in done.stderr
 
 
 def test_unmerged_store_is_merged_and_exported(packed_job, packed_output, tmp_path):
