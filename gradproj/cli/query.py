@@ -194,7 +194,7 @@ def _rank_by_text(
     second = SecondStage.of(config, store, None)
     queries = world.broadcast(_query_rows(config, store, note) if process.rank == 0 else None)
     path = _scores_path(config, len(queries.names), len(store), note)
-    scan = text_scan(config, store, process, note)
+    scan = text_scan(config, store, process, note, second.text_index if second else None)
     ranking = TextRanker(scan, *n_ends).rank(query_texts(queries), path)
     device, _ = choose_device(config.device, process.local_rank)
     options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
@@ -223,7 +223,8 @@ def _rank_by_gradients(
     elif store.head is not None and config.uses_head(options["score"]):
         note("the queries have no head rows: scores are those of the layers alone")
     # What a long scan would wait for comes before it.
-    text = text_scan(config, store, process, note) if config.uses_text else None
+    index = second.text_index if second else None
+    text = text_scan(config, store, process, note, index) if config.uses_text else None
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
     path = _scores_path(config, len(queries.names), len(store), note)
     if config.score in WITH_TEXT and text:

@@ -15,7 +15,7 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryRows
 from gradproj.query.tokens import QueryTokenizer, QueryTokens
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.text.index import make_text_index, open_text_index
+from gradproj.text.index import TextIndex, make_text_index, open_text_index
 from gradproj.text.scores import QueryText, TextScan
 from gradproj.text.token_files import make_token_files
 
@@ -23,14 +23,20 @@ _QUERIES_AT_ONCE = 64
 
 
 def text_scan(
-    config: QueryConfig, store: ProjectionStore, process: Process, note: Callable[[str], None]
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    note: Callable[[str], None],
+    index: TextIndex | None = None,
 ) -> TextScan:
     """Return a scan of the store's documents by text, whose index is made on first use.
+
+    ``index``: the store's, if it was opened already.
 
     Raises:
         ConfigError: there is no index, and several ranks would have to make it.
     """
-    index = open_text_index(store)
+    index = index or open_text_index(store)
     if index is None and process.world_size > 1:
         raise ConfigError(
             f"{store.path.parent} has no text index yet: run `gradproj text {store.path.parent}` "

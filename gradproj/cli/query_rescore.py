@@ -23,7 +23,7 @@ from gradproj.formatting import count, human_bytes, human_seconds
 from gradproj.job.config import RunConfig
 from gradproj.query import QueryRows
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.text.index import open_text_index
+from gradproj.text.index import TextIndex, open_text_index
 from gradproj.text.scores import QueryText, TextScan
 
 DEFAULT_KIND = "ekfac"
@@ -123,6 +123,8 @@ class SecondStage:
     config: RescoreArgs
     folder: CurvatureFolder
     layers: list[str]
+    text_index: TextIndex | None
+    """None without ``--rescore_text``."""
 
     @classmethod
     def of(
@@ -148,12 +150,13 @@ class SecondStage:
                 f"{count(len(lacking), 'layer')}, such as {min(lacking)}: run `python -m gradproj "
                 f"curvature {store.path.parent}`, which computes what is missing"
             )
-        if config.rescore_text and open_text_index(store) is None:
+        text_index = open_text_index(store) if config.rescore_text else None
+        if config.rescore_text and text_index is None:
             raise StoreError(
                 f"--rescore_text: {store.path.parent} has no text index yet: run `python -m "
                 f"gradproj text {store.path.parent}`"
             )
-        return cls(store, config, folder, chosen)
+        return cls(store, config, folder, chosen, text_index)
 
     def rescored(
         self, ranking: Ranking, queries: QueryRows, k: int, source: "Source"
@@ -239,14 +242,15 @@ class SecondStage:
     def _text_ranks(
         self, asked: Sequence[Window], n_queries: int, source: "Source"
     ) -> list[dict[int, int]]:
-        index = open_text_index(self.store)
-        assert index is not None  # checked before the scan
         queries = []
         for n in range(n_queries):
             first, *others = [window for window in asked if window.owner == n]
             ids = np.concatenate([first.ids, *(window.ids[1:] for window in others)])
             queries.append(QueryText.of_targets(ids, first.first))
-        top, _ = TextScan(self.store, index, source.domains).rank(queries, self.config.rescore)
+        assert self.text_index is not None  # its caller asks for text
+        top, _ = TextScan(self.store, self.text_index, source.domains).rank(
+            queries, self.config.rescore
+        )
         return [
             {int(i): rank for rank, i in enumerate(ids, 1) if i >= 0} for ids in np.asarray(top.ids)
         ]

@@ -8,14 +8,15 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from gradproj.errors import StoreError
-from gradproj.files import explain_os_errors, file_sum, load_array, write_and_replace
+from gradproj.files import explain_os_errors, file_sum, load_array, try_lock, write_and_replace
 from gradproj.formatting import shown
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
@@ -26,6 +27,7 @@ from gradproj.text.token_files import TokenFiles, make_token_files
 MAX_SKETCH_BYTES = 2**31
 FACTS_NAME, SKETCH_NAME = "text.json", "document_frequencies.npy"
 SAVE_EVERY_S = 600.0
+_LOOK_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,13 @@ class TextIndex:
     facts: TextFacts
 
 
-def open_text_index(store: ProjectionStore) -> TextIndex | None:
+def open_text_index(store: ProjectionStore, check_sum: bool = False) -> TextIndex | None:
     """Return the index of a store, or None if it was not made yet or not to its end.
+
+    Args:
+        store: of the job.
+        check_sum: also read all document frequencies for their checksum, up to 2 GiB; their
+            number of bytes is always compared.
 
     Raises:
         StoreError: a part of it is damaged, or the store was not written by the job.
@@ -61,10 +68,12 @@ def open_text_index(store: ProjectionStore) -> TextIndex | None:
         return None
     try:
         facts = TextFacts(**json.loads(path.read_text()))
-        if file_sum(sketch) != facts.sketch:
+        if sketch.stat().st_size != facts.sketch["bytes"]:
+            raise ValueError(f"{SKETCH_NAME} has another size")
+        if check_sum and file_sum(sketch) != facts.sketch:
             raise ValueError(f"the checksum of {SKETCH_NAME} does not match")
         table = np.load(sketch, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise StoreError(
             f"{files.folder} is damaged ({error}). Delete {path.name} there, and `python -m "
             f"gradproj text {files.output}` counts again"
@@ -79,7 +88,9 @@ def make_text_index(
     share: tuple[int, int] = (0, 1),
     note: Callable[[str], None] = lambda line: None,
 ) -> TextIndex | None:
-    """Make what a store's text index lacks.
+    """Make what a store's text index lacks, and check the checksum of what it has.
+
+    Of several calls at once one counts n-grams, and the others wait for it.
 
     Args:
         store: finished or not; the tokens do not depend on its rows.
@@ -97,18 +108,41 @@ def make_text_index(
         ModelError: the tokenizer is not the recorded one.
         CorpusError: the tars are not where the job found them, or have changed.
     """
-    index = open_text_index(store)
+    index = open_text_index(store, check_sum=True)
     if index is not None:
         return index
     files = make_token_files(store, inputs, share, note)
     if share[0] != 0:
         return None
-    if not (files.folder / FACTS_NAME).is_file():
-        _make_sketch(files, max_sketch_bytes)
+    with _locked(files.folder, note) as locked:
+        if not (files.folder / FACTS_NAME).is_file():
+            _make_sketch(files, max_sketch_bytes)
+        if locked:  # else they may be those of a process that still writes them
+            _delete_unfinished(files.folder)
     for other in files.folder.parent.iterdir():  # of earlier stores in this output directory
         if other != files.folder and other.is_dir():
             shutil.rmtree(other, ignore_errors=True)
-    return open_text_index(store)
+    return open_text_index(store, check_sum=True)
+
+
+@contextmanager
+def _locked(folder: Path, note: Callable[[str], None]) -> Iterator[bool]:
+    """Lock the folder, waiting for its holder; False if the file system has no locks."""
+    with explain_os_errors(folder):
+        file = (folder / "lock").open("w")
+    with file:
+        if (locked := try_lock(file)) is False:
+            note(f"waiting for another process that counts n-grams in {folder}")
+        while locked is False:
+            time.sleep(_LOOK_AGAIN_S)
+            locked = try_lock(file)
+        yield locked is True
+
+
+def _delete_unfinished(folder: Path) -> None:
+    for pattern in ("counted-*.npy", ".counted-*.tmp", f".{SKETCH_NAME}.*.tmp"):
+        for unfinished in folder.glob(pattern):
+            unfinished.unlink(missing_ok=True)
 
 
 def _make_sketch(files: TokenFiles, max_bytes: int) -> None:
@@ -130,9 +164,6 @@ def _make_sketch(files: TokenFiles, max_bytes: int) -> None:
     facts = TextFacts(n_documents, n_tokens, file_sum(path))
     with explain_os_errors(files.folder):
         write_and_replace(files.folder / FACTS_NAME, [json.dumps(asdict(facts)).encode()])
-    for pattern in ("counted-*.npy", ".counted-*.tmp", f".{SKETCH_NAME}.*.tmp"):
-        for unfinished in files.folder.glob(pattern):
-            unfinished.unlink(missing_ok=True)
 
 
 def _saved_table(files: TokenFiles, n_counters: int) -> tuple[np.ndarray, int]:

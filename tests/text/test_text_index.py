@@ -202,11 +202,46 @@ def test_damaged_files_name_the_way_out(output, index):
     data = bytearray(table.read_bytes())
     data[-1] ^= 1
     table.write_bytes(data)
+    with pytest.raises(StoreError, match=r"checksum .*Delete text\.json"):
+        make(output)
+    table.write_bytes(data[:-4])
     with (
         ProjectionStore(output) as store,
-        pytest.raises(StoreError, match=r"checksum .*Delete text\.json"),
+        pytest.raises(StoreError, match=r"another size.*Delete text\.json"),
     ):
         open_text_index(store)
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_another_first_query_at_the_same_time_loses_nothing(output, index, monkeypatch, has_locks):
+    """The other call begins before this one has counted, and then this one finishes."""
+    folder, whole = index.files.folder, files_of(index)
+    (folder / "text.json").unlink()
+    of_other = folder / ".document_frequencies.npy.1.abcd.tmp"
+    tries, notes = [], []
+
+    def try_lock(file):
+        """The other process holds the lock at first, and is done at the next look."""
+        tries.append(file)
+        if not has_locks:
+            return None
+        if len(tries) > 1:
+            (folder / "text.json").write_bytes(whole["text.json"])
+        return len(tries) > 1
+
+    monkeypatch.setattr(index_module, "try_lock", try_lock)
+    counted = []
+    add = FrequencySketch.add
+    monkeypatch.setattr(
+        FrequencySketch, "add", lambda self, *rest: counted.append(1) or add(self, *rest)
+    )
+    of_other.write_bytes(b"unfinished")
+    assert make(output, note=notes.append).facts == index.facts
+    assert len(counted) == (0 if has_locks else N_UNITS)
+    assert of_other.is_file() != has_locks
+    assert len(notes) == has_locks
+    of_other.unlink(missing_ok=True)
+    assert files_of(index) == whole
 
 
 def test_documents_without_a_row_have_no_tokens(index):
