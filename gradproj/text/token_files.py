@@ -90,10 +90,20 @@ class TokenFiles:
         return n_documents, n_tokens
 
     def _load(self, unit: int, *names: str) -> list[np.ndarray]:
+        """Return arrays of a unit's file, with ``lengths`` among them."""
         path = self.path(unit)
         try:
             with np.load(path, allow_pickle=False) as file:
-                return [file[name] for name in names]
+                found = {name: file[name] for name in names}
+            first, last = self.layout.unit_range(unit)
+            n_tokens = int(found["lengths"].sum(dtype=np.int64))
+            if len(found["lengths"]) != last - first:
+                raise ValueError(
+                    f"it has {len(found['lengths'])} documents, its unit has {last - first}"
+                )
+            if "tokens" in found and len(found["tokens"]) != n_tokens:
+                raise ValueError(f"it has {len(found['tokens'])} tokens, its documents {n_tokens}")
+            return list(found.values())
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise StoreError(
                 f"{path} cannot be read ({error}). Delete it, and `python -m gradproj text "

@@ -212,6 +212,20 @@ def test_damaged_files_name_the_way_out(output, index):
         open_text_index(store)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([1] * (ROWS_PER_UNIT - 1), f"documents, its unit has {ROWS_PER_UNIT}"),
+        ([1] * ROWS_PER_UNIT, f"tokens, its documents {ROWS_PER_UNIT}"),
+    ],
+)
+def test_token_file_of_another_length_is_damaged(output, index, lengths, message):
+    tokens = np.zeros(ROWS_PER_UNIT - 1, np.uint16)
+    np.savez(index.files.path(0), tokens=tokens, lengths=np.array(lengths, np.int32))
+    with pytest.raises(StoreError, match=rf"00000000\.npz cannot be read .*{message}.*Delete it"):
+        index.files.read(0)
+
+
 @pytest.mark.parametrize("has_locks", [True, False])
 def test_another_first_query_at_the_same_time_loses_nothing(output, index, monkeypatch, has_locks):
     """The other call begins before this one has counted, and then this one finishes."""
