@@ -34,8 +34,9 @@ if (($#)); then
     echo "--- pytest $*"
     "$VENV/bin/python" -m pytest "$@" || status=$?
 else
-    # Two halves of about the same time, side by side.
-    half=(tests/end_to_end tests/evaluation tests/training)
+    # Two halves of about the same time, side by side. In the one behind, the shell has Ctrl-C
+    # ignored: tests of an interrupt of their own process are in the other.
+    half=(tests/end_to_end tests/maintenance tests/training)
     log=$(mktemp)
     "$VENV/bin/python" -m pytest -p no:cacheprovider "${half[@]}" >"$log" 2>&1 &
     beside=$!
