@@ -38,8 +38,16 @@ class PackedDocument:
     """One sample as a tar keeps it."""
 
     domain: str
-    payload: bytes
-    """UTF-8 JSON: ``text``, ``input_ids`` or both; the domain is ``meta.pile_set_name``."""
+    members: dict[str, bytes]
+    """Suffix -> content, in the tar's order.
+
+    ``json`` is UTF-8 JSON: ``text``, ``input_ids`` or both; the domain is ``meta.pile_set_name``.
+    """
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all members."""
+        return sum(map(len, self.members.values()))
 
 
 def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
@@ -82,7 +90,7 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         raise BadRecordError(
             f"a document of {len(payload):,} bytes; the most is {MAX_DOCUMENT_BYTES:,}"
         )
-    return PackedDocument(domain, payload)
+    return PackedDocument(domain, {"json": payload})
 
 
 def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
             _write_grouped(reader, tars, work / "spools", progress)
         else:
             for document in reader:
-                tars.add(document.payload)
+                tars.add(document.members)
         tars.end_tar()
         if not tars.n_samples:
             first = (
@@ -189,7 +189,7 @@ class _Documents:
                         continue
                     self._count(document.domain)
                     yield document
-                    progress.step(len(document.payload), before + reader.position())
+                    progress.step(document.n_bytes, before + reader.position())
                 before += size or 0
 
     def _take_bad(self, message: str) -> None:
@@ -259,8 +259,9 @@ def _write_grouped(reader: _Documents, tars: TarSequence, folder: Path, progress
     for document in reader:
         spools.add(document)
     with closing(_Progress("group by domain", spools.n_bytes, progress)) as bar:
-        for payloads in spools.drain():
-            for payload in payloads:
-                tars.add(payload)
-                bar.step(len(payload), bar.n_bytes + len(payload))
+        for documents in spools.drain():
+            for members in documents:
+                tars.add(members)
+                n_bytes = sum(map(len, members.values()))
+                bar.step(n_bytes, bar.n_bytes + n_bytes)
             tars.end_tar()

@@ -194,5 +194,5 @@ def write_tars(folder: Path, payloads: list[bytes]) -> None:
     with published(str(folder)) as work:
         tars = TarSequence(work / "tars", SAMPLES_PER_TAR)
         for payload in payloads:
-            tars.add(payload)
+            tars.add({"json": payload})
         tars.end_tar()

@@ -8,10 +8,12 @@ import os
 import shutil
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
+
+import msgspec
 
 from gradproj.corpus.packing import PackedDocument
 from gradproj.errors import StoreError
@@ -52,15 +54,16 @@ class TarSequence:
         self._n_in_tar = 0
         self._file: BinaryIO | None = None
 
-    def add(self, payload: bytes) -> None:
-        """Append a document's JSON under the next key."""
+    def add(self, members: Mapping[str, bytes]) -> None:
+        """Append a document under the next key; ``members`` are suffix -> content."""
         if self._file is None:
             path = self._folder / f"shard-{self.n_tars:06d}.tar"
             self._file = open(path, "xb", buffering=WRITE_BYTES)  # noqa: SIM115
             self.n_tars += 1
-        self._file.write(tar_header(f"{self.n_samples:012d}.json", len(payload)))
-        self._file.write(payload)
-        self._file.write(bytes(-len(payload) % tarfile.BLOCKSIZE))
+        for suffix, content in members.items():
+            self._file.write(tar_header(f"{self.n_samples:012d}.{suffix}", len(content)))
+            self._file.write(content)
+            self._file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
         self.n_samples += 1
         self._n_in_tar += 1
         if self._n_in_tar == self._samples_per_tar:
@@ -96,22 +99,24 @@ class DomainSpools:
             number = self._numbers.setdefault(document.domain, len(self._numbers))
             file = self._open[document.domain] = open(self._path(number), "ab")  # noqa: SIM115
         self._open.move_to_end(document.domain)
-        file.write(len(document.payload).to_bytes(8, "little") + document.payload)
-        self.n_bytes += len(document.payload)
+        packed = msgspec.msgpack.encode(document.members)
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        self.n_bytes += document.n_bytes
 
-    def drain(self) -> Iterator[Iterator[bytes]]:
+    def drain(self) -> Iterator[Iterator[dict[str, bytes]]]:
         """Yield each domain's documents, in order of first appearance; delete files once read."""
         while self._open:
             self._open.popitem()[1].close()
         for number in self._numbers.values():
-            yield self._payloads(self._path(number))
+            yield self._documents(self._path(number))
             self._path(number).unlink()
 
     @staticmethod
-    def _payloads(path: Path) -> Iterator[bytes]:
+    def _documents(path: Path) -> Iterator[dict[str, bytes]]:
+        decode = msgspec.msgpack.Decoder(dict[str, bytes]).decode
         with open(path, "rb", buffering=WRITE_BYTES) as file:
             while length := file.read(8):
-                yield file.read(int.from_bytes(length, "little"))
+                yield decode(file.read(int.from_bytes(length, "little")))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"domain-{number:06d}"
