@@ -8,8 +8,10 @@ against the index.
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
 from webdataset.tariterators import group_by_keys
 
 from gradproj.corpus.documents import (
@@ -45,30 +47,77 @@ def read_documents(
         yield from _read_span(index.tars[number], number, first, last, domain_of, limits)
 
 
+@dataclass(frozen=True)
+class Members:
+    """A sample as its tar holds it."""
+
+    sample_id: int
+    key: str
+    by_suffix: dict[str, bytes]
+    """Lower-case suffix (``json``, ``labels.npy``) -> content."""
+
+
+def read_members(index: CorpusIndex, ids: np.ndarray) -> Iterator[Members]:
+    """Yield all members of the samples of ascending ids, whatever they are.
+
+    Only the blocks of 64 samples that hold one of the ids are read, each once.
+
+    Raises:
+        CorpusError: as ``read_documents``, or a member is over the limit of one in memory.
+    """
+    runs = np.split(ids, 1 + np.flatnonzero(np.diff(ids // SAMPLES_PER_BLOCK) > 1))
+    for run in runs if len(ids) else []:
+        for number, first, last in index.spans(int(run[0]), int(run[-1]) + 1):
+            tar = index.tars[number]
+            begin, end = np.searchsorted(run, [tar.start_id + first, tar.start_id + last])
+            positions = set((run[begin:end] - tar.start_id).tolist())
+            for position, sample in _samples(tar, first, last, _DEFAULT_LIMITS):
+                if position in positions:
+                    yield _members_of(tar, tar.start_id + position, sample)
+
+
+def _members_of(tar: Tar, sample_id: int, sample: dict[str, Any]) -> Members:
+    key = sample["__key__"]
+    members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+    for suffix, data in members.items():
+        if data is None:
+            raise CorpusError(
+                f"{tar.path}: {key}.{suffix} is over {MAX_DOCUMENT_BYTES:,} bytes, the most that "
+                f"is held in memory: leave document {sample_id} out"
+            )
+    return Members(sample_id, key, members)
+
+
 def _read_span(
     tar: Tar, number: int, first: int, stop: int, domain_of: DomainReader, limits: ReadLimits
 ) -> Iterator[Document]:
+    for position, sample in _samples(tar, first, stop, limits):
+        key = sample["__key__"]
+        yield read_document(sample, tar.start_id + position, key, number, domain_of, limits)
+
+
+def _samples(
+    tar: Tar, first: int, stop: int, limits: ReadLimits
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield position and members of a tar's samples ``[first, stop)``."""
     check_unchanged(tar)
     first_block, stop_block = first // SAMPLES_PER_BLOCK, -(-stop // SAMPLES_PER_BLOCK)
     offsets, key_crcs = tar.block_offsets, tar.block_key_crcs
-    # Yielded one behind: the block's keys are checked before its last document is yielded.
-    held: Document | None = None
+    # Yielded one behind: the block's keys are checked before its last sample is yielded.
+    held: tuple[int, dict[str, Any]] | None = None
     with _open(tar) as file:
         file.seek(int(offsets[first_block]))
-        samples = group_by_keys(_members(file, tar, limits))
+        samples = group_by_keys(_tar_members(file, tar, limits))
         for block in range(first_block, stop_block):
             keys = []
             begin = block * SAMPLES_PER_BLOCK
             for position in range(begin, min(begin + SAMPLES_PER_BLOCK, tar.n_samples)):
                 sample = _next_sample(samples, tar, position)
-                key = sample["__key__"]
-                keys.append(key)
+                keys.append(sample["__key__"])
                 if first <= position < stop:
                     if held is not None:
                         yield held
-                    held = read_document(
-                        sample, tar.start_id + position, key, number, domain_of, limits
-                    )
+                    held = position, sample
             if crc_of_keys(keys) != key_crcs[block]:
                 raise _changed(tar, block, "its keys are not those of the index")
     if held is not None:
@@ -105,7 +154,7 @@ def _changed(tar: Tar, block: int, change: str) -> CorpusError:
     )
 
 
-def _members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str, Any]]:
+def _tar_members(file: BinaryIO, tar: Tar, limits: ReadLimits) -> Iterator[dict[str, Any]]:
     """Yield the members of a tar from the file's position on, as webdataset groups them.
 
     webdataset's own iterator would read members of any size into memory, and would decode names by

@@ -7,12 +7,13 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.corpora import BLOCK, document, plain_members, slow_domain, slow_samples, write_tar
 
 from gradproj.corpus import documents, stream
 from gradproj.corpus.index import build_index, check_unchanged
-from gradproj.corpus.stream import ReadLimits, read_documents
+from gradproj.corpus.stream import ReadLimits, read_documents, read_members
 from gradproj.errors import ConfigError, CorpusError
 
 
@@ -70,6 +71,34 @@ def test_any_split_of_a_range_reads_the_same_documents(tars):
         ] == whole
     for i in range(0, 201, 13):
         assert read(i, i + 1) == [whole[i]]
+
+
+@pytest.mark.parametrize("step", [1, 3, 40, 130])
+def test_members_of_chosen_samples_equal_those_that_webdataset_reads(tars, step):
+    slow = [sample for tar in tars for sample in slow_samples(tar)]
+    ids = np.arange(step // 2, 201, step)
+    got = list(read_members(index_of(*tars), ids))
+    assert [sample.sample_id for sample in got] == ids.tolist()
+    for sample in got:
+        want = {k: v for k, v in slow[sample.sample_id].items() if not k.startswith("__")}
+        assert (sample.key, sample.by_suffix) == (slow[sample.sample_id]["__key__"], want)
+
+
+def test_blocks_without_a_chosen_sample_are_not_read(tars, monkeypatch):
+    read = []
+    real = stream._samples
+    monkeypatch.setattr(stream, "_samples", lambda *a: (read.append(a[1:3]), real(*a))[1])
+    assert len(list(read_members(index_of(*tars), np.array([3, 5, 200])))) == 3
+    assert read == [(3, 6), (65, 66)]
+    assert list(read_members(index_of(*tars), np.array([], int))) == []
+
+
+def test_member_over_the_limit_of_memory_is_an_error_that_names_it(tars, monkeypatch):
+    index = index_of(*tars)
+    monkeypatch.setattr(stream, "MAX_DOCUMENT_BYTES", 8)
+    monkeypatch.setattr(stream, "_DEFAULT_LIMITS", ReadLimits(max_document_bytes=8))
+    with pytest.raises(CorpusError, match=r"000003\.json is over 8 bytes.*leave document 3 out"):
+        list(read_members(index, np.array([3])))
 
 
 def test_range_outside_the_corpus_is_rejected(tars):
