@@ -242,7 +242,7 @@ def test_too_many_queries_are_rejected_before_projection(job, output, tmp_path, 
     with ProjectionStore(output) as store:
         monkeypatch.setattr(projector, "MAX_ROWS_BYTES", 4 * store.dim * 2)
         monkeypatch.setattr(ProjectionStore, "rows", None)
-        monkeypatch.setattr("gradproj.cli.query.QueryProjector", None)
+        monkeypatch.setattr("gradproj.cli.query.asked.QueryProjector", None)
         size = (
             f"whose rows of {store.dim:,} values take {human_bytes(4 * store.dim * 3)} of memory; "
         )
@@ -255,7 +255,7 @@ def test_too_many_queries_are_rejected_before_projection(job, output, tmp_path, 
 
 
 def test_joint_rejects_rows_that_are_too_wide(job, ask, monkeypatch):
-    monkeypatch.setattr("gradproj.cli.query_config.MAX_JOINT_WIDTH", 10)
+    monkeypatch.setattr("gradproj.cli.query.config.MAX_JOINT_WIDTH", 10)
     flags = (*ASKED, "--score", "preconditioned", "--joint")
     with ProjectionStore(job.output) as store:
         width = store.dim

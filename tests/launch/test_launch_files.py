@@ -11,7 +11,7 @@ from helpers.shell import ROOT, run_bash, stub
 from torch.distributed.run import get_args_parser
 
 from gradproj.cli.index import IndexConfig
-from gradproj.cli.query_config import QueryConfig
+from gradproj.cli.query.config import QueryConfig
 from gradproj.corpus.prepare import PrepareConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config

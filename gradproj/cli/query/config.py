@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, HEAD_SUMS, SCORES
-from gradproj.cli.query_rescore import RescoreArgs
+from gradproj.cli.query.rescore import RescoreArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, as_in, flag

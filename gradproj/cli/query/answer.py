@@ -1,0 +1,47 @@
+"""The answer of a query command: rankings, and what is said about their documents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gradproj.analysis.ranking import Ranking
+from gradproj.cli.query.rescore import FirstStage
+from gradproj.cli.query.summary import Summary
+from gradproj.query import QueryRows
+from gradproj.store import ProjectionStore
+from gradproj.store.layer_view import Sample
+
+JSON_TEXT_CHARACTERS = 1000
+"""Longest text in the JSON lines; the table has one line of it."""
+
+Columns = dict[str, dict[tuple[int, int], float]]
+"""Title of a column of scores -> (number of the query, sample id) -> value."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Rankings of all queries."""
+
+    summary: Summary
+    queries: QueryRows
+    rankings: list[Ranking]
+    """One per damping."""
+    samples: dict[int, Sample]
+    """The ranked documents; empty on ranks other than 0."""
+    first_stage: FirstStage | None = None
+    """Of a rescored answer, on rank 0."""
+    columns: Columns = field(default_factory=dict)
+    """Further columns of the ranked documents; empty on ranks other than 0."""
+
+
+def describe(
+    store: ProjectionStore, rankings: Sequence[Ranking], read_text: Callable[[int], str] | None
+) -> dict[int, Sample]:
+    """Return the columns of every ranked document, with the beginning of its text if wanted."""
+    ends = [end for ranking in rankings for end in (ranking.top, ranking.bottom)]
+    ids = sorted({int(i) for end in ends for i in np.asarray(end.ids).flat})
+    samples = {sample.sample_id: sample for sample in store.samples(ids)}
+    if read_text is None:
+        return samples
+    return {i: replace(s, text=read_text(i)[:JSON_TEXT_CHARACTERS]) for i, s in samples.items()}

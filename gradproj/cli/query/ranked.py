@@ -1,0 +1,159 @@
+"""Rankings of a store's documents: by a gradient score, by text, or by both."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gradproj.analysis import Preconditioner
+from gradproj.analysis.preconditioner_cache import fit_cached
+from gradproj.analysis.ranking import Ranker, Ranking
+from gradproj.analysis.reduction import length_percentiles
+from gradproj.analysis.row_blocks import scan_world
+from gradproj.analysis.scan import ScanOptions, fit_for_scan
+from gradproj.analysis.score_types import SCORES
+from gradproj.cli.query.asked import query_rows, query_texts
+from gradproj.cli.query.config import MAX_JOINT_WIDTH, QueryConfig
+from gradproj.cli.query.rescore import SecondStage
+from gradproj.cli.query.text import text_scan
+from gradproj.distributed import Process, choose_device
+from gradproj.formatting import human_bytes
+from gradproj.query import QueryRows
+from gradproj.store import ProjectionStore
+from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
+from gradproj.text.scores import TextScan
+
+_LENGTH_RATIO = 4
+"""Of the 90th to the 10th percentile of documents' tokens, from which on ``query`` mentions it."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Rankings, and the options that they were made with."""
+
+    name: str
+    """The score."""
+    options: ScanOptions
+    kind: str | None
+    """Kind of the score's preconditioner."""
+    queries: QueryRows
+    rankings: list[Ranking]
+    """One per damping."""
+    second: SecondStage | None
+    """None without ``--rescore``."""
+    text: TextScan | None
+    """Set if text scores are used."""
+
+
+def rank_by_text(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> Ranked:
+    world = scan_world(process.world_size > 1)
+    second = SecondStage.of(config, store, None)
+    queries = world.broadcast(query_rows(config, store, note) if process.rank == 0 else None)
+    path = _scores_path(config, len(queries.names), len(store), note)
+    scan = text_scan(config, store, process, note, second.text_index if second else None)
+    ranking = TextRanker(scan, *n_ends).rank(query_texts(queries), path)
+    device, _ = choose_device(config.device, process.local_rank)
+    options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
+    return Ranked(TEXT, {**options, "device": device}, None, queries, [ranking], second, scan)
+
+
+def rank_by_gradients(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> Ranked:
+    """Rank by a gradient score, alone or with text."""
+    world = scan_world(process.world_size > 1)
+    options = _scan_options(config, store, process, note)
+    config.check_joint(options["layers"], store)
+    second = SecondStage.of(config, store, options["layers"])
+    kind = config.curvature or SCORES[options["score"]].curvature
+    fit = functools.partial(_preconditioner, config, kind, store, options, note)
+    # Missing token covariances show at once; a scan must wait until the queries are valid.
+    fitted = fit() if kind == "kfac" else None
+    queries = world.broadcast(query_rows(config, store, note) if process.rank == 0 else None)
+    if queries.head is not None and config.uses_head(options["score"]):
+        options |= {"head": queries.head, "head_sum": config.head_sum}
+    elif store.head is not None and config.uses_head(options["score"]):
+        note("the queries have no head rows: scores are those of the layers alone")
+    # What a long scan would wait for comes before it.
+    index = second.text_index if second else None
+    text = text_scan(config, store, process, note, index) if config.uses_text else None
+    ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
+    path = _scores_path(config, len(queries.names), len(store), note)
+    if config.score in WITH_TEXT and text:
+        both = HybridRanker(ranker, replace(text, progress=False))
+        texts = query_texts(queries)
+        dampings = config.dampings if kind else config.dampings[:1]
+        rankings = [both.rank(queries.rows, texts, c, path) for c in dampings]
+    elif path is not None:
+        (damping,) = config.dampings
+        rankings = [ranker.rank_and_save(queries.rows, damping, path)]
+    else:
+        rankings = ranker.rank(queries.rows, config.dampings)
+    if process.rank == 0 and SCORES[options["score"]].is_inner_product:
+        _note_lengths(store, options, note)
+    name = config.score or options["score"]
+    return Ranked(name, options, kind, queries, rankings, second, text)
+
+
+def _scan_options(
+    config: QueryConfig, store: ProjectionStore, process: Process, note: Callable[[str], None]
+) -> ScanOptions:
+    """Return options without a preconditioner, which is fitted after the queries are checked."""
+    device, warning = choose_device(config.device, process.local_rank)
+    if warning:
+        note(warning)
+    options = config.scan_options(store, device, note)
+    options["domains"] = config.domains_of(store)
+    options["together"] = process.world_size > 1
+    return options
+
+
+def _note_lengths(
+    store: ProjectionStore, options: ScanOptions, note: Callable[[str], None]
+) -> None:
+    """Say if documents of very different lengths compete; of scores that grow with length."""
+    lengths = length_percentiles(store, options.get("domains"))
+    if lengths is None:
+        return
+    short, long = lengths
+    if long > _LENGTH_RATIO * max(short, 1):
+        note(
+            f"documents of very different lengths compete: a tenth has fewer than {short:,.0f} "
+            f"target tokens, a tenth more than {long:,.0f}. --score relatif divides by each "
+            "document's own influence"
+        )
+
+
+def _preconditioner(
+    config: QueryConfig,
+    kind: str | None,
+    store: ProjectionStore,
+    options: ScanOptions,
+    note: Callable[[str], None],
+) -> Preconditioner | None:
+    if kind is None:
+        return None
+    if config.joint:
+        settings = {"layers": options["layers"], "joint": True, "largest_width": MAX_JOINT_WIDTH}
+        return fit_for_scan(store, kind, options, **settings)
+    return fit_cached(store, kind, options, note)
+
+
+def _scores_path(
+    config: QueryConfig, n_queries: int, n_samples: int, note: Callable[[str], None]
+) -> Path | None:
+    if not config.save_scores:
+        return None
+    path, n_bytes = Path(config.save_scores), human_bytes(4 * n_queries * n_samples)
+    note(f"{path} will hold {n_queries:,} x {n_samples:,} scores, {n_bytes}")
+    return path

@@ -1,0 +1,87 @@
+"""An answer as a table."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from gradproj.analysis import TopDocuments
+from gradproj.analysis.ranking import Ranking, overlap
+from gradproj.cli.query.answer import Answer
+from gradproj.cli.query.lines import NAME, WIDTH, labelled
+from gradproj.cli.query.rescore import FirstStage
+from gradproj.formatting import escaped, one_line
+from gradproj.query import QueryRows
+
+_COLUMN = 12
+
+
+def table_lines(answer: Answer) -> Iterator[str]:
+    """Yield the lines of the table, with control characters of texts and keys replaced."""
+    rankings, queries = answer.rankings, answer.queries
+    yield from summary_lines(answer)
+    for ranking in rankings:
+        for number in range(len(queries.names)):
+            yield ""
+            yield from _query_lines(queries, number, ranking.damping if len(rankings) > 1 else None)
+            for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
+                if end.ids.shape[1]:
+                    yield from _end_lines(answer, name, end, number)
+    if len(rankings) > 1:
+        yield ""
+        yield from overlap_lines(rankings)
+
+
+def summary_lines(answer: Answer) -> list[str]:
+    """Describe the answer: the rows, the score, and the second stage."""
+    lines = answer.summary.lines([ranking.damping for ranking in answer.rankings])
+    return lines if answer.first_stage is None else lines + _rescored_lines(answer.first_stage)
+
+
+def _rescored_lines(first: FirstStage) -> list[str]:
+    columns = "scan: place and score in the scan"
+    columns += "" if first.text is None else "; text: place by shared text"
+    return [*labelled("rescored", first.note).splitlines(), labelled("", columns)]
+
+
+def overlap_lines(rankings: Sequence[Ranking]) -> Iterator[str]:
+    """Yield a table of how far the rankings by several dampings agree."""
+    names = [_damping_name(ranking.damping) for ranking in rankings]
+    k = max(ranking.top.ids.shape[1] or ranking.bottom.ids.shape[1] for ranking in rankings)
+    end = "top" if rankings[0].top.ids.shape[1] else "bottom"
+    yield f"share of the {end} {k} in common, by damping, mean over the queries"
+    yield " " * 10 + "".join(f"{name:>8}" for name in names)
+    for name, fractions in zip(names, overlap(rankings), strict=True):
+        yield f"{name:>10}" + "".join(f"{fraction:>8.2f}" for fraction in fractions)
+
+
+def _query_lines(queries: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
+    n_tokens, loss = queries.n_tokens[number], queries.loss[number]
+    text = f"{one_line(queries.names[number], NAME)}: {n_tokens:,} target tokens"
+    text += "" if math.isnan(loss) else f", loss {loss:.3f} nats per token"
+    text += "" if damping is None else f"; damping {_damping_name(damping)}"
+    yield from labelled("query", text).splitlines()
+    if queries.excerpts[number]:
+        yield from labelled("", queries.excerpts[number]).splitlines()
+
+
+def _end_lines(answer: Answer, name: str, end: TopDocuments, number: int) -> Iterator[str]:
+    first = answer.first_stage
+    # Rescored, it is an influence, whatever the score of the scan is.
+    wide = first is not None or answer.summary.has_wide_range
+    titles = "" if first is None else first.header()
+    titles += "".join(f"{title:>{_COLUMN}}" for title in answer.columns)
+    yield f"{name:<6}{'score':>11}{titles}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
+    ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
+    for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
+        sample = answer.samples[sample_id]
+        text = f"{f'{value:+.3e}' if wide else f'{value:+.4f}':>11}"
+        text += "" if first is None else first.columns(number, sample_id)
+        for column in answer.columns.values():
+            text += f"{column[number, sample_id]:>{_COLUMN}.3e}"
+        domain, key = one_line(sample.domain or "-", NAME), one_line(escaped(sample.key), NAME)
+        yield f"{place:>5} {text}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
+        if sample.text is not None:
+            yield f"      {one_line(sample.text, WIDTH - 6)}"
+
+
+def _damping_name(damping: float | str | None) -> str:
+    return damping if isinstance(damping, str) else f"{damping:g}"

@@ -1,0 +1,58 @@
+"""Text scores in ``query``: the scan, and a column of them."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gradproj.analysis.ranking import Ranking
+from gradproj.cli.query.config import QueryConfig
+from gradproj.distributed import Process
+from gradproj.errors import ConfigError
+from gradproj.store import ProjectionStore
+from gradproj.text.index import TextIndex, make_text_index, open_text_index
+from gradproj.text.scores import QueryText, TextScan
+
+_QUERIES_AT_ONCE = 64
+
+
+def text_scan(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    note: Callable[[str], None],
+    index: TextIndex | None = None,
+) -> TextScan:
+    """Return a scan of the store's documents by text, whose index is made on first use.
+
+    ``index``: the store's, if it was opened already.
+
+    Raises:
+        ConfigError: there is no index, and several ranks would have to make it.
+    """
+    index = index or open_text_index(store)
+    if index is None and process.world_size > 1:
+        raise ConfigError(
+            f"{store.path.parent} has no text index yet: run `gradproj text {store.path.parent}` "
+            "first, under torchrun to share the work"
+        )
+    if index is None:
+        index = make_text_index(store, config, note=note)
+    assert index is not None
+    domains, together = config.domains_of(store), process.world_size > 1
+    return TextScan(store, index, domains, together, sys.stderr.isatty())
+
+
+def text_column(
+    scan: TextScan, queries: Sequence[QueryText], rankings: Sequence[Ranking]
+) -> dict[tuple[int, int], float]:
+    """Return the text score of each ranked document: (number of the query, sample id) -> score."""
+    column: dict[tuple[int, int], float] = {}
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        span = slice(start, start + _QUERIES_AT_ONCE)
+        ends = [end.ids[span] for r in rankings for end in (r.top, r.bottom)]
+        ids = np.unique(np.concatenate([np.asarray(end).ravel() for end in ends]))
+        scores = scan.scores_at(queries[span], ids)
+        for number, values in enumerate(scores, start):
+            column |= {(number, int(i)): float(x) for i, x in zip(ids, values, strict=True)}
+    return column
