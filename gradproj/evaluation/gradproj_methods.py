@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
 from gradproj.evaluation.method_names import FULL, GradientMethod, RowKind
-from gradproj.files import load_array, save_array
+from gradproj.files import load_array, save_array, save_arrays
 from gradproj.query.projector import QueryProjector
 from gradproj.query.queries import Query
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.head_rows import HeadQueries
 
 SMALLEST = RowKind("16", "signs", "eigen", "sum")
+HEAD_ROWS = "64x64"
 
 
 class GradientStores:
@@ -44,7 +47,9 @@ class GradientStores:
     def scores(self, method: GradientMethod) -> np.ndarray:
         """Return ``(Q, N)`` float32."""
         with self.open(method.rows) as documents:
-            queries = self._query_rows(documents, method.rows)
+            queries, head = self._query_rows(documents, method.rows)
+            if method.head == "only":
+                queries = np.zeros_like(queries)
             kind, fitted = SCORES[method.score].curvature, None
             if kind is not None:
                 if (kind, method.rows) not in self._fitted:
@@ -52,7 +57,8 @@ class GradientStores:
                 fitted = self._fitted[kind, method.rows].with_damping(method.damping)
             found = score(
                 queries, documents, score=method.score, preconditioner=fitted,
-                reduction=method.reduction,
+                reduction=method.reduction, head=head if method.head else None,
+                head_sum="equal" if method.head == "equal" else "plain",
             )  # fmt: skip
             return np.asarray(found)
 
@@ -71,14 +77,17 @@ class GradientStores:
         with self.open(rows) as store:
             return store.column(name)
 
-    def row_bytes(self, rows: RowKind) -> int:
-        """Return the bytes of a stored row."""
-        with self.open(rows) as store:
-            return store.layout.row_bytes
+    def row_bytes(self, method: GradientMethod) -> int:
+        """Return the bytes of a document that a method reads."""
+        with self.open(method.rows) as store:
+            of_head = 0 if store.head is None else store.head.segment.n_bytes
+            if method.head == "only":
+                return of_head
+            return store.layout.row_bytes - (0 if method.head else of_head)
 
     def open(self, rows: RowKind) -> ProjectionStore:
         """Return the documents' store, complete."""
-        output = self._folder / f"documents-{rows.name}"
+        output = self._output(rows)
         if not _is_finished(output):
             self._make(output, rows)
         store = ProjectionStore(output)
@@ -90,16 +99,31 @@ class GradientStores:
             )
         return store
 
-    def _query_rows(self, documents: ProjectionStore, rows: RowKind) -> np.ndarray:
-        """Return the queries' rows in the coordinates of the documents' store, ``(Q, D)``."""
+    def _output(self, rows: RowKind) -> Path:
+        """Return the store's folder, which may be one that has head rows beside the same rows."""
+        output, with_head = (
+            self._folder / f"documents-{kind.name}" for kind in (rows, replace(rows, head=True))
+        )
+        return with_head if not output.is_dir() and _is_finished(with_head) else output
+
+    def _query_rows(
+        self, documents: ProjectionStore, rows: RowKind
+    ) -> tuple[np.ndarray, HeadQueries | None]:
+        """Return the queries' rows ``(Q, D)`` in the coordinates of the store, and head rows."""
         # A store that was made again may have another basis: its rows are not the first one's.
         path = self._folder / f"queries-{rows.name}-{documents.attributes.get('store_id')}.npy"
-        if not path.is_file():
+        head_path = path.with_name(f"{path.stem}-head.npz")
+        if not path.is_file() or (rows.head and not head_path.is_file()):
             ids = unpadded(self._experiment.queries)
             queries = [Query(name=str(i), input_ids=x.tolist()) for i, x in enumerate(ids)]
-            projector = QueryProjector(documents, device=self._config.device)
-            save_array(path, projector.rows(queries).rows)
-        return load_array(path)
+            found = QueryProjector(documents, device=self._config.device).rows(queries)
+            if found.head is not None:
+                save_arrays(head_path, ids=found.head.ids, values=found.head.values)
+            save_array(path, found.rows)
+        if not rows.head:
+            return load_array(path), None
+        head = np.load(head_path, allow_pickle=False)
+        return load_array(path), HeadQueries(head["ids"], head["values"])
 
     def _make(self, output: Path, rows: RowKind) -> None:
         config = self._config
@@ -107,7 +131,7 @@ class GradientStores:
             "shards": self._experiment.document_tars, "output_dir": output, "model": self._model,
             "device": config.device, "max_length": config.max_length, "threads": 1,
             "encoding": rows.encoding, "basis": rows.basis, "loss_reduction": rows.loss_reduction,
-            **_size(rows, config), **self._init,
+            **_size(rows, config), **({"head_rows": HEAD_ROWS} if rows.head else {}), **self._init,
         }  # fmt: skip
         arguments = [str(x) for flag, value in flags.items() for x in (f"--{flag}", value)]
         command = [sys.executable, "-m", "gradproj.run", *arguments]

@@ -80,8 +80,9 @@ class Methods:
 
     def row_bytes(self, name: str) -> int | None:
         """Return the bytes of a document that a method reads; None if it reads no rows."""
-        kinds = [method.rows for part in name.split(JOINED) if (method := GradientMethod.of(part))]
-        return sum(self._stores.row_bytes(rows) for rows in dict.fromkeys(kinds)) if kinds else None
+        methods = [method for part in name.split(JOINED) if (method := GradientMethod.of(part))]
+        read = {method.rows: method for method in methods}  # both may read the same rows
+        return sum(map(self._stores.row_bytes, read.values())) if read else None
 
     def _compute(self, name: str) -> np.ndarray:
         if JOINED in name:

@@ -93,7 +93,8 @@ def in_this_process(monkeypatch):
 
 def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys):
     settings = SMALL | {
-        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16/signs+text,"
+        "methods": "random,loss,grad_norm,hidden,ngram,dot@16,relatif@16,kfac@16/signs/headonly,"
+        "kfac@16/signs/head,kfac@16/signs/headequal,kfac@16/signs,kfac@16/signs+text,"
         "kfac@16/signs/rescored2",
         "reference": "dot@16",
     }
@@ -116,8 +117,21 @@ def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys
     assert all(name in shown for name in results["methods"])
     hybrid = results["methods"]["kfac@16/signs+text"]
     assert -1 <= hybrid["lds"]["mean"] <= 1
-    with ProjectionStore(tmp_path / "out/stores/documents-16-signs-eigen-sum") as store:
-        assert hybrid["row_bytes"] == store.layout.row_bytes
+    # One store has the rows of all methods of signs, the head's and the layers'.
+    assert not (tmp_path / "out/stores/documents-16-signs-eigen-sum").exists()
+    kinds = ("headonly", "head", "headequal")
+    names = ["kfac@16/signs", *(f"kfac@16/signs/{kind}" for kind in kinds)]
+    layers, head, both, equal = (
+        np.load(tmp_path / f"out/scores/{name.replace('/', '_')}.npy") for name in names
+    )
+    np.testing.assert_allclose(both, layers + head, rtol=1e-4, atol=1e-4 * np.abs(layers).max())
+    factors = layers.std(axis=1, keepdims=True) / head.std(axis=1, keepdims=True)
+    np.testing.assert_allclose(equal, layers + factors * head, rtol=1e-3, atol=1e-4)
+    sizes = [results["methods"][name]["row_bytes"] for name in names]
+    with ProjectionStore(tmp_path / "out/stores/documents-16-signs-eigen-sum-head") as store:
+        assert sizes[2] == sizes[3] == store.layout.row_bytes
+    assert sizes[0] + sizes[1] == sizes[2]
+    assert hybrid["row_bytes"] == sizes[0]
     assert results["methods"]["ngram"]["row_bytes"] is None
     assert -1 <= results["randomized"] <= 1
     assert "dot@16 with the same score under random weights" in shown
@@ -341,7 +355,7 @@ def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_
             made.append(store.attributes["store_id"])
 
         def rows(self, queries):
-            return SimpleNamespace(rows=np.full((len(queries), 2), len(made)))
+            return SimpleNamespace(rows=np.full((len(queries), 2), len(made)), head=None)
 
     monkeypatch.setattr(gradproj_methods, "QueryProjector", Projector)
     config = config_of(data, tmp_path)
@@ -350,7 +364,7 @@ def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_
     (tmp_path / "stores").mkdir()
     stores = GradientStores(config, experiment, tmp_path)
     rows = [
-        stores._query_rows(SimpleNamespace(attributes={"store_id": name}), SMALLEST)
+        stores._query_rows(SimpleNamespace(attributes={"store_id": name}), SMALLEST)[0]
         for name in ("first", "first", "second")
     ]
     assert made == ["first", "second"]
@@ -505,6 +519,8 @@ def test_invalid_settings_are_rejected(given, message):
         ("dot@16:0.1/signs", "dot has no damping; write dot@16/signs"),
         ("kfac@16/sign", r"kfac@16/sign: write SCORE@K.*ENCODING is one of signs, int2"),
         ("kfac@16/signs/eigen/total", "write SCORE@K"),
+        ("dot@16/signs/head", "dot@16/signs/head: head rows are for kfac of packed rows"),
+        ("kfac@16/dense/headonly", "head rows are for kfac of packed rows"),
         ("kfac@16+trak", "unknown method 'trak'"),
         ("dot@16+ngram+text", "adds more than two methods"),
         ("kfac@0", "K must be at least 1"),
