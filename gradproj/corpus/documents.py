@@ -1,4 +1,4 @@
-"""Decode a sample's members into a document (text or token ids) and its domain.
+"""Decode a sample's members into a document (``content.py`` has its forms) and its domain.
 
 The index and the stream both read the domain with :class:`DomainReader`, so they cannot disagree.
 """
@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from gradproj.corpus.content import Content, content_of, fields_of_form, is_unicode
+from gradproj.corpus.messages import BadContentError, json_type
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag
 
@@ -32,17 +34,22 @@ _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 class Document:
     """One sample of the corpus.
 
-    At least one of ``text`` and ``input_ids`` is set, unless ``problem`` says why the sample is bad
-    input. ``tar`` is the tar's position in the index.
+    ``content`` is None if ``problem`` says why the sample is bad input. ``weight`` multiplies its
+    row. ``tar`` is the tar's position in the index.
     """
 
     sample_id: int
     key: str
     tar: int
     domain: str
-    text: str | None
-    input_ids: list[int] | None
+    content: Content | None
+    weight: float
     problem: str | None
+
+    @property
+    def text(self) -> str:
+        """Its text to be shown; empty if it has none."""
+        return "" if self.content is None else self.content.plain_text()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +162,7 @@ class DomainReader:
             return UNKNOWN_DOMAIN
         for name in self._path:
             value = (as_object(value) or {}).get(name)
-        return value if isinstance(value, str) and value and _is_unicode(value) else UNKNOWN_DOMAIN
+        return value if isinstance(value, str) and value and is_unicode(value) else UNKNOWN_DOMAIN
 
 
 def as_object(value: Any) -> dict[str, Any] | None:
@@ -192,49 +199,41 @@ def read_document(
 ) -> Document:
     """Decode a sample's ``json`` and ``txt`` members. Bad content is reported in ``problem``.
 
-    ``{key}.json`` holds ``text`` or ``input_ids`` or both. If it has neither, ``{key}.txt`` is the
-    text and the JSON only metadata. A member too large to be read at all is None in ``members``.
+    ``{key}.json`` holds the fields of a document. If they make none, ``{key}.txt`` is the text and
+    the JSON only metadata. A member too large to be read at all is None in ``members``.
     """
     data = members.get("json")
     domain = (
         domain_of(data) if data is not None and len(data) <= MAX_DOCUMENT_BYTES else UNKNOWN_DOMAIN
     )
-    text, input_ids, problem = _content(members, limits)
-    return Document(sample_id, key, tar, domain, text, input_ids, problem)
-
-
-class _BadInput(Exception):
-    """A sample cannot be decoded; the message says why."""
-
-
-def _content(
-    members: Mapping[str, bytes | None], limits: ReadLimits
-) -> tuple[str | None, list[int] | None, str | None]:
     try:
-        text = input_ids = None
-        if "json" in members:
-            fields = _json_object(_within_limit(members["json"], "json", limits), limits)
-            text = _text(fields.get("text"))
-            input_ids = _token_ids(fields.get("input_ids"))
-        if text is None and input_ids is None and "txt" in members:
-            text = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
-        if text is None and input_ids is None:
-            raise _BadInput(_nothing_to_read(members))
-    except _BadInput as bad:
-        return None, None, str(bad)
-    return text, input_ids, None
+        content, weight = _content(members, limits)
+    except BadContentError as bad:
+        return Document(sample_id, key, tar, domain, None, 1.0, str(bad))
+    return Document(sample_id, key, tar, domain, content, weight, None)
+
+
+def _content(members: Mapping[str, bytes | None], limits: ReadLimits) -> tuple[Content, float]:
+    fields: dict[str, Any] = {}
+    if "json" in members:
+        fields = _json_object(_within_limit(members["json"], "json", limits), limits)
+    if not fields_of_form(fields) and "txt" in members:
+        fields["text"] = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
+    if not fields and "json" not in members:
+        raise BadContentError(_nothing_to_read(members))
+    return content_of(fields)
 
 
 def _nothing_to_read(members: Mapping[str, bytes | None]) -> str:
-    if "json" in members:
-        return 'no text: its .json has neither "text" nor "input_ids", and there is no .txt'
     suffixes = ", ".join(sorted(f".{suffix}" for suffix in members if not suffix.startswith("__")))
     return f"no text: it has neither a .json nor a .txt, only {suffixes}"
 
 
 def _within_limit(data: bytes | None, suffix: str, limits: ReadLimits) -> bytes:
     if data is None or len(data) > limits.max_document_bytes:
-        raise _BadInput(f"too large: its .{suffix} is over {limits.max_document_bytes:,} bytes")
+        raise BadContentError(
+            f"too large: its .{suffix} is over {limits.max_document_bytes:,} bytes"
+        )
     return data
 
 
@@ -243,19 +242,21 @@ def _utf8(data: bytes, suffix: str) -> str:
         return data.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         at = error.start + len(data) - len(error.object)
-        raise _BadInput(f"not UTF-8: byte {at:,} of its .{suffix} is 0x{data[at]:02x}") from None
+        raise BadContentError(
+            f"not UTF-8: byte {at:,} of its .{suffix} is 0x{data[at]:02x}"
+        ) from None
 
 
 def _json_object(data: bytes, limits: ReadLimits) -> dict[str, Any]:
     string = _utf8(data, "json")
     if _deeper_than(limits.max_json_depth, data):
-        raise _BadInput(f"invalid JSON: nested more than {limits.max_json_depth} deep")
+        raise BadContentError(f"invalid JSON: nested more than {limits.max_json_depth} deep")
     try:
         value = json.loads(string)
     except ValueError as error:
-        raise _BadInput(f"invalid JSON: {error}") from None
+        raise BadContentError(f"invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _BadInput(f"invalid JSON: not an object but {json_type(value)}")
+        raise BadContentError(f"invalid JSON: not an object but {json_type(value)}")
     return value
 
 
@@ -272,48 +273,3 @@ def _deeper_than(depth: int, data: bytes) -> bool:
         elif byte in b"]}":
             level -= 1
     return False
-
-
-def _text(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise _BadInput(f'"text" is not a string but {json_type(value)}')
-    if not _is_unicode(value):
-        raise _BadInput('"text" is not Unicode: it has half of a surrogate pair')
-    return value
-
-
-def _token_ids(value: Any) -> list[int] | None:
-    problem = "" if value is None else problem_of_token_ids(value)
-    if problem:
-        raise _BadInput(problem)
-    return value
-
-
-def problem_of_token_ids(value: Any) -> str:
-    """Return the reason why ``input_ids`` is not a list of token ids; empty if it is one."""
-    if not isinstance(value, list | tuple):
-        return f'"input_ids" is not a list but {json_type(value)}'
-    # All types at once, several times faster than item by item. `isinstance` would accept a bool.
-    if value and not (set(map(type, value)) == {int} and 0 <= min(value) <= max(value) < 2**31):
-        wrong = next(x for x in value if type(x) is not int or not 0 <= x < 2**31)
-        text = json.dumps(wrong, default=str)[:40]
-        return f'"input_ids" holds {text}, which is not a token id (0 to 2^31 - 1)'
-    return ""
-
-
-def json_type(value: Any) -> str:
-    """Return JSON's name for a value's type, with its article; Python's name for other types."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "a boolean"
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,17 +1,13 @@
-"""Convert input records to the JSON of a tar: ``{"text" or "input_ids", "meta"}``."""
+"""Convert input records to the JSON of a tar: the fields of a document's form, and ``meta``."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from gradproj.corpus.documents import (
-    MAX_DOCUMENT_BYTES,
-    UNKNOWN_DOMAIN,
-    as_object,
-    json_type,
-    problem_of_token_ids,
-)
+from gradproj.corpus.content import FIELDS, content_of, fields_of_form
+from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, as_object
+from gradproj.corpus.messages import BadContentError, json_type
 
 _ABSENT = object()
 _SCALARS = (str, int, float)
@@ -41,7 +37,8 @@ class PackedDocument:
     members: dict[str, bytes]
     """Suffix -> content, in the tar's order.
 
-    ``json`` is UTF-8 JSON: ``text``, ``input_ids`` or both; the domain is ``meta.pile_set_name``.
+    ``json`` is UTF-8 JSON: the fields of its form, ``weight`` and ``meta``, whose ``pile_set_name``
+    is the domain.
     """
 
     @property
@@ -53,14 +50,14 @@ class PackedDocument:
 def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     """Convert a record to a document.
 
-    The text and the ``input_ids`` are kept, and so are the fields of the record's ``meta``, which
+    The fields of its form are kept, and so are the fields of the record's ``meta``, which
     may be an object, a map column's pairs, or an object written as JSON;
     its other top-level strings and numbers (``id``, ``url``) are added to ``meta``. NaN becomes
     null.
 
     Raises:
-        BadRecordError: not an object, neither text nor token ids, a wrong type, a lone surrogate,
-            or too large.
+        BadRecordError: not an object, no form of a document, a wrong type, a lone surrogate, or too
+            large.
     """
     if record.problem is not None:
         raise BadRecordError(record.problem)
@@ -71,7 +68,7 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     meta = {
         name: value
         for name, value in record.value.items()
-        if isinstance(value, _SCALARS) and name not in (text_field, domain_field)
+        if isinstance(value, _SCALARS) and name not in (text_field, domain_field, *content)
     }
     record_meta = as_object(record.value.get("meta"))
     if record_meta is not None:
@@ -94,21 +91,29 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
 
 
 def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
-    text, ids = _look_up(value, text_field), value.get("input_ids")
-    problem = "" if ids is None else problem_of_token_ids(ids)
-    if problem:
-        raise BadRecordError(problem)
-    tokens = {} if ids is None else {"input_ids": ids}
-    if isinstance(text, str):
-        return {"text": text, **tokens}
-    if tokens and (text is None or text is _ABSENT):
-        return tokens
-    if text is _ABSENT:
+    """Return the fields of the document's form and its weight, checked as a reader of tars does."""
+    text = _look_up(value, text_field)
+    fields = {name: item for name, item in value.items() if name != "text"}
+    if text is not _ABSENT:
+        fields["text"] = text
+    used = fields_of_form(fields)
+    if not used and text is _ABSENT and not fields.keys() & set(FIELDS):
         names = ", ".join(repr(name) for name in list(value)[:8]) or "none"
         raise BadRecordError(
-            f"no field {text_field!r} and no 'input_ids' (its fields: {names}; see --text_field)"
+            f"no field {text_field!r} and no other form of a document (its fields: {names}; see "
+            "--text_field)"
         )
-    raise BadRecordError(f"field {text_field!r} is {json_type(text)}, not a string")
+    if (not used or "text" in used) and not isinstance(text, str | None):
+        raise BadRecordError(f"field {text_field!r} is {json_type(text)}, not a string")
+    if not used and text is None:
+        raise BadRecordError(f"field {text_field!r} is null, not a string")
+    try:
+        content_of(fields)
+    except BadContentError as bad:
+        raise BadRecordError(str(bad)) from None
+    weight = ["weight"] if fields.get("weight") is not None else []
+    order = [*(["text"] if "text" in used else []), *used, *weight]
+    return {name: fields[name] for name in order}
 
 
 def _domain(value: dict[str, Any], domain_field: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gradproj.corpus.config import FIELD_REQUIRED, CorpusConfig
+from gradproj.corpus.content import FIELDS
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
 from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
@@ -180,7 +181,7 @@ class _Documents:
                 roots = {
                     name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])
                 }
-                reader = InputReader(location, (*sorted(roots), "meta", "input_ids"))
+                reader = InputReader(location, (*sorted(roots), "meta", *FIELDS))
                 for record in read_records(reader):
                     try:
                         document = pack(record, text_field, domain_field)

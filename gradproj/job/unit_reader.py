@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.corpus.content import Text, TokenIds
 from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
@@ -49,14 +50,11 @@ class UnitSettings:
         """Return the status as far as the document alone decides it, and a bad input's problem."""
         if self.chosen_domains and document.domain not in self.chosen_domains:
             return "not_selected", ""
-        ids = document.input_ids
-        if document.problem is not None:
-            return "bad_input", document.problem
-        # Token ids take precedence over the text, also an empty list of them.
-        if not (document.text if ids is None else ids):
+        if document.content is None:
+            return "bad_input", document.problem or ""
+        if document.content.is_empty():
             return "empty", ""
-        problem = "" if ids is None else self.problem_of_token(max(ids))
-        return ("bad_input", problem) if problem else ("ok", "")
+        return "ok", ""
 
     def problem_of_token(self, largest: int) -> str:
         """Return the problem of a document with this largest token id; empty if there is none."""
@@ -152,7 +150,7 @@ class UnitReader:
             columns["status"][row] = STATUS[status]
             if status == "ok":
                 pending.append((row, document))
-                size += len(document.text or "")
+                size += len(document.text)
             if len(pending) == _TOKENIZED_AT_ONCE or size > _CHARACTERS_AT_ONCE:
                 size = 0
                 if self._stopping():
@@ -186,11 +184,14 @@ class UnitReader:
 
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""
-        texts = [d.text for d in documents if d.text is not None and d.input_ids is None]
+        contents = [document.content for document in documents]
+        texts = [content.text for content in contents if isinstance(content, Text)]
         tokenized = iter(self._tokenizing.ids(texts))
         return [
-            np.array(d.input_ids, dtype=np.int64) if d.input_ids is not None else next(tokenized)
-            for d in documents
+            np.array(content.ids, dtype=np.int64)
+            if isinstance(content, TokenIds)
+            else next(tokenized)
+            for content in contents
         ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradproj.corpus.documents import problem_of_token_ids
+from gradproj.corpus.content import problem_of_token_ids
 from gradproj.errors import ConfigError
 
 FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}'

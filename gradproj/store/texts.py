@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from gradproj.corpus.content import TokenIds
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
@@ -58,8 +59,8 @@ def text_of(index: CorpusIndex, sample_id: int) -> str:
     from gradproj.corpus.stream import read_documents
 
     (document,) = read_documents(index, sample_id, sample_id + 1)
-    if document.text is not None:
-        return document.text
     if document.problem:
         return f"({document.problem})"
-    return f"token ids {(document.input_ids or [])[:50]}"
+    if isinstance(document.content, TokenIds) and not document.text:
+        return f"token ids {list(map(int, document.content.ids[:50]))}"
+    return document.text

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.corpus.content import TokenIds
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
@@ -186,10 +187,11 @@ def shuffled_documents(
 
 def tokens_of(document: Document, tokenizer: Any, most: int | None) -> np.ndarray:
     """Return a document's first ``most`` token ids (None: all); none for bad input."""
-    ids = document.input_ids
-    if ids is None:
-        text = (document.text or "")[: None if most is None else most * CHARACTERS_PER_TOKEN]
-        ids = tokenizer(text.encode("utf-8", "replace").decode()).input_ids
+    content = document.content
+    if isinstance(content, TokenIds):
+        return np.array(content.ids[:most], np.int64)
+    text = document.text[: None if most is None else most * CHARACTERS_PER_TOKEN]
+    ids = tokenizer(text.encode("utf-8", "replace").decode()).input_ids
     return np.array(ids[:most], np.int64)
 
 
@@ -216,4 +218,4 @@ class TrainedDocuments:
 
     def text(self, sample_id: int) -> str:
         """Return a document's text; empty if it has token ids only."""
-        return next(iter(read_documents(self._index, sample_id, sample_id + 1))).text or ""
+        return next(iter(read_documents(self._index, sample_id, sample_id + 1))).text

@@ -151,9 +151,10 @@ BAD_LINES = {
     b"null": "not a JSON object but null",
     b"[" * 200_000: "JSON nested too deeply",
     b'{"content": "x", "id": 1}': (
-        "no field 'text' and no 'input_ids' (its fields: 'content', 'id'; see --text_field)"
+        "no field 'text' and no other form of a document (its fields: 'content', 'id'; "
+        "see --text_field)"
     ),
-    b"{}": "no field 'text' and no 'input_ids' (its fields: none; see --text_field)",
+    b"{}": "no field 'text' and no other form of a document (its fields: none; see --text_field)",
     b'{"text": null}': "field 'text' is null, not a string",
     b'{"text": 5}': "field 'text' is a number, not a string",
     b'{"text": true}': "field 'text' is a boolean, not a string",

@@ -12,6 +12,7 @@ import pytest
 from helpers.corpora import BLOCK, document, plain_members, slow_domain, slow_samples, write_tar
 
 from gradproj.corpus import documents, stream
+from gradproj.corpus.content import Text, TokenIds
 from gradproj.corpus.index import build_index, check_unchanged
 from gradproj.corpus.stream import ReadLimits, read_documents, read_members
 from gradproj.errors import ConfigError, CorpusError
@@ -52,7 +53,7 @@ def test_documents_equal_those_that_webdataset_reads_from_whole_tars(tars):
     for d, (number, sample) in zip(got, slow, strict=True):
         text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["text"]
         assert (d.key, d.tar, d.text) == (sample["__key__"], number, text)
-        assert (d.domain, d.input_ids, d.problem) == (slow_domain(sample["json"]), None, None)
+        assert (d.domain, d.content, d.problem) == (slow_domain(sample["json"]), Text(text), None)
 
 
 def test_any_split_of_a_range_reads_the_same_documents(tars):
@@ -116,8 +117,8 @@ BAD = {
     "no json": ({"json": b"hello"}, "invalid JSON: Expecting value"),
     "empty json": ({"json": b""}, "invalid JSON: Expecting value"),
     "a list": ({"json": b'["x"]'}, "invalid JSON: not an object but a list"),
-    "neither": ({"json": b'{"meta": {}}'}, 'no text: its .json has neither "text" nor "input_ids"'),
-    "null": ({"json": b'{"text": null}'}, 'no text: its .json has neither "text" nor "input_ids"'),
+    "neither": ({"json": b'{"meta": {}}'}, 'no text: it has none of "text"; "prompt"'),
+    "null": ({"json": b'{"text": null}'}, 'no text: it has none of "text"; "prompt"'),
     "other members": (
         {"png": b"x", "cls": b"1"},
         "no text: it has neither a .json nor a .txt, only .cls, .png",
@@ -162,8 +163,8 @@ BAD = {
 GOOD = {
     "empty": ({"json": b'{"text": ""}'}, "", None),
     "empty txt": ({"txt": b""}, "", None),
-    "ids": ({"json": b'{"input_ids": [5, 0, 7]}'}, None, [5, 0, 7]),
-    "no ids": ({"json": b'{"input_ids": []}'}, None, []),
+    "ids": ({"json": b'{"input_ids": [5, 0, 7]}'}, "", [5, 0, 7]),
+    "no ids": ({"json": b'{"input_ids": []}'}, "", []),
     "text and ids": ({"json": b'{"text": "x", "input_ids": [5]}'}, "x", [5]),
     "a text in both": ({"json": b'{"text": "json"}', "txt": b"txt"}, "json", None),
     "txt and metadata": ({"json": b'{"meta": {}}', "txt": b"txt"}, "txt", None),
@@ -194,14 +195,15 @@ def test_bad_sample_has_a_problem_and_the_stream_continues(kind, tmp_path):
     got = read_one(tmp_path, members, ReadLimits(max_document_bytes=300_000))
     assert got.problem is not None
     assert words in got.problem
-    assert (got.text, got.input_ids) == (None, None)
+    assert got.content is None
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_unusual_documents_are_read(kind, tmp_path):
     members, text, input_ids = GOOD[kind]
     got = read_one(tmp_path, members, ReadLimits())
-    assert (got.text, got.input_ids, got.problem) == (text, input_ids, None)
+    want = Text(text) if input_ids is None else TokenIds(input_ids, text=text)
+    assert (got.content, got.problem) == (want, None)
 
 
 def test_stream_and_index_count_the_same_domains(tmp_path):

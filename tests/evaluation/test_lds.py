@@ -270,7 +270,7 @@ def test_documents_are_windows_of_one_length_with_near_copies_of_the_last_querie
     rest = np.delete(experiment.documents, experiment.copies, axis=0)
     assert not (rest[:, None] == experiment.queries[None]).all(axis=2).any()
     index = open_corpus(str(experiment.document_tars))
-    in_tars = [document.input_ids for document in read_documents(index, 0, index.n_samples)]
+    in_tars = [document.content.ids for document in read_documents(index, 0, index.n_samples)]
     assert in_tars == experiment.documents.tolist()
     again = make_experiment(config)
     assert (again.documents == experiment.documents).all()
@@ -289,7 +289,7 @@ def test_documents_of_mixed_lengths_are_windows_within_the_bounds(data, tmp_path
     assert max(lengths) <= 24
     assert len(lengths) > 3
     index = open_corpus(str(experiment.document_tars))
-    in_tars = [document.input_ids for document in read_documents(index, 0, index.n_samples)]
+    in_tars = [document.content.ids for document in read_documents(index, 0, index.n_samples)]
     assert in_tars == [ids.tolist() for ids in unpadded(experiment.documents)]
     # Padding changes neither a loss, which is a mean over a query's own targets, nor a state.
     model = load(tmp_path / "model", "cpu")
