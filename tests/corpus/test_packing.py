@@ -159,7 +159,7 @@ BAD_LINES = {
     b'{"text": 5}': "field 'text' is a number, not a string",
     b'{"text": true}': "field 'text' is a boolean, not a string",
     b'{"text": ["a"]}': "field 'text' is a list, not a string",
-    b'{"text": "a \\ud800 b"}': "holds a lone surrogate (\\ud800), which is no character",
+    b'{"text": "a \\ud800 b"}': '"text" is not Unicode: it has half of a surrogate pair',
     b'{"text": "a", "meta": {"id": "\\udfff"}}': (
         "holds a lone surrogate (\\udfff), which is no character"
     ),
