@@ -28,7 +28,12 @@ from gradproj.store.layout import PARTIAL_DIR
 
 _NAME = re.compile(r"(\d{6})-(\d{6})\.([0-9a-f]{8})\.safetensors")
 _ARRAYS = ("finished", "stored", "unfinished", "sums", "failed")
-_GROUPS = ("by_row", "covariances", "head")  # a name in one is a tensor's name after its group's
+_GROUPS = (
+    "by_row",
+    "covariances",
+    "head",
+    "hidden",
+)  # a name in one is a tensor's name after its group's
 
 
 @dataclass
@@ -51,6 +56,8 @@ class PartialRows:
     """Sums since the first batch: ``a``, ``s`` float64, ``n_tokens`` int64; empty without any."""
     head: dict[str, np.ndarray] = field(default_factory=dict)
     """The job's arrays of head rows; empty without any."""
+    hidden: dict[str, np.ndarray] = field(default_factory=dict)
+    """``documents`` (int64 positions) and their ``sums`` of hidden states; empty without any."""
 
 
 def partial_folder(output: Path, unit: int) -> Path:

@@ -1,9 +1,10 @@
 """Units of work: which are left, which this process claims, and how one is committed.
 
-A unit is committed by two exclusive publications, the shard first and its record second. The record
-is the commit; everything before it can be lost without harm. Both files are complete in the owner's
-scratch directory before the owner checks for the last time that it still holds the claim. From then
-on, a process that takes the unit over deletes the files, so a late publication fails.
+A unit is committed by exclusive publications, first of its shard (and of that of its hidden states,
+if there are any), last of its record. The record is the commit; everything before it can be lost
+without harm. All files are complete in the owner's scratch directory before the owner checks for
+the last time that it still holds the claim. From then on, a process that takes the unit over
+deletes the files, so a late publication fails.
 """
 
 import logging
@@ -33,6 +34,7 @@ from gradproj.files import (
     replace_atomically,
     write_file_durably,
 )
+from gradproj.store.hidden_states import hidden_layout
 from gradproj.store.layout import CLAIMS_DIR, HEARTBEATS_DIR, SCRATCH_DIR, UNITS_DIR, StoreLayout
 from gradproj.store.unit_record import (
     UnitRecord,
@@ -58,6 +60,19 @@ class UnitRows:
     record: UnitRecord
     stored: np.ndarray | None
     """``(n, D)`` encoded rows; None if no row of the unit is stored."""
+    hidden: np.ndarray | None = None
+    """``(n, d)`` float16 hidden states; None without, or if no row of the unit is stored."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard file of a unit that is being committed."""
+
+    temporary: Path
+    final: Path
+    written: dict[str, int]
+    """Its size and checksum, by ``file_sum``."""
+    stamp: tuple[int, ...]
 
 
 class UnitQueue:
@@ -206,25 +221,36 @@ class UnitQueue:
         return committed
 
     def _commit(self, rows: UnitRows) -> bool:
-        record, shard, stamp = rows.record, self.scratch / f"shard-{rows.record.unit}", None
+        record, shards = rows.record, []
         record_file = self.scratch / f"record-{record.unit}"
+        if rows.hidden is not None and (hidden := hidden_layout(self.layout)) is not None:
+            shards.append(self._write_shard(record.unit, rows.hidden, hidden))
+            record.hidden = shards[-1].written
         if rows.stored is not None:
-            record.shard = write_file_durably(shard, shard_chunks(rows.stored, self.layout))
-            stamp = _stamp(shard)
+            shards.append(self._write_shard(record.unit, rows.stored, self.layout))
+            record.shard = shards[-1].written
             fault_points.reach("shard written")
         write_file_durably(record_file, [encode_record(record)])
         fault_points.reach("record written")
         self.guard.check_folders()
         published = False
         if not self.is_recorded(record.unit) and self.claims.owns(unit_claim(record.unit)):
-            published = stamp is None or self._publish_shard(record.unit, shard)
-            published = published and self._publish_record(record, record_file, stamp)
-        shard.unlink(missing_ok=True)
+            published = all(self._publish_shard(shard) for shard in shards)
+            published = published and self._publish_record(record, record_file, shards)
+        for shard in shards:
+            shard.temporary.unlink(missing_ok=True)
         record_file.unlink(missing_ok=True)
         return published
 
-    def _publish_shard(self, unit: int, temporary: Path) -> bool:
-        final = self.output / self.layout.shard_name(unit)
+    def _write_shard(self, unit: int, stored: np.ndarray, layout: StoreLayout) -> "_Shard":
+        of_rows = layout.array == self.layout.array
+        temporary = self.scratch / f"shard-{unit}{'' if of_rows else f'-{layout.array}'}"
+        written = write_file_durably(temporary, shard_chunks(stored, layout))
+        final = self.output / layout.shard_name(unit)
+        return _Shard(temporary, final, written, _stamp(temporary))
+
+    def _publish_shard(self, shard: "_Shard") -> bool:
+        temporary, final = shard.temporary, shard.final
         if final.exists():
             # Left by an owner that died between shard and record, or by a damaged unit whose record
             # was deleted. Without a record it has no meaning, and every older owner is fenced.
@@ -236,20 +262,19 @@ class UnitQueue:
         return published
 
     def _publish_record(
-        self, record: UnitRecord, temporary: Path, shard: tuple[int, ...] | None
+        self, record: UnitRecord, temporary: Path, shards: Sequence["_Shard"]
     ) -> bool:
         final = self.output / record_name(record.unit)
         if not publish_exclusively(temporary, final):
             return False
         fault_points.reach("record published")
-        published = self.output / self.layout.shard_name(record.unit)
-        if shard is not None and _stamp(published) != shard and file_sum(published) != record.shard:
-            # Fencing and exclusive names rule this out. This check is for file systems that
-            # guarantee neither.
-            final.unlink()
-            fsync_dir(final.parent)
-            return False
-        return True
+        if all(_stamp(x.final) == x.stamp or file_sum(x.final) == x.written for x in shards):
+            return True
+        # Fencing and exclusive names rule this out. This check is for file systems that guarantee
+        # neither.
+        final.unlink()
+        fsync_dir(final.parent)
+        return False
 
     @contextmanager
     def deletions_explained(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from gradproj.coordinator.merge import (
 from gradproj.errors import StoreError
 from gradproj.formatting import count, ranges_text
 from gradproj.store.column_reader import read_column_chunk
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, STATUS, STORE_NAME, UNITS_DIR, StoreLayout
 from gradproj.store.metadata import read_attributes, read_layout
 from gradproj.store.unit_record import list_records, list_shards, read_record, record_name
@@ -60,15 +61,17 @@ def check_records_have_shards(output: Path) -> None:
     if lost:
         # NFS caches listings for up to a minute, so this one may lack another machine's commits.
         # Changing the directory from this machine makes NFS list it again.
-        os.utime(output / STORE_NAME / "projections")
+        for layout in sharded_layouts(read_layout(output / STORE_NAME)):
+            os.utime(output / STORE_NAME / layout.array)
         lost = _units_without_shard(output)
     if lost:
         units = ranges_text(ranges_of(np.array(lost, np.int64)))
+        arrays = [layout.array for layout in sharded_layouts(read_layout(output / STORE_NAME))]
         raise StoreError(
             f"{output}: {count(len(lost), 'committed unit')} without a shard in "
-            f"{STORE_NAME}/projections: {units}. Restore the files, or give these units up with "
-            f"`python -m gradproj verify {output} --repair`: this command then computes them "
-            "again, and nothing else"
+            f"{STORE_NAME}/{' or '.join(reversed(arrays))}: {units}. Restore the files, or give "
+            f"these units up with `python -m gradproj verify {output} --repair`: this command then "
+            "computes them again, and nothing else"
         )
 
 
@@ -79,8 +82,10 @@ def _units_without_shard(output: Path) -> list[int]:
     recorded = np.intersect1d(
         list_records(output / UNITS_DIR), wanted_units(read_attributes(store))
     )
-    suspects = np.setdiff1d(recorded, list_shards(store / "projections")).tolist()
-    return [unit for unit in suspects if _has_rows(output / record_name(unit))]
+    lost: set[int] = set()
+    for layout in sharded_layouts(read_layout(store)):
+        lost.update(np.setdiff1d(recorded, list_shards(store / layout.array)).tolist())
+    return [unit for unit in sorted(lost) if _has_rows(output / record_name(unit))]
 
 
 def _has_rows(record: Path) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 from gradproj.coordinator.merge import ranges_of
 from gradproj.job.head import head_attribute
 from gradproj.job.plan import Plan
+from gradproj.store.encoding import row_formula
+from gradproj.store.hidden_states import HIDDEN_STATE
 
 
 def attributes_of(plan: Plan) -> dict[str, Any]:
@@ -20,10 +22,11 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "identity_hash": plan.identity_hash,
         "wanted_units": ranges_of(plan.wanted),
         "complete": False,
-        "how_to_read": f"{plan.layout.how_to_read}; NaN = not there; status 1 = ok",
+        "how_to_read": f"{row_formula(plan.layout)}; NaN = not there; status 1 = ok",
         "projection": asdict(projection) | drawn_by,
         "selection": asdict(plan.coverage),
         **head_attribute(plan.config, plan.head),
+        **hidden_attribute(plan),
         "model": {
             **asdict(model),
             "revision": plan.files.revision or model.revision,
@@ -40,6 +43,13 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         },
         "versions": versions(),
     }
+
+
+def hidden_attribute(plan: Plan) -> dict[str, Any]:
+    """Return the attribute ``hidden_state`` of a store, if it has hidden states."""
+    if not plan.layout.hidden_width:
+        return {}
+    return {HIDDEN_STATE: {"kind": plan.config.store.hidden_state}}
 
 
 def versions() -> dict[str, str]:

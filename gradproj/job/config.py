@@ -14,6 +14,7 @@ from gradproj.errors import GradprojError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
 from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
+from gradproj.store.hidden_states import HIDDEN_STATES
 from gradproj.store.layout import STORE_NAME, StoreConfig
 from gradproj.store.metadata import read_attributes
 
@@ -33,6 +34,12 @@ class JobStoreConfig(StoreConfig):
     """Form of the job's rows. By default they are signs; those of a training run are dense."""
 
     encoding: str = as_in(StoreConfig, "encoding", default="signs")
+    hidden_state: str = flag(
+        "Also store the last layer's hidden state of each document: its mean over the target "
+        "positions, or that of the last token.",
+        "none",
+        choices=HIDDEN_STATES,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

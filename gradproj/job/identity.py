@@ -13,7 +13,12 @@ from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreConfi
 from gradproj.store.metadata import read_attributes
 from gradproj.store.unit_record import list_records
 
-FORMAT_1 = {"--encoding": "dense", "--basis": "random", "--head_rows": "0"}
+FORMAT_1 = {
+    "--encoding": "dense",
+    "--basis": "random",
+    "--head_rows": "0",
+    "--hidden_state": "none",
+}
 """Values of flags that format 1 did not have. An identity names them only if it has others, so that
 a store of format 1 has the identity of its job's settings today."""
 
@@ -23,6 +28,7 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     projection, model, batch = config.projection, config.model, config.batch
     later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
     later["--head_rows"] = config.head.head_rows
+    later["--hidden_state"] = config.store.hidden_state
     if config.head.head_rows != "0":
         later["--head_damping"] = config.head.head_damping
     if projection.basis != "random" and not projection.basis_from:

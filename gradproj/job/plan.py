@@ -15,6 +15,7 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage, coverage_of
+from gradproj.engine.hidden_states import hidden_width
 from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
 from gradproj.engine.projection import job_matrices, place_widths
 from gradproj.engine.reach import check_reached
@@ -35,6 +36,7 @@ from gradproj.job.identity import (
     store_to_plan,
 )
 from gradproj.job.unit_reader import UnitReader, UnitSettings
+from gradproj.job.wanted_units import wanted_units
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import (
@@ -137,13 +139,18 @@ class Plan:
     def row_bytes(self) -> int:
         return self.layout.row_bytes
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a document's hidden state; 0 without."""
+        return 2 * self.layout.hidden_width
+
     def store_bytes(self) -> int:
         """Return the bytes of the finished store, uncompressed: rows, columns, records."""
         columns = 4 + 4 + 2 + 1 + 4 + 4 + 4 + self.layout.key_bytes
         squares = 4 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
         has_basis = self.config.projection.basis == "eigen"
         matrices = 4 * sum(layer.k_i * layer.n_i + layer.k_o * layer.n_o for layer in self.layers)
-        unit = self.layout.rows_per_shard * (self.row_bytes + columns)
+        unit = self.layout.rows_per_shard * (self.row_bytes + self.hidden_bytes + columns)
         # Either the basis, once, or token covariances in every unit's record.
         unit, matrices = (unit, matrices + squares) if has_basis else (unit + squares, matrices)
         return len(self.wanted) * unit + self.layout.n_samples * columns + matrices
@@ -151,20 +158,26 @@ class Plan:
     def wasted_bytes(self) -> int:
         """Return the bytes of rows in wanted units that no chosen document fills."""
         rows = len(self.wanted) * self.layout.rows_per_shard
-        return max(0, rows - self.n_selected) * self.row_bytes
+        return max(0, rows - self.n_selected) * (self.row_bytes + self.hidden_bytes)
 
     def n_files(self) -> int:
-        """Return the number of files of the finished output: two a unit, columns, metadata."""
-        return 2 * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
+        """Return the number of files of the finished output: two a unit, columns, metadata.
+
+        A third a unit for hidden states.
+        """
+        each = 3 if self.layout.hidden_width else 2
+        return each * len(self.wanted) + 8 * (self.layout.n_column_blocks + 1) + 16
 
     def unit_bytes(self) -> int:
         """Return the most bytes that rows of units take on a device.
 
         A unit's stored rows are there up to three times: growing, the previous unit's, a copy.
-        Sums of windows are float32, of all documents if each has a window in the last batch.
+        Sums of windows are float32, of all documents if each has a window in the last batch; so
+        are those of hidden states.
         """
         rows, windows = self.layout.rows_per_shard, self.config.batch.long_documents == "windows"
-        return rows * (3 * self.row_bytes + 4 * self.layout.dim * windows)
+        stored, sums = self.row_bytes + self.hidden_bytes, self.layout.dim * windows
+        return rows * (3 * stored + 4 * (sums + self.layout.hidden_width))
 
     def host_bytes(self, model_bytes: int, batch_bytes: int = 0) -> int:
         """Estimate a rank's host memory.
@@ -207,10 +220,11 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     # A unit's longest documents come first: the sums of all that have windows can be there at once.
     has_sums = config.batch.long_documents == "windows"
     sizes = (n_samples, widths, index.longest_key_bytes)
-    layout = plan_layout(*sizes, store, more_bytes, keeps_sums=has_sums)
+    hidden = hidden_width(skeleton) if config.store.hidden_state != "none" else 0
+    layout = plan_layout(*sizes, store, more_bytes, keeps_sums=has_sums, hidden_width=hidden)
     layers = place_stored(layers, layout)
     head = replace(head, stored_start=layers[-1].stored_end) if head else None
-    wanted, n_selected = _wanted_units(config, index, layout)
+    wanted, n_selected = wanted_units(config, index, layout)
     identity = {
         **identity_of_flags(config, layout),
         "--shards (corpus index)": index.fingerprint,
@@ -293,28 +307,6 @@ def _max_length(config: RunConfig, model: Any) -> int:
     if wanted and positions and wanted > positions:
         raise ModelError(f"--max_length {wanted} is more than the model's {positions} positions")
     return wanted or min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
-
-
-def _wanted_units(
-    config: RunConfig, index: CorpusIndex, layout: StoreLayout
-) -> tuple[np.ndarray, int]:
-    """Return the units that can hold a chosen document, and an upper bound of such documents."""
-    chosen = config.corpus.chosen_domains
-    if not chosen:
-        return np.arange(layout.n_units, dtype=np.int64), layout.n_samples
-    wanted: set[int] = set()
-    n_selected, height = 0, layout.rows_per_shard
-    for tar in index.tars:
-        count = sum(tar.domain_counts.get(name, 0) for name in chosen)
-        stop = min(tar.start_id + tar.n_samples, layout.n_samples)
-        if count and tar.start_id < stop:
-            n_selected += min(count, stop - tar.start_id)
-            wanted.update(range(tar.start_id // height, (stop - 1) // height + 1))
-    if not wanted:
-        raise CorpusError(
-            f"--domains: none of the first {layout.n_samples:,} documents is of {', '.join(chosen)}"
-        )
-    return np.array(sorted(wanted), dtype=np.int64), n_selected
 
 
 def _check_sparse(plan: Plan) -> None:

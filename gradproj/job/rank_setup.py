@@ -108,7 +108,9 @@ def set_up_rank(
         if head is not None and plan.head is not None:
             check_head(model)
             with_head, basis = (head, plan.head), basis + head.digest()
-        projector = UnitProjector(model, engine, settings, encoder, progress, stop, with_head)
+        hidden = plan.config.store.hidden_state
+        made = model, engine, settings, encoder, progress, stop
+        projector = UnitProjector(*made, head=with_head, hidden=hidden)
         yield Rank(reader, projector, queue, options.proj_save_interval, basis)
 
 

@@ -35,6 +35,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
         f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
         f"{layout.stored_as}, {human_bytes(plan.row_bytes)}",
+        *_hidden_lines(plan),
         f"widths        {', '.join(f'{shape} in {n} layers' for shape, n in shapes.most_common())}",
         f"basis         {_basis_of(plan)}",
         *plan.coverage.lines(),
@@ -66,6 +67,17 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         wasted = human_bytes(plan.wasted_bytes())
         lines.append(f"wasted        {wasted} of rows that no chosen document fills")
     return lines
+
+
+def _hidden_lines(plan: Plan) -> list[str]:
+    width = plan.layout.hidden_width
+    if not width:
+        return []
+    of = {"mean": "the mean over the target positions", "last": "that of the last token"}
+    return [
+        f"hidden state  {of[plan.config.store.hidden_state]}: {width:,} values, "
+        f"{human_bytes(plan.hidden_bytes)}"
+    ]
 
 
 def _basis_of(plan: Plan) -> str:

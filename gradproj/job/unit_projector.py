@@ -4,6 +4,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from gradproj.coordinator.units import UnitRows
 from gradproj.engine.batching import collate
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
+from gradproj.engine.hidden_states import hidden_width
 from gradproj.engine.loss import chunk_verdict
 from gradproj.engine.row_columns import ZERO_ROWS, finish_columns
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import StoreError
 from gradproj.job.head_sums import HeadSums
+from gradproj.job.hidden_sums import HiddenSums
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.job.unit_sums import UnitSums
 from gradproj.kernels.device_copy import record_event, seconds_between, to_host
@@ -42,8 +45,8 @@ class UnitProjector:
     type ``dynamic``.)
 
     The engine is attached to the frozen model; ``encoder`` is the store's, and ``head`` what makes
-    its head rows, if it has any. ``stopping`` is called after every batch; True saves the rows so
-    far and returns None.
+    its head rows, if it has any; ``hidden`` is the job's ``--hidden_state``. ``stopping`` is called
+    after every batch; True saves the rows so far and returns None.
     """
 
     def __init__(
@@ -55,9 +58,11 @@ class UnitProjector:
         progress: RankProgress,
         stopping: Callable[[], bool] = lambda: False,
         head: tuple[HeadBasis, HeadSegment] | None = None,
+        hidden: str = "none",
     ) -> None:
         self._model, self._engine, self._settings = model, engine, settings
         self._encoder, self._head = encoder, head
+        self._hidden = None if hidden == "none" else (hidden, hidden_width(model))
         self._progress, self._stopping = progress, stopping
         self._device = next(model.parameters()).device
         self._chunked, _ = chunk_verdict(model)
@@ -101,16 +106,24 @@ class UnitProjector:
             divisor = prepared.columns["n_tokens"].astype(np.float32).clip(1)
             divisor = divisor if reduction == "mean" else np.ones_like(divisor)
             head = HeadSums(*self._head, prepared.row_of, divisor)
-        return UnitSums(prepared, self._engine, self._encoder, reduction, self._device, head)
+        hidden = None
+        if self._hidden is not None:
+            lengths = [len(sequence) for sequence in prepared.sequences]
+            n_tokens = prepared.columns["n_tokens"]
+            hidden = HiddenSums(*self._hidden, prepared.row_of, lengths, n_tokens, self._device)
+        made = prepared, self._engine, self._encoder, reduction, self._device
+        return UnitSums(*made, head, hidden)
 
     def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
         head = None if total.head is None else total.head.sink()
-        rows = run_batch(self._model, self._engine, batch, self._chunked, head)
+        hidden = total.hidden
+        with hidden.watching(self._model, batch) if hidden else nullcontext([]) as states:
+            rows = run_batch(self._model, self._engine, batch, self._chunked, head)
         if total.head is not None and head is not None:
             # First, since it can run out of memory and be repeated; `total.add` counts sequences.
             total.head.add(sequences, head)
-        total.add(sequences, *rows)
+        total.add(sequences, *rows, *states)
         return True
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:
@@ -144,6 +157,8 @@ class ProjectedUnit:
         if total.head is not None:
             total.head.write_into(total.stored)
         self._tensors = [total.stored, total.row_scale, total.norms, total.losses]
+        if total.hidden is not None:
+            self._tensors.append(total.hidden.finished())
         if (sums := total.covariances) is not None:
             self._tensors += [sums.a.float(), sums.s.float(), sums.n_tokens]
         self._computed = record_event(total.stored.device)
@@ -156,14 +171,17 @@ class ProjectedUnit:
         on_device = seconds_between(self._begun, self._computed)
         if on_device is not None:
             stats |= {"seconds": on_device, "finished_at": time.time()}
-        stored, scale, norms, losses, *covariances = (tensor.numpy() for tensor in fetched)
-        *sums, n_tokens = covariances or [np.zeros(())]
+        stored, scale, norms, losses, *more = (tensor.numpy() for tensor in fetched)
+        hidden = None if total.hidden is None else more.pop(0)
+        *sums, n_tokens = more or [np.zeros(())]
         columns["status"][total.failed()] = STATUS["out_of_memory"]
         loss, columns["grad_norm"][:] = finish_columns(norms, losses, columns)
         ok = columns["status"] == STATUS["ok"]
         has_row = ok | np.isin(columns["status"], ZERO_ROWS)
         stored = stored.view(settings.layout.stored_dtype)
         stored[~has_row] = settings.layout.fill
+        if hidden is not None:
+            hidden[~ok] = np.nan
         columns["loss"][:] = np.where(ok, loss, np.nan)
         columns["row_scale"][:] = np.where(has_row, scale, 1.0)
         sequences = prepared.sequences
@@ -174,4 +192,4 @@ class ProjectedUnit:
         }
         place, named = (prepared.unit, prepared.start), dict(zip("as", sums, strict=False))
         record = UnitRecord(*place, settings.identity, None, columns, stats, named)
-        return UnitRows(record, stored if has_row.any() else None)
+        return UnitRows(record, stored, hidden) if has_row.any() else UnitRows(record, None)

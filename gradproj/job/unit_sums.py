@@ -10,6 +10,7 @@ from gradproj.coordinator.partial_rows import PartialRows
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.job.head_sums import HeadSums
+from gradproj.job.hidden_sums import HiddenSums
 from gradproj.job.unit_reader import PreparedUnit
 from gradproj.kernels.device_copy import to_device
 from gradproj.store.row_encoder import RowEncoder
@@ -24,7 +25,7 @@ class UnitSums:
     documents with sequences left (windows in other batches) are kept as float32 sums.
 
     ``encoder`` is the store's; ``loss_reduction`` is ``mean`` or ``sum``. ``head`` sums the head
-    rows, if the store has any.
+    rows and ``hidden`` the hidden states, if the store has any.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class UnitSums:
         loss_reduction: str,
         device: torch.device,
         head: HeadSums | None = None,
+        hidden: HiddenSums | None = None,
     ) -> None:
         n = len(prepared.columns["status"])
         self.prepared, self._engine, self._encoder, self._device = prepared, engine, encoder, device
-        self.head = head
+        self.head, self.hidden = head, hidden
         self._divides = loss_reduction == "mean"
         # A document without a target token has a row of zeros.
         zeros, _ = encoder.encode(torch.zeros(1, engine.total_proj_dim, device=device))
@@ -55,8 +57,13 @@ class UnitSums:
         engine.take_token_covariances()  # drop those of an interrupted unit
         self.covariances = engine.take_token_covariances()
 
-    def add(self, sequences: np.ndarray, rows: Tensor, losses: Tensor) -> None:
-        """Add sequences' rows ``(N, D)`` and losses ``(N,)`` to those of their documents."""
+    def add(
+        self, sequences: np.ndarray, rows: Tensor, losses: Tensor, states: Tensor | None = None
+    ) -> None:
+        """Add sequences' rows ``(N, D)``, losses ``(N,)`` and states to those of their documents.
+
+        ``states`` are those of ``HiddenSums.watching``.
+        """
         row_of = self.prepared.row_of[sequences]
         touched, place = np.unique(row_of, return_inverse=True)
         left = self._left[touched] - np.bincount(place)
@@ -71,6 +78,8 @@ class UnitSums:
         finished = self._finished(touched[ended], sums)
         self._put(touched[ended], *finished)
         self.losses.index_add_(0, index, losses)
+        if self.hidden is not None and states is not None:
+            self.hidden.add(index, states)
         self._left[touched] = left
         self._keep_open(opened)
         self._touched.append(touched)
@@ -134,6 +143,7 @@ class UnitSums:
             if self.covariances is not None
             else {},
             {} if self.head is None else self.head.take_new(),
+            {} if self.hidden is None else self.hidden.take(touched),
         )
 
     def replay(self, part: PartialRows, n_batches: int) -> None:
@@ -149,6 +159,8 @@ class UnitSums:
         self._failed = [part.failed]
         if self.head is not None:
             self.head.replay(part.head)
+        if self.hidden is not None:
+            self.hidden.replay(part.hidden)
         if part.covariances:
             saved = {name: self._on_device(value) for name, value in part.covariances.items()}
             self.covariances = TokenCovariances(**saved)

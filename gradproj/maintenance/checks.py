@@ -20,6 +20,7 @@ from gradproj.maintenance.job_output import Output
 from gradproj.store.array_digests import check_digests
 from gradproj.store.column_reader import read_column_chunk
 from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import COLUMNS, METADATA_NAME, STATUS, STATUS_NAMES, column_shape
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import UnitRecord, read_record, record_name
@@ -87,12 +88,13 @@ def check_unit(output: Output, unit: int, merged: "MergedColumns") -> UnitFindin
     findings.statuses += np.bincount(record.columns["status"], minlength=256)
     not_finite = np.flatnonzero(record.columns["status"] == STATUS["non_finite"]) + record.start
     findings.non_finite = ranges_of(not_finite)
-    shard = output.path / output.layout.shard_name(unit)
-    problem, n_bytes = _shard_problem(shard, record)
-    findings.n_bytes += n_bytes
-    findings.has_shard = bool(n_bytes)
-    if problem:
-        damaged(shard, problem)
+    for layout in sharded_layouts(output.layout):
+        shard = output.path / layout.shard_name(unit)
+        problem, n_bytes = _shard_problem(shard, record.shard_of(layout))
+        findings.n_bytes += n_bytes
+        findings.has_shard = bool(n_bytes)  # that of the rows comes last
+        if problem:
+            damaged(shard, problem)
     for name, problem in merged.differences(unit, record):
         damaged(output.store / name, problem, "columns")
     return findings
@@ -124,26 +126,31 @@ def _record_problems(output: Output, unit: int, record: UnitRecord) -> list[str]
         problems.append("has documents without a status")
     if np.isin(status, _STORED).any() and record.shard is None:
         problems.append("has rows but names no shard")
+    if layout.hidden_width and (record.hidden is None) != (record.shard is None):
+        problems.append("names one of the shards of rows and hidden states, not both")
     ok = status == STATUS["ok"]
     if not all(np.isfinite(record.columns[name][ok]).all() for name in ("grad_norm", "row_scale")):
         problems.append("has ok rows whose norm or scale is not finite")
     return problems
 
 
-def _shard_problem(path: Path, record: UnitRecord) -> tuple[str, int]:
-    """Return what is wrong with a unit's shard ("" = nothing), and the number of bytes read."""
+def _shard_problem(path: Path, recorded: dict[str, int] | None) -> tuple[str, int]:
+    """Return what is wrong with a unit's shard ("" = nothing), and the number of bytes read.
+
+    ``recorded`` is what the unit's record says of it.
+    """
     exists = path.exists()
-    if record.shard is None:
+    if recorded is None:
         return ("exists, but its record says that no row is stored" if exists else ""), 0
     if not exists:
         return "is gone", 0
     n_bytes = path.stat().st_size
-    if n_bytes != record.shard["bytes"]:
-        return f"has {n_bytes:,} bytes, its record says {record.shard['bytes']:,}", 0
+    if n_bytes != recorded["bytes"]:
+        return f"has {n_bytes:,} bytes, its record says {recorded['bytes']:,}", 0
     on_disk = file_sum(path)
-    if on_disk == record.shard:
+    if on_disk == recorded:
         return "", n_bytes
-    checksums = f"{on_disk['crc32c']:08x}, its record says {record.shard['crc32c']:08x}"
+    checksums = f"{on_disk['crc32c']:08x}, its record says {recorded['crc32c']:08x}"
     return f"has the checksum {checksums}", n_bytes
 
 

@@ -23,8 +23,9 @@ from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.maintenance.checks import Damage
 from gradproj.maintenance.job_output import Output, read_output
-from gradproj.maintenance.row_tolerance import RowTolerance, tolerance_of
+from gradproj.maintenance.row_tolerance import COMPUTED, ROUNDING, RowTolerance, tolerance_of
 from gradproj.store import STATUS, ProjectionStore
+from gradproj.store.hidden_view import HiddenStates
 from gradproj.store.layout import STATUS_NAMES, decode_key
 from gradproj.store.row_encoder import RowEncoder
 
@@ -121,12 +122,14 @@ def recompute(
         tolerance = tolerance_of(output.layout, len(store.layers), run.model.model_dtype)
         result = Recomputation(seed, str(recorded.device), tolerance.row, wrong=unreadable)
         loss_tolerance = LOSS_TOLERANCE[run.model.model_dtype]
-        compare = _Comparison(store, tolerance, loss_tolerance, FLOOR * usual_norm)
+        hidden = HiddenStates(output.path) if output.layout.hidden_width else None
+        hidden_tolerance = ROUNDING["float16"] + COMPUTED[run.model.model_dtype]
+        sizes = loss_tolerance, FLOOR * usual_norm
+        compare = _Comparison(store, tolerance, *sizes, hidden, hidden_tolerance)
         with recorded.engine:
             encoder = RowEncoder(output.layout, store.layers)
-            projector = UnitProjector(
-                recorded.model, recorded.engine, settings, encoder, RankProgress()
-            )
+            made = recorded.model, recorded.engine, settings, encoder, RankProgress()
+            projector = UnitProjector(*made, hidden=run.store.hidden_state)
             checks = (
                 compare(int(i), _project(projector, reader, output, int(i)))
                 for i in shown(ids, len(ids), "recompute", "documents")
@@ -199,6 +202,8 @@ class _Comparison:
     tolerance: RowTolerance
     loss_tolerance: float
     floor: float
+    hidden: HiddenStates | None
+    hidden_tolerance: float
 
     def __call__(self, sample_id: int, again: UnitRows) -> tuple[RowCheck, bool]:
         """Return ``(check, whether the document ran out of memory, here or in the job)``."""
@@ -213,6 +218,7 @@ class _Comparison:
         except StoreError as unreadable:
             return _unreadable(sample_id, unit, unreadable), without_memory
         error, what = self._difference(row, self._decoded(again), status == STATUS["ok"])
+        what = what or self._hidden_difference(sample_id, again)
         if status != computed["status"]:
             what = f"has status {STATUS_NAMES[int(computed['status'])]} now"
         elif not what:
@@ -243,6 +249,19 @@ class _Comparison:
         if moved > self.tolerance.layer_norms:
             return error, f"has layers whose norms are {moved:.1e} from those now"
         return error, ""
+
+    def _hidden_difference(self, sample_id: int, again: UnitRows) -> str:
+        if self.hidden is None:
+            return ""
+        none = np.full((1, self.hidden.dim), np.nan)
+        now = none if again.hidden is None else again.hidden.astype(np.float64)
+        stored = self.hidden.rows([sample_id], missing="nan").astype(np.float64)
+        if np.isnan(now).all() and np.isnan(stored).all():
+            return ""
+        error = np.linalg.norm(now - stored) / max(float(np.linalg.norm(now)), 1e-30)
+        if error <= self.hidden_tolerance:
+            return ""
+        return f"has a hidden state that is {error:.1e} from its now"
 
     def _layer_norms(self, row: np.ndarray) -> np.ndarray:
         layers = self.store.layers

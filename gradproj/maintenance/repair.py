@@ -18,6 +18,7 @@ from gradproj.maintenance.checks import Damage, MergedColumns, check_unit
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.merge import MergeLock, claim_holder, merge_lock
 from gradproj.maintenance.verify import DAMAGED, INCOMPLETE, SOUND, Verification
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import METADATA_NAME, UNITS_DIR
 from gradproj.store.unit_record import record_name
 from gradproj.store.writer import update_attributes
@@ -125,10 +126,11 @@ def _remove_and_merge(
     if (columns or were_merged or output.is_merged) and not result.held:
         lock.merge()
         result.merged = True
-    shards = output.store / "projections"
     # The merge may take so long that a job of another host takes a claim over and commits.
-    ours = (unit for unit in result.units if claims.owns(unit_claim(unit)))
-    _remove((output.path / output.layout.shard_name(unit) for unit in ours), shards)
+    ours = [unit for unit in result.units if claims.owns(unit_claim(unit))]
+    for layout in sharded_layouts(output.layout):
+        shards = output.store / layout.array
+        _remove((output.path / layout.shard_name(unit) for unit in ours), shards)
 
 
 def _remove(paths: Iterable[Path], folder: Path) -> None:

@@ -22,6 +22,7 @@ from gradproj.job.recorded_args import OUTPUT_HELP
 from gradproj.maintenance.checks import MergedColumns
 from gradproj.maintenance.job_output import Output, read_output
 from gradproj.maintenance.liveness import ClaimedUnit, Speed, read_activity
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import FAILED_NAME, PARTIAL_DIR, STATUS
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.unit_record import record_name
@@ -195,9 +196,10 @@ def _recorded_status(output: Output, unit: int) -> np.ndarray:
         StoreError: the record is damaged or of another store, or its shard is missing.
     """
     record = read_unit(output.path, unit, output.identity_hash)
-    shard = output.path / output.layout.shard_name(unit)
-    if record.shard is not None and not shard.exists():
-        raise StoreError(f"{output.path / record_name(unit)} has no shard: {shard} is missing")
+    for layout in sharded_layouts(output.layout):
+        shard = output.path / layout.shard_name(unit)
+        if record.shard_of(layout) is not None and not shard.exists():
+            raise StoreError(f"{output.path / record_name(unit)} has no shard: {shard} is missing")
     return record.columns["status"]
 
 

@@ -22,6 +22,7 @@ from gradproj.maintenance.checks import (
     check_unit,
 )
 from gradproj.maintenance.job_output import Output, read_output
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layout import STATUS_NAMES
 from gradproj.store.unit_record import list_shards, record_name
 
@@ -153,7 +154,8 @@ def verify(path: str | Path, *, checksums: bool = True) -> Verification:
     result.by_status = {
         STATUS_NAMES.get(code, str(code)): int(n) for code, n in enumerate(statuses) if n
     }
-    shards = list_shards(output.store / "projections")
+    arrays = [output.store / layout.array for layout in sharded_layouts(output.layout)]
+    shards = np.concatenate([list_shards(array) for array in arrays])
     result.shards_without_record = np.setdiff1d(shards, output.recorded).tolist()
     result.damage += _merged_without_record(output, merged)
     if result.complete and not result.damage:

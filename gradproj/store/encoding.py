@@ -1,4 +1,7 @@
-"""Decoding of dense rows: ``row = stored * row_scale``. ``row_encoder.py`` encodes."""
+"""Decoding of dense rows: ``row = stored * row_scale``. ``row_encoder.py`` encodes.
+
+``packing.py`` decodes packed rows.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -6,10 +9,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradproj.store.bfloat16 import bfloat16_to_float32
+from gradproj.store.layout import StoreLayout
 
 VALUES_PER_STEP = 2**17
 """Values to decode at once. The temporaries stay in the cache, which is several times
 faster than whole arrays."""
+
+
+def row_formula(layout: StoreLayout) -> str:
+    """Return a row as a formula, for people who have the store and no documentation."""
+    if not layout.is_packed:
+        return "row = projections[i] * row_scale[i]"
+    return (
+        f"row = (2 code - {2**layout.bits - 1}) * scale of the layer * row_scale[i]; a stored "
+        f"row has a float16 scale for each layer, then from each layer's stored_start on codes "
+        f"of {layout.bits} bits in little bit order"
+    )
 
 
 def decode_rows(stored: np.ndarray, row_scale: np.ndarray, proj_dtype: str) -> np.ndarray:

@@ -171,6 +171,10 @@ class StoreLayout:
     """Bytes of a packed row before its first layer; they hold the layers' scales."""
     packed_width: int = 0
     """Bytes of a packed row."""
+    hidden_width: int = 0
+    """Values of a document's hidden state (``hidden_states.py``); 0 if there are none."""
+    array: str = "projections"
+    """Name of the sharded array."""
 
     @property
     def n_units(self) -> int:
@@ -198,17 +202,6 @@ class StoreLayout:
     def stored_as(self) -> str:
         """The form of a stored value: the encoding of packed rows, the type of dense ones."""
         return self.encoding if self.is_packed else self.proj_dtype
-
-    @property
-    def how_to_read(self) -> str:
-        """A row as a formula, for people who have the store and no documentation."""
-        if not self.is_packed:
-            return "row = projections[i] * row_scale[i]"
-        return (
-            f"row = (2 code - {2**self.bits - 1}) * scale of the layer * row_scale[i]; a stored "
-            f"row has a float16 scale for each layer, then from each layer's stored_start on codes "
-            f"of {self.bits} bits in little bit order"
-        )
 
     @property
     def row_bytes(self) -> int:
@@ -246,7 +239,7 @@ class StoreLayout:
 
     def shard_name(self, unit: int) -> str:
         """Return the unit's shard file, relative to the output directory."""
-        return f"{STORE_NAME}/projections/c.{unit}.0"
+        return f"{STORE_NAME}/{self.array}/c.{unit}.0"
 
 
 def column_chunk_path(store_path: Path, name: str, block: int) -> Path:
@@ -266,11 +259,13 @@ def plan_layout(
     config: StoreConfig,
     more_bytes: int = 0,
     keeps_sums: bool = False,
+    hidden_width: int = 0,
 ) -> StoreLayout:
     """Plan a store of ``n_samples`` rows; ``widths`` are the layers' ``k_i * k_o`` in row order.
 
     ``more_bytes`` are those of a packed row that follow the layers' codes. ``keeps_sums``: all of a
-    unit's rows may be in memory as float32, so the rows of a unit are chosen for that size too.
+    unit's rows may be in memory as float32, so the rows of a unit are chosen for that size too, and
+    for its hidden states of ``hidden_width`` values, which always are.
 
     Raises:
         StoreError: there is nothing to store.
@@ -289,7 +284,7 @@ def plan_layout(
         bits, proj_dtype = PACKED_BITS[config.encoding], "uint8"
         header, packed, chunk_width = packed_widths(widths, bits, more_bytes)
         row_bytes, chunk_rows = packed, packed_chunk_rows(chunk_width)
-    largest = max(row_bytes, 4 * dim * keeps_sums)
+    largest = max(row_bytes, 4 * dim * keeps_sums, 4 * hidden_width)
     rows_per_shard = config.rows_per_shard or choose_rows_per_shard(n_samples, largest)
     n_units = -(-n_samples // rows_per_shard)
     return StoreLayout(
@@ -305,6 +300,7 @@ def plan_layout(
         encoding=config.encoding,
         header_width=header,
         packed_width=packed,
+        hidden_width=hidden_width,
     )
 
 

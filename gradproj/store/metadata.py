@@ -13,6 +13,7 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
+from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
@@ -189,7 +190,23 @@ def read_layout(store_path: Path) -> StoreLayout:
             key_bytes=key_bytes,
             column_rows=column_rows,
         )
-    return _packed_layout(store_path, layout) if layout.proj_dtype == "uint8" else layout
+    if layout.proj_dtype == "uint8":
+        layout = _packed_layout(store_path, layout)
+    return replace(layout, hidden_width=_hidden_width(store_path, layout))
+
+
+def _hidden_width(store_path: Path, layout: StoreLayout) -> int:
+    """Return the values of a hidden state; 0 for a store without them."""
+    if HIDDEN_STATE not in read_attributes(store_path):
+        return 0
+    path = store_path / HIDDEN_STATE / "zarr.json"
+    array = _read_json(path, store_path)
+    with _explained(path):
+        n_samples, width = array["shape"]
+        rows = array["chunk_grid"]["configuration"]["chunk_shape"][0]
+        if (n_samples, rows) != (layout.n_samples, layout.rows_per_shard) or width < 1:
+            raise ValueError(f"its shape is {array['shape']}, in shards of {rows} rows")
+        return int(width)
 
 
 def _packed_layout(store_path: Path, layout: StoreLayout) -> StoreLayout:

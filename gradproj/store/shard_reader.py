@@ -1,4 +1,4 @@
-"""Rows of the ``projections`` array: from the map of an uncompressed shard, else by zarr-python."""
+"""Rows of a sharded array: from the map of an uncompressed shard, else by zarr-python."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class Shards:
         self, store_path: Path, layout: StoreLayout, maps: LRUCache[tuple[str, int], Any]
     ) -> None:
         self.layout = layout
-        self._folder = store_path / "projections"
+        self._folder = store_path / layout.array
         self._maps = maps
         metadata = json.loads((self._folder / "zarr.json").read_text())
         self._separator = (
@@ -39,7 +39,7 @@ class Shards:
         return self._folder / self._separator.join(("c", str(unit), "0"))
 
     def exists(self, unit: int) -> bool:
-        return ("projections", unit) in self._maps or self.path(unit).exists()
+        return (self.layout.array, unit) in self._maps or self.path(unit).exists()
 
     def prefetch(self, unit: int, start: int, stop: int, selection: Selection) -> None:
         """Have the disk read rows ``[start, stop)`` of the unit in the background."""
@@ -49,7 +49,7 @@ class Shards:
 
     def release(self, unit: int) -> None:
         """Release the memory of a unit's rows that were read, if it is mapped."""
-        shard = self._shard(unit) if ("projections", unit) in self._maps else None
+        shard = self._shard(unit) if (self.layout.array, unit) in self._maps else None
         if shard is not None:
             shard.file.release()
 
@@ -109,7 +109,7 @@ class Shards:
             except FileNotFoundError:
                 return None
 
-        shard = self._maps.get(("projections", unit), load)
+        shard = self._maps.get((self.layout.array, unit), load)
         return shard if shard is not None and shard.regular else None
 
     def _read_with_zarr(self, rows: slice | np.ndarray, selection: Selection) -> np.ndarray:

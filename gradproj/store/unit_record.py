@@ -17,7 +17,8 @@ from safetensors.numpy import load
 
 from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
-from gradproj.store.layout import UNITS_DIR
+from gradproj.store.hidden_states import HIDDEN_STATE
+from gradproj.store.layout import UNITS_DIR, StoreLayout
 
 RECORD_VERSION = 1
 
@@ -49,6 +50,12 @@ class UnitRecord:
     """JSON: seconds, tokens, the process that wrote it."""
     token_covariances: dict[str, np.ndarray] = field(default_factory=dict)
     """``a`` and ``s``: each layer's k x k sum over tokens, flat, one after the other."""
+    hidden: dict[str, int] | None = None
+    """The same of the shard of its hidden states; None if there are none."""
+
+    def shard_of(self, layout: StoreLayout) -> dict[str, int] | None:
+        """Return what is recorded of the shard of an array, ``sharded_layouts``'s."""
+        return self.hidden if layout.array == HIDDEN_STATE else self.shard
 
 
 def record_name(unit: int) -> str:
@@ -84,6 +91,8 @@ def encode_record(record: UnitRecord) -> bytes:
     # Widest types first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     about = {name: getattr(record, name) for name in _ABOUT}
+    if record.hidden is not None:
+        about["hidden"] = record.hidden
     metadata = {
         "crc32c": _NO_CHECKSUM.decode(),
         "record_version": str(RECORD_VERSION),

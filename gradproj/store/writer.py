@@ -29,6 +29,7 @@ from gradproj.files import (
     write_and_replace,
 )
 from gradproj.store.bfloat16 import BFloat16
+from gradproj.store.hidden_states import sharded_layouts
 from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import (
     COLUMNS,
@@ -174,17 +175,19 @@ def _fill_group(
 ) -> None:
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=attributes)
-    group.create_array(
-        "projections",
-        shape=(layout.n_samples, layout.stored_width),
-        dtype=BFloat16() if layout.proj_dtype == "bfloat16" else layout.proj_dtype,
-        shards=(layout.rows_per_shard, layout.stored_width),
-        chunks=(layout.chunk_rows, layout.chunk_width),
-        compressors=_compressors(layout)[1],
-        fill_value=int(layout.fill) if layout.is_packed else float("nan"),
-        chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
-        dimension_names=("sample", "byte" if layout.is_packed else "value"),
-    )
+    for each in sharded_layouts(layout):
+        name = "value" if each.array == layout.array else f"{each.array}_value"
+        group.create_array(
+            each.array,
+            shape=(each.n_samples, each.stored_width),
+            dtype=BFloat16() if each.proj_dtype == "bfloat16" else each.proj_dtype,
+            shards=(each.rows_per_shard, each.stored_width),
+            chunks=(each.chunk_rows, each.chunk_width),
+            compressors=_compressors(each)[1],
+            fill_value=int(each.fill) if each.is_packed else float("nan"),
+            chunk_key_encoding=_FLAT_KEYS,  # type: ignore[arg-type]
+            dimension_names=("sample", "byte" if each.is_packed else name),
+        )
     extra = dict.fromkeys(extra_columns, (np.dtype(np.int64), -1))
     for name, (dtype, fill) in (COLUMNS | extra).items():
         group.create_array(

@@ -23,6 +23,7 @@ from gradproj.store.append_store import (
     create_row_store,
     holds_rows,
 )
+from gradproj.store.encoding import row_formula
 from gradproj.store.layout import STATUS, STORE_NAME, StoreLayout, place_stored, plan_layout
 from gradproj.store.writer import pack_matrices
 from gradproj.training.engine_base import EngineContext, TrainingEngine
@@ -228,7 +229,7 @@ class GradProjLoraTraining(TrainingEngine):
             "domains": [],
             "projection": asdict(projection),
             "selection": asdict(self._engine.coverage),
-            "how_to_read": f"{layout.how_to_read}, of sample sample_id[i] at step[i]; status 1 = "
+            "how_to_read": f"{row_formula(layout)}, of sample sample_id[i] at step[i]; status 1 = "
             "ok",
             "identity": {
                 **{f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)},

@@ -68,13 +68,15 @@ def project_unit(
     unit: PreparedUnit,
     folder: Path,
     head: tuple[HeadBasis, HeadSegment] | None = None,
+    hidden: str = "none",
     **form: Any,
 ) -> ProjectedUnit:
     """Run the job's loop over a unit's batches, before anything is copied to the host."""
     layout, layers = layout_of(engine, **form)
     settings = SimpleNamespace(layout=layout, batch=BatchConfig(), identity="the identity")
     encoder = RowEncoder(layout, layers)
-    projector = UnitProjector(model, engine, settings, encoder, RankProgress(), head=head)
+    made = model, engine, settings, encoder, RankProgress()
+    projector = UnitProjector(*made, head=head, hidden=hidden)
     nothing_saved = PartialLog(folder / "partial", folder, "key", fake_owner(0))
     projected = projector.project(unit, nothing_saved)
     assert projected is not None

@@ -96,6 +96,11 @@ def test_no_batch_waits_with_head_rows(waits_of_a_unit):
     assert waits_of_a_unit(model, form={"head": (basis, HeadSegment(4, 8, VOCAB))}) == []
 
 
+@pytest.mark.parametrize("kind", ["mean", "last"])
+def test_no_batch_waits_with_hidden_states(kind, waits_of_a_unit):
+    assert waits_of_a_unit(small_model("gpt2"), form={"hidden": kind}) == []
+
+
 ROPES = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "yarn": {"factor": 2.0},

@@ -51,6 +51,7 @@ OTHER_VALUES = {
     "--include_embeddings": None, "--max_length": 32,
     "--long_documents": "windows", "--loss_reduction": "mean", "--special_tokens": "bos",
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",
+    "--hidden_state": "mean",
     "--encoding": "signs", "--compressor": "zstd", "--rows_per_shard": 32, "--max_samples": 50,
     "--domains": "Github",
     "--max_document_bytes": 1000, "--max_json_depth": 5, "--batch_size": 3, "--batch_tokens": 99,

@@ -1,0 +1,57 @@
+"""Reads the hidden states of a store."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradproj.errors import StoreError
+from gradproj.store.column_reader import Columns
+from gradproj.store.hidden_states import HIDDEN_STATE, hidden_layout
+from gradproj.store.layout import LayerSlice
+from gradproj.store.reader import ProjectionStore
+from gradproj.store.row_reader import Rows
+
+
+class _Unscaled(Columns):
+    """The store's columns, with 1 as the scale of every row."""
+
+    def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
+        values = super().read([name for name in names if name != "row_scale"], ids)
+        return values | {"row_scale": np.ones(len(ids), np.float32)}
+
+    def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
+        values = super().read_range([n for n in names if n != "row_scale"], start, stop)
+        return values | {"row_scale": np.ones(stop - start, np.float32)}
+
+
+class HiddenStates(ProjectionStore):
+    """The hidden states of a store, read and scored as its rows are.
+
+    ``rows(ids)`` is ``(n, d)`` float32, NaN for documents of another status than ok. The functions
+    of ``gradproj.analysis`` take it in place of the store, with the scores ``dot`` and ``cosine``
+    and hidden states as queries.
+
+    Args:
+        path: as for ``ProjectionStore``.
+        read_text: as for ``ProjectionStore``.
+
+    Raises:
+        StoreError: there is no store, or none with hidden states.
+    """
+
+    def __init__(self, path: str | Path, read_text: Callable[[int], str] | None = None) -> None:
+        super().__init__(path, read_text)
+        layout = hidden_layout(self.layout)
+        if layout is None:
+            raise StoreError(
+                f"{self.path} has no hidden states: its job ran without --hidden_state mean (or "
+                "last), and takes it in another --output_dir only"
+            )
+        self.layout, d = layout, layout.dim
+        self.layers = [LayerSlice(HIDDEN_STATE, "hidden", d, 1, d, 1, 0, d)]
+        # What is said of the rows' basis, head and reduction is not said of these.
+        kept = ("store_id", "identity_hash", "wanted_units", HIDDEN_STATE)
+        self.attributes = {name: self.attributes[name] for name in kept if name in self.attributes}
+        self._columns = _Unscaled(self.path, layout, self._maps)
+        self._rows = Rows(self.path, layout, self._columns, self._maps)
