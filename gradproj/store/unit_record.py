@@ -51,7 +51,7 @@ class UnitRecord:
     token_covariances: dict[str, np.ndarray] = field(default_factory=dict)
     """``a`` and ``s``: each layer's k x k sum over tokens, flat, one after the other."""
     hidden: dict[str, int] | None = None
-    """The same of the shard of its hidden states; None if there are none."""
+    """``shard`` of its hidden states; None if there are none."""
 
     def shard_of(self, layout: StoreLayout) -> dict[str, int] | None:
         """Return what is recorded of the shard of an array, ``sharded_layouts``'s."""
