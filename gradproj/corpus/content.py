@@ -10,6 +10,8 @@ import numpy as np
 
 from gradproj.corpus.messages import BadContentError, json_type, messages_of, tools_of
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 IGNORE = -100
 """The label of a token that carries no loss."""
 
@@ -183,8 +185,8 @@ def is_unicode(value: str) -> bool:
 
 
 def _no_form(fields: Mapping[str, Any]) -> str:
-    for one, other in (("completion", "prompt"), ("prompt", "completion"),
-                       ("chosen", "rejected"), ("rejected", "chosen")):  # fmt: skip
+    pairs = ("chosen", "rejected"), ("prompt", "completion")
+    for one, other in (order for pair in pairs for order in (pair, pair[::-1])):
         if fields.get(one) is not None:
             return f'it has "{one}" and no "{other}": they come together'
     return f"no text: it has none of {FORMS}"
@@ -199,7 +201,7 @@ def _weight(value: Any) -> float:
         weight = float(value)
     except OverflowError:
         weight = math.inf
-    if not math.isfinite(np.float32(weight)):
+    if not abs(weight) <= _LARGEST:  # also of NaN
         raise BadContentError(f'"weight" is {str(value)[:40]}; give a finite float32')
     return weight
 
