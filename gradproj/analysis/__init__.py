@@ -2,6 +2,7 @@
 
 from gradproj.analysis.domains import DomainMatrix, Overview, domain_matrix, overview
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.query_sets import CONTROL, QuerySets
 from gradproj.analysis.score_types import DEFAULT_SCORE, MEANINGS, SCORES, SIGN, ScoreType
 from gradproj.analysis.scores import (
     TopDocuments,
@@ -14,6 +15,7 @@ from gradproj.analysis.scores import (
 )
 
 __all__ = [
+    "CONTROL",
     "DEFAULT_SCORE",
     "MEANINGS",
     "SCORES",
@@ -21,6 +23,7 @@ __all__ = [
     "DomainMatrix",
     "Overview",
     "Preconditioner",
+    "QuerySets",
     "ScoreType",
     "TopDocuments",
     "bottom_k",

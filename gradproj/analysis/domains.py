@@ -9,8 +9,9 @@ from torch import Tensor
 
 from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.prepared_queries import self_products
 from gradproj.analysis.row_blocks import Block
-from gradproj.analysis.scan import Scan, ScanOptions, self_products
+from gradproj.analysis.scan import Scan, ScanOptions
 from gradproj.analysis.score_types import DOMAIN_SCORES, SCORES
 from gradproj.errors import ConfigError
 from gradproj.store import ProjectionStore

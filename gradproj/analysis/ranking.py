@@ -1,21 +1,19 @@
 """Highest- and lowest-scoring documents, for one damping or several."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gradproj.analysis.norm_cache import with_self_influences
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.prepared_queries import PreparedQueries
 from gradproj.analysis.scan import Rows, Scan, ScanOptions
 from gradproj.analysis.score_blocks import score_blocks
-from gradproj.analysis.score_file import ScoresFile
+from gradproj.analysis.score_stream import Part, ScoreStream, concatenate
 from gradproj.analysis.score_types import SCORES
-from gradproj.analysis.scores import TopDocuments, add_all, both_ends, both_ends_of, top_and_bottom
-from gradproj.analysis.top_k import TopK
-from gradproj.distributed import World
+from gradproj.analysis.scores import TopDocuments, both_ends_of, top_and_bottom
 from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import HeadQueries
 
@@ -64,17 +62,22 @@ class Ranker:
         Raises:
             StoreError: there is no room for the file, or it cannot be created.
         """
-        scan = Scan.of(self.store, self.damped_by(damping))
-        blocks = (
-            (part.start, first, values.cpu().numpy())
-            for part in query_parts(rows)
-            for first, values in score_blocks(
-                scan, scan.prepare_queries(rows[part], self.head_of(part))
-            )
-        )
-        shape = len(rows), len(self.store)
-        ends = save_and_rank(path, shape, blocks, self.n_top, self.n_bottom, scan.world)
+        ends = self.stream(rows, damping).ends(self.n_top, self.n_bottom, path)
         return Ranking(damping if self.preconditioner is not None else None, *ends)
+
+    def stream(self, rows: np.ndarray, damping: float | str) -> ScoreStream:
+        """Return all documents' scores for these queries."""
+        scan, sets = Scan.of(self.store, self.damped_by(damping)), self.options.get("sets")
+
+        def part_of(part: slice) -> Part:
+            n_scores = part.stop - part.start if sets is None else len(sets)
+            return Part(n_scores, lambda: score_blocks(scan, prepared(part)))
+
+        def prepared(part: slice) -> PreparedQueries:
+            return scan.prepare_queries(rows[part], self.head_of(part))
+
+        parts = [part_of(part) for part in self.parts(rows)]
+        return ScoreStream(parts, len(self.store), scan.world, scan.device)
 
     def damped_by(self, damping: float | str) -> ScanOptions:
         """Return the options of a scan with this damping of the preconditioner."""
@@ -83,12 +86,16 @@ class Ranker:
         options: ScanOptions = {**self.options, "preconditioner": self.preconditioner}
         return with_self_influences(self.store, {**options, "damping": damping}, self.note)
 
-    def head_of(self, part: slice, copies: int = 1) -> HeadQueries | None:
-        """Return the head rows of some queries, ``copies`` times one after the other."""
+    def head_of(self, part: slice) -> HeadQueries | None:
+        """Return the head rows of some queries."""
         head = self.options.get("head")
-        if head is None:
-            return None
-        return head[np.tile(np.arange(part.start, part.stop), copies)]
+        return None if head is None else head[part]
+
+    def parts(self, rows: np.ndarray, copies: int = 1) -> list[slice]:
+        """Return the spans of queries that one scan takes; all, if they are of sets."""
+        if self.options.get("sets") is not None:
+            return [slice(0, len(rows))]
+        return list(query_parts(rows, copies))
 
     def _rank_in_one_scan(
         self, rows: np.ndarray, preconditioner: Preconditioner, dampings: Sequence[float | str]
@@ -96,16 +103,16 @@ class Ranker:
         """Score ``q C^-1`` of every damping by inner products, as if they were further queries."""
         chosen = preconditioner.for_layers(self.options["layers"] or preconditioner.layers)
         scan = Scan.of(self.store, self.damped_by(dampings[0]))
-        spans = {x.name: slice(x.slice_start, x.slice_end) for x in self.store.layers}
+        scans = [replace(scan, preconditioner=chosen.with_damping(c)) for c in dampings]
         parts: list[list[tuple[TopDocuments, ...]]] = [[] for _ in dampings]
-        for part in query_parts(rows, len(dampings)):
-            values = np.concatenate([rows[part, spans[name]] for name in chosen.layers], axis=1)
-            queries = torch.from_numpy(values).double()
-            solved = torch.cat([chosen.with_damping(c).solve(queries) for c in dampings])
-            prepared = scan.prepare_solved(solved, self.head_of(part, len(dampings)))
+        for part in self.parts(rows, len(dampings)):
+            prepared = PreparedQueries.joined(
+                [x.prepare_queries(rows[part], self.head_of(part)) for x in scans]
+            )
             ends = both_ends_of(scan, prepared, self.n_top, self.n_bottom, rows)
+            n_scores = prepared.n_scores // len(dampings)
             for number, ends_of_damping in enumerate(parts):
-                span = slice(number * len(queries), (number + 1) * len(queries))
+                span = slice(number * n_scores, (number + 1) * n_scores)
                 ends_of_damping.append(
                     tuple(TopDocuments(x.ids[span], x.scores[span], x.n_scored) for x in ends)
                 )
@@ -116,7 +123,7 @@ class Ranker:
 
     def _scan(self, rows: np.ndarray, options: ScanOptions) -> tuple[TopDocuments, TopDocuments]:
         ends = []
-        for part in query_parts(rows):
+        for part in self.parts(rows):
             of_part: ScanOptions = {**options, "head": self.head_of(part)}
             ends.append(
                 top_and_bottom(rows[part], self.store, self.n_top, self.n_bottom, **of_part)
@@ -125,59 +132,11 @@ class Ranker:
         return top, bottom
 
 
-def save_and_rank(
-    path: Path,
-    shape: tuple[int, int],
-    blocks: Iterator[tuple[int, int, np.ndarray]],
-    n_top: int,
-    n_bottom: int,
-    world: World,
-) -> tuple[TopDocuments, TopDocuments]:
-    """Write scores to a file and rank the documents from there.
-
-    Args:
-        path: the file, which does not exist.
-        shape: ``(Q, N)``.
-        blocks: this rank's ``(first query, first sample, scores (q, n))``, in order.
-        n_top: documents at the upper end, for each query.
-        n_bottom: documents at the lower end, for each query.
-        world: the ranks that share the scores.
-
-    Returns:
-        Both ends, on every rank.
-
-    Raises:
-        StoreError: there is no room for the file, or it cannot be created.
-    """
-    unfinished = world.broadcast(ScoresFile.create(path, shape) if world.rank == 0 else None)
-    with ScoresFile(path, unfinished, shape) as file:
-        for query, first, values in blocks:
-            file.write(query, first, values)
-        file.finish()
-        world.barrier()  # rank 0 reads what every rank has written
-        ends = None
-        if world.rank == 0:
-            cpu = torch.device("cpu")
-            top, bottom = TopK(shape[0], n_top, cpu), TopK(shape[0], n_bottom, cpu)
-            n_scored = add_all(file.blocks(), top, bottom)
-            ends = both_ends(top, bottom, n_scored, np.empty(0), World())
-            file.publish()
-    return world.broadcast(ends)
-
-
 def query_parts(rows: np.ndarray, copies: int = 1) -> Iterator[slice]:
     """Yield the spans of queries that one scan takes if each stands for ``copies`` queries."""
     step = max(1, _QUERY_BYTES_PER_SCAN // (8 * copies * rows.shape[1]))
     for first in range(0, len(rows), step):
         yield slice(first, min(first + step, len(rows)))
-
-
-def concatenate(parts: Sequence[TopDocuments]) -> TopDocuments:
-    """Join the documents of consecutive queries."""
-    ids, scores = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "scores")
-    )
-    return TopDocuments(ids, scores, parts[0].n_scored)
 
 
 def overlap(rankings: Sequence[Ranking]) -> np.ndarray:

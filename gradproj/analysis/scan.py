@@ -1,4 +1,4 @@
-"""Scan options, and queries prepared for multiplication with rows."""
+"""Options of a scan of a store's rows, checked, and queries prepared for it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gradproj.analysis.eigenbasis import has_weighted_rows
 from gradproj.analysis.preconditioner import Preconditioner
+from gradproj.analysis.prepared_queries import PreparedQueries
+from gradproj.analysis.query_sets import QuerySets
 from gradproj.analysis.reduction import DEFAULT_REDUCTION, check_reduction, reduction_factors
 from gradproj.analysis.row_blocks import (
     Block,
@@ -60,6 +62,8 @@ class ScanOptions(TypedDict, total=False):
     """The queries' head rows, whose scores are added to those of the layers; for kfac."""
     head_sum: str
     """``plain`` (default), or ``equal``: head and layers with the same deviation, per query."""
+    sets: QuerySets | None
+    """Score sets of the queries instead of each query; not for self-influences and domains."""
     together: bool
     """For ``top_k``, ``bottom_k`` and ``top_and_bottom``: every rank of ``torch.distributed``
     makes the call, scans its share of the units and returns the whole answer. The ranks also fit a
@@ -93,6 +97,8 @@ class Scan:
             raise ConfigError(
                 f"{caller} does not take together; top_k, bottom_k and top_and_bottom do"
             )
+        if options.get("sets") is not None and caller != "score":
+            raise ConfigError(f"{caller} does not take sets, since it has no queries")
         score = options.get("score", DEFAULT_SCORE)
         if score in SCORES and score not in scores:
             raise ConfigError(
@@ -171,9 +177,7 @@ class Scan:
         )
         return None if factors is None else to_device(torch.from_numpy(factors), self.device)
 
-    def prepare_queries(
-        self, query_rows: Rows, head: HeadQueries | None = None
-    ) -> "PreparedQueries":
+    def prepare_queries(self, query_rows: Rows, head: HeadQueries | None = None) -> PreparedQueries:
         """Apply the preconditioner to the queries, once instead of to every row.
 
         ``head`` are these queries' head rows, by default those of the options.
@@ -183,15 +187,45 @@ class Scan:
             raise ConfigError(
                 "a query row has a value that is not finite: its text has no gradient"
             )
-        solved = queries
-        if self.preconditioner is not None and not self.preconditioner.is_identity:
-            solved = self.preconditioner.solve(queries.double())
+        head, sets = head or self.options.get("head"), self.options.get("sets")
+        if sets is not None:
+            return self._prepare_sets(queries, head, sets)
+        solved = self._solved(queries)
         if SCORES[self.score].divisor == "norms":
             norms = (queries.double() * solved).sum(dim=1, keepdim=True).sqrt()
             solved = solved / torch.where(norms > 0, norms, 1.0)
-        return self.prepare_solved(solved, head or self.options.get("head"))
+        return self.prepare_solved(solved, head)
 
-    def prepare_solved(self, queries: Tensor, head: HeadQueries | None = None) -> "PreparedQueries":
+    def _solved(self, queries: Tensor) -> Tensor:
+        """Return ``q C^-1``, float64; the queries themselves without a preconditioner."""
+        if self.preconditioner is None or self.preconditioner.is_identity:
+            return queries
+        return self.preconditioner.solve(queries.double())
+
+    def _prepare_sets(
+        self, queries: Tensor, head: HeadQueries | None, sets: QuerySets
+    ) -> PreparedQueries:
+        if len(sets.of_query) != len(queries):
+            raise ConfigError(f"sets are of {len(sets.of_query)} queries, not of {len(queries)}")
+        if SCORES[self.score].divisor == "norms":  # which takes each query at unit length
+            sets = replace(sets, unit=True)
+        lengths = np.zeros(len(queries)) if head is None else head.squares()
+
+        def solve(chosen: np.ndarray) -> tuple[Tensor, np.ndarray]:
+            exact = queries[torch.from_numpy(chosen)].double()
+            solved = self._solved(exact)
+            lengths[chosen] += (exact * solved).sum(dim=1).clamp(min=0).numpy()
+            lengths[chosen] = np.sqrt(lengths[chosen])
+            return solved, lengths[chosen]
+
+        parts = [self.prepare_solved(rows) for rows in sets.rows(solve, queries.shape[1])]
+        prepared = PreparedQueries.joined(parts)
+        if head is not None:
+            factors = sets.factors(np.arange(len(queries)), lengths)
+            head = head.summed(sets.row_of, factors, sets.n_rows)
+        return replace(prepared, head=head, sets=sets)
+
+    def prepare_solved(self, queries: Tensor, head: HeadQueries | None = None) -> PreparedQueries:
         """Prepare queries to which the preconditioner was applied, ``(Q, W)``."""
         if head is not None and len(head.ids) != len(queries):
             raise ConfigError(f"there are head rows of {len(head.ids)} queries for {len(queries)}")
@@ -261,57 +295,6 @@ def _preconditioner(
     given = given.for_layers(layers)
     damped = given.with_damping(options["damping"]) if "damping" in options else given
     return damped.ready()  # fails before the scan, not during it
-
-
-@dataclass(frozen=True)
-class PreparedQueries:
-    """Queries ready to be multiplied with rows."""
-
-    weights: Tensor
-    """``(Q, W)`` float32, of magnitude at most 2."""
-    scales: Tensor
-    """``(Q,)`` float64: the factor by which each query was divided."""
-    divisor: str | None
-    """See ``ScoreType.divisor``."""
-    preconditioner: Preconditioner | None
-    """If there is a divisor: gives a row's score with itself; None for its squared norm."""
-    head: HeadQueries | None = None
-    """Head rows, whose scores are added."""
-
-    @property
-    def has_norms(self) -> bool:
-        """True if a score is divided by a norm of the row, so that the row's scale cancels."""
-        return self.divisor is not None
-
-    def scores_of(self, rows: Tensor) -> Tensor:
-        """Return the scores ``(Q, n)`` float32 of rows ``(n, W)``."""
-        products = self.weights @ rows.T
-        if self.preconditioner is not None:
-            return self.finish(products, self.preconditioner.self_products(rows).sqrt())
-        if self.divisor is not None:
-            # In float64, which the square of no float32 value overflows.
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-            return self.finish(products, norms)
-        return self.finish(products)
-
-    def finish(
-        self, products: Tensor, norms: Tensor | None = None, row_scale: Tensor | None = None
-    ) -> Tensor:
-        """Turn products ``(Q, n)`` of weights and rows into scores.
-
-        They are divided by ``norms (n,)`` and multiplied by ``row_scale (n,)``.
-        """
-        values = products.double() * self.scales[:, None]
-        if norms is not None:
-            values = torch.where(norms == 0, 0.0, values / norms)
-        return (values if row_scale is None else values * row_scale).float()
-
-
-def self_products(rows: Tensor, preconditioner: Preconditioner | None) -> Tensor:
-    """Return ``r C^-1 r`` of every row, ``(n,)``; without a preconditioner, the squared norm."""
-    if preconditioner is None:
-        return rows.square().sum(dim=1)
-    return preconditioner.self_products(rows)
 
 
 def query_tensor(query_rows: Rows) -> Tensor:

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.prepared_queries import PreparedQueries
 from gradproj.analysis.row_blocks import SampleFilter, as_tensor, progress_bar, rank_range
 from gradproj.analysis.row_norms import RowNorms
-from gradproj.analysis.scan import PreparedQueries, Scan
+from gradproj.analysis.scan import Scan
 from gradproj.kernels.device_copy import record_event, to_device, to_host
 from gradproj.kernels.onednn import linear
 from gradproj.store import Band
@@ -39,7 +40,8 @@ def score_blocks(scan: Scan, queries: PreparedQueries) -> Blocks:
         if head is not None:
             values += head(first, first + values.shape[1])
         factors = None if queries.has_norms else scan.row_factors(first, first + values.shape[1])
-        yield first, values if factors is None else (values.double() * factors).float()
+        values = values if factors is None else (values.double() * factors).float()
+        yield first, values if queries.sets is None else queries.sets.scores(values)
 
 
 def _head_scores(

@@ -12,15 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradproj.analysis.prepared_queries import PreparedQueries, self_products
 from gradproj.analysis.row_blocks import SampleFilter
-from gradproj.analysis.scan import (
-    PreparedQueries,
-    Rows,
-    Scan,
-    ScanOptions,
-    query_tensor,
-    self_products,
-)
+from gradproj.analysis.scan import Rows, Scan, ScanOptions, query_tensor
 from gradproj.analysis.score_blocks import Blocks, on_host, score_blocks
 from gradproj.analysis.score_types import SELF_SCORES
 from gradproj.analysis.top_k import TopK
@@ -57,15 +51,15 @@ def score(
         **options: see ``ScanOptions``.
 
     Returns:
-        ``(Q, N)`` float32, NaN for documents without a row (missing, empty, failed, of another
-        domain); a tensor on the queries' device if the queries are a tensor.
+        ``(Q, N)`` float32, or ``(G, N)`` of G sets; NaN for documents without a row (missing,
+        empty, failed, of another domain); a tensor on the queries' device if they are a tensor.
 
     Raises:
         ConfigError: an unknown score, layer or domain, or rows of another width.
         StoreError: a preconditioner of another store, or a store without what the score needs.
     """
-    queries = query_tensor(query_rows)
-    shape = (len(queries), len(store))
+    queries, sets = query_tensor(query_rows), options.get("sets")
+    shape = (len(queries if sets is None else sets), len(store))
     scores = np.empty(shape, np.float32) if out is None else out
     if scores.shape != shape or scores.dtype != np.float32:
         raise ConfigError(f"out is {scores.dtype} {scores.shape}; these scores are float32 {shape}")
@@ -121,7 +115,7 @@ def both_ends_of(
     scan: Scan, queries: PreparedQueries, n_top: int, n_bottom: int, like: Rows
 ) -> tuple[TopDocuments, TopDocuments]:
     """Return both ends of the scores of prepared queries, of the type of ``like``."""
-    n_queries = len(queries.weights)
+    n_queries = queries.n_scores
     top, bottom = TopK(n_queries, n_top, scan.device), TopK(n_queries, n_bottom, scan.device)
     n_scored = add_all(score_blocks(scan, queries), top, bottom)
     return both_ends(top, bottom, n_scored, like, scan.world)

@@ -110,6 +110,27 @@ class HeadQueries:
     def __getitem__(self, chosen: slice | np.ndarray) -> "HeadQueries":
         return HeadQueries(self.ids[chosen], self.values[chosen])
 
+    def squares(self) -> np.ndarray:
+        """Return each query's score with itself by its head rows, ``(Q,)`` float64."""
+        return np.square(self.values, dtype=np.float64).sum(axis=(1, 2))
+
+    def summed(self, row_of: np.ndarray, factors: np.ndarray, n_rows: int) -> "HeadQueries":
+        """Return the sums over queries: query i is added to ``row_of[i]``, times ``factors[i]``."""
+        n_tokens = int(self.ids.max(initial=0)) + 1
+        used = self.values.any(axis=2)
+        key = (row_of[:, None] * n_tokens + self.ids)[used]
+        distinct, number = np.unique(key, return_inverse=True)
+        order = np.argsort(number, kind="stable")
+        values = (self.values * factors[:, None, None])[used][order].astype(np.float64)
+        starts = np.searchsorted(number[order], np.arange(len(distinct)))
+        sums = np.add.reduceat(values, starts, axis=0) if len(values) else values
+        rows, tokens = np.divmod(distinct, n_tokens)
+        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        shape = n_rows, int(place.max(initial=0)) + 1
+        ids, out = np.zeros(shape, np.int64), np.zeros((*shape, values.shape[1]), np.float32)
+        ids[rows, place], out[rows, place] = tokens, sums
+        return HeadQueries(ids, out)
+
 
 def decode_head(stored: np.ndarray, segment: HeadSegment) -> DecodedHead:
     """Decode the segments ``(n, n_bytes)`` uint8 of n rows."""

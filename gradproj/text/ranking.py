@@ -1,21 +1,21 @@
 """Rankings of a store's documents by text, and by a gradient score and text together."""
 
+import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from gradproj.analysis import TopDocuments
-from gradproj.analysis.ranking import Ranker, Ranking, concatenate, query_parts, save_and_rank
-from gradproj.analysis.row_blocks import scan_world
-from gradproj.analysis.scan import Scan
-from gradproj.analysis.score_blocks import on_host, score_blocks
+from gradproj.analysis.ranking import Ranker, Ranking
+from gradproj.analysis.score_blocks import Blocks, on_host
+from gradproj.analysis.score_stream import Part, ScoreStream
 from gradproj.analysis.score_types import SCORES
 from gradproj.files import explain_os_errors
-from gradproj.text.scores import QueryText, TextScan, rank_blocks
+from gradproj.text.scores import QueryText, TextScan
 from gradproj.text.z_scores import sums_of_z_scores
 
 TEXT = "text"
@@ -43,11 +43,11 @@ class TextRanker:
 
     def rank(self, queries: Sequence[QueryText], path: Path | None = None) -> Ranking:
         """Rank for queries, and write every score to a file if a path is given."""
-        ends = _rank_parts(
-            lambda part: self.scan.blocks(queries[part]), [slice(0, len(queries))], self.scan,
-            self.n_top, self.n_bottom, path,
-        )  # fmt: skip
-        return Ranking(None, *ends)
+        return Ranking(None, *self.stream(queries).ends(self.n_top, self.n_bottom, path))
+
+    def stream(self, queries: Sequence[QueryText]) -> ScoreStream:
+        """Return all documents' scores for these queries."""
+        return self.scan.stream(queries)
 
 
 @dataclass(frozen=True)
@@ -73,40 +73,27 @@ class HybridRanker:
         With a path, every score is written to a file too.
         """
         ranker = self.gradients
-        scan = Scan.of(ranker.store, ranker.damped_by(damping))
-        folder = self.text.index.files.folder
-        place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
-
-        def blocks(part: slice) -> Iterator[tuple[int, np.ndarray]]:
-            prepared = scan.prepare_queries(rows[part], ranker.head_of(part))
-            scores = on_host(score_blocks(scan, prepared), scan.device)
-            others = self.text.blocks(queries[part])
-            with explain_os_errors(place), tempfile.TemporaryFile(dir=place) as file:
-                yield from sums_of_z_scores(scores, others, scan.world, file)
-
-        parts = list(query_parts(rows))
-        ends = _rank_parts(blocks, parts, self.text, ranker.n_top, ranker.n_bottom, path)
+        ends = self.stream(rows, queries, damping).ends(ranker.n_top, ranker.n_bottom, path)
         return Ranking(damping if ranker.preconditioner is not None else None, *ends)
 
+    def stream(
+        self, rows: np.ndarray, queries: Sequence[QueryText], damping: float | str
+    ) -> ScoreStream:
+        """Return all documents' scores for query rows ``(Q, D)`` and the same queries' tokens."""
+        gradients = self.gradients.stream(rows, damping)
+        folder = self.text.index.files.folder
+        place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+        spans = self.gradients.parts(rows)
 
-def _rank_parts(
-    blocks_of: Callable[[slice], Iterator[tuple[int, np.ndarray]]],
-    parts: Sequence[slice],
-    scan: TextScan,
-    n_top: int,
-    n_bottom: int,
-    path: Path | None,
-) -> tuple[TopDocuments, TopDocuments]:
-    """Rank for queries part by part, or write the scores of all and rank from the file."""
-    if path is not None:
-        blocks = (
-            (part.start, first, values) for part in parts for first, values in blocks_of(part)
-        )
-        shape, world = (parts[-1].stop, len(scan.store)), scan_world(scan.together)
-        return save_and_rank(path, shape, blocks, n_top, n_bottom, world)
-    ends = [
-        rank_blocks(blocks_of(part), part.stop - part.start, n_top, n_bottom, scan.together)
-        for part in parts
-    ]
-    top, bottom = (concatenate(end) for end in zip(*ends, strict=True))
-    return top, bottom
+        def blocks(part: Part, span: slice) -> Blocks:
+            scores = on_host(part.blocks(), gradients.device)
+            others = self.text.blocks(queries[span])
+            with explain_os_errors(place), tempfile.TemporaryFile(dir=place) as file:
+                for first, values in sums_of_z_scores(scores, others, gradients.world, file):
+                    yield first, torch.from_numpy(values)
+
+        parts = [
+            Part(part.n_scores, functools.partial(blocks, part, span))
+            for part, span in zip(gradients.parts, spans, strict=True)
+        ]
+        return replace(gradients, parts=parts, device=torch.device("cpu"))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradproj.analysis import TopDocuments
+from gradproj.analysis import QuerySets, TopDocuments
 from gradproj.analysis.row_blocks import SampleFilter, progress_bar, rank_range, scan_world
-from gradproj.analysis.scores import add_all, both_ends
-from gradproj.analysis.top_k import TopK
+from gradproj.analysis.score_stream import Part, ScoreStream
 from gradproj.store import ProjectionStore
 from gradproj.text.frequencies import Frequencies, weight_of
 from gradproj.text.index import TextIndex
@@ -83,11 +82,49 @@ class QueryNgrams:
         )  # fmt: skip
         return scores
 
+    def self_scores(self, weights: np.ndarray) -> np.ndarray:
+        """Return ``K`` of every query with itself, ``(Q,)`` float64."""
+        return np.bincount(self._queries, self._counts * weights, self.n_queries)
+
+    def reassigned(self, row_of: np.ndarray, factors: np.ndarray, n_rows: int) -> np.ndarray:
+        """Give each query's n-grams to its row; return what their weights are multiplied by."""
+        of_ngram = factors[self._queries]
+        self._queries, self.n_queries = row_of[self._queries], n_rows
+        return of_ngram
+
     def document_counts(self, documents: Documents) -> np.ndarray:
         """Return the number of documents that hold each n-gram of ``hashes``, int64."""
         counted = np.zeros(len(self.hashes), np.int64)
         document_counts(documents.tokens, documents.ends, *self._table, counted)
         return counted
+
+
+class SetNgrams:
+    """The n-grams of queries with their weights, or of sets of queries.
+
+    The kernel is linear in a query's counts, so a set's mean is one list of weighted n-grams. A
+    query's length in the kernel is ``sqrt(K(q, q))``.
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[QueryText],
+        frequencies: Frequencies,
+        sets: QuerySets | None = None,
+    ) -> None:
+        self._ngrams, self._sets = QueryNgrams(queries), sets
+        self._weights = self._ngrams.weights(frequencies)
+        if sets is not None:
+            lengths = np.sqrt(self._ngrams.self_scores(self._weights))
+            factors = sets.factors(np.arange(len(queries)), lengths)
+            self._weights *= self._ngrams.reassigned(sets.row_of, factors, sets.n_rows)
+
+    def scores(self, documents: Documents) -> np.ndarray:
+        """Return the scores of documents for each query, or each set: ``(Q, n)`` float64."""
+        scores = self._ngrams.scores(documents, self._weights).T
+        if self._sets is None:
+            return scores
+        return self._sets.scores(torch.from_numpy(scores)).numpy()
 
 
 @dataclass(frozen=True)
@@ -121,14 +158,20 @@ class TextScan:
     together: bool = False
     """Ranks of ``torch.distributed`` share the units."""
     progress: bool = False
+    sets: QuerySets | None = None
+    """Score sets of the queries instead of each query."""
+
+    def n_scores(self, queries: Sequence[QueryText]) -> int:
+        """Scores of a document."""
+        return len(queries) if self.sets is None else len(self.sets)
 
     def blocks(self, queries: Sequence[QueryText]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield this rank's share: ``(first sample id, scores (Q, n) float32)`` in id order.
 
-        A document without a row, of another domain, or without a token has NaN.
+        Q is the number of queries, or of sets. A document without a row, of another domain, or
+        without a token has NaN.
         """
-        store, ngrams = self.store, QueryNgrams(queries)
-        weights = ngrams.weights(self.index.frequencies)
+        store, scorer = self.store, SetNgrams(queries, self.index.frequencies, self.sets)
         sample_filter = SampleFilter(store, self.domains)
         world = scan_world(self.together)
         start, stop = rank_range(store, world)
@@ -140,17 +183,15 @@ class TextScan:
             for first in range(start, stop, height):
                 n = min(height, stop - first)
                 if first // height not in wanted:
-                    yield first, np.full((len(queries), n), np.nan, np.float32)
+                    yield first, np.full((self.n_scores(queries), n), np.nan, np.float32)
                     continue
                 unit = self.index.files.read(first // height)
                 ok = sample_filter(first, store.column("status", first, first + n))
                 ok &= np.diff(unit.ends) > 0
                 for row in range(0, n, most):
                     documents = unit[row : row + most]
-                    parts = pool.map(
-                        lambda piece: ngrams.scores(piece, weights), documents.pieces(n_threads)
-                    )
-                    scores = np.concatenate(list(parts)).T.astype(np.float32)
+                    parts = pool.map(scorer.scores, documents.pieces(n_threads))
+                    scores = np.concatenate(list(parts), axis=1).astype(np.float32)
                     scores[:, ~ok[row : row + most]] = np.nan
                     yield first + row, scores
                 bar.update(n)
@@ -159,13 +200,21 @@ class TextScan:
         self, queries: Sequence[QueryText], n_top: int, n_bottom: int = 0
     ) -> tuple[TopDocuments, TopDocuments]:
         """Return both ends of the scores; ids and scores are numpy arrays ``(Q, k)``."""
-        return rank_blocks(self.blocks(queries), len(queries), n_top, n_bottom, self.together)
+        return self.stream(queries).ends(n_top, n_bottom)
+
+    def stream(self, queries: Sequence[QueryText]) -> ScoreStream:
+        """Return all documents' scores for these queries."""
+
+        def blocks() -> Iterator[tuple[int, torch.Tensor]]:
+            return ((first, torch.from_numpy(values)) for first, values in self.blocks(queries))
+
+        part = Part(self.n_scores(queries), blocks)
+        return ScoreStream([part], len(self.store), scan_world(self.together), torch.device("cpu"))
 
     def scores_at(self, queries: Sequence[QueryText], ids: np.ndarray) -> np.ndarray:
         """Return ``K`` of some documents only, ``(Q, m)`` float64; NaN without a token."""
-        ngrams = QueryNgrams(queries)
         documents = Documents.of(self.index.files.tokens_at(ids))
-        scores = ngrams.scores(documents, ngrams.weights(self.index.frequencies)).T
+        scores = SetNgrams(queries, self.index.frequencies, self.sets).scores(documents)
         scores[:, np.diff(documents.ends) == 0] = np.nan
         return scores
 
@@ -175,16 +224,3 @@ def text_top_k(
 ) -> TopDocuments:
     """Return the ``k`` documents of each query with the highest text scores."""
     return TextScan(store, index).rank(queries, k)[0]
-
-
-def rank_blocks(
-    blocks: Iterator[tuple[int, np.ndarray]],
-    n_queries: int,
-    n_top: int,
-    n_bottom: int,
-    together: bool = False,
-) -> tuple[TopDocuments, TopDocuments]:
-    """Return both ends of blocks ``(first id, scores (Q, n))``, numpy arrays."""
-    cpu, tensors = torch.device("cpu"), ((i, torch.from_numpy(values)) for i, values in blocks)
-    top, bottom = TopK(n_queries, n_top, cpu), TopK(n_queries, n_bottom, cpu)
-    return both_ends(top, bottom, add_all(tensors, top, bottom), np.empty(0), scan_world(together))

@@ -1,5 +1,7 @@
 """Text scores equal the definition, computed with Counters of tuples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN, uncommit
 from helpers.text import job_tokens, text_score
 
 from gradproj import ProjectionStore
+from gradproj.analysis import CONTROL, QuerySets
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.text import scores as scores_module
 from gradproj.text.index import make_text_index
-from gradproj.text.scores import QueryText, TextScan, text_scores, text_top_k
+from gradproj.text.scores import QueryNgrams, QueryText, TextScan, text_scores, text_top_k
 
 
 def test_text_scores_of_documents_in_memory_equal_the_definition():
@@ -88,3 +91,32 @@ def test_scores_do_not_depend_on_the_threads(scan, job, monkeypatch):
     three = scan.rank(queries, 5)[0]
     assert torch.equal(torch.from_numpy(one.ids), torch.from_numpy(three.ids))
     np.testing.assert_array_equal(one.scores, three.scores)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "max"])
+def test_sets_of_queries_score_the_mean_or_maximum_less_the_control_set(scan, job, aggregate):
+    tokens = job_tokens(job)
+    queries = [
+        QueryText(np.array(tokens[i]), first) for i, first in ((3, 0), (8, 4), (9, 0), (3, 2))
+    ]
+    own = [
+        text_score(q.ids.tolist(), q.ids.tolist(), tokens.values(), q.first) for q in queries[:1]
+    ]
+    of_query = np.array([1, 0, CONTROL, 1])
+    singles = scan.scores_at(queries, np.array([3, 8, 9, 30])).copy()
+    lengths = [
+        np.sqrt(QueryNgrams([q]).weights(scan.index.frequencies) @ QueryNgrams([q])._counts)
+        for q in queries
+    ]
+    assert lengths[0] == pytest.approx(np.sqrt(own[0]))
+    for unit in (False, True):
+        sets = QuerySets(["a", "b"], of_query, aggregate, unit)
+        of_sets = replace(scan, sets=sets)
+        each = singles / (np.array(lengths)[:, None] if unit else 1)
+        combine = {"mean": np.mean, "max": np.max}[aggregate]
+        wanted = np.stack([combine(each[of_query == g], axis=0) for g in range(2)]) - each[2]
+        got = of_sets.scores_at(queries, np.array([3, 8, 9, 30]))
+        np.testing.assert_allclose(got, wanted, rtol=1e-9)
+        top, _ = of_sets.rank(queries, N_SAMPLES)
+        ids = top.ids[0].tolist()
+        assert top.scores[0][ids.index(30)] == pytest.approx(wanted[0, 3], rel=1e-5)
