@@ -21,6 +21,7 @@ COMMANDS = {
     "text": "read tokens and count n-grams of a store, for scores by shared text",
     "curvature": "measure the exact curvature of a store's model, for query --rescore",
     "query": "find the documents with the highest and lowest scores for a query",
+    "select": "write the documents that score highest for queries, as tars, lines or ids",
     "domains": "compare a store's domains: mean gradients, cosines, influences",
     "report": "write one HTML page on a store",
 }

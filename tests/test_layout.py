@@ -17,7 +17,7 @@ LEVELS = [
     {"engine", "coordinator"},
     {"analysis"},
     {"job"},
-    {"curvature", "query", "training", "maintenance", "run", "text"},
+    {"curvature", "query", "training", "maintenance", "run", "selection", "text"},
     {"report", "evaluation"},
     {"cli", "examples", "__main__", "__init__"},
 ]

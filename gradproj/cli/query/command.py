@@ -47,7 +47,7 @@ def query_command(argv: list[str]) -> None:
             description="Rank the documents of a store by their scores for queries. Exactly one of "
             "--text, --queries and --query_store is required.",
         )
-        with _signals(process), process_group(process):
+        with stop_signals(process), process_group(process):
             answer = query(config, process)
     if process.rank == 0:
         for line in lines_of(config, answer):
@@ -55,7 +55,7 @@ def query_command(argv: list[str]) -> None:
 
 
 @contextmanager
-def _signals(process: Process) -> Iterator[None]:
+def stop_signals(process: Process) -> Iterator[None]:
     """Make SIGTERM raise, as Ctrl-C does, so that an unfinished score file is deleted.
 
     With several ranks both end the process: one that waits in a collective runs no handler.

@@ -1,4 +1,4 @@
-"""Write tars in order, group documents by domain, and publish a folder of tars atomically.
+"""Write tars in order, group documents by domain, and publish a folder or a file atomically.
 
 Tars are written to ``OUTPUT_DIR.preparing`` beside the output directory. One rename then publishes
 all of them, so half a corpus is never mistaken for a whole one.
@@ -17,7 +17,7 @@ import msgspec
 
 from gradproj.corpus.packing import PackedDocument
 from gradproj.errors import StoreError
-from gradproj.files import fsync_dir, try_lock
+from gradproj.files import fsync_dir, fsync_file, publish_exclusively, try_lock
 
 MAX_OPEN_SPOOLS = 64
 WRITE_BYTES = 1 << 20
@@ -123,64 +123,83 @@ class DomainSpools:
 
 
 @contextmanager
-def published(output_dir: str) -> Iterator[Path]:
+def published(
+    output: str, flag: str = "--output_dir", command: str = "prepare", is_file: bool = False
+) -> Iterator[Path]:
     """Yield a work folder with ``tars`` and ``spools``.
 
-    If the body succeeds, ``tars`` is renamed to the output directory. The work folder is deleted in
-    any case.
+    If the body succeeds, ``tars``, or with ``is_file`` the file in it that has the output's name,
+    gets the output's path. The work folder is deleted in any case.
+
+    Args:
+        output: the path to publish: a new or empty folder, or a new file.
+        flag: what names it, for messages.
+        command: the command that writes it, for messages.
+        is_file: whether it is a file.
 
     Raises:
-        StoreError: the output directory is not empty, cannot be written, or is in use.
+        StoreError: it exists and is not empty, cannot be written, or is in use.
     """
-    output = Path(os.path.realpath(output_dir))
-    _check_output(output)
-    work = output.with_name(output.name + ".preparing")
+    path = Path(os.path.realpath(output))
+    given = f"{flag} {output}"
+    check_output(path, given, command, is_file)
+    work = path.with_name(path.name + ".preparing")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(work):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(work, flag, command):
             try:
-                # Another prepare may have published before this one got the lock.
-                _check_output(output)
+                # Another process may have published before this one got the lock.
+                check_output(path, given, command, is_file)
                 for name in ("tars", "spools"):
                     if (work / name).exists():
-                        shutil.rmtree(work / name)  # left by a prepare that was killed
+                        shutil.rmtree(work / name)  # left by a process that was killed
                     (work / name).mkdir()
                 yield work
-                fsync_dir(work / "tars")
-                os.rename(work / "tars", output)
-                fsync_dir(output.parent)
+                _publish(work / "tars", path, given, command, is_file)
             finally:
                 shutil.rmtree(work)
     except OSError as error:
         raise StoreError(
-            f"--output_dir {output_dir}: cannot write {error.filename or work}: "
-            f"{error.strerror or error}. Nothing was published. prepare first writes beside the "
-            "folder, so its parent must be writable and have the space"
+            f"{given}: cannot write {error.filename or work}: "
+            f"{error.strerror or error}. Nothing was published. {command} first writes beside the "
+            f"{'file' if is_file else 'folder'}, so its parent must be writable and have the space"
         ) from error
 
 
-def _check_output(output: Path) -> None:
-    if not output.exists():
+def _publish(tars: Path, path: Path, given: str, command: str, is_file: bool) -> None:
+    if is_file:
+        fsync_file(tars / path.name)
+        if not publish_exclusively(tars / path.name, path):
+            check_output(path, given, command, is_file)
         return
+    fsync_dir(tars)
+    os.rename(tars, path)
+    fsync_dir(path.parent)
+
+
+def check_output(output: Path, given: str, command: str, is_file: bool = False) -> None:
+    """Raise ``StoreError`` unless ``output`` is a new or empty folder, or with ``is_file`` new."""
+    if not os.path.lexists(output):
+        return
+    if is_file:
+        raise StoreError(f"{given} exists; give another name, or remove it yourself")
     if not output.is_dir():
-        raise StoreError(f"--output_dir {output} is not a folder; give a new path")
+        raise StoreError(f"{given} is not a folder; give a new path")
     names = sorted(os.listdir(output))
     if names:
         tars = [name for name in names if name.endswith(".tar")]
         state = f"has {len(tars):,} tars already" if tars else "is not empty"
         raise StoreError(
-            f"--output_dir {output} {state} ({(tars or names)[0]}); prepare neither adds to a "
+            f"{given} {state} ({(tars or names)[0]}); {command} neither adds to a "
             "corpus nor deletes one: give a new path, or remove the folder yourself"
         )
     if os.path.ismount(output):
-        raise StoreError(
-            f"--output_dir {output} is a mount point and cannot be renamed to; name a folder in it"
-        )
+        raise StoreError(f"{given} is a mount point and cannot be renamed to; name a folder in it")
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Create and lock the work folder, or take over one that a killed prepare left."""
+def _locked(work: Path, flag: str, command: str) -> Iterator[None]:
+    """Create and lock the work folder, or take over one that a killed process left."""
     try:
         work.mkdir()
         fresh = True
@@ -189,21 +208,20 @@ def _locked(work: Path) -> Iterator[None]:
     foreign = sorted(set(os.listdir(work)) - _OWN_NAMES)
     if foreign:
         raise StoreError(
-            f"{work} is not prepare's own (it has {foreign[0]}); give --output_dir a new path"
+            f"{work} is not {command}'s own (it has {foreign[0]}); give {flag} a new path"
         )
     with open(work / "lock", "a") as lock:
         locked = try_lock(lock)
         if locked is None and not fresh:  # without locks only mkdir tells who came first
             raise StoreError(
-                f"{work} was left by a prepare that was killed, or one still runs (this file "
-                "system has no locks to tell): remove it if none runs, or give --output_dir a new "
+                f"{work} was left by a {command} that was killed, or one still runs (this file "
+                f"system has no locks to tell): remove it if none runs, or give {flag} a new "
                 "path"
             )
         # The folder may have been deleted and made again since the lock was opened.
         if locked is False or not _is_at(lock, work / "lock"):
             raise StoreError(
-                f"another prepare is writing to {work}; "
-                "wait for it, or give --output_dir a new path"
+                f"another {command} is writing to {work}; wait for it, or give {flag} a new path"
             )
         yield
 

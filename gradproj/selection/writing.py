@@ -1,0 +1,147 @@
+"""Write selected documents, best first, reading each tar once and in its order.
+
+Two passes, in memory for one document and 8 bytes for each selected one: the first reads the tars
+and appends every selected document to a spool file; the second writes the spool's documents in the
+order of the selection. The spool takes as much disk space as the selection.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from gradproj.corpus.content import fields_of_form
+from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.stream import Members, read_members
+from gradproj.corpus.tar.writer import TarSequence
+from gradproj.errors import CorpusError
+from gradproj.selection.picks import Picks
+from gradproj.store import ProjectionStore
+from gradproj.store.layer_view import Sample
+
+LISTING = "selection.jsonl"
+"""In a folder of tars: rank, score and origin of every document."""
+_AT_ONCE = 1024
+
+Record = Callable[[int, Sample], dict[str, Any]]
+"""Position in the selection, and the document there -> its facts."""
+
+
+def write_ids(path: Path, picks: Picks) -> None:
+    """Write the ids as ``(n,)`` int64 in numpy's format."""
+    with open(path, "xb") as file:
+        np.save(file, picks.chosen.ids, allow_pickle=False)
+
+
+def write_lines(
+    path: Path,
+    spool: Path,
+    picks: Picks,
+    record: Record,
+    store: ProjectionStore,
+    index: CorpusIndex,
+) -> None:
+    """Write a JSON line of each document: its facts, and then its own fields."""
+
+    def line(place: int, sample: Sample, members: Members) -> bytes:
+        return json_line(with_fields(record(place, sample), own_fields(members)))
+
+    with open(path, "xb") as file:
+        for data in _in_order(spool, picks, store, index, line):
+            file.write(data)
+
+
+def write_tars(
+    folder: Path,
+    spool: Path,
+    picks: Picks,
+    record: Record,
+    store: ProjectionStore,
+    index: CorpusIndex,
+    samples_per_tar: int,
+) -> int:
+    """Write tars of all members, unchanged under keys by rank, and a listing; return their number.
+
+    Equal keys of different tars do not meet in one, since the new ones are unique.
+    """
+
+    def packed(place: int, sample: Sample, members: Members) -> bytes:
+        return msgspec.msgpack.encode((json_line(record(place, sample)), members.by_suffix))
+
+    tars, decode = (
+        TarSequence(folder, samples_per_tar),
+        msgspec.msgpack.Decoder(tuple[bytes, dict[str, bytes]]).decode,
+    )
+    with open(folder / LISTING, "xb") as listing:
+        for data in _in_order(spool, picks, store, index, packed):
+            line, members = decode(data)
+            listing.write(line)
+            tars.add(members)
+        tars.end_tar()
+        listing.flush()
+        os.fsync(listing.fileno())
+    return tars.n_tars
+
+
+def _in_order(
+    spool: Path,
+    picks: Picks,
+    store: ProjectionStore,
+    index: CorpusIndex,
+    encode: Callable[[int, Sample, Members], bytes],
+) -> Iterator[bytes]:
+    """Yield ``encode(place, sample, members)`` of all documents, best first."""
+    ids = picks.chosen.ids
+    order = np.argsort(ids)
+    offsets = np.zeros(len(ids), np.int64)
+    members = read_members(index, ids[order])
+    with open(spool, "w+b") as file:
+        for start in range(0, len(ids), _AT_ONCE):
+            places = order[start : start + _AT_ONCE]
+            for place, sample in zip(places.tolist(), store.samples(ids[places]), strict=True):
+                found = next(members)
+                if found.key != sample.key:
+                    raise CorpusError(
+                        f"document {sample.sample_id} is {found.key} in the tars and {sample.key} "
+                        f"in {store.path}: the tars are not those of the job"
+                    )
+                data = encode(place, sample, found)
+                offsets[place] = file.tell()
+                file.write(len(data).to_bytes(8, "little") + data)
+        for offset in offsets.tolist():
+            file.seek(offset)
+            yield file.read(int.from_bytes(file.read(8), "little"))
+    spool.unlink()
+
+
+def with_fields(record: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with a document's own fields; those of the record's names in ``document``.
+
+    ``prepare`` and ``train`` read the content of such a line as that of the document.
+    """
+    own = {name: value for name, value in fields.items() if name not in record}
+    taken = {name: value for name, value in fields.items() if name in record}
+    return {**record, **({"document": taken} if taken else {}), **own}
+
+
+def own_fields(members: Members) -> dict[str, Any]:
+    """Return the fields of ``{key}.json``, with the content of the other members it may be in."""
+    by_suffix = members.by_suffix
+    fields = json.loads(by_suffix["json"].decode("utf-8-sig")) if "json" in by_suffix else {}
+    if fields_of_form(fields):
+        return fields
+    if "txt" in by_suffix:
+        return {**fields, "text": by_suffix["txt"].decode("utf-8-sig")}
+    raise CorpusError(f"document {members.sample_id} ({members.key}) has no text and no token ids")
+
+
+def json_line(value: dict[str, Any]) -> bytes:
+    """Return one line of JSON in UTF-8; half of a surrogate pair is escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode() + b"\n"
