@@ -4,9 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gradproj.corpus.content import problem_of_token_ids
+from gradproj.corpus.fields import check_path, group_at
 from gradproj.errors import ConfigError
+from gradproj.formatting import listed
 
 FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}'
 EXCERPT_CHARACTERS = 200
@@ -29,6 +32,8 @@ class Query:
     """Used as they are, without special tokens, and instead of a ``text``, as in a document."""
     where: str = ""
     """Place named in messages; default: the query's name."""
+    group: str = ""
+    """Name of the set that the query belongs to, if it was read by a field of its line."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -62,8 +67,10 @@ class Query:
         return ""
 
 
-def read_queries(path: str | Path) -> list[Query]:
+def read_queries(path: str | Path, group_by: str = "") -> list[Query]:
     """Read the queries of a JSONL file in order, named by ``id``, ``name`` or their line number.
+
+    ``group_by`` is the dotted path of the field that names each query's ``group``.
 
     Raises:
         ConfigError: file, line, the problem and the expected form.
@@ -75,7 +82,7 @@ def read_queries(path: str | Path) -> list[Query]:
             for number, line in enumerate(file, start=1):  # splitlines() would split at U+2028
                 if not line.strip():
                     continue
-                query = _parse_query(line, f"{path}, line {number}", f"line {number}")
+                query = _parse_query(line, f"{path}, line {number}", f"line {number}", group_by)
                 if query.name in lines:
                     raise ConfigError(
                         f"{query.where}: the name {query.name!r} is already used in line "
@@ -94,7 +101,7 @@ def read_queries(path: str | Path) -> list[Query]:
     return queries
 
 
-def _parse_query(line: str, where: str, name: str) -> Query:
+def _parse_query(line: str, where: str, name: str, group_by: str) -> Query:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -107,4 +114,16 @@ def _parse_query(line: str, where: str, name: str) -> Query:
     if type(given) not in (str, int):
         raise ConfigError(f"{where}: its id must be a text or a whole number, got {given!r:.60}")
     forms = {key: fields.get(key) for key in ("text", "prompt", "completion", "input_ids")}
-    return Query(name=str(given), where=where, **forms)
+    return Query(name=str(given), where=where, group=_group(fields, group_by, where), **forms)
+
+
+def _group(fields: Mapping[str, Any], group_by: str, where: str) -> str:
+    if not group_by:
+        return ""
+    group = group_at(fields, check_path("--group_by", group_by))
+    if group is None:
+        raise ConfigError(
+            f"{where}: no text or number in {group_by!r}, by which --group_by groups the queries; "
+            f"the line has {listed(map(str, fields))}"
+        )
+    return group

@@ -35,6 +35,22 @@ def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
     ]
 
 
+def test_a_field_of_the_lines_names_the_queries_groups(tmp_path):
+    lines = [
+        {"text": "a", "task": {"name": "sums", "shots": 5}},
+        {"text": "b", "task": '{"name": "dates", "shots": 0.5}'},
+        {"text": "c", "task": {"name": None, "shots": True}},
+    ]
+    path = write(tmp_path / "q.jsonl", *lines)
+    groups = [query.group for query in read_queries(path, "task.shots")]
+    assert groups == ["5", "0.5", "true"]
+    assert [query.group for query in read_queries(path)] == ["", "", ""]
+    with pytest.raises(ConfigError, match=r"line 3: no text or number in 'task.name'.*text, task"):
+        read_queries(path, "task.name")
+    with pytest.raises(ConfigError, match="--group_by is 'task.'; give field names"):
+        read_queries(path, "task.")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
