@@ -12,9 +12,12 @@ from functools import reduce
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from gradproj.corpus.content import Content, content_of, fields_of_form, is_unicode
 from gradproj.corpus.messages import BadContentError, json_type
+from gradproj.corpus.token_arrays import BadArrayError, read_integers
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag
 
@@ -57,7 +60,7 @@ class ReadLimits(Flags, title="limits of a document"):
     """Limits for untrusted documents. A document beyond a limit is bad input (status 6)."""
 
     max_document_bytes: int = flag(
-        "Largest .json or .txt of a document, in bytes; a larger one is bad input.",
+        "Largest .json, .txt or .npy of a document, in bytes; a larger one is bad input.",
         MAX_DOCUMENT_BYTES,
         minimum=1,
     )
@@ -197,10 +200,11 @@ def read_document(
     domain_of: DomainReader,
     limits: ReadLimits,
 ) -> Document:
-    """Decode a sample's ``json`` and ``txt`` members. Bad content is reported in ``problem``.
+    """Decode a sample's members. Bad content is reported in ``problem``.
 
-    ``{key}.json`` holds the fields of a document. If they make none, ``{key}.txt`` is the text and
-    the JSON only metadata. A member too large to be read at all is None in ``members``.
+    ``{key}.json`` holds the fields of a document. If they make none, the JSON is only metadata, and
+    ``{key}.txt`` is the text, or without one ``{key}.npy`` the token ids and ``{key}.labels.npy``
+    their labels. A member too large to be read at all is None in ``members``.
     """
     data = members.get("json")
     domain = (
@@ -217,8 +221,13 @@ def _content(members: Mapping[str, bytes | None], limits: ReadLimits) -> tuple[C
     fields: dict[str, Any] = {}
     if "json" in members:
         fields = _json_object(_within_limit(members["json"], "json", limits), limits)
-    if not fields_of_form(fields) and "txt" in members:
-        fields["text"] = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
+    if not fields_of_form(fields):
+        if "txt" in members:
+            fields["text"] = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
+        elif "npy" in members:
+            fields["input_ids"] = _integers(members["npy"], "npy", limits)
+            if "labels.npy" in members:
+                fields["labels"] = _integers(members["labels.npy"], "labels.npy", limits)
     if not fields and "json" not in members:
         raise BadContentError(_nothing_to_read(members))
     return content_of(fields)
@@ -226,7 +235,7 @@ def _content(members: Mapping[str, bytes | None], limits: ReadLimits) -> tuple[C
 
 def _nothing_to_read(members: Mapping[str, bytes | None]) -> str:
     suffixes = ", ".join(sorted(f".{suffix}" for suffix in members if not suffix.startswith("__")))
-    return f"no text: it has neither a .json nor a .txt, only {suffixes}"
+    return f"no text: it has no .json, .txt or .npy, only {suffixes}"
 
 
 def _within_limit(data: bytes | None, suffix: str, limits: ReadLimits) -> bytes:
@@ -235,6 +244,13 @@ def _within_limit(data: bytes | None, suffix: str, limits: ReadLimits) -> bytes:
             f"too large: its .{suffix} is over {limits.max_document_bytes:,} bytes"
         )
     return data
+
+
+def _integers(data: bytes | None, suffix: str, limits: ReadLimits) -> NDArray[np.integer]:
+    try:
+        return read_integers(_within_limit(data, suffix, limits))
+    except BadArrayError as error:
+        raise BadContentError(f"its .{suffix} {error}") from None
 
 
 def _utf8(data: bytes, suffix: str) -> str:

@@ -101,14 +101,14 @@ class CorpusIndex:
         lines = [
             f"not read      {sum(n for _, n in unread):,} of {members.total():,} members of the "
             f"tars: {kinds}{', ...' if len(unread) > _KINDS_SHOWN else ''}{''.join(examples[:1])}.",
-            "              Only KEY.json and KEY.txt are read. A key ends at the first dot of a "
-            "file name,",
-            "              as in webdataset: a.json and a.b.json are members of one document, a",
+            "              Only KEY.json, KEY.txt, KEY.npy and KEY.labels.npy are read.",
+            "              A key ends at the first dot of a file name, as in webdataset: a.json",
+            "              and a.b.json are members of one document, a",
         ]
         n_without = sum(tar.n_without_text for tar in self.tars)
         if n_without:
             documents = count(n_without, "document")
-            lines.append(f"bad input     {documents} without a .json or a .txt")
+            lines.append(f"bad input     {documents} without a .json, a .txt or a .npy")
         return lines
 
     def relocated(self, paths: Sequence[Path], flag: str = "--shards") -> "CorpusIndex":

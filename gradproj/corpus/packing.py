@@ -1,13 +1,16 @@
-"""Convert input records to the JSON of a tar: the fields of a document's form, and ``meta``."""
+"""Convert input records to a tar's members: the fields of a document's form, and ``meta``."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from gradproj.corpus.content import FIELDS, content_of, fields_of_form
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, as_object
+from gradproj.corpus.inputs.records import Record
 from gradproj.corpus.messages import BadContentError, json_type
+from gradproj.corpus.token_arrays import ids_bytes, npy_bytes
 
 _ABSENT = object()
 _SCALARS = (str, int, float)
@@ -19,17 +22,6 @@ class BadRecordError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One line, row or file of an input."""
-
-    place: str
-    """Position in the input, for messages: ``line 7``."""
-    value: Any = None
-    problem: str | None = None
-    """The reason if ``value`` could not be read."""
-
-
-@dataclass(frozen=True, slots=True)
 class PackedDocument:
     """One sample as a tar keeps it."""
 
@@ -38,7 +30,8 @@ class PackedDocument:
     """Suffix -> content, in the tar's order.
 
     ``json`` is UTF-8 JSON: the fields of its form, ``weight`` and ``meta``, whose ``pile_set_name``
-    is the domain.
+    is the domain. Token ids without a text are ``npy``, their labels ``labels.npy``, and ``json``
+    is there only if it says something.
     """
 
     @property
@@ -74,6 +67,13 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     if record_meta is not None:
         meta.pop("meta", None)
         meta |= record_meta
+    members = {}
+    if "input_ids" in content and "text" not in content:
+        members["npy"] = ids_bytes(np.asarray(content.pop("input_ids"), np.int64))
+        if "labels" in content:
+            members["labels.npy"] = npy_bytes(np.asarray(content.pop("labels"), np.int32))
+        if not content and not meta and domain == UNKNOWN_DOMAIN:
+            return _within_limit(PackedDocument(domain, members))
     try:
         payload = _encode(content | {"meta": meta | {"pile_set_name": domain}})
     except UnicodeEncodeError as error:
@@ -83,11 +83,14 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         ) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadRecordError(f"cannot be written as JSON ({error})") from error
-    if len(payload) > MAX_DOCUMENT_BYTES:
-        raise BadRecordError(
-            f"a document of {len(payload):,} bytes; the most is {MAX_DOCUMENT_BYTES:,}"
-        )
-    return PackedDocument(domain, {"json": payload})
+    return _within_limit(PackedDocument(domain, {"json": payload, **members}))
+
+
+def _within_limit(document: PackedDocument) -> PackedDocument:
+    largest = max(map(len, document.members.values()))
+    if largest > MAX_DOCUMENT_BYTES:
+        raise BadRecordError(f"a document of {largest:,} bytes; the most is {MAX_DOCUMENT_BYTES:,}")
+    return document
 
 
 def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:

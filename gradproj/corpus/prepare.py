@@ -17,11 +17,13 @@ from tqdm import tqdm
 from gradproj.corpus.config import FIELD_REQUIRED, CorpusConfig
 from gradproj.corpus.content import FIELDS
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
+from gradproj.corpus.inputs.records import InputReader, TokenRules
+from gradproj.corpus.inputs.tokens import TOKEN_DTYPES, TOKEN_INPUTS
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
-from gradproj.corpus.sources import InputReader, check_input, input_bytes, read_records, source_kind
+from gradproj.corpus.sources import check_input, input_bytes, read_records, source_kind
 from gradproj.corpus.tar.scan import MAX_DOMAINS
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
-from gradproj.errors import CorpusError
+from gradproj.errors import ConfigError, CorpusError
 from gradproj.flags import Flags, as_in, flag
 from gradproj.formatting import bounded
 
@@ -35,9 +37,10 @@ class PrepareConfig(Flags, title="tars"):
 
     inputs: tuple[str, ...] = flag(
         "Documents, read in the order given: files of JSON lines (.jsonl, .ndjson or .json, "
-        "perhaps with .gz, .bz2, .xz, .zst or .zstd) or .parquet, - for JSON lines on standard "
-        "input, hf:NAME[@CONFIG][:SPLIT] (also a local directory), a directory that save_to_disk "
-        "wrote, or stdlib: (this Python's library).",
+        "perhaps with .gz, .bz2, .xz, .zst or .zstd), .parquet or .arrow, of token ids (.bin with "
+        "or without .idx, .npy, .ds), - for JSON lines on standard input, "
+        "hf:NAME[@CONFIG][:SPLIT] (also a local directory), a directory that save_to_disk wrote, "
+        "or stdlib: (this Python's library).",
         name="INPUT",
         positional=True,
         path="FILE",
@@ -61,6 +64,23 @@ class PrepareConfig(Flags, title="tars"):
         "domain_field",
         help="Field of a record with its domain's name; without it the domain is 'unknown'.",
     )
+    token_dtype: str = flag(
+        "Type of the numbers in flat files of token ids without a header.",
+        "",
+        choices=TOKEN_DTYPES,
+    )
+    end_of_document: int | None = flag(
+        "Token id that ends each document of a flat file of token ids (.bin, .npy, .ds).",
+        None,
+        minimum=0,
+        metavar="ID",
+    )
+    start_of_document: int | None = flag(
+        "Token id that begins each document of a flat file of token ids.",
+        None,
+        minimum=0,
+        metavar="ID",
+    )
     group_by_domain: bool = flag(
         "Make each domain one contiguous range of ids (needs twice the disk space).", False
     )
@@ -72,8 +92,25 @@ class PrepareConfig(Flags, title="tars"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for location in self.inputs:
-            source_kind(location)
+        kinds = {source_kind(location) for location in self.inputs}
+        given = [
+            f"--{name}"
+            for name in ("token_dtype", "end_of_document", "start_of_document")
+            if getattr(self, name) not in ("", None)
+        ]
+        if given and not kinds & TOKEN_INPUTS.keys():
+            raise ConfigError(
+                f"{given[0]}: none of the inputs is a file of token ids ({', '.join(TOKEN_INPUTS)})"
+            )
+        if len(given) > 1 and given[-2:] == ["--end_of_document", "--start_of_document"]:
+            raise ConfigError("give --end_of_document or --start_of_document, not both")
+
+    @property
+    def token_rules(self) -> TokenRules:
+        """Rules for flat files of token ids."""
+        ends = self.end_of_document is not None
+        boundary = self.end_of_document if ends else self.start_of_document
+        return TokenRules(self.token_dtype, boundary, ends)
 
 
 @dataclass(frozen=True)
@@ -181,7 +218,8 @@ class _Documents:
                 roots = {
                     name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])
                 }
-                reader = InputReader(location, (*sorted(roots), "meta", *FIELDS))
+                names = (*sorted(roots), "meta", *FIELDS)
+                reader = InputReader(location, names, self.config.token_rules)
                 for record in read_records(reader):
                     try:
                         document = pack(record, text_field, domain_field)

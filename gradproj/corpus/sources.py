@@ -10,32 +10,25 @@ import os
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from gradproj.corpus.compression import DAMAGE, DECOMPRESS
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES
-from gradproj.corpus.packing import Record
+from gradproj.corpus.inputs.compression import DAMAGE, DECOMPRESS
+from gradproj.corpus.inputs.records import InputReader, Record
+from gradproj.corpus.inputs.tables import (
+    read_arrow,
+    read_hugging_face,
+    read_parquet,
+    was_saved_to_disk,
+)
+from gradproj.corpus.inputs.tokens import COMPANIONS, TOKEN_INPUTS
 from gradproj.errors import ConfigError, CorpusError
 
 READ_BYTES = 1 << 20
-PARQUET_ROWS = 64
-_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
-
-
-@dataclass
-class InputReader:
-    """An input, the fields to read from it, and the position reached."""
-
-    location: str
-    fields: tuple[str, ...] = ()
-    """Top-level names to read, whatever their type. Other nested or binary columns are skipped."""
-    position: Callable[[], int] = lambda: 0
-    """Returns the bytes of the file read so far. Set by the reader, valid between two records."""
 
 
 def read_records(source: InputReader) -> Iterator[Record]:
@@ -65,16 +58,22 @@ def source_kind(location: str) -> str:
         if found:
             return kind
     if os.path.isdir(location):
-        if _was_saved_to_disk(location):
+        if was_saved_to_disk(location):
             return "hf:"
         raise ConfigError(
             f"INPUT {location!r} is a folder; name its files, for instance {location}/*.jsonl"
         )
+    companion = next((end for end in COMPANIONS if location.lower().endswith(end)), None)
+    if companion:
+        raise ConfigError(
+            f"INPUT {location!r} is read with its file of tokens; name only that one: "
+            f"{location[: -len(companion)]}{'.bin' if companion == '.idx' else '.ds'}"
+        )
     compressions = ", ".join(filter(None, DECOMPRESS))
     raise ConfigError(
         f"INPUT {location!r} is of no known kind; give a file ending in {', '.join(JSON_LINES)} "
-        f"(perhaps compressed: {compressions}) or .parquet, hf:NAME, stdlib:, or - for JSON lines "
-        "on standard input"
+        f"(perhaps compressed: {compressions}), .parquet or .arrow, of token ids (.bin, .npy, "
+        ".ds), hf:NAME, stdlib:, or - for JSON lines on standard input"
     )
 
 
@@ -191,85 +190,7 @@ def _decode_json_slowly(line: bytes, place: str) -> Record:
         return Record(place, problem=f"not valid JSON ({error})")
 
 
-# ---- Other inputs
-
-
-def _read_parquet(source: InputReader) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet, types
-
-    number = 0
-    try:
-        with parquet.ParquetFile(source.location) as file:
-            n_bytes, n_rows = os.path.getsize(source.location), max(file.metadata.num_rows, 1)
-            columns = [
-                column.name
-                for column in file.schema_arrow
-                if column.name in source.fields
-                or not (types.is_nested(column.type) or types.is_binary(column.type))
-            ]
-            source.position = lambda: n_bytes * number // n_rows
-            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
-                for value, problem in _batch_rows(batch):
-                    number += 1
-                    yield Record(f"row {number}", value, problem)
-    except pyarrow.ArrowException as error:
-        raise CorpusError(
-            f"{source.location}, after row {number}: not whole parquet ({error})"
-        ) from error
-
-
-def _batch_rows(batch: Any) -> Iterable[tuple[Any, str | None]]:
-    try:
-        return [(row, None) for row in batch.to_pylist()]
-    except UnicodeDecodeError:
-        return [_one_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-
-
-def _one_row(batch: Any) -> tuple[Any, str | None]:
-    try:
-        return batch.to_pylist()[0], None
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8 ({error.reason})"
-
-
-def _read_hugging_face(source: InputReader) -> Iterator[Record]:
-    """Yield rows of ``hf:NAME[@CONFIG][:SPLIT]``; NAME is a hub name or a folder of data files."""
-    path, _, split = source.location.removeprefix("hf:").partition(":")
-    name, _, config = path.partition("@")
-    if not name:
-        raise ConfigError(
-            f"INPUT {source.location!r} names no data set; write hf:NAME[@CONFIG][:SPLIT]"
-        )
-    number = 0
-    try:
-        import datasets
-
-        if _was_saved_to_disk(name):
-            rows = datasets.load_from_disk(name)
-            splits = rows if isinstance(rows, dict) else {str(rows.split or "train"): rows}
-            if (split or "train") not in splits and (split or len(splits) > 1):
-                raise ValueError(f"its splits are {', '.join(splits)}")
-            rows = splits.get(split or "train", next(iter(splits.values())))
-        else:
-            rows = datasets.load_dataset(
-                name, config or None, split=split or "train", streaming=True
-            )
-        for row in rows:
-            number += 1
-            yield Record(f"row {number}", row)
-    except Exception as error:  # datasets does not wrap the errors of the libraries it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        place = f", after row {number}" if number else ""
-        raise CorpusError(
-            f"INPUT {source.location}{place}: {reason}. Check name, configuration and split "
-            "(hf:NAME[@CONFIG][:SPLIT]) and the network, or give a local folder: hf:./FOLDER"
-        ) from error
-
-
-def _was_saved_to_disk(folder: str) -> bool:
-    """Return True for a folder that ``save_to_disk`` of a data set, or of several splits, wrote."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED_TO_DISK)
+# ---- The standard library
 
 
 def _read_stdlib(source: InputReader) -> Iterator[Record]:
@@ -300,8 +221,10 @@ def _library_files(root: Path) -> list[Path]:
 
 SOURCES: dict[str, Callable[[InputReader], Iterator[Record]]] = {
     **{name + suffix: _read_json_lines for name in JSON_LINES for suffix in DECOMPRESS},
-    ".parquet": _read_parquet,
-    "hf:": _read_hugging_face,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    **TOKEN_INPUTS,
+    "hf:": read_hugging_face,
     "stdlib:": _read_stdlib,
     "-": _read_standard_input,
 }

@@ -63,8 +63,9 @@ def _check_everywhere(index: CorpusIndex, reader: UnitReader, first: str) -> Non
             return
     raise CorpusError(
         f"none of {n_read:,} documents read all over the corpus can be used: {first}. A document "
-        'is KEY.json with "text" or "input_ids", or KEY.txt, with no dot in KEY (tar --transform '
-        "renames members); python -m gradproj prepare makes such tars of JSON lines and Parquet"
+        'is KEY.json with "text" or "input_ids", KEY.txt or KEY.npy, with no dot in KEY (tar '
+        "--transform renames members); python -m gradproj prepare makes such tars "
+        "of JSON lines, Parquet and token files"
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from gradproj.corpus.sources import SOURCES, InputReader
+from gradproj.corpus.inputs.records import InputReader
+from gradproj.corpus.sources import SOURCES
 
 VOCABULARY = 8192
 POSITIONS = 2048

@@ -1,7 +1,9 @@
 """Records of an input: the fields that are kept, and the errors of bad ones."""
 
+import io
 import json
 
+import numpy as np
 import pyarrow
 import pytest
 from helpers.corpora import (
@@ -10,6 +12,7 @@ from helpers.corpora import (
     packed_documents,
     read_back,
     run_prepare,
+    slow_samples,
     write_jsonl,
 )
 from pyarrow import parquet
@@ -45,18 +48,31 @@ def test_blank_lines_count_in_line_numbers(tmp_path):
         run_prepare(str(tmp_path / "in.jsonl"), tmp_path / "out")
 
 
-def test_token_ids_are_kept_without_or_with_the_text(tmp_path):
+def test_token_ids_are_kept_as_an_array_or_beside_their_text(tmp_path):
     values = [
         {"input_ids": [5, 0, 70_000], "meta": {"pile_set_name": "ids"}},
         {"input_ids": [], "text": None},
         {"input_ids": [1], "text": "both"},
+        {"input_ids": [3, 4], "labels": [-100, 4], "weight": -0.5},
     ]
     run_prepare(write_jsonl(tmp_path / "in.jsonl", values), tmp_path / "out")
     unknown = {"pile_set_name": "unknown"}
-    assert packed_documents(tmp_path / "out") == [
-        {"input_ids": [5, 0, 70_000], "meta": {"pile_set_name": "ids"}},
-        {"input_ids": [], "meta": unknown},
+    samples = slow_samples(tmp_path / "out/shard-000000.tar")
+    arrays = [
+        {name: np.load(io.BytesIO(data)).tolist() for name, data in sample.items() if "npy" in name}
+        for sample in samples
+    ]
+    assert arrays == [
+        {"npy": [5, 0, 70_000]},
+        {"npy": []},
+        {},
+        {"npy": [3, 4], "labels.npy": [-100, 4]},
+    ]
+    assert [json.loads(sample.get("json", "null")) for sample in samples] == [
+        {"meta": {"pile_set_name": "ids"}},
+        None,
         {"text": "both", "input_ids": [1], "meta": unknown},
+        {"weight": -0.5, "meta": unknown},
     ]
 
 

@@ -121,9 +121,9 @@ BAD = {
     "null": ({"json": b'{"text": null}'}, 'no text: it has none of "text"; "prompt"'),
     "other members": (
         {"png": b"x", "cls": b"1"},
-        "no text: it has neither a .json nor a .txt, only .cls, .png",
+        "no text: it has no .json, .txt or .npy, only .cls, .png",
     ),
-    "compressed": ({"json.gz": b"x"}, "no text: it has neither a .json nor a .txt, only .json.gz"),
+    "compressed": ({"json.gz": b"x"}, "no text: it has no .json, .txt or .npy, only .json.gz"),
     "latin-1 json": ({"json": b'{"text": "\xe9"}'}, "not UTF-8: byte 10 of its .json is 0xe9"),
     "latin-1 txt": ({"txt": b"caf\xe9"}, "not UTF-8: byte 3 of its .txt is 0xe9"),
     "latin-1 after a byte order mark": (

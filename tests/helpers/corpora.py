@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.ipc
 import webdataset
 import zstandard
 from pyarrow import parquet
@@ -181,6 +182,11 @@ def write_as(kind, folder, values):
             pyarrow.Table.from_pylist(values), folder / "in.parquet", row_group_size=7
         )
         return str(folder / "in.parquet")
+    elif kind == ".arrow":
+        table = pyarrow.Table.from_pylist(values)
+        with pyarrow.ipc.new_stream(folder / "in.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+        return str(folder / "in.arrow")
     elif kind == "hf:":
         (folder / "train.jsonl").write_bytes(raw)
         return f"hf:{folder}:train"

@@ -36,7 +36,7 @@ def test_corpus_without_a_usable_document_is_refused_with_the_first_reason(model
     assert "none of 8 documents read all over the corpus can be used: sample 0 (k0 in " in str(
         caught.value
     )
-    assert "no text: it has neither a .json nor a .txt, only .txt.gz" in str(caught.value)
+    assert "no text: it has no .json, .txt or .npy, only .txt.gz" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -65,7 +65,7 @@ def test_kind_of_tar_without_a_usable_document_is_named_in_the_plan(model, tmp_p
     text = "\n".join(plan_lines(plan_of(model, tmp_path / "tars", tmp_path / "out"), 0))
     assert "bad input     all 12 documents read of x0.tar and 2 tars like it: sample 80 (00" in text
     assert "not read      15 of 95 members of the tars: 15 .md; such as 00.md." in text
-    assert "bad input     15 documents without a .json or a .txt" in text
+    assert "bad input     15 documents without a .json, a .txt or a .npy" in text
 
 
 def test_domain_field_that_matches_nowhere_is_named_in_the_plan(model, tmp_path):

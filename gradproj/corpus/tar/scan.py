@@ -24,7 +24,7 @@ from gradproj.errors import CorpusError
 from gradproj.formatting import escaped
 
 SAMPLES_PER_BLOCK = 64
-READ_SUFFIXES = frozenset({"json", "txt"})
+READ_SUFFIXES = frozenset({"json", "txt", "npy", "labels.npy"})
 """Suffixes of the members that documents are read from."""
 MAX_MEMBER_KINDS = 20
 MAX_DOMAINS = 32_767
@@ -52,7 +52,7 @@ class TarFacts:
     block_key_crcs_base64: str
     # Indexes of older versions lack these.
     n_without_text: int = 0
-    """Samples without a ``json`` and a ``txt`` member."""
+    """Samples without a ``json``, a ``txt`` and a ``npy`` member."""
     members: dict[str, int] = field(default_factory=dict)
     """Members by the end of their names: ``.json``, ``.*.json`` with dots before."""
     unread_example: str = ""
@@ -281,7 +281,7 @@ class _Scan:
     def _members_by_ending(self) -> dict[str, int]:
         members: Counter[str] = Counter()
         for suffix, n in (+self._suffix_counts).items():
-            *inner, end = suffix.split(".")
+            *inner, end = [suffix] if suffix in READ_SUFFIXES else suffix.split(".")
             kind = f"{'.*' if inner else ''}.{end}" if suffix else "other names"
             is_one_more = kind not in members and len(members) >= MAX_MEMBER_KINDS
             members["others" if is_one_more else escaped(kind)] += n
