@@ -211,13 +211,20 @@ def read_document(
         domain_of(data) if data is not None and len(data) <= MAX_DOCUMENT_BYTES else UNKNOWN_DOMAIN
     )
     try:
-        content, weight = _content(members, limits)
+        content, weight = content_of(fields_of_members(members, limits))
     except BadContentError as bad:
         return Document(sample_id, key, tar, domain, None, 1.0, str(bad))
     return Document(sample_id, key, tar, domain, content, weight, None)
 
 
-def _content(members: Mapping[str, bytes | None], limits: ReadLimits) -> tuple[Content, float]:
+def fields_of_members(members: Mapping[str, bytes | None], limits: ReadLimits) -> dict[str, Any]:
+    """Return the fields of ``{key}.json``, with the content of the member that has it.
+
+    Token ids of a ``.npy`` are numpy arrays.
+
+    Raises:
+        BadContentError: a member cannot be decoded, or none is read.
+    """
     fields: dict[str, Any] = {}
     if "json" in members:
         fields = _json_object(_within_limit(members["json"], "json", limits), limits)
@@ -230,7 +237,7 @@ def _content(members: Mapping[str, bytes | None], limits: ReadLimits) -> tuple[C
                 fields["labels"] = _integers(members["labels.npy"], "labels.npy", limits)
     if not fields and "json" not in members:
         raise BadContentError(_nothing_to_read(members))
-    return content_of(fields)
+    return fields
 
 
 def _nothing_to_read(members: Mapping[str, bytes | None]) -> str:

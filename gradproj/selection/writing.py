@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from gradproj.corpus.content import fields_of_form
+from gradproj.corpus.documents import ReadLimits, fields_of_members
 from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.messages import BadContentError
 from gradproj.corpus.stream import Members, read_members
 from gradproj.corpus.tar.writer import TarSequence
 from gradproj.errors import CorpusError
@@ -129,14 +130,13 @@ def with_fields(record: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any
 
 
 def own_fields(members: Members) -> dict[str, Any]:
-    """Return the fields of ``{key}.json``, with the content of the other members it may be in."""
-    by_suffix = members.by_suffix
-    fields = json.loads(by_suffix["json"].decode("utf-8-sig")) if "json" in by_suffix else {}
-    if fields_of_form(fields):
-        return fields
-    if "txt" in by_suffix:
-        return {**fields, "text": by_suffix["txt"].decode("utf-8-sig")}
-    raise CorpusError(f"document {members.sample_id} ({members.key}) has no text and no token ids")
+    """Return the fields of ``{key}.json``, with the content of the other member it may be in."""
+    try:
+        fields = fields_of_members(members.by_suffix, ReadLimits())
+    except BadContentError as error:  # the job read it, so the tar has changed
+        raise CorpusError(f"document {members.sample_id} ({members.key}): {error}") from error
+    arrays = {k: v.tolist() for k, v in fields.items() if isinstance(v, np.ndarray)}
+    return {**fields, **arrays}
 
 
 def json_line(value: dict[str, Any]) -> bytes:

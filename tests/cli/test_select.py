@@ -1,11 +1,11 @@
 """``gradproj select``: compared with the scores that ``query --save_scores`` writes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from helpers.query_command import TEXT, write_queries
 
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
+from gradproj.corpus.stream import Members
+from gradproj.selection.writing import json_line, own_fields, with_fields
 
 
 @pytest.fixture
@@ -228,14 +230,16 @@ def test_kill_leaves_nothing_under_the_name_and_the_next_call_completes(
     assert os.listdir(tmp_path) == [to]
 
 
-def test_members_of_any_kind_and_fields_of_the_same_names_are_kept(tmp_path):
-    from gradproj.corpus.stream import Members
-    from gradproj.selection.writing import own_fields, with_fields
-
+def test_content_of_any_member_and_fields_of_the_same_names_are_in_a_line():
     members = {"json": b'\xef\xbb\xbf{"id": "x7", "meta": {"n": 1}}', "txt": "\ufeffé".encode()}
     fields = own_fields(Members(0, "k", members))
     assert fields == {"id": "x7", "meta": {"n": 1}, "text": "é"}
     assert with_fields({"rank": 1, "id": 0}, fields) == {
         "rank": 1, "id": 0, "document": {"id": "x7"}, "meta": {"n": 1}, "text": "é",
     }  # fmt: skip
-    assert tarfile  # members of tars: test_tars_hold_the_members_and_prepare_reads_lines_again
+    array = io.BytesIO()
+    np.save(array, np.array([5, 6], np.uint16))
+    assert own_fields(Members(0, "k", {"npy": array.getvalue()})) == {"input_ids": [5, 6]}
+    half = json_line({"text": "é", "meta": "\ud800"})
+    assert json.loads(half) == {"text": "é", "meta": "\ud800"}
+    assert json_line({"text": "é"}) == '{"text": "é"}\n'.encode()
