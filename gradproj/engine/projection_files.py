@@ -11,15 +11,17 @@ from torch import Tensor
 from gradproj.errors import ConfigError
 
 
-def write_projection_file(folder: Path, number: int, rows: Tensor, ids: Tensor | None) -> Path:
+def write_projection_file(
+    folder: Path, number: int, rows: Tensor, ids: Tensor | None, **more: Tensor
+) -> Path:
     """Write ``proj_iter_{number:06d}.pt``, readable by ``torch.load(..., weights_only=True)``.
 
     The number is from 1, also the file's ``iter``. The rows ``(B, D)`` are stored unchanged, on the
-    CPU; the int64 sample ids ``(B,)`` are None if they are unknown. The file appears whole or not
-    at all.
+    CPU; the int64 sample ids ``(B,)`` are None if they are unknown. ``more`` are further
+    tensors by their names, with a row for each sample. The file appears whole or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"proj": rows.cpu(), "iter": number, "batch_size": len(rows)}
+    content = {"proj": rows.cpu(), "iter": number, "batch_size": len(rows), **more}
     if ids is not None:
         content["batch_idx"] = ids
     path = folder / f"proj_iter_{number:06d}.pt"

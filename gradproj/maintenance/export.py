@@ -17,7 +17,8 @@ from gradproj.errors import ConfigError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.flags import Flags, flag
 from gradproj.job.recorded_args import OUTPUT_HELP
-from gradproj.store import STATUS, ProjectionStore
+from gradproj.store import STATUS, HiddenStates, ProjectionStore
+from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import METADATA_NAME
 
 
@@ -116,7 +117,7 @@ def plan_export(store: ProjectionStore, config: ExportConfig) -> Export:
     left_out = {
         name: int(counts[code]) for name, code in STATUS.items() if name != "ok" and counts[code]
     }
-    n_bytes = n_rows * (store.dim * 4 + 8)
+    n_bytes = n_rows * (store.dim * 4 + 2 * store.layout.hidden_width + 8)
     export = Export(start, stop, config.rows_per_file, ok, n_rows, left_out, n_bytes)
     if not n_rows:
         raise StoreError(
@@ -148,6 +149,7 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
         # A job's rows are at their sample ids; a training run's store has a column of them.
         has_column = (store.path / "sample_id").is_dir()
         sample_ids = store.array("sample_id") if has_column else None
+        hidden = HiddenStates(store.path) if store.layout.hidden_width else None
         for number, ids in enumerate(export.ids_of_files(), 1):
             rows = store.rows(ids)
             lost = ids[np.isnan(rows[:, 0])]
@@ -158,9 +160,9 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
                 )
             named = ids if sample_ids is None else sample_ids[ids]
             with _explained(target):
-                path = write_projection_file(
-                    target, number, torch.from_numpy(rows), torch.from_numpy(named)
-                )
+                states = {} if hidden is None else {HIDDEN_STATE: _half(hidden.rows(ids))}
+                tensors = torch.from_numpy(rows), torch.from_numpy(named)
+                path = write_projection_file(target, number, *tensors, **states)
             yield path
         with _explained(target):
             path = target / METADATA_NAME
@@ -172,6 +174,10 @@ def write_export(store: ProjectionStore, config: ExportConfig, export: Export) -
         if not existed and target.is_dir():
             target.rmdir()
         raise
+
+
+def _half(states: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(states).half()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from gradproj.store.layout import StoreLayout
 HIDDEN_STATE = "hidden_state"
 """Name of the array, and of the group's attribute that describes it."""
 HIDDEN_STATES = ("none", "mean", "last")
-"""What is kept of the tokens' hidden states: nothing, their mean over the target positions, or that
+"""Kinds: nothing is kept of the tokens' states, their mean over the target positions, or the state
 of the last token."""
 
 

@@ -50,7 +50,7 @@ class HiddenStates(ProjectionStore):
             )
         self.layout, d = layout, layout.dim
         self.layers = [LayerSlice(HIDDEN_STATE, "hidden", d, 1, d, 1, 0, d)]
-        # What is said of the rows' basis, head and reduction is not said of these.
+        # Basis, head and loss reduction are the rows'.
         kept = ("store_id", "identity_hash", "wanted_units", HIDDEN_STATE)
         self.attributes = {name: self.attributes[name] for name in kept if name in self.attributes}
         self._columns = _Unscaled(self.path, layout, self._maps)

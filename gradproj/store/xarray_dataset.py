@@ -9,6 +9,8 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from gradproj.store.hidden_states import HIDDEN_STATE
+from gradproj.store.hidden_view import HiddenStates
 from gradproj.store.layout import COLUMNS, STATUS, decode_key
 
 _ABOUT: dict[str, dict[str, Any]] = {
@@ -23,6 +25,7 @@ _ABOUT: dict[str, dict[str, Any]] = {
     "tar": {"long_name": "number of the document's tar; -1 if none is recorded"},
     "domain": {"long_name": "the document's domain; empty if none is recorded"},
     "key": {"long_name": "the document's key in its tar"},
+    HIDDEN_STATE: {"long_name": "the document's final hidden state"},
 }
 
 
@@ -32,7 +35,8 @@ Store = Any
 
 def lazy_dataset(store: Store, dropped: Collection[str] = ()) -> xr.Dataset:
     """Return the store's variables, which are read when indexed; without those ``dropped``."""
-    variables = {name: _variable(store, name) for name in _ABOUT if name not in dropped}
+    absent = set(dropped) | ({HIDDEN_STATE} if not store.layout.hidden_width else set())
+    variables = {name: _variable(store, name) for name in _ABOUT if name not in absent}
     layer_of_value = np.repeat(
         [layer.name for layer in store.layers],
         [layer.slice_end - layer.slice_start for layer in store.layers],
@@ -43,7 +47,11 @@ def lazy_dataset(store: Store, dropped: Collection[str] = ()) -> xr.Dataset:
 
 def _variable(store: Store, name: str) -> xr.Variable:
     n, layout = len(store), store.layout
-    if name == "rows":
+    if name == HIDDEN_STATE:
+        shape, hidden = (n, layout.hidden_width), HiddenStates(store.path)
+        array = _Lazy(shape, np.dtype(np.float32), partial(_read_rows, hidden))
+        chunks = {"sample": min(layout.rows_per_shard, n), f"{HIDDEN_STATE}_value": shape[1]}
+    elif name == "rows":
         array = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
         chunks = {"sample": min(layout.rows_per_shard, n), "value": store.dim}
     else:

@@ -94,6 +94,19 @@ def test_states_are_those_of_the_model_in_float64(jobs, kind):
     assert close(array[...].astype(np.float64), want)
 
 
+def test_states_are_exported_and_in_xarray(jobs, tmp_path):
+    output = jobs["mean"]["output_dir"]
+    assert main(["export", str(output), "--to", str(tmp_path / "pt"), "--rows_per_file", "16"]) == 0
+    with HiddenStates(output) as hidden, ProjectionStore(output) as store:
+        assert len(list((tmp_path / "pt").glob("*.pt"))) > 1
+        for path in (tmp_path / "pt").glob("*.pt"):
+            content = torch.load(path, weights_only=True)
+            states = content[HIDDEN_STATE].float().numpy()
+            np.testing.assert_array_equal(states, hidden.rows(content["batch_idx"].numpy()))
+        data = store.to_xarray()[HIDDEN_STATE]
+        np.testing.assert_array_equal(data[3:20, 5:7], hidden.rows(range(3, 20))[:, 5:7])
+
+
 def test_rows_and_columns_are_those_of_a_job_without_states(jobs, tmp_path):
     settings = jobs["mean"]
     run_job(**settings | {"output_dir": tmp_path / "out", "hidden_state": "none"})
@@ -109,7 +122,7 @@ def test_rows_and_columns_are_those_of_a_job_without_states(jobs, tmp_path):
 
 
 class Killed(BaseException):
-    """What ends a job at once."""
+    """Ends a job at once."""
 
 
 def test_stopped_unit_continues_with_the_same_states(jobs, tmp_path, monkeypatch):
