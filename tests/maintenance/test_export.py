@@ -126,7 +126,7 @@ def test_plan_counts_rows_and_files_before_writing(job, tmp_path):
 class EveryFifthIsEmpty:
     """Stands for a store whose columns are large."""
 
-    dim, path = 4, "store"
+    dim, path, layout = 4, "store", SimpleNamespace(hidden_width=0)
 
     def __len__(self):
         return 2**23

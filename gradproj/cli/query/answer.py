@@ -20,6 +20,19 @@ Columns = dict[str, dict[tuple[int, int], float]]
 
 
 @dataclass(frozen=True)
+class Match:
+    """A passage that a document shares with a query."""
+
+    text: str
+    n_documents: int
+    """Documents that hold its rarest n-gram."""
+
+
+Matches = dict[tuple[int, int], list[Match]]
+"""(number of the query, sample id) -> the passages, the rarest first."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """Rankings of all queries."""
 
@@ -33,6 +46,8 @@ class Answer:
     """Of a rescored answer, on rank 0."""
     columns: Columns = field(default_factory=dict)
     """Further columns of the ranked documents; empty on ranks other than 0."""
+    matches: Matches | None = None
+    """What each ranked document shares with the query; None if it was not asked for."""
 
 
 def describe(

@@ -25,7 +25,7 @@ from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
 from gradproj.cli.query.rescore import Source
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
-from gradproj.cli.query.text import text_column
+from gradproj.cli.query.text import text_column, text_matches
 from gradproj.cli.score_args import check_has_rows, is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
@@ -116,8 +116,12 @@ def query(config: QueryConfig, process: Process) -> Answer:
         if config.text_scores and ranked.text:
             texts = query_texts(ranked.queries)
             columns["text score"] = text_column(ranked.text, texts, rankings)
+        matches = None
+        if config.text_matches and ranked.text:
+            texts = query_texts(ranked.queries)
+            matches = text_matches(config, ranked.text, texts, rankings)
         samples = describe(store, rankings, read_text)
-        return Answer(summary, ranked.queries, rankings, samples, first_stage, columns)
+        return Answer(summary, ranked.queries, rankings, samples, first_stage, columns, matches)
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:

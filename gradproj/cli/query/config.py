@@ -90,6 +90,11 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
         group="query",
     )
     text_scores: bool = flag("Add the text score of each listed document, as a column.", False)
+    text_matches: bool = flag(
+        "Show below each listed document the rarest passages that it shares with the query word "
+        "for word, each with the number of documents that hold it.",
+        False,
+    )
     show_text: bool = flag("Print the beginning of each document's text, from its tar.", False)
 
     def __post_init__(self) -> None:
@@ -158,7 +163,9 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
     @property
     def uses_text(self) -> bool:
         """True if text scores are needed, to rank or as a column."""
-        return self.text_scores or self.score == TEXT or self.score in WITH_TEXT
+        return (
+            self.text_scores or self.text_matches or self.score == TEXT or self.score in WITH_TEXT
+        )
 
     def k(self, name: str, store: ProjectionStore) -> int:
         """Return ``--top_k`` or ``--bottom_k``."""

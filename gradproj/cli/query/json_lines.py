@@ -39,6 +39,11 @@ def json_lines(answer: Answer) -> Iterator[str]:
                         fields |= first.fields(number, sample_id)
                     for title, column in answer.columns.items():
                         fields[title.replace(" ", "_")] = _finite(column[number, sample_id])
+                    if answer.matches is not None:
+                        fields["text_matches"] = [
+                            {"text": match.text, "documents": match.n_documents}
+                            for match in answer.matches[number, sample_id]
+                        ]
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Sequence
 
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking, overlap
-from gradproj.cli.query.answer import Answer
+from gradproj.cli.query.answer import Answer, Match
 from gradproj.cli.query.lines import NAME, WIDTH, labelled
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.formatting import escaped, one_line
 from gradproj.query import QueryRows
 
 _COLUMN = 12
+_PASSAGE = 48
+"""Most characters of a shared passage."""
 
 
 def table_lines(answer: Answer) -> Iterator[str]:
@@ -79,8 +81,16 @@ def _end_lines(answer: Answer, name: str, end: TopDocuments, number: int) -> Ite
             text += f"{column[number, sample_id]:>{_COLUMN}.3e}"
         domain, key = one_line(sample.domain or "-", NAME), one_line(escaped(sample.key), NAME)
         yield f"{place:>5} {text}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
+        if answer.matches is not None:
+            yield f"      {_shared(answer.matches[number, sample_id])}"
         if sample.text is not None:
             yield f"      {one_line(sample.text, WIDTH - 6)}"
+
+
+def _shared(matches: Sequence[Match]) -> str:
+    """Return a line of shared passages, each with the number of documents that hold it."""
+    shown = [f"{one_line(m.text, _PASSAGE)!r} ({m.n_documents:,})" for m in matches]
+    return one_line(f"shares {', '.join(shown) or 'nothing'}", WIDTH - 6)
 
 
 def _damping_name(damping: float | str | None) -> str:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gradproj.analysis.ranking import Ranking
+from gradproj.cli.query.answer import Match, Matches
 from gradproj.cli.query.config import QueryConfig
 from gradproj.distributed import Process
 from gradproj.errors import ConfigError
+from gradproj.job.recorded import config_from, recorded_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.text.index import TextIndex, make_text_index, open_text_index
+from gradproj.text.matches import passages_of
 from gradproj.text.scores import QueryText, TextScan
 
 _QUERIES_AT_ONCE = 64
@@ -41,6 +44,25 @@ def text_scan(
     assert index is not None
     domains, together = config.domains_of(store), process.world_size > 1
     return TextScan(store, index, domains, together, sys.stderr.isatty())
+
+
+def text_matches(
+    config: QueryConfig,
+    scan: TextScan,
+    queries: Sequence[QueryText],
+    rankings: Sequence[Ranking],
+) -> Matches:
+    """Return the passages that each ranked document shares with the query."""
+    tokenizer, _ = recorded_tokenizer(scan.store, config_from(config, loads_weights=False))
+    matches: Matches = {}
+    for number, query in enumerate(queries):
+        ends = [end.ids[number] for r in rankings for end in (r.top, r.bottom)]
+        found = passages_of(scan.index, query, np.concatenate(ends))
+        for sample_id, passages in found.items():
+            matches[number, sample_id] = [
+                Match(tokenizer.decode(passage.tokens), passage.n_documents) for passage in passages
+            ]
+    return matches
 
 
 def text_column(

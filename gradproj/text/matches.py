@@ -1,0 +1,93 @@
+"""What a document shares with a query, word for word: common passages, the rarest first.
+
+A passage is a longest run of tokens that both hold. It is found by its rarest n-gram of the text
+score, whose document frequency it shows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradproj.text.frequencies import Frequencies
+from gradproj.text.index import TextIndex
+from gradproj.text.ngrams import MAX_N, ngram_hashes
+from gradproj.text.scores import QueryText
+
+MOST_PASSAGES = 3
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that a document and a query have in common, one after the other."""
+
+    tokens: np.ndarray
+    """``(S,)``."""
+    n_documents: int
+    """Documents that hold its rarest n-gram of 1 to 4 tokens, as the text index counts them."""
+
+
+@dataclass(frozen=True)
+class _Ngrams:
+    """The n-grams of a text with their places."""
+
+    hashes: np.ndarray
+    last: np.ndarray
+    """Position of an n-gram's last token."""
+    n: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, first: int = 0) -> "_Ngrams":
+        """Return the n-grams that end at ``tokens[first:]``, in the order of ``ngram_hashes``."""
+        ends = np.arange(first, len(tokens))
+        sizes = np.minimum(MAX_N, ends + 1)
+        n = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + 1
+        hashes = ngram_hashes(tokens.astype(np.uint32), first)
+        return cls(hashes, np.repeat(ends, sizes), n)
+
+
+def common_passages(
+    query: QueryText, document: np.ndarray, frequencies: Frequencies, most: int = MOST_PASSAGES
+) -> list[Passage]:
+    """Return at most ``most`` passages, the rarest first, that do not overlap in the document.
+
+    ``document`` are its tokens ``(S,)``. Of a query with a prompt, a passage is in the completion,
+    but for up to three tokens of the n-gram that found it.
+    """
+    asked, held = _Ngrams.of(query.ids, query.first), _Ngrams.of(document)
+    shared = np.flatnonzero(np.isin(held.hashes, asked.hashes))
+    counts = frequencies.counts(held.hashes[shared])
+    order = np.lexsort((held.last[shared], -held.n[shared], counts))
+    taken, passages = np.zeros(len(document), bool), []
+    for number in order.tolist():
+        at = shared[number]
+        stop, start = int(held.last[at]) + 1, int(held.last[at] + 1 - held.n[at])
+        if taken[start:stop].any():
+            continue
+        in_query = int(asked.last[np.argmax(asked.hashes == held.hashes[at])]) + 1
+        begin, end = in_query - (stop - start), in_query
+        while end < len(query.ids) and stop < len(document) and not taken[stop]:
+            if query.ids[end] != document[stop]:
+                break
+            stop, end = stop + 1, end + 1
+        while begin > query.first and start > 0 and not taken[start - 1]:
+            if query.ids[begin - 1] != document[start - 1]:
+                break
+            start, begin = start - 1, begin - 1
+        taken[start:stop] = True
+        passages.append(Passage(document[start:stop], int(counts[number])))
+        if len(passages) == most:
+            break
+    return passages
+
+
+def passages_of(
+    index: TextIndex, query: QueryText, ids: Sequence[int] | np.ndarray
+) -> dict[int, list[Passage]]:
+    """Return the passages of some of a store's documents with a query, by sample id."""
+    chosen = np.unique(np.asarray(ids, dtype=np.int64))
+    documents = index.files.tokens_at(chosen)
+    return {
+        sample_id: common_passages(query, document, index.frequencies)
+        for sample_id, document in zip(chosen.tolist(), documents, strict=True)
+    }
