@@ -4,12 +4,12 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradproj.coordinator import fault_points
 from gradproj.coordinator.heartbeats import RankProgress
@@ -117,8 +117,10 @@ class UnitProjector:
     def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
         batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
         head = None if total.head is None else total.head.sink()
-        hidden = total.hidden
-        with hidden.watching(self._model, batch) if hidden else nullcontext([]) as states:
+        watched: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if total.hidden is not None:
+            watched = total.hidden.watching(self._model, batch)
+        with watched as states:
             rows = run_batch(self._model, self._engine, batch, self._chunked, head)
         if total.head is not None and head is not None:
             # First, since it can run out of memory and be repeated; `total.add` counts sequences.

@@ -1,28 +1,14 @@
 """Reads the hidden states of a store."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from gradproj.errors import StoreError
-from gradproj.store.column_reader import Columns
+from gradproj.store.hidden_rows import UnscaledColumns
 from gradproj.store.hidden_states import HIDDEN_STATE, hidden_layout
 from gradproj.store.layout import LayerSlice
 from gradproj.store.reader import ProjectionStore
 from gradproj.store.row_reader import Rows
-
-
-class _Unscaled(Columns):
-    """The store's columns, with 1 as the scale of every row."""
-
-    def read(self, names: Sequence[str], ids: np.ndarray) -> dict[str, np.ndarray]:
-        values = super().read([name for name in names if name != "row_scale"], ids)
-        return values | {"row_scale": np.ones(len(ids), np.float32)}
-
-    def read_range(self, names: Sequence[str], start: int, stop: int) -> dict[str, np.ndarray]:
-        values = super().read_range([n for n in names if n != "row_scale"], start, stop)
-        return values | {"row_scale": np.ones(stop - start, np.float32)}
 
 
 class HiddenStates(ProjectionStore):
@@ -53,5 +39,5 @@ class HiddenStates(ProjectionStore):
         # Basis, head and loss reduction are the rows'.
         kept = ("store_id", "identity_hash", "wanted_units", HIDDEN_STATE)
         self.attributes = {name: self.attributes[name] for name in kept if name in self.attributes}
-        self._columns = _Unscaled(self.path, layout, self._maps)
+        self._columns = UnscaledColumns(self.path, layout, self._maps)
         self._rows = Rows(self.path, layout, self._columns, self._maps)

@@ -9,8 +9,8 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from gradproj.store.hidden_states import HIDDEN_STATE
-from gradproj.store.hidden_view import HiddenStates
+from gradproj.store.hidden_rows import read_hidden
+from gradproj.store.hidden_states import HIDDEN_STATE, hidden_layout
 from gradproj.store.layout import COLUMNS, STATUS, decode_key
 
 _ABOUT: dict[str, dict[str, Any]] = {
@@ -48,8 +48,8 @@ def lazy_dataset(store: Store, dropped: Collection[str] = ()) -> xr.Dataset:
 def _variable(store: Store, name: str) -> xr.Variable:
     n, layout = len(store), store.layout
     if name == HIDDEN_STATE:
-        shape, hidden = (n, layout.hidden_width), HiddenStates(store.path)
-        array = _Lazy(shape, np.dtype(np.float32), partial(_read_rows, hidden))
+        shape = n, layout.hidden_width
+        array = _Lazy(shape, np.dtype(np.float32), partial(_read_hidden, store))
         chunks = {"sample": min(layout.rows_per_shard, n), f"{HIDDEN_STATE}_value": shape[1]}
     elif name == "rows":
         array = _Lazy((n, store.dim), np.dtype(np.float32), partial(_read_rows, store))
@@ -103,6 +103,12 @@ def _read_rows(store: Store, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
     layers = None if len(columns) == store.dim else [layer.name for layer in touched]
     rows = store.rows(ids, layers, missing="nan")
     return rows if np.array_equal(columns, values) else rows[:, np.searchsorted(columns, values)]
+
+
+def _read_hidden(store: Store, ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    layout = hidden_layout(store.layout)
+    assert layout is not None
+    return read_hidden(store.path, layout, ids)[:, values]
 
 
 def _read_column(store: Store, name: str, ids: np.ndarray) -> np.ndarray:
