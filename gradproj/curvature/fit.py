@@ -11,9 +11,8 @@ from gradproj.corpus.sampling import spread_order
 from gradproj.curvature import layer_curvature
 from gradproj.curvature.folder import CurvatureFolder
 from gradproj.curvature.layer_curvature import Side
-from gradproj.curvature.recorded_model import RecordedModel, WindowVisit
+from gradproj.curvature.recorded_model import RecordedModel, SequenceVisit
 from gradproj.distributed import choose_device
-from gradproj.engine.batching import Window
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.whole_gradients import LayerBatch
 from gradproj.errors import StoreError
@@ -22,6 +21,7 @@ from gradproj.formatting import count, human_bytes
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.onednn import linear
+from gradproj.model.sequences import TokenSequence
 from gradproj.store import STATUS, ProjectionStore
 
 _LOOKED_UP_AT_ONCE = 4096
@@ -73,14 +73,14 @@ def fit_curvature(config: CurvatureConfig, note: Callable[[str], None]) -> Curva
         device, _ = choose_device(config.device, 0)
         recorded = RecordedModel(store, run, device, config.shards, config.layers)
         layers = list(recorded.targets)
-        windows = recorded.windows(sample_ids)
-        n_tokens = sum(len(window.ids) - 1 for window in windows)
+        sequences = recorded.sequences(sample_ids)
+        n_tokens = sum(sequence.n_targets for sequence in sequences)
         known = folder.recipe()["layers"] if folder.recipe_path.is_file() else []
         wanted = list(dict.fromkeys([*known, *layers]))
         folder.begin(config.curvature_tokens, sample_ids, n_tokens, wanted)
         note(f"sample: {count(len(sample_ids), 'document')}, {n_tokens:,} target tokens")
         budget = recorded.budget(config.memory)
-        fit = _Fit(recorded, folder, windows, n_tokens)
+        fit = _Fit(recorded, folder, sequences, n_tokens)
         for kind, size, task in (
             ("kfac", _factor_bytes, fit.factors),
             ("ekfac", _moment_bytes, fit.second_moments),
@@ -164,14 +164,14 @@ class _Fit:
 
     recorded: RecordedModel
     folder: CurvatureFolder
-    windows: Sequence[Window]
+    sequences: Sequence[TokenSequence]
     n_tokens: int
 
     def factors(self, layers: Sequence[str]) -> None:
         """Sum ``a a^T`` and ``g g^T`` over the sample's target tokens; write eigenvectors."""
         sums: list[tuple[Tensor, Tensor]] = []
 
-        def begin() -> WindowVisit:
+        def begin() -> SequenceVisit:
             sums[:] = [
                 (self._zeros(n_i), self._zeros(n_o))
                 for n_i, n_o in (self.recorded.targets[name].widths for name in layers)
@@ -185,7 +185,7 @@ class _Fit:
                 for total, x in zip(sums[number], (a, batch.g[part].float()), strict=True):
                     _add_gram(total, x.flatten(0, 1))
 
-        self.recorded.run(layers, self.windows, "factors", begin)
+        self.recorded.run(layers, self.sequences, "factors", begin)
         for name, pair in zip(layers, sums, strict=True):
             what = (f"inputs of {name}", f"output gradients of {name}")
             i, o = (
@@ -198,7 +198,7 @@ class _Fit:
         return torch.zeros(shape, dtype=torch.float64, device=self.recorded.device)
 
     def second_moments(self, layers: Sequence[str]) -> None:
-        """Sum ``(U_o^T G U_i)^2`` over the sample's windows."""
+        """Sum ``(U_o^T G U_i)^2`` over the sample's sequences."""
         device = self.recorded.device
         factors_sums = [self.folder.factors_sum(name) for name in layers]
         sides = [
@@ -207,7 +207,7 @@ class _Fit:
         ]
         sums: list[Tensor] = []
 
-        def begin() -> WindowVisit:
+        def begin() -> SequenceVisit:
             sums[:] = [
                 torch.zeros(len(o.values), len(i.values), dtype=torch.float64, device=device)
                 for i, o in sides
@@ -223,7 +223,7 @@ class _Fit:
                 )
                 sums[number] += coordinates.square_().sum(0)
 
-        self.recorded.run(layers, self.windows, "second moments", begin)
+        self.recorded.run(layers, self.sequences, "second moments", begin)
         for name, total, factors_sum in zip(layers, sums, factors_sums, strict=True):
             self.folder.write_second_moments(name, total / self.n_tokens, factors_sum)
 

@@ -8,13 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from gradproj.engine.batching import (
-    BatchConfig,
-    Window,
-    collate_windows,
-    fit_padding,
-    plan_batches,
-)
+from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import chunk_verdict
@@ -28,15 +22,16 @@ from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.kernels.memory import CudaMemory, HostMemory, is_out_of_memory
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.loading import load_model, load_model_config
+from gradproj.model.sequences import TokenSequence
 from gradproj.store import ProjectionStore
 
 log = logging.getLogger(__name__)
 
-WindowVisit = Callable[[int, LayerBatch, np.ndarray], None]
-Begin = Callable[[], WindowVisit]
+SequenceVisit = Callable[[int, LayerBatch, np.ndarray], None]
+Begin = Callable[[], SequenceVisit]
 
 
-def _show(visit: WindowVisit, numbers: np.ndarray, layer: int, batch: LayerBatch) -> None:
+def _show(visit: SequenceVisit, numbers: np.ndarray, layer: int, batch: LayerBatch) -> None:
     visit(layer, batch, numbers)
 
 
@@ -79,8 +74,10 @@ class RecordedModel:
         self._chunked, _ = chunk_verdict(self.model)
         self._batch_tokens = run.batch.batch_tokens or BatchConfig.batch_tokens
 
-    def windows(self, sample_ids: np.ndarray, other: ProjectionStore | None = None) -> list[Window]:
-        """Read documents from their tars; a window's owner is its document's place in the ids.
+    def sequences(
+        self, sample_ids: np.ndarray, other: ProjectionStore | None = None
+    ) -> list[TokenSequence]:
+        """Read documents from their tars; an owner is its document's place in the ids.
 
         ``other`` is another job's store with the same model, whose documents these are.
 
@@ -89,7 +86,7 @@ class RecordedModel:
             StoreError: a document has no target token now.
         """
         store = other or self._store
-        reader, windows = self._reader(other), []
+        reader, sequences = self._reader(other), []
         for place, sample_id in enumerate(sample_ids.tolist()):
             unit = sample_id // store.layout.rows_per_shard
             prepared = reader.read_samples(unit, sample_id, sample_id + 1)
@@ -99,8 +96,8 @@ class RecordedModel:
                     f"{store.path} is damaged: it has a row of document {sample_id}, which has no "
                     "target token"
                 )
-            windows += [Window(ids, 1, place) for ids in prepared.sequences]
-        return windows
+            sequences += [sequence.owned_by(place) for sequence in prepared.sequences]
+        return sequences
 
     def _reader(self, other: ProjectionStore | None) -> UnitReader:
         run = self._run if other is None else recorded_config(other.path.parent)
@@ -127,24 +124,24 @@ class RecordedModel:
         return self._run.batch
 
     def run(
-        self, layers: Sequence[str], windows: Sequence[Window], label: str, begin: Begin
+        self, layers: Sequence[str], sequences: Sequence[TokenSequence], label: str, begin: Begin
     ) -> None:
-        """Run all windows forward and backward, and show each layer's part of each batch.
+        """Run all sequences forward and backward, and show each layer's part of each batch.
 
         On a device without the memory, all begins again with batches of half the tokens.
 
         Args:
             layers: names of ``targets``.
-            windows: of any texts.
+            sequences: of any texts.
             label: names the pass in its progress.
             begin: returns a function of ``(number of the layer, its batch, positions of the
-                batch's samples in windows)``, with all sums at zero.
+                batch's samples in sequences)``, with all sums at zero.
 
         Raises:
-            ModelError: a single window does not fit the device's memory.
+            ModelError: a single sequence does not fit the device's memory.
         """
         chosen = [self.targets[name] for name in layers]
-        lengths = [len(window.ids) for window in windows]
+        lengths = list(map(len, sequences))
         batch = self._batch_settings(lengths)
         checkpointing = self._run.job.gradient_checkpointing
         while True:
@@ -153,7 +150,7 @@ class RecordedModel:
             try:
                 with WholeGradients(self.model, chosen, checkpointing) as whole:
                     for numbers in shown(plan, len(plan), label, "batches"):
-                        on_device = collate_windows(windows, numbers).to(self.device)
+                        on_device = collate(sequences, numbers).to(self.device)
                         show = functools.partial(_show, visit, numbers)
                         whole.run(on_device, show, self._chunked)
                 return

@@ -16,13 +16,13 @@ from torch import Tensor
 from gradproj.curvature.fit import split_layers
 from gradproj.curvature.folder import CurvatureFolder
 from gradproj.curvature.layer_curvature import AUTO_DAMPING
-from gradproj.curvature.recorded_model import RecordedModel, WindowVisit
+from gradproj.curvature.recorded_model import RecordedModel, SequenceVisit
 from gradproj.distributed import choose_device
-from gradproj.engine.batching import Window
 from gradproj.engine.whole_gradients import LayerBatch
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.onednn import linear
+from gradproj.model.sequences import TokenSequence
 from gradproj.store import STATUS, ProjectionStore
 
 
@@ -43,8 +43,8 @@ def rescore(
     recorded: RecordedModel,
     folder: CurvatureFolder,
     layers: Sequence[str],
-    queries: Sequence[Window],
-    documents: Sequence[Window],
+    queries: Sequence[TokenSequence],
+    documents: Sequence[TokenSequence],
     *,
     kind: str,
     damping: float,
@@ -56,8 +56,8 @@ def rescore(
         recorded: the model.
         folder: its curvature.
         layers: that count; all have files in the folder.
-        queries: windows of the queries; owners are 0 to Q - 1.
-        documents: windows of the documents; owners are 0 to n - 1.
+        queries: sequences of the queries; owners are 0 to Q - 1.
+        documents: sequences of the documents; owners are 0 to n - 1.
         kind: ``kfac``, with ``C = (S + d) (x) (A + d)``, or ``ekfac``, with ``C`` the second
             moments in the eigenbasis of ``S (x) A``, plus d.
         damping: c in ``d = c mean(diagonal)``.
@@ -70,8 +70,8 @@ def rescore(
         StoreError: a file of the curvature is damaged.
     """
     started = time.monotonic()
-    n_queries = 1 + max(window.owner for window in queries)
-    n_documents = 1 + max(window.owner for window in documents)
+    n_queries = 1 + max(each.owner for each in queries)
+    n_documents = 1 + max(each.owner for each in documents)
     sizes = [4 * n_queries * int(np.prod(recorded.targets[name].widths)) for name in layers]
     groups = split_layers(layers, sizes, budget)
     size_of = dict(zip(layers, sizes, strict=True))
@@ -90,7 +90,7 @@ def rescore(
 
 def exact_scores(
     inputs: RecordedRunArgs,
-    queries: Sequence[Window],
+    queries: Sequence[TokenSequence],
     sample_ids: np.ndarray | None = None,
     *,
     kind: str = "ekfac",
@@ -101,7 +101,7 @@ def exact_scores(
 
     Args:
         inputs: the output, and the present places of its model and tars.
-        queries: windows of token ids; owners are 0 to Q - 1.
+        queries: sequences of token ids; owners are 0 to Q - 1.
         sample_ids: of documents with a row.
         kind: kfac or ekfac.
         damping: see ``rescore``; None for the kind's ``AUTO_DAMPING``.
@@ -119,20 +119,20 @@ def exact_scores(
         if sample_ids is None:
             sample_ids = np.flatnonzero(store.column("status") == STATUS["ok"])
         recorded = RecordedModel(store, run, device, inputs.shards, layers)
-        documents = recorded.windows(sample_ids)
+        documents = recorded.sequences(sample_ids)
         damping = AUTO_DAMPING[kind] if damping is None else damping
         budget, texts = recorded.budget(gigabytes), (queries, documents)
         return rescore(recorded, folder, layers, *texts, kind=kind, damping=damping, budget=budget)
 
 
 def _query_gradients(
-    recorded: RecordedModel, layers: Sequence[str], queries: Sequence[Window], n_queries: int
+    recorded: RecordedModel, layers: Sequence[str], queries: Sequence[TokenSequence], n_queries: int
 ) -> list[Tensor]:
     """Return each layer's whole gradients of all queries, ``(Q, n_o, n_i)`` float32."""
-    owners = np.array([window.owner for window in queries], np.int64)
+    owners = np.array([each.owner for each in queries], np.int64)
     sums: list[Tensor] = []
 
-    def begin() -> WindowVisit:
+    def begin() -> SequenceVisit:
         sums.clear()
         for name in layers:
             n_i, n_o = recorded.targets[name].widths
@@ -151,16 +151,16 @@ def _query_gradients(
 def _document_scores(
     recorded: RecordedModel,
     layers: Sequence[str],
-    documents: Sequence[Window],
+    documents: Sequence[TokenSequence],
     matrices: Sequence[Tensor],
     n_documents: int,
 ) -> Tensor:
-    """Return ``<M_q, G_d>`` summed over layers and a document's windows, ``(Q, n)`` float64."""
-    owners = np.array([window.owner for window in documents], np.int64)
+    """Return ``<M_q, G_d>`` summed over layers and a document's sequences, ``(Q, n)`` float64."""
+    owners = np.array([each.owner for each in documents], np.int64)
     flat = [matrix.flatten(1) for matrix in matrices]
     totals: list[Tensor] = []
 
-    def begin() -> WindowVisit:
+    def begin() -> SequenceVisit:
         shape = (len(flat[0]), n_documents)
         totals[:] = [torch.zeros(shape, dtype=torch.float64, device=recorded.device)]
         return add

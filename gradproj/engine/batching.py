@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradproj.flags import Flags, flag
 from gradproj.kernels.device_copy import to_device
 from gradproj.model.properties import sees_padding
+from gradproj.model.sequences import TokenSequence
 
 LONG_DOCUMENTS = ("truncate", "windows")
 
@@ -79,53 +80,13 @@ class Batch:
     """``(N,)`` int64 positions in the unit's list of sequences."""
     n_tokens: int
     """Real tokens, without padding."""
+    factors: Tensor | None = None
+    """``(N,)`` float32: what the sequences' rows are multiplied by; None if all are 1."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``, copied without waiting."""
-        tensors = (self.input_ids, self.positions, self.targets, self.token_mask)
-        ids, positions, targets, mask = (to_device(tensor, device) for tensor in tensors)
-        return Batch(ids, positions, targets, mask, self.sequences, self.n_tokens)
-
-
-def split_long(
-    tokens: Sequence[int] | np.ndarray, max_length: int, long_documents: str
-) -> list[np.ndarray]:
-    """Return a document's sequences of at most ``max_length`` tokens; none if it has no target.
-
-    Windows overlap by one token: each starts with the last token of the previous one, so that every
-    token but the first is a target exactly once.
-    """
-    tokens = np.asarray(tokens, dtype=np.int64)
-    if len(tokens) < 2:
-        return []
-    if long_documents == "truncate":
-        return [tokens[:max_length]]
-    return [tokens[i : i + max_length] for i in range(0, len(tokens) - 1, max_length - 1)]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A sequence of a text whose loss may begin late, as that of a completion does."""
-
-    ids: np.ndarray
-    """``(S,)`` int64."""
-    first: int
-    """The first target of the loss; at least 1, since the first token has no predecessor."""
-    owner: int
-    """Number of the text."""
-
-
-def windows_of(ids: np.ndarray, first: int, owner: int, batch: BatchConfig) -> list[Window]:
-    """Return the windows of a text in which the loss on the tokens from ``first`` on has a target.
-
-    ``batch`` has the rule for long documents.
-    """
-    windows, start = [], 0
-    for part in split_long(ids, batch.max_length, batch.long_documents):
-        if max(1, first - start) < len(part):  # a window within the prompt has no target
-            windows.append(Window(part, max(1, first - start), owner))
-        start += len(part) - 1  # windows overlap by one token
-    return windows
+        moved = {k: to_device(x, device) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        return Batch(**vars(self) | moved)
 
 
 def fit_padding(model: nn.Module, batch: BatchConfig, longest: int | None = None) -> BatchConfig:
@@ -171,42 +132,25 @@ def plan_batches(
     return batches
 
 
-def collate(sequences: Sequence[np.ndarray], chosen: np.ndarray, pad: int) -> Batch:
+def collate(sequences: Sequence[TokenSequence], chosen: np.ndarray, pad: int = 0) -> Batch:
     """Pad the chosen sequences into one batch on the host.
 
     ``chosen`` are positions in ``sequences``, ``(N,)``. ``pad`` is a valid token id; its value does
     not change any row.
     """
     parts = [sequences[i] for i in chosen]
-    width = max(len(part) for part in parts)
+    width = max(map(len, parts))
     ids = np.full((len(parts), width), pad, dtype=np.int64)
     mask = np.zeros((len(parts), width), dtype=bool)
     for n, part in enumerate(parts):
-        ids[n, : len(part)] = part
-        mask[n, : len(part) - 1] = True
+        ids[n, : len(part)] = part.ids
+        mask[n, : len(part) - 1] = part.is_target[1:]
     positions = np.flatnonzero(mask)
     # The target of a position is the next token of its sequence, the next element of the row.
     targets = ids.reshape(-1)[positions + 1]
+    factors = np.array([part.factor for part in parts], dtype=np.float32)
     return Batch(
         torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(targets),
         torch.from_numpy(mask), np.asarray(chosen, dtype=np.int64), sum(map(len, parts)),
+        None if (factors == 1).all() else torch.from_numpy(factors),
     )  # fmt: skip
-
-
-def collate_windows(windows: Sequence[Window], chosen: np.ndarray, pad: int = 0) -> Batch:
-    """Pad the chosen windows into one batch on the host, with the loss from their first targets on.
-
-    ``chosen`` are positions in ``windows``, ``(N,)``.
-    """
-    batch = collate([window.ids for window in windows], chosen, pad)
-    mask = batch.token_mask.numpy().copy()
-    for n, number in enumerate(chosen):
-        mask[n, : windows[number].first - 1] = False  # position s predicts token s + 1
-    positions = np.flatnonzero(mask)
-    targets = batch.input_ids.numpy().reshape(-1)[positions + 1]
-    return replace(
-        batch,
-        positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(targets),
-        token_mask=torch.from_numpy(mask),
-    )

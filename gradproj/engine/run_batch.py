@@ -35,7 +35,9 @@ def run_batch(
     vocabulary head, of a model that ``check_head`` accepts.
 
     Returns:
-        ``(rows (N, D), losses (N,))``, both of summed losses in nats, on the device.
+        ``(rows (N, D), losses (N,))`` on the device: the gradients of the summed losses (nats)
+        times the batch's factors, and these losses without them. Token covariances are of the
+        losses too.
     """
     engine.set_token_mask(batch.token_mask)
     if head is None:
@@ -45,7 +47,12 @@ def run_batch(
     else:
         losses = head_loss(model, batch, head)
     losses.sum().backward()
-    return engine.collect_batch(), losses.detach()
+    rows = engine.collect_batch()
+    if batch.factors is not None:
+        rows = rows * batch.factors[:, None]
+        if head is not None:
+            head.weigh(batch.factors)
+    return rows, losses.detach()
 
 
 def run_in_halves(

@@ -36,14 +36,20 @@ class LayerBatch:
     """``(N, S, n_o)`` in the model's dtype: gradient of the summed losses (nats) at the output."""
     mask: Tensor
     """``(N, S)`` bool: the positions that predict a target."""
+    factors: Tensor | None = None
+    """See ``Batch``."""
 
     def inputs(self, samples: slice = slice(None)) -> Tensor:
         """Return ``(n, S, n_i)`` float32; one-hot vectors (scaled) of an embedding."""
         return self.layer.rule.whole_input(self.layer.module, self.a[samples])
 
     def gradients(self, samples: slice = slice(None)) -> Tensor:
-        """Return the samples' whole weight gradients, ``(n, n_o, n_i)`` float32."""
-        return sum_over_tokens(self.inputs(samples), self.g[samples].float())
+        """Return the samples' whole weight gradients times their factors.
+
+        ``(n, n_o, n_i)`` float32.
+        """
+        found = sum_over_tokens(self.inputs(samples), self.g[samples].float())
+        return found if self.factors is None else found * self.factors[samples, None, None]
 
     def parts(self) -> Iterator[slice]:
         """Yield spans of samples, at least one, that have at most ``VALUES_AT_ONCE`` values."""
@@ -107,6 +113,7 @@ class WholeGradients:
             MixedSamplesError: a layer's positions belong to no known sample.
         """
         self._visit, self._mask, self._in_backward = visit, batch.token_mask, False
+        self._factors = batch.factors
         self._calls = [0] * len(self._layers)
         self._taken: dict[int, list[tuple[Tensor, Tensor]]] = {}
         inputs = {"input_ids": batch.input_ids, "targets": Targets(batch.positions, batch.targets)}
@@ -155,7 +162,7 @@ class WholeGradients:
             torch.cat(x, dim=1) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True)
         )
         assert self._visit is not None
-        self._visit(number, LayerBatch(layer, a, g, mask))
+        self._visit(number, LayerBatch(layer, a, g, mask, self._factors))
 
 
 def _by_sample(layer: TargetLayer, x: Tensor, n: int, s: int) -> Tensor:

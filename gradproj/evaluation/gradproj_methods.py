@@ -10,12 +10,12 @@ import numpy as np
 from gradproj.analysis import SCORES, Preconditioner, score
 from gradproj.curvature.fit import CurvatureConfig, fit_curvature
 from gradproj.curvature.rescore import exact_scores
-from gradproj.engine.batching import Window
 from gradproj.errors import ConfigError, StoreError
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, unpadded
 from gradproj.evaluation.method_names import FULL, GradientMethod, RowKind
 from gradproj.files import load_array, save_array, save_arrays
+from gradproj.model.sequences import TokenSequence
 from gradproj.query.projector import QueryProjector
 from gradproj.query.queries import Query
 from gradproj.store import STATUS, ProjectionStore
@@ -69,7 +69,7 @@ class GradientStores:
         config = CurvatureConfig(output=output, device=self._config.device)
         fit_curvature(config, lambda _: None)
         ids = unpadded(self._experiment.queries)
-        queries = [Window(x, 1, number) for number, x in enumerate(ids)]
+        queries = [TokenSequence.of(x, owner=number) for number, x in enumerate(ids)]
         return exact_scores(config, queries, kind=kind).scores
 
     def column(self, name: str, rows: RowKind) -> np.ndarray:

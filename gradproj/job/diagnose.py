@@ -28,13 +28,13 @@ from gradproj.job.precision import (
     USUAL_COSINE,
     WAYS,
     Agreement,
-    Documents,
     rows_of,
 )
 from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.sequences import TokenSequence
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, STORE_NAME
 
@@ -95,11 +95,11 @@ def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
     prepare_torch(config.job.threads, config.job.deterministic)
     device, _ = choose_device(config.job.device, 0)
     plan = make_plan(config)
-    ids, documents = _choose(plan, n_documents)
-    diagnosis = Diagnosis(str(device), config.model.model_dtype, ids, documents.n_tokens)
+    ids, sequences = _choose(plan, n_documents)
+    diagnosis = Diagnosis(str(device), config.model.model_dtype, ids, sum(map(len, sequences)))
     reference: Tensor | None = None
     for dtype in MODEL_DTYPES:
-        for way, rows in _rows_in(dtype, plan, documents, device):
+        for way, rows in _rows_in(dtype, plan, sequences, device):
             reference = rows if reference is None else reference
             diagnosis.comparisons.append(Comparison(dtype, way, Agreement.of(rows, reference)))
             if way == "batched":
@@ -108,7 +108,7 @@ def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
     return diagnosis
 
 
-def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
+def _choose(plan: Plan, n_documents: int) -> tuple[list[int], list[TokenSequence]]:
     """Choose documents that make rows, from all wanted units; the same ones every time."""
     reader = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
     rows = plan.layout.rows_per_shard
@@ -117,8 +117,7 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
     few = wanted <= size
     places = generator.permutation(wanted) if few else generator.integers(0, wanted, size)
     ids: list[int] = []
-    sequences: list[np.ndarray] = []
-    document_of: list[int] = []
+    sequences: list[TokenSequence] = []
     for place in dict.fromkeys(places.tolist()):
         unit = int(plan.wanted[place // rows])
         sample_id = unit * rows + place % rows
@@ -126,8 +125,7 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
             continue
         prepared = reader.read_samples(unit, sample_id, sample_id + 1)
         if prepared is not None and prepared.columns["status"][0] == STATUS["ok"]:
-            sequences += prepared.sequences
-            document_of += [len(ids)] * len(prepared.sequences)
+            sequences += [sequence.owned_by(len(ids)) for sequence in prepared.sequences]
             ids.append(sample_id)
         if len(ids) == n_documents:
             break
@@ -136,11 +134,11 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], Documents]:
             f"none of {len(places):,} documents looked at makes a row: they are empty, too short, "
             "or not of --domains"
         )
-    return ids, Documents(sequences, np.array(document_of, dtype=np.int64), len(ids))
+    return ids, sequences
 
 
 def _rows_in(
-    dtype: str, plan: Plan, documents: Documents, device: torch.device
+    dtype: str, plan: Plan, sequences: list[TokenSequence], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time.
 
@@ -164,7 +162,7 @@ def _rows_in(
         )
         with compiler_errors_explained(), engine:
             for way in WAYS if batch.max_padding else WAYS[:2]:
-                yield way, rows_of(model, engine, documents, way, batch)
+                yield way, rows_of(model, engine, sequences, way, batch)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the device has no memory for the comparison in {dtype}: give a smaller "

@@ -33,6 +33,7 @@ from gradproj.job.plan import Plan
 from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.head_gradients import HeadMoments
 from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.sequences import TokenSequence
 from gradproj.store.basis import DAMPING
 from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import LayerSlice
@@ -107,7 +108,7 @@ def _no_basis(plan: Plan, why: str) -> CorpusError:
 # --- which documents ---
 
 
-def pilot_sequences(plan: Plan, reader: UnitReader) -> tuple[list[np.ndarray], int]:
+def pilot_sequences(plan: Plan, reader: UnitReader) -> tuple[list[TokenSequence], int]:
     """Return ``(token sequences, number of their documents)`` of the pilot, by ``RECIPE``.
 
     Documents that make no row are passed over. All the corpus is taken if it has fewer tokens.
@@ -116,13 +117,13 @@ def pilot_sequences(plan: Plan, reader: UnitReader) -> tuple[list[np.ndarray], i
     n_candidates = sum(stop - start for start, stop in ranges)
     wanted = plan.config.projection.pilot_tokens
     share = -(-wanted // min(MOST_SHARES, n_candidates))
-    sequences: list[np.ndarray] = []
+    sequences: list[TokenSequence] = []
     n_tokens = n_documents = 0
     for document in _in_order(plan, ranges):
         taken, before = [], n_tokens
         for sequence in reader.sequences_of(document):
             taken.append(sequence)
-            n_tokens += len(sequence) - 1
+            n_tokens += sequence.n_targets
             if n_tokens - before >= share:
                 break
         sequences += taken
@@ -178,7 +179,7 @@ def _sum_covariances(
     plan: Plan,
     model: nn.Module,
     matrices: Matrices,
-    sequences: list[np.ndarray],
+    sequences: list[TokenSequence],
     published: Callable[[], bool],
     head: HeadPilot | None,
 ) -> TokenCovariances:
@@ -220,13 +221,13 @@ def _sum_covariances(
 def _forward_backward(
     model: nn.Module,
     engine: GradProjLoraEngine,
-    sequences: list[np.ndarray],
+    sequences: list[TokenSequence],
     head: HeadPilot | None,
     chosen: np.ndarray,
 ) -> tuple[TokenCovariances, HeadMoments | None]:
     device = next(model.parameters()).device
     moments = None if head is None else head.sink()
-    run_batch(model, engine, collate(sequences, chosen, pad=0).to(device), head=moments)
+    run_batch(model, engine, collate(sequences, chosen).to(device), head=moments)
     covariances = engine.take_token_covariances()
     assert covariances is not None  # an engine without a basis
     return covariances, moments

@@ -1,7 +1,7 @@
 """Measures how far rows move with their batch, with padding and with the model's precision."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from gradproj.engine.run_batch import run_batch
 from gradproj.job.unit_reader import PreparedUnit
 from gradproj.kernels.memory import available_host_bytes, is_out_of_memory
 from gradproj.model.loading import positions_of
+from gradproj.model.sequences import TokenSequence
 
 WAYS = ("alone", "batched", "beside padding")
 FLOOR = 1e-2
@@ -35,20 +36,6 @@ CHECKED_DOCUMENTS = 4
 CHECKED_TOKENS = 256
 _NO_NUMBER = 1e30
 """Stands for an infinite or undefined error, for which JSON has no number."""
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Token sequences of some documents."""
-
-    sequences: list[np.ndarray]
-    document_of: np.ndarray
-    """``(n_sequences,)`` int64: the document that each sequence's gradient belongs to."""
-    n_documents: int
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(map(len, self.sequences))
 
 
 @dataclass(frozen=True)
@@ -97,25 +84,30 @@ class Agreement:
 
 
 def rows_of(
-    model: nn.Module, engine: GradProjLoraEngine, documents: Documents, way: str, batch: BatchConfig
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    sequences: Sequence[TokenSequence],
+    way: str,
+    batch: BatchConfig,
 ) -> Tensor:
-    """Return ``(n_documents, D)`` float32 on the host: gradients of the documents' summed losses.
+    """Return the rows of the sequences' owners, 0 to n - 1, ``(n, D)`` float32 on the host.
 
     ``way`` is one of ``WAYS``: one sequence at a time, in the job's batches, or one sequence at a
     time padded to twice its length (as far as the model has positions).
     """
     device = next(model.parameters()).device
-    rows = torch.zeros(documents.n_documents, engine.total_proj_dim)
-    batches = [np.array([i]) for i in range(len(documents.sequences))]
+    owners = torch.tensor([sequence.owner for sequence in sequences])
+    rows = torch.zeros(int(owners.max()) + 1, engine.total_proj_dim)
+    batches = [np.array([i]) for i in range(len(sequences))]
     if way == "batched":
-        lengths = [len(tokens) for tokens in documents.sequences]
+        lengths = list(map(len, sequences))
         batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
-    for sequences in batches:
-        prepared = collate(documents.sequences, sequences, pad=0)
+    for chosen in batches:
+        prepared = collate(sequences, chosen)
         if way == "beside padding":
             prepared = _padded(prepared, positions_of(model))
         batch_rows = run_batch(model, engine, prepared.to(device))[0].float().cpu()
-        rows.index_add_(0, torch.from_numpy(documents.document_of[sequences]), batch_rows)
+        rows.index_add_(0, owners[torch.from_numpy(chosen)], batch_rows)
     return rows
 
 
@@ -145,15 +137,17 @@ def check_precision(
     """
     # The beginnings of the first documents, one sequence each.
     _, first = np.unique(unit.row_of, return_index=True)
-    sequences = [unit.sequences[i][:CHECKED_TOKENS] for i in first[:CHECKED_DOCUMENTS].tolist()]
-    documents = Documents(sequences, np.arange(len(sequences)), len(sequences))
+    sequences = [
+        TokenSequence.of(unit.sequences[i].ids[:CHECKED_TOKENS], owner=number)
+        for number, i in enumerate(first[:CHECKED_DOCUMENTS].tolist())
+    ]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if not documents.n_documents:
+    if not sequences:
         return f"{dtype} is not checked: the first documents make no row", False
     try:
-        rows = rows_of(model, engine, documents, "batched", batch)
+        rows = rows_of(model, engine, sequences, "batched", batch)
         with _in_float32(model), nothing_compiled():
-            reference = rows_of(model, engine, documents, "batched", batch)
+            reference = rows_of(model, engine, sequences, "batched", batch)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -162,7 +156,7 @@ def check_precision(
     finally:
         engine.clear_gradients()
         engine.take_token_covariances()
-    agreement, n = Agreement.of(rows, reference), documents.n_documents
+    agreement, n = Agreement.of(rows, reference), len(sequences)
     median, least = agreement.median_cosine, agreement.least_cosine
     if agreement.n_not_finite:
         figure = f"{agreement.n_not_finite} of {n} {dtype} rows are not finite, in float32 they are"

@@ -115,7 +115,7 @@ class UnitProjector:
         return UnitSums(*made, head, hidden)
 
     def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
-        batch = collate(total.prepared.sequences, sequences, pad=0).to(self._device)
+        batch = collate(total.prepared.sequences, sequences).to(self._device)
         head = None if total.head is None else total.head.sink()
         watched: AbstractContextManager[list[Tensor]] = nullcontext([])
         if total.hidden is not None:

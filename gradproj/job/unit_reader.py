@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,15 @@ from gradproj.corpus.content import Text, TokenIds
 from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
-from gradproj.engine.batching import BatchConfig, plan_batches, split_long
+from gradproj.engine.batching import BatchConfig, plan_batches
 from gradproj.formatting import escaped
+from gradproj.model.sequences import TokenSequence, split_long
 from gradproj.model.tokenization import Tokenizing
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
 
 log = logging.getLogger(__name__)
 
-PARTIAL_VERSION = 2
+PARTIAL_VERSION = 3
 """Of the files of partial rows. Those of another version are computed again."""
 
 _TOKENIZED_AT_ONCE = 256
@@ -69,11 +70,15 @@ class PreparedUnit:
     unit: int
     start: int
     columns: dict[str, np.ndarray]
-    sequences: list[np.ndarray]
-    row_of: np.ndarray
-    """``(n_sequences,)`` int64: the row of the unit that a sequence's gradient is added to."""
+    sequences: list[TokenSequence]
+    """Their owners are rows of the unit."""
     batches: list[np.ndarray]
     """Positions in ``sequences``."""
+    row_of: np.ndarray = field(init=False)
+    """``(n_sequences,)`` int64: the row that a sequence's gradient is added to."""
+
+    def __post_init__(self) -> None:
+        self.row_of = np.array([sequence.owner for sequence in self.sequences], dtype=np.int64)
 
     def key(self, settings: UnitSettings, basis: str) -> str:
         """Return a digest of everything that partial rows of this unit depend on.
@@ -83,8 +88,10 @@ class PreparedUnit:
         digest = hashlib.sha256(f"{PARTIAL_VERSION} {settings.identity} {basis} ".encode())
         for chosen in self.batches:
             digest.update(chosen.tobytes() + b"|")
-        for tokens in self.sequences:
-            digest.update(tokens.tobytes())
+        for sequence in self.sequences:
+            factor = np.float64(sequence.factor)
+            for part in (sequence.ids, sequence.is_target, factor):
+                digest.update(part.tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -118,8 +125,7 @@ class UnitReader:
         """Prepare samples ``[start, stop)`` of a unit. None if a stop was requested meanwhile."""
         settings, layout = self.settings, self.settings.layout
         columns = empty_columns(stop - start, layout.key_bytes)
-        sequences: list[np.ndarray] = []
-        row_of: list[int] = []
+        sequences: list[TokenSequence] = []
         keys: list[str] = []
         pending: list[tuple[int, Document]] = []
         size = 0
@@ -132,12 +138,11 @@ class UnitReader:
                     columns["status"][row] = STATUS["bad_input"]
                     _warn(document, problem)
                     continue
-                parts = split_long(tokens, settings.batch.max_length, settings.batch.long_documents)
-                columns["n_tokens"][row] = sum(len(part) - 1 for part in parts)
+                parts = self._split(TokenSequence.of(tokens, owner=row))
+                columns["n_tokens"][row] = sum(part.n_targets for part in parts)
                 if not parts:
                     columns["status"][row] = STATUS["no_target"]
                 sequences.extend(parts)
-                row_of.extend([row] * len(parts))
             pending.clear()
 
         for row, document in enumerate(read_documents(self._index, start, stop, settings.limits)):
@@ -161,8 +166,7 @@ class UnitReader:
         lengths = [len(tokens) for tokens in sequences]
         batch = settings.batch
         batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
-        rows = np.asarray(row_of, dtype=np.int64)
-        return PreparedUnit(unit, start, columns, sequences, rows, batches)
+        return PreparedUnit(unit, start, columns, sequences, batches)
 
     def status_of(self, document: Document) -> tuple[str, str]:
         """Return a document's status before it is computed, and a bad input's problem."""
@@ -172,15 +176,18 @@ class UnitReader:
             problem = self.settings.problem_of_token(int(tokens.max(initial=0)))
         return ("bad_input" if problem else status), problem
 
-    def sequences_of(self, document: Document) -> list[np.ndarray]:
+    def sequences_of(self, document: Document) -> list[TokenSequence]:
         """Return the token sequences of one document; none if it makes no row of its own."""
         if self.settings.status_of(document)[0] != "ok":
             return []
         (tokens,) = self._tokenize([document])
         if self.settings.problem_of_token(int(tokens.max(initial=0))):
             return []
+        return self._split(TokenSequence.of(tokens))
+
+    def _split(self, sequence: TokenSequence) -> list[TokenSequence]:
         batch = self.settings.batch
-        return split_long(tokens, batch.max_length, batch.long_documents)
+        return split_long(sequence, batch.max_length, batch.long_documents)
 
     def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """Return every document's token ids. A pre-tokenized document keeps its own."""

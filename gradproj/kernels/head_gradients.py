@@ -28,6 +28,9 @@ class HeadSink(Protocol):
     def close(self) -> None:
         """The group of n samples is complete."""
 
+    def weigh(self, factors: Tensor) -> None:
+        """Multiply the rows of all N samples, which are complete, by ``(N,)`` float32."""
+
 
 class HeadLoss(torch.autograd.Function):
     """``(hidden (N, S, H), head, tokens (N, S) int64, softcap, sink) -> (N, S)`` losses in nats.
@@ -137,6 +140,9 @@ class HeadMoments:
     def close(self) -> None:
         pass
 
+    def weigh(self, factors: Tensor) -> None:
+        """Leave the moments as they are: they are of the losses, as every layer's are."""
+
 
 class HeadRows:
     """Every sample's rows ``x_v = D_v M sum_t (p_tv - [y_t = v]) h_t``: the largest, or all.
@@ -166,6 +172,9 @@ class HeadRows:
             self._ids.append(ids)
             rows = rows.gather(1, ids.unsqueeze(2).expand(-1, -1, rows.shape[2]))
         self._values.append(rows)
+
+    def weigh(self, factors: Tensor) -> None:
+        self._values = [torch.cat(self._values) * factors[:, None, None]]
 
     def largest(self) -> tuple[Tensor, Tensor]:
         """Return ids ``(N, m)`` int64 and values ``(N, m, k)`` float32, the largest first."""

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from gradproj.engine.batching import (
     BatchConfig,
-    Window,
-    collate_windows,
+    collate,
     fit_padding,
     plan_batches,
-    windows_of,
 )
 from gradproj.engine.head_rows import QUERY_ROWS, HeadBasis, sum_windows
 from gradproj.engine.run_batch import run_batch, run_in_halves
@@ -25,8 +23,9 @@ from gradproj.job.recorded import config_from, recorded_engine
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.head_gradients import HeadRows
 from gradproj.kernels.torch_setup import prepare_torch
+from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.query.queries import Query
-from gradproj.query.tokens import QueryTokenizer, QueryTokens
+from gradproj.query.tokens import QueryTokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import HeadQueries
 
@@ -47,10 +46,17 @@ class QueryRows:
     """``(Q,)`` float64: mean nats per target token."""
     excerpts: list[str]
     """One line per query, of at most ``EXCERPT_CHARACTERS`` characters."""
-    tokens: tuple[QueryTokens, ...] = ()
-    """Token ids of each query; empty if they have not been read."""
+    sequences: Sequence[TokenSequence] = ()
+    """Tokens of all queries, an owner being a query's place; empty if they have not been read."""
     head: HeadQueries | None = None
     """Head rows, if the store has them."""
+
+    def windows(self) -> list[list[TokenSequence]]:
+        """Return each query's sequences."""
+        found: list[list[TokenSequence]] = [[] for _ in self.names]
+        for sequence in self.sequences:
+            found[sequence.owner].append(sequence)
+        return found
 
 
 def check_rows_fit(source: str, n_queries: int, dim: int, head_bytes: int, way_out: str) -> None:
@@ -121,16 +127,11 @@ class QueryProjector:
         """
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
-        tokens = [self._tokenizer.tokens_of(query) for query in queries]
-        sequences = [
-            window
-            for number, query in enumerate(tokens)
-            for window in windows_of(query.ids, query.first, number, self._batch)
-        ]
+        sequences = self._tokenizer.sequences_of(queries)
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
         head = _HeadWindows(self._head, len(queries))
-        lengths = [len(sequence.ids) for sequence in sequences]
+        lengths = list(map(len, sequences))
         # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
         run = functools.partial(self._forward_backward, sequences, head)
@@ -150,7 +151,7 @@ class QueryProjector:
                     owners = [sequences[i].owner for i in part]
                     np.add.at(rows, owners, part_rows.cpu().numpy())
                     np.add.at(loss, owners, part_loss.double().cpu().numpy())
-        n_tokens = np.array([len(t.ids) - t.first for t in tokens], np.int64)
+        n_tokens = targets_by_owner(sequences, len(queries))
         if self._batch.loss_reduction == "mean":
             rows /= n_tokens[:, None].astype(np.float32)
         for query, row in zip(queries, rows, strict=True):
@@ -158,13 +159,13 @@ class QueryProjector:
                 raise ConfigError(f"{query.place}: its gradient is not finite; leave the query out")
         names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
         divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
-        made = names, rows, n_tokens, loss / n_tokens, excerpts, tuple(tokens)
+        made = names, rows, n_tokens, loss / n_tokens, excerpts, sequences
         return QueryRows(*made, head.queries(divisor))
 
     def _forward_backward(
-        self, sequences: list[Window], head: "_HeadWindows", chosen: np.ndarray
+        self, sequences: list[TokenSequence], head: "_HeadWindows", chosen: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        batch = collate_windows(sequences, chosen).to(self._device)
+        batch = collate(sequences, chosen).to(self._device)
         sink = head.sink()
         result = run_batch(self._model, self._engine, batch, head=sink)
         self._engine.take_token_covariances()  # a query needs none

@@ -1,27 +1,16 @@
 """Tokenize queries as a store's job tokenizes documents."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from gradproj.engine.batching import BatchConfig
 from gradproj.errors import ConfigError
 from gradproj.formatting import one_line
+from gradproj.model.sequences import TokenSequence, split_long
 from gradproj.query.queries import EXCERPT_CHARACTERS, Query
 
 _PROMPT_FRACTION = 0.4
 """Fraction of an excerpt that a prompt may always use, however long the completion is."""
-
-
-@dataclass(frozen=True)
-class QueryTokens:
-    """Token ids of a query, however long."""
-
-    ids: np.ndarray
-    """``(S,)`` int64."""
-    first: int
-    """The first target of the loss; at least 1, since the first token has no predecessor."""
 
 
 class QueryTokenizer:
@@ -40,15 +29,25 @@ class QueryTokenizer:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._special, self._batch = special_tokens, batch
 
-    def tokens_of(self, query: Query) -> QueryTokens:
-        """Return a query's token ids and its first target.
+    def sequences_of(self, queries: Sequence[Query]) -> list[TokenSequence]:
+        """Return the sequences of all queries; an owner is a query's place.
 
         Raises:
             ConfigError: no target token, more tokens than a row covers, or an unknown token id.
         """
+        batch = self._batch
+        return [
+            part
+            for number, query in enumerate(queries)
+            for part in split_long(
+                self._whole(query).owned_by(number), batch.max_length, batch.long_documents
+            )
+        ]
+
+    def _whole(self, query: Query) -> TokenSequence:
         tokens, max_length = self._encode(query), self._batch.max_length
-        n = len(tokens.ids)
-        if tokens.first >= n:
+        n = len(tokens)
+        if not tokens.n_targets:
             length = "a single token" if n < 2 else f"{n:,} tokens, all of the prompt"
             raise ConfigError(f"{query.place}: {length}: no target for a loss; give more text")
         if n > max_length and self._batch.long_documents == "truncate":
@@ -73,10 +72,10 @@ class QueryTokenizer:
         prompt = prompt if len(prompt) <= room else "..." + prompt[3 - room :]
         return one_line(f"{prompt} >> {completion}" if prompt else completion, EXCERPT_CHARACTERS)
 
-    def _encode(self, query: Query) -> QueryTokens:
+    def _encode(self, query: Query) -> TokenSequence:
         if query.input_ids is not None:
             self._check_vocabulary(query, max(query.input_ids))
-            return QueryTokens(np.array(query.input_ids, dtype=np.int64), 1)
+            return TokenSequence.of(query.input_ids)
         prompt = _encodable(query.prompt or "")
         whole = prompt + _encodable(query.completion if query.text is None else query.text)
         encoding = self._tokenizer(
@@ -89,9 +88,9 @@ class QueryTokenizer:
         )
         before = [self._tokenizer.bos_token_id] if "bos" in self._special else []
         after = [self._tokenizer.eos_token_id] if "eos" in self._special else []
-        ids = np.array([*before, *encoding.input_ids, *after], dtype=np.int64)
-        self._check_vocabulary(query, int(ids.max(initial=0)))
-        return QueryTokens(ids, max(1, len(before) + first))
+        ids = [*before, *encoding.input_ids, *after]
+        self._check_vocabulary(query, max(ids, default=0))
+        return TokenSequence.of(ids, first=len(before) + first)
 
     def _check_vocabulary(self, query: Query, largest: int) -> None:
         if largest >= self._vocabulary:

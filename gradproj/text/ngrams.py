@@ -85,11 +85,13 @@ def _extended(value: np.uint64, token: np.uint32) -> np.uint64:
 
 
 @compiled
-def ngram_hashes(tokens: np.ndarray, first: int) -> np.ndarray:
-    """Return the hashes of all n-grams that end at ``tokens[first:]``, with repetitions, uint64."""
+def ngram_hashes(tokens: np.ndarray, is_end: np.ndarray) -> np.ndarray:
+    """Return the hashes of all n-grams that end where ``is_end``, with repetitions, uint64."""
     hashes = np.empty(MAX_N * len(tokens), np.uint64)
     n_hashes = 0
-    for last in range(first, len(tokens)):
+    for last in range(len(tokens)):
+        if not is_end[last]:
+            continue
         value = _EMPTY
         for at in range(last, max(last - MAX_N, -1), -1):
             value = _extended(value, tokens[at])

@@ -13,6 +13,7 @@ import torch
 from gradproj.analysis import QuerySets, TopDocuments
 from gradproj.analysis.row_blocks import SampleFilter, progress_bar, rank_range, scan_world
 from gradproj.analysis.score_stream import Part, ScoreStream
+from gradproj.model.sequences import TokenSequence, join_windows
 from gradproj.store import ProjectionStore
 from gradproj.text.frequencies import Frequencies, weight_of
 from gradproj.text.index import TextIndex
@@ -35,26 +36,30 @@ class QueryText:
 
     ids: np.ndarray
     """``(S,)``, any integer type."""
-    first: int = 0
-    """N-grams count that end at this token or later."""
+    is_end: np.ndarray | None = None
+    """``(S,)`` bool: n-grams count that end at these tokens; None for all."""
 
     @classmethod
-    def of_targets(cls, ids: np.ndarray, first: int) -> "QueryText":
-        """Return a query whose loss begins at token ``first``, 1 for a text without a prompt.
+    def of_windows(cls, windows: Sequence[TokenSequence]) -> "QueryText":
+        """Return the text of a query's sequences.
 
-        The n-grams that end in a completion count; without a prompt, all do.
+        The n-grams that end at a target count, as those of a completion do; in a text without a
+        prompt, all do.
         """
-        return cls(ids, first if first > 1 else 0)
+        whole = join_windows(windows)
+        return cls(whole.ids, None if whole.is_target[1:].all() else whole.is_target)
+
+    def hashes(self) -> np.ndarray:
+        """Return the hashes of the n-grams that count, with repetitions, uint64."""
+        is_end = np.ones(len(self.ids), bool) if self.is_end is None else self.is_end
+        return ngram_hashes(self.ids.astype(np.uint32), is_end)
 
 
 class QueryNgrams:
     """The n-grams of several queries, in a table that documents are matched with."""
 
     def __init__(self, queries: Sequence[QueryText]) -> None:
-        found = [
-            np.unique(ngram_hashes(query.ids.astype(np.uint32), query.first), return_counts=True)
-            for query in queries
-        ]
+        found = [np.unique(query.hashes(), return_counts=True) for query in queries]
         hashes, of_query = (
             np.concatenate([hashes for hashes, _ in found]),
             np.repeat(np.arange(len(queries)), [len(hashes) for hashes, _ in found]),

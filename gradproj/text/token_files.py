@@ -19,6 +19,7 @@ from gradproj.formatting import shown
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.unit_reader import PreparedUnit, UnitReader, UnitSettings
+from gradproj.model.sequences import TokenSequence, join_windows
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import TEXT_DIR
 from gradproj.text.ngrams import Documents
@@ -172,8 +173,7 @@ class TokenWriter:
 
 def _whole_documents(unit: PreparedUnit) -> list[np.ndarray]:
     """Return every document's tokens, joining the windows of a long one."""
-    parts: list[list[np.ndarray]] = [[] for _ in unit.columns["status"]]
-    for sequence, row in zip(unit.sequences, unit.row_of.tolist(), strict=True):
-        # Windows overlap by one token.
-        parts[row].append(sequence[1:] if parts[row] else sequence)
-    return [np.concatenate(p) if p else np.empty(0, np.int64) for p in parts]
+    parts: list[list[TokenSequence]] = [[] for _ in unit.columns["status"]]
+    for sequence in unit.sequences:
+        parts[sequence.owner].append(sequence)
+    return [join_windows(p).ids if p else np.empty(0, np.int64) for p in parts]

@@ -18,6 +18,7 @@ from gradproj.distributed import World
 from gradproj.engine.batching import collate
 from gradproj.engine.targets import IGNORE
 from gradproj.errors import CorpusError
+from gradproj.model.sequences import TokenSequence
 from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
@@ -105,7 +106,7 @@ class Sequence:
 def make_batch(sequences: list[Sequence]) -> TrainBatch:
     """Pad sequences on the right into one batch."""
     tokens = [sequence.tokens for sequence in sequences]
-    batch = collate(tokens, np.arange(len(tokens)), pad=0)
+    batch = collate([TokenSequence.of(ids) for ids in tokens], np.arange(len(tokens)))
     lengths = torch.tensor([len(ids) for ids in tokens])
     padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
     labels = batch.input_ids.masked_fill(padding, IGNORE)

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
-from gradproj.job.precision import Agreement, Documents, rows_of
+from gradproj.job.precision import Agreement, rows_of
+from gradproj.model.sequences import TokenSequence
 
 N_DOCUMENTS, DOCUMENT_TOKENS = 32, 256
 
@@ -105,11 +106,10 @@ def _agreement(checkpoint: str | None, steps: int) -> Agreement:
     starts = np.linspace(len(tokens) // 2, len(tokens) - DOCUMENT_TOKENS - 1, N_DOCUMENTS).astype(
         int
     )
-    documents = Documents(
-        [tokens[start : start + DOCUMENT_TOKENS] for start in starts],
-        np.arange(N_DOCUMENTS),
-        N_DOCUMENTS,
-    )
+    documents = [
+        TokenSequence.of(tokens[start : start + DOCUMENT_TOKENS], owner=number)
+        for number, start in enumerate(starts)
+    ]
     rows = {}
     for name, dtype in (
         ("float32", torch.float32),

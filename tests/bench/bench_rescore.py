@@ -26,11 +26,11 @@ from gradproj.__main__ import main as gradproj
 from gradproj.analysis import score
 from gradproj.curvature.layer_curvature import KINDS
 from gradproj.curvature.rescore import exact_scores
-from gradproj.engine.batching import Window
 from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
 from gradproj.evaluation.retraining import train_base
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.model.sequences import TokenSequence
 from gradproj.query import Query, QueryProjector
 from gradproj.text.scores import QueryText, text_scores
 
@@ -100,7 +100,7 @@ def scan_scores(output: Path, queries: np.ndarray) -> np.ndarray:
 def scores_of_all(output: Path, queries: np.ndarray, by: str) -> np.ndarray:
     """Return the second stage's scores of every document, ``(Q, N)``."""
     assert gradproj(["curvature", str(output), "--device", "cpu"]) == 0
-    asked = [Window(ids, 1, n) for n, ids in enumerate(queries)]
+    asked = [TokenSequence.of(ids, owner=n) for n, ids in enumerate(queries)]
     result = exact_scores(RecordedRunArgs(output=str(output), device="cpu"), asked, kind=by)
     print(f"exact {by}, {result.scores.shape} queries and documents: {result.seconds:.0f} s")
     return result.scores

@@ -42,17 +42,19 @@ def exact_scores(measured):
         recorded = RecordedModel(store, run, torch.device("cpu"), layers=LAYERS.split(","))
         exact = ExactModel(recorded.model, list(recorded.targets))
         asked = [Query(name=str(n), where="", **_form(q)) for n, q in enumerate(QUERIES)]
-        tokens = QueryProjector(store, run, "cpu").rows(asked).tokens
+        tokens = QueryProjector(store, run, "cpu").rows(asked).sequences
         ids = ok_ids(store)
         documents, sample = (
-            [torch.from_numpy(window.ids) for window in recorded.windows(of)]
+            [torch.from_numpy(window.ids) for window in recorded.sequences(of)]
             for of in (ids, recipe["sample_ids"])
         )
-    queries = [exact.gradient(torch.from_numpy(each.ids), each.first) for each in tokens]
+    queries = [
+        exact.gradient(torch.from_numpy(each.ids), len(each) - each.n_targets) for each in tokens
+    ]
     gradients = [exact.gradient(each) for each in documents]
     factors, place = exact.factors(sample), {int(i): n for n, i in enumerate(ids)}
     of_sample = [gradients[place[int(i)]] for i in recipe["sample_ids"]]
-    query_lengths = np.array([len(each.ids) - each.first for each in tokens], np.float64)
+    query_lengths = np.array([each.n_targets for each in tokens], np.float64)
 
     def scores(kind):
         if kind == "kfac":

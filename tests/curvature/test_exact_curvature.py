@@ -18,10 +18,10 @@ from gradproj.curvature.layer_curvature import Side
 from gradproj.curvature.recorded_model import RecordedModel
 from gradproj.curvature.rescore import rescore
 from gradproj.engine import whole_gradients
-from gradproj.engine.batching import Window
 from gradproj.errors import ConfigError, ModelError, StoreError
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.model.sequences import TokenSequence
 from gradproj.store import STATUS
 
 TOKENS = 600
@@ -61,7 +61,7 @@ def exact(opened):
 def sample(opened):
     """Token ids of the documents of the sample."""
     store, recorded = opened
-    windows = recorded.windows(CurvatureFolder(store).recipe()["sample_ids"])
+    windows = recorded.sequences(CurvatureFolder(store).recipe()["sample_ids"])
     return [torch.from_numpy(window.ids) for window in windows]
 
 
@@ -94,19 +94,22 @@ def test_factors_are_the_means_over_target_tokens(opened, factors):
 
 @pytest.fixture(scope="module")
 def texts(sample):
-    """Two queries, one with a late loss, and documents; the last has two windows."""
-    queries = [Window(sample[0].numpy(), 1, 0), Window(sample[1].numpy(), 5, 1)]
-    documents = [Window(ids.numpy(), 1, n) for n, ids in enumerate(sample[2:9])]
-    return queries, [*documents, Window(sample[9].numpy(), 1, 6)]
+    """Two queries, one with a late loss and a factor, and documents; the last has two windows."""
+    queries = [TokenSequence.of(sample[0]), TokenSequence.of(sample[1], -2.0, owner=1, first=5)]
+    documents = [TokenSequence.of(ids, owner=n) for n, ids in enumerate(sample[2:9])]
+    return queries, [*documents, TokenSequence.of(sample[9], 0.5, owner=6)]
 
 
 def exact_gradients(exact, windows):
     """Return the whole gradients of every owner, summed over its windows."""
     sums = {}
     for window in windows:
-        gradient = exact.gradient(torch.from_numpy(window.ids), window.first)
+        first = len(window) - window.n_targets
+        gradient = exact.gradient(torch.from_numpy(window.ids), first)
         before = sums.get(window.owner, dict.fromkeys(gradient, 0))
-        sums[window.owner] = {name: before[name] + g for name, g in gradient.items()}
+        sums[window.owner] = {
+            name: before[name] + window.factor * g for name, g in gradient.items()
+        }
     return [sums[owner] for owner in sorted(sums)]
 
 
@@ -198,7 +201,7 @@ def test_wide_side_keeps_its_diagonal(output, monkeypatch):
         assert curvature.o.basis is None
         run = config_from(RecordedRunArgs(output=str(output)))
         recorded = RecordedModel(store, run, torch.device("cpu"), layers=("layers.0.mlp.up_proj",))
-        ids = [torch.from_numpy(w.ids) for w in recorded.windows(folder.recipe()["sample_ids"])]
+        ids = [torch.from_numpy(w.ids) for w in recorded.sequences(folder.recipe()["sample_ids"])]
         exact = ExactModel(recorded.model, list(recorded.targets))
         ((_, s),) = exact.factors(ids).values()
     torch.testing.assert_close(curvature.o.values, s.diagonal(), rtol=1e-4, atol=1e-9)

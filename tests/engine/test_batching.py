@@ -6,26 +6,47 @@ import numpy as np
 import pytest
 import torch
 
-from gradproj.engine.batching import BatchConfig, collate, plan_batches, split_long
+from gradproj.engine.batching import BatchConfig, collate, plan_batches
 from gradproj.engine.targets import Targets
 from gradproj.errors import ConfigError
+from gradproj.model.sequences import TokenSequence, join_windows, split_long
 
 LENGTHS = np.random.default_rng(0).integers(2, 100, 137).tolist()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 15, 16, 50])
 def test_windows_make_every_token_but_the_first_a_target_once(n):
-    tokens = np.arange(100, 100 + n)
-    windows = split_long(tokens, 8, "windows")
-    assert [t for w in windows for t in w[1:]] == tokens[1:].tolist()
+    whole = TokenSequence.of(np.arange(100, 100 + n), factor=-2.0, owner=3)
+    windows = split_long(whole, 8, "windows")
+    assert [t for w in windows for t in w.ids[w.is_target]] == whole.ids[1:].tolist()
     assert all(2 <= len(w) <= 8 for w in windows)
-    assert all(a[-1] == b[0] for a, b in pairwise(windows))
+    assert all(a.ids[-1] == b.ids[0] for a, b in pairwise(windows))
+    assert all((w.factor, w.owner, w.is_target[0]) == (-2.0, 3, False) for w in windows)
+    if windows:
+        joined = join_windows(windows)
+        assert (joined.ids.tolist(), joined.n_targets) == (whole.ids.tolist(), n - 1)
+
+
+def test_windows_without_a_target_are_left_out_and_every_target_stays_one():
+    is_target = np.random.default_rng(0).random(400) < 0.05
+    is_target[0] = False
+    windows = split_long(TokenSequence(np.arange(400), is_target), 8, "windows")
+    assert 1 < len(windows) < 57
+    assert all(w.n_targets for w in windows)
+    got = [t for w in windows for t in w.ids[w.is_target]]
+    assert got == np.flatnonzero(is_target).tolist()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 8, 50])
-def test_truncation_keeps_the_beginning(n):
-    parts = split_long(np.arange(n), 8, "truncate")
-    assert [p.tolist() for p in parts] == ([list(range(min(n, 8)))] if n > 1 else [])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_truncation_cuts_one_side(n, side):
+    parts = split_long(TokenSequence.of(np.arange(n)), 8, "truncate", side)
+    kept = np.arange(n)[:8] if side == "right" else np.arange(n)[-8:]
+    assert [p.ids.tolist() for p in parts] == ([kept.tolist()] if n > 1 else [])
+    assert all(p.ids[p.is_target].tolist() == kept[1:].tolist() for p in parts)
+    # All targets are cut.
+    late = TokenSequence(np.arange(50), np.arange(50) == (49 if side == "right" else 1))
+    assert split_long(late, 8, "truncate", side) == []
 
 
 @pytest.mark.parametrize(
@@ -78,8 +99,9 @@ def test_no_sequences_make_no_batch():
 
 
 def test_batch_targets_equal_those_of_its_labels():
-    sequences = [np.arange(10, 15), np.arange(20, 22), np.arange(30, 33)]
+    sequences = [TokenSequence.of(np.arange(n, m)) for n, m in [(10, 15), (20, 22), (30, 33)]]
     batch = collate(sequences, np.array([2, 0, 1]), pad=7)
+    assert batch.factors is None
     assert batch.input_ids.tolist() == [[30, 31, 32, 7, 7], [10, 11, 12, 13, 14], [20, 21, 7, 7, 7]]
     labels = torch.where(batch.input_ids == 7, -100, batch.input_ids)
     want = Targets.from_labels(labels)
@@ -87,6 +109,20 @@ def test_batch_targets_equal_those_of_its_labels():
     assert torch.equal(batch.targets, want.tokens)
     assert batch.token_mask.sum(dim=1).tolist() == [2, 4, 1]
     assert batch.n_tokens == 10
+
+
+def test_targets_of_a_batch_are_those_of_its_masks():
+    masks = [np.array([0, 0, 1, 0, 1], bool), np.array([0, 1], bool), np.array([0, 0, 0], bool)]
+    sequences = [TokenSequence(np.arange(10, 10 + len(m)), m, f) for f, m in enumerate(masks)]
+    batch = collate(sequences, np.arange(3))
+    ids, labels = batch.input_ids, torch.full((3, 5), -100)
+    for n, mask in enumerate(masks):
+        labels[n, : len(mask)] = ids[n, : len(mask)].where(torch.from_numpy(mask), -100)
+    want = Targets.from_labels(labels)
+    assert torch.equal(batch.positions, want.positions)
+    assert torch.equal(batch.targets, want.tokens)
+    assert batch.token_mask.sum(dim=1).tolist() == [2, 1, 0]
+    assert batch.factors.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_tokens", -1)])

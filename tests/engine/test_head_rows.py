@@ -6,7 +6,7 @@ import torch
 from helpers.models import VOCAB, small_model
 from helpers.references import sample_loss
 
-from gradproj.engine.batching import collate
+from gradproj.engine.batching import collate as collate_sequences
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import (
     INPUT_DAMPING,
@@ -22,10 +22,15 @@ from gradproj.engine.run_batch import run_batch
 from gradproj.errors import ConfigError, ModelError
 from gradproj.job.head_sums import HeadSums
 from gradproj.kernels.head_gradients import HeadMoments, HeadRows
+from gradproj.model.sequences import TokenSequence
 from gradproj.store.head_rows import HeadSegment, decode_head
 
 LENGTHS = (9, 14, 5, 20, 2, 11)
 DAMPING = 0.03
+
+
+def collate(chosen, numbers):
+    return collate_sequences([TokenSequence.of(tokens) for tokens in chosen], numbers)
 
 
 def sequences(seed=0):
@@ -57,7 +62,7 @@ def head_gradient(model, tokens):
 
 def moments_of(model, p, chosen):
     moments = HeadMoments(p, VOCAB)
-    head_loss(model, collate(chosen, np.arange(len(chosen)), pad=0), moments)
+    head_loss(model, collate(chosen, np.arange(len(chosen))), moments)
     assert moments.n_tokens == sum(len(tokens) - 1 for tokens in chosen)
     return moments.hidden / moments.n_tokens, moments.logits / moments.n_tokens
 
@@ -72,7 +77,7 @@ def all_rows(model, basis, chosen, n_rows=None):
     rows = []
     for tokens in chosen:
         sink = HeadRows(basis.matrix, basis.scale, n_rows)
-        head_loss(model, collate([tokens], np.array([0]), pad=0), sink)
+        head_loss(model, collate([tokens], np.array([0])), sink)
         rows.append(sink.all() if n_rows is None else sink.largest())
     return rows
 
@@ -102,7 +107,7 @@ def test_losses_layers_and_head_rows_are_the_same_in_any_batch(n_together):
         for first in range(0, len(chosen), n_together):
             numbers = np.arange(first, first + n_together)
             sink = HeadRows(basis.matrix, basis.scale, 5)
-            batch = collate(chosen, numbers, pad=0)
+            batch = collate(chosen, numbers)
             rows, losses = run_batch(model, engine, batch, True, sink)
             plain_rows, plain_losses = run_batch(model, engine, batch, True)
             torch.testing.assert_close(rows, plain_rows, rtol=1e-4, atol=1e-5)
@@ -159,7 +164,7 @@ def test_a_unit_has_one_encoded_row_a_document_whatever_its_batches(n_together):
         for part in parts:  # stopped after every batch, and continued
             sums.replay(part)
         numbers, sink = np.arange(first, first + n_together), sums.sink()
-        head_loss(model, collate(chosen, numbers, pad=0), sink)
+        head_loss(model, collate(chosen, numbers), sink)
         sums.add(numbers, sink)
     decoded, rows = decode_head(sums.stored.numpy(), segment), all_rows(model, basis, chosen)
     for document in (0, 1, 2, 4):

@@ -41,6 +41,7 @@ from gradproj.kernels import transformers_patches
 from gradproj.kernels.chunked_cross_entropy import LogitsLoss
 from gradproj.kernels.onednn import cache_bfloat16, project
 from gradproj.model import properties
+from gradproj.model.sequences import TokenSequence
 
 ENGINE = {"proj_rank_total": 24, "proj_rank_min": 3, "freeze_weights": True}
 LENGTHS = [9, 21, 2, 14]
@@ -488,16 +489,16 @@ def test_model_whose_output_depends_on_padding_is_batched_without(make):
     fitted = fit_padding(model, settings)
     assert fitted == replace(settings, max_padding=0.0)
     ids, _ = ragged_batch(lengths)
-    sequences = [ids[n, :length].numpy() for n, length in enumerate(lengths)]
+    sequences = [TokenSequence.of(ids[n, :length]) for n, length in enumerate(lengths)]
     batches = plan_batches(lengths, 256, 8192, fitted.max_padding)
     assert [len(batch) for batch in batches] == [1, 2, 1, 2]
     padded_error = 0.0
     with GradProjLoraEngine(model, "mlp,o_proj", **ENGINE) as engine:
         rows = {}
         for chosen in batches:
-            made, _ = run_batch(model, engine, collate(sequences, chosen, pad=0))
+            made, _ = run_batch(model, engine, collate(sequences, chosen))
             rows |= dict(zip(chosen.tolist(), made, strict=True))
-        together, _ = run_batch(model, engine, collate(sequences, np.arange(6), pad=0))
+        together, _ = run_batch(model, engine, collate(sequences, np.arange(6)))
     for n, length in enumerate(lengths):
         want = row_in_float64(model, engine, ids[n, :length])
         assert relative_error(rows[n], want) < 1e-5

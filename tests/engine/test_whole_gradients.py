@@ -5,12 +5,13 @@ import torch
 from helpers.models import FAMILIES, ragged_batch, small_model
 from helpers.references import relative_error, sample_loss
 
-from gradproj.engine.batching import Window, collate_windows
+from gradproj.engine.batching import collate
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import every_layer
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.whole_gradients import WholeGradients
 from gradproj.errors import MixedSamplesError
+from gradproj.model.sequences import TokenSequence
 
 LENGTHS = [9, 5, 7]
 
@@ -18,7 +19,7 @@ LENGTHS = [9, 5, 7]
 def whole_gradients(model, layers, **options):
     """Return layer -> the batch's whole gradients, by ``WholeGradients``, and the samples."""
     ids, _ = ragged_batch(LENGTHS)
-    windows = [Window(row[:n].numpy(), 1, 0) for row, n in zip(ids, LENGTHS, strict=True)]
+    windows = [TokenSequence.of(row[:n]) for row, n in zip(ids, LENGTHS, strict=True)]
     seen = {}
 
     def visit(number, batch):
@@ -28,7 +29,7 @@ def whole_gradients(model, layers, **options):
         assert batch.mask.sum() % (sum(LENGTHS) - len(LENGTHS)) == 0
 
     with WholeGradients(model, layers, **options) as whole:
-        whole.run(collate_windows(windows, range(len(windows))), visit)
+        whole.run(collate(windows, range(len(windows))), visit)
     return {layers[n].name: g for n, g in seen.items()}, [torch.from_numpy(w.ids) for w in windows]
 
 

@@ -16,6 +16,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit
+from gradproj.model.sequences import TokenSequence
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     LayerSlice,
@@ -33,16 +34,16 @@ def unit_of(
 ) -> PreparedUnit:
     """Prepare documents of random tokens. The last has two sequences."""
     generator = np.random.default_rng(0)
-    sequences = [generator.integers(3, vocabulary, n) for n in (*lengths, lengths[-1])]
-    n, sizes = len(lengths), [len(tokens) for tokens in sequences]
+    n, sizes = len(lengths), [*lengths, lengths[-1]]
+    sequences = [
+        TokenSequence.of(generator.integers(3, vocabulary, size), owner=min(number, n - 1))
+        for number, size in enumerate(sizes)
+    ]
     columns = empty_columns(n, 4)
     columns["status"][:] = 1
     columns["n_tokens"][:] = np.asarray(lengths) - 1
     columns["n_tokens"][-1] *= 2
-    row_of = np.minimum(np.arange(n + 1), n - 1)
-    return PreparedUnit(
-        0, 0, columns, sequences, row_of, plan_batches(sizes, batch_size, batch_tokens)
-    )
+    return PreparedUnit(0, 0, columns, sequences, plan_batches(sizes, batch_size, batch_tokens))
 
 
 def layout_of(engine: GradProjLoraEngine, **form: Any) -> tuple[StoreLayout, list[LayerSlice]]:

@@ -113,7 +113,7 @@ def covariances_by_autograd(model, engine, sequences):
     handles = [t.module.register_forward_hook(keep(t.name)) for t in engine.targets]
     model.requires_grad_(True)
     for tokens in sequences:
-        sample_loss(model, torch.from_numpy(tokens)).backward()
+        sample_loss(model, torch.from_numpy(tokens.ids)).backward()
         for name, (a, output) in kept.items():
             p_i, p_o = (p.double() for p in engine.projection_matrices[name])
             a_p, g_p = a[0, :-1].double() @ p_i.T, output.grad[0, :-1].double() @ p_o.T
@@ -206,9 +206,7 @@ def test_exact_rows_are_projected_gradients_in_the_stored_basis(inputs, jobs):
         )
         prepared = reader.read_samples(0, 0, 16)
         for n in (0, 1, 7):
-            windows = [
-                s for s, m in zip(prepared.sequences, prepared.row_of, strict=True) if m == n
-            ]
+            windows = [each.ids for each in prepared.sequences if each.owner == n]
             parts = [
                 projected_gradient_by_autograd(model, engine, torch.from_numpy(w)) for w in windows
             ]

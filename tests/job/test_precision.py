@@ -12,14 +12,18 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.job import precision
 from gradproj.job.precision import check_precision
 from gradproj.job.unit_reader import PreparedUnit
+from gradproj.model.sequences import TokenSequence
 
 BATCH = BatchConfig(max_length=64)
 
 
 def unit_of(lengths):
     generator = np.random.default_rng(0)
-    sequences = [generator.integers(3, VOCAB, n) for n in lengths]
-    return PreparedUnit(0, 0, {}, sequences, np.arange(len(lengths)), [])
+    sequences = [
+        TokenSequence.of(generator.integers(3, VOCAB, n), owner=number)
+        for number, n in enumerate(lengths)
+    ]
+    return PreparedUnit(0, 0, {}, sequences, [])
 
 
 def checked(model, unit):

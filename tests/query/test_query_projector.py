@@ -187,14 +187,14 @@ def test_token_ids_are_used_as_given(made, projectors):
 def test_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
     queries = [Query(name=str(i), text=words(6, i)) for i in range(6)]
     want = projectors[0].rows(queries).rows
-    collate = projector.collate_windows
+    collate = projector.collate
 
     def small_memory(sequences, chosen):
         if len(chosen) > limit:
             raise torch.OutOfMemoryError("no memory")
         return collate(sequences, chosen)
 
-    monkeypatch.setattr(projector, "collate_windows", small_memory)
+    monkeypatch.setattr(projector, "collate", small_memory)
     limit = 2
     got = projectors[0].rows(queries).rows
     assert all(close(a, b) for a, b in zip(got, want, strict=True))

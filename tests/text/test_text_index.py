@@ -13,6 +13,7 @@ from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.errors import StoreError
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.model.sequences import TokenSequence
 from gradproj.text import frequencies, token_files
 from gradproj.text import index as index_module
 from gradproj.text.frequencies import FrequencySketch, n_counters, weight_of
@@ -58,7 +59,9 @@ def test_sketch_counts_the_documents_of_each_ngram(index, job):
     documents = [ngrams(tokens) for tokens in job_tokens(job).values()]
     for document in documents[:5]:
         for ngram in document:
-            hashes = ngram_hashes(np.array(ngram, np.uint32), len(ngram) - 1)[-1:]
+            hashes = ngram_hashes(
+                np.array(ngram, np.uint32), np.arange(len(ngram)) == len(ngram) - 1
+            )[-1:]
             wanted = sum(ngram in other for other in documents)
             assert index.frequencies.counts(hashes).tolist() == [wanted]
 
@@ -110,8 +113,10 @@ def test_size_of_a_sketch_follows_the_corpus_up_to_the_limit():
 def test_long_documents_in_windows_keep_each_token_once():
     unit = SimpleNamespace(
         columns={"status": np.zeros(3)},
-        sequences=[np.array([1, 2, 3]), np.array([7, 8]), np.array([3, 4])],
-        row_of=np.array([0, 2, 0]),
+        sequences=[
+            TokenSequence.of(ids, owner=row)
+            for ids, row in (([1, 2, 3], 0), ([7, 8], 2), ([3, 4], 0))
+        ],
     )
     documents = token_files._whole_documents(unit)
     assert [document.tolist() for document in documents] == [[1, 2, 3, 4], [], [7, 8]]

@@ -16,6 +16,10 @@ from gradproj.text.index import make_text_index
 from gradproj.text.scores import QueryNgrams, QueryText, TextScan, text_scores, text_top_k
 
 
+def first_end(query):
+    return 0 if query.is_end is None else int(np.argmax(query.is_end))
+
+
 def test_text_scores_of_documents_in_memory_equal_the_definition():
     random = np.random.default_rng(0)
     documents = [random.integers(0, 6, n) for n in (1, 2, 30, 7, 0, 12)]
@@ -24,10 +28,10 @@ def test_text_scores_of_documents_in_memory_equal_the_definition():
         QueryText(documents[3]),
         QueryText(documents[0]),
     ]
-    queries.append(QueryText(documents[2], first=25))
+    queries.append(QueryText(documents[2], np.arange(30) >= 25))
     lists = [document.tolist() for document in documents]
     wanted = [
-        [text_score(query.ids.tolist(), document, lists, query.first) for document in lists]
+        [text_score(query.ids.tolist(), document, lists, first_end(query)) for document in lists]
         for query in queries
     ]
     np.testing.assert_allclose(text_scores(queries, documents), wanted, rtol=1e-12)
@@ -43,7 +47,10 @@ def scan(output, monkeypatch):
 
 
 def queries_of(tokens):
-    return [QueryText(np.array(tokens[3])), QueryText(np.array(tokens[8]), first=4)]
+    return [
+        QueryText(np.array(tokens[3])),
+        QueryText(np.array(tokens[8]), np.arange(len(tokens[8])) >= 4),
+    ]
 
 
 def test_text_scores_of_a_store_equal_the_definition(scan, job):

@@ -8,10 +8,11 @@ import numpy as np
 from gradproj.cli.query.config import QueryConfig
 from gradproj.job.recorded import config_from, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
 from gradproj.query.projector import query_head_bytes
 from gradproj.query.query_store import rows_of_query_store
-from gradproj.query.tokens import QueryTokenizer, QueryTokens
+from gradproj.query.tokens import QueryTokenizer
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.text.ranking import TEXT
 from gradproj.text.scores import QueryText
@@ -47,14 +48,14 @@ def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Qu
     run = config_from(config, loads_weights=False)
     tokenizer, vocabulary = recorded_tokenizer(store, run)
     tokenizer = QueryTokenizer(tokenizer, vocabulary, run.model.special_tokens, run.batch)
-    tokens = tuple(tokenizer.tokens_of(query) for query in queries)
+    sequences = tokenizer.sequences_of(queries)
     return QueryRows(
         names=[query.name for query in queries],
         rows=np.empty((len(queries), 0), np.float32),
-        n_tokens=np.array([len(t.ids) - t.first for t in tokens]),
+        n_tokens=targets_by_owner(sequences, len(queries)),
         loss=np.full(len(queries), np.nan),
         excerpts=[tokenizer.excerpt(query) for query in queries],
-        tokens=tokens,
+        sequences=sequences,
     )
 
 
@@ -67,10 +68,10 @@ def _with_tokens(
     )
     files = make_token_files(other, inputs, note=note)
     ids = np.flatnonzero(other.column("status") == STATUS["ok"])
-    tokens = tuple(QueryTokens(tokens, first=1) for tokens in files.tokens_at(ids))
-    return replace(rows, tokens=tokens)
+    tokens = files.tokens_at(ids)
+    return replace(rows, sequences=[TokenSequence.of(x, owner=n) for n, x in enumerate(tokens)])
 
 
 def query_texts(queries: QueryRows) -> list[QueryText]:
     """Return the tokens whose n-grams count: all of a text, and those of a completion."""
-    return [QueryText.of_targets(t.ids, t.first) for t in queries.tokens]
+    return [QueryText.of_windows(windows) for windows in queries.windows()]

@@ -16,11 +16,11 @@ from gradproj.curvature.folder import CurvatureFolder
 from gradproj.curvature.layer_curvature import AUTO_DAMPING, KINDS
 from gradproj.curvature.recorded_model import RecordedModel
 from gradproj.curvature.rescore import rescore
-from gradproj.engine.batching import Window, windows_of
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag
 from gradproj.formatting import count, human_bytes, human_seconds
 from gradproj.job.config import RunConfig
+from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.query import QueryRows
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.text.index import TextIndex, open_text_index
@@ -171,7 +171,7 @@ class SecondStage:
         recorded = RecordedModel(self.store, source.run, source.device, source.shards, self.layers)
         memory = recorded.memory
         memory.start()
-        asked = _query_windows(recorded, queries, source.query_store)
+        asked = _query_sequences(recorded, queries, source.query_store)
         n_queries = len(queries.names)
         scan = [_ranks(ranking.top, n, self.config.rescore) for n in range(n_queries)]
         text = self._text_ranks(asked, n_queries, source) if self.config.rescore_text else None
@@ -194,7 +194,7 @@ class SecondStage:
     def _scores(
         self,
         recorded: RecordedModel,
-        asked: Sequence[Window],
+        asked: Sequence[TokenSequence],
         query_tokens: np.ndarray,
         candidates: Sequence[np.ndarray],
         reduction: str,
@@ -207,14 +207,13 @@ class SecondStage:
         for first in range(0, len(candidates), at_once):
             part = slice(first, first + at_once)
             ids = np.unique(np.concatenate(candidates[part]))
-            documents = recorded.windows(ids)
-            lengths = np.zeros(len(ids), np.int64)
-            np.add.at(lengths, [w.owner for w in documents], [len(w.ids) - 1 for w in documents])
+            documents = recorded.sequences(ids)
+            lengths = targets_by_owner(documents, len(ids))
             result = rescore(
                 recorded,
                 self.folder,
                 self.layers,
-                [replace(w, owner=w.owner - first) for w in asked if first <= w.owner < part.stop],
+                [s.owned_by(s.owner - first) for s in asked if first <= s.owner < part.stop],
                 documents,
                 kind=self.config.exact_kind,
                 damping=self.config.exact_damping,
@@ -240,13 +239,12 @@ class SecondStage:
         return scores, note
 
     def _text_ranks(
-        self, asked: Sequence[Window], n_queries: int, source: "Source"
+        self, asked: Sequence[TokenSequence], n_queries: int, source: "Source"
     ) -> list[dict[int, int]]:
-        queries = []
-        for n in range(n_queries):
-            first, *others = [window for window in asked if window.owner == n]
-            ids = np.concatenate([first.ids, *(window.ids[1:] for window in others)])
-            queries.append(QueryText.of_targets(ids, first.first))
+        queries = [
+            QueryText.of_windows([sequence for sequence in asked if sequence.owner == n])
+            for n in range(n_queries)
+        ]
         assert self.text_index is not None  # its caller asks for text
         top, _ = TextScan(self.store, self.text_index, source.domains).rank(
             queries, self.config.rescore
@@ -272,16 +270,14 @@ class Source:
     """Of the documents' losses: sum or mean."""
 
 
-def _query_windows(recorded: RecordedModel, queries: QueryRows, query_store: str) -> list[Window]:
+def _query_sequences(
+    recorded: RecordedModel, queries: QueryRows, query_store: str
+) -> Sequence[TokenSequence]:
     if query_store:
         with ProjectionStore(query_store) as other:
             ids = np.flatnonzero(other.column("status") == STATUS["ok"])
-            return recorded.windows(ids, other)
-    return [
-        window
-        for number, tokens in enumerate(queries.tokens)
-        for window in windows_of(tokens.ids, tokens.first, number, recorded.batch)
-    ]
+            return recorded.sequences(ids, other)
+    return queries.sequences
 
 
 def _ranks(top: TopDocuments, query: int, n: int) -> dict[int, tuple[int, float]]:
