@@ -11,7 +11,7 @@ import numpy as np
 
 from gradproj.text.frequencies import Frequencies
 from gradproj.text.index import TextIndex
-from gradproj.text.ngrams import MAX_N, ngram_hashes
+from gradproj.text.ngrams import MAX_N
 from gradproj.text.scores import QueryText
 
 MOST_PASSAGES = 3
@@ -37,13 +37,12 @@ class _Ngrams:
     n: np.ndarray
 
     @classmethod
-    def of(cls, tokens: np.ndarray, first: int = 0) -> "_Ngrams":
-        """Return the n-grams that end at ``tokens[first:]``, in the order of ``ngram_hashes``."""
-        ends = np.arange(first, len(tokens))
+    def of(cls, text: QueryText) -> "_Ngrams":
+        """Return the n-grams of a text that count, in the order of ``ngram_hashes``."""
+        ends = np.flatnonzero(text.ends)
         sizes = np.minimum(MAX_N, ends + 1)
         n = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + 1
-        hashes = ngram_hashes(tokens.astype(np.uint32), first)
-        return cls(hashes, np.repeat(ends, sizes), n)
+        return cls(text.hashes(), np.repeat(ends, sizes), n)
 
 
 def common_passages(
@@ -54,7 +53,7 @@ def common_passages(
     ``document`` are its tokens ``(S,)``. Of a query with a prompt, a passage is in the completion,
     but for up to three tokens of the n-gram that found it.
     """
-    asked, held = _Ngrams.of(query.ids, query.first), _Ngrams.of(document)
+    asked, held = _Ngrams.of(query), _Ngrams.of(QueryText(document))
     shared = np.flatnonzero(np.isin(held.hashes, asked.hashes))
     counts = frequencies.counts(held.hashes[shared])
     order = np.lexsort((held.last[shared], -held.n[shared], counts))
@@ -70,7 +69,7 @@ def common_passages(
             if query.ids[end] != document[stop]:
                 break
             stop, end = stop + 1, end + 1
-        while begin > query.first and start > 0 and not taken[start - 1]:
+        while begin > 0 and query.ends[begin - 1] and start > 0 and not taken[start - 1]:
             if query.ids[begin - 1] != document[start - 1]:
                 break
             start, begin = start - 1, begin - 1

@@ -49,10 +49,14 @@ class QueryText:
         whole = join_windows(windows)
         return cls(whole.ids, None if whole.is_target[1:].all() else whole.is_target)
 
+    @property
+    def ends(self) -> np.ndarray:
+        """``(S,)`` bool: the tokens at which n-grams count that end there."""
+        return np.ones(len(self.ids), bool) if self.is_end is None else self.is_end
+
     def hashes(self) -> np.ndarray:
         """Return the hashes of the n-grams that count, with repetitions, uint64."""
-        is_end = np.ones(len(self.ids), bool) if self.is_end is None else self.is_end
-        return ngram_hashes(self.ids.astype(np.uint32), is_end)
+        return ngram_hashes(self.ids.astype(np.uint32), self.ends)
 
 
 class QueryNgrams:

@@ -64,7 +64,7 @@ def test_copied_passage_is_one_run_and_a_prompt_is_left_out():
     query = np.concatenate([random.integers(1000, 2000, 5), document[10:30]])
     (passage,) = common_passages(QueryText(query), document, Counted([document]))
     np.testing.assert_array_equal(passage.tokens, document[10:30])
-    of_completion = QueryText(query, first=15)
+    of_completion = QueryText(query, np.arange(len(query)) >= 15)
     (passage,) = common_passages(of_completion, document, Counted([document]), most=1)
     assert 10 <= len(passage.tokens) <= 13
     np.testing.assert_array_equal(passage.tokens[-10:], document[20:30])

@@ -107,7 +107,8 @@ def test_sets_of_queries_score_the_mean_or_maximum_less_the_control_set(scan, jo
         QueryText(np.array(tokens[i]), first) for i, first in ((3, 0), (8, 4), (9, 0), (3, 2))
     ]
     own = [
-        text_score(q.ids.tolist(), q.ids.tolist(), tokens.values(), q.first) for q in queries[:1]
+        text_score(q.ids.tolist(), q.ids.tolist(), tokens.values(), first_end(q))
+        for q in queries[:1]
     ]
     of_query = np.array([1, 0, CONTROL, 1])
     singles = scan.scores_at(queries, np.array([3, 8, 9, 30])).copy()
