@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,26 @@ import numpy as np
 from gradproj.distributed import choose_device
 from gradproj.errors import StoreError
 from gradproj.files import existing_ancestor
+from gradproj.flags import Flags, flag
 from gradproj.job.allocation import dimension_lines
 from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
+from gradproj.job.shown_documents import show_documents
 from gradproj.job.summary import memory_line, plan_lines
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STORE_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArgs(Flags, title="plan"):
+    """Flags of ``plan`` alone."""
+
+    show: int = flag(
+        "Print the tokens of so many documents, the first, with the targets of the loss marked.",
+        0,
+        minimum=0,
+    )
 
 
 def plan_command(argv: list[str]) -> None:
@@ -24,7 +38,7 @@ def plan_command(argv: list[str]) -> None:
         "With the job's flags: make every check that precedes the job, and estimate disk and "
         "memory (and the time left, once units are committed). Writes nothing."
     )
-    (config,) = parse_run(argv, "gradproj plan", description=about)
+    config, args = parse_run(argv, "gradproj plan", PlanArgs, description=about)
     device, warning = choose_device(config.job.device, 0)
     output = Path(config.job.output_dir)
     _check_writable(output)
@@ -36,6 +50,8 @@ def plan_command(argv: list[str]) -> None:
     if (output / STORE_NAME).exists():
         with ProjectionStore(output) as store:
             lines += dimension_lines(store)
+    if args.show:
+        lines += ["", *show_documents(plan, args.show)]
     print("\n".join(lines))
 
 

@@ -105,7 +105,7 @@ class RecordedModel:
         index = recorded_index(store.path.parent, "" if other else self._shards)
         settings = UnitSettings(
             store.layout, store.attributes["identity_hash"], run.batch, run.model.special_tokens,
-            self._vocabulary, index.domains, run.corpus.chosen_domains, run.limits,
+            self._vocabulary, index.domains, run.corpus.chosen_domains, run.limits, run.rules,
         )  # fmt: skip
         return UnitReader(index, self._tokenizer, settings)
 

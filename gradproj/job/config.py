@@ -14,6 +14,7 @@ from gradproj.errors import GradprojError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
 from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
+from gradproj.model.document_tokens import DocumentRules
 from gradproj.store.hidden_states import HIDDEN_STATES
 from gradproj.store.layout import STORE_NAME, StoreConfig
 from gradproj.store.metadata import read_attributes
@@ -86,6 +87,7 @@ class RunConfig:
     corpus: CorpusConfig
     limits: ReadLimits
     model: ModelConfig
+    rules: DocumentRules
     projection: JobProjectionConfig
     head: HeadConfig
     batch: BatchConfig

@@ -1,10 +1,12 @@
 """Read a few documents before a job starts, to find a corpus that it cannot use."""
 
+from gradproj.corpus.content import FORMS
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
-from gradproj.errors import CorpusError
+from gradproj.errors import ConfigError, CorpusError
 from gradproj.formatting import count, escaped
 from gradproj.job.unit_reader import UnitReader
+from gradproj.model.chat import NO_TEMPLATE
 
 MAX_KINDS = 16
 """Kinds of tars from which documents are read. A kind is a set of endings of members' names."""
@@ -20,6 +22,7 @@ def check_documents(index: CorpusIndex, reader: UnitReader) -> list[str]:
         A line for each kind of which none can be used.
 
     Raises:
+        ConfigError: the documents of a kind are conversations, and there is no chat template.
         CorpusError: none of these can be used, nor any of about a thousand all over the corpus;
             names the first problem.
     """
@@ -41,6 +44,8 @@ def check_documents(index: CorpusIndex, reader: UnitReader) -> list[str]:
         bad = [problem for problem in problems if problem]
         any_usable |= len(bad) < len(problems)
         if bad and len(bad) == len(problems):
+            if NO_TEMPLATE in bad[0]:
+                raise ConfigError(bad[0])
             tars = index.tars[numbers[0]].name
             tars += f" and {count(len(numbers) - 1, 'tar')} like it" if len(numbers) > 1 else ""
             lines.append(f"bad input     all {len(bad)} documents read of {tars}: {bad[0]}")
@@ -63,7 +68,7 @@ def _check_everywhere(index: CorpusIndex, reader: UnitReader, first: str) -> Non
             return
     raise CorpusError(
         f"none of {n_read:,} documents read all over the corpus can be used: {first}. A document "
-        'is KEY.json with "text" or "input_ids", KEY.txt or KEY.npy, with no dot in KEY (tar '
+        f"is KEY.json with {FORMS}, KEY.txt or KEY.npy, with no dot in KEY (tar "
         "--transform renames members); python -m gradproj prepare makes such tars "
         "of JSON lines, Parquet and token files"
     )

@@ -18,6 +18,10 @@ FORMAT_1 = {
     "--basis": "random",
     "--head_rows": "0",
     "--hidden_state": "none",
+    "--loss_on": "assistant",
+    "--truncate_side": "right",
+    "--chat_template": "",
+    "--preference_beta": 0.1,
 }
 """Values of flags that format 1 did not have. An identity names them only if it has others, so that
 a store of format 1 has the identity of its job's settings today."""
@@ -29,6 +33,7 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
     later["--head_rows"] = config.head.head_rows
     later["--hidden_state"] = config.store.hidden_state
+    later |= config.rules.identity()
     if config.head.head_rows != "0":
         later["--head_damping"] = config.head.head_damping
     if projection.basis != "random" and not projection.basis_from:

@@ -25,6 +25,7 @@ from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
 from gradproj.job.allocation import with_allocation
 from gradproj.job.borrowed_basis import borrowed_basis
+from gradproj.job.chat_template import check_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
 from gradproj.job.head import plan_head
@@ -37,6 +38,7 @@ from gradproj.job.identity import (
 )
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.job.wanted_units import wanted_units
+from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity
 from gradproj.model.loading import (
@@ -48,6 +50,7 @@ from gradproj.model.loading import (
 )
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
+    CHAT_TEMPLATE_NAME,
     FAILED_NAME,
     FOLDERS,
     LATER_NAMES,
@@ -76,7 +79,7 @@ BATCH_FILE = "batch.json"
 """File in the output directory that holds the measured batch size."""
 OUR_FILES = {
     *FOLDERS, STORE_NAME, INDEX_NAME, BATCH_FILE, METADATA_NAME, RUN_CONFIG_NAME, STATS_NAME,
-    FAILED_NAME, *LATER_NAMES,
+    CHAT_TEMPLATE_NAME, FAILED_NAME, *LATER_NAMES,
 }  # fmt: skip
 SPARSE_BYTES = 2**30
 SPARSE_SHARE = 0.1
@@ -108,6 +111,8 @@ class Plan:
     """Flag -> value of every setting that a row depends on."""
     head: HeadSegment | None = None
     """The head rows' form and place in a row."""
+    chat_template: str | None = None
+    """Source of the template; None if the tokenizer has none."""
     notes: tuple[str, ...] = ()
     """Lines on members and documents of the corpus that will not be read."""
 
@@ -133,6 +138,7 @@ class Plan:
             self.index.domains,
             config.corpus.chosen_domains,
             config.limits,
+            config.rules,
         )
 
     @property
@@ -239,10 +245,12 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         basis = borrowed_basis(projection.basis_from, output, layers, matrices, identity)
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
-    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity, head)
+    template = chat_template(tokenizer, config.rules.chat_template)
+    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity, head, template)
     _check_sparse(plan)
     if not untouched:  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
+        check_chat_template(plan.output, template)
     _check_space(plan)
     notes = [*allocation, *index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
     if attention := attention_note(files):

@@ -23,6 +23,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
+from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import ModelFiles, fetch
@@ -39,7 +40,7 @@ _NEEDS_CONSENT = {
 
 def recorded_config(output: Path) -> RunConfig:
     """Return ``run_config.json``'s settings, without permission to run the checkpoint's code."""
-    run = _as_recorded(output)
+    run = with_kept_template(output, _as_recorded(output))
     return replace(run, model=replace(run.model, trust_remote_code=False, allow_pickle=False))
 
 
@@ -67,7 +68,7 @@ def config_from(inputs: RecordedRunArgs, loads_weights: bool = True) -> RunConfi
 
     ``ModelError`` if the job's checkpoint could run code, which ``inputs`` does not allow.
     """
-    run = _as_recorded(Path(inputs.output))
+    run = with_kept_template(Path(inputs.output), _as_recorded(Path(inputs.output)))
     allowed = {name: getattr(inputs, name) for name in _NEEDS_CONSENT}
     allowed["allow_pickle"] |= not loads_weights
     for name, effect in _NEEDS_CONSENT.items():

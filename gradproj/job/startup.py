@@ -34,6 +34,7 @@ from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, wr
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
 from gradproj.job.borrowed_basis import borrowed_basis
+from gradproj.job.chat_template import keep_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, is_untouched
 from gradproj.job.pilot import run_pilot
@@ -149,6 +150,7 @@ def make_output(plan: Plan, owner: Owner, device: torch.device = CPU) -> nn.Modu
         # The same corpus (its fingerprint is part of the identity), moved or touched: record the
         # tars' paths and times as they are now.
         save_index(plan.index, output / INDEX_NAME, replace_existing=True)
+    keep_chat_template(output, plan.chat_template, queue.scratch)
     check_records_have_shards(output)
     unmerge_missing_units(output, queue.claims)
     fault_points.reach("metadata published")

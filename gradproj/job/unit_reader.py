@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.corpus.content import Text, TokenIds
 from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
 from gradproj.engine.batching import BatchConfig, plan_batches
 from gradproj.formatting import escaped
-from gradproj.model.sequences import TokenSequence, split_long
-from gradproj.model.tokenization import Tokenizing
+from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer, TokenizedDocument
+from gradproj.model.sequences import TokenSequence
 from gradproj.store.layout import STATUS, StoreLayout, empty_columns, encode_keys
 
 log = logging.getLogger(__name__)
@@ -46,6 +45,7 @@ class UnitSettings:
     chosen_domains: tuple[str, ...]
     """Empty: all."""
     limits: ReadLimits
+    rules: DocumentRules
 
     def status_of(self, document: Document) -> tuple[str, str]:
         """Return the status as far as the document alone decides it, and a bad input's problem."""
@@ -53,14 +53,7 @@ class UnitSettings:
             return "not_selected", ""
         if document.content is None:
             return "bad_input", document.problem or ""
-        if document.content.is_empty():
-            return "empty", ""
-        return "ok", ""
-
-    def problem_of_token(self, largest: int) -> str:
-        """Return the problem of a document with this largest token id; empty if there is none."""
-        missing = largest >= self.vocabulary
-        return f"token id {largest}, the model has {self.vocabulary}" if missing else ""
+        return ("empty" if document.content.is_empty() else "ok"), ""
 
 
 @dataclass
@@ -110,8 +103,10 @@ class UnitReader:
     ) -> None:
         self._index, self.settings = index, settings
         batch = settings.batch
-        most = batch.max_length if batch.long_documents == "truncate" else 0
-        self._tokenizing = Tokenizing(tokenizer, settings.special_tokens, most)
+        self._tokenizer = DocumentTokenizer(
+            tokenizer, settings.special_tokens, settings.rules, batch.max_length,
+            batch.long_documents, settings.vocabulary,
+        )  # fmt: skip
         self._stopping = stopping
         self._domain_codes = {name: code for code, name in enumerate(settings.domains)}
         # An index of an earlier version read no objects written as strings.
@@ -132,17 +127,14 @@ class UnitReader:
 
         def tokenize_pending() -> None:
             tokenized = self._tokenize([document for _, document in pending])
-            for (row, document), tokens in zip(pending, tokenized, strict=True):
-                problem = settings.problem_of_token(int(tokens.max(initial=0)))
-                if problem:
+            for (row, document), made in zip(pending, tokenized, strict=True):
+                if made.problem:
                     columns["status"][row] = STATUS["bad_input"]
-                    _warn(document, problem)
-                    continue
-                parts = self._split(TokenSequence.of(tokens, owner=row))
-                columns["n_tokens"][row] = sum(part.n_targets for part in parts)
-                if not parts:
+                    _warn(document, made.problem)
+                elif not made.sequences:
                     columns["status"][row] = STATUS["no_target"]
-                sequences.extend(parts)
+                columns["n_tokens"][row] = made.n_targets
+                sequences.extend(sequence.owned_by(row) for sequence in made.sequences)
             pending.clear()
 
         for row, document in enumerate(read_documents(self._index, start, stop, settings.limits)):
@@ -172,34 +164,21 @@ class UnitReader:
         """Return a document's status before it is computed, and a bad input's problem."""
         status, problem = self.settings.status_of(document)
         if status == "ok":
-            (tokens,) = self._tokenize([document])
-            problem = self.settings.problem_of_token(int(tokens.max(initial=0)))
+            (made,) = self._tokenize([document])
+            problem = made.problem
         return ("bad_input" if problem else status), problem
 
     def sequences_of(self, document: Document) -> list[TokenSequence]:
         """Return the token sequences of one document; none if it makes no row of its own."""
         if self.settings.status_of(document)[0] != "ok":
             return []
-        (tokens,) = self._tokenize([document])
-        if self.settings.problem_of_token(int(tokens.max(initial=0))):
-            return []
-        return self._split(TokenSequence.of(tokens))
+        (made,) = self._tokenize([document])
+        return made.sequences
 
-    def _split(self, sequence: TokenSequence) -> list[TokenSequence]:
-        batch = self.settings.batch
-        return split_long(sequence, batch.max_length, batch.long_documents)
-
-    def _tokenize(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        """Return every document's token ids. A pre-tokenized document keeps its own."""
-        contents = [document.content for document in documents]
-        texts = [content.text for content in contents if isinstance(content, Text)]
-        tokenized = iter(self._tokenizing.ids(texts))
-        return [
-            np.array(content.ids, dtype=np.int64)
-            if isinstance(content, TokenIds)
-            else next(tokenized)
-            for content in contents
-        ]
+    def _tokenize(self, documents: Sequence[Document]) -> list[TokenizedDocument]:
+        """Tokenize documents with a content."""
+        pairs = [(d.content, d.weight) for d in documents if d.content is not None]
+        return self._tokenizer.sequences([c for c, _ in pairs], [weight for _, weight in pairs])
 
 
 def _warn(document: Document, problem: str) -> None:

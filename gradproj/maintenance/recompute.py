@@ -117,6 +117,7 @@ def recompute(
             index.domains,
             run.corpus.chosen_domains,
             run.limits,
+            run.rules,
         )
         reader = UnitReader(index, recorded.tokenizer, settings)
         tolerance = tolerance_of(output.layout, len(store.layers), run.model.model_dtype)

@@ -31,6 +31,8 @@ _DEPENDS_ON = (
     "--max_json_depth",
 )  # fmt: skip
 """Settings of the job that decide which tokens a unit's file holds."""
+_RULES = ("--loss_on", "--truncate_side", "--chat_template")
+"""Further ones, which an identity names if they are not the defaults."""
 
 
 class TokenFiles:
@@ -47,7 +49,9 @@ class TokenFiles:
                 f"{store.path} was not written by the job: it does not record from which tars and "
                 "with which tokenizer its documents come, so they have no text scores"
             )
-        settings = [FORMAT_VERSION, {name: identity.get(name) for name in _DEPENDS_ON}]
+        rules = {name: identity[name] for name in _RULES if name in identity}
+        named = {name: identity.get(name) for name in _DEPENDS_ON}
+        settings = [FORMAT_VERSION, named | rules]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         self.layout, self.units = store.layout, wanted_units(store.attributes)
         self.output = store.path.parent
@@ -155,6 +159,7 @@ class TokenWriter:
             index.domains,
             run.corpus.chosen_domains,
             run.limits,
+            run.rules,
         )
         self._files, self._reader = files, UnitReader(index, tokenizer, settings)
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.uint32

@@ -152,3 +152,41 @@ def conversation(*turns: str, system: str | None = None) -> list[dict[str, str]]
     first = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return first + [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def parts_of(family: str, messages: list[dict[str, str]]) -> list[str | list[str]]:
+    """Return the text that a family's template makes, written by hand: the targets in lists."""
+    if family == "llama3":
+        parts: list[str | list[str]] = ["<s>"]
+        for message in messages:
+            text = f"{message['content'].strip()}<|eot_id|>"
+            is_target = message["role"] == "assistant"
+            header = f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n"
+            parts += [header, [text] if is_target else text]
+        return parts
+    first = {
+        "qwen": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        "smollm3": "Today Date: 26 July 2024\n",
+    }[family]
+    parts = [] if messages[0]["role"] == "system" else [f"<|im_start|>system\n{first}<|im_end|>\n"]
+    for message in messages:
+        header, text = f"<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>\n"
+        if message["role"] != "assistant":
+            parts.append(header + text)
+        elif family == "qwen":
+            parts += [header, [text]]
+        else:
+            parts.append([f"{header}<think>\n\n</think>\n{text}"])
+    return parts
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerFast, parts: list[str | list[str]]
+) -> tuple[list[int], list[bool]]:
+    """Tokenize parts one after another; those in a list are targets. Returns ids and mask."""
+    ids, mask = [], []
+    for part in parts:
+        is_target = isinstance(part, list)
+        new = tokenizer("".join(part), add_special_tokens=False).input_ids
+        ids, mask = ids + new, mask + [is_target] * len(new)
+    return ids, [False, *mask[1:]]
