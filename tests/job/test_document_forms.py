@@ -165,7 +165,7 @@ def test_rows_are_autograds_of_the_masked_and_weighted_loss(jobs, family):
 
 
 class Killed(BaseException):
-    """What ends a job at once."""
+    """Ends a job at once."""
 
 
 def test_killed_job_continues_with_the_same_bits(jobs, tmp_path, monkeypatch):
