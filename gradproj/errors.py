@@ -31,6 +31,10 @@ class MixedSamplesError(ModelError):
     """A layer's positions belong to no known samples of a batch."""
 
 
+class StaleBatchError(ModelError):
+    """A backward pass runs through a forward pass that was not the last one."""
+
+
 class StoreError(GradprojError):
     """An output directory or store cannot be written, read, or continued with these settings."""
 

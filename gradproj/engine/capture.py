@@ -14,7 +14,7 @@ from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.patterns import exclusions
 from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
 from gradproj.engine.selection import find_layers
-from gradproj.errors import MixedSamplesError, ModelError
+from gradproj.errors import MixedSamplesError, ModelError, StaleBatchError
 from gradproj.kernels.onednn import cache_bfloat16, project
 
 ONLY_ALONE = (
@@ -194,7 +194,7 @@ class BatchCapture:
     def take_gradient(self, serial: int, index: int, a_p: Tensor, g: Tensor) -> None:
         """Project a layer's output gradient and sum it with ``a_p`` over each sample's tokens."""
         if serial != self.serial:
-            raise ModelError(
+            raise StaleBatchError(
                 "a backward pass runs through a batch before the last one: run each batch "
                 "backward and collect it before the next runs forward"
             )
@@ -237,6 +237,22 @@ class BatchCapture:
         """Return ``(N, D)`` float32, the gradient of the loss as it was weighted."""
         self._check_complete()
         return torch.cat([self.parts[i].flatten(1) for i in range(len(self._layers))], dim=1)
+
+    def fill_unreached(self) -> None:
+        """Give zeros to the layers that a loss of the batch does not reach, unless it reaches none.
+
+        Only for a caller to whom such a layer is no mistake.
+        """
+        if not self.parts or self.shape is None:
+            return
+        n = self.shape[0]
+        for index, layer in enumerate(self._layers):
+            if index not in self.parts:
+                k_i, k_o, device = len(layer.p_i), len(layer.p_o), layer.p_i.device
+                self.parts[index] = torch.zeros(n, k_o, k_i, device=device)
+                squares = ((k_i, k_i), (k_o, k_o))
+                a, s = (torch.zeros(n, *square, device=device) for square in squares)
+                self._covariances[index] = a, s
 
     def covariances(self, rows: Tensor, weights: Tensor) -> TokenCovariances:
         """Return the batch's sums. ``weights`` (scalar or ``(N, 1)``) undo the loss weights."""

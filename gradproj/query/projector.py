@@ -15,6 +15,7 @@ from gradproj.engine.batching import (
     plan_batches,
 )
 from gradproj.engine.head_rows import QUERY_ROWS, HeadBasis, sum_windows
+from gradproj.engine.own_loss import OwnLoss
 from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes
@@ -24,6 +25,7 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.head_gradients import HeadRows
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.sequences import TokenSequence, targets_by_owner
+from gradproj.query.own_loss import OwnLossRows
 from gradproj.query.queries import Query
 from gradproj.query.tokens import QueryTokenizer
 from gradproj.store import ProjectionStore
@@ -161,6 +163,43 @@ class QueryProjector:
         divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
         made = names, rows, n_tokens, loss / n_tokens, excerpts, sequences
         return QueryRows(*made, head.queries(divisor))
+
+    def rows_of(self, loss: OwnLoss, queries: Sequence[Query]) -> QueryRows:
+        """Project the gradients of any scalar that the model computes of each query.
+
+        A probe on a hidden state, a log-odds, a divergence from another model. The rows are those
+        of the loss as it is (not divided by tokens), and ``QueryRows.loss`` its values. Head rows
+        are none. A row is linear in the loss, so that rows of several can be combined.
+
+        Args:
+            loss: ``loss(model, inputs) -> (B,)``, each sample's own number, to be minimised by
+                training on a document of positive score. ``inputs`` are ``input_ids``,
+                ``attention_mask`` (0 at padding, on the right) and ``labels`` (not shifted, -100
+                where a token is no target of the query), ``(B, S)`` int64. It runs the model once,
+                by any of its calls; layers that it does not reach have zeros.
+            queries: each of one sequence, at most as long as a row covers.
+
+        Raises:
+            ConfigError: as for ``rows``; a query of several sequences; or a loss that is not one
+                differentiable number for each sample by itself.
+        """
+        if not queries:
+            raise ConfigError("there is no query to project; give at least one")
+        sequences = self._tokenizer.sequences_of(queries)
+        owners = [sequence.owner for sequence in sequences]
+        for number, query in enumerate(queries):
+            if owners.count(number) != 1:
+                raise ConfigError(
+                    f"{query.place}: it takes {owners.count(number)} sequences, and a loss of one's "
+                    f"own is of one, of at most {self._batch.max_length:,} tokens"
+                )
+        places = [query.place for query in queries]
+        with self._engine:
+            made = OwnLossRows(self._model, self._engine, loss, sequences, places)
+            rows, values = made.compute(self._batch)
+        names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
+        n_tokens = np.array(list(map(len, sequences)), np.int64)
+        return QueryRows(names, rows, n_tokens, values, excerpts, sequences)
 
     def _forward_backward(
         self, sequences: list[TokenSequence], head: "_HeadWindows", chosen: np.ndarray
