@@ -186,12 +186,12 @@ class QueryProjector:
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
         sequences = self._tokenizer.sequences_of(queries)
-        owners = [sequence.owner for sequence in sequences]
-        for number, query in enumerate(queries):
-            if owners.count(number) != 1:
+        counts = np.bincount([sequence.owner for sequence in sequences], minlength=len(queries))
+        for query, count in zip(queries, counts.tolist(), strict=True):
+            if count != 1:
                 raise ConfigError(
-                    f"{query.place}: it takes {owners.count(number)} sequences, and a loss of one's "
-                    f"own is of one, of at most {self._batch.max_length:,} tokens"
+                    f"{query.place}: it takes {count} sequences, and a loss of one's own is of "
+                    f"one, of at most {self._batch.max_length:,} tokens"
                 )
         places = [query.place for query in queries]
         with self._engine:
