@@ -44,7 +44,7 @@ HOME_OF = {
     "xarray": {"store", "examples"},
     "dask": {"store", "examples"},
     "matplotlib": {"training", "report", "evaluation"},
-    "jinja2": {"report"},
+    "jinja2": {"report", "model"},
 }
 
 
