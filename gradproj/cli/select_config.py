@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.score_args import ScoreArgs
-from gradproj.corpus.prepare import PrepareConfig
+from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.errors import ConfigError
 from gradproj.flags import as_in, flag
 from gradproj.job.recorded_args import RecordedRunArgs

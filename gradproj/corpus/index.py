@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gradproj.corpus.tar.paths import some
 from gradproj.corpus.tar.scan import MAX_DOMAINS, READ_SUFFIXES, TarFacts
 from gradproj.corpus.tar.scan_pool import scan_tars
+from gradproj.corpus.tokenization import Tokenization, read_tokenization
 from gradproj.errors import CorpusError
 from gradproj.formatting import count
 
@@ -41,8 +42,9 @@ class CorpusIndex:
     """All tars of a corpus in order.
 
     ``domains`` are the sorted names of all domains; a sample without one belongs to "unknown".
-    ``fingerprint`` is a hash of the tars' names, sizes, contents and counts. It does not depend on
-    their folder or times, so a copied corpus is the same corpus.
+    ``fingerprint`` is a hash of the tars' names, sizes, contents and counts, and of the
+    tokenization. It does not depend on their folder or times, so a copied corpus is the same
+    corpus.
     """
 
     tars: tuple[Tar, ...]
@@ -51,6 +53,8 @@ class CorpusIndex:
     n_samples: int
     longest_key_bytes: int
     fingerprint: str
+    tokenization: Tokenization | None = None
+    """The rules of documents that were tokenized ahead."""
 
     @cached_property
     def _stop_ids(self) -> NDArray[np.int64]:
@@ -182,10 +186,12 @@ def build_index(
         )
         check_unchanged(tars[-1])
         start_id += facts.n_samples
-    return make_index(tuple(tars), domain_field)
+    return make_index(tuple(tars), domain_field, read_tokenization(paths))
 
 
-def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
+def make_index(
+    tars: tuple[Tar, ...], domain_field: str, tokenization: Tokenization | None = None
+) -> CorpusIndex:
     """Build the index of these tars, with the totals and the fingerprint."""
     domains = tuple(sorted({domain for tar in tars for domain in tar.domain_counts}))
     if len(domains) > MAX_DOMAINS:
@@ -200,11 +206,12 @@ def make_index(tars: tuple[Tar, ...], domain_field: str) -> CorpusIndex:
         domains=domains,
         n_samples=sum(tar.n_samples for tar in tars),
         longest_key_bytes=max((tar.longest_key_bytes for tar in tars), default=0),
-        fingerprint=_fingerprint(tars, domain_field),
+        fingerprint=_fingerprint(tars, domain_field, tokenization),
+        tokenization=tokenization,
     )
 
 
-def _fingerprint(tars: Sequence[Tar], domain_field: str) -> str:
+def _fingerprint(tars: Sequence[Tar], domain_field: str, tokenization: Tokenization | None) -> str:
     # The hash of `[domain_field, [facts of each tar, ...]]` as JSON, made one tar at a time.
     hashed = blake2b(b"[" + msgspec.json.encode(domain_field) + b",[", digest_size=16)
     for number, tar in enumerate(tars):
@@ -212,6 +219,8 @@ def _fingerprint(tars: Sequence[Tar], domain_field: str) -> str:
         facts = msgspec.json.encode([tar.name, tar.size_bytes, tar.n_samples, tar.digest, counts])
         hashed.update(b"," + facts if number else facts)
     hashed.update(b"]]")
+    if tokenization is not None:
+        hashed.update(msgspec.json.encode(tokenization.settings()))
     return hashed.hexdigest()
 
 

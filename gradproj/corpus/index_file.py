@@ -11,6 +11,7 @@ import msgspec
 
 from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
+from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import CorpusError, StoreError
 from gradproj.files import (
     publish_exclusively,
@@ -58,9 +59,10 @@ class _Envelope(msgspec.Struct):
     index: msgspec.Raw
 
 
-class _Body(msgspec.Struct):
+class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     domain_field: str
     fingerprint: str
+    tokenization: Tokenization | None = None
     tars: list[Tar]
 
 
@@ -95,7 +97,13 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
 
 def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
     # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
-    yield msgspec.json.encode(_Body(index.domain_field, index.fingerprint, [])).removesuffix(b"]}")
+    body = _Body(
+        domain_field=index.domain_field,
+        fingerprint=index.fingerprint,
+        tokenization=index.tokenization,
+        tars=[],
+    )
+    yield msgspec.json.encode(body).removesuffix(b"]}")
     for number, tar in enumerate(index.tars):
         path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
         yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
@@ -137,9 +145,8 @@ def load_index(path: Path) -> CorpusIndex:
         )
     body = msgspec.json.decode(content, type=_Body, dec_hook=lambda kind, value: kind(value))
     del raw, envelope, content
-    index = make_index(
-        tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars), body.domain_field
-    )
+    tars = tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars)
+    index = make_index(tars, body.domain_field, body.tokenization)
     if index.fingerprint != body.fingerprint:
         raise CorpusError(
             f"{path}: the corpus index's fingerprint is not that of its tars. {again}"

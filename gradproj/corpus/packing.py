@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from gradproj.corpus.content import FIELDS, content_of, fields_of_form
 from gradproj.corpus.documents import MAX_DOCUMENT_BYTES, UNKNOWN_DOMAIN, as_object
@@ -67,15 +68,11 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
     if record_meta is not None:
         meta.pop("meta", None)
         meta |= record_meta
-    members = {}
+    tokens = {}
     if "input_ids" in content and "text" not in content:
-        members["npy"] = ids_bytes(np.asarray(content.pop("input_ids"), np.int64))
-        if "labels" in content:
-            members["labels.npy"] = npy_bytes(np.asarray(content.pop("labels"), np.int32))
-        if not content and not meta and domain == UNKNOWN_DOMAIN:
-            return _within_limit(PackedDocument(domain, members))
+        tokens = {name: content.pop(name) for name in ("input_ids", "labels") if name in content}
     try:
-        payload = _encode(content | {"meta": meta | {"pile_set_name": domain}})
+        members = _members(content | {"meta": meta | {"pile_set_name": domain}}, **tokens)
     except UnicodeEncodeError as error:
         surrogate = f"\\u{ord(error.object[error.start]):04x}"
         raise BadRecordError(
@@ -83,14 +80,29 @@ def pack(record: Record, text_field: str, domain_field: str) -> PackedDocument:
         ) from error
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BadRecordError(f"cannot be written as JSON ({error})") from error
-    return _within_limit(PackedDocument(domain, {"json": payload, **members}))
-
-
-def _within_limit(document: PackedDocument) -> PackedDocument:
-    largest = max(map(len, document.members.values()))
+    largest = max(map(len, members.values()))
     if largest > MAX_DOCUMENT_BYTES:
         raise BadRecordError(f"a document of {largest:,} bytes; the most is {MAX_DOCUMENT_BYTES:,}")
-    return document
+    return PackedDocument(domain, members)
+
+
+def _members(fields: dict[str, Any], input_ids: Any = None, labels: Any = None) -> dict[str, bytes]:
+    if input_ids is None:
+        return {"json": _encode(fields)}
+    ids = np.asarray(input_ids, np.int64)
+    return token_members(fields, ids, None if labels is None else np.asarray(labels, np.int32))
+
+
+def token_members(
+    fields: dict[str, Any], ids: NDArray[np.integer], labels: NDArray[np.integer] | None
+) -> dict[str, bytes]:
+    """Return the members of a document of token ids; ``fields`` are its weight and ``meta``."""
+    says_nothing = fields == {"meta": {"pile_set_name": UNKNOWN_DOMAIN}}
+    members = {} if says_nothing or not fields else {"json": _encode(fields)}
+    members["npy"] = ids_bytes(ids)
+    if labels is not None:
+        members["labels.npy"] = npy_bytes(labels)
+    return members
 
 
 def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:

@@ -6,111 +6,30 @@ publishes tars. Equal inputs and settings give equal bytes.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from gradproj.corpus.config import FIELD_REQUIRED, CorpusConfig
 from gradproj.corpus.content import FIELDS
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
-from gradproj.corpus.inputs.records import InputReader, TokenRules
-from gradproj.corpus.inputs.tokens import TOKEN_DTYPES, TOKEN_INPUTS
+from gradproj.corpus.inputs.records import InputReader
 from gradproj.corpus.packing import BadRecordError, PackedDocument, pack
-from gradproj.corpus.sources import check_input, input_bytes, read_records, source_kind
+from gradproj.corpus.prepare_config import PrepareConfig
+from gradproj.corpus.sources import check_input, input_bytes, read_records
 from gradproj.corpus.tar.scan import MAX_DOMAINS
 from gradproj.corpus.tar.writer import DomainSpools, TarSequence, published
-from gradproj.errors import ConfigError, CorpusError
-from gradproj.flags import Flags, as_in, flag
+from gradproj.corpus.tokenization import Tokenization, write_tokenization
+from gradproj.errors import CorpusError
 from gradproj.formatting import bounded
 
 MAX_BAD_EXAMPLES, MAX_DOMAINS_SHOWN = 10, 30
+TOKENIZED_AT_ONCE, TOKENIZED_BYTES_AT_ONCE = 256, 1 << 20
 BAR_INTERVAL_S, PLAIN_INTERVAL_S = 0.5, 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig(Flags, title="tars"):
-    """The inputs and how their documents are packed."""
-
-    inputs: tuple[str, ...] = flag(
-        "Documents, read in the order given: files of JSON lines (.jsonl, .ndjson or .json, "
-        "perhaps with .gz, .bz2, .xz, .zst or .zstd), .parquet or .arrow, of token ids (.bin with "
-        "or without .idx, .npy, .ds), - for JSON lines on standard input, "
-        "hf:NAME[@CONFIG][:SPLIT] (also a local directory), a directory that save_to_disk wrote, "
-        "or stdlib: (this Python's library).",
-        name="INPUT",
-        positional=True,
-        path="FILE",
-        streams=True,
-        required="name at least one file, hf:NAME or stdlib:",
-    )
-    output_dir: str = flag(
-        "Directory for the tars; new or empty.",
-        required="name a folder for the tars",
-        path="DIR",
-    )
-    samples_per_shard: int = flag("Number of documents in a tar.", 10_000, minimum=1)
-    text_field: str = flag(
-        "Field of a record with its text; dots reach into objects.",
-        "text",
-        required=FIELD_REQUIRED,
-        metavar="FIELD",
-    )
-    domain_field: str = as_in(
-        CorpusConfig,
-        "domain_field",
-        help="Field of a record with its domain's name; without it the domain is 'unknown'.",
-    )
-    token_dtype: str = flag(
-        "Type of the numbers in flat files of token ids without a header.",
-        "",
-        choices=TOKEN_DTYPES,
-    )
-    end_of_document: int | None = flag(
-        "Token id that ends each document of a flat file of token ids (.bin, .npy, .ds).",
-        None,
-        minimum=0,
-        metavar="ID",
-    )
-    start_of_document: int | None = flag(
-        "Token id that begins each document of a flat file of token ids.",
-        None,
-        minimum=0,
-        metavar="ID",
-    )
-    group_by_domain: bool = flag(
-        "Make each domain one contiguous range of ids (needs twice the disk space).", False
-    )
-    on_bad_input: str = flag(
-        "A record that cannot be used: stop (error), or count it and continue (skip).",
-        "error",
-        choices=("error", "skip"),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        kinds = {source_kind(location) for location in self.inputs}
-        given = [
-            f"--{name}"
-            for name in ("token_dtype", "end_of_document", "start_of_document")
-            if getattr(self, name) not in ("", None)
-        ]
-        if given and not kinds & TOKEN_INPUTS.keys():
-            raise ConfigError(
-                f"{given[0]}: none of the inputs is a file of token ids ({', '.join(TOKEN_INPUTS)})"
-            )
-        if len(given) > 1 and given[-2:] == ["--end_of_document", "--start_of_document"]:
-            raise ConfigError("give --end_of_document or --start_of_document, not both")
-
-    @property
-    def token_rules(self) -> TokenRules:
-        """Rules for flat files of token ids."""
-        ends = self.end_of_document is not None
-        boundary = self.end_of_document if ends else self.start_of_document
-        return TokenRules(self.token_dtype, boundary, ends)
 
 
 @dataclass(frozen=True)
@@ -151,7 +70,22 @@ def domain_lines(counts: Mapping[str, int], domain_field: str) -> list[str]:
     return bounded(lines, MAX_DOMAINS_SHOWN, "  and {:,} smaller domains")
 
 
-def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
+Members = dict[str, bytes]
+"""A sample's members in a tar, suffix -> content."""
+
+
+class TokenizerAhead(Protocol):
+    """Tokenizes the samples that ``prepare`` would write."""
+
+    tokenization: Tokenization
+
+    def __call__(self, batches: Iterator[list[Members]]) -> Iterator[list[Members | str]]:
+        """Yield each batch with token ids in place of texts; a string is a sample's problem."""
+
+
+def prepare(
+    config: PrepareConfig, *, progress: bool = True, tokenizer: TokenizerAhead | None = None
+) -> PrepareReport:
     """Write the inputs' documents as WebDataset tars into ``config.output_dir``.
 
     Memory use is a few documents and a counter per domain, whatever the size of the input.
@@ -159,6 +93,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
     Args:
         config: the inputs and how their documents are packed.
         progress: show progress on standard error: a bar on a terminal, else a line every 10 s.
+        tokenizer: writes token ids in place of texts.
 
     Raises:
         ConfigError: an input is of no known kind.
@@ -168,7 +103,7 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
     for location in config.inputs:
         check_input(location)
     with published(config.output_dir) as work:
-        reader = _Documents(config, progress)
+        reader = _Documents(config, progress, tokenizer)
         tars = TarSequence(work / "tars", config.samples_per_shard)
         if config.group_by_domain:
             _write_grouped(reader, tars, work / "spools", progress)
@@ -176,6 +111,8 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
             for document in reader:
                 tars.add(document.members)
         tars.end_tar()
+        if tokenizer is not None:
+            write_tokenization(work / "tars", tokenizer.tokenization)
         if not tars.n_samples:
             first = (
                 f"; the first of {reader.n_bad:,} bad inputs: {reader.bad[0]}" if reader.bad else ""
@@ -194,11 +131,24 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> PrepareReport:
 # ---- Reading
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A document on its way to a tar, or the problem with it."""
+
+    place: str
+    position: int
+    """Bytes of the inputs read so far."""
+    document: PackedDocument | None
+    problem: str = ""
+
+
 class _Documents:
     """Iterates over the documents of all inputs and counts domains and bad records."""
 
-    def __init__(self, config: PrepareConfig, progress: bool) -> None:
-        self.config = config
+    def __init__(
+        self, config: PrepareConfig, progress: bool, tokenizer: TokenizerAhead | None
+    ) -> None:
+        self.config, self._tokenizer = config, tokenizer
         self.domains: dict[str, int] = {}
         self.n_bad = 0
         self.bad: list[str] = []
@@ -208,28 +158,38 @@ class _Documents:
         sizes = [input_bytes(location) for location in self.config.inputs]
         file_sizes = [size for size in sizes if size is not None]
         total = sum(file_sizes) if len(file_sizes) == len(sizes) else None
-        before = 0
+        samples = self._samples(sizes)
+        if self._tokenizer is not None:
+            samples = _tokenized(samples, self._tokenizer)
         with closing(_Progress("prepare", total, self._progress)) as progress:
-            for location, size in zip(self.config.inputs, sizes, strict=True):
-                text_field, domain_field = self.config.text_field, self.config.domain_field
-                if location == "stdlib:":
-                    # These records have fixed fields, whatever the other inputs call theirs.
-                    text_field, domain_field = "text", "meta.pile_set_name"
-                roots = {
-                    name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])
-                }
-                names = (*sorted(roots), "meta", *FIELDS)
-                reader = InputReader(location, names, self.config.token_rules)
-                for record in read_records(reader):
-                    try:
-                        document = pack(record, text_field, domain_field)
-                    except BadRecordError as error:
-                        self._take_bad(f"{location}, {record.place}: {error}")
-                        continue
-                    self._count(document.domain)
-                    yield document
-                    progress.step(document.n_bytes, before + reader.position())
-                before += size or 0
+            for sample in samples:
+                if sample.document is None:
+                    self._take_bad(f"{sample.place}: {sample.problem}")
+                    continue
+                self._count(sample.document.domain)
+                yield sample.document
+                progress.step(sample.document.n_bytes, sample.position)
+
+    def _samples(self, sizes: Sequence[int | None]) -> Iterator[_Sample]:
+        """Read the inputs, of these sizes in bytes."""
+        before = 0
+        for location, size in zip(self.config.inputs, sizes, strict=True):
+            text_field, domain_field = self.config.text_field, self.config.domain_field
+            if location == "stdlib:":
+                # These records have fixed fields, whatever the other inputs call theirs.
+                text_field, domain_field = "text", "meta.pile_set_name"
+            roots = {name for f in (text_field, domain_field) for name in (f, f.partition(".")[0])}
+            names = (*sorted(roots), "meta", *FIELDS)
+            reader = InputReader(location, names, self.config.token_rules)
+            for record in read_records(reader):
+                place = f"{location}, {record.place}"
+                try:
+                    document = pack(record, text_field, domain_field)
+                except BadRecordError as error:
+                    yield _Sample(place, before + reader.position(), None, str(error))
+                else:
+                    yield _Sample(place, before + reader.position(), document)
+            before += size or 0
 
     def _take_bad(self, message: str) -> None:
         if self.config.on_bad_input == "error":
@@ -249,6 +209,37 @@ class _Documents:
                 "fewer, such as a source"
             )
         self.domains[domain] = self.domains.get(domain, 0) + 1
+
+
+def _tokenized(samples: Iterable[_Sample], tokenizer: TokenizerAhead) -> Iterator[_Sample]:
+    """Yield the samples in their order, with token ids in place of texts."""
+    sent: deque[list[_Sample]] = deque()
+
+    def batches() -> Iterator[list[Members]]:
+        batch: list[_Sample] = []
+        n_bytes = 0
+        for sample in samples:
+            batch.append(sample)
+            n_bytes += sample.document.n_bytes if sample.document else 0
+            if len(batch) == TOKENIZED_AT_ONCE or n_bytes > TOKENIZED_BYTES_AT_ONCE:
+                sent.append(batch)
+                yield [each.document.members for each in batch if each.document]
+                batch, n_bytes = [], 0
+        sent.append(batch)
+        yield [each.document.members for each in batch if each.document]
+
+    for results in tokenizer(batches()):
+        left = iter(results)
+        for sample in sent.popleft():
+            if sample.document is None:
+                yield sample
+                continue
+            result = next(left)
+            if isinstance(result, str):
+                yield replace(sample, document=None, problem=result)
+            else:
+                document = replace(sample.document, members=result)
+                yield replace(sample, document=document)
 
 
 class _Progress:

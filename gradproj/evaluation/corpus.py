@@ -14,6 +14,7 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.files import save_arrays
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
+from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.loading import load_tokenizer
 from gradproj.training.data import shuffled_documents, tokens_of
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
@@ -115,6 +116,7 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
     Documents are in a shuffled order, and none has windows of both.
     """
     index, longest = open_corpus(config.shards), config.max_length
+    check_corpus_tokenizer(index.tokenization, tokenizer)
     shortest = config.min_length or longest
     lengths = np.random.default_rng([config.seed, 5])
     needed = config.n_documents + config.n_queries  # near-copies take the place of documents

@@ -40,7 +40,7 @@ from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.job.wanted_units import wanted_units
 from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
-from gradproj.model.fingerprint import model_identity
+from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
 from gradproj.model.loading import (
     attention_note,
     load_model_config,
@@ -207,6 +207,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     files = fetch(config.model)
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
+    check_corpus_tokenizer(index.tokenization, tokenizer, config.model.special_tokens, config.rules)
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))

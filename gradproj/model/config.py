@@ -7,6 +7,7 @@ import torch
 
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag
+from gradproj.model.tokenization import SPECIAL_TOKENS
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2-Small": ("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12}),
@@ -14,8 +15,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2-Large": ("gpt2-large", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
 }
 """Name -> (the hub's checkpoint, the shapes for random weights)."""
-
-SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
 
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

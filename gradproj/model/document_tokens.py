@@ -98,7 +98,7 @@ class DocumentTokenizer:
         tokenizer: the model's.
         special_tokens: the run's ``--special_tokens``.
         rules: which tokens are targets.
-        max_length: the longest sequence.
+        max_length: the longest sequence; 0 = documents are whole, also those without a target.
         long_documents: ``truncate`` or ``windows``.
         vocabulary: number of token ids that the model has; 0 does not check.
 
@@ -255,6 +255,8 @@ class DocumentTokenizer:
         whole = [sequence for part in parts if (sequence := _sequence(part)) is not None]
         if problem := self._problem_of(whole):
             return TokenizedDocument(problem=problem)
+        if not self._cut[0]:
+            return TokenizedDocument(whole)
         cut = [split_long(sequence, *self._cut) for sequence in whole]
         if not all(cut):  # one answer alone is no preference
             return TokenizedDocument()

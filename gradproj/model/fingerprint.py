@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from gradproj.corpus.tokenization import Tokenization
+from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.model.checkpoint import ModelFiles
+from gradproj.model.document_tokens import DocumentRules
 from gradproj.model.loading import load_model, load_model_config
 
 
@@ -73,6 +76,52 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         }
         content = [tokenizer.get_vocab(), settings]
     return _hash([content, tokenizer.special_tokens_map])
+
+
+def tokenization_of(
+    tokenizer: Any, special_tokens: str, rules: DocumentRules, name: str = ""
+) -> Tokenization:
+    """Return what the token ids of documents depend on."""
+    return Tokenization(
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        special_tokens=special_tokens,
+        loss_on=rules.loss_on,
+        chat_template=rules.identity()["--chat_template"],
+        name=name,
+    )
+
+
+def check_corpus_tokenizer(
+    corpus: Tokenization | None,
+    tokenizer: Any,
+    special_tokens: str = "tokenizer",
+    rules: DocumentRules | None = None,
+    flag: str = "--shards",
+) -> None:
+    """Compare a run's tokenizer and rules with those of a corpus that was tokenized ahead.
+
+    Args:
+        corpus: None fits every run.
+        tokenizer: the run's.
+        special_tokens: the run's.
+        rules: the run's; None compares the tokenizer alone.
+        flag: names the corpus in the message.
+
+    Raises:
+        ConfigError: they differ; lists the differences.
+    """
+    if corpus is None:
+        return
+    ours = tokenization_of(tokenizer, special_tokens, rules or DocumentRules()).settings()
+    mismatch = settings_mismatch(
+        f"{flag}: this corpus was tokenized ahead, by {corpus.name}, and not as this run does it",
+        corpus.settings(),
+        ours if rules is not None else {"--tokenizer": ours["--tokenizer"]},
+        "Give the tokenizer and the rules of the corpus, or prepare it again with those of the run",
+        labels=("corpus", "this run"),
+    )
+    if mismatch:
+        raise ConfigError(mismatch)
 
 
 def _hash(content: object) -> str:

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+SPECIAL_TOKENS = ("tokenizer", "none", "bos", "bos_eos")
+"""Values of ``--special_tokens``."""
+
 # Characters of a long document to try first, per token needed. English text has about four.
 _CHARACTERS_PER_TOKEN = 12
 

@@ -25,6 +25,7 @@ from gradproj.files import explain_os_errors, make_folder
 from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
+from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.loading import larger_tokenizer, load_model, load_tokenizer, positions_of
 from gradproj.training.checkpoints import (
     Checkpoints,
@@ -104,6 +105,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
+        check_corpus_tokenizer(index.tokenization, self._tokenizer)
         self._vocabulary = self._model.config.get_text_config().vocab_size
         larger = larger_tokenizer(len(self._tokenizer), self._vocabulary)
         if larger and world.rank == 0:

@@ -10,6 +10,7 @@ from gradproj.corpus.stream import read_documents
 from gradproj.distributed import World
 from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
+from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.training.config import TrainConfig
 from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, tokens_of
 from gradproj.training.data_parallel import totals
@@ -54,6 +55,7 @@ class Validation:
 
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
     index = open_corpus(config.val_shards, flag="--val_shards")
+    check_corpus_tokenizer(index.tokenization, tokenizer, flag="--val_shards")
     sequences: list[Sequence] = []
     for document in read_documents(index, 0, index.n_samples):
         if len(sequences) == config.val_batches * config.val_batch_size:

@@ -18,7 +18,7 @@ from helpers.corpora import (
 from pyarrow import parquet
 
 from gradproj.corpus import sources
-from gradproj.corpus.prepare import PrepareConfig
+from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.errors import ConfigError, CorpusError
 
 

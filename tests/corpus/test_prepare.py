@@ -23,7 +23,8 @@ from helpers.corpora import (
 )
 
 from gradproj.corpus import prepare as prepare_module
-from gradproj.corpus.prepare import PrepareConfig, prepare
+from gradproj.corpus.prepare import prepare
+from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.corpus.tar import writer
 from gradproj.corpus.tar.writer import tar_header
 from gradproj.errors import CorpusError, StoreError
@@ -108,7 +109,8 @@ def test_grouping_hundreds_of_domains_needs_few_open_files(tmp_path):
     name = write_jsonl(tmp_path / "in.jsonl", values)
     code = f"""
         import resource
-        from gradproj.corpus.prepare import PrepareConfig, prepare
+        from gradproj.corpus.prepare import prepare
+        from gradproj.corpus.prepare_config import PrepareConfig
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
         out = {str(tmp_path / "out")!r}
         prepare(PrepareConfig(inputs=({name!r},), output_dir=out, group_by_domain=True))

@@ -22,7 +22,8 @@ import zstandard
 from pyarrow import parquet
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from gradproj.corpus.prepare import PrepareConfig, prepare
+from gradproj.corpus.prepare import prepare
+from gradproj.corpus.prepare_config import PrepareConfig
 
 WORDS = re.findall(
     r"\w+",
@@ -196,11 +197,10 @@ def write_as(kind, folder, values):
     return str(folder / f"in{kind}")
 
 
-def run_prepare(inputs, output_dir, **settings):
+def run_prepare(inputs, output_dir, tokenizer=None, **settings):
     inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
-    return prepare(
-        PrepareConfig(inputs=inputs, output_dir=str(output_dir), **settings), progress=False
-    )
+    config = PrepareConfig(inputs=inputs, output_dir=str(output_dir), **settings)
+    return prepare(config, progress=False, tokenizer=tokenizer)
 
 
 def read_back(output_dir):

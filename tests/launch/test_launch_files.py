@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from gradproj.cli.index import IndexConfig
 from gradproj.cli.query.config import QueryConfig
-from gradproj.corpus.prepare import PrepareConfig
+from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.flags import parse
 from gradproj.job.config import run_config
 from gradproj.maintenance.status import StatusConfig
