@@ -47,7 +47,7 @@ def test_a_field_of_the_lines_names_the_queries_groups(tmp_path):
     assert [query.group for query in read_queries(path)] == ["", "", ""]
     with pytest.raises(ConfigError, match=r"line 3: no text or number in 'task.name'.*text, task"):
         read_queries(path, "task.name")
-    with pytest.raises(ConfigError, match="--group_by is 'task.'; give field names"):
+    with pytest.raises(ConfigError, match=r"--group_by is 'task\.'; give field names"):
         read_queries(path, "task.")
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gradproj.analysis.ranking import Ranking
+from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.cli.query.summary import Summary
-from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
 from gradproj.store.layer_view import Sample
 
@@ -37,7 +37,7 @@ class Answer:
     """Rankings of all queries."""
 
     summary: Summary
-    queries: QueryRows
+    queries: Subjects
     rankings: list[Ranking]
     """One per damping."""
     samples: dict[int, Sample]

@@ -1,10 +1,12 @@
 """The queries of a question: projected rows, or their tokens alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
+from gradproj.analysis import QuerySets
 from gradproj.cli.query.config import QueryConfig
 from gradproj.job.recorded import config_from, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
@@ -18,10 +20,53 @@ from gradproj.text.ranking import TEXT
 from gradproj.text.scores import QueryText
 from gradproj.text.token_files import make_token_files
 
+ALL = "all queries"
+"""Name of the only set."""
 
-def query_rows(
-    config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]
-) -> QueryRows:
+
+@dataclass(frozen=True)
+class Subjects:
+    """What the lists of an answer are for: queries, or sets of them."""
+
+    names: list[str]
+    n_tokens: np.ndarray
+    """``(G,)``: target tokens."""
+    loss: np.ndarray
+    """``(G,)``: mean nats per target token."""
+    excerpts: list[str]
+    """One line each; empty for a set of several queries."""
+    n_queries: np.ndarray | None = None
+    """``(G,)``: queries of each set; None for single queries."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The queries of a question, and the sets that they form."""
+
+    rows: QueryRows
+    """Of all queries, those of the control set last."""
+    sets: QuerySets | None
+    """None for single queries."""
+
+    @property
+    def texts(self) -> list[QueryText]:
+        """The tokens whose n-grams count: all of a text, and those of a completion."""
+        return [QueryText.of_windows(windows) for windows in self.rows.windows()]
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """What the lists of the answer are for."""
+        rows, sets = self.rows, self.sets
+        if sets is None:
+            return Subjects(rows.names, rows.n_tokens, rows.loss, rows.excerpts)
+        members = [np.flatnonzero(sets.of_query == number) for number in range(len(sets))]
+        n_tokens = np.array([rows.n_tokens[chosen].sum() for chosen in members])
+        nats = [(rows.loss * rows.n_tokens)[chosen].sum() for chosen in members]
+        excerpts = [rows.excerpts[x[0]] if len(x) == 1 else "" for x in members]
+        return Subjects(sets.names, n_tokens, np.array(nats) / n_tokens, excerpts, sets.sizes)
+
+
+def ask(config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]) -> Asked:
     """Read the queries, and project them unless text alone is asked for.
 
     Raises:
@@ -31,16 +76,33 @@ def query_rows(
     if config.query_store:
         with ProjectionStore(config.query_store) as other:
             rows = rows_of_query_store(other, store)
-            return _with_tokens(rows, config, other, note) if config.uses_text else rows
+            rows = _with_tokens(rows, config, other, note) if config.uses_text else rows
+        return Asked(rows, _sets(config, [""] * len(rows.names), rows.names, 0))
     if config.text:
         queries = [Query(name="text", text=config.text, where="--text")]
     else:
-        queries = read_queries(config.queries)
+        queries = read_queries(config.queries, config.group_by)
+    control = read_queries(config.contrast) if config.contrast else []
+    sets = _sets(config, [q.group for q in queries], [q.name for q in queries], len(control))
+    queries = [*queries, *control]
     if config.score == TEXT:
-        return _tokenized(config, store, queries)
-    source, head_bytes = f"--queries {config.queries}", query_head_bytes(store)
+        return Asked(_tokenized(config, store, queries), sets)
+    given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]
+    source, head_bytes = " and ".join(given), query_head_bytes(store)
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
-    return QueryProjector(store, config_from(config), config.device).rows(queries)
+    return Asked(QueryProjector(store, config_from(config), config.device).rows(queries), sets)
+
+
+def _sets(
+    config: QueryConfig, groups: list[str], names: list[str], n_control: int
+) -> QuerySets | None:
+    if not config.makes_sets:
+        return None
+    if config.aggregate == "none":
+        groups = names
+    elif not config.group_by:
+        groups = [ALL] * len(groups)
+    return QuerySets.of_groups(groups, n_control, config.aggregate, config.unit_queries)
 
 
 def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Query]) -> QueryRows:
@@ -70,8 +132,3 @@ def _with_tokens(
     ids = np.flatnonzero(other.column("status") == STATUS["ok"])
     tokens = files.tokens_at(ids)
     return replace(rows, sequences=[TokenSequence.of(x, owner=n) for n, x in enumerate(tokens)])
-
-
-def query_texts(queries: QueryRows) -> list[QueryText]:
-    """Return the tokens whose n-grams count: all of a text, and those of a completion."""
-    return [QueryText.of_windows(windows) for windows in queries.windows()]

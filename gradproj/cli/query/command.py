@@ -18,7 +18,6 @@ from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.cli.query.answer import Answer, Columns, describe
-from gradproj.cli.query.asked import query_texts
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
 from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
@@ -104,24 +103,24 @@ def query(config: QueryConfig, process: Process) -> Answer:
                 "damage"
             )
         summary = Summary(
-            store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint
-        )
+            store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint,
+            config.contrast,
+        )  # fmt: skip
         if process.rank:
-            return Answer(summary, ranked.queries, rankings, {})
+            return Answer(summary, ranked.asked.subjects, rankings, {})
         first_stage, columns = None, Columns()
         if ranked.second is not None and n_scored:
             rankings[0], first_stage = ranked.second.rescored(
-                rankings[0], ranked.queries, k, _source(config, ranked.options)
+                rankings[0], ranked.asked.rows, k, _source(config, ranked.options)
             )
         if config.text_scores and ranked.text:
-            texts = query_texts(ranked.queries)
-            columns["text score"] = text_column(ranked.text, texts, rankings)
-        matches = None
+            columns["text score"] = text_column(ranked.text, ranked.asked.texts, rankings)
+        subjects, matches = ranked.asked.subjects, None
         if config.text_matches and ranked.text:
-            texts = query_texts(ranked.queries)
+            texts = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
             matches = text_matches(config, ranked.text, texts, rankings)
         samples = describe(store, rankings, read_text)
-        return Answer(summary, ranked.queries, rankings, samples, first_stage, columns, matches)
+        return Answer(summary, subjects, rankings, samples, first_stage, columns, matches)
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:

@@ -7,6 +7,7 @@ from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, HEAD_SUMS, SCORES
 from gradproj.cli.query.rescore import RescoreArgs
+from gradproj.cli.query.sets import SetArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, as_in, flag
@@ -22,7 +23,7 @@ MAX_JOINT_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
+class QueryConfig(ScoreArgs, SetArgs, RescoreArgs, RecordedRunArgs, title="query"):
     """Queries, the store they are compared with, and the form of the answer."""
 
     score: str = as_in(
@@ -124,6 +125,7 @@ class QueryConfig(ScoreArgs, RescoreArgs, RecordedRunArgs, title="query"):
                 "--joint requires --score preconditioned; kfac factors belong to one layer each"
             )
         self._check_rescore()
+        self.check_sets(self.gradient_score, self.queries, self.query_store, self.rescore)
         if len(self.dampings) > 1 and self.save_scores:
             raise ConfigError(
                 "--save_scores takes one --damping; run the query once for each damping"

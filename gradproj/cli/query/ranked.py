@@ -12,13 +12,12 @@ from gradproj.analysis.reduction import length_percentiles
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_types import SCORES
-from gradproj.cli.query.asked import query_rows, query_texts
+from gradproj.cli.query.asked import Asked, ask
 from gradproj.cli.query.config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query.rescore import SecondStage
 from gradproj.cli.query.text import text_scan
 from gradproj.distributed import Process, choose_device
 from gradproj.formatting import human_bytes
-from gradproj.query import QueryRows
 from gradproj.store import ProjectionStore
 from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
 from gradproj.text.scores import TextScan
@@ -36,7 +35,7 @@ class Ranked:
     options: ScanOptions
     kind: str | None
     """Kind of the score's preconditioner."""
-    queries: QueryRows
+    asked: Asked
     rankings: list[Ranking]
     """One per damping."""
     second: SecondStage | None
@@ -54,13 +53,22 @@ def rank_by_text(
 ) -> Ranked:
     world = scan_world(process.world_size > 1)
     second = SecondStage.of(config, store, None)
-    queries = world.broadcast(query_rows(config, store, note) if process.rank == 0 else None)
-    path = _scores_path(config, len(queries.names), len(store), note)
+    asked = world.broadcast(ask(config, store, note) if process.rank == 0 else None)
+    path = _scores_path(config, len(asked.subjects.names), len(store), note)
     scan = text_scan(config, store, process, note, second.text_index if second else None)
-    ranking = TextRanker(scan, *n_ends).rank(query_texts(queries), path)
+    scan = replace(scan, sets=asked.sets)
+    ranking = TextRanker(scan, *n_ends).rank(asked.texts, path)
     device, _ = choose_device(config.device, process.local_rank)
     options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
-    return Ranked(TEXT, {**options, "device": device}, None, queries, [ranking], second, scan)
+    return Ranked(
+        TEXT,
+        {**options, "device": device, "sets": asked.sets},
+        None,
+        asked,
+        [ranking],
+        second,
+        scan,
+    )
 
 
 def rank_by_gradients(
@@ -79,7 +87,8 @@ def rank_by_gradients(
     fit = functools.partial(_preconditioner, config, kind, store, options, note)
     # Missing token covariances show at once; a scan must wait until the queries are valid.
     fitted = fit() if kind == "kfac" else None
-    queries = world.broadcast(query_rows(config, store, note) if process.rank == 0 else None)
+    asked = world.broadcast(ask(config, store, note) if process.rank == 0 else None)
+    queries, options["sets"] = asked.rows, asked.sets
     if queries.head is not None and config.uses_head(options["score"]):
         options |= {"head": queries.head, "head_sum": config.head_sum}
     elif store.head is not None and config.uses_head(options["score"]):
@@ -87,13 +96,13 @@ def rank_by_gradients(
     # What a long scan would wait for comes before it.
     index = second.text_index if second else None
     text = text_scan(config, store, process, note, index) if config.uses_text else None
+    text = None if text is None else replace(text, sets=asked.sets)
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
-    path = _scores_path(config, len(queries.names), len(store), note)
+    path = _scores_path(config, len(asked.subjects.names), len(store), note)
     if config.score in WITH_TEXT and text:
         both = HybridRanker(ranker, replace(text, progress=False))
-        texts = query_texts(queries)
         dampings = config.dampings if kind else config.dampings[:1]
-        rankings = [both.rank(queries.rows, texts, c, path) for c in dampings]
+        rankings = [both.rank(queries.rows, asked.texts, c, path) for c in dampings]
     elif path is not None:
         (damping,) = config.dampings
         rankings = [ranker.rank_and_save(queries.rows, damping, path)]
@@ -102,7 +111,7 @@ def rank_by_gradients(
     if process.rank == 0 and SCORES[options["score"]].is_inner_product:
         _note_lengths(store, options, note)
     name = config.score or options["score"]
-    return Ranked(name, options, kind, queries, rankings, second, text)
+    return Ranked(name, options, kind, asked, rankings, second, text)
 
 
 def _scan_options(

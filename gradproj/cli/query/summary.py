@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gradproj.analysis import MEANINGS, SCORES, SIGN
 from gradproj.analysis.preconditioner import auto_damping
+from gradproj.analysis.query_sets import QuerySets
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.cli.query.lines import labelled
@@ -31,6 +32,8 @@ class Summary:
     """The score: that of ``options``, or a text score."""
     joint: bool = False
     """One second moment over all layers."""
+    contrast: str = ""
+    """File of the control set."""
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """Describe the rows compared and the score's meaning, sign, unit and damping."""
@@ -47,6 +50,9 @@ class Summary:
                 labelled("head rows", f"their score is added ({how}), with the store's damping")
             )
         lines += self._score_lines()
+        sets = self.options.get("sets")
+        if sets is not None:
+            lines.append(labelled("sets", self._sets(sets)))
         if dampings != [None]:
             lines.append(labelled("damping", "; ".join(self._damping(d) for d in dampings)))
         return [line for text in lines for line in text.splitlines()]
@@ -70,6 +76,15 @@ class Summary:
             return lines + [labelled("loss", loss)] * SCORES[score].is_inner_product
         parts = [f"{self.name}: {MEANING_WITH_TEXT}", meaning, f"{TEXT}: {MEANING}"]
         return [labelled("" if n else "score", part) for n, part in enumerate(parts)]
+
+    def _sets(self, sets: QuerySets) -> str:
+        how = {"none": "single queries", "mean": "mean of queries", "max": "maximum of queries"}
+        text = how[sets.aggregate]
+        if sets.unit:
+            text += ", each of unit length in the score's own metric"
+        if sets.n_control:
+            text += f"; less the mean of the {sets.n_control:,} of {self.contrast}"
+        return text
 
     def _rows(self) -> str:
         domains = self.options["domains"]

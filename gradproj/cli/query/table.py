@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.cli.query.answer import Answer, Match
+from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.lines import NAME, WIDTH, labelled
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.formatting import escaped, one_line
-from gradproj.query import QueryRows
 
 _COLUMN = 12
 _PASSAGE = 48
@@ -55,12 +55,15 @@ def overlap_lines(rankings: Sequence[Ranking]) -> Iterator[str]:
         yield f"{name:>10}" + "".join(f"{fraction:>8.2f}" for fraction in fractions)
 
 
-def _query_lines(queries: QueryRows, number: int, damping: float | str | None) -> Iterator[str]:
+def _query_lines(queries: Subjects, number: int, damping: float | str | None) -> Iterator[str]:
     n_tokens, loss = queries.n_tokens[number], queries.loss[number]
-    text = f"{one_line(queries.names[number], NAME)}: {n_tokens:,} target tokens"
+    n_queries = 1 if queries.n_queries is None else int(queries.n_queries[number])
+    text = f"{one_line(queries.names[number], NAME)}: "
+    text += f"{n_queries:,} queries, " if n_queries > 1 else ""
+    text += f"{n_tokens:,} target tokens"
     text += "" if math.isnan(loss) else f", loss {loss:.3f} nats per token"
     text += "" if damping is None else f"; damping {_damping_name(damping)}"
-    yield from labelled("query", text).splitlines()
+    yield from labelled("query" if n_queries == 1 else "set", text).splitlines()
     if queries.excerpts[number]:
         yield from labelled("", queries.excerpts[number]).splitlines()
 

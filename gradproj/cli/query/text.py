@@ -68,10 +68,11 @@ def text_matches(
 def text_column(
     scan: TextScan, queries: Sequence[QueryText], rankings: Sequence[Ranking]
 ) -> dict[tuple[int, int], float]:
-    """Return the text score of each ranked document: (number of the query, sample id) -> score."""
+    """Return the text score of each ranked document: (number of the list, sample id) -> score."""
     column: dict[tuple[int, int], float] = {}
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        span = slice(start, start + _QUERIES_AT_ONCE)
+    step = _QUERIES_AT_ONCE if scan.sets is None else len(queries)
+    for start in range(0, len(queries), step):
+        span = slice(start, start + step)
         ends = [end.ids[span] for r in rankings for end in (r.top, r.bottom)]
         ids = np.unique(np.concatenate([np.asarray(end).ravel() for end in ends]))
         scores = scan.scores_at(queries[span], ids)
