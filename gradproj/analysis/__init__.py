@@ -1,5 +1,7 @@
 """Scores and rankings of a store's documents, and preconditioners. Needs no model."""
 
+from gradproj.analysis.checkpoints import checkpoint_sum
+from gradproj.analysis.document_groups import DocumentGroups, GroupScores, group_scores
 from gradproj.analysis.domains import DomainMatrix, Overview, domain_matrix, overview
 from gradproj.analysis.preconditioner import Preconditioner
 from gradproj.analysis.query_sets import CONTROL, QuerySets
@@ -20,14 +22,18 @@ __all__ = [
     "MEANINGS",
     "SCORES",
     "SIGN",
+    "DocumentGroups",
     "DomainMatrix",
+    "GroupScores",
     "Overview",
     "Preconditioner",
     "QuerySets",
     "ScoreType",
     "TopDocuments",
     "bottom_k",
+    "checkpoint_sum",
     "domain_matrix",
+    "group_scores",
     "iter_scores",
     "overview",
     "score",

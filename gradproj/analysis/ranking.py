@@ -65,8 +65,10 @@ class Ranker:
         ends = self.stream(rows, damping).ends(self.n_top, self.n_bottom, path)
         return Ranking(damping if self.preconditioner is not None else None, *ends)
 
-    def stream(self, rows: np.ndarray, damping: float | str) -> ScoreStream:
-        """Return all documents' scores for these queries."""
+    def stream(
+        self, rows: np.ndarray, damping: float | str, parts: Sequence[slice] | None = None
+    ) -> ScoreStream:
+        """Return all documents' scores for these queries, by default in its own parts."""
         scan, sets = Scan.of(self.store, self.damped_by(damping)), self.options.get("sets")
 
         def part_of(part: slice) -> Part:
@@ -76,8 +78,8 @@ class Ranker:
         def prepared(part: slice) -> PreparedQueries:
             return scan.prepare_queries(rows[part], self.head_of(part))
 
-        parts = [part_of(part) for part in self.parts(rows)]
-        return ScoreStream(parts, len(self.store), scan.world, scan.device)
+        made = [part_of(part) for part in parts or self.parts(rows)]
+        return ScoreStream(made, len(self.store), scan.world, scan.device)
 
     def damped_by(self, damping: float | str) -> ScanOptions:
         """Return the options of a scan with this damping of the preconditioner."""

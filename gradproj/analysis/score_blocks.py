@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TILE_VALUES = 2**17
 """Values decoded at a time: half a megabyte, which stays in a core's cache until multiplied."""
 _BLOCK_SCORES = 2**12
+_ROWS_AT_ONCE = 256
 _ONEDNN_QUERIES = 6
 """Fewest queries for which oneDNN's products outweigh the cost of calling it."""
 
@@ -91,6 +92,25 @@ def on_host(
         before = current
     if before is not None:
         yield before[0], to_host([before[1]], before[2])[0].numpy()
+
+
+def scores_at(scan: Scan, queries: PreparedQueries, ids: np.ndarray) -> np.ndarray:
+    """Return the scores ``(Q, m)`` of some documents alone, from their decoded rows."""
+    head = None if queries.head is None else _head_scores(scan, queries, queries.head)
+    parts = []
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        chosen = ids[start : start + _ROWS_AT_ONCE]
+        rows = scan.store.rows(chosen, scan.layers, missing="nan")
+        values = queries.scores_of(to_device(torch.from_numpy(rows), scan.device)).double()
+        for place, i in enumerate(chosen.tolist()):
+            if head is not None:
+                values[:, place] += head(i, i + 1)[:, 0]
+            factors = None if queries.has_norms else scan.row_factors(i, i + 1)
+            if factors is not None:
+                values[:, place] *= factors[0]
+        values = values.float()
+        parts.append(values if queries.sets is None else queries.sets.scores(values))
+    return torch.cat(parts, dim=1).cpu().numpy()
 
 
 def _parts_fit_tiles(scan: Scan, queries: PreparedQueries) -> bool:
@@ -253,3 +273,23 @@ class TileProducts:
             products.addmm_(tile, weights)
         else:
             products += linear(tile, weights)
+
+
+class Columns:
+    """Blocks of scores, taken in pieces of other sizes."""
+
+    def __init__(self, blocks: Iterator[tuple[int, np.ndarray]]) -> None:
+        self._blocks, self._first, self._values = blocks, 0, np.empty((0, 0))
+
+    def take(self, first: int, n: int) -> np.ndarray:
+        """Return the scores ``(Q, n)`` of the samples from ``first`` on, the next ones."""
+        parts = []
+        while n:
+            if not self._values.shape[1]:
+                self._first, self._values = next(self._blocks)
+            assert self._first == first, f"scores of sample {self._first}, not {first}"
+            part, self._values = self._values[:, :n], self._values[:, n:]
+            parts.append(part)
+            first, n = first + part.shape[1], n - part.shape[1]
+            self._first = first
+        return np.concatenate(parts, axis=1)

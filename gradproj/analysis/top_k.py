@@ -56,6 +56,22 @@ class TopK:
         if not is_full or self._n_pending >= max(4 * self._values.numel(), _MIN_PENDING):
             self._sort_pending()
 
+    def add_entries(self, queries: Tensor, ids: Tensor, values: Tensor) -> None:
+        """Add scores ``(m, n)`` of samples ``ids (n,)``, each for its own one of many queries.
+
+        ``queries (m, n)`` int64 says which. On a CPU. Calls come in the order of the samples.
+        """
+        if not self.k:
+            return
+        selected = values > self._values[:, -1][queries]
+        row, column = selected.nonzero(as_tuple=True)
+        if not len(row):
+            return
+        self._pending.append((queries[row, column], ids[column], values[row, column]))
+        self._n_pending += len(row)
+        if self._n_pending >= max(4 * self._values.numel(), _MIN_PENDING):
+            self._sort_pending()
+
     def add_sorting(self, first: int, values: Tensor) -> None:
         """Add like ``add``, without waiting for the device: the variant for a GPU."""
         ids = torch.arange(first, first + values.shape[1], device=values.device)

@@ -76,6 +76,17 @@ def read_members(index: CorpusIndex, ids: np.ndarray) -> Iterator[Members]:
                     yield _members_of(tar, tar.start_id + position, sample)
 
 
+def read_json(index: CorpusIndex, start: int, stop: int) -> Iterator[bytes | None]:
+    """Yield ``{key}.json`` of the samples ``[start, stop)``; None if it is absent or too large.
+
+    Raises:
+        CorpusError: as ``read_documents``.
+    """
+    for number, first, last in index.spans(start, stop):
+        for _, sample in _samples(index.tars[number], first, last, _DEFAULT_LIMITS):
+            yield sample.get("json")
+
+
 def _members_of(tar: Tar, sample_id: int, sample: dict[str, Any]) -> Members:
     key = sample["__key__"]
     members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}

@@ -42,8 +42,11 @@ PRECONDITIONERS_DIR = "preconditioners"
 TEXT_DIR = "text"
 CURVATURE_DIR = "curvature"
 DOMAINS_DIR = "domains"
+COLUMNS_DIR = "columns"
 REPORT_NAME = "report.html"
-LATER_NAMES = (PRECONDITIONERS_DIR, TEXT_DIR, CURVATURE_DIR, DOMAINS_DIR, REPORT_NAME)
+LATER_NAMES = (
+    PRECONDITIONERS_DIR, TEXT_DIR, CURVATURE_DIR, DOMAINS_DIR, COLUMNS_DIR, REPORT_NAME,
+)  # fmt: skip
 """Further names in the output directory, of commands that read the store."""
 
 STATUS = {

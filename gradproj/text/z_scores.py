@@ -8,6 +8,7 @@ from typing import IO
 
 import numpy as np
 
+from gradproj.analysis.score_blocks import Columns
 from gradproj.distributed import World
 
 _ROUNDING = 1e-12
@@ -29,7 +30,7 @@ def sums_of_z_scores(one: Blocks, other: Blocks, world: World, file: IO[bytes]) 
     A document that lacks a score for any query has NaN for all and is in no mean. A score that is
     the same for all documents adds 0.
     """
-    columns, spans, moments = _Columns(other), [], _Moments()
+    columns, spans, moments = Columns(other), [], _Moments()
     for first, values in one:
         both = np.stack([values, columns.take(first, values.shape[1])]).astype(np.float32)
         absent = ~np.isfinite(both).all(axis=(0, 1))
@@ -74,23 +75,3 @@ class _Moments:
         varies = deviation > _ROUNDING * np.abs(self.mean)
         factor = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
         return (values - np.asarray(self.mean)[..., None]) * factor[..., None]
-
-
-class _Columns:
-    """Blocks of scores, taken in pieces of other sizes."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self._blocks, self._first, self._values = blocks, 0, np.empty((0, 0))
-
-    def take(self, first: int, n: int) -> np.ndarray:
-        """Return the scores ``(Q, n)`` of the samples from ``first`` on, the next ones."""
-        parts = []
-        while n:
-            if not self._values.shape[1]:
-                self._first, self._values = next(self._blocks)
-            assert self._first == first, f"scores of sample {self._first}, not {first}"
-            part, self._values = self._values[:, :n], self._values[:, n:]
-            parts.append(part)
-            first, n = first + part.shape[1], n - part.shape[1]
-            self._first = first
-        return np.concatenate(parts, axis=1)

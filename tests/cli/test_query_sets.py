@@ -140,6 +140,7 @@ def test_two_ranks_score_sets_as_one_process(output, files, tmp_path, ask):
             "--score cosine scales every query to unit length",
         ),
         (("--aggregate", "max", "--rescore", "5"), "for single queries: leave --aggregate out"),
+        (("--aggregate", "mean", "--text_matches"), "of single queries: leave --aggregate out"),
         (("--contrast", "none.jsonl"), "the queries' file none.jsonl cannot be read"),
         (("--aggregate", "median"), "--aggregate is 'median'; choose one of none, mean, max"),
     ],

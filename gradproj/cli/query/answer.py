@@ -7,6 +7,7 @@ import numpy as np
 
 from gradproj.analysis.ranking import Ranking
 from gradproj.cli.query.asked import Subjects
+from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.cli.query.summary import Summary
 from gradproj.store import ProjectionStore
@@ -34,28 +35,43 @@ Matches = dict[tuple[int, int], list[Match]]
 
 @dataclass(frozen=True)
 class Answer:
-    """Rankings of all queries."""
+    """Rankings of all queries, or groups of documents."""
 
     summary: Summary
     queries: Subjects
     rankings: list[Ranking]
-    """One per damping."""
+    """One per damping; none of groups."""
     samples: dict[int, Sample]
-    """The ranked documents; empty on ranks other than 0."""
+    """The listed documents; empty on ranks other than 0."""
     first_stage: FirstStage | None = None
     """Of a rescored answer, on rank 0."""
     columns: Columns = field(default_factory=dict)
     """Further columns of the ranked documents; empty on ranks other than 0."""
     matches: Matches | None = None
     """What each ranked document shares with the query; None if it was not asked for."""
+    grouped: Grouped | None = None
+    """Set with ``--by``."""
+
+    @property
+    def dampings(self) -> list[float | str | None]:
+        """The values requested; None for a score without damping."""
+        if self.grouped is not None:
+            return [self.grouped.damping]
+        return [ranking.damping for ranking in self.rankings]
+
+
+def listed_ids(rankings: Sequence[Ranking], grouped: Grouped | None) -> list[int]:
+    """Return the ids of the documents that an answer lists, each once."""
+    if grouped is not None:
+        return grouped.listed_ids()
+    ends = [end for ranking in rankings for end in (ranking.top, ranking.bottom)]
+    return sorted({int(i) for end in ends for i in np.asarray(end.ids).flat})
 
 
 def describe(
-    store: ProjectionStore, rankings: Sequence[Ranking], read_text: Callable[[int], str] | None
+    store: ProjectionStore, ids: Sequence[int], read_text: Callable[[int], str] | None
 ) -> dict[int, Sample]:
-    """Return the columns of every ranked document, with the beginning of its text if wanted."""
-    ends = [end for ranking in rankings for end in (ranking.top, ranking.bottom)]
-    ids = sorted({int(i) for end in ends for i in np.asarray(end.ids).flat})
+    """Return the columns of documents, with the beginning of their texts if wanted."""
     samples = {sample.sample_id: sample for sample in store.samples(ids)}
     if read_text is None:
         return samples

@@ -17,7 +17,7 @@ import torch
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
-from gradproj.cli.query.answer import Answer, Columns, describe
+from gradproj.cli.query.answer import Answer, Columns, describe, listed_ids
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
 from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
@@ -95,7 +95,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
             read_text = document_texts(config.output, config.shards)
         rank = rank_by_text if config.score == TEXT else rank_by_gradients
         ranked = rank(config, store, process, (n_top, n_bottom), note)
-        rankings, n_scored = ranked.rankings, ranked.rankings[0].top.n_scored
+        rankings, n_scored = ranked.rankings, ranked.n_scored
         if not n_scored and not ranked.options["domains"]:
             raise StoreError(
                 f"{store.path} is damaged: {counts['ok']:,} rows are recorded, and none of them "
@@ -107,7 +107,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
             config.contrast,
         )  # fmt: skip
         if process.rank:
-            return Answer(summary, ranked.asked.subjects, rankings, {})
+            return Answer(summary, ranked.asked.subjects, rankings, {}, grouped=ranked.grouped)
         first_stage, columns = None, Columns()
         if ranked.second is not None and n_scored:
             rankings[0], first_stage = ranked.second.rescored(
@@ -119,8 +119,10 @@ def query(config: QueryConfig, process: Process) -> Answer:
         if config.text_matches and ranked.text:
             texts = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
             matches = text_matches(config, ranked.text, texts, rankings)
-        samples = describe(store, rankings, read_text)
-        return Answer(summary, subjects, rankings, samples, first_stage, columns, matches)
+        samples = describe(store, listed_ids(rankings, ranked.grouped), read_text)
+        return Answer(
+            summary, subjects, rankings, samples, first_stage, columns, matches, ranked.grouped
+        )
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:

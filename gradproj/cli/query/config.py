@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, HEAD_SUMS, SCORES
+from gradproj.cli.query.groups import GroupArgs
 from gradproj.cli.query.rescore import RescoreArgs
 from gradproj.cli.query.sets import SetArgs
 from gradproj.cli.score_args import ScoreArgs
@@ -23,7 +24,7 @@ MAX_JOINT_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig(ScoreArgs, SetArgs, RescoreArgs, RecordedRunArgs, title="query"):
+class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, title="query"):
     """Queries, the store they are compared with, and the form of the answer."""
 
     score: str = as_in(
@@ -126,6 +127,14 @@ class QueryConfig(ScoreArgs, SetArgs, RescoreArgs, RecordedRunArgs, title="query
             )
         self._check_rescore()
         self.check_sets(self.gradient_score, self.queries, self.query_store, self.rescore)
+        self.check_groups(
+            f"--rescore {self.rescore}" * bool(self.rescore),
+            "--text_scores" * self.text_scores,
+            "--text_matches" * self.text_matches,
+            f"--damping {self.damping}" * (len(self.dampings) > 1),
+        )
+        if self.text_matches and self.aggregate != "none":
+            raise ConfigError("--text_matches are those of single queries: leave --aggregate out")
         if len(self.dampings) > 1 and self.save_scores:
             raise ConfigError(
                 "--save_scores takes one --damping; run the query once for each damping"
@@ -174,12 +183,12 @@ class QueryConfig(ScoreArgs, SetArgs, RescoreArgs, RecordedRunArgs, title="query
         k = getattr(self, name)
         if self.rescore and k is None:
             return 0 if name == "bottom_k" else min(DEFAULT_K, self.rescore, len(store))
-        if k is not None and k > len(store):
+        if k is not None and k > len(store) and not self.by:
             raise ConfigError(
                 f"--{name} is {k:,}, and {store.path} has {len(store):,} documents: give at most "
                 "that many"
             )
-        if k is None and name == "bottom_k" and self.score == TEXT:
+        if k is None and name == "bottom_k" and self.score == TEXT and not self.by:
             return 0  # of nearly all documents, the lowest score is 0
         return min(DEFAULT_K, len(store)) if k is None else k
 

@@ -3,16 +3,22 @@
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from gradproj.cli.query.answer import Answer
+from gradproj.cli.query.groups import Grouped
 from gradproj.formatting import escaped
+from gradproj.store.layer_view import Sample
 
 
 def json_lines(answer: Answer) -> Iterator[str]:
-    """Yield one object per ranked document, all with the same keys.
+    """Yield one object per ranked document, or group of documents, all with the same keys.
 
     ``pandas.read_json(lines=True)`` reads them.
     """
+    if answer.grouped is not None:
+        yield from _group_objects(answer, answer.grouped)
+        return
     queries, first = answer.queries, answer.first_stage
     with_text = any(sample.text is not None for sample in answer.samples.values())
     for ranking in answer.rankings:
@@ -49,6 +55,45 @@ def json_lines(answer: Answer) -> Iterator[str]:
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)
+
+
+def _group_objects(answer: Answer, grouped: Grouped) -> Iterator[str]:
+    scores, queries = grouped.scores, answer.queries
+    for query, name in enumerate(queries.names):
+        for end, numbers in grouped.ends(query).items():
+            for place, number in enumerate(numbers.tolist(), start=1):
+                found = scores.ids[query, number] >= 0
+                ids, values = scores.ids[query, number, found], scores.scores[query, number, found]
+                fields = {
+                    "query": name,
+                    "end": end,
+                    "rank": place,
+                    "by": grouped.by,
+                    "group": scores.names[number],
+                    "mean": _finite(float(scores.mean[query, number])),
+                    "standard_error": _finite(float(scores.standard_error[query, number])),
+                    "n_documents": int(scores.n_documents[number]),
+                    "damping": grouped.damping,
+                    "documents": [
+                        _document(answer.samples[i], value)
+                        for i, value in zip(ids.tolist(), values.tolist(), strict=True)
+                    ],
+                }
+                if queries.n_queries is not None:
+                    fields["n_queries"] = int(queries.n_queries[query])
+                yield json.dumps(fields, allow_nan=False)
+
+
+def _document(sample: Sample, score: float) -> dict[str, Any]:
+    fields = {
+        "id": sample.sample_id,
+        "key": escaped(sample.key),
+        "domain": sample.domain,
+        "score": _finite(score),
+        "loss": _finite(sample.loss),
+        "n_tokens": sample.n_tokens,
+    }
+    return fields if sample.text is None else {**fields, "text": sample.text}
 
 
 def _finite(value: float) -> float | None:

@@ -11,9 +11,11 @@ from gradproj.analysis.ranking import Ranker, Ranking
 from gradproj.analysis.reduction import length_percentiles
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
+from gradproj.analysis.score_stream import ScoreStream
 from gradproj.analysis.score_types import SCORES
 from gradproj.cli.query.asked import Asked, ask
 from gradproj.cli.query.config import MAX_JOINT_WIDTH, QueryConfig
+from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import SecondStage
 from gradproj.cli.query.text import text_scan
 from gradproj.distributed import Process, choose_device
@@ -37,11 +39,20 @@ class Ranked:
     """Kind of the score's preconditioner."""
     asked: Asked
     rankings: list[Ranking]
-    """One per damping."""
+    """One per damping; none of groups."""
+    grouped: Grouped | None
+    """Set with ``--by``."""
     second: SecondStage | None
     """None without ``--rescore``."""
     text: TextScan | None
     """Set if text scores are used."""
+
+    @property
+    def n_scored(self) -> int:
+        """Documents that have a score."""
+        if self.grouped is not None:
+            return self.grouped.scores.n_scored
+        return self.rankings[0].top.n_scored
 
 
 def rank_by_text(
@@ -57,18 +68,16 @@ def rank_by_text(
     path = _scores_path(config, len(asked.subjects.names), len(store), note)
     scan = text_scan(config, store, process, note, second.text_index if second else None)
     scan = replace(scan, sets=asked.sets)
-    ranking = TextRanker(scan, *n_ends).rank(asked.texts, path)
+    ranker = TextRanker(scan, *n_ends)
+    rankings, grouped = [], None
+    if config.by:
+        grouped = _grouped(config, store, ranker.stream(asked.texts), None, n_ends, path, note)
+    else:
+        rankings = [ranker.rank(asked.texts, path)]
     device, _ = choose_device(config.device, process.local_rank)
     options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
-    return Ranked(
-        TEXT,
-        {**options, "device": device, "sets": asked.sets},
-        None,
-        asked,
-        [ranking],
-        second,
-        scan,
-    )
+    options |= {"device": device, "sets": asked.sets}
+    return Ranked(TEXT, options, None, asked, rankings, grouped, second, scan)
 
 
 def rank_by_gradients(
@@ -99,19 +108,40 @@ def rank_by_gradients(
     text = None if text is None else replace(text, sets=asked.sets)
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
     path = _scores_path(config, len(asked.subjects.names), len(store), note)
-    if config.score in WITH_TEXT and text:
-        both = HybridRanker(ranker, replace(text, progress=False))
-        dampings = config.dampings if kind else config.dampings[:1]
-        rankings = [both.rank(queries.rows, asked.texts, c, path) for c in dampings]
+    dampings = config.dampings if kind else config.dampings[:1]
+    both = HybridRanker(ranker, replace(text, progress=False)) if text else None
+    with_text = both if config.score in WITH_TEXT else None
+    rankings, grouped = [], None
+    if config.by:
+        stream = ranker.stream(queries.rows, dampings[0])
+        if with_text is not None:
+            stream = with_text.stream(queries.rows, asked.texts, dampings[0])
+        damping = dampings[0] if kind else None
+        grouped = _grouped(config, store, stream, damping, n_ends, path, note)
+    elif with_text is not None:
+        rankings = [with_text.rank(queries.rows, asked.texts, c, path) for c in dampings]
     elif path is not None:
-        (damping,) = config.dampings
-        rankings = [ranker.rank_and_save(queries.rows, damping, path)]
+        rankings = [ranker.rank_and_save(queries.rows, dampings[0], path)]
     else:
         rankings = ranker.rank(queries.rows, config.dampings)
     if process.rank == 0 and SCORES[options["score"]].is_inner_product:
         _note_lengths(store, options, note)
     name = config.score or options["score"]
-    return Ranked(name, options, kind, asked, rankings, second, text)
+    return Ranked(name, options, kind, asked, rankings, grouped, second, text)
+
+
+def _grouped(
+    config: QueryConfig,
+    store: ProjectionStore,
+    stream: ScoreStream,
+    damping: float | str | None,
+    n_ends: tuple[int, int],
+    path: Path | None,
+    note: Callable[[str], None],
+) -> Grouped:
+    groups = config.groups(store, config.shards, stream.world, note)
+    scores = stream.groups(groups, config.by_documents, path)
+    return Grouped(config.by, damping, scores, *n_ends)
 
 
 def _scan_options(

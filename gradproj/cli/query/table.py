@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.cli.query.answer import Answer, Match
 from gradproj.cli.query.asked import Subjects
+from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.lines import NAME, WIDTH, labelled
 from gradproj.cli.query.rescore import FirstStage
 from gradproj.formatting import escaped, one_line
@@ -27,6 +30,13 @@ def table_lines(answer: Answer) -> Iterator[str]:
             for name, end in (("top", ranking.top), ("bottom", ranking.bottom)):
                 if end.ids.shape[1]:
                     yield from _end_lines(answer, name, end, number)
+    if answer.grouped is not None:
+        for number in range(len(queries.names)):
+            yield ""
+            yield from _query_lines(queries, number, None)
+            for name, numbers in answer.grouped.ends(number).items():
+                if len(numbers):
+                    yield from _group_lines(answer, answer.grouped, name, numbers, number)
     if len(rankings) > 1:
         yield ""
         yield from overlap_lines(rankings)
@@ -34,8 +44,45 @@ def table_lines(answer: Answer) -> Iterator[str]:
 
 def summary_lines(answer: Answer) -> list[str]:
     """Describe the answer: the rows, the score, and the second stage."""
-    lines = answer.summary.lines([ranking.damping for ranking in answer.rankings])
+    lines = answer.summary.lines(answer.dampings)
+    if answer.grouped is not None:
+        lines += _grouped_lines(answer.grouped)
     return lines if answer.first_stage is None else lines + _rescored_lines(answer.first_stage)
+
+
+def _grouped_lines(grouped: Grouped) -> list[str]:
+    scores = grouped.scores
+    text = f"{(scores.n_documents > 0).sum():,} by {grouped.by}, ranked by their mean score"
+    n_without = scores.n_scored - int(scores.n_documents.sum())
+    text += f"; {n_without:,} documents are in none" if n_without else ""
+    return labelled("groups", text).splitlines()
+
+
+def _group_lines(
+    answer: Answer, grouped: Grouped, name: str, numbers: np.ndarray, query: int
+) -> Iterator[str]:
+    scores, wide = grouped.scores, answer.summary.has_wide_range
+    yield f"{name:<6}{'mean':>11}{'std. error':>12}{'documents':>11}  {one_line(grouped.by, NAME)}"
+    for place, number in enumerate(numbers.tolist(), start=1):
+        mean, error = scores.mean[query, number], scores.standard_error[query, number]
+        line = f"{place:>5} {_value(mean, wide):>11}"
+        line += f"{'-' if math.isnan(error) else format(error, '.1e'):>12}"
+        line += (
+            f"{scores.n_documents[number]:>11,}  {one_line(escaped(scores.names[number]), NAME)}"
+        )
+        yield line
+        found = scores.ids[query, number] >= 0
+        ids, values = scores.ids[query, number, found], scores.scores[query, number, found]
+        for sample_id, value in zip(ids.tolist(), values.tolist(), strict=True):
+            sample = answer.samples[sample_id]
+            key = one_line(escaped(sample.key), NAME)
+            yield f"      {_value(value, wide):>10}  id {sample_id}  {key}"
+            if sample.text is not None:
+                yield f"      {one_line(sample.text, WIDTH - 6)}"
+
+
+def _value(value: float, wide: bool) -> str:
+    return f"{value:+.3e}" if wide else f"{value:+.4f}"
 
 
 def _rescored_lines(first: FirstStage) -> list[str]:
@@ -78,7 +125,7 @@ def _end_lines(answer: Answer, name: str, end: TopDocuments, number: int) -> Ite
     ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = answer.samples[sample_id]
-        text = f"{f'{value:+.3e}' if wide else f'{value:+.4f}':>11}"
+        text = f"{_value(value, wide):>11}"
         text += "" if first is None else first.columns(number, sample_id)
         for column in answer.columns.values():
             text += f"{column[number, sample_id]:>{_COLUMN}.3e}"
