@@ -32,6 +32,8 @@ def check_same_documents(stores: Sequence[ProjectionStore]) -> None:
         ConfigError: a store that records no corpus, or every difference to the first store.
     """
     first, *others = stores
+    if not others:
+        return
     ours = _facts(first)
     for other in others:
         mismatch = settings_mismatch(

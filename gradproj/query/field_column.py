@@ -206,18 +206,16 @@ class _Column:
 
     def _check_occurs(self, index: CorpusIndex) -> None:
         """Look at documents from all over the corpus before all are read."""
-        n_looked_at, names = 0, dict[str, None]()
-        for first in np.unique(np.linspace(0, index.n_samples - 1, _RUNS).astype(int)).tolist():
-            last = min(first + _LOOKED_AT, index.n_samples)
-            for fields in _fields(index, first, last):
+        names = dict[str, None]()
+        places = np.unique(np.linspace(0, index.n_samples - 1, _RUNS).astype(int)).tolist()
+        for first in places:
+            for fields in _fields(index, first, min(first + _LOOKED_AT, index.n_samples)):
                 if group_at(fields, self._path) is not None:
                     return
                 names.update(dict.fromkeys(_names(fields)))
-            n_looked_at += last - first
-        documents = count(n_looked_at, "document")
         raise ConfigError(
-            f"--by {self.field}: none of {documents} from all over the corpus has a text or number "
-            f"there; fields that they have: {listed(list(names)[:_FIELDS_SHOWN]) or 'none'}"
+            f"--by {self.field}: no document at {count(len(places), 'place')} of the corpus has a "
+            f"text or number there; fields that they have: {listed(list(names)[:_FIELDS_SHOWN])}"
         )
 
 

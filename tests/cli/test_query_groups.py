@@ -102,7 +102,7 @@ def test_two_ranks_rank_groups_as_one_process(output, queries, ask):
         (("--by", "domain", "--text_matches"), "leave --text_matches out"),
         (("--by", "domain", "--damping", "0.1,1"), "leave --damping 0.1,1 out"),
         (("--by_documents", "5"), "--by_documents requires --by domain or --by FIELD"),
-        (("--by", "meta.x"), "from all over the corpus has a text or number there"),
+        (("--by", "meta.x"), "of the corpus has a text or number there"),
         (("--by", "a..b"), "--by is 'a..b'; give field names joined by dots"),
     ],
 )

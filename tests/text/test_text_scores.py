@@ -104,7 +104,8 @@ def test_scores_do_not_depend_on_the_threads(scan, job, monkeypatch):
 def test_sets_of_queries_score_the_mean_or_maximum_less_the_control_set(scan, job, aggregate):
     tokens = job_tokens(job)
     queries = [
-        QueryText(np.array(tokens[i]), first) for i, first in ((3, 0), (8, 4), (9, 0), (3, 2))
+        QueryText(np.array(tokens[i]), np.arange(len(tokens[i])) >= first)
+        for i, first in ((3, 0), (8, 4), (9, 0), (3, 2))
     ]
     own = [
         text_score(q.ids.tolist(), q.ids.tolist(), tokens.values(), first_end(q))
