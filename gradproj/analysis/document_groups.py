@@ -26,7 +26,7 @@ class DocumentGroups:
 
     names: list[str]
     by: str
-    """What the groups are: ``domain``, or a field of the documents."""
+    """Origin of the groups: ``domain``, or a field of the documents."""
     numbers: Callable[[int, int], np.ndarray]
     """``(first, last)`` -> the samples' groups ``(n,)``, integers; -1 for none."""
 

@@ -1,4 +1,4 @@
-"""The answer of a query command: rankings, and what is said about their documents."""
+"""The answer of a query command: rankings or groups, and facts about the documents listed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ class Answer:
     columns: Columns = field(default_factory=dict)
     """Further columns of the ranked documents; empty on ranks other than 0."""
     matches: Matches | None = None
-    """What each ranked document shares with the query; None if it was not asked for."""
+    """Passages that each ranked document shares with the query; None if it was not asked for."""
     grouped: Grouped | None = None
     """Set with ``--by``."""
 

@@ -26,7 +26,7 @@ ALL = "all queries"
 
 @dataclass(frozen=True)
 class Subjects:
-    """What the lists of an answer are for: queries, or sets of them."""
+    """Subjects of the lists of an answer: queries, or sets of them."""
 
     names: list[str]
     n_tokens: np.ndarray
@@ -55,7 +55,7 @@ class Asked:
 
     @cached_property
     def subjects(self) -> Subjects:
-        """What the lists of the answer are for."""
+        """The subjects of the answer's lists."""
         rows, sets = self.rows, self.sets
         if sets is None:
             return Subjects(rows.names, rows.n_tokens, rows.loss, rows.excerpts)

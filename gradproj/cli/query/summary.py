@@ -1,4 +1,4 @@
-"""What an answer is about: the rows compared, the score and its damping."""
+"""Subject of an answer: the rows compared, the score and its damping."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
