@@ -45,7 +45,7 @@ _AT_ONCE = 2**18
 
 @dataclass(frozen=True)
 class Selection:
-    """What was selected, and from what."""
+    """The documents that were selected, and the answer that they come from."""
 
     picks: Picks
     answer: Answer
@@ -136,15 +136,12 @@ class _Chooser:
         weights = one_each if config.tokens is None else target_tokens(store)
         if config.diverse:
             picks = self._diverse(lists, weights)
-        elif config.per_query or config.round_robin:
+        elif config.makes_lists:
             rule = per_query if config.per_query else round_robin
             picks = rule(lists, self.budget, weights)
-        elif len(lists) == 1:
-            picks = best(lists, self.budget, weights)
         else:
-            raise ConfigError(
-                f"there are {len(lists)} lists of scores: give --per_query or --round_robin"
-            )
+            assert len(lists) == 1
+            picks = best(lists, self.budget, weights)
         if not len(picks.chosen):
             raise ConfigError(f"--tokens {config.tokens:,}: the first document alone has more")
         return picks
@@ -193,7 +190,7 @@ def _write(
             "domain": sample.domain,
             "n_tokens": sample.n_tokens,
         }
-        if config.per_query or config.round_robin:
+        if config.makes_lists:
             facts["query"] = names[picks.list_of[place]]
         return facts
 
@@ -220,7 +217,7 @@ def lines_of(config: SelectConfig, selection: Selection) -> Iterator[str]:
         f"{selection.n_tokens:,} target tokens, the {end} first; scores {scores[0]:.4g} to "
         f"{scores[-1]:.4g}"
     )
-    if config.per_query or config.round_robin:
+    if config.makes_lists:
         counts = np.bincount(picks.list_of, minlength=len(answer.queries.names))
         shared = f"; {picks.n_shared:,} more choices of the same documents" * bool(picks.n_shared)
         yield f"queries  {len(counts):,}, of {counts.min():,} to {counts.max():,} documents{shared}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gradproj.cli.query.config import QueryConfig
+from gradproj.cli.query.sets import SetArgs
 from gradproj.cli.score_args import ScoreArgs
 from gradproj.corpus.prepare_config import PrepareConfig
 from gradproj.errors import ConfigError
@@ -13,14 +14,14 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
 
 LINES, IDS, TARS = ".jsonl", ".npy", ""
-"""What ``--to`` is written as: the end of its name; a folder has none."""
+"""Forms of ``--to``, by the end of its name; a folder has none."""
 _OTHER_FILES = re.compile(r"\.(json|ndjson|txt|csv|tsv|tar|parquet|npz|gz|zst|bz2|xz)$")
 _TOP = re.compile(r"(\d+)|(\d+(?:\.\d+)?|\.\d+)%")
 _AUTO_POOL, _MAX_POOL = 4, 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig(ScoreArgs, RecordedRunArgs, title="select"):
+class SelectConfig(ScoreArgs, SetArgs, RecordedRunArgs, title="select"):
     """Queries, how many documents they select, by which rule, and where those are written."""
 
     score: str = as_in(QueryConfig, "score", group="score")
@@ -35,6 +36,19 @@ class SelectConfig(ScoreArgs, RecordedRunArgs, title="select"):
         help=r"Select among the documents of these domains only. Write \, for a comma in a name.",
     )
     device: str = as_in(QueryConfig, "device")
+    aggregate: str = as_in(
+        SetArgs,
+        "aggregate",
+        default="",
+        default_text="mean; none for --text, and for --per_query and --round_robin without "
+        "--group_by",
+    )
+    group_by: str = as_in(
+        SetArgs,
+        "group_by",
+        help="With --per_query or --round_robin: the queries with the same value of this field of "
+        "the lines of --queries, such as task or meta.task, select together.",
+    )
     top: str = flag(
         "Number of documents to select, or a percentage of those that may be selected.",
         "",
@@ -47,10 +61,14 @@ class SelectConfig(ScoreArgs, RecordedRunArgs, title="select"):
     )
     bottom: bool = flag("Select the documents with the lowest scores, the lowest first.", False)
     per_query: bool = flag(
-        "Each query selects its own best, by an equal share of --top or --tokens.", False
+        "Each query, or set of --group_by, selects its own best, by an equal share of --top or "
+        "--tokens.",
+        False,
     )
     round_robin: bool = flag(
-        "The queries select in turn, each its best document that none has selected yet.", False
+        "The queries, or sets of --group_by, select in turn, each its best document that none has "
+        "selected yet.",
+        False,
     )
     diverse: bool = flag(
         "Select one document after the other, by its score less its similarity to those selected "
@@ -99,6 +117,15 @@ class SelectConfig(ScoreArgs, RecordedRunArgs, title="select"):
             SelectConfig, name)]  # fmt: skip
         if changed and not self.diverse:
             raise ConfigError(f"--{changed[0]} is for --diverse")
+        several = self.makes_lists
+        if not several and (self.group_by or (self.aggregate == "none" and not self.text)):
+            what = "--group_by" if self.group_by else "--aggregate none"
+            raise ConfigError(f"{what} makes several lists: give --per_query or --round_robin")
+        if several and self.aggregate in ("mean", "max") and not self.group_by:
+            raise ConfigError(
+                f"--aggregate {self.aggregate} makes one list of all queries, and --{rules[0]} "
+                "takes several: add --group_by FIELD, or leave one of the two out"
+            )
         if len(self.dampings) > 1:
             raise ConfigError(f"--damping is {self.damping!r}; select takes one value")
         if _OTHER_FILES.search(self.to):
@@ -113,10 +140,18 @@ class SelectConfig(ScoreArgs, RecordedRunArgs, title="select"):
         suffix = Path(self.to).suffix
         return suffix if suffix in (LINES, IDS) else TARS
 
+    @property
+    def makes_lists(self) -> bool:
+        """True if queries, or sets of them, choose from lists of their own."""
+        return self.per_query or self.round_robin
+
     def query_config(self, scores: Path) -> QueryConfig:
         """Return the query that writes all scores to a file."""
         shared = {f.name for f in fields(QueryConfig)} & {f.name for f in fields(self)}
         given = {name: getattr(self, name) for name in shared}
+        if not self.aggregate:
+            one_each = self.text or (self.makes_lists and not self.group_by)
+            given["aggregate"] = "none" if one_each else "mean"
         return QueryConfig(**given, top_k=0, bottom_k=0, save_scores=str(scores))
 
     def budget(self, n_allowed: int, store: ProjectionStore) -> int:

@@ -29,7 +29,7 @@ def best(lists: ScoreLists, budget: int, weights: Weights = one_each) -> Picks:
 
 
 def per_query(lists: ScoreLists, budget: int, weights: Weights = one_each) -> Picks:
-    """Let each list choose its best by an equal share of the budget, whoever else chose them.
+    """Let each list choose its best by an equal share of the budget.
 
     The first of each list come first, then the second, and so on; a document that several chose
     stands where it comes first. If the budget is no multiple of the lists, the first ones have one

@@ -3,12 +3,12 @@
     python tests/bench/bench_select.py FOLDER --shards TARS --targets asyncio,email [--seeds 5]
 
 Documents are windows of 128 tokens. No file of a target domain is in the pretraining or in the
-pool; half of its files give the queries, the others the test, drawn anew for each seed. Every
-method picks 10 % of the pool for the queries; a small GPT-2, pretrained on other files, is trained
-on them for 3 epochs. Printed: the loss on the test, nats per token, less that after a random pick
-of the same seed, with the standard error over seeds. FOLDER keeps every training's loss, so the
-same command resumes. ``gradproj select`` makes its picks as a user would; bm25 adds up the scores
-of all queries.
+pool; half of its files give the queries, the others the test, and half of the pool's windows may be
+picked, all drawn again for each seed. Every method picks 10 % of these for the queries; a small
+GPT-2, pretrained on other files, is trained on them for 3 epochs. Printed: the loss on the test,
+nats per token, less that after a random pick of the same seed, with the standard error over seeds.
+FOLDER keeps every training's loss, so the same command resumes. ``gradproj select`` makes its picks
+as a user would; bm25 adds up the scores of all queries.
 """
 
 import argparse
@@ -24,14 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradproj import ProjectionStore
 from gradproj.__main__ import main as gradproj
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import read_documents
 from gradproj.evaluation.baselines import bm25
 from gradproj.evaluation.corpus import write_tars
 from gradproj.evaluation.losses import load, query_losses
-from gradproj.flags import join_list
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_tokenizer
@@ -40,7 +38,7 @@ from gradproj.training import TokenizerConfig, TrainConfig, train, train_tokeniz
 LENGTH, VOCABULARY = 128, 2048
 N_QUERIES, N_TEST, N_PER_FILE = 32, 96, 8
 SHARE = 0.1
-EPOCHS, BATCH = 3, 8
+EPOCHS, BATCH = 3, 16
 SELECT = {
     "select kfac": [],
     "select kfac, in turn": ["--round_robin"],
@@ -73,6 +71,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shards", required=True)
     parser.add_argument("--targets", required=True, help="names of domains, separated by commas")
+    parser.add_argument("--also_held", default="", help="domains to hold out and not to measure")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
     parser.add_argument("--pool", type=int, default=4000, help="most windows of the pool")
@@ -81,7 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     targets, methods = args.targets.split(","), args.methods.split(";")
-    bench = Bench(args.folder, args.shards, targets, args.pool, args.pretrain)
+    held = [*targets, *filter(None, args.also_held.split(","))]
+    bench = Bench(args.folder, args.shards, held, args.pool, args.pretrain)
     bench.prepare()
     if args.only_prepare:
         return
@@ -198,13 +198,15 @@ class Bench:
         return self.folder / "losses" / f"{target}, {seed}, {method}.npy"
 
     def _pick(self, method: str, target: str, seed: int, queries: list[Window], to: Path) -> None:
-        allowed = np.array([i for i, w in enumerate(self.pool) if w.domain != target])
+        others = np.array([i for i, w in enumerate(self.pool) if w.domain != target])
+        allowed = np.random.default_rng([seed, 3]).permutation(others)[: len(others) // 2]
         n = int(SHARE * len(allowed))
         if method in SELECT:
             lines = [json.dumps({"input_ids": q.ids, "id": f"{i}"}) for i, q in enumerate(queries)]
             (to.parent / "queries.jsonl").write_text("\n".join(lines))
-            others = [name for name in self._domains() if name != target]
-            flags = ["--queries", str(to.parent / "queries.jsonl"), "--domains", join_list(others)]
+            np.save(to.parent / "not_in.npy", np.setdiff1d(np.arange(len(self.pool)), allowed))
+            flags = ["--queries", str(to.parent / "queries.jsonl")]
+            flags += ["--not_in", str(to.parent / "not_in.npy")]
             flags += ["--top", str(n), "--device", "cpu", *SELECT[method], "--to", str(to)]
             with redirect_stdout(sys.stderr):
                 if gradproj(["select", str(self.folder / "store"), *flags]):
@@ -217,10 +219,6 @@ class Bench:
             scores = bm25(documents, np.array([q.ids for q in queries], np.int64)).sum(axis=0)
             chosen = allowed[np.argsort(-scores, kind="stable")[:n]]
         write_tars(to, [self.pool[i].payload() for i in chosen.tolist()])
-
-    def _domains(self) -> list[str]:
-        with ProjectionStore(self.folder / "store") as store:
-            return store.domains
 
 
 def print_table(bench: Bench, targets: list[str], methods: list[str], n_seeds: int) -> None:

@@ -9,14 +9,22 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers.corpora import mixed_documents, read_back
+from helpers.forked_ranks import run_forked
 from helpers.outputs import EMPTY, N_SAMPLES, ONE_TOKEN
 from helpers.query_command import TEXT, write_queries
 
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
+from gradproj.analysis import Preconditioner
 from gradproj.corpus.stream import Members
+from gradproj.job.recorded import config_from
+from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.query import QueryProjector, read_queries
 from gradproj.selection.writing import json_line, own_fields, with_fields
+
+QUERIES = ("--queries", "{folder}/q.jsonl", "--text", "")
 
 
 @pytest.fixture
@@ -92,14 +100,42 @@ def test_each_query_or_all_in_turn_choose(select, queries, scores, tmp_path):
     assert {x["id"] for x in own} == set(np.concatenate([best(s, 4) for s in scores]).tolist())
     select("--queries", queries, "--top", 12, "--round_robin", "--to", tmp_path / "turn.jsonl")
     turn = objects(tmp_path / "turn.jsonl")
-    assert [x["query"] for x in turn] == [f"q.jsonl:{1 + i % 3}" for i in range(12)] or len(
-        {x["query"] for x in turn}
-    ) == 3
+    names = [x["query"] for x in turn]
+    assert names == names[:3] * 4
+    assert len(set(names)) == 3
     taken = []
     for place, x in enumerate(turn):
         free = [i for i in best(scores[place % 3], N_SAMPLES).tolist() if i not in taken]
         assert x["id"] == free[0]
         taken.append(free[0])
+
+
+def test_queries_of_a_file_select_by_the_mean_of_their_scores_at_unit_length(
+    job, select, queries, scores, tmp_path
+):
+    # A query's length in the score's own metric is the root of its score for itself.
+    with ProjectionStore(job.output) as store:
+        run = config_from(RecordedRunArgs(output=str(job.output)))
+        rows = QueryProjector(store, run, "cpu").rows(read_queries(queries)).rows
+        inverse = Preconditioner.fit(store, "kfac")
+        lengths = inverse.self_products(torch.from_numpy(rows).double()).sqrt().numpy()
+    unit = scores / lengths[:, None]
+    for flags, wanted in (([], unit.mean(axis=0)), (["--aggregate", "max"], unit.max(axis=0))):
+        path = tmp_path / f"{len(flags)}.jsonl"
+        select("--queries", queries, "--top", 15, "--to", path, *flags)
+        got = objects(path)
+        assert [x["id"] for x in got] == best(wanted, 15).tolist()
+        np.testing.assert_allclose([x["score"] for x in got], wanted[best(wanted, 15)], rtol=1e-4)
+        assert "query" not in got[0]
+
+
+def test_sets_of_a_field_select_in_turn(select, queries, tmp_path):
+    lines = [json.loads(line) for line in queries.read_text().splitlines()]
+    tasks = [{**line, "task": task} for line, task in zip(lines, "abb", strict=True)]
+    path = write_queries(tmp_path / "tasks.jsonl", *tasks)
+    words = ("--group_by", "task", "--round_robin", "--top", 6, "--to", tmp_path / "s.jsonl")
+    select("--queries", path, *words)
+    assert [x["query"] for x in objects(tmp_path / "s.jsonl")] == ["a", "b"] * 3
 
 
 def test_not_in_domains_and_tokens_restrict_the_choice(job, select, tmp_path):
@@ -176,7 +212,10 @@ def test_score_by_text_and_both(select, tmp_path):
         (["--top", "5", "--to", "{folder}/x.json"], "end the name in .jsonl (documents) or .npy"),
         (["--top", "5", "--to", "{folder}/bad.npy"], "bad.npy exists; give another name"),
         (["--top", "5", "--to", "{folder}"], "is not empty"),
-        (["--top", "5", "--queries", "{folder}/q.jsonl", "--text", ""], "3 lists of scores"),
+        (["--top", "5", "--damping", "0.1,1"], "select takes one value"),
+        (["--top", "5", *QUERIES, "--aggregate", "none"], "none makes several lists: give --per"),
+        (["--top", "5", *QUERIES, "--group_by", "task"], "--group_by makes several lists: give"),
+        (["--top", "5", *QUERIES, "--aggregate", "max", "--per_query"], "makes one list of all"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(select, tmp_path, queries, words, message):
@@ -195,6 +234,17 @@ def test_mistakes_are_one_line_and_leave_nothing(select, tmp_path, queries, word
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_two_ranks_select_what_one_process_selects(output, queries, select, tmp_path):
+    words = ["--queries", str(queries), "--top", "20", "--device", "cpu", "--to"]
+    two = ["gradproj.__main__", "select", str(output), *words, str(tmp_path / "two.npy")]
+    job = run_forked(two, ranks=2)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("selected 20 of 68 documents") == 1
+    select(*words, tmp_path / "one.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"))
+    assert not list(tmp_path.glob("*.preparing"))
+
+
 KILLED = """
 import os, signal, sys
 from gradproj.__main__ import main
@@ -210,14 +260,11 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    ("where", "to"),
-    [("writing.json_line", "s.jsonl"), ("writer._publish", "tars"), ("writing.write_ids", "i.npy")],
+    ("where", "to"), [("writing.json_line", "s.jsonl"), ("writer._publish", "tars")]
 )
 def test_kill_leaves_nothing_under_the_name_and_the_next_call_completes(
     job, select, tmp_path, where, to
 ):
-    if where == "writing.write_ids":
-        where = "import gradproj.cli.select as command; command.write_ids"
     words = ["--text", TEXT, "--top", "6", "--to", str(tmp_path / to)]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED.format(where=where), "select", str(job.output), *words],
