@@ -100,4 +100,4 @@ def test_missing_binary_or_empty_file_is_rejected(tmp_path):
 
 def test_query_made_in_python_is_validated_too(tmp_path):
     with pytest.raises(ConfigError, match="query 'mine': text is empty"):
-        Query(name="mine", text="")
+        Query.of("mine", text="")

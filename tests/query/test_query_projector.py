@@ -76,7 +76,7 @@ def close(got, want, rounding=1e-5):
 def test_row_of_a_text_equals_that_of_a_document_with_it(made, projectors, number):
     texts = [document["text"] for document in mixed_documents(N_DOCUMENTS)]
     sample_id = next(i for i, text in enumerate(texts) if 4 < len(text.split()) < 9)
-    got = projectors[number].rows([Query(name="q", text=texts[sample_id])])
+    got = projectors[number].rows([Query.of("q", text=texts[sample_id])])
     with ProjectionStore(made.outputs[number]) as store:
         (want,), (sample,) = store.rows([sample_id]), store.samples([sample_id])
         rounding = {"float16": 1e-3, "float32": 1e-5}[store.layout.proj_dtype]
@@ -92,7 +92,7 @@ def test_row_of_a_completion_equals_autograd_of_its_tokens_loss(made, projectors
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     first = max(1, next(i for i, end in enumerate(ends) if end > cut))
     want, loss = slow_row(made, ids, first)
-    got = projectors[0].rows([Query(name="q", prompt=TEXT[:cut], completion=TEXT[cut:])])
+    got = projectors[0].rows([Query.of("q", prompt=TEXT[:cut], completion=TEXT[cut:])])
     n = len(ids) - first
     assert got.n_tokens.tolist() == [n]
     assert got.loss[0] == pytest.approx(loss / n, rel=1e-5)
@@ -107,8 +107,7 @@ def test_some_cut_of_the_text_is_inside_a_token(made):
 
 def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, monkeypatch):
     whole = [
-        Query(name=str(cut), prompt=TEXT[:cut], completion=TEXT[cut:])
-        for cut in range(1, len(TEXT))
+        Query.of(str(cut), prompt=TEXT[:cut], completion=TEXT[cut:]) for cut in range(1, len(TEXT))
     ]
     want = projectors[0].rows(whole).n_tokens
     fast = projectors[0]._tokenizer._tokenizer
@@ -128,8 +127,8 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
 
 
 def test_final_special_tokens_are_targets_of_a_completion(projectors):
-    (whole,) = projectors[1].rows([Query(name="q", text=TEXT)]).n_tokens
-    last = projectors[1].rows([Query(name="q", prompt=TEXT[:-1], completion=TEXT[-1:])])
+    (whole,) = projectors[1].rows([Query.of("q", text=TEXT)]).n_tokens
+    last = projectors[1].rows([Query.of("q", prompt=TEXT[:-1], completion=TEXT[-1:])])
     ids = projectors[1]._tokenizer._tokenizer(TEXT).input_ids
     assert whole == len(ids) + 1  # <s> is no target, </s> is
     assert last.n_tokens.tolist() == [2]
@@ -147,18 +146,16 @@ def test_completion_over_several_windows_sums_them(made, projectors):
         if first - start < len(window):
             want = want + slow_row(made, window, max(1, first - start), number=2)[0]
         start += 9
-    got = projectors[2].rows([Query(name="q", prompt=text[:cut], completion=text[cut:])])
+    got = projectors[2].rows([Query.of("q", prompt=text[:cut], completion=text[cut:])])
     assert got.n_tokens.tolist() == [n]
     assert close(got.rows[0], want / n)
 
 
 @pytest.mark.parametrize("number", range(1 + len(OTHERS)))
 def test_rows_of_many_queries_equal_each_alone(projectors, number, monkeypatch):
-    queries = [Query(name=f"t{i}", text=words(1 + i % 8, 50 + i)) for i in range(40)]
-    queries += [
-        Query(name=f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)
-    ]
-    queries += [Query(name=f"i{i}", input_ids=list(range(5, 7 + i))) for i in range(3)]
+    queries = [Query.of(f"t{i}", text=words(1 + i % 8, 50 + i)) for i in range(40)]
+    queries += [Query.of(f"c{i}", prompt=words(i % 5, i), completion=words(3, 9)) for i in range(8)]
+    queries += [Query.of(f"i{i}", input_ids=list(range(5, 7 + i))) for i in range(3)]
     passes = []
     forward_backward = QueryProjector._forward_backward
     monkeypatch.setattr(
@@ -177,15 +174,15 @@ def test_rows_of_many_queries_equal_each_alone(projectors, number, monkeypatch):
 def test_token_ids_are_used_as_given(made, projectors):
     ids = AutoTokenizer.from_pretrained(made.model)(TEXT).input_ids
     want, loss = slow_row(made, ids, 1)
-    got = projectors[0].rows([Query(name="q", input_ids=ids)])
+    got = projectors[0].rows([Query.of("q", input_ids=ids)])
     assert close(got.rows[0], want / (len(ids) - 1))
     assert got.loss[0] == pytest.approx(loss / (len(ids) - 1), rel=1e-5)
     # No special token is added.
-    assert projectors[1].rows([Query(name="q", input_ids=ids)]).n_tokens.tolist() == [len(ids) - 1]
+    assert projectors[1].rows([Query.of("q", input_ids=ids)]).n_tokens.tolist() == [len(ids) - 1]
 
 
 def test_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
-    queries = [Query(name=str(i), text=words(6, i)) for i in range(6)]
+    queries = [Query.of(str(i), text=words(6, i)) for i in range(6)]
     want = projectors[0].rows(queries).rows
     collate = projector.collate
 
@@ -207,12 +204,12 @@ def test_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
 
 def test_excerpts_are_one_line_and_mark_the_completion(projectors):
     queries = [
-        Query(name="a", text="control \x1b[31m and\n\n  spaces"),
-        Query(name="b", prompt="the prompt", completion=" and more"),
-        Query(name="c", prompt=words(40, 3), completion=" " + words(10, 4)),
-        Query(name="d", input_ids=[5, 6, 7]),
-        Query(name="e", text=" " * 900 + "hello there"),
-        Query(name="f", prompt="prompt" + " " * 900, completion="می\u200cخواهم"),
+        Query.of("a", text="control \x1b[31m and\n\n  spaces"),
+        Query.of("b", prompt="the prompt", completion=" and more"),
+        Query.of("c", prompt=words(40, 3), completion=" " + words(10, 4)),
+        Query.of("d", input_ids=[5, 6, 7]),
+        Query.of("e", text=" " * 900 + "hello there"),
+        Query.of("f", prompt="prompt" + " " * 900, completion="می\u200cخواهم"),
     ]
     excerpts = projectors[2].rows(queries).excerpts  # of windows, which have no limit
     assert excerpts[0] == "control \N{REPLACEMENT CHARACTER}[31m and spaces"
@@ -242,7 +239,7 @@ def test_excerpts_are_one_line_and_mark_the_completion(projectors):
 )
 def test_unsupported_query_is_rejected_by_name(projectors, query, message):
     with pytest.raises(ConfigError, match=message):
-        projectors[0].rows([Query(name="other", text=TEXT), Query(name="q", **query)])
+        projectors[0].rows([Query.of("other", text=TEXT), Query.of("q", **query)])
 
 
 def test_no_query_and_a_non_finite_gradient_are_rejected(projectors, monkeypatch):
@@ -251,4 +248,4 @@ def test_no_query_and_a_non_finite_gradient_are_rejected(projectors, monkeypatch
     collect = projectors[0]._engine.collect_batch
     monkeypatch.setattr(projectors[0]._engine, "collect_batch", lambda: collect() * torch.nan)
     with pytest.raises(ConfigError, match="query 'q': its gradient is not finite"):
-        projectors[0].rows([Query(name="q", text=TEXT)])
+        projectors[0].rows([Query.of("q", text=TEXT)])

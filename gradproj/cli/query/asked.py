@@ -33,7 +33,7 @@ def query_rows(
             rows = rows_of_query_store(other, store)
             return _with_tokens(rows, config, other, note) if config.uses_text else rows
     if config.text:
-        queries = [Query(name="text", text=config.text, where="--text")]
+        queries = [Query.of("text", text=config.text, where="--text")]
     else:
         queries = read_queries(config.queries)
     if config.score == TEXT:
@@ -47,7 +47,9 @@ def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Qu
     """Return queries with their tokens and without rows or losses; no model is loaded."""
     run = config_from(config, loads_weights=False)
     tokenizer, vocabulary = recorded_tokenizer(store, run)
-    tokenizer = QueryTokenizer(tokenizer, vocabulary, run.model.special_tokens, run.batch)
+    tokenizer = QueryTokenizer(
+        tokenizer, vocabulary, run.model.special_tokens, run.rules, run.batch
+    )
     sequences = tokenizer.sequences_of(queries)
     return QueryRows(
         names=[query.name for query in queries],
