@@ -37,6 +37,7 @@ class QueryTokenizer:
         batch: BatchConfig,
     ) -> None:
         self._tokenizer, self._batch = tokenizer, batch
+        self._kept = "first" if rules.truncate_side == "right" else "last"
         self._documents = DocumentTokenizer(
             tokenizer, special_tokens, rules, _WHOLE, vocabulary=vocabulary
         )
@@ -59,7 +60,7 @@ class QueryTokenizer:
             n = max(map(len, document.sequences))
             if n > batch.max_length and batch.long_documents == "truncate":
                 raise ConfigError(
-                    f"{query.place}: {n:,} tokens, and the store's rows cover "
+                    f"{query.place}: {n:,} tokens, and the store's rows cover the {self._kept} "
                     f"{batch.max_length:,} of a document; shorten it"
                 )
             for whole in document.sequences:

@@ -52,13 +52,17 @@ def projectors(made):
     return [QueryProjector(ProjectionStore(o), device="cpu") for o in made.outputs]
 
 
-def slow_row(made, ids, first, number=0):
-    """Return ``P_o G P_i^T`` by float64 autograd, and the summed loss of ``ids[first:]``."""
+def slow_row(made, ids, first, number=0, mask=None):
+    """Return ``P_o G P_i^T`` by float64 autograd, and the summed loss of ``ids[first:]``.
+
+    With a ``mask`` the loss is of the tokens where it is true.
+    """
     model = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float64).eval()
     targets = find_layers(model, ProjectionConfig().layers.split(","))
     tokens = torch.tensor(ids)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0]
-    loss = F.cross_entropy(logits[first - 1 : -1], tokens[first:], reduction="sum")
+    losses = F.cross_entropy(logits[first - 1 : -1], tokens[first:], reduction="none")
+    loss = losses.sum() if mask is None else losses[torch.tensor(mask[first:])].sum()
     gradients = torch.autograd.grad(loss, [target.module.weight for target in targets])
     matrices = ProjectionStore(made.outputs[number]).projection_matrices
     row = []
@@ -110,7 +114,8 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
         Query.of(str(cut), prompt=TEXT[:cut], completion=TEXT[cut:]) for cut in range(1, len(TEXT))
     ]
     want = projectors[0].rows(whole).n_tokens
-    fast = projectors[0]._tokenizer._tokenizer
+    documents = projectors[0]._tokenizer._documents
+    fast = documents._tokenizer
 
     class Slow:
         is_fast = False
@@ -119,7 +124,7 @@ def test_slow_tokenizer_finds_the_completion_without_offsets(made, projectors, m
             assert not return_offsets_mapping
             return fast(text, add_special_tokens=add_special_tokens)
 
-    monkeypatch.setattr(projectors[0]._tokenizer, "_tokenizer", Slow())
+    monkeypatch.setattr(documents, "_tokenizer", Slow())
     got = projectors[0].rows(whole).n_tokens
     # It may count tokens of the prompt's end, never leave out one of the completion.
     assert (got >= want).all()
@@ -181,6 +186,36 @@ def test_token_ids_are_used_as_given(made, projectors):
     assert projectors[1].rows([Query.of("q", input_ids=ids)]).n_tokens.tolist() == [len(ids) - 1]
 
 
+def test_masks_and_weights_are_in_the_row_and_not_in_the_loss(made, projectors):
+    ids = AutoTokenizer.from_pretrained(made.model)(TEXT).input_ids
+    mask = [n % 3 == 2 for n in range(len(ids))]
+    labels = [token if is_target else -100 for token, is_target in zip(ids, mask, strict=True)]
+    (row, loss), n = slow_row(made, ids, 1, mask=mask), sum(mask)
+    got = projectors[0].rows([Query.of("q", input_ids=ids, labels=labels, weight=-2.5)])
+    assert got.n_tokens.tolist() == [n]
+    assert got.loss[0] == pytest.approx(loss / n, rel=1e-5)
+    assert close(got.rows[0], -2.5 * row / n)
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_row_of_a_preference_is_the_gradient_of_dpos_loss_at_the_reference(
+    made, projectors, number
+):
+    prompt, answers, weight, beta = words(3, 1), (" " + words(4, 2), " " + words(2, 3)), 3.0, 0.1
+    projector = projectors[number]
+    got = projector.rows(
+        [Query.of("q", prompt=prompt, chosen=answers[0], rejected=answers[1], weight=weight)]
+    )
+    halves = [
+        projector.rows([Query.of("h", prompt=prompt, completion=answer)]) for answer in answers
+    ]
+    n = sum(int(half.n_tokens[0]) for half in halves)
+    chosen, rejected = (half.rows[0] * half.n_tokens[0] for half in halves)  # of summed losses
+    # -log sigmoid(beta * (log p(chosen) - log p(rejected) - its value)) has this gradient.
+    assert close(got.rows[0], weight * beta / 2 * (chosen - rejected) / n)
+    assert got.n_tokens.tolist() == [n]
+
+
 def test_batch_that_does_not_fit_runs_in_halves(projectors, monkeypatch):
     queries = [Query.of(str(i), text=words(6, i)) for i in range(6)]
     want = projectors[0].rows(queries).rows
@@ -228,13 +263,14 @@ def test_excerpts_are_one_line_and_mark_the_completion(projectors):
             {"text": words(90, 1), "where": "q.jsonl, line 4"},
             r"q\.jsonl, line 4: \d+ tokens, and the store's rows cover the first 24 of a document",
         ),
-        ({"text": "a"}, "query 'q': a single token: no target for a loss"),
-        ({"input_ids": [3]}, "query 'q': a single token: no target"),
+        ({"text": "a"}, "query 'q': no target for a loss"),
+        ({"input_ids": [3]}, "query 'q': no target for a loss"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "query 'q': a conversation, and the"),
         (
             {"input_ids": [3, 10**30]},
             "query 'q': \"input_ids\" holds 10{30}, which is not a token id",
         ),
-        ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model has ids from 0 to \d+"),
+        ({"input_ids": [3, 300]}, r"query 'q': token id 300, the model has \d+"),
     ],
 )
 def test_unsupported_query_is_rejected_by_name(projectors, query, message):

@@ -196,7 +196,8 @@ class GradDotProdEngine(TrainingEngine):
     ) -> None:
         """Announce the next batch, of the step after the last if ``iter_num`` is None.
 
-        ``weights`` say that the losses have some: these are in the gradients already. Samples without ids are kept as -1, with no Shapley value.
+        Samples without ids are kept as -1, with no Shapley value. ``weights`` say that the losses
+        have some, which are in their gradients already.
         """
         self._ids = check_ids(batch_idx, len(X))
         self._n_weighted = 0 if weights is None else len(X)
