@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.corpus.content import Text, TokenIds
+from gradproj.corpus.documents import Document
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
@@ -16,7 +18,8 @@ from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.loading import load_tokenizer
-from gradproj.training.data import shuffled_documents, tokens_of
+from gradproj.model.tokenization import Tokenizing
+from gradproj.training.data import shuffled_documents
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 
 SAMPLES_PER_TAR = 4096
@@ -129,7 +132,7 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
         target, most, least = pretrain, PRETRAIN_WINDOWS, longest
         if len(candidates) < needed:
             target, most, least = candidates, config.windows_per_document, shortest
-        tokens, begin = tokens_of(document, tokenizer, most * longest), 0
+        tokens, begin = _tokens_of(document, tokenizer, most * longest), 0
         for length in lengths.integers(least, longest + 1, most).tolist():
             if begin + length > len(tokens):
                 break
@@ -146,6 +149,16 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
             "of them, a smaller --max_length, or more --windows_per_document"
         )
     return candidates[:needed], pretrain[:n_pretrain]
+
+
+def _tokens_of(document: Document, tokenizer: Any, most: int) -> np.ndarray:
+    """Return the first ``most`` token ids of a text, or of token ids; none of anything else."""
+    if isinstance(document.content, TokenIds):
+        return np.asarray(document.content.ids[:most], np.int64)
+    if not isinstance(document.content, Text):
+        return np.empty(0, np.int64)
+    (ids,) = Tokenizing(tokenizer, "tokenizer", most).ids([document.content.text])
+    return ids[:most]
 
 
 def _draw(

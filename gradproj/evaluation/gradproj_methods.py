@@ -115,7 +115,7 @@ class GradientStores:
         head_path = path.with_name(f"{path.stem}-head.npz")
         if not path.is_file() or (rows.head and not head_path.is_file()):
             ids = unpadded(self._experiment.queries)
-            queries = [Query(name=str(i), input_ids=x.tolist()) for i, x in enumerate(ids)]
+            queries = [Query.of(str(i), input_ids=x.tolist()) for i, x in enumerate(ids)]
             found = QueryProjector(documents, device=self._config.device).rows(queries)
             if found.head is not None:
                 save_arrays(head_path, ids=found.head.ids, values=found.head.values)

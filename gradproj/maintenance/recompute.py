@@ -105,9 +105,8 @@ def recompute(
         ids, usual_norm, unreadable = _choose(output, store, n_rows, seed, skip or set())
         index = recorded_index(output.path, inputs.shards)
         recorded = recorded_engine(store, run, inputs.device)
-        batch = recorded.batch
-        if batch.long_documents == "windows":  # else every document is a sequence alone
-            batch = fit_padding(recorded.model, batch)
+        # A document may have several sequences: windows, or two answers.
+        batch = fit_padding(recorded.model, recorded.batch)
         settings = UnitSettings(
             output.layout,
             output.identity_hash,

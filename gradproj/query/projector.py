@@ -113,8 +113,9 @@ class QueryProjector:
         self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
         self._batch, self._head = recorded.batch, recorded.head
         self._tokenizer = QueryTokenizer(
-            recorded.tokenizer, recorded.vocabulary, run.model.special_tokens, recorded.batch
-        )
+            recorded.tokenizer, recorded.vocabulary, run.model.special_tokens, run.rules,
+            recorded.batch,
+        )  # fmt: skip
 
     def rows(self, queries: Sequence[Query]) -> QueryRows:
         """Project queries by the recorded special tokens, length rule and loss reduction.

@@ -1,70 +1,63 @@
 """Queries and JSONL files of them, one query per line."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from gradproj.corpus.content import problem_of_token_ids
+from gradproj.corpus.content import FIELDS, FORMS, Completion, Content, TokenIds, content_of
 from gradproj.corpus.fields import check_path, group_at
+from gradproj.corpus.messages import BadContentError
 from gradproj.errors import ConfigError
 from gradproj.formatting import listed
 
-FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}'
 EXCERPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A text, a completion after a prompt, or token ids.
+    """A question in a form that documents have; ``Query.of`` makes it from their fields.
 
     Raises:
-        ConfigError: not exactly one of the three forms, or an empty or malformed one.
+        ConfigError: an empty text, or a weight of 0.
     """
 
     name: str
-    text: str | None = None
-    prompt: str | None = None
-    """Context before ``completion``, excluded from the loss. May be empty."""
-    completion: str | None = None
-    input_ids: Sequence[int] | None = None
-    """Used as they are, without special tokens, and instead of a ``text``, as in a document."""
+    content: Content
+    weight: float = 1.0
+    """The row is multiplied by it."""
     where: str = ""
     """Place named in messages; default: the query's name."""
     group: str = ""
     """Name of the set that the query belongs to, if it was read by a field of its line."""
 
+    @classmethod
+    def of(cls, name: str, where: str = "", group: str = "", **fields: Any) -> Self:
+        """Return the query of a document's fields, such as ``text="..."`` or ``messages=[...]``.
+
+        Raises:
+            ConfigError: the fields make no document, or an empty one.
+        """
+        try:
+            content, weight = content_of(fields)
+        except BadContentError as problem:
+            place = where or f"query {name!r}"
+            raise ConfigError(f"{place}: {problem}. A query is {FORMS}") from problem
+        return cls(name=name, content=content, weight=weight, where=where, group=group)
+
     def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise ConfigError(f"{self.place}: {problem}")
+        content = self.content
+        answer = content.completion if isinstance(content, Completion) else content.plain_text()
+        if content.is_empty() or not (isinstance(content, TokenIds) or answer.strip()):
+            raise ConfigError(f"{self.place}: it is empty; give the text of the query")
+        if not self.weight:
+            raise ConfigError(f"{self.place}: its weight is 0, so it asks nothing; leave it out")
 
     @property
     def place(self) -> str:
         """File and line, or the name."""
         return self.where or f"query {self.name!r}"
-
-    def _problem(self) -> str:
-        if (self.prompt is None) != (self.completion is None):
-            missing = "completion" if self.completion is None else "prompt"
-            return f"there is no {missing}: prompt and completion come together. A query is {FORMS}"
-        has_text = self.text is not None or self.input_ids is not None
-        n_forms = has_text + (self.completion is not None)
-        if n_forms != 1:
-            return f"{'no query' if n_forms == 0 else 'more than one query'}; give one of {FORMS}"
-        if self.input_ids is not None:
-            problem = problem_of_token_ids(self.input_ids)
-            if problem or self.input_ids:
-                return problem
-            return "input_ids is empty; give at least a token and its target"
-        for key in ("text", "prompt", "completion"):
-            value = getattr(self, key)
-            if value is not None and not isinstance(value, str):
-                return f"{key} must be a text, got {value!r:.60}"
-            if value is not None and key != "prompt" and not value.strip():
-                return f"{key} is empty; give the text of the query"
-        return ""
 
 
 def read_queries(path: str | Path, group_by: str = "") -> list[Query]:
@@ -113,8 +106,8 @@ def _parse_query(line: str, where: str, name: str, group_by: str) -> Query:
     given = next((fields[key] for key in ("id", "name") if fields.get(key) not in (None, "")), name)
     if type(given) not in (str, int):
         raise ConfigError(f"{where}: its id must be a text or a whole number, got {given!r:.60}")
-    forms = {key: fields.get(key) for key in ("text", "prompt", "completion", "input_ids")}
-    return Query(name=str(given), where=where, group=_group(fields, group_by, where), **forms)
+    content = {name: fields[name] for name in FIELDS if name in fields}
+    return Query.of(str(given), where, _group(fields, group_by, where), **content)
 
 
 def _group(fields: Mapping[str, Any], group_by: str, where: str) -> str:

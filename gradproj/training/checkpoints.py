@@ -51,6 +51,12 @@ def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
         yield
 
 
+_BEFORE = {
+    "encoding": "dense", "loss_on": "assistant", "truncate_side": "right", "chat_template": "",
+}  # fmt: skip
+"""Settings of checkpoints from before these flags."""
+
+
 class Checkpoints:
     """The checkpoints of one run; only the newest is kept.
 
@@ -113,8 +119,7 @@ class Checkpoints:
         ``ConfigError`` if it has other settings, documents or another number of ranks.
         """
         shared = _load(path, STATE)
-        # Checkpoints from before --encoding hold runs of dense rows.
-        recorded = {"encoding": "dense"} | current_names(TrainConfig, shared["settings"])
+        recorded = _BEFORE | current_names(TrainConfig, shared["settings"])
         theirs, ours = (
             {name if name == "ranks" else f"--{name}": value for name, value in settings.items()}
             for settings in (recorded, self._settings)

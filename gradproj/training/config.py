@@ -12,6 +12,7 @@ from gradproj.engine.projection import ProjectionConfig
 from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, join_list
 from gradproj.model.config import ARCHITECTURES, ModelConfig
+from gradproj.model.document_tokens import DocumentRules
 from gradproj.store.layout import StoreConfig
 
 METHODS: dict[str, Callable[[Any], Any]] = {}
@@ -112,6 +113,9 @@ class TrainConfig(EngineConfig, title="training"):
         minimum=2,
         why="a token and its target",
     )
+    loss_on: str = as_in(DocumentRules, "loss_on")
+    truncate_side: str = as_in(DocumentRules, "truncate_side")
+    chat_template: str = as_in(DocumentRules, "chat_template")
     pack: bool = flag(
         "Join documents into full sequences; default: the first --max_length tokens of each.", False
     )
@@ -185,6 +189,14 @@ class TrainConfig(EngineConfig, title="training"):
                 "(gradproj tokenizer makes one)"
             )
 
+    @property
+    def rules(self) -> DocumentRules:
+        return DocumentRules(
+            loss_on=self.loss_on,
+            truncate_side=self.truncate_side,
+            chat_template=self.chat_template,
+        )
+
     def model_config(self) -> ModelConfig:
         """Return the checkpoint to start from, or the architecture to draw weights for."""
         assert self.model or self.architecture
@@ -195,4 +207,7 @@ class TrainConfig(EngineConfig, title="training"):
 
     def settings_of_the_run(self) -> dict[str, Any]:
         """Return the settings that a resumed run must have too, by flag."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in NO_PART_OF_A_RUN}
+        settings = dataclasses.asdict(self) | {
+            "chat_template": self.rules.identity()["--chat_template"]
+        }
+        return {k: v for k, v in settings.items() if k not in NO_PART_OF_A_RUN}

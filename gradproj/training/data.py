@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.corpus.content import TokenIds
+from gradproj.corpus.content import Preference
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
@@ -18,13 +18,15 @@ from gradproj.distributed import World
 from gradproj.engine.batching import collate
 from gradproj.engine.targets import IGNORE
 from gradproj.errors import CorpusError
+from gradproj.formatting import escaped
+from gradproj.model.document_tokens import DocumentTokenizer
 from gradproj.model.sequences import TokenSequence
 from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
 """Blocks of documents read and shuffled together. The blocks too are in a shuffled order."""
-CHARACTERS_PER_TOKEN = 40
-"""Characters of a document that are tokenized per wanted token; the rest would be cut off."""
+_WHOLE = 2**31
+"""No document is longer."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class DataPosition:
     epoch: int = 0
     document: int = 0
     """Documents of this epoch that the rank has read."""
-    left: np.ndarray = field(default_factory=lambda: np.empty((2, 0), np.int64))
-    """``(2, n)``: tokens left over by ``--pack``, and their sample ids."""
+    left: np.ndarray = field(default_factory=lambda: np.empty((3, 0), np.int64))
+    """``(3, n)``: tokens left over by ``--pack``, their sample ids, and 1 for a target."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -46,7 +48,10 @@ class DataPosition:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "DataPosition":
-        return cls(state["epoch"], state["document"], state["left"].numpy())
+        left = state["left"].numpy()
+        if len(left) == 2:  # of an earlier version, in which every token was a target
+            left = np.concatenate([left, np.ones_like(left[:1])])
+        return cls(state["epoch"], state["document"], left)
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,18 @@ class TrainBatch:
     input_ids: Tensor
     """``(N, S)`` int64."""
     labels: Tensor
-    """``(N, S)`` int64, not shifted; -100 at padding."""
+    """``(N, S)`` int64, not shifted; -100 at padding and at tokens that carry no loss."""
+    weights: Tensor | None
+    """``(N,)`` float32: what the sequences' losses are multiplied by; None if all are 1."""
     sample_ids: np.ndarray
     """``(N,)`` int64: the document; with ``--pack`` that of the first token."""
     domains: tuple[str, ...]
     """Domains of these documents."""
     n_tokens: int
     """Without padding."""
+    n_targets: int
     position: DataPosition
     """Position after this batch."""
-
-    @property
-    def n_targets(self) -> int:
-        return self.n_tokens - len(self.sample_ids)
 
 
 def batches_of(
@@ -87,32 +91,35 @@ def batches_of(
             f"--shards {config.shards}: {index.n_samples} document(s) for {world.size} ranks; "
             "start fewer"
         )
-    sequences = _sequences(config, index, tokenizer, world, position or DataPosition())
-    for chunk in iter(lambda: list(itertools.islice(sequences, config.batch_size)), []):
+    samples = _samples(config, index, tokenizer, world, position or DataPosition())
+    for chunk in iter(lambda: list(itertools.islice(samples, config.batch_size)), []):
         yield make_batch(chunk)
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Tokens of one row of a batch."""
+class Sample:
+    """One row of a batch."""
 
-    tokens: np.ndarray
-    sample_id: int
+    sequence: TokenSequence
+    """Its owner is the document's sample id."""
     domain: str
     position: DataPosition
     """Position after it."""
 
 
-def make_batch(sequences: list[Sequence]) -> TrainBatch:
-    """Pad sequences on the right into one batch."""
-    tokens = [sequence.tokens for sequence in sequences]
-    batch = collate([TokenSequence.of(ids) for ids in tokens], np.arange(len(tokens)))
-    lengths = torch.tensor([len(ids) for ids in tokens])
-    padding = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
-    labels = batch.input_ids.masked_fill(padding, IGNORE)
-    ids = np.array([sequence.sample_id for sequence in sequences], np.int64)
-    domains = tuple(sequence.domain for sequence in sequences)
-    return TrainBatch(batch.input_ids, labels, ids, domains, batch.n_tokens, sequences[-1].position)
+def make_batch(samples: list[Sample]) -> TrainBatch:
+    """Pad samples on the right into one batch."""
+    sequences = [sample.sequence for sample in samples]
+    batch = collate(sequences, np.arange(len(sequences)))
+    labels = torch.full_like(batch.input_ids, IGNORE)
+    labels[:, 1:][batch.token_mask[:, :-1]] = batch.targets
+    labels[:, 0] = batch.input_ids[:, 0]  # nothing predicts it
+    ids = np.array([sequence.owner for sequence in sequences], np.int64)
+    domains = tuple(sample.domain for sample in samples)
+    return TrainBatch(
+        batch.input_ids, labels, batch.factors, ids, domains, batch.n_tokens, len(batch.targets),
+        samples[-1].position,
+    )  # fmt: skip
 
 
 def check_tokens(batch: TrainBatch, vocabulary: int, flag: str) -> None:
@@ -126,39 +133,92 @@ def check_tokens(batch: TrainBatch, vocabulary: int, flag: str) -> None:
         )
 
 
-def _sequences(
+class SampleTokenizer:
+    """A run's tokenizer and rules, for documents to train on.
+
+    Args:
+        config: the run's settings.
+        tokenizer: the model's.
+        pack: whether documents are joined, so that none is cut.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, pack: bool) -> None:
+        length = _WHOLE if pack else config.max_length
+        self._documents = DocumentTokenizer(tokenizer, "tokenizer", config.rules, length)
+        self._pack, self._end = pack, tokenizer.eos_token_id
+
+    def __call__(self, document: Document, shards: str) -> tuple[TokenSequence | None, str]:
+        """Return a document's sequence, or None and the problem with it (or "").
+
+        Raises:
+            CorpusError: a preference, or a weight among packed documents.
+        """
+        if document.content is None:
+            return None, document.problem or ""
+        if isinstance(document.content, Preference):
+            raise CorpusError(
+                f"{shards}: document {document.sample_id} ({escaped(document.key)}) is a chosen "
+                "and a rejected answer, and gradproj train has no reference model to compare them "
+                "with: leave such documents out. The job makes rows of them"
+            )
+        if self._pack and document.weight != 1:
+            raise CorpusError(
+                f"{shards}: document {document.sample_id} ({escaped(document.key)}) has the weight "
+                f"{document.weight:g}, and --pack joins documents in one loss: leave --pack out"
+            )
+        (tokenized,) = self._documents.sequences([document.content], [document.weight])
+        if not tokenized.sequences:
+            return None, tokenized.problem
+        return tokenized.sequences[0].owned_by(document.sample_id), ""
+
+    def ended(self, sequence: TokenSequence) -> np.ndarray:
+        """Return ``(3, n)`` as in ``DataPosition.left``, with the token that ends a document."""
+        ids, is_target = sequence.ids, sequence.is_target.copy()
+        is_target[0] = is_target[1:].all()  # after another document, the first is predicted too
+        if self._end is not None:
+            # A target if the document's last token is one.
+            ids, is_target = np.append(ids, self._end), np.append(is_target, is_target[-1])
+        return np.stack([ids, np.full(len(ids), sequence.owner), is_target])
+
+
+def _samples(
     config: TrainConfig, index: CorpusIndex, tokenizer: Any, world: World, position: DataPosition
-) -> Iterator[Sequence]:
-    """Yield sequences with at least one target."""
-    left, problem = position.left, ""
+) -> Iterator[Sample]:
+    """Yield samples with at least one target."""
+    left, problem, shards = position.left, "", f"--shards {config.shards}"
+    tokenize = SampleTokenizer(config, tokenizer, config.pack)
     for epoch in itertools.count(position.epoch):
         done = position.document if epoch == position.epoch else 0
-        has_sequence = done > 0
+        has_sample = done > 0
         first = done * world.size + world.rank
         documents = shuffled_documents(index, config.seed, epoch, first)
         for document in itertools.islice(documents, 0, None, world.size):
             done += 1
-            problem = problem or document.problem or ""
-            tokens = tokens_of(document, tokenizer, None if config.pack else config.max_length)
-            if config.pack and len(tokens):
-                end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-                tokens = np.array([*tokens, *end], np.int64)
-                pairs = np.stack([tokens, np.full(len(tokens), document.sample_id)])
-                left = np.concatenate([left, pairs], axis=1)
-                while left.shape[1] >= config.max_length:
-                    (ids, owners), left = left[:, : config.max_length], left[:, config.max_length :]
-                    after = DataPosition(epoch, done, left)
-                    yield Sequence(ids, int(owners[0]), document.domain, after)
-                    has_sequence = True
-            elif len(tokens) > 1:
-                after = DataPosition(epoch, done, left)
-                yield Sequence(tokens, document.sample_id, document.domain, after)
-                has_sequence = True
-        if not has_sequence and left.shape[1] < 2:
+            sequence, of_document = tokenize(document, shards)
+            problem = problem or of_document
+            if sequence is None:
+                continue
+            if not config.pack:
+                yield Sample(sequence, document.domain, DataPosition(epoch, done, left))
+                has_sample = True
+                continue
+            left = np.concatenate([left, tokenize.ended(sequence)], axis=1)
+            while left.shape[1] >= config.max_length:
+                row, left = _packed(left[:, : config.max_length]), left[:, config.max_length :]
+                if row.n_targets:
+                    yield Sample(row, document.domain, DataPosition(epoch, done, left))
+                    has_sample = True
+        if not has_sample and left.shape[1] < 2:
             raise CorpusError(
-                f"--shards {config.shards}: no document has two tokens, so there is nothing to "
+                f"{shards}: no document has two tokens and a target, so there is nothing to "
                 f"learn{problem and f' (the first problem: {problem})'}"
             )
+
+
+def _packed(tokens: np.ndarray) -> TokenSequence:
+    """Return a sequence of ``(3, n)`` tokens, as ``DataPosition.left`` has them."""
+    ids, owners, is_target = tokens
+    return TokenSequence(ids, is_target.astype(bool), owner=int(owners[0])).part(0, len(ids))
 
 
 def shuffled_documents(
@@ -184,16 +244,6 @@ def shuffled_documents(
             parts = (read_documents(index, start, stop) for start, stop in ranges)
             group = list(itertools.chain.from_iterable(parts))
             yield from (group[i] for i in chosen)
-
-
-def tokens_of(document: Document, tokenizer: Any, most: int | None) -> np.ndarray:
-    """Return a document's first ``most`` token ids (None: all); none for bad input."""
-    content = document.content
-    if isinstance(content, TokenIds):
-        return np.array(content.ids[:most], np.int64)
-    text = document.text[: None if most is None else most * CHARACTERS_PER_TOKEN]
-    ids = tokenizer(text.encode("utf-8", "replace").decode()).input_ids
-    return np.array(ids[:most], np.int64)
 
 
 class TrainedDocuments:

@@ -57,7 +57,12 @@ class TrainingEngine:
         self.cleanup()
 
     def attach_train_batch(
-        self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
+        self,
+        X: Tensor,
+        Y: Tensor | None = None,
+        iter_num: int | None = None,
+        batch_idx: Any = None,
+        weights: Tensor | None = None,
     ) -> None:
         """Announce the next batch.
 
@@ -66,6 +71,7 @@ class TrainingEngine:
             Y: ``(N, S)`` int64 labels, not shifted, -100 = no target.
             iter_num: the step.
             batch_idx: the samples' ids, ``(N,)``.
+            weights: what the samples' losses are multiplied by, ``(N,)``; not given if all are 1.
         """
 
     def prepare_forward_input(self, X: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ class GradProjLoraTraining(TrainingEngine):
         self._step = 0
         self._ids: np.ndarray | None = None
         self._labels: Tensor | None = None
+        self._weights: Tensor | None = None
         self._unwritten_steps: set[int] = set()
         self._store = self._open_store()
         self._closed = False
@@ -88,9 +89,15 @@ class GradProjLoraTraining(TrainingEngine):
     # --- batches ---
 
     def attach_train_batch(
-        self, X: Tensor, Y: Tensor | None = None, iter_num: int | None = None, batch_idx: Any = None
+        self,
+        X: Tensor,
+        Y: Tensor | None = None,
+        iter_num: int | None = None,
+        batch_idx: Any = None,
+        weights: Tensor | None = None,
     ) -> None:
-        """Remember step, ids and labels. Without a step it is the next one."""
+        """Remember step, ids, labels and weights. Without a step it is the next one."""
+        self._weights = weights
         self._step = self._step + 1 if iter_num is None else int(iter_num)
         self._ids, self._labels = None if batch_idx is None else _of_batch(batch_idx, len(X), 0), Y
         if Y is None:
@@ -105,7 +112,10 @@ class GradProjLoraTraining(TrainingEngine):
         self._labels = self._ids = None
         has_weights = loss_key(self.context.model) in LOSS_WEIGHTS
         n_tokens = None if labels is None else count_targets(self.context.model, labels)
-        rows = self._engine.collect_batch()
+        rows, weights = self._engine.collect_batch(), self._weights
+        if weights is not None:
+            rows = rows * weights[:, None]  # collect_batch undoes the factors of a loss
+            self._weights = None
         if not has_weights:
             # The loss is a mean over the batch, divided by the number of accumulated batches.
             rows = rows * self.context.settings.grad_accumulation

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -22,8 +23,9 @@ class GradProjCallback(TrainerCallback):
     Each row is made at the weights of its step. Training is not changed. Accumulation, mixed
     precision, data parallelism and ``resume_from_checkpoint`` work; resuming cuts the rows after
     the checkpoint. Evaluations leave no rows. A dataset column ``sample_id`` becomes the rows' ids
-    with ``remove_unused_columns=False``; the Trainer's default drops it, which a line then says.
-    The loss must be the model's own, from its labels.
+    and a column ``weight`` multiplies the rows, not the Trainer's loss. Both need
+    ``remove_unused_columns=False``; the Trainer's default drops them, which a line then reports.
+    The loss must be the model's own, from its labels; a label of -100 carries none.
 
     Args:
         settings: fields of ``EngineConfig`` without ``method``.
@@ -120,7 +122,7 @@ class GradProjCallback(TrainerCallback):
     # --- a batch ---
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        ids = kwargs.pop("sample_id", None)
+        ids, weights = kwargs.pop("sample_id", None), kwargs.pop("weight", None)
         if module.training and self._engine is not None:
             labels = kwargs.get("labels")
             if labels is None:
@@ -132,14 +134,15 @@ class GradProjCallback(TrainerCallback):
                 self._says_ids_are_missing = False
                 print(
                     "GradProjCallback: the batches have no sample_id, so every row's id is -1. The "
-                    "Trainer removes a dataset's column sample_id unless TrainingArguments have "
-                    "remove_unused_columns=False",
+                    "Trainer removes a dataset's columns sample_id and weight unless "
+                    "TrainingArguments have remove_unused_columns=False",
                     file=sys.stderr,
                     flush=True,
                 )
             inputs = kwargs.get("input_ids", labels)
             ids = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
-            self._engine.attach_train_batch(inputs, labels, self._step, ids)
+            more = {} if weights is None else {"weights": _weights(weights, labels)}
+            self._engine.attach_train_batch(inputs, labels, self._step, ids, **more)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -157,3 +160,19 @@ class GradProjCallback(TrainerCallback):
 
         loss.register_hook(announce)
         self._has_batch = True
+
+
+def _weights(values: Any, labels: Tensor) -> Tensor:
+    """Return a batch's column ``weight`` as ``(N,)`` float32 on the labels' device."""
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float32, device=labels.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"GradProjCallback: the column weight holds no numbers: {error}"
+        ) from None
+    if weights.shape != labels.shape[:1]:
+        raise ConfigError(
+            f"GradProjCallback: the column weight of a batch of {len(labels)} samples has the "
+            f"shape {tuple(weights.shape)}; give one number for each sample"
+        )
+    return weights

@@ -181,14 +181,20 @@ class _Run:
         # The ranks exchange gradients in a step's last batch only.
         alone = not last and isinstance(shared, DistributedDataParallel)
         with shared.no_sync() if alone else contextlib.nullcontext():
-            engine.attach_train_batch(X, Y, step, batch.sample_ids)
+            weights = None if batch.weights is None else batch.weights.to(self._device)
+            more = {} if weights is None else {"weights": weights}
+            engine.attach_train_batch(X, Y, step, batch.sample_ids, **more)
             inputs, labels = engine.prepare_forward_input(X, Y)
             autocast = self._config.model_dtype == "bfloat16"
             with torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
                 joint = {"input_ids": inputs, "labels": labels}
                 losses = per_sample_loss(shared, joint, chunked=False)
-            (losses.sum() / n_targets).backward()
-        train_losses = losses.detach()[: len(X)]  # an engine's own rows come after the batch's
+            train_losses = losses[: len(X)]  # an engine's own rows come after the batch's
+            weighted = losses
+            if weights is not None:
+                weighted = torch.cat([train_losses * weights, losses[len(X) :]])
+            (weighted.sum() / n_targets).backward()
+        train_losses = train_losses.detach()
         engine.prepare_gradients()
         engine.aggregate_and_log(train_losses)
         engine.clear_gradients()

@@ -1,5 +1,6 @@
 """A fixed set of validation batches, for evaluations and for GradDotProd."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from gradproj.engine.loss import per_sample_loss
 from gradproj.errors import CorpusError
 from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.training.config import TrainConfig
-from gradproj.training.data import DataPosition, Sequence, TrainBatch, make_batch, tokens_of
+from gradproj.training.data import DataPosition, Sample, SampleTokenizer, TrainBatch, make_batch
 from gradproj.training.data_parallel import totals
 
 
@@ -56,14 +57,22 @@ class Validation:
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
     index = open_corpus(config.val_shards, flag="--val_shards")
     check_corpus_tokenizer(index.tokenization, tokenizer, flag="--val_shards")
-    sequences: list[Sequence] = []
+    samples: list[Sample] = []
+    shards, problem = f"--val_shards {config.val_shards}", ""
+    tokenize = SampleTokenizer(config, tokenizer, pack=False)
     for document in read_documents(index, 0, index.n_samples):
-        if len(sequences) == config.val_batches * config.val_batch_size:
+        if len(samples) == config.val_batches * config.val_batch_size:
             break
-        tokens = tokens_of(document, tokenizer, config.max_length)
-        if len(tokens) > 1:
-            sequences.append(Sequence(tokens, document.sample_id, document.domain, DataPosition()))
-    if not sequences:
-        raise CorpusError(f"--val_shards {config.val_shards}: no document has two tokens")
+        sequence, of_document = tokenize(document, shards)
+        problem = problem or of_document
+        if sequence is not None:
+            # A validation loss is one mean over all targets.
+            sequence = replace(sequence, factor=1.0)
+            samples.append(Sample(sequence, document.domain, DataPosition()))
+    if not samples:
+        raise CorpusError(
+            f"{shards}: no document has two tokens and a target"
+            f"{problem and f' (the first problem: {problem})'}"
+        )
     size = config.val_batch_size
-    return [make_batch(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+    return [make_batch(samples[i : i + size]) for i in range(0, len(samples), size)]

@@ -69,7 +69,7 @@ def measure(
     with ProjectionStore(output) as store:
         run = recorded_config(output)
         excerpts = draw_excerpts(store, run, n_excerpts, n_tokens, seed)
-        queries = [Query(name=str(i), text=excerpt.text) for i, excerpt in enumerate(excerpts)]
+        queries = [Query.of(str(i), text=excerpt.text) for i, excerpt in enumerate(excerpts)]
         layers = [x.name for x in store.layers if f".{part}." in f".{x.name}."] if part else None
         asked = QueryProjector(store, run, "cpu").rows(queries)
         print(

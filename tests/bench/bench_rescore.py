@@ -91,7 +91,7 @@ def make_store(folder: Path, experiment: Experiment, model: Path, name: str) -> 
 
 def scan_scores(output: Path, queries: np.ndarray) -> np.ndarray:
     """Return the first stage's scores by kfac, ``(Q, N)``."""
-    asked = [Query(name=str(n), input_ids=ids.tolist()) for n, ids in enumerate(queries)]
+    asked = [Query.of(str(n), input_ids=ids.tolist()) for n, ids in enumerate(queries)]
     with ProjectionStore(output) as store:
         rows = QueryProjector(store, device="cpu").rows(asked).rows
         return np.asarray(score(rows, store, score="kfac"))

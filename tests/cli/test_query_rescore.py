@@ -41,7 +41,7 @@ def exact_scores(measured):
         recipe = CurvatureFolder(store).recipe()
         recorded = RecordedModel(store, run, torch.device("cpu"), layers=LAYERS.split(","))
         exact = ExactModel(recorded.model, list(recorded.targets))
-        asked = [Query(name=str(n), where="", **_form(q)) for n, q in enumerate(QUERIES)]
+        asked = [Query.of(str(n), where="", **_form(q)) for n, q in enumerate(QUERIES)]
         tokens = QueryProjector(store, run, "cpu").rows(asked).sequences
         ids = ok_ids(store)
         documents, sample = (

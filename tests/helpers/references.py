@@ -4,19 +4,27 @@ import torch
 import torch.nn.functional as F
 
 
-def sample_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Return one sample's summed cross-entropy from the model's own logits."""
+def sample_loss(
+    model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return one sample's summed cross-entropy from the model's own logits.
+
+    It is over all tokens but the first, or over those of the ``labels`` that are not -100.
+    """
     # Virtual tokens of prompt learning come first.
     logits = model(input_ids=tokens[None], use_cache=False).logits[0, -len(tokens) :]
-    return F.cross_entropy(logits[:-1].float(), tokens[1:], reduction="sum")
+    targets = (tokens if labels is None else labels)[1:]
+    return F.cross_entropy(logits[:-1].float(), targets, reduction="sum")
 
 
-def projected_gradient_by_autograd(model, engine, tokens: torch.Tensor) -> torch.Tensor:
+def projected_gradient_by_autograd(
+    model, engine, tokens: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return one sample's row: whole weight gradients by autograd, then both projections."""
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)
     weights = [target.module.weight for target in engine.targets]
-    gradients = torch.autograd.grad(sample_loss(model, tokens), weights)
+    gradients = torch.autograd.grad(sample_loss(model, tokens, labels), weights)
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
     row = []

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM
 import gradproj.run
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
+from gradproj.analysis import score
 from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.selection import find_layers
+from gradproj.query import Query, QueryProjector
 from gradproj.store.layout import STATUS
 
 BETA = 0.3
@@ -162,6 +164,27 @@ def test_rows_are_autograds_of_the_masked_and_weighted_loss(jobs, family):
             assert (statuses[i], sample.n_tokens) == ("ok", n_targets), fields
             assert np.linalg.norm(got - row) <= 1e-5 * np.linalg.norm(row), fields
             assert sample.loss == pytest.approx(summed / n_targets, rel=1e-5), fields
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_query_of_any_form_has_the_row_of_its_document_and_finds_it(jobs, family):
+    with ProjectionStore(jobs[family]["output_dir"]) as store:
+        ok = np.flatnonzero(store.column("status") == STATUS["ok"])
+        forms = documents_and_parts(family)
+        asked = {i: forms[i][0] for i in ok.tolist() if forms[i][0].get("weight") != 0}
+        queries = [Query.of(str(i), **fields) for i, fields in asked.items()]
+        got = QueryProjector(store, device="cpu").rows(queries)
+        want, columns = store.rows(list(asked)), store.samples(list(asked))
+        cosines = score(got.rows, store, score="cosine")
+    for place, i in enumerate(asked):
+        assert np.linalg.norm(got.rows[place] - want[place]) <= 1e-5 * np.linalg.norm(want[place])
+        assert got.n_tokens[place] == columns[place].n_tokens
+        assert got.loss[place] == pytest.approx(columns[place].loss, rel=1e-5)
+        assert cosines[place, i] >= np.nanmax(cosines[place]) - 1e-4
+    # The conversation is planted twice, beside others and texts of the same words.
+    chat = next(place for place, i in enumerate(asked) if "messages" in asked[i])
+    best = np.argsort(-np.nan_to_num(cosines[chat], nan=-1))[:2]
+    assert all(forms[i][0].get("messages") == CHAT for i in best)
 
 
 class Killed(BaseException):

@@ -89,7 +89,7 @@ def test_stored_rows_and_scores_are_those_of_autograd(made):
 
     chosen = ok[:4]
     queries = QueryProjector(store, device="cpu").rows(
-        [Query(name=str(i), text=texts[i]) for i in chosen]
+        [Query.of(str(i), text=texts[i]) for i in chosen]
     )
     rows = [
         slow_rows(model, store, tokenizer(texts[i]).input_ids, reduction, QUERY_ROWS)

@@ -16,9 +16,9 @@ from gradproj.errors import ConfigError
 from gradproj.query import Query, QueryProjector
 
 QUERIES = [
-    Query(name="a", text=words(9, 5)),
-    Query(name="b", text=words(14, 6)),
-    Query(name="c", prompt=words(5, 7), completion=" " + words(6, 8)),
+    Query.of("a", text=words(9, 5)),
+    Query.of("b", text=words(14, 6)),
+    Query.of("c", prompt=words(5, 7), completion=" " + words(6, 8)),
 ]
 PROBE = torch.linspace(-1, 1, 32)
 
@@ -167,4 +167,4 @@ def test_loss_that_gives_no_right_rows_is_refused_by_name(projector, loss, messa
 
 def test_query_of_several_windows_is_refused(projector):
     with pytest.raises(ConfigError, match="tokens"):
-        projector.rows_of(log_odds, [Query(name="long", text=words(200, 1))])
+        projector.rows_of(log_odds, [Query.of("long", text=words(200, 1))])

@@ -1,11 +1,14 @@
-"""Query files: three forms, names in order, and errors with file and line."""
+"""Query files: the forms of documents, names in order, and errors with file and line."""
 
 import json
 
 import pytest
 
+from gradproj.corpus.content import Completion, Conversation, Preference, Text, TokenIds
 from gradproj.errors import ConfigError
 from gradproj.query import Query, read_queries
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def write(path, *lines):
@@ -15,23 +18,27 @@ def write(path, *lines):
     return path
 
 
-def test_line_holds_text_or_prompt_and_completion_or_token_ids(tmp_path):
+def test_line_holds_a_document_of_any_form(tmp_path):
     path = write(
         tmp_path / "q.jsonl",
         {"text": "a text\u2028with a separator", "id": "first"},
         "\n",
         {"prompt": "p", "completion": " c", "name": "second", "label": 3},
-        {"input_ids": [1, 2], "id": 7},
+        {"input_ids": [1, 2], "labels": [-100, 2], "weight": -0.5, "id": 7},
         {"prompt": "", "completion": "c", "text": None},
         {"text": "a text that is not read", "input_ids": [3, 4], "id": "both"},
+        {"messages": TURNS, "id": "chat"},
+        {"prompt": "p", "chosen": "good", "rejected": "bad", "id": "pair"},
     )
     got = read_queries(path)
-    assert [(q.name, q.text, q.prompt, q.completion, q.input_ids) for q in got] == [
-        ("first", "a text\u2028with a separator", None, None, None),
-        ("second", None, "p", " c", None),
-        ("7", None, None, None, [1, 2]),
-        ("line 5", None, "", "c", None),
-        ("both", "a text that is not read", None, None, [3, 4]),
+    assert [(q.name, q.content, q.weight) for q in got] == [
+        ("first", Text("a text\u2028with a separator"), 1),
+        ("second", Completion("p", " c"), 1),
+        ("7", TokenIds([1, 2], [-100, 2]), -0.5),
+        ("line 5", Completion("", "c"), 1),
+        ("both", TokenIds([3, 4], text="a text that is not read"), 1),
+        ("chat", Conversation(TURNS), 1),
+        ("pair", Preference(Completion("p", "good"), Completion("p", "bad")), 1),
     ]
 
 
@@ -57,23 +64,24 @@ def test_a_field_of_the_lines_names_the_queries_groups(tmp_path):
         ("{torn\n", "invalid JSON"),
         ("[" * 100_000 + "\n", "invalid JSON"),
         ('["text"]\n', "not an object but"),
-        ({}, r'no query; give one of \{"text"'),
-        ({"txt": "a"}, "no query; give one of"),
-        ({"prompt": "p", "completion": "c", "input_ids": [1, 2]}, "more than one query"),
-        ({"text": "a", "prompt": "p", "completion": "c"}, "more than one query"),
-        ({"prompt": "p"}, "there is no completion: prompt and completion come together"),
-        ({"completion": "c"}, "there is no prompt: prompt and completion come together"),
-        ({"text": " \n"}, "text is empty"),
-        ({"prompt": "p", "completion": ""}, "completion is empty"),
-        ({"text": 3}, "text must be a text, got 3"),
-        ({"prompt": ["p"], "completion": "c"}, r"prompt must be a text, got \['p'\]"),
-        ({"input_ids": []}, "input_ids is empty"),
+        ({}, 'no text: it has none of "text"'),
+        ({"txt": "a"}, 'no text: it has none of "text"'),
+        ({"prompt": "p"}, 'it has "prompt" and no "completion": they come together'),
+        ({"completion": "c"}, 'it has "completion" and no "prompt": they come together'),
+        ({"text": " \n"}, "it is empty; give the text of the query"),
+        ({"prompt": "p", "completion": ""}, "it is empty"),
+        ({"messages": []}, "it is empty"),
+        ({"text": "a", "weight": 0}, "its weight is 0, so it asks nothing"),
+        ({"text": "a", "weight": "x"}, '"weight" is not a number but a string'),
+        ({"text": 3}, '"text" is not a string but a number'),
+        ({"input_ids": [1, 2], "labels": [1, 3]}, '"labels" holds 3 at position 1'),
+        ({"input_ids": []}, "it is empty"),
         ({"input_ids": "12"}, '"input_ids" is not a list but a string'),
         ({"input_ids": 12}, '"input_ids" is not a list but a number'),
         ({"input_ids": [1, -1]}, '"input_ids" holds -1, which is not a token id'),
         ({"input_ids": [1, 2.0]}, '"input_ids" holds 2.0, which is not a token id'),
         ({"input_ids": [1, True]}, '"input_ids" holds true, which is not a token id'),
-        ({"text": "a", "input_ids": []}, "input_ids is empty"),
+        ({"text": "a", "input_ids": []}, "it is empty"),
         ({"text": "a", "id": [1]}, r"its id must be a text or a whole number, got \[1\]"),
         ({"text": "a", "id": "one"}, "the name 'one' is already used in line 1"),
     ],
@@ -99,5 +107,5 @@ def test_missing_binary_or_empty_file_is_rejected(tmp_path):
 
 
 def test_query_made_in_python_is_validated_too(tmp_path):
-    with pytest.raises(ConfigError, match="query 'mine': text is empty"):
-        Query(name="mine", text="")
+    with pytest.raises(ConfigError, match="query 'mine': it is empty"):
+        Query.of("mine", text="")

@@ -126,6 +126,40 @@ def test_rows_are_on_disk_before_their_checkpoint(tmp_path, strategy):
         assert [s for s in steps if s > 0] == np.repeat(range(1, step + 1), 2).tolist()
 
 
+def test_labels_mask_and_a_column_of_weights_multiplies_the_rows(tmp_path):
+    dataset, weights = samples(4), [1.0, -2.5, 0.0, 0.5]
+    for sample, weight in zip(dataset, weights, strict=True):
+        sample["labels"] = sample["labels"].clone()
+        sample["labels"][1:3], sample["weight"] = -100, weight
+    with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
+        trained = train(tmp_path, [watching], dataset=dataset, max_steps=2, learning_rate=0.0)
+    plain = [{k: v for k, v in sample.items() if k != "weight"} for sample in dataset]
+    without = train(tmp_path, [], dataset=plain, max_steps=2)
+    rows, _, ids = rows_of(tmp_path)
+    assert sorted(ids) == [100, 101, 102, 103]
+    slow = GradProjLoraEngine(trained, proj_rank_total=16, proj_rank_min=2)
+    for row, sample_id in zip(rows, ids, strict=True):
+        sample, weight = dataset[sample_id - 100], weights[sample_id - 100]
+        n = LENGTHS[sample_id - 100]
+        tokens, labels = sample["input_ids"][:n], sample["labels"][:n]
+        want = projected_gradient_by_autograd(trained, slow, tokens, labels)
+        want = weight * want / (labels[1:] != -100).sum()
+        assert relative_error(torch.from_numpy(row), want) < 1e-4 if weight else not row.any()
+    with GradProjCallback(result_dir=tmp_path / "same", **SETTINGS) as watching:
+        watched = train(tmp_path, [watching], dataset=dataset, max_steps=2)
+    pairs = zip(watched.parameters(), without.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weight_that_is_no_number_a_sample_is_rejected(tmp_path):
+    dataset = [sample | {"weight": [1.0, 2.0]} for sample in samples(4)]
+    with (
+        GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching,
+        pytest.raises(ConfigError, match=r"weight of a batch of 2 samples has the shape \(2, 2\)"),
+    ):
+        train(tmp_path, [watching], dataset=dataset)
+
+
 def test_sample_ids_that_the_trainer_drops_are_said_once(tmp_path, capsys):
     with GradProjCallback(result_dir=tmp_path, **SETTINGS) as watching:
         train(tmp_path, [watching], max_steps=2, remove_unused_columns=True)

@@ -79,7 +79,7 @@ def ask(config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]
             rows = _with_tokens(rows, config, other, note) if config.uses_text else rows
         return Asked(rows, _sets(config, [""] * len(rows.names), rows.names, 0))
     if config.text:
-        queries = [Query(name="text", text=config.text, where="--text")]
+        queries = [Query.of("text", text=config.text, where="--text")]
     else:
         queries = read_queries(config.queries, config.group_by)
     control = read_queries(config.contrast) if config.contrast else []
@@ -109,7 +109,9 @@ def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Qu
     """Return queries with their tokens and without rows or losses; no model is loaded."""
     run = config_from(config, loads_weights=False)
     tokenizer, vocabulary = recorded_tokenizer(store, run)
-    tokenizer = QueryTokenizer(tokenizer, vocabulary, run.model.special_tokens, run.batch)
+    tokenizer = QueryTokenizer(
+        tokenizer, vocabulary, run.model.special_tokens, run.rules, run.batch
+    )
     sequences = tokenizer.sequences_of(queries)
     return QueryRows(
         names=[query.name for query in queries],

@@ -6,7 +6,6 @@ for the optimizer, and the inner products (``inner_products.py``). arXiv:2406.11
 dot products.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +112,7 @@ class GradDotProdEngine(TrainingEngine):
         self._waiting: dict[nn.Parameter, Tensor] = {}
         self._step = 0
         self._ids: np.ndarray | None = None
+        self._n_weighted = 0
         self._prepared = self._checked = False
 
     @classmethod
@@ -124,7 +124,6 @@ class GradDotProdEngine(TrainingEngine):
                 "val_data=(input_ids, labels)"
             )
         settings = context.settings
-        summed = functools.partial(loss_divisor, context.model)
         engine = cls(
             context.model,
             context.val_data,
@@ -132,10 +131,12 @@ class GradDotProdEngine(TrainingEngine):
             result_dir=settings.result_dir or None,
             save_interval=settings.proj_save_interval,
             learning_rate=context.optimizer,
-            accumulation=summed if context.loss == "sum" else settings.grad_accumulation,
+            accumulation=settings.grad_accumulation,
             resume_step=context.resume_step,
         )
         engine.context = context
+        if context.loss == "sum":
+            engine.accumulation = lambda: loss_divisor(engine.module, engine._n_weighted)
         return engine.attach()
 
     # --- attaching ---
@@ -186,13 +187,20 @@ class GradDotProdEngine(TrainingEngine):
     # --- a batch ---
 
     def attach_train_batch(
-        self, X: Any, Y: Any = None, iter_num: int | None = None, batch_idx: Any = None
+        self,
+        X: Any,
+        Y: Any = None,
+        iter_num: int | None = None,
+        batch_idx: Any = None,
+        weights: Any = None,
     ) -> None:
         """Announce the next batch, of the step after the last if ``iter_num`` is None.
 
-        Samples without ids are kept as -1, with no Shapley value.
+        Samples without ids are kept as -1, with no Shapley value. ``weights`` say that the losses
+        have some, which are in their gradients already.
         """
         self._ids = check_ids(batch_idx, len(X))
+        self._n_weighted = 0 if weights is None else len(X)
         self._step = self._step + 1 if iter_num is None else int(iter_num)
 
     def prepare_forward_input(self, X: Tensor, Y: Tensor | None = None) -> tuple[Tensor, Tensor]:

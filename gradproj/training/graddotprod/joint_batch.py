@@ -76,15 +76,19 @@ class JointBatcher:
         return int(((labels if self._shifted else labels[:, 1:]) != IGNORE).sum())
 
 
-def loss_divisor(model: nn.Module) -> float:
-    """Return what a loop divided the summed ``per_sample_loss`` of its last backward pass by."""
+def loss_divisor(model: nn.Module, n_weighted: int = 0) -> float:
+    """Return what a loop divided the summed ``per_sample_loss`` of its last backward pass by.
+
+    The first ``n_weighted`` samples have weights of their own; the others, of the validation
+    batch, have none.
+    """
     weights = LOSS_WEIGHTS.get(loss_key(model))
     if weights is None:
         raise ModelError(
             'a manager with loss="sum" takes per_sample_loss(model, ...).sum(), times any number; '
             'with the mean of transformers\' own loss leave loss="sum" out'
         )
-    least, most = torch.stack(weights.values.aminmax()).tolist()
+    least, most = torch.stack(weights.values[n_weighted:].aminmax()).tolist()
     if least != most:
         raise ModelError(
             f"GradDotProd takes losses of one weight, got weights from {least:g} to {most:g}: give "
