@@ -81,6 +81,8 @@ def snapshot():
 
 before = snapshot()
 import gradproj
+import gradproj.cli.query.command
+compiler = "numba" in sys.modules
 
 names = []
 for module in pkgutil.walk_packages(gradproj.__path__, "gradproj."):
@@ -90,6 +92,7 @@ for module in pkgutil.walk_packages(gradproj.__path__, "gradproj."):
 after = snapshot()
 print(json.dumps({
     "imported": names,
+    "compiler": compiler,
     "changed": {name: [repr(before[name])[:2000], repr(after[name])[:2000]]
                 for name in before if before[name] != after[name]},
 }))
@@ -105,3 +108,4 @@ def test_importing_every_module_changes_no_setting():
     result = json.loads(child.stdout.splitlines()[-1])
     assert {"gradproj.run", "gradproj.store.texts", "gradproj.training"} <= set(result["imported"])
     assert result["changed"] == {}
+    assert not result["compiler"], "a query that scans no packed rows or text waits for numba"

@@ -31,7 +31,7 @@ LEVEL_OF = {stage: number for number, stages in enumerate(LEVELS) for stage in s
 HOME_OF = {
     "zarr": {"store"},
     "numcodecs": {"store"},
-    "numba": {"kernels", "text"},
+    "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "webdataset": {"corpus"},
     "datasets": {"corpus"},

@@ -84,15 +84,15 @@ def fit_eigen_moments(
         StoreError: no document has a row.
     """
     ids = _sample(store)
-    rows = torch.from_numpy(store.rows(ids)).double()
+    factor = np.ones(len(ids))
     if stored_reduction(store) == "mean":  # the curvature is that of summed losses
-        n_tokens = store.columns_at(("n_tokens",), ids)["n_tokens"]
-        rows *= torch.from_numpy(n_tokens.astype(np.float64))[:, None]
+        factor = store.columns_at(("n_tokens",), ids)["n_tokens"].astype(np.float64)
     plain = unweighted(store) if has_weighted_rows(store) else {}
     curvatures: dict[str, Curvature] = {}
     for layer in store.layers:
-        if layer.name in layers:
-            x = rows[:, layer.slice_start : layer.slice_end].view(len(rows), layer.k_o, layer.k_i)
+        if layer.name in layers:  # one at a time: in float64 all would be large
+            rows = torch.from_numpy(store.rows(ids, [layer.name]) * factor[:, None])
+            x = rows.view(len(ids), layer.k_o, layer.k_i)
             curvatures[layer.name] = _moments(x, factors[layer.name], plain.get(layer.name))
     return curvatures, len(ids)
 

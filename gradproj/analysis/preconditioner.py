@@ -103,11 +103,9 @@ class Preconditioner:
 
         ``kfac`` is ``(S + d_o)^-1 (x) (A + d_i)^-1`` from the token covariances that the job
         summed, or from the pilot's eigenvalues for rows weighted in an eigenbasis; it reads no
-        row. ``ekfac`` is ``(L + d)^-1`` in the
-        eigenbasis of these covariances, with L the second moments of at most ``MAX_ROWS`` rows
-        there. ``second_moment`` is ``(M + d)^-1`` with M the mean of
-        ``row^T row`` over the documents that have a row, in one scan. Sums and factorizations are
-        float64.
+        row. ``ekfac`` is ``(L + d)^-1`` in the eigenbasis of these covariances, with L the second
+        moments of at most ``MAX_ROWS`` rows there. ``second_moment`` is ``(M + d)^-1`` with M the
+        mean of ``row^T row`` over the documents that have a row, in one scan. All in float64.
 
         Args:
             store: finished or not; for kfac of a store without basis, its units must be merged.
@@ -132,20 +130,17 @@ class Preconditioner:
         names = chosen_layers(store, layers)
         widths = _widths(store, names, joint)
         curvatures: Mapping[str, Curvature]
-        if kind != "second_moment":
-            read = read_eigenvalues if has_weighted_rows(store) else read_kronecker_factors
-            curvatures, n_rows = read(store)
-        if kind == "ekfac":
-            curvatures, n_rows = fit_eigen_moments(store, names, curvatures)
         if kind == "second_moment":
             curvatures, n_rows = fit_second_moments(
                 store, names, widths, largest_width=largest_width, directions=directions,
                 together=together, device=torch.device(device), progress=progress,
             )  # fmt: skip
-        settings = {
-            "kind": kind, "damping": damping, "layers": names, "n_rows": n_rows,
-            "joint": joint, "store": identity_of(store),
-        }  # fmt: skip
+        else:
+            read = read_eigenvalues if has_weighted_rows(store) else read_kronecker_factors
+            curvatures, n_rows = read(store)
+            if kind == "ekfac":
+                curvatures, n_rows = fit_eigen_moments(store, names, curvatures)
+        settings = _settings(store, kind, damping, names, n_rows, joint)
         parts = [_Part(name, width, curvatures[name]) for name, width in widths.items()]
         fitted = cls(settings, parts)
         return fitted if damping == "auto" else fitted.ready()
@@ -156,10 +151,7 @@ class Preconditioner:
     ) -> "Preconditioner":
         """Return that by which weighted rows have the inner products of plain gradients."""
         curvatures, names = unweighted(store), chosen_layers(store, layers)
-        settings = {
-            "kind": "none", "damping": "auto", "layers": names, "n_rows": 0,
-            "joint": False, "store": identity_of(store),
-        }  # fmt: skip
+        settings = _settings(store, "none", "auto", names)
         widths = _widths(store, names, joint=False)
         return cls(settings, [_Part(name, w, curvatures[name]) for name, w in widths.items()])
 
@@ -281,6 +273,20 @@ class Preconditioner:
                 f"rows are {tuple(rows.shape)}; this preconditioner takes (n, {sum(widths)})"
             )
         return rows.split(widths, dim=1)
+
+
+def _settings(
+    store: ProjectionStore,
+    kind: str,
+    damping: float | str,
+    layers: Sequence[str],
+    n_rows: int = 0,
+    joint: bool = False,
+) -> dict[str, Any]:
+    return {
+        "kind": kind, "damping": damping, "layers": list(layers), "n_rows": n_rows,
+        "joint": joint, "store": identity_of(store),
+    }  # fmt: skip
 
 
 def _check_arguments(kind: str, joint: bool, largest_width: int, directions: int) -> None:

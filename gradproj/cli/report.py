@@ -174,4 +174,12 @@ def answers_of(
             )
         )
     note = f"{top.n_scored:,} of {len(store):,} documents have a score."
+    if len(rows.names) > 1:
+        found = np.asarray(top.ids)
+        n_found, most = len(np.unique(found[found >= 0])), min(found.size, top.n_scored)
+        note += (
+            f" Among the {k} best of each query are {n_found:,} different documents, of at most "
+            f"{most:,}; if they are few and the queries differ, the score finds the same documents "
+            "whatever is asked."
+        )
     return answers, options["score"], note

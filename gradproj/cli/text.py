@@ -11,7 +11,8 @@ from gradproj.flags import Flags, as_in, flag, parse
 from gradproj.formatting import count, human_bytes
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.store import ProjectionStore
-from gradproj.text.index import MAX_SKETCH_BYTES, TextIndex, make_text_index
+from gradproj.text.frequencies import MIN_COUNTERS
+from gradproj.text.index import FACTS_NAME, MAX_SKETCH_BYTES, TextIndex, make_text_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ def text_command(argv: list[str]) -> None:
                 store, config.inputs(), config.max_sketch_bytes, share, print_note
             )
     if index is not None:
+        if index.facts.sketch["bytes"] > max(config.max_sketch_bytes, 4 * MIN_COUNTERS) + 2**10:
+            print_note(
+                f"--max_sketch_bytes limits a new sketch, and {index.files.folder} has a larger "
+                f"one: delete {FACTS_NAME} there to count again"
+            )
         print("\n".join(_lines(index)))
 
 

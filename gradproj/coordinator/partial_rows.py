@@ -140,5 +140,7 @@ class PartialLog:
         part: dict[str, Any] = {name: tensors.pop(name) for name in _ARRAYS}
         for group in _GROUPS:
             start = f"{group}."
-            part[group] = {n.removeprefix(start): v for n, v in tensors.items() if start in n}
+            part[group] = {
+                n.removeprefix(start): v for n, v in tensors.items() if n.startswith(start)
+            }
         return PartialRows(**part)

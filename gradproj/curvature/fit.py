@@ -172,6 +172,7 @@ class _Fit:
         sums: list[tuple[Tensor, Tensor]] = []
 
         def begin() -> SequenceVisit:
+            sums.clear()  # first: memory may have run out
             sums[:] = [
                 (self._zeros(n_i), self._zeros(n_o))
                 for n_i, n_o in (self.recorded.targets[name].widths for name in layers)
@@ -208,6 +209,7 @@ class _Fit:
         sums: list[Tensor] = []
 
         def begin() -> SequenceVisit:
+            sums.clear()
             sums[:] = [
                 torch.zeros(len(o.values), len(i.values), dtype=torch.float64, device=device)
                 for i, o in sides

@@ -46,7 +46,14 @@ def plan_head(config: RunConfig, skeleton: nn.Module) -> HeadSegment | None:
             "output, so its head has no rows. Leave --head_rows out"
         )
     assert isinstance(head, nn.Linear)
-    return config.head.segment(head.out_features)
+    segment = config.head.segment(head.out_features)
+    assert segment is not None
+    if segment.n_rows > head.out_features or segment.k > head.in_features:
+        raise ConfigError(
+            f"{shape}: the vocabulary head has {head.out_features:,} rows of {head.in_features:,} "
+            "values; give at most that many of each"
+        )
+    return segment
 
 
 def head_attribute(config: RunConfig, segment: HeadSegment | None) -> dict[str, Any]:

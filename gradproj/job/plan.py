@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from gradproj.corpus.config import CorpusConfig
 from gradproj.corpus.documents import UNKNOWN_DOMAIN
@@ -15,7 +16,6 @@ from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
 from gradproj.engine.coverage import Coverage, coverage_of
-from gradproj.engine.hidden_states import hidden_width
 from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
 from gradproj.engine.projection import job_matrices, place_widths
 from gradproj.engine.reach import check_reached
@@ -28,14 +28,13 @@ from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import check_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
-from gradproj.job.head import plan_head
 from gradproj.job.identity import (
     check_identity,
     identity_hash,
     identity_of_flags,
     is_untouched,
-    store_to_plan,
 )
+from gradproj.job.row_form import place_rows
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.job.wanted_units import wanted_units
 from gradproj.model.chat import chat_template
@@ -61,8 +60,6 @@ from gradproj.store.layout import (
     UNITS_DIR,
     LayerSlice,
     StoreLayout,
-    place_stored,
-    plan_layout,
 )
 from gradproj.store.unit_record import list_records
 
@@ -188,13 +185,15 @@ class Plan:
     def host_bytes(self, model_bytes: int, batch_bytes: int = 0) -> int:
         """Estimate a rank's host memory.
 
-        That is the libraries, the model (on a GPU: in transit), units' rows, two units' tokens, and
-        on the CPU a batch.
+        That is the libraries, the model (on a GPU: in transit), units' rows, two units' tokens, the
+        token covariances (in float64, and a batch's), and on the CPU a batch.
         """
+        squares = 16 * sum(layer.k_i**2 + layer.k_o**2 for layer in self.layers)
         tokens = self.layout.rows_per_shard * self.config.batch.max_length * 8
         index = 14_000 * len(self.index.tars)
         batch = int(HEAP_FACTOR * batch_bytes)
-        return LIBRARY_BYTES + model_bytes + batch + self.unit_bytes() + 2 * tokens + index
+        held = LIBRARY_BYTES + model_bytes + self.unit_bytes() + squares
+        return held + batch + 2 * tokens + index
 
 
 def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
@@ -221,16 +220,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
     if untouched := is_untouched(Path(config.job.output_dir)):
         check_reached(skeleton, targets, projection.patterns, config.batch.max_length)
-    widths = [layer.slice_end - layer.slice_start for layer in layers]
-    head = plan_head(config, skeleton)
-    more_bytes, store = head.n_bytes if head else 0, store_to_plan(config)
-    # A unit's longest documents come first: the sums of all that have windows can be there at once.
-    has_sums = config.batch.long_documents == "windows"
-    sizes = (n_samples, widths, index.longest_key_bytes)
-    hidden = hidden_width(skeleton) if config.store.hidden_state != "none" else 0
-    layout = plan_layout(*sizes, store, more_bytes, keeps_sums=has_sums, hidden_width=hidden)
-    layers = place_stored(layers, layout)
-    head = replace(head, stored_start=layers[-1].stored_end) if head else None
+    sizes = n_samples, index.longest_key_bytes
+    layout, layers, head = place_rows(config, skeleton, layers, *sizes)
     wanted, n_selected = wanted_units(config, index, layout)
     identity = {
         **identity_of_flags(config, layout),
@@ -253,18 +244,23 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         check_identity(plan.output / STORE_NAME, plan.identity)
         check_chat_template(plan.output, template)
     _check_space(plan)
-    notes = [*allocation, *index.unread_lines(), *idle_exclusions(skeleton, projection.patterns)]
-    if attention := attention_note(files):
+    notes = [*allocation, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
+    if not len(list_records(plan.output / UNITS_DIR)):
+        notes += check_documents(index, UnitReader(index, tokenizer, plan.unit_settings))
+    return replace(plan, notes=tuple(notes))
+
+
+def _notes(plan: Plan, skeleton: nn.Module) -> list[str]:
+    config, index = plan.config, plan.index
+    notes = [*index.unread_lines(), *idle_exclusions(skeleton, config.projection.patterns)]
+    if attention := attention_note(plan.files):
         notes.append(f"attention     {attention}")
-    notes += unused_lines(given or {}, layers)
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(
             f"domains       no document names a domain in the field {field} (--domain_field)"
         )
-    if not len(list_records(plan.output / UNITS_DIR)):
-        notes += check_documents(index, UnitReader(index, tokenizer, plan.unit_settings))
-    return replace(plan, notes=tuple(notes))
+    return notes
 
 
 def check_output(output: Path) -> None:

@@ -35,6 +35,7 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
         f"documents     {layout.n_samples:,} in {len(plan.index.tars):,} tars{selected}",
         f"row           D = {len(plan.layers)} layers{each} = {layout.dim:,} values, "
         f"{layout.stored_as}, {human_bytes(plan.row_bytes)}",
+        *_head_lines(plan),
         *_hidden_lines(plan),
         f"widths        {', '.join(f'{shape} in {n} layers' for shape, n in shapes.most_common())}",
         f"basis         {_basis_of(plan)}",
@@ -69,6 +70,15 @@ def plan_lines(plan: Plan, n_recorded: int) -> list[str]:
     return lines
 
 
+def _head_lines(plan: Plan) -> list[str]:
+    if (head := plan.head) is None:
+        return []
+    return [
+        f"head rows     {head.n_rows} of {head.vocabulary:,} words a document, {head.k} signs "
+        f"each: {human_bytes(head.n_bytes)} of the row"
+    ]
+
+
 def _hidden_lines(plan: Plan) -> list[str]:
     width = plan.layout.hidden_width
     if not width:
@@ -86,7 +96,8 @@ def _basis_of(plan: Plan) -> str:
         return "random: the matrices as they are drawn"
     if projection.basis_from:
         return f"eigen, that of {projection.basis_from}"
-    return f"eigen, measured by a pilot of at least {projection.pilot_tokens:,} target tokens"
+    tokens = f"at least {projection.pilot_tokens:,} target tokens (or all there are)"
+    return f"eigen, measured by a pilot of {tokens}"
 
 
 def memory_line(plan: Plan, device: torch.device) -> str:

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import float32, float64, int64, njit, types, uint8
+from numba import float32, float64, int64, types, uint8
 from numba.extending import intrinsic
+
+from gradproj.kernels.compiled import compiled
 
 _LANES = 16
 """Floats of a vector: a register of AVX-512, two or four of another instruction set."""
@@ -156,23 +158,13 @@ def _add_from_tables(n_bytes: int) -> Any:
 _add_word, _add_byte = _add_from_tables(_WORD), _add_from_tables(1)
 
 
-def _compiled(*signature: Any) -> Any:
-    """Compile now, without Python's lock; cached in a folder if numba finds one to write to."""
-
-    def compile_it(function: Any) -> Any:
-        try:
-            return njit(types.void(*signature), nogil=True, cache=True)(function)
-        except RuntimeError:  # no folder for its cache can be written to
-            return njit(types.void(*signature), nogil=True)(function)
-
-    return compile_it
-
-
 _CODES, _SCALES = types.Array(uint8, 2, "A"), types.Array(float32, 2, "A")
 _SPANS, _PRODUCTS = int64[:, ::1], float64[:, ::1]
 
 
-@_compiled(_CODES, _SPANS, types.Array(float32, 2, "A"), _PRODUCTS, int64, _SCALES, _PRODUCTS)
+@compiled(
+    types.void(_CODES, _SPANS, types.Array(float32, 2, "A"), _PRODUCTS, int64, _SCALES, _PRODUCTS)
+)
 def _add_by_masks(codes, spans, weights, totals, bits, scales, products):
     """Add to ``products (n, lanes)``; ``weights (lanes, V)``, and their sums over each span."""
     n, stride, longest = codes.shape[0], codes.strides[0], 0
@@ -210,7 +202,7 @@ def _add_by_masks(codes, spans, weights, totals, bits, scales, products):
                 row += group
 
 
-@_compiled(_CODES, _SPANS, float32[:, ::1], int64, _SCALES, _PRODUCTS)
+@compiled(types.void(_CODES, _SPANS, float32[:, ::1], int64, _SCALES, _PRODUCTS))
 def _add_by_tables(codes, spans, weights, bits, scales, products):
     """Add to ``products (n, _LANES)``; ``weights (V, _LANES)``."""
     n, stride = codes.shape[0], codes.strides[0]

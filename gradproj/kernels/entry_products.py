@@ -1,22 +1,11 @@
 """Products of sparse entries of signs with vectors, compiled by numba for the CPU."""
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a loop; cached if numba finds a folder for that."""
-    settings: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
-    try:
-        return numba.njit(cache=True, **settings)(function)
-    except RuntimeError:  # no folder for its cache can be written to
-        return numba.njit(**settings)(function)
+from gradproj.kernels.compiled import compiled
 
 
-@_compiled
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def add_entry_products(
     entries: np.ndarray,
     id_bytes: int,

@@ -103,7 +103,9 @@ class AppendStore:
         encoded, row_scale = self._encoder.encode(torch.from_numpy(rows))
         stored = encoded.numpy()
         bad = columns["status"] == STATUS["non_finite"]
-        stored[bad] = self.layout.fill
+        if bad.any():  # a copy: dense float32 rows are the caller's own
+            stored = stored.copy()
+            stored[bad] = self.layout.fill
         columns = {**columns, "row_scale": row_scale.numpy()}
         done = 0
         while done < len(rows):

@@ -7,17 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
-from gradproj.text.ngrams import Documents, compiled, distinct_hashes
+from gradproj.text.ngrams import Documents
 
-N_PLACES = 3
-"""Counters of an n-gram."""
-N_SEGMENTS = 64
-"""Parts of the table; all counters of an n-gram lie in one, so threads can share the parts."""
 MIN_COUNTERS = 2**16
 _TOKENS_AT_ONCE = 2**20
 """Tokens of which a thread keeps the hashes, 32 bytes for each; a longer document is one piece."""
-_SEGMENT_SHIFT, _STEP_SHIFT, _ODD = np.uint64(58), np.uint64(29), np.uint64(1)
-_LARGEST = np.uint32(2**32 - 1)
 
 
 class Frequencies(Protocol):
@@ -63,17 +57,21 @@ class FrequencySketch:
     """Documents of the whole corpus."""
 
     def counts(self, hashes: np.ndarray) -> np.ndarray:
-        return _smallest(self.table, hashes)
+        from gradproj.text import loops
+
+        return loops.smallest_counts(self.table, hashes)
 
     def add(self, documents: Documents, pool: ThreadPoolExecutor, n_threads: int) -> None:
         """Count the n-grams of further documents. The result does not depend on the threads."""
+        from gradproj.text.loops import N_SEGMENTS, count_hashes, distinct_hashes
+
         n_tokens = int(documents.ends[-1] - documents.ends[0])
         pieces = documents.pieces(max(n_threads, -(-n_tokens // _TOKENS_AT_ONCE)))
         edges = [N_SEGMENTS * i // n_threads for i in range(n_threads + 1)]
 
         def count(thread: int) -> None:
             for part in hashes:
-                _count(self.table, part, edges[thread], edges[thread + 1])
+                count_hashes(self.table, part, edges[thread], edges[thread + 1])
 
         for start in range(0, len(pieces), n_threads):
             chosen = pieces[start : start + n_threads]
@@ -84,44 +82,3 @@ class FrequencySketch:
         """Return quantiles of the counts of n-grams that no document holds, which should be 0."""
         absent = np.random.default_rng(0).integers(1, 2**64, 2**16, np.uint64)
         return np.quantile(self.counts(absent), list(quantiles), method="higher").tolist()
-
-
-@compiled
-def _places(value: np.uint64, n_places: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64]:
-    """Return the first counter of a hash's segment, and its first place and step in there."""
-    base = (value >> _SEGMENT_SHIFT) * n_places
-    return base, value, (value >> _STEP_SHIFT) | _ODD
-
-
-@compiled
-def _count(table: np.ndarray, hashes: np.ndarray, first: int, stop: int) -> None:
-    """Count the n-grams of the segments ``[first, stop)``."""
-    n_places = np.uint64(len(table) // N_SEGMENTS)
-    mask = n_places - _ODD
-    for value in hashes:
-        if not first <= np.int64(value >> _SEGMENT_SHIFT) < stop:
-            continue
-        base, place, step = _places(value, n_places)
-        smallest = _LARGEST
-        for i in range(N_PLACES):
-            smallest = min(smallest, table[base + ((place + np.uint64(i) * step) & mask)])
-        if smallest == _LARGEST:
-            continue
-        for i in range(N_PLACES):
-            at = base + ((place + np.uint64(i) * step) & mask)
-            table[at] = max(table[at], smallest + np.uint32(1))
-
-
-@compiled
-def _smallest(table: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Return the count of each hash, int64."""
-    n_places = np.uint64(len(table) // N_SEGMENTS)
-    mask = n_places - _ODD
-    counts = np.empty(len(hashes), np.int64)
-    for number in range(len(hashes)):
-        base, place, step = _places(hashes[number], n_places)
-        smallest = _LARGEST
-        for i in range(N_PLACES):
-            smallest = min(smallest, table[base + ((place + np.uint64(i) * step) & mask)])
-        counts[number] = smallest
-    return counts

@@ -19,10 +19,6 @@ from gradproj.text.frequencies import Frequencies, weight_of
 from gradproj.text.index import TextIndex
 from gradproj.text.ngrams import (
     Documents,
-    add_scores,
-    document_counts,
-    make_table,
-    ngram_hashes,
     thread_pool,
 )
 
@@ -56,13 +52,17 @@ class QueryText:
 
     def hashes(self) -> np.ndarray:
         """Return the hashes of the n-grams that count, with repetitions, uint64."""
-        return ngram_hashes(self.ids.astype(np.uint32), self.ends)
+        from gradproj.text import loops
+
+        return loops.ngram_hashes(self.ids.astype(np.uint32), self.ends)
 
 
 class QueryNgrams:
     """The n-grams of several queries, in a table that documents are matched with."""
 
     def __init__(self, queries: Sequence[QueryText]) -> None:
+        from gradproj.text import loops
+
         found = [np.unique(query.hashes(), return_counts=True) for query in queries]
         hashes, of_query = (
             np.concatenate([hashes for hashes, _ in found]),
@@ -74,7 +74,7 @@ class QueryNgrams:
         self._queries = of_query[order]
         self._counts = np.concatenate([counts for _, counts in found])[order].astype(np.float64)
         self._starts = np.searchsorted(number[order], np.arange(len(self.hashes) + 1))
-        self._table = make_table(self.hashes)
+        self._table = loops.make_table(self.hashes)
 
     def weights(self, frequencies: Frequencies) -> np.ndarray:
         """Return ``c_q(w) ln(N / df(w) + 1)^3`` of every query's n-grams, float64."""
@@ -84,8 +84,10 @@ class QueryNgrams:
 
     def scores(self, documents: Documents, weights: np.ndarray) -> np.ndarray:
         """Return ``K`` of documents, ``(n, Q)`` float64."""
+        from gradproj.text import loops
+
         scores = np.zeros((len(documents), self.n_queries))
-        add_scores(
+        loops.add_scores(
             documents.tokens, documents.ends, *self._table, self._starts, self._queries, weights,
             scores,
         )  # fmt: skip
@@ -103,8 +105,10 @@ class QueryNgrams:
 
     def document_counts(self, documents: Documents) -> np.ndarray:
         """Return the number of documents that hold each n-gram of ``hashes``, int64."""
+        from gradproj.text import loops
+
         counted = np.zeros(len(self.hashes), np.int64)
-        document_counts(documents.tokens, documents.ends, *self._table, counted)
+        loops.document_counts(documents.tokens, documents.ends, *self._table, counted)
         return counted
 
 

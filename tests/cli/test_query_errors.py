@@ -44,6 +44,7 @@ ASKED = ("--text", TEXT)
         ((*ASKED, "--format", "xml"), "--format"),
         ((*ASKED, "--device", "tpu"), "--device"),
         ((*ASKED, "--top_k", "-1"), "--top_k must be at least 0, got -1"),
+        ((*ASKED, "--head_sum", "equal"), "has no head rows"),
         ((*ASKED, "--top_k", "0", "--bottom_k", "0"), "nothing to answer"),
         ((*ASKED, "--top_k", N_SAMPLES + 1), "--top_k is 71, and "),
         ((*ASKED, "--bottom_k", 1000), "has 70 documents: give at most that many"),

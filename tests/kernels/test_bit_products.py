@@ -3,10 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from numba import types
-from numba.core.caching import CacheImpl
 
-from gradproj.kernels import bit_products
 from gradproj.kernels.bit_products import BitProducts
 
 WIDTHS = [15, 64, 7, 33, 128]
@@ -62,9 +59,3 @@ def test_threads_share_the_rows(monkeypatch, n_queries):
     got = products.zeros(300)
     products.add(codes, 0, scales, got)
     assert (np.abs(products.by_row(got) - expected) / sizes).max() < 5e-7
-
-
-def test_compiles_where_no_folder_can_hold_the_cache(monkeypatch):
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    compiled = bit_products._compiled(types.float64[:])(lambda values: None)
-    compiled(np.zeros(1))

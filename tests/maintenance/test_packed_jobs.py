@@ -98,6 +98,21 @@ def test_damaged_unit_is_found_and_computed_again_to_equal_bits(
     np.testing.assert_array_equal(rows_of(packed_output), rows_of(packed_job["output_dir"]))
 
 
+def test_wrong_head_rows_under_right_checksums_are_named(packed_job, tmp_path):
+    run_job(**packed_job | {"head_rows": "6x8", "output_dir": tmp_path})
+    assert wrong_ids(tmp_path) == []
+    with ProjectionStore(tmp_path) as store:
+        _, stored, _ = next(store.scan_stored(16, start=16))
+        stored, head = stored.copy(), store.head.segment
+    segment = slice(head.stored_start, head.stored_end)
+    stored[[3, 9], segment] = stored[[9, 3], segment]
+    stored[5, segment] = 0
+    replace_rows(tmp_path, 1, stored)
+    wrong = recompute(RecordedRunArgs(output=str(tmp_path), device="cpu"), N_SAMPLES, 0).wrong
+    assert [check.sample_id for check in wrong] == [19, 21, 25]
+    assert all("has head rows that are" in check.what for check in wrong)
+
+
 @pytest.mark.parametrize("name", ["basis_matrices", "basis_eigenvalues"])
 @pytest.mark.parametrize("happens", ["lost", "short", "nan", "bit"])
 def test_damaged_basis_is_named(packed_output, name, happens):

@@ -156,6 +156,8 @@ def test_each_query_shows_its_top_and_bottom_documents_side_by_side_with_the_mea
         assert (
             f"{rows.n_tokens[number]:,} target tokens, loss {rows.loss[number]:.3f}" in parsed.text
         )
+    n_found = len({*np.asarray(top.ids).ravel().tolist()} - {-1})
+    assert f"{n_found} different documents, of at most {top.n_scored};" in parsed.text
     assert "Score kfac : influence with the curvature" in parsed.text
     assert "Positive: training more on the document lowers the query's loss" in parsed.text
 

@@ -18,7 +18,8 @@ from gradproj.text import frequencies, token_files
 from gradproj.text import index as index_module
 from gradproj.text.frequencies import FrequencySketch, n_counters, weight_of
 from gradproj.text.index import make_text_index, open_text_index
-from gradproj.text.ngrams import Documents, distinct_hashes, ngram_hashes, thread_pool
+from gradproj.text.loops import distinct_hashes, ngram_hashes
+from gradproj.text.ngrams import Documents, thread_pool
 
 
 def make(output, **options):

@@ -6,8 +6,9 @@ from helpers.query_command import ask
 from helpers.text import job_tokens, ngrams
 from transformers import AutoTokenizer
 
+from gradproj.text.loops import distinct_hashes
 from gradproj.text.matches import common_passages
-from gradproj.text.ngrams import Documents, distinct_hashes
+from gradproj.text.ngrams import Documents
 from gradproj.text.scores import QueryText
 
 assert ask

@@ -12,15 +12,17 @@ from gradproj.analysis.reduction import length_percentiles
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_stream import ScoreStream
-from gradproj.analysis.score_types import SCORES
+from gradproj.analysis.score_types import HEAD_SUMS, SCORES
 from gradproj.cli.query.asked import Asked, ask
 from gradproj.cli.query.config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import SecondStage
 from gradproj.cli.query.text import text_scan
 from gradproj.distributed import Process, choose_device
+from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes
 from gradproj.store import ProjectionStore
+from gradproj.store.head_rows import HEAD_NAME
 from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
 from gradproj.text.scores import TextScan
 
@@ -152,6 +154,14 @@ def _scan_options(
     if warning:
         note(warning)
     options = config.scan_options(store, device, note)
+    if config.head_sum != HEAD_SUMS[0]:
+        if store.head is None:
+            raise ConfigError(f"--head_sum {config.head_sum}: {store.path} has no head rows")
+        if not config.uses_head(options["score"]):
+            raise ConfigError(
+                f"--head_sum {config.head_sum} requires --score kfac, and {HEAD_NAME} among the "
+                "--layers if there are any"
+            )
     options["domains"] = config.domains_of(store)
     options["together"] = process.world_size > 1
     return options

@@ -44,11 +44,11 @@ class Summary:
             if len(layers) > _LAYERS_SHOWN:
                 names.append(f"and {len(layers) - _LAYERS_SHOWN} more")
             lines.append(labelled("layers", ", ".join(names)))
-        if self.options.get("head") is not None:
+        if self.store.head is not None and self.name != TEXT:
             how = self.options.get("head_sum")
-            lines.append(
-                labelled("head rows", f"their score is added ({how}), with the store's damping")
-            )
+            added = f"their score is added ({how}), with the store's damping"
+            is_added = self.options.get("head") is not None
+            lines.append(labelled("head", f"head rows: {added if is_added else 'left out'}"))
         lines += self._score_lines()
         sets = self.options.get("sets")
         if sets is not None:
