@@ -40,7 +40,9 @@ def query_rows(
         return _tokenized(config, store, queries)
     source, head_bytes = f"--queries {config.queries}", query_head_bytes(store)
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
-    return QueryProjector(store, config_from(config), config.device).rows(queries)
+    return QueryProjector(store, config_from(config), config.device, config.query_model).rows(
+        queries
+    )
 
 
 def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Query]) -> QueryRows:

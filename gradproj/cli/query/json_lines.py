@@ -35,6 +35,8 @@ def json_lines(answer: Answer) -> Iterator[str]:
                         "query_n_tokens": int(queries.n_tokens[number]),
                         "damping": ranking.damping,
                     }
+                    if answer.summary.query_model:
+                        fields["query_model"] = answer.summary.query_model
                     if first is not None:
                         fields |= first.fields(number, sample_id)
                     for title, column in answer.columns.items():

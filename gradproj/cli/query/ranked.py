@@ -55,7 +55,7 @@ def rank_by_text(
     world = scan_world(process.world_size > 1)
     second = SecondStage.of(config, store, None)
     queries = world.broadcast(query_rows(config, store, note) if process.rank == 0 else None)
-    path = _scores_path(config, len(queries.names), len(store), note)
+    path = scores_path(config, len(queries.names), len(store), note)
     scan = text_scan(config, store, process, note, second.text_index if second else None)
     ranking = TextRanker(scan, *n_ends).rank(query_texts(queries), path)
     device, _ = choose_device(config.device, process.local_rank)
@@ -88,7 +88,7 @@ def rank_by_gradients(
     index = second.text_index if second else None
     text = text_scan(config, store, process, note, index) if config.uses_text else None
     ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
-    path = _scores_path(config, len(queries.names), len(store), note)
+    path = scores_path(config, len(queries.names), len(store), note)
     if config.score in WITH_TEXT and text:
         both = HybridRanker(ranker, replace(text, progress=False))
         texts = query_texts(queries)
@@ -149,9 +149,10 @@ def _preconditioner(
     return fit_cached(store, kind, options, note)
 
 
-def _scores_path(
+def scores_path(
     config: QueryConfig, n_queries: int, n_samples: int, note: Callable[[str], None]
 ) -> Path | None:
+    """Return the file of ``--save_scores``, and say how large it will be; None without."""
     if not config.save_scores:
         return None
     path, n_bytes = Path(config.save_scores), human_bytes(4 * n_queries * n_samples)
