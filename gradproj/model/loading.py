@@ -87,8 +87,9 @@ def model_skeleton(files: ModelFiles, merged: bool = False) -> nn.Module:
     """
     with torch.device("meta"):
         model = _from_config(files, load_model_config(files))
-        is_whole = files.adapter_dir is None or merged
-        return model if is_whole else inject(files.adapter_dir, model)
+        if files.adapter_dir is None or merged:
+            return model
+        return inject(files.adapter_dir, model)
 
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:

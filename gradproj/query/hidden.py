@@ -15,10 +15,10 @@ from gradproj.store import HiddenStates, ProjectionStore
 from gradproj.store.hidden_states import HIDDEN_STATE
 
 HIDDEN = "hidden"
-"""``--score``: the cosine of two hidden states."""
+"""``--score``: the cosine of two hidden states about their mean."""
 MEANING = (
-    "cosine of the hidden states of query and document, from -1 to 1; how alike the model "
-    "represents them, and no prediction of what training on the document does"
+    "cosine of the hidden states of query and document, from -1 to 1, after the documents' mean is "
+    "subtracted: how alike the model represents them, no prediction of what training does"
 )
 
 

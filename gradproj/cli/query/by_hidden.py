@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from gradproj.analysis.ranking import Ranker
+from gradproj.analysis.hidden_scores import hidden_stream
+from gradproj.analysis.ranking import Ranking
 from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions
 from gradproj.cli.query.asked import query_rows
@@ -24,7 +25,7 @@ def rank_by_hidden(
     n_ends: tuple[int, int],
     note: Callable[[str], None],
 ) -> Ranked:
-    """Rank by the cosine of the hidden states of query and document.
+    """Rank by the cosine of the hidden states of query and document, about their mean.
 
     Raises:
         StoreError: the store has none.
@@ -45,18 +46,11 @@ def rank_by_hidden(
             )
         index = second.text_index if second else None
         text = text_scan(config, store, process, note, index) if config.uses_text else None
-        options: ScanOptions = {
-            "score": "cosine",
-            "layers": None,
-            "domains": config.domains_of(store),
-            "device": device,
-            "together": together,
-            "progress": sys.stderr.isatty(),
-        }
-        ranker = Ranker(hidden, *n_ends, options, None, note)
+        options: ScanOptions = {"layers": None, "domains": config.domains_of(store)}
+        options["device"] = device
         path = scores_path(config, len(queries.names), len(store), note)
-        if path is None:
-            rankings = ranker.rank(queries.hidden, ["auto"])
-        else:
-            rankings = [ranker.rank_and_save(queries.hidden, "auto", path)]
-    return Ranked(HIDDEN, options, None, queries, rankings, second, text)
+        progress = sys.stderr.isatty()
+        how = options["domains"], device, together, progress
+        stream = hidden_stream(hidden, queries.hidden, *how)
+        ranking = Ranking(None, *stream.ends(*n_ends, path))
+    return Ranked(HIDDEN, options, None, queries, [ranking], second, text)
