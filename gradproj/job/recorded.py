@@ -25,6 +25,7 @@ from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
+from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
@@ -129,11 +130,21 @@ class RecordedEngine:
     """The basis of the store's head rows, on the device."""
 
 
-def recorded_engine(store: ProjectionStore, run: RunConfig, device: str = "auto") -> RecordedEngine:
-    """Load a store's unchanged model and make an engine with the store's matrices and basis."""
-    files, tokenizer = recorded_model(store, run)
+def recorded_engine(
+    store: ProjectionStore, run: RunConfig, device: str = "auto", query_model: str = ""
+) -> RecordedEngine:
+    """Load a store's unchanged model and make an engine with the store's matrices and basis.
+
+    ``query_model``: the folder of another checkpoint of the same shapes, in place of that model.
+    """
+    merged = False
+    if query_model:
+        tokenizer, vocabulary = recorded_tokenizer(store, run)
+        files, merged = query_model_files(store, run, query_model, tokenizer, vocabulary)
+    else:
+        files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
-    model = load_model(files, chosen)
+    model = load_model(files, chosen, merged)
     engine = GradProjLoraEngine.from_config(
         model,
         run.projection,

@@ -148,8 +148,10 @@ def _wrapped(folder: Path, base: nn.Module) -> Any:
         raise refused from error
 
 
-def load_adapter(folder: Path, base: Any) -> nn.Module:
+def load_adapter(folder: Path, base: Any, merged: bool = False) -> nn.Module:
     """Load an adapter into its base model, as PEFT does, and return that model.
+
+    ``merged``: its weights are added to those of the base, and its layers are gone.
 
     Raises:
         ModelError: weights are missing or have no place in the base; or the adapter's effect is
@@ -186,7 +188,12 @@ def load_adapter(folder: Path, base: Any) -> nn.Module:
         raise _cannot_load(folder, error) from error
     if not in_layers:
         raise _outside_of_the_layers(folder)
-    return model.get_base_model()
+    if not merged:
+        return model.get_base_model()
+    try:
+        return model.merge_and_unload()
+    except Exception as error:  # kinds that no weight can stand for
+        raise _cannot_load(folder, error) from error
 
 
 def _check_head(folder: Path, base: Any) -> None:

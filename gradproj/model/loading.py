@@ -80,11 +80,16 @@ def _is_installed(attention: str) -> bool:
     return check is not None and check()
 
 
-def model_skeleton(files: ModelFiles) -> nn.Module:
-    """Build the model on the meta device: names and shapes of its modules, without memory."""
+def model_skeleton(files: ModelFiles, merged: bool = False) -> nn.Module:
+    """Build the model on the meta device: names and shapes of its modules, without memory.
+
+    ``merged``: as for ``load_model``.
+    """
     with torch.device("meta"):
         model = _from_config(files, load_model_config(files))
-        return model if files.adapter_dir is None else inject(files.adapter_dir, model)
+        if files.adapter_dir is None or merged:
+            return model
+        return inject(files.adapter_dir, model)
 
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:
@@ -98,15 +103,18 @@ def _from_config(files: ModelFiles, config: Any) -> nn.Module:
         ) from error
 
 
-def load_model(files: ModelFiles, device: torch.device) -> nn.Module:
+def load_model(files: ModelFiles, device: torch.device, merged: bool = False) -> nn.Module:
     """Load the model on a device, weights frozen, in eval mode.
+
+    ``merged``: an adapter is added to the base's weights, whose layers stay as they are.
 
     Raises:
         ModelError: the weights do not match the config or cannot be read; the model is not causal.
     """
     config = files.config
     dtype = MODEL_DTYPES[config.model_dtype]
-    model = _random_model(files, dtype) if config.init == "random" else _load_weights(files, dtype)
+    is_random = config.init == "random"
+    model = _random_model(files, dtype) if is_random else _load_weights(files, dtype, merged)
     model = model.requires_grad_(False).eval().to(device)
     if not is_causal(model):
         raise ModelError(
@@ -124,7 +132,7 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
         return _from_config(files, load_model_config(files)).to(dtype)
 
 
-def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
+def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Module:
     config, folder = files.config, files.base_dir or files.model_dir
     try:
         with no_progress_bars():
@@ -153,7 +161,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
             f"--model {folder}: {len(missing)} of the model's weights are not in the checkpoint or "
             f"have another shape: {', '.join(missing[:4])}"
         )
-    return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model)
+    return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model, merged)
 
 
 def _first_line(error: Exception) -> str:

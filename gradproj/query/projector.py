@@ -25,6 +25,7 @@ from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.kernels.head_gradients import HeadRows
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.sequences import TokenSequence, targets_by_owner
+from gradproj.query.hidden import QueryStates, kind_of
 from gradproj.query.own_loss import OwnLossRows
 from gradproj.query.queries import Query
 from gradproj.query.tokens import QueryTokenizer
@@ -52,6 +53,8 @@ class QueryRows:
     """Tokens of all queries, an owner being a query's place; empty if they have not been read."""
     head: HeadQueries | None = None
     """Head rows, if the store has them."""
+    hidden: np.ndarray | None = None
+    """``(Q, d)`` float32 hidden states, if the store has them."""
 
     def windows(self) -> list[list[TokenSequence]]:
         """Return each query's sequences."""
@@ -98,20 +101,27 @@ class QueryProjector:
         run: the job's settings; None for the recorded ones. Use ``recorded.config_from`` if the
             model has moved or is allowed to run its own code.
         device: auto, cpu or cuda.
+        query_model: folder of another checkpoint of the same layers, shapes and token ids, or of
+            a PEFT adapter, by whose gradients the queries ask; default: the job's model.
 
     Raises:
         ModelError: the model or the tokenizer differs from the recorded one, or could run code
-            that the caller has not allowed.
+            that the caller has not allowed; the ``query_model`` is not of the store's shapes.
     """
 
     def __init__(
-        self, store: ProjectionStore, run: RunConfig | None = None, device: str = "auto"
+        self,
+        store: ProjectionStore,
+        run: RunConfig | None = None,
+        device: str = "auto",
+        query_model: str = "",
     ) -> None:
         run = run or config_from(RecordedRunArgs(output=str(store.path.parent)))
         prepare_torch(run.job.threads, run.job.deterministic)
-        recorded = recorded_engine(store, run, device)
+        recorded = recorded_engine(store, run, device, query_model)
         self._model, self._engine, self._device = recorded.model, recorded.engine, recorded.device
         self._batch, self._head = recorded.batch, recorded.head
+        self._hidden = kind_of(store)
         self._tokenizer = QueryTokenizer(
             recorded.tokenizer, recorded.vocabulary, run.model.special_tokens, run.rules,
             recorded.batch,
@@ -134,10 +144,11 @@ class QueryProjector:
         rows = np.zeros((len(queries), self._engine.total_proj_dim), np.float32)
         loss = np.zeros(len(queries))
         head = _HeadWindows(self._head, len(queries))
+        hidden = QueryStates(self._hidden, self._model, sequences, len(queries))
         lengths = list(map(len, sequences))
         # 0 means that the job measured its own device; this device may be another.
         budget = self._batch.batch_tokens or BatchConfig().batch_tokens
-        run = functools.partial(self._forward_backward, sequences, head)
+        run = functools.partial(self._forward_backward, sequences, head, hidden)
         padding = self._batch.max_padding
         if len(set(lengths)) > 1:
             padding = fit_padding(self._model, self._batch, max(lengths)).max_padding
@@ -163,7 +174,7 @@ class QueryProjector:
         names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
         divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
         made = names, rows, n_tokens, loss / n_tokens, excerpts, sequences
-        return QueryRows(*made, head.queries(divisor))
+        return QueryRows(*made, head.queries(divisor), hidden.finished())
 
     def rows_of(self, loss: OwnLoss, queries: Sequence[Query]) -> QueryRows:
         """Project the gradients of any scalar that the model computes of each query.
@@ -203,14 +214,20 @@ class QueryProjector:
         return QueryRows(names, rows, n_tokens, values, excerpts, sequences)
 
     def _forward_backward(
-        self, sequences: list[TokenSequence], head: "_HeadWindows", chosen: np.ndarray
+        self,
+        sequences: list[TokenSequence],
+        head: "_HeadWindows",
+        hidden: QueryStates,
+        chosen: np.ndarray,
     ) -> tuple[Tensor, Tensor]:
         batch = collate(sequences, chosen).to(self._device)
         sink = head.sink()
-        result = run_batch(self._model, self._engine, batch, head=sink)
+        with hidden.watching(batch) as states:
+            result = run_batch(self._model, self._engine, batch, head=sink)
         self._engine.take_token_covariances()  # a query needs none
         if sink is not None:
             head.add([sequences[i].owner for i in chosen], sink)
+        hidden.add(chosen, states)
         return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.formatting import escaped
 from gradproj.query import QueryRows, check_rows_fit
+from gradproj.query.hidden import states_of_store
 from gradproj.query.projector import entry_bytes
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.head_rows import HEAD_MATRIX, HEAD_SCALE, HeadQueries
@@ -73,7 +74,10 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
         rows = head_rows.rows(ids)
         head = HeadQueries(rows.ids, rows.values(head_rows.segment.k))
     losses, excerpts = loss.astype(np.float64), [""] * len(ids)
-    return QueryRows(names, queries.rows(ids), n_tokens, losses, excerpts, head=head)
+    hidden = states_of_store(queries, store, ids)
+    return QueryRows(
+        names, queries.rows(ids), n_tokens, losses, excerpts, head=head, hidden=hidden
+    )
 
 
 def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:

@@ -1,4 +1,4 @@
-"""What a document shares with a query, word for word: common passages, the rarest first.
+"""Common passages of a document and a query, word for word, the rarest first.
 
 A passage is a longest run of tokens that both hold. It is found by its rarest n-gram of the text
 score, whose document frequency it shows.

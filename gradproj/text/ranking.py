@@ -1,4 +1,4 @@
-"""Rankings of a store's documents by text, and by a gradient score and text together."""
+"""Rankings of a store's documents by a gradient score and text together."""
 
 import functools
 import os
@@ -29,25 +29,6 @@ MEANING_WITH_TEXT = (
     "z-scores of both, added: each less its mean over the documents compared, divided by its "
     "standard deviation; comparable within a query only"
 )
-
-
-@dataclass(frozen=True)
-class TextRanker:
-    """Ranks the documents of a store by text."""
-
-    scan: TextScan
-    n_top: int
-    """Documents at the upper end, for each query."""
-    n_bottom: int
-    """Documents at the lower end, for each query."""
-
-    def rank(self, queries: Sequence[QueryText], path: Path | None = None) -> Ranking:
-        """Rank for queries, and write every score to a file if a path is given."""
-        return Ranking(None, *self.stream(queries).ends(self.n_top, self.n_bottom, path))
-
-    def stream(self, queries: Sequence[QueryText]) -> ScoreStream:
-        """Return all documents' scores for these queries."""
-        return self.scan.stream(queries)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from helpers.forked_ranks import call_as_two_ranks
 
 from gradproj import ProjectionStore
-from gradproj.analysis.ranking import Ranker
+from gradproj.analysis.ranking import Ranker, Ranking
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.text.index import make_text_index
-from gradproj.text.ranking import HybridRanker, TextRanker
+from gradproj.text.ranking import HybridRanker
 from gradproj.text.scores import QueryText, TextScan
 
 
@@ -27,8 +27,9 @@ def results_of(folder, together):
         both = HybridRanker(Ranker(store, 60, 7, options, None), scan)
         for name in ("", "scores.npy"):
             path = folder / f"{together} {name}" if name else None
+            text_path = path and path.with_name(f"text {path.name}")
             for ranking in (
-                TextRanker(scan, 60, 7).rank(texts, path and path.with_name(f"text {path.name}")),
+                Ranking(None, *scan.stream(texts).ends(60, 7, text_path)),
                 both.rank(rows, texts, "auto", path),
             ):
                 for end in (ranking.top, ranking.bottom):

@@ -90,7 +90,8 @@ def ask(config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]
     given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]
     source, head_bytes = " and ".join(given), query_head_bytes(store)
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
-    return Asked(QueryProjector(store, config_from(config), config.device).rows(queries), sets)
+    projector = QueryProjector(store, config_from(config), config.device, config.query_model)
+    return Asked(projector.rows(queries), sets)
 
 
 def _sets(

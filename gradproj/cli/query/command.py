@@ -18,6 +18,7 @@ from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
 from gradproj.cli.query.answer import Answer, Columns, describe, listed_ids
+from gradproj.cli.query.by_hidden import rank_by_hidden
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
 from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
@@ -30,9 +31,13 @@ from gradproj.distributed import Process, process_group, report_errors_from_rank
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.job.recorded import config_from, recorded_index
+from gradproj.query.hidden import HIDDEN
 from gradproj.store import ProjectionStore
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
+
+_RANKERS = {TEXT: rank_by_text, HIDDEN: rank_by_hidden}
+"""``--score`` -> what ranks by it; all others are of gradients."""
 
 
 def query_command(argv: list[str]) -> None:
@@ -93,7 +98,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
-        rank = rank_by_text if config.score == TEXT else rank_by_gradients
+        rank = _RANKERS.get(config.score, rank_by_gradients)
         ranked = rank(config, store, process, (n_top, n_bottom), note)
         rankings, n_scored = ranked.rankings, ranked.n_scored
         if not n_scored and not ranked.options["domains"]:
@@ -104,7 +109,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
             )
         summary = Summary(
             store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint,
-            config.contrast,
+            config.contrast, config.query_model,
         )  # fmt: skip
         if process.rank:
             return Answer(summary, ranked.asked.subjects, rankings, {}, grouped=ranked.grouped)

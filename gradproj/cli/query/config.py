@@ -14,6 +14,7 @@ from gradproj.errors import ConfigError
 from gradproj.flags import DEVICES, as_in, flag
 from gradproj.formatting import listed
 from gradproj.job.recorded_args import RecordedRunArgs
+from gradproj.query.hidden import HIDDEN
 from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import HEAD_NAME
 from gradproj.text.ranking import TEXT, WITH_TEXT
@@ -32,8 +33,9 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
         "score",
         help=f"Score of a document; default: {DEFAULT_SCORE}, or {FALLBACK_SCORE} for a store that "
         "has not been merged yet. text: rare n-grams in common, without gradients; SCORE+text: "
-        "z-scores of both, added.",
-        choices=(*SCORES, TEXT, *WITH_TEXT),
+        "z-scores of both, added; hidden: the cosine of hidden states, of a job with "
+        "--hidden_state.",
+        choices=(*SCORES, HIDDEN, TEXT, *WITH_TEXT),
         group="score",
     )
     text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
@@ -46,6 +48,12 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
     query_store: str = flag(
         "Output directory of another job with the same model, projection matrices, basis (by its "
         "--basis_from) and loss reduction; its documents are the queries.",
+        "",
+        path="DIR",
+    )
+    query_model: str = flag(
+        "Another checkpoint of the same layers, shapes and token ids (a fine-tuned one, or a PEFT "
+        "adapter), by whose gradients the queries ask; the documents' rows stay the job's.",
         "",
         path="DIR",
     )
@@ -109,12 +117,16 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
             raise ConfigError(
                 f'{problem}; give --text "...", --queries FILE.jsonl or --query_store DIR'
             )
+        if self.query_model and (self.query_store or self.score == TEXT or self.rescore):
+            other = "--query_store" if self.query_store else "--score text"
+            other = "--rescore" if self.rescore else other
+            raise ConfigError(f"--query_model projects the queries; leave out {other}")
         if self.top_k == self.bottom_k == 0 and not self.save_scores:
             raise ConfigError(
                 "--top_k and --bottom_k are 0 and there is no --save_scores: nothing to answer"
             )
-        if self.score == TEXT and self.layers:
-            raise ConfigError("--score text uses no gradients; leave --layers out")
+        if self.score in (TEXT, HIDDEN) and self.layers:
+            raise ConfigError(f"--score {self.score} uses no gradients; leave --layers out")
         score = SCORES.get(self.gradient_score)
         if self.curvature and (score is None or not score.any_curvature):
             raise ConfigError(

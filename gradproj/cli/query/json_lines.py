@@ -43,6 +43,8 @@ def json_lines(answer: Answer) -> Iterator[str]:
                     }
                     if queries.n_queries is not None:
                         fields["n_queries"] = int(queries.n_queries[number])
+                    if answer.summary.query_model:
+                        fields["query_model"] = answer.summary.query_model
                     if first is not None:
                         fields |= first.fields(number, sample_id)
                     for title, column in answer.columns.items():

@@ -23,7 +23,7 @@ from gradproj.errors import ConfigError
 from gradproj.formatting import human_bytes
 from gradproj.store import ProjectionStore
 from gradproj.store.head_rows import HEAD_NAME
-from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker, TextRanker
+from gradproj.text.ranking import TEXT, WITH_TEXT, HybridRanker
 from gradproj.text.scores import TextScan
 
 _LENGTH_RATIO = 4
@@ -67,19 +67,27 @@ def rank_by_text(
     world = scan_world(process.world_size > 1)
     second = SecondStage.of(config, store, None)
     asked = world.broadcast(ask(config, store, note) if process.rank == 0 else None)
-    path = _scores_path(config, len(asked.subjects.names), len(store), note)
     scan = text_scan(config, store, process, note, second.text_index if second else None)
     scan = replace(scan, sets=asked.sets)
-    ranker = TextRanker(scan, *n_ends)
-    rankings, grouped = [], None
-    if config.by:
-        grouped = _grouped(config, store, ranker.stream(asked.texts), None, n_ends, path, note)
-    else:
-        rankings = [ranker.rank(asked.texts, path)]
+    found = collect(config, store, scan.stream(asked.texts), n_ends, note)
     device, _ = choose_device(config.device, process.local_rank)
     options: ScanOptions = {"score": TEXT, "layers": None, "domains": scan.domains}
     options |= {"device": device, "sets": asked.sets}
-    return Ranked(TEXT, options, None, asked, rankings, grouped, second, scan)
+    return Ranked(TEXT, options, None, asked, *found, second, scan)
+
+
+def collect(
+    config: QueryConfig,
+    store: ProjectionStore,
+    stream: ScoreStream,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> tuple[list[Ranking], Grouped | None]:
+    """Rank documents, or the groups of ``--by``, by scores that have no damping."""
+    path = _scores_path(config, stream.n_scores, len(store), note)
+    if config.by:
+        return [], _grouped(config, store, stream, None, n_ends, path, note)
+    return [Ranking(None, *stream.ends(*n_ends, path))], None
 
 
 def rank_by_gradients(

@@ -6,6 +6,7 @@ from gradproj.analysis.query_sets import AGGREGATES
 from gradproj.corpus.fields import check_path
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, flag
+from gradproj.query.hidden import HIDDEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class SetArgs(Flags, title="sets of queries"):
             )
         if not self.unit_queries and not self.makes_sets:
             raise ConfigError("--no-unit_queries requires --aggregate or --contrast")
-        if not self.unit_queries and score == "cosine":
+        if not self.unit_queries and score in ("cosine", HIDDEN):
             raise ConfigError(
-                "--score cosine scales every query to unit length: leave --no-unit_queries out"
+                f"--score {score} scales every query to unit length: leave --no-unit_queries out"
             )
         if self.makes_sets and rescore:
             flags = "--aggregate" if self.aggregate != "none" else "--contrast"

@@ -10,6 +10,8 @@ from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.cli.query.lines import labelled
 from gradproj.formatting import listed
+from gradproj.query.hidden import HIDDEN
+from gradproj.query.hidden import MEANING as HIDDEN_MEANING
 from gradproj.store import ProjectionStore
 from gradproj.text.ranking import MEANING, MEANING_WITH_TEXT, TEXT, WITH_TEXT
 
@@ -34,11 +36,16 @@ class Summary:
     """One second moment over all layers."""
     contrast: str = ""
     """File of the control set."""
+    query_model: str = ""
+    """Folder of the checkpoint that projected the queries; empty for the job's own."""
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """Describe the rows compared and the score's meaning, sign, unit and damping."""
         layers = self.options["layers"]
         lines = [labelled("store", str(self.store.path)), labelled("rows", self._rows())]
+        if self.query_model:
+            theirs = f"queries by {self.query_model}, documents by the job's model"
+            lines.append(labelled("models", theirs))
         if layers is not None:
             names = list(layers[:_LAYERS_SHOWN])
             if len(layers) > _LAYERS_SHOWN:
@@ -65,6 +72,8 @@ class Summary:
     def _score_lines(self) -> list[str]:
         if self.name == TEXT:
             return [labelled("score", f"{TEXT}: {MEANING}")]
+        if self.name == HIDDEN:
+            return [labelled("score", f"{HIDDEN}: {HIDDEN_MEANING}")]
         score = self.options["score"]
         variant = f" by {self.kind}" if SCORES[score].any_curvature else ""
         variant += ", all layers jointly" if self.joint else ""
