@@ -3,12 +3,19 @@
 import math
 
 from gradproj.evaluation.checks import TOP
-from gradproj.evaluation.config import LdsConfig
-from gradproj.evaluation.lds import evaluate
-from gradproj.evaluation.results import RECALL_AT, MethodResult, Results
+from gradproj.evaluation.config import RETRAINING, LdsConfig
+from gradproj.evaluation.lds import evaluate, find_sources
+from gradproj.evaluation.results import RECALL_AT as COPIES_AT
+from gradproj.evaluation.results import MethodResult, Results
+from gradproj.evaluation.sources import RECALL_AT, Mean, SourceResults
 from gradproj.evaluation.statistics import Estimate
 from gradproj.flags import parse
 
+SOURCES_NOTE = (
+    "AUPRC: area under precision against recall of a query's sources; MRR: 1 / rank of the first;",
+    f"     recall@{RECALL_AT}: fraction of the sources among the {RECALL_AT} best documents",
+    "+-q: standard error over the queries; differences are paired",
+)
 LDS_NOTE = (
     "LDS: Spearman's correlation between the summed scores of a random subset of the documents and",
     "     minus the query's loss after training on that subset; mean over the queries",
@@ -40,10 +47,45 @@ def lds_command(argv: list[str]) -> None:
         "a small corpus, or fine-tune a checkpoint (--model) on random subsets, and correlate the "
         "scores of each method with the measured losses. Prints a table and writes lds.json, a "
         "figure, losses and scores to --output_dir. With 80 trainings in bfloat16 and two workers "
-        "it takes about an hour on two cores.",
+        "it takes about an hour on two cores. Other experiments (--experiment) plant sources and "
+        "measure how well scores find them.",
     )
-    for line in table_lines(evaluate(config)):
+    if config.experiment == RETRAINING:
+        lines = table_lines(evaluate(config))
+    else:
+        lines = sources_table(find_sources(config))
+    for line in lines:
         print(line)
+
+
+def sources_table(results: SourceResults) -> list[str]:
+    """Return a table with one line per method, and notes on its columns."""
+    width = max(6, *(len(name) for name in results.methods))
+    less = f"less {results.reference}"
+    wide = max(13, len(less))
+    before = results.loss_before
+    was = "" if before is None else f" ({before:.3f} before training)"
+    lines = [
+        f"{results.experiment}: {results.n_documents:,} documents, {results.n_queries} queries "
+        f"with {results.n_sources} sources each; their loss {results.loss_after:.3f} nats per "
+        f"target{was}",
+        "",
+        f"{'method':<{width}}  {'bytes':>9}  {'AUPRC':>6} +-q    {less:>{wide}}   "
+        f"{'MRR':>6} +-q    {f'recall@{RECALL_AT}':>9} +-q",
+    ]
+    for name, found in results.methods.items():
+        size = "-" if found.row_bytes is None else f"{found.row_bytes:,}"
+        over = found.over_reference
+        difference = "" if over is None else f"{over.mean:+.3f} {over.error:.3f}"
+        lines.append(
+            f"{name:<{width}}  {size:>9}  {_mean(found.average_precision):>12}  "
+            f"{difference:>{wide}}   {_mean(found.reciprocal_rank):>12}  {_mean(found.recall):>15}"
+        )
+    return [*lines, "", *SOURCES_NOTE]
+
+
+def _mean(value: Mean) -> str:
+    return f"{value.mean:.3f} {value.error:.3f}"
 
 
 def table_lines(results: Results) -> list[str]:
@@ -60,7 +102,7 @@ def table_lines(results: Results) -> list[str]:
         f"{'less ' + results.reference:>{difference_width(results)}}",
         f"top {TOP}",
     ]
-    heads += [f"  copies: @1   @{RECALL_AT[1]}   MRR"] * with_copies + [
+    heads += [f"  copies: @1   @{COPIES_AT[1]}   MRR"] * with_copies + [
         "  left out: nats"
     ] * with_left
     ceiling = f"{results.ceiling:.3f}" if not math.isnan(results.ceiling) else "unknown (one seed)"
@@ -115,7 +157,7 @@ def _line(
     cells.append(f"{result.distinct_top:>6.2f}")
     if with_copies and result.duplicates:
         recall, mrr = result.duplicates.recall, result.duplicates.mrr
-        cells.append(f"  {recall[RECALL_AT[0]]:>9.2f} {recall[RECALL_AT[1]]:>5.2f} {mrr:>5.2f}")
+        cells.append(f"  {recall[COPIES_AT[0]]:>9.2f} {recall[COPIES_AT[1]]:>5.2f} {mrr:>5.2f}")
     if with_left and result.leave_out:
         cells.append(f"  {result.leave_out.mean:+.3f} +- {result.leave_out.standard_error:.3f}")
     return "  ".join(cells).rstrip()

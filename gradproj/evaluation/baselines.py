@@ -36,9 +36,22 @@ def ngram_overlap(documents: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.array(shared, np.float32)
 
 
-def text_kernel(documents: Sequence[np.ndarray], queries: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the text score of ``gradproj query``, ``(Q, N)`` float32, with exact frequencies."""
-    return text_scores([QueryText(ids) for ids in queries], documents).astype(np.float32)
+def text_kernel(
+    documents: Sequence[np.ndarray],
+    queries: Sequence[np.ndarray],
+    first: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the text score of ``gradproj query``, ``(Q, N)`` float32, with exact frequencies.
+
+    ``first`` is each query's first target ``(Q,)``: n-grams count that end there or later. Without
+    it all do.
+    """
+    begins = np.zeros(len(queries), np.int64) if first is None else np.where(first > 1, first, 0)
+    texts = [
+        QueryText(ids, np.arange(len(ids)) >= begin)
+        for ids, begin in zip(queries, begins, strict=True)
+    ]
+    return text_scores(texts, documents).astype(np.float32)
 
 
 def ngrams(ids: Sequence[int]) -> set[tuple[int, ...]]:

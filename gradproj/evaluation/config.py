@@ -1,7 +1,7 @@
 """Settings of ``lds``."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gradproj.corpus.config import SHARDS_REQUIRED
@@ -17,6 +17,14 @@ DEFAULT_METHODS = (
     "exact_kfac,exact_ekfac,kronfluence_kfac,kronfluence_ekfac"
 )
 MIN_SUBSETS = 3
+
+RETRAINING, FACTS, BEHAVIOUR = EXPERIMENTS = ("retraining", "facts", "behaviour")
+OF_RETRAINING = (
+    "n_near_copies", "corruption", "subset_size", "subsets", "seeds", "randomized", "leave_out",
+    "leave_out_k", "leave_out_group", "leave_out_methods", "leave_out_controls", "bootstrap",
+    "permutations", "train_layers",
+)  # fmt: skip
+"""Settings that the other experiments do not have."""
 
 NO_PART_OF_THE_EXPERIMENT = (
     "output_dir", "store", "subsets", "seeds", "methods", "reference", "leave_out", "leave_out_k",
@@ -47,6 +55,22 @@ class LdsConfig(Flags, title="experiment"):
         "Directory of the experiment. Started again on it, lds resumes.",
         required="give a folder",
         path="DIR",
+    )
+    experiment: str = flag(
+        "retraining correlates scores with the losses of models trained on random subsets. The "
+        "others plant sources in the documents and measure how well scores find them: facts that a "
+        "few documents state and a query asks for in other words, or a behaviour that some "
+        "documents show.",
+        RETRAINING,
+        choices=EXPERIMENTS,
+    )
+    n_sources: int = flag(
+        "Documents that state a fact (auto: 3), or show the behaviour (auto: 4 % of them).",
+        0,
+        minimum=1,
+        words={"auto": 0},
+        default_text="auto",
+        group="corpus",
     )
     tokenizer: str = flag(
         "Tokenizer: a directory or hub name; default: one is trained on the corpus.",
@@ -247,15 +271,23 @@ class LdsConfig(Flags, title="experiment"):
             raise ConfigError(
                 f"--min_length {self.min_length} is more than --max_length {self.max_length}"
             )
+        if self.train_layers and not self.model:
+            raise ConfigError("--train_layers is for the fine-tuning of a --model")
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+        if self.experiment == RETRAINING:
+            self._check_retraining()
+        else:
+            self._check_planted()
+
+    def _check_retraining(self) -> None:
+        if self.n_sources:
+            raise ConfigError("--n_sources is for --experiment facts or behaviour")
         if self.subset_size >= self.n_documents:
             raise ConfigError(
                 f"--subset_size {self.subset_size} must be less than --n_documents "
                 f"{self.n_documents}"
             )
-        if self.train_layers and not self.model:
-            raise ConfigError("--train_layers is for the fine-tuning of a --model")
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         if self.n_documents < 2 * self.n_near_copies:
             raise ConfigError(
                 f"--n_documents must be at least {2 * self.n_near_copies:,}, got "
@@ -278,12 +310,21 @@ class LdsConfig(Flags, title="experiment"):
                 f"{self.n_documents:,}: take fewer of either"
             )
 
+    def _check_planted(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in OF_RETRAINING:
+            if getattr(self, name) not in (defaults[name], 0):
+                raise ConfigError(
+                    f"--{name} is of --experiment {RETRAINING}; --experiment {self.experiment} "
+                    "trains one model on all documents: leave it out"
+                )
+
     @property
     def rate(self) -> float:
         """Peak learning rate."""
         return self.learning_rate or (1e-4 if self.model else 1e-3)
 
-    def experiment(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return the settings that every call on a directory must share."""
         settings = asdict(self) | {"learning_rate": self.rate}
         return {k: v for k, v in settings.items() if k not in NO_PART_OF_THE_EXPERIMENT}

@@ -12,7 +12,8 @@ from gradproj.corpus.documents import Document
 from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.writer import TarSequence, published
 from gradproj.errors import CorpusError
-from gradproj.evaluation.config import LdsConfig
+from gradproj.evaluation.config import RETRAINING, LdsConfig
+from gradproj.evaluation.planted import plant
 from gradproj.files import save_arrays
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
@@ -46,11 +47,21 @@ class Experiment:
     tokenizer: Path
     start: Path | None
     """Directory of the model that every training starts from; None for random weights."""
+    first: np.ndarray
+    """``(Q + C,)`` int64: each query's first target; 1 without a prompt."""
+    sources: np.ndarray | None = None
+    """``(Q, N)`` bool: planted documents that a query asks for; None if nothing was planted."""
 
     @property
     def n_held_out(self) -> int:
         """Q."""
         return len(self.queries) - len(self.copies)
+
+    @property
+    def query_labels(self) -> np.ndarray:
+        """The queries' ids ``(Q + C, S)`` at their targets, ``PAD`` elsewhere."""
+        is_target = np.arange(self.queries.shape[1]) >= self.first[:, None]
+        return np.where(is_target, self.queries, PAD)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,9 @@ def make_experiment(config: LdsConfig) -> Experiment:
         tokenizer = _tokenizer(config, tokenizer_dir)
         candidates, pretrain = _windows(config, tokenizer)
         documents, queries, copies = _draw(config, candidates)
+        planted: dict[str, np.ndarray] = {}
+        if config.experiment != RETRAINING:
+            documents, queries, planted = _planted(config, documents, queries, tokenizer)
         parts = (("documents", documents), ("queries", queries), ("pretrain", pretrain))
         for name, windows in parts:
             if windows and not (folder / name).is_dir():
@@ -77,14 +91,33 @@ def make_experiment(config: LdsConfig) -> Experiment:
             documents=_padded(documents),
             queries=_padded(queries),
             copies=copies,
+            **planted,
         )
-    arrays = np.load(folder / "tokens.npz", allow_pickle=False)
+    with np.load(folder / "tokens.npz", allow_pickle=False) as file:
+        arrays = dict(file)
     start = Path(config.model) if config.model else folder / "start"
     return Experiment(
         arrays["documents"], arrays["queries"], arrays["copies"],
         folder / "documents", folder / "queries", tokenizer_dir,
         start if config.model or config.pretrain else None,
+        arrays.get("first", np.ones(len(arrays["queries"]), np.int64)), arrays.get("sources"),
     )  # fmt: skip
+
+
+def _planted(
+    config: LdsConfig, documents: list[_Window], queries: list[_Window], tokenizer: Any
+) -> tuple[list[_Window], list[_Window], dict[str, np.ndarray]]:
+    """Return documents and queries with what is planted, and the arrays that say what it is."""
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer(text, add_special_tokens=False).input_ids, np.int64)
+
+    planted = plant(config, [w.ids for w in documents], [w.ids for w in queries], encode)
+    documents, queries = (
+        [replace(window, ids=ids) for window, ids in zip(windows, changed, strict=True)]
+        for windows, changed in ((documents, planted.documents), (queries, planted.queries))
+    )
+    return documents, queries, {"first": planted.first, "sources": planted.sources}
 
 
 def unpadded(ids: np.ndarray) -> list[np.ndarray]:

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gradproj.analysis import SCORES, Preconditioner, score
+from gradproj.corpus.content import IGNORE
 from gradproj.curvature.fit import CurvatureConfig, fit_curvature
 from gradproj.curvature.rescore import exact_scores
 from gradproj.errors import ConfigError, StoreError
@@ -68,8 +70,10 @@ class GradientStores:
             output = str(store.path.parent)
         config = CurvatureConfig(output=output, device=self._config.device)
         fit_curvature(config, lambda _: None)
-        ids = unpadded(self._experiment.queries)
-        queries = [TokenSequence.of(x, owner=number) for number, x in enumerate(ids)]
+        queries = [
+            TokenSequence.of(ids, owner=number, first=first)
+            for number, (ids, first) in enumerate(_with_first(self._experiment))
+        ]
         return exact_scores(config, queries, kind=kind).scores
 
     def column(self, name: str, rows: RowKind) -> np.ndarray:
@@ -114,9 +118,8 @@ class GradientStores:
         path = self._folder / f"queries-{rows.name}-{documents.attributes.get('store_id')}.npy"
         head_path = path.with_name(f"{path.stem}-head.npz")
         if not path.is_file() or (rows.head and not head_path.is_file()):
-            ids = unpadded(self._experiment.queries)
-            queries = [Query.of(str(i), input_ids=x.tolist()) for i, x in enumerate(ids)]
-            found = QueryProjector(documents, device=self._config.device).rows(queries)
+            projector = QueryProjector(documents, device=self._config.device)
+            found = projector.rows(_queries(self._experiment))
             if found.head is not None:
                 save_arrays(head_path, ids=found.head.ids, values=found.head.values)
             save_array(path, found.rows)
@@ -138,6 +141,18 @@ class GradientStores:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise StoreError(f"the job for {output} failed:\n{done.stderr.strip()[-2000:]}")
+
+
+def _queries(experiment: Experiment) -> list[Query]:
+    return [
+        Query.of(str(i), input_ids=ids.tolist(), labels=[IGNORE] * first + ids[first:].tolist())
+        for i, (ids, first) in enumerate(_with_first(experiment))
+    ]
+
+
+def _with_first(experiment: Experiment) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield each query's ids and its first target."""
+    return zip(unpadded(experiment.queries), experiment.first.tolist(), strict=True)
 
 
 def _size(rows: RowKind, config: LdsConfig) -> dict[str, object]:

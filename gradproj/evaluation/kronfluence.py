@@ -20,13 +20,19 @@ BATCH = 32
 
 
 def kronfluence_scores(
-    name: str, model_folder: Path, documents: np.ndarray, queries: np.ndarray, work: Path
+    name: str,
+    model_folder: Path,
+    documents: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    work: Path,
 ) -> np.ndarray:
     """Return influences of documents ``(N, S)`` on queries ``(Q, S)``, ``(Q, N)`` float32.
 
-    The Fisher matrix uses labels sampled from the model, and the damping is 0.1 of its mean
-    eigenvalue: both as its authors recommend (arXiv:2308.03296). ``work`` is a temporary directory
-    of kronfluence, deleted at the end.
+    A query's labels ``(Q, S)`` are its ids at its targets, ``PAD`` elsewhere. The Fisher matrix
+    uses labels sampled from the model, and the damping is 0.1 of its mean eigenvalue: both as its
+    authors recommend (arXiv:2308.03296). ``work`` is a temporary directory of kronfluence, deleted
+    at the end.
     """
     # On use: kronfluence is of an optional extra.
     from kronfluence.analyzer import Analyzer, prepare_model
@@ -39,7 +45,10 @@ def kronfluence_scores(
     torch.manual_seed(0)
     options: Any = {"cpu": True, "disable_tqdm": True, "log_level": 30}
     analyzer = Analyzer("lds", prepare_model(model, task), task, output_dir=str(work), **options)
-    data, query_data = (TensorDataset(torch.from_numpy(ids)) for ids in (documents, queries))
+    data, query_data = (
+        TensorDataset(torch.from_numpy(ids), torch.from_numpy(labels))
+        for ids, labels in ((documents, documents), (queries, query_labels))
+    )
     factor_args = FactorArguments(strategy=STRATEGIES[name])
     analyzer.fit_all_factors("factors", data, BATCH, factor_args=factor_args)
     sides: Any = (query_data, data, BATCH, BATCH)
@@ -73,10 +82,10 @@ def _task(layers: list[str]) -> Any:
 
     class LanguageModelling(Task):
         def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            (ids,) = batch
+            ids, labels = batch
             inputs = ids.clamp(min=0)  # padding, on the right, is PAD
             logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-            targets = ids[:, 1:].flatten()
+            targets = labels[:, 1:].flatten()
             if sample:
                 with torch.no_grad():
                     sampled = torch.multinomial(logits.softmax(dim=-1), 1).flatten()

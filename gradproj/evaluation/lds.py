@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,9 +20,11 @@ from gradproj.evaluation.config import LdsConfig
 from gradproj.evaluation.corpus import Experiment, make_experiment
 from gradproj.evaluation.figure import draw
 from gradproj.evaluation.leave_out import LeaveOut, leave_out
+from gradproj.evaluation.losses import load, query_losses
 from gradproj.evaluation.methods import JOINED, OPTIONAL, Methods, names_of
 from gradproj.evaluation.results import Results, evaluate_methods, reference_of
 from gradproj.evaluation.retraining import Retraining, losses_of, train_base
+from gradproj.evaluation.sources import SourceResults, evaluate_sources
 from gradproj.files import make_folder, save_array, try_lock, write_and_replace
 from gradproj.flags import current_names
 from gradproj.job.recorded import config_from
@@ -55,6 +58,35 @@ def evaluate(config: LdsConfig) -> Results:
         )
         save_results(folder, config, results, subsets, losses)
     return results
+
+
+def find_sources(config: LdsConfig) -> SourceResults:
+    """Measure how well scores find planted sources; write ``facts.json`` or ``behaviour.json``."""
+    config = replace(with_store(config), n_near_copies=0)
+    names = names_of(config.methods, "--methods")
+    folder = make_folder("--output_dir", config.output_dir)
+    with locked(folder):
+        check_settings(folder, config)
+        experiment = make_experiment(config)
+        model = train_base(config, experiment)
+        methods = Methods(config, experiment, model)
+        scores = {name: methods.scores(name) for name in tqdm(available(names), "scores")}
+        sizes = {name: methods.row_bytes(name) for name in scores}
+        assert experiment.sources is not None
+        start, device = experiment.start, config.device
+        before = None if start is None else query_loss(start, experiment, device)
+        results = evaluate_sources(
+            config.experiment, experiment.sources, scores, sizes, reference_of(config, scores),
+            (before, query_loss(model, experiment, device)),
+        )  # fmt: skip
+        save_json(folder / f"{config.experiment}.json", config, results)
+    return results
+
+
+def query_loss(model: Path, experiment: Experiment, device: str) -> float:
+    """Return the mean over the queries of their loss, nats per target token."""
+    labels = experiment.query_labels
+    return float(query_losses(load(model, device), experiment.queries, labels).mean())
 
 
 def with_store(config: LdsConfig) -> LdsConfig:
@@ -113,7 +145,7 @@ def retrain(config: LdsConfig, experiment: Experiment, subsets: np.ndarray) -> n
 
 def check_settings(folder: Path, config: LdsConfig) -> None:
     """Reject the directory of another experiment; record the settings in a new one."""
-    path, settings = folder / "settings.json", json.loads(json.dumps(config.experiment()))
+    path, settings = folder / "settings.json", json.loads(json.dumps(config.identity()))
     failed = not (folder / "tokens.npz").is_file()
     if failed and path.is_file():
         # The experiment failed before it had documents (too few, say), so nothing is lost.
@@ -156,11 +188,16 @@ def save_results(
     """Write ``lds.json``, ``lds.svg``, ``subsets.npy`` and ``losses.npy``."""
     save_array(folder / "subsets.npy", subsets)
     save_array(folder / "losses.npy", losses)
+    draw({"": save_json(folder / "lds.json", config, results)}, folder / "lds.svg")
+
+
+def save_json(path: Path, config: LdsConfig, results: Results | SourceResults) -> dict[str, Any]:
+    """Write settings, results and versions; return them."""
     content = {"settings": asdict(config), **asdict(results), "versions": versions()}
     # JSON has no NaN: it becomes null.
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    write_and_replace(folder / "lds.json", [json.dumps(content, indent=1).encode()])
-    draw({"": content}, folder / "lds.svg")
+    write_and_replace(path, [json.dumps(content, indent=1).encode()])
+    return content
 
 
 def versions() -> dict[str, str]:

@@ -22,24 +22,32 @@ def load(folder: Path, device: str) -> Any:
     return load_model(fetch(ModelConfig(model=str(folder))), choose_device(device, 0)[0])
 
 
-def summed_losses(model: nn.Module, ids: Tensor) -> Tensor:
+def summed_losses(model: nn.Module, ids: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return each document's loss summed over its targets, ``(n,)`` nats.
 
-    ``ids`` are ``(n, S)`` int64 on the model's device, ``PAD`` after the end of a document. A
-    causal model does not see what follows, so no attention mask is needed.
+    ``ids`` are ``(n, S)`` int64 on the model's device, ``PAD`` after the end of a document, and so
+    are ``labels``, by default the ids, with ``PAD`` at tokens that are no target. A causal model
+    does not see what follows, so no attention mask is needed.
     """
-    batch = {"input_ids": ids.clamp(min=0), "labels": ids.masked_fill(ids == PAD, IGNORE)}
+    labels = ids if labels is None else labels
+    batch = {"input_ids": ids.clamp(min=0), "labels": labels.masked_fill(labels == PAD, IGNORE)}
     # load has measured that the model is causal; while weights change, it would be measured again.
     return per_sample_loss(model, batch, chunked=False, causal=False)
 
 
 @torch.no_grad()
-def query_losses(model: nn.Module, queries: np.ndarray) -> np.ndarray:
-    """Return the losses of token ids ``(Q, S)``, mean nats per target token, ``(Q,)`` float64."""
+def query_losses(
+    model: nn.Module, queries: np.ndarray, labels: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the losses of token ids ``(Q, S)``, mean nats per target token, ``(Q,)`` float64.
+
+    ``labels`` are those of ``summed_losses``.
+    """
     device = next(model.parameters()).device
-    batches = torch.from_numpy(queries).to(device).split(LOSS_BATCH)
-    losses = torch.cat([summed_losses(model, batch) for batch in batches])
-    return losses.cpu().numpy().astype(np.float64) / n_targets(queries)
+    labels = queries if labels is None else labels
+    both = (torch.from_numpy(x).to(device).split(LOSS_BATCH) for x in (queries, labels))
+    losses = torch.cat([summed_losses(model, *batch) for batch in zip(*both, strict=True)])
+    return losses.cpu().numpy().astype(np.float64) / (labels[:, 1:] != PAD).sum(axis=1)
 
 
 def n_targets(ids: np.ndarray) -> np.ndarray:

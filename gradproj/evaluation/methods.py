@@ -21,7 +21,10 @@ from gradproj.text.z_scores import sums_of_z_scores
 
 EXACT = {"exact_kfac": "kfac", "exact_ekfac": "ekfac"}
 """Method -> curvature of whole gradients (``gradproj.curvature``)."""
-OTHERS = ("random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", *EXACT, *STRATEGIES)
+OTHERS = (
+    "random", "loss", "grad_norm", "hidden", "bm25", "ngram", "text", "text_prompt", *EXACT,
+    *STRATEGIES,
+)  # fmt: skip
 """Methods that are not gradproj's own."""
 JOINED = "+"
 """Joins two methods whose scores are added."""
@@ -98,13 +101,15 @@ class Methods:
             "hidden": lambda: hidden_cosine(self._model, documents, queries, config.device),
             "bm25": lambda: bm25(documents, queries),
             "ngram": lambda: ngram_overlap(documents, queries),
-            "text": lambda: text_kernel(unpadded(documents), unpadded(queries)),
+            "text": lambda: text_kernel(unpadded(documents), unpadded(queries), experiment.first),
+            "text_prompt": lambda: text_kernel(unpadded(documents), unpadded(queries)),
         }
         if name in makers:
             return makers[name]()
         if name in STRATEGIES:
             work = Path(config.output_dir) / "kronfluence"
-            return kronfluence_scores(name, self._model, documents, queries, work)
+            labels = experiment.query_labels
+            return kronfluence_scores(name, self._model, documents, queries, labels, work)
         if name in EXACT:
             return self._stores.exact(EXACT[name])
         method = GradientMethod.of(name)

@@ -102,11 +102,14 @@ def _begin_worker(log: Path) -> None:
 
 
 def train_base(config: LdsConfig, experiment: Experiment) -> Path:
-    """Train the scored model on all documents, if none is given; return its directory."""
+    """Train the scored model on all documents; return its directory.
+
+    A model that is given is scored as it is, unless something is planted in the documents.
+    """
     folder = Path(config.output_dir)
-    if config.model:
+    if config.model and experiment.sources is None:
         return Path(config.model)
-    if experiment.start is not None and not _is_trained(experiment.start):
+    if experiment.start is not None and not config.model and not _is_trained(experiment.start):
         print("pretraining the model that all trainings start from", file=sys.stderr, flush=True)
         pretraining = replace(config, epochs=config.pretrain_epochs)
         from_random = replace(experiment, start=None)

@@ -9,6 +9,7 @@ from helpers.models import make_model, small_model
 from helpers.text import text_score
 
 from gradproj.evaluation.baselines import bm25, hidden_cosine, ngram_overlap, text_kernel
+from gradproj.evaluation.corpus import PAD
 from gradproj.evaluation.kronfluence import kronfluence_scores, linear_in_place_of_conv1d
 from gradproj.evaluation.retraining import load, query_losses
 
@@ -37,7 +38,7 @@ def test_linear_layers_in_place_of_conv1d_give_equal_logits():
 def test_kronfluence_ranks_a_document_first_for_itself(folder, documents, tmp_path):
     pytest.importorskip("kronfluence")
     scores = kronfluence_scores(
-        "kronfluence_ekfac", folder, documents, documents[2:4], tmp_path / "work"
+        "kronfluence_ekfac", folder, documents, *[documents[2:4]] * 2, tmp_path / "work"
     )
     assert scores.shape == (2, 6)
     assert scores.argmax(axis=1).tolist() == [2, 3]
@@ -70,6 +71,12 @@ def test_query_loss_is_the_mean_over_target_tokens(folder, documents):
     with torch.no_grad():
         want = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
     np.testing.assert_allclose(query_losses(model, documents), want, rtol=1e-5)
+    labels = ids.masked_fill(torch.arange(24) < 20, -100)
+    with torch.no_grad():
+        both = zip(ids, labels, strict=True)
+        want = [model(input_ids=row[None], labels=of[None]).loss.item() for row, of in both]
+    of_targets = np.where(np.arange(24) < 20, PAD, documents)
+    np.testing.assert_allclose(query_losses(model, documents, of_targets), want, rtol=1e-5)
 
 
 def test_each_common_ngram_counts_once():

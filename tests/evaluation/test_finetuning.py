@@ -25,7 +25,10 @@ def experiment_of(model: Path) -> Experiment:
     for row, length in zip(ids, LENGTHS, strict=True):
         row[:length] = random.integers(3, 101, length)
     unused = Path("unused")
-    return Experiment(ids[:4], ids[4:, :9], np.zeros(0, int), unused, unused, model, model)
+    queries = ids[4:, :9]
+    return Experiment(
+        ids[:4], queries, np.zeros(0, int), unused, unused, model, model, np.ones(len(queries), int)
+    )
 
 
 def finetuning_of(folder: Path, **changes) -> Finetuning:

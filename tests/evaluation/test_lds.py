@@ -344,7 +344,7 @@ def test_checkpoint_is_fine_tuned_and_scored_in_place_of_a_new_model(
     assert in_this_process == [f"subset-000{i}-seed-1" for i in range(3)]
     assert 0 < results.loss_spread < results.mean_loss
     assert not (tmp_path / "out/model").exists()
-    assert config.experiment()["learning_rate"] == 1e-4
+    assert config.identity()["learning_rate"] == 1e-4
 
 
 def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_path, monkeypatch):
@@ -359,8 +359,7 @@ def test_query_rows_of_a_store_that_was_made_again_are_computed_again(data, tmp_
 
     monkeypatch.setattr(gradproj_methods, "QueryProjector", Projector)
     config = config_of(data, tmp_path)
-    experiment = SimpleNamespace(queries=np.array([[3, 4, 5]]))
-    monkeypatch.setattr(gradproj_methods, "unpadded", list)
+    experiment = SimpleNamespace(queries=np.array([[3, 4, 5]]), first=np.array([1]))
     (tmp_path / "stores").mkdir()
     stores = GradientStores(config, experiment, tmp_path)
     rows = [
@@ -376,7 +375,7 @@ def test_store_gives_the_tars_model_and_tokenizer_that_are_not_given(job, tmp_pa
     found, given = with_store(config), with_store(replace(config, shards="others"))
     assert (found.shards, found.model) == (str(job.corpus), str(job.model))
     assert (given.shards, given.model) == ("others", str(job.model))
-    assert found.experiment() == replace(found, store="elsewhere").experiment()
+    assert found.identity() == replace(found, store="elsewhere").identity()
 
 
 def test_first_halves_do_not_depend_on_their_number(data, tmp_path):
@@ -423,7 +422,7 @@ def test_settings_recorded_under_old_names_of_flags_are_the_same_experiment(data
         "n_documents": "documents", "n_queries": "queries", "n_near_copies": "duplicates",
         "windows_per_document": "windows", "corruption": "changed", "model_dtype": "precision",
     }  # fmt: skip
-    recorded = {old_names.get(k, k): v for k, v in config.experiment().items()}
+    recorded = {old_names.get(k, k): v for k, v in config.identity().items()}
     for later in ("min_length", "model", "train_layers", "subset_size"):
         del recorded[later]  # an earlier version had no such setting
     assert set(old_names.values()) <= set(recorded)
