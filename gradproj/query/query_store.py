@@ -75,9 +75,7 @@ def rows_of_query_store(queries: ProjectionStore, store: ProjectionStore) -> Que
         head = HeadQueries(rows.ids, rows.values(head_rows.segment.k))
     losses, excerpts = loss.astype(np.float64), [""] * len(ids)
     hidden = states_of_store(queries, store, ids)
-    return QueryRows(
-        names, queries.rows(ids), n_tokens, losses, excerpts, head=head, hidden=hidden
-    )
+    return QueryRows(names, queries.rows(ids), n_tokens, losses, excerpts, head=head, hidden=hidden)
 
 
 def check_comparable(queries: ProjectionStore, store: ProjectionStore) -> None:

@@ -19,6 +19,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.messages import BadContentError
 from gradproj.corpus.stream import Members, read_members
 from gradproj.corpus.tar.writer import TarSequence
+from gradproj.corpus.tokenization import write_tokenization
 from gradproj.errors import CorpusError
 from gradproj.selection.picks import Picks
 from gradproj.store import ProjectionStore
@@ -67,6 +68,8 @@ def write_tars(
 ) -> int:
     """Write tars of all members, unchanged under keys by rank, and a listing; return their number.
 
+    If the corpus was tokenized ahead, its rules are written beside the tars.
+
     Equal keys of different tars do not meet in one, since the new ones are unique.
     """
 
@@ -85,6 +88,8 @@ def write_tars(
         tars.end_tar()
         listing.flush()
         os.fsync(listing.fileno())
+    if index.tokenization is not None:
+        write_tokenization(folder, index.tokenization)
     return tars.n_tars
 
 

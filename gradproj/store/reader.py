@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import zarr
@@ -61,7 +61,7 @@ class ProjectionStore:
     def __repr__(self) -> str:
         return f"ProjectionStore({str(self.path)!r}: {len(self):,} rows of {self.dim:,} values)"
 
-    def __enter__(self) -> "ProjectionStore":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

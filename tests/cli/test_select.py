@@ -1,5 +1,6 @@
 """``gradproj select``: compared with the scores that ``query --save_scores`` writes."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from helpers.query_command import TEXT, write_queries
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import Preconditioner
+from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.stream import Members
-from gradproj.job.recorded import config_from
+from gradproj.corpus.tokenization import Tokenization
+from gradproj.job.recorded import config_from, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import QueryProjector, read_queries
 from gradproj.selection.writing import json_line, own_fields, with_fields
@@ -178,6 +181,17 @@ def test_tars_hold_the_members_and_prepare_reads_lines_again(select, tmp_path):
     assert [d["text"] for d in again] == [x["text"] for x in wanted]
     assert [d["meta"]["pile_set_name"] for d in again] == [x["domain"] for x in wanted]
     assert [d["meta"]["rank"] for d in again] == list(range(1, 8))
+
+
+def test_tars_of_tokenized_documents_name_their_tokenizer(select, tmp_path, monkeypatch):
+    rules = Tokenization(tokenizer="t", special_tokens="none", loss_on="all", chat_template="")
+
+    def tokenized_index(output, shards):
+        return dataclasses.replace(recorded_index(output, shards), tokenization=rules)
+
+    monkeypatch.setattr("gradproj.cli.select.recorded_index", tokenized_index)
+    select("--text", TEXT, "--top", 2, "--to", tmp_path / "tars")
+    assert open_corpus(str(tmp_path / "tars"), progress=False).tokenization == rules
 
 
 def test_score_by_text_and_both(select, tmp_path):

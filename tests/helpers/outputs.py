@@ -46,7 +46,7 @@ def finished_job(root: Path) -> SimpleNamespace:
 
 def copy_of(output: Path, tmp_path: Path) -> Path:
     # Without what queries of other tests keep beside the shared job.
-    queries_keep = shutil.ignore_patterns("preconditioners")
+    queries_keep = shutil.ignore_patterns("preconditioners", "text", "columns")
     return Path(shutil.copytree(output, tmp_path / "out", ignore=queries_keep))
 
 

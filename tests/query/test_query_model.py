@@ -47,14 +47,14 @@ def row_by_autograd(job, store, model):
 
 def row_of_query(store, folder):
     projector = QueryProjector(store, device="cpu", query_model=str(folder))
-    return torch.from_numpy(projector.rows([Query(name="q", text=TEXT)]).rows[0])
+    return torch.from_numpy(projector.rows([Query.of("q", text=TEXT)]).rows[0])
 
 
 def test_row_is_that_of_the_other_checkpoint(job, store, tuned):
     model, folder = tuned
     got, want = row_of_query(store, folder), row_by_autograd(job, store, model)
     assert relative_error(got, want) < 1e-5
-    own = QueryProjector(store, device="cpu").rows([Query(name="q", text=TEXT)]).rows[0]
+    own = QueryProjector(store, device="cpu").rows([Query.of("q", text=TEXT)]).rows[0]
     assert relative_error(torch.from_numpy(own), want) > 0.01
 
 

@@ -47,9 +47,7 @@ def rank_by_hidden(
         text = text_scan(config, store, process, note, index) if config.uses_text else None
         domains, sets = config.domains_of(store), asked.sets
         progress = sys.stderr.isatty()
-        stream = hidden_stream(
-            hidden, asked.rows.hidden, domains, device, together, progress, sets
-        )
+        stream = hidden_stream(hidden, asked.rows.hidden, domains, device, together, progress, sets)
         found = collect(config, store, stream, n_ends, note)
     options: ScanOptions = {"layers": None, "domains": domains, "device": device, "sets": sets}
     return Ranked(HIDDEN, options, None, asked, *found, second, text)
