@@ -266,7 +266,7 @@ class DocumentTokenizer:
         largest = max((int(s.ids.max(initial=0)) for s in sequences), default=0)
         if not self._vocabulary or largest < self._vocabulary:
             return ""
-        return f"token id {largest}, the model has {self._vocabulary}"
+        return f"token id {largest}; the model has ids from 0 to {self._vocabulary - 1}"
 
 
 def _sequence(part: _Part) -> TokenSequence:

@@ -43,7 +43,7 @@ class Query:
             content, weight = content_of(fields)
         except BadContentError as problem:
             place = where or f"query {name!r}"
-            raise ConfigError(f"{place}: {problem}. A query is {FORMS}") from problem
+            raise ConfigError(f"{place}: {problem}") from problem
         return cls(name=name, content=content, weight=weight, where=where, group=group)
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ ASKED = ("--text", TEXT)
         (("--text", ""), "there is no query; give --text"),
         (("--text", " \n"), "--text is empty; give --text"),
         ((*ASKED, "--queries", "q.jsonl"), "--text and --queries are given: give one of them"),
-        (("--text", "a"), "--text: a single token: no target for a loss"),
+        (("--text", "a"), "--text: no target for a loss; give more text"),
         (
             ("--text", words(90, 1)),
             "tokens, and the store's rows cover the first 24 of a document; shorten it",
@@ -100,7 +100,7 @@ def test_fewer_documents_than_the_default_k_are_accepted(job, ask):
 
 def test_invalid_line_of_a_query_file_is_named(job, tmp_path, ask):
     path = write_queries(tmp_path / "q.jsonl", {"text": TEXT}, {"text": words(80, 2)}, {"txt": ""})
-    assert f"{path}, line 3: no query; give one of " in ask.mistake(job.output, "--queries", path)
+    assert f"{path}, line 3: no text: it has none of " in ask.mistake(job.output, "--queries", path)
     path = write_queries(path, {"text": TEXT}, {"text": words(80, 2)})
     assert f"{path}, line 2: " in ask.mistake(job.output, "--queries", path)
     path = write_queries(path, {"text": TEXT}, {"input_ids": [2, 300]})

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.outputs import N_SAMPLES
+from helpers.outputs import N_SAMPLES, copy_of
 from helpers.query_command import TEXT, ask, ok_ids, write_queries
 from helpers.whole_gradients import ExactModel, ekfac_scores, kfac_scores
 
@@ -26,8 +26,7 @@ QUERIES = ({"text": TEXT, "id": "first"}, {"prompt": "the of", "completion": " a
 @pytest.fixture(scope="module")
 def measured(job, tmp_path_factory):
     """A copy of the finished job's output with curvature of two of its layers; read only."""
-    output = tmp_path_factory.mktemp("measured") / "out"
-    shutil.copytree(job.output, output)
+    output = copy_of(job.output, tmp_path_factory.mktemp("measured"))
     words = ["--curvature_tokens", "500", "--layers", LAYERS, "--device", "cpu"]
     assert main(["curvature", str(output), *words]) == 0
     return output

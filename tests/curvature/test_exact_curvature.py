@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.outputs import copy_of
 from helpers.whole_gradients import ExactModel, ekfac_scores, kfac_scores
 from safetensors.torch import load_file
 
@@ -38,8 +39,7 @@ def fitted(output, **settings):
 @pytest.fixture(scope="module")
 def measured(job, tmp_path_factory):
     """A copy of the finished job's output with curvature; read only."""
-    output = tmp_path_factory.mktemp("measured") / "out"
-    shutil.copytree(job.output, output)
+    output = copy_of(job.output, tmp_path_factory.mktemp("measured"))
     fitted(output)
     return output
 

@@ -54,7 +54,9 @@ def test_corpus_whose_ends_alone_are_bad_is_planned_with_a_note(model, tmp_path)
 def test_texts_of_tokens_beyond_the_vocabulary_are_bad_input_with_their_reason(model, tmp_path):
     small = make_model(tmp_path / "small", vocab_size=20)
     corpus = make_corpus(tmp_path / "tars", [{"text": "~~~"}] * 5)
-    with pytest.raises(CorpusError, match=r"sample 0 .*token id \d+, the model has 20"):
+    with pytest.raises(
+        CorpusError, match=r"sample 0 .*token id \d+; the model has ids from 0 to 19"
+    ):
         plan_of(small, corpus, tmp_path / "out", tokenizer=model)
 
 
@@ -94,7 +96,7 @@ def test_store_without_a_row_is_no_success(model, tmp_path, capsys):
     settings = {**SMALL_JOB, "shards": corpus, "model": model, "output_dir": tmp_path / "out"}
     done = run_job(1, 2, **settings)
     assert "3: 2 empty, 1 bad_input" in done.stdout
-    assert "the first: sample 2 (000000000002): token id 1000000, the model has " in done.stdout
+    assert "the first: sample 2 (000000000002): token id 1000000; the model has " in done.stdout
     assert "The store is complete" not in done.stdout
     assert "every unit was computed, and no document has a row" in done.stderr
     for command in (["query", "--text", "a"], ["domains"]):

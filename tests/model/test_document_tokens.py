@@ -150,7 +150,7 @@ def test_documents_together_are_as_documents_alone():
     ("content", "words"),
     [
         (CHAT, NO_TEMPLATE),
-        (TokenIds([5, 400]), "token id 400, the model has 400"),
+        (TokenIds([5, 400]), "token id 400; the model has ids from 0 to 399"),
         (Preference(CHAT, CHAT), NO_TEMPLATE),
     ],
 )

@@ -125,7 +125,7 @@ def test_documents_that_cannot_be_tokenized_are_bad_records(folder, tmp_path):
     with pytest.raises(CorpusError, match=r"in\.jsonl, line 6: .*no chat template"):
         run_prepare(name, tmp_path / "out", tokenizer=ahead(str(plain)))
     write_megatron(tmp_path / "x", [[1], [1000]], [0, 1, 2])
-    with pytest.raises(CorpusError, match=r"x\.bin, document 2: token id 1000, the model has"):
+    with pytest.raises(CorpusError, match=r"x\.bin, document 2: token id 1000; the model has"):
         run_prepare(str(tmp_path / "x.bin"), tmp_path / "out", tokenizer=ahead(folder))
 
 

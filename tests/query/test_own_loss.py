@@ -78,10 +78,10 @@ def less_of_the_completion(model, inputs):
 
 def autograd_row(made, loss, query):
     store, model, tokenizer = made
-    text = query.text or query.prompt + query.completion
+    text, prompt = query.content.plain_text(), getattr(query.content, "prompt", "")
     ids = torch.tensor([tokenizer(text).input_ids])
     labels = ids.clone()
-    n_prompt = len(tokenizer(query.prompt).input_ids) if query.prompt else 1
+    n_prompt = len(tokenizer(prompt).input_ids) if prompt else 1
     labels[:, :n_prompt] = -100
     model.requires_grad_(True)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

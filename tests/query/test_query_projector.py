@@ -270,7 +270,7 @@ def test_excerpts_are_one_line_and_mark_the_completion(projectors):
             {"input_ids": [3, 10**30]},
             "query 'q': \"input_ids\" holds 10{30}, which is not a token id",
         ),
-        ({"input_ids": [3, 300]}, r"query 'q': token id 300, the model has \d+"),
+        ({"input_ids": [3, 300]}, r"query 'q': token id 300; the model has ids from 0 to \d+"),
     ],
 )
 def test_unsupported_query_is_rejected_by_name(projectors, query, message):
