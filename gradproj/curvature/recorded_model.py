@@ -63,10 +63,11 @@ class RecordedModel:
         self._store, self._run, self.device, self._shards = store, run, device, shards
         self.model = load_model(files, device)
         # An engine finds the layers and checks their gradients against autograd's.
-        chosen = ProjectionConfig(
-            layers=",".join(layers) or run.projection.layers,
-            include_embeddings=run.projection.include_embeddings and not layers,
-        )
+        if layers:
+            chosen = ProjectionConfig(layers=",".join(layers))
+        else:
+            embeddings = run.projection.include_embeddings
+            chosen = ProjectionConfig(include_embeddings=embeddings).of_layers(store.layers)
         engine = GradProjLoraEngine.from_config(self.model, chosen)
         with engine:
             self._alone = bool(engine.only_alone)

@@ -6,8 +6,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from gradproj.engine.layers import TargetLayer, every_layer
-from gradproj.engine.patterns import ALIASES, EXCLUDES, exclusions, folded, matches
+from gradproj.engine.layers import TargetLayer
+from gradproj.engine.patterns import ALL, EXCLUDES, exclusions, folded, is_role, matches
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
 from gradproj.kernels.transformers_patches import one_sequence_a_row
@@ -17,16 +17,18 @@ _TOKENS, _MAX_TOKENS = 8, 512
 attention). The first is short, since recurrent models take a step for each token."""
 
 
-def check_reached(
+def reached_layers(
     model: nn.Module, targets: Sequence[TargetLayer], patterns: Sequence[str], max_length: int
-) -> bool:
-    """Run some tokens forward and backward and check that every target gets a gradient.
+) -> list[TargetLayer]:
+    """Run some tokens forward and backward; return the targets that take part in the loss.
+
+    Targets without a part are left out if roles or ``all`` took them, and an error if their own
+    name did. A layer takes part if it is called and its weight gets a gradient (Mamba uses the
+    weight of ``dt_proj`` without calling the layer).
 
     Only the graph counts, so the model is one on the meta device. It is changed: its weights are
-    bfloat16 (fused experts need it there), all but the targets' frozen.
-
-    Returns:
-        False if nothing is known, since the model's path depends on values.
+    bfloat16 (fused experts need it there), all but the targets' frozen. All targets are returned if
+    the model cannot run there, since its path depends on values.
 
     Raises:
         ModelError: names the targets that the loss does not reach, and what to write instead.
@@ -35,22 +37,25 @@ def check_reached(
     for n_tokens in (min(_TOKENS, max_length), min(_MAX_TOKENS, max_length)):
         found = _reached(model, targets, n_tokens)
         if found is None:
-            return False
-        if len(found) == len(targets):
-            return True
-        reached = found
+            return list(targets)
+        reached, n_with_gradient = found
+        if n_with_gradient == len(targets):  # of which some may never be called
+            break
     unreached = _without(targets, reached)
+    by_name = [p for p in patterns if not p.startswith(EXCLUDES) and not is_role(p)]
+    named = any(matches(p, name) for p in by_name for t in unreached for name in t.uses)
+    if not unreached or (reached and not named):
+        return reached
     names = list(dict.fromkeys(folded(target.name) for target in unreached))
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     what = (
         f"the loss of a text never reaches {len(unreached)} of {len(targets)} target layers: "
         f"{', '.join(names[:8])}{more}"
     )
-    if not reached:
-        patterns, layers = list(ALIASES), every_layer(model)
-        reached = _reached(model, layers, n_tokens) or []
-        unreached = _without(layers, reached)
-    way, taken = _way_out(model, patterns, reached, unreached)
+    if reached:
+        way, taken = _way_out(model, patterns, reached, unreached)
+    else:
+        way, (taken, _) = [ALL], _reached(model, find_layers(model, [ALL]), n_tokens) or ([], 0)
     if not taken:
         raise ModelError(f"{what}. It reaches no other layer either: no row can be computed")
     blocks = list(dict.fromkeys(folded(target.name).rpartition(".")[0] for target in taken))
@@ -88,22 +93,35 @@ def _way_out(
 
 def _reached(
     model: nn.Module, targets: Sequence[TargetLayer], n_tokens: int
-) -> list[TargetLayer] | None:
-    """Return the targets whose weight gets a gradient; None if the model fails."""
+) -> tuple[list[TargetLayer], int] | None:
+    """Return the targets that are called and get a gradient, and how many get one.
+
+    None if the model fails.
+    """
     model.to(torch.bfloat16).requires_grad_(False).eval()
     # A weight that is computed is none that a gradient is taken of; what it is computed from is.
     weights = [next(target.module.parameters()) for target in targets]
     for weight in weights:
         weight.requires_grad_(True)
     ids = torch.zeros((2, n_tokens), dtype=torch.int64, device=weights[0].device)
+    called: set[nn.Module] = set()
+    hooks = [
+        module.register_forward_hook(lambda module, *_: called.add(module))
+        for target in targets
+        for module in target.uses.values()
+    ]
     try:
         with one_sequence_a_row():
             logits = model(input_ids=ids, use_cache=False).logits
         if not logits.requires_grad:
-            return []
+            return [], 0
         found = torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # what a model cannot do on the meta device raises many types
         return None
-    return [t for t, gradient in zip(targets, found, strict=True) if gradient is not None]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    used = [t for t, gradient in zip(targets, found, strict=True) if gradient is not None]
+    return [t for t in used if not called.isdisjoint(t.uses.values())], len(used)

@@ -9,7 +9,7 @@ mixed lengths. The expected rows are ``P_o G P_i^T`` with the store's matrices a
 ``weight.grad``: one document at a time, in float64, before gradproj is imported. The outcomes:
 
 exact      the largest error of a layer's slice of a row, relative to the slice (to a hundredth of
-           the row where the slice is smaller)
+           the row where the slice is smaller), the layers taken of the blocks', and the rest
 refused    the job's message; then the same with the ``--proj_layers`` that the message advises, or
            with the first of attn, mlp and mixer that the job accepts
 wrong      the error, or the end of a traceback; the exit code is then 1
@@ -133,6 +133,8 @@ class Result:
     outcome: str
     note: str = ""
     error: float | None = None
+    layers: str = ""
+    """Of the blocks: how many layers are taken, and what is left out."""
 
 
 def main() -> int:
@@ -243,7 +245,7 @@ def advice(message: str, proj_layers: str) -> str:
     if given := re.search(r"Give (?:for example )?--proj_layers (\S+)", message):
         return given[1]
     if added := re.search(r"add (-\S+) to --proj_layers", message):
-        return f"{proj_layers or 'mlp,attn'},{added[1]}"
+        return f"{proj_layers or 'all'},{added[1]}"
     return ""
 
 
@@ -268,7 +270,18 @@ def compare(
             if not error <= FLOAT32_FACTOR * rounding:
                 note = f"batch size {batch_size}, {where}; float32 autograd {rounding:.0e}"
                 return Result("wrong", note, error)
-    return Result("exact", "", worst)
+    return Result("exact", "", worst, selection(output))
+
+
+def selection(output: Path) -> str:
+    """Return how many layers of the blocks a store has, and what its job left out, with names."""
+    from gradproj import ProjectionStore
+
+    taken = ProjectionStore(output).attributes["selection"]
+    left = ("not_selected", "not_reached", "not_projectable")
+    names = [f"{kind.replace('_', ' ')}: {', '.join(x['name'] for x in taken[kind])}"
+             for kind in left if taken[kind]]  # fmt: skip
+    return f"{taken['n_selected']} of {taken['n_layers']} | {'; '.join(names)}"
 
 
 def last_line(error: BaseException) -> str:
@@ -484,8 +497,8 @@ def report(results: dict[str, Result]) -> Iterator[str]:
             continue
         yield from ("", f"## {outcome.capitalize()}", "")
         if outcome == "exact":
-            errors = [f"{name} {each.error:.0e}" for name, each in chosen.items()]
-            yield from textwrap.wrap(", ".join(errors), 100, break_on_hyphens=False)
+            yield from ("| family | error | layers | left out |", "| --- | --- | --- | --- |")
+            yield from (f"| {n} | {each.error:.0e} | {each.layers} |" for n, each in chosen.items())
             continue
         for name, each in chosen.items():
             error = "" if each.error is None else f"{each.error:.1e}, "
