@@ -10,11 +10,14 @@ from gradproj.engine.layers import TargetLayer
 from gradproj.engine.patterns import ALL, EXCLUDES, exclusions, folded, is_role, matches
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
+from gradproj.kernels.meta_values import AssumedValues
 from gradproj.kernels.transformers_patches import one_sequence_a_row
 
 _TOKENS, _MAX_TOKENS = 8, 512
 """Tokens of the trial, and of a second one: some layers have a part in longer texts alone (sparse
 attention). The first is short, since recurrent models take a step for each token."""
+
+_DTYPES = torch.bfloat16, torch.float32
 
 
 def reached_layers(
@@ -27,15 +30,15 @@ def reached_layers(
     weight of ``dt_proj`` without calling the layer).
 
     Only the graph counts, so the model is one on the meta device. It is changed: its weights are
-    bfloat16 (fused experts need it there), all but the targets' frozen. All targets are returned if
-    the model cannot run there, since its path depends on values.
+    bfloat16 (fused experts need it there; float32 if it cannot run in that), all but the targets'
+    frozen. All targets are returned if the model cannot run there.
 
     Raises:
         ModelError: names the targets that the loss does not reach, and what to write instead.
     """
     reached: list[TargetLayer] = []
     for n_tokens in (min(_TOKENS, max_length), min(_MAX_TOKENS, max_length)):
-        found = _reached(model, targets, n_tokens)
+        found = _tried(model, targets, n_tokens)
         if found is None:
             return list(targets)
         reached, n_with_gradient = found
@@ -55,7 +58,7 @@ def reached_layers(
     if reached:
         way, taken = _way_out(model, patterns, reached, unreached)
     else:
-        way, (taken, _) = [ALL], _reached(model, find_layers(model, [ALL]), n_tokens) or ([], 0)
+        way, (taken, _) = [ALL], _tried(model, find_layers(model, [ALL]), n_tokens) or ([], 0)
     if not taken:
         raise ModelError(f"{what}. It reaches no other layer either: no row can be computed")
     blocks = list(dict.fromkeys(folded(target.name).rpartition(".")[0] for target in taken))
@@ -91,6 +94,13 @@ def _way_out(
     return [], []
 
 
+def _tried(
+    model: nn.Module, targets: Sequence[TargetLayer], n_tokens: int
+) -> tuple[list[TargetLayer], int] | None:
+    tries = (_reached(model.to(dtype), targets, n_tokens) for dtype in _DTYPES)
+    return next((found for found in tries if found is not None), None)
+
+
 def _reached(
     model: nn.Module, targets: Sequence[TargetLayer], n_tokens: int
 ) -> tuple[list[TargetLayer], int] | None:
@@ -98,7 +108,7 @@ def _reached(
 
     None if the model fails.
     """
-    model.to(torch.bfloat16).requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
     # A weight that is computed is none that a gradient is taken of; what it is computed from is.
     weights = [next(target.module.parameters()) for target in targets]
     for weight in weights:
@@ -111,7 +121,7 @@ def _reached(
         for module in target.uses.values()
     ]
     try:
-        with one_sequence_a_row():
+        with one_sequence_a_row(), AssumedValues():
             logits = model(input_ids=ids, use_cache=False).logits
         if not logits.requires_grad:
             return [], 0
