@@ -12,6 +12,7 @@ from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_bat
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import chunk_verdict
+from gradproj.engine.patterns import ALL
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.whole_gradients import LayerBatch, WholeGradients
 from gradproj.errors import ModelError, StoreError
@@ -63,11 +64,14 @@ class RecordedModel:
         self._store, self._run, self.device, self._shards = store, run, device, shards
         self.model = load_model(files, device)
         # An engine finds the layers and checks their gradients against autograd's.
-        if layers:
-            chosen = ProjectionConfig(layers=",".join(layers))
-        else:
-            embeddings = run.projection.include_embeddings
-            chosen = ProjectionConfig(include_embeddings=embeddings).of_layers(store.layers)
+        chosen = ProjectionConfig(
+            layers=",".join(layers) or ALL,
+            seed=run.projection.seed,
+            experts=run.projection.experts,
+            include_embeddings=run.projection.include_embeddings and not layers,
+        )
+        if not layers:
+            chosen = chosen.of_layers(store.layers)
         engine = GradProjLoraEngine.from_config(self.model, chosen)
         with engine:
             self._alone = bool(engine.only_alone)

@@ -1,6 +1,5 @@
 """Lists what ``--proj_layers`` takes of a model's blocks and what it leaves out."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -72,9 +71,10 @@ def coverage_of(
 
     ``unreached`` are those that the targets lack because the loss of a text never reaches them.
     """
-    model, chosen = without_wrappers(model), {id(target.module) for target in targets}
-    every = every_layer(model)
-    with_rule = {id(p) for layer in every for m in layer.uses.values() for p in m.parameters()}
+    model, chosen = without_wrappers(model), {target.name for target in targets}
+    is_separate = any(target.expert is not None for target in targets)
+    every = every_layer(model, "separate" if is_separate else "joint")
+    with_rule = {id(p) for layer in every for m in layer.holders for p in m.parameters(False)}
     layers = {x.name: x for x in block_layers(every)}
     has_blocks = any("*" in folded(name) for name in layers)
     matrices = {
@@ -84,9 +84,9 @@ def coverage_of(
         and sum(width > 1 for width in p.shape) > 1
         and ("*" in folded(name) or not has_blocks)
     }
-    sizes = {name: math.prod(layer.widths) for name, layer in layers.items()}
+    sizes = {name: layer.n_weights for name, layer in layers.items()}
     total = (sum(sizes.values()) + sum(p.numel() for p in matrices.values())) or 1
-    selected = [name for name, layer in layers.items() if id(layer.module) in chosen]
+    selected = [name for name in layers if name in chosen]
     aside = {layer.name for layer in unreached}
     taken, others = set(map(folded, selected)), layers.keys() - set(selected)
     rest = [(n, _shortest_name(folded(n), taken), sizes[n]) for n in layers if n in others]

@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from gradproj.engine.inner_layers import Routes
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.patterns import ALL, EXCLUDES, exclusions, folded, is_role, matches
 from gradproj.engine.selection import find_layers
@@ -21,7 +22,11 @@ _DTYPES = torch.bfloat16, torch.float32
 
 
 def reached_layers(
-    model: nn.Module, targets: Sequence[TargetLayer], patterns: Sequence[str], max_length: int
+    model: nn.Module,
+    targets: Sequence[TargetLayer],
+    patterns: Sequence[str],
+    max_length: int,
+    experts: str = "joint",
 ) -> list[TargetLayer]:
     """Run some tokens forward and backward; return the targets that take part in the loss.
 
@@ -56,9 +61,10 @@ def reached_layers(
         f"{', '.join(names[:8])}{more}"
     )
     if reached:
-        way, taken = _way_out(model, patterns, reached, unreached)
+        way, taken = _way_out(model, patterns, reached, unreached, experts)
     else:
-        way, (taken, _) = [ALL], _tried(model, find_layers(model, [ALL]), n_tokens) or ([], 0)
+        every = find_layers(model, [ALL], experts=experts)
+        way, (taken, _) = [ALL], _tried(model, every, n_tokens) or ([], 0)
     if not taken:
         raise ModelError(f"{what}. It reaches no other layer either: no row can be computed")
     blocks = list(dict.fromkeys(folded(target.name).rpartition(".")[0] for target in taken))
@@ -77,6 +83,7 @@ def _way_out(
     patterns: Sequence[str],
     reached: Sequence[TargetLayer],
     unreached: Sequence[TargetLayer],
+    experts: str,
 ) -> tuple[list[str], list[TargetLayer]]:
     """Return patterns that are accepted and take reached layers alone, and these layers."""
     kept = [name for target in reached for name in target.uses]
@@ -88,7 +95,7 @@ def _way_out(
     ]
     for way in ([*given, *exclusions(unwanted, kept)], short, kept):
         with suppress(ModelError):
-            taken = find_layers(model, way)
+            taken = find_layers(model, way, experts=experts)
             if not _without(taken, reached):
                 return way, taken
     return [], []
@@ -115,6 +122,7 @@ def _reached(
         weight.requires_grad_(True)
     ids = torch.zeros((2, n_tokens), dtype=torch.int64, device=weights[0].device)
     called: set[nn.Module] = set()
+    routes = Routes(module for target in targets for module in target.uses.values())
     hooks = [
         module.register_forward_hook(lambda module, *_: called.add(module))
         for target in targets
@@ -131,7 +139,7 @@ def _reached(
     except Exception:  # what a model cannot do on the meta device raises many types
         return None
     finally:
-        for hook in hooks:
+        for hook in [routes, *hooks]:
             hook.remove()
     used = [t for t, gradient in zip(targets, found, strict=True) if gradient is not None]
     return [t for t in used if not called.isdisjoint(t.uses.values())], len(used)

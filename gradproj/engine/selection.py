@@ -14,7 +14,10 @@ _MAX_NAMED = 8
 
 
 def find_layers(
-    model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
+    model: nn.Module,
+    patterns: Sequence[str],
+    include_embeddings: bool = False,
+    experts: str = "joint",
 ) -> list[TargetLayer]:
     """Return the layers that the patterns match, in model order, each once.
 
@@ -26,8 +29,8 @@ def find_layers(
     included by ``include_embeddings`` or by its name. Of modules that share a weight one match is
     enough.
 
-    Matched weights of no layer with a rule (norms, convolutions, fused experts, quantized layers)
-    are left out, which ``coverage_of`` reports.
+    Matched weights of no layer with a rule (norms, convolutions, quantized layers) are left out,
+    which ``coverage_of`` reports. ``experts``: see ``every_layer``.
 
     Raises:
         ModelError: no layer is left, or another pattern than a role matches nothing that can be
@@ -41,7 +44,7 @@ def find_layers(
     excluded = [p.removeprefix(EXCLUDES) for p in patterns if p.startswith(EXCLUDES)]
     used: set[str] = set()
     targets: list[TargetLayer] = []
-    every = every_layer(model)
+    every = every_layer(model, experts)
     takes = _matcher(model, every)
     for layer in every:
         hits = {EXACT + layer.name} & exact | {p for p in loose if takes(p, layer)}
@@ -54,7 +57,7 @@ def find_layers(
     if unmatched and (
         not used or any(not is_role(p) or any(takes(p, x) for x in every) for p in unmatched)
     ):
-        raise _unmatched_error(model, unmatched, patterns)
+        raise _unmatched_error(model, [n for x in every for n in x.uses], unmatched, patterns)
     if not targets:
         raise ModelError(f"--proj_layers {','.join(patterns)} leaves no layer to project")
     return targets
@@ -103,8 +106,9 @@ def _token_embedding(model: nn.Module) -> nn.Module:
 
 
 def _unmatched_error(
-    model: nn.Module, unmatched: Sequence[str], patterns: Sequence[str]
+    model: nn.Module, layers: Sequence[str], unmatched: Sequence[str], patterns: Sequence[str]
 ) -> ModelError:
+    """Say what to write instead; ``layers`` are the names of all that could be projected."""
     found = [
         name
         for name, module in model.named_modules()
@@ -117,9 +121,9 @@ def _unmatched_error(
     if not found:
         return ModelError(
             f"--proj_layers: no layer of the model matches {names}. Its layers are: "
-            f"{', '.join(_projectable(model)[:40])}. Give for example --proj_layers {way}"
+            f"{', '.join(_shown(layers)[:40])}. Give for example --proj_layers {way}"
         )
-    if any(rule_for(model.get_submodule(name)) for name in found):
+    if any(matches(p, name) for p in unmatched for name in layers):
         return ModelError(
             f"--proj_layers: {','.join(out)} leaves out all that {names} matches. Give "
             f"--proj_layers {way if rest else ','.join(unmatched)}"
@@ -127,8 +131,8 @@ def _unmatched_error(
     return ModelError(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "
-        f"{', '.join(rule.type_name for rule in LAYER_RULES.values())}; fused experts "
-        f"and quantized layers are not supported. Give --proj_layers {way}"
+        f"{', '.join(dict.fromkeys(rule.type_name for rule in LAYER_RULES.values()))}; quantized "
+        f"layers are not supported. Give --proj_layers {way}"
     )
 
 
@@ -139,6 +143,6 @@ def _named(model: nn.Module, names: Sequence[str]) -> str:
     return ", ".join(typed[:_MAX_NAMED]) + more
 
 
-def _projectable(model: nn.Module) -> list[str]:
-    """Return the names that have a rule, numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
-    return list(dict.fromkeys(folded(n) for n, m in model.named_modules() if rule_for(m)))
+def _shown(layers: Sequence[str]) -> list[str]:
+    """Return the names with numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
+    return list(dict.fromkeys(map(folded, layers)))

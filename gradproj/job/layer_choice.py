@@ -39,18 +39,21 @@ def choose_layers(config: RunConfig, model: nn.Module) -> LayerChoice:
         ModelError: a pattern matches nothing, or names layers that the loss never reaches.
     """
     recorded, projection = _recorded_layers(Path(config.job.output_dir)), config.projection
-    found = find_layers(model, projection.patterns, projection.include_embeddings)
+    rest = projection.include_embeddings, projection.experts
+    found = find_layers(model, projection.patterns, *rest)
     targets = found
     if recorded is None or projection.bytes_per_document:
-        targets = reached_layers(model, found, projection.patterns, config.batch.max_length)
+        max_length = config.batch.max_length
+        targets = reached_layers(model, found, projection.patterns, max_length, projection.experts)
     reached = {target.name for target in targets}
     unreached = [target for target in found if target.name not in reached]
     config, notes = with_allocation(config, model, targets)
     if config.projection.patterns != projection.patterns:
-        fewer = find_layers(model, config.projection.patterns, projection.include_embeddings)
+        fewer = find_layers(model, config.projection.patterns, *rest)
         targets = [target for target in fewer if target.name in reached]
     if recorded is not None and recorded[0] == config.projection.layers:
-        kept = [layer for layer in every_layer(model) if layer.name in recorded[1]]
+        every = every_layer(model, projection.experts)
+        kept = [layer for layer in every if layer.name in recorded[1]]
         targets = kept if len(kept) == len(recorded[1]) else targets
     return LayerChoice(config, targets, coverage_of(model, targets, unreached), notes)
 

@@ -51,10 +51,10 @@ def query_model_files(
         if own:
             _check_tokenizer(folder, tokenizer, load_tokenizer(files))
         wanted = [(layer.name, layer.n_i, layer.n_o) for layer in store.layers]
-        found = _layers(files, store, merged=False)
+        found = _layers(files, store, run, merged=False)
         merged = found != wanted and files.adapter_dir is not None
         if merged:
-            found = _layers(files, store, merged=True)
+            found = _layers(files, store, run, merged=True)
     except GradprojError as error:
         raise ModelError(str(error).replace("--model ", f"{FLAG} ", 1)) from error
     if found != wanted:
@@ -67,10 +67,12 @@ def query_model_files(
     return files, merged
 
 
-def _layers(files: ModelFiles, store: ProjectionStore, merged: bool) -> list[tuple[str, int, int]]:
+def _layers(
+    files: ModelFiles, store: ProjectionStore, run: RunConfig, merged: bool
+) -> list[tuple[str, int, int]]:
     """Return name and widths of a model's layers that have a store's names but for numbers."""
     names = {folded(layer.name) for layer in store.layers}
-    layers = every_layer(model_skeleton(files, merged))
+    layers = every_layer(model_skeleton(files, merged), run.projection.experts)
     return [(layer.name, *layer.widths) for layer in layers if folded(layer.name) in names]
 
 

@@ -469,11 +469,25 @@ def projected(store: Any, gradients: dict[str, Tensor]) -> Tensor:
     matrices, parts = store.projection_matrices, []
     for layer in store.layers:
         p_i, p_o = (torch.from_numpy(p).double() for p in matrices[layer.name])
-        gradient = gradients[f"{layer.name}.weight"]
+        if layer.type == "Experts":
+            seed = store.attributes["projection"]["seed"]
+            gradient = signed_sum(gradients[layer.name], layer, seed)
+        else:
+            gradient = gradients[f"{layer.name}.weight"]
         if layer.type == "Conv1D":
             gradient = gradient.mT
         parts.append((p_o @ gradient @ p_i.T).flatten(1))
     return torch.cat(parts, dim=1)
+
+
+def signed_sum(gradient: Tensor, layer: Any, seed: int) -> Tensor:
+    """Return ``sum_e G_e D_e`` ``(N, n_o, n_i)`` of all experts' gradients."""
+    from gradproj.engine.projection import draw_signs
+
+    if gradient.shape[2:] != (layer.n_o, layer.n_i):
+        gradient = gradient.mT
+    signs = draw_signs(seed, layer.name, gradient.shape[1], layer.n_i).double()
+    return (gradient * signs.unsqueeze(1)).sum(dim=1)
 
 
 # --- the result ---
