@@ -44,8 +44,10 @@ def reached_layers(
     reached: list[TargetLayer] = []
     for n_tokens in (min(_TOKENS, max_length), min(_MAX_TOKENS, max_length)):
         found = _tried(model, targets, n_tokens)
-        if found is None:
+        if found is None and not reached:
             return list(targets)
+        if found is None:  # the shorter trial ran: this length does not
+            break
         reached, n_with_gradient = found
         if n_with_gradient == len(targets):  # of which some may never be called
             break

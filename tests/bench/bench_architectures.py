@@ -2,7 +2,8 @@
 
     python tests/bench/bench_architectures.py [--families llama,falcon] [--write FILE]
 
-Each model type of ``AutoModelForCausalLM`` is built tiny (random weights, two layers or one of each
+Each model type of ``AutoModelForCausalLM`` (``--families`` takes those of
+``AutoModelForMultimodalLM`` as well) is built tiny (random weights, two layers or one of each
 kind that its config lists) and saved as a checkpoint. ``gradproj run`` with the default
 ``--proj_layers`` computes rows of documents of 2 to 24 tokens: one document a batch, and four of
 mixed lengths. The expected rows are ``P_o G P_i^T`` with the store's matrices and ``G`` from
@@ -46,7 +47,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 
 OUTCOMES = ("wrong", "refused", "not built", "exact")
 LENGTHS = (24, 23, 17, 13, 11, 7, 5, 4, 4, 4, 3, 2)
@@ -297,14 +304,19 @@ def save_model(family: str, folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     config = shrunk(CONFIG_MAPPING[family]())
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        n_parameters = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{n_parameters:,} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     randomize(model)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+
+
+def auto_class(config: Any) -> Any:
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
 
 
 def shrunk(config: Any) -> Any:
@@ -423,7 +435,8 @@ def mean_loss_gradients(
     folder: Path, documents: Sequence[Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return each weight's gradients of the documents' mean losses, ``(N, *shape)``."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder, dtype=dtype).eval()
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products refuse float64
     weights = dict(model.named_parameters(remove_duplicate=False))
