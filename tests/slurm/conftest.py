@@ -45,5 +45,7 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     shards = make_corpus(root / "tars", mixed_documents(N_SAMPLES), per_tar=400)
     model = make_model(root / "model")
-    run_job(1, shards=shards, model=model, output_dir=root / "want", timeout=300, **SETTINGS)
+    # The batch files are submitted with the job's own defaults: signs in the pilot's eigenbasis.
+    settings = {"shards": shards, "model": model, "output_dir": root / "want", **SETTINGS}
+    run_job(1, timeout=300, dense_rows=False, **settings)
     return SimpleNamespace(shards=shards, model=model, want=root / "want")
