@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from gradproj.engine.compiled_capture import check_compilable
 from gradproj.engine.inner_layers import ExpertsLayer, InnerLayer
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.selection import find_layers
@@ -21,6 +22,9 @@ def with_experts(config: RunConfig, skeleton: nn.Module) -> RunConfig:
 
     So they have none if the model or its chosen layers have none, and in a store that was begun
     before there was a choice.
+
+    Raises:
+        ModelError: ``--compile`` with them.
     """
     projection = config.projection
     if projection.experts == "none":
@@ -31,6 +35,8 @@ def with_experts(config: RunConfig, skeleton: nn.Module) -> RunConfig:
     if has_some and (output / STORE_NAME).exists() and not is_untouched(output):
         recorded = read_attributes(output / STORE_NAME).get("identity", {})
         has_some = projection.experts != type(projection).experts or "--experts" in recorded
+    if has_some and config.job.compile:
+        check_compilable(targets)
     return config if has_some else replace(config, projection=replace(projection, experts="none"))
 
 
