@@ -44,7 +44,7 @@ class PrepareConfig(Flags, title="tars"):
         help="Field of a record with its domain's name; without it the domain is 'unknown'.",
     )
     token_dtype: str = flag(
-        "Type of the numbers in flat files of token ids without a header.",
+        "Type of the numbers of flat token ids without a header.",
         "",
         choices=TOKEN_DTYPES,
     )

@@ -126,6 +126,8 @@ class ExpertOrder:
             parts = x.split(self.ends.diff(prepend=self.ends.new_zeros(1)).tolist())
             weights = weight.unbind()
             product = torch.cat([a @ w for a, w in zip(parts, weights, strict=True)])
+        elif x.is_meta:
+            product = x @ weight[0]  # as large as the grouped product, which wants bfloat16 there
         else:
             product = moe._grouped_mm(x, weight, offs=self.ends)
         return product if bias is None else product + bias[self.experts]
@@ -191,12 +193,14 @@ def _router_in(module: Any) -> dict[str, InnerLayer]:
         return {}
     layer = RouterLayer(module, module)
     was_training, module.training = module.training, False
+    x, bias = weight.new_zeros(1, 2, weight.shape[1]), weight.new_zeros(len(weight))
     try:
-        for shape in ((1, 2), (2,)):
-            seen, x = _Through(layer), weight.new_zeros(*shape, weight.shape[1])
+        # Some take tokens without a dimension for samples, or a bias of the choice as well.
+        for given in ((x,), (x[0],), (x, bias), (x[0], bias)):
+            seen = _Through(layer)
             try:
                 with seen:
-                    type(module).forward(module, x)
+                    type(module).forward(module, *given)
             except Exception:  # it takes other inputs
                 continue
             return {"": layer} if seen.n_products == 1 and not seen.other_uses else {}

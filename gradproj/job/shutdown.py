@@ -78,6 +78,7 @@ class StopRequest:
         if self._attending:
             signal.set_wakeup_fd(-1)
             os.close(self._wakeup)  # which ends the thread
+            self._listener.join(SECOND_AFTER_S)
 
     def _listen(self) -> None:
         """Let a thread end the process at a second signal.
@@ -91,15 +92,21 @@ class StopRequest:
 
         def listen() -> None:
             first_at = None
-            while number := os.read(heard, 1):
-                if number[0] not in SIGNALS:  # of a program that embeds the job
+            # Signals that are read together count as one: on a busy machine this thread may run
+            # long after them, and then nothing tells when each came.
+            while numbers := os.read(heard, 64):
+                stops = [number for number in numbers if number in SIGNALS]
+                if not stops:  # of a program that embeds the job
                     continue
-                first_at = first_at or self._requested_at or time.monotonic()
+                if first_at is None:
+                    asked_otherwise = not self.exit_code and self._requested_at
+                    first_at = asked_otherwise or time.monotonic()
                 if time.monotonic() - first_at > SECOND_AFTER_S:
-                    os._exit(128 + number[0])
+                    os._exit(128 + stops[-1])
             os.close(heard)
 
-        threading.Thread(target=listen, name="signals", daemon=True).start()
+        self._listener = threading.Thread(target=listen, name="signals", daemon=True)
+        self._listener.start()
 
     def begin(self) -> None:
         """From now on, let a signal raise an exception."""

@@ -97,6 +97,7 @@ def test_command_measures_every_kind_of_method_end_to_end(data, tmp_path, capsys
         "kfac@16/signs/head,kfac@16/signs/headequal,kfac@16/signs,kfac@16/signs+text,"
         "kfac@16/signs/rescored2",
         "reference": "dot@16",
+        "n_embd": 64,  # head rows have 64 values
     }
     settings |= {
         "shards": data / "tars",

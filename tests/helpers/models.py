@@ -66,7 +66,7 @@ UNUSUAL = {
 }  # fmt: skip
 """Like ``FAMILIES``: models whose layers are special in some way."""
 
-_EXPERTS = dict(_LLAMA_LIKE, num_experts_per_tok=2, moe_intermediate_size=12)
+_EXPERTS = dict(_LLAMA_LIKE, num_experts_per_tok=2, moe_intermediate_size=24)
 _DEEPSEEK = dict(
     _EXPERTS, num_key_value_heads=4, head_dim=4, kv_lora_rank=8, qk_rope_head_dim=4,
     qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_shared_experts=1, n_group=2,

@@ -14,14 +14,13 @@ from helpers.chat import (
 )
 from helpers.corpora import make_corpus, words
 from helpers.jobs import assert_same_bits, flags, run_job
+from helpers.killed_jobs import run_killed_and_resumed
 from helpers.models import make_model
 from transformers import AutoModelForCausalLM
 
-import gradproj.run
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import score
-from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.selection import find_layers
 from gradproj.query import Query, QueryProjector
@@ -187,27 +186,11 @@ def test_query_of_any_form_has_the_row_of_its_document_and_finds_it(jobs, family
     assert all(forms[i][0].get("messages") == CHAT for i in best)
 
 
-class Killed(BaseException):
-    """Ends a job at once."""
-
-
 def test_killed_job_continues_with_the_same_bits(jobs, tmp_path, monkeypatch):
     settings = jobs["llama3"]
-    append = PartialLog.append
-
-    def append_and_die(self, *args):
-        append(self, *args)
-        raise Killed
-
-    output = tmp_path / "out"
-    again = settings | {"output_dir": output, "proj_save_interval": 1, "device": "cpu"}
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialLog, "append", append_and_die)
-        with pytest.raises(Killed):
-            gradproj.run.main(flags(**again))
-    assert list((output / "partial").rglob("*.safetensors"))
-    run_job(**again)
-    assert_same_bits(output, settings["output_dir"])
+    again = settings | {"output_dir": tmp_path / "out", "proj_save_interval": 1}
+    run_killed_and_resumed(monkeypatch, **again)
+    assert_same_bits(again["output_dir"], settings["output_dir"])
 
 
 def test_another_template_is_refused_and_the_kept_one_answers(jobs, tmp_path, capsys):

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers.jobs import assert_same_bits, flags, run_job
+from helpers.jobs import assert_same_bits, run_job
+from helpers.killed_jobs import run_killed_and_resumed
 from helpers.outputs import copy_of, flip_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import gradproj.run
 from gradproj import ProjectionStore
 from gradproj.__main__ import main
 from gradproj.analysis import score
-from gradproj.coordinator.partial_rows import PartialLog
 from gradproj.files import file_sum
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.maintenance.recompute import recompute
@@ -121,27 +120,11 @@ def test_rows_and_columns_are_those_of_a_job_without_states(jobs, tmp_path):
         assert a == b, name
 
 
-class Killed(BaseException):
-    """Ends a job at once."""
-
-
 def test_stopped_unit_continues_with_the_same_states(jobs, tmp_path, monkeypatch):
     settings = jobs["mean"]
-    append = PartialLog.append
-
-    def append_and_die(self, *args):
-        append(self, *args)
-        raise Killed
-
-    output = tmp_path / "out"
-    again = settings | {"output_dir": output, "proj_save_interval": 2, "device": "cpu"}
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialLog, "append", append_and_die)
-        with pytest.raises(Killed):
-            gradproj.run.main(flags(**again))
-    assert list((output / "partial").rglob("*.safetensors"))
-    run_job(**again)
-    assert_same_bits(output, settings["output_dir"])
+    again = settings | {"output_dir": tmp_path / "out", "proj_save_interval": 2}
+    run_killed_and_resumed(monkeypatch, **again)
+    assert_same_bits(again["output_dir"], settings["output_dir"])
 
 
 def test_damaged_states_are_found_repaired_and_computed_again(jobs, tmp_path, capsys):

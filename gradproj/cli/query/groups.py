@@ -21,8 +21,8 @@ class GroupArgs(Flags, title="groups of documents"):
 
     by: str = flag(
         "Score groups of documents, by mean and standard error, instead of single documents: "
-        "domain, or a field of the documents, such as meta.source. A field is read from the tars "
-        "once and kept in OUTPUT/columns. --top_k and --bottom_k then count groups.",
+        "domain, or a field of the documents, such as meta.source. A field is read from the "
+        "documents once and kept in OUTPUT/columns. --top_k and --bottom_k then count groups.",
         "",
         metavar="domain|FIELD",
     )
