@@ -54,9 +54,7 @@ def test_corpus_whose_ends_alone_are_bad_is_planned_with_a_note(model, tmp_path)
 def test_texts_of_tokens_beyond_the_vocabulary_are_bad_input_with_their_reason(model, tmp_path):
     small = make_model(tmp_path / "small", vocab_size=20)
     corpus = make_corpus(tmp_path / "tars", [{"text": "~~~"}] * 5)
-    with pytest.raises(
-        CorpusError, match=r"sample 0 .*token id \d+; the model has ids from 0"
-    ):
+    with pytest.raises(CorpusError, match=r"sample 0 .*token id \d+; the model has ids from 0"):
         plan_of(small, corpus, tmp_path / "out", tokenizer=model)
 
 

@@ -92,12 +92,20 @@ def test_turn_that_looks_otherwise_when_others_follow_is_found_by_its_words():
     assert turns(QWEN_3) == ["Hi!<|im_end|>\n", "<think>\n\n</think>\n\n Bye, then. <|im_end|>\n"]
 
 
+def test_turn_that_begins_a_conversation_is_its_words_if_no_prompt_can_be_rendered():
+    first, *_ = messages = conversation("Hi!", "Hello there")
+    first["role"], messages[1]["role"] = "assistant", "user"
+    # Qwen's template reads the first message's role.
+    assert turns(TEMPLATES["qwen"], messages) == ["Hi!<|im_end|>\n"]
+
+
 NUMBERED = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("source", "messages", "tools", "words"),
     [
+        ("Hello", MESSAGES, None, "leaves out the words of message 3"),
         (NUMBERED, MESSAGES, None, "no {% generation %} marks, and renders message 3 otherwise"),
         ("{{ raise_exception('roles must alternate') }}", MESSAGES, None, "roles must alternate"),
         ("{{ messages[0].nothing.at.all }}", MESSAGES, None, "the chat template fails"),
