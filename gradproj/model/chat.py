@@ -103,13 +103,11 @@ class ChatTemplate:
         """Return the characters of an assistant's turn by rendering what precedes its end."""
         upto, _ = self._render(messages[: i + 1], tools)
         content = messages[i]["content"].strip()
-        try:
-            before, _ = self._render(messages[:i], tools, generation_prompt=True)
-        except TurnError:
-            # Many templates refuse to begin with an answer: then the turn is its words.
-            if not content or upto.count(content) != 1:
-                raise
+        if not i and content and upto.count(content) == 1:
+            # Few templates can render a prompt without messages: the turn is its words.
             before = upto[: upto.index(content)]
+        else:
+            before, _ = self._render(messages[:i], tools, generation_prompt=True)
         if text.startswith(upto) and upto.startswith(before):
             if content and upto == before:
                 raise TurnError(f"the chat template leaves out the words of message {i + 1}")
