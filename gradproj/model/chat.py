@@ -101,13 +101,19 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, i: int, text: str
     ) -> tuple[int, int]:
         """Return the characters of an assistant's turn by rendering what precedes its end."""
-        before, _ = self._render(messages[:i], tools, generation_prompt=True)
         upto, _ = self._render(messages[: i + 1], tools)
+        content = messages[i]["content"].strip()
+        if not i and content and upto.count(content) == 1:
+            # Few templates can render a prompt without messages: the turn is its words.
+            before = upto[: upto.index(content)]
+        else:
+            before, _ = self._render(messages[:i], tools, generation_prompt=True)
         if text.startswith(upto) and upto.startswith(before):
+            if content and upto == before:
+                raise TurnError(f"the chat template leaves out the words of message {i + 1}")
             return len(before), len(upto)
         # Some templates show a turn's reasoning only if it is the last one: then the same words
         # and what the template puts after them.
-        content = messages[i]["content"].strip()
         words = upto[upto.rfind(content) :] if content and content in upto else ""
         if words and text.startswith(before + words):
             return len(before), len(before) + len(words)

@@ -92,12 +92,22 @@ def test_turn_that_looks_otherwise_when_others_follow_is_found_by_its_words():
     assert turns(QWEN_3) == ["Hi!<|im_end|>\n", "<think>\n\n</think>\n\n Bye, then. <|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("family", "want"), [("qwen", "Hi!<|im_end|>\n"), ("llama3", "Hi!<|eot_id|>")]
+)
+def test_turn_that_begins_a_conversation_is_its_words(family, want):
+    # Qwen's template reads the first message's role, and Llama's puts its BOS before it.
+    messages = [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Hello"}]
+    assert turns(TEMPLATES[family], messages) == [want]
+
+
 NUMBERED = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("source", "messages", "tools", "words"),
     [
+        ("Hello", MESSAGES, None, "leaves out the words of message 3"),
         (NUMBERED, MESSAGES, None, "no {% generation %} marks, and renders message 3 otherwise"),
         ("{{ raise_exception('roles must alternate') }}", MESSAGES, None, "roles must alternate"),
         ("{{ messages[0].nothing.at.all }}", MESSAGES, None, "the chat template fails"),
