@@ -35,7 +35,7 @@ class DocumentRules(Flags, title="documents"):
         choices=LOSS_ON,
     )
     truncate_side: str = flag(
-        "Which end of a document longer than --max_length is cut off.",
+        "Which end of a document longer than --max_length is cut off; a BOS at its start stays.",
         "right",
         choices=TRUNCATE_SIDES,
     )
@@ -119,7 +119,7 @@ class DocumentTokenizer:
         self._by_tokenizer = special_tokens == "tokenizer"
         self._before = [tokenizer.bos_token_id] if "bos" in special_tokens else []
         self._after = [tokenizer.eos_token_id] if "eos" in special_tokens else []
-        self._cut = max_length, long_documents, rules.truncate_side
+        self._cut = max_length, long_documents, rules.truncate_side, tokenizer.bos_token_id
         cuts_end = long_documents == "truncate" and rules.truncate_side == "right"
         self._plain = Tokenizing(tokenizer, special_tokens, max_length if cuts_end else 0)
         source = chat_template(tokenizer, rules.chat_template)
