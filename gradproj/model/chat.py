@@ -168,10 +168,10 @@ def chat_template(tokenizer: Any, file: str) -> str | None:
 def _chosen(
     messages: Sequence[Mapping[str, Any]], assistants: list[int], n_prompt: int, loss_on: str
 ) -> list[int]:
-    """Return the assistant's turns that carry the loss."""
+    """Return the assistant's turns that carry the loss: none whose own ``weight`` is 0."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = max([n_prompt, *(users[-1:] if loss_on == "completion" else [])])
-    chosen = [i for i in assistants if i >= first]
+    chosen = [i for i in assistants if i >= first and messages[i].get("weight", 1)]
     return chosen[-1:] if loss_on == "last" else chosen
 
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -257,6 +257,8 @@ class DocumentTokenizer:
             return TokenizedDocument(problem=problem)
         if not self._cut[0]:
             return TokenizedDocument(whole)
+        if len(whole) == 2 and _are_equal(*whole):  # a preference for nothing: its row is zero
+            whole = [replace(sequence, factor=0.0) for sequence in whole]
         cut = [split_long(sequence, *self._cut) for sequence in whole]
         if not all(cut):  # one answer alone is no preference
             return TokenizedDocument()
@@ -267,6 +269,10 @@ class DocumentTokenizer:
         if not self._vocabulary or largest < self._vocabulary:
             return ""
         return f"token id {largest}; the model has ids from 0 to {self._vocabulary - 1}"
+
+
+def _are_equal(a: TokenSequence, b: TokenSequence) -> bool:
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.is_target, b.is_target)
 
 
 def _sequence(part: _Part) -> TokenSequence:

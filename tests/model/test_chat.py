@@ -81,6 +81,14 @@ def test_turns_are_the_marked_ones_or_found_by_rendering_beginnings(family, want
     assert "Hello there" in everything
 
 
+def test_turn_of_weight_0_carries_no_loss():
+    for number in (1, 3):
+        messages = [m | {"weight": int(i != number)} for i, m in enumerate(MESSAGES)]
+        (turn,) = turns(TEMPLATES["qwen"], messages)
+        assert turn == turns(TEMPLATES["qwen"])[number == 1]
+    assert turns(TEMPLATES["qwen"], messages, "last") == [turn]
+
+
 def test_completion_is_every_turn_after_the_last_users():
     got = turns(TEMPLATES["qwen"], WITH_TOOL, "completion", tools=TOOLS)
     assert len(got) == 2
