@@ -12,6 +12,7 @@ from torch import Tensor
 from gradproj.corpus.content import Preference
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import CorpusIndex
+from gradproj.corpus.sampling import spread_order
 from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
 from gradproj.distributed import World
@@ -25,6 +26,8 @@ from gradproj.training.config import TrainConfig
 
 SHUFFLED_BLOCKS = 64
 """Blocks of documents read and shuffled together. The blocks too are in a shuffled order."""
+N_CHECKED = 32
+"""Documents that are read before the first step."""
 _WHOLE = 2**31
 """No document is longer."""
 
@@ -179,6 +182,18 @@ class SampleTokenizer:
             # A target if the document's last token is one.
             ids, is_target = np.append(ids, self._end), np.append(is_target, is_target[-1])
         return np.stack([ids, np.full(len(ids), sequence.owner), is_target])
+
+
+def check_forms(config: TrainConfig, index: CorpusIndex, tokenizer: Any) -> None:
+    """Tokenize a few documents from all over the corpus, before the first step.
+
+    Raises:
+        CorpusError: one of them is of a form that cannot be trained on.
+    """
+    tokenize, shards = SampleTokenizer(config, tokenizer, config.pack), f"--shards {config.shards}"
+    for sample_id in itertools.islice(spread_order(index.n_samples), N_CHECKED):
+        for document in read_documents(index, sample_id, sample_id + 1):
+            tokenize(document, shards)
 
 
 def _samples(
