@@ -16,6 +16,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.projection import draw_signs, projection_matrix
 from gradproj.engine.whole_gradients import WholeGradients
+from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.store.basis import DAMPING
 
 LENGTHS = [9, 21, 2, 14]
@@ -29,6 +30,11 @@ def engine_of(model, **options):
 def rows_of(model, engine, ids, labels):
     per_sample_loss(model, {"input_ids": ids, "labels": labels}).sum().backward()
     return engine.collect_batch()
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return small_model("qwen3_moe")
 
 
 @pytest.mark.parametrize("experts", ["joint", "separate"])
@@ -52,12 +58,25 @@ def test_rows_alone_and_in_a_batch_are_the_projected_gradients(family, experts):
         assert relative_error(alone[n], want) < 1e-5
 
 
+def test_experts_that_drop_tokens_run_alone_and_are_named(mixture):
+    mixture.model.layers[1].mlp.capacity_factor = 1.25
+    with engine_of(mixture) as engine:
+        del mixture.model.layers[1].mlp.capacity_factor
+        assert "layers.1.mlp.capacity_factor = 1.25 drops tokens" in engine.only_alone
+        with pytest.raises(MixedSamplesError, match="capacity_factor"):
+            rows_of(mixture, engine, *ragged_batch(LENGTHS))
+
+
+def test_experts_that_compute_something_else_are_refused_by_name(mixture, monkeypatch):
+    experts = mixture.model.layers[1].mlp.experts
+    forward = type(experts).forward
+    monkeypatch.setattr(type(experts), "forward", lambda *args: 2 * forward(*args))
+    with pytest.raises(ModelError, match=r"another way .* adding -"):
+        engine_of(mixture).attach()
+    assert "forward" not in vars(experts)
+
+
 # --- curvature ---
-
-
-@pytest.fixture(scope="module")
-def mixture():
-    return small_model("qwen3_moe")
 
 
 def routed_tokens(model, ids, labels):
