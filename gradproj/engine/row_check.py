@@ -36,6 +36,9 @@ TRIES = 3
 TOLERANCE, LOW_PRECISION_TOLERANCE = 0.05, 0.3
 """Of a layer's part of a row, relative to its length. Faults are of the size of the row."""
 
+CAPACITIES = ("expert_capacity", "capacity_factor", "moe_eval_capacity_token_fraction")
+"""Attributes of modules that limit how many of a batch's tokens an expert takes."""
+
 FLOOR = 1e-3
 """Of the layers' median length: shorter parts are rounding errors or exactly zero."""
 
@@ -54,6 +57,12 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
     inner = unwrap(model)
     if not can_try(inner):
         capture.unchecked = "it is no whole model of transformers with values"
+        return
+    if limit := _capacity(inner):
+        capture.only_alone = (
+            f"{limit} drops tokens beyond a capacity, so a sample's row depends on its batch; "
+            f"{ONLY_ALONE}"
+        )
         return
     wrong = mixed = {layer.target.name for layer in layers}
     for attempt in range(TRIES):
@@ -93,6 +102,16 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
         f"separated; {ONLY_ALONE} (adding "
         f"{way_out} to proj_layers leaves it out)"
     )
+
+
+def _capacity(model: nn.Module) -> str:
+    """Return the name and value of a limit on an expert's tokens in a batch; empty without one."""
+    for name, module in model.named_modules():
+        for key in CAPACITIES:
+            value = getattr(module, key, None)
+            if isinstance(value, int | float) and value > 0:
+                return f"{name}.{key} = {value}"
+    return ""
 
 
 def refuse_without_memory(error: Exception, device: torch.device) -> None:

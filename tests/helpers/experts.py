@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Routed:
-    """What one projection of fused experts did to the routed tokens of a batch."""
+    """The routed tokens of a batch in one projection of fused experts."""
 
     experts: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
