@@ -100,6 +100,24 @@ def test_lists_are_split_at_commas_and_a_repeated_flag_adds_to_the_list():
     assert fruit("--fruit_parts", "peel", "--fruit_parts", "seed").only_parts == "peel,seed"
 
 
+def test_an_optional_list_of_places_may_stand_anywhere_after_the_required_one():
+    @dataclass(frozen=True, kw_only=True)
+    class Route(Fruit, title="route"):
+        stops: tuple[str, ...] = flag("Further places.", (), name="STOP", positional=True)
+        prices: tuple[float, ...] = flag("Prices.", ())
+
+    def route(*argv):
+        return parse(argv, "test", Route)[0]
+
+    assert (route("here").where, route("here").stops, route("here").prices) == ("here", (), ())
+    got = route("here", "a,b", "--prices", "-2,1e-3", "--number", "3", "c", "--prices=4")
+    assert (got.where, got.stops, got.prices) == ("here", ("a,b", "c"), (-2.0, 1e-3, 4.0))
+    with pytest.raises(ConfigError, match="prices: invalid list of float value: '1,x'"):
+        route("here", "--prices", "1,x")
+    with pytest.raises(ConfigError, match="required: PLACE$"):
+        route("--number", "3")
+
+
 def test_a_backslash_keeps_a_comma_in_an_item():
     assert fruit("--kinds", r"apple\, red,pear").kinds == ("apple, red", "pear")
 
@@ -249,8 +267,9 @@ def test_every_flag_of_a_path_is_declared_as_one():
         for name, f in fields.items()
         if type_of(f)[0] is str and words.search(f.metadata.get("help", ""))
     }
-    # "Earlier GradProjLora files": a format, not a path.
-    assert spoken_of - of_paths <= {"ExportConfig.format", "ExportConfig.output"}
+    # A format of files, numbers in them or a field in tars, not a path.
+    others = {"ExportConfig.format", "ExportConfig.output", "PrepareConfig.token_dtype"}
+    assert spoken_of - of_paths <= others | {"GroupArgs.by", "QueryConfig.by"}
     assert len(of_paths) > 30
 
 

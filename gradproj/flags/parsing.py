@@ -87,11 +87,9 @@ def _parser(
     fields: Mapping[str, dataclasses.Field],
     titles: Mapping[str, str],
 ) -> argparse.ArgumentParser:
-    positional = [
-        f"{name} ..." if type_of(f)[1] else name
-        for name, f in fields.items()
-        if f.metadata.get("positional")
-    ]
+    # An optional list takes all that stands without a flag's name, so that it comes last.
+    fields = dict(sorted(fields.items(), key=lambda item: _is_optional_list(item[1])))
+    positional = [_usage(name, f) for name, f in fields.items() if f.metadata.get("positional")]
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *positional, "[--flag VALUE ...]"]),
@@ -112,6 +110,16 @@ def _parser(
     return parser
 
 
+def _is_optional_list(f: dataclasses.Field) -> bool:
+    return bool(f.metadata.get("positional")) and type_of(f)[1] and not is_required(f)
+
+
+def _usage(name: str, f: dataclasses.Field) -> str:
+    if not type_of(f)[1]:
+        return name
+    return f"[{name} ...]" if _is_optional_list(f) else f"{name} ..."
+
+
 def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
     kind, is_list = type_of(f)
     text = f.metadata.get("help", "")
@@ -121,7 +129,9 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
         text += f" (default: {f.metadata.get('default_text', word_of(f, f.default))})"
     text = text.replace("%", "%%")  # argparse formats it
     if f.metadata.get("positional"):
-        group.add_argument(name, nargs="+" if is_list else None, type=kind, help=text)
+        nargs = ("*" if _is_optional_list(f) else "+") if is_list else None
+        # A list of any length with a default is not among the required ones of argparse's error.
+        group.add_argument(name, nargs=nargs, type=kind, help=text, default=None)
     elif kind is bool:
         group.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
@@ -133,7 +143,7 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
         group.add_argument(
             f"--{name}",
             action="append" if takes_commas(f) else "store",
-            type=_reader(kind, words),
+            type=_list_reader(kind) if is_list else _reader(kind, words),
             metavar=f"{metavar},..." if takes_commas(f) else metavar,
             help=text,
         )
@@ -147,24 +157,31 @@ def _reader(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
     return read
 
 
+def _list_reader(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(item) for item in split_list(text))
+
+    read.__name__ = f"list of {kind.__name__}"
+    return read
+
+
 def _given(
     parser: argparse.ArgumentParser, argv: Sequence[str], fields: Mapping[str, dataclasses.Field]
 ) -> dict[str, Any]:
     """Return the values on the command line by flag."""
     words = _joined([_with_underscores(word, fields) for word in argv], fields)
-    given, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         _refuse(unknown[0], words, fields)
-    values = {name: value for name, value in vars(given).items() if value is not None}
+    # argparse has [] for an optional list of positional arguments that is not given.
+    values = {name: value for name, value in vars(given).items() if value not in (None, [])}
     for name, value in values.items():
         if isinstance(value, list):
             f = fields[name]
             if not type_of(f)[1]:
                 values[name] = ",".join(value)
                 continue
-            items = (
-                value if f.metadata.get("positional") else [i for v in value for i in split_list(v)]
-            )
+            items = value if f.metadata.get("positional") else [i for v in value for i in v]
             if not items:
                 raise ConfigError(f"--{name} is empty; give a list such as A,B, or leave it out")
             values[name] = tuple(items)
