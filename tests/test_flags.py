@@ -100,7 +100,7 @@ def test_lists_are_split_at_commas_and_a_repeated_flag_adds_to_the_list():
     assert fruit("--fruit_parts", "peel", "--fruit_parts", "seed").only_parts == "peel,seed"
 
 
-def test_an_optional_list_of_places_may_stand_anywhere_after_the_required_one():
+def test_an_optional_list_of_places_stands_before_the_flags():
     @dataclass(frozen=True, kw_only=True)
     class Route(Fruit, title="route"):
         stops: tuple[str, ...] = flag("Further places.", (), name="STOP", positional=True)
@@ -110,11 +110,13 @@ def test_an_optional_list_of_places_may_stand_anywhere_after_the_required_one():
         return parse(argv, "test", Route)[0]
 
     assert (route("here").where, route("here").stops, route("here").prices) == ("here", (), ())
-    got = route("here", "a,b", "--prices", "-2,1e-3", "--number", "3", "c", "--prices=4")
+    got = route("here", "a,b", "c", "--prices", "-2,1e-3", "--number", "3", "--prices=4")
     assert (got.where, got.stops, got.prices) == ("here", ("a,b", "c"), (-2.0, 1e-3, 4.0))
     with pytest.raises(ConfigError, match="prices: invalid list of float value: '1,x'"):
         route("here", "--prices", "1,x")
-    with pytest.raises(ConfigError, match="required: PLACE$"):
+    with pytest.raises(ConfigError, match="unexpected argument 'c'; --kinds takes one list"):
+        route("here", "a", "--kinds", "b", "c")
+    with pytest.raises(ConfigError, match=r"required: PLACE$"):
         route("--number", "3")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,8 +88,7 @@ def _parser(
     fields: Mapping[str, dataclasses.Field],
     titles: Mapping[str, str],
 ) -> argparse.ArgumentParser:
-    # An optional list takes all that stands without a flag's name, so that it comes last.
-    fields = dict(sorted(fields.items(), key=lambda item: _is_optional_list(item[1])))
+    fields = dict(sorted(fields.items(), key=lambda item: _is_optional_list(item[1])))  # last
     positional = [_usage(name, f) for name, f in fields.items() if f.metadata.get("positional")]
     parser = _Parser(
         prog=prog,
@@ -157,6 +157,18 @@ def _reader(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
     return read
 
 
+def _split_positional(
+    words: Sequence[str], fields: Mapping[str, dataclasses.Field]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the items of an optional list before the first flag, by its name, and other words."""
+    lists = [name for name, f in fields.items() if _is_optional_list(f)]
+    n_words = sum(bool(f.metadata.get("positional")) for f in fields.values()) - len(lists)
+    leading = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if not lists:
+        return {}, list(words)
+    return {lists[0]: leading[n_words:]}, [*leading[:n_words], *words[len(leading) :]]
+
+
 def _list_reader(kind: type) -> Callable[[str], tuple[Any, ...]]:
     def read(text: str) -> tuple[Any, ...]:
         return tuple(kind(item) for item in split_list(text))
@@ -170,11 +182,14 @@ def _given(
 ) -> dict[str, Any]:
     """Return the values on the command line by flag."""
     words = _joined([_with_underscores(word, fields) for word in argv], fields)
-    given, unknown = parser.parse_known_intermixed_args(words)
+    further, words = _split_positional(words, fields)
+    given, unknown = parser.parse_known_args(words)
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    # What argparse finds for an optional list is behind a flag, such as `--layers A B`.
+    unknown = [word for name in further for word in values.pop(name, [])] + unknown
     if unknown:
         _refuse(unknown[0], words, fields)
-    # argparse has [] for an optional list of positional arguments that is not given.
-    values = {name: value for name, value in vars(given).items() if value not in (None, [])}
+    values |= {name: items for name, items in further.items() if items}
     for name, value in values.items():
         if isinstance(value, list):
             f = fields[name]

@@ -21,7 +21,7 @@ class QueryCommand:
     def __call__(self, output, *words, code=0):
         """Return ``(lines on standard output, standard error)``; check the exit code."""
         self._capsys.readouterr()
-        exit_code = main(["query", str(output), "--device", "cpu", *map(str, words)])
+        exit_code = main(["query", str(output), *map(str, words), "--device", "cpu"])
         printed = self._capsys.readouterr()
         assert exit_code == code, printed.err
         assert "Traceback" not in printed.err

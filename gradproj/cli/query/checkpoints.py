@@ -36,7 +36,7 @@ class CheckpointArgs(RecordedRunArgs, title="several checkpoints"):
     )
 
     def check_checkpoints(self, *refused: str) -> None:
-        """Raise ``ConfigError`` for flags that do not fit; of ``refused``, empty ones are not given."""
+        """Raise ``ConfigError`` for flags that do not fit, such as any of ``refused`` but ""."""
         if not self.others:
             given = [
                 f"--{name}"

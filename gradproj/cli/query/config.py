@@ -43,8 +43,8 @@ class QueryConfig(
     )
     text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
     queries: str = flag(
-        "JSONL file of queries, one JSON object a line, in any form of a document: text, prompt and "
-        "completion, messages, chosen and rejected, or input_ids; and weight.",
+        "JSONL file of queries, an object a line, in any form of a document (text; prompt and "
+        "completion; messages; chosen and rejected; input_ids), perhaps with a weight.",
         "",
         path="FILE",
         streams=True,
