@@ -9,7 +9,7 @@ from helpers.corpora import make_corpus, mixed_documents
 from helpers.forked_ranks import run_forked
 from helpers.jobs import run_job
 from helpers.models import make_model
-from helpers.outputs import SETTINGS, copy_of
+from helpers.outputs import ROWS_PER_UNIT, SETTINGS, copy_of, uncommit
 from helpers.query_command import TEXT, ask, write_queries
 
 from gradproj import ProjectionStore
@@ -99,6 +99,22 @@ def test_python_gives_the_same_sum_and_reads_every_row_once(runs, monkeypatch):
             assert end.ids[number].tolist() == order[: end.ids.shape[1]].tolist()
     for store in stores:
         store.close()
+
+
+def test_document_without_a_row_at_one_checkpoint_has_no_score(runs, tmp_path, ask):
+    other = copy_of(runs.outputs[1], tmp_path)
+    uncommit(other, 1)
+    saved = tmp_path / "sums.npy"
+    words = (other, "--queries", runs.queries, "--score", "dot", "--save_scores", saved)
+    lines, _ = ask(runs.outputs[0], *words)
+    total = sum(wanted(runs, score="dot"))
+    has_no_row = np.arange(total.shape[1]) // ROWS_PER_UNIT == 1
+    assert not np.isnan(total[:, has_no_row]).all()
+    total[:, has_no_row] = np.nan
+    np.testing.assert_allclose(np.load(saved), total, rtol=1e-3, atol=1e-3 * np.nanstd(total))
+    n_scored = int((~np.isnan(total[0])).sum())
+    assert f"{n_scored} documents compared" in lines[1]
+    assert "15 without a row at another checkpoint" in " ".join(" ".join(lines[:4]).split())
 
 
 def test_two_ranks_sum_as_one_process(runs, ask):
