@@ -32,6 +32,7 @@ from gradproj.job.identity import (
     identity_hash,
     identity_of_flags,
     is_untouched,
+    reads_texts_only,
 )
 from gradproj.job.layer_choice import choose_layers
 from gradproj.job.row_form import place_rows
@@ -234,9 +235,10 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     template = chat_template(tokenizer, config.rules.chat_template)
-    plan = Plan(
-        config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
-    )
+    is_older = reads_texts_only(Path(config.job.output_dir), identity_hash(identity))
+    index = replace(index, texts_only=is_older)
+    parts = config, files, index, layers, chosen.coverage
+    plan = Plan(*parts, layout, *counts, identity, head, template)
     _check_sparse(plan)
     if not is_untouched(plan.output):  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
