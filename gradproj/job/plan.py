@@ -237,8 +237,9 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     template = chat_template(tokenizer, config.rules.chat_template)
     is_older = reads_texts_only(Path(config.job.output_dir), identity_hash(identity))
     index = replace(index, texts_only=is_older)
-    parts = config, files, index, layers, chosen.coverage
-    plan = Plan(*parts, layout, *counts, identity, head, template)
+    plan = Plan(
+        config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
+    )
     _check_sparse(plan)
     if not is_untouched(plan.output):  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)

@@ -121,12 +121,12 @@ def memory_lines(plan: Plan, device: torch.device) -> list[str]:
     total = human_bytes(plan.host_bytes(model_bytes(plan), (counted or 0) if on_cpu else 0))
     lines = [f"host memory   about {total} a rank{rest if on_cpu else ''}"]
     if config.job.device != "cpu":
-        parts = [("weights", model_bytes(plan)), ("rows of a unit", plan.unit_bytes())]
+        parts = [("weights", model_bytes(plan)), ("unit's rows", plan.unit_bytes())]
         if counted:
-            parts.insert(1, ("the largest batch", counted))
+            parts.insert(1, ("batch", counted))
         total = human_bytes(sum(n_bytes for _, n_bytes in parts))
         named = ", ".join(f"{name} {human_bytes(n_bytes)}" for name, n_bytes in parts)
-        lines.append(f"GPU memory    about {total} a rank ({named}){rest}")
+        lines.append(f"GPU memory    about {total} a rank: {named}{rest}")
     return lines
 
 
