@@ -414,14 +414,9 @@ def test_other_weights_are_another_identity(refused, files, tmp_path):
 def test_plan_names_the_parts_of_a_gpus_memory_unless_the_job_is_one_of_the_cpu(files, tmp_path):
     plan = plan_of(files, tmp_path)
     _, line = memory_lines(plan, torch.device("cpu"))
-    weights = human_bytes(4 * plan.n_weights)
-    rows = human_bytes(plan.unit_bytes())
-    assert re.fullmatch(
-        rf"GPU memory    about \S+ \S+ a rank: weights {weights}, batch \S+ \S+, unit's rows {rows}",
-        line,
-    )
-    free = plan_of(files, tmp_path, batch_tokens="auto")
-    assert memory_lines(free, torch.device("cuda"))[1].endswith(
-        ", and batches that fit what is free"
-    )
+    weights, rows = human_bytes(4 * plan.n_weights), human_bytes(plan.unit_bytes())
+    assert line.startswith("GPU memory    about ")
+    assert re.search(rf" a rank: weights {weights}, batch \S+ \S+, unit's rows {rows}$", line)
+    _, line = memory_lines(plan_of(files, tmp_path, batch_tokens="auto"), torch.device("cuda"))
+    assert line.endswith(f"unit's rows {rows}, and batches that fit what is free")
     assert len(memory_lines(plan_of(files, tmp_path, device="cpu"), torch.device("cpu"))) == 1
