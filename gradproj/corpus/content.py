@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradproj.corpus.messages import BadContentError, json_type, messages_of, tools_of
+from gradproj.corpus.messages import BadContentError, json_type, messages_of, tools_of, with_system
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -98,8 +98,8 @@ Content = Text | TokenIds | Completion | Conversation | Preference
 
 
 FIELDS = (
-    "input_ids", "labels", "messages", "conversations", "tools", "chosen", "rejected", "prompt",
-    "completion", "text", "weight",
+    "input_ids", "labels", "messages", "conversations", "system", "tools", "chosen", "rejected",
+    "prompt", "completion", "text", "weight",
 )  # fmt: skip
 """All fields that documents are made of."""
 
@@ -112,8 +112,8 @@ def fields_of_form(fields: Mapping[str, Any]) -> tuple[str, ...]:
     given = {name for name, value in fields.items() if value is not None}
     for needed, optional in (
         (("input_ids",), ("labels", "text")),
-        (("messages",), ("tools",)),
-        (("conversations",), ("tools",)),
+        (("messages",), ("system", "tools")),
+        (("conversations",), ("system", "tools")),
         (("chosen", "rejected"), ("prompt", "tools")),
         (("prompt", "completion"), ("tools",)),
         (("text",), ()),
@@ -139,7 +139,8 @@ def content_of(fields: Mapping[str, Any]) -> tuple[Content, float]:
         return _token_ids(given), weight
     for name in ("messages", "conversations"):
         if name in given:
-            return Conversation(messages_of(given[name], name), tools), weight
+            messages = with_system(messages_of(given[name], name), given.get("system"))
+            return Conversation(messages, tools), weight
     if "chosen" in given:
         return _preference(given, tools), weight
     if "prompt" in given:

@@ -35,6 +35,17 @@ def messages_of(value: Any, name: str) -> list[dict[str, Any]]:
     return messages
 
 
+def with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
+    """Return the messages after the system prompt that stands beside them, if one does."""
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise BadContentError(f'"system" is not a string but {json_type(system)}')
+    if messages and messages[0]["role"] == "system":
+        raise BadContentError('there is a "system" beside messages that begin with a system turn')
+    return messages_of([{"role": "system", "content": system}], "system") + messages
+
+
 def _message(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadContentError(f"{place} is not an object but {json_type(value)}")
@@ -45,6 +56,8 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise BadContentError(f'{place} has no "role"')
+    if message.get("weight", 1) not in (0, 1):
+        raise BadContentError(f'"weight" of {place} is not 0 or 1: a turn carries the loss or not')
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], place)
         if not message["tool_calls"]:

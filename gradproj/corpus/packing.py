@@ -118,10 +118,8 @@ def _content(value: dict[str, Any], text_field: str) -> dict[str, Any]:
             f"no field {text_field!r} and no other form of a document (its fields: {names}; see "
             "--text_field)"
         )
-    if (not used or "text" in used) and not isinstance(text, str | None):
+    if ((text is not _ABSENT and not used) or "text" in used) and not isinstance(text, str):
         raise BadRecordError(f"field {text_field!r} is {json_type(text)}, not a string")
-    if not used and text is None:
-        raise BadRecordError(f"field {text_field!r} is null, not a string")
     try:
         content_of(fields)
     except BadContentError as bad:

@@ -19,7 +19,7 @@ def check_documents(index: CorpusIndex, reader: UnitReader) -> list[str]:
     """Read documents at both ends of the first, middle and last tar of each kind.
 
     Returns:
-        A line for each kind of which none can be used.
+        A line for each kind of which some or none can be used.
 
     Raises:
         ConfigError: the documents of a kind are conversations, and there is no chat template.
@@ -43,13 +43,16 @@ def check_documents(index: CorpusIndex, reader: UnitReader) -> list[str]:
             problems += _problems(index, reader, max(first_end, stop - DOCUMENTS_AT_AN_END), stop)
         bad = [problem for problem in problems if problem]
         any_usable |= len(bad) < len(problems)
-        if bad and len(bad) == len(problems):
-            if NO_TEMPLATE in bad[0]:
-                raise ConfigError(bad[0])
-            tars = index.tars[numbers[0]].name
-            tars += f" and {count(len(numbers) - 1, 'tar')} like it" if len(numbers) > 1 else ""
-            lines.append(f"bad input     all {len(bad)} documents read of {tars}: {bad[0]}")
-            first = first or bad[0]
+        if not bad:
+            continue
+        is_all = len(bad) == len(problems)
+        if is_all and NO_TEMPLATE in bad[0]:
+            raise ConfigError(bad[0])
+        tars = index.tars[numbers[0]].name
+        tars += f" and {count(len(numbers) - 1, 'tar')} like it" if len(numbers) > 1 else ""
+        part = f"all {len(bad)}" if is_all else f"{len(bad)} of {len(problems)}"
+        lines.append(f"bad input     {part} documents read of {tars}: {bad[0]}")
+        first = first or bad[0]
     if first and not any_usable:
         _check_everywhere(index, reader, first)
     return lines

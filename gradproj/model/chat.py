@@ -101,13 +101,19 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, i: int, text: str
     ) -> tuple[int, int]:
         """Return the characters of an assistant's turn by rendering what precedes its end."""
-        before, _ = self._render(messages[:i], tools, generation_prompt=True)
         upto, _ = self._render(messages[: i + 1], tools)
+        content = messages[i]["content"].strip()
+        if not i and content and upto.count(content) == 1:
+            # Few templates can render a prompt without messages: the turn is its words.
+            before = upto[: upto.index(content)]
+        else:
+            before, _ = self._render(messages[:i], tools, generation_prompt=True)
         if text.startswith(upto) and upto.startswith(before):
+            if content and upto == before:
+                raise TurnError(f"the chat template leaves out the words of message {i + 1}")
             return len(before), len(upto)
         # Some templates show a turn's reasoning only if it is the last one: then the same words
         # and what the template puts after them.
-        content = messages[i]["content"].strip()
         words = upto[upto.rfind(content) :] if content and content in upto else ""
         if words and text.startswith(before + words):
             return len(before), len(before) + len(words)
@@ -162,10 +168,10 @@ def chat_template(tokenizer: Any, file: str) -> str | None:
 def _chosen(
     messages: Sequence[Mapping[str, Any]], assistants: list[int], n_prompt: int, loss_on: str
 ) -> list[int]:
-    """Return the assistant's turns that carry the loss."""
+    """Return the assistant's turns that carry the loss: none whose own ``weight`` is 0."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = max([n_prompt, *(users[-1:] if loss_on == "completion" else [])])
-    chosen = [i for i in assistants if i >= first]
+    chosen = [i for i in assistants if i >= first and messages[i].get("weight", 1)]
     return chosen[-1:] if loss_on == "last" else chosen
 
 

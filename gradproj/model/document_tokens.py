@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class DocumentRules(Flags, title="documents"):
         choices=LOSS_ON,
     )
     truncate_side: str = flag(
-        "Which end of a document longer than --max_length is cut off.",
+        "Which end of a document longer than --max_length is cut off; a BOS at its start stays.",
         "right",
         choices=TRUNCATE_SIDES,
     )
@@ -119,7 +119,7 @@ class DocumentTokenizer:
         self._by_tokenizer = special_tokens == "tokenizer"
         self._before = [tokenizer.bos_token_id] if "bos" in special_tokens else []
         self._after = [tokenizer.eos_token_id] if "eos" in special_tokens else []
-        self._cut = max_length, long_documents, rules.truncate_side
+        self._cut = max_length, long_documents, rules.truncate_side, tokenizer.bos_token_id
         cuts_end = long_documents == "truncate" and rules.truncate_side == "right"
         self._plain = Tokenizing(tokenizer, special_tokens, max_length if cuts_end else 0)
         source = chat_template(tokenizer, rules.chat_template)
@@ -257,6 +257,8 @@ class DocumentTokenizer:
             return TokenizedDocument(problem=problem)
         if not self._cut[0]:
             return TokenizedDocument(whole)
+        if len(whole) == 2 and _are_equal(*whole):  # a preference for nothing: its row is zero
+            whole = [replace(sequence, factor=0.0) for sequence in whole]
         cut = [split_long(sequence, *self._cut) for sequence in whole]
         if not all(cut):  # one answer alone is no preference
             return TokenizedDocument()
@@ -267,6 +269,10 @@ class DocumentTokenizer:
         if not self._vocabulary or largest < self._vocabulary:
             return ""
         return f"token id {largest}; the model has ids from 0 to {self._vocabulary - 1}"
+
+
+def _are_equal(a: TokenSequence, b: TokenSequence) -> bool:
+    return np.array_equal(a.ids, b.ids) and np.array_equal(a.is_target, b.is_target)
 
 
 def _sequence(part: _Part) -> TokenSequence:

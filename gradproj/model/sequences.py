@@ -52,18 +52,29 @@ class TokenSequence:
 
 
 def split_long(
-    sequence: TokenSequence, max_length: int, long_documents: str, truncate_side: str = "right"
+    sequence: TokenSequence,
+    max_length: int,
+    long_documents: str,
+    truncate_side: str = "right",
+    bos: int | None = None,
 ) -> list[TokenSequence]:
     """Return a document's parts of at most ``max_length`` tokens that have a target.
 
-    ``truncate`` keeps one part, and cuts the document at ``truncate_side``. Windows overlap by one
-    token: each starts with the last token of the previous one, so that every target stays one.
+    ``truncate`` keeps one part, and cuts the document at ``truncate_side``; at the left, a first
+    token ``bos`` stays. Windows overlap by one token: each starts with the last token of the
+    previous one, so that every target stays one.
     """
     n = len(sequence)
-    starts = [max(0, n - max_length) if truncate_side == "left" else 0]
     if long_documents == "windows":
-        starts = list(range(0, n - 1, max_length - 1))
-    parts = [sequence.part(start, start + max_length) for start in starts]
+        starts = range(0, n - 1, max_length - 1)
+        parts = [sequence.part(start, start + max_length) for start in starts]
+    elif truncate_side == "right" or n <= max_length:
+        parts = [sequence.part(0, max_length)]
+    elif sequence.ids[0] == bos:
+        kept = np.r_[0, n - max_length + 1 : n]
+        parts = [replace(sequence, ids=sequence.ids[kept], is_target=sequence.is_target[kept])]
+    else:
+        parts = [sequence.part(n - max_length, n)]
     return [part for part in parts if part.is_target.any()]
 
 

@@ -50,14 +50,16 @@ def common_passages(
 ) -> list[Passage]:
     """Return at most ``most`` passages, the rarest first, that do not overlap in the document.
 
-    ``document`` are its tokens ``(S,)``. Of a query with a prompt, a passage is in the completion,
-    but for up to three tokens of the n-gram that found it.
+    One that comes several times is returned once. ``document`` are its tokens ``(S,)``. Of a query
+    with a prompt, a passage is in the completion, but for up to three tokens of the n-gram that
+    found it.
     """
     asked, held = _Ngrams.of(query), _Ngrams.of(QueryText(document))
     shared = np.flatnonzero(np.isin(held.hashes, asked.hashes))
     counts = frequencies.counts(held.hashes[shared])
     order = np.lexsort((held.last[shared], -held.n[shared], counts))
-    taken, passages = np.zeros(len(document), bool), []
+    passages: dict[bytes, Passage] = {}
+    taken = np.zeros(len(document), bool)
     for number in order.tolist():
         at = shared[number]
         stop, start = int(held.last[at]) + 1, int(held.last[at] + 1 - held.n[at])
@@ -74,10 +76,11 @@ def common_passages(
                 break
             start, begin = start - 1, begin - 1
         taken[start:stop] = True
-        passages.append(Passage(document[start:stop], int(counts[number])))
+        passage = Passage(document[start:stop], int(counts[number]))
+        passages.setdefault(passage.tokens.tobytes(), passage)
         if len(passages) == most:
             break
-    return passages
+    return list(passages.values())
 
 
 def passages_of(

@@ -39,6 +39,7 @@ from gradproj.training.data import (
     TrainBatch,
     TrainedDocuments,
     batches_of,
+    check_forms,
     check_tokens,
 )
 from gradproj.training.data_parallel import totals
@@ -110,6 +111,7 @@ class _Run:
         larger = larger_tokenizer(len(self._tokenizer), self._vocabulary)
         if larger and world.rank == 0:
             print(f"the tokenizer has {larger}", file=sys.stderr, flush=True)
+        check_forms(config, index, self._tokenizer)
         set_dropout(self._model, config.dropout)
         self._model.to(device).requires_grad_(True).train()
         if config.gradient_checkpointing:

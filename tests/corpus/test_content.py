@@ -42,6 +42,11 @@ FORMS = {
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         Conversation([USER, ASSISTANT]),
     ),
+    "system beside turns": (
+        {"conversations": [{"from": "human", "value": "q"}], "system": "s"},
+        Conversation([{"role": "system", "content": "s"}, USER]),
+    ),
+    "an empty system": ({"messages": [USER], "system": ""}, Conversation([USER])),
     "ShareGPT with calls": (
         {
             "conversations": [
@@ -155,6 +160,13 @@ BAD = {
     ),
     '{"input_ids": [1], "text": 5}': '"text" is not a string but a number',
     '{"messages": "x"}': '"messages" is not a list of messages but a string',
+    '{"messages": [], "system": 5}': '"system" is not a string but a number',
+    '{"messages": [{"role": "system", "content": "x"}], "system": "s"}': (
+        'there is a "system" beside messages that begin with a system turn'
+    ),
+    '{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}': (
+        '"weight" of message 1 of "messages" is not 0 or 1'
+    ),
     '{"messages": ["x"]}': 'message 1 of "messages" is not an object but a string',
     '{"messages": [{"content": "x"}]}': 'message 1 of "messages" has no "role"',
     '{"messages": [{"role": 5, "content": "x"}]}': 'message 1 of "messages" has no "role"',

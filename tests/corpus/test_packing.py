@@ -182,6 +182,8 @@ BAD_LINES = {
     b'{"text": "a", "meta": {"pile_set_name": ["x"]}}': (
         "field 'meta.pile_set_name' is a list, not a domain's name"
     ),
+    b'{"prompt": "a"}': 'it has "prompt" and no "completion": they come together',
+    b'{"chosen": "a", "rejected": null}': 'it has "chosen" and no "rejected"',
     b'{"input_ids": "1 2"}': '"input_ids" is not a list but a string',
     b'{"input_ids": [1, 2.0]}': '"input_ids" holds 2.0, which is not a token id',
     b'{"input_ids": [1, true]}': '"input_ids" holds true, which is not a token id',

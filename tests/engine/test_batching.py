@@ -44,6 +44,11 @@ def test_truncation_cuts_one_side(n, side):
     kept = np.arange(n)[:8] if side == "right" else np.arange(n)[-8:]
     assert [p.ids.tolist() for p in parts] == ([kept.tolist()] if n > 1 else [])
     assert all(p.ids[p.is_target].tolist() == kept[1:].tolist() for p in parts)
+    # A first token that is the BOS stays.
+    parts = split_long(TokenSequence.of(np.arange(n)), 8, "truncate", side, bos=0)
+    kept = np.r_[0, np.arange(n)[1:][-7:]] if side == "left" and n else kept
+    assert [p.ids.tolist() for p in parts] == ([kept.tolist()] if n > 1 else [])
+    assert all(p.ids[p.is_target].tolist() == kept[1:].tolist() for p in parts)
     # All targets are cut.
     late = TokenSequence(np.arange(50), np.arange(50) == (49 if side == "right" else 1))
     assert split_long(late, 8, "truncate", side) == []

@@ -17,6 +17,7 @@ WITH_TOOL = [
     {"role": "tool", "content": "3"},
     {"role": "assistant", "content": "3."},
 ]
+ASSISTANTS = [i for i, message in enumerate(MESSAGES) if message["role"] == "assistant"]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
@@ -81,6 +82,15 @@ def test_turns_are_the_marked_ones_or_found_by_rendering_beginnings(family, want
     assert "Hello there" in everything
 
 
+def test_turn_of_weight_0_carries_no_loss():
+    both = turns(TEMPLATES["qwen"])
+    for number, other in (ASSISTANTS, ASSISTANTS[::-1]):
+        messages = [m | {"weight": int(i != number)} for i, m in enumerate(MESSAGES)]
+        (turn,) = turns(TEMPLATES["qwen"], messages)
+        assert turn == both[ASSISTANTS.index(other)]
+    assert turns(TEMPLATES["qwen"], messages, "last") == [turn]
+
+
 def test_completion_is_every_turn_after_the_last_users():
     got = turns(TEMPLATES["qwen"], WITH_TOOL, "completion", tools=TOOLS)
     assert len(got) == 2
@@ -92,12 +102,22 @@ def test_turn_that_looks_otherwise_when_others_follow_is_found_by_its_words():
     assert turns(QWEN_3) == ["Hi!<|im_end|>\n", "<think>\n\n</think>\n\n Bye, then. <|im_end|>\n"]
 
 
+@pytest.mark.parametrize(
+    ("family", "want"), [("qwen", "Hi!<|im_end|>\n"), ("llama3", "Hi!<|eot_id|>")]
+)
+def test_turn_that_begins_a_conversation_is_its_words(family, want):
+    # Qwen's template reads the first message's role, and Llama's puts its BOS before it.
+    messages = [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "Hello"}]
+    assert turns(TEMPLATES[family], messages) == [want]
+
+
 NUMBERED = "{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("source", "messages", "tools", "words"),
     [
+        ("Hello", MESSAGES, None, "leaves out the words of message 3"),
         (NUMBERED, MESSAGES, None, "no {% generation %} marks, and renders message 3 otherwise"),
         ("{{ raise_exception('roles must alternate') }}", MESSAGES, None, "roles must alternate"),
         ("{{ messages[0].nothing.at.all }}", MESSAGES, None, "the chat template fails"),

@@ -129,6 +129,8 @@ def test_preference_is_two_sequences_with_opposite_factors_of_half_beta():
     apart = [one(side, tokenizer) for side in (content.chosen, content.rejected)]
     assert [(s.ids.tolist(), s.is_target.tolist()) for s in document.sequences] == apart
     assert [s.factor for s in document.sequences] == pytest.approx([-0.6, 0.6])
+    (nothing,) = made.sequences([Preference(content.chosen, content.chosen)], [1.0])
+    assert [s.factor for s in nothing.sequences] == [0.0, 0.0]
 
 
 def test_documents_together_are_as_documents_alone():

@@ -36,6 +36,12 @@ def frequency(ngram, documents):
     return sum(ngram in ngrams(document) for document in documents)
 
 
+def test_passage_that_comes_several_times_is_shown_once():
+    document = np.array([5, 6, 1, 5, 6, 2, 5, 6, 7])
+    passages = common_passages(QueryText(np.array([5, 6, 9, 7])), document, Counted([document]))
+    assert sorted(passage.tokens.tolist() for passage in passages) == [[5, 6], [7]]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_passages_are_common_runs_rarest_first(seed):
     random = np.random.default_rng(seed)
