@@ -100,19 +100,34 @@ def _basis_of(plan: Plan) -> str:
     return f"eigen, measured by a pilot of {tokens}"
 
 
-def memory_line(plan: Plan, device: torch.device) -> str:
-    """Return the line of a rank's host memory, on the CPU with the largest batch."""
-    config, in_batch, rest = plan.config, 0, ""
-    if device.type == "cpu" and config.batch.batch_tokens == AUTO:
-        rest = ", and batches that fit what is free"
-    elif device.type == "cpu":
+def memory_lines(plan: Plan, device: torch.device) -> list[str]:
+    """Return the lines of a rank's memory: the host's, and a GPU's unless the job has none.
+
+    On the CPU, the host's includes the largest batch.
+    """
+    config, on_cpu = plan.config, device.type == "cpu"
+    is_measured = config.batch.batch_tokens == AUTO
+    counted = None
+    if not is_measured:
         counted = batch_bytes(
-            plan.files, config.projection, config.batch, config.job.gradient_checkpointing
+            plan.files,
+            config.projection.of_layers(plan.layers),
+            config.batch,
+            config.job.gradient_checkpointing,
         )
-        in_batch = counted or 0
-        rest = "" if counted else ", and its batches, which cannot be counted for this model"
-    total = human_bytes(plan.host_bytes(model_bytes(plan), in_batch))
-    return f"host memory   about {total} a rank{rest}"
+    without = "its batches, which cannot be counted for this model"
+    without = "batches that fit what is free" if is_measured else without
+    rest = "" if counted else f", and {without}"
+    total = human_bytes(plan.host_bytes(model_bytes(plan), (counted or 0) if on_cpu else 0))
+    lines = [f"host memory   about {total} a rank{rest if on_cpu else ''}"]
+    if config.job.device != "cpu":
+        parts = [("weights", model_bytes(plan)), ("rows of a unit", plan.unit_bytes())]
+        if counted:
+            parts.insert(1, ("the largest batch", counted))
+        total = human_bytes(sum(n_bytes for _, n_bytes in parts))
+        named = ", ".join(f"{name} {human_bytes(n_bytes)}" for name, n_bytes in parts)
+        lines.append(f"GPU memory    about {total} a rank ({named}){rest}")
+    return lines
 
 
 def seconds_per_unit(plan: Plan) -> float | None:
