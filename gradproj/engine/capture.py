@@ -235,8 +235,8 @@ class BatchCapture:
             a_p = a_p * mask.unsqueeze(-1)
         if layer.target.expert is not None:
             g_p = g_p * (a_p != 0).any(dim=-1, keepdim=True)
-        # K-FAC's product of both factors is that of the routed tokens, if one is their mean.
-        return sum_over_tokens(a_p, a_p) / slots, sum_over_tokens(g_p, g_p)
+        n = layer.target.counted_positions(slots)
+        return sum_over_tokens(a_p, a_p) / n, sum_over_tokens(g_p, g_p)
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
         """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""

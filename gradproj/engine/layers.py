@@ -165,10 +165,10 @@ class TargetLayer:
     @property
     def weight(self) -> Tensor | None:
         """The parameter. None if it is computed, by a parametrization."""
-        if isinstance(self.module, InnerLayer):
-            weight: Tensor | None = self.module.weight
-            return weight
-        return self.module._parameters.get("weight")
+        module, name = self.module, "weight"
+        if isinstance(module, InnerLayer):
+            module, name = module.holder, module.weight_name
+        return module._parameters.get(name)
 
     @property
     def n_weights(self) -> int:
@@ -177,6 +177,16 @@ class TargetLayer:
         if isinstance(self.module, ExpertsLayer) and self.expert is None:
             n_experts = self.module.n_experts
         return math.prod(self.widths) * n_experts
+
+    def counted_positions(self, slots: int) -> float:
+        """Return how many positions one token has in the mean, of ``slots`` that it is routed to.
+
+        With inputs that are a mean over them, K-FAC's product of factors per token is that per
+        position. Of one expert it is so if tokens are shared out evenly.
+        """
+        if isinstance(self.module, ExpertsLayer) and self.expert is not None:
+            return slots / self.module.n_experts
+        return slots
 
     @property
     def holders(self) -> list[nn.Module]:

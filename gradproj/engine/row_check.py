@@ -208,9 +208,9 @@ class _Probe:
                 stack.callback(weight.register_hook(hook).remove)
             for layer in self._layers:
                 if isinstance(layer.target.module, ExpertsLayer):
-                    hook = functools.partial(self._compare_experts, layer.target.name)
+                    compare = functools.partial(self._compare_experts, layer.target.name)
                     host = layer.target.module.host
-                    stack.callback(host.register_forward_hook(hook, with_kwargs=True).remove)
+                    stack.callback(host.register_forward_hook(compare, with_kwargs=True).remove)
             # A mask that waits for the first batch has that batch's shape.
             stack.callback(setattr, self._capture, "token_mask", self._capture.token_mask)
             self._capture.token_mask = None
