@@ -65,6 +65,8 @@ class RecordedModel:
         # An engine finds the layers and checks their gradients against autograd's.
         chosen = ProjectionConfig(
             layers=",".join(layers) or run.projection.layers,
+            seed=run.projection.seed,
+            experts=run.projection.experts,
             include_embeddings=run.projection.include_embeddings and not layers,
         )
         engine = GradProjLoraEngine.from_config(self.model, chosen)

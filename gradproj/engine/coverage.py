@@ -1,6 +1,5 @@
 """Lists what ``--proj_layers`` takes of a model's blocks and what it leaves out."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -63,9 +62,10 @@ def _left_out_lines(label: str, left_out: list[LeftOut]) -> list[str]:
 
 def coverage_of(model: nn.Module, targets: Sequence[TargetLayer]) -> Coverage:
     """Compare the targets with all linear layers of the model's blocks."""
-    model, chosen = without_wrappers(model), {id(target.module) for target in targets}
-    every = every_layer(model)
-    with_rule = {id(p) for layer in every for m in layer.uses.values() for p in m.parameters()}
+    model, chosen = without_wrappers(model), {target.name for target in targets}
+    is_separate = any(target.expert is not None for target in targets)
+    every = every_layer(model, "separate" if is_separate else "joint")
+    with_rule = {id(p) for layer in every for m in layer.holders for p in m.parameters(False)}
     has_blocks = any("*" in folded(layer.name) for layer in every)
     layers = {x.name: x for x in every if "*" in folded(x.name) or not has_blocks}
     matrices = {
@@ -75,9 +75,9 @@ def coverage_of(model: nn.Module, targets: Sequence[TargetLayer]) -> Coverage:
         and sum(width > 1 for width in p.shape) > 1
         and ("*" in folded(name) or not has_blocks)
     }
-    sizes = {name: math.prod(layer.widths) for name, layer in layers.items()}
+    sizes = {name: layer.n_weights for name, layer in layers.items()}
     total = (sum(sizes.values()) + sum(p.numel() for p in matrices.values())) or 1
-    selected = [name for name, layer in layers.items() if id(layer.module) in chosen]
+    selected = [name for name in layers if name in chosen]
     taken = set(map(folded, selected))
     rest = [(_shortest_name(folded(n), taken), sizes[n]) for n in layers if n not in selected]
     return Coverage(

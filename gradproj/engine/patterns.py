@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 ALIASES = {
     "attn": ("attn", "attention", "self_attn", "self_attention"),
     # OPT has no module around its two feed-forward layers.
-    "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
+    "mlp": ("mlp", "ffn", "feed_forward", "block_sparse_moe", "fc1", "fc2"),
 }
 """Pattern -> the components it matches, so that one flag fits all model families."""
 EXCLUDES = "-"

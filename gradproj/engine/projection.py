@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.engine.layers import TargetLayer
+from gradproj.engine.layers import EXPERTS, TargetLayer
 from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
 from gradproj.engine.patterns import EXCLUDES
 from gradproj.engine.rank_totals import RankTotals
@@ -102,6 +102,12 @@ class ProjectionConfig(Flags, title="projection"):
         choices=PROJECTIONS,
     )
     include_embeddings: bool = flag("Project the token embedding's gradient as well.", False)
+    experts: str = flag(
+        "A projection of fused experts as one layer with a random sign for each input and expert "
+        "(joint), as a layer for each expert (separate), or left out, like routers (none).",
+        "joint",
+        choices=EXPERTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,6 +235,16 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
     """
     key = f"gradproj/{PROJECTION_VERSION}/{seed}/{kind}/{layer}/{side}/{k}x{n}"
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
+
+
+def draw_signs(seed: int, layer: str, n_experts: int, n_i: int) -> Tensor:
+    """Return the signs that make one layer of all experts, ``(E, n_i)`` int8 on the CPU.
+
+    Their inputs side by side, times the signs and added up, are a projection with ``E[P^T P] = I``
+    of what E matrices side by side have as inputs.
+    """
+    key = f"gradproj/{PROJECTION_VERSION}/{seed}/signs/{layer}/{n_experts}x{n_i}"
+    return torch.from_numpy(np.sign(_rademacher(key, n_experts, n_i)).astype(np.int8))
 
 
 def place_widths(

@@ -13,7 +13,10 @@ _MAX_NAMED = 8
 
 
 def find_layers(
-    model: nn.Module, patterns: Sequence[str], include_embeddings: bool = False
+    model: nn.Module,
+    patterns: Sequence[str],
+    include_embeddings: bool = False,
+    experts: str = "joint",
 ) -> list[TargetLayer]:
     """Return the layers that the patterns match, in model order, each once.
 
@@ -24,8 +27,8 @@ def find_layers(
     included by ``include_embeddings`` or by its name. Of modules that share a weight one match is
     enough.
 
-    Matched weights of no layer with a rule (norms, convolutions, fused experts, quantized layers)
-    are left out, which ``coverage_of`` reports.
+    Matched weights of no layer with a rule (norms, convolutions, quantized layers) are left out,
+    which ``coverage_of`` reports. ``experts``: see ``every_layer``.
 
     Raises:
         ModelError: a pattern matches nothing that can be projected; says what to write instead.
@@ -36,7 +39,8 @@ def find_layers(
     excluded = [p.removeprefix(EXCLUDES) for p in patterns if p.startswith(EXCLUDES)]
     used: set[str] = set()
     targets: list[TargetLayer] = []
-    for layer in every_layer(model):
+    every = every_layer(model, experts)
+    for layer in every:
         hits = {p for p in wanted if any(matches(p, name) for name in layer.uses)}
         is_excluded = any(matches(p, name) for p in excluded for name in layer.uses)
         if not is_excluded and (hits or embedding in layer.uses.values()):
@@ -44,7 +48,7 @@ def find_layers(
             targets.append(layer)
     unmatched = [p for p in wanted if p not in used]
     if unmatched:
-        raise _unmatched_error(model, unmatched, patterns)
+        raise _unmatched_error(model, [n for x in every for n in x.uses], unmatched, patterns)
     if not targets:
         raise ModelError(f"--proj_layers {','.join(patterns)} leaves no layer to project")
     return targets
@@ -70,8 +74,9 @@ def _token_embedding(model: nn.Module) -> nn.Module:
 
 
 def _unmatched_error(
-    model: nn.Module, unmatched: Sequence[str], patterns: Sequence[str]
+    model: nn.Module, layers: Sequence[str], unmatched: Sequence[str], patterns: Sequence[str]
 ) -> ModelError:
+    """Say what to write instead; ``layers`` are the names of all that could be projected."""
     found = [
         name
         for name, module in model.named_modules()
@@ -82,16 +87,16 @@ def _unmatched_error(
     rest = [p for p in patterns if p not in unmatched]
     if len(rest) == len(out) or any(p in ALIASES for p in unmatched):
         # All that the model has in place of its feed-forward or attention layers.
-        rest += _others(model, patterns)
+        rest += _others(layers, patterns)
     if len(rest) == len(out):
-        rest += _projectable(model)[:_MAX_NAMED]
+        rest += _shown(layers)[:_MAX_NAMED]
     way = ",".join(sorted(rest, key=lambda p: p.startswith(EXCLUDES)))
     if not found:
         return ModelError(
             f"--proj_layers: no layer of the model matches {names}. Its layers are: "
-            f"{', '.join(_projectable(model)[:40])}. Give for example --proj_layers {way}"
+            f"{', '.join(_shown(layers)[:40])}. Give for example --proj_layers {way}"
         )
-    if any(rule_for(model.get_submodule(name)) for name in found):
+    if any(matches(p, name) for p in unmatched for name in layers):
         return ModelError(
             f"--proj_layers: {','.join(out)} leaves out all that {names} matches. Give "
             f"--proj_layers {way}"
@@ -99,8 +104,8 @@ def _unmatched_error(
     return ModelError(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "
-        f"{', '.join(rule.type_name for rule in LAYER_RULES.values())}; fused experts "
-        f"and quantized layers are not supported. Give --proj_layers {way}"
+        f"{', '.join(dict.fromkeys(rule.type_name for rule in LAYER_RULES.values()))}; quantized "
+        f"layers are not supported. Give --proj_layers {way}"
     )
 
 
@@ -111,19 +116,19 @@ def _named(model: nn.Module, names: Sequence[str]) -> str:
     return ", ".join(typed[:_MAX_NAMED]) + more
 
 
-def _projectable(model: nn.Module) -> list[str]:
-    """Return the names that have a rule, numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
-    return list(dict.fromkeys(folded(n) for n, m in model.named_modules() if rule_for(m)))
+def _shown(layers: Sequence[str]) -> list[str]:
+    """Return the names with numbers folded: ``h.*.mlp.c_fc`` once for 12 blocks."""
+    return list(dict.fromkeys(map(folded, layers)))
 
 
-def _others(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def _others(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """Return patterns that take what the given ones leave of the blocks' layers.
 
     Each is the component after a block's number (``mixer`` of ``layers.*.mixer.in_proj``), or that
     before it (``ffns`` of ``ffns.*.lin1``).
     """
     given = [p.removeprefix(EXCLUDES) for p in patterns]
-    names = [name for name in _projectable(model) if not any(matches(p, name) for p in given)]
+    names = [name for name in _shown(layers) if not any(matches(p, name) for p in given)]
     aliases = [alias for alias in ALIASES if any(matches(alias, name) for name in names)]
     parts = []
     for name in names:

@@ -34,11 +34,10 @@ def batch_bytes(
     n = max(1, min(batch.batch_size, batch.batch_tokens // batch.max_length))
     weights = [*model.parameters(), *model.buffers()]
     try:
-        with torch.device("meta"), _LiveBytes([]):
-            chunked = logits_are_the_heads(model)
         with torch.device("meta"), _LiveBytes(weights) as live, _fused_attention():
             engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
             with engine:
+                chunked = logits_are_the_heads(model)
                 ids = torch.zeros(n, batch.max_length, dtype=torch.int64)
                 tokens = torch.zeros(n * (batch.max_length - 1), dtype=torch.int64)
                 engine.set_token_mask(torch.ones_like(ids))

@@ -28,6 +28,7 @@ from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import check_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
+from gradproj.job.experts import experts_lines, with_experts
 from gradproj.job.identity import (
     check_identity,
     identity_hash,
@@ -211,9 +212,11 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))
-    config, allocation = with_allocation(config, skeleton)
+    config, allocation = with_allocation(with_experts(config, skeleton), skeleton)
     projection = config.projection
-    targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
+    targets = find_layers(
+        skeleton, projection.patterns, projection.include_embeddings, projection.experts
+    )
     given = read_matrices(projection.matrices) if projection.matrices else None
     layers = place_widths(targets, projection, given)
     coverage = coverage_of(skeleton, targets)
@@ -248,6 +251,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         check_chat_template(plan.output, template)
     _check_space(plan)
     notes = [*allocation, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
+    notes += experts_lines(targets, layers, plan.row_bytes)
     if not len(list_records(plan.output / UNITS_DIR)):
         notes += check_documents(index, UnitReader(index, tokenizer, plan.unit_settings))
     return replace(plan, notes=tuple(notes))

@@ -69,7 +69,9 @@ def query_model_files(
 def _layers(files: ModelFiles, run: RunConfig, merged: bool) -> list[tuple[str, int, int]]:
     """Return name and widths of the layers that the job's settings take of a model."""
     skeleton, projection = model_skeleton(files, merged), run.projection
-    targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
+    targets = find_layers(
+        skeleton, projection.patterns, projection.include_embeddings, projection.experts
+    )
     return [(target.name, *target.widths) for target in targets]
 
 

@@ -57,7 +57,8 @@ def _as_recorded(output: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     try:
-        return RunConfig.from_flags(flags)
+        # Before there was a choice, rows had no experts.
+        return RunConfig.from_flags({"experts": "none", **flags})
     except (TypeError, ConfigError) as error:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
 

@@ -41,6 +41,7 @@ class EngineConfig(Flags, title="engine"):
     proj_seed: int = as_in(ProjectionConfig, "seed")
     proj_kind: str = as_in(ProjectionConfig, "kind")
     include_embeddings: bool = as_in(ProjectionConfig, "include_embeddings")
+    experts: str = as_in(ProjectionConfig, "experts")
     loss_reduction: str = as_in(BatchConfig, "loss_reduction", default="mean")
     encoding: str = as_in(StoreConfig, "encoding", default="dense")
     proj_dtype: str = as_in(StoreConfig, "proj_dtype")

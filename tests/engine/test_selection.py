@@ -85,7 +85,7 @@ def test_pattern_of_unprojectable_weights_alone_names_the_other_patterns():
     model = model_of("mixtral", "meta", num_local_experts=4)
     for patterns in (["mlp"], ["mlp", "attn"]):
         with pytest.raises(ModelError, match=r"cannot project: .* Give --proj_layers attn$"):
-            find_layers(model, patterns)
+            find_layers(model, patterns, experts="none")
 
 
 def test_layer_that_is_no_linear_map_is_left_out_by_name():

@@ -59,20 +59,50 @@ UNUSUAL = {
     "falcon": ("falcon", dict(
         **_SIZES, num_hidden_layers=2, alibi=False, new_decoder_architecture=True, num_kv_heads=2,
     )),
-    # They clamp the outputs of three target layers in place.
+    # It clamps the outputs of three target layers in place.
     "olmo": ("olmo", dict(**_SIZES, num_hidden_layers=2, clip_qkv=0.5)),
-    "olmoe": ("olmoe", dict(
-        **_SIZES, num_hidden_layers=2, clip_qkv=0.5, num_experts=4, num_experts_per_tok=2,
-    )),
     # Its logits are the head's output times a number.
     "cohere": ("cohere", dict(**_SIZES, num_hidden_layers=2, logit_scale=0.25)),
 }  # fmt: skip
 """Like ``FAMILIES``: models whose layers are special in some way."""
 
+_EXPERTS = dict(_LLAMA_LIKE, num_experts_per_tok=2, moe_intermediate_size=24)
+_DEEPSEEK = dict(
+    _EXPERTS, num_key_value_heads=4, head_dim=4, kv_lora_rank=8, qk_rope_head_dim=4,
+    qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=8, n_shared_experts=1, n_group=2,
+    topk_group=1, first_k_dense_replace=1,
+)  # fmt: skip
+
+MIXTURES = {
+    "mixtral": ("mixtral", dict(_EXPERTS, num_local_experts=4)),
+    "qwen2_moe": ("qwen2_moe", dict(
+        _EXPERTS, num_experts=4, shared_expert_intermediate_size=24, norm_topk_prob=True,
+    )),
+    "qwen3_moe": ("qwen3_moe", dict(_EXPERTS, num_experts=4)),
+    "olmoe": ("olmoe", dict(_EXPERTS, num_experts=4, clip_qkv=0.5)),
+    # Their weights are transposed, with biases; their gates' outputs alternate.
+    "gpt_oss": ("gpt_oss", dict(_EXPERTS, num_local_experts=4, sliding_window=8)),
+    "deepseek_v2": ("deepseek_v2", dict(
+        _DEEPSEEK, q_lora_rank=None, topk_method="group_limited_greedy",
+    )),
+    "deepseek_v3": ("deepseek_v3", dict(_DEEPSEEK, q_lora_rank=8)),
+    "glm4_moe": ("glm4_moe", dict(
+        _EXPERTS, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1, n_group=2,
+        topk_group=1,
+    )),
+    "granitemoe": ("granitemoe", dict(_EXPERTS, num_local_experts=4)),
+    # All experts get all tokens, those that are not chosen as zeros.
+    "llama4": ("llama4_text", dict(
+        _EXPERTS, num_local_experts=4, intermediate_size_mlp=40, attention_chunk_size=16,
+        interleave_moe_layer_step=1,
+    )),
+}  # fmt: skip
+"""Like ``FAMILIES``: mixtures of experts whose weights are fused in 3-D parameters."""
+
 
 def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     """Return a float32 model of about 30,000 random weights, larger than their initial scale."""
-    model_type, settings = (FAMILIES | UNUSUAL)[family]
+    model_type, settings = (FAMILIES | UNUSUAL | MIXTURES)[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}))
     with torch.no_grad():
@@ -136,7 +166,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
 def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """Save a small random checkpoint with its tokenizer."""
     tokenizer = make_tokenizer(folder)
-    model_type, settings = (FAMILIES | UNUSUAL)[family]
+    model_type, settings = (FAMILIES | UNUSUAL | MIXTURES)[family]
     settings = {
         **settings,
         "vocab_size": len(tokenizer),
