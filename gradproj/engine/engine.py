@@ -31,6 +31,7 @@ from gradproj.engine.inner_layers import Routes
 from gradproj.engine.layers import TargetLayer, unwrap
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.original_interface import OriginalInterface
+from gradproj.engine.patterns import ALL
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.projection_files import RowBuffer, row_dtype
 from gradproj.engine.row_check import check_rows
@@ -55,8 +56,7 @@ class GradProjLoraEngine(OriginalInterface):
 
     Args:
         module: the model, on its device.
-        proj_layers: patterns of layers' names, as ``--proj_layers``; ``mlp`` and ``attn`` fit every
-            family.
+        proj_layers: roles, or patterns of layers' names, as ``--proj_layers``.
         proj_rank_total: most values kept per layer; or by patterns, as the flag.
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
@@ -84,7 +84,7 @@ class GradProjLoraEngine(OriginalInterface):
     def __init__(
         self,
         module: nn.Module,
-        proj_layers: str | Sequence[str] = "mlp,attn",
+        proj_layers: str | Sequence[str] = ALL,
         proj_rank_total: str | int = 256,
         proj_rank_min: int = 8,
         proj_seed: int = 42,

@@ -9,7 +9,8 @@ Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from gradproj.engine.layers import EXPERTS, TargetLayer
 from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
-from gradproj.engine.patterns import EXCLUDES
+from gradproj.engine.patterns import ALL, EXACT, EXCLUDES
 from gradproj.engine.rank_totals import RankTotals
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, as_in, flag, flag_of, split_list
@@ -73,9 +74,10 @@ class ProjectionConfig(Flags, title="projection"):
     """Compression settings. Recorded in the store; part of the run's identity."""
 
     layers: str = flag(
-        "Layers to project: parts of their dotted names, as whole components; * in a component "
-        "stands for any characters, and a - before a part leaves its layers out.",
-        "mlp,attn",
+        "Layers to project: all, those of the model's blocks; or roles (attn, mlp, mixer, experts, "
+        "router, lm_head) and parts of dotted names, as whole components; * in a component stands "
+        "for any characters, and a - before a part leaves its layers out.",
+        ALL,
         name="proj_layers",
         comma_separated=True,
         metavar="NAME",
@@ -118,7 +120,7 @@ class ProjectionConfig(Flags, title="projection"):
         if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
             return
         what = "names only layers to leave out" if self.patterns else "is empty"
-        way = ",".join(("mlp", "attn", *self.patterns))
+        way = ",".join((ALL, *self.patterns))
         raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
 
     @property
@@ -130,6 +132,10 @@ class ProjectionConfig(Flags, title="projection"):
     def patterns(self) -> tuple[str, ...]:
         """The patterns of ``layers``, and of what ``rank_total`` leaves out."""
         return split_list(self.layers) + self.rank_totals.excluded
+
+    def of_layers(self, layers: Sequence[LayerSlice]) -> Self:
+        """Return the settings that take exactly these layers: those of a plan, or of a store."""
+        return replace(self, layers=",".join(EXACT + layer.name for layer in layers))
 
 
 @dataclass(frozen=True, kw_only=True)

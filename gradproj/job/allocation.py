@@ -187,8 +187,12 @@ def _patterns_of(
     return (*wanted,)
 
 
-def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, list[str]]:
+def with_allocation(
+    config: RunConfig, model: nn.Module, targets: Sequence[TargetLayer] | None = None
+) -> tuple[RunConfig, list[str]]:
     """Return the settings with the flags that ``--bytes_per_document`` stands for, and lines.
+
+    ``targets`` are the layers to choose from; by default, all that ``--proj_layers`` takes.
 
     Without that flag they are as they were. The returned settings are explicit, so that a store
     records what its rows are and not by which rule that was chosen.
@@ -208,9 +212,10 @@ def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, lis
                 f"--bytes_per_document chooses --{name} {ours}: leave out --{name} {value}, or "
                 "choose --proj_rank_total yourself"
             )
-    targets = find_layers(
-        model, projection.patterns, projection.include_embeddings, projection.experts
-    )
+    if targets is None:
+        targets = find_layers(
+            model, projection.patterns, projection.include_embeddings, projection.experts
+        )
     n_bytes = read_bytes(projection.bytes_per_document)
     vocabulary: Any = output_head(model)
     head = config.head.segment(len(vocabulary.weight)) if vocabulary is not None else None

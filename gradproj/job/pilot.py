@@ -188,7 +188,7 @@ def _sum_covariances(
     if batch.batch_tokens == AUTO:  # measured later, with the basis
         batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
     engine = GradProjLoraEngine.from_config(
-        model, projection, matrices, options.gradient_checkpointing
+        model, projection.of_layers(plan.layers), matrices, options.gradient_checkpointing
     )
     run = functools.partial(_forward_backward, model, engine, sequences, head)
     with engine:

@@ -150,7 +150,7 @@ def recorded_engine(
     model = load_model(files, chosen, merged)
     engine = GradProjLoraEngine.from_config(
         model,
-        run.projection,
+        run.projection.of_layers(store.layers),
         store.projection_matrices,
         run.job.gradient_checkpointing,
         basis=store.basis,

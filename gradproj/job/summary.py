@@ -107,7 +107,10 @@ def memory_line(plan: Plan, device: torch.device) -> str:
         rest = ", and batches that fit what is free"
     elif device.type == "cpu":
         counted = batch_bytes(
-            plan.files, config.projection, config.batch, config.job.gradient_checkpointing
+            plan.files,
+            config.projection.of_layers(plan.layers),
+            config.batch,
+            config.job.gradient_checkpointing,
         )
         in_batch = counted or 0
         rest = "" if counted else ", and its batches, which cannot be counted for this model"

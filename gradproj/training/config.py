@@ -35,7 +35,7 @@ class EngineConfig(Flags, title="engine"):
 
     method: str = flag("Engine.", "Regular", metavar="Regular|GradDotProd|GradProjLora")
     result_dir: str = flag("Directory for all results.", "", path="DIR")
-    proj_layers: str = as_in(ProjectionConfig, "layers")
+    proj_layers: str = as_in(ProjectionConfig, "layers", default="mlp,attn")
     proj_rank_total: str | int = as_in(ProjectionConfig, "rank_total")
     proj_rank_min: int = as_in(ProjectionConfig, "rank_min")
     proj_seed: int = as_in(ProjectionConfig, "seed")

@@ -99,14 +99,90 @@ MIXTURES = {
 }  # fmt: skip
 """Like ``FAMILIES``: mixtures of experts whose weights are fused in 3-D parameters."""
 
+_MAMBA_2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1, mamba_expand=2)
+_LINEAR_ATTENTION = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)  # fmt: skip
+
+HYBRIDS = {
+    # A weight of theirs, dt_proj, is used without calling its layer.
+    "mamba": ("mamba", dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    "falcon_mamba": ("falcon_mamba", dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    "jamba": ("jamba", dict(
+        **_SIZES, num_hidden_layers=2, num_key_value_heads=2, attn_layer_period=2,
+        attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4,
+        mamba_d_state=4, mamba_dt_rank=4,
+    )),
+    "mamba2": ("mamba2", dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8,
+        state_size=4, n_groups=1, chunk_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+    "zamba2": ("zamba2", dict(
+        **_SIZES, num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2,
+        num_key_value_heads=4, attention_head_dim=8, mamba_d_state=4, mamba_ngroups=1,
+        n_mamba_heads=8, num_mem_blocks=1, chunk_size=8, adapter_rank=4,
+    )),
+    "bamba": ("bamba", dict(
+        **_SIZES, **_MAMBA_2, num_hidden_layers=2, num_key_value_heads=2, attn_layer_indices=[1],
+        mamba_chunk_size=8,
+    )),
+    "falcon_h1": ("falcon_h1", dict(
+        **_SIZES, **_MAMBA_2, num_hidden_layers=2, num_key_value_heads=2, mamba_d_ssm=64,
+        mamba_chunk_size=8, head_dim=8,
+    )),
+    "granitemoehybrid": ("granitemoehybrid", dict(
+        **_SIZES, **_MAMBA_2, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4,
+        num_experts_per_tok=2, shared_intermediate_size=24, layer_types=["mamba", "attention"],
+        mamba_chunk_size=8,
+    )),
+    "nemotron_h": ("nemotron_h", dict(
+        **_SIZES, num_key_value_heads=2, head_dim=8, hybrid_override_pattern="M-*E",
+        num_hidden_layers=4, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=4, n_groups=1,
+        chunk_size=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+    )),
+    "recurrent_gemma": ("recurrent_gemma", dict(
+        **_LLAMA_LIKE, lru_width=32, attention_window_size=8,
+        block_types=["recurrent", "attention"],
+    )),
+    "qwen3_next": ("qwen3_next", dict(
+        **_EXPERTS, **_LINEAR_ATTENTION, num_experts=4, shared_expert_intermediate_size=24,
+        layer_types=["linear_attention", "full_attention"],
+    )),
+    "qwen3_5": ("qwen3_5_text", dict(
+        **_LLAMA_LIKE, **_LINEAR_ATTENTION, layer_types=["linear_attention", "full_attention"],
+    )),
+    "lfm2": ("lfm2", dict(**_LLAMA_LIKE, layer_types=["conv", "full_attention"])),
+    "rwkv": ("rwkv", dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, context_length=64,
+        attention_hidden_size=32, intermediate_size=48, bos_token_id=1, eos_token_id=2,
+    )),
+    "xlstm": ("xlstm", dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=4, chunk_size=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )),
+}  # fmt: skip
+"""Like ``FAMILIES``: state-space and other recurrent models, alone or beside attention."""
+
+EVERY_FAMILY = FAMILIES | UNUSUAL | MIXTURES | HYBRIDS
+
 
 def small_model(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     """Return a float32 model of about 30,000 random weights, larger than their initial scale."""
-    model_type, settings = (FAMILIES | UNUSUAL | MIXTURES)[family]
+    model_type, settings = EVERY_FAMILY[family]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**settings, **changes}))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                continue  # decay rates: of larger ones nothing is left after a few tokens
             if parameter.dim() >= 2:
                 parameter.mul_(5)
             else:
@@ -166,7 +242,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
 def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """Save a small random checkpoint with its tokenizer."""
     tokenizer = make_tokenizer(folder)
-    model_type, settings = (FAMILIES | UNUSUAL | MIXTURES)[family]
+    model_type, settings = EVERY_FAMILY[family]
     settings = {
         **settings,
         "vocab_size": len(tokenizer),
