@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,7 +71,8 @@ def place_layers(
     targets = find_layers(module, config.patterns, config.include_embeddings)
     for target, widths in zip(targets, place_widths(targets, config, matrices), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
-        device = next(target.module.parameters()).device
+        module = target.module
+        device = next(chain(module.parameters(), module.buffers())).device
         columns = slice(widths.slice_start, widths.slice_end)
         p_i, p_o = on_device(p_i, device), on_device(p_o, device)
         for p in (p_i, p_o):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradproj.kernels.onednn import project
+from gradproj.model.quantized import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def _scaled_as_rows(module: Any, ids: Tensor, rows: Tensor) -> Tensor:
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule("Linear", lambda m: tuple(m.weight.t().shape), _project_dense, _dense),
+    PackedLinear: LayerRule(
+        "Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense
+    ),
     Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense, _dense),
     nn.Embedding: LayerRule(
         "Embedding", lambda m: tuple(m.weight.shape), _project_lookup, _one_hot
