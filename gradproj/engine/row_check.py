@@ -18,11 +18,12 @@ from gradproj.engine.capture import ONLY_ALONE, BatchCapture, PlacedLayer
 from gradproj.engine.compile import nothing_compiled
 from gradproj.engine.layers import every_layer, unwrap, without_wrappers
 from gradproj.engine.loss import per_sample_loss
-from gradproj.engine.patterns import exclusions
+from gradproj.engine.patterns import exclusions, folded
 from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
+from gradproj.model.quantized import PackedLinear
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +163,18 @@ class _Probe:
         for module in model.modules():
             for parameter in module._parameters.values():
                 users.setdefault(id(parameter), set()).add(id(module))
-        self._weights: dict[str, nn.Parameter] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._packed: dict[str, tuple[str, PackedLinear]] = {}
         for layer in layers:
-            weight = layer.target.module._parameters.get("weight")
+            name, module = layer.target.name, layer.target.module
+            if isinstance(module, PackedLinear):
+                # One of each kind: a copy of every weight is what packed layers spare.
+                self._packed.setdefault(folded(name), (name, module))
+                continue
+            weight = module._parameters.get("weight")
             # Of a head tied to the embedding, autograd gives the sum of two layers.
             if weight is not None and users[id(weight)] <= set(map(id, layer.target.uses.values())):
-                self._weights[layer.target.name] = weight
+                self._weights[name] = weight
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -177,6 +184,8 @@ class _Probe:
             for parameter in self._model.parameters():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
+            for name, packed in self._packed.values():
+                self._weights[name] = stack.enter_context(packed.unpacked())
             for layer in self._layers:
                 weight = self._weights.get(layer.target.name)
                 if weight is not None:

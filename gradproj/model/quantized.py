@@ -10,7 +10,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import linear
@@ -88,12 +90,13 @@ def quantization_of(model_config: Any, config: ModelConfig, is_gguf: bool) -> Qu
     can_pack = method in (BITSANDBYTES, TORCHAO)
     if not can_pack and not _transformers_dequantizes(method):
         raise ModelError(
-            f"--model {config.model} is quantized by {method}: its layers give no gradient to their "
-            "inputs here, and transformers cannot dequantize it on load. Give the checkpoint that "
-            "it was made from (--quantize nf4 makes that small too), or save a dequantized copy "
-            "with the tool that made it"
+            f"--model {config.model} is quantized by {method}: such layers give their inputs no "
+            "gradient here, and transformers cannot dequantize them on load. Give the checkpoint "
+            "that it was made from (--quantize nf4 makes that small too), or save a dequantized "
+            "copy with the tool that made it"
         )
-    check_packages(method, f"--quantize {config.quantize}" if config.quantize else f"--model {config.model}")
+    flag = "quantize" if config.quantize else "model"
+    check_packages(method, f"--{flag} {getattr(config, flag)}")
     return Quantization(
         method, name, stays_packed=can_pack and not config.dequantize, on_load=not settings
     )
@@ -128,6 +131,25 @@ def _transformers_dequantizes(method: str) -> bool:
     kinds = importlib.import_module("transformers.quantizers.auto").AUTO_QUANTIZATION_CONFIG_MAPPING
     kind = kinds.get(method)
     return kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters
+
+
+def packed_bytes(skeleton: Any, quantization: Quantization, dtype: torch.dtype) -> int:
+    """Estimate the bytes of a model whose layers stay packed; the rest of it has ``dtype``."""
+    head = skeleton.get_output_embeddings()
+    packed = {
+        id(module.weight)
+        for module in skeleton.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    # Four bits, and a float32 scale for 64 weights; or a byte.
+    is_4bit = quantization.name.endswith(("nf4", "fp4")) or "Int4" in quantization.name
+    each = 0.5625 if is_4bit else 1
+    return int(
+        sum(
+            weight.numel() * (each if id(weight) in packed else dtype.itemsize)
+            for weight in skeleton.parameters()
+        )
+    )
 
 
 def check_packages(method: str, what: str) -> None:
@@ -193,14 +215,28 @@ class PackedLinear(nn.Linear):
         for name, part in parts.items():
             self.register_buffer(f"packed_{name}", part)
         self.register_parameter("bias", bias)
+        self._copy: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight ``(n_o, n_i)``, unpacked anew."""
+        """The weight ``(n_o, n_i)``, unpacked anew; inside ``unpacked`` the one copy."""
+        if self._copy is not None:
+            return self._copy
         with torch.no_grad():
             return self._unpack({name: self._buffers[f"packed_{name}"] for name in self._names})  # type: ignore[misc]
 
+    @contextmanager
+    def unpacked(self) -> Iterator[Tensor]:
+        """Hold a copy of the weight meanwhile, of which autograd can give the gradient."""
+        self._copy = self.weight
+        try:
+            yield self._copy
+        finally:
+            self._copy = None
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._copy is not None:
+            return F.linear(x, self._copy.to(x.dtype), self.bias)
         y = _PackedProduct.apply(x, self)
         return y if self.bias is None else y + self.bias
 
@@ -260,9 +296,9 @@ def _is_quantized(module: nn.Linear) -> bool:
 
 
 def _dequantized(weight: Any, module: Any) -> Tensor:
-    """Return a weight as its library dequantizes it, in its own dtype."""
+    """Return a weight as its library dequantizes it."""
     if _library_of(weight) == TORCHAO:
-        return weight.dequantize()
+        return weight.dequantize(**_in_float32(weight))
     unpack = importlib.import_module("transformers.integrations.bitsandbytes").dequantize_bnb_weight
     return unpack(weight, getattr(module, "state", None))
 
@@ -301,8 +337,17 @@ def _torchao_parts(weight: Any) -> tuple[dict[str, Tensor], Unpack]:
     names, context = weight.__tensor_flatten__()
     restore = type(weight).__tensor_unflatten__
     shape, stride = weight.shape, weight.stride()
-    parts = {name: getattr(weight, name) for name in names}
-    return parts, lambda parts: restore(parts, context, shape, stride).dequantize()
+    parts, options = {name: getattr(weight, name) for name in names}, _in_float32(weight)
+    return parts, lambda parts: restore(parts, context, shape, stride).dequantize(**options)
+
+
+def _in_float32(weight: Any) -> dict[str, torch.dtype]:
+    """Return the argument, if there is one, that spares a product a rounding to the scales' dtype.
+
+    A compiler leaves that rounding out, and rows would depend on it.
+    """
+    known = "output_dtype" in inspect.signature(type(weight).dequantize).parameters
+    return {"output_dtype": torch.float32} if known else {}
 
 
 def _bitsandbytes_parts(weight: Any) -> tuple[dict[str, Tensor], Unpack]:
