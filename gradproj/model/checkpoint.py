@@ -45,6 +45,12 @@ class ModelFiles:
         return None if self.base_dir is None else self.model_dir
 
 
+def is_local_model(name: str) -> bool:
+    """Return whether ``--model`` names a directory or a GGUF file on this machine."""
+    path = Path(name)
+    return bool(name) and (path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()))
+
+
 def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
     """Find or download the files of model and tokenizer.
 
@@ -114,11 +120,11 @@ def _local_files(
     flag: str, name: str, revision: str, may_download: bool, pickled: bool = False
 ) -> tuple[Path, str]:
     """Return ``(folder or GGUF file, hub commit)``. The commit is empty for a local one."""
-    is_gguf = name.endswith(GGUF_SUFFIX)
-    if Path(name).is_dir() or (is_gguf and Path(name).is_file()):
+    if is_local_model(name):
         if revision:
             raise ModelError(f"--revision {revision}: {name} is local, and has no revisions")
         return Path(name), ""
+    is_gguf = name.endswith(GGUF_SUFFIX)
     if is_gguf or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{flag} {name}: no such {'file' if is_gguf else 'directory'}")
     endings = ["json", "safetensors", "model", "txt", "py", "jinja", *(["bin"] if pickled else [])]

@@ -1,6 +1,7 @@
 """Quantized checkpoints: rows of layers that stay packed, what is dequantized, what is refused."""
 
-import sys
+import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from helpers.quantized import (
     PACKED,
     SIZES,
     TORCHAO,
-    library_config,
     quantize,
     quantize_fp8,
     with_settings,
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from gradproj import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
-from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ConfigError, ModelError
 from gradproj.model.checkpoint import fetch
@@ -67,7 +67,7 @@ def dequantized_by_library(folder):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map={"": "cpu"}
     )
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         weight = module._parameters.get("weight")
         if type(weight).__module__.startswith("torchao"):
             module.weight = nn.Parameter(weight.dequantize().float())
@@ -144,3 +144,123 @@ def test_model_that_uses_a_packed_weight_in_another_way_is_refused(quantized):
     mlp.forward = lambda x: forward(x) + (x @ mlp.up_proj.weight.T) @ mlp.down_proj.weight.T
     with pytest.raises(ModelError, match=r"uses the weight of .*layers.0.mlp.up_proj.*another way"):
         rows_of(model)
+
+
+def cosines(path, plain, **options):
+    """Return the cosines of three documents' rows with those of the model before quantization."""
+    rows, want = (
+        rows_of(load_model(files, CPU))[1] for files in (files_of(path, **options), files_of(plain))
+    )
+    return torch.cosine_similarity(rows, want)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("nf4", 0.9), ("fp4", 0.8), ("int8", 0.999)])
+def test_checkpoint_quantized_on_load_has_the_rows_of_one_that_its_library_quantized(
+    kind, least, plain, quantized
+):
+    files = files_of(plain, quantize=kind)
+    theirs = load_model(files_of(quantized(kind)), CPU)
+    assert f"to bitsandbytes {kind}, on load" in loading_notes(files)[0]
+    assert torch.equal(rows_of(load_model(files, CPU))[1], rows_of(theirs)[1])
+    assert cosines(plain, plain, quantize=kind).min() > least
+
+
+@pytest.mark.parametrize(("kind", "least"), [("F32", 1 - 1e-5), ("Q8_0", 0.999), ("Q4_0", 0.8)])
+def test_gguf_file_is_a_model_with_its_tokenizer(kind, least, plain, tmp_path):
+    pytest.importorskip("gguf", reason="the quantized extra is not installed")
+    path = write_gguf(plain, tmp_path / "model.gguf", kind)
+    files = files_of(path)
+    assert loading_notes(files) == ["quantized     GGUF: weights are dequantized on load"]
+    tokenizer, theirs = (load_tokenizer(each) for each in (files, files_of(plain)))
+    assert tokenizer("the of and to in").input_ids == theirs("the of and to in").input_ids
+    assert load_model_config(files).vocab_size == load_model_config(files_of(plain)).vocab_size
+    assert widths_of(model_skeleton(files)) == widths_of(load_model(files, CPU))
+    assert cosines(path, plain).min() > least
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_is_dequantized_to_its_exact_values(dtype, plain, tmp_path):
+    exact = quantize_fp8(plain, tmp_path / "fp8")
+    files = files_of(tmp_path / "fp8", model_dtype=dtype)
+    assert loading_notes(files) == ["quantized     fp8: weights are dequantized on load"]
+    found = dict(load_model(files, CPU).named_parameters())
+    assert found.keys() == exact.keys()
+    for name, weight in found.items():
+        assert weight.dtype == getattr(torch, dtype)
+        # From float8 to bfloat16 transformers rounds the scale first.
+        torch.testing.assert_close(weight.float(), exact[name], rtol=1e-2, atol=0)
+        assert dtype == "bfloat16" or torch.equal(weight, exact[name])
+
+
+def test_adapter_on_a_packed_base_has_the_rows_of_one_on_the_dequantized_base(quantized, tmp_path):
+    peft = pytest.importorskip("peft", reason="the peft extra is not installed")
+    base = AutoModelForCausalLM.from_pretrained(quantized("nf4"), device_map={"": "cpu"})
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+    )
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    engines, rows = [], []
+    for dequantize in (False, True):
+        files = files_of(tmp_path / "adapter", dequantize=dequantize)
+        assert loading_notes(files)[0].startswith("quantized     bitsandbytes nf4")
+        engine, of_it = rows_of(load_model(files, CPU))
+        engines.append(engine)
+        rows.append(of_it)
+    names = [target.name for target in engines[0].targets]
+    assert "model.layers.0.self_attn.q_proj.base_layer" in names
+    assert "model.layers.0.self_attn.q_proj.lora_A.default" in names
+    assert torch.equal(*rows)
+    merged = load_model(files_of(tmp_path / "adapter"), CPU, merged=True)
+    assert not any(isinstance(module, PackedLinear) for module in merged.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            {},
+            "by gptq.*cannot dequantize.*--quantize",
+        ),
+        ({"load_in_4bit": True}, {"quantize": "int8"}, r"quantized already \(bitsandbytes fp4\)"),
+        ({"quant_method": "unheard"}, {}, "quantized by unheard.*save a dequantized copy"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_with_a_way_out(
+    settings, options, message, plain, tmp_path
+):
+    folder = with_settings(plain, tmp_path / "model", settings)
+    shutil.copy(plain / "model.safetensors", folder)
+    with pytest.raises(ModelError, match=message):
+        loading_notes(files_of(folder, **options))
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "options"),
+    [
+        ("bitsandbytes", "nf4", {}),
+        ("bitsandbytes", "model", {"quantize": "nf4"}),
+        ("gguf", "model.gguf", {}),
+    ],
+)
+def test_missing_package_is_named_with_the_extra(
+    package, name, options, plain, tmp_path, monkeypatch
+):
+    shutil.copytree(plain, tmp_path / "model")
+    with_settings(plain, tmp_path / "nf4", {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    shutil.copy(plain / "model.safetensors", tmp_path / "nf4")
+    (tmp_path / "model.gguf").touch()
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == package else find(n))
+    with pytest.raises(ModelError, match=rf"{package}, which is not.*'gradproj\[quantized\]'"):
+        loading_notes(files_of(tmp_path / name, **options))
+
+
+def test_random_weights_are_not_quantized(plain):
+    with pytest.raises(ConfigError, match="--quantize nf4 is for the weights of a checkpoint"):
+        ModelConfig(model=str(plain), init="random", quantize="nf4")
+
+
+def test_path_that_is_no_gguf_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"absent\.gguf: no such file"):
+        files_of(tmp_path / "absent.gguf")
