@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradproj.kernels.onednn import project
-from gradproj.model.quantized import PackedLinear
+from gradproj.model.packed_layers import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,25 @@ def _scaled_as_rows(module: Any, ids: Tensor, rows: Tensor) -> Tensor:
 
 LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Linear: LayerRule("Linear", lambda m: tuple(m.weight.t().shape), _project_dense, _dense),
-    PackedLinear: LayerRule(
-        "Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense
-    ),
     Conv1D: LayerRule("Conv1D", lambda m: tuple(m.weight.shape), _project_dense, _dense),
     nn.Embedding: LayerRule(
         "Embedding", lambda m: tuple(m.weight.shape), _project_lookup, _one_hot
     ),
 }
 """Type -> rule. The tests need a case for each."""
+_PACKED = LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base if it runs the base's own ``forward``, which a quantized or sparse
-    layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count, and any
-    other layer whose output is shown to be ``input W^T + b``.
+    A subclass counts as its base if it runs the base's own ``forward``, which a library's quantized
+    or sparse layer does not (``PackedLinear`` takes the place of quantized ones). Embeddings that
+    scale their output by ``embed_scale`` (Gemma 3) count, and any other layer whose output is shown
+    to be ``input W^T + b``.
     """
+    if isinstance(module, PackedLinear):
+        return _PACKED
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule

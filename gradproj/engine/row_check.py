@@ -23,7 +23,7 @@ from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
-from gradproj.model.quantized import PackedLinear
+from gradproj.model.packed_layers import PackedLinear
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ def find_layers(
     included by ``include_embeddings`` or by its name. Of modules that share a weight one match is
     enough.
 
-    Matched weights of no layer with a rule (norms, convolutions, fused experts) are left
-    out, which ``coverage_of`` reports.
+    Matched weights of no layer with a rule (norms, convolutions, fused experts, quantized layers)
+    are left out, which ``coverage_of`` reports.
 
     Raises:
         ModelError: a pattern matches nothing that can be projected; says what to write instead.
@@ -99,8 +99,8 @@ def _unmatched_error(
     return ModelError(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "
-        f"{', '.join(dict.fromkeys(rule.type_name for rule in LAYER_RULES.values()))}; fused "
-        f"experts are not supported. Give --proj_layers {way}"
+        f"{', '.join(rule.type_name for rule in LAYER_RULES.values())}; fused experts "
+        f"and quantized layers are not supported. Give --proj_layers {way}"
     )
 
 

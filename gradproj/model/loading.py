@@ -14,6 +14,7 @@ from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
 from gradproj.model.checkpoint import GGUF_SUFFIX, ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
+from gradproj.model.packed_layers import settle_quantized
 from gradproj.model.properties import is_causal
 from gradproj.model.quantized import (
     GGUF,
@@ -21,7 +22,6 @@ from gradproj.model.quantized import (
     check_packages,
     loading_arguments,
     quantization_of,
-    settle_quantized,
 )
 
 
@@ -218,7 +218,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
             f"have another shape: {', '.join(missing[:4])}"
         )
     if quantization is not None:
-        settle_quantized(model, quantization, dtype)
+        settle_quantized(model, dtype, quantization.stays_packed)
     return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model, merged)
 
 

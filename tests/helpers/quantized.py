@@ -30,7 +30,8 @@ def library_config(kind: str) -> Any:
     import torchao.quantization
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(getattr(torchao.quantization, f"{kind}Config")())
+    # Version 1 of these is another tensor type, of older versions of torchao.
+    return TorchAoConfig(getattr(torchao.quantization, f"{kind}Config")(version=2))
 
 
 def quantize(source: Path, target: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:

@@ -33,7 +33,7 @@ from gradproj.model.loading import (
     loading_notes,
     model_skeleton,
 )
-from gradproj.model.quantized import PackedLinear
+from gradproj.model.packed_layers import PackedLinear, pack_quantized
 
 CPU = torch.device("cpu")
 CONFIG = ProjectionConfig(layers="mlp,attn", rank_total=24, rank_min=2)
@@ -115,6 +115,14 @@ def test_rows_of_packed_layers_are_those_of_the_dequantized_model_by_autograd(ki
             for gradient, (p_i, p_o) in zip(gradients, matrices, strict=True)
         ]
         assert relative_error(rows[n], torch.cat(want)) < 1e-5
+
+
+def test_model_of_ones_own_is_packed_in_place(quantized):
+    theirs = AutoModelForCausalLM.from_pretrained(quantized("nf4"), device_map={"": "cpu"})
+    with pytest.raises(ModelError, match="cannot project"):
+        rows_of(theirs)
+    want = rows_of(load_model(files_of(quantized("nf4")), CPU))[1]
+    assert torch.equal(rows_of(pack_quantized(theirs))[1], want)
 
 
 def widths_of(model):
