@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight ``(n_o, n_i)``, unpacked anew; inside ``unpacked`` the one copy."""
+        """The weight ``(n_o, n_i)``, unpacked at each access; inside ``unpacked`` the one copy."""
         if self._copy is not None:
             return self._copy
         with torch.no_grad():
@@ -158,7 +158,7 @@ def _plain(module: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     plain = nn.Linear(*_shape(module)[::-1], bias=False, device="meta")
     weight = _dequantized(module.weight, module).detach().to(dtype)
     plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = _bias_of(module, dtype)
+    plain.register_parameter("bias", _bias_of(module, dtype))
     return plain
 
 
@@ -210,7 +210,7 @@ def _bitsandbytes_parts(module: Any) -> tuple[dict[str, Tensor], Unpack]:
     state, scales = weight.quant_state, weight.quant_state.state2
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
-            "bitsandbytes packs weights anew when they first run on this CPU: pack the model before"
+            "bitsandbytes has packed a weight for this CPU, when it first ran: pack the model before"
         )
     parts = {"data": weight.data, "scale": state.absmax, "code": state.code}
     if scales is not None:

@@ -31,9 +31,11 @@ from gradproj.model.loading import (
     load_model_config,
     load_tokenizer,
     loading_notes,
+    model_quantization,
     model_skeleton,
 )
 from gradproj.model.packed_layers import PackedLinear, pack_quantized
+from gradproj.model.quantized import packed_bytes
 
 CPU = torch.device("cpu")
 CONFIG = ProjectionConfig(layers="mlp,attn", rank_total=24, rank_min=2)
@@ -138,6 +140,9 @@ def test_dequantized_on_load_has_the_same_rows_in_more_memory(kind, dtype, quant
         model = load_model(files, CPU)
         assert ("stay packed" in loading_notes(files)[0]) is not dequantize
         sizes.append(sum(t.nbytes for t in (*model.parameters(), *model.buffers())))
+        if not dequantize:
+            form = model_quantization(files), getattr(torch, dtype)
+            assert abs(packed_bytes(model_skeleton(files), *form) / sizes[0] - 1) < 0.15
         dtypes |= {p.dtype for p in model.parameters()}
         rows.append(rows_of(model)[1])
     assert torch.equal(*rows)
@@ -200,11 +205,18 @@ def test_fp8_is_dequantized_to_its_exact_values(dtype, plain, tmp_path):
         assert dtype == "bfloat16" or torch.equal(weight, exact[name])
 
 
-def test_adapter_on_a_packed_base_has_the_rows_of_one_on_the_dequantized_base(quantized, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_on_a_packed_base_has_the_rows_of_one_on_the_dequantized_base(
+    dora, quantized, tmp_path
+):
     peft = pytest.importorskip("peft", reason="the peft extra is not installed")
     base = AutoModelForCausalLM.from_pretrained(quantized("nf4"), device_map={"": "cpu"})
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "up_proj"],
+        init_lora_weights=False,
+        use_dora=dora,
     )
     peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
     engines, rows = [], []
