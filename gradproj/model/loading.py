@@ -182,7 +182,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
     config, folder = files.config, files.base_dir or files.model_dir
     assert folder is not None  # --architecture with random weights has no files
     quantization = model_quantization(files)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"dtype": dtype}
     if quantization is not None or attention_note(files):
         arguments["config"] = _usable_config(files)
     if quantization is not None:
@@ -196,7 +196,6 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **_source(folder),
                 **arguments,
-                dtype=dtype,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
                 local_files_only=True,

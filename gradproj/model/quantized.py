@@ -150,7 +150,7 @@ def check_packages(method: str, what: str) -> None:
 
 
 def loading_arguments(quantization: Quantization, model_config: Any) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` for a quantized model.
+    """Return further arguments of ``from_pretrained`` for a quantized model.
 
     ``model_config`` is changed. The weights are loaded on the CPU, where every rank quantizes
     alike.
@@ -158,6 +158,8 @@ def loading_arguments(quantization: Quantization, model_config: Any) -> dict[str
     arguments: dict[str, Any] = {"device_map": {"": "cpu"}}
     library = importlib.import_module("transformers")
     if quantization.on_load:
+        # Of a float32 checkpoint's weights in bfloat16 other packed weights would be made.
+        arguments["dtype"] = torch.float32
         kind = quantization.name.rpartition(" ")[2]
         arguments["quantization_config"] = library.BitsAndBytesConfig(
             load_in_8bit=kind == "int8",

@@ -174,7 +174,12 @@ def test_checkpoint_quantized_on_load_has_the_rows_of_one_that_its_library_quant
     files = files_of(plain, quantize=kind)
     theirs = load_model(files_of(quantized(kind)), CPU)
     assert f"to bitsandbytes {kind}, on load" in loading_notes(files)[0]
-    assert torch.equal(rows_of(load_model(files, CPU))[1], rows_of(theirs)[1])
+    model = load_model(files, CPU)
+    assert torch.equal(rows_of(model)[1], rows_of(theirs)[1])
+    low = load_model(files_of(plain, quantize=kind, model_dtype="bfloat16"), CPU)
+    names = ("model.layers.1.mlp.up_proj", "model.layers.0.self_attn.o_proj")
+    assert all(torch.equal(*(m.get_submodule(n).weight for m in (low, model))) for n in names)
+    assert low.get_input_embeddings().weight.dtype == torch.bfloat16
     assert cosines(plain, plain, quantize=kind).min() > least
 
 
