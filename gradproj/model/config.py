@@ -58,8 +58,7 @@ class ModelConfig(Flags, title="model"):
         choices=QUANTIZE,
     )
     dequantize: bool = flag(
-        "Unpack the weights of a quantized model once, on load: more memory and less time, for the "
-        "same rows.",
+        "Unpack the weights of a quantized model once, on load: more memory for the same rows.",
         False,
     )
     trust_remote_code: bool = flag("Run code that comes with the checkpoint.", False)

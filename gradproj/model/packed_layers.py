@@ -210,7 +210,7 @@ def _bitsandbytes_parts(module: Any) -> tuple[dict[str, Tensor], Unpack]:
     state, scales = weight.quant_state, weight.quant_state.state2
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
-            "bitsandbytes has packed a weight for this CPU, when it first ran: pack the model before"
+            "bitsandbytes has packed a weight for this CPU as it first ran: pack the model before"
         )
     parts = {"data": weight.data, "scale": state.absmax, "code": state.code}
     if scales is not None:
