@@ -42,9 +42,9 @@ from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
 from gradproj.model.loading import (
-    attention_note,
     load_model_config,
     load_tokenizer,
+    loading_notes,
     model_skeleton,
     positions_of,
 )
@@ -255,8 +255,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
 def _notes(plan: Plan, skeleton: nn.Module) -> list[str]:
     config, index = plan.config, plan.index
     notes = [*index.unread_lines(), *idle_patterns(skeleton, config.projection.patterns)]
-    if attention := attention_note(plan.files):
-        notes.append(f"attention     {attention}")
+    notes += loading_notes(plan.files)
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(

@@ -27,7 +27,7 @@ from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
 from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
@@ -190,7 +190,7 @@ def _recorded_files(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles,
         )
     commit = str(recorded.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
-    is_local = Path(name).is_dir() if name else False
+    is_local = is_local_model(name)
     if name and not commit and not is_local:  # only a hub's model has a commit
         original = recorded_config(store.path.parent).model.model
         if name != original:

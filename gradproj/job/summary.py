@@ -17,7 +17,14 @@ from gradproj.formatting import escaped, human_bytes, human_seconds, one_line
 from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
 from gradproj.job.unit_reader import UnitReader
-from gradproj.model.loading import larger_tokenizer, load_tokenizer
+from gradproj.model.config import MODEL_DTYPES
+from gradproj.model.loading import (
+    larger_tokenizer,
+    load_tokenizer,
+    model_quantization,
+    model_skeleton,
+)
+from gradproj.model.quantized import packed_bytes
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
@@ -141,7 +148,11 @@ def seconds_per_unit(plan: Plan) -> float | None:
 
 
 def model_bytes(plan: Plan) -> int:
-    return plan.n_weights * (2 if plan.config.model.model_dtype == "bfloat16" else 4)
+    dtype = MODEL_DTYPES[plan.config.model.model_dtype]
+    quantization = model_quantization(plan.files)
+    if quantization is None or not quantization.stays_packed:
+        return plan.n_weights * dtype.itemsize
+    return packed_bytes(model_skeleton(plan.files), quantization, dtype)
 
 
 def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:

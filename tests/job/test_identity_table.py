@@ -61,6 +61,7 @@ OTHER_VALUES = {
     "--gradient_checkpointing": None, "--output_dir": "other", "--proj_save_interval": 3,
     "--loss_on": "all", "--truncate_side": "left", "--preference_beta": 0.5,
     "--chat_template": __file__,
+    "--quantize": "nf4", "--dequantize": None,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
 
