@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.coordinator import fault_points
 from gradproj.engine.run_batch import clear_failed
 from gradproj.job.lockstep import Lockstep
 from gradproj.job.unit_projector import UnitProjector
@@ -36,6 +37,7 @@ class GroupProjector(UnitProjector):
             for first in range(done, n_batches, self._width):
                 last = min(first + self._width, n_batches)
                 self._run(prepared, range(first, last), total)
+                fault_points.reach("batch done")
                 if last < n_batches and self._stopping():
                     break
 
@@ -78,5 +80,3 @@ class GroupProjector(UnitProjector):
         middle = len(sequences) // 2
         for half, part in zip(np.split(sequences, [middle]), result.halves(), strict=True):
             self._add(total, half, part)
-
-

@@ -28,8 +28,8 @@ from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadPilot
 from gradproj.engine.matrix_file import Matrices
-from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.engine.projection import job_matrices
+from gradproj.engine.run_batch import run_batch, run_in_halves
 from gradproj.errors import CorpusError, GradprojError, ModelError
 from gradproj.formatting import count, human_seconds
 from gradproj.job.lockstep import Lockstep, Part, load_job_model

@@ -113,7 +113,9 @@ def set_up_rank(
         settings = replace(settings, batch=batch)
         reader = UnitReader(plan.index, tokenizer, settings, stop)
         if queue is not None and is_first:
-            report_precision(queue, model, engine, reader, job.lockstep is not None or options.offload)
+            report_precision(
+                queue, model, engine, reader, job.lockstep is not None or options.offload
+            )
         encoder = RowEncoder(plan.layout, plan.layers)
         with_head = None
         if head is not None and plan.head is not None:

@@ -49,7 +49,9 @@ class BatchResult:
         """Return the results of the first and the other sequences; the sums are in the first."""
         n, found = len(self.losses) // 2, self.tensors()
         each = {name: found[name] for name in found if name not in ("a", "s", "n_tokens")}
-        first, second = ({k: v[part] for k, v in each.items()} for part in (slice(n), slice(n, None)))
+        first, second = (
+            {k: v[part] for k, v in each.items()} for part in (slice(n), slice(n, None))
+        )
         return replace(BatchResult(**first), covariances=self.covariances), BatchResult(**second)
 
 

@@ -115,7 +115,9 @@ class BlockShards:
             for block in blocks
         ]
         """``(n_bytes / n_ranks,)`` uint8 of each block."""
-        self._places = {weight.name: (i, weight) for i, b in enumerate(blocks) for weight in b.weights}
+        self._places = {
+            weight.name: (i, weight) for i, b in enumerate(blocks) for weight in b.weights
+        }
         self.missing = set(self._places)
         """Names of weights that were not put yet."""
 
