@@ -1,16 +1,20 @@
 """A unit whose batches the ranks of a group run side by side."""
 
-from typing import Any
-
 import numpy as np
+from torch import Tensor, nn
 
 from gradproj.coordinator import fault_points
+from gradproj.coordinator.heartbeats import RankProgress
+from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.head_rows import HeadBasis
 from gradproj.engine.run_batch import clear_failed
 from gradproj.job.lockstep import Lockstep
 from gradproj.job.unit_projector import UnitProjector
-from gradproj.job.unit_reader import PreparedUnit
+from gradproj.job.unit_reader import PreparedUnit, UnitSettings
 from gradproj.job.unit_sums import BatchResult, UnitSums
 from gradproj.kernels.memory import is_out_of_memory
+from gradproj.store.head_rows import HeadSegment
+from gradproj.store.row_encoder import RowEncoder
 
 
 class GroupProjector(UnitProjector):
@@ -21,8 +25,19 @@ class GroupProjector(UnitProjector):
     so the rows have the same bits for every G.
     """
 
-    def __init__(self, lockstep: Lockstep, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, stopping=lambda: lockstep.stops, **options)
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        model: nn.Module,
+        engine: GradProjLoraEngine,
+        settings: UnitSettings,
+        encoder: RowEncoder,
+        progress: RankProgress,
+        head: tuple[HeadBasis, HeadSegment] | None = None,
+        hidden: str = "none",
+    ) -> None:
+        made = model, engine, settings, encoder, progress
+        super().__init__(*made, lambda: lockstep.stops, head, hidden)
         self._lockstep, self._width = lockstep, lockstep.group.size
         lockstep.rehearse(self._model, self._engine)
 
@@ -53,13 +68,14 @@ class GroupProjector(UnitProjector):
         rank = self._lockstep.group.rank
         mine = prepared.batches[numbers[rank]] if rank < len(numbers) else None
 
-        def run(sequences: np.ndarray) -> dict[str, Any]:
+        def run(sequences: np.ndarray) -> dict[str, Tensor]:
             return self._forward_backward(total, sequences).tensors()
 
         parts = self._lockstep.run_in_halves(self._model, self._engine, mine, run)
         for computed in self._lockstep.collect(parts, len(numbers)):
             for sequences, found in computed:
-                self._add(total, sequences, found and BatchResult.of_tensors(found))
+                result = None if found is None else BatchResult.of_tensors(found)
+                self._add(total, sequences, result)
 
     def _add(self, total: UnitSums, sequences: np.ndarray, result: BatchResult | None) -> None:
         """Add a part; in halves if this rank, which did not compute it, has too little memory."""

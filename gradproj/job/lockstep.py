@@ -77,6 +77,28 @@ class Lockstep:
         self._run_for_nothing(model, engine)
         self.blocks.complete()
 
+    def run_pass(self, engine: GradProjLoraEngine, run: Callable[[], None]) -> None:
+        """Run a pass that all ranks run.
+
+        Raises:
+            torch.OutOfMemoryError: in all of them, if one has too little memory.
+        """
+        self.blocks.begin()
+        try:
+            run()
+            self.blocks.complete()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        else:
+            failed = False
+        if failed:
+            clear_failed(engine)
+            self.blocks.give_up()
+        if self.agree(failed):
+            raise torch.OutOfMemoryError("a rank of the group has too little memory for a batch")
+
     @property
     def blocks(self) -> ShardedBlocks:
         assert self._blocks is not None, "load() comes first"

@@ -113,9 +113,8 @@ def set_up_rank(
         settings = replace(settings, batch=batch)
         reader = UnitReader(plan.index, tokenizer, settings, stop)
         if queue is not None and is_first:
-            report_precision(
-                queue, model, engine, reader, job.lockstep is not None or options.offload
-            )
+            in_blocks = job.lockstep is not None or options.offload
+            report_precision(queue, model, engine, reader, in_blocks)
         encoder = RowEncoder(plan.layout, plan.layers)
         with_head = None
         if head is not None and plan.head is not None:
@@ -123,11 +122,11 @@ def set_up_rank(
             with_head, basis = (head, plan.head), basis + head.digest()
         hidden = plan.config.store.hidden_state
         made = model, engine, settings, encoder, progress
-        rest = {"head": with_head, "hidden": hidden}
-        if job.lockstep is None:
-            projector = UnitProjector(*made, stopping=stop, **rest)
-        else:
-            projector = GroupProjector(job.lockstep, *made, **rest)
+        projector = (
+            UnitProjector(*made, stop, with_head, hidden)
+            if job.lockstep is None
+            else GroupProjector(job.lockstep, *made, with_head, hidden)
+        )
         yield Rank(reader, projector, queue, options.proj_save_interval, basis)
 
 

@@ -96,7 +96,7 @@ def start_job(
         GradprojError: on rank 0, a user error; printed there, once.
         ReportedError: on the other ranks, for the same reason.
     """
-    shared: tuple[Plan, JobName] | Plan | None = None
+    shared: tuple[Plan, JobName] | None = None
     model: nn.Module | None = None
     exit_code = GradprojError.exit_code
     if process.rank == 0:
@@ -111,9 +111,9 @@ def start_job(
             print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             exit_code = error.exit_code
     shared = ranks.from_rank_0(shared)
-    if isinstance(shared, Plan):  # a pilot's
-        helps = lockstep is not None and lockstep.group.number == 0
-        model = help_pilot(shared, lockstep) if helps else None
+    if isinstance(shared, Plan):  # of a pilot in which rank 0's group takes part
+        if lockstep is not None and lockstep.group.number == 0:
+            model = help_pilot(shared, lockstep)
         shared = ranks.from_rank_0()
     if shared is None:
         raise ReportedError(exit_code)

@@ -150,9 +150,11 @@ class UnitProjector:
             watched = total.hidden.watching(self._model, batch)
         with watched as states:
             rows, losses = run_batch(self._model, self._engine, batch, self._chunked, head)
-        ids, values = (None, None) if head is None else head.largest()
+        found: dict[str, Any] = {"states": states[0]} if states else {}
+        if head is not None:
+            found["head_ids"], found["head_values"] = head.largest()
         covariances = self._engine.take_token_covariances()
-        return BatchResult(rows, losses, *(states or [None]), ids, values, covariances)
+        return BatchResult(rows, losses, covariances=covariances, **found)
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:
         progress, n_batches = self._progress, len(prepared.batches)

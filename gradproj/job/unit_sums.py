@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class BatchResult:
     @classmethod
     def of_tensors(cls, found: dict[str, Tensor]) -> "BatchResult":
         sums = {name: found[name] for name in ("a", "s", "n_tokens") if name in found}
-        rest = {name: value for name, value in found.items() if name not in sums}
+        rest: dict[str, Any] = {k: value for k, value in found.items() if k not in sums}
         return cls(**rest, covariances=TokenCovariances(**sums) if sums else None)
 
     def halves(self) -> "tuple[BatchResult, BatchResult]":
@@ -50,9 +51,10 @@ class BatchResult:
         n, found = len(self.losses) // 2, self.tensors()
         each = {name: found[name] for name in found if name not in ("a", "s", "n_tokens")}
         first, second = (
-            {k: v[part] for k, v in each.items()} for part in (slice(n), slice(n, None))
+            BatchResult.of_tensors({name: value[part] for name, value in each.items()})
+            for part in (slice(n), slice(n, None))
         )
-        return replace(BatchResult(**first), covariances=self.covariances), BatchResult(**second)
+        return replace(first, covariances=self.covariances), second
 
 
 class UnitSums:

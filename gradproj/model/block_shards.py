@@ -6,9 +6,10 @@ equal parts.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +162,8 @@ def taken_while_loading(shards: BlockShards) -> Iterator[None]:
     transformers renames, converts and merges a checkpoint's tensors into a weight, and sets it in
     the model; it is replaced there by a tensor without memory.
     """
-    original: Callable[..., None] = core_model_loading.set_param_for_module
-    is_set: Callable[[str], bool] = core_model_loading.is_env_variable_true
+    loader: Any = core_model_loading
+    original, is_set = loader.set_param_for_module, loader.is_env_variable_true
 
     @functools.wraps(original)
     def set_share(model: nn.Module, name: str, *args: object, **kwargs: object) -> None:
@@ -176,10 +177,8 @@ def taken_while_loading(shards: BlockShards) -> Iterator[None]:
         # Threads would convert weights ahead of their turn, in the end all of them.
         return name == "HF_DEACTIVATE_ASYNC_LOAD" or is_set(name)
 
-    core_model_loading.set_param_for_module = set_share
-    core_model_loading.is_env_variable_true = is_set_or_sequential
+    loader.set_param_for_module, loader.is_env_variable_true = set_share, is_set_or_sequential
     try:
         yield
     finally:
-        core_model_loading.set_param_for_module = original
-        core_model_loading.is_env_variable_true = is_set
+        loader.set_param_for_module, loader.is_env_variable_true = original, is_set
