@@ -44,7 +44,7 @@ def load_in_blocks(
         fetch: Fetch = _FromHost(device) if on_cuda else _copied
     else:
         model, shards = load_shards(files, group.rank, group.size, device)
-        fetch = _FromRanks(group.data)
+        fetch = _FromRanks(group)
     blocks = ShardedBlocks(model, shards, device, fetch)
     model = model.to(device)
     check_causal(files, model)
@@ -52,18 +52,30 @@ def load_in_blocks(
 
 
 class _FromRanks:
-    """Gathers the shares of all ranks of a process group."""
+    """Gathers the shares of all ranks of a group.
 
-    def __init__(self, group: Any) -> None:
+    It begins after all that the device was given so far, which may read the buffer.
+    """
+
+    def __init__(self, group: ModelGroup) -> None:
         self._group = group
 
     def __call__(self, content: Tensor, share: Tensor) -> Callable[[], Any]:
         import torch.distributed as torch_dist
 
-        # It begins after all that the device was given so far, which may read the buffer.
-        work = torch_dist.all_gather_single(content, share, group=self._group, async_op=True)
-        assert work is not None
-        return work.wait
+        group = self._group
+        if group.data is not None:
+            work = torch_dist.all_gather_single(content, share, group=group.data, async_op=True)
+            assert work is not None
+            return work.wait
+        # gloo's own gather copies everything once more.
+        parts = content.view(group.size, len(share))
+        parts[group.rank].copy_(share)
+        works = [
+            torch_dist.broadcast(part, group_src=rank, async_op=True)
+            for rank, part in enumerate(parts)
+        ]
+        return lambda: [work.wait() for work in works if work is not None]
 
 
 class _FromHost:

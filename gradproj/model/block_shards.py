@@ -17,9 +17,12 @@ from transformers import core_model_loading
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradproj.errors import ModelError
+from gradproj.kernels.memory import return_free_memory
 
 ALIGNMENT = 256
 """Bytes. Kernels choose their path by it, and a model's own tensors are aligned so too."""
+TRIM_AFTER = 2**25
+"""Bytes of loaded weights after which memory is given back: freed ones leave gaps in the heap."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ def taken_while_loading(shards: BlockShards) -> Iterator[None]:
     the model; it is replaced there by a tensor without memory.
     """
     loader: Any = core_model_loading
+    since_trim = [0]
     original, is_set = loader.set_param_for_module, loader.is_env_variable_true
 
     @functools.wraps(original)
@@ -172,6 +176,10 @@ def taken_while_loading(shards: BlockShards) -> Iterator[None]:
         value = weight.get(name.rpartition(".")[2])
         if value is not None and not value.is_meta and shards.put(name, value):
             set_weight(model, name, torch.empty_like(value, device="meta"))
+            since_trim[0] += value.nbytes
+            if since_trim[0] > TRIM_AFTER:
+                since_trim[0] = 0
+                return_free_memory()
 
     def is_set_or_sequential(name: str) -> bool:
         # Threads would convert weights ahead of their turn, in the end all of them.
@@ -182,3 +190,4 @@ def taken_while_loading(shards: BlockShards) -> Iterator[None]:
         yield
     finally:
         loader.set_param_for_module, loader.is_env_variable_true = original, is_set
+        return_free_memory()
