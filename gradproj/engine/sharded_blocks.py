@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from gradproj.distributed.model_group import ModelGroup
 from gradproj.engine.layers import unwrap
 from gradproj.errors import ModelError
-from gradproj.model.block_shards import BlockShards, set_weight
+from gradproj.model.block_shards import N_BUFFERS, BlockShards, set_weight
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.loading import check_causal, load_shards
-
-N_BUFFERS = 2
 
 
 class Fetch(Protocol):

@@ -19,6 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gradproj.errors import ModelError
 from gradproj.kernels.memory import return_free_memory
 
+N_BUFFERS = 2
+"""Blocks on the device at a time: the one that runs and the next one, which is being fetched."""
+
 ALIGNMENT = 256
 """Bytes. Kernels choose their path by it, and a model's own tensors are aligned so too."""
 TRIM_AFTER = 2**25
@@ -92,6 +95,30 @@ def _outermost_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@dataclass(frozen=True)
+class PlacedBytes:
+    """Memory of a model's weights in a rank."""
+
+    whole: int
+    """All weights and buffers."""
+    rest: int
+    """Those that are in no block, or in several."""
+    share: int
+    """This rank's part of the blocks."""
+    buffers: int
+    """Of the blocks that are put together at a time."""
+
+
+def placed_bytes(model: nn.Module, n_ranks: int) -> PlacedBytes:
+    """Return the memory of a model, which may be on the meta device, in each of ``n_ranks``."""
+    blocks = blocks_of(model, n_ranks)
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    in_blocks = sum(weight.end - weight.start for block in blocks for weight in block.weights)
+    share = sum(block.n_bytes for block in blocks) // n_ranks
+    buffers = N_BUFFERS * max(block.n_bytes for block in blocks)
+    return PlacedBytes(whole, whole - in_blocks, share, buffers)
+
+
 class BlockShards:
     """A rank's share of the bytes of every block, in host memory or on a device.
 
@@ -141,6 +168,17 @@ class BlockShards:
             share[start - first : end - first].copy_(part)
         self.missing.discard(name)
         return True
+
+    def check_taken(self, model: nn.Module) -> None:
+        """Raise ``ModelError`` if a block's weights stayed in the model, as quantized ones do."""
+        kept = [name for name in sorted(self.missing) if model.get_parameter(name).dim() > 1]
+        if kept:
+            raise ModelError(
+                f"--ranks_per_model and --offload: {kept[0]} is no plain tensor of the model's "
+                f"precision but {type(model.get_parameter(kept[0])).__name__} of "
+                f"{model.get_parameter(kept[0]).dtype}, and would stay whole on each device; "
+                "leave the flag out, or give a checkpoint that is not quantized"
+            )
 
     def take_from(self, model: nn.Module) -> None:
         """Put a model's weights and leave tensors without memory in their place."""

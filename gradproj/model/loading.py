@@ -122,15 +122,15 @@ def load_shards(
 ) -> tuple[nn.Module, BlockShards]:
     """Load the model with a rank's share of its blocks' weights, whose bytes are kept at ``home``.
 
-    The weights of a checkpoint are read one by one, and only the share is kept. (Random weights and
-    an adapter's model are made whole in host memory first.)
+    The weights of a checkpoint are read one by one, and only the share is kept. (Random weights,
+    and a model with an adapter, are made whole in host memory first.)
 
     Returns:
         The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and
         their shares. ``BlockShards`` has the arguments. No pass can run before
         ``engine.sharded_blocks`` has put them together.
     """
-    if files.adapter_dir is None and files.config.init != "random":
+    if _can_load_one_by_one(files):
         dtype = MODEL_DTYPES[files.config.model_dtype]
         blocks = blocks_of(model_skeleton(files).to(dtype), n_ranks)
         shards = BlockShards(blocks, rank, n_ranks, home, pinned)
@@ -140,7 +140,14 @@ def load_shards(
         model = _whole_model(files, merged=False)
         shards = BlockShards(blocks_of(model, n_ranks), rank, n_ranks, home, pinned)
         shards.take_from(model)
+    shards.check_taken(model)
     return model.requires_grad_(False).eval(), shards
+
+
+def _can_load_one_by_one(files: ModelFiles) -> bool:
+    if files.adapter_dir is not None or files.config.init == "random":
+        return False
+    return getattr(_config_on_disk(files), "quantization_config", None) is None
 
 
 def check_causal(files: ModelFiles, model: nn.Module) -> None:
