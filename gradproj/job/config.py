@@ -26,6 +26,8 @@ FORMAT_1_DEFAULTS: Mapping[str, Any] = {
     "loss_reduction": "mean",
 }
 """Defaults of the job that have changed since format 1."""
+EARLIER_PROJ_LAYERS = "mlp,attn"
+"""Default of ``--proj_layers`` before it was ``all``."""
 MAX_THREADS = 1024
 """Far above any machine's cores; OpenMP crashes at numbers beyond what the kernel allows."""
 
@@ -140,16 +142,18 @@ class RunConfig:
 
 
 def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return format 1's defaults for an output directory that holds a store of it, else none.
+    """Return earlier defaults for an output directory whose store was begun with them, else none.
 
     So the command line that began such a store continues it.
     """
     try:
         store = Path(local_path(given.get("output_dir", ""))) / STORE_NAME
-        is_old = store.exists() and read_attributes(store)["format_version"] == 1
+        attributes = read_attributes(store) if store.exists() else {}
     except GradprojError:  # said later
         return {}
-    return FORMAT_1_DEFAULTS if is_old else {}
+    recorded = attributes.get("identity", {}).get("--proj_layers")
+    layers = {"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {}
+    return layers | (FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
 
 
 def parse_run(

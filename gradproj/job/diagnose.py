@@ -154,7 +154,7 @@ def _rows_in(
         projection = plan.config.projection
         engine = GradProjLoraEngine.from_config(
             model,
-            projection,
+            projection.of_layers(plan.layers),
             job_matrices(projection, plan.layers),
             options.gradient_checkpointing,
             options.compile,

@@ -228,7 +228,7 @@ def _sum_covariances(
     if batch.batch_tokens == AUTO:  # measured later, with the basis
         batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
     engine = GradProjLoraEngine.from_config(
-        model, projection, matrices, options.gradient_checkpointing
+        model, projection.of_layers(plan.layers), matrices, options.gradient_checkpointing
     )
     with engine:
         if engine.only_alone and batch.batch_size > 1:

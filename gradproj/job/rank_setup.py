@@ -86,7 +86,7 @@ def set_up_rank(
         check_digests(store)
         engine = GradProjLoraEngine.from_config(
             model,
-            plan.config.projection,
+            plan.config.projection.of_layers(plan.layers),
             store.projection_matrices,
             options.gradient_checkpointing,
             options.compile,

@@ -56,7 +56,8 @@ def _as_recorded(output: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     try:
-        return RunConfig.from_flags(flags)
+        # Before there was a choice, rows had no experts.
+        return RunConfig.from_flags({"experts": "none", **flags})
     except (TypeError, ConfigError) as error:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
 
@@ -147,7 +148,7 @@ def recorded_engine(
     model = load_model(files, chosen, merged)
     engine = GradProjLoraEngine.from_config(
         model,
-        run.projection,
+        run.projection.of_layers(store.layers),
         store.projection_matrices,
         run.job.gradient_checkpointing,
         basis=store.basis,

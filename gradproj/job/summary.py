@@ -17,9 +17,8 @@ from gradproj.formatting import escaped, human_bytes, human_seconds, one_line
 from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
 from gradproj.job.unit_reader import UnitReader
-from gradproj.model.block_shards import PlacedBytes, placed_bytes
-from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import larger_tokenizer, load_tokenizer, model_skeleton
+from gradproj.job.weights import gpu_weight_bytes, host_weight_bytes, weights_lines
+from gradproj.model.loading import larger_tokenizer, load_tokenizer
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
@@ -102,44 +101,36 @@ def _basis_of(plan: Plan) -> str:
     return f"eigen, measured by a pilot of {tokens}"
 
 
-def weights_line(plan: Plan, device: torch.device) -> list[str]:
-    """Return the line of the weights' memory, of a model whose blocks are fetched; else none."""
-    job = plan.config.job
-    if job.ranks_per_model == 1 and not job.offload:
-        return []
-    placed = placed_weights(plan)
-    on_device = placed.rest + placed.buffers + (0 if job.offload else placed.share)
-    where = (
-        f"{human_bytes(placed.share)} of blocks in the host's memory"
-        if job.offload
-        else f"in {job.ranks_per_model} ranks' parts"
-    )
-    return [
-        f"weights       {human_bytes(on_device)} on {device.type} a rank, two whole blocks of "
-        f"{human_bytes(placed.buffers // 2)} included, {where}; whole "
-        f"{human_bytes(placed.whole)}"
-    ]
+def memory_lines(plan: Plan, device: torch.device) -> list[str]:
+    """Return the lines of a rank's memory: the host's, and a GPU's unless the job has none.
 
-
-def placed_weights(plan: Plan) -> PlacedBytes:
-    """Return a rank's memory of a model whose blocks are fetched."""
-    skeleton = model_skeleton(plan.files).to(MODEL_DTYPES[plan.config.model.model_dtype])
-    return placed_bytes(skeleton, plan.config.job.ranks_per_model)
-
-
-def memory_line(plan: Plan, device: torch.device) -> str:
-    """Return the line of a rank's host memory, on the CPU with the largest batch."""
-    config, in_batch, rest = plan.config, 0, ""
-    if device.type == "cpu" and config.batch.batch_tokens == AUTO:
-        rest = ", and batches that fit what is free"
-    elif device.type == "cpu":
+    On the CPU, the host's includes the largest batch.
+    """
+    config, on_cpu = plan.config, device.type == "cpu"
+    is_measured = config.batch.batch_tokens == AUTO
+    counted = None
+    if not is_measured:
         counted = batch_bytes(
-            plan.files, config.projection, config.batch, config.job.gradient_checkpointing
+            plan.files,
+            config.projection.of_layers(plan.layers),
+            config.batch,
+            config.job.gradient_checkpointing,
         )
-        in_batch = counted or 0
-        rest = "" if counted else ", and its batches, which cannot be counted for this model"
-    total = human_bytes(plan.host_bytes(host_model_bytes(plan, device), in_batch))
-    return f"host memory   about {total} a rank{rest}"
+    without = "its batches, which cannot be counted for this model"
+    without = "batches that fit what is free" if is_measured else without
+    rest = "" if counted else f", and {without}"
+    weights = host_weight_bytes(plan, device, model_bytes(plan))
+    total = human_bytes(plan.host_bytes(weights, (counted or 0) if on_cpu else 0))
+    lines = [*weights_lines(plan), f"host memory   about {total} a rank{rest if on_cpu else ''}"]
+    if config.job.device != "cpu":
+        weights = gpu_weight_bytes(plan, model_bytes(plan))
+        parts = [("weights", weights), ("rows of a unit", plan.unit_bytes())]
+        if counted:
+            parts.insert(1, ("the largest batch", counted))
+        total = human_bytes(sum(n_bytes for _, n_bytes in parts))
+        named = ", ".join(f"{name} {human_bytes(n_bytes)}" for name, n_bytes in parts)
+        lines.append(f"GPU memory    about {total} a rank ({named}){rest}")
+    return lines
 
 
 def seconds_per_unit(plan: Plan) -> float | None:
@@ -150,16 +141,6 @@ def seconds_per_unit(plan: Plan) -> float | None:
     chosen = recorded[:: max(1, math.ceil(len(recorded) / 32))].tolist()
     records = (read_record(plan.output / record_name(unit)) for unit in chosen)
     return sum(record.stats["seconds"] for record in records) / len(chosen)
-
-
-def host_model_bytes(plan: Plan, device: torch.device) -> int:
-    """Return the bytes of weights in a rank's host memory; on a GPU, those in transit."""
-    job = plan.config.job
-    if job.ranks_per_model == 1 and not job.offload:
-        return model_bytes(plan)
-    placed = placed_weights(plan)
-    kept = placed.share if job.offload or device.type == "cpu" else 0
-    return kept + placed.rest + (placed.buffers if device.type == "cpu" else 0)
 
 
 def model_bytes(plan: Plan) -> int:

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
@@ -95,13 +101,41 @@ def model_skeleton(files: ModelFiles, merged: bool = False) -> nn.Module:
 
 def _from_config(files: ModelFiles, config: Any) -> nn.Module:
     try:
-        return AutoModelForCausalLM.from_config(
+        return model_class(config).from_config(
             config, trust_remote_code=files.config.trust_remote_code
         )
     except ValueError as error:
         raise ModelError(
             f"--model: {str(error).splitlines()[0]} It must be a causal language model"
         ) from error
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that makes a config's model one that predicts tokens.
+
+    Of a model that sees images or hears sounds too, that is the whole: texts go through its
+    language model alone.
+
+    Raises:
+        ModelError: it is an encoder, or an encoder and a decoder.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"--model: a model of type {kind} is sequence-to-sequence, and a text alone has no "
+            "loss in it; give a causal language model"
+        )
+    causal, multimodal = AutoModelForCausalLM, AutoModelForImageTextToText
+    # Of newer releases, with models of sounds.
+    multimodal = getattr(transformers, "AutoModelForMultimodalLM", multimodal)
+    if kind not in CONFIG_MAPPING or type(config) in causal._model_mapping:
+        return causal  # or code that comes with the checkpoint
+    if type(config) in multimodal._model_mapping:
+        return multimodal
+    raise ModelError(
+        f"--model: transformers has no causal language model of type {kind} (it may be an encoder, "
+        "which predicts no next token); give one such as GPT-2, Llama or Qwen"
+    )
 
 
 def load_model(files: ModelFiles, device: torch.device, merged: bool = False) -> nn.Module:
@@ -177,10 +211,11 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
 
 def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Module:
     config, folder = files.config, files.base_dir or files.model_dir
+    model_type = model_class(_config_on_disk(files))
     try:
         with no_progress_bars():
             # output_loading_info makes it return a pair, which its annotations do not declare.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_type.from_pretrained(
                 str(folder),
                 **({"config": _usable_config(files)} if attention_note(files) else {}),
                 dtype=dtype,

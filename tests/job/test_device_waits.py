@@ -80,6 +80,13 @@ def test_no_batch_waits_in_bfloat16_nor_with_plain_logits_nor_checkpointing(
     assert waits_of_a_unit(small_model(family), gradient_checkpointing=True) == []
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_no_batch_waits_for_experts(family, waits_of_a_unit):
+    model = small_model(family).to(torch.bfloat16)
+    # llama4's body is the whole model.
+    assert waits_of_a_unit(model, chunked=family != "llama4") == []
+
+
 @pytest.mark.parametrize("encoding", ["signs", "int4"])
 def test_no_batch_waits_with_a_basis_and_packed_rows(encoding, waits_of_a_unit):
     model = small_model("llama")

@@ -323,8 +323,8 @@ def test_dashed_list_needs_no_equals_sign(files, tmp_path):
     assert len(plan.layers) == 7
 
 
-def test_layers_that_the_loss_never_reaches_are_refused_before_anything_is_written(
-    refused, tmp_path
+def test_layers_that_the_loss_never_reaches_are_left_out_by_name_or_refused(
+    files, refused, tmp_path
 ):
     text = dict(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -341,10 +341,17 @@ def test_layers_that_the_loss_never_reaches_are_refused_before_anything_is_writt
     model = Gemma3ForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "model")
     make_tokenizer(tmp_path / "model")
-    message = refused(model=tmp_path / "model")
+    message = refused(model=tmp_path / "model", proj_layers="layers")
     assert "the loss of a text never reaches 6 of 13 target layers: model.vision_tower." in message
-    assert "Give --proj_layers mlp,attn,-vision_tower (it takes model.language_model." in message
+    assert "Give --proj_layers layers,-vision_tower (it takes model.language_model." in message
     assert not (tmp_path / "out").exists()
+    plan = plan_of(files, tmp_path, model=tmp_path / "model")
+    assert {layer.name.partition(".layers.")[0] for layer in plan.layers} == {
+        "model.language_model"
+    }
+    assert [(each.name, each.n) for each in plan.coverage.not_reached] == [
+        ("model.vision_tower", 6)
+    ]
 
 
 def test_planned_bytes_are_near_the_stores(files, tmp_path):
