@@ -43,7 +43,7 @@ def load_in_blocks(
     else:
         model, shards = load_shards(files, group.rank, group.size, device)
         fetch = _FromRanks(group)
-    blocks = ShardedBlocks(model, shards, device, fetch)
+    blocks = ShardedBlocks(model, shards, device, fetch, together=group is not None)
     model = model.to(device)
     check_causal(files, model)
     return model, blocks
@@ -107,12 +107,19 @@ class ShardedBlocks:
         shards: this rank's share of them.
         device: where the model runs.
         fetch: puts a block's shares together.
+        together: other ranks take part in every fetch.
     """
 
     def __init__(
-        self, model: nn.Module, shards: BlockShards, device: torch.device, fetch: Fetch
+        self,
+        model: nn.Module,
+        shards: BlockShards,
+        device: torch.device,
+        fetch: Fetch,
+        together: bool = False,
     ) -> None:
         self._blocks, self._shares, self._fetch = shards.blocks, shards.shares, fetch
+        self._together = together
         largest = max(block.n_bytes for block in self._blocks)
         self._buffers = [
             torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(N_BUFFERS)
@@ -165,7 +172,7 @@ class ShardedBlocks:
         self.begin()
 
     def _open(self, module: nn.Module, args: tuple) -> None:
-        if self._is_open:
+        if self._is_open and self._together:
             # A check at the start took an error, such as too little memory, for its answer. The
             # other ranks may be in the middle of that pass.
             raise ModelError(

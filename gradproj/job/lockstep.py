@@ -48,7 +48,7 @@ class Lockstep:
     def __init__(self, group: ModelGroup, device: torch.device, stop: StopRequest) -> None:
         self.group, self._device, self._stop = group, device, stop
         self.stops = False
-        """Whether a rank was asked to stop, as all of them know since they last agreed."""
+        """A rank was asked to stop, as all of them know since they last agreed."""
         self._blocks: ShardedBlocks | None = None
 
     @classmethod

@@ -68,12 +68,12 @@ class Pilot:
 
 @dataclass(frozen=True)
 class PilotRanks:
-    """Where a pilot runs: on rank 0's device, or in all of its group."""
+    """The ranks that run a pilot: rank 0 on its device, or all of its group."""
 
     device: torch.device
     lockstep: Lockstep | None = None
     ranks: Rendezvous | None = None
-    """Where the others of the group wait; None without a group."""
+    """The meeting at which the others of the group wait; None without a group."""
 
     def call(self, plan: Plan) -> None:
         """Have the others of the group come, with ``help_pilot``."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a batch of N sequences gives, on its device."""
+    """Results of a batch of N sequences, on its device."""
 
     rows: Tensor
     """``(N, D)`` float32: gradients of the summed losses."""

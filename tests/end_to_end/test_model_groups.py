@@ -67,6 +67,12 @@ def test_groups_give_the_bits_of_one_rank(tmp_path, alone, name, ranks, ranks_pe
     assert_same_bits(output, tmp_path / "out")
 
 
+def test_blocks_from_the_host_give_the_bits_of_the_whole_model(tmp_path, alone):
+    settings, output = alone("random")
+    run_job(1, **{**settings, "output_dir": tmp_path / "out"}, offload=True)
+    assert_same_bits(output, tmp_path / "out")
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_its_group_and_nothing_is_lost(tmp_path, alone, killed):
     settings, output = alone("random")

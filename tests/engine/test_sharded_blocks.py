@@ -55,6 +55,10 @@ def test_shares_are_the_checkpoint_whoever_put_them_together(tmp_path, family, n
         for name, weight in model.named_parameters():
             assert weight.is_meta == (name in in_blocks)
             assert weight.is_meta or torch.equal(weight, whole.get_parameter(name))
+    placed, n_bytes = placed_bytes(whole, n_ranks), sum(w.nbytes for w in whole.parameters())
+    assert placed.whole == n_bytes + sum(buffer.nbytes for buffer in whole.buffers())
+    assert placed.share == sum(map(len, loaded[0][1].shares))
+    assert 0 <= placed.rest + n_ranks * placed.share - placed.whole < 0.3 * placed.whole  # gaps
     for number, block in enumerate(loaded[0][1].blocks):
         content = torch.cat([shards.shares[number] for _, shards in loaded])
         assert len(content) == block.n_bytes
@@ -62,8 +66,10 @@ def test_shares_are_the_checkpoint_whoever_put_them_together(tmp_path, family, n
             assert torch.equal(weight.view(content), whole.get_parameter(weight.name))
 
 
-def test_a_failed_pass_is_not_followed_by_another(tmp_path):
-    model, _ = load_in_blocks(files_of(tmp_path, "llama"), CPU, None)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_failed_pass_is_not_followed_by_another_of_several_ranks(tmp_path, together):
+    model, blocks = load_in_blocks(files_of(tmp_path, "llama"), CPU, None)
+    want, blocks._together = model(IDS).logits, together
 
     def fail(*_):
         raise torch.OutOfMemoryError("none left")
@@ -72,6 +78,9 @@ def test_a_failed_pass_is_not_followed_by_another(tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         model(IDS)
     hook.remove()
+    if not together:
+        assert torch.equal(model(IDS).logits, want)
+        return
     with pytest.raises(ModelError, match="failed in the checks at the start"):
         model(IDS)
 
