@@ -21,6 +21,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
+from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.chat_template import with_kept_template
@@ -147,7 +148,11 @@ def recorded_engine(
     else:
         files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
-    model = load_model(files, chosen, merged)
+    # As much of it as the job had on a device at a time.
+    in_blocks = (run.job.offload or run.job.ranks_per_model > 1) and not merged
+    model = (
+        load_in_blocks(files, chosen, None)[0] if in_blocks else load_model(files, chosen, merged)
+    )
     engine = GradProjLoraEngine.from_config(
         model,
         run.projection.of_layers(store.layers),

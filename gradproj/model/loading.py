@@ -18,6 +18,7 @@ from transformers import (
 
 from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
+from gradproj.model.block_shards import BlockShards, blocks_of, taken_while_loading
 from gradproj.model.checkpoint import GGUF_SUFFIX, ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 from gradproj.model.packed_layers import settle_quantized
@@ -191,18 +192,60 @@ def load_model(files: ModelFiles, device: torch.device, merged: bool = False) ->
     Raises:
         ModelError: the weights do not match the config or cannot be read; the model is not causal.
     """
+    model = _whole_model(files, merged).requires_grad_(False).eval().to(device)
+    check_causal(files, model)
+    return model
+
+
+def load_shards(
+    files: ModelFiles, rank: int, n_ranks: int, home: torch.device, pinned: bool = False
+) -> tuple[nn.Module, BlockShards]:
+    """Load the model with a rank's share of its blocks' weights, whose bytes are kept at ``home``.
+
+    The weights of a checkpoint are read one by one, and only the share is kept. (Random weights,
+    and a model with an adapter, are made whole in host memory first.)
+
+    Returns:
+        The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and
+        their shares. ``BlockShards`` has the arguments. No pass can run before
+        ``engine.sharded_blocks`` has put them together.
+    """
+    if _can_load_one_by_one(files):
+        dtype = MODEL_DTYPES[files.config.model_dtype]
+        blocks = blocks_of(model_skeleton(files).to(dtype), n_ranks)
+        shards = BlockShards(blocks, rank, n_ranks, home, pinned)
+        with taken_while_loading(shards):
+            model = _load_weights(files, dtype, merged=False)
+    else:
+        model = _whole_model(files, merged=False)
+        shards = BlockShards(blocks_of(model, n_ranks), rank, n_ranks, home, pinned)
+        shards.take_from(model)
+    shards.check_taken(model)
+    return model.requires_grad_(False).eval(), shards
+
+
+def _can_load_one_by_one(files: ModelFiles) -> bool:
+    if files.adapter_dir is not None or files.config.init == "random":
+        return False
+    return getattr(_config_on_disk(files), "quantization_config", None) is None
+
+
+def check_causal(files: ModelFiles, model: nn.Module) -> None:
+    """Raise ``ModelError`` if a token changes the logits of earlier positions."""
     config = files.config
-    dtype = MODEL_DTYPES[config.model_dtype]
-    is_random = config.init == "random"
-    model = _random_model(files, dtype) if is_random else _load_weights(files, dtype, merged)
-    model = model.requires_grad_(False).eval().to(device)
     if not is_causal(model):
         raise ModelError(
             f"--model {config.model or config.architecture} ({type(model).__name__}) is not "
             "causal: a token changes the logits of earlier positions (a bidirectional model needs "
             "is_decoder in its config)"
         )
-    return model
+
+
+def _whole_model(files: ModelFiles, merged: bool) -> nn.Module:
+    dtype = MODEL_DTYPES[files.config.model_dtype]
+    if files.config.init == "random":
+        return _random_model(files, dtype)
+    return _load_weights(files, dtype, merged)
 
 
 def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
