@@ -245,7 +245,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     _check_sparse(plan)
     if not untouched:  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
-        check_chat_template(plan.output, template)
+        if not is_older:
+            check_chat_template(plan.output, template)
     _check_space(plan)
     notes = [*allocation, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
     if not len(list_records(plan.output / UNITS_DIR)):
