@@ -21,6 +21,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
+from gradproj.engine.loss import output_head
 from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
@@ -131,7 +132,8 @@ class RecordedEngine:
     batch: BatchConfig
     """The recorded settings."""
     head: HeadBasis | None
-    """The basis of the store's head rows, on the device."""
+    """The basis of the store's head rows, on the device; None too for a query model with another
+    number of token ids."""
 
 
 def recorded_engine(
@@ -162,6 +164,8 @@ def recorded_engine(
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
+    if head is not None and query_model and len(head.scale) != len(output_head(model).weight):
+        head = None  # the store has no rows of the further words
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
 
 

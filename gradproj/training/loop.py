@@ -112,7 +112,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
-        check_corpus_tokenizer(index.tokenization, self._tokenizer)
+        check_corpus_tokenizer(index.tokenization, self._tokenizer, config.rules)
         self._vocabulary = self._model.config.get_text_config().vocab_size
         larger = larger_tokenizer(len(self._tokenizer), self._vocabulary)
         if larger and world.rank == 0:
