@@ -164,9 +164,16 @@ def recorded_engine(
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
-    if head is not None and query_model and len(head.scale) != len(output_head(model).weight):
+    if head is not None and query_model and len(head.scale) != _n_head_words(model):
         head = None  # the store has no rows of the further words
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
+
+
+def _n_head_words(model: nn.Module) -> int:
+    """Return the number of words that a model's head tells apart."""
+    head = output_head(model)
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
