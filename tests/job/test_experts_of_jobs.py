@@ -81,7 +81,8 @@ def test_few_bytes_a_document_keep_the_experts_outputs(inputs, tmp_path):
 
 
 def test_head_rows_are_planned_for_a_mixture(inputs, tmp_path):
-    assert plan_of(inputs, tmp_path, encoding="signs", head_rows="8x8").head is not None
+    signs = {"encoding": "signs", "proj_dtype": "float16", "head_rows": "8x8"}
+    assert plan_of(inputs, tmp_path, **signs).head is not None
 
 
 def test_compiling_experts_is_refused_with_the_way_out(inputs, tmp_path):
