@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradproj.corpus.index import CorpusIndex, check_unchanged
 from gradproj.corpus.index_file import default_index_path, load_index
@@ -21,7 +21,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
-from gradproj.engine.loss import output_head
+from gradproj.engine.layers import unwrap
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.chat_template import with_kept_template
@@ -158,8 +158,10 @@ def recorded_engine(
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
-    if head is not None and query_model and len(head.scale) != len(output_head(model).weight):
-        head = None  # the store has no rows of the further words
+    if head is not None and query_model:
+        weight: Tensor = unwrap(model).get_output_embeddings().weight
+        if len(weight) != len(head.scale):  # the store has no rows of the further words
+            head = None
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
 
 

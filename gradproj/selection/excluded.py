@@ -52,7 +52,7 @@ def _entry(line: str, where: str) -> int | str:
     for name, kind in (("id", int), ("key", str)):
         value = fields.get(name) if isinstance(fields, dict) else None
         if type(value) is kind:
-            if kind is int and not 0 <= value < 2**63:
+            if isinstance(value, int) and not 0 <= value < 2**63:
                 raise ConfigError(f"{where}: {str(value)[:30]} is the id of no document")
             return value
     raise ConfigError(f'{where}: give an object with "id" (a number) or "key" (a string)')
