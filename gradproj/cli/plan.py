@@ -15,7 +15,7 @@ from gradproj.job.allocation import dimension_lines
 from gradproj.job.config import parse_run
 from gradproj.job.plan import make_plan
 from gradproj.job.shown_documents import show_documents
-from gradproj.job.summary import memory_line, plan_lines
+from gradproj.job.summary import memory_lines, plan_lines
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STORE_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records
@@ -46,7 +46,8 @@ def plan_command(argv: list[str]) -> None:
     if warning:
         print(warning, file=sys.stderr, flush=True)
     n_recorded = len(np.intersect1d(plan.wanted, list_records(output / UNITS_DIR)))
-    lines = [*plan_lines(plan, n_recorded), memory_line(plan, device), f"device        {device}"]
+    memory = memory_lines(plan, device)
+    lines = [*plan_lines(plan, n_recorded), *memory, f"device        {device}"]
     if (output / STORE_NAME).exists():
         with ProjectionStore(output) as store:
             lines += dimension_lines(store)

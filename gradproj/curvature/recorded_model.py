@@ -12,6 +12,7 @@ from gradproj.engine.batching import BatchConfig, collate, fit_padding, plan_bat
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import chunk_verdict
+from gradproj.engine.patterns import ALL
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.whole_gradients import LayerBatch, WholeGradients
 from gradproj.errors import ModelError, StoreError
@@ -64,9 +65,13 @@ class RecordedModel:
         self.model = load_model(files, device)
         # An engine finds the layers and checks their gradients against autograd's.
         chosen = ProjectionConfig(
-            layers=",".join(layers) or run.projection.layers,
+            layers=",".join(layers) or ALL,
+            seed=run.projection.seed,
+            experts=run.projection.experts,
             include_embeddings=run.projection.include_embeddings and not layers,
         )
+        if not layers:
+            chosen = chosen.of_layers(store.layers)
         engine = GradProjLoraEngine.from_config(self.model, chosen)
         with engine:
             self._alone = bool(engine.only_alone)

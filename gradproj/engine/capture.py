@@ -2,17 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradproj.engine.inner_layers import ExpertsLayer
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.patterns import exclusions
-from gradproj.engine.projection import ProjectionConfig, draw_matrices, place_widths
+from gradproj.engine.projection import (
+    ProjectionConfig,
+    draw_matrices,
+    draw_signs,
+    place_widths,
+)
 from gradproj.engine.selection import find_layers
 from gradproj.errors import MixedSamplesError, ModelError, StaleBatchError
 from gradproj.kernels.onednn import cache_bfloat16, project
@@ -67,10 +74,14 @@ def place_layers(
 ) -> list[PlacedLayer]:
     """Return the target layers in model order with their matrices (drawn, or the given ones)."""
     placed: list[PlacedLayer] = []
-    targets = find_layers(module, config.patterns, config.include_embeddings)
+    targets = find_layers(module, config.patterns, config.include_embeddings, config.experts)
     for target, widths in zip(targets, place_widths(targets, config, matrices), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
-        device = next(target.module.parameters()).device
+        module = target.module
+        device = next(chain(module.parameters(), module.buffers())).device
+        if isinstance(module, ExpertsLayer) and target.expert is None:
+            signs = draw_signs(config.seed, target.name, module.n_experts, widths.n_i)
+            target = replace(target, signs=signs.to(device))
         columns = slice(widths.slice_start, widths.slice_end)
         p_i, p_o = on_device(p_i, device), on_device(p_o, device)
         for p in (p_i, p_o):
@@ -101,7 +112,7 @@ def batch_shape(inputs: Any) -> tuple[int, int] | None:
 
 
 def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
-    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, k)``. None for any other shape.
+    """Return ``(N, S, k)`` from ``(N, ..., k)`` or ``(N * S, ..., k)``. None for any other shape.
 
     All positions belong to a sample that is alone. That several samples' positions are in the
     batch's order is checked at the start (``row_check.py``).
@@ -110,8 +121,8 @@ def by_sample(x: Tensor, n: int, s: int) -> Tensor | None:
         return x.reshape(1, -1, x.shape[-1])
     if x.dim() >= 3 and x.shape[0] == n:
         return x.flatten(1, -2)
-    if x.dim() == 2 and x.shape[0] == n * s:
-        return x.view(n, s, x.shape[-1])
+    if x.shape[0] == n * s:
+        return x.reshape(n, -1, x.shape[-1])
     return None
 
 
@@ -183,11 +194,12 @@ class BatchCapture:
 
     @torch.no_grad()
     @full_precision()
-    def project_input(self, index: int, module: nn.Module, a: Tensor) -> Tensor:
+    def project_input(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Return the projected input, ``(..., k_i)`` float32, all that is kept of it."""
         self.called.add(index)
         layer = self._layers[index]
-        return layer.target.rule.project_input(module, a.detach(), layer.p_i)
+        a = layer.target.input_of(args, kwargs)
+        return layer.target.rule.project_input(module, a, layer.p_i)
 
     @torch.no_grad()
     @full_precision()
@@ -206,15 +218,27 @@ class BatchCapture:
         # The gradient of a weight that is used twice is the sum of both uses.
         self.parts[index] = self.parts[index] + part if index in self.parts else part
         if self._sum_covariances:
-            mask = self.token_mask
-            if self.only_alone or (mask is not None and a_p.shape[:2] != mask.shape):
-                # The tokens' order is not known, but a token without a target has no gradient.
-                a_p = a_p * (g_p != 0).any(dim=-1, keepdim=True)
-            elif mask is not None:
-                a_p = a_p * mask.unsqueeze(-1)
-            a, s = sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p)
+            a, s = self._squares(layer, a_p, g_p)
             before = self._covariances.get(index)
             self._covariances[index] = (before[0] + a, before[1] + s) if before else (a, s)
+
+    def _squares(self, layer: PlacedLayer, a_p: Tensor, g_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's sums of ``a_p a_p^T`` and ``g_p g_p^T`` over its real tokens."""
+        mask = self.token_mask
+        slots = 1
+        if isinstance(layer.target.module, ExpertsLayer):
+            slots = a_p.shape[1] // self.shape[1] if self.shape else 1
+            if mask is not None:
+                mask = mask.repeat_interleave(slots, dim=1)
+        if self.only_alone or (mask is not None and a_p.shape[:2] != mask.shape):
+            # The tokens' order is not known, but a token without a target has no gradient.
+            a_p = a_p * (g_p != 0).any(dim=-1, keepdim=True)
+        elif mask is not None:
+            a_p = a_p * mask.unsqueeze(-1)
+        if layer.target.expert is not None:
+            g_p = g_p * (a_p != 0).any(dim=-1, keepdim=True)
+        n = layer.target.counted_positions(slots)
+        return sum_over_tokens(a_p, a_p) / n, sum_over_tokens(g_p, g_p)
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
         """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""

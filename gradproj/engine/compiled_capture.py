@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.engine.capture import BatchCapture, PlacedLayer, by_sample, mixed_samples_error
-from gradproj.engine.layers import sum_over_tokens
+from gradproj.engine.inner_layers import InnerLayer
+from gradproj.engine.layers import TargetLayer, sum_over_tokens
+from gradproj.engine.patterns import exclusions
 from gradproj.errors import ModelError
 from gradproj.kernels.onednn import cached_bfloat16, project_with
 
@@ -21,6 +23,7 @@ class CompiledCapture(BatchCapture):
     """A ``BatchCapture`` filled by ``hooks``, the layers' forward hooks in model order."""
 
     def __init__(self, layers: list[PlacedLayer], sum_covariances: bool) -> None:
+        check_compilable([layer.target for layer in layers])
         self._batch = _SharedBatch()
         self.hooks = [CompiledHook(layer, self._batch) for layer in layers]
         super().__init__(layers, sum_covariances)
@@ -63,6 +66,18 @@ class CompiledCapture(BatchCapture):
                 self.parts[index] = grads[0]
             if len(grads) > 1:
                 self._covariances[index] = (grads[1], grads[2])
+
+
+def check_compilable(targets: Sequence[TargetLayer]) -> None:
+    """Raise ``ModelError`` if a layer is no module of the model's."""
+    inner = [target.name for target in targets if isinstance(target.module, InnerLayer)]
+    if inner:
+        kept = [target.name for target in targets if target.name not in inner]
+        raise ModelError(
+            f"--compile: experts and routers ({inner[0]}, for example) run uncompiled only: leave "
+            f"--compile out, or leave them out: add {','.join(exclusions(inner, kept))} to "
+            "--proj_layers"
+        )
 
 
 class _SharedBatch:

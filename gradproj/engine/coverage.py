@@ -1,13 +1,13 @@
 """Lists what ``--proj_layers`` takes of a model's blocks and what it leaves out."""
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from gradproj.engine.layers import TargetLayer, every_layer, without_wrappers
 from gradproj.engine.patterns import folded
+from gradproj.engine.selection import block_layers
 
 MAX_NAMED = 8
 """Names of a kind in the printed lines; the store's attributes have all."""
@@ -41,15 +41,18 @@ class Coverage:
     """Layers that ``--proj_layers`` could take."""
     not_projectable: list[LeftOut]
     """Matrices that no rule describes, such as fused experts and convolutions."""
+    not_reached: list[LeftOut] = field(default_factory=list)
+    """Layers through which no text passes, such as those of a vision tower."""
 
     def lines(self) -> list[str]:
         """Return the coverage as lines of text for people."""
-        if not self.not_selected and not self.not_projectable:
+        if not (self.not_selected or self.not_reached or self.not_projectable):
             return [f"layers        all {self.n_layers:,} linear layers of the blocks"]
         return [
             f"layers        {self.n_selected:,} of {self.n_layers:,} linear layers of the blocks, "
             f"{100 * self.fraction:.1f} % of their weights",
             *_left_out_lines("not selected", self.not_selected),
+            *_left_out_lines("not reached", self.not_reached),
             *_left_out_lines("no rule for", self.not_projectable),
         ]
 
@@ -61,13 +64,19 @@ def _left_out_lines(label: str, left_out: list[LeftOut]) -> list[str]:
     return [f"{label:<14}{', '.join([*named, *more])}"] if named else []
 
 
-def coverage_of(model: nn.Module, targets: Sequence[TargetLayer]) -> Coverage:
-    """Compare the targets with all linear layers of the model's blocks."""
-    model, chosen = without_wrappers(model), {id(target.module) for target in targets}
-    every = every_layer(model)
-    with_rule = {id(p) for layer in every for m in layer.uses.values() for p in m.parameters()}
-    has_blocks = any("*" in folded(layer.name) for layer in every)
-    layers = {x.name: x for x in every if "*" in folded(x.name) or not has_blocks}
+def coverage_of(
+    model: nn.Module, targets: Sequence[TargetLayer], unreached: Sequence[TargetLayer] = ()
+) -> Coverage:
+    """Compare the targets with all linear layers of the model's blocks.
+
+    ``unreached`` are those that the targets lack because the loss of a text never reaches them.
+    """
+    model, chosen = without_wrappers(model), {target.name for target in targets}
+    is_separate = any(target.expert is not None for target in targets)
+    every = every_layer(model, "separate" if is_separate else "joint")
+    with_rule = {id(p) for layer in every for m in layer.holders for p in m.parameters(False)}
+    layers = {x.name: x for x in block_layers(every)}
+    has_blocks = any("*" in folded(name) for name in layers)
     matrices = {
         name: p
         for name, p in model.named_parameters()
@@ -75,16 +84,18 @@ def coverage_of(model: nn.Module, targets: Sequence[TargetLayer]) -> Coverage:
         and sum(width > 1 for width in p.shape) > 1
         and ("*" in folded(name) or not has_blocks)
     }
-    sizes = {name: math.prod(layer.widths) for name, layer in layers.items()}
+    sizes = {name: layer.n_weights for name, layer in layers.items()}
     total = (sum(sizes.values()) + sum(p.numel() for p in matrices.values())) or 1
-    selected = [name for name, layer in layers.items() if id(layer.module) in chosen]
-    taken = set(map(folded, selected))
-    rest = [(_shortest_name(folded(n), taken), sizes[n]) for n in layers if n not in selected]
+    selected = [name for name in layers if name in chosen]
+    aside = {layer.name for layer in unreached}
+    taken, others = set(map(folded, selected)), layers.keys() - set(selected)
+    rest = [(n, _shortest_name(folded(n), taken), sizes[n]) for n in layers if n in others]
     return Coverage(
         n_layers=len(layers),
         n_selected=len(selected),
         fraction=sum(sizes[name] for name in selected) / total,
-        not_selected=_left_out(rest, total),
+        not_selected=_left_out([each[1:] for each in rest if each[0] not in aside], total),
+        not_reached=_left_out([each[1:] for each in rest if each[0] in aside], total),
         not_projectable=_left_out([(folded(n), p.numel()) for n, p in matrices.items()], total),
     )
 

@@ -27,9 +27,11 @@ from gradproj.engine.capture import (
 from gradproj.engine.compiled_capture import CompiledCapture
 from gradproj.engine.coverage import Coverage, coverage_of
 from gradproj.engine.frozen_model import FrozenModel
+from gradproj.engine.inner_layers import Routes
 from gradproj.engine.layers import TargetLayer, unwrap
 from gradproj.engine.matrix_file import Matrices
 from gradproj.engine.original_interface import OriginalInterface
+from gradproj.engine.patterns import ALL
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.projection_files import RowBuffer, row_dtype
 from gradproj.engine.row_check import check_rows
@@ -54,8 +56,7 @@ class GradProjLoraEngine(OriginalInterface):
 
     Args:
         module: the model, on its device.
-        proj_layers: patterns of layers' names, as ``--proj_layers``; ``mlp`` and ``attn`` fit every
-            family.
+        proj_layers: roles, or patterns of layers' names, as ``--proj_layers``.
         proj_rank_total: most values kept per layer; or by patterns, as the flag.
         proj_rank_min: least width on a side.
         proj_seed: seed of the matrices.
@@ -64,6 +65,7 @@ class GradProjLoraEngine(OriginalInterface):
         proj_kind: rademacher, gaussian or orthonormal.
         include_embeddings: project the token embedding's gradient too (with a tied head: the
             lookup's share).
+        experts: as the flag: joint, separate or none.
         proj_save_interval: with ``proj_dir``, write after this many batches all rows since the last
             write.
         freeze_weights: while attached, no weight has a gradient; eval mode. Fast, without training.
@@ -82,7 +84,7 @@ class GradProjLoraEngine(OriginalInterface):
     def __init__(
         self,
         module: nn.Module,
-        proj_layers: str | Sequence[str] = "mlp,attn",
+        proj_layers: str | Sequence[str] = ALL,
         proj_rank_total: str | int = 256,
         proj_rank_min: int = 8,
         proj_seed: int = 42,
@@ -91,6 +93,7 @@ class GradProjLoraEngine(OriginalInterface):
         *,
         proj_kind: str = "rademacher",
         include_embeddings: bool = False,
+        experts: str = "joint",
         proj_save_interval: int = 1,
         freeze_weights: bool = False,
         matrices: Matrices | None = None,
@@ -101,8 +104,8 @@ class GradProjLoraEngine(OriginalInterface):
     ) -> None:
         names = proj_layers if isinstance(proj_layers, str) else ",".join(proj_layers)
         config = ProjectionConfig(
-            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min,
-            seed=proj_seed, kind=proj_kind, include_embeddings=include_embeddings,
+            layers=names, rank_total=proj_rank_total, rank_min=proj_rank_min, seed=proj_seed,
+            kind=proj_kind, include_embeddings=include_embeddings, experts=experts,
         )  # fmt: skip
         self.module = module
         self.proj_dtype = row_dtype(proj_dtype)
@@ -112,8 +115,8 @@ class GradProjLoraEngine(OriginalInterface):
             raise ConfigError(
                 "compiled=True needs freeze_weights=True: training compiles the model itself"
             )
-        self._freeze, self._checkpoint = freeze_weights, gradient_checkpointing
-        self._compiled = compiled
+        self._freeze, self._compiled = freeze_weights, compiled
+        self._checkpoint = gradient_checkpointing
         self._layers = place_layers(module, config, matrices)
         self._basis = None if basis is None else RowBasis(self._layers, basis)
         capture_type = CompiledCapture if compiled else BatchCapture
@@ -123,8 +126,7 @@ class GradProjLoraEngine(OriginalInterface):
         self._root = torch.zeros((), device=self._layers[0].p_i.device, requires_grad=True)
         self._handles: list[Any] = []
         self._frozen: FrozenModel | None = None
-        self._checked = False
-        self._unsaved = RowBuffer()
+        self._checked, self._unsaved = False, RowBuffer()
 
     @classmethod
     def from_config(
@@ -215,6 +217,7 @@ class GradProjLoraEngine(OriginalInterface):
             self._handles.append(body.register_forward_pre_hook(self._on_batch, with_kwargs=True))
         for index, layer in enumerate(self._layers):
             hook = self._forward_hook(index)
+            self._handles.append(Routes(layer.target.uses.values()))
             for use in layer.target.uses.values():
                 self._handles.append(use.register_forward_hook(hook, with_kwargs=True))
         if not self._checked:
@@ -260,9 +263,7 @@ class GradProjLoraEngine(OriginalInterface):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
             if capture.is_ignoring():
                 return None
-            a = args[0] if args else next(iter(kwargs.values()))
-            a_p = capture.project_input(index, module, a)
-            serial = capture.serial
+            a_p, serial = capture.project_input(index, module, args, kwargs), capture.serial
             if not output.requires_grad:
                 output = StartGraph.apply(output.detach(), self._root)
             output.register_hook(lambda g: capture.take_gradient(serial, index, a_p, g))

@@ -5,6 +5,7 @@ matrix, whichever way round the type stores its weight.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gradproj.engine.inner_layers import (
+    ExpertsLayer,
+    InnerLayer,
+    RouterLayer,
+    beside_experts,
+    inner_layers_of,
+)
 from gradproj.kernels.onednn import project
+from gradproj.model.packed_layers import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,23 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     nn.Embedding: LayerRule(
         "Embedding", lambda m: tuple(m.weight.shape), _project_lookup, _one_hot
     ),
+    RouterLayer: LayerRule("Linear", lambda m: m.widths, _project_dense, _dense),
+    ExpertsLayer: LayerRule("Experts", lambda m: m.widths, _project_dense, _dense),
 }
 """Type -> rule. The tests need a case for each."""
+_PACKED = LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base if it runs the base's own ``forward``, which a quantized or sparse
-    layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count, and any
-    other layer whose output is shown to be ``input W^T + b``.
+    A subclass counts as its base if it runs the base's own ``forward``, which a library's quantized
+    or sparse layer does not (``PackedLinear`` takes the place of quantized ones). Embeddings that
+    scale their output by ``embed_scale`` (Gemma 3) count, and any other layer whose output is shown
+    to be ``input W^T + b``.
     """
+    if isinstance(module, PackedLinear):
+        return _PACKED
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule
@@ -123,11 +138,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A weight whose gradient is projected, and the modules that use it."""
+    """A weight whose gradient is projected, and the modules that use it.
+
+    Of a projection of fused experts it is all experts' weights side by side, ``(n_o, E * n_i)``,
+    times the signs: inputs ``D_e a``, so that the gradient is ``sum_e G_e D_e``, ``(n_o, n_i)``;
+    or one expert's weight.
+    """
 
     uses: dict[str, nn.Module]
     """Dotted name -> module, in model order; more than one if modules share the weight."""
     rule: LayerRule
+    expert: int | None = None
+    """The one expert of an ``ExpertsLayer``; None for all of them as one layer."""
+    signs: Tensor | None = None
+    """``(E, n_i)`` int8 of all experts as one layer; ``place_layers`` draws them."""
 
     @property
     def name(self) -> str:
@@ -142,6 +166,62 @@ class TargetLayer:
     def widths(self) -> tuple[int, int]:
         """``(n_i, n_o)``."""
         return self.rule.widths(self.module)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The parameter. None if it is computed, by a parametrization."""
+        module, name = self.module, "weight"
+        if isinstance(module, InnerLayer):
+            module, name = module.holder, module.weight_name
+        return module._parameters.get(name)
+
+    @property
+    def n_weights(self) -> int:
+        """Entries of the weight."""
+        n_experts = 1
+        if isinstance(self.module, ExpertsLayer) and self.expert is None:
+            n_experts = self.module.n_experts
+        return math.prod(self.widths) * n_experts
+
+    def counted_positions(self, slots: int) -> float:
+        """Return how many positions one token has in the mean, of ``slots`` that it is routed to.
+
+        With inputs that are a mean over them, K-FAC's product of factors per token is that per
+        position. Of one expert it is so if tokens are shared out evenly.
+        """
+        if isinstance(self.module, ExpertsLayer) and self.expert is not None:
+            return slots / self.module.n_experts
+        return slots
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules of the model that have the weight."""
+        return [m.holder if isinstance(m, InnerLayer) else m for m in self.uses.values()]
+
+    @torch.no_grad()
+    def input_of(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Return the input that a row is made of, given what a module of the layer was called with.
+
+        Routed tokens are signed, or those of other experts are zero.
+        """
+        a, *others = args or kwargs.values()
+        a = a.detach()
+        if self.signs is not None:
+            return a * self.signs[others[0]]
+        if self.expert is not None:
+            return a * (others[0] == self.expert).unsqueeze(-1)
+        return a
+
+    def gradient_of(self, gradient: Tensor) -> Tensor:
+        """Return ``(n_o, n_i)`` float32 from the gradient of the parameter."""
+        module: Any = self.module
+        if isinstance(module, ExpertsLayer):
+            by_expert = gradient.mT if module.is_transposed else gradient
+            if self.expert is not None:
+                return by_expert[self.expert].float()
+            assert self.signs is not None
+            return (by_expert * self.signs.unsqueeze(1)).sum(dim=0, dtype=torch.float32)
+        return (gradient if self.rule.type_name == "Linear" else gradient.t()).float()
 
 
 def without_wrappers(model: Any) -> Any:
@@ -165,25 +245,52 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
-def every_layer(model: nn.Module) -> list[TargetLayer]:
+EXPERTS = ("joint", "separate", "none")
+
+
+def every_layer(model: nn.Module, experts: str = "joint") -> list[TargetLayer]:
     """Return every weight of the model that a rule describes, in model order.
 
     Modules that share a weight are one layer. (A head tied to the embedding is two: as a matrix and
     as a lookup, the weight has different projections.)
+
+    ``experts``: a projection of fused experts as one layer, ``joint``; as one for each expert,
+    ``separate``; or, with the routers that are modules of their own, as ``none``.
     """
-    layers: dict[tuple[str, int], TargetLayer] = {}
+    layers: dict[tuple[str, int, int | None], TargetLayer] = {}
     never_called: set[nn.Module] = set()
+    beside: set[nn.Module] = set()
     for name, module in without_wrappers(model).named_modules():
         if hasattr(module, "parameter_name") and hasattr(module, "lora_A"):
             # PEFT's target_parameters: the adapter's layers only hold the weights of a sum.
             never_called |= {*module.lora_A.modules(), *module.lora_B.modules()}
-        rule = None if module in never_called else rule_for(module)
-        if rule is not None:
-            # A weight that is computed (by a parametrization) has no identity but its module's.
-            weight = module._parameters.get("weight")
-            key = rule.type_name, id(module if weight is None else weight)
-            layers.setdefault(key, TargetLayer({}, rule)).uses[name] = module
+        if module in never_called:
+            continue
+        rule = rule_for(module)
+        found: dict[str, nn.Module] = {} if rule is None else {"": module}
+        if experts != "none":
+            beside.update(beside_experts(module))
+            if rule is None:
+                found = dict(inner_layers_of(module, module in beside))
+        for part, layer in found.items():
+            for use, expert in _uses(name, part, layer, experts):
+                rule = rule_for(layer)
+                assert rule is not None
+                target = TargetLayer({}, rule, expert)
+                # A weight that is computed (by a parametrization) has no identity but its module's.
+                weight = TargetLayer({use: layer}, rule).weight
+                key = rule.type_name, id(layer if weight is None else weight), expert
+                layers.setdefault(key, target).uses[use] = layer
     return list(layers.values())
+
+
+def _uses(name: str, part: str, layer: nn.Module, experts: str) -> list[tuple[str, int | None]]:
+    """Return a layer's names, each with its expert if that is a layer of its own."""
+    full = f"{name}.{part}" if part else name
+    if experts != "separate" or not isinstance(layer, ExpertsLayer):
+        return [(full, None)]
+    above, _, last = full.rpartition(".")
+    return [(f"{above}.{e}.{last}", e) for e in range(layer.n_experts)]
 
 
 def sum_over_tokens(a_p: Tensor, g_p: Tensor) -> Tensor:

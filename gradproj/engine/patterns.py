@@ -3,20 +3,56 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-ALIASES = {
-    "attn": ("attn", "attention", "self_attn", "self_attention"),
+ROLES: dict[str, tuple[str, ...]] = {
+    "attn": (
+        "attn", "attention", "self_attn", "self_attention", "cross_attn", "encoder_attn",
+        "self_att", "multi_head_attention", "attentions", "temporal_block.?_proj",
+        "mixer.[qkvo]_proj",
+    ),
     # OPT has no module around its two feed-forward layers.
-    "mlp": ("mlp", "ffn", "feed_forward", "fc1", "fc2"),
-}
-"""Pattern -> the components it matches, so that one flag fits all model families."""
+    "mlp": (
+        "mlp", "mlps", "mlp_block", "shared_mlp", "ffn", "ffns", "ff", "fc1", "fc2",
+        "feed_forward*", "block_sparse_moe", "layer.*.intermediate", "layer.*.output",
+        "mixer.up_proj", "mixer.down_proj", "mixer.experts", "mixer.gate", "mixer.shared_experts",
+    ),
+    # What mixes the tokens in place of attention.
+    "mixer": (
+        "mixer", "mamba", "linear_attn", "mlstm_layer", "conv", "temporal_block.linear_*",
+    ),
+    "experts": ("experts",),
+    "router": (
+        "router", "shared_expert_gate", "mlp.gate", "feed_forward.gate", "block_sparse_moe.gate",
+        "mixer.gate",
+    ),
+    "lm_head": ("lm_head",),
+}  # fmt: skip
+"""Role -> patterns of the names that its layers have in some family, so that one flag fits all.
+
+A layer may have several roles (a router is part of its MLP), or none: ``all`` takes it too.
+"""
+ALL = "all"
+"""All layers of the model's blocks, which are its numbered modules."""
+HEAD = "lm_head"
+"""``find_layers`` takes the vocabulary head under any name."""
 EXCLUDES = "-"
 """Begins a pattern of layers to leave out."""
+EXACT = "="
+"""Begins the whole name of a layer."""
+
+
+def is_role(pattern: str) -> bool:
+    """Return whether a pattern stands for each family's own names."""
+    return pattern == ALL or pattern in ROLES
 
 
 def matches(pattern: str, name: str) -> bool:
     """Return whether consecutive components of a dotted name are those of the pattern."""
+    if pattern.startswith(EXACT):
+        return name == pattern.removeprefix(EXACT)
     parts = name.split(".")
-    options = [option.split(".") for option in ALIASES.get(pattern, (pattern,))]
+    if pattern == ALL:
+        return any(part.isdigit() for part in parts)
+    options = [option.split(".") for option in ROLES.get(pattern, (pattern,))]
     return any(
         all(map(fnmatchcase, parts[i : i + len(o)], o))
         for o in options

@@ -9,15 +9,16 @@ Source: the two-sided random projection of LoGra, arXiv:2405.13954.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.engine.layers import TargetLayer
+from gradproj.engine.layers import EXPERTS, TargetLayer
 from gradproj.engine.matrix_file import Matrices, given_widths, read_matrices
-from gradproj.engine.patterns import EXCLUDES
+from gradproj.engine.patterns import ALL, EXACT, EXCLUDES
 from gradproj.engine.rank_totals import RankTotals
 from gradproj.errors import ConfigError
 from gradproj.flags import Flags, as_in, flag, flag_of, split_list
@@ -73,9 +74,10 @@ class ProjectionConfig(Flags, title="projection"):
     """Compression settings. Recorded in the store; part of the run's identity."""
 
     layers: str = flag(
-        "Layers to project: parts of their dotted names, as whole components; * in a component "
-        "stands for any characters, and a - before a part leaves its layers out.",
-        "mlp,attn",
+        "Layers to project: all, those of the model's blocks; or roles (attn, mlp, mixer, experts, "
+        "router, lm_head) and parts of dotted names, as whole components; * in a component stands "
+        "for any characters, and a - before a part leaves its layers out.",
+        ALL,
         name="proj_layers",
         comma_separated=True,
         metavar="NAME",
@@ -102,6 +104,12 @@ class ProjectionConfig(Flags, title="projection"):
         choices=PROJECTIONS,
     )
     include_embeddings: bool = flag("Project the token embedding's gradient as well.", False)
+    experts: str = flag(
+        "A projection of fused experts as one layer with a random sign for each input and expert "
+        "(joint), as a layer for each expert (separate), or left out, like routers (none).",
+        "joint",
+        choices=EXPERTS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +120,7 @@ class ProjectionConfig(Flags, title="projection"):
         if self.include_embeddings or any(not p.startswith(EXCLUDES) for p in self.patterns):
             return
         what = "names only layers to leave out" if self.patterns else "is empty"
-        way = ",".join(("mlp", "attn", *self.patterns))
+        way = ",".join((ALL, *self.patterns))
         raise ConfigError(f"--proj_layers {what}; name layers, for example --proj_layers {way}")
 
     @property
@@ -124,6 +132,10 @@ class ProjectionConfig(Flags, title="projection"):
     def patterns(self) -> tuple[str, ...]:
         """The patterns of ``layers``, and of what ``rank_total`` leaves out."""
         return split_list(self.layers) + self.rank_totals.excluded
+
+    def of_layers(self, layers: Sequence[LayerSlice]) -> Self:
+        """Return the settings that take exactly these layers: those of a plan, or of a store."""
+        return replace(self, layers=",".join(EXACT + layer.name for layer in layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +241,16 @@ def projection_matrix(kind: str, seed: int, layer: str, side: str, k: int, n: in
     """
     key = f"gradproj/{PROJECTION_VERSION}/{seed}/{kind}/{layer}/{side}/{k}x{n}"
     return torch.from_numpy(np.ascontiguousarray(PROJECTIONS[kind](key, k, n), dtype=np.float32))
+
+
+def draw_signs(seed: int, layer: str, n_experts: int, n_i: int) -> Tensor:
+    """Return the signs that make one layer of all experts, ``(E, n_i)`` int8 on the CPU.
+
+    Their inputs side by side, times the signs and added up, are a projection with ``E[P^T P] = I``
+    of what E matrices side by side have as inputs.
+    """
+    key = f"gradproj/{PROJECTION_VERSION}/{seed}/signs/{layer}/{n_experts}x{n_i}"
+    return torch.from_numpy(np.sign(_rademacher(key, n_experts, n_i)).astype(np.int8))
 
 
 def place_widths(

@@ -8,7 +8,7 @@ two short samples are tried.
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from gradproj.engine.capture import ONLY_ALONE, BatchCapture, PlacedLayer
 from gradproj.engine.compile import nothing_compiled
+from gradproj.engine.inner_layers import ExpertsLayer
 from gradproj.engine.layers import every_layer, unwrap, without_wrappers
 from gradproj.engine.loss import per_sample_loss
-from gradproj.engine.patterns import exclusions
+from gradproj.engine.patterns import exclusions, folded
 from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
+from gradproj.model.packed_layers import PackedLinear
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ TRIES = 3
 
 TOLERANCE, LOW_PRECISION_TOLERANCE = 0.05, 0.3
 """Of a layer's part of a row, relative to its length. Faults are of the size of the row."""
+
+CAPACITIES = ("expert_capacity", "capacity_factor", "moe_eval_capacity_token_fraction")
+"""Attributes of modules that limit how many of a batch's tokens an expert takes."""
 
 FLOOR = 1e-3
 """Of the layers' median length: shorter parts are rounding errors or exactly zero."""
@@ -53,6 +58,12 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
     inner = unwrap(model)
     if not can_try(inner):
         capture.unchecked = "it is no whole model of transformers with values"
+        return
+    if limit := _capacity(inner):
+        capture.only_alone = (
+            f"{limit} drops tokens beyond a capacity, so a sample's row depends on its batch; "
+            f"{ONLY_ALONE}"
+        )
         return
     wrong = mixed = {layer.target.name for layer in layers}
     for attempt in range(TRIES):
@@ -92,6 +103,16 @@ def check_rows(model: nn.Module, layers: list[PlacedLayer], capture: BatchCaptur
         f"separated; {ONLY_ALONE} (adding "
         f"{way_out} to proj_layers leaves it out)"
     )
+
+
+def _capacity(model: nn.Module) -> str:
+    """Return the name and value of a limit on an expert's tokens in a batch; empty without one."""
+    for name, module in model.named_modules():
+        for key in CAPACITIES:
+            value = getattr(module, key, None)
+            if isinstance(value, int | float) and value > 0:
+                return f"{name}.{key} = {value}"
+    return ""
 
 
 def refuse_without_memory(error: Exception, device: torch.device) -> None:
@@ -158,16 +179,23 @@ class _Probe:
     def __init__(self, model: nn.Module, layers: list[PlacedLayer], capture: BatchCapture) -> None:
         self._model, self._layers, self._capture = model, layers, capture
         self._references: dict[str, Tensor] = {}
+        self._other_experts: set[str] = set()
         users: dict[int, set[int]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
                 users.setdefault(id(parameter), set()).add(id(module))
-        self._weights: dict[str, nn.Parameter] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._packed: dict[str, tuple[str, PackedLinear]] = {}
         for layer in layers:
-            weight = layer.target.module._parameters.get("weight")
+            name, module = layer.target.name, layer.target.module
+            if isinstance(module, PackedLinear):
+                # One of each kind: a copy of every weight is what packed layers spare.
+                self._packed.setdefault(folded(name), (name, module))
+                continue
+            weight = layer.target.weight
             # Of a head tied to the embedding, autograd gives the sum of two layers.
-            if weight is not None and users[id(weight)] <= set(map(id, layer.target.uses.values())):
-                self._weights[layer.target.name] = weight
+            if weight is not None and users[id(weight)] <= set(map(id, layer.target.holders)):
+                self._weights[name] = weight
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -177,12 +205,21 @@ class _Probe:
             for parameter in self._model.parameters():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
+            for name, packed in self._packed.values():
+                self._weights[name] = stack.enter_context(packed.unpacked())
+            layers_of: dict[Tensor, list[PlacedLayer]] = {}  # experts share a parameter
             for layer in self._layers:
-                weight = self._weights.get(layer.target.name)
-                if weight is not None:
-                    weight.requires_grad_(True)
-                    hook = functools.partial(self._take_reference, layer)
-                    stack.callback(weight.register_hook(hook).remove)
+                if layer.target.name in self._weights:
+                    layers_of.setdefault(self._weights[layer.target.name], []).append(layer)
+            for weight, layers in layers_of.items():
+                weight.requires_grad_(True)
+                hook = functools.partial(self._take_references, layers)
+                stack.callback(weight.register_hook(hook).remove)
+            for layer in self._layers:
+                if isinstance(layer.target.module, ExpertsLayer):
+                    compare = functools.partial(self._compare_experts, layer.target.name)
+                    host = layer.target.module.host
+                    stack.callback(host.register_forward_hook(compare, with_kwargs=True).remove)
             # A mask that waits for the first batch has that batch's shape.
             stack.callback(setattr, self._capture, "token_mask", self._capture.token_mask)
             self._capture.token_mask = None
@@ -194,8 +231,10 @@ class _Probe:
 
     def not_autograds(self, ids: Tensor, labels: Tensor) -> set[str]:
         """Return the layers whose part of a sample's row differs from autograd's."""
+        self._other_experts.clear()
         parts = self._parts(ids, labels)
-        return self._different(parts, {n: x[None] for n, x in self._references.items()})
+        different = self._different(parts, {n: x[None] for n, x in self._references.items()})
+        return different | self._other_experts
 
     def not_exchanged(self, ids: Tensor, labels: Tensor) -> set[str]:
         """Return the layers whose parts are not one a sample, or do not go with the samples."""
@@ -210,15 +249,27 @@ class _Probe:
         """Return each layer's part ``(N, k_o, k_i)`` of the rows."""
         batch = {"input_ids": ids, "labels": labels}
         losses = per_sample_loss(self._model, batch, causal=False)
-        parts = self._capture.parts_of(losses.sum(), list(self._weights.values()))
+        parts = self._capture.parts_of(losses.sum(), list({*self._weights.values()}))
         self._capture.forget()
         return {self._layers[i].target.name: part for i, part in parts.items()}
 
-    def _take_reference(self, layer: PlacedLayer, gradient: Tensor) -> Tensor:
+    def _take_references(self, layers: list[PlacedLayer], gradient: Tensor) -> Tensor:
         """Project a weight's gradient, and replace it by one without memory."""
-        out_by_in = gradient if layer.target.rule.type_name == "Linear" else gradient.t()
-        self._references[layer.target.name] = layer.p_o @ out_by_in.float() @ layer.p_i.t()
+        for layer in layers:
+            found = layer.target.gradient_of(gradient)
+            self._references[layer.target.name] = layer.p_o @ found @ layer.p_i.t()
         return gradient.new_zeros(()).expand_as(gradient)
+
+    @torch.no_grad()
+    def _compare_experts(
+        self, name: str, host: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        """Note a layer whose module computes something else without its ``InnerLayer``."""
+        with suppress(RuntimeError):  # torch's grouped product refuses some widths and dtypes
+            want = type(host).forward(host, *args, **kwargs)
+            got, want = (x[0] if isinstance(x, tuple) else x for x in (output, want))
+            if not (got - want).norm() <= tolerance_of(self._model) * want.norm():
+                self._other_experts.add(name)
 
     def _different(self, got: dict[str, Tensor], want: dict[str, Tensor]) -> set[str]:
         names = sorted(got.keys() & want.keys())  # an expert may get no token

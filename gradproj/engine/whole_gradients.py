@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradproj.engine.batching import Batch
 from gradproj.engine.capture import ONLY_ALONE, StartGraph, by_sample
 from gradproj.engine.frozen_model import FrozenModel
+from gradproj.engine.inner_layers import ExpertsLayer, Routes
 from gradproj.engine.layers import TargetLayer, sum_over_tokens
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.targets import LOSS_WEIGHTS, Targets, loss_key
@@ -38,6 +39,8 @@ class LayerBatch:
     """``(N, S)`` bool: the positions that predict a target."""
     factors: Tensor | None = None
     """See ``Batch``."""
+    positions: float = 1
+    """See ``TargetLayer.counted_positions``."""
 
     def inputs(self, samples: slice = slice(None)) -> Tensor:
         """Return ``(n, S, n_i)`` float32; one-hot vectors (scaled) of an embedding."""
@@ -92,6 +95,7 @@ class WholeGradients:
         with ExitStack() as stack:
             stack.callback(FrozenModel(self._model, self._checkpoint).undo)
             for number, layer in enumerate(self._layers):
+                stack.callback(Routes(layer.uses.values()).remove)
                 for use in layer.uses.values():
                     hook = use.register_forward_hook(partial(self._hook, number), with_kwargs=True)
                     stack.callback(hook.remove)
@@ -133,7 +137,7 @@ class WholeGradients:
     ) -> Tensor | None:
         if not torch.is_grad_enabled() or self._visit is None:
             return None
-        a = (args[0] if args else next(iter(kwargs.values()))).detach()
+        a = self._layers[number].input_of(args, kwargs)
         if not output.requires_grad:
             output = StartGraph.apply(output.detach(), self._root)
         if not self._in_backward:  # else a checkpointed block runs again, for its tensors alone
@@ -150,19 +154,25 @@ class WholeGradients:
     def _show(self, number: int) -> None:
         layer, (n, s) = self._layers[number], self._mask.shape
         lookup = layer.rule.type_name == "Embedding"
-        parts = []
+        parts, slots = [], 1
         for a, g in self._taken.pop(number):
             a = a.unsqueeze(-1) if lookup else a
             a, g = (_by_sample(layer, x, n, s) for x in (a, g))
             # Where the tokens' order is not known, one without a target has no gradient.
-            known = g.shape[1] == s
-            mask = self._mask if known else (g != 0).any(dim=-1)
+            mask = self._mask if g.shape[1] == s else (g != 0).any(dim=-1)
+            if isinstance(layer.module, ExpertsLayer):
+                slots = g.shape[1] // s
+                mask = self._mask.repeat_interleave(slots, dim=1)
+                if layer.expert is not None:
+                    g = g * (a != 0).any(dim=-1, keepdim=True)
             parts.append((a.squeeze(-1) if lookup else a, g, mask))
         a, g, mask = (
             torch.cat(x, dim=1) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True)
         )
         assert self._visit is not None
-        self._visit(number, LayerBatch(layer, a, g, mask, self._factors))
+        self._visit(
+            number, LayerBatch(layer, a, g, mask, self._factors, layer.counted_positions(slots))
+        )
 
 
 def _by_sample(layer: TargetLayer, x: Tensor, n: int, s: int) -> Tensor:

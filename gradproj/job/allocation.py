@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradproj.engine.inner_layers import InnerLayer
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import output_head
 from gradproj.engine.patterns import EXCLUDES, folded, matches
@@ -161,6 +162,8 @@ def _row_bytes(k: int, head_bytes: int, layers: Sequence[TargetLayer]) -> int:
 def _is_mlp_output(target: TargetLayer) -> bool:
     """Return whether a layer leads from an MLP's inner width back to the model's."""
     n_i, n_o = target.widths
+    if isinstance(target.module, InnerLayer):
+        return target.module.weight_name == "down_proj"
     return n_i > n_o and any(matches("mlp", name) for name in target.uses)
 
 
@@ -174,17 +177,22 @@ def _patterns_of(
     names = [name for layer in layers for name in layer.uses]
     wanted = sorted(layer.name for layer in layers)
     excluded = [pattern for pattern in given if pattern.startswith(EXCLUDES)]
+    form = "separate" if any(layer.expert is not None for layer in layers) else "joint"
     for length in (1, 2, 3):
         ends = [name.split(".")[-length:] for name in names]
         short = sorted({".".join(part for part in end if not part.isdigit()) for end in ends})
-        taken = find_layers(model, [*short, *excluded])
+        taken = find_layers(model, [*short, *excluded], experts=form)
         if sorted(target.name for target in taken) == wanted:
             return (*short, *excluded)
     return (*wanted,)
 
 
-def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, list[str]]:
+def with_allocation(
+    config: RunConfig, model: nn.Module, targets: Sequence[TargetLayer] | None = None
+) -> tuple[RunConfig, list[str]]:
     """Return the settings with the flags that ``--bytes_per_document`` stands for, and lines.
+
+    ``targets`` are the layers to choose from; by default, all that ``--proj_layers`` takes.
 
     Without that flag they are as they were. The returned settings are explicit, so that a store
     records what its rows are and not by which rule that was chosen.
@@ -204,7 +212,10 @@ def with_allocation(config: RunConfig, model: nn.Module) -> tuple[RunConfig, lis
                 f"--bytes_per_document chooses --{name} {ours}: leave out --{name} {value}, or "
                 "choose --proj_rank_total yourself"
             )
-    targets = find_layers(model, projection.patterns, projection.include_embeddings)
+    if targets is None:
+        targets = find_layers(
+            model, projection.patterns, projection.include_embeddings, projection.experts
+        )
     n_bytes = read_bytes(projection.bytes_per_document)
     vocabulary: Any = output_head(model)
     head = config.head.segment(len(vocabulary.weight)) if vocabulary is not None else None

@@ -23,6 +23,8 @@ FORMAT_1 = {
     "--truncate_side": "right",
     "--chat_template": "",
     "--preference_beta": 0.1,
+    "--quantize": "",
+    "--experts": "none",
 }
 """Values of flags that format 1 did not have. An identity names them only if it has others, so that
 a store of format 1 has the identity of its job's settings today."""
@@ -32,8 +34,10 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     """Return the flags that a row depends on, after defaults are filled in."""
     projection, model, batch = config.projection, config.model, config.batch
     later: dict[str, Any] = {"--encoding": layout.encoding, "--basis": projection.basis}
+    later["--experts"] = projection.experts
     later["--head_rows"] = config.head.head_rows
     later["--hidden_state"] = config.store.hidden_state
+    later["--quantize"] = model.quantize
     later |= config.rules.identity()
     if config.head.head_rows != "0":
         later["--head_damping"] = config.head.head_damping

@@ -16,6 +16,7 @@ from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import logits_are_the_heads, per_sample_loss
 from gradproj.engine.projection import ProjectionConfig
 from gradproj.engine.targets import Targets
+from gradproj.kernels.meta_values import AssumedValues
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import model_skeleton
@@ -34,11 +35,11 @@ def batch_bytes(
     n = max(1, min(batch.batch_size, batch.batch_tokens // batch.max_length))
     weights = [*model.parameters(), *model.buffers()]
     try:
-        with torch.device("meta"), _LiveBytes([]):
-            chunked = logits_are_the_heads(model)
-        with torch.device("meta"), _LiveBytes(weights) as live, _fused_attention():
+        counted = _LiveBytes(weights)
+        with torch.device("meta"), counted as live, AssumedValues(), _fused_attention():
             engine = GradProjLoraEngine.from_config(model, projection, None, checkpointing)
             with engine:
+                chunked = logits_are_the_heads(model)
                 ids = torch.zeros(n, batch.max_length, dtype=torch.int64)
                 tokens = torch.zeros(n * (batch.max_length - 1), dtype=torch.int64)
                 engine.set_token_mask(torch.ones_like(ids))
@@ -63,8 +64,6 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if operation is torch.ops.aten.equal.default:
-            return True
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

@@ -15,19 +15,18 @@ from gradproj.corpus.index_file import open_corpus
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import choose_device
 from gradproj.engine.compile import check_compiler
-from gradproj.engine.coverage import Coverage, coverage_of
+from gradproj.engine.coverage import Coverage
 from gradproj.engine.matrix_file import matrices_digest, read_matrices, unused_lines
 from gradproj.engine.projection import job_matrices, place_widths
-from gradproj.engine.reach import check_reached
-from gradproj.engine.selection import find_layers, idle_exclusions
+from gradproj.engine.selection import idle_patterns
 from gradproj.errors import CorpusError, ModelError, StoreError
 from gradproj.files import existing_ancestor
 from gradproj.formatting import human_bytes
-from gradproj.job.allocation import with_allocation
 from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import check_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.document_check import check_documents
+from gradproj.job.experts import experts_lines, with_experts
 from gradproj.job.identity import (
     check_identity,
     identity_hash,
@@ -35,6 +34,7 @@ from gradproj.job.identity import (
     is_untouched,
     reads_texts_only,
 )
+from gradproj.job.layer_choice import choose_layers
 from gradproj.job.row_form import place_rows
 from gradproj.job.unit_reader import UnitReader, UnitSettings
 from gradproj.job.wanted_units import wanted_units
@@ -42,9 +42,9 @@ from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
 from gradproj.model.loading import (
-    attention_note,
     load_model_config,
     load_tokenizer,
+    loading_notes,
     model_skeleton,
     positions_of,
 )
@@ -211,16 +211,12 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))
-    config, allocation = with_allocation(config, skeleton)
-    projection = config.projection
-    targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
+    chosen = choose_layers(with_experts(config, skeleton), skeleton)
+    config, targets, projection = chosen.config, chosen.targets, chosen.config.projection
     given = read_matrices(projection.matrices) if projection.matrices else None
     layers = place_widths(targets, projection, given)
-    coverage = coverage_of(skeleton, targets)
     n_weights = sum(p.numel() for p in skeleton.parameters())
     shared = [list(target.uses) for target in targets if len(target.uses) > 1]
-    if untouched := is_untouched(Path(config.job.output_dir)):
-        check_reached(skeleton, targets, projection.patterns, config.batch.max_length)
     sizes = n_samples, index.longest_key_bytes
     layout, layers, head = place_rows(config, skeleton, layers, *sizes)
     wanted, n_selected = wanted_units(config, index, layout)
@@ -241,14 +237,17 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     template = chat_template(tokenizer, config.rules.chat_template)
     is_older = reads_texts_only(Path(config.job.output_dir), identity_hash(identity))
     index = replace(index, texts_only=is_older)
-    plan = Plan(config, files, index, layers, coverage, layout, *counts, identity, head, template)
+    plan = Plan(
+        config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
+    )
     _check_sparse(plan)
-    if not untouched:  # the job's start replaces an empty store
+    if not is_untouched(plan.output):  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
         if not is_older:
             check_chat_template(plan.output, template)
     _check_space(plan)
-    notes = [*allocation, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
+    notes = [*chosen.notes, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
+    notes += experts_lines(targets, layers, plan.row_bytes)
     if not len(list_records(plan.output / UNITS_DIR)):
         notes += check_documents(index, UnitReader(index, tokenizer, plan.unit_settings))
     return replace(plan, notes=tuple(notes))
@@ -256,9 +255,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
 
 def _notes(plan: Plan, skeleton: nn.Module) -> list[str]:
     config, index = plan.config, plan.index
-    notes = [*index.unread_lines(), *idle_exclusions(skeleton, config.projection.patterns)]
-    if attention := attention_note(plan.files):
-        notes.append(f"attention     {attention}")
+    notes = [*index.unread_lines(), *idle_patterns(skeleton, config.projection.patterns)]
+    notes += loading_notes(plan.files)
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradproj.engine.selection import find_layers
+from gradproj.engine.layers import every_layer
+from gradproj.engine.patterns import folded
 from gradproj.errors import GradprojError, ModelError
 from gradproj.job.config import RunConfig
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.loading import load_model_config, load_tokenizer, model_skeleton
 from gradproj.store import ProjectionStore
 
@@ -22,7 +23,7 @@ def query_model_files(
     Args:
         store: the store.
         run: its job's settings, with the caller's permissions.
-        folder: of a whole model, or of a PEFT adapter.
+        folder: of a whole model, or of a PEFT adapter; or a GGUF file.
         tokenizer: the job's, which also tokenizes the queries.
         vocabulary: number of token ids of the job's model.
 
@@ -33,7 +34,7 @@ def query_model_files(
     Raises:
         ModelError: it has other layers, other shapes or a tokenizer with other token ids.
     """
-    if not Path(folder).is_dir():
+    if not is_local_model(folder):
         raise ModelError(f"{FLAG} {folder}: no such directory")
     own = (Path(folder) / "tokenizer_config.json").is_file()
     known = run.model.tokenizer or run.model.model
@@ -50,10 +51,10 @@ def query_model_files(
         if own:
             _check_tokenizer(folder, tokenizer, load_tokenizer(files))
         wanted = [(layer.name, layer.n_i, layer.n_o) for layer in store.layers]
-        found = _layers(files, run, merged=False)
+        found = _layers(files, store, run, merged=False)
         merged = found != wanted and files.adapter_dir is not None
         if merged:
-            found = _layers(files, run, merged=True)
+            found = _layers(files, store, run, merged=True)
     except GradprojError as error:
         raise ModelError(str(error).replace("--model ", f"{FLAG} ", 1)) from error
     if found != wanted:
@@ -66,11 +67,13 @@ def query_model_files(
     return files, merged
 
 
-def _layers(files: ModelFiles, run: RunConfig, merged: bool) -> list[tuple[str, int, int]]:
-    """Return name and widths of the layers that the job's settings take of a model."""
-    skeleton, projection = model_skeleton(files, merged), run.projection
-    targets = find_layers(skeleton, projection.patterns, projection.include_embeddings)
-    return [(target.name, *target.widths) for target in targets]
+def _layers(
+    files: ModelFiles, store: ProjectionStore, run: RunConfig, merged: bool
+) -> list[tuple[str, int, int]]:
+    """Return name and widths of a model's layers that have a store's names but for numbers."""
+    names = {folded(layer.name) for layer in store.layers}
+    layers = every_layer(model_skeleton(files, merged), run.projection.experts)
+    return [(layer.name, *layer.widths) for layer in layers if folded(layer.name) in names]
 
 
 def _difference(
@@ -89,8 +92,8 @@ def _difference(
                 f"{n_i:,}; {way_out}"
             )
     return (
-        f"the job's --proj_layers takes {len(found)} of its layers, and {store.path} has rows of "
-        f"{len(wanted)}; {way_out}"
+        f"it has {len(found)} layers of these names, and {store.path} has rows of {len(wanted)}; "
+        f"{way_out}"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradproj.corpus.index import CorpusIndex, check_unchanged
 from gradproj.corpus.index_file import default_index_path, load_index
@@ -21,14 +21,15 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
-from gradproj.engine.layers import unwrap
+from gradproj.engine.loss import output_head
+from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
 from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
@@ -58,7 +59,8 @@ def _as_recorded(output: Path) -> RunConfig:
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error
     try:
-        return RunConfig.from_flags(flags)
+        # Before there was a choice, rows had no experts.
+        return RunConfig.from_flags({"experts": "none", **flags})
     except (TypeError, ConfigError) as error:
         raise StoreError(f"{path} does not hold a job's settings: {error}") from error
 
@@ -148,21 +150,30 @@ def recorded_engine(
     else:
         files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
-    model = load_model(files, chosen, merged)
+    # As much of it as the job had on a device at a time.
+    in_blocks = (run.job.offload or run.job.ranks_per_model > 1) and not merged
+    model = (
+        load_in_blocks(files, chosen, None)[0] if in_blocks else load_model(files, chosen, merged)
+    )
     engine = GradProjLoraEngine.from_config(
         model,
-        run.projection,
+        run.projection.of_layers(store.layers),
         store.projection_matrices,
         run.job.gradient_checkpointing,
         basis=store.basis,
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
-    if head is not None and query_model:
-        weight: Tensor = unwrap(model).get_output_embeddings().weight
-        if len(weight) != len(head.scale):  # the store has no rows of the further words
-            head = None
+    if head is not None and query_model and len(head.scale) != _n_head_words(model):
+        head = None  # the store has no rows of the further words
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
+
+
+def _n_head_words(model: nn.Module) -> int:
+    """Return the number of words that a model's head tells apart."""
+    head = output_head(model)
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
@@ -195,7 +206,7 @@ def _recorded_files(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles,
         )
     commit = str(recorded.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
-    is_local = Path(name).is_dir() if name else False
+    is_local = is_local_model(name)
     if name and not commit and not is_local:  # only a hub's model has a commit
         original = recorded_config(store.path.parent).model.model
         if name != original:

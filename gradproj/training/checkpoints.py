@@ -53,6 +53,7 @@ def lock_result_dir(result_dir: Path, world: World) -> Iterator[None]:
 
 _BEFORE = {
     "encoding": "dense", "loss_on": "assistant", "truncate_side": "right", "chat_template": "",
+    "experts": "joint",
 }  # fmt: skip
 """Settings of checkpoints from before these flags."""
 

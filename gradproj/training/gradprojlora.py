@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradproj.engine.engine import GradProjLoraEngine
+from gradproj.engine.inner_layers import InnerLayer
 from gradproj.engine.loss import refuse_virtual_tokens
 from gradproj.engine.projection import place_widths
 from gradproj.engine.row_columns import finish_rows
@@ -73,7 +74,7 @@ class GradProjLoraTraining(TrainingEngine):
         self._engine = GradProjLoraEngine(
             context.model, settings.proj_layers, settings.proj_rank_total,
             settings.proj_rank_min, settings.proj_seed, proj_kind=settings.proj_kind,
-            include_embeddings=settings.include_embeddings,
+            include_embeddings=settings.include_embeddings, experts=settings.experts,
         )  # fmt: skip
         self._layers = place_widths(self._engine.targets, settings.projection)
         self._waiting: list[_Waiting] = []
@@ -234,6 +235,9 @@ class GradProjLoraTraining(TrainingEngine):
         # Stores of version 1 do not name the encoding, which is dense.
         encoding = {"--encoding": layout.encoding} if layout.is_packed else {}
         projection = settings.projection
+        flags = {f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)}
+        if not any(isinstance(x.module, InnerLayer) for x in self._engine.targets):
+            del flags["--experts"]  # of no effect, and stores of version 1 do not name it
         return {
             "layers": [asdict(layer) for layer in self._layers],
             "domains": [],
@@ -242,7 +246,7 @@ class GradProjLoraTraining(TrainingEngine):
             "how_to_read": f"{row_formula(layout)}, of sample sample_id[i] at step[i]; status 1 = "
             "ok",
             "identity": {
-                **{f"--{flag_of(f)}": getattr(projection, f.name) for f in fields(projection)},
+                **flags,
                 **encoding,
                 "--proj_dtype": settings.proj_dtype,
                 "--compressor": settings.compressor,

@@ -2,14 +2,15 @@
 
     python tests/bench/bench_architectures.py [--families llama,falcon] [--write FILE]
 
-Each model type of ``AutoModelForCausalLM`` is built tiny (random weights, two layers or one of each
+Each model type of ``AutoModelForCausalLM`` (``--families`` takes those of
+``AutoModelForMultimodalLM`` as well) is built tiny (random weights, two layers or one of each
 kind that its config lists) and saved as a checkpoint. ``gradproj run`` with the default
 ``--proj_layers`` computes rows of documents of 2 to 24 tokens: one document a batch, and four of
 mixed lengths. The expected rows are ``P_o G P_i^T`` with the store's matrices and ``G`` from
 ``weight.grad``: one document at a time, in float64, before gradproj is imported. The outcomes:
 
 exact      the largest error of a layer's slice of a row, relative to the slice (to a hundredth of
-           the row where the slice is smaller)
+           the row where the slice is smaller), the layers taken of the blocks', and the rest
 refused    the job's message; then the same with the ``--proj_layers`` that the message advises, or
            with the first of attn, mlp and mixer that the job accepts
 wrong      the error, or the end of a traceback; the exit code is then 1
@@ -46,7 +47,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 
 OUTCOMES = ("wrong", "refused", "not built", "exact")
 LENGTHS = (24, 23, 17, 13, 11, 7, 5, 4, 4, 4, 3, 2)
@@ -90,6 +97,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note(_text)?": {
         "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
@@ -133,6 +141,8 @@ class Result:
     outcome: str
     note: str = ""
     error: float | None = None
+    layers: str = ""
+    """Of the blocks: how many layers are taken, and what is left out."""
 
 
 def main() -> int:
@@ -243,7 +253,7 @@ def advice(message: str, proj_layers: str) -> str:
     if given := re.search(r"Give (?:for example )?--proj_layers (\S+)", message):
         return given[1]
     if added := re.search(r"add (-\S+) to --proj_layers", message):
-        return f"{proj_layers or 'mlp,attn'},{added[1]}"
+        return f"{proj_layers or 'all'},{added[1]}"
     return ""
 
 
@@ -268,7 +278,18 @@ def compare(
             if not error <= FLOAT32_FACTOR * rounding:
                 note = f"batch size {batch_size}, {where}; float32 autograd {rounding:.0e}"
                 return Result("wrong", note, error)
-    return Result("exact", "", worst)
+    return Result("exact", "", worst, selection(output))
+
+
+def selection(output: Path) -> str:
+    """Return how many layers of the blocks a store has, and what its job left out, with names."""
+    from gradproj import ProjectionStore
+
+    taken = ProjectionStore(output).attributes["selection"]
+    left = ("not_selected", "not_reached", "not_projectable")
+    names = [f"{kind.replace('_', ' ')}: {', '.join(x['name'] for x in taken[kind])}"
+             for kind in left if taken[kind]]  # fmt: skip
+    return f"{taken['n_selected']} of {taken['n_layers']} | {'; '.join(names)}"
 
 
 def last_line(error: BaseException) -> str:
@@ -284,14 +305,19 @@ def save_model(family: str, folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     config = shrunk(CONFIG_MAPPING[family]())
     with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        n_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        n_parameters = sum(p.numel() for p in auto_class(config).from_config(config).parameters())
         if n_parameters > MAX_PARAMETERS:
             raise ValueError(f"{n_parameters:,} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     randomize(model)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+
+
+def auto_class(config: Any) -> Any:
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
 
 
 def shrunk(config: Any) -> Any:
@@ -410,7 +436,8 @@ def mean_loss_gradients(
     folder: Path, documents: Sequence[Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Return each weight's gradients of the documents' mean losses, ``(N, *shape)``."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = auto_class(config).from_pretrained(folder, dtype=dtype).eval()
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products refuse float64
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -456,11 +483,25 @@ def projected(store: Any, gradients: dict[str, Tensor]) -> Tensor:
     matrices, parts = store.projection_matrices, []
     for layer in store.layers:
         p_i, p_o = (torch.from_numpy(p).double() for p in matrices[layer.name])
-        gradient = gradients[f"{layer.name}.weight"]
+        if layer.type == "Experts":
+            seed = store.attributes["projection"]["seed"]
+            gradient = signed_sum(gradients[layer.name], layer, seed)
+        else:
+            gradient = gradients[f"{layer.name}.weight"]
         if layer.type == "Conv1D":
             gradient = gradient.mT
         parts.append((p_o @ gradient @ p_i.T).flatten(1))
     return torch.cat(parts, dim=1)
+
+
+def signed_sum(gradient: Tensor, layer: Any, seed: int) -> Tensor:
+    """Return ``sum_e G_e D_e`` ``(N, n_o, n_i)`` of all experts' gradients."""
+    from gradproj.engine.projection import draw_signs
+
+    if gradient.shape[2:] != (layer.n_o, layer.n_i):
+        gradient = gradient.mT
+    signs = draw_signs(seed, layer.name, gradient.shape[1], layer.n_i).double()
+    return (gradient * signs.unsqueeze(1)).sum(dim=1)
 
 
 # --- the result ---
@@ -484,8 +525,8 @@ def report(results: dict[str, Result]) -> Iterator[str]:
             continue
         yield from ("", f"## {outcome.capitalize()}", "")
         if outcome == "exact":
-            errors = [f"{name} {each.error:.0e}" for name, each in chosen.items()]
-            yield from textwrap.wrap(", ".join(errors), 100, break_on_hyphens=False)
+            yield from ("| family | error | layers | left out |", "| --- | --- | --- | --- |")
+            yield from (f"| {n} | {each.error:.0e} | {each.layers} |" for n, each in chosen.items())
             continue
         for name, each in chosen.items():
             error = "" if each.error is None else f"{each.error:.1e}, "

@@ -396,7 +396,7 @@ def test_sample_with_non_finite_gradient_affects_no_other():
 def test_every_layer_rule_is_covered_by_a_family():
     covered = {
         t.rule.type_name
-        for family in FAMILIES
+        for family in (*FAMILIES, "qwen3_moe")
         for t in find_layers(small_model(family), ["attn", "mlp"], include_embeddings=True)
     }
     assert covered == {rule.type_name for rule in LAYER_RULES.values()}
@@ -430,15 +430,9 @@ def test_unmatched_pattern_lists_the_models_layers():
 
 
 def test_fused_expert_weights_are_named():
-    from transformers import AutoModelForCausalLM, MixtralConfig
-
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, vocab_size=VOCAB,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = small_model("mixtral")
     with pytest.raises(ModelError, match=r"cannot project: model\.layers\.\*\.mlp\.\S+ \(Mixtral"):
-        GradProjLoraEngine(model, "mlp")
+        GradProjLoraEngine(model, "mlp", experts="none")
     assert GradProjLoraEngine(model, "attn").total_proj_dim > 0
 
 

@@ -13,8 +13,8 @@ from gradproj.engine.coverage import coverage_of
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.patterns import exclusions, matches
-from gradproj.engine.reach import check_reached
-from gradproj.engine.selection import find_layers, idle_exclusions
+from gradproj.engine.reach import reached_layers
+from gradproj.engine.selection import find_layers, idle_patterns
 from gradproj.errors import ConfigError, ModelError
 
 SMALL = dict(
@@ -81,11 +81,11 @@ def test_weights_beside_the_layers_are_left_out_and_the_rows_are_exact(model_typ
     assert beside is None or beside in left_out
 
 
-def test_pattern_of_unprojectable_weights_alone_names_the_other_patterns():
+def test_pattern_of_unprojectable_weights_alone_names_a_way_out():
     model = model_of("mixtral", "meta", num_local_experts=4)
-    for patterns in (["mlp"], ["mlp", "attn"]):
-        with pytest.raises(ModelError, match=r"cannot project: .* Give --proj_layers attn$"):
-            find_layers(model, patterns)
+    for patterns, way in ((["mlp"], "all"), (["mlp.experts", "attn"], "attn")):
+        with pytest.raises(ModelError, match=rf"cannot project: .* Give --proj_layers {way}$"):
+            find_layers(model, patterns, experts="none")
 
 
 def test_layer_that_is_no_linear_map_is_left_out_by_name():
@@ -141,35 +141,51 @@ def test_pattern_without_effect_is_an_error(patterns, message):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "changes", "advice"),
+    ("model_type", "changes"),
     [
-        ("bert", {"is_decoder": True}, "attn,intermediate,output"),
-        ("ctrl", {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}, "mlp,multi_head_attention"),
-        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True}, "attentions,ffns"),
+        ("bert", {"is_decoder": True}),
+        ("ctrl", {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}),
+        ("xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True}),
+        ("recurrent_gemma", {"lru_width": 32}),
     ],
 )
-def test_advice_for_a_family_with_other_names_takes_all_layers_of_its_blocks(
-    model_type, changes, advice
-):
+def test_roles_fit_families_with_other_names(model_type, changes):
     model = model_of(model_type, "meta", **changes)
-    for exclusion in ("", ",-router"):
-        with pytest.raises(ModelError, match=f"--proj_layers {advice}{exclusion}$"):
-            find_layers(model, f"mlp,attn{exclusion}".split(","))
-    coverage = coverage_of(model, find_layers(model, advice.split(",")))
+    roles = ["attn", "mlp", "mixer", "experts", "router"]
+    coverage = coverage_of(model, find_layers(model, roles))
     assert coverage.n_selected == coverage.n_layers > 0
+    assert names_of(model, *roles) == names_of(model, "all")
+
+
+def test_all_takes_the_blocks_and_lm_head_the_head_of_any_name():
+    model = model_of("xlm", "meta", emb_dim=32, n_layers=2, n_heads=4, causal=True)
+    assert names_of(model, "lm_head") == ["pred_layer.proj"]
+    blocks = names_of(model, "all")
+    assert len(blocks) == 12
+    assert not {"pred_layer.proj", "transformer.embeddings"} & {*blocks}
+    assert names_of(model, "all", "-attn", "lm_head")[-1] == "pred_layer.proj"
+    assert not [name for name in names_of(model, "all", "-attn") if "attention" in name]
+
+
+def test_equals_sign_begins_a_whole_name():
+    model = small_model("llama")
+    names = names_of(model, "layers.1")
+    assert names_of(model, *(f"={name}" for name in names)) == names
+    with pytest.raises(ModelError, match="no layer of the model matches '=layers"):
+        find_layers(model, ["=layers.1.mlp.up_proj"])
 
 
 def test_exclusion_of_nothing_is_a_line_for_people():
     model = small_model("llama")
     patterns = ["mlp", "-router", "-o_proj", "-vision_tower"]
     assert names_of(model, *patterns) == names_of(model, "mlp")
-    (line,) = idle_exclusions(model, patterns)
+    (line,) = idle_patterns(model, patterns)
     assert line == "proj_layers   -router,-vision_tower: the model has nothing of that name"
-    assert idle_exclusions(model, ["mlp", "-norm"]) == []
+    assert idle_patterns(model, ["mlp", "-norm"]) == []
 
 
 def test_exclusions_alone_are_an_error_that_adds_the_layers():
-    with pytest.raises(ConfigError, match=r"only layers to leave out.*mlp,attn,-router"):
+    with pytest.raises(ConfigError, match=r"only layers to leave out.*all,-router"):
         GradProjLoraEngine(small_model("llama"), ["-router"])
 
 
@@ -219,13 +235,27 @@ def test_coverage_counts_the_blocks_that_a_number_leaves_out():
 # --- layers that the loss never reaches ---
 
 
-def test_layers_without_a_gradient_are_named_before_any_weight_is_loaded():
+def reached(model, *patterns, max_length=64):
+    targets = find_layers(model, patterns)
+    return [target.name for target in reached_layers(model, targets, patterns, max_length)]
+
+
+def test_roles_leave_out_layers_without_a_gradient_and_a_name_of_them_is_an_error():
     model = with_images()
+    text = names_of(model, "all", "-vision_tower")
+    assert reached(model, "all") == reached(model, "mlp", "attn") == text
+    unreached = find_layers(model, ["vision_tower.encoder"])
+    (named,) = coverage_of(model, find_layers(model, text), unreached).not_reached
+    assert (named.name, named.n) == ("model.vision_tower", 6)
     with pytest.raises(ModelError, match=r"never reaches 6 of 20 .*vision_tower") as error:
-        check_reached(model, find_layers(model, ["mlp", "attn"]), ["mlp", "attn"], 64)
-    assert "--proj_layers mlp,attn,-vision_tower (it takes model.language_model" in str(error.value)
-    advice = ["mlp", "attn", "-vision_tower"]
-    assert check_reached(model, find_layers(model, advice), advice, 64)
+        reached(model, "mlp", "attn", "layers.0")
+    assert "--proj_layers mlp,attn,layers.0,-vision_tower (it takes model.la" in str(error.value)
+
+
+def test_layer_whose_weight_is_used_without_calling_it_is_left_out():
+    model = model_of("mamba", "meta", state_size=4, time_step_rank=4)
+    names = names_of(model, "all")
+    assert reached(model, "all") == [name for name in names if "dt_proj" not in name]
 
 
 def git(device):
@@ -245,26 +275,24 @@ def trocr(device):
 @pytest.mark.parametrize(
     ("make", "patterns", "advice"),
     [
-        (git, "mlp,attn", "attn,-image_encoder"),
-        (git, "mlp", "attn,-image_encoder,-visual_projection"),
+        (git, "mlp.fc1", "all"),
         (trocr, "fc1,self_attn,encoder_attn", "fc1,self_attn,-encoder_attn"),
-        (trocr, "encoder_attn", "attn,mlp,-encoder_attn"),
     ],
 )
 def test_advice_for_unreached_layers_is_accepted_when_followed(make, patterns, advice):
     model = make("meta")
-    given = patterns.split(",")
     with pytest.raises(ModelError, match="never reaches") as error:
-        check_reached(model, find_layers(model, given), given, 64)
+        reached(model, *patterns.split(","))
     advised = str(error.value).partition("--proj_layers ")[2].partition(" ")[0]
     assert advised == advice
     follow = advised.split(",")
-    assert check_reached(model, find_layers(model, follow), follow, 64)
+    assert advice == "all" or reached(model, *follow) == names_of(model, *follow)
+    assert reached(model, *follow)
 
 
 def test_trial_reaches_every_layer_of_a_hybrid_model():
     model = hybrid("meta")
-    assert check_reached(model, find_layers(model, ["layers"]), ["layers"], 64)
+    assert len(reached(model, "layers")) == 31
 
 
 class ForLongTexts(nn.Module):
@@ -285,6 +313,6 @@ def test_layer_with_a_part_in_long_texts_alone_is_reached_if_the_job_has_such():
     with torch.device("meta"):
         model = ForLongTexts()
     layers = ["short", "long"]
-    assert check_reached(model, find_layers(model, layers), layers, 100)
+    assert reached(model, *layers, max_length=100) == layers
     with pytest.raises(ModelError, match=r"1 of 2 target layers: long\. Give --proj_layers short,"):
-        check_reached(model, find_layers(model, layers), layers, 99)
+        reached(model, *layers, max_length=99)

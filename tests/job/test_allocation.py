@@ -73,7 +73,7 @@ def test_all_layers_are_taken_where_each_has_64_by_64_and_else_the_mlps_outputs(
     least = row_bytes([4096] * n)
     config, layers, lines = allocated(family, least)
     assert [(layer.k_i, layer.k_o) for layer in layers] == [(64, 64)] * n
-    assert config.projection.layers == "mlp,attn"
+    assert config.projection.layers == "all"
     assert f"64 x 64 signs of all layers ({n})" in lines[0]
     quality = "0.57 on GPT-2 3 x 128, 0.47 on GPT-2 3 x 384, 0.50 on SmolLM2-135M"
     assert lines[1] == f"quality       64 x 64 signs of all layers, LDS {quality}"

@@ -48,7 +48,7 @@ OTHER_VALUES = {
     "--proj_layers": "attn", "--proj_rank_total": 64, "--proj_rank_min": 4, "--proj_seed": 1,
     "--proj_kind": "gaussian", "--basis": "random", "--pilot_tokens": 99, "--head_rows": "8x8",
     "--head_damping": 0.1,
-    "--include_embeddings": None, "--max_length": 32,
+    "--include_embeddings": None, "--experts": "separate", "--max_length": 32,
     "--long_documents": "windows", "--loss_reduction": "mean", "--special_tokens": "bos",
     "--model_dtype": "bfloat16", "--revision": "v2", "--proj_dtype": "float32",
     "--hidden_state": "mean",
@@ -59,8 +59,10 @@ OTHER_VALUES = {
     "--bytes_per_document": "5k", "--device": "cpu", "--threads": 1, "--deterministic": None,
     "--compile": None,
     "--gradient_checkpointing": None, "--output_dir": "other", "--proj_save_interval": 3,
+    "--ranks_per_model": 2, "--offload": None,
     "--loss_on": "all", "--truncate_side": "left", "--preference_beta": 0.5,
     "--chat_template": __file__,
+    "--quantize": "nf4", "--dequantize": None,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
 

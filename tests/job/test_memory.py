@@ -37,6 +37,8 @@ FAMILIES = {
     "llama": {},
     "gemma2": {},
     "cohere": {"vocab_size": 16_000},  # plain logits, which take most of it
+    "olmoe": {},
+    "lfm2": {},
 }
 
 
@@ -51,4 +53,4 @@ def test_counted_bytes_of_a_batch_are_those_that_a_real_one_allocates(
     allocated(model, projection, checkpointing)  # measures the model, and warms torch up
     want = allocated(model, projection, checkpointing)
     batch = BatchConfig(max_length=LENGTH, batch_tokens=N * LENGTH + 1)
-    assert batch_bytes(files, projection, batch, checkpointing) == pytest.approx(want, rel=0.25)
+    assert batch_bytes(files, projection, batch, checkpointing) == pytest.approx(want, rel=0.15)

@@ -413,3 +413,13 @@ def test_layer_that_gets_tokens_in_another_order_is_refused_unless_frozen():
     model.model.layers[0].mlp.experts.requires_grad_(False)
     with GradDotProdEngine(model, validation) as engine:
         run_batch(engine, model, *ragged_batch(LENGTHS))
+
+
+def test_fused_experts_are_refused_unless_frozen():
+    model, validation = small_model("qwen3_moe"), ragged_batch(VAL_LENGTHS, seed=5)
+    with pytest.raises(ModelError, match=r"experts\.gate_up_proj \(Qwen3MoeExperts\).*Freeze"):
+        GradDotProdEngine(model, validation)
+    for block in model.model.layers:
+        block.mlp.requires_grad_(False)
+    with GradDotProdEngine(model, validation) as engine:
+        assert run_batch(engine, model, *ragged_batch(LENGTHS))["total"].isfinite().all()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from helpers.experts import row_by_autograd
 from helpers.models import ragged_batch, small_model
-from helpers.references import sample_loss
+from helpers.references import relative_error, sample_loss
 from helpers.training_runs import config_of, index_of, make_data, rows_by_autograd
 from safetensors.torch import load_file
 
@@ -109,6 +110,22 @@ def test_row_of_a_shared_weight_has_all_its_uses(tmp_path):
         got = torch.tensor(store.rows([1])[0]).view(32, 32)
     (gradient,) = torch.autograd.grad(sample_loss(model, X[1]), [first.weight])
     torch.testing.assert_close(got, p_o @ gradient @ p_i.T, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_experts_are_those_of_each_sample(tmp_path):
+    model = small_model("qwen3_moe").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = {"method": "GradProjLora", "result_dir": str(tmp_path), "proj_layers": "experts,gate"}
+    config |= {"proj_dtype": "float32", "loss_reduction": "sum"}
+    with GhostEngineManager(config, model, optimizer) as manager:
+        one_step(model, optimizer, manager, step=1)
+        manager.save_metrics(1)
+    X, _ = ragged_batch([7, 12, 5], seed=1)
+    want = row_by_autograd(model, GradProjLoraEngine(model, "experts,gate"), X[1])
+    with ProjectionStore(tmp_path / "projections") as store:
+        got = torch.tensor(store.rows([1])[0])
+        assert store.attributes["identity"]["--experts"] == "joint"
+    assert relative_error(got, want) < 1e-5
 
 
 def test_manager_keeps_the_names_of_earlier_code():
