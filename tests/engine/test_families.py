@@ -1,4 +1,4 @@
-"""What a default takes of each family, and exact rows of state-space and hybrid models."""
+"""Layers that the default takes of each family, and exact rows of recurrent and hybrid models."""
 
 from pathlib import Path
 
