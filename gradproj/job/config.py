@@ -151,7 +151,8 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
         attributes = read_attributes(store) if store.exists() else {}
     except GradprojError:  # said later
         return {}
-    recorded = attributes.get("identity", {}).get("--proj_layers")
+    identity = attributes.get("identity")  # damage is said later
+    recorded = identity.get("--proj_layers") if isinstance(identity, dict) else ""
     defaults = dict(FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
     return defaults | ({"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {})
 
