@@ -75,6 +75,7 @@ def test_dashes_and_underscores_name_the_same_flag(argv):
 def test_a_switch_is_turned_off_by_no_in_either_spelling():
     assert not fruit("--only_ripe", "--no-only-ripe").ripe
     assert not fruit("--only_ripe", "--no-only_ripe").ripe
+    assert not fruit("--only_ripe", "--no_only_ripe").ripe
 
 
 def test_dashes_in_values_stay():
@@ -98,6 +99,26 @@ def test_lists_are_split_at_commas_and_a_repeated_flag_adds_to_the_list():
     assert fruit("--kinds", "apple, pear,").kinds == ("apple", "pear")
     assert fruit("--kinds", "apple", "--kinds", "pear").kinds == ("apple", "pear")
     assert fruit("--fruit_parts", "peel", "--fruit_parts", "seed").only_parts == "peel,seed"
+
+
+def test_an_optional_list_of_places_stands_before_the_flags():
+    @dataclass(frozen=True, kw_only=True)
+    class Route(Fruit, title="route"):
+        stops: tuple[str, ...] = flag("Further places.", (), name="STOP", positional=True)
+        prices: tuple[float, ...] = flag("Prices.", ())
+
+    def route(*argv):
+        return parse(argv, "test", Route)[0]
+
+    assert (route("here").where, route("here").stops, route("here").prices) == ("here", (), ())
+    got = route("here", "a,b", "c", "--prices", "-2,1e-3", "--number", "3", "--prices=4")
+    assert (got.where, got.stops, got.prices) == ("here", ("a,b", "c"), (-2.0, 1e-3, 4.0))
+    with pytest.raises(ConfigError, match="prices: invalid list of float value: '1,x'"):
+        route("here", "--prices", "1,x")
+    with pytest.raises(ConfigError, match="unexpected argument 'c'; --kinds takes one list"):
+        route("here", "a", "--kinds", "b", "c")
+    with pytest.raises(ConfigError, match=r"required: PLACE$"):
+        route("--number", "3")
 
 
 def test_a_backslash_keeps_a_comma_in_an_item():

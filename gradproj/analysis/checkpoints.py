@@ -21,7 +21,12 @@ from gradproj.errors import ConfigError, settings_mismatch
 from gradproj.formatting import listed
 from gradproj.store import ProjectionStore
 
-_SAME = ("--shards (corpus index)", "--max_samples", "--domains", "--rows_per_shard")
+_SAME = (
+    "--shards (corpus index)", "--max_samples", "--domains", "--rows_per_shard", "--max_length",
+    "--long_documents", "--special_tokens", "--loss_on", "--truncate_side", "--chat_template",
+    "--preference_beta",
+)  # fmt: skip
+"""Settings of the job that say which documents and tokens a row is of, and where it lies."""
 _LAYERS, _N_SAMPLES = "layers", "documents"
 
 

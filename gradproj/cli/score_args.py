@@ -174,6 +174,15 @@ def is_job_store(store: ProjectionStore) -> bool:
     return "wanted_units" in store.attributes
 
 
+def check_is_job_store(store: ProjectionStore) -> None:
+    """Raise ``StoreError`` for a store whose model is not known, so that no text is a query."""
+    if not is_job_store(store):
+        raise StoreError(
+            f"{store.path} was not written by the job and records no model, so text queries "
+            "cannot be projected. Give --query_store, or use gradproj.analysis"
+        )
+
+
 def matching_layers(words: Sequence[str], store: ProjectionStore) -> list[str] | None:
     """Return the names of the layers that match ``--layers``, in store order; None for all."""
     names = [layer.name for layer in store.layers]

@@ -199,25 +199,29 @@ def read_document(
     tar: int,
     domain_of: DomainReader,
     limits: ReadLimits,
+    texts_only: bool = False,
 ) -> Document:
     """Decode a sample's members. Bad content is reported in ``problem``.
 
     ``{key}.json`` holds the fields of a document. If they make none, the JSON is only metadata, and
     ``{key}.txt`` is the text, or without one ``{key}.npy`` the token ids and ``{key}.labels.npy``
-    their labels. A member too large to be read at all is None in ``members``.
+    their labels. A member too large to be read at all is None in ``members``. ``texts_only`` is
+    that of the index.
     """
     data = members.get("json")
     domain = (
         domain_of(data) if data is not None and len(data) <= MAX_DOCUMENT_BYTES else UNKNOWN_DOMAIN
     )
     try:
-        content, weight = content_of(fields_of_members(members, limits))
+        content, weight = content_of(fields_of_members(members, limits, texts_only))
     except BadContentError as bad:
         return Document(sample_id, key, tar, domain, None, 1.0, str(bad))
     return Document(sample_id, key, tar, domain, content, weight, None)
 
 
-def fields_of_members(members: Mapping[str, bytes | None], limits: ReadLimits) -> dict[str, Any]:
+def fields_of_members(
+    members: Mapping[str, bytes | None], limits: ReadLimits, texts_only: bool = False
+) -> dict[str, Any]:
     """Return the fields of ``{key}.json``, with the content of the member that has it.
 
     Token ids of a ``.npy`` are numpy arrays.
@@ -228,10 +232,12 @@ def fields_of_members(members: Mapping[str, bytes | None], limits: ReadLimits) -
     fields: dict[str, Any] = {}
     if "json" in members:
         fields = _json_object(_within_limit(members["json"], "json", limits), limits)
+    if texts_only:
+        fields = {name: fields[name] for name in ("text", "input_ids") if name in fields}
     if not fields_of_form(fields):
         if "txt" in members:
             fields["text"] = _utf8(_within_limit(members["txt"], "txt", limits), "txt")
-        elif "npy" in members:
+        elif "npy" in members and not texts_only:
             fields["input_ids"] = _integers(members["npy"], "npy", limits)
             if "labels.npy" in members:
                 fields["labels"] = _integers(members["labels.npy"], "labels.npy", limits)

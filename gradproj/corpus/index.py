@@ -55,6 +55,9 @@ class CorpusIndex:
     fingerprint: str
     tokenization: Tokenization | None = None
     """The rules of documents that were tokenized ahead."""
+    texts_only: bool = False
+    """Read only ``text`` or ``input_ids`` of a document, as versions before its forms did: rows of
+    a store that one of them began are continued so. Not part of the file."""
 
     @cached_property
     def _stop_ids(self) -> NDArray[np.int64]:

@@ -44,7 +44,10 @@ def read_documents(
     """
     domain_of = DomainReader(index.domain_field)
     for number, first, last in index.spans(start, stop):
-        yield from _read_span(index.tars[number], number, first, last, domain_of, limits)
+        tar = index.tars[number]
+        for position, sample in _samples(tar, first, last, limits):
+            key, sample_id = sample["__key__"], tar.start_id + position
+            yield read_document(sample, sample_id, key, number, domain_of, limits, index.texts_only)
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,6 @@ def _members_of(tar: Tar, sample_id: int, sample: dict[str, Any]) -> Members:
                 f"is held in memory: leave document {sample_id} out"
             )
     return Members(sample_id, key, members)
-
-
-def _read_span(
-    tar: Tar, number: int, first: int, stop: int, domain_of: DomainReader, limits: ReadLimits
-) -> Iterator[Document]:
-    for position, sample in _samples(tar, first, stop, limits):
-        key = sample["__key__"]
-        yield read_document(sample, tar.start_id + position, key, number, domain_of, limits)
 
 
 def _samples(

@@ -159,6 +159,7 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
     n_pretrain = 0 if config.model else config.pretrain
     candidates: list[_Window] = []
     pretrain: list[_Window] = []
+    n_others = 0
     for document in shuffled_documents(index, config.seed, epoch=0):
         if len(candidates) >= needed and len(pretrain) >= n_pretrain:
             break
@@ -166,31 +167,37 @@ def _windows(config: LdsConfig, tokenizer: Any) -> tuple[list[_Window], list[_Wi
         if len(candidates) < needed:
             target, most, least = candidates, config.windows_per_document, shortest
         tokens, begin = _tokens_of(document, tokenizer, most * longest), 0
+        n_others += tokens is None
         for length in lengths.integers(least, longest + 1, most).tolist():
-            if begin + length > len(tokens):
+            if tokens is None or begin + length > len(tokens):
                 break
             ids, source = tokens[begin : begin + length], f"{document.key} {begin}"
             target.append(_Window(ids, document.domain, source))
             begin += length
     if len(candidates) < needed or (n_pretrain and not pretrain):
         of_tokens = f"{shortest} to {longest}" if shortest < longest else str(longest)
+        left_out = f"; {n_others:,} documents with a prompt or labels are left out" * (n_others > 0)
         raise CorpusError(
             f"--shards {config.shards} has {len(candidates):,} windows of {of_tokens} tokens (at "
             f"most --windows_per_document {config.windows_per_document}) and {len(pretrain):,} of "
             f"other documents to pretrain on; --n_documents {config.n_documents:,} and --n_queries "
             f"{config.n_queries:,} need {needed:,}, and --pretrain needs at least one: give fewer "
-            "of them, a smaller --max_length, or more --windows_per_document"
+            f"of them, a smaller --max_length, or more --windows_per_document{left_out}"
         )
     return candidates[:needed], pretrain[:n_pretrain]
 
 
-def _tokens_of(document: Document, tokenizer: Any, most: int) -> np.ndarray:
-    """Return the first ``most`` token ids of a text, or of token ids; none of anything else."""
-    if isinstance(document.content, TokenIds):
-        return np.asarray(document.content.ids[:most], np.int64)
-    if not isinstance(document.content, Text):
-        return np.empty(0, np.int64)
-    (ids,) = Tokenizing(tokenizer, "tokenizer", most).ids([document.content.text])
+def _tokens_of(document: Document, tokenizer: Any, most: int) -> np.ndarray | None:
+    """Return the first ``most`` token ids of a text, or of token ids; None of any other form.
+
+    A window of tokens is a document of the experiment, and all its tokens are targets.
+    """
+    content = document.content
+    if isinstance(content, TokenIds):
+        return np.asarray(content.ids[:most], np.int64) if content.labels is None else None
+    if not isinstance(content, Text):
+        return None if content is not None else np.empty(0, np.int64)
+    (ids,) = Tokenizing(tokenizer, "tokenizer", most).ids([content.text])
     return ids[:most]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,11 +88,8 @@ def _parser(
     fields: Mapping[str, dataclasses.Field],
     titles: Mapping[str, str],
 ) -> argparse.ArgumentParser:
-    positional = [
-        f"{name} ..." if type_of(f)[1] else name
-        for name, f in fields.items()
-        if f.metadata.get("positional")
-    ]
+    fields = dict(sorted(fields.items(), key=lambda item: _is_optional_list(item[1])))  # last
+    positional = [_usage(name, f) for name, f in fields.items() if f.metadata.get("positional")]
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *positional, "[--flag VALUE ...]"]),
@@ -112,6 +110,16 @@ def _parser(
     return parser
 
 
+def _is_optional_list(f: dataclasses.Field) -> bool:
+    return bool(f.metadata.get("positional")) and type_of(f)[1] and not is_required(f)
+
+
+def _usage(name: str, f: dataclasses.Field) -> str:
+    if not type_of(f)[1]:
+        return name
+    return f"[{name} ...]" if _is_optional_list(f) else f"{name} ..."
+
+
 def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
     kind, is_list = type_of(f)
     text = f.metadata.get("help", "")
@@ -121,7 +129,9 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
         text += f" (default: {f.metadata.get('default_text', word_of(f, f.default))})"
     text = text.replace("%", "%%")  # argparse formats it
     if f.metadata.get("positional"):
-        group.add_argument(name, nargs="+" if is_list else None, type=kind, help=text)
+        nargs = ("*" if _is_optional_list(f) else "+") if is_list else None
+        # A list of any length with a default is not among the required ones of argparse's error.
+        group.add_argument(name, nargs=nargs, type=kind, help=text, default=None)
     elif kind is bool:
         group.add_argument(
             f"--{name}", action=argparse.BooleanOptionalAction, default=None, help=text
@@ -133,7 +143,7 @@ def _add_flag(group: Any, name: str, f: dataclasses.Field) -> None:
         group.add_argument(
             f"--{name}",
             action="append" if takes_commas(f) else "store",
-            type=_reader(kind, words),
+            type=_list_reader(kind) if is_list else _reader(kind, words),
             metavar=f"{metavar},..." if takes_commas(f) else metavar,
             help=text,
         )
@@ -147,24 +157,46 @@ def _reader(kind: type, words: Mapping[str, Any]) -> Callable[[str], Any]:
     return read
 
 
+def _split_positional(
+    words: Sequence[str], fields: Mapping[str, dataclasses.Field]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the items of an optional list before the first flag, by its name, and other words."""
+    lists = [name for name, f in fields.items() if _is_optional_list(f)]
+    n_words = sum(bool(f.metadata.get("positional")) for f in fields.values()) - len(lists)
+    leading = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if not lists:
+        return {}, list(words)
+    return {lists[0]: leading[n_words:]}, [*leading[:n_words], *words[len(leading) :]]
+
+
+def _list_reader(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(kind(item) for item in split_list(text))
+
+    read.__name__ = f"list of {kind.__name__}"
+    return read
+
+
 def _given(
     parser: argparse.ArgumentParser, argv: Sequence[str], fields: Mapping[str, dataclasses.Field]
 ) -> dict[str, Any]:
     """Return the values on the command line by flag."""
     words = _joined([_with_underscores(word, fields) for word in argv], fields)
+    further, words = _split_positional(words, fields)
     given, unknown = parser.parse_known_args(words)
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    # What argparse finds for an optional list is behind a flag, such as `--layers A B`.
+    unknown = [word for name in further for word in values.pop(name, [])] + unknown
     if unknown:
         _refuse(unknown[0], words, fields)
-    values = {name: value for name, value in vars(given).items() if value is not None}
+    values |= {name: items for name, items in further.items() if items}
     for name, value in values.items():
         if isinstance(value, list):
             f = fields[name]
             if not type_of(f)[1]:
                 values[name] = ",".join(value)
                 continue
-            items = (
-                value if f.metadata.get("positional") else [i for v in value for i in split_list(v)]
-            )
+            items = value if f.metadata.get("positional") else [i for v in value for i in v]
             if not items:
                 raise ConfigError(f"--{name} is empty; give a list such as A,B, or leave it out")
             values[name] = tuple(items)
@@ -176,10 +208,10 @@ def _with_underscores(word: str, fields: Mapping[str, dataclasses.Field]) -> str
     if not word.startswith("--") or word == "--":
         return word
     name, equals, value = word[2:].partition("=")
-    for prefix in ("", "no-"):
+    for prefix, spelled in (("", ""), ("no-", "no-"), ("no_", "no-")):
         declared = name.removeprefix(prefix).replace("-", "_")
         if name.startswith(prefix) and declared in fields:
-            return f"--{prefix}{declared}{equals}{value}"
+            return f"--{spelled}{declared}{equals}{value}"
     new_name = _renamed(name.removeprefix("no-"), fields)
     if new_name:
         raise ConfigError(f"--{name} is now called --{new_name}")

@@ -9,6 +9,7 @@ from gradproj.job.head import head_attribute
 from gradproj.job.plan import Plan
 from gradproj.store.encoding import row_formula
 from gradproj.store.hidden_states import HIDDEN_STATE
+from gradproj.store.texts import DOCUMENT_FORMS
 
 
 def attributes_of(plan: Plan) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "identity": plan.identity,
         "identity_hash": plan.identity_hash,
         "wanted_units": ranges_of(plan.wanted),
+        DOCUMENT_FORMS: True,
         "complete": False,
         "how_to_read": f"{row_formula(plan.layout)}; NaN = not there; status 1 = ok",
         "projection": asdict(projection) | drawn_by,

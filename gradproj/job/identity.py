@@ -11,6 +11,7 @@ from gradproj.errors import OtherSettingsError, settings_mismatch
 from gradproj.job.config import RunConfig
 from gradproj.store.layout import PARTIAL_DIR, STORE_NAME, UNITS_DIR, StoreConfig, StoreLayout
 from gradproj.store.metadata import read_attributes
+from gradproj.store.texts import DOCUMENT_FORMS
 from gradproj.store.unit_record import list_records
 
 FORMAT_1 = {
@@ -81,6 +82,20 @@ def is_untouched(output: Path) -> bool:
         return True
     is_jobs = not store.is_symlink() and "wanted_units" in read_attributes(store)
     return is_jobs and os.listdir(store / "projections") == ["zarr.json"]
+
+
+def reads_texts_only(output: Path, identity_hash: str) -> bool:
+    """Return whether a start with this identity continues a store that knows no forms of documents.
+
+    A version before them began it, and read what is a prompt or a conversation today otherwise.
+    """
+    store = output / STORE_NAME
+    if not store.exists():
+        return False
+    attributes = read_attributes(store)
+    # An empty store of another identity is replaced.
+    is_replaced = is_untouched(output) and attributes.get("identity_hash") != identity_hash
+    return DOCUMENT_FORMS not in attributes and not is_replaced
 
 
 def store_to_plan(config: RunConfig) -> StoreConfig:

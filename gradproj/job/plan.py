@@ -32,6 +32,7 @@ from gradproj.job.identity import (
     identity_hash,
     identity_of_flags,
     is_untouched,
+    reads_texts_only,
 )
 from gradproj.job.layer_choice import choose_layers
 from gradproj.job.row_form import place_rows
@@ -234,6 +235,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
         identity["--basis_from"] = basis.digest
     counts = (len(tokenizer), vocabulary, wanted, n_selected, n_weights, shared)
     template = chat_template(tokenizer, config.rules.chat_template)
+    is_older = reads_texts_only(Path(config.job.output_dir), identity_hash(identity))
+    index = replace(index, texts_only=is_older)
     plan = Plan(
         config, files, index, layers, chosen.coverage, layout, *counts, identity, head, template
     )

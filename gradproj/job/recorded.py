@@ -16,7 +16,7 @@ from torch import nn
 
 from gradproj.corpus.index import CorpusIndex, check_unchanged
 from gradproj.corpus.index_file import default_index_path, load_index
-from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
+from gradproj.corpus.tar.paths import list_tars
 from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
@@ -33,6 +33,7 @@ from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import RUN_CONFIG_NAME
+from gradproj.store.texts import output_index
 
 _NEEDS_CONSENT = {
     "trust_remote_code": "runs code that the checkpoint brings along",
@@ -96,7 +97,7 @@ def config_from(inputs: RecordedRunArgs, loads_weights: bool = True) -> RunConfi
 def recorded_index(output: Path, shards: str = "") -> CorpusIndex:
     """Return the output's own index, with its tars where the job found them or at ``shards``."""
     recorded = recorded_config(output).corpus.shards
-    index, shards = load_index(output / INDEX_NAME), shards or recorded
+    index, shards = output_index(output), shards or recorded
     # The index holds absolute paths; the job's --shards may be relative to another folder.
     in_place = shards == recorded and all(tar.path.is_file() for tar in index.tars)
     if not in_place and not shards.endswith(".json"):
@@ -112,7 +113,8 @@ def _with_present_times(index: CorpusIndex) -> CorpusIndex:
     except CorpusError:
         beside = default_index_path([tar.path for tar in index.tars])
         newer = load_index(beside) if beside and beside.is_file() else index
-        return newer if newer.fingerprint == index.fingerprint else index
+        same = newer.fingerprint == index.fingerprint
+        return replace(newer, texts_only=index.texts_only) if same else index
     return index
 
 

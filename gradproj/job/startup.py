@@ -52,6 +52,7 @@ from gradproj.store.layout import (
     STORE_NAME,
 )
 from gradproj.store.metadata import read_attributes
+from gradproj.store.texts import output_index
 from gradproj.store.writer import StoreExists, create_store, pack_matrices
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def start_job(
     files = fetch(plan.config.model) if process.local_rank == 0 else None
     ranks.wait_for_all("the model's files are here")
     files = files or fetch(plan.config.model, may_download=False)
-    plan = replace(plan, files=files, index=load_index(plan.output / INDEX_NAME))
+    plan = replace(plan, files=files, index=output_index(plan.output))
     owner = Owner.this_process(name.job_id, name.generation, process.rank)
     if process.local_rank == 0:
         # Leftovers of dead processes can only be recognised on their own machine.

@@ -1,6 +1,7 @@
 """Document texts by sample id, read from the tars that a job recorded in its output directory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from gradproj.corpus.content import TokenIds
@@ -8,7 +9,18 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index
 from gradproj.corpus.tar.paths import INDEX_NAME, list_tars
 from gradproj.errors import CorpusError, StoreError
-from gradproj.store.layout import RUN_CONFIG_NAME
+from gradproj.store.layout import RUN_CONFIG_NAME, STORE_NAME
+from gradproj.store.metadata import read_attributes
+
+DOCUMENT_FORMS = "document_forms"
+"""Attribute of a job's store whose documents are read in every form. A store of an earlier version
+has it not: it read texts and token ids alone, and is continued so."""
+
+
+def output_index(output: Path) -> CorpusIndex:
+    """Return an output's own index, which reads documents as the output's job does."""
+    forms = DOCUMENT_FORMS in read_attributes(output / STORE_NAME)
+    return replace(load_index(output / INDEX_NAME), texts_only=not forms)
 
 
 class RecordedTexts:
@@ -41,7 +53,7 @@ class RecordedTexts:
                 f"{self._output} does not record where its documents are ({error}). Open the store "
                 "with ProjectionStore(path, read_text=...), a function from a sample id to its text"
             ) from error
-        index = load_index(self._output / INDEX_NAME)
+        index = output_index(self._output)
         # The index has absolute paths; --shards may be relative to another working directory.
         if all(tar.path.is_file() for tar in index.tars):
             return index

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradproj.corpus.content import Preference
+from gradproj.corpus.content import Preference, Text, TokenIds
 from gradproj.corpus.documents import Document
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.sampling import spread_order
@@ -28,8 +28,6 @@ SHUFFLED_BLOCKS = 64
 """Blocks of documents read and shuffled together. The blocks too are in a shuffled order."""
 N_CHECKED = 32
 """Documents that are read before the first step."""
-_WHOLE = 2**31
-"""No document is longer."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class SampleTokenizer:
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any, pack: bool) -> None:
-        length = _WHOLE if pack else config.max_length
+        length = 0 if pack else config.max_length
         self._documents = DocumentTokenizer(tokenizer, "tokenizer", config.rules, length)
         self._pack, self._end = pack, tokenizer.eos_token_id
 
@@ -170,9 +168,10 @@ class SampleTokenizer:
                 f"{document.weight:g}, and --pack joins documents in one loss: leave --pack out"
             )
         (tokenized,) = self._documents.sequences([document.content], [document.weight])
-        if not tokenized.sequences:
+        sequences = [x for x in tokenized.sequences if x.n_targets or _is_one_token(x, document)]
+        if not sequences:
             return None, tokenized.problem
-        return tokenized.sequences[0].owned_by(document.sample_id), ""
+        return sequences[0].owned_by(document.sample_id), ""
 
     def ended(self, sequence: TokenSequence) -> np.ndarray:
         """Return ``(3, n)`` as in ``DataPosition.left``, with the token that ends a document."""
@@ -194,6 +193,15 @@ def check_forms(config: TrainConfig, index: CorpusIndex, tokenizer: Any) -> None
     for sample_id in itertools.islice(spread_order(index.n_samples), N_CHECKED):
         for document in read_documents(index, sample_id, sample_id + 1):
             tokenize(document, shards)
+
+
+def _is_one_token(sequence: TokenSequence, document: Document) -> bool:
+    """Return whether a whole document is one token, a target after another document's tokens."""
+    content = document.content
+    is_plain = isinstance(content, Text) or (
+        isinstance(content, TokenIds) and content.labels is None
+    )
+    return len(sequence) == 1 and is_plain
 
 
 def _samples(

@@ -1,4 +1,4 @@
-"""What a default takes of each family, and exact rows of state-space and hybrid models."""
+"""Rows of the families that hybrids and mixtures come in, and the table of them in the README."""
 
 from pathlib import Path
 

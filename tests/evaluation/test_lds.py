@@ -396,6 +396,19 @@ def test_corpus_with_too_few_documents_is_rejected(data, tmp_path):
         make_experiment(config_of(data, tmp_path, n_documents=500))
 
 
+def test_documents_that_are_no_plain_text_are_left_out_and_counted(data, tmp_path):
+    text = words(60, 1)
+    others = [
+        {"prompt": text, "completion": text}, {"prompt": text, "chosen": text, "rejected": "a"},
+        {"messages": [{"role": "user", "content": text}]},
+        {"input_ids": [5] * 60, "labels": [-100] * 59 + [5]},
+    ]  # fmt: skip
+    make_corpus(tmp_path / "tars", [*others, {"text": text}])
+    config = config_of(data, tmp_path / "lds", shards=str(tmp_path / "tars"))
+    with pytest.raises(CorpusError, match=r"4 documents with a prompt or labels are left out"):
+        make_experiment(config)
+
+
 def test_directory_is_reusable_after_too_few_documents(data, tmp_path, in_this_process):
     with pytest.raises(CorpusError, match="need 503"):
         evaluate(config_of(data, tmp_path, n_documents=500, leave_out=0))

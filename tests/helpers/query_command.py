@@ -1,5 +1,6 @@
 """Run the query command in this process."""
 
+import itertools
 import json
 
 import numpy as np
@@ -21,7 +22,10 @@ class QueryCommand:
     def __call__(self, output, *words, code=0):
         """Return ``(lines on standard output, standard error)``; check the exit code."""
         self._capsys.readouterr()
-        exit_code = main(["query", str(output), "--device", "cpu", *map(str, words)])
+        flags = [str(word) for word in words]
+        others = list(itertools.takewhile(lambda word: not word.startswith("-"), flags))
+        flags = ["--device", "cpu", *flags[len(others) :]]
+        exit_code = main(["query", str(output), *others, *flags])
         printed = self._capsys.readouterr()
         assert exit_code == code, printed.err
         assert "Traceback" not in printed.err

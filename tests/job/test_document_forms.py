@@ -1,5 +1,7 @@
 """Rows of documents of every form equal plain autograd of their masked loss, in the job."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from helpers.corpora import make_corpus, words
 from helpers.jobs import assert_same_bits, flags, run_job
 from helpers.killed_jobs import run_killed_and_resumed
 from helpers.models import make_model
+from helpers.outputs import uncommit
 from transformers import AutoModelForCausalLM
 
 from gradproj import ProjectionStore
@@ -244,3 +247,31 @@ def test_plan_shows_tokens_and_marks_the_targets(jobs, capsys):
     assert "its gradient times -0.15" in out
     assert "no row: no target" in out
     assert 'no row: "weight" is not a number but a string' in out
+
+
+def test_store_of_an_older_version_is_continued_by_its_reading(models, tmp_path):
+    """It has no mark of the forms: what has a text is that text alone, as in its other rows."""
+    documents = [
+        {"text": A, "prompt": B, "completion": C, "weight": 3},
+        {"input_ids": [9, 8, 7, 6], "labels": [-100, 8, 7, 6], "text": B},
+        {"messages": CHAT},
+    ]
+    settings = SETTINGS | {
+        "shards": make_corpus(tmp_path / "tars", documents), "model": models["qwen"],
+        "output_dir": tmp_path / "out", "loss_reduction": "sum",
+    }  # fmt: skip
+    run_job(**settings)
+    metadata = tmp_path / "out" / "projections.zarr" / "zarr.json"
+    recorded = json.loads(metadata.read_text())
+    assert recorded["attributes"].pop("document_forms")
+    metadata.write_text(json.dumps(recorded))
+    uncommit(tmp_path / "out", 0)
+    run_job(**settings)
+    with ProjectionStore(tmp_path / "out") as store:
+        names = {number: name for name, number in STATUS.items()}
+        assert [names[s] for s in store.column("status")] == ["ok", "ok", "bad_input"]
+        queries = [Query.of("a", text=A), Query.of("b", input_ids=[9, 8, 7, 6])]
+        want = QueryProjector(store, device="cpu").rows(queries).rows
+        np.testing.assert_allclose(store.rows([0, 1]), want, rtol=1e-4, atol=1e-6)
+        assert [sample.text for sample in store.samples([0, 1], text=True)] == [A, B]
+    assert main(["verify", str(tmp_path / "out"), "--recompute", "3", "--device", "cpu"]) == 0

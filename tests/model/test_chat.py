@@ -17,6 +17,7 @@ WITH_TOOL = [
     {"role": "tool", "content": "3"},
     {"role": "assistant", "content": "3."},
 ]
+ASSISTANTS = [i for i, message in enumerate(MESSAGES) if message["role"] == "assistant"]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
 
@@ -82,10 +83,11 @@ def test_turns_are_the_marked_ones_or_found_by_rendering_beginnings(family, want
 
 
 def test_turn_of_weight_0_carries_no_loss():
-    for number in (1, 3):
+    both = turns(TEMPLATES["qwen"])
+    for number, other in (ASSISTANTS, ASSISTANTS[::-1]):
         messages = [m | {"weight": int(i != number)} for i, m in enumerate(MESSAGES)]
         (turn,) = turns(TEMPLATES["qwen"], messages)
-        assert turn == turns(TEMPLATES["qwen"])[number == 1]
+        assert turn == both[ASSISTANTS.index(other)]
     assert turns(TEMPLATES["qwen"], messages, "last") == [turn]
 
 

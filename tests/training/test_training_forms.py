@@ -160,6 +160,26 @@ def test_packed_rows_keep_the_targets_of_every_document(data, tmp_path):
     assert got == wanted
 
 
+def test_packed_documents_of_one_token_are_kept_and_those_without_a_target_are_not(data, tmp_path):
+    documents = [
+        {"input_ids": [7]}, {"text": A}, {"input_ids": [8], "labels": [-100]},
+        {"prompt": A, "completion": ""},
+    ]  # fmt: skip
+    make_corpus(tmp_path / "tars", documents)
+    config = config_of(
+        data, tmp_path, shards=str(tmp_path / "tars"), pack=True, max_length=3, batch_size=1
+    )
+    tokens = {0: [7], 1: tokens_of(data.tokenizer, [[A]])[0], 2: [], 3: []}
+    index, flat = open_corpus(config.shards), []
+    for document in shuffled_documents(index, config.seed, 0):
+        if ids := tokens[document.sample_id]:
+            flat += [*ids, data.tokenizer.eos_token_id]
+    wanted = [flat[start : start + 3] for start in range(0, len(flat) - 2, 3)]
+    batches = list(itertools.islice(batches_of(config, index, data.tokenizer), len(wanted)))
+    assert [batch.input_ids[0].tolist() for batch in batches] == wanted
+    assert all((batch.labels == batch.input_ids).all() for batch in batches)
+
+
 @pytest.mark.parametrize(
     ("fields", "pack", "message"),
     [

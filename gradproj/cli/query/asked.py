@@ -66,8 +66,30 @@ class Asked:
         return Subjects(sets.names, n_tokens, np.array(nats) / n_tokens, excerpts, sets.sizes)
 
 
-def ask(config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]) -> Asked:
+Texts = tuple[list[Query], QuerySets | None]
+"""Queries, those of the control set last, and the sets that they form."""
+
+
+def read_texts(config: QueryConfig) -> Texts:
+    """Read the queries that are texts; ``ConfigError`` as ``read_queries``."""
+    if config.text:
+        queries = [Query.of("text", text=config.text, where="--text")]
+    else:
+        queries = read_queries(config.queries, config.group_by)
+    control = read_queries(config.contrast) if config.contrast else []
+    sets = _sets(config, [q.group for q in queries], [q.name for q in queries], len(control))
+    return [*queries, *control], sets
+
+
+def ask(
+    config: QueryConfig,
+    store: ProjectionStore,
+    note: Callable[[str], None],
+    texts: Texts | None = None,
+) -> Asked:
     """Read the queries, and project them unless text alone is asked for.
+
+    ``texts`` are the queries if they were read already, since a pipe is read only once.
 
     Raises:
         ConfigError: a query that cannot be answered, or too many of them.
@@ -78,13 +100,7 @@ def ask(config: QueryConfig, store: ProjectionStore, note: Callable[[str], None]
             rows = rows_of_query_store(other, store)
             rows = _with_tokens(rows, config, other, note) if config.uses_text else rows
         return Asked(rows, _sets(config, [""] * len(rows.names), rows.names, 0))
-    if config.text:
-        queries = [Query.of("text", text=config.text, where="--text")]
-    else:
-        queries = read_queries(config.queries, config.group_by)
-    control = read_queries(config.contrast) if config.contrast else []
-    sets = _sets(config, [q.group for q in queries], [q.name for q in queries], len(control))
-    queries = [*queries, *control]
+    queries, sets = texts or read_texts(config)
     if config.score == TEXT:
         return Asked(_tokenized(config, store, queries), sets)
     given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]

@@ -17,7 +17,8 @@ import torch
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
 from gradproj.analysis.scan import ScanOptions
 from gradproj.analysis.score_file import check_scores_path
-from gradproj.cli.query.answer import Answer, Columns, describe, listed_ids
+from gradproj.cli.query.answer import Answer, describe, listed_ids
+from gradproj.cli.query.by_checkpoints import rank_by_checkpoints
 from gradproj.cli.query.by_hidden import rank_by_hidden
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
@@ -26,7 +27,7 @@ from gradproj.cli.query.rescore import Source
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
-from gradproj.cli.score_args import check_has_rows, is_job_store, print_note
+from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
@@ -87,11 +88,8 @@ def query(config: QueryConfig, process: Process) -> Answer:
         check_scores_path(config.save_scores)
     note = functools.partial(_note, process)
     with ProjectionStore(config.output) as store:
-        if not config.query_store and not is_job_store(store):
-            raise StoreError(
-                f"{store.path} was not written by the job and records no model, so text queries "
-                "cannot be projected. Give --query_store, or use gradproj.analysis"
-            )
+        if not config.query_store:
+            check_is_job_store(store)
         counts = check_has_rows(store)
         k, n_bottom = config.k("top_k", store), config.k("bottom_k", store)
         n_top = min(max(k, config.rescore), len(store))
@@ -99,6 +97,7 @@ def query(config: QueryConfig, process: Process) -> Answer:
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
         rank = _RANKERS.get(config.score, rank_by_gradients)
+        rank = rank_by_checkpoints if config.others else rank
         ranked = rank(config, store, process, (n_top, n_bottom), note)
         rankings, n_scored = ranked.rankings, ranked.n_scored
         if not n_scored and not ranked.options["domains"]:
@@ -109,11 +108,11 @@ def query(config: QueryConfig, process: Process) -> Answer:
             )
         summary = Summary(
             store, ranked.options, ranked.kind, counts, n_scored, ranked.name, config.joint,
-            config.contrast, config.query_model,
+            config.contrast, config.query_model, config.sum_of_checkpoints,
         )  # fmt: skip
         if process.rank:
             return Answer(summary, ranked.asked.subjects, rankings, {}, grouped=ranked.grouped)
-        first_stage, columns = None, Columns()
+        first_stage, columns = None, dict(ranked.columns)
         if ranked.second is not None and n_scored:
             rankings[0], first_stage = ranked.second.rescored(
                 rankings[0], ranked.asked.rows, k, _source(config, ranked.options)

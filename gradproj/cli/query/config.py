@@ -1,11 +1,12 @@
 """Flags of ``python -m gradproj query`` and their meaning for one store."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradproj.analysis.preconditioner import KINDS
 from gradproj.analysis.row_blocks import width_of
 from gradproj.analysis.score_types import DEFAULT_SCORE, FALLBACK_SCORE, HEAD_SUMS, SCORES
+from gradproj.cli.query.checkpoints import TABLE, CheckpointArgs
 from gradproj.cli.query.groups import GroupArgs
 from gradproj.cli.query.rescore import RescoreArgs
 from gradproj.cli.query.sets import SetArgs
@@ -25,7 +26,9 @@ MAX_JOINT_WIDTH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, title="query"):
+class QueryConfig(
+    ScoreArgs, SetArgs, GroupArgs, CheckpointArgs, RescoreArgs, RecordedRunArgs, title="query"
+):
     """Queries, the store they are compared with, and the form of the answer."""
 
     score: str = as_in(
@@ -40,7 +43,8 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
     )
     text: str = flag("Query text, tokenized in the same way as the documents.", "", metavar="TEXT")
     queries: str = flag(
-        'JSONL file of queries; each line has "text", "prompt" and "completion", or "input_ids".',
+        "JSONL file of queries, an object a line, in any form of a document (text; prompt and "
+        "completion; messages; chosen and rejected; input_ids), perhaps with a weight.",
         "",
         path="FILE",
         streams=True,
@@ -139,6 +143,18 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
             )
         self._check_rescore()
         self.check_sets(self.gradient_score, self.queries, self.query_store, self.rescore)
+        uses_text = self.score == TEXT or self.score in WITH_TEXT
+        self.check_checkpoints(
+            f"--score {self.score}" * (uses_text or self.score == HIDDEN),
+            "--text_scores" * self.text_scores,
+            "--text_matches" * self.text_matches,
+            f"--rescore {self.rescore}" * bool(self.rescore),
+            "--query_store" * bool(self.query_store),
+            "--query_model" * bool(self.query_model),
+            "--model" * bool(self.model),
+            f"--damping {self.damping}" * (len(self.dampings) > 1),
+            f"--by {self.by}, or --combine {TABLE}," * (bool(self.by) and self.combine == TABLE),
+        )
         self.check_groups(
             f"--rescore {self.rescore}" * bool(self.rescore),
             "--text_scores" * self.text_scores,
@@ -173,6 +189,10 @@ class QueryConfig(ScoreArgs, SetArgs, GroupArgs, RescoreArgs, RecordedRunArgs, t
             )
         if len(self.dampings) > 1:
             raise ConfigError("--rescore takes one --damping, that of the scan")
+
+    def at(self, output: str) -> "QueryConfig":
+        """Return the same question to one output."""
+        return replace(self, output=output, others=(), combine="sum", learning_rates=())
 
     def uses_head(self, score: str) -> bool:
         """Return whether ``score`` counts a store's head rows."""

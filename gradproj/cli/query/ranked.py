@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
 
 from gradproj.analysis import Preconditioner
 from gradproj.analysis.preconditioner_cache import fit_cached
@@ -13,7 +15,8 @@ from gradproj.analysis.row_blocks import scan_world
 from gradproj.analysis.scan import ScanOptions, fit_for_scan
 from gradproj.analysis.score_stream import ScoreStream
 from gradproj.analysis.score_types import HEAD_SUMS, SCORES
-from gradproj.cli.query.asked import Asked, ask
+from gradproj.cli.query.answer import Columns
+from gradproj.cli.query.asked import Asked, Texts, ask
 from gradproj.cli.query.config import MAX_JOINT_WIDTH, QueryConfig
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.rescore import SecondStage
@@ -48,6 +51,8 @@ class Ranked:
     """None without ``--rescore``."""
     text: TextScan | None
     """Set if text scores are used."""
+    columns: Columns = field(default_factory=dict)
+    """Further scores of the ranked documents, on rank 0."""
 
     @property
     def n_scored(self) -> int:
@@ -82,12 +87,64 @@ def collect(
     stream: ScoreStream,
     n_ends: tuple[int, int],
     note: Callable[[str], None],
+    damping: float | str | None = None,
 ) -> tuple[list[Ranking], Grouped | None]:
-    """Rank documents, or the groups of ``--by``, by scores that have no damping."""
+    """Rank documents, or the groups of ``--by``, by the scores of a stream, of this damping."""
     path = _scores_path(config, stream.n_scores, len(store), note)
     if config.by:
-        return [], _grouped(config, store, stream, None, n_ends, path, note)
-    return [Ranking(None, *stream.ends(*n_ends, path))], None
+        return [], _grouped(config, store, stream, damping, n_ends, path, note)
+    return [Ranking(damping, *stream.ends(*n_ends, path))], None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient scores of one store for the queries, before its scan."""
+
+    options: ScanOptions
+    kind: str | None
+    """Kind of the score's preconditioner."""
+    asked: Asked
+    ranker: Ranker
+    second: SecondStage | None
+    text: TextScan | None
+    """Set if text scores are used."""
+
+    @classmethod
+    def of(
+        cls,
+        config: QueryConfig,
+        store: ProjectionStore,
+        process: Process,
+        n_ends: tuple[int, int],
+        note: Callable[[str], None],
+        texts: Texts | None = None,
+    ) -> "Gradients":
+        """Project the queries and prepare all that the scan needs; ``texts`` as in ``ask``."""
+        world = scan_world(process.world_size > 1)
+        options = _scan_options(config, store, process, note)
+        config.check_joint(options["layers"], store)
+        second = SecondStage.of(config, store, options["layers"])
+        kind = config.curvature or SCORES[options["score"]].curvature
+        fit = functools.partial(_preconditioner, config, kind, store, options, note)
+        # Missing token covariances show at once; a scan must wait until the queries are valid.
+        fitted = fit() if kind == "kfac" else None
+        asked = world.broadcast(ask(config, store, note, texts) if process.rank == 0 else None)
+        queries, options["sets"] = asked.rows, asked.sets
+        if queries.head is not None and config.uses_head(options["score"]):
+            options |= {"head": queries.head, "head_sum": config.head_sum}
+        elif store.head is not None and config.uses_head(options["score"]):
+            note("the queries have no head rows: scores are those of the layers alone")
+        # What a long scan would wait for comes before it.
+        index = second.text_index if second else None
+        text = text_scan(config, store, process, note, index) if config.uses_text else None
+        text = None if text is None else replace(text, sets=asked.sets)
+        ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
+        return cls(options, kind, asked, ranker, second, text)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The queries' rows ``(Q, D)``."""
+        return self.asked.rows.rows
 
 
 def rank_by_gradients(
@@ -98,46 +155,29 @@ def rank_by_gradients(
     note: Callable[[str], None],
 ) -> Ranked:
     """Rank by a gradient score, alone or with text."""
-    world = scan_world(process.world_size > 1)
-    options = _scan_options(config, store, process, note)
-    config.check_joint(options["layers"], store)
-    second = SecondStage.of(config, store, options["layers"])
-    kind = config.curvature or SCORES[options["score"]].curvature
-    fit = functools.partial(_preconditioner, config, kind, store, options, note)
-    # Missing token covariances show at once; a scan must wait until the queries are valid.
-    fitted = fit() if kind == "kfac" else None
-    asked = world.broadcast(ask(config, store, note) if process.rank == 0 else None)
-    queries, options["sets"] = asked.rows, asked.sets
-    if queries.head is not None and config.uses_head(options["score"]):
-        options |= {"head": queries.head, "head_sum": config.head_sum}
-    elif store.head is not None and config.uses_head(options["score"]):
-        note("the queries have no head rows: scores are those of the layers alone")
-    # What a long scan would wait for comes before it.
-    index = second.text_index if second else None
-    text = text_scan(config, store, process, note, index) if config.uses_text else None
-    text = None if text is None else replace(text, sets=asked.sets)
-    ranker = Ranker(store, *n_ends, options, fitted or fit(), note)
+    ours = Gradients.of(config, store, process, n_ends, note)
+    options, asked, rows, ranker = ours.options, ours.asked, ours.rows, ours.ranker
     path = _scores_path(config, len(asked.subjects.names), len(store), note)
-    dampings = config.dampings if kind else config.dampings[:1]
-    both = HybridRanker(ranker, replace(text, progress=False)) if text else None
+    dampings = config.dampings if ours.kind else config.dampings[:1]
+    both = HybridRanker(ranker, replace(ours.text, progress=False)) if ours.text else None
     with_text = both if config.score in WITH_TEXT else None
     rankings, grouped = [], None
     if config.by:
-        stream = ranker.stream(queries.rows, dampings[0])
+        stream = ranker.stream(rows, dampings[0])
         if with_text is not None:
-            stream = with_text.stream(queries.rows, asked.texts, dampings[0])
-        damping = dampings[0] if kind else None
+            stream = with_text.stream(rows, asked.texts, dampings[0])
+        damping = dampings[0] if ours.kind else None
         grouped = _grouped(config, store, stream, damping, n_ends, path, note)
     elif with_text is not None:
-        rankings = [with_text.rank(queries.rows, asked.texts, c, path) for c in dampings]
+        rankings = [with_text.rank(rows, asked.texts, c, path) for c in dampings]
     elif path is not None:
-        rankings = [ranker.rank_and_save(queries.rows, dampings[0], path)]
+        rankings = [ranker.rank_and_save(rows, dampings[0], path)]
     else:
-        rankings = ranker.rank(queries.rows, config.dampings)
+        rankings = ranker.rank(rows, config.dampings)
     if process.rank == 0 and SCORES[options["score"]].is_inner_product:
         _note_lengths(store, options, note)
     name = config.score or options["score"]
-    return Ranked(name, options, kind, asked, rankings, grouped, second, text)
+    return Ranked(name, options, ours.kind, asked, rankings, grouped, ours.second, ours.text)
 
 
 def _grouped(

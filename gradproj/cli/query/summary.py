@@ -38,6 +38,8 @@ class Summary:
     """File of the control set."""
     query_model: str = ""
     """Folder of the checkpoint that projected the queries; empty for the job's own."""
+    checkpoints: str = ""
+    """The outputs whose scores are added, with their factors; empty for one output."""
 
     def lines(self, dampings: Sequence[float | str | None]) -> list[str]:
         """Describe the rows compared and the score's meaning, sign, unit and damping."""
@@ -57,6 +59,8 @@ class Summary:
             is_added = self.options.get("head") is not None
             lines.append(labelled("head", f"head rows: {added if is_added else 'left out'}"))
         lines += self._score_lines()
+        if self.checkpoints:
+            lines.append(labelled("sum", f"{self.checkpoints}; losses are those of the first"))
         sets = self.options.get("sets")
         if sets is not None:
             lines.append(labelled("sets", self._sets(sets)))
@@ -107,7 +111,9 @@ class Summary:
         if absent:
             text += f"; without a row: {', '.join(absent)}"
         n_lost = self.counts["ok"] - self.n_scored
-        if n_lost > 0 and not domains:
+        if n_lost > 0 and self.checkpoints and not domains:
+            text += f"; {n_lost:,} without a row at another checkpoint"
+        elif n_lost > 0 and not domains:
             verify = f"python -m gradproj verify {self.store.path.parent}"
             text += f"; {n_lost:,} are recorded and their shard is gone: {verify}"
         ranges = self.store.missing_ranges() if self.counts["missing"] else []

@@ -81,6 +81,10 @@ def _group_lines(
                 yield f"      {one_line(sample.text, WIDTH - 6)}"
 
 
+def _width(title: str) -> int:
+    return max(_COLUMN, len(title) + 2)
+
+
 def _value(value: float, wide: bool) -> str:
     return f"{value:+.3e}" if wide else f"{value:+.4f}"
 
@@ -120,15 +124,15 @@ def _end_lines(answer: Answer, name: str, end: TopDocuments, number: int) -> Ite
     # Rescored, it is an influence, whatever the score of the scan is.
     wide = first is not None or answer.summary.has_wide_range
     titles = "" if first is None else first.header()
-    titles += "".join(f"{title:>{_COLUMN}}" for title in answer.columns)
+    titles += "".join(f"{title:>{_width(title)}}" for title in answer.columns)
     yield f"{name:<6}{'score':>11}{titles}  {'id':>9}  {'loss':>6}  {'domain':<18}  key"
     ids, scores = end.ids[number].tolist(), end.scores[number].tolist()
     for place, (sample_id, value) in enumerate(zip(ids, scores, strict=True), start=1):
         sample = answer.samples[sample_id]
         text = f"{_value(value, wide):>11}"
         text += "" if first is None else first.columns(number, sample_id)
-        for column in answer.columns.values():
-            text += f"{column[number, sample_id]:>{_COLUMN}.3e}"
+        for title, column in answer.columns.items():
+            text += f"{column[number, sample_id]:>{_width(title)}.3e}"
         domain, key = one_line(sample.domain or "-", NAME), one_line(escaped(sample.key), NAME)
         yield f"{place:>5} {text}  {sample_id:>9}  {sample.loss:>6.3f}  {domain:<18}  {key}"
         if answer.matches is not None:

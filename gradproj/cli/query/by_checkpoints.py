@@ -1,0 +1,75 @@
+"""Rankings by the sum of the scores at several checkpoints, each a store of its own."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from gradproj.analysis.checkpoints import check_same_documents, streams_of, summed
+from gradproj.analysis.ranking import Ranking
+from gradproj.analysis.scan import Scan
+from gradproj.analysis.score_blocks import scores_at
+from gradproj.cli.query.answer import Columns, listed_ids
+from gradproj.cli.query.asked import read_texts
+from gradproj.cli.query.checkpoints import TABLE, titles_of
+from gradproj.cli.query.config import QueryConfig
+from gradproj.cli.query.ranked import Gradients, Ranked, collect
+from gradproj.cli.score_args import check_has_rows, check_is_job_store
+from gradproj.distributed import Process
+from gradproj.errors import ConfigError
+from gradproj.store import ProjectionStore
+
+
+def rank_by_checkpoints(
+    config: QueryConfig,
+    store: ProjectionStore,
+    process: Process,
+    n_ends: tuple[int, int],
+    note: Callable[[str], None],
+) -> Ranked:
+    """Rank by the weighted sum of gradient scores; ``store`` is the first output's.
+
+    A document without a row at one of the checkpoints has no score.
+
+    Raises:
+        ConfigError: stores that do not belong together, or whose default scores differ.
+        StoreError: an output without rows, or not of the job.
+    """
+    texts = read_texts(config) if process.rank == 0 else None
+    with ExitStack() as stack:
+        stores = [store, *(stack.enter_context(ProjectionStore(x)) for x in config.others)]
+        check_same_documents(stores)
+        for other in stores[1:]:
+            check_is_job_store(other)
+            check_has_rows(other)
+        of_each = [
+            Gradients.of(config.at(output), one, process, n_ends, note, texts)
+            for output, one in zip(config.outputs, stores, strict=True)
+        ]
+        ours = of_each[0]
+        if any(one.options["score"] != ours.options["score"] for one in of_each):
+            raise ConfigError("the outputs have different default scores: name one by --score")
+        damping = config.dampings[0] if ours.kind else None
+        rankers, rows = [one.ranker for one in of_each], [one.rows for one in of_each]
+        stream = summed(streams_of(rankers, rows, config.dampings[0]), config.rates)
+        rankings, grouped = collect(config, store, stream, n_ends, note, damping)
+        columns = Columns()
+        if config.combine == TABLE and process.rank == 0:
+            for title, one in zip(titles_of(config.outputs), of_each, strict=True):
+                columns[f"score at {title}"] = _column(one, config.dampings[0], rankings)
+    name = config.score or ours.options["score"]
+    return Ranked(name, ours.options, ours.kind, ours.asked, rankings, grouped, None, None, columns)
+
+
+def _column(
+    one: Gradients, damping: float | str, rankings: Sequence[Ranking]
+) -> dict[tuple[int, int], float]:
+    """Return the score of each ranked document at one checkpoint."""
+    ids = listed_ids(rankings, None)
+    scan = Scan.of(one.ranker.store, {**one.ranker.damped_by(damping), "together": False})
+    scores = scores_at(scan, scan.prepare_queries(one.rows), np.array(ids))
+    return {
+        (number, i): float(value)
+        for number, values in enumerate(scores)
+        for i, value in zip(ids, values, strict=True)
+    }
