@@ -173,13 +173,15 @@ def load_shards(
     else:
         model = _whole_model(files, merged=False)
         shards = BlockShards(blocks_of(model, n_ranks), rank, n_ranks, home, pinned)
-        shards.take_from(model)
+    shards.take_from(model)  # all that is made whole, or converted after it was loaded
     shards.check_taken(model)
     return model.requires_grad_(False).eval(), shards
 
 
 def _can_load_one_by_one(files: ModelFiles) -> bool:
     if files.adapter_dir is not None or files.config.init == "random":
+        return False
+    if files.model_dir is None or files.model_dir.is_file():  # a file of quantized weights
         return False
     return getattr(_config_on_disk(files), "quantization_config", None) is None
 
