@@ -223,7 +223,7 @@ def load_shards(
     else:
         model = _whole_model(files, merged=False)
         shards = BlockShards(blocks_of(model, n_ranks), rank, n_ranks, home, pinned)
-        shards.take_from(model)
+    shards.take_from(model)  # all that is made whole, or converted after it was loaded
     shards.check_taken(model)
     return model.requires_grad_(False).eval(), shards
 
