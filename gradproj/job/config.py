@@ -149,9 +149,9 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         store = Path(local_path(given.get("output_dir", ""))) / STORE_NAME
         attributes = read_attributes(store) if store.exists() else {}
-    except GradprojError:  # said later
+    except GradprojError:  # opening the store reports it
         return {}
-    identity = attributes.get("identity")  # damage is said later
+    identity = attributes.get("identity")  # opening the store reports damage
     recorded = identity.get("--proj_layers") if isinstance(identity, dict) else ""
     defaults = dict(FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
     return defaults | ({"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {})
