@@ -37,6 +37,8 @@ class QuerySets:
     """mean, max, or none: every query is a set of its own."""
     unit: bool = True
     """Scale each query to unit length in the score's own metric first, ``q / sqrt(q C^-1 q)``."""
+    weights: np.ndarray | None = None
+    """``(Q,)``, above 0: what each query counts in its set, of unit length or not; default 1."""
 
     def __post_init__(self) -> None:
         if self.aggregate not in AGGREGATES:
@@ -51,7 +53,12 @@ class QuerySets:
 
     @classmethod
     def of_groups(
-        cls, groups: list[str], n_control: int = 0, aggregate: str = "mean", unit: bool = True
+        cls,
+        groups: list[str],
+        n_control: int = 0,
+        aggregate: str = "mean",
+        unit: bool = True,
+        weights: np.ndarray | None = None,
     ) -> "QuerySets":
         """Return a set for each distinct name of ``groups``, in order of appearance.
 
@@ -60,7 +67,7 @@ class QuerySets:
         names = list(dict.fromkeys(groups))
         number = {name: i for i, name in enumerate(names)}
         of_query = [number[name] for name in groups] + [CONTROL] * n_control
-        return cls(names, np.array(of_query, np.int64), aggregate, unit)
+        return cls(names, np.array(of_query, np.int64), aggregate, unit, weights)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,9 +104,16 @@ class QuerySets:
         n = int(self.sizes.sum()) if self.aggregate == "max" else len(self)
         return n + (self.n_control > 0)
 
-    def factors(self, queries: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return what these queries ``(m,)`` of these lengths count in their rows, float64."""
+    def factors(
+        self, queries: np.ndarray, lengths: np.ndarray, is_weighted: bool = True
+    ) -> np.ndarray:
+        """Return what these queries ``(m,)`` of these lengths count in their rows, float64.
+
+        ``is_weighted`` says that the queries' values are multiplied by their weights already.
+        """
         factors = 1 / np.bincount(self.row_of)[self.row_of[queries]]
+        if self.weights is not None and (self.unit or not is_weighted):
+            factors *= self.weights[queries]
         if not self.unit:
             return factors
         return np.divide(factors, lengths, out=np.zeros_like(factors), where=lengths > 0)

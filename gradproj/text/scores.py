@@ -129,7 +129,7 @@ class SetNgrams:
         self._weights = self._ngrams.weights(frequencies)
         if sets is not None:
             lengths = np.sqrt(self._ngrams.self_scores(self._weights))
-            factors = sets.factors(np.arange(len(queries)), lengths)
+            factors = sets.factors(np.arange(len(queries)), lengths, is_weighted=False)
             self._weights *= self._ngrams.reassigned(sets.row_of, factors, sets.n_rows)
 
     def scores(self, documents: Documents) -> np.ndarray:

@@ -87,6 +87,24 @@ def test_scores_of_sets_equal_those_of_their_queries(outputs, kind, name, aggreg
         assert_scores(got, want)
 
 
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("aggregate", ["mean", "max"])
+def test_weights_of_queries_count_in_their_sets(outputs, aggregate, unit):
+    output, queries = outputs["plain"], queries_for(outputs["plain"])[:5]
+    weights = np.array([2.0, 0.5, 3.0, 10.0, 0.1])
+    # The projector's rows hold the weights.
+    rows = (queries * weights[:, None]).astype(np.float32)
+    sets = QuerySets.of_groups(["x", "x", "y", "x"], 1, aggregate, unit, weights)
+    with ProjectionStore(output.path) as store:
+        got = score(rows, store, score="dot", sets=sets)
+    values = queries.astype(np.float64)
+    values /= np.linalg.norm(values, axis=1, keepdims=True) if unit else 1
+    values = dense_scores(output, values * weights[:, None], "dot", 0)
+    combine = getattr(np, aggregate)
+    want = np.stack([combine(values[[0, 1, 3]], axis=0), values[2]]) - values[4]
+    assert_scores(got, want)
+
+
 def test_a_contrast_alone_keeps_the_queries_apart(outputs):
     output, queries = outputs["plain"], queries_for(outputs["plain"])[:4]
     sets = QuerySets.of_groups(["x", "y", "z"], 1, "none")

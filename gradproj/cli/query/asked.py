@@ -80,8 +80,10 @@ def read_texts(config: QueryConfig) -> Texts:
     else:
         queries = read_queries(config.queries, config.group_by)
     control = read_queries(config.contrast) if config.contrast else []
-    sets = _sets(config, [q.group for q in queries], [q.name for q in queries], len(control))
-    return [*queries, *control], sets
+    groups, names = [q.group for q in queries], [q.name for q in queries]
+    queries = [*queries, *control]
+    weights = np.abs([query.weight for query in queries])
+    return queries, _sets(config, groups, names, len(control), weights)
 
 
 def ask(
@@ -129,7 +131,11 @@ def _check_signs(score: str, queries: Sequence[Query]) -> None:
 
 
 def _sets(
-    config: QueryConfig, groups: list[str], names: list[str], n_control: int
+    config: QueryConfig,
+    groups: list[str],
+    names: list[str],
+    n_control: int,
+    weights: np.ndarray | None = None,
 ) -> QuerySets | None:
     if not config.makes_sets:
         return None
@@ -137,7 +143,7 @@ def _sets(
         groups = names
     elif not config.group_by:
         groups = [ALL] * len(groups)
-    return QuerySets.of_groups(groups, n_control, config.aggregate, config.unit_queries)
+    return QuerySets.of_groups(groups, n_control, config.aggregate, config.unit_queries, weights)
 
 
 def _tokenized(config: QueryConfig, store: ProjectionStore, queries: Sequence[Query]) -> QueryRows:
