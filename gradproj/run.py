@@ -1,6 +1,7 @@
 """The job: ``torchrun --nproc_per_node=8 -m gradproj.run --shards S --output_dir O --model M``.
 
-Each rank claims a unit, reads it, projects it and commits it. Nothing in this loop is collective.
+Each rank claims a unit, reads it, projects it and commits it. Nothing in this loop is collective,
+but among the ranks that hold one model together (``--ranks_per_model``).
 """
 
 from gradproj.distributed import Process, Rendezvous, choose_device, launcher_died, launcher_rank
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 import functools
 import logging
 import sys
+from contextlib import ExitStack
 
 import torch
 
@@ -26,6 +28,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import report_errors_from_rank_0
 from gradproj.errors import GradprojError, ReportedError, exit_code
 from gradproj.job.config import run_config
+from gradproj.job.lockstep import Lockstep
 from gradproj.job.prefetch import Writer, prefetched
 from gradproj.job.rank_setup import set_up_rank
 from gradproj.job.startup import Job, log_to_file, start_job
@@ -51,17 +54,32 @@ def run(argv: list[str], stop: StopRequest) -> int:
     with report_errors_from_rank_0(process.rank, only=True):
         config = run_config(argv, "gradproj run")
     prepare_torch(config.job.threads, config.job.deterministic)
-    with Rendezvous(process) as ranks:
-        device, warning = choose_device(config.job.device, process.local_rank)
-        job = start_job(config, process, ranks, device)
-    log_to_file(job.plan.output, job.owner, config.job.verbose)
-    if warning:
-        print(warning, file=sys.stderr, flush=True)
-    complete = compute_and_merge(job, device, stop)
+    with ExitStack() as stack:
+        with Rendezvous(process) as ranks:
+            device, warning = choose_device(config.job.device, process.local_rank)
+            join = config.job.ranks_per_model, process, ranks, device, stop
+            with report_errors_from_rank_0(process.rank, only=True):
+                lockstep = Lockstep.join(*join)
+            if lockstep is not None:
+                stack.enter_context(lockstep.group.watch())
+            job = start_job(config, process, ranks, device, lockstep)
+        log_to_file(job.plan.output, job.owner, config.job.verbose)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+        complete = (help_leader if job.is_member else compute_and_merge)(job, device, stop)
     if process.rank == 0:
         print_result(job.plan, complete, stop.reason)
     # A launcher would treat any other code as a failure and kill the ranks that still work.
     return 0 if process.launched else stop.exit_code
+
+
+def help_leader(job: Job, device: torch.device, stop: StopRequest) -> bool:
+    """Run batches of the units that the leader of this rank's group computes."""
+    assert job.lockstep is not None
+    if job.lockstep.announce():
+        with set_up_rank(job, None, device, stop, RankProgress()) as rank:
+            rank.projector.follow()
+    return False
 
 
 def compute_and_merge(job: Job, device: torch.device, stop: StopRequest) -> bool:
@@ -93,12 +111,20 @@ def compute(
     job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: RankProgress
 ) -> None:
     """Claim, read, project and commit units until this rank finds none."""
-    if not len(queue.pending()):
+    has_work = len(queue.pending()) > 0
+    if job.lockstep is not None:
+        job.lockstep.announce(has_work)
+    if not has_work:
         return
     with set_up_rank(job, queue, device, stop, progress) as rank, Writer() as writer:
+
+        def check() -> None:
+            writer.check()
+            rank.projector.wait()
+
         claimed = queue.take()
         # A thread claims and reads the next unit while the device computes this one.
-        read_ahead = prefetched(map(rank.reader.read, claimed), writer.check)
+        read_ahead = prefetched(map(rank.reader.read, claimed), check)
         with read_ahead as units, stop.requested_on_error():
             for unit in units:
                 projected = rank.project(unit) if unit is not None else None
@@ -107,6 +133,7 @@ def compute(
                 # Another thread commits it while the device computes the next one.
                 writer.submit(functools.partial(commit, queue, projected))
                 progress.units += 1
+        rank.projector.close()
 
 
 def commit(queue: UnitQueue, projected: ProjectedUnit) -> None:

@@ -24,6 +24,7 @@ from gradproj.distributed import (
     process_group,
     rendezvous,
 )
+from gradproj.distributed.model_group import ModelGroup
 from gradproj.errors import ConfigError, RanksError, ReportedError
 
 
@@ -50,6 +51,11 @@ def plain_environment(monkeypatch):
 
 def test_process_without_a_launcher_is_rank_0_of_1():
     assert Process.from_environment() == Process(0, 1, 0, 1)
+
+
+def test_ranks_that_make_no_whole_groups_are_refused():
+    with pytest.raises(ConfigError, match="--ranks_per_model 2: the job has 3 ranks"):
+        ModelGroup.join(2, Process(0, 3, 0, 3, launched=True), None, torch.device("cpu"))
 
 
 def test_torchrun_variables_are_read(monkeypatch):

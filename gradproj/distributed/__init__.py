@@ -1,7 +1,8 @@
 """This process's place among the ranks of a job, and what the ranks do together.
 
 The job's ranks meet at its start only, where rank 0 checks while the others wait. Its loop has no
-collective, so an uneven rank cannot make another time out. torch is imported where it is used:
+collective, so an uneven rank cannot make another time out, but for ranks that hold one model
+together (``model_group``). torch is imported where it is used:
 signals must be handled before the seconds that it takes.
 """
 

@@ -61,7 +61,7 @@ class Rendezvous:
             if self._process.rank == 0:
                 self._wait_for_count("left", "to leave the start")
 
-    def from_rank_0(self, value: Any) -> Any:
+    def from_rank_0(self, value: Any = None) -> Any:
         """Return rank 0's value once it is set. It travels as a pickle."""
         if self.store is None:
             return value

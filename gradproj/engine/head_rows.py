@@ -173,8 +173,11 @@ class HeadPilot:
         """Return what takes one batch, which may fail."""
         return HeadMoments(self._p, self._vocabulary)
 
-    def add(self, batch: HeadMoments) -> None:
-        self._total += batch
+    def add(self, hidden: Tensor, logits: Tensor, n_tokens: Tensor) -> None:
+        """Add the sums of a batch's ``HeadMoments``."""
+        self._total.hidden += hidden
+        self._total.logits += logits
+        self._total.n_tokens += n_tokens
 
     def basis(self, damping: float) -> HeadBasis:
         """Return the basis of all batches, on the CPU."""

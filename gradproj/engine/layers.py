@@ -22,6 +22,7 @@ from gradproj.engine.inner_layers import (
     inner_layers_of,
 )
 from gradproj.kernels.onednn import project
+from gradproj.model.packed_layers import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,19 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     ExpertsLayer: LayerRule("Experts", lambda m: m.widths, _project_dense, _dense),
 }
 """Type -> rule. The tests need a case for each."""
+_PACKED = LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base if it runs the base's own ``forward``, which a quantized or sparse
-    layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count, and any
-    other layer whose output is shown to be ``input W^T + b``.
+    A subclass counts as its base if it runs the base's own ``forward``, which a library's quantized
+    or sparse layer does not (``PackedLinear`` takes the place of quantized ones). Embeddings that
+    scale their output by ``embed_scale`` (Gemma 3) count, and any other layer whose output is shown
+    to be ``input W^T + b``.
     """
+    if isinstance(module, PackedLinear):
+        return _PACKED
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule

@@ -73,10 +73,7 @@ def run_in_halves(
         yield sequences, result
         return
     # Outside of the except block, so that the error no longer holds the batch's tensors.
-    engine.clear_gradients()
-    engine.take_token_covariances()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_failed(engine)
     if len(sequences) == 1:
         yield sequences, None
         return
@@ -84,3 +81,11 @@ def run_in_halves(
     middle = len(sequences) // 2
     for half in (sequences[:middle], sequences[middle:]):
         yield from run_in_halves(engine, half, run)
+
+
+def clear_failed(engine: GradProjLoraEngine) -> None:
+    """Drop what a batch without enough memory left in the engine and in torch's cache."""
+    engine.clear_gradients()
+    engine.take_token_covariances()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -24,6 +24,7 @@ from gradproj.engine.loss import per_sample_loss
 from gradproj.engine.warm_up import random_ids
 from gradproj.errors import StoreError
 from gradproj.files import explain_os_errors, publish_exclusively, write_file_durably
+from gradproj.job.lockstep import Lockstep
 from gradproj.job.plan import BATCH_FILE
 from gradproj.job.startup import Job
 from gradproj.job.unit_reader import UnitSettings
@@ -78,7 +79,7 @@ def recorded_batch_tokens(output: Path) -> int | None:
 
 def resolve_batch_tokens(
     job: Job,
-    queue: UnitQueue,
+    queue: UnitQueue | None,
     model: nn.Module,
     engine: GradProjLoraEngine,
     stopping: Callable[[], bool],
@@ -86,11 +87,31 @@ def resolve_batch_tokens(
     """Return the run's settings with a number in place of ``auto``.
 
     Rank 0 measures while the others wait, until ``stopping`` returns True or no unit is left. The
-    first file published holds for all ranks of all jobs.
+    first file published holds for all ranks of all jobs. The members of a group, who have no
+    ``queue``, do what their leader does.
     """
-    plan, settings = job.plan, job.plan.unit_settings
+    settings = job.plan.unit_settings
     if settings.batch.batch_tokens != AUTO:
         return settings
+    if queue is not None:
+        tokens = _tokens_of_file(job, queue, model, engine, stopping)
+    else:
+        assert job.lockstep is not None
+        while (tokens := job.lockstep.announce()) == AUTO:
+            _measure(job, model, engine)
+    batch = replace(settings.batch, batch_tokens=tokens or settings.batch.max_length)
+    return replace(settings, batch=batch)
+
+
+def _tokens_of_file(
+    job: Job,
+    queue: UnitQueue,
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    stopping: Callable[[], bool],
+) -> int | None:
+    """Return what the file says, after measuring it if need be; None if that is not needed."""
+    plan, lockstep = job.plan, job.lockstep
     deadline = time.monotonic() + (0.0 if job.owner.rank == 0 else WAIT_FOR_RANK_0_S)
     while (
         (tokens := recorded_batch_tokens(plan.output)) is None
@@ -99,15 +120,24 @@ def resolve_batch_tokens(
     ):
         if time.monotonic() < deadline:
             time.sleep(0.2)
+            if lockstep is not None:
+                lockstep.wait()
             continue
-        reserved = plan.unit_bytes()
-        trials = try_batches(model, engine, settings.batch.max_length, reserved, job.n_neighbours)
-        _publish(plan.output, queue.scratch, trials, settings.batch.max_length)
+        if lockstep is not None:
+            lockstep.announce(AUTO)
+        trials = _measure(job, model, engine)
+        _publish(plan.output, queue.scratch, trials, plan.unit_settings.batch.max_length)
+    if lockstep is not None:
+        lockstep.announce(tokens)
     if tokens is not None and job.owner.rank == 0:
         line = f"batches       {tokens:,} tokens, measured on this kind of device ({BATCH_FILE})"
         print(line, flush=True)
-    batch = replace(settings.batch, batch_tokens=tokens or settings.batch.max_length)
-    return replace(settings, batch=batch)
+    return tokens
+
+
+def _measure(job: Job, model: nn.Module, engine: GradProjLoraEngine) -> list[Trial]:
+    length, reserved = job.plan.unit_settings.batch.max_length, job.plan.unit_bytes()
+    return try_batches(model, engine, length, reserved, job.n_neighbours, job.lockstep)
 
 
 def _publish(output: Path, scratch: Path, trials: list[Trial], max_length: int) -> None:
@@ -129,6 +159,7 @@ def try_batches(
     max_length: int,
     reserved_bytes: int,
     n_neighbours: int,
+    lockstep: Lockstep | None = None,
 ) -> list[Trial]:
     """Run ever larger batches of random tokens until more gains nothing or does not fit.
 
@@ -138,11 +169,15 @@ def try_batches(
         max_length: length of the sequences; batches of shorter ones fit if these do.
         reserved_bytes: device memory to leave for everything but the batch.
         n_neighbours: processes that share the host's memory.
+        lockstep: the ranks of the model, which all run the trials; the slowest counts.
     """
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     memory: CudaMemory | HostMemory = CudaMemory(device) if on_cuda else HostMemory(n_neighbours)
     limit = memory.free() - reserved_bytes
+    if lockstep is not None:
+        lockstep.rehearse(model, engine)
+        limit = int(lockstep.group.exchange(limit).min())
     trials: list[Trial] = []
     for n_sequences in (2**i for i in itertools.count()):
         if n_sequences > 1 and (n_sequences * max_length > MAX_TOKENS or engine.only_alone):
@@ -150,7 +185,7 @@ def try_batches(
         if trials and 2 * trials[-1].bytes > limit:
             break
         try:
-            trial = _try(model, engine, n_sequences, max_length, memory)
+            trial = _try(model, engine, n_sequences, max_length, memory, lockstep)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,17 +207,30 @@ def _has_levelled_off(trials: list[Trial]) -> bool:
 
 
 def _try(
-    model: nn.Module, engine: GradProjLoraEngine, n_sequences: int, length: int, memory: Any
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    n_sequences: int,
+    length: int,
+    memory: Any,
+    lockstep: Lockstep | None,
 ) -> Trial:
     device = next(model.parameters()).device
     ids = random_ids(model, n_sequences, length)
+
+    def run() -> None:
+        per_sample_loss(model, ids).sum().backward()
+        engine.collect_batch()
+
     memory.start()
     seconds = []
     for _ in range(2):  # in the first, libraries set up what they need for a new shape
         started = time.perf_counter()
-        per_sample_loss(model, ids).sum().backward()
-        engine.collect_batch()
+        run() if lockstep is None else lockstep.run_pass(engine, run)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return Trial(n_sequences * length, min(seconds), memory.peak())
+    trial = Trial(n_sequences * length, min(seconds), memory.peak())
+    if lockstep is None:
+        return trial
+    nanoseconds, most = lockstep.group.exchange(int(1e9 * trial.seconds), trial.bytes).max(axis=0)
+    return replace(trial, seconds=float(nanoseconds) / 1e9, bytes=int(most))

@@ -10,7 +10,7 @@ from gradproj.corpus.documents import ReadLimits
 from gradproj.engine.batching import BatchConfig
 from gradproj.engine.head_rows import HeadConfig
 from gradproj.engine.projection import JobProjectionConfig
-from gradproj.errors import GradprojError
+from gradproj.errors import ConfigError, GradprojError
 from gradproj.flags import DEVICES, Flags, as_in, flag, flag_of, from_recorded, parse, word_of
 from gradproj.flags.paths import local_path
 from gradproj.model.config import ModelConfig
@@ -74,12 +74,33 @@ class JobConfig(Flags, title="job"):
         "per rank at the start; rows are equal up to rounding.",
         False,
     )
+    ranks_per_model: int = flag(
+        "Ranks that hold one model together, each a part of its blocks' weights, for models larger "
+        "than a device.",
+        1,
+        minimum=1,
+        metavar="G",
+    )
+    offload: bool = flag(
+        "Keep the weights of the model's blocks in the host's memory and copy each block to the "
+        "device while it runs, for models larger than one device.",
+        False,
+    )
     proj_save_interval: int = flag(
         "Save a unit's new rows to partial/ every so many batches; 0 = only when interrupted.",
         0,
         minimum=0,
     )
     verbose: bool = flag("Log every batch to logs/.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_parts = self.ranks_per_model > 1
+        if in_parts and self.offload:
+            raise ConfigError("--ranks_per_model and --offload: give one of them")
+        if self.compile and (in_parts or self.offload):
+            name = "--ranks_per_model" if in_parts else "--offload"
+            raise ConfigError(f"--compile and {name}: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +152,8 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     except GradprojError:  # said later
         return {}
     recorded = attributes.get("identity", {}).get("--proj_layers")
-    layers = {"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {}
-    return layers | (FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
+    defaults = dict(FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
+    return defaults | ({"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {})
 
 
 def parse_run(

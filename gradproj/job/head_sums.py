@@ -45,12 +45,11 @@ class HeadSums:
         n_rows = self._segment.n_rows * (WINDOW_ROWS if self._keeps_more else 1)
         return HeadRows(self._basis.matrix, self._basis.scale, n_rows)
 
-    def add(self, sequences: np.ndarray, rows: HeadRows) -> None:
-        """Take the rows of a batch of sequences.
+    def add(self, sequences: np.ndarray, ids: Tensor, values: Tensor) -> None:
+        """Take ``HeadRows.largest()`` of a batch of sequences.
 
         It may be called again for the same sequences, as when a batch is retried in halves.
         """
-        ids, values = rows.largest()
         documents, n_rows = self._row_of[sequences], self._segment.n_rows
         is_whole = self._n_windows[documents] == 1
         if is_whole.any():

@@ -9,30 +9,34 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradproj.coordinator import fault_points
 from gradproj.corpus.documents import Document
+from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.sampling import spread_order
 from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.scan import SAMPLES_PER_BLOCK
+from gradproj.distributed import Rendezvous
 from gradproj.engine.basis import eigenbasis
 from gradproj.engine.batching import AUTO, BatchConfig, collate, fit_padding, plan_batches
 from gradproj.engine.capture import TokenCovariances
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadPilot
 from gradproj.engine.matrix_file import Matrices
+from gradproj.engine.projection import job_matrices
 from gradproj.engine.run_batch import run_batch, run_in_halves
-from gradproj.errors import CorpusError, ModelError
+from gradproj.errors import CorpusError, GradprojError, ModelError
 from gradproj.formatting import count, human_seconds
+from gradproj.job.lockstep import Lockstep, Part, load_job_model
 from gradproj.job.plan import Plan
 from gradproj.job.unit_reader import UnitReader
-from gradproj.kernels.head_gradients import HeadMoments
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.checkpoint import fetch
+from gradproj.model.loading import load_tokenizer
 from gradproj.model.sequences import TokenSequence
 from gradproj.store.basis import DAMPING
 from gradproj.store.layer_arrays import pack_layers
@@ -62,8 +66,23 @@ class Pilot:
     """The group's attribute ``basis``."""
 
 
+@dataclass(frozen=True)
+class PilotRanks:
+    """The ranks that run a pilot: rank 0 on its device, or all of its group."""
+
+    device: torch.device
+    lockstep: Lockstep | None = None
+    ranks: Rendezvous | None = None
+    """The meeting at which the others of the group wait; None without a group."""
+
+    def call(self, plan: Plan) -> None:
+        """Have the others of the group come, with ``help_pilot``."""
+        if self.ranks is not None:
+            self.ranks.from_rank_0(replace(plan, index=cast(CorpusIndex, None)))
+
+
 def run_pilot(
-    plan: Plan, matrices: Matrices, device: torch.device, published: Callable[[], bool]
+    plan: Plan, matrices: Matrices, where: PilotRanks, published: Callable[[], bool]
 ) -> Pilot:
     """Measure the token covariances of the pilot's documents, and return their eigenbasis.
 
@@ -80,9 +99,10 @@ def run_pilot(
     sequences, n_documents = pilot_sequences(plan, reader)
     if not sequences:
         raise _no_basis(plan, "no document has a target token")
-    model = load_model(plan.files, device)
+    where.call(plan)
+    model = load_job_model(plan.files, where.device, plan.config.job.offload, where.lockstep)
     head = HeadPilot.of(model, plan.config.projection, plan.head)
-    sums = _sum_covariances(plan, model, matrices, sequences, published, head)
+    sums = _sum_covariances(plan, model, matrices, sequences, published, head, where.lockstep)
     n_tokens = int(sums.n_tokens)
     if not n_tokens:
         raise _no_basis(plan, f"no gradient of the pilot's {n_documents:,} documents is finite")
@@ -95,6 +115,22 @@ def run_pilot(
     measured = {"tokens": n_tokens, "documents": n_documents}
     fault_points.reach("pilot done")
     return Pilot(model, arrays, {"kind": "eigen", "damping": DAMPING, **measured, **recipe})
+
+
+def help_pilot(plan: Plan, lockstep: Lockstep) -> nn.Module | None:
+    """Run a group member's batches of rank 0's pilot. Returns the model.
+
+    None if rank 0 has given up; it tells all ranks why.
+    """
+    try:
+        model = lockstep.load(fetch(plan.config.model))
+        head = HeadPilot.of(model, plan.config.projection, plan.head)
+        matrices = job_matrices(plan.config.projection, plan.layers)
+        _sum_covariances(plan, model, matrices, [], lambda: False, head, lockstep)
+    except (StoreExists, GradprojError) as error:
+        log.info("pilot: %s", error)
+        return None
+    return model
 
 
 def _no_basis(plan: Plan, why: str) -> CorpusError:
@@ -182,40 +218,71 @@ def _sum_covariances(
     sequences: list[TokenSequence],
     published: Callable[[], bool],
     head: HeadPilot | None,
+    lockstep: Lockstep | None,
 ) -> TokenCovariances:
-    """Return the sums over the sequences' target tokens, and add the head's to ``head``."""
+    """Return the sums over the sequences' target tokens, and add the head's to ``head``.
+
+    In a group the sequences are rank 0's, and so are the sums.
+    """
     projection, options, batch = plan.config.projection, plan.config.job, plan.config.batch
     if batch.batch_tokens == AUTO:  # measured later, with the basis
         batch = replace(batch, batch_tokens=BatchConfig.batch_tokens)
     engine = GradProjLoraEngine.from_config(
         model, projection.of_layers(plan.layers), matrices, options.gradient_checkpointing
     )
-    run = functools.partial(_forward_backward, model, engine, sequences, head)
     with engine:
         if engine.only_alone and batch.batch_size > 1:
             raise ModelError(engine.only_alone)
         batch = fit_padding(model, batch)
+        if lockstep is not None:
+            sequences = lockstep.announce(sequences)
+            lockstep.rehearse(model, engine)
         lengths = [len(tokens) for tokens in sequences]
         batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
         total = engine.take_token_covariances()
         assert total is not None  # an engine without a basis
+        width = 1 if lockstep is None else lockstep.group.size
+        run = functools.partial(_forward_backward, model, engine, sequences, head)
         reported = time.monotonic()
-        for number, chosen in enumerate(batches, start=1):
-            if published():
+        for first in range(0, len(batches), width):
+            if published() if lockstep is None else lockstep.agree(published()):
                 raise StoreExists("another job has made the store meanwhile")
-            for part, sums in run_in_halves(engine, chosen, run):
+            side_by_side = batches[first : first + width]
+            for part, sums in _results(lockstep, model, engine, side_by_side, run):
                 if sums is None:
                     n = len(sequences[part[0]])
                     log.warning("pilot: a sequence of %d tokens does not fit the memory", n)
-                else:
-                    total.add(sums[0])
-                    if head is not None and sums[1] is not None:
-                        head.add(sums[1])
+                    continue
+                total.add(TokenCovariances(*(sums[name] for name in _COVARIANCES)))
+                if head is not None:
+                    head.add(*(sums[name] for name in _HEAD_MOMENTS))
             fault_points.reach("pilot batch done")
             if time.monotonic() - reported > _REPORT_S:
                 reported = time.monotonic()
-                print(f"pilot         {number:,} of {len(batches):,} batches", flush=True)
+                print(f"pilot         {first + 1:,} of {len(batches):,} batches", flush=True)
     return total
+
+
+_COVARIANCES = ("a", "s", "n_tokens")
+_HEAD_MOMENTS = ("head_hidden", "head_logits", "head_n_tokens")
+
+
+def _results(
+    lockstep: Lockstep | None,
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    batches: list[np.ndarray],
+    run: Callable[[np.ndarray], dict[str, Tensor]],
+) -> Iterator[Part]:
+    """Run batches, one for each rank of the group; yield all results on rank 0 alone."""
+    if lockstep is None:
+        yield from run_in_halves(engine, batches[0], run)
+        return
+    rank = lockstep.group.rank
+    mine = batches[rank] if rank < len(batches) else None
+    parts = lockstep.run_in_halves(model, engine, mine, run)
+    for computed in lockstep.collect(parts, len(batches)):
+        yield from computed
 
 
 def _forward_backward(
@@ -224,13 +291,17 @@ def _forward_backward(
     sequences: list[TokenSequence],
     head: HeadPilot | None,
     chosen: np.ndarray,
-) -> tuple[TokenCovariances, HeadMoments | None]:
+) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     moments = None if head is None else head.sink()
     run_batch(model, engine, collate(sequences, chosen).to(device), head=moments)
     covariances = engine.take_token_covariances()
     assert covariances is not None  # an engine without a basis
-    return covariances, moments
+    found = {name: getattr(covariances, name) for name in _COVARIANCES}
+    if moments is not None:
+        sums = moments.hidden, moments.logits, moments.n_tokens
+        found |= dict(zip(_HEAD_MOMENTS, sums, strict=True))
+    return found
 
 
 def _arrays(layers: list[LayerSlice], sums: TokenCovariances) -> dict[str, np.ndarray]:

@@ -19,6 +19,8 @@ from gradproj.engine.matrix_file import matrices_digest
 from gradproj.engine.warm_up import compile_now
 from gradproj.errors import ModelError
 from gradproj.job.batch_size import resolve_batch_tokens
+from gradproj.job.group_projector import GroupProjector
+from gradproj.job.lockstep import load_job_model
 from gradproj.job.precision import check_precision
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import Job
@@ -31,7 +33,7 @@ from gradproj.job.summary import (
 )
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.loading import load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.array_digests import check_digests
 from gradproj.store.row_encoder import RowEncoder
@@ -45,7 +47,8 @@ class Rank:
 
     reader: UnitReader
     projector: UnitProjector
-    queue: UnitQueue
+    queue: UnitQueue | None
+    """None for a member of a group, whose leader has it."""
     save_interval: int
     """``--proj_save_interval``."""
     basis: str
@@ -53,13 +56,18 @@ class Rank:
 
     def project(self, unit: PreparedUnit) -> ProjectedUnit | None:
         """Project a unit, continuing from its partial rows. None if a stop was requested."""
+        assert self.queue is not None
         partial = self.queue.partial_log(unit.unit, unit.key(self.reader.settings, self.basis))
         return self.projector.project(unit, partial, self.save_interval)
 
 
 @contextmanager
 def set_up_rank(
-    job: Job, queue: UnitQueue, device: torch.device, stop: StopRequest, progress: RankProgress
+    job: Job,
+    queue: UnitQueue | None,
+    device: torch.device,
+    stop: StopRequest,
+    progress: RankProgress,
 ) -> Iterator[Rank]:
     """Load the model, attach the engine, compile, measure the batch size and check the precision.
 
@@ -68,9 +76,12 @@ def set_up_rank(
     plan, options = job.plan, job.plan.config.job
     is_first = job.owner.rank == 0
     tokenizer = load_tokenizer(plan.files)
-    model = load_model(plan.files, device) if job.model is None else job.model
+    model = job.model
+    if model is None:
+        model = load_job_model(plan.files, device, options.offload, job.lockstep)
+    chunked = chunk_verdict(model)
     if is_first:
-        print_start(plan, device, chunk_verdict(model))
+        print_start(plan, device, chunked)
     with ProjectionStore(plan.output) as store:
         check_digests(store)
         engine = GradProjLoraEngine.from_config(
@@ -101,25 +112,39 @@ def set_up_rank(
             print_padding(plan, is_old)
         settings = replace(settings, batch=batch)
         reader = UnitReader(plan.index, tokenizer, settings, stop)
-        if is_first:
-            report_precision(queue, model, engine, reader)
+        if queue is not None and is_first:
+            in_blocks = job.lockstep is not None or options.offload
+            report_precision(queue, model, engine, reader, in_blocks)
         encoder = RowEncoder(plan.layout, plan.layers)
         with_head = None
         if head is not None and plan.head is not None:
             check_head(model)
             with_head, basis = (head, plan.head), basis + head.digest()
         hidden = plan.config.store.hidden_state
-        made = model, engine, settings, encoder, progress, stop
-        projector = UnitProjector(*made, head=with_head, hidden=hidden)
+        made = model, engine, settings, encoder, progress
+        projector = (
+            UnitProjector(*made, stop, with_head, hidden)
+            if job.lockstep is None
+            else GroupProjector(job.lockstep, *made, with_head, hidden)
+        )
         yield Rank(reader, projector, queue, options.proj_save_interval, basis)
 
 
 def report_precision(
-    queue: UnitQueue, model: nn.Module, engine: GradProjLoraEngine, reader: UnitReader
+    queue: UnitQueue,
+    model: nn.Module,
+    engine: GradProjLoraEngine,
+    reader: UnitReader,
+    in_blocks: bool,
 ) -> None:
-    """Compare a few documents' rows with their float32 rows if the model has a lower precision."""
+    """Compare a few documents' rows with their float32 rows if the model has a lower precision.
+
+    Not if its weights are fetched block by block, since they cannot be converted in place.
+    """
     pending = queue.pending()
-    if next(model.parameters()).dtype != torch.float32 and len(pending):
+    if in_blocks and next(model.parameters()).dtype != torch.float32:
+        print_precision("not checked, since blocks are fetched (see gradproj diagnose)", False)
+    elif next(model.parameters()).dtype != torch.float32 and len(pending):
         unit, settings = int(pending[0]), reader.settings
         start, stop = settings.layout.unit_range(unit)
         few = reader.read_samples(unit, start, min(start + PRECISION_DOCUMENTS, stop))

@@ -21,13 +21,15 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
+from gradproj.engine.loss import output_head
+from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
 from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
 from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
@@ -130,7 +132,8 @@ class RecordedEngine:
     batch: BatchConfig
     """The recorded settings."""
     head: HeadBasis | None
-    """The basis of the store's head rows, on the device."""
+    """The basis of the store's head rows, on the device; None too for a query model with another
+    number of token ids."""
 
 
 def recorded_engine(
@@ -147,7 +150,11 @@ def recorded_engine(
     else:
         files, tokenizer = recorded_model(store, run)
     chosen, _ = choose_device(device, 0)
-    model = load_model(files, chosen, merged)
+    # As much of it as the job had on a device at a time.
+    in_blocks = (run.job.offload or run.job.ranks_per_model > 1) and not merged
+    model = (
+        load_in_blocks(files, chosen, None)[0] if in_blocks else load_model(files, chosen, merged)
+    )
     engine = GradProjLoraEngine.from_config(
         model,
         run.projection.of_layers(store.layers),
@@ -157,7 +164,16 @@ def recorded_engine(
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
+    if head is not None and query_model and len(head.scale) != _n_head_words(model):
+        head = None  # the store has no rows of the further words
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
+
+
+def _n_head_words(model: nn.Module) -> int:
+    """Return the number of words that a model's head tells apart."""
+    head = output_head(model)
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
@@ -190,7 +206,7 @@ def _recorded_files(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles,
         )
     commit = str(recorded.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
-    is_local = Path(name).is_dir() if name else False
+    is_local = is_local_model(name)
     if name and not commit and not is_local:  # only a hub's model has a commit
         original = recorded_config(store.path.parent).model.model
         if name != original:

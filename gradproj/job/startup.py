@@ -37,7 +37,8 @@ from gradproj.job.borrowed_basis import borrowed_basis
 from gradproj.job.chat_template import keep_chat_template
 from gradproj.job.config import RunConfig
 from gradproj.job.identity import check_identity, is_untouched
-from gradproj.job.pilot import run_pilot
+from gradproj.job.lockstep import Lockstep
+from gradproj.job.pilot import PilotRanks, help_pilot, run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
 from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
@@ -67,17 +68,30 @@ class Job:
     """Ranks of this job on this machine."""
     model: nn.Module | None = None
     """The model on its device, if this rank has loaded it already."""
+    lockstep: Lockstep | None = None
+    """The ranks that hold the model together; None if this one has its own."""
+
+    @property
+    def is_member(self) -> bool:
+        """Whether the rank only helps the leader of its group."""
+        return self.lockstep is not None and not self.lockstep.group.is_leader
 
 
 CPU = torch.device("cpu")
+HERE = PilotRanks(CPU)
 
 
 def start_job(
-    config: RunConfig, process: Process, ranks: Rendezvous, device: torch.device = CPU
+    config: RunConfig,
+    process: Process,
+    ranks: Rendezvous,
+    device: torch.device = CPU,
+    lockstep: Lockstep | None = None,
 ) -> Job:
     """Check the settings, make or open the store, and share the plan with all ranks.
 
-    Rank 0 loads the model on ``device`` if the new store's rows need a basis.
+    Rank 0 loads the model on ``device`` if the new store's rows need a basis, together with the
+    other ranks of its group if it is in one.
 
     Raises:
         GradprojError: on rank 0, a user error; printed there, once.
@@ -88,8 +102,9 @@ def start_job(
     exit_code = GradprojError.exit_code
     if process.rank == 0:
         name = JobName.from_environment()
+        where = PilotRanks(device, lockstep, None if lockstep is None else ranks)
         try:
-            plan, model = _start(config, name, device)
+            plan, model = _start(config, name, where)
             # The index can be large. The other ranks read it from the output directory.
             shared = (replace(plan, index=cast(CorpusIndex, None)), name)
         except GradprojError as error:
@@ -97,6 +112,10 @@ def start_job(
             print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             exit_code = error.exit_code
     shared = ranks.from_rank_0(shared)
+    if isinstance(shared, Plan):  # of a pilot in which rank 0's group takes part
+        if lockstep is not None and lockstep.group.number == 0:
+            model = help_pilot(shared, lockstep)
+        shared = ranks.from_rank_0()
     if shared is None:
         raise ReportedError(exit_code)
     plan, name = shared
@@ -109,15 +128,15 @@ def start_job(
     if process.local_rank == 0:
         # Leftovers of dead processes can only be recognised on their own machine.
         remove_leftovers(plan.output, owner)
-    return Job(plan, owner, process.local_world_size, model)
+    return Job(plan, owner, process.local_world_size, model, lockstep)
 
 
-def _start(config: RunConfig, name: JobName, device: torch.device) -> tuple[Plan, nn.Module | None]:
+def _start(config: RunConfig, name: JobName, where: PilotRanks) -> tuple[Plan, nn.Module | None]:
     """Run rank 0's checks and prepare the output directory. Notes failures in ``failed.json``."""
     owner = Owner.this_process(name.job_id, name.generation, 0)
     try:
         plan = make_plan(config)
-        model = make_output(plan, owner, device)
+        model = make_output(plan, owner, where)
     except GradprojError as error:
         if not isinstance(error, Stopped):
             note_failure(Path(config.job.output_dir), owner, error)
@@ -126,10 +145,10 @@ def _start(config: RunConfig, name: JobName, device: torch.device) -> tuple[Plan
     return plan, model
 
 
-def make_output(plan: Plan, owner: Owner, device: torch.device = CPU) -> nn.Module | None:
+def make_output(plan: Plan, owner: Owner, where: PilotRanks = HERE) -> nn.Module | None:
     """Make the output directory, its folders, the frozen index and the empty store if missing.
 
-    Returns the model if a new store's basis was measured with it, on ``device``.
+    Returns the model if a new store's basis was measured with it, ``where`` a pilot runs.
     """
     output, model = plan.output, None
     check_records_have_store(output)
@@ -144,7 +163,7 @@ def make_output(plan: Plan, owner: Owner, device: torch.device = CPU) -> nn.Modu
     queue = UnitQueue(output, plan.layout, plan.identity_hash, plan.wanted, owner)
     if not (output / STORE_NAME).exists():
         _publish_index(plan, queue.scratch)
-        model = _publish_store(plan, queue.scratch, device)
+        model = _publish_store(plan, queue.scratch, where)
     elif not (output / INDEX_NAME).exists():
         _publish_index(plan, queue.scratch)
     elif load_index(output / INDEX_NAME).tars != plan.index.tars:
@@ -201,7 +220,7 @@ def _publish_index(plan: Plan, scratch: Path) -> None:
     fault_points.reach("index published")
 
 
-def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module | None:
+def _publish_store(plan: Plan, scratch: Path, where: PilotRanks) -> nn.Module | None:
     """Make the empty store. If another job was faster, its store must have our identity.
 
     Returns the model if the pilot has loaded it.
@@ -215,7 +234,7 @@ def _publish_store(plan: Plan, scratch: Path, device: torch.device) -> nn.Module
             basis = borrowed_basis(source, plan.output, plan.layers, chosen, plan.identity)
             arrays, attributes["basis"] = basis.arrays, basis.attribute
         elif plan.config.projection.basis == "eigen":
-            pilot = run_pilot(plan, chosen, device, published=store.exists)
+            pilot = run_pilot(plan, chosen, where, published=store.exists)
             arrays, attributes["basis"], model = pilot.arrays, pilot.attribute, pilot.model
         matrices = {name: (p_i.numpy(), p_o.numpy()) for name, (p_i, p_o) in chosen.items()}
         packed = pack_matrices(plan.layers, matrices)

@@ -1,6 +1,5 @@
 """Runs one unit through the engine: its batches become rows, and the rows a record to commit."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from gradproj.errors import StoreError
 from gradproj.job.head_sums import HeadSums
 from gradproj.job.hidden_sums import HiddenSums
 from gradproj.job.unit_reader import PreparedUnit, UnitSettings
-from gradproj.job.unit_sums import UnitSums
+from gradproj.job.unit_sums import BatchResult, UnitSums
 from gradproj.kernels.device_copy import record_event, seconds_between, to_host
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import STATUS
@@ -48,6 +47,9 @@ class UnitProjector:
     its head rows, if it has any; ``hidden`` is the job's ``--hidden_state``. ``stopping`` is called
     after every batch; True saves the rows so far and returns None.
     """
+
+    _width = 1
+    """Batches that run side by side."""
 
     def __init__(
         self,
@@ -76,29 +78,43 @@ class UnitProjector:
         begun = record_event(self._device)
         total = self._sums_of(prepared)
         done, saved = (0, []) if partial is None else partial.read()
+        self._begin(prepared, done)
         for n_batches, part in saved:
             total.replay(part, n_batches)
-        for number in range(done, len(prepared.batches)):
-            run = functools.partial(self._forward_backward, total)
-            for sequences, fitted in run_in_halves(self._engine, prepared.batches[number], run):
-                if fitted is None:
-                    total.fail(sequences)
-            self._count(prepared, number)
-            if partial is None or number + 1 == len(prepared.batches):
+        n_batches = len(prepared.batches)
+        for first in range(done, n_batches, self._width):
+            last = min(first + self._width, n_batches)
+            self._run(prepared, range(first, last), total)
+            for number in range(first, last):
+                self._count(prepared, number)
+            if partial is None or last == n_batches:
                 continue
             if self._stopping():
                 try:
-                    partial.append(done, number + 1, total.take_touched())
+                    partial.append(done, last, total.take_touched())
                 except StoreError as error:
                     # These rows will be computed again. A full disk must not prevent the stop.
                     log.warning("rows of an unfinished unit are not saved: %s", error)
                 return None
-            if save_interval and number + 1 - done >= save_interval:
-                partial.append(done, number + 1, total.take_touched())
-                done = number + 1
+            if save_interval and last - done >= save_interval:
+                partial.append(done, last, total.take_touched())
+                done = last
         stats = {"started_at": started_at, "seconds": time.perf_counter() - started}
         stats["finished_at"] = time.time()
         return ProjectedUnit(total, self._settings, stats, begun)
+
+    def _begin(self, prepared: PreparedUnit, done: int) -> None:
+        """Called before a unit whose first ``done`` batches are saved."""
+
+    def wait(self) -> None:
+        """Called now and then while there is no unit to project."""
+
+    def close(self) -> None:
+        """Called after the last unit, unless an error ended the loop."""
+
+    def follow(self) -> None:
+        """Help another rank with its units until it has no more. Only of a group's members."""
+        raise NotImplementedError
 
     def _sums_of(self, prepared: PreparedUnit) -> UnitSums:
         head, reduction = None, self._settings.batch.loss_reduction
@@ -114,19 +130,31 @@ class UnitProjector:
         made = prepared, self._engine, self._encoder, reduction, self._device
         return UnitSums(*made, head, hidden)
 
-    def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> bool:
+    def _run(self, prepared: PreparedUnit, numbers: range, total: UnitSums) -> None:
+        """Run some batches, ``_width`` at most, and add what they give."""
+
+        def run(sequences: np.ndarray) -> bool:
+            total.add(sequences, self._forward_backward(total, sequences))
+            return True
+
+        for number in numbers:
+            for sequences, fitted in run_in_halves(self._engine, prepared.batches[number], run):
+                if fitted is None:
+                    total.fail(sequences)
+
+    def _forward_backward(self, total: UnitSums, sequences: np.ndarray) -> BatchResult:
         batch = collate(total.prepared.sequences, sequences).to(self._device)
         head = None if total.head is None else total.head.sink()
         watched: AbstractContextManager[list[Tensor]] = nullcontext([])
         if total.hidden is not None:
             watched = total.hidden.watching(self._model, batch)
         with watched as states:
-            rows = run_batch(self._model, self._engine, batch, self._chunked, head)
-        if total.head is not None and head is not None:
-            # First, since it can run out of memory and be repeated; `total.add` counts sequences.
-            total.head.add(sequences, head)
-        total.add(sequences, *rows, *states)
-        return True
+            rows, losses = run_batch(self._model, self._engine, batch, self._chunked, head)
+        found: dict[str, Any] = {"states": states[0]} if states else {}
+        if head is not None:
+            found["head_ids"], found["head_values"] = head.largest()
+        covariances = self._engine.take_token_covariances()
+        return BatchResult(rows, losses, covariances=covariances, **found)
 
     def _count(self, prepared: PreparedUnit, number: int) -> None:
         progress, n_batches = self._progress, len(prepared.batches)

@@ -1,6 +1,8 @@
 """A unit's rows on the device: summed over a document's sequences, then finished and encoded."""
 
 import logging
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,43 @@ from gradproj.kernels.device_copy import to_device
 from gradproj.store.row_encoder import RowEncoder
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Results of a batch of N sequences, on its device."""
+
+    rows: Tensor
+    """``(N, D)`` float32: gradients of the summed losses."""
+    losses: Tensor
+    """``(N,)`` float32, summed nats."""
+    states: Tensor | None = None
+    """``(N, d)``: parts of the hidden states, if the store has any."""
+    head_ids: Tensor | None = None
+    """``(N, m)`` int64, with ``head_values`` ``(N, m, k)``: the head rows, if it has any."""
+    head_values: Tensor | None = None
+    covariances: TokenCovariances | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that there is by name, as ``of_tensors`` takes it."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return found | (vars(self.covariances) if self.covariances is not None else {})
+
+    @classmethod
+    def of_tensors(cls, found: dict[str, Tensor]) -> "BatchResult":
+        sums = {name: found[name] for name in ("a", "s", "n_tokens") if name in found}
+        rest: dict[str, Any] = {k: value for k, value in found.items() if k not in sums}
+        return cls(**rest, covariances=TokenCovariances(**sums) if sums else None)
+
+    def halves(self) -> "tuple[BatchResult, BatchResult]":
+        """Return the results of the first and the other sequences; the sums are in the first."""
+        n, found = len(self.losses) // 2, self.tensors()
+        each = {name: found[name] for name in found if name not in ("a", "s", "n_tokens")}
+        first, second = (
+            BatchResult.of_tensors({name: value[part] for name, value in each.items()})
+            for part in (slice(n), slice(n, None))
+        )
+        return replace(first, covariances=self.covariances), second
 
 
 class UnitSums:
@@ -39,7 +78,7 @@ class UnitSums:
         hidden: HiddenSums | None = None,
     ) -> None:
         n = len(prepared.columns["status"])
-        self.prepared, self._engine, self._encoder, self._device = prepared, engine, encoder, device
+        self.prepared, self._encoder, self._device = prepared, encoder, device
         self.head, self.hidden = head, hidden
         self._divides = loss_reduction == "mean"
         # A document without a target token has a row of zeros.
@@ -57,35 +96,33 @@ class UnitSums:
         engine.take_token_covariances()  # drop those of an interrupted unit
         self.covariances = engine.take_token_covariances()
 
-    def add(
-        self, sequences: np.ndarray, rows: Tensor, losses: Tensor, states: Tensor | None = None
-    ) -> None:
-        """Add sequences' rows ``(N, D)``, losses ``(N,)`` and states to those of their documents.
-
-        ``states`` are those of ``HiddenSums.watching``.
-        """
+    def add(self, sequences: np.ndarray, result: BatchResult) -> None:
+        """Add what a batch of sequences ``(N,)`` gave to that of their documents."""
+        if self.head is not None and result.head_ids is not None:
+            # First, since it can run out of memory and be repeated; the rest counts sequences.
+            assert result.head_values is not None
+            self.head.add(sequences, result.head_ids, result.head_values)
         row_of = self.prepared.row_of[sequences]
         touched, place = np.unique(row_of, return_inverse=True)
         left = self._left[touched] - np.bincount(place)
         # Allocate everything before the state changes: a batch that fails is retried in halves.
         index = self._index(row_of)
-        covariances = self._engine.take_token_covariances()
-        sums = self._summed(touched, place, rows)
+        sums = self._summed(touched, place, result.rows)
         opened = {int(touched[at]): sums[at].clone() for at in np.flatnonzero(left).tolist()}
         ended = np.flatnonzero(left == 0)
         if len(ended) < len(touched):
             sums = sums.index_select(0, self._index(ended))
         finished = self._finished(touched[ended], sums)
         self._put(touched[ended], *finished)
-        self.losses.index_add_(0, index, losses)
-        if self.hidden is not None and states is not None:
-            self.hidden.add(index, states)
+        self.losses.index_add_(0, index, result.losses)
+        if self.hidden is not None and result.states is not None:
+            self.hidden.add(index, result.states)
         self._left[touched] = left
         self._keep_open(opened)
         self._touched.append(touched)
-        if self.covariances is not None and covariances is not None:
+        if self.covariances is not None and result.covariances is not None:
             # Batch by batch, so that a unit that was interrupted and continued has the same bits.
-            self.covariances.add(covariances)
+            self.covariances.add(result.covariances)
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return to_device(torch.from_numpy(numbers), self._device)

@@ -131,12 +131,6 @@ class HeadMoments:
         self.logits += squares.where(is_good, 0.0).sum(dim=0)
         self.n_tokens += (is_good.squeeze(1) & is_target.flatten()).sum()
 
-    def __iadd__(self, other: "HeadMoments") -> "HeadMoments":
-        self.hidden += other.hidden
-        self.logits += other.logits
-        self.n_tokens += other.n_tokens
-        return self
-
     def close(self) -> None:
         pass
 

@@ -1,5 +1,6 @@
 """Free and peak memory of a device or of this host, and out-of-memory errors."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -47,6 +48,13 @@ class HostMemory:
 def available_host_bytes() -> int:
     """Return the bytes that Linux can give without swapping; a huge number elsewhere."""
     return _proc_bytes("meminfo", "MemAvailable") or 2**62
+
+
+def return_free_memory() -> None:
+    """Give memory that this process has freed back to the system, as far as its C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _proc_bytes(table: str, field: str) -> int:

@@ -1,6 +1,7 @@
 """Load a checkpoint's files as a frozen causal language model and its tokenizer."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from transformers import (
 
 from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
-from gradproj.model.checkpoint import ModelFiles, no_progress_bars
+from gradproj.model.block_shards import BlockShards, blocks_of, taken_while_loading
+from gradproj.model.checkpoint import GGUF_SUFFIX, ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
+from gradproj.model.packed_layers import settle_quantized
 from gradproj.model.properties import is_causal
+from gradproj.model.quantized import (
+    GGUF,
+    Quantization,
+    check_packages,
+    loading_arguments,
+    quantization_of,
+)
 
 
 def load_model_config(files: ModelFiles) -> Any:
@@ -50,14 +60,40 @@ def _usable_config(files: ModelFiles) -> Any:
 def _config_on_disk(files: ModelFiles) -> Any:
     folder = files.base_dir or files.model_dir
     assert folder is not None  # --architecture with random weights has no files
+    trusted = files.config.trust_remote_code
     try:
         return AutoConfig.from_pretrained(
-            folder, trust_remote_code=files.config.trust_remote_code, local_files_only=True
+            **_source(folder), trust_remote_code=trusted, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"--model {folder}: its config cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """Return ``from_pretrained``'s arguments for a folder or a GGUF file.
+
+    Raises:
+        ModelError: a package that reads the file is missing.
+    """
+    if path.suffix != GGUF_SUFFIX:
+        return {"pretrained_model_name_or_path": str(path)}
+    check_packages(GGUF, str(path))
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def model_quantization(files: ModelFiles) -> Quantization | None:
+    """Return how the model (of an adapter: its base) is quantized; None if it is not.
+
+    Raises:
+        ModelError: it cannot be loaded, or not as the flags ask.
+    """
+    place = files.base_dir or files.model_dir
+    if place is None:
+        return None
+    is_gguf = place.suffix == GGUF_SUFFIX
+    return quantization_of(_config_on_disk(files), files.config, is_gguf)
 
 
 def attention_note(files: ModelFiles) -> str:
@@ -77,6 +113,17 @@ def attention_note(files: ModelFiles) -> str:
     else:
         return ""
     return f"transformers' default: the config names {named}, which {why}"
+
+
+def loading_notes(files: ModelFiles) -> list[str]:
+    """Return lines for people on what is loaded otherwise than the checkpoint says, or packed.
+
+    Raises:
+        ModelError: see ``model_quantization``.
+    """
+    attention, quantization = attention_note(files), model_quantization(files)
+    lines = [f"attention     {attention}"] if attention else []
+    return [*lines, *([f"quantized     {quantization.line}"] if quantization else [])]
 
 
 def _is_installed(attention: str) -> bool:
@@ -145,18 +192,60 @@ def load_model(files: ModelFiles, device: torch.device, merged: bool = False) ->
     Raises:
         ModelError: the weights do not match the config or cannot be read; the model is not causal.
     """
+    model = _whole_model(files, merged).requires_grad_(False).eval().to(device)
+    check_causal(files, model)
+    return model
+
+
+def load_shards(
+    files: ModelFiles, rank: int, n_ranks: int, home: torch.device, pinned: bool = False
+) -> tuple[nn.Module, BlockShards]:
+    """Load the model with a rank's share of its blocks' weights, whose bytes are kept at ``home``.
+
+    The weights of a checkpoint are read one by one, and only the share is kept. (Random weights,
+    and a model with an adapter, are made whole in host memory first.)
+
+    Returns:
+        The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and
+        their shares. ``BlockShards`` has the arguments. No pass can run before
+        ``engine.sharded_blocks`` has put them together.
+    """
+    if _can_load_one_by_one(files):
+        dtype = MODEL_DTYPES[files.config.model_dtype]
+        blocks = blocks_of(model_skeleton(files).to(dtype), n_ranks)
+        shards = BlockShards(blocks, rank, n_ranks, home, pinned)
+        with taken_while_loading(shards):
+            model = _load_weights(files, dtype, merged=False)
+    else:
+        model = _whole_model(files, merged=False)
+        shards = BlockShards(blocks_of(model, n_ranks), rank, n_ranks, home, pinned)
+        shards.take_from(model)
+    shards.check_taken(model)
+    return model.requires_grad_(False).eval(), shards
+
+
+def _can_load_one_by_one(files: ModelFiles) -> bool:
+    if files.adapter_dir is not None or files.config.init == "random":
+        return False
+    return getattr(_config_on_disk(files), "quantization_config", None) is None
+
+
+def check_causal(files: ModelFiles, model: nn.Module) -> None:
+    """Raise ``ModelError`` if a token changes the logits of earlier positions."""
     config = files.config
-    dtype = MODEL_DTYPES[config.model_dtype]
-    is_random = config.init == "random"
-    model = _random_model(files, dtype) if is_random else _load_weights(files, dtype, merged)
-    model = model.requires_grad_(False).eval().to(device)
     if not is_causal(model):
         raise ModelError(
             f"--model {config.model or config.architecture} ({type(model).__name__}) is not "
             "causal: a token changes the logits of earlier positions (a bidirectional model needs "
             "is_decoder in its config)"
         )
-    return model
+
+
+def _whole_model(files: ModelFiles, merged: bool) -> nn.Module:
+    dtype = MODEL_DTYPES[files.config.model_dtype]
+    if files.config.init == "random":
+        return _random_model(files, dtype)
+    return _load_weights(files, dtype, merged)
 
 
 def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
@@ -168,14 +257,23 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
 
 def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Module:
     config, folder = files.config, files.base_dir or files.model_dir
+    assert folder is not None  # --architecture with random weights has no files
+    quantization = model_quantization(files)
     model_type = model_class(_config_on_disk(files))
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None or attention_note(files):
+        arguments["config"] = _usable_config(files)
+    if quantization is not None:
+        # An adapter is added to weights as they are.
+        packed = quantization.stays_packed and not merged
+        quantization = replace(quantization, stays_packed=packed)
+        arguments |= loading_arguments(quantization, arguments["config"])
     try:
         with no_progress_bars():
             # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = model_type.from_pretrained(
-                str(folder),
-                **({"config": _usable_config(files)} if attention_note(files) else {}),
-                dtype=dtype,
+                **_source(folder),
+                **arguments,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
                 local_files_only=True,
@@ -196,6 +294,8 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
             f"--model {folder}: {len(missing)} of the model's weights are not in the checkpoint or "
             f"have another shape: {', '.join(missing[:4])}"
         )
+    if quantization is not None:
+        settle_quantized(model, dtype, quantization.stays_packed)
     return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model, merged)
 
 
@@ -212,7 +312,9 @@ def load_tokenizer(files: ModelFiles) -> Any:
     config = files.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            files.tokenizer_dir, trust_remote_code=config.trust_remote_code, local_files_only=True
+            **_source(files.tokenizer_dir),
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
         )
     except Exception as error:  # every tokenizer class raises its own types
         raise ModelError(

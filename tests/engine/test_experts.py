@@ -5,9 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.experts import gradient_of, row_by_autograd, slow_experts, whole_gradients
+from helpers.experts import slow_experts
 from helpers.models import MIXTURES, ragged_batch, small_model
-from helpers.references import relative_error, sample_loss
+from helpers.references import (
+    gradient_of,
+    relative_error,
+    row_by_autograd,
+    sample_loss,
+    whole_gradients,
+)
 from helpers.whole_gradients import kfac_scores
 
 from gradproj.engine.basis import eigenbasis

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.experts import row_by_autograd
 from helpers.models import EVERY_FAMILY, HYBRIDS, MIXTURES, ragged_batch, small_model
-from helpers.references import relative_error
+from helpers.references import relative_error, row_by_autograd
 
 from gradproj.engine.coverage import coverage_of
 from gradproj.engine.engine import GradProjLoraEngine

@@ -69,9 +69,9 @@ def test_no_batch_waits_for_the_gpu(gpu, tmp_path, family, dtype):
 def test_added_wait_in_the_loop_is_an_error(gpu, tmp_path, monkeypatch):
     model, add = small_model("llama").to(gpu), UnitSums.add
 
-    def add_and_wait(self, sequences, rows, losses):
-        losses.sum().item()
-        add(self, sequences, rows, losses)
+    def add_and_wait(self, sequences, result):
+        result.losses.sum().item()
+        add(self, sequences, result)
 
     with GradProjLoraEngine(model, **ENGINE) as engine:
         project_unit(model, engine, several_batches(), tmp_path)
@@ -84,10 +84,10 @@ def test_unit_seconds_are_gpu_time_not_submission_time(gpu, tmp_path, monkeypatc
     model, add = small_model("llama").to(gpu), UnitSums.add
     slow = torch.ones(2**13, 2**13, device=gpu)
 
-    def add_slowly(self, sequences, rows, losses):
+    def add_slowly(self, sequences, result):
         for _ in range(20):
             torch.mm(slow, slow)
-        add(self, sequences, rows, losses)
+        add(self, sequences, result)
 
     monkeypatch.setattr(UnitSums, "add", add_slowly)
     with GradProjLoraEngine(model, **ENGINE) as engine:

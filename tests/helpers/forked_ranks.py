@@ -293,7 +293,12 @@ def become(request: dict[str, Any]) -> None:
     with ExitStack() as stack:
         if "changes" in request:
             stack.enter_context(before_each_change(ChangeLog(Path(request["changes"]))))
-        sys.exit(__import__(module, fromlist=["main"]).main())
+        code = __import__(module, fromlist=["main"]).main()
+        if module == "gradproj.run":  # as it does itself
+            from gradproj.job.shutdown import leave
+
+            leave(code)
+        sys.exit(code)
 
 
 def listen(log: int, request: dict[str, Any]) -> None:

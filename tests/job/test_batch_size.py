@@ -119,7 +119,9 @@ def waiting_rank(inputs, tmp_path, rank, pending=(1,)):
     settings = Settings(config.batch)
     plan = SimpleNamespace(output=tmp_path, unit_settings=settings, unit_bytes=lambda: 1024)
     (tmp_path / "scratch").mkdir(exist_ok=True)
-    job = SimpleNamespace(plan=plan, owner=SimpleNamespace(rank=rank), n_neighbours=1)
+    job = SimpleNamespace(
+        plan=plan, owner=SimpleNamespace(rank=rank), n_neighbours=1, lockstep=None
+    )
     return job, SimpleNamespace(pending=lambda: pending, scratch=tmp_path / "scratch")
 
 

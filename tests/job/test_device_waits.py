@@ -22,7 +22,7 @@ from gradproj.engine import capture, loss
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
 from gradproj.engine.loss import per_sample_loss
-from gradproj.job import rank_setup, unit_projector
+from gradproj.job import lockstep, rank_setup, unit_projector
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import start_job
@@ -200,9 +200,9 @@ WAITS = {
 def test_added_wait_in_the_loop_is_detected(name, waits_of_a_unit, monkeypatch):
     add = UnitSums.add
 
-    def add_and_wait(self, sequences, rows, losses):
-        WAITS[name](losses)
-        add(self, sequences, rows, losses)
+    def add_and_wait(self, sequences, result):
+        WAITS[name](result.losses)
+        add(self, sequences, result)
 
     monkeypatch.setattr(UnitSums, "add", add_and_wait)
     assert waits_of_a_unit(small_model("llama"))
@@ -242,7 +242,7 @@ def test_job_waits_for_its_device_once_a_unit_in_the_writer_thread(tmp_path, mon
 
     monkeypatch.setattr(capture, "cache_bfloat16", remember)
     monkeypatch.setattr(
-        rank_setup, "load_model", lambda files, device: load_model(files, "cpu").to(META_DEVICE)
+        lockstep, "load_model", lambda files, device: load_model(files, "cpu").to(META_DEVICE)
     )
     monkeypatch.setattr(rank_setup, "chunk_verdict", lambda model: (True, "as it is known"))
     monkeypatch.setattr(rank_setup, "fit_padding", lambda model, batch: batch)

@@ -59,8 +59,10 @@ OTHER_VALUES = {
     "--bytes_per_document": "5k", "--device": "cpu", "--threads": 1, "--deterministic": None,
     "--compile": None,
     "--gradient_checkpointing": None, "--output_dir": "other", "--proj_save_interval": 3,
+    "--ranks_per_model": 2, "--offload": None,
     "--loss_on": "all", "--truncate_side": "left", "--preference_beta": 0.5,
     "--chat_template": __file__,
+    "--quantize": "nf4", "--dequantize": None,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
 

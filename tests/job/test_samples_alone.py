@@ -19,7 +19,7 @@ from gradproj.coordinator.units import UnitQueue
 from gradproj.distributed import Process, Rendezvous
 from gradproj.engine import row_check
 from gradproj.errors import ModelError, ReportedError
-from gradproj.job import plan, rank_setup
+from gradproj.job import lockstep, plan
 from gradproj.job.config import run_config
 from gradproj.job.shutdown import StopRequest
 from gradproj.job.startup import start_job
@@ -80,10 +80,10 @@ def test_experts_are_refused_in_batches_and_exact_alone(tmp_path, monkeypatch, c
         "device": "cpu",
     }
     models = []
-    load = with_experts(rank_setup.load_model, "cpu")
+    load = with_experts(lockstep.load_model, "cpu")
     monkeypatch.setattr(plan, "model_skeleton", with_experts(plan.model_skeleton, "meta"))
     monkeypatch.setattr(
-        rank_setup, "load_model", lambda *args: models.append(load(*args)) or models[-1]
+        lockstep, "load_model", lambda *args: models.append(load(*args)) or models[-1]
     )
     with pytest.raises(ModelError, match=r"mlp\.experts\.0.*another order.*--batch_size 1"):
         compute(settings)
