@@ -237,8 +237,9 @@ class BatchCapture:
             a_p = a_p * mask.unsqueeze(-1)
         if layer.target.expert is not None:
             g_p = g_p * (a_p != 0).any(dim=-1, keepdim=True)
+        a, s = sum_over_tokens(a_p, a_p), sum_over_tokens(g_p, g_p)
         n = layer.target.counted_positions(slots)
-        return sum_over_tokens(a_p, a_p) / n, sum_over_tokens(g_p, g_p)
+        return (a if n == 1 else a / n), s
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
         """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""
