@@ -23,7 +23,7 @@ class Tokenization:
     special_tokens: str
     loss_on: str
     chat_template: str
-    """A hash of ``--chat_template``; empty for the tokenizer's own."""
+    """A hash of the chat template; empty if there was none, and so no conversation."""
     name: str = ""
     """The tokenizer as its user named it, for messages."""
 

@@ -183,7 +183,7 @@ class _Fit:
             for part in batch.parts():
                 # A position without a target counts no token; its output gradient is 0.
                 # One that is routed to several experts counts one, by the mean of its inputs.
-                counted = batch.mask[part].unsqueeze(-1) * batch.slots**-0.5
+                counted = batch.mask[part].unsqueeze(-1) * batch.positions**-0.5
                 a = batch.inputs(part) * counted
                 for total, x in zip(sums[number], (a, batch.g[part].float()), strict=True):
                     _add_gram(total, x.flatten(0, 1))

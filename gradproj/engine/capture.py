@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,9 +77,10 @@ def place_layers(
     targets = find_layers(module, config.patterns, config.include_embeddings, config.experts)
     for target, widths in zip(targets, place_widths(targets, config, matrices), strict=True):
         p_i, p_o = draw_matrices(config, widths) if matrices is None else matrices[widths.name]
-        device = next(target.module.parameters()).device
-        if isinstance(target.module, ExpertsLayer) and target.expert is None:
-            signs = draw_signs(config.seed, target.name, target.module.n_experts, widths.n_i)
+        module = target.module
+        device = next(chain(module.parameters(), module.buffers())).device
+        if isinstance(module, ExpertsLayer) and target.expert is None:
+            signs = draw_signs(config.seed, target.name, module.n_experts, widths.n_i)
             target = replace(target, signs=signs.to(device))
         columns = slice(widths.slice_start, widths.slice_end)
         p_i, p_o = on_device(p_i, device), on_device(p_o, device)
@@ -235,8 +237,8 @@ class BatchCapture:
             a_p = a_p * mask.unsqueeze(-1)
         if layer.target.expert is not None:
             g_p = g_p * (a_p != 0).any(dim=-1, keepdim=True)
-        # K-FAC's product of both factors is that of the routed tokens, if one is their mean.
-        return sum_over_tokens(a_p, a_p) / slots, sum_over_tokens(g_p, g_p)
+        n = layer.target.counted_positions(slots)
+        return sum_over_tokens(a_p, a_p) / n, sum_over_tokens(g_p, g_p)
 
     def _by_sample(self, layer: PlacedLayer, x: Tensor) -> Tensor:
         """Return ``(N, S, k)`` whatever shape the layer works on, or raise ``ModelError``."""

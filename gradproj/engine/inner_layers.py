@@ -212,7 +212,7 @@ def _router_in(module: Any) -> dict[str, InnerLayer]:
 class _Through(TorchFunctionMode):
     """Sends ``F.linear`` with the weight of a layer's holder through the layer."""
 
-    def __init__(self, layer: RouterLayer) -> None:
+    def __init__(self, layer: InnerLayer) -> None:
         super().__init__()
         self._layer, self._weights = layer, [layer.weight]
         self.n_products, self.other_uses = 0, 0
@@ -277,7 +277,7 @@ def _experts_forward(host: Any, *args: Any, **kwargs: Any) -> Any:
         return _llama4_forward(host, layers, *args, **kwargs)
     hidden, experts, weights = (*args, *kwargs.values())
     up, down = layers.values()
-    order = ExpertOrder(experts, up.n_experts)
+    order = ExpertOrder(experts, len(up.weight))
     x = hidden.unsqueeze(1).expand(-1, experts.shape[1], -1)
     x = up(x, experts, order)
     x = host._apply_gate(x) if host.has_gate else host.act_fn(x)
@@ -293,7 +293,7 @@ def _llama4_forward(host: Any, layers: dict[str, InnerLayer], hidden: Tensor) ->
     scores, logits = host.router(hidden)
     weights, experts = scores.topk(host.top_k, dim=-1)
     up, down = layers.values()
-    order = ExpertOrder(experts, up.n_experts)
+    order = ExpertOrder(experts, len(up.weight))
     gate, x = up(hidden.unsqueeze(1) * weights.unsqueeze(-1), experts, order).chunk(2, dim=-1)
     routed = down(x * host.experts.act_fn(gate), experts, order)
     return host.shared_expert(hidden) + routed.sum(dim=1), logits

@@ -22,6 +22,7 @@ from gradproj.engine.inner_layers import (
     inner_layers_of,
 )
 from gradproj.kernels.onednn import project
+from gradproj.model.packed_layers import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,19 @@ LAYER_RULES: dict[type[nn.Module], LayerRule] = {
     ExpertsLayer: LayerRule("Experts", lambda m: m.widths, _project_dense, _dense),
 }
 """Type -> rule. The tests need a case for each."""
+_PACKED = LayerRule("Linear", lambda m: (m.in_features, m.out_features), _project_dense, _dense)
 
 
 def rule_for(module: nn.Module) -> LayerRule | None:
     """Return the rule of a layer, or None if no rule describes what it computes.
 
-    A subclass counts as its base if it runs the base's own ``forward``, which a quantized or sparse
-    layer does not. Embeddings that scale their output by ``embed_scale`` (Gemma 3) count, and any
-    other layer whose output is shown to be ``input W^T + b``.
+    A subclass counts as its base if it runs the base's own ``forward``, which a library's quantized
+    or sparse layer does not (``PackedLinear`` takes the place of quantized ones). Embeddings that
+    scale their output by ``embed_scale`` (Gemma 3) count, and any other layer whose output is shown
+    to be ``input W^T + b``.
     """
+    if isinstance(module, PackedLinear):
+        return _PACKED
     for kind, rule in LAYER_RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule
@@ -165,10 +170,10 @@ class TargetLayer:
     @property
     def weight(self) -> Tensor | None:
         """The parameter. None if it is computed, by a parametrization."""
-        if isinstance(self.module, InnerLayer):
-            weight: Tensor | None = self.module.weight
-            return weight
-        return self.module._parameters.get("weight")
+        module, name = self.module, "weight"
+        if isinstance(module, InnerLayer):
+            module, name = module.holder, module.weight_name
+        return module._parameters.get(name)
 
     @property
     def n_weights(self) -> int:
@@ -177,6 +182,16 @@ class TargetLayer:
         if isinstance(self.module, ExpertsLayer) and self.expert is None:
             n_experts = self.module.n_experts
         return math.prod(self.widths) * n_experts
+
+    def counted_positions(self, slots: int) -> float:
+        """Return how many positions one token has in the mean, of ``slots`` that it is routed to.
+
+        With inputs that are a mean over them, K-FAC's product of factors per token is that per
+        position. Of one expert it is so if tokens are shared out evenly.
+        """
+        if isinstance(self.module, ExpertsLayer) and self.expert is not None:
+            return slots / self.module.n_experts
+        return slots
 
     @property
     def holders(self) -> list[nn.Module]:

@@ -141,7 +141,8 @@ def _reached(
     except Exception:  # what a model cannot do on the meta device raises many types
         return None
     finally:
-        for hook in [routes, *hooks]:
+        routes.remove()
+        for hook in hooks:
             hook.remove()
     used = [t for t, gradient in zip(targets, found, strict=True) if gradient is not None]
     return [t for t in used if not called.isdisjoint(t.uses.values())], len(used)

@@ -19,11 +19,12 @@ from gradproj.engine.compile import nothing_compiled
 from gradproj.engine.inner_layers import ExpertsLayer
 from gradproj.engine.layers import every_layer, unwrap, without_wrappers
 from gradproj.engine.loss import per_sample_loss
-from gradproj.engine.patterns import exclusions
+from gradproj.engine.patterns import exclusions, folded
 from gradproj.engine.targets import IGNORE, LOSS_WEIGHTS, loss_key
 from gradproj.errors import MixedSamplesError, ModelError
 from gradproj.kernels.memory import is_out_of_memory
 from gradproj.model.loading import positions_of
+from gradproj.model.packed_layers import PackedLinear
 
 log = logging.getLogger(__name__)
 
@@ -184,11 +185,17 @@ class _Probe:
             for parameter in module._parameters.values():
                 users.setdefault(id(parameter), set()).add(id(module))
         self._weights: dict[str, Tensor] = {}
+        self._packed: dict[str, tuple[str, PackedLinear]] = {}
         for layer in layers:
+            name, module = layer.target.name, layer.target.module
+            if isinstance(module, PackedLinear):
+                # One of each kind: a copy of every weight is what packed layers spare.
+                self._packed.setdefault(folded(name), (name, module))
+                continue
             weight = layer.target.weight
             # Of a head tied to the embedding, autograd gives the sum of two layers.
             if weight is not None and users[id(weight)] <= set(map(id, layer.target.holders)):
-                self._weights[layer.target.name] = weight
+                self._weights[name] = weight
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -198,6 +205,8 @@ class _Probe:
             for parameter in self._model.parameters():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
+            for name, packed in self._packed.values():
+                self._weights[name] = stack.enter_context(packed.unpacked())
             layers_of: dict[Tensor, list[PlacedLayer]] = {}  # experts share a parameter
             for layer in self._layers:
                 if layer.target.name in self._weights:
@@ -208,9 +217,9 @@ class _Probe:
                 stack.callback(weight.register_hook(hook).remove)
             for layer in self._layers:
                 if isinstance(layer.target.module, ExpertsLayer):
-                    hook = functools.partial(self._compare_experts, layer.target.name)
+                    compare = functools.partial(self._compare_experts, layer.target.name)
                     host = layer.target.module.host
-                    stack.callback(host.register_forward_hook(hook, with_kwargs=True).remove)
+                    stack.callback(host.register_forward_hook(compare, with_kwargs=True).remove)
             # A mask that waits for the first batch has that batch's shape.
             stack.callback(setattr, self._capture, "token_mask", self._capture.token_mask)
             self._capture.token_mask = None

@@ -29,7 +29,7 @@ def find_layers(
     included by ``include_embeddings`` or by its name. Of modules that share a weight one match is
     enough.
 
-    Matched weights of no layer with a rule (norms, convolutions, quantized layers) are left out,
+    Matched weights of no layer with a rule (norms, convolutions) are left out,
     which ``coverage_of`` reports. ``experts``: see ``every_layer``.
 
     Raises:
@@ -132,7 +132,7 @@ def _unmatched_error(
         f"--proj_layers: {names} matches only weights that gradproj cannot project: "
         f"{_named(model, found)}. It projects "
         f"{', '.join(dict.fromkeys(rule.type_name for rule in LAYER_RULES.values()))}; quantized "
-        f"layers are not supported. Give --proj_layers {way}"
+        f"layers once pack_quantized has packed them. Give --proj_layers {way}"
     )
 
 

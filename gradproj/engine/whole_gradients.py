@@ -39,8 +39,8 @@ class LayerBatch:
     """``(N, S)`` bool: the positions that predict a target."""
     factors: Tensor | None = None
     """See ``Batch``."""
-    slots: int = 1
-    """Positions of one token: experts that it is routed to."""
+    positions: float = 1
+    """See ``TargetLayer.counted_positions``."""
 
     def inputs(self, samples: slice = slice(None)) -> Tensor:
         """Return ``(n, S, n_i)`` float32; one-hot vectors (scaled) of an embedding."""
@@ -170,7 +170,9 @@ class WholeGradients:
             torch.cat(x, dim=1) if len(parts) > 1 else x[0] for x in zip(*parts, strict=True)
         )
         assert self._visit is not None
-        self._visit(number, LayerBatch(layer, a, g, mask, self._factors, slots))
+        self._visit(
+            number, LayerBatch(layer, a, g, mask, self._factors, layer.counted_positions(slots))
+        )
 
 
 def _by_sample(layer: TargetLayer, x: Tensor, n: int, s: int) -> Tensor:

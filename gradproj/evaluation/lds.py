@@ -30,6 +30,7 @@ from gradproj.flags import current_names
 from gradproj.job.recorded import config_from
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import fetch
+from gradproj.model.loading import model_quantization
 
 
 def evaluate(config: LdsConfig) -> Results:
@@ -93,13 +94,15 @@ def with_store(config: LdsConfig) -> LdsConfig:
     """Return the settings with tars, model and tokenizer of ``--store`` where none are given.
 
     Raises:
-        ModelError: the store's model is an adapter, which is not fine-tuned, or has no files.
+        ModelError: the store's model is an adapter or quantized, which are not fine-tuned, or has
+            no files.
     """
     if not config.store:
         return config
     run = config_from(RecordedRunArgs(output=config.store, model=config.model))
     files = fetch(run.model)
-    if files.model_dir is None or files.adapter_dir is not None:
+    is_whole = files.model_dir is not None and files.adapter_dir is None
+    if not is_whole or model_quantization(files):
         raise ModelError(
             f"--store {config.store}: its model is {run.model.model or run.model.architecture}, "
             "and lds fine-tunes whole checkpoints: give --model DIR"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradproj.engine.inner_layers import ExpertsLayer
+from gradproj.engine.inner_layers import InnerLayer
 from gradproj.engine.layers import TargetLayer
 from gradproj.engine.loss import output_head
 from gradproj.engine.patterns import EXCLUDES, folded, matches
@@ -162,7 +162,7 @@ def _row_bytes(k: int, head_bytes: int, layers: Sequence[TargetLayer]) -> int:
 def _is_mlp_output(target: TargetLayer) -> bool:
     """Return whether a layer leads from an MLP's inner width back to the model's."""
     n_i, n_o = target.widths
-    if isinstance(target.module, ExpertsLayer):
+    if isinstance(target.module, InnerLayer):
         return target.module.weight_name == "down_proj"
     return n_i > n_o and any(matches("mlp", name) for name in target.uses)
 

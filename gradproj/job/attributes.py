@@ -7,6 +7,7 @@ from typing import Any
 from gradproj.coordinator.merge import ranges_of
 from gradproj.job.head import head_attribute
 from gradproj.job.plan import Plan
+from gradproj.model.loading import model_quantization
 from gradproj.store.encoding import row_formula
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.texts import DOCUMENT_FORMS
@@ -15,6 +16,7 @@ from gradproj.store.texts import DOCUMENT_FORMS
 def attributes_of(plan: Plan) -> dict[str, Any]:
     """Return the attributes of the store's group."""
     projection, model = plan.config.projection, plan.config.model
+    quantization = model_quantization(plan.files)
     drawn_by = {"kind": "given", "seed": None} if projection.matrices else {}
     return {
         "layers": [asdict(layer) for layer in plan.layers],
@@ -32,6 +34,7 @@ def attributes_of(plan: Plan) -> dict[str, Any]:
         "model": {
             **asdict(model),
             "revision": plan.files.revision or model.revision,
+            "quantization": quantization.name if quantization else "",
             "max_length": plan.config.batch.max_length,
             "long_documents": plan.config.batch.long_documents,
             "loss_reduction": plan.config.batch.loss_reduction,

@@ -14,8 +14,13 @@ from gradproj.store.layout import CHAT_TEMPLATE_NAME
 
 
 def check_chat_template(output: Path, source: str | None) -> None:
-    """Raise ``OtherSettingsError`` if an output keeps another template than ``source``."""
+    """Raise ``OtherSettingsError`` if a store's job had another template than ``source``."""
     kept = output / CHAT_TEMPLATE_NAME
+    if source is not None and not kept.is_file():
+        raise OtherSettingsError(
+            f"cannot add to {output}: it was begun without a chat template, and its conversations "
+            "are bad input. Give the tokenizer without one, or --output_dir a new path"
+        )
     if kept.is_file() and kept.read_text("utf-8") != (source or ""):
         raise OtherSettingsError(
             f"cannot add to {output}: the tokenizer's chat template is not the one that it was "

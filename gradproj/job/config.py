@@ -152,8 +152,8 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     except GradprojError:  # said later
         return {}
     recorded = attributes.get("identity", {}).get("--proj_layers")
-    layers = {"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {}
-    return layers | (FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
+    defaults = dict(FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
+    return defaults | ({"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {})
 
 
 def parse_run(

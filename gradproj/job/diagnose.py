@@ -5,7 +5,7 @@ in each precision. Every row is compared with the document's own in float32 alon
 basis of the output's store, if there is one. Nothing is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,8 +23,10 @@ from gradproj.flags import Flags, flag
 from gradproj.job.config import RunConfig
 from gradproj.job.plan import Plan, make_plan
 from gradproj.job.precision import (
+    BATCHED,
     MAX_ERROR,
     MIN_COSINE,
+    PADDED,
     USUAL_COSINE,
     WAYS,
     Agreement,
@@ -33,7 +35,7 @@ from gradproj.job.precision import (
 from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.loading import load_model, load_tokenizer, model_quantization
 from gradproj.model.sequences import TokenSequence
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, STORE_NAME
@@ -102,10 +104,28 @@ def diagnose(config: RunConfig, n_documents: int) -> Diagnosis:
         for way, rows in _rows_in(dtype, plan, sequences, device):
             reference = rows if reference is None else reference
             diagnosis.comparisons.append(Comparison(dtype, way, Agreement.of(rows, reference)))
-            if way == "batched":
+            if way == BATCHED:
                 diagnosis.layers += _by_layer(plan, dtype, rows, reference)
+    if reference is not None and (other := _not_packed(plan)) is not None:
+        name, unpacked = other
+        for _, rows in _rows_in("bfloat16", unpacked, sequences, device, (BATCHED,)):
+            compared = Comparison("bfloat16", name, Agreement.of(rows, reference))
+            diagnosis.comparisons.append(compared)
     _judge(diagnosis)
     return diagnosis
+
+
+def _not_packed(plan: Plan) -> tuple[str, Plan] | None:
+    """Return a name and the plan of the model without packed weights; None if it has none.
+
+    That is the checkpoint itself if it is quantized on load, else its dequantized copy.
+    """
+    quantization, config = model_quantization(plan.files), plan.files.config
+    if quantization is None or not quantization.stays_packed:
+        return None
+    name = "unquantized" if quantization.on_load else "dequantized"
+    config = replace(config, quantize="", dequantize=not quantization.on_load)
+    return name, replace(plan, files=replace(plan.files, config=config))
 
 
 def _choose(plan: Plan, n_documents: int) -> tuple[list[int], list[TokenSequence]]:
@@ -138,7 +158,11 @@ def _choose(plan: Plan, n_documents: int) -> tuple[list[int], list[TokenSequence
 
 
 def _rows_in(
-    dtype: str, plan: Plan, sequences: list[TokenSequence], device: torch.device
+    dtype: str,
+    plan: Plan,
+    sequences: list[TokenSequence],
+    device: torch.device,
+    ways: Sequence[str] = WAYS,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(way, rows)`` with the model in one precision. One model is in memory at a time.
 
@@ -161,7 +185,7 @@ def _rows_in(
             _basis_of(plan),
         )
         with compiler_errors_explained(), engine:
-            for way in WAYS if batch.max_padding else WAYS[:2]:
+            for way in ways if batch.max_padding else [w for w in ways if w != PADDED]:
                 yield way, rows_of(model, engine, sequences, way, batch)
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -210,10 +234,17 @@ def _judge(diagnosis: Diagnosis) -> None:
     for dtype in MODEL_DTYPES:
         if dtype != "float32":
             _judge_precision(diagnosis, dtype)
+    for compared in diagnosis.comparisons:
+        if compared.way not in WAYS:
+            found = compared.agreement
+            diagnosis.verdicts.append(
+                f"quantized: cosine with the {compared.way} model in {compared.dtype} "
+                f"{found.median_cosine:.5f} in the median, {found.least_cosine:.5f} at least"
+            )
 
 
 def _judge_precision(diagnosis: Diagnosis, dtype: str) -> None:
-    agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == dtype]
+    agreements = [c.agreement for c in diagnosis.comparisons if c.dtype == dtype and c.way in WAYS]
     worst = min(agreements, key=lambda a: a.least_cosine)
     not_finite = max(a.n_not_finite for a in agreements)
     chosen = dtype == diagnosis.model_dtype

@@ -9,6 +9,7 @@ from gradproj.engine.head_rows import INPUT_DAMPING
 from gradproj.engine.loss import logits_are_the_heads, output_head
 from gradproj.errors import ConfigError, ModelError
 from gradproj.job.config import RunConfig
+from gradproj.kernels.meta_values import AssumedValues
 from gradproj.store.head_rows import HeadSegment
 
 
@@ -38,7 +39,7 @@ def plan_head(config: RunConfig, skeleton: nn.Module) -> HeadSegment | None:
             "leave --head_rows out"
         )
     head = output_head(skeleton)
-    with torch.device("meta"):
+    with torch.device("meta"), AssumedValues():
         plain = head is not None and logits_are_the_heads(skeleton)
     if not plain:
         raise ModelError(

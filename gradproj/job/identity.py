@@ -23,6 +23,7 @@ FORMAT_1 = {
     "--truncate_side": "right",
     "--chat_template": "",
     "--preference_beta": 0.1,
+    "--quantize": "",
     "--experts": "none",
 }
 """Values of flags that format 1 did not have. An identity names them only if it has others, so that
@@ -36,6 +37,7 @@ def identity_of_flags(config: RunConfig, layout: StoreLayout) -> dict[str, Any]:
     later["--experts"] = projection.experts
     later["--head_rows"] = config.head.head_rows
     later["--hidden_state"] = config.store.hidden_state
+    later["--quantize"] = model.quantize
     later |= config.rules.identity()
     if config.head.head_rows != "0":
         later["--head_damping"] = config.head.head_damping

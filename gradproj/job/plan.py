@@ -42,9 +42,9 @@ from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
 from gradproj.model.loading import (
-    attention_note,
     load_model_config,
     load_tokenizer,
+    loading_notes,
     model_skeleton,
     positions_of,
 )
@@ -207,7 +207,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     files = fetch(config.model)
     model_config = load_model_config(files)
     tokenizer = load_tokenizer(files)
-    check_corpus_tokenizer(index.tokenization, tokenizer, config.model.special_tokens, config.rules)
+    check_corpus_tokenizer(index.tokenization, tokenizer, config.rules, config.model.special_tokens)
     vocabulary = model_config.get_text_config().vocab_size
     skeleton = model_skeleton(files)
     config = replace(config, batch=replace(config.batch, max_length=_max_length(config, skeleton)))
@@ -243,7 +243,8 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
     _check_sparse(plan)
     if not is_untouched(plan.output):  # the job's start replaces an empty store
         check_identity(plan.output / STORE_NAME, plan.identity)
-        check_chat_template(plan.output, template)
+        if not is_older:
+            check_chat_template(plan.output, template)
     _check_space(plan)
     notes = [*chosen.notes, *_notes(plan, skeleton), *unused_lines(given or {}, layers)]
     notes += experts_lines(targets, layers, plan.row_bytes)
@@ -255,8 +256,7 @@ def make_plan(config: RunConfig, *, progress: bool = True) -> Plan:
 def _notes(plan: Plan, skeleton: nn.Module) -> list[str]:
     config, index = plan.config, plan.index
     notes = [*index.unread_lines(), *idle_patterns(skeleton, config.projection.patterns)]
-    if attention := attention_note(plan.files):
-        notes.append(f"attention     {attention}")
+    notes += loading_notes(plan.files)
     field = config.corpus.domain_field
     if index.domains == (UNKNOWN_DOMAIN,) and field != CorpusConfig.domain_field:
         notes.append(

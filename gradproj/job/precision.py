@@ -18,7 +18,7 @@ from gradproj.kernels.memory import available_host_bytes, is_out_of_memory
 from gradproj.model.loading import positions_of
 from gradproj.model.sequences import TokenSequence
 
-WAYS = ("alone", "batched", "beside padding")
+ALONE, BATCHED, PADDED = WAYS = ("alone", "batched", "beside padding")
 FLOOR = 1e-2
 """Rows shorter than this fraction of the median row are left out of the cosines, and their errors
 are taken relative to it: the gradient of a memorised document is a difference of nearly equal
@@ -99,12 +99,12 @@ def rows_of(
     owners = torch.tensor([sequence.owner for sequence in sequences])
     rows = torch.zeros(int(owners.max()) + 1, engine.total_proj_dim)
     batches = [np.array([i]) for i in range(len(sequences))]
-    if way == "batched":
+    if way == BATCHED:
         lengths = list(map(len, sequences))
         batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
     for chosen in batches:
         prepared = collate(sequences, chosen)
-        if way == "beside padding":
+        if way == PADDED:
             prepared = _padded(prepared, positions_of(model))
         batch_rows = run_batch(model, engine, prepared.to(device))[0].float().cpu()
         rows.index_add_(0, owners[torch.from_numpy(chosen)], batch_rows)

@@ -8,7 +8,7 @@ from gradproj.engine.layers import every_layer
 from gradproj.engine.patterns import folded
 from gradproj.errors import GradprojError, ModelError
 from gradproj.job.config import RunConfig
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.loading import load_model_config, load_tokenizer, model_skeleton
 from gradproj.store import ProjectionStore
 
@@ -23,7 +23,7 @@ def query_model_files(
     Args:
         store: the store.
         run: its job's settings, with the caller's permissions.
-        folder: of a whole model, or of a PEFT adapter.
+        folder: of a whole model, or of a PEFT adapter; or a GGUF file.
         tokenizer: the job's, which also tokenizes the queries.
         vocabulary: number of token ids of the job's model.
 
@@ -34,7 +34,7 @@ def query_model_files(
     Raises:
         ModelError: it has other layers, other shapes or a tokenizer with other token ids.
     """
-    if not Path(folder).is_dir():
+    if not is_local_model(folder):
         raise ModelError(f"{FLAG} {folder}: no such directory")
     own = (Path(folder) / "tokenizer_config.json").is_file()
     known = run.model.tokenizer or run.model.model

@@ -21,6 +21,7 @@ from gradproj.distributed import choose_device
 from gradproj.engine.batching import AUTO, BatchConfig
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
+from gradproj.engine.loss import output_head
 from gradproj.engine.sharded_blocks import load_in_blocks
 from gradproj.errors import ConfigError, CorpusError, ModelError, StoreError
 from gradproj.flags import flag_of
@@ -28,7 +29,7 @@ from gradproj.job.chat_template import with_kept_template
 from gradproj.job.config import RunConfig
 from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
-from gradproj.model.checkpoint import ModelFiles, fetch
+from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
 from gradproj.model.loading import load_model, load_model_config, load_tokenizer
 from gradproj.store import ProjectionStore
@@ -131,7 +132,8 @@ class RecordedEngine:
     batch: BatchConfig
     """The recorded settings."""
     head: HeadBasis | None
-    """The basis of the store's head rows, on the device."""
+    """The basis of the store's head rows, on the device; None too for a query model with another
+    number of token ids."""
 
 
 def recorded_engine(
@@ -162,7 +164,16 @@ def recorded_engine(
     )
     vocabulary = load_model_config(files).get_text_config().vocab_size
     head = HeadBasis.of_store(store, chosen)
+    if head is not None and query_model and len(head.scale) != _n_head_words(model):
+        head = None  # the store has no rows of the further words
     return RecordedEngine(tokenizer, vocabulary, model, engine, chosen, run.batch, head)
+
+
+def _n_head_words(model: nn.Module) -> int:
+    """Return the number of words that a model's head tells apart."""
+    head = output_head(model)
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else 0
 
 
 def recorded_model(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles, Any]:
@@ -195,7 +206,7 @@ def _recorded_files(store: ProjectionStore, run: RunConfig) -> tuple[ModelFiles,
         )
     commit = str(recorded.get("revision") or "")  # of a hub's model; else empty
     name = run.model.model
-    is_local = Path(name).is_dir() if name else False
+    is_local = is_local_model(name)
     if name and not commit and not is_local:  # only a hub's model has a commit
         original = recorded_config(store.path.parent).model.model
         if name != original:

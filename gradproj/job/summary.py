@@ -18,7 +18,14 @@ from gradproj.job.memory import batch_bytes
 from gradproj.job.plan import Plan, free_bytes
 from gradproj.job.unit_reader import UnitReader
 from gradproj.job.weights import gpu_weight_bytes, host_weight_bytes, weights_lines
-from gradproj.model.loading import larger_tokenizer, load_tokenizer
+from gradproj.model.config import MODEL_DTYPES
+from gradproj.model.loading import (
+    larger_tokenizer,
+    load_tokenizer,
+    model_quantization,
+    model_skeleton,
+)
+from gradproj.model.quantized import packed_bytes
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name
@@ -124,12 +131,12 @@ def memory_lines(plan: Plan, device: torch.device) -> list[str]:
     lines = [*weights_lines(plan), f"host memory   about {total} a rank{rest if on_cpu else ''}"]
     if config.job.device != "cpu":
         weights = gpu_weight_bytes(plan, model_bytes(plan))
-        parts = [("weights", weights), ("rows of a unit", plan.unit_bytes())]
+        parts = [("weights", weights), ("unit's rows", plan.unit_bytes())]
         if counted:
-            parts.insert(1, ("the largest batch", counted))
+            parts.insert(1, ("batch", counted))
         total = human_bytes(sum(n_bytes for _, n_bytes in parts))
         named = ", ".join(f"{name} {human_bytes(n_bytes)}" for name, n_bytes in parts)
-        lines.append(f"GPU memory    about {total} a rank ({named}){rest}")
+        lines.append(f"GPU memory    about {total} a rank: {named}{rest}")
     return lines
 
 
@@ -144,7 +151,11 @@ def seconds_per_unit(plan: Plan) -> float | None:
 
 
 def model_bytes(plan: Plan) -> int:
-    return plan.n_weights * (2 if plan.config.model.model_dtype == "bfloat16" else 4)
+    dtype = MODEL_DTYPES[plan.config.model.model_dtype]
+    quantization = model_quantization(plan.files)
+    if quantization is None or not quantization.stays_packed:
+        return plan.n_weights * dtype.itemsize
+    return packed_bytes(model_skeleton(plan.files), quantization, dtype)
 
 
 def print_start(plan: Plan, device: torch.device, chunked: tuple[bool, str]) -> None:

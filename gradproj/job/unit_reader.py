@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gradproj.corpus.content import TokenIds
 from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
@@ -26,7 +27,8 @@ _TOKENIZED_AT_ONCE = 256
 """Documents handed to the tokenizer in one call."""
 
 _CHARACTERS_AT_ONCE = 4_000_000
-"""Characters handed to the tokenizer in one call; an encoding takes some 40 bytes for each."""
+"""Characters, or token ids, handed to the tokenizer in one call; an encoding takes some 40 bytes
+for each."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ class UnitReader:
             columns["status"][row] = STATUS[status]
             if status == "ok":
                 pending.append((row, document))
-                size += len(document.text)
+                content = document.content
+                size += len(content.ids if isinstance(content, TokenIds) else document.text)
             if len(pending) == _TOKENIZED_AT_ONCE or size > _CHARACTERS_AT_ONCE:
                 size = 0
                 if self._stopping():

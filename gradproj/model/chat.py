@@ -57,6 +57,8 @@ class ChatTemplate:
             raise ConfigError(
                 f"{where} is not a chat template: line {error.lineno}: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise ConfigError(f"{where} is not a chat template: it is nested too deep") from error
 
     def render(
         self,

@@ -20,6 +20,8 @@ from gradproj.errors import ModelError
 from gradproj.model.adapter import base_of, is_adapter
 from gradproj.model.config import ARCHITECTURES, ModelConfig
 
+GGUF_SUFFIX = ".gguf"
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -27,10 +29,11 @@ class ModelFiles:
 
     config: ModelConfig
     model_dir: Path | None
-    """None for ``--architecture`` with random weights."""
+    """A folder, or a GGUF file; None for ``--architecture`` with random weights."""
     base_dir: Path | None
     """The folder of a PEFT adapter's base model; None for a whole model."""
     tokenizer_dir: Path
+    """A folder, or a GGUF file."""
     weights: tuple[Path, ...]
     """Every weight file, including a base model's; empty for random weights."""
     revision: str
@@ -40,6 +43,12 @@ class ModelFiles:
     def adapter_dir(self) -> Path | None:
         """The folder of a PEFT adapter; None for a whole model."""
         return None if self.base_dir is None else self.model_dir
+
+
+def is_local_model(name: str) -> bool:
+    """Return whether ``--model`` names a directory or a GGUF file on this machine."""
+    path = Path(name)
+    return bool(name) and (path.is_dir() or (path.suffix == GGUF_SUFFIX and path.is_file()))
 
 
 def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
@@ -57,18 +66,19 @@ def fetch(config: ModelConfig, *, may_download: bool = True) -> ModelFiles:
         model_dir, revision = _local_files(
             "--model", name, config.revision, may_download, config.allow_pickle
         )
+        is_file = model_dir.suffix == GGUF_SUFFIX
         if is_adapter(model_dir):
             base_dir = _base_folder(model_dir, config, may_download)
             if config.init:
                 raise ModelError(f"--init random draws a whole model; {name} is a PEFT adapter")
-        if base_dir is None and not (model_dir / "config.json").is_file():
+        if base_dir is None and not is_file and not (model_dir / "config.json").is_file():
             raise ModelError(
                 f"--model {name}: {model_dir} holds no config.json; is it a model's directory?"
             )
         if not config.init:
-            folders = [model_dir] if base_dir is None else [base_dir, model_dir]
+            places = [model_dir] if base_dir is None else [base_dir, model_dir]
             weights = [
-                path for folder in folders for path in _weight_files(folder, config.allow_pickle)
+                path for place in places for path in _weight_files(place, config.allow_pickle)
             ]
     if config.tokenizer:
         tokenizer_dir, _ = _local_files("--tokenizer", config.tokenizer, "", may_download)
@@ -109,15 +119,14 @@ def _check_whole(path: Path) -> None:
 def _local_files(
     flag: str, name: str, revision: str, may_download: bool, pickled: bool = False
 ) -> tuple[Path, str]:
-    """Return ``(folder, hub commit)``. The commit is empty for a local directory."""
-    if Path(name).is_dir():
+    """Return ``(folder or GGUF file, hub commit)``. The commit is empty for a local one."""
+    if is_local_model(name):
         if revision:
-            raise ModelError(
-                f"--revision {revision}: {name} is a local directory, which has no revisions"
-            )
+            raise ModelError(f"--revision {revision}: {name} is local, and has no revisions")
         return Path(name), ""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"{flag} {name}: no such directory")
+    is_gguf = name.endswith(GGUF_SUFFIX)
+    if is_gguf or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{flag} {name}: no such {'file' if is_gguf else 'directory'}")
     endings = ["json", "safetensors", "model", "txt", "py", "jinja", *(["bin"] if pickled else [])]
     try:
         with no_progress_bars():
@@ -144,7 +153,12 @@ def _local_files(
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """Return the weight files: safetensors, or pickles if allowed. Raises if any is missing."""
+    """Return the weight files: safetensors, or pickles if allowed. Raises if any is missing.
+
+    ``folder`` may be a GGUF file, which holds its own.
+    """
+    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+        return [folder]
     names = ["model.safetensors", "adapter_model.safetensors"]
     if allow_pickle:
         names += ["pytorch_model.bin", "adapter_model.bin"]

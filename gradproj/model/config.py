@@ -16,6 +16,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (the hub's checkpoint, the shapes for random weights)."""
 
+QUANTIZE = ("nf4", "fp4", "int8")
 MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -24,9 +25,10 @@ class ModelConfig(Flags, title="model"):
     """Which weights, which tokenizer, in which precision. Part of the run's identity."""
 
     model: str = flag(
-        "Checkpoint: a local directory or a name on the hub (this or --architecture is required).",
+        "Checkpoint: a local directory, a GGUF file or a name on the hub (this or --architecture "
+        "is required).",
         "",
-        path="DIR|NAME",
+        path="DIR|FILE|NAME",
     )
     architecture: str = flag(
         "In place of --model: the hub's checkpoint of this shape.", "", choices=ARCHITECTURES
@@ -50,6 +52,15 @@ class ModelConfig(Flags, title="model"):
     model_dtype: str = flag(
         "Precision of weights and activations.", "float32", choices=MODEL_DTYPES
     )
+    quantize: str = flag(
+        "Quantize the linear layers of the checkpoint on load, by bitsandbytes.",
+        "",
+        choices=QUANTIZE,
+    )
+    dequantize: bool = flag(
+        "Unpack the weights of a quantized model once, on load: more memory for the same rows.",
+        False,
+    )
     trust_remote_code: bool = flag("Run code that comes with the checkpoint.", False)
     allow_pickle: bool = flag(
         "Load .bin weights, which can run code; default: safetensors only.", False
@@ -63,4 +74,9 @@ class ModelConfig(Flags, title="model"):
             raise ConfigError(
                 "--architecture with --init random has no tokenizer of its own: "
                 "give --tokenizer DIR"
+            )
+        if self.quantize and self.init:
+            raise ConfigError(
+                f"--quantize {self.quantize} is for the weights of a checkpoint, and --init "
+                f"{self.init} draws new ones: leave one of them out"
             )

@@ -257,12 +257,14 @@ class DocumentTokenizer:
             return TokenizedDocument(problem=problem)
         if not self._cut[0]:
             return TokenizedDocument(whole)
-        if len(whole) == 2 and _are_equal(*whole):  # a preference for nothing: its row is zero
-            whole = [replace(sequence, factor=0.0) for sequence in whole]
         cut = [split_long(sequence, *self._cut) for sequence in whole]
         if not all(cut):  # one answer alone is no preference
             return TokenizedDocument()
-        return TokenizedDocument([sequence for pieces in cut for sequence in pieces])
+        sequences = [sequence for pieces in cut for sequence in pieces]
+        if len(cut) == 2 and _are_equal(*cut):
+            # A preference for nothing, or for what is cut off: zero, not what rounding leaves.
+            sequences = [replace(sequence, factor=0.0) for sequence in sequences]
+        return TokenizedDocument(sequences)
 
     def _problem_of(self, sequences: list[TokenSequence]) -> str:
         largest = max((int(s.ids.max(initial=0)) for s in sequences), default=0)
@@ -271,8 +273,11 @@ class DocumentTokenizer:
         return f"token id {largest}; the model has ids from 0 to {self._vocabulary - 1}"
 
 
-def _are_equal(a: TokenSequence, b: TokenSequence) -> bool:
-    return np.array_equal(a.ids, b.ids) and np.array_equal(a.is_target, b.is_target)
+def _are_equal(ours: Sequence[TokenSequence], theirs: Sequence[TokenSequence]) -> bool:
+    return len(ours) == len(theirs) and all(
+        np.array_equal(a.ids, b.ids) and np.array_equal(a.is_target, b.is_target)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _sequence(part: _Part) -> TokenSequence:

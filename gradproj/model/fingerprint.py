@@ -8,6 +8,7 @@ import torch
 
 from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import ConfigError, settings_mismatch
+from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles
 from gradproj.model.document_tokens import DocumentRules
 from gradproj.model.loading import load_model, load_model_config
@@ -82,11 +83,12 @@ def tokenization_of(
     tokenizer: Any, special_tokens: str, rules: DocumentRules, name: str = ""
 ) -> Tokenization:
     """Return what the token ids of documents depend on."""
+    template = chat_template(tokenizer, rules.chat_template)
     return Tokenization(
         tokenizer=tokenizer_fingerprint(tokenizer),
         special_tokens=special_tokens,
         loss_on=rules.loss_on,
-        chat_template=rules.identity()["--chat_template"],
+        chat_template="" if template is None else _hash(template),
         name=name,
     )
 
@@ -94,8 +96,8 @@ def tokenization_of(
 def check_corpus_tokenizer(
     corpus: Tokenization | None,
     tokenizer: Any,
-    special_tokens: str = "tokenizer",
     rules: DocumentRules | None = None,
+    special_tokens: str | None = None,
     flag: str = "--shards",
 ) -> None:
     """Compare a run's tokenizer and rules with those of a corpus that was tokenized ahead.
@@ -103,8 +105,8 @@ def check_corpus_tokenizer(
     Args:
         corpus: None fits every run.
         tokenizer: the run's.
-        special_tokens: the run's.
-        rules: the run's; None compares the tokenizer alone.
+        rules: the run's; None for a run that has none.
+        special_tokens: the run's; None does not compare them.
         flag: names the corpus in the message.
 
     Raises:
@@ -112,11 +114,17 @@ def check_corpus_tokenizer(
     """
     if corpus is None:
         return
-    ours = tokenization_of(tokenizer, special_tokens, rules or DocumentRules()).settings()
+    ours = tokenization_of(tokenizer, special_tokens or "", rules or DocumentRules()).settings()
+    if special_tokens is None:
+        del ours["--special_tokens"]
+    if rules is None:
+        del ours["--loss_on"]
+    if rules is None or not corpus.chat_template:  # without a template it has no conversation
+        del ours["--chat_template"]
     mismatch = settings_mismatch(
         f"{flag}: this corpus was tokenized ahead, by {corpus.name}, and not as this run does it",
         corpus.settings(),
-        ours if rules is not None else {"--tokenizer": ours["--tokenizer"]},
+        ours,
         "Give the tokenizer and the rules of the corpus, or prepare it again with those of the run",
         labels=("corpus", "this run"),
     )

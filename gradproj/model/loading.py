@@ -1,6 +1,7 @@
 """Load a checkpoint's files as a frozen causal language model and its tokenizer."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from transformers import (
 from gradproj.errors import ModelError
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
 from gradproj.model.block_shards import BlockShards, blocks_of, taken_while_loading
-from gradproj.model.checkpoint import ModelFiles, no_progress_bars
+from gradproj.model.checkpoint import GGUF_SUFFIX, ModelFiles, no_progress_bars
 from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
+from gradproj.model.packed_layers import settle_quantized
 from gradproj.model.properties import is_causal
+from gradproj.model.quantized import (
+    GGUF,
+    Quantization,
+    check_packages,
+    loading_arguments,
+    quantization_of,
+)
 
 
 def load_model_config(files: ModelFiles) -> Any:
@@ -51,14 +60,40 @@ def _usable_config(files: ModelFiles) -> Any:
 def _config_on_disk(files: ModelFiles) -> Any:
     folder = files.base_dir or files.model_dir
     assert folder is not None  # --architecture with random weights has no files
+    trusted = files.config.trust_remote_code
     try:
         return AutoConfig.from_pretrained(
-            folder, trust_remote_code=files.config.trust_remote_code, local_files_only=True
+            **_source(folder), trust_remote_code=trusted, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"--model {folder}: its config cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """Return ``from_pretrained``'s arguments for a folder or a GGUF file.
+
+    Raises:
+        ModelError: a package that reads the file is missing.
+    """
+    if path.suffix != GGUF_SUFFIX:
+        return {"pretrained_model_name_or_path": str(path)}
+    check_packages(GGUF, str(path))
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def model_quantization(files: ModelFiles) -> Quantization | None:
+    """Return how the model (of an adapter: its base) is quantized; None if it is not.
+
+    Raises:
+        ModelError: it cannot be loaded, or not as the flags ask.
+    """
+    place = files.base_dir or files.model_dir
+    if place is None:
+        return None
+    is_gguf = place.suffix == GGUF_SUFFIX
+    return quantization_of(_config_on_disk(files), files.config, is_gguf)
 
 
 def attention_note(files: ModelFiles) -> str:
@@ -78,6 +113,17 @@ def attention_note(files: ModelFiles) -> str:
     else:
         return ""
     return f"transformers' default: the config names {named}, which {why}"
+
+
+def loading_notes(files: ModelFiles) -> list[str]:
+    """Return lines for people on what is loaded otherwise than the checkpoint says, or packed.
+
+    Raises:
+        ModelError: see ``model_quantization``.
+    """
+    attention, quantization = attention_note(files), model_quantization(files)
+    lines = [f"attention     {attention}"] if attention else []
+    return [*lines, *([f"quantized     {quantization.line}"] if quantization else [])]
 
 
 def _is_installed(attention: str) -> bool:
@@ -213,14 +259,23 @@ def _random_model(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
 
 def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Module:
     config, folder = files.config, files.base_dir or files.model_dir
+    assert folder is not None  # --architecture with random weights has no files
+    quantization = model_quantization(files)
     model_type = model_class(_config_on_disk(files))
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None or attention_note(files):
+        arguments["config"] = _usable_config(files)
+    if quantization is not None:
+        # An adapter is added to weights as they are.
+        packed = quantization.stays_packed and not merged
+        quantization = replace(quantization, stays_packed=packed)
+        arguments |= loading_arguments(quantization, arguments["config"])
     try:
         with no_progress_bars():
             # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = model_type.from_pretrained(
-                str(folder),
-                **({"config": _usable_config(files)} if attention_note(files) else {}),
-                dtype=dtype,
+                **_source(folder),
+                **arguments,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
                 local_files_only=True,
@@ -241,6 +296,8 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
             f"--model {folder}: {len(missing)} of the model's weights are not in the checkpoint or "
             f"have another shape: {', '.join(missing[:4])}"
         )
+    if quantization is not None:
+        settle_quantized(model, dtype, quantization.stays_packed)
     return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model, merged)
 
 
@@ -257,7 +314,9 @@ def load_tokenizer(files: ModelFiles) -> Any:
     config = files.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            files.tokenizer_dir, trust_remote_code=config.trust_remote_code, local_files_only=True
+            **_source(files.tokenizer_dir),
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
         )
     except Exception as error:  # every tokenizer class raises its own types
         raise ModelError(

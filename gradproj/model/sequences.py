@@ -46,9 +46,10 @@ class TokenSequence:
 
     def part(self, start: int, stop: int) -> Self:
         """Return the tokens ``[start, stop)``; the first of them is no target."""
-        is_target = self.is_target[start:stop].copy()
+        # Copies, or a part would keep all tokens of a long document in memory.
+        ids, is_target = self.ids[start:stop].copy(), self.is_target[start:stop].copy()
         is_target[:1] = False
-        return replace(self, ids=self.ids[start:stop], is_target=is_target)
+        return replace(self, ids=ids, is_target=is_target)
 
 
 def split_long(

@@ -92,6 +92,7 @@ class _Column:
     def groups(self) -> DocumentGroups:
         """Return the groups of a finished column, mapped from its file."""
         path = self.folder / _COLUMN
+        way_out = "Delete it, and the same query reads the field again"
         try:
             facts = json.loads(self.facts_path.read_text())
             if path.stat().st_size != facts["column"]["bytes"]:
@@ -101,11 +102,18 @@ class _Column:
                 raise ValueError(f"it has {len(column)} documents")
             names = [str(name) for name in facts["values"]]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StoreError(
-                f"{self.folder} is damaged ({error}). Delete it, and the same query reads the "
-                "field again"
-            ) from error
-        return DocumentGroups(names, self.field, lambda first, last: column[first:last])
+            raise StoreError(f"{self.folder} is damaged ({error}). {way_out}") from error
+
+        def numbers(first: int, last: int) -> np.ndarray:
+            found = column[first:last]
+            if found.min(initial=0) < -1 or found.max(initial=-1) >= len(names):
+                raise StoreError(
+                    f"{self.folder} is damaged ({_COLUMN} numbers values that {_FACTS} has not). "
+                    f"{way_out}"
+                )
+            return found
+
+        return DocumentGroups(names, self.field, numbers)
 
     def make(self, index: CorpusIndex, world: World, note: Callable[[str], None]) -> None:
         """Read what is missing, each rank its share, and write the column."""
@@ -123,7 +131,8 @@ class _Column:
             if not self._part(unit).is_file():
                 self._read(index, unit, values)
         world.barrier()
-        if world.rank == 0:
+        # Another process may have made the column meanwhile, and have deleted the units' files.
+        if world.rank == 0 and not self.facts_path.is_file():
             self._join()
         world.barrier()
 

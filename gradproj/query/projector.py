@@ -136,7 +136,7 @@ class QueryProjector:
 
         Raises:
             ConfigError: no query; or one without a target token, with more tokens than a row
-                covers, with unknown token ids, or with a gradient that is not finite.
+                covers, with unknown token ids, or with a gradient that is zero or not finite.
         """
         if not queries:
             raise ConfigError("there is no query to project; give at least one")
@@ -169,8 +169,12 @@ class QueryProjector:
         if self._batch.loss_reduction == "mean":
             rows /= n_tokens[:, None].astype(np.float32)
         for query, row in zip(queries, rows, strict=True):
-            if not np.isfinite(row).all():
-                raise ConfigError(f"{query.place}: its gradient is not finite; leave the query out")
+            problem = "not finite" if not np.isfinite(row).all() else "" if row.any() else "zero"
+            if problem:
+                raise ConfigError(
+                    f"{query.place}: its gradient is {problem}, which ranks no document; leave the "
+                    "query out"
+                )
         names, excerpts = [q.name for q in queries], [self._tokenizer.excerpt(q) for q in queries]
         divisor = n_tokens if self._batch.loss_reduction == "mean" else np.ones_like(n_tokens)
         made = names, rows, n_tokens, loss / n_tokens, excerpts, sequences

@@ -47,12 +47,16 @@ def read_excluded(path: Path, store: ProjectionStore) -> tuple[np.ndarray, int]:
 def _entry(line: str, where: str) -> int | str:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
-    for name, kind in (("id", int), ("key", str)):
-        value = fields.get(name) if isinstance(fields, dict) else None
-        if type(value) is kind:
-            return value
+    fields = fields if isinstance(fields, dict) else {}
+    sample_id, key = fields.get("id"), fields.get("key")
+    if type(sample_id) is int:
+        if not 0 <= sample_id < 2**63:
+            raise ConfigError(f"{where}: {str(sample_id)[:30]} is the id of no document")
+        return sample_id
+    if type(key) is str:
+        return key
     raise ConfigError(f'{where}: give an object with "id" (a number) or "key" (a string)')
 
 

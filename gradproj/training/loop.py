@@ -26,7 +26,13 @@ from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
-from gradproj.model.loading import larger_tokenizer, load_model, load_tokenizer, positions_of
+from gradproj.model.loading import (
+    larger_tokenizer,
+    load_model,
+    load_tokenizer,
+    model_quantization,
+    positions_of,
+)
 from gradproj.training.checkpoints import (
     Checkpoints,
     lock_result_dir,
@@ -106,7 +112,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self._model: Any
         self._tokenizer, self._model = load_or_make_model(config, saved)
-        check_corpus_tokenizer(index.tokenization, self._tokenizer)
+        check_corpus_tokenizer(index.tokenization, self._tokenizer, config.rules)
         self._vocabulary = self._model.config.get_text_config().vocab_size
         larger = larger_tokenizer(len(self._tokenizer), self._vocabulary)
         if larger and world.rank == 0:
@@ -259,6 +265,11 @@ def load_or_make_model(config: TrainConfig, saved: Path | None = None) -> tuple[
                 f"--model {config.model} is a PEFT adapter, and gradproj train trains and saves "
                 "whole models: merge it first (peft's merge_and_unload, then save_pretrained), or "
                 "train it in a loop of your own"
+            )
+        if quantization := model_quantization(files):
+            raise ModelError(
+                f"--model {config.model} is quantized ({quantization.name}), and gradproj train "
+                "trains and saves whole models: give the checkpoint that it was made from"
             )
         tokenizer, model = load_tokenizer(files), load_model(files, torch.device("cpu"))
         positions = positions_of(model)

@@ -56,7 +56,7 @@ class Validation:
 
 def _read(config: TrainConfig, tokenizer: Any) -> list[TrainBatch]:
     index = open_corpus(config.val_shards, flag="--val_shards")
-    check_corpus_tokenizer(index.tokenization, tokenizer, flag="--val_shards")
+    check_corpus_tokenizer(index.tokenization, tokenizer, config.rules, flag="--val_shards")
     samples: list[Sample] = []
     shards, problem = f"--val_shards {config.val_shards}", ""
     tokenize = SampleTokenizer(config, tokenizer, pack=False)

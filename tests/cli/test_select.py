@@ -220,6 +220,8 @@ def test_score_by_text_and_both(select, tmp_path):
         (["--top", "5", "--not_in", "{folder}/bad.npy"], "holds float64 (2,); give a list of"),
         (["--top", "5", "--not_in", "{folder}/far.npy"], "names document 70, and"),
         (["--top", "5", "--not_in", "{folder}/bad.jsonl"], "bad.jsonl, line 2: give an object"),
+        (["--top", "5", "--not_in", "{folder}/huge.jsonl"], "line 1: 10000000000000000000000000"),
+        (["--top", "5", "--not_in", "{folder}/deep.jsonl"], "deep.jsonl, line 1: not JSON"),
         (["--top", "5", "--not_in", "{folder}/all.npy"], "no document of"),
         (["--tokens", "1"], "--tokens 1: the first document alone has more"),
         (["--tokens", "99999", "--diverse", "--pool", "5"], "--pool 5 is used up before"),
@@ -237,6 +239,8 @@ def test_mistakes_are_one_line_and_leave_nothing(select, tmp_path, queries, word
     np.save(tmp_path / "far.npy", [N_SAMPLES])
     np.save(tmp_path / "all.npy", np.arange(N_SAMPLES))
     (tmp_path / "bad.jsonl").write_text('{"id": 3}\n{"name": 4}\n')
+    (tmp_path / "huge.jsonl").write_text(f'{{"id": {10**40}}}')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     before = sorted(os.listdir(tmp_path))
     words = [word.format(folder=tmp_path) for word in words]
     base = ["--to", tmp_path / "out.jsonl", "--text", TEXT]

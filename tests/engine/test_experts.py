@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.experts import slow_experts
+from helpers.experts import gradient_of, row_by_autograd, slow_experts, whole_gradients
 from helpers.models import MIXTURES, ragged_batch, small_model
 from helpers.references import (
     gradient_of,
@@ -133,13 +133,15 @@ def covariances_of(engine, model):
 
 
 def explicit_factors(layer, a, g, n_tokens):
-    """Return K-FAC's ``(A, S)`` of a layer: their product is that of means over routed tokens."""
+    """Return K-FAC's ``(A, S)``, whose product is that of sums over the routed tokens' number."""
+    n_routed = len(a)
     if layer.expert is None:
         a = a @ torch.cat([torch.diag(signs.double()) for signs in layer.signs])
     else:
         a = a.view(len(a), 4, -1)[:, layer.expert]
         g = g * (a != 0).any(dim=1, keepdim=True)
-    return a.T @ a / len(a), g.T @ g / n_tokens
+        n_routed /= 4  # as if the tokens were shared out evenly
+    return a.T @ a / n_routed, g.T @ g / n_tokens
 
 
 def projection_of(layer):

@@ -1,4 +1,4 @@
-"""Rows of the families that hybrids and mixtures come in, and the table of them in the README."""
+"""What a default takes of each family, and exact rows of state-space and hybrid models."""
 
 from pathlib import Path
 

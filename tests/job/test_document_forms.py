@@ -221,6 +221,20 @@ def test_template_of_the_tokenizer_that_changed_is_refused(jobs, changed, tmp_pa
     assert "the tokenizer's chat template is not the one that it was begun with" in done.stderr
 
 
+def test_job_that_was_begun_without_a_template_is_not_continued_with_one(models, tmp_path):
+    """Its conversations are bad input; later units would have rows of theirs."""
+    for name, family in (("without", None), ("with", "qwen")):
+        chat_tokenizer(family, tmp_path / name)
+    settings = SETTINGS | {
+        "shards": make_corpus(tmp_path / "tars", [{"text": A}, {"messages": CHAT}, {"text": B}]),
+        "model": models["qwen"], "output_dir": tmp_path / "out", "tokenizer": tmp_path / "without",
+    }  # fmt: skip
+    run_job(**settings)
+    done = run_job(expect=None, **settings | {"tokenizer": tmp_path / "with"})
+    assert done.returncode == 2
+    assert "it was begun without a chat template" in done.stderr
+
+
 def test_conversations_without_a_template_are_an_error_at_the_start(models, tmp_path):
     corpus = make_corpus(tmp_path / "tars", [{"messages": CHAT}] * 5)
     chat_tokenizer(None, tmp_path / "plain")

@@ -73,6 +73,18 @@ def test_plan_says_what_either_form_costs(inputs, tmp_path):
         assert f"experts       {line}" in plan_of(inputs, tmp_path, experts=experts).notes
 
 
+def test_few_bytes_a_document_keep_the_experts_outputs(inputs, tmp_path):
+    few = {"bytes_per_document": 300, "shards": inputs["shards"], "model": inputs["model"]}
+    config = run_config(flags(**few, output_dir=tmp_path, max_length=48), "plan")
+    layers = make_plan(config, progress=False).layers
+    assert [layer.name.partition(".mlp.")[2] for layer in layers] == ["experts.down_proj"] * 2
+
+
+def test_head_rows_are_planned_for_a_mixture(inputs, tmp_path):
+    signs = {"encoding": "signs", "proj_dtype": "float16", "head_rows": "8x8"}
+    assert plan_of(inputs, tmp_path, **signs).head is not None
+
+
 def test_compiling_experts_is_refused_with_the_way_out(inputs, tmp_path):
     with pytest.raises(ModelError, match=r"--compile: experts and routers .* add -mlp"):
         plan_of(inputs, tmp_path, compile=True)

@@ -62,6 +62,7 @@ OTHER_VALUES = {
     "--ranks_per_model": 2, "--offload": None,
     "--loss_on": "all", "--truncate_side": "left", "--preference_beta": 0.5,
     "--chat_template": __file__,
+    "--quantize": "nf4", "--dequantize": None,
     "--verbose": None, "--allow_sparse": None, "--trust_remote_code": None, "--allow_pickle": None,
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.corpora import make_corpus, mixed_documents
 from helpers.jobs import flags
 from helpers.models import make_model, make_tokenizer
@@ -19,10 +20,11 @@ from gradproj.corpus.index_file import save_index
 from gradproj.corpus.stream import read_documents
 from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import exit_code
+from gradproj.formatting import human_bytes
 from gradproj.job.config import RunConfig, run_config
 from gradproj.job.plan import check_output, make_plan
 from gradproj.job.startup import make_output
-from gradproj.job.summary import plan_lines
+from gradproj.job.summary import memory_lines, plan_lines
 from gradproj.job.unit_reader import UnitReader
 from gradproj.store.layout import STATUS
 
@@ -410,3 +412,14 @@ def test_other_weights_are_another_identity(refused, files, tmp_path):
     assert "--model (config)" in refused(model=tmp_path / "other")
     moved = shutil.copytree(files.model, tmp_path / "moved")
     assert plan_of(files, tmp_path, model=moved).identity == plan_of(files, tmp_path).identity
+
+
+def test_plan_names_the_parts_of_a_gpus_memory_unless_the_job_is_one_of_the_cpu(files, tmp_path):
+    plan = plan_of(files, tmp_path)
+    _, line = memory_lines(plan, torch.device("cpu"))
+    weights, rows = human_bytes(4 * plan.n_weights), human_bytes(plan.unit_bytes())
+    assert line.startswith("GPU memory    about ")
+    assert re.search(rf" a rank: weights {weights}, batch \S+ \S+, unit's rows {rows}$", line)
+    _, line = memory_lines(plan_of(files, tmp_path, batch_tokens="auto"), torch.device("cuda"))
+    assert line.endswith(f"unit's rows {rows}, and batches that fit what is free")
+    assert len(memory_lines(plan_of(files, tmp_path, device="cpu"), torch.device("cpu"))) == 1

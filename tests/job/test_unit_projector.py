@@ -14,6 +14,7 @@ from gradproj.engine import run_batch
 from gradproj.engine.engine import GradProjLoraEngine
 from gradproj.engine.head_rows import HeadBasis
 from gradproj.engine.loss import per_sample_loss
+from gradproj.job import unit_reader
 from gradproj.job.config import run_config
 from gradproj.job.head_sums import HeadSums
 from gradproj.job.plan import make_plan
@@ -41,6 +42,18 @@ def parts(tmp_path_factory):
     plan = make_plan(run_config(flags(**settings), "test"), progress=False)
     model = load_model(plan.files, torch.device("cpu"))
     return plan, model, UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings)
+
+
+def test_token_ids_are_held_in_parts_as_texts_are(parts, tmp_path, monkeypatch):
+    corpus = make_corpus(tmp_path / "tars", [{"input_ids": [5] * 9}] * 8)
+    files = {"shards": corpus, "model": parts[0].config.model.model, "output_dir": tmp_path / "out"}
+    plan = make_plan(run_config(flags(**files), "test"), progress=False)
+    reader, held = UnitReader(plan.index, load_tokenizer(plan.files), plan.unit_settings), []
+    tokenize = reader._tokenize
+    monkeypatch.setattr(reader, "_tokenize", lambda d: held.append(len(d)) or tokenize(d))
+    monkeypatch.setattr(unit_reader, "_CHARACTERS_AT_ONCE", 20)
+    assert len(reader.read(0).sequences) == 8
+    assert held == [3, 3, 2]
 
 
 def project(parts, tmp_path, head=None):

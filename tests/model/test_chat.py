@@ -148,3 +148,5 @@ def test_template_is_the_files_or_the_tokenizers_own(tmp_path):
         chat_template(tokenizer, str(tmp_path / "none.jinja"))
     with pytest.raises(ConfigError, match="the test is not a chat template: line 2: "):
         template_of("\n{% for %}")
+    with pytest.raises(ConfigError, match="the test is not a chat template: it is nested too deep"):
+        template_of("{{" + "(" * 5000)

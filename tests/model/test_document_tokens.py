@@ -133,6 +133,25 @@ def test_preference_is_two_sequences_with_opposite_factors_of_half_beta():
     assert [s.factor for s in nothing.sequences] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("long", ["truncate", "windows"])
+def test_answers_that_differ_in_what_is_cut_off_alone_have_a_zero_row(long):
+    """Their gradients cancel but for rounding, which a score by the cosine would rank."""
+    content = Preference(Completion("", f"{USER * 3} yes"), Completion("", f"{USER * 3} no"))
+    (document,) = tokenized([content], chat_tokenizer(), max_length=16, long=long)
+    are_zero = [sequence.factor == 0 for sequence in document.sequences]
+    assert are_zero == [long == "truncate"] * len(are_zero)
+    assert document.n_targets
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_cut_document_does_not_keep_its_other_tokens_in_memory(side):
+    (document,) = tokenized(
+        [TokenIds(np.arange(100_000) % 400)], chat_tokenizer(), max_length=16, truncate_side=side
+    )
+    (sequence,) = document.sequences
+    assert sequence.ids.base is None or sequence.ids.base.nbytes < 1000
+
+
 def test_documents_together_are_as_documents_alone():
     tokenizer = chat_tokenizer("llama3", adds_bos=True)
     contents = [

@@ -8,9 +8,15 @@ import pytest
 import torch
 from helpers.models import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from gradproj.engine.projection import ProjectionConfig, place_widths
+from gradproj.engine.reach import reached_layers
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
 from gradproj.model import loading
@@ -149,11 +155,45 @@ def test_bidirectional_model_is_rejected(tmp_path):
         load_model(files_of(tmp_path), CPU)
 
 
-def test_model_that_is_no_causal_language_model_is_rejected(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "vit"}', "no causal language model of type vit"),
+        ('{"model_type": "deberta-v2"}', "type deberta-v2 .it may be an encoder"),
+        ('{"model_type": "t5"}', "type t5 is sequence-to-sequence"),
+        ('{"model_type": "bart"}', "type bart is sequence-to-sequence"),
+    ],
+)
+def test_model_that_is_no_causal_language_model_is_rejected(config, message, tmp_path):
     make_model(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ModelError, match="causal language model"):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=message):
         model_skeleton(files_of(tmp_path))
+
+
+def test_text_part_of_a_vision_language_checkpoint_is_a_causal_model(tmp_path):
+    _, sizes = FAMILIES["llama"]
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=16, patch_size=8, projection_dim=16,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **sizes}, image_token_index=3,
+        vision_config={"model_type": "clip_vision_model", **vision},
+    )  # fmt: skip
+    make_tokenizer(tmp_path)
+    whole = LlavaForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    files = files_of(tmp_path)
+    model = load_model(files, CPU)
+    ids = torch.tensor([[5, 17, 9, 40]])
+    with torch.no_grad():
+        text = whole.model.language_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model(input_ids=ids).logits, whole.lm_head(text))
+    skeleton = model_skeleton(files)
+    taken = reached_layers(skeleton, find_layers(skeleton, ["all"]), ["all"], 16)
+    assert len(taken) == 14
+    assert all(".language_model." in target.name for target in taken)
 
 
 def test_unusable_config_is_rejected(tmp_path):

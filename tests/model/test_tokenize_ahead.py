@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers.chat import chat_tokenizer, conversation
+from helpers.chat import TEMPLATES, chat_tokenizer, conversation
 from helpers.corpora import run_prepare, words, write_jsonl
+from helpers.models import make_model
 from helpers.token_corpora import write_megatron
 
 from gradproj.corpus.content import Preference, TokenIds
@@ -18,6 +19,7 @@ from gradproj.model.ahead_config import AheadConfig
 from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer
 from gradproj.model.fingerprint import check_corpus_tokenizer
 from gradproj.model.tokenize_ahead import TokenizeAhead
+from gradproj.training import TrainConfig, train
 
 DOCUMENTS = [
     {"text": words(40, 1), "meta": {"pile_set_name": "d", "url": "u"}},
@@ -148,17 +150,42 @@ def test_index_keeps_the_rules_and_a_run_with_others_is_refused(folder, tmp_path
     assert bare.fingerprint != index.fingerprint
     own, other = chat_tokenizer("qwen", adds_bos=True), chat_tokenizer("qwen")
     for corpus, tokenizer in ((index.tokenization, own), (None, other)):
-        check_corpus_tokenizer(corpus, tokenizer, "bos", DocumentRules())
-        check_corpus_tokenizer(corpus, tokenizer)  # training has no rules to compare
+        check_corpus_tokenizer(corpus, tokenizer, DocumentRules(), "bos")
+        check_corpus_tokenizer(corpus, tokenizer, DocumentRules())  # train has no --special_tokens
+        check_corpus_tokenizer(corpus, tokenizer)  # lds has no rules
     with pytest.raises(ConfigError, match="tokenized ahead"):
         check_corpus_tokenizer(index.tokenization, other)
     with pytest.raises(ConfigError) as caught:
-        check_corpus_tokenizer(index.tokenization, other, "tokenizer", DocumentRules(loss_on="all"))
+        check_corpus_tokenizer(index.tokenization, other, DocumentRules(loss_on="all"), "tokenizer")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"--shards: this corpus was tokenized ahead, by {folder}, and not")
     assert [line.split(":")[0] for line in lines[1:-1]] == [
         "  --tokenizer", "  --special_tokens", "  --loss_on",
     ]  # fmt: skip
+
+
+def test_corpus_is_refused_to_a_tokenizer_whose_chat_template_is_another(folder, tmp_path):
+    (tmp_path / "kept.jinja").write_text(TEMPLATES["qwen"])
+    corpus, other = ahead(folder).tokenization, chat_tokenizer("llama3", adds_bos=True)
+    kept = DocumentRules(chat_template=str(tmp_path / "kept.jinja"))
+    check_corpus_tokenizer(corpus, other, kept)
+    with pytest.raises(ConfigError, match="--chat_template: corpus '"):
+        check_corpus_tokenizer(corpus, other, DocumentRules())
+    # It had none, and so has no conversation.
+    check_corpus_tokenizer(dataclasses.replace(corpus, chat_template=""), other, DocumentRules())
+
+
+def test_training_by_other_rules_than_those_of_the_corpus_is_refused(folder, tmp_path):
+    name = write_jsonl(tmp_path / "in.jsonl", [{"text": "a b"}])
+    run_prepare(name, tmp_path / "out", tokenizer=ahead(folder))
+    make_model(tmp_path / "model", vocab_size=400)
+    chat_tokenizer("qwen", tmp_path / "model", adds_bos=True)
+    config = TrainConfig(
+        shards=str(tmp_path / "out"), model=str(tmp_path / "model"), loss_on="last", max_steps=1,
+        max_length=32, result_dir=str(tmp_path / "result"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--loss_on: corpus 'assistant', this run 'last'"):
+        train(config)
 
 
 def test_tars_of_different_tokenizers_are_no_corpus(folder, tmp_path):

@@ -106,6 +106,32 @@ def test_a_killed_pass_continues(case, monkeypatch):
     assert got == wanted("source")
 
 
+def test_column_that_another_process_made_meanwhile_is_taken(case, monkeypatch):
+    want = groups_by_field(case.store, "meta.source").numbers(0, N).tolist()
+    (folder,) = case.folder.iterdir()
+    facts = (folder / "column.json").read_bytes()
+    (folder / "column.json").unlink()
+    read = field_column._Column._read
+
+    def while_another_ends(self, index, unit, values):
+        read(self, index, unit, values)
+        (folder / f"{unit:08d}.npz").unlink()
+        (folder / "column.json").write_bytes(facts)
+
+    monkeypatch.setattr(field_column._Column, "_read", while_another_ends)
+    assert groups_by_field(case.store, "meta.source").numbers(0, N).tolist() == want
+
+
+def test_column_of_unknown_values_is_damaged(case):
+    groups_by_field(case.store, "meta.source")
+    (folder,) = case.folder.iterdir()
+    column = np.load(folder / "column.npy")
+    column[3] = 1000
+    np.save(folder / "column.npy", column)
+    with pytest.raises(StoreError, match=r"numbers values that column\.json has not\)\. Delete"):
+        groups_by_field(case.store, "meta.source").numbers(0, N)
+
+
 def test_a_column_of_another_corpus_is_not_read(case):
     groups_by_field(case.store, "meta.source")
     (before,) = case.folder.iterdir()

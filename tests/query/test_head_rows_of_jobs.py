@@ -190,6 +190,18 @@ def test_stores_are_queries_by_their_layers_if_one_has_head_rows(made, job, tmp_
     assert "the queries have no head rows: scores are those of the layers alone" in errors
 
 
+def test_query_model_with_further_words_has_rows_of_the_layers_alone(made, tmp_path):
+    store, folder, _ = made
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    rows = QueryProjector(store, device="cpu", query_model=str(tmp_path)).rows(
+        [Query.of("q", text="the of and to in")]
+    )
+    assert rows.head is None
+    assert rows.rows.any()
+
+
 def test_head_rows_of_queries_count_against_the_memory_of_rows(made):
     n_bytes = query_head_bytes(made[0])
     assert n_bytes == min(QUERY_ROWS, len(made[0].array("head_scale"))) * (8 + 4 * K)

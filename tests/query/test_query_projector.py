@@ -278,6 +278,12 @@ def test_unsupported_query_is_rejected_by_name(projectors, query, message):
         projectors[0].rows([Query.of("other", text=TEXT), Query.of("q", **query)])
 
 
+def test_preference_for_nothing_is_rejected(projectors):
+    query = Query.of("q", prompt="the of", chosen=" and", rejected=" and")
+    with pytest.raises(ConfigError, match="query 'q': its gradient is zero, which ranks no"):
+        projectors[0].rows([query])
+
+
 def test_no_query_and_a_non_finite_gradient_are_rejected(projectors, monkeypatch):
     with pytest.raises(ConfigError, match="there is no query"):
         projectors[0].rows([])
