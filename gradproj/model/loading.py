@@ -203,7 +203,7 @@ def load_shards(
     """Load the model with a rank's share of its blocks' weights, whose bytes are kept at ``home``.
 
     The weights of a checkpoint are read one by one, and only the share is kept. (Random weights,
-    and a model with an adapter, are made whole in host memory first.)
+    quantized ones, and a model with an adapter are made whole in host memory first.)
 
     Returns:
         The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and
@@ -227,9 +227,7 @@ def load_shards(
 def _can_load_one_by_one(files: ModelFiles) -> bool:
     if files.adapter_dir is not None or files.config.init == "random":
         return False
-    if files.model_dir is None or files.model_dir.is_file():  # a file of quantized weights
-        return False
-    return getattr(_config_on_disk(files), "quantization_config", None) is None
+    return model_quantization(files) is None
 
 
 def check_causal(files: ModelFiles, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.experts import gradient_of, row_by_autograd, slow_experts, whole_gradients
+from helpers.experts import slow_experts
 from helpers.models import MIXTURES, ragged_batch, small_model
 from helpers.references import (
     gradient_of,
