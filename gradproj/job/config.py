@@ -149,9 +149,10 @@ def _defaults_of_output(given: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         store = Path(local_path(given.get("output_dir", ""))) / STORE_NAME
         attributes = read_attributes(store) if store.exists() else {}
-    except GradprojError:  # said later
+    except GradprojError:  # opening the store reports it
         return {}
-    recorded = attributes.get("identity", {}).get("--proj_layers")
+    identity = attributes.get("identity")  # opening the store reports damage
+    recorded = identity.get("--proj_layers") if isinstance(identity, dict) else ""
     defaults = dict(FORMAT_1_DEFAULTS if attributes.get("format_version") == 1 else {})
     return defaults | ({"proj_layers": recorded} if recorded == EARLIER_PROJ_LAYERS else {})
 

@@ -8,7 +8,7 @@ from gradproj.formatting import human_bytes
 from gradproj.job.plan import Plan
 from gradproj.model.block_shards import PlacedBytes, placed_bytes
 from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import model_skeleton
+from gradproj.model.loading import check_can_share, model_skeleton
 
 
 def weights_lines(plan: Plan, whole: int) -> list[str]:
@@ -48,6 +48,7 @@ def _placed(plan: Plan, whole: int) -> PlacedBytes | None:
     job = plan.config.job
     if job.ranks_per_model == 1 and not job.offload:
         return None
+    check_can_share(plan.files)
     skeleton = model_skeleton(plan.files).to(MODEL_DTYPES[plan.config.model.model_dtype])
     placed = placed_bytes(skeleton, job.ranks_per_model)
     # Layers that stay packed are those of blocks.

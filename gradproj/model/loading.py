@@ -209,7 +209,11 @@ def load_shards(
         The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and
         their shares. ``BlockShards`` has the arguments. No pass can run before
         ``engine.sharded_blocks`` has put them together.
+
+    Raises:
+        ModelError: see ``load_model``; or weights stay packed.
     """
+    check_can_share(files)
     if _can_load_one_by_one(files):
         dtype = MODEL_DTYPES[files.config.model_dtype]
         blocks = blocks_of(model_skeleton(files).to(dtype), n_ranks)
@@ -222,6 +226,16 @@ def load_shards(
     shards.take_from(model)  # all that is made whole, or converted after it was loaded
     shards.check_taken(model)
     return model.requires_grad_(False).eval(), shards
+
+
+def check_can_share(files: ModelFiles) -> None:
+    """Raise ``ModelError`` for packed weights, which no rank can hold a share of."""
+    quantization = model_quantization(files)
+    if quantization is not None and quantization.stays_packed:
+        raise ModelError(
+            f"--ranks_per_model and --offload take no packed weights ({quantization.name}): leave "
+            "them out, or give --dequantize"
+        )
 
 
 def _can_load_one_by_one(files: ModelFiles) -> bool:

@@ -352,3 +352,17 @@ def test_training_store_accepts_rows_but_no_text(tmp_path, ask, monkeypatch):
     assert "merge" not in errors
     first = [line.split() for line in lines if line.startswith("    1 ")]
     assert first[0][1] == "+1.0000"
+
+
+@pytest.mark.parametrize("score", ["text", "kfac+text"])
+@pytest.mark.parametrize(
+    ("fields", "has"),
+    [
+        ({"text": TEXT, "weight": -1}, "a negative weight"),
+        ({"prompt": "the", "chosen": " of and", "rejected": " to in"}, "a rejected answer"),
+    ],
+)
+def test_scores_of_likeness_refuse_queries_for_the_opposite(job, ask, tmp_path, score, fields, has):
+    file = write_queries(tmp_path / "q.jsonl", fields)
+    message = ask.mistake(job.output, "--queries", file, "--score", score)
+    assert f"line 1: it has {has}, and --score {score} counts what is alike as wanted" in message

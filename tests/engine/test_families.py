@@ -1,10 +1,10 @@
-"""What a default takes of each family, and exact rows of state-space and hybrid models."""
+"""Layers that a default takes of each family; exact rows of hybrids and mixtures of experts."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import EVERY_FAMILY, HYBRIDS, ragged_batch, small_model
+from helpers.models import EVERY_FAMILY, HYBRIDS, MIXTURES, ragged_batch, small_model
 from helpers.references import relative_error, row_by_autograd
 
 from gradproj.engine.coverage import coverage_of
@@ -38,8 +38,11 @@ def row_of_table(family):
     return f"| {family} | {coverage.n_selected} of {coverage.n_layers} | {named or '-'} |"
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
-def test_rows_of_a_hybrid_are_its_samples_gradients_alone_and_in_a_batch(family):
+TABLE = HYBRIDS | MIXTURES
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_rows_of_a_family_are_its_samples_gradients_alone_and_in_a_batch(family):
     names, _ = chosen(family)
     model = small_model(family)
     ids, labels = ragged_batch(LENGTHS)
@@ -66,6 +69,6 @@ def test_rows_of_a_hybrid_are_its_samples_gradients_alone_and_in_a_batch(family)
     assert float(rows[0].removeprefix(expected).strip(" |")) < 1e-5
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY.keys() - HYBRIDS.keys() - {"zamba"})
+@pytest.mark.parametrize("family", sorted(EVERY_FAMILY.keys() - TABLE.keys() - {"zamba"}))
 def test_default_takes_every_linear_layer_of_other_families(family):
     assert row_of_table(family).endswith(" | - |"), "give it a row of the README's table"

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-from helpers.references import sample_loss
 from torch import Tensor, nn
 
 
@@ -67,38 +66,3 @@ class _Slow:
         routed.inputs.append(x)
         routed.outputs.append(y)
         return y
-
-
-def whole_gradients(model, tokens):
-    """Return the gradients of all parameters of a sample's loss, by the model's own forward."""
-    parameters = dict(model.named_parameters())
-    model.requires_grad_(True)
-    loss = sample_loss(model, tokens)
-    found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    model.requires_grad_(False)
-    return dict(zip(parameters, found, strict=True))
-
-
-def gradient_of(layer, gradients):
-    """Return a layer's gradient ``(n_o, n_i)``, or of all experts side by side."""
-    *above, expert, last = layer.name.split(".")
-    if layer.expert is not None:
-        assert int(expert) == layer.expert
-    name = layer.name if layer.expert is None else ".".join([*above, last])
-    gradient = gradients.get(name, gradients.get(f"{name}.weight")).double()
-    if gradient.dim() == 2:
-        return gradient
-    # A projection maps the hidden width to the experts' or back.
-    by_expert = [g if g.shape == layer.widths[::-1] else g.T for g in gradient]
-    assert by_expert[0].shape == layer.widths[::-1] != layer.widths
-    return by_expert[layer.expert] if layer.expert is not None else torch.cat(by_expert, dim=1)
-
-
-def row_by_autograd(model, engine, tokens):
-    gradients, row = whole_gradients(model, tokens), []
-    for layer in engine.targets:
-        p_i, p_o = (p.double() for p in engine.projection_matrices[layer.name])
-        if layer.signs is not None:
-            p_i = torch.cat([p_i * signs for signs in layer.signs], dim=1)
-        row.append((p_o @ gradient_of(layer, gradients) @ p_i.T).flatten())
-    return torch.cat(row)

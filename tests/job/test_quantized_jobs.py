@@ -66,6 +66,12 @@ def test_quantization_on_load_is_part_of_the_identity(scene, tmp_path):
     assert "--quantize" in refused.stderr
 
 
+def test_packed_weights_are_not_shared_out(scene, tmp_path, capsys):
+    given = {**scene.settings, "output_dir": tmp_path / "new", "device": "cpu", "offload": True}
+    assert main(["plan", *flags(**given)]) == 2
+    assert "or give --dequantize" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "options", "way", "least"),
     [("model", {}, "dequantized", 0.999), ("plain", {"quantize": "nf4"}, "unquantized", 0.8)],

@@ -29,6 +29,7 @@ from gradproj.model.config import ModelConfig
 from gradproj.model.loading import (
     load_model,
     load_model_config,
+    load_shards,
     load_tokenizer,
     loading_notes,
     model_quantization,
@@ -279,6 +280,18 @@ def test_missing_package_is_named_with_the_extra(
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == package else find(n))
     with pytest.raises(ModelError, match=rf"{package}, which is not.*'gradproj\[quantized\]'"):
         loading_notes(files_of(tmp_path / name, **options))
+
+
+def test_shares_of_a_dequantized_model_are_those_of_its_values(plain, tmp_path):
+    exact = quantize_fp8(plain, tmp_path / "fp8")
+    _, shards = load_shards(files_of(tmp_path / "fp8"), 0, 1, CPU)
+    shared = {
+        weight.name: weight.view(share)
+        for block, share in zip(shards.blocks, shards.shares, strict=True)
+        for weight in block.weights
+    }
+    assert "model.layers.1.mlp.up_proj.weight" in shared
+    assert all(torch.equal(value, exact[name]) for name, value in shared.items())
 
 
 def test_random_weights_are_not_quantized(plain):

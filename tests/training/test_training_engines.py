@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from helpers.experts import row_by_autograd
 from helpers.models import ragged_batch, small_model
-from helpers.references import relative_error, sample_loss
+from helpers.references import relative_error, row_by_autograd, sample_loss
 from helpers.training_runs import config_of, index_of, make_data, rows_by_autograd
 from safetensors.torch import load_file
 

@@ -8,15 +8,18 @@ import numpy as np
 
 from gradproj.analysis import QuerySets
 from gradproj.cli.query.config import QueryConfig
+from gradproj.corpus.content import Preference
+from gradproj.errors import ConfigError
 from gradproj.job.recorded import config_from, recorded_tokenizer
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.sequences import TokenSequence, targets_by_owner
 from gradproj.query import Query, QueryProjector, QueryRows, check_rows_fit, read_queries
+from gradproj.query.hidden import HIDDEN
 from gradproj.query.projector import query_head_bytes
 from gradproj.query.query_store import rows_of_query_store
 from gradproj.query.tokens import QueryTokenizer
 from gradproj.store import STATUS, ProjectionStore
-from gradproj.text.ranking import TEXT
+from gradproj.text.ranking import TEXT, WITH_TEXT
 from gradproj.text.scores import QueryText
 from gradproj.text.token_files import make_token_files
 
@@ -101,6 +104,8 @@ def ask(
             rows = _with_tokens(rows, config, other, note) if config.uses_text else rows
         return Asked(rows, _sets(config, [""] * len(rows.names), rows.names, 0))
     queries, sets = texts or read_texts(config)
+    if config.score in (TEXT, HIDDEN, *WITH_TEXT):
+        _check_signs(config.score, queries)
     if config.score == TEXT:
         return Asked(_tokenized(config, store, queries), sets)
     given = [f"--{x} {getattr(config, x)}" for x in ("queries", "contrast") if getattr(config, x)]
@@ -108,6 +113,19 @@ def ask(
     check_rows_fit(source, len(queries), store.dim, head_bytes, "Split the file into several")
     projector = QueryProjector(store, config_from(config), config.device, config.query_model)
     return Asked(projector.rows(queries), sets)
+
+
+def _check_signs(score: str, queries: Sequence[Query]) -> None:
+    """Raise ``ConfigError`` for queries that ask for the opposite of what is alike."""
+    for query in queries:
+        has = "a negative weight" if query.weight < 0 else ""
+        if isinstance(query.content, Preference):
+            has = "a rejected answer"
+        if has:
+            raise ConfigError(
+                f"{query.place}: it has {has}, and --score {score} counts what is alike as wanted: "
+                "take a score of gradients alone, such as kfac"
+            )
 
 
 def _sets(
