@@ -39,7 +39,7 @@ def load_in_blocks(
     if group is None:
         on_cuda = device.type == "cuda"
         model, shards = load_shards(files, 0, 1, torch.device("cpu"), pinned=on_cuda)
-        fetch: Fetch = _FromHost(device) if on_cuda else _copied
+        fetch: Fetch = _FromHost(device) if on_cuda else copied
     else:
         model, shards = load_shards(files, group.rank, group.size, device)
         fetch = _FromRanks(group)
@@ -91,7 +91,8 @@ class _FromHost:
         return lambda: torch.cuda.current_stream(content.device).wait_event(copied)
 
 
-def _copied(content: Tensor, share: Tensor) -> Callable[[], Any]:
+def copied(content: Tensor, share: Tensor) -> Callable[[], Any]:
+    """Copy a whole block, and return a wait that is over."""
     content.copy_(share)
     return lambda: None
 

@@ -126,11 +126,13 @@ def memory_lines(plan: Plan, device: torch.device) -> list[str]:
     without = "its batches, which cannot be counted for this model"
     without = "batches that fit what is free" if is_measured else without
     rest = "" if counted else f", and {without}"
-    weights = host_weight_bytes(plan, device, model_bytes(plan))
+    whole = model_bytes(plan)
+    weights = host_weight_bytes(plan, device, whole)
     total = human_bytes(plan.host_bytes(weights, (counted or 0) if on_cpu else 0))
-    lines = [*weights_lines(plan), f"host memory   about {total} a rank{rest if on_cpu else ''}"]
+    host = f"host memory   about {total} a rank{rest if on_cpu else ''}"
+    lines = [*weights_lines(plan, whole), host]
     if config.job.device != "cpu":
-        weights = gpu_weight_bytes(plan, model_bytes(plan))
+        weights = gpu_weight_bytes(plan, whole)
         parts = [("weights", weights), ("unit's rows", plan.unit_bytes())]
         if counted:
             parts.insert(1, ("batch", counted))

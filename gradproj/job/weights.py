@@ -1,5 +1,7 @@
 """Memory of the model's weights in each rank, whole or with blocks that are fetched."""
 
+from dataclasses import replace
+
 import torch
 
 from gradproj.formatting import human_bytes
@@ -9,9 +11,12 @@ from gradproj.model.config import MODEL_DTYPES
 from gradproj.model.loading import check_can_share, model_skeleton
 
 
-def weights_lines(plan: Plan) -> list[str]:
-    """Return the line of a rank's weights if blocks are fetched, beside that of whole ones."""
-    if (placed := _placed(plan)) is None:
+def weights_lines(plan: Plan, whole: int) -> list[str]:
+    """Return the line of a rank's weights if blocks are fetched, beside that of whole ones.
+
+    ``whole``, here and below, are the bytes of the whole model, of which some may stay packed.
+    """
+    if (placed := _placed(plan, whole)) is None:
         return []
     job = plan.config.job
     parts = f"1/{job.ranks_per_model} of the blocks"
@@ -25,11 +30,8 @@ def weights_lines(plan: Plan) -> list[str]:
 
 
 def host_weight_bytes(plan: Plan, device: torch.device, whole: int) -> int:
-    """Return the bytes of weights in a rank's host memory; on a GPU, those in transit or kept.
-
-    ``whole`` are those of the whole model.
-    """
-    if (placed := _placed(plan)) is None:
+    """Return the bytes of weights in a rank's host memory; on a GPU, those in transit or kept."""
+    if (placed := _placed(plan, whole)) is None:
         return whole
     if device.type != "cpu":
         return placed.rest + (placed.share if plan.config.job.offload else 0)
@@ -37,18 +39,22 @@ def host_weight_bytes(plan: Plan, device: torch.device, whole: int) -> int:
 
 
 def gpu_weight_bytes(plan: Plan, whole: int) -> int:
-    """Return the bytes of weights on a rank's GPU; ``whole`` are those of the whole model."""
-    placed = _placed(plan)
+    """Return the bytes of weights on a rank's GPU."""
+    placed = _placed(plan, whole)
     return whole if placed is None else _on_device(plan, placed)
 
 
-def _placed(plan: Plan) -> PlacedBytes | None:
+def _placed(plan: Plan, whole: int) -> PlacedBytes | None:
     job = plan.config.job
     if job.ranks_per_model == 1 and not job.offload:
         return None
     check_can_share(plan.files)
     skeleton = model_skeleton(plan.files).to(MODEL_DTYPES[plan.config.model.model_dtype])
-    return placed_bytes(skeleton, job.ranks_per_model)
+    placed = placed_bytes(skeleton, job.ranks_per_model)
+    # Layers that stay packed are those of blocks.
+    packed = max(0.0, min(1.0, (whole - placed.rest) / max(1, placed.whole - placed.rest)))
+    share, buffers = int(packed * placed.share), int(packed * placed.buffers)
+    return replace(placed, whole=whole, share=share, buffers=buffers)
 
 
 def _on_device(plan: Plan, placed: PlacedBytes) -> int:

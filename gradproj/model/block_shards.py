@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gradproj.errors import ModelError
 from gradproj.kernels.memory import return_free_memory
+from gradproj.model.packed_layers import PackedLinear
 
 N_BUFFERS = 2
 """Blocks on the device at a time: the one that runs and the next one, which is being fetched."""
@@ -71,19 +72,27 @@ def blocks_of(model: nn.Module, n_ranks: int) -> list[Block]:
             "out"
         )
     users: dict[int, set[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
+    for name, weight in _weights_of(model):
         users.setdefault(id(weight), set()).add(name)
     blocks = []
     for name, layer in layers.items():
         weights, end = [], 0
-        for own_name, weight in layer.named_parameters(name):
+        for own_name, weight in _weights_of(layer):
             if len(users[id(weight)]) > 1:
                 continue
-            weights.append(BlockWeight(own_name, weight.shape, weight.dtype, end))
+            weights.append(BlockWeight(f"{name}.{own_name}", weight.shape, weight.dtype, end))
             end = -(-weights[-1].end // ALIGNMENT) * ALIGNMENT
         step = ALIGNMENT * n_ranks
         blocks.append(Block(name, weights, -(-end // step) * step))
     return blocks
+
+
+def _weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and packed weights by their names, each name of a shared one too."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, PackedLinear):
+            yield from part.named_buffers(name)
 
 
 def _outermost_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -171,18 +180,18 @@ class BlockShards:
 
     def check_taken(self, model: nn.Module) -> None:
         """Raise ``ModelError`` if a block's weights stayed in the model, as quantized ones do."""
-        kept = [name for name in sorted(self.missing) if model.get_parameter(name).dim() > 1]
+        weights = dict(_weights_of(model))
+        kept = [name for name in sorted(self.missing) if weights[name].dim() > 1]
         if kept:
             raise ModelError(
-                f"--ranks_per_model and --offload: {kept[0]} is no plain tensor of the model's "
-                f"precision but {type(model.get_parameter(kept[0])).__name__} of "
-                f"{model.get_parameter(kept[0]).dtype}, and would stay whole on each device; "
-                "leave the flag out, or give a checkpoint that is not quantized"
+                f"--ranks_per_model and --offload: {kept[0]} has another dtype "
+                f"({weights[kept[0]].dtype}) than the model, and would stay whole on each device; "
+                "leave the flag out"
             )
 
     def take_from(self, model: nn.Module) -> None:
         """Put a model's weights and leave tensors without memory in their place."""
-        for name, weight in list(model.named_parameters()):
+        for name, weight in list(_weights_of(model)):
             if not weight.is_meta and self.put(name, weight):
                 set_weight(model, name, torch.empty_like(weight, device="meta"))
 
@@ -191,6 +200,9 @@ def set_weight(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a weight of the model by a frozen one."""
     path, _, own_name = name.rpartition(".")
     module = model.get_submodule(path)
+    if own_name in module._buffers:  # of a packed layer
+        module._buffers[own_name] = value
+        return
     parameter = nn.Parameter(value, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[own_name] = parameter

@@ -203,7 +203,7 @@ def load_shards(
     """Load the model with a rank's share of its blocks' weights, whose bytes are kept at ``home``.
 
     The weights of a checkpoint are read one by one, and only the share is kept. (Random weights,
-    and a model with an adapter, are made whole in host memory first.)
+    quantized ones, and a model with an adapter are made whole in host memory first.)
 
     Returns:
         The frozen model on the CPU, in eval mode, whose blocks' weights are without memory, and

@@ -1,5 +1,7 @@
 """Blocks whose weights are fetched while they run, and shares of them."""
 
+import copy
+
 import pytest
 import torch
 from helpers.models import make_model, ragged_batch
@@ -7,12 +9,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gradproj import GradProjLoraEngine, per_sample_loss
-from gradproj.engine.sharded_blocks import load_in_blocks
+from gradproj.engine.sharded_blocks import ShardedBlocks, copied, load_in_blocks
 from gradproj.errors import ModelError
-from gradproj.model.block_shards import blocks_of, placed_bytes
+from gradproj.model.block_shards import BlockShards, blocks_of, placed_bytes
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.loading import load_model, load_shards
+from gradproj.model.packed_layers import PackedLinear
 
 CPU = torch.device("cpu")
 IDS, LABELS = ragged_batch([12, 7, 9])
@@ -64,6 +67,27 @@ def test_shares_are_the_checkpoint_whoever_put_them_together(tmp_path, family, n
         assert len(content) == block.n_bytes
         for weight in block.weights:
             assert torch.equal(weight.view(content), whole.get_parameter(weight.name))
+
+
+def packed(layer):
+    """A layer that keeps whole numbers of its weight and a scale, as a quantized one does."""
+    scale = layer.weight.abs().amax() / 127
+    parts = {"codes": (layer.weight / scale).round().to(torch.int8), "scale": scale}
+    shape = layer.out_features, layer.in_features
+    return PackedLinear(shape, parts, lambda x: x["codes"] * x["scale"], layer.bias)
+
+
+def test_weights_that_stay_packed_are_in_the_blocks(tmp_path):
+    whole = load_model(files_of(tmp_path, "llama"), CPU)
+    for name, layer in list(whole.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            whole.model.set_submodule(name, packed(layer))
+    fetched = copy.deepcopy(whole)
+    shards = BlockShards(blocks_of(fetched, 1), 0, 1, CPU)
+    shards.take_from(fetched)
+    assert fetched.model.layers[1].mlp.up_proj.packed_codes.is_meta
+    ShardedBlocks(fetched, shards, CPU, copied)
+    assert torch.equal(rows_of(fetched), rows_of(whole))
 
 
 @pytest.mark.parametrize("together", [True, False])
