@@ -31,8 +31,8 @@ def test_layers_are_chosen_as_by_proj_layers(words, chosen):
 
 
 def test_exclusion_of_no_layer_is_a_note(capsys):
-    assert matching_layers(["mlp", "-router"], STORE) == matching_layers(["mlp"], STORE)
-    assert "--layers -router: out has no such layer to leave out" in capsys.readouterr().err
+    assert matching_layers(["mlp", "-experts"], STORE) == matching_layers(["mlp"], STORE)
+    assert "--layers -experts: out has no such layer to leave out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("score", "named"), [("kfac", True), ("dot", False)])
