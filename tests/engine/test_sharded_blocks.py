@@ -87,7 +87,9 @@ def test_weights_that_stay_packed_are_in_the_blocks(tmp_path):
     shards.take_from(fetched)
     assert fetched.model.layers[1].mlp.up_proj.packed_codes.is_meta
     ShardedBlocks(fetched, shards, CPU, copied)
-    assert torch.equal(rows_of(fetched), rows_of(whole))
+    # A weight is unpacked into new memory, whose place may change a sum's rounding.
+    got, want = rows_of(fetched), rows_of(whole)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("together", [True, False])
