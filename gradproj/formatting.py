@@ -118,3 +118,8 @@ def shown(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or what the error is without one."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

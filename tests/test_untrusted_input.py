@@ -24,7 +24,8 @@ from gradproj.errors import ModelError
 from gradproj.maintenance.verify import verify
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
-from gradproj.model.loading import load_model, load_model_config, load_tokenizer, model_skeleton
+from gradproj.model.loading import load_model, load_model_config, model_skeleton
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 
 # --- tars ---

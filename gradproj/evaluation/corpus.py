@@ -18,8 +18,8 @@ from gradproj.files import save_arrays
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
-from gradproj.model.loading import load_tokenizer
 from gradproj.model.tokenization import Tokenizing
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.training.data import shuffled_documents
 from gradproj.training.tokenizer import TokenizerConfig, train_tokenizer
 

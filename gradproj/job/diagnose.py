@@ -35,8 +35,9 @@ from gradproj.job.precision import (
 from gradproj.job.unit_reader import UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
 from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import load_model, load_tokenizer, model_quantization
+from gradproj.model.loading import load_model, model_quantization
 from gradproj.model.sequences import TokenSequence
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import STATUS, STORE_NAME
 

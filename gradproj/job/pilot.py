@@ -36,8 +36,8 @@ from gradproj.job.lockstep import Lockstep, Part, load_job_model
 from gradproj.job.plan import Plan
 from gradproj.job.unit_reader import UnitReader
 from gradproj.model.checkpoint import fetch
-from gradproj.model.loading import load_tokenizer
 from gradproj.model.sequences import TokenSequence
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store.basis import DAMPING
 from gradproj.store.layer_arrays import pack_layers
 from gradproj.store.layout import LayerSlice

@@ -41,13 +41,8 @@ from gradproj.job.wanted_units import wanted_units
 from gradproj.model.chat import chat_template
 from gradproj.model.checkpoint import ModelFiles, fetch
 from gradproj.model.fingerprint import check_corpus_tokenizer, model_identity
-from gradproj.model.loading import (
-    load_model_config,
-    load_tokenizer,
-    loading_notes,
-    model_skeleton,
-    positions_of,
-)
+from gradproj.model.loading import load_model_config, loading_notes, model_skeleton, positions_of
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.layout import (
     CHAT_TEMPLATE_NAME,

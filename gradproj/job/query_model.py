@@ -9,7 +9,8 @@ from gradproj.engine.patterns import folded
 from gradproj.errors import GradprojError, ModelError
 from gradproj.job.config import RunConfig
 from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
-from gradproj.model.loading import load_model_config, load_tokenizer, model_skeleton
+from gradproj.model.loading import load_model_config, model_skeleton
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 
 FLAG = "--query_model"

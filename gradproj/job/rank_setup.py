@@ -33,7 +33,7 @@ from gradproj.job.summary import (
 )
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
-from gradproj.model.loading import load_tokenizer
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.array_digests import check_digests
 from gradproj.store.row_encoder import RowEncoder

@@ -31,7 +31,8 @@ from gradproj.job.query_model import query_model_files
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.model.checkpoint import ModelFiles, fetch, is_local_model
 from gradproj.model.fingerprint import model_identity, tokenizer_fingerprint
-from gradproj.model.loading import load_model, load_model_config, load_tokenizer
+from gradproj.model.loading import load_model, load_model_config
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.layout import RUN_CONFIG_NAME
 from gradproj.store.texts import output_index

@@ -11,8 +11,8 @@ from gradproj.corpus.stream import read_documents
 from gradproj.formatting import clean_lines, count, escaped
 from gradproj.job.plan import Plan
 from gradproj.job.unit_reader import UnitReader
-from gradproj.model.loading import load_tokenizer
 from gradproj.model.sequences import TokenSequence
+from gradproj.model.tokenizer_loading import load_tokenizer
 
 _EDGE, _AROUND = 24, 12
 """Tokens that are shown of a sequence's ends, and on both sides of a change of its mask."""

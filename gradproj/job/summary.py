@@ -19,13 +19,9 @@ from gradproj.job.plan import Plan, free_bytes
 from gradproj.job.unit_reader import UnitReader
 from gradproj.job.weights import gpu_weight_bytes, host_weight_bytes, weights_lines
 from gradproj.model.config import MODEL_DTYPES
-from gradproj.model.loading import (
-    larger_tokenizer,
-    load_tokenizer,
-    model_quantization,
-    model_skeleton,
-)
+from gradproj.model.loading import model_quantization, model_skeleton
 from gradproj.model.quantized import packed_bytes
+from gradproj.model.tokenizer_loading import larger_tokenizer, load_tokenizer
 from gradproj.store import STATUS, ProjectionStore
 from gradproj.store.layout import STATS_NAME, UNITS_DIR
 from gradproj.store.unit_record import list_records, read_record, record_name

@@ -1,8 +1,6 @@
 """Load a checkpoint's files as a frozen causal language model and its tokenizer."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +11,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
 )
 
 from gradproj.errors import ModelError
+from gradproj.formatting import first_line
 from gradproj.model.adapter import brings_embedding, inject, load_adapter, vocabulary_size
 from gradproj.model.block_shards import BlockShards, blocks_of, taken_while_loading
 from gradproj.model.checkpoint import GGUF_SUFFIX, ModelFiles, no_progress_bars
@@ -24,11 +22,10 @@ from gradproj.model.config import ARCHITECTURES, MODEL_DTYPES
 from gradproj.model.packed_layers import settle_quantized
 from gradproj.model.properties import is_causal
 from gradproj.model.quantized import (
-    GGUF,
     Quantization,
-    check_packages,
     loading_arguments,
     quantization_of,
+    source_arguments,
 )
 
 
@@ -63,24 +60,12 @@ def _config_on_disk(files: ModelFiles) -> Any:
     trusted = files.config.trust_remote_code
     try:
         return AutoConfig.from_pretrained(
-            **_source(folder), trust_remote_code=trusted, local_files_only=True
+            **source_arguments(folder), trust_remote_code=trusted, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"--model {folder}: its config cannot be used: {str(error).splitlines()[0]}"
         ) from error
-
-
-def _source(path: Path) -> dict[str, Any]:
-    """Return ``from_pretrained``'s arguments for a folder or a GGUF file.
-
-    Raises:
-        ModelError: a package that reads the file is missing.
-    """
-    if path.suffix != GGUF_SUFFIX:
-        return {"pretrained_model_name_or_path": str(path)}
-    check_packages(GGUF, str(path))
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 def model_quantization(files: ModelFiles) -> Quantization | None:
@@ -174,7 +159,8 @@ def model_class(config: Any) -> Any:
     causal, multimodal = AutoModelForCausalLM, AutoModelForImageTextToText
     # Of newer releases, with models of sounds.
     multimodal = getattr(transformers, "AutoModelForMultimodalLM", multimodal)
-    if kind not in CONFIG_MAPPING or type(config) in causal._model_mapping:
+    is_known = kind in CONFIG_MAPPING and type(config).__module__.startswith("transformers.")
+    if not is_known or type(config) in causal._model_mapping:
         return causal  # or code that comes with the checkpoint
     if type(config) in multimodal._model_mapping:
         return multimodal
@@ -286,7 +272,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
         with no_progress_bars():
             # output_loading_info makes it return a pair, which its annotations do not declare.
             loaded: Any = model_type.from_pretrained(
-                **_source(folder),
+                **source_arguments(folder),
                 **arguments,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=None if config.allow_pickle else True,
@@ -298,7 +284,7 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
         raise
     except Exception as error:  # transformers and safetensors raise many types
         raise ModelError(
-            f"--model {folder} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+            f"--model {folder} cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
     model, report = loaded
     # transformers initialises missing weights at random, with no more than a warning.
@@ -311,70 +297,6 @@ def _load_weights(files: ModelFiles, dtype: torch.dtype, merged: bool) -> nn.Mod
     if quantization is not None:
         settle_quantized(model, dtype, quantization.stays_packed)
     return model if files.adapter_dir is None else load_adapter(files.adapter_dir, model, merged)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def load_tokenizer(files: ModelFiles) -> Any:
-    """Load the tokenizer, without its limit on the length of a text.
-
-    Raises:
-        ModelError: there is none, or it lacks a token that ``--special_tokens`` needs.
-    """
-    config = files.config
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **_source(files.tokenizer_dir),
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=True,
-        )
-    except Exception as error:  # every tokenizer class raises its own types
-        raise ModelError(
-            f"{files.tokenizer_dir} holds no tokenizer that loads "
-            f"{_missing_packages(files.tokenizer_dir) or f'({_first_line(error)}); '}"
-            "give --tokenizer"
-        ) from error
-    tokenizer.model_max_length = int(1e30)
-    for name in ("bos", "eos"):
-        if name in config.special_tokens and getattr(tokenizer, f"{name}_token_id") is None:
-            raise ModelError(
-                f"--special_tokens {config.special_tokens}: the tokenizer has no {name} token"
-            )
-    return tokenizer
-
-
-def _missing_packages(folder: Path) -> str:
-    """Return what to install for a tokenizer that is a sentencepiece model only."""
-    for path in sorted({*folder.glob("*.model"), *folder.glob("*.spm")}):
-        with path.open("rb") as file:
-            # The first field of its protobuf message. Files of tiktoken are lines of base64.
-            if file.read(1) != b"\n":
-                continue
-        needed = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-        missing = [name for name, module in needed.items() if not _is_there(module)]
-        if missing:
-            names = " ".join(missing)
-            return f"without {names}, which reads {path.name}: pip install {names}, or "
-    return ""
-
-
-def _is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it
-        return False
-
-
-def larger_tokenizer(n_tokens: int, vocabulary: int) -> str:
-    """Return words for a tokenizer with more tokens than the model's vocabulary; else nothing.
-
-    Many models come with a token that has no embedding and that no text contains.
-    """
-    if n_tokens <= vocabulary:
-        return ""
-    return f"{n_tokens:,} tokens, and the model's vocabulary only {vocabulary:,}"
 
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")

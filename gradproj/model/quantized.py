@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradproj.errors import ModelError
+from gradproj.model.checkpoint import GGUF_SUFFIX
 from gradproj.model.config import ModelConfig
 
 BITSANDBYTES, TORCHAO, GGUF = "bitsandbytes", "torchao", "gguf"
@@ -173,3 +175,15 @@ def loading_arguments(quantization: Quantization, model_config: Any) -> dict[str
             if getattr(each, "quantization_config", None):
                 each.quantization_config = {**_settings_of(each), "dequantize": True}
     return arguments
+
+
+def source_arguments(path: Path) -> dict[str, Any]:
+    """Return ``from_pretrained``'s arguments for a folder or a GGUF file.
+
+    Raises:
+        ModelError: a package that reads the file is missing.
+    """
+    if path.suffix != GGUF_SUFFIX:
+        return {"pretrained_model_name_or_path": str(path)}
+    check_packages(GGUF, str(path))
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

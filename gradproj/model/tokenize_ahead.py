@@ -31,8 +31,8 @@ from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.document_tokens import DocumentTokenizer
 from gradproj.model.fingerprint import tokenization_of
-from gradproj.model.loading import load_tokenizer
 from gradproj.model.sequences import TokenSequence
+from gradproj.model.tokenizer_loading import load_tokenizer
 
 _SMALL_BYTES = 8 * 2**20
 """Inputs that one process tokenizes before others have started."""

@@ -26,13 +26,8 @@ from gradproj.job.shutdown import StopRequest
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import check_corpus_tokenizer
-from gradproj.model.loading import (
-    larger_tokenizer,
-    load_model,
-    load_tokenizer,
-    model_quantization,
-    positions_of,
-)
+from gradproj.model.loading import load_model, model_quantization, positions_of
+from gradproj.model.tokenizer_loading import larger_tokenizer, load_tokenizer
 from gradproj.training.checkpoints import (
     Checkpoints,
     lock_result_dir,

@@ -54,7 +54,8 @@ from gradproj.job.startup import start_job
 from gradproj.job.unit_projector import ProjectedUnit, UnitProjector
 from gradproj.job.unit_reader import PreparedUnit, UnitReader
 from gradproj.kernels.torch_setup import prepare_torch
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.loading import load_model
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store import ProjectionStore
 from gradproj.store.row_encoder import RowEncoder
 

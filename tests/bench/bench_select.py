@@ -32,7 +32,7 @@ from gradproj.evaluation.corpus import write_tars
 from gradproj.evaluation.losses import load, query_losses
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
-from gradproj.model.loading import load_tokenizer
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.training import TokenizerConfig, TrainConfig, train, train_tokenizer
 
 LENGTH, VOCABULARY = 128, 2048

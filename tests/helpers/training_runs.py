@@ -14,7 +14,7 @@ from gradproj.corpus.tar.paths import list_tars
 from gradproj.distributed import World
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
-from gradproj.model.loading import load_tokenizer
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.training import TrainConfig
 from gradproj.training.data import batches_of
 from gradproj.training.loop import load_or_make_model

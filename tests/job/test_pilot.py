@@ -22,7 +22,7 @@ from gradproj.job.pilot import pilot_sequences
 from gradproj.job.plan import make_plan
 from gradproj.job.startup import make_output
 from gradproj.job.unit_reader import UnitReader
-from gradproj.model.loading import load_tokenizer
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.query.query_store import check_comparable
 from gradproj.store.basis import DAMPING
 

@@ -22,7 +22,8 @@ from gradproj.job.unit_projector import UnitProjector
 from gradproj.job.unit_reader import UnitReader
 from gradproj.job.unit_sums import UnitSums
 from gradproj.kernels.memory import is_out_of_memory
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.loading import load_model
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.store.layout import STATUS
 from gradproj.store.row_encoder import RowEncoder
 

@@ -18,7 +18,8 @@ from gradproj.errors import ConfigError, ModelError
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import model_identity
-from gradproj.model.loading import load_model, load_model_config, load_tokenizer, model_skeleton
+from gradproj.model.loading import load_model, load_model_config, model_skeleton
+from gradproj.model.tokenizer_loading import load_tokenizer
 
 peft = pytest.importorskip("peft", reason="the peft extra is not installed")
 

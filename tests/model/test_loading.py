@@ -19,7 +19,7 @@ from gradproj.engine.projection import ProjectionConfig, place_widths
 from gradproj.engine.reach import reached_layers
 from gradproj.engine.selection import find_layers
 from gradproj.errors import ModelError
-from gradproj.model import loading
+from gradproj.model import tokenizer_loading
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
 from gradproj.model.fingerprint import (
@@ -32,10 +32,10 @@ from gradproj.model.loading import (
     attention_note,
     load_model,
     load_model_config,
-    load_tokenizer,
     model_skeleton,
     positions_of,
 )
+from gradproj.model.tokenizer_loading import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -227,7 +227,7 @@ def test_packages_for_a_sentencepiece_model_are_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     files = replace(files_of(make_model(tmp_path / "model")), tokenizer_dir=tmp_path)
-    monkeypatch.setattr(loading, "_is_there", lambda module: module != "sentencepiece")
+    monkeypatch.setattr(tokenizer_loading, "_is_there", lambda module: module != "sentencepiece")
     with pytest.raises(ModelError, match=r"tokenizer\.model: pip install sentencepiece, or give"):
         load_tokenizer(files)
 

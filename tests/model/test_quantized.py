@@ -30,13 +30,13 @@ from gradproj.model.loading import (
     load_model,
     load_model_config,
     load_shards,
-    load_tokenizer,
     loading_notes,
     model_quantization,
     model_skeleton,
 )
 from gradproj.model.packed_layers import PackedLinear, pack_quantized
 from gradproj.model.quantized import packed_bytes
+from gradproj.model.tokenizer_loading import load_tokenizer
 
 CPU = torch.device("cpu")
 CONFIG = ProjectionConfig(layers="mlp,attn", rank_total=24, rank_min=2)

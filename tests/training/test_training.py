@@ -17,7 +17,8 @@ from gradproj.corpus.tar.paths import list_tars
 from gradproj.errors import ConfigError, CorpusError, ModelError
 from gradproj.model.checkpoint import fetch
 from gradproj.model.config import ModelConfig
-from gradproj.model.loading import load_model, load_tokenizer
+from gradproj.model.loading import load_model
+from gradproj.model.tokenizer_loading import load_tokenizer
 from gradproj.training import TokenizerConfig, TrainConfig, train, train_tokenizer
 from gradproj.training.data import batches_of, shuffled_documents
 
