@@ -187,12 +187,12 @@ def test_job_killed_while_recomputing_a_unit_resumes_to_the_same_bits(launch, un
 
 
 def test_listed_steps_are_exactly_those_in_the_code():
-    reached = [
+    reached = {
         node.args[0].value
         for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "fault_points.reach"
-    ]
+    }
     assert sorted(reached) == sorted(STEPS)
 
 

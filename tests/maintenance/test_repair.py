@@ -141,7 +141,10 @@ def test_printed_command_is_the_jobs_own(job):
     ]
     settled = run_config(given, "test")
     store = replace(settled.store, rows_per_shard=ROWS_PER_UNIT)
-    assert run_config(words[3:], "test") == replace(settled, store=store)
+    # What is recorded of a model without experts.
+    projection = replace(settled.projection, experts="none")
+    wanted = replace(settled, store=store, projection=projection)
+    assert run_config(words[3:], "test") == wanted
 
 
 # --- killed repairs ---
