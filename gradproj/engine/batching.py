@@ -101,7 +101,7 @@ def fit_padding(model: nn.Module, batch: BatchConfig, longest: int | None = None
 
 
 def plan_batches(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | np.ndarray,
     batch_size: int,
     batch_tokens: int,
     max_padding: float = BatchConfig.max_padding,
@@ -130,6 +130,19 @@ def plan_batches(
         batches.append(order[start : start + count])
         start += count
     return batches
+
+
+def longest_of_owners(sequences: Sequence[TokenSequence]) -> np.ndarray:
+    """Return for each sequence the length of its owner's longest, ``(n,)`` int64.
+
+    Batches of these lengths keep the two answers of a preference together, so that hardly any
+    document waits with the sum of one.
+    """
+    owners = np.array([sequence.owner for sequence in sequences], dtype=np.int64)
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    longest = np.zeros(owners.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(longest, owners, lengths)
+    return longest[owners]
 
 
 def collate(sequences: Sequence[TokenSequence], chosen: np.ndarray, pad: int = 0) -> Batch:

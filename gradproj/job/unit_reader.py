@@ -12,7 +12,7 @@ from gradproj.corpus.content import TokenIds
 from gradproj.corpus.documents import UNKNOWN_DOMAIN, Document, ReadLimits
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.stream import read_documents
-from gradproj.engine.batching import BatchConfig, plan_batches
+from gradproj.engine.batching import BatchConfig, longest_of_owners, plan_batches
 from gradproj.formatting import escaped
 from gradproj.model.document_tokens import DocumentRules, DocumentTokenizer, TokenizedDocument
 from gradproj.model.sequences import TokenSequence
@@ -158,8 +158,10 @@ class UnitReader:
                 tokenize_pending()
         tokenize_pending()
         columns["key"] = encode_keys(keys, layout.key_bytes)
-        lengths = [len(tokens) for tokens in sequences]
         batch = settings.batch
+        lengths: Sequence[int] | np.ndarray = [len(tokens) for tokens in sequences]
+        if batch.long_documents == "truncate" and batch.max_padding:
+            lengths = longest_of_owners(sequences)
         batches = plan_batches(lengths, batch.batch_size, batch.batch_tokens, batch.max_padding)
         return PreparedUnit(unit, start, columns, sequences, batches)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradproj.engine.batching import BatchConfig, collate, plan_batches
+from gradproj.engine.batching import BatchConfig, collate, longest_of_owners, plan_batches
 from gradproj.engine.targets import Targets
 from gradproj.errors import ConfigError
 from gradproj.model.sequences import TokenSequence, join_windows, split_long
@@ -134,3 +134,20 @@ def test_targets_of_a_batch_are_those_of_its_masks():
 def test_zero_budget_is_rejected(name, value):
     with pytest.raises(ConfigError, match=f"--{name} must be at least 1.*, got {value}"):
         BatchConfig(**{name: value})
+
+
+def test_answers_of_a_preference_run_in_one_batch_or_the_next():
+    random = np.random.default_rng(0)
+    sequences = [
+        TokenSequence.of(np.arange(random.integers(2, 200)), owner=owner)
+        for owner in range(300)
+        for _ in range(1 + owner % 2)
+    ]
+    batches = plan_batches(longest_of_owners(sequences), 32, 1000, 0.05)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(sequences)))
+    left = {n: 1 + n % 2 for n in range(300)}
+    for batch in batches:
+        assert max(len(sequences[i]) for i in batch) * len(batch) <= 1000
+        for i in batch:
+            left[sequences[i].owner] -= 1
+        assert sum(0 < n < 1 + owner % 2 for owner, n in left.items()) <= 1
