@@ -200,6 +200,11 @@ def _write(
     index = recorded_index(Path(config.output), config.shards)
     spool = work / "spools" / "documents"
     if config.form == LINES:
+        if index.tokenization is not None:
+            print_note(
+                f"the lines hold token ids of {index.tokenization.name}, which a corpus made of "
+                "them does not know: --to a folder of tars keeps that"
+            )
         write_lines(work / "tars" / name, spool, picks, record, store, index)
         return 0
     n_per_tar = config.samples_per_shard

@@ -18,6 +18,9 @@ from gradproj.errors import ConfigError
 
 LOSS_ON = ("assistant", "completion", "last", "all")
 
+MAX_UNMARKED_TURNS = 256
+"""Each is found by rendering all that precedes it, so the time is quadratic: here about 2 s."""
+
 NO_TEMPLATE = (
     "a conversation, and the tokenizer has no chat template: give one with --chat_template FILE"
 )
@@ -91,6 +94,12 @@ class ChatTemplate:
         chosen = _chosen(messages, assistants, n_prompt, loss_on)
         if marked and len(marked) == len(assistants):
             return text, [marked[assistants.index(i)] for i in chosen]
+        if len(chosen) > MAX_UNMARKED_TURNS:
+            raise TurnError(
+                f"it has {len(chosen):,} turns, which are searched for one by one since the chat "
+                f"template has no {{% generation %}} marks, at most {MAX_UNMARKED_TURNS}; give a "
+                "template with marks (--chat_template)"
+            )
         return text, [self._turn(messages, tools, i, text) for i in chosen]
 
     def _check_known(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None) -> None:

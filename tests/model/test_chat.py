@@ -7,7 +7,7 @@ import pytest
 from helpers.chat import QWEN_3, SMOLLM_3, TEMPLATES, chat_tokenizer, conversation
 
 from gradproj.errors import ConfigError
-from gradproj.model.chat import ChatTemplate, TurnError, chat_template
+from gradproj.model.chat import MAX_UNMARKED_TURNS, ChatTemplate, TurnError, chat_template
 
 MESSAGES = conversation("Hello there", "Hi!", "And now?", " Bye, then. ", system="Be brief.")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -150,3 +150,11 @@ def test_template_is_the_files_or_the_tokenizers_own(tmp_path):
         template_of("\n{% for %}")
     with pytest.raises(ConfigError, match="the test is not a chat template: it is nested too deep"):
         template_of("{{" + "(" * 5000)
+
+
+def test_more_turns_than_are_searched_for_are_refused():
+    messages = conversation(*("a b" for _ in range(2 * MAX_UNMARKED_TURNS + 2)))
+    with pytest.raises(TurnError, match=r"it has 257 turns.*at most 256; give a template with mar"):
+        turns(TEMPLATES["qwen"], messages)
+    assert len(turns(SMOLLM_3, messages)) == MAX_UNMARKED_TURNS + 1
+    assert len(turns(TEMPLATES["qwen"], messages, "last")) == 1
