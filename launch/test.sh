@@ -36,7 +36,7 @@ if (($#)); then
 else
     # Two halves of about the same time, side by side. In the one behind, the shell has Ctrl-C
     # ignored: tests of an interrupt of their own process are in the other.
-    half=(tests/end_to_end tests/maintenance tests/training)
+    half=(tests/end_to_end tests/engine tests/maintenance tests/training)
     log=$(mktemp)
     "$VENV/bin/python" -m pytest -p no:cacheprovider "${half[@]}" >"$log" 2>&1 &
     beside=$!
