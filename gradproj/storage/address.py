@@ -11,8 +11,6 @@ from urllib.parse import quote, unquote
 
 from gradproj.errors import ConfigError
 
-SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
-
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
 _HUB = re.compile(r"(datasets|models|spaces|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?$")

@@ -12,7 +12,7 @@ from gradproj.errors import CorpusError
 from gradproj.storage.address import Address
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.facts import ObjectFacts
-from gradproj.storage.objects import all_facts, glob_objects, list_folder, read_object, write_object
+from gradproj.storage.listing import all_facts, glob_objects, list_folder, read_object, write_object
 from gradproj.storage.retry import RetryPolicy
 from gradproj.storage.stream import NoRanges, ObjectChanged, ObjectStream
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradproj.errors import CorpusError, GradprojError
 from gradproj.storage import hub
-from gradproj.storage.address import Address
+from gradproj.storage.address import Address, Location
 from gradproj.storage.bucket import library, open_bucket
 from gradproj.storage.facts import ObjectFacts, facts_of
 from gradproj.storage.failures import explained, reason_of
@@ -150,6 +150,11 @@ def write_object(
 
 
 _PARTS = {"chunk_size": 8 * 2**20, "max_concurrency": 4}
+
+
+def is_writable(place: Location) -> bool:
+    """Return False for an address whose server takes no objects."""
+    return not isinstance(place, Address) or place.scheme in WRITABLE
 
 
 def delete_objects(addresses: Iterable[Address]) -> None:
