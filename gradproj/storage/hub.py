@@ -1,14 +1,17 @@
 """Repositories of the Hugging Face hub: revisions, listings, and the address of their files."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from time import sleep
+from typing import Any, TypeVar
 
 from gradproj.errors import CorpusError
 from gradproj.storage.address import Address
 from gradproj.storage.facts import ObjectFacts
+from gradproj.storage.retry import POLICY
+
+T = TypeVar("T")
 
 _PATHS_AT_ONCE = 500
 
@@ -22,19 +25,18 @@ def pinned(address: Address) -> Address:
     kind, name, revision = _parts(address)
     if _is_commit(revision):
         return address
-    with _explained(address):
-        info = _api().repo_info(name, repo_type=kind, revision=revision or None)
+    info = _ask(address, lambda api: api.repo_info(name, repo_type=kind, revision=revision))
     return replace(address, bucket=f"{kind}s/{name}@{info.sha}")
 
 
 def list_folder(folder: Address) -> dict[Address, ObjectFacts]:
     """Return the files of a folder of a repository, without those of folders in it."""
     kind, name, revision = _parts(folder)
-    with _explained(folder):
-        entries = _api().list_repo_tree(
-            name, folder.key or None, repo_type=kind, revision=revision or None
-        )
-        files = {folder.of_bucket(entry.path): entry for entry in entries if _is_file(entry)}
+    key = folder.key or None
+    entries = _ask(
+        folder, lambda api: list(api.list_repo_tree(name, key, repo_type=kind, revision=revision))
+    )
+    files = {folder.of_bucket(entry.path): entry for entry in entries if _is_file(entry)}
     return {address: _facts(files[address]) for address in sorted(files)}
 
 
@@ -44,10 +46,13 @@ def facts(addresses: Sequence[Address]) -> dict[Address, ObjectFacts]:
     found = {}
     for first in range(0, len(addresses), _PATHS_AT_ONCE):
         some = addresses[first : first + _PATHS_AT_ONCE]
-        with _explained(some[0]):
-            entries = _api().get_paths_info(
-                name, [a.key for a in some], repo_type=kind, revision=revision or None
-            )
+        keys = [address.key for address in some]
+        entries = _ask(
+            some[0],
+            lambda api, keys=keys: api.get_paths_info(  # type: ignore[misc]
+                name, keys, repo_type=kind, revision=revision
+            ),
+        )
         found |= {
             some[0].of_bucket(entry.path): _facts(entry) for entry in filter(_is_file, entries)
         }
@@ -55,10 +60,10 @@ def facts(addresses: Sequence[Address]) -> dict[Address, ObjectFacts]:
 
 
 def base_of(address: Address) -> str:
-    """Return the web address under which the repository's files lie, with a slash at its end."""
+    """Return the web address under which the repository's files lie."""
     kind, name, revision = _parts(address)
     folder = "" if kind == "model" else f"{kind}s/"
-    return f"{_endpoint()}/{folder}{name}/resolve/{revision or 'main'}/"
+    return f"{_endpoint()}/{folder}{name}/resolve/{revision}"
 
 
 def token() -> str:
@@ -72,7 +77,7 @@ def _parts(address: Address) -> tuple[str, str, str]:
     """Return kind (``dataset``), name and revision of the address's repository."""
     kind, _, rest = address.bucket.partition("/")
     name, _, revision = rest.partition("@")
-    return kind.removesuffix("s"), name, revision
+    return kind.removesuffix("s"), name, revision or "main"
 
 
 def _is_commit(revision: str) -> bool:
@@ -100,11 +105,11 @@ def _facts(entry: Any) -> ObjectFacts:
     return ObjectFacts(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
-@contextmanager
-def _explained(address: Address) -> Iterator[None]:
+def _ask(address: Address, question: Callable[[Any], T]) -> T:
+    """Ask the hub's interface, again while it is too busy (429) or cannot be reached."""
     from huggingface_hub import errors
 
-    kinds = {
+    words = {
         errors.GatedRepoError: "the repository is gated: accept its terms on its page, and give a "
         "token that may read it (HF_TOKEN)",
         errors.RepositoryNotFoundError: "there is no such repository, or it is private; check its "
@@ -113,15 +118,21 @@ def _explained(address: Address) -> Iterator[None]:
         errors.EntryNotFoundError: "there is no such file or folder",
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it to read from the hub",
     }
-    try:
-        yield
-    except Exception as error:
-        words = next((text for kind, text in kinds.items() if isinstance(error, kind)), "")
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if not words and not isinstance(error, (errors.HfHubHTTPError, OSError)):
-            raise
-        raise CorpusError(
-            f"{address}: "
-            + (words or "the hub cannot be reached, or refuses; try again later")
-            + (f" (the answer was {status})" if status else "")
-        ) from None
+    pauses = POLICY.pauses()
+    while True:
+        try:
+            return question(_api())
+        except Exception as error:
+            reason = next((text for kind, text in words.items() if isinstance(error, kind)), "")
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            is_network = type(error).__module__.startswith("httpx") or isinstance(error, OSError)
+            if not (reason or status or is_network):
+                raise
+            pause = None
+            if not reason and (status is None or status == 429 or status >= 500):
+                pause = next(pauses, None)
+            if pause is None:
+                reason = reason or "the hub cannot be reached, or refuses; check the address"
+                answer = f" (the answer was {status})" if status else ""
+                raise CorpusError(f"{address}: {reason}{answer}") from None
+        sleep(pause)
