@@ -199,8 +199,8 @@ def build_index(
         progress,
         lambda i, facts: journal.note(paths[left[i]], before[left[i]], facts),
     )
-    for number, facts in zip(left, new, strict=True):
-        scanned[number] = facts
+    for number, new_facts in zip(left, new, strict=True):
+        scanned[number] = new_facts
     tars: list[Tar] = []
     start_id = 0
     for path, version, facts in zip(paths, before, scanned, strict=True):
