@@ -29,7 +29,7 @@ from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, Rendezvous
 from gradproj.engine.projection import job_matrices
-from gradproj.errors import GradprojError, ReportedError, StoreError
+from gradproj.errors import GradprojError, ReportedError, Stopped, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
@@ -40,7 +40,6 @@ from gradproj.job.identity import check_identity, is_untouched
 from gradproj.job.lockstep import Lockstep
 from gradproj.job.pilot import PilotRanks, help_pilot, run_pilot
 from gradproj.job.plan import BATCH_FILE, Plan, make_plan
-from gradproj.job.shutdown import Stopped
 from gradproj.model.checkpoint import fetch
 from gradproj.store.array_digests import with_digests
 from gradproj.store.layout import (
@@ -107,7 +106,7 @@ def start_job(
             plan, model = _start(config, name, where)
             # The index can be large. The other ranks read it from the output directory.
             shared = (replace(plan, index=cast(CorpusIndex, None)), name)
-        except GradprojError as error:
+        except (GradprojError, Stopped) as error:
             # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
             print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             exit_code = error.exit_code
@@ -138,8 +137,7 @@ def _start(config: RunConfig, name: JobName, where: PilotRanks) -> tuple[Plan, n
         plan = make_plan(config)
         model = make_output(plan, owner, where)
     except GradprojError as error:
-        if not isinstance(error, Stopped):
-            note_failure(Path(config.job.output_dir), owner, error)
+        note_failure(Path(config.job.output_dir), owner, error)
         raise
     clear_failure(plan.output, name.job_id)
     return plan, model
