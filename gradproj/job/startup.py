@@ -27,7 +27,7 @@ from gradproj.coordinator.unmerge import (
 from gradproj.corpus.index import CorpusIndex
 from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
-from gradproj.distributed import JobName, Process, Rendezvous
+from gradproj.distributed import JobName, Process, Rendezvous, report_errors_from_rank_0
 from gradproj.engine.projection import job_matrices
 from gradproj.errors import GradprojError, ReportedError, Stopped, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
@@ -113,7 +113,9 @@ def start_job(
     shared = ranks.from_rank_0(shared)
     if isinstance(shared, Plan):  # of a pilot in which rank 0's group takes part
         if lockstep is not None and lockstep.group.number == 0:
-            model = help_pilot(shared, lockstep)
+            # Rank 0 would wait for this one, so an error here ends the process.
+            with report_errors_from_rank_0(process.rank):
+                model = help_pilot(shared, lockstep)
         shared = ranks.from_rank_0()
     if shared is None:
         raise ReportedError(exit_code)
