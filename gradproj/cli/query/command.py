@@ -28,7 +28,7 @@ from gradproj.cli.query.rescore import Source
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
-from gradproj.cli.query.tokens import split_scores, splitter_of
+from gradproj.cli.query.tokens import check_can_split, split_scores, splitter_of
 from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
@@ -100,6 +100,8 @@ def query(config: QueryConfig, process: Process) -> Answer:
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
+        if config.tokens:
+            check_can_split(config, store)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         rank = rank_by_checkpoints if config.others else rank
         ranked = rank(config, store, process, (n_top, n_bottom), note)
