@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gradproj.analysis.reduction import DEFAULT_REDUCTION
@@ -22,17 +23,20 @@ from gradproj.cli.query.by_checkpoints import rank_by_checkpoints
 from gradproj.cli.query.by_hidden import rank_by_hidden
 from gradproj.cli.query.config import QueryConfig
 from gradproj.cli.query.json_lines import json_lines
-from gradproj.cli.query.ranked import rank_by_gradients, rank_by_text
+from gradproj.cli.query.ranked import Ranked, rank_by_gradients, rank_by_text
 from gradproj.cli.query.rescore import Source
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
+from gradproj.cli.query.tokens import check_can_split, split_scores, splitter_of
 from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.job.recorded import config_from, recorded_index
+from gradproj.query import QueryProjector
 from gradproj.query.hidden import HIDDEN
+from gradproj.query.token_scores import TokenScores
 from gradproj.store import ProjectionStore
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
@@ -96,6 +100,8 @@ def query(config: QueryConfig, process: Process) -> Answer:
         read_text = None
         if config.show_text:
             read_text = document_texts(config.output, config.shards)
+        if config.tokens:
+            check_can_split(config, store)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         rank = rank_by_checkpoints if config.others else rank
         ranked = rank(config, store, process, (n_top, n_bottom), note)
@@ -123,10 +129,22 @@ def query(config: QueryConfig, process: Process) -> Answer:
         if config.text_matches and ranked.text:
             texts = ranked.asked.texts[: len(subjects.names)]  # those of a control set follow
             matches = text_matches(config, ranked.text, texts, rankings)
+        tokens = None
+        if config.tokens and ranked.ranker is not None and n_scored:
+            tokens = _split(config, store, ranked)
         samples = describe(store, listed_ids(rankings, ranked.grouped), read_text)
-        return Answer(
-            summary, subjects, rankings, samples, first_stage, columns, matches, ranked.grouped
-        )
+        found = samples, first_stage, columns, matches, ranked.grouped, tokens
+        return Answer(summary, subjects, rankings, *found)
+
+
+def _split(config: QueryConfig, store: ProjectionStore, ranked: Ranked) -> TokenScores:
+    assert ranked.ranker is not None
+    scan, projector = ranked.ranker.without_scan(config.dampings[0]), None
+    if not config.query_store and not config.makes_sets:
+        projector = QueryProjector(store, config_from(config), config.device, config.query_model)
+    splitter = splitter_of(config, store, config.device, projector, config.query_model)
+    ends = [ranked.rankings[0].top.ids, ranked.rankings[0].bottom.ids]
+    return split_scores(splitter, scan, ranked.asked.rows, [np.asarray(ids) for ids in ends])
 
 
 def _source(config: QueryConfig, options: ScanOptions) -> Source:

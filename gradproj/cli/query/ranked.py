@@ -53,6 +53,8 @@ class Ranked:
     """Set if text scores are used."""
     columns: Columns = field(default_factory=dict)
     """Further scores of the ranked documents, on rank 0."""
+    ranker: Ranker | None = None
+    """Of a gradient score of one store."""
 
     @property
     def n_scored(self) -> int:
@@ -177,7 +179,8 @@ def rank_by_gradients(
     if process.rank == 0 and SCORES[options["score"]].is_inner_product:
         _note_lengths(store, options, note)
     name = config.score or options["score"]
-    return Ranked(name, options, ours.kind, asked, rankings, grouped, ours.second, ours.text)
+    found = rankings, grouped, ours.second, ours.text
+    return Ranked(name, options, ours.kind, asked, *found, ranker=ranker)
 
 
 def _grouped(
