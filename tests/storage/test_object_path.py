@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
-from gradproj.errors import ConfigError
+from gradproj.errors import ConfigError, StoreError
 from gradproj.storage.address import Address
 from gradproj.storage.object_path import ObjectPath, path_of
 
@@ -154,16 +154,16 @@ def test_keys_with_any_characters(memory):
 
 def test_conditional_writes(memory):
     path = memory / "a"
-    assert not path.put_if_match([b"0"], '"none"')
+    assert not path.put_if_match([b"0"], {"e_tag": '"none"'})
     assert path.put_if_absent([b"1", memoryview(b"2")])
     assert not path.put_if_absent([b"3"])
-    data, etag = path.read_versioned()
+    data, version = path.read_versioned()
     assert data == b"12"
-    assert path.read_unless(etag) is None
-    assert path.put_if_match([b"4"], etag)
-    assert not path.put_if_match([b"5"], etag)
+    assert path.read_unless(version) is None
+    assert path.put_if_match([b"4"], version)
+    assert not path.put_if_match([b"5"], version)
     assert path.read_bytes() == b"4"
-    again = path.read_unless(etag)
+    again = path.read_unless(version)
     assert again is not None
     assert again[0] == b"4"
 
@@ -174,7 +174,7 @@ def test_an_open_object_that_changes_is_not_read_as_a_mix(memory):
     file = path.open("rb", buffering=10)
     assert file.read(5) == b"11111"
     path.put([b"2" * 100])
-    with pytest.raises(Exception, match="a"):
+    with pytest.raises(StoreError, match="has changed while it was read"):
         file.read(50)
 
 
