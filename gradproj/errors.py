@@ -70,21 +70,27 @@ class ReportedError(GradprojError):
         self.exit_code = exit_code
 
 
-class Stopped(BaseException):
-    """A signal came before there was anything to save.
+class Ended(BaseException):
+    """This process has to end, through no fault of what it was doing. Without a message: reported.
 
     No ``Exception``, like ``KeyboardInterrupt``: code that tries what a model can do catches all of
     those, and a job that is preempted while it loads a model has not failed.
     """
 
-    def __init__(self, number: int, is_reported: bool = False) -> None:
+    def __init__(self, message: str = "", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Stopped(Ended):
+    """A signal came before there was anything to save."""
+
+    def __init__(self, number: int) -> None:
         super().__init__(
             f"stopped by {signal.Signals(number).name} before the first unit; run the same command "
-            "to continue"
+            "to continue",
+            128 + number,
         )
-        self.exit_code = 128 + number
-        self.is_reported = is_reported
-        """Rank 0 says so."""
 
 
 def damaged(path: str | Path, what: str) -> DamagedFile:
@@ -136,10 +142,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
         # The message may contain untrusted names of domains, layers or files.
         print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
-    except Stopped as stop:
-        if not stop.is_reported:
-            print(f"gradproj: {stop}", file=sys.stderr, flush=True)
-        return stop.exit_code
+    except Ended as end:
+        if str(end):
+            print(f"gradproj: {end}", file=sys.stderr, flush=True)
+        return end.exit_code
     except KeyboardInterrupt:
         print("gradproj: stopped", file=sys.stderr, flush=True)
         return 130

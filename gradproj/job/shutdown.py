@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from gradproj.errors import Stopped
+from gradproj.errors import Ended, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_AFTER_S = 3.0
@@ -130,7 +130,7 @@ class StopRequest:
                 os.write(2, f"gradproj: {Stopped(number)}\n".encode())
             os._exit(self.exit_code)
         if not self._draining:
-            raise Stopped(number, is_reported=not self._announces)
+            raise Stopped(number) if self._announces else Ended(exit_code=128 + number)
         if self._announces:
             # os.write, since the signal may have interrupted a print.
             os.write(2, f"\ngradproj: {self.reason}: stopping after the batch in flight\n".encode())

@@ -29,7 +29,7 @@ from gradproj.corpus.index_file import load_index, save_index
 from gradproj.corpus.tar.paths import INDEX_NAME
 from gradproj.distributed import JobName, Process, Rendezvous, report_errors_from_rank_0
 from gradproj.engine.projection import job_matrices
-from gradproj.errors import GradprojError, ReportedError, Stopped, StoreError
+from gradproj.errors import Ended, GradprojError, ReportedError, StoreError
 from gradproj.files import explain_os_errors, fsync_dir, publish_exclusively, write_and_replace
 from gradproj.formatting import clean_lines
 from gradproj.job.attributes import attributes_of, versions
@@ -106,9 +106,10 @@ def start_job(
             plan, model = _start(config, name, where)
             # The index can be large. The other ranks read it from the output directory.
             shared = (replace(plan, index=cast(CorpusIndex, None)), name)
-        except (GradprojError, Stopped) as error:
+        except (GradprojError, Ended) as error:
             # Print before the others learn of it: torchrun ends rank 0 as soon as one has left.
-            print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
+            if str(error):
+                print(f"gradproj: {clean_lines(str(error))}", file=sys.stderr, flush=True)
             exit_code = error.exit_code
     shared = ranks.from_rank_0(shared)
     if isinstance(shared, Plan):  # of a pilot in which rank 0's group takes part

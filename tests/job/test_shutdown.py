@@ -1,4 +1,4 @@
-"""Signals while the main thread is inside a library, where Python runs no handler; or at a start."""
+"""Signals at a start, and while the main thread is inside a library that runs no handler."""
 
 import os
 import signal
