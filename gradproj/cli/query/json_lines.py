@@ -7,6 +7,7 @@ from typing import Any
 
 from gradproj.cli.query.answer import Answer
 from gradproj.cli.query.groups import Grouped
+from gradproj.cli.query.tokens import token_fields
 from gradproj.formatting import escaped
 from gradproj.store.layer_view import Sample
 
@@ -54,6 +55,8 @@ def json_lines(answer: Answer) -> Iterator[str]:
                             {"text": match.text, "documents": match.n_documents}
                             for match in answer.matches[number, sample_id]
                         ]
+                    if answer.tokens is not None:
+                        fields |= token_fields(answer.tokens, number, sample_id)
                     if with_text:
                         fields["text"] = sample.text
                     yield json.dumps(fields, allow_nan=False)

@@ -51,6 +51,8 @@ class Ranked:
     """Set if text scores are used."""
     columns: Columns = field(default_factory=dict)
     """Further scores of the ranked documents, on rank 0."""
+    ranker: Ranker | None = None
+    """Of a gradient score of one store."""
 
     @property
     def n_scored(self) -> int:
@@ -155,7 +157,8 @@ def rank_by_gradients(question: Question) -> Ranked:
     if question.process.rank == 0 and SCORES[options["score"]].is_inner_product:
         _note_lengths(question, options)
     name = config.score or options["score"]
-    return Ranked(name, options, ours.kind, asked, rankings, grouped, ours.second, ours.text)
+    found = rankings, grouped, ours.second, ours.text
+    return Ranked(name, options, ours.kind, asked, *found, ranker=ranker)
 
 
 def _grouped(
