@@ -17,6 +17,7 @@ from gradproj.corpus.index import CorpusIndex
 from gradproj.distributed import Process
 from gradproj.errors import StoreError
 from gradproj.job.recorded import config_from, recorded_index, recorded_tokenizer
+from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.query import Query, QueryProjector
 from gradproj.store import ProjectionStore
 
@@ -69,12 +70,12 @@ class Session:
 
         return self._keep(("projector", config.query_model, config.device), load)
 
-    def tokenizer(self, config: QueryConfig, store: ProjectionStore) -> tuple[Any, int]:
+    def tokenizer(self, config: RecordedRunArgs, store: ProjectionStore) -> tuple[Any, int]:
         """Return ``(tokenizer, number of the model's token ids)``; no weight is read."""
         run = config_from(config, loads_weights=False)
         return self._keep(("tokenizer",), lambda: recorded_tokenizer(store, run))
 
-    def index(self, config: QueryConfig) -> CorpusIndex:
+    def index(self, config: RecordedRunArgs) -> CorpusIndex:
         """Return where the documents are; ``CorpusError`` if the tars are not there."""
         return self._keep(("index",), lambda: recorded_index(Path(config.output), config.shards))
 
