@@ -8,6 +8,9 @@ import numpy as np
 _CHARACTERS_PER_TOKEN = 12
 """Of the beginning of a long text that is looked at first."""
 
+_BLANK = "▁"
+"""A blank, as pieces of sentencepiece's kind write it."""
+
 
 @dataclass(frozen=True)
 class TokenText:
@@ -51,6 +54,8 @@ class TokenTexts:
                 self.tokens.append(TokenText(piece, name, None, None, answer))
                 continue
             end = max(start, int(ends[number]))
+            if name == _BLANK and text[start:end].strip():
+                end = start  # it was put before the text, and its offsets are of the next token
             self.tokens.append(TokenText(text[start:end], name, start, end, answer))
             start = end
         return first

@@ -29,7 +29,7 @@ from gradproj.cli.query.session import AnswerWatch, Question, Session, Texts
 from gradproj.cli.query.summary import Summary
 from gradproj.cli.query.table import overlap_lines, summary_lines, table_lines
 from gradproj.cli.query.text import text_column, text_matches
-from gradproj.cli.query.tokens import split_scores, splitter_of
+from gradproj.cli.query.tokens import check_can_split, split_scores, splitter_of
 from gradproj.cli.score_args import check_has_rows, check_is_job_store, print_note
 from gradproj.distributed import Process, process_group, report_errors_from_rank_0
 from gradproj.errors import StoreError
@@ -113,6 +113,8 @@ def answer(
         read_text = None
         if config.show_text:
             read_text = functools.partial(text_of, session.index(config))
+        if config.tokens:
+            check_can_split(config, store)
         question = Question(config, store, session, (n_top, n_bottom), note, texts, watch)
         rank = _RANKERS.get(config.score, rank_by_gradients)
         ranked = (rank_by_checkpoints if config.others else rank)(question)

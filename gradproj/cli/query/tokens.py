@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from gradproj.analysis.scan import Scan
-from gradproj.errors import ConfigError
+from gradproj.cli.score_args import is_job_store
+from gradproj.errors import ConfigError, StoreError
 from gradproj.flags import Flags, flag
 from gradproj.formatting import one_line
-from gradproj.job.recorded import config_from, recorded_engine
+from gradproj.job.recorded import config_from, recorded_engine, recorded_index
 from gradproj.job.recorded_args import RecordedRunArgs
 from gradproj.job.recorded_documents import RecordedDocuments
 from gradproj.model.token_texts import TokenText
@@ -41,6 +42,16 @@ class TokenArgs(Flags, title="tokens"):
                 f"--tokens splits the scores of one scan by gradients, of single documents: leave "
                 f"{given[0]} out"
             )
+
+
+def check_can_split(inputs: RecordedRunArgs, store: ProjectionStore) -> None:
+    """Raise ``CorpusError`` if the tars are not there, ``StoreError`` if no model is recorded."""
+    if not is_job_store(store):
+        raise StoreError(
+            f"{store.path} was not written by the job: rows of a training run are of the weights "
+            "of their step, so no model gives their tokens. Leave --tokens out"
+        )
+    recorded_index(store.path.parent, inputs.shards)
 
 
 def splitter_of(

@@ -19,7 +19,7 @@ from gradproj.cli.query.json_lines import hit_fields, json_lines
 from gradproj.cli.query.subjects import Subjects
 from gradproj.cli.query.table import summary_lines
 from gradproj.cli.score_args import ScoreArgs, check_has_rows, is_job_store
-from gradproj.cli.serve.question import Asked
+from gradproj.cli.serve.question import NAME, Asked
 from gradproj.distributed import choose_device
 from gradproj.errors import ConfigError, GradprojError
 from gradproj.formatting import escaped, one_line
@@ -194,11 +194,13 @@ class OutputExplorer:
     def document(self, sample_id: int, start: int) -> dict[str, Any]:
         with self._session.open_store() as store:
             (sample,) = store.samples([sample_id])
-            problem, text = "", ""
+            problem, text, n_question = "", "", 0
             try:
                 text = text_of(self._index(), sample_id)
             except (GradprojError, OSError) as error:
                 problem = str(error)
+            if start == 0 and text and is_job_store(store):
+                n_question = self._n_question(store, text[:TEXT_CHARACTERS])
         return {
             "id": sample_id,
             "key": escaped(sample.key),
@@ -209,6 +211,7 @@ class OutputExplorer:
             "text": text[start : start + TEXT_CHARACTERS],
             "start": start,
             "n_characters": len(text),
+            "n_question": n_question,
             "problem": problem,
         }
 
@@ -253,6 +256,12 @@ class OutputExplorer:
     def _scan_options(self, store: ProjectionStore) -> ScanOptions:
         device, _ = choose_device(self._inputs.device, 0)
         return ScoreArgs().fitted_options(store, device, DOMAIN_SCORES)
+
+    def _n_question(self, store: ProjectionStore, text: str) -> int:
+        """Return how many characters of a document's text can be asked with."""
+        config = Asked.of({"text": NAME}, len(NAME)).config(**asdict(self._inputs))
+        with self._session.lock:
+            return self._session.projector(config, store).tokenizer.characters_that_fit(text)
 
     def status(self) -> dict[str, Any]:
         return asdict(read_status(self._inputs.output))
