@@ -259,7 +259,7 @@ class OutputExplorer:
 
     def _n_question(self, store: ProjectionStore, text: str) -> int:
         """Return how many characters of a document's text can be asked with."""
-        config = Asked.of({"text": NAME}, len(NAME)).config(**asdict(self._inputs))
+        config = Asked.of({"text": NAME}, 100).config(**asdict(self._inputs))
         with self._session.lock:
             return self._session.projector(config, store).tokenizer.characters_that_fit(text)
 
