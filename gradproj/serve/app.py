@@ -14,11 +14,11 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gradproj.errors import GradprojError
 from gradproj.formatting import clean
@@ -68,7 +68,7 @@ class Server:
         self._status: dict[int, tuple[float, dict[str, Any]]] = {}
         self._status_lock = asyncio.Lock()
 
-    def app(self, access: Access) -> Starlette:
+    def app(self, access: Access) -> ASGIApp:
         """Return the ASGI application."""
         routes = [
             Route("/", self._page),
@@ -81,16 +81,12 @@ class Server:
             Route("/api/outputs/{number:int}/map", self._map),
             Route("/api/outputs/{number:int}/status", self._job_status),
         ]
-        guard = Middleware(
-            Guard, token=access.token, names=access.names, local_only=access.local_only
-        )
-        app = Starlette(
-            routes=routes,
-            middleware=[guard],
-            exception_handlers={GradprojError: _shown_error, Exception: _unknown_error},
-        )
+        handlers = {
+            GradprojError: _shown_error, HTTPException: _http_error, Exception: _unknown_error,
+        }  # fmt: skip
+        app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
         app.router.redirect_slashes = False
-        return app
+        return Guard(app, access.token, access.names, access.local_only)
 
     # --- the page ---
 
@@ -284,6 +280,10 @@ async def _shown_error(_: Request, error: Exception) -> Response:
     return _problem(409, str(error))
 
 
+async def _http_error(_: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    return _not_found() if status == 404 else _problem(status, "there is no such method here")
+
+
 async def _unknown_error(_: Request, error: Exception) -> Response:
-    traceback.print_exception(error, file=sys.stderr)
     return _problem(500, "the server failed; its log says where")

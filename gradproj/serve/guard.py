@@ -3,6 +3,8 @@
 import asyncio
 import ipaddress
 import secrets
+import sys
+import traceback
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -87,7 +89,10 @@ class Guard:
         if isinstance(body, JSONResponse):
             await body(scope, receive, send_guarded)
             return
-        await self._app(scope, _replayed(body, receive), send_guarded)
+        try:
+            await self._app(scope, _replayed(body, receive), send_guarded)
+        except Exception:  # a defect, which the app has answered already
+            traceback.print_exc(file=sys.stderr)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
