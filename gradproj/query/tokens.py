@@ -1,9 +1,10 @@
 """Tokenize queries as a store's job tokenizes documents."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
-from gradproj.corpus.content import Completion, Content, Conversation, Preference, TokenIds
+from gradproj.corpus.content import Completion, Content, Conversation, Preference, Text, TokenIds
 from gradproj.engine.batching import BatchConfig
 from gradproj.errors import ConfigError
 from gradproj.formatting import one_line
@@ -81,6 +82,19 @@ class QueryTokenizer:
             for whole in document.sequences
             for part in split_long(whole, batch.max_length, batch.long_documents)
         ]
+
+    def characters_that_fit(self, text: str) -> int:
+        """Return how many characters of a text, from its beginning, a query may have."""
+        if self._batch.long_documents != "truncate":
+            return len(text)
+
+        def is_too_long(n: int) -> bool:
+            (document,) = self._documents.sequences([Text(text[:n])], [1.0])
+            return max(map(len, document.sequences), default=0) > self._batch.max_length
+
+        if not is_too_long(len(text)):
+            return len(text)
+        return bisect.bisect_left(range(len(text)), True, key=is_too_long) - 1
 
     def excerpt(self, query: Query) -> str:
         """Return one line of at most ``EXCERPT_CHARACTERS`` characters that shows a query."""

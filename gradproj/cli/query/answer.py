@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gradproj.analysis.ranking import Ranking
-from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.notebook import answer_html
 from gradproj.cli.query.rescore import FirstStage
+from gradproj.cli.query.subjects import Subjects
 from gradproj.cli.query.summary import Summary
 from gradproj.query.token_scores import TokenScores
 from gradproj.store import ProjectionStore

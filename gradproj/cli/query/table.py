@@ -8,10 +8,10 @@ import numpy as np
 from gradproj.analysis import TopDocuments
 from gradproj.analysis.ranking import Ranking, overlap
 from gradproj.cli.query.answer import Answer, Match
-from gradproj.cli.query.asked import Subjects
 from gradproj.cli.query.groups import Grouped
 from gradproj.cli.query.lines import NAME, WIDTH, labelled
 from gradproj.cli.query.rescore import FirstStage
+from gradproj.cli.query.subjects import Subjects
 from gradproj.cli.query.tokens import token_lines
 from gradproj.formatting import escaped, one_line
 
