@@ -235,9 +235,9 @@ class _Places:
         covered, n = self._covered(owner), len(split.layers[owner])
         total = np.zeros((n, len(covered)))
         for number in self._of[owner]:
-            total[:, np.searchsorted(covered, self._sequences[number].places)] += split.parts[
-                number
-            ]
+            places = self._sequences[number].places
+            assert places is not None  # sequences with texts have them
+            total[:, np.searchsorted(covered, places).astype(np.int64)] += split.parts[number]
         return total
 
 
