@@ -35,6 +35,7 @@ def flag(
     renamed_from: str = "",
     metavar: str = "",
     path: str = "",
+    remote: bool = False,
     streams: bool = False,
     group: str = "",
     default_text: str = "",
@@ -60,6 +61,7 @@ def flag(
         metavar: what stands for the value in ``--help``, in place of its type: DIR, FILE, NAME.
         path: the value is a path, and this stands for it in ``--help``: DIR, FILE. An address such
             as ``s3://...`` is refused; ``file:///x`` is ``/x``.
+        remote: the path may be an address of a bucket, a web server or the hub.
         streams: the path may be a pipe or a device, such as ``/dev/stdin``.
         group: title of the flag's group in ``--help``, in place of its dataclass's.
         default_text: words for the default in ``--help``, if its value says too little or too much.
@@ -69,7 +71,8 @@ def flag(
         "minimum": minimum, "above": above, "maximum": maximum, "below": below, "why": why,
         "choices": tuple(choices), "words": words, "required": required,
         "renamed_from": renamed_from, "metavar": path or metavar, "path": path or None,
-        "streams": streams or None, "group": group, "default_text": default_text,
+        "remote": remote or None, "streams": streams or None, "group": group,
+        "default_text": default_text,
     }  # fmt: skip
     # A bound of 0 is declared, though it is false.
     metadata = {k: v for k, v in declared.items() if v is not None and v != "" and v != ()}
@@ -118,7 +121,7 @@ def _as_paths(f: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_as_paths(f, item) for item in value)
     try:
-        path = local_path(value)
+        path = local_path(value, remote="remote" in f.metadata)
     except ConfigError as error:
         raise ConfigError(f"{label_of(f)} {value} {error}") from error
     kind = "" if "streams" in f.metadata else special_file(path)

@@ -5,7 +5,6 @@ in the header's metadata. So a torn or altered record is always detected.
 """
 
 import json
-import os
 import re
 import struct
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.numpy import load
 
 from gradproj.errors import DamagedFile, damaged
 from gradproj.files import crc32c
+from gradproj.storage.object_path import names_in
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import UNITS_DIR, StoreLayout
 
@@ -63,24 +63,19 @@ def record_name(unit: int) -> str:
     return f"{UNITS_DIR}/{unit:08d}.safetensors"
 
 
-def list_records(units_dir: str | Path) -> np.ndarray:
+def list_records(units_dir: Path) -> np.ndarray:
     """Return the units that have a record, sorted int64; none if the folder does not exist."""
     return _units_named(units_dir, _RECORD_NAME)
 
 
-def list_shards(projections_dir: str | Path) -> np.ndarray:
+def list_shards(projections_dir: Path) -> np.ndarray:
     """Return the units that have a shard, recorded or not, sorted int64."""
     return _units_named(projections_dir, _SHARD_NAME)
 
 
-def _units_named(folder: str | Path, name: re.Pattern[str]) -> np.ndarray:
-    try:
-        entries = os.scandir(folder)
-    except FileNotFoundError:
-        return np.empty(0, np.int64)
-    with entries:
-        matches = (name.fullmatch(entry.name) for entry in entries)
-        units = [int(match[1]) for match in matches if match]
+def _units_named(folder: Path, name: re.Pattern[str]) -> np.ndarray:
+    matches = (name.fullmatch(entry) for entry in names_in(folder))
+    units = [int(match[1]) for match in matches if match]
     return np.sort(np.array(units, np.int64))
 
 
@@ -136,13 +131,12 @@ def decode_record(data: bytes, source: str | Path = "a unit's record") -> UnitRe
     return UnitRecord(columns=groups["column"], token_covariances=groups["covariance"], **about)
 
 
-def read_record(path: str | Path) -> UnitRecord:
+def read_record(path: Path) -> UnitRecord:
     """Read a record from its file; a FileNotFoundError if there is none."""
-    with open(path, "rb") as file:
-        return decode_record(file.read(), path)
+    return decode_record(path.read_bytes(), path)
 
 
-def read_stats(path: str | Path) -> dict[str, Any]:
+def read_stats(path: Path) -> dict[str, Any]:
     """Read a record's ``stats`` from the beginning of its file, without its large columns.
 
     The checksum is not checked, since that needs the whole file.
@@ -150,7 +144,7 @@ def read_stats(path: str | Path) -> dict[str, Any]:
     Raises:
         StoreError: the file does not begin like a record.
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         data = file.read(_STATS_BYTES)
         try:
             (header_bytes,) = struct.unpack_from("<Q", data)

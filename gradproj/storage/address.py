@@ -1,0 +1,159 @@
+"""Addresses of remote objects: ``s3://bucket/key``, ``gs://``, ``az://``, ``https://``, ``hf://``.
+
+An address names a place and nothing else. Credentials in it are refused, and no message shows them.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from posixpath import normpath
+from urllib.parse import quote, unquote
+
+from gradproj.errors import ConfigError
+
+# One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
+_REMOTE = re.compile(r"(hf(?=://)|s3|gs|az|https?):/{1,2}", re.IGNORECASE)
+_HUB = re.compile(r"(datasets|models|spaces|buckets)/([^/@]+/[^/@]+)(?:@([^/]+))?$")
+_SECRET_QUERY = re.compile(
+    r"(x-amz-|x-goog-|signature|credential|token|sig=|sv=|awsaccesskeyid|key=|password)",
+    re.IGNORECASE,
+)
+
+
+def is_remote(text: str) -> bool:
+    """Return True for an address that ``Address.parse`` takes, or refuses by name."""
+    return _REMOTE.match(text) is not None
+
+
+@dataclass(frozen=True, order=True)
+class Address:
+    """A remote object or the common beginning of several. ``str`` gives the address back.
+
+    It has the parts of ``pathlib.Path`` that code for either kind of place needs: ``name``,
+    ``suffix``, ``parent``, ``/``, ``with_name``, ``is_relative_to`` and ``relative_to``.
+    """
+
+    scheme: str
+    bucket: str
+    """Bucket or container; for ``https`` host and port; ``datasets/ORG/NAME@REVISION``."""
+    key: str = ""
+    """Without a slash at either end; of an ``https`` address without percent escapes."""
+    anonymous: bool = field(default=False, compare=False)
+    """Read without credentials."""
+
+    @classmethod
+    def parse(cls, text: str, anonymous: bool = False) -> "Address":
+        """Return the address that ``text`` is, to be read without credentials if ``anonymous``.
+
+        Raises:
+            ConfigError: it has credentials, a query, no bucket, or is no address. The message does
+                not repeat what may be secret.
+        """
+        match = _REMOTE.match(text)
+        if match is None:
+            raise ConfigError(f"{text!r} is no address; give one such as s3://bucket/folder")
+        scheme, rest = match[1].lower(), text[match.end() :]
+        bucket, _, key = rest.partition("/")
+        if "@" in bucket:
+            raise ConfigError(
+                f"an address {scheme}://...@{_shown(bucket.rpartition('@')[2])}: credentials do "
+                "not belong in an address; give them where the store's own tools find them "
+                "(environment, profile)"
+            )
+        key, question, query = key.partition("?") if scheme.startswith("http") else (key, "", "")
+        if question:
+            kind = "a signature or token" if _SECRET_QUERY.search(query) else "a query"
+            raise ConfigError(
+                f"{scheme}://{bucket}/{_shown(key)}?...: an address with {kind} (?...) is not "
+                "taken: it may be secret and may expire. Give the address without it"
+            )
+        if scheme == "hf":
+            bucket, key = _hub(bucket, key)
+        if not bucket:
+            raise ConfigError(f"{scheme}:// names no bucket; give {scheme}://BUCKET/KEY")
+        if scheme.startswith("http"):
+            key = unquote(key)
+        return cls(scheme, bucket, _clean(key, scheme), anonymous)
+
+    def __str__(self) -> str:
+        key = (
+            quote(self.key, safe="/!$&'()*+,;=:@~") if self.scheme.startswith("http") else self.key
+        )
+        return f"{self.scheme}://{self.bucket}{'/' if key else ''}{key}"
+
+    def __truediv__(self, name: str) -> "Address":
+        return replace(self, key=_clean(f"{self.key}/{name}", self.scheme))
+
+    @property
+    def name(self) -> str:
+        """The part of the key behind the last slash."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name, with its dot: ``.tar``."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "Address":
+        """The address without its name."""
+        return replace(self, key=self.key.rpartition("/")[0])
+
+    @property
+    def origin(self) -> "Address":
+        """The bucket alone."""
+        return replace(self, key="")
+
+    def of_bucket(self, key: str) -> "Address":
+        """Return the address of another key of the same bucket."""
+        return replace(self, key=key)
+
+    def with_name(self, name: str) -> "Address":
+        """Return the address with another name in the same folder."""
+        return self.parent / name
+
+    def is_relative_to(self, folder: "Location") -> bool:
+        """Return True if the address lies below ``folder``."""
+        if not isinstance(folder, Address) or folder.origin != self.origin:
+            return False
+        return not folder.key or self.key == folder.key or self.key.startswith(folder.key + "/")
+
+    def relative_to(self, folder: "Location") -> str:
+        """Return the key's part below ``folder``."""
+        if not isinstance(folder, Address) or not self.is_relative_to(folder):
+            raise ValueError(f"{self} is not below {folder}")
+        return self.key[len(folder.key) :].lstrip("/")
+
+
+Location = Path | Address
+"""Where a file or an object lies."""
+
+
+def parse_location(text: str, anonymous: bool = False) -> Location:
+    """Return the address or the local path that ``text`` is."""
+    return Address.parse(text, anonymous) if is_remote(text) else Path(text)
+
+
+def _clean(key: str, scheme: str) -> str:
+    """Return a key without empty parts; a part of dots would be another object on some stores."""
+    parts = [part for part in key.split("/") if part]
+    if "." in parts or ".." in parts:
+        raise ConfigError(f"the key {normpath(key)!r} of a {scheme}:// address has a part of dots")
+    return "/".join(parts)
+
+
+def _hub(kind: str, rest: str) -> tuple[str, str]:
+    """Split ``datasets/ORG/NAME@REVISION/path`` into repository and path."""
+    parts = rest.split("/")
+    repository = "/".join([kind, *parts[:2]])
+    match = _HUB.match(repository)
+    if match is None or match[1] == "buckets":
+        raise ConfigError(
+            f"hf://{kind}/{rest}: give hf://datasets/ORG/NAME[@REVISION]/PATH, a file or folder of "
+            "a repository of the hub"
+        )
+    return repository, "/".join(parts[2:])
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,245 @@
+"""``ObjectPath``: the part of ``pathlib.Path`` that gradproj uses, for objects of a bucket.
+
+Code that handles an output writes ``output / NAME`` and works on disk and in a bucket. An
+``ObjectPath`` has no ``__fspath__``: whatever needs a file of the operating system fails loudly.
+A bucket has no folders, only keys: a folder exists as long as a key begins with it.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import total_ordering
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, cast
+
+from gradproj.errors import ConfigError
+from gradproj.storage.address import Address, is_remote
+from gradproj.storage.bucket import open_bucket
+from gradproj.storage.objects import ObjectReader, StoredObject
+
+WRITABLE = ("s3", "gs", "az")
+"""Schemes of stores that an output may lie in: they have conditional writes."""
+_BUFFER_BYTES = 2**20
+
+
+def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Path:
+    """Return the path of a file or folder, on disk or in a bucket.
+
+    Declared as a ``Path``, since an ``ObjectPath`` stands in for one.
+
+    Raises:
+        ConfigError: an address that cannot hold an output, or a bucket that cannot be opened.
+    """
+    if isinstance(place, ObjectPath):
+        return cast(Path, place)
+    text = str(place)
+    if not is_remote(text):
+        return Path(place)
+    address = Address.parse(text)
+    if address.scheme not in WRITABLE:
+        raise ConfigError(
+            f"{address}: outputs lie on disk or in a bucket ({'://, '.join(WRITABLE)}://)"
+        )
+    store, _ = open_bucket(address, anonymous=anonymous)
+    return cast(Path, ObjectPath(store, address, anonymous))
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in no order; none if it does not exist."""
+    if isinstance(folder, ObjectPath):
+        return folder.names()
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+class ObjectStat(NamedTuple):
+    """The part of ``os.stat_result`` that a bucket knows."""
+
+    st_size: int
+    st_mtime: float
+    st_mtime_ns: int
+
+
+@total_ordering
+class ObjectPath(StoredObject):
+    """A key of a bucket, as a path."""
+
+    __slots__ = ()
+
+    def _at(self, address: Address) -> "ObjectPath":
+        return ObjectPath(self.store, address, self.anonymous)
+
+    # --- names ---
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        return self._at(self.address / str(name)) if str(name) not in ("", ".") else self
+
+    def joinpath(self, *names: str) -> "ObjectPath":
+        """Return the path with further parts."""
+        return self / "/".join(map(str, names))
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.address.name
+
+    @property
+    def stem(self) -> str:
+        """The name without its last suffix."""
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        """The end of the name, with its dot."""
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> "ObjectPath":
+        """The folder; the bucket itself is its own."""
+        return self._at(self.address.parent)
+
+    @property
+    def parents(self) -> tuple["ObjectPath", ...]:
+        """All folders above, the nearest first."""
+        above, path = [], self
+        while path.key:
+            path = path.parent
+            above.append(path)
+        return tuple(above)
+
+    def with_name(self, name: str) -> "ObjectPath":
+        """Return the path with another name in the same folder."""
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> "ObjectPath":
+        """Return the path with another last suffix."""
+        return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
+
+    def relative_to(self, folder: "ObjectPath") -> PurePosixPath:
+        """Return the part of the key below ``folder``; a ValueError if it is not there."""
+        return PurePosixPath(self.address.relative_to(folder.address))
+
+    def is_relative_to(self, folder: object) -> bool:
+        """Return whether the path lies below ``folder``."""
+        return isinstance(folder, ObjectPath) and self.address.is_relative_to(folder.address)
+
+    def absolute(self) -> "ObjectPath":
+        """Return the path: an address is always absolute."""
+        return self
+
+    def resolve(self) -> "ObjectPath":
+        """Return the path: a bucket has no links."""
+        return self
+
+    def expanduser(self) -> "ObjectPath":
+        """Return the path."""
+        return self
+
+    def as_posix(self) -> str:
+        """Return the address."""
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"ObjectPath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and self.address == other.address
+
+    def __lt__(self, other: "ObjectPath") -> bool:
+        return self.address < other.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The address alone: another process finds credentials where its own SDK looks.
+        return _reopen, (str(self), self.anonymous)
+
+    # --- what is there ---
+
+    def is_file(self) -> bool:
+        """Return whether there is an object of this key: one request."""
+        return self.meta() is not None
+
+    def is_dir(self) -> bool:
+        """Return whether some key lies below this one; the bucket itself always is a folder."""
+        return not self.key or self.has_keys_below()
+
+    def exists(self) -> bool:
+        """Return whether there is an object or a folder. Two requests if there is no object."""
+        return self.is_file() or self.is_dir()
+
+    def is_symlink(self) -> bool:
+        """Return False: a bucket has no links."""
+        return False
+
+    def stat(self) -> ObjectStat:
+        """Return size and time of an object; a FileNotFoundError if there is none."""
+        meta = self.meta()
+        if meta is None:
+            raise self._missing()
+        when = meta["last_modified"].timestamp()
+        return ObjectStat(meta["size"], when, int(when * 1e9))
+
+    def walk_files(self) -> "list[ObjectPath]":
+        """Return all objects below this key, in no order."""
+        scheme, bucket = self.address.scheme, self.address.bucket
+        return [self._at(Address(scheme, bucket, key)) for key in self.keys_below()]
+
+    def iterdir(self) -> Iterator["ObjectPath"]:
+        """Yield what lies in this folder, sorted; nothing if it does not exist."""
+        for name in self.names():
+            yield self / name
+
+    def glob(self, pattern: str) -> Iterator["ObjectPath"]:
+        """Yield what matches in this folder; a pattern that ends in a slash yields folders."""
+        if "/" in pattern.rstrip("/") or "**" in pattern:
+            raise NotImplementedError(f"{pattern}: patterns of one folder only")
+        names = self.names(folders_only=pattern.endswith("/"))
+        return (self / name for name in names if fnmatchcase(name, pattern.rstrip("/")))
+
+    # --- reading ---
+
+    def read_bytes(self) -> bytes:
+        """Return the whole object."""
+        return self.read_versioned()[0]
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the whole object as text."""
+        return self.read_bytes().decode(encoding, errors)
+
+    def open(
+        self, mode: str = "r", buffering: int = -1, encoding: str = "utf-8", errors: str = "strict"
+    ) -> Any:
+        """Open the object for reading, in mode ``rb`` or ``r``. Reads ask for ranges of bytes."""
+        if mode not in ("r", "rb", "rt"):
+            raise io.UnsupportedOperation(f"{self}: objects are opened for reading only")
+        meta = self.meta()
+        if meta is None:
+            raise self._missing()
+        raw = ObjectReader(self, meta["size"], meta["e_tag"] or "")
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedReader(raw, buffering if buffering > 1 else _BUFFER_BYTES)
+        return buffered if mode == "rb" else io.TextIOWrapper(buffered, encoding, errors)
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: a bucket has no folders."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object."""
+        if not missing_ok and not self.is_file():
+            raise self._missing()
+        self.delete()
+
+    def remove_tree(self) -> None:
+        """Delete all objects below this key."""
+        for path in self.walk_files():
+            path.delete()
+
+
+def _reopen(address: str, anonymous: bool) -> Path:
+    return path_of(address, anonymous=anonymous)

@@ -1,0 +1,268 @@
+"""Publishing: files and objects get their names whole or not at all, on disk and in a bucket.
+
+On disk a file is written in a scratch folder, flushed, then linked or renamed (``files.py``). In a
+bucket one request does all of that. There a write may have happened although its reply was lost,
+so whatever a condition refuses is read back and compared before it counts as another's.
+"""
+
+import errno
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from gradproj.errors import StoreError
+from gradproj.files import (
+    explain_os_errors,
+    fsync_dir,
+    fsync_tree,
+    publish_exclusively,
+    temporary_beside,
+    write_and_replace,
+    write_file_durably,
+)
+from gradproj.storage.object_path import ObjectPath
+from gradproj.storage.objects import Version
+
+PREPARED_DIR = "prepared"
+"""Folder of a bucket's output that holds what is about to be published, beside its final place."""
+
+
+class Outdated(Exception):
+    """What was about to be replaced has been replaced by another process."""
+
+
+class Publisher(ABC):
+    """Publishes into one output."""
+
+    @abstractmethod
+    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+        """Publish a file of this content unless the name is taken.
+
+        Returns:
+            Whether the name now has this content by this call. In a bucket also if it had it
+            before: content that only one process writes tells a lost reply from another's object.
+        """
+
+    @abstractmethod
+    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
+        """Publish a file, replacing what is there.
+
+        Raises:
+            Outdated: the publisher is guarded, and another process was faster.
+        """
+
+    @abstractmethod
+    def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        """Replace an existing file by what ``change`` makes of it. Errors as of ``replace``."""
+
+    @abstractmethod
+    def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
+        """Publish a whole folder, name -> content, unless it exists.
+
+        The folder exists once its file ``last`` does.
+
+        Returns:
+            False if it exists, or another process has just made it.
+        """
+
+    @abstractmethod
+    def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        """Publish a folder, replacing what is there; a reader may find none for an instant."""
+
+    def guarded(self, check: Callable[[], None]) -> "Publisher":
+        """Return a publisher for files that one process at a time may replace.
+
+        ``check`` raises if this process is not that one any more. On disk fencing does the work.
+        """
+        return self
+
+
+class FilePublisher(Publisher):
+    """Publishes on disk. Unpublished files are in ``scratch`` (default: beside the final ones)."""
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self.scratch = scratch
+
+    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+        temporary = temporary_beside(final, self.scratch)
+        write_file_durably(temporary, chunks)
+        return publish_exclusively(temporary, final)
+
+    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
+        write_and_replace(final, chunks, self.scratch)
+
+    def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        self.replace(final, [change(final.read_bytes())])
+
+    def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
+        if os.path.lexists(folder):
+            return False
+        temporary = temporary_beside(folder, self.scratch)
+        try:
+            with explain_os_errors(folder):
+                _write_tree(temporary, files)
+                try:
+                    os.rename(temporary, folder)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
+                    return False
+                fsync_dir(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # does nothing once it was published
+        return True
+
+    def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        temporary, old = (temporary_beside(folder, self.scratch) for _ in range(2))
+        try:
+            with explain_os_errors(folder):
+                _write_tree(temporary, files)
+                if folder.exists():
+                    os.rename(folder, old)
+                os.rename(temporary, folder)
+                fsync_dir(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, content in files.items():
+        inner = folder
+        # Not with parents=True: another process may have moved the folder away to fence this one.
+        for part in name.split("/")[:-1]:
+            inner /= part
+            inner.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    fsync_tree(folder)
+
+
+class ObjectPublisher(Publisher):
+    """Publishes in a bucket. With ``check``, replaces only what nobody else has replaced since."""
+
+    def __init__(self, check: Callable[[], None] | None = None) -> None:
+        self._check = check
+
+    def guarded(self, check: Callable[[], None]) -> "ObjectPublisher":
+        return ObjectPublisher(check)
+
+    def create(self, final: Path, chunks: Iterable[Any]) -> bool:
+        data = b"".join(chunks)
+        return _object(final).put_if_absent([data]) or read_or_none(final) == data
+
+    def replace(self, final: Path, chunks: Iterable[Any]) -> None:
+        path = _object(final)
+        if self._check is None:
+            path.put(chunks)
+        else:
+            self._replace_version(path, path.version(), b"".join(chunks))
+
+    def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        path = _object(final)
+        data, version = path.read_versioned()
+        self._replace_version(path, version, change(data))
+
+    def _replace_version(self, path: ObjectPath, version: Version | None, data: bytes) -> None:
+        # The version was noted before the check. So whoever takes over after the check finds this
+        # write done, or makes its condition fail.
+        if self._check is not None:
+            self._check()
+        if version is None:
+            done = path.put_if_absent([data])
+        else:
+            done = path.put_if_match([data], version)
+        if not done and read_or_none(cast(Path, path)) != data:
+            raise Outdated(str(path))
+
+    def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
+        """Publish a folder by deciding first which one: ``prepared/NAME`` holds it as a whole.
+
+        The first process to write that object has decided; all others that come help to publish its
+        content, not their own. Every file is compared, so that two contents never mix, whatever
+        happens to the decision; ``last`` goes last.
+        """
+        decision = folder.parent / PREPARED_DIR / folder.name
+        while not (folder / last).is_file():
+            chosen = files
+            if not self.create(decision, [_pack(files)]):
+                packed = read_or_none(decision)
+                if packed is None:  # it has just been carried out, and deleted
+                    continue
+                chosen = _unpack(packed)
+            # The decision may be a new one, after an earlier one was carried out and deleted.
+            if not (folder / last).is_file():
+                self._carry_out(folder, chosen, last)
+        decision.unlink(missing_ok=True)
+        return read_or_none(folder / last) == files[last]
+
+    def _carry_out(self, folder: Path, files: Mapping[str, bytes], last: str) -> None:
+        for name in (*(name for name in files if name != last), last):
+            if not self.create(folder / name, [files[name]]) and name != last:
+                raise StoreError(
+                    f"{folder / name} is left of another store, or another job makes one there "
+                    f"now. If none does, delete everything below {folder}, or give a new address"
+                )
+
+    def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        for name, content in files.items():
+            self.replace(folder / name, [content])
+
+
+def _object(path: Path) -> ObjectPath:
+    assert isinstance(path, ObjectPath)
+    return path
+
+
+def _pack(files: Mapping[str, bytes]) -> bytes:
+    parts = [len(files).to_bytes(8, "little")]
+    for name, content in files.items():
+        for part in (name.encode(), content):
+            parts += [len(part).to_bytes(8, "little"), part]
+    return b"".join(parts)
+
+
+def _unpack(data: bytes) -> dict[str, bytes]:
+    parts, at = [], 8
+    for _ in range(2 * int.from_bytes(data[:8], "little")):
+        size = int.from_bytes(data[at : at + 8], "little")
+        parts.append(data[at + 8 : at + 8 + size])
+        at += 8 + size
+    return {name.decode(): content for name, content in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def publisher_of(path: Path, scratch: Path | None = None) -> Publisher:
+    """Return what publishes at ``path``; ``scratch`` is for unpublished files on disk."""
+    return ObjectPublisher() if isinstance(path, ObjectPath) else FilePublisher(scratch)
+
+
+def replace(final: Path, chunks: Iterable[Any]) -> None:
+    """Publish a file or an object, replacing what is there."""
+    publisher_of(final).replace(final, chunks)
+
+
+def read_or_none(path: Path) -> bytes | None:
+    """Return the content of a file or an object; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def tree_exists(folder: Path, last: str) -> bool:
+    """Return whether ``create_tree`` has published a folder.
+
+    On disk it appears as a whole, and what is missing in it was deleted.
+    """
+    return (folder / last).is_file() if isinstance(folder, ObjectPath) else folder.exists()
+
+
+def delete_tree(folder: Path) -> None:
+    """Delete a folder and all that is in it, if it exists. Errors of a disk are ignored."""
+    if isinstance(folder, ObjectPath):
+        folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""A bucket of an S3 server: moto's, in memory, or the one that the environment names.
+
+``GRADPROJ_TEST_S3`` is the endpoint of another server, with its keys in ``AWS_ACCESS_KEY_ID`` and
+``AWS_SECRET_ACCESS_KEY``; ``launch/test_s3.sh`` sets them.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+import botocore.session
+
+from gradproj.storage.address import Address
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """An S3 server and the environment of its users."""
+
+    url: str
+    environment: dict[str, str]
+
+    @cached_property
+    def client(self) -> Any:
+        """Return botocore's client: another one than gradproj's."""
+        env = self.environment
+        return botocore.session.Session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=self.url,
+            aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def new_bucket(self) -> Address:
+        """Make an empty bucket."""
+        name = f"test-{os.getpid()}-{next(_numbers)}"
+        self.client.create_bucket(Bucket=name)
+        return Address("s3", name)
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Start moto's server in a thread, unless the environment names another one."""
+    keys = {
+        "AWS_ACCESS_KEY_ID": os.environ.get("AWS_ACCESS_KEY_ID", "key"),
+        "AWS_SECRET_ACCESS_KEY": os.environ.get("AWS_SECRET_ACCESS_KEY", "secret-of-the-tests"),
+    }
+    url = os.environ.get("GRADPROJ_TEST_S3", "")
+    stop = None
+    if not url:
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        stop = server.stop
+        url = "http://{}:{}".format(*server.get_host_and_port())
+    environment = {
+        **keys,
+        "AWS_ENDPOINT_URL": url,
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    try:
+        yield S3Server(url, environment)
+    finally:
+        if stop is not None:
+            stop()

@@ -1,0 +1,170 @@
+"""The client of remote stores: credentials, retries, and errors in one line without a secret."""
+
+import sys
+
+import obstore
+import pytest
+from helpers.http_files import http_files
+
+from gradproj.errors import ConfigError, CorpusError, StoreError
+from gradproj.storage.address import Address
+from gradproj.storage.bucket import open_bucket
+from gradproj.storage.failures import explained, reason_of
+from gradproj.storage.retry import RetryPolicy, retried
+
+FAST = RetryPolicy(first_s=0.01, longest_s=0.05, deadline_s=2.0, tries=4, stall_s=0.3)
+
+
+def fault_of(action):
+    with pytest.raises(Exception) as error:
+        action()
+    return reason_of(error.value)
+
+
+def test_an_object_comes_back_and_conditions_are_enforced(bucket):
+    store, key = open_bucket(bucket / "a b#%20.txt")
+    etag = obstore.put(store, key, b"content", mode="create")["e_tag"]
+    assert obstore.get(store, key, options={"if_match": etag}).bytes() == b"content"
+    assert fault_of(lambda: obstore.put(store, key, b"x", mode="create")) == "exists"
+    assert fault_of(lambda: obstore.get(store, key, options={"if_match": '"0"'})) == "changed"
+    assert fault_of(lambda: obstore.get(store, "absent")) == "missing"
+    absent = bucket / "absent"
+    with (
+        pytest.raises(CorpusError, match="there is no such") as error,
+        explained(absent, CorpusError),
+    ):
+        obstore.get(store, "absent")
+    assert str(error.value).startswith(f"{absent}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_bucket_is_told_from_a_missing_object(bucket):
+    store, _ = open_bucket(Address("s3", "there-is-no-such-bucket"))
+    assert fault_of(lambda: obstore.put(store, "x", b"")) == "no bucket"
+    assert fault_of(lambda: obstore.list(store).collect()) == "no bucket"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (403, "<Error><Code>AccessDenied</Code></Error>", "denied"),
+        (403, "<Error><Code>InvalidAccessKeyId</Code></Error>", "credentials"),
+        (403, "<Error><Code>SignatureDoesNotMatch</Code></Error>", "credentials"),
+        (400, "<Error><Code>ExpiredToken</Code></Error>", "expired"),
+        (403, "", "denied"),
+        (401, "", "credentials"),
+        (301, "<Error><Code>PermanentRedirect</Code></Error>", "region"),
+        (409, "", "conflict"),
+        (503, "<Error><Code>SlowDown</Code></Error>", "unavailable"),
+        (500, "", "unavailable"),
+        (429, "", "unavailable"),
+        (400, "", "other"),
+    ],
+)
+def test_an_answer_has_its_reason_and_a_line_that_shows_nothing_of_it(
+    status, body, reason, monkeypatch
+):
+    secret = "what-a-server-says"
+    with http_files() as site:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", site.url)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        site.faults.extend([(status, f"{body}<Message>{secret}</Message>".encode())] * 9)
+        address = Address("s3", "bucket", "x")
+        store, key = open_bucket(address, policy=FAST)
+        assert fault_of(lambda: obstore.get(store, key)) == reason
+        with pytest.raises(StoreError, match="s3://bucket/x: ") as error, explained(address):
+            obstore.get(store, key)
+    assert secret not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value.__cause__) == "None"
+
+
+@pytest.mark.parametrize(
+    "fault", [500, 503, 429, ("cut", 400_000), ("stall", 400_000, 1.0), ("cut", 0)], ids=str
+)
+def test_a_request_is_repeated_until_it_succeeds(fault):
+    content = bytes(range(256)) * 4096
+    with http_files(files={"/a.tar": content}) as site:
+        site.faults.append(fault)
+        store, key = open_bucket(Address.parse(f"{site.url}/a.tar"), policy=FAST)
+        got = obstore.get(store, key, options={"range": (1000, 1_000_000)}).bytes()
+        assert got == content[1000:1_000_000]
+        assert len(site.gets()) == 2
+
+
+def test_retries_end_at_the_deadline_and_other_errors_end_them_at_once():
+    class Conflict(Exception):
+        """As obstore raises it."""
+
+    Conflict.__module__ = "obstore.exceptions"
+    calls, slept = [], []
+
+    def fails(text, n):
+        calls.append(text)
+        if len(calls) <= n:
+            raise Conflict(text)
+        return "done"
+
+    def run(text, n):
+        calls.clear()
+        return retried(lambda: fails(text, n), FAST, sleep=slept.append)
+
+    assert run("status code: 409 Conflict", 3) == "done"
+    assert len(slept) == 3
+    assert 0 <= max(slept) <= FAST.longest_s
+    with pytest.raises(Conflict):
+        run("status code: 409 Conflict", 99)
+    assert len(calls) == FAST.tries
+    with pytest.raises(Conflict):
+        run("status code: 400 Bad Request", 1)
+    assert len(calls) == 1
+
+
+def test_a_profile_of_the_credentials_file_opens_a_bucket(bucket, s3_server, tmp_path, monkeypatch):
+    env = s3_server.environment
+    (tmp_path / "credentials").write_text(
+        f"[other]\naws_access_key_id = {env['AWS_ACCESS_KEY_ID']}\n"
+        f"aws_secret_access_key = {env['AWS_SECRET_ACCESS_KEY']}\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(ConfigError, match="no AWS credentials were found; set AWS_PROFILE"):
+        open_bucket(bucket)
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(ConfigError, match=r"profile or login cannot be used \(ProfileNotFound\)"):
+        open_bucket(bucket)
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    store, _ = open_bucket(bucket)
+    obstore.put(store, "x", b"1")
+    assert obstore.get(store, "x").bytes() == b"1"
+
+
+def test_anonymous_requests_carry_no_signature(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with http_files(files={"/bucket/x": b"1"}) as site:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", site.url)
+        for anonymous in (True, False):
+            store, key = open_bucket(Address("s3", "bucket", "x"), anonymous=anonymous)
+            obstore.get(store, key).bytes()
+        headers = [{name.lower() for name in request.headers} for request in site.requests]
+    assert ["authorization" in names for names in headers] == [False, True]
+
+
+def test_a_store_that_cannot_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    address = Address("s3", "bucket", "x")
+    store, key = open_bucket(address, policy=FAST)
+    with pytest.raises(StoreError, match="cannot be reached"), explained(address):
+        obstore.get(store, key)
+
+
+def test_without_obstore_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match=r"needs the package obstore: pip install 'gradproj\[cl"):
+        open_bucket(Address("s3", "bucket", "x"))
