@@ -115,7 +115,7 @@ row ``(D,)`` with it."""
 
 
 class _Pass:
-    """What all batches have in common."""
+    """The model, texts and matrices that all batches share."""
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ _ROW_BYTES = 2**30
 
 @dataclass(frozen=True)
 class TokenScore:
-    """What a document's score for a query, or for a set of them, is made up of."""
+    """Parts of a document's score for a query, or for a set of them."""
 
     score: float
     """Of the recomputed row, with ``head``."""
