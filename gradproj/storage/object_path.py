@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from gradproj.errors import ConfigError
 from gradproj.storage.address import Address, is_remote
 from gradproj.storage.bucket import open_bucket
-from gradproj.storage.objects import ObjectReader, StoredObject
+from gradproj.storage.stored_object import ObjectReader, StoredObject
 
 WRITABLE = ("s3", "gs", "az")
 """Schemes of stores that an output may lie in: they have conditional writes."""
@@ -45,6 +45,11 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Pat
     return cast(Path, ObjectPath(store, address, anonymous))
 
 
+def in_bucket(path: Path) -> bool:
+    """Return whether a path is in a bucket, where no disk can be full."""
+    return isinstance(path, ObjectPath)
+
+
 def names_in(folder: Path) -> list[str]:
     """Return the names in a folder, in no order; none if it does not exist."""
     if isinstance(folder, ObjectPath):
@@ -53,6 +58,21 @@ def names_in(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+Stamp = Any
+"""What tells two versions of a file or an object apart without reading them."""
+
+
+def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:
+    """Return a file's content and stamp; None if its stamp still is ``stamp``."""
+    if isinstance(path, ObjectPath):
+        return path.read_versioned() if stamp is None else path.read_unless(stamp)
+    # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        now = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return None if now == stamp else (file.read(), now)
 
 
 class ObjectStat(NamedTuple):
