@@ -11,6 +11,8 @@ from typing import Any
 
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
+from gradproj.storage.address import is_remote
+from gradproj.storage.object_path import ObjectPath, path_of
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.hidden_states import HIDDEN_STATE
@@ -38,7 +40,8 @@ def find_store(path: str | Path) -> Path:
         StoreError: there is none.
     """
     try:
-        path = Path(local_path(str(path)))
+        remote = isinstance(path, ObjectPath) or is_remote(str(path))
+        path = path_of(path) if remote else Path(local_path(str(path)))
     except ConfigError as error:
         raise StoreError(f"{path} {error}") from error
     for candidate in (path / STORE_NAME, path):
