@@ -163,6 +163,7 @@ class _Merge:
         self._attributes, self._layout = read_attributes(self._store), read_layout(self._store)
         self._recorded = list_records(output / UNITS_DIR)
         self._wanted = wanted_units(self._attributes)
+        self._ask_at = 0.0
         self._sums: dict[str, np.ndarray] = {}
         self._times: list[list[float]] = []
         self._covariance_tokens = 0
@@ -210,8 +211,14 @@ class _Merge:
     def _continue(self) -> None:
         """Show that this process is alive, and check before a write that it may go on."""
         self._progress.batches += 1
-        if self._stopping() or (self._claims is not None and not self._claims.owns(MERGE_CLAIM)):
+        if self._stopping():
             raise MergeInterrupted
+        # In a bucket the question has its price, and every replacement asks it anyway.
+        now = time.monotonic()
+        if self._claims is not None and now >= self._ask_at:
+            self._ask_at = now + self._claims.commits.pace.ask_every_s
+            if not self._claims.owns(MERGE_CLAIM):
+                raise MergeInterrupted
 
     def _merge_block(self, block: int) -> None:
         layout = self._layout
@@ -308,8 +315,9 @@ def _summary(row: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_metadata(output: Path, publisher: Publisher) -> None:
+def write_metadata(output: Path, publisher: Publisher | None = None) -> None:
     """Write ``metadata.json``, a copy of the Zarr group's attributes."""
+    publisher = publisher or publisher_of(output)
     _write_json(output / METADATA_NAME, read_attributes(output / STORE_NAME), publisher)
 
 

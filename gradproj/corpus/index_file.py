@@ -99,6 +99,10 @@ def _absolute(path: Path) -> Path:
     return path if in_bucket(path) else Path(os.path.abspath(path))
 
 
+def _located(path: Path, folder: Path) -> Path:
+    return path if path.is_absolute() else folder / str(path)
+
+
 def _body_parts(index: CorpusIndex, folder: Path | None) -> Iterator[bytes]:
     # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
     body = _Body(
@@ -151,7 +155,7 @@ def load_index(path: Path) -> CorpusIndex:
         )
     body = msgspec.json.decode(content, type=_Body, dec_hook=lambda kind, value: kind(value))
     del raw, envelope, content
-    tars = tuple(replace(tar, path=path.parent / tar.path) for tar in body.tars)
+    tars = tuple(replace(tar, path=_located(tar.path, path.parent)) for tar in body.tars)
     index = make_index(tars, body.domain_field, body.tokenization)
     if index.fingerprint != body.fingerprint:
         raise CorpusError(
