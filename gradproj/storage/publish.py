@@ -75,6 +75,7 @@ class Publisher(ABC):
     def replace_tree(self, folder: Path, files: Mapping[str, bytes]) -> None:
         """Publish a folder, replacing what is there; a reader may find none for an instant."""
 
+    @abstractmethod
     def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         """Replace a file so that no earlier holder of this right can replace it any more.
 
@@ -107,6 +108,9 @@ class FilePublisher(Publisher):
 
     def update(self, final: Path, change: Callable[[bytes], bytes]) -> None:
         self.replace(final, [change(final.read_bytes())])
+
+    def take(self, final: Path, change: Callable[[bytes], bytes]) -> None:
+        pass
 
     def create_tree(self, folder: Path, files: Mapping[str, bytes], last: str) -> bool:
         if os.path.lexists(folder):
