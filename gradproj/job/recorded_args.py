@@ -17,7 +17,7 @@ class RecordedRunArgs(Flags, title="recorded inputs"):
     output: str = flag(OUTPUT_HELP, name="OUTPUT", positional=True, path="DIR")
     model: str = flag("The job's model, if it has moved: DIR or FILE.gguf.", "", path="DIR|FILE")
     tokenizer: str = flag("Directory of the job's tokenizer, if it has moved.", "", path="DIR")
-    shards: str = flag("The job's tars, if they have moved.", "", path="TARS")
+    shards: str = flag("The job's tars, if they have moved.", "", path="TARS", remote=True)
     device: str = flag("Device on which gradients are computed.", "auto", choices=DEVICES)
     trust_remote_code: bool = flag("Run code that comes with the recorded checkpoint.", False)
     allow_pickle: bool = flag("Load the recorded .bin weights, which can run code.", False)
