@@ -101,13 +101,17 @@ class StoredObject:
 
     def read_range(self, start: int, stop: int, etag: str = "") -> bytes:
         """Return the bytes ``[start, stop)``, of the version ``etag`` if that is given."""
+        return bytes(self.read_buffer(start, stop, etag))
+
+    def read_buffer(self, start: int, stop: int, etag: str = "") -> memoryview:
+        """Return what ``read_range`` does, without a copy."""
         if stop <= start:
-            return b""
+            return memoryview(b"")
         options: dict[str, Any] = {"range": (start, stop)}
         if etag:
             options["if_match"] = etag
         try:
-            return self._ask(lambda: bytes(self.store.get(self.key, options=options).bytes()))
+            return memoryview(self._ask(lambda: self.store.get(self.key, options=options).bytes()))
         except Unchanged:
             raise StoreError(f"{self} has changed while it was read: start again") from None
 
