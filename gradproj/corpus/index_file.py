@@ -13,26 +13,22 @@ from gradproj.corpus.index import CorpusIndex, Tar, build_index, make_index
 from gradproj.corpus.tar.paths import default_index_path, list_tars
 from gradproj.corpus.tokenization import Tokenization
 from gradproj.errors import CorpusError, StoreError
-from gradproj.files import (
-    publish_exclusively,
-    replace_atomically,
-    temporary_beside,
-    write_file_durably,
-)
+from gradproj.storage.object_path import in_bucket
+from gradproj.storage.publish import publisher_of
 
 FORMAT = "gradproj corpus index"
 FORMAT_VERSION = 1
+INDEX_MODE = 0o644
+"""Readable whatever the umask: other users' jobs read the index too."""
 
 
 def _publish(path: Path, content: Iterable[bytes], replace_existing: bool) -> bool:
     """Write the index file atomically. Returns False if another index exists and stays."""
-    temporary = temporary_beside(path)
+    publisher = publisher_of(path)
     try:
-        # Readable whatever the umask: other users' jobs read the index too.
-        write_file_durably(temporary, content, mode=0o644)
         if not replace_existing:
-            return publish_exclusively(temporary, path)
-        replace_atomically(temporary, path)
+            return publisher.create(path, content, INDEX_MODE)
+        publisher.replace(path, content, INDEX_MODE)
         return True
     except (OSError, StoreError) as error:
         # A StoreError advises another --output_dir, and the index may lie elsewhere.
@@ -66,6 +62,15 @@ class _Body(msgspec.Struct, kw_only=True, omit_defaults=True):
     tars: list[Tar]
 
 
+def index_content(index: CorpusIndex, folder: Path | None = None) -> Iterator[bytes]:
+    """Yield the file's content. Tars below ``folder`` are named relative to it."""
+    checksum = _checksum(_body_parts(index, folder))
+    envelope = msgspec.json.encode(
+        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
+    )
+    yield from chain([envelope.removesuffix(b"null}")], _body_parts(index, folder), [b"}"])
+
+
 def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False) -> CorpusIndex:
     """Write the index atomically and return the index that the file now holds.
 
@@ -76,13 +81,8 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     Raises:
         CorpusError: the existing index belongs to another corpus, or no file can be written there.
     """
-    path = Path(os.path.abspath(path))
-    checksum = _checksum(_body_parts(index, path.parent))
-    envelope = msgspec.json.encode(
-        _Envelope(FORMAT, FORMAT_VERSION, checksum, msgspec.Raw(b"null"))
-    )
-    parts = chain([envelope.removesuffix(b"null}")], _body_parts(index, path.parent), [b"}"])
-    if _publish(path, parts, replace_existing):
+    path = _absolute(path)
+    if _publish(path, index_content(index, path.parent), replace_existing):
         return index
     winner = load_index(path)
     if winner.fingerprint != index.fingerprint:
@@ -95,7 +95,11 @@ def save_index(index: CorpusIndex, path: Path, *, replace_existing: bool = False
     return winner
 
 
-def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
+def _absolute(path: Path) -> Path:
+    return path if in_bucket(path) else Path(os.path.abspath(path))
+
+
+def _body_parts(index: CorpusIndex, folder: Path | None) -> Iterator[bytes]:
     # The JSON of a `_Body`, a tar at a time: the Pile's index is 70 MB.
     body = _Body(
         domain_field=index.domain_field,
@@ -105,7 +109,9 @@ def _body_parts(index: CorpusIndex, folder: Path) -> Iterator[bytes]:
     )
     yield msgspec.json.encode(body).removesuffix(b"]}")
     for number, tar in enumerate(index.tars):
-        path = tar.path.relative_to(folder) if tar.path.is_relative_to(folder) else tar.path
+        path = tar.path
+        if folder is not None and type(folder) is type(path) and path.is_relative_to(folder):
+            path = path.relative_to(folder)
         yield (b"," if number else b"") + msgspec.json.encode(replace(tar, path=path), enc_hook=str)
     yield b"]}"
 
@@ -116,7 +122,7 @@ def load_index(path: Path) -> CorpusIndex:
     Raises:
         CorpusError: not an index, one of another format version, or one that was damaged or edited.
     """
-    path = Path(os.path.abspath(path))
+    path = _absolute(path)
     again = "Make it again with: python -m gradproj index"
     try:
         raw = path.read_bytes()

@@ -9,12 +9,18 @@ from gradproj.errors import ConfigError
 
 # One slash is enough: str(Path("s3://x")) is s3:/x. But `prepare` takes hf:/FOLDER.
 _SCHEME = re.compile(r"(hf(?=://)|(?!hf:)[A-Za-z][A-Za-z0-9+.-]+):/|(pipe):")
+_BUCKET = re.compile(r"(s3|gs|az):/", re.IGNORECASE)
 _KINDS = {
     stat.S_IFIFO: "a FIFO (named pipe)",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def is_in_bucket(text: str) -> bool:
+    """Return whether ``text`` is the address of a bucket that can hold outputs."""
+    return _BUCKET.match(text) is not None
 
 
 def local_path(text: str) -> str:

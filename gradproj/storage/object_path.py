@@ -17,7 +17,7 @@ from gradproj.errors import ConfigError
 from gradproj.storage.address import Address, is_remote
 from gradproj.storage.bucket import open_bucket
 from gradproj.storage.byte_ranges import executor
-from gradproj.storage.objects import ObjectReader, StoredObject
+from gradproj.storage.stored_object import ObjectReader, StoredObject
 
 WRITABLE = ("s3", "gs", "az")
 """Schemes of stores that an output may lie in: they have conditional writes."""
@@ -46,6 +46,11 @@ def path_of(place: "str | Path | ObjectPath", *, anonymous: bool = False) -> Pat
     return cast(Path, ObjectPath(store, address, anonymous))
 
 
+def in_bucket(path: Path) -> bool:
+    """Return whether a path is in a bucket, where no disk can be full."""
+    return isinstance(path, ObjectPath)
+
+
 def names_in(folder: Path) -> list[str]:
     """Return the names in a folder, in no order; none if it does not exist."""
     if isinstance(folder, ObjectPath):
@@ -68,6 +73,21 @@ def read_each(paths: Sequence[Path]) -> list[bytes | OSError]:
     if len(paths) > 1 and isinstance(paths[0], ObjectPath):
         return list(executor().map(read, paths))
     return [read(path) for path in paths]
+
+
+Stamp = Any
+"""What tells two versions of a file or an object apart without reading them."""
+
+
+def read_if_changed(path: Path, stamp: Stamp) -> tuple[bytes, Stamp] | None:
+    """Return a file's content and stamp; None if its stamp still is ``stamp``."""
+    if isinstance(path, ObjectPath):
+        return path.read_versioned() if stamp is None else path.read_unless(stamp)
+    # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        now = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return None if now == stamp else (file.read(), now)
 
 
 class ObjectStat(NamedTuple):

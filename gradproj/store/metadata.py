@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,13 +11,15 @@ from typing import Any
 from gradproj.errors import ConfigError, StoreError
 from gradproj.flags.paths import local_path
 from gradproj.storage.address import is_remote
-from gradproj.storage.object_path import ObjectPath, path_of, read_each
+from gradproj.storage.object_path import ObjectPath, Stamp, path_of, read_each, read_if_changed
+from gradproj.storage.publish import tree_exists
 from gradproj.store.chunk_shapes import SCALE_BYTES
 from gradproj.store.head_rows import HeadSegment
 from gradproj.store.hidden_states import HIDDEN_STATE
 from gradproj.store.layout import (
     COLUMNS,
     FORMAT_VERSION,
+    GROUP_NAME,
     PACKED_BITS,
     STORE_NAME,
     STORED_DTYPES,
@@ -78,6 +79,11 @@ def read_attributes(store_path: Path) -> dict[str, Any]:
     return attributes
 
 
+def store_exists(output: Path) -> bool:
+    """Return whether an output directory has a store, damaged or not."""
+    return tree_exists(output / STORE_NAME, GROUP_NAME)
+
+
 class WhichStore:
     """Identifies the store that is at a path now. Cheap enough to call for every unit.
 
@@ -85,8 +91,8 @@ class WhichStore:
     """
 
     def __init__(self, store_path: Path) -> None:
-        self._path = store_path / "zarr.json"
-        self._seen: tuple[tuple[int, ...], tuple[Any, Any]] | None = None
+        self._path = store_path / GROUP_NAME
+        self._seen: tuple[Stamp, tuple[Any, Any]] | None = None
 
     def __call__(self) -> tuple[Any, Any] | None:
         """Return ``(identity_hash, store_id)`` of the store; None if there is no store.
@@ -108,18 +114,17 @@ class WhichStore:
         raise AssertionError("unreachable")
 
     def _read(self) -> tuple[Any, Any]:
-        # Opened, not only stat'ed: on NFS an open asks the server, a stat may be cached here.
-        with open(self._path, "rb") as file:
-            stat, seen = os.fstat(file.fileno()), self._seen
-            stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if seen is None or seen[0] != stamp:
-                content = json.load(file)
-                attributes = content.get("attributes", {}) if isinstance(content, dict) else None
-                if not isinstance(attributes, dict):
-                    raise ValueError("it is no object with attributes")
-                seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
-                self._seen = seen
-            return seen[1]
+        seen = self._seen
+        newer = read_if_changed(self._path, None if seen is None else seen[0])
+        if newer is not None:
+            content, stamp = json.loads(newer[0]), newer[1]
+            attributes = content.get("attributes", {}) if isinstance(content, dict) else None
+            if not isinstance(attributes, dict):
+                raise ValueError("it is no object with attributes")
+            seen = stamp, (attributes.get("identity_hash"), attributes.get("store_id"))
+            self._seen = seen
+        assert seen is not None
+        return seen[1]
 
 
 def layers_of(attributes: dict[str, Any]) -> list[LayerSlice]:

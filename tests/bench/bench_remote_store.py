@@ -237,7 +237,9 @@ def measure(program: str, quick: bool, latency_s: float) -> dict[str, float]:
             bench = Bench(folder, 4_096 if quick else 16_384, latency_s)
             n_bytes = sum(size for _, size in bench.objects)
             print_machine("obstore")
-            print(f"{n_bytes / 1e6:.0f} MB in {len(bench.objects)} shards, {latency_s * 1e3:.0f} ms")
+            print(
+                f"{n_bytes / 1e6:.0f} MB in {len(bench.objects)} shards, {latency_s * 1e3:.0f} ms"
+            )
             bench.print_requests()
             for what, variants in bench.tables().items():
                 print(f"\n{what}")

@@ -88,7 +88,7 @@ class StoredObject:
         return self._ask(lambda: self._get({}))
 
     def read_unless(self, version: Version) -> tuple[bytes, Version] | None:
-        """Return the object and its version; None if it still is ``version``: a reply of no body."""
+        """Return the object and its version; None, without a body, if it is still ``version``."""
         etag = version.get("e_tag")
         try:
             return self._ask(lambda: self._get({"if_none_match": etag} if etag else {}))
