@@ -70,6 +70,11 @@ class StoredObject:
         chunks = self._ask(lambda: list(self.store.list(self._prefix())))
         return [meta["path"] for chunk in chunks for meta in chunk]
 
+    def etags_below(self) -> list[tuple[str, str]]:
+        """Return all keys below this one with their etags, in no order."""
+        chunks = self._ask(lambda: list(self.store.list(self._prefix())))
+        return [(meta["path"], meta["e_tag"] or "") for chunk in chunks for meta in chunk]
+
     def has_keys_below(self) -> bool:
         """Return whether some key lies below this one."""
 

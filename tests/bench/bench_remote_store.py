@@ -8,8 +8,8 @@ in ranges of 4 MB by as many threads and drops them. ``--latency_ms`` is waited 
 on all sides, as between machines; without it a request takes about a millisecond.
 
 The store is read as bands (what a query multiplies), as stored blocks, as float32 blocks, and one
-layer alone, whose plain download is that of its chunks. The first lines give requests, bytes and the
-most memory that reading added to the process.
+layer alone, whose plain download is that of its chunks. The first lines give requests, bytes and
+the most memory that reading added to the process.
 """
 
 import argparse
@@ -173,7 +173,7 @@ class Bench:
         }
 
     def print_requests(self) -> None:
-        """Print requests, bytes and memory of each kind of reading; before the process has grown."""
+        """Print requests, bytes and memory of each kind, before the process has grown."""
         store = self.store
         ids = np.random.default_rng(0).integers(0, len(store), 100)
         for what, work in {

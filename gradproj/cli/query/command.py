@@ -33,6 +33,7 @@ from gradproj.errors import StoreError
 from gradproj.flags import parse
 from gradproj.job.recorded import config_from, recorded_index
 from gradproj.query.hidden import HIDDEN
+from gradproj.storage.object_path import path_of
 from gradproj.store import ProjectionStore
 from gradproj.store.texts import text_of
 from gradproj.text.ranking import TEXT
@@ -163,4 +164,4 @@ def document_texts(output: str | Path, shards: str) -> Callable[[int], str]:
     Raises:
         CorpusError: the tars are not where the job found them, nor at ``shards``, or have changed.
     """
-    return functools.partial(text_of, recorded_index(Path(output), shards))
+    return functools.partial(text_of, recorded_index(path_of(output), shards))
