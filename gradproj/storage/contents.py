@@ -133,3 +133,13 @@ def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[boo
                 time.sleep(_LOOK_AGAIN_S)
                 found = try_lock(file)
         yield found
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths of all files below a folder, relative to it, sorted; links not followed."""
+    if isinstance(folder, ObjectPath):
+        return sorted(str(path.relative_to(folder)) for path in folder.walk_files())
+    found = []
+    for parent, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names]
+    return sorted(found)
